@@ -1,0 +1,7 @@
+"""`python -m minitp` is the `minitp` command."""
+
+import sys
+
+from minitp.cli import main
+
+sys.exit(main())

@@ -1,0 +1,255 @@
+"""How ranks meet: a few collectives, the same behind every transport.
+
+Data (arrays of activations) goes through `all_reduce` and `all_gather`, control (small Python objects)
+through `broadcast` and `agree`. Every rank calls the same ones in the same order, on the error path too:
+a phase that may fail on one rank ends in `agree`, and then all of them leave together.
+
+The sum of an all-reduce depends on the order of its terms. Here every rank gets all the terms and adds them
+in rank order, in float32, so all ranks hold the same bits, in any dtype and with any MPI.
+
+    Alone        one rank: nothing to exchange
+    ThreadComm   ranks as threads of one process, for tests and notebooks
+    MpiComm      ranks as MPI processes
+"""
+
+import threading
+from contextlib import contextmanager
+from time import perf_counter
+
+import numpy as np
+
+from minitp.errors import AgreedError, InputError, MinitpError, RankError, one_line
+
+
+class Comm:
+    """What the ranks of a model share. Subclasses say how values travel.
+
+    Attributes
+    ----------
+    rank, size : int
+    seconds : float
+        Time this rank has spent in `all_reduce` and `all_gather`, waiting included.
+    """
+
+    def __init__(self, rank, size):
+        self.rank = rank
+        self.size = size
+        self.seconds = 0.0
+
+    def all_reduce(self, x):
+        """The sum over all ranks of `x` (same shape everywhere), the same bits on each. A new array."""
+        started = perf_counter()
+        total = self._exchange_arrays(x, [x.size] * self.size, _sum_in_rank_order).reshape(x.shape)
+        self.seconds += perf_counter() - started
+        return total
+
+    def all_gather(self, x, widths):
+        """The ranks' columns side by side: `x` is [T, widths[rank]], the result [T, sum(widths)] everywhere."""
+        started = perf_counter()
+        rows = x.shape[0]
+
+        def join(parts):
+            return np.concatenate([p.reshape(rows, -1) for p in parts], axis=-1)  # [T, sum(widths)]
+
+        joined = self._exchange_arrays(x, [rows * width for width in widths], join)
+        self.seconds += perf_counter() - started
+        return joined
+
+    def broadcast(self, value):
+        """Rank 0's `value`, on every rank; what the others pass is ignored. Any picklable object."""
+        raise NotImplementedError
+
+    def agree(self, error=None):
+        """End a phase that may have failed here: every rank passes its exception or None.
+
+        Raises
+        ------
+        AgreedError
+            on every rank, if any rank passed an exception: the first one in rank order. Its exit code is 2
+            if it was an InputError, else 3, and then the message names the rank.
+        """
+        mine = None
+        if error is not None:
+            mine = (getattr(error, "exit_code", RankError.exit_code), one_line(error))
+        failed = [(rank, *e) for rank, e in enumerate(self._exchange_objects(mine)) if e is not None]
+        if failed:
+            rank, exit_code, message = failed[0]
+            if exit_code != InputError.exit_code:
+                message = f"rank {rank} failed: {message}"
+            raise AgreedError(message, exit_code) from error
+
+    @contextmanager
+    def agreed(self):
+        """A `with` block that ends in `agree`: if it fails on one rank, it fails on all of them."""
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        self.agree(error)
+
+    def abort(self, exit_code):
+        """End the whole job from one rank, without the others' consent."""
+        raise NotImplementedError
+
+    def _exchange_arrays(self, x, sizes, combine):
+        """combine([rank 0's array, rank 1's, ..]), flat, of `sizes` elements; `combine` makes a new array."""
+        raise NotImplementedError
+
+    def _exchange_objects(self, value):
+        """[rank 0's value, rank 1's, ..]."""
+        raise NotImplementedError
+
+
+def _sum_in_rank_order(parts):
+    if len(parts) == 1:
+        return parts[0].copy()
+    if parts[0].dtype.itemsize >= 4:
+        total = parts[0] + parts[1]
+        for part in parts[2:]:
+            total += part
+        return total
+    total = parts[0].astype(np.float32)  # 16-bit terms: sum in float32, round once
+    for part in parts[1:]:
+        total += part
+    return total.astype(parts[0].dtype)
+
+
+class Alone(Comm):
+    """One rank: every collective is the identity."""
+
+    def __init__(self):
+        super().__init__(rank=0, size=1)
+
+    def broadcast(self, value):
+        return value
+
+    def abort(self, exit_code):
+        """Nobody waits: the error that led here goes on."""
+
+    def _exchange_arrays(self, x, sizes, combine):
+        return combine([x])
+
+    def _exchange_objects(self, value):
+        return [value]
+
+
+class ThreadComm(Comm):
+    """Ranks as threads of one process. `run_threads` makes them."""
+
+    def __init__(self, rank, size, barrier, slots):
+        super().__init__(rank, size)
+        self._barrier = barrier
+        self._slots = slots  # one a rank, shared by all
+
+    def broadcast(self, value):
+        return self._meet(value, lambda slots: slots[0])
+
+    def abort(self, exit_code):
+        self._barrier.abort()
+
+    def _exchange_arrays(self, x, sizes, combine):
+        return self._meet(x, lambda slots: combine([part.reshape(-1) for part in slots]))
+
+    def _exchange_objects(self, value):
+        return self._meet(value, list)
+
+    def _meet(self, value, use):
+        """use(everybody's values), called between two barriers: nobody changes a value while it is read."""
+        self._slots[self.rank] = value
+        try:
+            self._barrier.wait()
+            result = use(self._slots)
+            self._barrier.wait()
+        except threading.BrokenBarrierError:
+            raise RankError(f"rank {self.rank}: another rank has failed") from None
+        return result
+
+
+def run_threads(size, function):
+    """Call function(comm) on `size` ranks, each a thread; return their results in rank order.
+
+    If one raises, the others are woken from whatever collective they wait in, and its exception is raised
+    here.
+
+    >>> run_threads(3, lambda comm: float(comm.all_reduce(np.ones(1))[0]))
+    [3.0, 3.0, 3.0]
+    """
+    barrier, slots = threading.Barrier(size), [None] * size
+    comms = [ThreadComm(rank, size, barrier, slots) if size > 1 else Alone() for rank in range(size)]
+    results, errors = [None] * size, [None] * size
+
+    def run(comm):
+        try:
+            results[comm.rank] = function(comm)
+        except BaseException as error:
+            errors[comm.rank] = error
+            comm.abort(RankError.exit_code)
+
+    threads = [threading.Thread(target=run, args=(comm,), name=f"rank {comm.rank}") for comm in comms]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    raised = [error for error in errors if error is not None]
+    if raised:  # the cause rather than the "another rank has failed" that it led to
+        raise next((error for error in raised if not isinstance(error, RankError)), raised[0])
+    return results
+
+
+class MpiComm(Comm):
+    """Ranks as MPI processes, through mpi4py.
+
+    Parameters
+    ----------
+    expected : int or None
+        The number of ranks that the launcher says it started. Another world means that mpirun and mpi4py
+        belong to two different MPIs, and that every process would believe itself alone.
+    """
+
+    def __init__(self, expected=None):
+        MPI = _import_mpi()
+        self._mpi = MPI
+        self._world = MPI.COMM_WORLD
+        super().__init__(self._world.Get_rank(), self._world.Get_size())
+        if expected is not None and expected != self.size:
+            library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
+            raise RankError(
+                f"mpirun started {expected} processes but mpi4py sees a world of {self.size}: they belong to "
+                f"different MPIs (mpi4py uses {library}); use the mpirun of that one"
+            )
+
+    def broadcast(self, value):
+        return self._world.bcast(value, root=0)
+
+    def abort(self, exit_code):
+        self._world.Abort(exit_code)
+
+    def _exchange_arrays(self, x, sizes, combine):
+        # As bytes, for MPI has no bfloat16.
+        everyone = np.empty(sum(sizes), dtype=x.dtype)
+        sent = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+        byte = self._mpi.BYTE
+        if len(set(sizes)) == 1:
+            self._world.Allgather([sent, byte], [everyone.view(np.uint8), byte])
+        else:
+            counts = [size * x.dtype.itemsize for size in sizes]
+            self._world.Allgatherv([sent, byte], [everyone.view(np.uint8), counts, None, byte])
+        ends = np.cumsum(sizes).tolist()
+        return combine([everyone[end - size : end] for end, size in zip(ends, sizes, strict=True)])
+
+    def _exchange_objects(self, value):
+        return self._world.allgather(value)
+
+
+def _import_mpi():
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise RankError(
+            f"mpi4py finds no MPI library ({one_line(error)}); install one: pip install 'minitp[mpi]'"
+        ) from error
+    return MPI
+
+
+__all__ = ["Alone", "Comm", "MinitpError", "MpiComm", "ThreadComm", "run_threads"]

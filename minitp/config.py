@@ -1,0 +1,256 @@
+"""What a model's config.json says, under Hugging Face's own names, and nothing silently ignored."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitp.errors import InputError
+
+# What each family is called and what its transformers config class assumes for an absent field.
+FAMILIES = {
+    "llama": {
+        "architecture": "LlamaForCausalLM",
+        "defaults": {"max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
+    },
+    "mistral": {
+        "architecture": "MistralForCausalLM",
+        "defaults": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    },
+}
+
+# Fields that would change the maths, with the only value for which the maths here is right.
+ONLY_VALUE = {
+    "rope_interleaved": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    "is_decoder": True,
+    "add_cross_attention": False,
+}
+
+# Fields that say nothing about the forward pass.
+NO_MATHS = {
+    "_name_or_path", "_attn_implementation", "architectures", "model_type", "transformers_version",
+    "transformers.js_config", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp",
+    "unsloth_version", "unsloth_fixed", "is_llama_config", "pad_token_id", "unk_token_id", "return_dict",
+    "output_hidden_states", "output_attentions", "torchscript", "use_bfloat16", "chunk_size_feed_forward",
+    "problem_type", "id2label", "label2id", "name_or_path", "auto_map", "attn_implementation", "sep_token_id",
+    "decoder_start_token_id", "max_length", "min_length", "do_sample", "num_beams", "temperature", "top_k",
+    "top_p", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences",
+}  # fmt: skip
+
+ROPE_TYPES = {  # rope_type -> the further fields that it needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: Hugging Face's `rope_parameters`."""
+
+    rope_theta: float
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position_embeddings: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of config.json that the forward pass and generation read."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: Rope
+    max_position_embeddings: int
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    eos_token_ids: tuple
+    dtype: str
+    unread: tuple = ()  # fields that nothing here knows, for a warning
+
+    def with_layers(self, layers, where):
+        """The same model cut to its first `layers` layers (None: all of them)."""
+        if layers is None:
+            return self
+        if not 1 <= layers <= self.num_hidden_layers:
+            raise InputError(f"--layers {layers}: {where} has {self.num_hidden_layers} layers; give 1 to that")
+        return dataclasses.replace(self, num_hidden_layers=layers)
+
+
+def read_config(directory):
+    """Read and check `directory`/config.json (and generation_config.json for the end-of-text tokens).
+
+    Raises
+    ------
+    InputError
+        with one line that names the file, the field, its value and what was expected.
+    """
+    path = Path(directory) / "config.json"
+    fields = read_json(path)
+    generation = Path(directory) / "generation_config.json"
+    if generation.exists():
+        eos = read_json(generation).get("eos_token_id")
+        if eos is not None:
+            fields = {**fields, "eos_token_id": eos}
+    return parse_config(fields, str(path))
+
+
+def read_json(path):
+    """The object in a JSON file, or an InputError that says what is wrong with it."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; --model wants a Hugging Face model directory") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def parse_config(fields, where):
+    """A Config from the fields of a config.json; `where` names it in errors."""
+    family = FAMILIES.get(fields.get("model_type"))
+    if family is None or fields.get("architectures", [family["architecture"]]) != [family["architecture"]]:
+        known = ", ".join(f"{name} ({f['architecture']})" for name, f in FAMILIES.items())
+        raise InputError(
+            f"{where}: model_type {fields.get('model_type')!r} with architectures "
+            f"{fields.get('architectures')!r} is not supported; supported: {known}"
+        )
+    reader = _Reader({**family["defaults"], **fields}, where)
+    return reader.config()
+
+
+class _Reader:
+    """Takes fields out of config.json one by one, so that what is left over is known."""
+
+    def __init__(self, fields, where):
+        self.fields = fields
+        self.where = where
+        self.read = set()
+
+    def get(self, name, default=None):
+        self.read.add(name)
+        value = self.fields.get(name)
+        return default if value is None else value
+
+    def refuse(self, name, value, expected):
+        raise InputError(f"{self.where}: {name} is {value!r}, expected {expected}")
+
+    def number(self, name, kind, default=None):
+        value = self.get(name, default)
+        if value is None:
+            raise InputError(f"{self.where}: {name} is missing")
+        right_type = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+        if not right_type or not value > 0:
+            self.refuse(name, value, "a positive number" if kind is float else "a positive integer")
+        return kind(value)
+
+    def flag(self, name):
+        value = self.get(name, False)
+        if not isinstance(value, bool):
+            self.refuse(name, value, "true or false")
+        return value
+
+    def config(self):
+        heads = self.number("num_attention_heads", int)
+        kv_heads = self.number("num_key_value_heads", int, heads)
+        hidden = self.number("hidden_size", int)
+        if heads % kv_heads:
+            self.refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads, {heads}")
+        if self.get("head_dim") is None and hidden % heads:
+            self.refuse("hidden_size", hidden, f"a multiple of num_attention_heads, {heads}, or a head_dim")
+        head_dim = self.number("head_dim", int, hidden // heads)
+        if head_dim % 2:
+            self.refuse("head_dim", head_dim, "an even number (RoPE turns pairs)")
+        if self.get("hidden_act", "silu") not in ("silu", "swish"):
+            self.refuse("hidden_act", self.get("hidden_act"), "'silu'")
+        dtype = self.get("dtype") or self.get("torch_dtype") or "float32"
+        if dtype not in DTYPES:
+            self.refuse("dtype", dtype, "one of " + ", ".join(DTYPES))
+        window = self.number("sliding_window", int) if self.reads_window() else None
+        return Config(
+            model_type=self.get("model_type"),
+            vocab_size=self.number("vocab_size", int),
+            hidden_size=hidden,
+            intermediate_size=self.number("intermediate_size", int),
+            num_hidden_layers=self.number("num_hidden_layers", int),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=self.number("rms_norm_eps", float, 1e-6),
+            rope=self.rope(),
+            max_position_embeddings=self.number("max_position_embeddings", int),
+            sliding_window=window,
+            tie_word_embeddings=self.flag("tie_word_embeddings"),
+            attention_bias=self.has_bias() and self.flag("attention_bias"),
+            mlp_bias=self.has_bias() and self.flag("mlp_bias"),
+            eos_token_ids=self.eos(),
+            dtype=dtype,
+            unread=self.unread(),
+        )
+
+    def reads_window(self):
+        return self.fields["model_type"] == "mistral" and self.get("sliding_window") is not None
+
+    def has_bias(self):
+        return self.fields["model_type"] == "llama"
+
+    def rope(self):
+        """Both spellings: rope_parameters, or rope_theta beside rope_scaling (with `type` or `rope_type`)."""
+        scaling = self.get("rope_scaling") or {}
+        parameters = dict(self.get("rope_parameters") or scaling)
+        theta = parameters.pop("rope_theta", None) or self.get("rope_theta", 10000.0)
+        self.read.add("rope_theta")
+        old_type = parameters.pop("type", "default")
+        rope_type = parameters.pop("rope_type", old_type)
+        if rope_type not in ROPE_TYPES:
+            self.refuse("rope_type", rope_type, "one of " + ", ".join(ROPE_TYPES))
+        if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
+            self.refuse("rope_parameters", self.get("rope_parameters"), "partial_rotary_factor 1.0")
+        needed = ROPE_TYPES[rope_type]
+        known = ROPE_TYPES["llama3"]
+        for name in parameters:
+            if name not in known:
+                raise InputError(f"{self.where}: rope_type {rope_type!r} with an unknown field {name!r}")
+        for name in (*needed, "rope_theta"):
+            value = theta if name == "rope_theta" else parameters.get(name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                self.refuse(f"{name} of rope_type {rope_type!r}", value, "a positive number")
+        return Rope(float(theta), rope_type, **{name: parameters[name] for name in needed})
+
+    def eos(self):
+        value = self.get("eos_token_id", [])
+        self.read.add("bos_token_id")  # the tokenizer knows when to put it in front
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and i >= 0 for i in ids):
+            self.refuse("eos_token_id", value, "a token id or a list of them")
+        return tuple(ids)
+
+    def unread(self):
+        """Refuse fields that change the maths; return those that nobody here knows."""
+        unknown = []
+        for name, value in self.fields.items():
+            if name in ONLY_VALUE:
+                if value is not None and value != ONLY_VALUE[name]:
+                    self.refuse(name, value, f"{ONLY_VALUE[name]!r}: nothing else is supported")
+            elif name not in self.read and name not in NO_MATHS and value not in (None, False, [], {}):
+                unknown.append(name)
+        return tuple(unknown)

@@ -1,0 +1,38 @@
+"""Where a rank computes: the array module and the compute dtype."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Device:
+    """A rank's place of work.
+
+    Attributes
+    ----------
+    xp : module
+        `numpy`; what `ops` computes with.
+    dtype : numpy.dtype
+        Weights and the residual stream.
+    """
+
+    xp: Any
+    dtype: np.dtype
+
+
+def open_device(dtype="auto"):
+    """The CPU, computing in `dtype`: float32 ("auto"), float16 or bfloat16.
+
+    NumPy has no 16-bit products: it turns the weights into float32 for each one. That is slow; it is here
+    to see what a 16-bit run does to the numbers.
+    """
+    names = {
+        "auto": np.float32,
+        "float32": np.float32,
+        "float16": np.float16,
+        "bfloat16": ml_dtypes.bfloat16,
+    }
+    return Device(np, np.dtype(names[dtype]))

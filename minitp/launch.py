@@ -1,0 +1,302 @@
+"""The front: a process outside MPI that starts the ranks with mpirun, watches them, and ends them.
+
+Each rank connects to the front's Unix socket as soon as it starts and keeps the connection until it ends.
+So the front knows which process is which rank, and sees at once when one is gone: the connection closes,
+however the process died. Over the same connection the front hands its own stdout and stderr to rank 0 (as
+file descriptors), so a terminal is a terminal for rank 0 and nothing has to be copied; the other ranks write
+to a file each, of which the end is shown if they die.
+
+    rank -> front    {"rank": 2, "pid": 4711}        then the descriptors come back
+    rank -> front    {"exit": 0, "error": null}      its last message
+"""
+
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from minitp.errors import InputError, RankError
+
+WORKER = [sys.executable, "-m", "minitp"]
+SOCKET_VARIABLE = "MINITP_FRONT"
+START_LIMIT_S = 60  # until all ranks have connected
+END_LIMIT_S = 10  # from the last rank's last message to the end of mpirun
+BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+# Open MPI refuses root and more ranks than cores unless told; it binds each rank to a core; and its waiting
+# ranks would keep the others' cores. The names differ between version 4 and 5; other MPIs ignore them.
+OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "OMPI_MCA_hwloc_base_binding_policy": "none",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "PRTE_ALLOW_RUN_AS_ROOT": "1",
+    "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+}
+
+
+# --- what the environment says --------------------------------------------------------------------------
+
+
+def world_size(environment):
+    """The number of ranks that mpirun or srun says it started, or None outside MPI."""
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        if name in environment:
+            return int(environment[name])
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    return tasks if tasks > 1 else None  # an interactive shell under Slurm is a step of one task
+
+
+def env_rank(environment):
+    """This process's rank before MPI has been asked."""
+    names = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
+    return next((int(environment[name]) for name in names if name in environment), 0)
+
+
+def local_ranks(environment, world):
+    """How many of the ranks share this host."""
+    names = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
+    return next((int(environment[name]) for name in names if name in environment), world)
+
+
+def cores():
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def ranks_wanted(tp, default):
+    """The number of ranks that --tp asks for: a number, `auto` (cores, up to 4), or None for the default."""
+    if tp is None:
+        return default
+    if tp == "auto":
+        return min(physical_cores(), 4)
+    if not tp.isascii() or not tp.removeprefix("-").isdigit():
+        raise InputError(f"--tp {tp}: expected a number of ranks, or auto")
+    if int(tp) < 1:
+        raise InputError(f"--tp {tp}: expected at least 1 rank")
+    return int(tp)
+
+
+def physical_cores():
+    """Cores without their hyper-threads, as far as Linux tells."""
+    try:
+        blocks = Path("/proc/cpuinfo").read_text().split("\n\n")
+    except OSError:
+        return cores()
+    fields = [dict(line.split(":", 1) for line in block.splitlines() if ":" in line) for block in blocks]
+    pairs = [{name.strip(): value.strip() for name, value in field.items()} for field in fields]
+    distinct = {(p["physical id"], p["core id"]) for p in pairs if "core id" in p and "physical id" in p}
+    return min(len(distinct) or cores(), cores())
+
+
+def limit_blas_threads(environment, ranks):
+    """Share the cores among the ranks of a host. Works only before numpy is imported; the user's own wins."""
+    for name in BLAS_THREADS:
+        environment.setdefault(name, str(max(1, cores() // ranks)))
+
+
+def find_mpirun():
+    """The mpirun beside this Python, which belongs to the MPI that mpi4py finds there; else that of the PATH."""
+    beside = Path(sys.executable).parent / "mpirun"
+    found = str(beside) if beside.exists() else shutil.which("mpirun") or shutil.which("mpiexec")
+    if found is None:
+        raise RankError("no mpirun found: pip install 'minitp[mpi]', or install an MPI, or use --tp 1")
+    return found
+
+
+# --- the front ------------------------------------------------------------------------------------------
+
+
+def run_ranks(command, size, environment, verbose=False):
+    """Start `size` ranks of `command`, wait for their end, and return the exit code of the whole job.
+
+    Returns 3, after naming the rank on stderr, if one dies or fails by itself; 130 on Ctrl-C, 143 on SIGTERM.
+    No process of the job is left when this returns.
+    """
+    with tempfile.TemporaryDirectory(prefix="minitp-", ignore_cleanup_errors=True) as folder:
+        job = Job(Path(folder), size, verbose)
+        try:
+            with raised_on_sigterm():
+                job.start([find_mpirun(), "-n", str(size), *command], environment)
+                return job.watch()
+        except Terminated:
+            return 143
+        except KeyboardInterrupt:
+            return 130
+        finally:
+            job.end()
+
+
+class Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+@contextmanager
+def raised_on_sigterm():
+    """SIGTERM raises Terminated here, so that the ranks are ended on this way out as well."""
+
+    def raise_terminated(number, frame):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Rank:
+    """What the front knows of one rank."""
+
+    def __init__(self, rank, pid, connection):
+        self.rank, self.pid, self.connection = rank, pid, connection
+        self.exit_code = None  # until it says so itself
+        self.received = b""
+
+
+class Job:
+    """mpirun and its ranks."""
+
+    def __init__(self, folder, size, verbose):
+        self.folder, self.size, self.verbose = folder, size, verbose
+        self.ranks = {}
+        self.mpirun = None
+        self.selector = selectors.DefaultSelector()
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(folder / "front"))
+        self.listener.listen(size)
+        self.selector.register(self.listener, selectors.EVENT_READ)
+
+    def start(self, command, environment):
+        """Start mpirun, in a session of its own: Ctrl-C on the terminal is for the front to act on."""
+        environment = {**OPEN_MPI, **environment, SOCKET_VARIABLE: str(self.folder / "front")}
+        with open(self.folder / "mpirun", "wb") as output:
+            self.mpirun = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def watch(self):
+        """Return the job's exit code, once all ranks have given theirs or one has failed."""
+        started = time.monotonic()
+        while len(self.ranks) < self.size or any(rank.exit_code is None for rank in self.ranks.values()):
+            for key, _ in self.selector.select(timeout=0.2):
+                if key.fileobj is self.listener:
+                    self.welcome()
+                elif not self.hear(key.data):
+                    return RankError.exit_code
+            if len(self.ranks) < self.size:
+                if self.mpirun.poll() is not None:
+                    return self.fail(f"mpirun ended with code {self.mpirun.returncode} before all ranks had started")
+                if time.monotonic() - started > START_LIMIT_S:
+                    missing = sorted(set(range(self.size)) - set(self.ranks))
+                    return self.fail(f"ranks {missing} have not started within {START_LIMIT_S} s")
+        try:
+            self.mpirun.wait(END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return self.fail(f"mpirun has not ended within {END_LIMIT_S} s of its last rank")
+        return max(rank.exit_code for rank in self.ranks.values())
+
+    def welcome(self):
+        """A rank has connected: note who it is and give it its stdout and stderr."""
+        connection, _ = self.listener.accept()
+        connection.settimeout(END_LIMIT_S)
+        hello = json.loads(connection.makefile("rb").readline())
+        rank = Rank(hello["rank"], hello["pid"], connection)
+        self.ranks[rank.rank] = rank
+        if rank.rank == 0:
+            socket.send_fds(connection, [b"\n"], [1, 2])
+        else:
+            with open(self.words_of(rank), "wb") as words:
+                socket.send_fds(connection, [b"\n"], [words.fileno(), words.fileno()])
+        self.selector.register(connection, selectors.EVENT_READ, rank)
+
+    def hear(self, rank):
+        """Take what a rank says; False if it has failed or is gone without a last message."""
+        try:
+            data = rank.connection.recv(65536)
+        except ConnectionResetError:
+            data = b""
+        rank.received += data
+        if b"\n" in rank.received:
+            message = json.loads(rank.received)
+            rank.received, rank.exit_code = b"", message["exit"]
+            if message["error"] is not None:
+                self.fail(f"rank {rank.rank} failed: {message['error']}", rank)
+                return False
+        if not data:
+            self.selector.unregister(rank.connection)
+            if rank.exit_code is None:
+                self.fail(f"rank {rank.rank} (pid {rank.pid}) died: killed, out of memory, or crashed", rank)
+                return False
+        return True
+
+    def words_of(self, rank):
+        return self.folder / f"rank{rank.rank}"
+
+    def fail(self, message, rank=None):
+        """Say what went wrong, with the last words of the rank (of mpirun, if it is no rank's failure)."""
+        print(f"minitp: {message}", file=sys.stderr)
+        path = self.words_of(rank) if rank else self.folder / "mpirun"
+        words = path.read_text(errors="replace").splitlines() if path.exists() else []
+        for line in words[-20:]:
+            print(f"  {line}", file=sys.stderr)
+        return RankError.exit_code
+
+    def end(self):
+        """End whatever still runs: mpirun first, which ends its ranks, then those that it left."""
+        if self.mpirun is not None and self.mpirun.poll() is None:
+            self.mpirun.terminate()
+            try:
+                self.mpirun.wait(2)
+            except subprocess.TimeoutExpired:
+                self.mpirun.kill()
+                self.mpirun.wait()
+        for rank in self.ranks.values():
+            if rank.exit_code is None or not self.closed(rank):
+                _kill(rank.pid)
+            rank.connection.close()
+        if self.verbose:
+            self.show_words()
+        self.listener.close()
+        self.selector.close()
+
+    def closed(self, rank):
+        """Whether a rank's process has ended, which closes its end of the connection."""
+        rank.connection.setblocking(False)
+        try:
+            return rank.connection.recv(1) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def show_words(self):
+        for name in ["mpirun", *[f"rank{rank}" for rank in range(1, self.size)]]:
+            path = self.folder / name
+            for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+                print(f"[{name}] {line}", file=sys.stderr)
+
+
+def _kill(pid):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it is gone already

@@ -1,0 +1,128 @@
+"""The sharded transformer: one rank's share, composed from `ops` and `comm`.
+
+    token ids [T]
+      -> embed: this rank's vocabulary rows                                        all-reduce
+      -> per layer  x + attention: norm, q k v of this rank's heads, RoPE, cache,
+                        scores, softmax, context, output projection                all-reduce
+                    x + mlp: norm, gate and up columns, SwiGLU, down projection    all-reduce
+      -> norm -> logits of this rank's vocabulary rows                             all-gather
+
+Everything between two of these lines is one rank's own work; `x`, the residual stream, is the same bits on
+all ranks.
+"""
+
+from minitp import ops
+from minitp.kv_cache import KVCache
+
+PREFILL_CHUNK = 512  # prompt tokens a pass: bounds the [G, T, S] of the scores
+
+
+class Model:
+    """One rank of a tensor-parallel transformer.
+
+    Parameters
+    ----------
+    config : Config
+    plan : Plan
+    weights : Weights
+        This rank's, from `weights.load_weights`.
+    comm : Comm
+    device : Device
+    """
+
+    def __init__(self, config, plan, weights, comm, device):
+        self.config = config
+        self.plan = plan
+        self.weights = weights
+        self.comm = comm
+        self.device = device
+        start, stop = plan.head_ranges[comm.rank]
+        kv_start, kv_stop = plan.kv_head_ranges[comm.rank]
+        self.heads, self.kv_heads = stop - start, kv_stop - kv_start  # H_r, K_r
+        self.query_groups = plan.query_groups(comm.rank)
+        self.vocab_start = plan.vocab_ranges[comm.rank][0]
+        self.vocab_widths = [stop - start for start, stop in plan.vocab_ranges]
+        frequencies = ops.rope_inverse_frequencies(config.rope, config.head_dim)
+        self.inverse_frequencies = device.xp.asarray(frequencies, dtype=device.xp.float32)  # [d/2]
+
+    def new_cache(self):
+        """An empty KV cache for one sequence."""
+        c = self.config
+        return KVCache(self.device.xp, self.device.dtype, c.num_hidden_layers, self.kv_heads, c.head_dim)
+
+    def forward(self, token_ids, cache, logits_at=None):
+        """Run the next tokens of a sequence; prefill and decode are this same function.
+
+        Parameters
+        ----------
+        token_ids : int [T]
+            They follow the `cache.length` tokens of before, and are added to the cache.
+        cache : KVCache
+        logits_at : slice or int array or None
+            Which of these T positions get logits: slice(-1, None) to generate, slice(None) for perplexity,
+            None to only fill the cache.
+
+        Returns
+        -------
+        float32 [n, V], the same on every rank, or None
+        """
+        xp, w = self.device.xp, self.weights
+        token_ids = xp.asarray(token_ids)  # [T]
+        past, total = cache.length, cache.length + token_ids.shape[0]
+        positions = xp.arange(past, total)  # [T]
+        step = Step(xp, positions, past, total, self.inverse_frequencies, self.config.sliding_window)
+
+        x = self.comm.all_reduce(ops.embed_partial(xp, token_ids, w.embed, self.vocab_start))  # [T, D]
+        for i, layer in enumerate(w.layers):
+            x = x + self._attention(i, layer, x, step, cache)  # [T, D]
+            x = x + self._mlp(layer, x)  # [T, D]
+        cache.advance(token_ids.shape[0])
+        if logits_at is None:
+            return None
+        x = ops.rms_norm(xp, x[logits_at], w.final_norm, self.config.rms_norm_eps)  # [n, D]
+        logits_r = ops.logits_partial(xp, x, w.lm_head)  # [n, V_r]
+        return self.comm.all_gather(logits_r, self.vocab_widths)  # [n, V]
+
+    def _attention(self, i, layer, x, step, cache):
+        """[T, D] -> [T, D]; this rank computes its own heads, the all-reduce adds up their outputs."""
+        xp = self.device.xp
+        h = ops.rms_norm(xp, x, layer.attn_norm, self.config.rms_norm_eps)  # [T, D]
+        qkv = ops.column_parallel(xp, h, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
+        q, k, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r, T, d], 2 x [K_r, T, d]
+        q = ops.apply_rope(xp, q, step.cos, step.sin)  # [H_r, T, d]
+        k = ops.apply_rope(xp, k, step.cos, step.sin)  # [K_r, T, d]
+        k, v = cache.append(i, k, v)  # [K_r, S, d] each, all positions so far
+        k, v = k[:, step.first_key :], v[:, step.first_key :]  # those that the window reaches
+        context = ops.attention(xp, q, k, v, self.query_groups, step.mask)  # [T, H_r d]
+        out = self.comm.all_reduce(ops.row_parallel(xp, context, layer.w_o))  # [T, D]
+        return out if layer.b_o is None else out + layer.b_o  # [T, D]
+
+    def _mlp(self, layer, x):
+        """[T, D] -> [T, D]; this rank computes its own FFN columns, the all-reduce adds up their outputs."""
+        xp = self.device.xp
+        h = ops.rms_norm(xp, x, layer.mlp_norm, self.config.rms_norm_eps)  # [T, D]
+        gate_up = ops.column_parallel(xp, h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
+        act = ops.swiglu(xp, gate_up)  # [T, F_r]
+        out = self.comm.all_reduce(ops.row_parallel(xp, act, layer.w_down))  # [T, D]
+        return out if layer.b_down is None else out + layer.b_down  # [T, D]
+
+
+class Step:
+    """What all layers of one forward pass share: the angles of its positions and what each may see."""
+
+    def __init__(self, xp, positions, past, total, inverse_frequencies, window):
+        self.cos, self.sin = ops.rope_cos_sin(xp, positions, inverse_frequencies)  # [T, d/2] each
+        # The oldest key that any query of this step sees; with a window the scores stay that small.
+        self.first_key = 0 if window is None else max(0, past - window + 1)
+        # A single query sees all keys from there on, so decoding needs no mask.
+        self.mask = None
+        if total - past > 1:
+            self.mask = ops.causal_mask(xp, positions, self.first_key, total, window)  # [T, S]
+
+
+def prefill(model, cache, token_ids, chunk=PREFILL_CHUNK):
+    """Run a prompt through the model in passes of `chunk` tokens; return the last position's logits [V]."""
+    last = (len(token_ids) - 1) // chunk * chunk
+    for start in range(0, last, chunk):
+        model.forward(token_ids[start : start + chunk], cache)
+    return model.forward(token_ids[last:], cache, logits_at=slice(-1, None))[0]

@@ -1,0 +1,115 @@
+"""What `--model` may name: a directory, the demo, a Hugging Face id, or random weights in known shapes."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitp.checkpoint import Checkpoint
+from minitp.config import Config, parse_config, read_config
+from minitp.errors import InputError
+from minitp.random_weights import RandomWeights, random_config
+from minitp.shard import make_plan
+from minitp.tokenizer import load_tokenizer
+
+DEMO = "smollm2"
+RANDOM = "random:"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+# Of a repository only these: it may hold the same weights again in other formats.
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that has been found and checked, before any weight is read.
+
+    Attributes
+    ----------
+    name : str
+        What the user called it.
+    directory : Path or None
+        None for random weights.
+    config : Config
+    tensors : Checkpoint or RandomWeights
+    plan : Plan
+    """
+
+    name: str
+    directory: Path | None
+    config: Config
+    tensors: object
+    plan: object
+
+    def tokenizer(self):
+        """Its Tokenizer, or None if it has none."""
+        return None if self.directory is None else load_tokenizer(self.directory)
+
+
+def open_model(name, tp, layers=None):
+    """Find a model, fetch it if need be, and check all that can be checked without reading weights.
+
+    Parameters
+    ----------
+    name : str
+        As `--model` takes it.
+    tp : int
+    layers : int or None
+        Only the first so many.
+
+    Raises
+    ------
+    InputError
+    """
+    if name.startswith(RANDOM):
+        fields = random_config(name.removeprefix(RANDOM))
+        config = parse_config(fields, name).with_layers(layers, name)
+        plan = make_plan(config, tp)
+        shapes = {tensor: shard.shape for tensor, shard in plan.tensors.items()}
+        return ModelSource(name, None, config, RandomWeights(shapes), plan)
+    directory = find_directory(name)
+    whole = read_config(directory)
+    config = whole.with_layers(layers, directory)
+    plan = make_plan(config, tp)
+    checkpoint = Checkpoint(directory)
+    checkpoint.check(plan, whole.num_hidden_layers)
+    return ModelSource(name, directory, config, checkpoint, plan)
+
+
+def find_directory(name):
+    """The local directory of a model, downloaded first if `name` is the demo or a Hugging Face id."""
+    if name == DEMO and not os.path.isdir(name):
+        from minitp.demo import demo_directory
+
+        return demo_directory()
+    if os.path.isdir(name):
+        return Path(name)
+    if HUB_ID.fullmatch(name):
+        return _download(name)
+    raise InputError(
+        f"--model {name}: no such directory; give a directory, a Hugging Face id (owner/name), "
+        f"{DEMO}, or {RANDOM}NAME"
+    )
+
+
+def _download(hub_id):
+    """A snapshot in huggingface_hub's own cache, with its progress bars; only what minitp reads."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises those of its HTTP library, which changes
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"--model {hub_id}: no such directory here, and not to be had from the Hugging Face hub: "
+            f"{type(error).__name__}: {reason[:300]}"
+        ) from error

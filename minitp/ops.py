@@ -1,0 +1,237 @@
+"""Every operation of the transformer, written out: pure functions of arrays.
+
+`xp` is the array module, `numpy` or `cupy`; nothing here knows which. Shape letters, here and everywhere:
+
+    T tokens of this step    S tokens in the cache    D hidden    d head_dim    V vocabulary
+    H query heads            K key/value heads        F FFN columns
+    H_r, K_r, F_r, V_r: the part of them that this rank holds
+
+Weights lie `[in, out]`, so a projection reads `x @ w`. Norms, RoPE and softmax compute in float32 whatever
+the dtype of `x`, and matrix products sum in float32: that is what a GPU does with 16-bit inputs.
+"""
+
+import math
+
+# --- embedding ------------------------------------------------------------------------------------------
+
+
+def embed_partial(xp, token_ids, table, first_row):
+    """Vocab-parallel gather: the rows that this rank holds, zero for tokens that live on another rank.
+
+    The sum over all ranks is the embedding, for just one rank adds something. (Megatron-LM, section 3.)
+
+    Parameters
+    ----------
+    token_ids : int [T]
+    table : [V_r, D]
+        This rank's rows of the embedding.
+    first_row : int
+        The token id of its first row.
+
+    Returns
+    -------
+    [T, D] in the dtype of `table`
+    """
+    local = token_ids - first_row  # [T]
+    here = (local >= 0) & (local < table.shape[0])  # [T]
+    rows = table[xp.where(here, local, 0)]  # [T, D]
+    return xp.where(here[:, None], rows, xp.zeros_like(rows))  # [T, D]
+
+
+# --- normalisation --------------------------------------------------------------------------------------
+
+
+def rms_norm(xp, x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis. (Zhang and Sennrich, RMSNorm, 2019.)
+
+    `x` is [T, D] and `weight` [D]; returns [T, D] in the dtype of `x`. As in Hugging Face's Llama the
+    normalised value is rounded to that dtype before the weight is applied.
+    """
+    x32 = x.astype(xp.float32, copy=False)  # [T, D]
+    mean_square = xp.mean(x32 * x32, axis=-1, keepdims=True)  # [T, 1]
+    normed = x32 / xp.sqrt(mean_square + eps)  # [T, D]
+    return normed.astype(x.dtype, copy=False) * weight  # [T, D]
+
+
+# --- projections ----------------------------------------------------------------------------------------
+
+
+def matmul(xp, a, b):
+    """a @ b with the sums in float32, rounded once to the dtype of `a`. [n, m] @ [m, k] -> [n, k]."""
+    return xp.matmul(a, b, dtype=xp.float32).astype(a.dtype, copy=False)
+
+
+def column_parallel(xp, x, w_r, bias_r=None):
+    """This rank's columns of x @ w + bias: no communication.
+
+    w = [ w_0 | w_1 | .. ], `x` [T, D] is the same on all ranks, `w_r` [D, n_r], `bias_r` [n_r].
+    Returns [T, n_r].
+    """
+    y_r = matmul(xp, x, w_r)  # [T, n_r]
+    return y_r if bias_r is None else y_r + bias_r  # [T, n_r]
+
+
+def row_parallel(xp, x_r, w_r):
+    """This rank's term of the sum  x @ w = x_0 @ w_0 + x_1 @ w_1 + ..: an all-reduce must follow.
+
+    `x_r` [T, n_r] are this rank's columns of x, `w_r` [n_r, D] the rows of w that go with them. A bias is
+    not added here: added on each rank it would count once a rank. Returns [T, D].
+    """
+    return matmul(xp, x_r, w_r)  # [T, D]
+
+
+def logits_partial(xp, x, w_r):
+    """This rank's vocabulary rows of the logits, kept in float32: rounding would make ties.
+
+    `x` is [n, D] and `w_r` [D, V_r]; returns float32 [n, V_r].
+    """
+    return xp.matmul(x, w_r, dtype=xp.float32)  # [n, V_r]
+
+
+# --- rotary position embedding --------------------------------------------------------------------------
+
+
+def rope_inverse_frequencies(rope, head_dim):
+    """The angle that each pair of dimensions turns by per position, as a list of head_dim / 2 floats.
+
+    default   theta^(-2i / d)                                   (Su et al., RoFormer, 2021, section 3.2.2)
+    linear    the same, divided by `factor`                     (Chen et al., Position Interpolation, 2023)
+    llama3    waves longer than the original context are stretched by `factor`, short ones are kept, and
+              between the two it changes over smoothly          (Llama 3.1's reference code)
+    """
+    plain = [rope.rope_theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    if rope.rope_type == "default":
+        return plain
+    if rope.rope_type == "linear":
+        return [f / rope.factor for f in plain]
+    scaled = []
+    for f in plain:
+        turns = rope.original_max_position_embeddings * f / (2 * math.pi)  # over the original context
+        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        keep = min(max(keep, 0.0), 1.0)
+        scaled.append(keep * f + (1 - keep) * f / rope.factor)
+    return scaled
+
+
+def rope_cos_sin(xp, positions, inverse_frequencies):
+    """Cosine and sine of each position's angles.
+
+    `positions` int [T] and `inverse_frequencies` float32 [d/2]; returns two float32 [T, d/2].
+    """
+    angles = positions.astype(xp.float32)[:, None] * inverse_frequencies[None, :]  # [T, d/2]
+    return xp.cos(angles), xp.sin(angles)  # [T, d/2], [T, d/2]
+
+
+def apply_rope(xp, x, cos, sin):
+    """Turn the pairs (x[i], x[i + d/2]) of each head by its position's angles.
+
+    This is the half-split ("rotate_half") layout of Hugging Face checkpoints. Meta's original files pair
+    (x[2i], x[2i + 1]) instead: weights for the one with code for the other give fluent-looking garbage.
+
+    `x` is [n, T, d] for n heads, `cos` and `sin` [T, d/2]; returns [n, T, d] in the dtype of `x`.
+    """
+    x32 = x.astype(xp.float32, copy=False)  # [n, T, d]
+    half = x.shape[-1] // 2
+    first, second = x32[..., :half], x32[..., half:]  # [n, T, d/2] each
+    turned = xp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)  # [n, T, d]
+    return turned.astype(x.dtype, copy=False)  # [n, T, d]
+
+
+# --- attention ------------------------------------------------------------------------------------------
+
+
+def split_heads(xp, qkv, heads, kv_heads):
+    """Views of the joined projection as heads: q [H_r, T, d], k [K_r, T, d], v [K_r, T, d].
+
+    `qkv` is [T, (H_r + 2 K_r) * d], with the columns of all q heads first, then k, then v.
+    """
+    per_head = qkv.reshape(qkv.shape[0], heads + 2 * kv_heads, -1)  # [T, H_r + 2 K_r, d]
+    by_head = per_head.transpose(1, 0, 2)  # [H_r + 2 K_r, T, d]
+    return by_head[:heads], by_head[heads : heads + kv_heads], by_head[heads + kv_heads :]
+
+
+def causal_mask(xp, query_positions, first_key, stop_key, window=None):
+    """Which keys each query may see: bool [T, S] for the keys at positions first_key .. stop_key - 1.
+
+    A query at position i sees the keys j <= i, and with a sliding window only the last `window` of these,
+    itself included: i - window < j. (Jiang et al., Mistral 7B, 2023, section 2.)
+    """
+    query = query_positions[:, None]  # [T, 1]
+    key = xp.arange(first_key, stop_key)[None, :]  # [1, S]
+    visible = key <= query  # [T, S]
+    return visible if window is None else visible & (key > query - window)  # [T, S]
+
+
+def attention_scores(xp, q, k, mask=None):
+    """q . k / sqrt(d), and -inf where the mask says no.
+
+    `q` is [G, T, d] for the G query heads that share a KV head, `k` [S, d], `mask` bool [T, S] or None if
+    everything may be seen. Returns float32 [G, T, S].
+    """
+    group, tokens, d = q.shape
+    rows = q.reshape(group * tokens, d)  # [G * T, d]
+    products = xp.matmul(rows, k.T, dtype=xp.float32)  # [G * T, S]
+    scores = (products * (1 / math.sqrt(d))).reshape(group, tokens, -1)  # [G, T, S]
+    return scores if mask is None else xp.where(mask, scores, -xp.inf)  # [G, T, S]
+
+
+def softmax(xp, scores):
+    """exp(s - max) / sum, over the last axis. Subtracting the maximum keeps exp from overflowing.
+
+    `scores` is float32 [..., S] with at least one finite entry in each row; returns the same shape.
+    """
+    shifted = scores - xp.max(scores, axis=-1, keepdims=True)  # [..., S]
+    weights = xp.exp(shifted)  # [..., S]
+    return weights / xp.sum(weights, axis=-1, keepdims=True)  # [..., S]
+
+
+def attention_context(xp, probs, v):
+    """The mean of the values, weighted by the probabilities.
+
+    `probs` float32 [G, T, S] is rounded to the dtype of `v` [S, d] first; returns [G, T, d].
+    """
+    group, tokens, keys = probs.shape
+    rows = probs.reshape(group * tokens, keys).astype(v.dtype, copy=False)  # [G * T, S]
+    return matmul(xp, rows, v).reshape(group, tokens, -1)  # [G, T, d]
+
+
+def attention(xp, q, k, v, query_groups, mask=None):
+    """Softmax attention with grouped query heads. (Vaswani et al., 2017, section 3.2; Ainslie et al., GQA, 2023.)
+
+    Parameters
+    ----------
+    q : [H_r, T, d]
+    k, v : [K_r, S, d]
+    query_groups : list of (start, stop)
+        For each KV head the query heads that read it. The groups may be ragged, so nothing is reshaped to
+        [K_r, G]: the loop goes over KV heads.
+    mask : bool [T, S] or None
+
+    Returns
+    -------
+    [T, H_r * d] : the context of all heads side by side, as the output projection wants it
+    """
+    heads, tokens, d = q.shape
+    context = xp.empty((heads, tokens, d), dtype=q.dtype)  # [H_r, T, d]
+    for kv_head, (start, stop) in enumerate(query_groups):
+        scores = attention_scores(xp, q[start:stop], k[kv_head], mask)  # [G, T, S]
+        probs = softmax(xp, scores)  # [G, T, S]
+        context[start:stop] = attention_context(xp, probs, v[kv_head])  # [G, T, d]
+    return context.transpose(1, 0, 2).reshape(tokens, heads * d)  # [T, H_r * d]
+
+
+# --- feed-forward ---------------------------------------------------------------------------------------
+
+
+def swiglu(xp, gate_up):
+    """silu(gate) * up, with silu(x) = x / (1 + exp(-x)). (Shazeer, GLU Variants, 2020.)
+
+    `gate_up` is [T, 2 F_r], the gate columns first; returns [T, F_r] in the same dtype.
+    """
+    columns = gate_up.shape[-1] // 2
+    gate = gate_up[:, :columns].astype(xp.float32, copy=False)  # [T, F_r]
+    up = gate_up[:, columns:].astype(xp.float32, copy=False)  # [T, F_r]
+    # exp(-|gate|) never overflows; for a negative gate x / (1 + exp(-x)) = x exp(x) / (1 + exp(x))
+    small = xp.exp(-xp.abs(gate))  # [T, F_r]
+    sigmoid = xp.where(gate >= 0, 1, small) / (1 + small)  # [T, F_r]
+    return (gate * sigmoid * up).astype(gate_up.dtype, copy=False)  # [T, F_r]

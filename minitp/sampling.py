@@ -1,0 +1,93 @@
+"""From the logits of one position to the next token. Only rank 0 samples."""
+
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+
+from minitp.errors import InputError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a continuation is chosen and when it ends.
+
+    Attributes
+    ----------
+    max_new_tokens : int
+    temperature : float
+        0 takes the most probable token (greedy); otherwise the logits are divided by it.
+    top_k : int
+        Choose among the k most probable tokens only; 0: all.
+    top_p : float
+        Choose among the fewest most probable tokens whose probabilities add up to at least p.
+        (Holtzman et al., The Curious Case of Neural Text Degeneration, 2019, section 3.1.)
+    seed : int or None
+        The same seed gives the same text at the same number of ranks. None draws a fresh one.
+    stop : tuple of str
+        The text ends before the first of these.
+    ignore_eos : bool
+        Go on after an end-of-text token.
+    """
+
+    max_new_tokens: int = 100
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self):
+        self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        self._check("temperature", 0 <= self.temperature < float("inf"), "0 or a positive number")
+        self._check("top_k", self.top_k >= 0, "0 (all) or more")
+        self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._check("seed", self.seed is None or self.seed >= 0, "0 or more")
+        self._check("stop", all(self.stop), "strings that are not empty")
+
+    def _check(self, name, right, expected):
+        if not right:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}")
+
+
+class Sampler:
+    """Draws tokens with one generator, so that a seed fixes the whole continuation.
+
+    Attributes
+    ----------
+    seed : int or None
+        The seed in use; None when greedy.
+    """
+
+    def __init__(self, params):
+        self._params = params
+        self.seed = None
+        if params.temperature > 0:
+            self.seed = secrets.randbits(32) if params.seed is None else params.seed
+            self._generator = np.random.Generator(np.random.PCG64(self.seed))
+
+    def choose(self, logits):
+        """A token id from float32 logits [V]."""
+        if self._params.temperature == 0:
+            return int(np.argmax(logits))
+        probs = token_probabilities(logits, self._params)  # [V]
+        cumulative = np.cumsum(probs)  # [V]
+        drawn = self._generator.random() * cumulative[-1]
+        return int(np.searchsorted(cumulative, drawn, side="right"))
+
+
+def token_probabilities(logits, params):
+    """The probabilities [V] that temperature, top-k and top-p (in this order) leave; float64, sum 1."""
+    scaled = logits.astype(np.float64) / params.temperature  # [V]
+    order = np.argsort(-scaled, kind="stable")  # [V], the most probable first; ties by token id
+    kept = len(order) if params.top_k == 0 else min(params.top_k, len(order))
+    best = scaled[order[:kept]]  # [kept]
+    probs = np.exp(best - best[0])  # [kept]
+    probs /= probs.sum()
+    if params.top_p < 1:
+        needed = int(np.searchsorted(np.cumsum(probs), params.top_p)) + 1
+        probs = probs[:needed] / probs[:needed].sum()
+    result = np.zeros(len(logits))  # [V]
+    result[order[: len(probs)]] = probs
+    return result

@@ -1,0 +1,73 @@
+"""Text to tokens and back: a tokenizer.json through the `tokenizers` library, and text as it streams."""
+
+from pathlib import Path
+
+from minitp.errors import InputError
+
+REPLACEMENT = "\ufffd"  # what a half character decodes to
+
+
+def load_tokenizer(directory):
+    """The directory's Tokenizer, or None if it has no tokenizer.json."""
+    path = Path(directory) / "tokenizer.json"
+    return Tokenizer(path) if path.exists() else None
+
+
+class Tokenizer:
+    """A tokenizer.json. Special tokens such as BOS are added where the file's own post-processor says so."""
+
+    def __init__(self, path):
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise InputError(f"{path}: not a tokenizer.json: {' '.join(str(error).split())}") from error
+
+    def encode(self, text):
+        """Token ids of a text."""
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, token_ids):
+        """The text of tokens, without the special ones."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+
+class TextStream:
+    """Turns tokens into text one by one, never handing out half a character.
+
+    A character may be spread over several tokens, and how a token reads may depend on the one before it (a
+    leading space is dropped at the start of a text). So a short tail of the tokens is decoded with and
+    without the new one, and the difference is the new text, once it no longer ends in half a character.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    prompt_ids : list of int
+        What came before; its text is not handed out.
+    """
+
+    TAIL = 6  # more tokens than any one character of UTF-8 has bytes
+
+    def __init__(self, tokenizer, prompt_ids):
+        self._decode = tokenizer.decode
+        self._ids = list(prompt_ids[-self.TAIL :])
+        self._known = len(self._ids)  # tokens of _ids whose text has been handed out
+
+    def push(self, token_id):
+        """The text that is complete with this token; may be empty."""
+        self._ids.append(token_id)
+        return self._take(final=False)
+
+    def finish(self):
+        """The rest, with a replacement character for each one that stayed incomplete."""
+        return self._take(final=True)
+
+    def _take(self, final):
+        before = self._decode(self._ids[: self._known])
+        text = self._decode(self._ids)
+        if not final and text.endswith(REPLACEMENT):
+            return ""
+        self._ids = self._ids[-max(self.TAIL, len(self._ids) - self._known) :]
+        self._known = len(self._ids)
+        return text[len(before) :]

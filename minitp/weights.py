@@ -1,0 +1,161 @@
+"""One rank's weights, in the order and layout in which `model` multiplies by them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from minitp.errors import InputError
+
+BLOCK_BYTES = 1 << 24  # read at a time
+
+LM_HEAD = "lm_head.weight"
+EMBED = "model.embed_tokens.weight"
+
+
+@dataclass
+class Layer:
+    """One layer's tensors on one rank; projections lie [in, out], biases are None where there are none."""
+
+    attn_norm: Any  # [D]
+    w_qkv: Any  # [D, (H_r + 2 K_r) d]: the columns of q, then k, then v
+    b_qkv: Any  # [(H_r + 2 K_r) d]
+    w_o: Any  # [H_r d, D]
+    b_o: Any  # [D]
+    mlp_norm: Any  # [D]
+    w_gate_up: Any  # [D, 2 F_r]: the columns of gate, then up
+    b_gate_up: Any  # [2 F_r]
+    w_down: Any  # [F_r, D]
+    b_down: Any  # [D]
+
+
+@dataclass
+class Weights:
+    """One rank's tensors."""
+
+    embed: Any  # [V_r, D]
+    lm_head: Any  # [D, V_r]; with tied embeddings `embed` is a view of it
+    final_norm: Any  # [D]
+    layers: list = field(default_factory=list)
+
+    @property
+    def nbytes(self):
+        """Bytes of all arrays, each counted once."""
+        arrays = [self.lm_head, self.final_norm]
+        if self.embed.base is not self.lm_head:
+            arrays.append(self.embed)
+        arrays += [array for layer in self.layers for array in vars(layer).values() if array is not None]
+        return sum(array.nbytes for array in arrays)
+
+
+class Loader:
+    """Reads one rank's slices of a checkpoint into the arrays that the model uses.
+
+    Each array is allocated once, in the compute dtype, and filled block by block, and nothing is kept. So the
+    private memory of a rank (RssAnon + RssShmem of /proc/self/status) never exceeds its shard in the compute
+    dtype + its largest single slice + 200 MB for Python and the libraries. The files themselves are mapped:
+    their pages belong to the page cache and are shared by the ranks of a host.
+
+    Parameters
+    ----------
+    plan : Plan
+    rank : int
+    source : Checkpoint or RandomWeights
+    device : Device
+    progress : callable
+        Called with the number of bytes after each array.
+    """
+
+    def __init__(self, plan, rank, source, device, progress=lambda nbytes: None):
+        self.plan, self.rank, self.source, self.device, self.progress = plan, rank, source, device, progress
+
+    def load(self):
+        """All of this rank's Weights."""
+        lm_head, embed = self._embeddings()
+        weights = Weights(embed, lm_head, self._vector("model.norm.weight"))
+        for i in range(self.plan.layers):
+            weights.layers.append(self._layer(f"model.layers.{i}"))
+        return weights
+
+    def _embeddings(self):
+        """lm_head [D, V_r] and embed [V_r, D]: two arrays, or when tied one and its transpose.
+
+        The memory order is the one that suits the product, of which each step makes one over the whole; the
+        gather picks only T rows.
+        """
+        if LM_HEAD in self.plan.tensors:
+            shape = self.plan.tensors[EMBED].shape_on(self.rank)
+            embed = self.device.xp.empty(shape, dtype=self.device.dtype)  # [V_r, D]
+            for start, rows in self._blocks(EMBED):
+                embed[start : start + len(rows)] = rows
+            self.progress(embed.nbytes)
+            return self._matrix(LM_HEAD), embed
+        lm_head = self._matrix(EMBED)  # [D, V_r]
+        self._refuse_untied_copy(lm_head)
+        return lm_head, lm_head.T
+
+    def _refuse_untied_copy(self, lm_head):
+        """A file that ties its embeddings may hold lm_head all the same, but then with the same values."""
+        info = getattr(self.source, "tensors", {}).get(LM_HEAD)
+        if info is None:
+            return
+        shape = self.plan.tensors[EMBED].shape
+        same = info.shape == shape and all(
+            (rows.astype(self.device.dtype).T == lm_head[:, start : start + len(rows)]).all()
+            for start, rows in self._blocks(LM_HEAD, like=EMBED)
+        )
+        if not same:
+            raise InputError(
+                f"{info.file}: {LM_HEAD} differs from {EMBED}, but config.json says tie_word_embeddings: true"
+            )
+
+    def _layer(self, prefix):
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        qkv = [f"{attention}.{part}_proj" for part in "qkv"]
+        gate_up = [f"{mlp}.gate_proj", f"{mlp}.up_proj"]
+        return Layer(
+            attn_norm=self._vector(f"{prefix}.input_layernorm.weight"),
+            w_qkv=self._matrix(*[f"{name}.weight" for name in qkv]),
+            b_qkv=self._vector(*[f"{name}.bias" for name in qkv]),
+            w_o=self._matrix(f"{attention}.o_proj.weight"),
+            b_o=self._vector(f"{attention}.o_proj.bias"),
+            mlp_norm=self._vector(f"{prefix}.post_attention_layernorm.weight"),
+            w_gate_up=self._matrix(*[f"{name}.weight" for name in gate_up]),
+            b_gate_up=self._vector(*[f"{name}.bias" for name in gate_up]),
+            w_down=self._matrix(f"{mlp}.down_proj.weight"),
+            b_down=self._vector(f"{mlp}.down_proj.bias"),
+        )
+
+    def _blocks(self, name, like=None):
+        """This rank's slice of a matrix as (first row, rows), a few MB at a time."""
+        rows, columns = self.plan.tensors[like or name].index(self.rank)
+        step = max(1, BLOCK_BYTES // (4 * max(1, columns.stop - columns.start)))
+        for start in range(rows.start, rows.stop, step):
+            block = slice(start, min(start + step, rows.stop))
+            yield start - rows.start, self.source.read(name, (block, columns))
+
+    def _matrix(self, *names):
+        """The slices of `names`, [out, in] in the file, side by side as one [in, sum of out]."""
+        shapes = [self.plan.tensors[name].shape_on(self.rank) for name in names]
+        columns = sum(out for out, _ in shapes)
+        joined = self.device.xp.empty((shapes[0][1], columns), dtype=self.device.dtype)  # [in, sum of out]
+        start = 0
+        for name, (out, _) in zip(names, shapes, strict=True):
+            for row, block in self._blocks(name):  # [rows, in]
+                joined[:, start + row : start + row + len(block)] = block.T
+            start += out
+        self.progress(joined.nbytes)
+        return joined
+
+    def _vector(self, *names):
+        """The slices of `names` end to end, or None if the model has no such tensors."""
+        if names[0] not in self.plan.tensors:
+            return None
+        xp = self.device.xp
+        slices = [self.source.read(name, self.plan.tensors[name].index(self.rank)) for name in names]
+        return xp.concatenate([xp.asarray(part, dtype=self.device.dtype) for part in slices])
+
+
+def shard_nbytes(plan, rank, device):
+    """Bytes of a rank's weights, without loading them."""
+    shapes = [shard.shape_on(rank) for shard in plan.tensors.values()]
+    elements = sum(shape[0] * (shape[1] if len(shape) == 2 else 1) for shape in shapes)
+    return elements * device.dtype.itemsize

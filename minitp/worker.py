@@ -1,0 +1,100 @@
+"""One rank's process: from its start to its exit code, with a way out for every failure."""
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+
+from minitp import commands
+from minitp.comm import Alone, MpiComm
+from minitp.errors import AgreedError, InputError, MinitpError, RankError, one_line
+from minitp.launch import SOCKET_VARIABLE, env_rank
+
+
+def run_alone(args):
+    """The single rank of --tp 1."""
+    try:
+        return commands.run(args, Alone())
+    except AgreedError as error:
+        return _leave_together(error, args)
+    except MinitpError as error:
+        print(f"minitp: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        print(f"minitp: rank 0 failed: {one_line(error)}", file=sys.stderr)
+        _show_traceback(error, args)
+        return RankError.exit_code
+
+
+def run_in_world(args, world):
+    """One rank under mpirun or srun; `world` is the number of ranks that the launcher says it started."""
+    front = Front(os.environ[SOCKET_VARIABLE]) if SOCKET_VARIABLE in os.environ else None
+    comm = None
+    try:
+        faulthandler.enable()
+        comm = MpiComm(expected=world)
+        with comm.agreed():
+            if args.tp not in (None, "auto", str(world)):
+                raise InputError(f"--tp {args.tp} contradicts the MPI world of {world} ranks; leave --tp out")
+        code = commands.run(args, comm)
+    except AgreedError as error:
+        code = _leave_together(error, args) if comm.rank == 0 else error.exit_code
+    except BaseException as error:
+        code = _leave_alone(error, args, comm, front)
+    if front is not None:
+        front.say(code)
+    return code
+
+
+def _leave_together(error, args):
+    print(f"minitp: {error}", file=sys.stderr)
+    _show_traceback(error.__cause__, args)
+    return error.exit_code
+
+
+def _leave_alone(error, args, comm, front):
+    """This rank fails while the others may wait for it: say why, and end the whole job."""
+    code = 130 if isinstance(error, KeyboardInterrupt) else RankError.exit_code
+    _show_traceback(error, args)
+    if front is not None:
+        front.say(code, one_line(error))
+    elif code != 130 and (comm is not None or env_rank(os.environ) == 0):
+        who = f"rank {comm.rank} failed: " if comm is not None else ""
+        print(f"minitp: {who}{one_line(error)}", file=sys.stderr, flush=True)
+    if comm is not None:
+        comm.abort(code)
+    return code
+
+
+def _show_traceback(error, args):
+    if args.verbose and error is not None:
+        traceback.print_exception(error)
+
+
+class Front:
+    """A rank's connection to the front that started it; see `launch` for what goes over it."""
+
+    def __init__(self, path):
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(path)
+        hello = {"rank": env_rank(os.environ), "pid": os.getpid()}
+        self._socket.sendall(json.dumps(hello).encode() + b"\n")
+        _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 2)
+        for number, descriptor in enumerate(descriptors, start=1):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        threading.Thread(target=self._end_with_front, daemon=True).start()
+
+    def _end_with_front(self):
+        """The front never says more; its end of the connection closes when it dies, and then so does this rank."""
+        self._socket.recv(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def say(self, exit_code, error=None):
+        """This rank's last message."""
+        sys.stdout.flush()
+        self._socket.sendall(json.dumps({"exit": exit_code, "error": error}).encode() + b"\n")
