@@ -62,7 +62,9 @@ class Checkpoint:
         headers = {name: _read_header(self.directory / name) for name in sorted(set(weight_map.values()))}
         for tensor, name in weight_map.items():
             if tensor not in headers[name]:
-                raise InputError(f"{self.directory / name}: tensor {tensor} is missing; {index.name} puts it here")
+                raise InputError(
+                    f"{self.directory / name}: tensor {tensor} is missing; {index.name} puts it here"
+                )
         return {tensor: info for header in headers.values() for tensor, info in header.items()}
 
     def check(self, plan, layers_in_file):
@@ -73,7 +75,9 @@ class Checkpoint:
         for name, shard in plan.tensors.items():
             info = self.tensors.get(name)
             if info is None:
-                raise InputError(f"{self.directory}: tensor {name} is missing, expected shape {list(shard.shape)}")
+                raise InputError(
+                    f"{self.directory}: tensor {name} is missing, expected shape {list(shard.shape)}"
+                )
             if info.shape != shard.shape:
                 raise InputError(
                     f"{info.file}: tensor {name} has shape {list(info.shape)}, expected {list(shard.shape)}"
@@ -88,7 +92,9 @@ class Checkpoint:
                 continue
             if name == "lm_head.weight":  # tied, yet in the file: loading holds the two against each other
                 continue
-            raise InputError(f"{info.file}: tensor {name} is not part of this model; config.json asks for no such")
+            raise InputError(
+                f"{info.file}: tensor {name} is not part of this model; config.json asks for no such"
+            )
 
     def read(self, name, index):
         """One slice of a tensor, in the dtype of the file. `index` is a tuple of slices."""

@@ -89,7 +89,9 @@ def parser():
     top.add_argument("--version", action="version", version=f"minitp {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    sub = commands.add_parser("generate", help="continue a prompt", description="Stream a prompt's continuation.")
+    sub = commands.add_parser(
+        "generate", help="continue a prompt", description="Stream a prompt's continuation."
+    )
     sub.add_argument("prompt", nargs="?", metavar="PROMPT")
     sub.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="token ids in place of the prompt")
     sub.add_argument("-n", "--max-new-tokens", type=int, default=100, metavar="N", help="default 100")
@@ -108,10 +110,12 @@ def parser():
     sub = commands.add_parser(
         "perplexity",
         help="of a text",
-        description="exp of the mean negative log-likelihood of a text's tokens, read in windows of the context.",
+        description="exp of the mean negative log-likelihood of a text, in windows of the context.",
     )
     sub.add_argument("file", metavar="FILE", help="a UTF-8 text")
-    sub.add_argument("--max-context", type=int, metavar="N", help="tokens a window; default the model's context")
+    sub.add_argument(
+        "--max-context", type=int, metavar="N", help="tokens a window; default the model's context"
+    )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     add_common(sub)
     return top

@@ -18,7 +18,7 @@ from time import perf_counter
 
 import numpy as np
 
-from minitp.errors import AgreedError, InputError, MinitpError, RankError, one_line
+from minitp.errors import AgreedError, InputError, RankError, one_line
 
 
 class Comm:
@@ -44,7 +44,7 @@ class Comm:
         return total
 
     def all_gather(self, x, widths):
-        """The ranks' columns side by side: `x` is [T, widths[rank]], the result [T, sum(widths)] everywhere."""
+        """The ranks' columns side by side: from `x` [T, widths[rank]] to [T, sum(widths)], on all ranks."""
         started = perf_counter()
         rows = x.shape[0]
 
@@ -209,7 +209,7 @@ class MpiComm(Comm):
 
     def __init__(self, expected=None):
         MPI = _import_mpi()
-        self._mpi = MPI
+        self._byte = MPI.BYTE
         self._world = MPI.COMM_WORLD
         super().__init__(self._world.Get_rank(), self._world.Get_size())
         if expected is not None and expected != self.size:
@@ -228,15 +228,14 @@ class MpiComm(Comm):
     def _exchange_arrays(self, x, sizes, combine):
         # As bytes, for MPI has no bfloat16.
         everyone = np.empty(sum(sizes), dtype=x.dtype)
-        sent = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-        byte = self._mpi.BYTE
-        if len(set(sizes)) == 1:
-            self._world.Allgather([sent, byte], [everyone.view(np.uint8), byte])
-        else:
-            counts = [size * x.dtype.itemsize for size in sizes]
-            self._world.Allgatherv([sent, byte], [everyone.view(np.uint8), counts, None, byte])
-        ends = np.cumsum(sizes).tolist()
-        return combine([everyone[end - size : end] for end, size in zip(ends, sizes, strict=True)])
+        sent = [np.ascontiguousarray(x).reshape(-1).view(np.uint8), self._byte]
+        received = everyone.view(np.uint8)
+        if max(sizes) == min(sizes):
+            self._world.Allgather(sent, [received, self._byte])
+            return combine(everyone.reshape(self.size, -1))
+        counts = [size * x.dtype.itemsize for size in sizes]
+        self._world.Allgatherv(sent, [received, counts, None, self._byte])
+        return combine(np.split(everyone, np.cumsum(sizes)[:-1]))
 
     def _exchange_objects(self, value):
         return self._world.allgather(value)
@@ -250,6 +249,3 @@ def _import_mpi():
             f"mpi4py finds no MPI library ({one_line(error)}); install one: pip install 'minitp[mpi]'"
         ) from error
     return MPI
-
-
-__all__ = ["Alone", "Comm", "MinitpError", "MpiComm", "ThreadComm", "run_threads"]

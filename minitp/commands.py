@@ -11,11 +11,11 @@ from tqdm import tqdm
 from minitp.device import open_device
 from minitp.errors import InputError
 from minitp.generate import Request, check_prompt, generate
-from minitp.model import Model
+from minitp.model import load_model
 from minitp.model_source import open_model
 from minitp.perplexity import perplexity
 from minitp.sampling import SamplingParams
-from minitp.weights import Loader, shard_nbytes
+from minitp.weights import shard_nbytes
 
 
 def check(args, tp):
@@ -55,16 +55,19 @@ def load(args, comm, source):
     """This rank's Model, with a progress bar of rank 0's share on a terminal; and the seconds it took."""
     started = perf_counter()
     device = open_device(args.dtype)
-    with comm.agreed(), tqdm(
-        total=shard_nbytes(source.plan, comm.rank, device),
-        desc=f"loading {source.name}, rank 0 of {comm.size}",
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        disable=comm.rank != 0 or not sys.stderr.isatty(),
-    ) as bar:
-        weights = Loader(source.plan, comm.rank, source.tensors, device, bar.update).load()
-    return Model(source.config, source.plan, weights, comm, device), perf_counter() - started
+    with (
+        comm.agreed(),
+        tqdm(
+            total=shard_nbytes(source.plan, comm.rank, device),
+            desc=f"loading {source.name}, rank 0 of {comm.size}",
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            disable=comm.rank != 0 or not sys.stderr.isatty(),
+        ) as bar,
+    ):
+        model = load_model(source, comm, device, bar.update)
+    return model, perf_counter() - started
 
 
 def write_out(text):
@@ -91,7 +94,9 @@ class Generate:
         if ids is None:
             tokenizer = source.tokenizer()
             if tokenizer is None:
-                raise InputError(f"{source.name} has no tokenizer.json; give --tokens 1,2,3 in place of the prompt")
+                raise InputError(
+                    f"{source.name} has no tokenizer.json; give --tokens 1,2,3 in place of the prompt"
+                )
             ids = tokenizer.encode(args.prompt)
         elif args.stop and source.tokenizer() is None:
             raise InputError(f"--stop wants text, and {source.name} has no tokenizer.json")
@@ -163,8 +168,8 @@ def report(args, request, stats):
     if args.stats:
         speed = stats["decode_tokens_per_s"]
         print(
-            f"{stats['tp']} ranks, {stats['dtype']}, {stats['weight_bytes_per_rank'] / 1e6:.1f} MB of weights on "
-            f"rank 0, loaded in {stats['load_s']:.2f} s\n"
+            f"{stats['tp']} ranks, {stats['dtype']}, {stats['weight_bytes_per_rank'] / 1e6:.1f} MB of weights "
+            f"on rank 0, loaded in {stats['load_s']:.2f} s\n"
             f"{len(request.prompt_ids)} prompt tokens, first new token after {stats['ttft_s']:.3f} s\n"
             f"{len(request.token_ids)} new tokens"
             + (f", {speed:.1f} tokens/s after the first" if speed else "")
@@ -203,7 +208,9 @@ class Perplexity:
             value, scored = perplexity(model, ids, context, bar.update)
         if comm.rank == 0:
             if args.json:
-                write_out(json.dumps({"perplexity": value, "scored_tokens": scored, "tokens": len(ids)}) + "\n")
+                write_out(
+                    json.dumps({"perplexity": value, "scored_tokens": scored, "tokens": len(ids)}) + "\n"
+                )
             else:
                 write_out(f"perplexity {value:.4f} over {scored} tokens\n")
         return 0

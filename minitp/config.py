@@ -88,7 +88,9 @@ class Config:
         if layers is None:
             return self
         if not 1 <= layers <= self.num_hidden_layers:
-            raise InputError(f"--layers {layers}: {where} has {self.num_hidden_layers} layers; give 1 to that")
+            raise InputError(
+                f"--layers {layers}: {where} has {self.num_hidden_layers} layers; give 1 to that"
+            )
         return dataclasses.replace(self, num_hidden_layers=layers)
 
 

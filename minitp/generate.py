@@ -165,7 +165,9 @@ def check_prompt(token_ids, config, max_context):
     """Refuse a prompt that the model cannot take; return the context length in force."""
     limit = config.max_position_embeddings
     if max_context is not None and not 1 <= max_context <= limit:
-        raise InputError(f"--max-context {max_context}: this model's context is {limit} tokens; give 1 to that")
+        raise InputError(
+            f"--max-context {max_context}: this model's context is {limit} tokens; give 1 to that"
+        )
     limit = max_context or limit
     if not token_ids:
         raise InputError("the prompt is empty and this model adds no BOS token; give at least one word")
@@ -173,5 +175,7 @@ def check_prompt(token_ids, config, max_context):
         if not 0 <= token < config.vocab_size:
             raise InputError(f"token id {token} is outside the vocabulary, 0 to {config.vocab_size - 1}")
     if len(token_ids) >= limit:
-        raise InputError(f"the prompt has {len(token_ids)} tokens and the context {limit}: no room for a new one")
+        raise InputError(
+            f"the prompt has {len(token_ids)} tokens and the context {limit}: no room for a new one"
+        )
     return limit

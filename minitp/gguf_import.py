@@ -95,7 +95,7 @@ def hugging_face_name(name):
 
 
 def unpermute(values, heads):
-    """Rows of q or k [H * d, D] from GGUF's interleaved RoPE pairs (2i, 2i + 1) to the halves (i, i + d/2)."""
+    """Rows of q or k [H * d, D] from GGUF's RoPE pairs (2i, 2i + 1) to the halves (i, i + d/2)."""
     rows, columns = values.shape
     pairs = values.reshape(heads, rows // heads // 2, 2, columns)  # [H, d/2, 2, D]
     return pairs.swapaxes(1, 2).reshape(rows, columns)  # [H * d, D]
@@ -117,7 +117,9 @@ def make_tokenizer(meta, path):
     )
     tokenizer.decoder = decoders.ByteLevel()
     types = zip(tokens, meta["tokenizer.ggml.token_type"], strict=True)
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t, type_ in types if type_ == CONTROL_TOKEN])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True) for t, type_ in types if type_ == CONTROL_TOKEN]
+    )
     return tokenizer
 
 

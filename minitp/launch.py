@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minitp.errors import InputError, RankError
@@ -109,7 +109,7 @@ def limit_blas_threads(environment, ranks):
 
 
 def find_mpirun():
-    """The mpirun beside this Python, which belongs to the MPI that mpi4py finds there; else that of the PATH."""
+    """The mpirun beside this Python, whose MPI mpi4py finds as well; else that of the PATH."""
     beside = Path(sys.executable).parent / "mpirun"
     found = str(beside) if beside.exists() else shutil.which("mpirun") or shutil.which("mpiexec")
     if found is None:
@@ -204,7 +204,9 @@ class Job:
                     return RankError.exit_code
             if len(self.ranks) < self.size:
                 if self.mpirun.poll() is not None:
-                    return self.fail(f"mpirun ended with code {self.mpirun.returncode} before all ranks had started")
+                    return self.fail(
+                        f"mpirun ended with code {self.mpirun.returncode} before all ranks had started"
+                    )
                 if time.monotonic() - started > START_LIMIT_S:
                     missing = sorted(set(range(self.size)) - set(self.ranks))
                     return self.fail(f"ranks {missing} have not started within {START_LIMIT_S} s")
@@ -218,7 +220,11 @@ class Job:
         """A rank has connected: note who it is and give it its stdout and stderr."""
         connection, _ = self.listener.accept()
         connection.settimeout(END_LIMIT_S)
-        hello = json.loads(connection.makefile("rb").readline())
+        line = connection.makefile("rb").readline()
+        if not line:  # it died in between; mpirun will end, and say why
+            connection.close()
+            return
+        hello = json.loads(line)
         rank = Rank(hello["rank"], hello["pid"], connection)
         self.ranks[rank.rank] = rank
         if rank.rank == 0:
@@ -296,7 +302,5 @@ class Job:
 
 
 def _kill(pid):
-    try:
+    with suppress(ProcessLookupError):  # it may be gone by now
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it is gone already

@@ -13,6 +13,7 @@ all ranks.
 
 from minitp import ops
 from minitp.kv_cache import KVCache
+from minitp.weights import Loader
 
 PREFILL_CHUNK = 512  # prompt tokens a pass: bounds the [G, T, S] of the scores
 
@@ -88,9 +89,9 @@ class Model:
         xp = self.device.xp
         h = ops.rms_norm(xp, x, layer.attn_norm, self.config.rms_norm_eps)  # [T, D]
         qkv = ops.column_parallel(xp, h, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
-        q, k, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r, T, d], 2 x [K_r, T, d]
-        q = ops.apply_rope(xp, q, step.cos, step.sin)  # [H_r, T, d]
-        k = ops.apply_rope(xp, k, step.cos, step.sin)  # [K_r, T, d]
+        qk, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
+        qk = ops.apply_rope(xp, qk, step.cos, step.sin)  # [H_r + K_r, T, d]
+        q, k = qk[: self.heads], qk[self.heads :]  # [H_r, T, d], [K_r, T, d]
         k, v = cache.append(i, k, v)  # [K_r, S, d] each, all positions so far
         k, v = k[:, step.first_key :], v[:, step.first_key :]  # those that the window reaches
         context = ops.attention(xp, q, k, v, self.query_groups, step.mask)  # [T, H_r d]
@@ -118,6 +119,12 @@ class Step:
         self.mask = None
         if total - past > 1:
             self.mask = ops.causal_mask(xp, positions, self.first_key, total, window)  # [T, S]
+
+
+def load_model(source, comm, device, progress=lambda nbytes: None):
+    """This rank's Model of a ModelSource; `progress` gets the bytes of each array loaded."""
+    weights = Loader(source.plan, comm.rank, source.tensors, device, progress).load()
+    return Model(source.config, source.plan, weights, comm, device)
 
 
 def prefill(model, cache, token_ids, chunk=PREFILL_CHUNK):

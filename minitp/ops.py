@@ -48,7 +48,7 @@ def rms_norm(xp, x, weight, eps):
     normalised value is rounded to that dtype before the weight is applied.
     """
     x32 = x.astype(xp.float32, copy=False)  # [T, D]
-    mean_square = xp.mean(x32 * x32, axis=-1, keepdims=True)  # [T, 1]
+    mean_square = xp.sum(x32 * x32, axis=-1, keepdims=True) / x.shape[-1]  # [T, 1]
     normed = x32 / xp.sqrt(mean_square + eps)  # [T, D]
     return normed.astype(x.dtype, copy=False) * weight  # [T, D]
 
@@ -141,13 +141,14 @@ def apply_rope(xp, x, cos, sin):
 
 
 def split_heads(xp, qkv, heads, kv_heads):
-    """Views of the joined projection as heads: q [H_r, T, d], k [K_r, T, d], v [K_r, T, d].
+    """Views of the joined projection as heads: q and k together [H_r + K_r, T, d], and v [K_r, T, d].
 
-    `qkv` is [T, (H_r + 2 K_r) * d], with the columns of all q heads first, then k, then v.
+    `qkv` is [T, (H_r + 2 K_r) * d], with the columns of all q heads first, then k, then v. Queries and keys
+    stay together because RoPE turns both alike.
     """
     per_head = qkv.reshape(qkv.shape[0], heads + 2 * kv_heads, -1)  # [T, H_r + 2 K_r, d]
     by_head = per_head.transpose(1, 0, 2)  # [H_r + 2 K_r, T, d]
-    return by_head[:heads], by_head[heads : heads + kv_heads], by_head[heads + kv_heads :]
+    return by_head[: heads + kv_heads], by_head[heads + kv_heads :]
 
 
 def causal_mask(xp, query_positions, first_key, stop_key, window=None):
@@ -196,7 +197,9 @@ def attention_context(xp, probs, v):
 
 
 def attention(xp, q, k, v, query_groups, mask=None):
-    """Softmax attention with grouped query heads. (Vaswani et al., 2017, section 3.2; Ainslie et al., GQA, 2023.)
+    """Softmax attention with grouped query heads.
+
+    (Vaswani et al., Attention Is All You Need, 2017, section 3.2.1; Ainslie et al., GQA, 2023.)
 
     Parameters
     ----------
@@ -231,7 +234,6 @@ def swiglu(xp, gate_up):
     columns = gate_up.shape[-1] // 2
     gate = gate_up[:, :columns].astype(xp.float32, copy=False)  # [T, F_r]
     up = gate_up[:, columns:].astype(xp.float32, copy=False)  # [T, F_r]
-    # exp(-|gate|) never overflows; for a negative gate x / (1 + exp(-x)) = x exp(x) / (1 + exp(x))
-    small = xp.exp(-xp.abs(gate))  # [T, F_r]
-    sigmoid = xp.where(gate >= 0, 1, small) / (1 + small)  # [T, F_r]
-    return (gate * sigmoid * up).astype(gate_up.dtype, copy=False)  # [T, F_r]
+    # Below -80 silu is 0 to any float32 sum it enters, and exp(-x) would overflow.
+    silu = gate / (1 + xp.exp(-xp.maximum(gate, -80)))  # [T, F_r]
+    return (silu * up).astype(gate_up.dtype, copy=False)  # [T, F_r]

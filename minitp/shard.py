@@ -16,6 +16,7 @@ dimension is not `D`, the hidden size, is the split one. A tensor with no other 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from minitp.errors import InputError
 
@@ -124,8 +125,8 @@ def split_evenly(n, parts):
     ((0, 3), (3, 5), (5, 7), (7, 9))
     """
     size, longer = divmod(n, parts)
-    starts = [r * size + min(r, longer) for r in range(parts + 1)]
-    return tuple(zip(starts[:-1], starts[1:], strict=True))
+    edges = [r * size + min(r, longer) for r in range(parts + 1)]
+    return tuple(pairwise(edges))
 
 
 def make_plan(config, tp):

@@ -99,7 +99,7 @@ class Loader:
             return
         shape = self.plan.tensors[EMBED].shape
         same = info.shape == shape and all(
-            (rows.astype(self.device.dtype).T == lm_head[:, start : start + len(rows)]).all()
+            (lm_head[:, start : start + len(rows)] == rows.astype(self.device.dtype).T).all()
             for start, rows in self._blocks(LM_HEAD, like=EMBED)
         )
         if not same:

@@ -90,7 +90,7 @@ class Front:
         threading.Thread(target=self._end_with_front, daemon=True).start()
 
     def _end_with_front(self):
-        """The front never says more; its end of the connection closes when it dies, and then so does this rank."""
+        """The front never says more; when it dies its end closes, and then this rank ends too."""
         self._socket.recv(1)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,0 +1,284 @@
+"""The same transformer in float64, unsharded: what every other computation is held against.
+
+It is written from the papers' formulas and from the files that define a model (config.json and safetensors),
+imports nothing of this package, and in places goes another way to the same number: RoPE turns complex
+numbers, attention goes head by head. Slow and plain on purpose.
+
+    T tokens    S keys    D hidden    H query heads    K key/value heads    d head_dim
+    F FFN columns    V vocabulary
+
+Weights lie [out, in] as in the checkpoint. All results are float64, whatever the dtype of the inputs.
+"""
+
+import json
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  gives NumPy bfloat16, in which the safetensors library then answers
+import numpy as np
+from safetensors import safe_open
+
+# What transformers assumes for a field that config.json leaves out, what each family assumes otherwise, and
+# the fields that a family does not read.
+DEFAULTS = dict(num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6)
+DEFAULTS |= dict(tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
+FAMILY_DEFAULTS = {"llama": {}, "mistral": {"num_key_value_heads": 8, "sliding_window": 4096}}
+NOT_READ = {"llama": {"sliding_window": None}, "mistral": {"attention_bias": False, "mlp_bias": False}}
+ROPE_THETA = 10000.0
+
+VOCABULARY_BLOCK = 8192  # rows of the output matrix in float64 at a time
+
+# --- operations -----------------------------------------------------------------------------------------
+
+
+def float64(array):
+    """`array`, of any dtype and shape, in float64."""
+    return np.asarray(array, dtype=np.float64)
+
+
+def embed(token_ids, table):
+    """Row `token_ids[t]` of `table` for each t: int [T], [V, D] -> [T, D]."""
+    rows = []
+    for token in token_ids:
+        if not 0 <= token < len(table):
+            raise ValueError(f"token id {token} is outside the vocabulary of {len(table)}")
+        rows.append(float64(table[token]))  # [D]
+    return np.stack(rows)  # [T, D]
+
+
+def rms_norm(x, weight, eps):
+    """x_i g_i / sqrt(1/D sum_j x_j^2 + eps): [T, D], [D] -> [T, D]. (Zhang and Sennrich, 2019, section 3.)"""
+    x = float64(x)  # [T, D]
+    squares = np.einsum("...i,...i->...", x, x) / x.shape[-1]  # [T]
+    return x * np.power(squares + eps, -0.5)[..., None] * float64(weight)  # [T, D]
+
+
+def linear(x, weight, bias=None):
+    """y = x W^T + b: [T, in], [out, in], [out] -> [T, out]."""
+    y = np.inner(float64(x), float64(weight))  # [T, out]
+    return y if bias is None else y + float64(bias)  # [T, out]
+
+
+def rope_inverse_frequencies(config):
+    """theta_i, the angle per position of pair i, for a config.json as a dict: [d/2].
+
+    theta_i = base^(-2i/d) (Su et al., RoFormer, 2021, section 3.2.2). `linear`: angles shrink by `factor`
+    (Chen et al., Position Interpolation, 2023, section 2.3). `llama3`: those of wavelengths over
+    L / low_freq_factor do, those under L / high_freq_factor do not, and between them the two are mixed, L
+    being original_max_position_embeddings (apply_scaling in Meta's llama-models).
+
+    Raises
+    ------
+    ValueError
+        for any other rope_type.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = rope.get("rope_theta") or config.get("rope_theta") or ROPE_THETA
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    plain = np.power(float(theta), -np.arange(0, head_dim, 2) / head_dim)  # [d/2]
+    if kind == "default":
+        return plain
+    if kind == "linear":
+        return plain / rope["factor"]  # [d/2]
+    if kind != "llama3":
+        raise ValueError(f"rope_type {kind!r}: expected default, linear or llama3")
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    length = rope["original_max_position_embeddings"]
+    wavelength = 2 * np.pi / plain  # [d/2]
+    shrunk = plain / rope["factor"]  # [d/2]
+    smooth = (length / wavelength - low) / (high - low)  # [d/2]
+    mixed = (1 - smooth) * shrunk + smooth * plain  # [d/2]
+    return np.select([wavelength > length / low, wavelength < length / high], [shrunk, plain], mixed)  # [d/2]
+
+
+def rope(x, positions, inverse_frequencies):
+    """Multiply the complex numbers x[i] + j x[i + d/2] by e^(j m theta_i) at position m.
+
+    [n, T, d], int [T], [d/2] -> [n, T, d]. (RoFormer, section 3.2.2, with the pairs as Hugging Face's
+    checkpoints lay them out: the first half of a head with the second.)
+    """
+    first, second = np.split(float64(x), 2, axis=-1)  # [n, T, d/2] each
+    rotation = np.exp(1j * np.multiply.outer(positions, inverse_frequencies))  # complex [T, d/2]
+    turned = (first + 1j * second) * rotation  # complex [n, T, d/2]
+    return np.concatenate((turned.real, turned.imag), axis=-1)  # [n, T, d]
+
+
+def causal_mask(query_positions, key_positions, window=None):
+    """Whether query i sees key j: bool [T, S], int [T] and int [S] given.
+
+    It does if 0 <= i - j, and with a window W only if i - j < W (Jiang et al., Mistral 7B, 2023, section 2).
+    """
+    distance = np.subtract.outer(query_positions, key_positions)  # [T, S]
+    return (distance >= 0) & (distance < (np.inf if window is None else window))  # [T, S]
+
+
+def scores(q, k, mask):
+    """q_h . k_(h // (H / K)) / sqrt(d), and -inf where query t may not see key s.
+
+    [H, T, d], [K, S, d] and bool [T, S] -> [H, T, S]. (Vaswani et al., 2017, equation 1; query heads share
+    keys and values as in Ainslie et al., GQA, 2023, section 2.2.)
+    """
+    group = len(q) // len(k)
+    per_head = []
+    for h, query in enumerate(float64(q)):
+        dots = np.inner(query, float64(k[h // group]))  # [T, S]
+        per_head.append(np.where(mask, dots / np.sqrt(q.shape[-1]), -np.inf))  # [T, S]
+    return np.stack(per_head)  # [H, T, S]
+
+
+def softmax(x):
+    """e^(x_i) / sum_j e^(x_j) over the last axis, any shape; both sides divided by the largest term."""
+    terms = np.exp(float64(x) - np.amax(float64(x), axis=-1, keepdims=True))  # like x
+    return terms / terms.sum(axis=-1, keepdims=True)  # like x
+
+
+def context(probs, v):
+    """sum_j p_hij v_(h // (H / K))j, heads side by side: [H, T, S], [K, S, d] -> [T, H * d].
+
+    (Vaswani et al., 2017, equation 1 and section 3.2.2.)
+    """
+    group = len(probs) // len(v)
+    return np.hstack([float64(p) @ float64(v[h // group]) for h, p in enumerate(probs)])  # [T, H * d]
+
+
+def attention(q, k, v, mask):
+    """softmax(scores) v: [H, T, d], [K, S, d] twice, bool [T, S] -> [T, H * d]."""
+    return context(softmax(scores(q, k, mask)), v)  # [T, H * d]
+
+
+def swiglu(gate, up):
+    """gate * sigma(gate) * up: [T, F] twice -> [T, F]. (Shazeer, GLU Variants, 2020, equation 6.)
+
+    ln sigma(x) = -ln(e^0 + e^-x), so that no exponential overflows.
+    """
+    gate = float64(gate)  # [T, F]
+    return gate * np.exp(-np.logaddexp(0, -gate)) * float64(up)  # [T, F]
+
+
+# --- the model ------------------------------------------------------------------------------------------
+
+
+class Oracle:
+    """A Llama or Mistral model, one layer in memory at a time.
+
+    Parameters
+    ----------
+    config : dict
+        The object in config.json.
+    tensor : callable
+        tensor(name) -> array: a whole tensor under its checkpoint name, in any float dtype.
+    layers : int or None
+        Only the first so many layers.
+
+    Raises
+    ------
+    ValueError
+        for a model type, rope type, activation or number of layers that it does not know.
+    """
+
+    def __init__(self, config, tensor, layers=None):
+        family = config.get("model_type")
+        if family not in FAMILY_DEFAULTS:
+            raise ValueError(f"model_type {family!r}: expected one of {', '.join(FAMILY_DEFAULTS)}")
+        fields = {**DEFAULTS, **FAMILY_DEFAULTS[family], **config, **NOT_READ[family]}
+        if fields["hidden_act"] not in ("silu", "swish"):
+            raise ValueError(f"hidden_act {fields['hidden_act']!r}: expected silu")
+        self.tensor = tensor
+        self.layers = fields["num_hidden_layers"] if layers is None else layers
+        if not 1 <= self.layers <= fields["num_hidden_layers"]:
+            raise ValueError(f"{layers} layers: the model has {fields['num_hidden_layers']}")
+        self.heads = fields["num_attention_heads"]
+        self.kv_heads = fields["num_key_value_heads"] or self.heads
+        self.eps = fields["rms_norm_eps"]
+        self.window = fields["sliding_window"]
+        self.attention_bias = fields["attention_bias"]
+        self.mlp_bias = fields["mlp_bias"]
+        self.tied = fields["tie_word_embeddings"]
+        self.inverse_frequencies = rope_inverse_frequencies(fields)  # [d/2]
+
+    @classmethod
+    def from_directory(cls, path, layers=None):
+        """The model of a Hugging Face directory: config.json with model.safetensors or its index."""
+        path = Path(path)
+        files = {}  # tensor name -> file name
+        if not (path / "model.safetensors").exists():
+            files = json.loads((path / "model.safetensors.index.json").read_bytes())["weight_map"]
+
+        def tensor(name):
+            with safe_open(path / files.get(name, "model.safetensors"), framework="np") as file:
+                return file.get_tensor(name)
+
+        return cls(json.loads((path / "config.json").read_bytes()), tensor, layers)
+
+    def logits(self, token_ids):
+        """The logits after each token: int [T] -> [T, V]."""
+        for name, array in self.steps(token_ids):
+            if name == "logits":
+                return array
+
+    def steps(self, token_ids):
+        """Every step of the forward pass, in order, as (name, array).
+
+        Heads are [H, T, d] and [K, T, d], `scores` and `probs` [H, T, T], `context` [T, H * d]; the rest
+        is [T, D], [T, F] (`gate`, `up`, `act`) and [T, V] (`logits`).
+        """
+        positions = np.arange(len(token_ids))  # [T]
+        mask = causal_mask(positions, positions, self.window)  # [T, T]
+        x = embed(token_ids, self.tensor("model.embed_tokens.weight"))  # [T, D]
+        yield "embed", x
+        for i in range(self.layers):
+            x = yield from self._attention(i, x, positions, mask)  # [T, D]
+            x = yield from self._mlp(i, x)  # [T, D]
+        x = rms_norm(x, self.tensor("model.norm.weight"), self.eps)  # [T, D]
+        yield "final_norm", x
+        yield "logits", self._unembed(x)
+
+    def _attention(self, i, x, positions, mask):
+        """The steps of layer i's attention; the generator's value is the residual [T, D] after it."""
+        step, layer = f"layers.{i}.attn", f"model.layers.{i}"
+        normed = rms_norm(x, self.tensor(f"{layer}.input_layernorm.weight"), self.eps)  # [T, D]
+        yield f"{step}.norm", normed
+        heads = {}
+        for part, n in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
+            y = self._project(normed, f"{layer}.self_attn.{part}_proj", self.attention_bias)  # [T, n * d]
+            heads[part] = np.stack(np.split(y, n, axis=-1))  # [n, T, d]
+            yield f"{step}.{part}", heads[part]
+        for part in "qk":
+            heads[part] = rope(heads[part], positions, self.inverse_frequencies)  # [H, T, d], [K, T, d]
+            yield f"{step}.{part}_rope", heads[part]
+        masked = scores(heads["q"], heads["k"], mask)  # [H, T, T]
+        yield f"{step}.scores", masked
+        probs = softmax(masked)  # [H, T, T]
+        yield f"{step}.probs", probs
+        mixed = context(probs, heads["v"])  # [T, H * d]
+        yield f"{step}.context", mixed
+        out = self._project(mixed, f"{layer}.self_attn.o_proj", self.attention_bias)  # [T, D]
+        yield f"{step}.out", out
+        yield f"{step}.residual", x + out
+        return x + out  # [T, D]
+
+    def _mlp(self, i, x):
+        """The steps of layer i's feed-forward part; the generator's value is the residual [T, D] after it."""
+        step, layer = f"layers.{i}.mlp", f"model.layers.{i}"
+        normed = rms_norm(x, self.tensor(f"{layer}.post_attention_layernorm.weight"), self.eps)  # [T, D]
+        yield f"{step}.norm", normed
+        gate = self._project(normed, f"{layer}.mlp.gate_proj", self.mlp_bias)  # [T, F]
+        yield f"{step}.gate", gate
+        up = self._project(normed, f"{layer}.mlp.up_proj", self.mlp_bias)  # [T, F]
+        yield f"{step}.up", up
+        act = swiglu(gate, up)  # [T, F]
+        yield f"{step}.act", act
+        out = self._project(act, f"{layer}.mlp.down_proj", self.mlp_bias)  # [T, D]
+        yield f"{step}.out", out
+        yield f"{step}.residual", x + out
+        return x + out  # [T, D]
+
+    def _project(self, x, name, bias):
+        """[T, in] -> [T, out]"""
+        return linear(x, self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias") if bias else None)
+
+    def _unembed(self, x):
+        """[T, D] -> [T, V], a block of the vocabulary at a time."""
+        w = self.tensor("model.embed_tokens.weight" if self.tied else "lm_head.weight")  # [V, D]
+        starts = range(0, len(w), VOCABULARY_BLOCK)
+        return np.hstack([linear(x, w[i : i + VOCABULARY_BLOCK]) for i in starts])  # [T, V]

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# ./run.sh "The capital of France is"     sets up, fetches the demo model, streams text from four ranks
+# ./run.sh test [PYTEST ARGUMENTS]        sets up, runs the tests
+# ./run.sh setup                          only sets up
+# ./run.sh generate ... --tp 2            any minitp command with its arguments (see ./run.sh --help)
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=$root/.venv
+python=$venv/bin/python
+commands=" generate perplexity trace check compare shard plan bench serve chat info "
+
+say() { printf 'minitp: %s\n' "$*" >&2; }
+fail() { say "$*"; exit 2; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python3.10; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.10 or later is needed and not found; install it, or say where it is: PYTHON=/path/to/python3 ./run.sh"
+}
+
+make_venv() {
+    [ -x "$python" ] && return
+    local system
+    system=$(find_python)
+    say "creating .venv with $("$system" --version)"
+    "$system" -m venv "$venv" >/dev/null 2>&1 && return
+    # Debian keeps a part of venv in a package of its own; without it the system's pip can fill the gap.
+    rm -rf "$venv"
+    { "$system" -m venv --without-pip "$venv" && "$system" -m pip --python "$python" install --quiet pip; } ||
+        fail "cannot create .venv: $system lacks venv and pip; on Debian: apt install python3-venv python3-pip"
+}
+
+# install NAME EXTRAS: once for each content of setup.cfg; the stamp says for which one it was done.
+install() {
+    local stamp=$venv/installed-$1 want
+    want=$(cat "$root/setup.cfg" "$root/pyproject.toml" - <<<"$2 $root" | cksum)
+    [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return
+    say "installing minitp[$2] into .venv"
+    "$python" -m pip install --disable-pip-version-check --editable "$root[$2]" \
+        | sed -un 's/^Collecting \([^ ]*\).*/  fetching \1/p; s#^Processing .*/\([^/]*\)-[^-]*-[^-]*-[^-]*$#  using \1#p; s/^Installing c.*/  installing/p' >&2 ||
+        fail "installation failed; the lines above say why"
+    printf '%s\n' "$want" >"$stamp"
+}
+
+setup() {
+    if command -v flock >/dev/null; then # two first runs at once take turns
+        exec 9>"$root/.setup.lock"
+        flock 9
+    fi
+    make_venv
+    local extras=gguf # reads the demo model
+    # An mpirun of the system is never shadowed by one of ours.
+    PATH=${PATH//"$venv/bin:"/} command -v mpirun >/dev/null || extras+=,mpi
+    if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then extras+=,cuda12; fi
+    install base "$extras"
+    [ "${1:-}" != test ] || install test test
+    exec 9>&-
+}
+
+case ${1:-} in
+    "") sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" && exit 2 ;;
+    setup) setup && say "ready: .venv/bin/minitp --help" ;;
+    test)
+        shift
+        setup test
+        "$python" -c 'from minitp.demo import demo_directory; demo_directory()'
+        cd "$root" && exec "$python" -m pytest "$@"
+        ;;
+    *)
+        setup
+        # Every option begins with a dash; a first word that is no command is a prompt.
+        if [[ $1 != -* && $commands != *" $1 "* ]]; then set -- generate "$@"; fi
+        exec "$python" -m minitp "$@"
+        ;;
+esac
