@@ -124,6 +124,9 @@ class Alone(Comm):
     def broadcast(self, value):
         return value
 
+    def end(self):
+        """Nobody waits."""
+
     def abort(self, exit_code):
         """Nobody waits: the error that led here goes on."""
 
@@ -143,34 +146,46 @@ class ThreadComm(Comm):
         self._slots = slots  # one a rank, shared by all
 
     def broadcast(self, value):
-        return self._meet(value, lambda slots: slots[0])
+        return self._meet("broadcast", value, lambda values: values[0])
+
+    def end(self):
+        """This rank will call nothing more; waits for the others."""
+        self._meet("the end", None, list)
 
     def abort(self, exit_code):
         self._barrier.abort()
 
     def _exchange_arrays(self, x, sizes, combine):
-        return self._meet(x, lambda slots: combine([part.reshape(-1) for part in slots]))
+        return self._meet("an exchange of arrays", x.reshape(-1), combine)
 
     def _exchange_objects(self, value):
-        return self._meet(value, list)
+        return self._meet("an exchange of objects", value, list)
 
-    def _meet(self, value, use):
+    def _meet(self, where, value, use):
         """use(everybody's values), called between two barriers: nobody changes a value while it is read."""
-        self._slots[self.rank] = value
+        self._slots[self.rank] = (where, value)
         try:
             self._barrier.wait()
-            result = use(self._slots)
+            places = [place for place, _ in self._slots]
+            if len(set(places)) > 1:
+                apart = ", ".join(f"rank {rank} in {place}" for rank, place in enumerate(places))
+                raise RankError(f"ranks have parted: {apart}")
+            result = use([value for _, value in self._slots])
             self._barrier.wait()
         except threading.BrokenBarrierError:
-            raise RankError(f"rank {self.rank}: another rank has failed") from None
+            raise _WokenError(f"rank {self.rank}: another rank has failed") from None
         return result
+
+
+class _WokenError(RankError):
+    """A rank's wait has ended because another rank failed: never the cause."""
 
 
 def run_threads(size, function):
     """Call function(comm) on `size` ranks, each a thread; return their results in rank order.
 
     If one raises, the others are woken from whatever collective they wait in, and its exception is raised
-    here.
+    here; so is a RankError if ranks meet in different collectives, or one ends while others wait.
 
     >>> run_threads(3, lambda comm: float(comm.all_reduce(np.ones(1))[0]))
     [3.0, 3.0, 3.0]
@@ -182,6 +197,7 @@ def run_threads(size, function):
     def run(comm):
         try:
             results[comm.rank] = function(comm)
+            comm.end()
         except BaseException as error:
             errors[comm.rank] = error
             comm.abort(RankError.exit_code)
@@ -191,9 +207,9 @@ def run_threads(size, function):
         thread.start()
     for thread in threads:
         thread.join()
-    raised = [error for error in errors if error is not None]
-    if raised:  # the cause rather than the "another rank has failed" that it led to
-        raise next((error for error in raised if not isinstance(error, RankError)), raised[0])
+    causes = [error for error in errors if error is not None and not isinstance(error, _WokenError)]
+    if causes:
+        raise causes[0]
     return results
 
 

@@ -217,8 +217,8 @@ class _Reader:
 
     def rope(self):
         """Both spellings: rope_parameters, or rope_theta beside rope_scaling (with `type` or `rope_type`)."""
-        scaling = self.get("rope_scaling") or {}
-        parameters = dict(self.get("rope_parameters") or scaling)
+        new = self.get("rope_parameters", {})
+        parameters = dict(self.get("rope_scaling") or new)  # transformers prefers the old one of the two
         theta = parameters.pop("rope_theta", None) or self.get("rope_theta", 10000.0)
         self.read.add("rope_theta")
         old_type = parameters.pop("type", "default")
@@ -236,7 +236,10 @@ class _Reader:
             value = theta if name == "rope_theta" else parameters.get(name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 self.refuse(f"{name} of rope_type {rope_type!r}", value, "a positive number")
-        return Rope(float(theta), rope_type, **{name: parameters[name] for name in needed})
+        rope = Rope(float(theta), rope_type, **{name: parameters[name] for name in needed})
+        if rope_type == "llama3" and not rope.low_freq_factor < rope.high_freq_factor:
+            self.refuse("high_freq_factor", rope.high_freq_factor, f"more than low_freq_factor, {rope.low_freq_factor}")
+        return rope
 
     def eos(self):
         value = self.get("eos_token_id", [])

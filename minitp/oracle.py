@@ -71,7 +71,7 @@ def rope_inverse_frequencies(config):
     ValueError
         for any other rope_type.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     theta = rope.get("rope_theta") or config.get("rope_theta") or ROPE_THETA
     kind = rope.get("rope_type") or rope.get("type") or "default"
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

@@ -1,0 +1,474 @@
+"""Each operation of `ops` against the oracle's own, on random inputs, and under the stand-in for CuPy.
+
+Bounds are worked out, not tuned: u(dtype) is half the distance from 1 to the next number, the relative error
+of one rounding. The oracle gets the very numbers the operation got, so only the operation's roundings count.
+"""
+
+import inspect
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+from strict_xp import StrictArray, StrictXp, to_device, to_host
+
+from minitp import ops, oracle
+from minitp.config import parse_config
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def u(dtype):
+    return float(ml_dtypes.finfo(dtype).eps) / 2
+
+
+def tiniest(dtype):
+    """The distance of neighbouring numbers near 0, where roundings are no longer relative."""
+    return float(ml_dtypes.finfo(dtype).smallest_subnormal)
+
+
+U32 = u(np.float32)
+
+
+def draw(rng, shape, dtype=np.float32):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20240607)
+
+
+@pytest.fixture(autouse=True)
+def no_floating_point_accidents():
+    """Overflow, 0/0 and inf - inf are errors in every test here."""
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        yield
+
+
+def check(actual, expected, bound, dtype):
+    """`actual` is of `dtype` and nowhere further from `expected` than `bound`, with the same infinities."""
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    np.testing.assert_array_equal(np.isneginf(actual), np.isneginf(expected))
+    finite = np.isfinite(expected)
+    excess = np.abs(oracle.float64(actual) - np.where(finite, expected, 0)) - bound
+    assert not (excess[finite] > 0).any(), f"beyond the bound by {excess[finite].max():.3g}"
+
+
+# --- embedding ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 4, 7], [0, 1, 2, 11]])
+@all_dtypes
+def test_embedding_is_the_sum_of_the_ranks_rows(rng, starts, dtype):
+    table = draw(rng, (12, 5), dtype)
+    token_ids = np.array([0, 3, 4, 11, 4, 6, 7, 10])
+    parts = []
+    for start, stop in zip(starts, [*starts[1:], 12], strict=True):
+        part = ops.embed_partial(np, token_ids, table[start:stop], start)
+        here = (token_ids >= start) & (token_ids < stop)
+        assert not part[~here].any()  # so only one rank adds something, and the sum is exact
+        parts.append(part)
+    check(sum(parts), oracle.embed(token_ids, table), 0, dtype)
+
+
+def test_embedding_of_one_token(rng):
+    table = draw(rng, (3, 4))
+    check(ops.embed_partial(np, np.array([2]), table, 0), oracle.embed([2], table), 0, np.float32)
+
+
+# --- normalisation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (1, 64), (5, 7), (3, 576)])
+@all_dtypes
+def test_rms_norm(rng, tokens, hidden, dtype):
+    x, weight = draw(rng, (tokens, hidden), dtype), draw(rng, hidden, dtype)
+    expected = oracle.rms_norm(x, weight, 1e-5)
+    # float32: NumPy sums pairwise, some 20 roundings deep. Then one rounding to the dtype before the weight
+    # and one after it; below the smallest normal number these are absolute.
+    bound = (20 * U32 + 2.1 * u(dtype)) * np.abs(expected) + 4 * tiniest(dtype)
+    check(ops.rms_norm(np, x, weight, 1e-5), expected, bound, dtype)
+
+
+def test_rms_norm_of_values_whose_squares_overflow_float16(rng):
+    x = (draw(rng, (2, 32)) * 1000).astype(np.float16)
+    weight = np.ones(32, np.float16)
+    expected = oracle.rms_norm(x, weight, 1e-5)
+    bound = 2.1 * u(np.float16) * np.abs(expected) + 4 * tiniest(np.float16)
+    check(ops.rms_norm(np, x, weight, 1e-5), expected, bound, np.float16)
+
+
+def test_rms_norm_of_zeros_is_zero():
+    assert not ops.rms_norm(np, np.zeros((2, 8), np.float32), np.ones(8, np.float32), 1e-6).any()
+
+
+# --- projections ----------------------------------------------------------------------------------------
+
+PRODUCTS = [(1, 1, 1), (1, 64, 5), (7, 33, 1), (5, 300, 12), (4, 16, 0)]  # T, in, out
+
+
+def product_bound(x, w):
+    """A float32 sum of n products, in any order: each of its terms is rounded at most n + 1 times."""
+    return (x.shape[-1] + 1) * U32 * (np.abs(oracle.float64(x)) @ np.abs(oracle.float64(w)))
+
+
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), PRODUCTS)
+@pytest.mark.parametrize("bias", [False, True])
+@all_dtypes
+def test_column_parallel(rng, tokens, inputs, outputs, bias, dtype):
+    x, w = draw(rng, (tokens, inputs), dtype), draw(rng, (inputs, outputs), dtype)
+    b = draw(rng, outputs, dtype) if bias else None
+    product = oracle.linear(x, w.T)
+    expected = oracle.linear(x, w.T, b)
+    # The sum is rounded to the dtype once, and once more when the bias is added.
+    bound = 1.01 * product_bound(x, w) + 1.01 * u(dtype) * (np.abs(product) + np.abs(expected))
+    check(ops.column_parallel(np, x, w, b), expected, bound, dtype)
+
+
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), PRODUCTS)
+@all_dtypes
+def test_row_parallel(rng, tokens, inputs, outputs, dtype):
+    x, w = draw(rng, (tokens, inputs), dtype), draw(rng, (inputs, outputs), dtype)
+    expected = oracle.linear(x, w.T)
+    bound = 1.01 * product_bound(x, w) + u(dtype) * np.abs(expected)
+    check(ops.row_parallel(np, x, w), expected, bound, dtype)
+
+
+def test_row_parallel_of_a_rank_without_columns_adds_nothing():
+    y = ops.row_parallel(np, np.ones((3, 0), np.float32), np.ones((0, 4), np.float32))
+    assert y.shape == (3, 4)
+    assert not y.any()
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "vocabulary"), PRODUCTS)
+@all_dtypes
+def test_logits_are_not_rounded_to_the_dtype(rng, tokens, hidden, vocabulary, dtype):
+    x, w = draw(rng, (tokens, hidden), dtype), draw(rng, (hidden, vocabulary), dtype)
+    check(ops.logits_partial(np, x, w), oracle.linear(x, w.T), product_bound(x, w), np.float32)
+
+
+# --- rotary position embedding --------------------------------------------------------------------------
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+ROPES = {
+    "nothing said": {},
+    "default": {"rope_theta": 500000.0},
+    "default, new spelling": {"rope_parameters": {"rope_type": "default", "rope_theta": 250000.0}},
+    "linear, oldest spelling": {"rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "linear, new spelling": {"rope_parameters": {"rope_type": "linear", "factor": 3, "rope_theta": 1e4}},
+    "llama3": {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    "llama3, new spelling": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+}
+
+
+def rope_config(rope, head_dim):
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {"model_type": "llama", "head_dim": head_dim, **dict.fromkeys(sizes, 8), **rope}
+
+
+def inverse_frequencies(rope, head_dim):
+    config = parse_config(rope_config(rope, head_dim), "config.json")
+    return ops.rope_inverse_frequencies(config.rope, config.head_dim)
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+@pytest.mark.parametrize("head_dim", [2, 6, 64, 128])
+def test_rope_inverse_frequencies(rope, head_dim):
+    expected = oracle.rope_inverse_frequencies(rope_config(rope, head_dim))
+    assert expected.shape == (head_dim // 2,)
+    # Python floats on both sides; the power's exponent, rounded once, is multiplied by ln(theta) = 13.
+    np.testing.assert_allclose(inverse_frequencies(rope, head_dim), expected, rtol=1e-14 * 13, atol=0)
+
+
+def test_llama3_has_kept_mixed_and_stretched_waves():
+    plain = np.array(inverse_frequencies(ROPES["default"], 128))
+    ratio = plain / inverse_frequencies(ROPES["llama3"], 128)
+    assert {1.0, 8.0} < set(ratio)
+    assert ((ratio > 1) & (ratio < 8)).sum() > 3
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+def test_rope_cos_sin(rope):
+    positions = np.array([0, 1, 2, 4095, 8191])
+    frequencies = np.array(inverse_frequencies(rope, 6), np.float32)
+    cos, sin = ops.rope_cos_sin(np, positions, frequencies)
+    angles = np.outer(positions, oracle.rope_inverse_frequencies(rope_config(rope, 6)))
+    # An angle is a float32 frequency times a position, two roundings; the sine itself is good to 2 ulp.
+    bound = 2 * U32 * angles + 4 * U32
+    check(cos, np.cos(angles), bound, np.float32)
+    check(sin, np.sin(angles), bound, np.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 4, 64), (3, 5, 6)])
+@pytest.mark.parametrize("past", [0, 1000])
+@all_dtypes
+def test_apply_rope(rng, shape, past, dtype):
+    x = draw(rng, shape, dtype)
+    positions = np.arange(past, past + shape[1])
+    frequencies = oracle.rope_inverse_frequencies(rope_config({}, shape[-1]))
+    cos, sin = ops.rope_cos_sin(np, positions, frequencies.astype(np.float32))
+    expected = oracle.rope(x, positions, frequencies)
+    first, second = np.split(np.abs(oracle.float64(x)), 2, axis=-1)
+    angle_error = 2 * U32 * np.outer(positions, frequencies) + 4 * U32  # as above
+    of_pair = (first + second) * (angle_error + 3 * U32)  # two products and a sum
+    bound = np.concatenate((of_pair, of_pair), axis=-1) + 1.01 * u(dtype) * np.abs(expected)
+    bound += tiniest(dtype)
+    check(ops.apply_rope(np, x, cos, sin), expected, bound, dtype)
+
+
+# --- attention ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "d"), [(1, 1, 1, 2), (4, 3, 2, 6), (5, 2, 2, 8)])
+def test_split_heads(rng, tokens, heads, kv_heads, d):
+    q, k, v = (draw(rng, (n, tokens, d)) for n in (heads, kv_heads, kv_heads))
+    qkv = np.hstack([*q, *k, *v])  # [T, (H + 2 K) d]
+    qk, values = ops.split_heads(np, qkv, heads, kv_heads)
+    np.testing.assert_array_equal(qk, np.concatenate((q, k)))
+    np.testing.assert_array_equal(values, v)
+    assert np.shares_memory(qk, qkv)
+    assert np.shares_memory(values, qkv)
+
+
+# past, T, window: prefill, a window smaller than the prompt, of one token, decode steps, chunks after others
+SPANS = [(0, 1, None), (0, 6, None), (0, 9, 4), (0, 5, 1), (0, 4, 64)]
+SPANS += [(9, 1, None), (9, 1, 4), (6, 3, 4), (7, 5, 3)]
+
+
+def keys_in_reach(past, tokens, window):
+    """Positions of the queries and of the keys that any of them sees."""
+    first_key = 0 if window is None else max(0, past - window + 1)
+    return np.arange(past, past + tokens), np.arange(first_key, past + tokens)
+
+
+@pytest.mark.parametrize(("past", "tokens", "window"), SPANS)
+def test_causal_mask(past, tokens, window):
+    queries, keys = keys_in_reach(past, tokens, window)
+    mask = ops.causal_mask(np, queries, int(keys[0]), past + tokens, window)
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, oracle.causal_mask(queries, keys, window))
+    for i, row in zip(queries, mask, strict=True):
+        assert row.sum() == min(i + 1, window or i + 1)
+
+
+@pytest.mark.parametrize(("group", "tokens", "keys", "d"), [(1, 1, 1, 2), (3, 1, 9, 6), (2, 5, 7, 64)])
+@pytest.mark.parametrize("masked", [False, True])
+@all_dtypes
+def test_attention_scores(rng, group, tokens, keys, d, masked, dtype):
+    q, k = draw(rng, (group, tokens, d), dtype), draw(rng, (keys, d), dtype)
+    mask = rng.random((tokens, keys)) < 0.6 if masked else np.ones((tokens, keys), bool)
+    expected = oracle.scores(q, k[None], mask)
+    bound = 1.01 * product_bound(q, k.T) / math.sqrt(d) + 2 * U32 * np.abs(np.where(mask, expected, 0))
+    check(ops.attention_scores(np, q, k, mask if masked else None), expected, bound, np.float32)
+
+
+SCORES = {
+    "one key": np.array([[[3.0]]]),
+    "equal": np.full((2, 3, 5), -7.0),
+    "usual": np.random.default_rng(1).standard_normal((2, 3, 40)) * 5,
+    "huge": np.random.default_rng(2).standard_normal((2, 3, 40)) * 1e4,
+    "plus and minus 1e4": np.array([[[1e4, -1e4, 1e4, 0.0]]]),
+    "masked": np.array([[[2.0, -np.inf, 1e4, -np.inf], [-1e4, -np.inf, -np.inf, -np.inf]]]),
+}
+
+
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_softmax(scores):
+    scores = scores.astype(np.float32)
+    probs = ops.softmax(np, scores)
+    # s - max is rounded once, by up to 100 * U32 where exp of it is not yet 0, and so much is exp off,
+    # relatively; then a sum of at most 40 terms. 1e-37 is the smallest normal number.
+    check(probs, oracle.softmax(scores), 150 * U32 * oracle.softmax(scores) + 1e-37, np.float32)
+    np.testing.assert_allclose(probs.sum(axis=-1), 1, rtol=50 * U32)
+    assert not probs[np.isneginf(scores)].any()
+
+
+@pytest.mark.parametrize(("group", "tokens", "keys", "d"), [(1, 1, 1, 2), (3, 1, 9, 6), (2, 5, 70, 64)])
+@all_dtypes
+def test_attention_context(rng, group, tokens, keys, d, dtype):
+    probs = oracle.softmax(draw(rng, (group, tokens, keys))).astype(np.float32)
+    v = draw(rng, (keys, d), dtype)
+    expected = np.stack(np.split(oracle.context(probs, v[None]), group, axis=-1))  # [G, T, d]
+    # The probabilities are rounded to the dtype, then the sum once more.
+    bound = product_bound(probs, v) * (1 + u(dtype) / U32 / (keys + 1)) + 1.01 * u(dtype) * np.abs(expected)
+    bound += keys * tiniest(dtype) * 4
+    check(ops.attention_context(np, probs, v), expected, bound, dtype)
+
+
+GROUPS = [[(0, 1)], [(0, 3)], [(0, 2), (2, 4)], [(0, 1), (1, 3)], [(0, 3), (3, 4)], [(0, 1), (1, 2), (2, 3)]]
+
+
+@pytest.mark.parametrize("query_groups", GROUPS, ids=str)
+@pytest.mark.parametrize(("past", "tokens", "window"), SPANS)
+def test_attention_over_ragged_groups(rng, query_groups, past, tokens, window):
+    for d in (2, 6, 16):
+        check_attention(rng, query_groups, past, tokens, window, d, np.dtype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=str)
+def test_attention_in_16_bits(rng, dtype):
+    check_attention(rng, [(0, 1), (1, 3)], 6, 3, 4, 6, dtype)
+
+
+def check_attention(rng, query_groups, past, tokens, window, d, dtype):
+    queries, keys = keys_in_reach(past, tokens, window)
+    heads = query_groups[-1][1]
+    q = draw(rng, (heads, tokens, d), dtype)
+    k, v = (draw(rng, (len(query_groups), len(keys), d), dtype) for _ in range(2))
+    kv_of_head = [kv for kv, (start, stop) in enumerate(query_groups) for _ in range(start, stop)]
+    seen = oracle.causal_mask(queries, keys, window)
+    expected = oracle.attention(q, k[kv_of_head], v[kv_of_head], seen)
+    mask = None if tokens == 1 else ops.causal_mask(np, queries, int(keys[0]), past + tokens, window)
+    # A context is a mean of values. In float32 a score is off by some 20 roundings of 10 at most, so the mean
+    # by 1e-5 of the largest value; in 16 bits the probabilities and the result are rounded once each. With
+    # the wrong head or key it is off by about 1.
+    bound = (1e-5 + 2 * u(dtype)) * np.abs(oracle.float64(v)).max()
+    check(ops.attention(np, q, k, v, query_groups, mask), expected, bound, dtype)
+
+
+# --- feed-forward ---------------------------------------------------------------------------------------
+
+
+def check_swiglu(gate, up, dtype):
+    expected = oracle.swiglu(gate, up)
+    # exp, a sum, a quotient and a product in float32, then one rounding. From a gate of -80 down float32 may
+    # have 0 or next to it in place of something below 1e-33.
+    bound = (12 * U32 + u(dtype)) * np.abs(expected) + 1e-30 * np.abs(oracle.float64(up))
+    bound += tiniest(dtype)
+    check(ops.swiglu(np, np.hstack((gate, up))), expected, bound, dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 37), (5, 8), (3, 0)])
+@all_dtypes
+def test_swiglu(rng, shape, dtype):
+    check_swiglu(draw(rng, shape, dtype) * dtype.type(3), draw(rng, shape, dtype), dtype)
+
+
+@all_dtypes
+def test_swiglu_far_out(dtype):
+    gate = np.array([[1e3, -1e3, 90, -90, 79, -79, -81, 0]], dtype)
+    check_swiglu(gate, np.full_like(gate, 2), dtype)
+
+
+def test_swiglu_at_plus_and_minus_a_thousand():
+    gate = np.array([[1e3, -1e3, 1e3, -1e3]], np.float32)
+    check_swiglu(gate, np.array([[1e3, 1e3, -1e3, -1e3]], np.float32), np.dtype(np.float32))
+
+
+# --- the same operations where NumPy is not -------------------------------------------------------------
+
+
+def takes_xp(function):
+    return inspect.isfunction(function) and "xp" in inspect.signature(function).parameters
+
+
+OPS = [name for name, _ in inspect.getmembers(ops, takes_xp) if not name.startswith("_")]
+
+
+def strict_calls(dtype):
+    """For each operation the arguments of a few calls, as NumPy arrays and Python values."""
+    rng = np.random.default_rng(5)
+
+    def array(*shape):
+        return draw(rng, shape, dtype)
+
+    token_ids, positions = np.array([0, 5, 2, 7]), np.arange(3, 7)
+    cos, sin = draw(rng, (4, 3)), draw(rng, (4, 3))
+    mask = oracle.causal_mask(positions, np.arange(1, 7), 3)
+    scores = np.where(mask, draw(rng, (2, 4, 6)), np.float32(-np.inf))
+    q, k, v = array(3, 4, 6), array(2, 6, 6), array(2, 6, 6)
+    return {
+        "embed_partial": [(token_ids, array(4, 6), 2), (token_ids[:1], array(8, 6), 0)],
+        "rms_norm": [(array(4, 6), array(6), 1e-5)],
+        "matmul": [(array(4, 6), array(6, 3))],
+        "column_parallel": [(array(4, 6), array(6, 3)), (array(4, 6), array(6, 3), array(3))],
+        "row_parallel": [(array(4, 6), array(6, 5)), (array(4, 0), array(0, 5))],
+        "logits_partial": [(array(1, 6), array(6, 9))],
+        "rope_cos_sin": [(positions, draw(rng, 3))],
+        "apply_rope": [(q, cos, sin)],
+        "split_heads": [(array(4, 42), 3, 2)],
+        "causal_mask": [(positions, 0, 7), (positions, 1, 7, 3)],
+        "attention_scores": [(q, k[0]), (q, k[0], mask)],
+        "softmax": [(scores,)],
+        "attention_context": [(np.exp(scores), v[1])],
+        "attention": [(q, k, v, [(0, 1), (1, 3)], mask), (q[:, :1], k, v, [(0, 2), (2, 3)])],
+        "swiglu": [(array(4, 10),), (array(4, 0),)],
+    }
+
+
+def test_there_is_a_strict_call_of_every_operation():
+    assert sorted(strict_calls(np.float32)) == sorted(OPS)
+
+
+@pytest.mark.parametrize("name", OPS)
+@all_dtypes
+def test_operation_uses_only_xp(name, dtype):
+    for arguments in strict_calls(dtype)[name]:
+        operation = getattr(ops, name)
+        on_device = [to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        expected, actual = operation(np, *arguments), operation(StrictXp, *on_device)
+        several = isinstance(expected, tuple)
+        assert isinstance(actual, tuple) == several
+        for a, e in zip(actual if several else [actual], expected if several else [expected], strict=True):
+            assert (to_host(a).dtype, a.shape) == (e.dtype, e.shape)
+            assert to_host(a).tobytes() == e.tobytes()
+
+
+REFUSED = {
+    "a NumPy function of a strict array": lambda s, a: np.exp(s),
+    "np.asarray": lambda s, a: np.asarray(s),
+    "np.concatenate": lambda s, a: np.concatenate([s, s]),
+    "np.sum": lambda s, a: np.sum(s),
+    "assigning into a NumPy array": lambda s, a: a.__setitem__(slice(None), s),
+    "strict + NumPy": lambda s, a: s + a,
+    "NumPy + strict": lambda s, a: a + s,
+    "strict * NumPy scalar": lambda s, a: s * np.float32(2),
+    "NumPy scalar * strict": lambda s, a: np.float32(2) * s,
+    "strict < NumPy": lambda s, a: s < a,
+    "strict += NumPy": lambda s, a: s.__iadd__(a),
+    "an xp function of a NumPy array": lambda s, a: StrictXp.exp(a),
+    "xp.asarray of a NumPy array": lambda s, a: StrictXp.asarray(a),
+    "a tuple with a NumPy array": lambda s, a: StrictXp.concatenate((s, a)),
+    "a NumPy array as keyword": lambda s, a: StrictXp.sum(a=a),
+    "a NumPy index": lambda s, a: s[np.array([0])],
+    "a list as index": lambda s, a: s[[0, 1]],
+    "a NumPy integer in a slice": lambda s, a: s[: np.int64(1)],
+    "assigning a NumPy array": lambda s, a: s.__setitem__(slice(None), a),
+    "float()": lambda s, a: float(s[0]),
+    "int()": lambda s, a: int(s[0]),
+    "if": lambda s, a: bool(s[0]),
+    "iteration": lambda s, a: list(s),
+    "a float64 result": lambda s, a: s.astype(np.float64),
+    "a float64 default": lambda s, a: StrictXp.zeros(3),
+    "a float64 mean of integers": lambda s, a: StrictXp.mean(StrictXp.arange(3)),
+}
+
+
+@pytest.mark.parametrize("attempt", REFUSED.values(), ids=REFUSED)
+def test_the_stand_in_refuses(attempt):
+    array = np.ones(3, np.float32)
+    with pytest.raises(TypeError):
+        attempt(to_device(array), array)
+
+
+def test_the_stand_in_has_no_more_than_it_lists():
+    with pytest.raises(AttributeError):
+        StrictXp.einsum  # noqa: B018
+
+
+def test_the_stand_in_computes():
+    s = to_device(np.array([1, -2, 3], np.float32))
+    s[1:] *= 2
+    total = StrictXp.sum(StrictXp.where(s > 0, s, 0) - 1.5)
+    assert isinstance(total, StrictArray)
+    np.testing.assert_array_equal(to_host(s), [1, -4, 6])
+    assert to_host(total) == 2.5

@@ -1,0 +1,125 @@
+"""The sharding plan: everything is somewhere, once, evenly, and query heads find their KV heads."""
+
+import numpy as np
+import pytest
+
+from minitp.config import parse_config
+from minitp.errors import InputError
+from minitp.shard import make_plan
+
+HEADS = [(1, 1), (4, 4), (4, 1), (6, 2), (7, 1), (7, 7), (8, 2), (9, 3), (12, 4), (15, 5), (32, 8)]  # H, K
+every_model = pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+
+# What is split of a [out, in] weight: the outputs of a column-parallel one (its bias with them), the inputs
+# of a row-parallel one (its bias is whole), and the vocabulary. (Megatron-LM, section 3.)
+SPLIT_AXES = {
+    "model.embed_tokens.weight": 0,
+    "lm_head.weight": 0,
+    "model.norm.weight": None,
+    "input_layernorm.weight": None,
+    "post_attention_layernorm.weight": None,
+    **{f"self_attn.{part}_proj.{kind}": 0 for part in "qkv" for kind in ("weight", "bias")},
+    **{f"mlp.{part}_proj.{kind}": 0 for part in ("gate", "up") for kind in ("weight", "bias")},
+    "self_attn.o_proj.weight": 1,
+    "self_attn.o_proj.bias": None,
+    "mlp.down_proj.weight": 1,
+    "mlp.down_proj.bias": None,
+}
+
+
+def make_config(heads=9, kv_heads=3, **fields):
+    sizes = {"vocab_size": 101, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 6}
+    return parse_config({"model_type": "llama", **sizes, **fields}, "config.json")
+
+
+def check_dealt_out(ranges, n):
+    """The ranges follow each other from 0 to n, and their lengths differ by at most one."""
+    assert [start for start, _ in ranges] == [0, *[stop for _, stop in ranges[:-1]]]
+    assert ranges[-1][1] == n
+    lengths = [stop - start for start, stop in ranges]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@every_model
+def test_all_is_dealt_out_once_and_evenly(heads, kv_heads):
+    for tp in range(1, heads + 1):
+        plan = make_plan(make_config(heads, kv_heads), tp)
+        for ranges, n in ((plan.head_ranges, heads), (plan.ffn_ranges, 37), (plan.vocab_ranges, 101)):
+            assert len(ranges) == tp
+            check_dealt_out(ranges, n)
+
+
+def test_fewer_ffn_columns_than_ranks():
+    plan = make_plan(make_config(intermediate_size=3), 9)
+    check_dealt_out(plan.ffn_ranges, 3)
+    assert plan.tensors["model.layers.0.mlp.down_proj.weight"].shape_on(8) == (20, 0)
+
+
+@every_model
+def test_every_query_head_finds_its_kv_head(heads, kv_heads):
+    for tp in range(1, heads + 1):
+        plan = make_plan(make_config(heads, kv_heads), tp)
+        for rank in range(tp):
+            start, stop = plan.head_ranges[rank]
+            held = range(*plan.kv_head_ranges[rank])
+            groups = plan.query_groups(rank)
+            pairs = [
+                (head, kv) for kv, group in zip(held, groups, strict=True) for head in range(*group)
+            ]  # local query head, global KV head
+            wanted = [(local, (start + local) // (heads // kv_heads)) for local in range(stop - start)]
+            assert pairs == wanted
+            assert set(held) == {kv for _, kv in wanted}  # it holds those and no others
+
+
+def test_the_example_in_the_docstring():
+    plan = make_plan(make_config(9, 3), 4)
+    assert plan.head_ranges == ((0, 3), (3, 5), (5, 7), (7, 9))
+    assert plan.kv_head_ranges == ((0, 1), (1, 2), (1, 3), (2, 3))
+    assert [plan.query_groups(rank) for rank in range(4)] == [
+        [(0, 3)],
+        [(0, 2)],
+        [(0, 1), (1, 2)],
+        [(0, 2)],
+    ]
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("tp", range(1, 10))
+def test_slices_put_together_are_the_tensor(tp, biases):
+    plan = make_plan(make_config(attention_bias=biases, mlp_bias=biases), tp)
+    for name, shard in plan.tensors.items():
+        whole = np.arange(1, np.prod(shard.shape) + 1).reshape(shard.shape)
+        rebuilt, holders = np.zeros_like(whole), np.zeros_like(whole)
+        for rank in range(tp):
+            part = whole[shard.index(rank)]
+            assert part.shape == shard.shape_on(rank)
+            rebuilt[shard.index(rank)] = part
+            holders[shard.index(rank)] += 1
+        np.testing.assert_array_equal(rebuilt, whole)
+        assert shard.axis == SPLIT_AXES[name.split("layers.")[-1].lstrip("0123456789.")]
+        if shard.axis is None:
+            assert (holders == tp).all()
+        elif ".k_proj." not in name and ".v_proj." not in name:  # KV heads may be on two ranks
+            assert (holders == 1).all()
+
+
+def test_the_tensors_are_those_of_the_config():
+    names = set(make_plan(make_config(tie_word_embeddings=True), 2).tensors)
+    assert "lm_head.weight" not in names
+    assert not [name for name in names if name.endswith("bias")]
+    assert len(names) == 2 + 2 * 9
+    all_names = set(make_plan(make_config(attention_bias=True, mlp_bias=True), 2).tensors)
+    assert len(all_names) == 3 + 2 * 16
+    assert make_plan(make_config(), 2).tensors["model.layers.1.self_attn.k_proj.weight"].shape == (18, 20)
+
+
+@pytest.mark.parametrize("tp", [-1, 0, 10])
+def test_a_size_that_cannot_be_names_those_that_can(tp):
+    with pytest.raises(InputError, match=rf"--tp {tp}: .*9 attention heads.* 1 to 9 "):
+        make_plan(make_config(9, 3), tp)
+
+
+def test_no_more_ranks_than_vocabulary_rows():
+    with pytest.raises(InputError, match="1 to 5 "):
+        make_plan(make_config(9, 3, vocab_size=5), 6)
