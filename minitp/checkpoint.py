@@ -57,15 +57,19 @@ class Checkpoint:
 
     def _read_index(self, index):
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index}: expected an object under 'weight_map'")
-        headers = {name: _read_header(self.directory / name) for name in sorted(set(weight_map.values()))}
-        for tensor, name in weight_map.items():
-            if tensor not in headers[name]:
-                raise InputError(
-                    f"{self.directory / name}: tensor {tensor} is missing; {index.name} puts it here"
-                )
-        return {tensor: info for header in headers.values() for tensor, info in header.items()}
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise InputError(f"{index}: expected an object of file names under 'weight_map'")
+        tensors = {}
+        for name in sorted(set(weight_map.values())):
+            header = _read_header(self.directory / name)
+            for tensor in (tensor for tensor, file in weight_map.items() if file == name):
+                if tensor not in header:
+                    raise InputError(
+                        f"{self.directory / name}: tensor {tensor} is missing; {index.name} puts it here"
+                    )
+            # A file may hold a tensor that the index does not name, or names in another file.
+            tensors |= {t: info for t, info in header.items() if weight_map.get(t, name) == name}
+        return tensors
 
     def check(self, plan, layers_in_file):
         """Refuse a checkpoint that lacks a tensor of the plan, has one in another shape, or one too many.

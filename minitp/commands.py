@@ -166,16 +166,20 @@ def report(args, request, stats):
     elif request.finish_reason != "closed":
         write_out("\n")
     if args.stats:
-        speed = stats["decode_tokens_per_s"]
-        print(
-            f"{stats['tp']} ranks, {stats['dtype']}, {stats['weight_bytes_per_rank'] / 1e6:.1f} MB of weights "
-            f"on rank 0, loaded in {stats['load_s']:.2f} s\n"
-            f"{len(request.prompt_ids)} prompt tokens, first new token after {stats['ttft_s']:.3f} s\n"
-            f"{len(request.token_ids)} new tokens"
-            + (f", {speed:.1f} tokens/s after the first" if speed else "")
-            + f"; {stats['comm_share']:.0%} of the time in collectives",
-            file=sys.stderr,
-        )
+        print(statistics_text(request, stats), file=sys.stderr)
+
+
+def statistics_text(request, stats):
+    """The same for people, three lines."""
+    speed = stats["decode_tokens_per_s"]
+    after = f", {speed:.1f} tokens/s after the first" if speed else ""
+    megabytes = stats["weight_bytes_per_rank"] / 1e6
+    return (
+        f"{stats['tp']} ranks, {stats['dtype']}, {megabytes:.1f} MB of weights on rank 0, "
+        f"loaded in {stats['load_s']:.2f} s\n"
+        f"{len(request.prompt_ids)} prompt tokens, first new token after {stats['ttft_s']:.3f} s\n"
+        f"{len(request.token_ids)} new tokens{after}; {stats['comm_share']:.0%} of the time in collectives"
+    )
 
 
 class Perplexity:

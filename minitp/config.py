@@ -7,14 +7,16 @@ from pathlib import Path
 
 from minitp.errors import InputError
 
-# What each family is called and what its transformers config class assumes for an absent field.
+# What each family is called, which fields only it reads, and what transformers assumes for absent fields.
 FAMILIES = {
     "llama": {
         "architecture": "LlamaForCausalLM",
-        "defaults": {"max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
+        "reads": ("attention_bias", "mlp_bias"),
+        "defaults": {"max_position_embeddings": 2048},
     },
     "mistral": {
         "architecture": "MistralForCausalLM",
+        "reads": ("sliding_window",),
         "defaults": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     },
 }
@@ -129,22 +131,22 @@ def read_json(path):
 
 def parse_config(fields, where):
     """A Config from the fields of a config.json; `where` names it in errors."""
-    family = FAMILIES.get(fields.get("model_type"))
-    if family is None or fields.get("architectures", [family["architecture"]]) != [family["architecture"]]:
+    family = FAMILIES.get(str(fields.get("model_type")))
+    if family is None or fields.get("architectures") not in (None, [family["architecture"]]):
         known = ", ".join(f"{name} ({f['architecture']})" for name, f in FAMILIES.items())
         raise InputError(
             f"{where}: model_type {fields.get('model_type')!r} with architectures "
             f"{fields.get('architectures')!r} is not supported; supported: {known}"
         )
-    reader = _Reader({**family["defaults"], **fields}, where)
-    return reader.config()
+    return _Reader({**family["defaults"], **fields}, family["reads"], where).config()
 
 
 class _Reader:
     """Takes fields out of config.json one by one, so that what is left over is known."""
 
-    def __init__(self, fields, where):
+    def __init__(self, fields, family_reads, where):
         self.fields = fields
+        self.family_reads = family_reads
         self.where = where
         self.read = set()
 
@@ -164,6 +166,9 @@ class _Reader:
         if not right_type or not value > 0:
             self.refuse(name, value, "a positive number" if kind is float else "a positive integer")
         return kind(value)
+
+    def family_flag(self, name):
+        return name in self.family_reads and self.flag(name)
 
     def flag(self, name):
         value = self.get(name, False)
@@ -187,7 +192,9 @@ class _Reader:
         dtype = self.get("dtype") or self.get("torch_dtype") or "float32"
         if dtype not in DTYPES:
             self.refuse("dtype", dtype, "one of " + ", ".join(DTYPES))
-        window = self.number("sliding_window", int) if self.reads_window() else None
+        window = None
+        if "sliding_window" in self.family_reads and self.get("sliding_window") is not None:
+            window = self.number("sliding_window", int)
         return Config(
             model_type=self.get("model_type"),
             vocab_size=self.number("vocab_size", int),
@@ -202,44 +209,47 @@ class _Reader:
             max_position_embeddings=self.number("max_position_embeddings", int),
             sliding_window=window,
             tie_word_embeddings=self.flag("tie_word_embeddings"),
-            attention_bias=self.has_bias() and self.flag("attention_bias"),
-            mlp_bias=self.has_bias() and self.flag("mlp_bias"),
+            attention_bias=self.family_flag("attention_bias"),
+            mlp_bias=self.family_flag("mlp_bias"),
             eos_token_ids=self.eos(),
             dtype=dtype,
             unread=self.unread(),
         )
 
-    def reads_window(self):
-        return self.fields["model_type"] == "mistral" and self.get("sliding_window") is not None
-
-    def has_bias(self):
-        return self.fields["model_type"] == "llama"
-
     def rope(self):
         """Both spellings: rope_parameters, or rope_theta beside rope_scaling (with `type` or `rope_type`)."""
-        new = self.get("rope_parameters", {})
-        parameters = dict(self.get("rope_scaling") or new)  # transformers prefers the old one of the two
-        theta = parameters.pop("rope_theta", None) or self.get("rope_theta", 10000.0)
-        self.read.add("rope_theta")
+        parameters = self.rope_fields()
+        theta = parameters.pop("rope_theta", self.get("rope_theta", 10000.0))
         old_type = parameters.pop("type", "default")
         rope_type = parameters.pop("rope_type", old_type)
-        if rope_type not in ROPE_TYPES:
+        if rope_type not in list(ROPE_TYPES):  # a list, for it may be anything
             self.refuse("rope_type", rope_type, "one of " + ", ".join(ROPE_TYPES))
-        if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
-            self.refuse("rope_parameters", self.get("rope_parameters"), "partial_rotary_factor 1.0")
         needed = ROPE_TYPES[rope_type]
-        known = ROPE_TYPES["llama3"]
         for name in parameters:
-            if name not in known:
+            if name not in ROPE_TYPES["llama3"]:
                 raise InputError(f"{self.where}: rope_type {rope_type!r} with an unknown field {name!r}")
-        for name in (*needed, "rope_theta"):
-            value = theta if name == "rope_theta" else parameters.get(name)
+        values = {"rope_theta": theta, **{name: parameters.get(name) for name in needed}}
+        for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 self.refuse(f"{name} of rope_type {rope_type!r}", value, "a positive number")
-        rope = Rope(float(theta), rope_type, **{name: parameters[name] for name in needed})
+        rope = Rope(rope_type=rope_type, **values)
         if rope_type == "llama3" and not rope.low_freq_factor < rope.high_freq_factor:
-            self.refuse("high_freq_factor", rope.high_freq_factor, f"more than low_freq_factor, {rope.low_freq_factor}")
+            low = rope.low_freq_factor
+            self.refuse("high_freq_factor", rope.high_freq_factor, f"more than low_freq_factor, {low}")
         return rope
+
+    def rope_fields(self):
+        """The object under rope_scaling, which transformers prefers, or rope_parameters."""
+        for name in ("rope_scaling", "rope_parameters"):
+            fields = self.get(name)
+            if fields:
+                break
+        if fields and not isinstance(fields, dict):
+            self.refuse(name, fields, "an object")
+        fields = dict(fields or {})
+        if fields.pop("partial_rotary_factor", 1.0) != 1.0:
+            self.refuse(name, self.get(name), "partial_rotary_factor 1.0")
+        return fields
 
     def eos(self):
         value = self.get("eos_token_id", [])

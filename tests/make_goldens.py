@@ -1,0 +1,283 @@
+"""Makes tests/goldens: tiny random checkpoints, with what Hugging Face transformers computes from them.
+
+    pip install torch==2.13.0 transformers==5.23.0      (CPU; the versions of the committed data)
+    python tests/make_goldens.py [NAME ..]
+
+With the same versions it writes the same bytes again. Each goldens/NAME is a Hugging Face directory, and in
+it golden.npz:
+
+    prompt        int64 [T]     token ids; T is 24, or what prompt_text takes
+    logits        float32 [T, V] of the prompt, computed in float32 from the stored weights, eager attention
+    continuation  int64 [20]    the greedy one, end-of-text tokens ignored, each step from the whole sequence
+    gap           the smallest distance of a step's two largest logits, in standard deviations of its logits
+    prompt_text, text           of the model with a tokenizer: of the prompt and of the continuation
+
+Weights are drawn anew until no greedy step is anywhere near a tie, so that a right implementation cannot
+continue otherwise. All is random that a model has: norm weights and biases too, so that one that is left out
+is seen; queries and keys are large enough for attention to prefer some positions over others.
+"""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+GOLDENS = Path(__file__).parent / "goldens"
+PROMPT_TOKENS, NEW_TOKENS = 24, 20
+MIN_GAP = 0.05  # standard deviations; float32 rounding moves a logit by less than 1e-5 of one
+MIN_DISTINCT = 10  # different tokens of a continuation, for a repeated one hides errors
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 101,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+MISTRAL = {**LLAMA, "model_type": "mistral"}
+
+# NAME: the fields of config.json, and what else is special. "by hand" are the older spellings, written as
+# they stand here; the others are written by transformers.
+VARIANTS = {
+    "llama1": {  # multi-head attention, float16, no rope_theta at all
+        "by_hand": True,
+        "config": LLAMA
+        | {"hidden_size": 40, "num_attention_heads": 5, "num_hidden_layers": 3, "rms_norm_eps": 1e-6}
+        | {"torch_dtype": "float16"},
+    },
+    "llama2": {  # grouped heads, several files
+        "max_shard_size": "40KB",
+        "config": LLAMA
+        | {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2}
+        | {"vocab_size": 96, "intermediate_size": 64},
+    },
+    "llama-bias": {
+        "config": LLAMA
+        | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}
+        | {"attention_bias": True, "mlp_bias": True},
+    },
+    "llama3": {
+        "config": LLAMA
+        | {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            }
+        },
+    },
+    "llama-linear": {
+        "by_hand": True,
+        "config": LLAMA
+        | {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
+        | {"rope_theta": 20000.0, "rope_scaling": {"type": "linear", "factor": 4.0}}
+        | {"torch_dtype": "float32"},
+    },
+    "tinyllama": {  # bfloat16
+        "config": LLAMA
+        | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "dtype": "bfloat16"},
+    },
+    "smollm2": {  # three query heads a KV head, tied embeddings
+        "config": LLAMA
+        | {"hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}},
+    },
+    "mistral-v01": {  # a sliding window shorter than the prompt
+        "by_hand": True,
+        "config": MISTRAL
+        | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "sliding_window": 7}
+        | {"rope_theta": 10000.0, "torch_dtype": "float32"},
+    },
+    "mistral-v02": {  # one KV head
+        "config": MISTRAL
+        | {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": None}
+        | {"vocab_size": 128, "intermediate_size": 48}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+    },
+    "mistral-v03": {  # heads that together are wider than the hidden size
+        "config": MISTRAL
+        | {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
+        | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+    },
+    "text": {  # a tokenizer; bfloat16; a vocabulary padded beyond it; end-of-text amid the continuation
+        "prompt": "The cat and the dog: 12 of them, and 30 more in the house",
+        "config": LLAMA
+        | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "dtype": "bfloat16"}
+        | {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0},
+    },
+}
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+WORDS = [" the", " and", " of", " in", " to", " is", " that", " house", " water", "The", "ing", "er", "on"]
+
+
+def make(name, variant):
+    """Search weights for one variant, write its directory, and compute golden.npz from what was written."""
+    fields = dict(variant["config"])
+    dtype = getattr(torch, fields.get("dtype") or fields.get("torch_dtype") or "float32")
+    model_type = fields.pop("model_type")
+    config = AutoConfig.for_model(model_type, **fields)
+    check_config(name, config, fields)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    tokenizer = bpe_tokenizer() if "prompt" in variant else None
+    seed = next(seed for seed in range(20000) if suits(model, seed, dtype, variant, tokenizer))
+
+    directory = GOLDENS / name
+    shutil.rmtree(directory, ignore_errors=True)
+    model.to(dtype).save_pretrained(directory, max_shard_size=variant.get("max_shard_size", "50GB"))
+    (directory / "generation_config.json").unlink()
+    if variant.get("by_hand"):
+        architectures = json.loads((directory / "config.json").read_text())["architectures"]
+        by_hand = {"architectures": architectures, "model_type": model_type, **fields}
+        (directory / "config.json").write_text(json.dumps(by_hand, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(str(directory / "tokenizer.json"))
+
+    golden = golden_of(directory, seed, variant, tokenizer)
+    assert golden["gap"] > MIN_GAP
+    np.savez(directory / "golden.npz", **golden)
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    print(f"{name:14} seed {seed:5}  gap {golden['gap']:.3f}  {size / 1e3:6.1f} KB", flush=True)
+
+
+def check_config(name, config, fields):
+    """The variant is what its name says, in transformers' own eyes."""
+    rope = config.rope_parameters
+    given = {**(fields.get("rope_scaling") or fields.get("rope_parameters") or {})}
+    assert rope["rope_type"] == given.get("rope_type", given.get("type", "default"))
+    assert rope["rope_theta"] == given.get("rope_theta", fields.get("rope_theta", 10000.0))
+    assert getattr(config, "sliding_window", None) == fields.get("sliding_window")
+    if name == "mistral-v01":
+        assert config.sliding_window < PROMPT_TOKENS
+    if name == "llama3":  # wave lengths in all three bands of the formula
+        pairs = range(config.head_dim // 2)
+        frequencies = [rope["rope_theta"] ** (-2 * i / config.head_dim) for i in pairs]
+        turns = [rope["original_max_position_embeddings"] * f / (2 * math.pi) for f in frequencies]
+        assert max(turns) > rope["high_freq_factor"]
+        assert min(turns) < rope["low_freq_factor"]
+        assert any(rope["low_freq_factor"] < n < rope["high_freq_factor"] for n in turns)
+
+
+def suits(model, seed, dtype, variant, tokenizer):
+    """Give the model the weights of `seed`; whether the continuation is as the tests want it."""
+    set_weights(model, seed, dtype, tokenizer)
+    prompt = prompt_ids(seed, model.config.vocab_size, variant, tokenizer)
+    continuation, gap = greedy(model, prompt, stop_below=MIN_GAP)
+    if gap <= MIN_GAP or len(set(continuation)) < MIN_DISTINCT:
+        return False
+    if tokenizer is None:
+        return True
+    eos = model.config.eos_token_id
+    eos_amid = eos in continuation[8:15] and eos not in continuation[:8]
+    return eos_amid and tokenizer.decode(continuation).isprintable()
+
+
+def set_weights(model, seed, dtype, tokenizer):
+    """Random weights, rounded to the dtype in which they will be stored."""
+    rng = np.random.default_rng(seed)
+    for name, parameter in model.named_parameters():
+        values = rng.standard_normal(tuple(parameter.shape))
+        if name.endswith("norm.weight"):
+            values = 1 + values / 4
+        elif name.endswith("bias"):
+            values /= 2
+        elif name.startswith(("model.embed_tokens", "lm_head")):
+            if model.config.tie_word_embeddings:  # or every token predicts itself
+                values /= 8
+        else:
+            values *= (2.0 if "q_proj" in name or "k_proj" in name else 1.0) / values.shape[1] ** 0.5
+        if name.startswith("lm_head") and tokenizer is not None:  # make what cannot be read improbable
+            for token in range(len(values)):
+                text = tokenizer.decode([token])
+                readable = text and text.isascii() and text.isprintable()
+                if not readable and token != model.config.eos_token_id:
+                    values[token] /= 4
+        parameter.data = torch.tensor(values, dtype=torch.float32).to(dtype).to(torch.float32)
+    model.tie_weights()
+
+
+def prompt_ids(seed, vocab_size, variant, tokenizer):
+    """Random tokens, or those of the variant's text."""
+    if tokenizer is None:
+        return np.random.default_rng([seed, 1]).integers(0, vocab_size, PROMPT_TOKENS).tolist()
+    ids = tokenizer.encode(variant["prompt"]).ids
+    assert tokenizer.decode(ids) == variant["prompt"]
+    return ids
+
+
+@torch.no_grad()
+def logits_of(model, ids):
+    """float32 [T, V]."""
+    return model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+
+def greedy(model, prompt, stop_below=0.0):
+    """NEW_TOKENS tokens, end-of-text ignored, and the smallest gap on the way (see the top of this file)."""
+    ids, smallest = list(prompt), math.inf
+    while len(ids) < len(prompt) + NEW_TOKENS:
+        last = logits_of(model, ids)[-1]  # [V]
+        second, first = np.sort(last)[-2:]
+        smallest = min(smallest, float((first - second) / last.std()))
+        if smallest <= stop_below:
+            break
+        ids.append(int(last.argmax()))
+    return ids[len(prompt) :], smallest
+
+
+def golden_of(directory, seed, variant, tokenizer):
+    """The contents of golden.npz, from the files of `directory` alone."""
+    model, found = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(found.values()), found  # missing, unexpected or mismatched keys
+    model.eval()
+    assert model.config._attn_implementation == "eager"
+    prompt = prompt_ids(seed, model.config.vocab_size, variant, tokenizer)
+    continuation, gap = greedy(model, prompt)
+    golden = {"prompt": np.array(prompt), "logits": logits_of(model, prompt)}
+    golden |= {"continuation": np.array(continuation), "gap": np.array(gap)}
+    assert golden["logits"].dtype == np.float32
+    if tokenizer is not None:
+        golden |= {"prompt_text": np.array(variant["prompt"])}
+        golden |= {"text": np.array(tokenizer.decode(continuation))}
+    return golden
+
+
+def bpe_tokenizer():
+    """Byte-level BPE: three special tokens, the 256 bytes, and the merges that spell WORDS."""
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    merges = []
+    for word in WORDS:
+        letters = word.replace(" ", "\u0120")
+        for i in range(1, len(letters)):
+            merge = (letters[:i], letters[i])
+            if merge not in merges:
+                merges.append(merge)
+                tokens.append("".join(merge))
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    for name in sys.argv[1:] or VARIANTS:
+        make(name, VARIANTS[name])

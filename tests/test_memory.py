@@ -1,0 +1,127 @@
+"""Loading keeps to its word: a rank's private memory never exceeds its shard + one slice + 200 MB."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TP = 4
+HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 2048, 102400, 4096, 32, 4, 64
+ALLOWANCE = 200_000_000  # bytes: Python, numpy and the other libraries, and the buffers of reading
+
+# One layer with matrices so large that a rank that read a whole one, even in float16, would be found out:
+# down_proj, the last to be loaded, is 419 MB in the file and 210 MB as a rank's slice in float32.
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": 1,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "torch_dtype": "float16",
+}
+SHAPES = {
+    "model.embed_tokens.weight": (VOCAB, HIDDEN),
+    "model.norm.weight": (HIDDEN,),
+    "lm_head.weight": (VOCAB, HIDDEN),
+    "model.layers.0.input_layernorm.weight": (HIDDEN,),
+    "model.layers.0.self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
+    "model.layers.0.self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "model.layers.0.self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "model.layers.0.self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
+    "model.layers.0.post_attention_layernorm.weight": (HIDDEN,),
+    "model.layers.0.mlp.gate_proj.weight": (FFN, HIDDEN),
+    "model.layers.0.mlp.up_proj.weight": (FFN, HIDDEN),
+    "model.layers.0.mlp.down_proj.weight": (HIDDEN, FFN),
+}
+REPLICATED = 3 * HIDDEN  # the norms; all else divides evenly by TP
+SHARD_BYTES = 4 * ((sum(int(np.prod(shape)) for shape in SHAPES.values()) - REPLICATED) // TP + REPLICATED)
+SLICE_BYTES = 4 * HIDDEN * FFN // TP
+
+# A rank that loads its share, says so, and waits to be let go. Watched from outside, it cannot grow unseen.
+RANK = """
+import sys
+from minitp.device import open_device
+from minitp.model_source import open_model
+from minitp.weights import Loader
+
+source = open_model(sys.argv[1], int(sys.argv[3]))
+weights = Loader(source.plan, int(sys.argv[2]), source.tensors, open_device("float32")).load()
+print(weights.nbytes, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A float16 checkpoint of 1.3 GB, deleted afterwards."""
+    directory = tmp_path_factory.mktemp("memory")
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    path = directory / "model.safetensors"
+    try:
+        write_checkpoint(path)
+        assert path.stat().st_size > 1e9
+        assert path.stat().st_blocks * 512 > 1e9  # no holes
+        yield directory
+    finally:
+        path.unlink()
+
+
+def write_checkpoint(path):
+    """Random numbers, the same 8 MB again and again."""
+    header, start = {}, 0
+    for name, shape in SHAPES.items():
+        stop = start + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    tile = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32).astype(np.float16).tobytes()
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for at in range(0, start, len(tile)):
+            file.write(tile[: start - at])
+
+
+def private_bytes(pid):
+    """RssAnon + RssShmem of a process: what is its own, without the pages of mapped files."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * sum(int(kilobytes) for kilobytes in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", status))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("rank", range(TP))
+def test_peak_memory_of_loading(directory, rank):
+    command = [sys.executable, "-c", RANK, str(directory), str(rank), str(TP)]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    started, peak, samples = time.monotonic(), 0, 0
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        os.set_blocking(process.stdout.fileno(), False)
+        said = b""
+        while not said.endswith(b"\n") and process.poll() is None and time.monotonic() < started + 120:
+            peak = max(peak, private_bytes(process.pid))
+            samples += 1
+            time.sleep(0.002)
+            said += process.stdout.read() or b""
+        afterwards = private_bytes(process.pid) if process.poll() is None else 0
+        process.kill()
+    seconds = time.monotonic() - started
+    print(
+        f"rank {rank} of {TP}: shard {SHARD_BYTES / 1e6:.1f} MB, largest slice {SLICE_BYTES / 1e6:.1f} MB; "
+        f"private memory at most {peak / 1e6:.1f} MB, afterwards {afterwards / 1e6:.1f} MB "
+        f"({samples} samples in {seconds:.1f} s)"
+    )
+    assert said, "the rank failed, see its stderr"
+    assert int(said) == SHARD_BYTES
+    assert samples > 50
+    assert SHARD_BYTES < afterwards <= SHARD_BYTES + ALLOWANCE
+    assert peak <= SHARD_BYTES + SLICE_BYTES + ALLOWANCE
