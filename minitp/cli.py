@@ -10,6 +10,7 @@ import sys
 
 from minitp import __version__, launch
 from minitp.errors import InputError, MinitpError
+from minitp.output import prepare_streams, write_out
 
 DEFAULT_TP = 4
 
@@ -25,6 +26,7 @@ def main(argv=None, worker=launch.WORKER):
         The command of which `mpirun` starts one process a rank.
     """
     argv = sys.argv[1:] if argv is None else argv
+    prepare_streams()
     try:
         refuse_undecodable(argv)
         args = parser().parse_args(argv)
@@ -36,7 +38,8 @@ def main(argv=None, worker=launch.WORKER):
             return alone(args)
         return front(args, argv, size, worker)
     except MinitpError as error:
-        print(f"minitp: {error}", file=sys.stderr)
+        if launch.env_rank(os.environ) == 0:  # all ranks of a user's mpirun read the same arguments
+            print(f"minitp: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -81,6 +84,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
+
+    def _print_message(self, message, file=None):
+        """Help and version: nobody may be reading."""
+        write_out(message)
 
 
 def parser():

@@ -13,6 +13,7 @@ from minitp.errors import InputError
 from minitp.generate import Request, check_prompt, generate
 from minitp.model import load_model
 from minitp.model_source import open_model
+from minitp.output import write_out
 from minitp.perplexity import perplexity
 from minitp.sampling import SamplingParams
 from minitp.weights import shard_nbytes
@@ -68,17 +69,6 @@ def load(args, comm, source):
     ):
         model = load_model(source, comm, device, bar.update)
     return model, perf_counter() - started
-
-
-def write_out(text):
-    """Write to stdout at once; False if nobody reads it any more (`| head`)."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
-        return False
-    return True
 
 
 class Generate:

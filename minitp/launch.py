@@ -12,6 +12,7 @@ to a file each, of which the end is shown if they die.
 
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -28,6 +29,7 @@ from minitp.errors import InputError, RankError
 WORKER = [sys.executable, "-m", "minitp"]
 SOCKET_VARIABLE = "MINITP_FRONT"
 START_LIMIT_S = 60  # until all ranks have connected
+LONGEST_PARENT = 80  # a Unix socket's path has at most 103 bytes (macOS) or 107 (Linux)
 END_LIMIT_S = 10  # from the last rank's last message to the end of mpirun
 BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -83,7 +85,7 @@ def ranks_wanted(tp, default):
         return default
     if tp == "auto":
         return min(physical_cores(), 4)
-    if not tp.isascii() or not tp.removeprefix("-").isdigit():
+    if not re.fullmatch("-?[0-9]{1,9}", tp):
         raise InputError(f"--tp {tp}: expected a number of ranks, or auto")
     if int(tp) < 1:
         raise InputError(f"--tp {tp}: expected at least 1 rank")
@@ -126,7 +128,10 @@ def run_ranks(command, size, environment, verbose=False):
     Returns 3, after naming the rank on stderr, if one dies or fails by itself; 130 on Ctrl-C, 143 on SIGTERM.
     No process of the job is left when this returns.
     """
-    with tempfile.TemporaryDirectory(prefix="minitp-", ignore_cleanup_errors=True) as folder:
+    parent = tempfile.gettempdir()
+    if len(parent) > LONGEST_PARENT:
+        parent = "/tmp"
+    with tempfile.TemporaryDirectory(prefix="minitp-", dir=parent, ignore_cleanup_errors=True) as folder:
         job = Job(Path(folder), size, verbose)
         try:
             with raised_on_sigterm():
@@ -241,9 +246,10 @@ class Job:
         except ConnectionResetError:
             data = b""
         rank.received += data
-        if b"\n" in rank.received:
-            message = json.loads(rank.received)
-            rank.received, rank.exit_code = b"", message["exit"]
+        line, newline, _ = rank.received.partition(b"\n")
+        if newline and rank.exit_code is None:  # the first is the last that counts
+            message = json.loads(line)
+            rank.exit_code = message["exit"]
             if message["error"] is not None:
                 self.fail(f"rank {rank.rank} failed: {message['error']}", rank)
                 return False

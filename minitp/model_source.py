@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +105,10 @@ def find_directory(name):
 def _download(hub_id):
     """A snapshot in huggingface_hub's own cache, with its progress bars; only what minitp reads."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client raises those of its HTTP library, which changes

@@ -79,11 +79,13 @@ class Sampler:
 
 def token_probabilities(logits, params):
     """The probabilities [V] that temperature, top-k and top-p (in this order) leave; float64, sum 1."""
-    scaled = logits.astype(np.float64) / params.temperature  # [V]
+    below_best = logits.astype(np.float64) - logits.max()  # [V]
+    with np.errstate(over="ignore"):  # a tiny temperature leaves the best token alone: the others are -inf
+        scaled = below_best / params.temperature  # [V]
     order = np.argsort(-scaled, kind="stable")  # [V], the most probable first; ties by token id
     kept = len(order) if params.top_k == 0 else min(params.top_k, len(order))
     best = scaled[order[:kept]]  # [kept]
-    probs = np.exp(best - best[0])  # [kept]
+    probs = np.exp(best)  # [kept]
     probs /= probs.sum()
     if params.top_p < 1:
         needed = int(np.searchsorted(np.cumsum(probs), params.top_p)) + 1

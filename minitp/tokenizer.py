@@ -37,8 +37,9 @@ class TextStream:
     """Turns tokens into text one by one, never handing out half a character.
 
     A character may be spread over several tokens, and how a token reads may depend on the one before it (a
-    leading space is dropped at the start of a text). So a short tail of the tokens is decoded with and
-    without the new one, and the difference is the new text, once it no longer ends in half a character.
+    leading space is dropped at the start of a text). So the new tokens are decoded together with those of
+    the piece handed out before, which begin with a whole character; the difference is the new text, once it
+    no longer ends in half a character.
 
     Parameters
     ----------
@@ -47,11 +48,9 @@ class TextStream:
         What came before; its text is not handed out.
     """
 
-    TAIL = 6  # more tokens than any one character of UTF-8 has bytes
-
     def __init__(self, tokenizer, prompt_ids):
         self._decode = tokenizer.decode
-        self._ids = list(prompt_ids[-self.TAIL :])
+        self._ids = list(prompt_ids)
         self._known = len(self._ids)  # tokens of _ids whose text has been handed out
 
     def push(self, token_id):
@@ -68,6 +67,8 @@ class TextStream:
         text = self._decode(self._ids)
         if not final and text.endswith(REPLACEMENT):
             return ""
-        self._ids = self._ids[-max(self.TAIL, len(self._ids) - self._known) :]
+        piece = text[len(before) :]
+        if piece:  # else (special tokens have no text) the earlier ones are still needed
+            self._ids = self._ids[self._known :]
         self._known = len(self._ids)
-        return text[len(before) :]
+        return piece

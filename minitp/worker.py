@@ -1,4 +1,7 @@
-"""One rank's process: from its start to its exit code, with a way out for every failure."""
+"""One rank's process: from its start to its exit code, with a way out for every failure.
+
+What brings numpy and the rest is imported inside, so that failing to import is a failure like any other.
+"""
 
 import faulthandler
 import json
@@ -9,25 +12,22 @@ import sys
 import threading
 import traceback
 
-from minitp import commands
-from minitp.comm import Alone, MpiComm
-from minitp.errors import AgreedError, InputError, MinitpError, RankError, one_line
-from minitp.launch import SOCKET_VARIABLE, env_rank
+from minitp.errors import AgreedError, InputError, RankError, one_line
+from minitp.launch import SOCKET_VARIABLE, env_rank, ranks_wanted
 
 
 def run_alone(args):
     """The single rank of --tp 1."""
+    from minitp import commands
+    from minitp.comm import Alone
+
+    comm = Alone()
     try:
-        return commands.run(args, Alone())
+        return commands.run(args, comm)
     except AgreedError as error:
-        return _leave_together(error, args)
-    except MinitpError as error:
-        print(f"minitp: {error}", file=sys.stderr)
-        return error.exit_code
+        return _leave_together(error, args, comm)
     except Exception as error:
-        print(f"minitp: rank 0 failed: {one_line(error)}", file=sys.stderr)
-        _show_traceback(error, args)
-        return RankError.exit_code
+        return _leave_alone(error, args, comm, front=None)
 
 
 def run_in_world(args, world):
@@ -36,13 +36,16 @@ def run_in_world(args, world):
     comm = None
     try:
         faulthandler.enable()
+        from minitp import commands
+        from minitp.comm import MpiComm
+
         comm = MpiComm(expected=world)
         with comm.agreed():
-            if args.tp not in (None, "auto", str(world)):
+            if args.tp != "auto" and ranks_wanted(args.tp, default=world) != world:
                 raise InputError(f"--tp {args.tp} contradicts the MPI world of {world} ranks; leave --tp out")
         code = commands.run(args, comm)
     except AgreedError as error:
-        code = _leave_together(error, args) if comm.rank == 0 else error.exit_code
+        code = _leave_together(error, args, comm)
     except BaseException as error:
         code = _leave_alone(error, args, comm, front)
     if front is not None:
@@ -50,8 +53,10 @@ def run_in_world(args, world):
     return code
 
 
-def _leave_together(error, args):
-    print(f"minitp: {error}", file=sys.stderr)
+def _leave_together(error, args, comm):
+    """All ranks leave: rank 0 says why, and with -v the rank that failed shows where."""
+    if comm.rank == 0:
+        print(f"minitp: {error}", file=sys.stderr)
     _show_traceback(error.__cause__, args)
     return error.exit_code
 
@@ -96,5 +101,4 @@ class Front:
 
     def say(self, exit_code, error=None):
         """This rank's last message."""
-        sys.stdout.flush()
         self._socket.sendall(json.dumps({"exit": exit_code, "error": error}).encode() + b"\n")
