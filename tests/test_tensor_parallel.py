@@ -202,9 +202,7 @@ def test_prefill_in_chunks_returns_the_last_logits(name, chunk):
         assert cache.length == len(TOKENS)
         return last
 
-    np.testing.assert_allclose(
-        run_ranks(3, rank_part)[0], alone(partial(whole_prompt, fields))[-1], **CLOSE
-    )
+    np.testing.assert_allclose(run_ranks(3, rank_part)[0], alone(partial(whole_prompt, fields))[-1], **CLOSE)
 
 
 def test_logits_only_where_they_are_asked_for():

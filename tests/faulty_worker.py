@@ -1,0 +1,72 @@
+"""The `minitp` command with a fault in one of its ranks; test_processes starts it in place of `minitp`.
+
+MINITP_TEST_FAULT says what happens, where and on which rank: "kill forward 2", say.
+
+    raise   an exception that nobody expects
+    kill    SIGKILL
+    exit    the process ends without a word, with code 7
+    lag     three seconds pass
+
+    starting   before anything else
+    importing  a package is missing (and so it can only raise)
+    loading    while the weights are loaded
+    forward    in the fifth forward pass
+"""
+
+import os
+import signal
+import sys
+import time
+
+from minitp import cli
+from minitp.launch import env_rank
+
+FORWARD_CALL = 5
+
+
+def fail(kind):
+    """The fault, after last words by which the test knows that they have been kept."""
+    print(f"last words of rank {env_rank(os.environ)}", file=sys.stderr, flush=True)
+    if kind == "raise":
+        raise ZeroDivisionError("a fault\nfor the test")
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "exit":
+        os._exit(7)
+    assert kind == "lag"
+    time.sleep(3)
+
+
+def plant(kind, place):
+    """Make `place` fail, once."""
+    if place == "starting":
+        fail(kind)
+        return
+    if place == "importing":
+        sys.modules["ml_dtypes"] = None
+        return
+    from minitp.model import Model
+    from minitp.weights import Loader
+
+    owner, name, fatal_call = {
+        "loading": (Loader, "load", 1),
+        "forward": (Model, "forward", FORWARD_CALL),
+    }[place]
+    right = getattr(owner, name)
+    calls = 0
+
+    def wrong(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == fatal_call:
+            fail(kind)
+        return right(*args, **kwargs)
+
+    setattr(owner, name, wrong)
+
+
+if __name__ == "__main__":
+    what, where, rank = os.environ["MINITP_TEST_FAULT"].split()
+    if env_rank(os.environ) == int(rank):
+        plant(what, where)
+    sys.exit(cli.main())

@@ -1,0 +1,604 @@
+"""The command line: each kind of bad input gets one line and exit code 2, and good input what is promised."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import BOS, write_tiny
+
+from minitp import launch
+from minitp.cli import main
+from minitp.comm import run_threads
+from minitp.device import open_device
+from minitp.generate import Request, generate
+from minitp.model import Model, load_model
+from minitp.model_source import open_model
+from minitp.sampling import SamplingParams
+
+COMMAND = [sys.executable, "-m", "minitp"]
+BUFFERED = {
+    name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"
+}  # as users have it
+BY_FRONT, ALONE = ["--tp", "4"], ["--tp", "1"]
+NO_TOKENIZER = "random:smollm2-135m"
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """Run the command in this process; it must end with one line on stderr, which is returned."""
+
+    def no_ranks(*_, **__):
+        raise AssertionError("ranks were started")
+
+    monkeypatch.setattr(launch, "run_ranks", no_ranks)
+
+    def run(*argv):
+        code = main([str(argument) for argument in argv])
+        captured = capsys.readouterr()
+        check_refusal(code, captured.out, captured.err)
+        return captured.err
+
+    return run
+
+
+def check_refusal(code, out, err):
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("minitp: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+
+
+def run_command(*argv, **options):
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "env": BUFFERED,
+        "timeout": 120,
+    } | options
+    return subprocess.run([*COMMAND, *map(str, argv)], **options)
+
+
+def run_json(*argv):
+    done = run_command("generate", *argv, "--json")
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+# --- prompts and options --------------------------------------------------------------------------------
+
+TOO_LONG = ",".join(["5"] * 600)
+BAD_GENERATE = {
+    "empty prompt": ([""], "the prompt is empty"),
+    "long prompt": (["a" * 600], "the prompt has 600 tokens and the context 512"),
+    "long tokens": (["--tokens", TOO_LONG], "the prompt has 600 tokens and the context 512"),
+    "prompt fills the context": (["a" * 512], "no room for a new one"),
+    "prompt over --max-context": (["aaaa", "--max-context", "4"], "4 tokens and the context 4"),
+    "token id too large": (["--tokens", "1,258,3"], "token id 258 is outside the vocabulary, 0 to 257"),
+    "token id far too large": (["--tokens", "9" * 30], "outside the vocabulary, 0 to 257"),
+    "token id negative": (["--tokens=-1"], "token id -1 is outside the vocabulary, 0 to 257"),
+    "tokens empty": (["--tokens", ""], "'': expected numbers and commas"),
+    "tokens not numbers": (["--tokens", "1,x"], "'1,x': expected numbers and commas"),
+    "tokens with a gap": (["--tokens", "1,,2"], "expected numbers and commas"),
+    "prompt and tokens": (["hi", "--tokens", "1,2"], "either a PROMPT or --tokens"),
+    "neither prompt nor tokens": ([], "either a PROMPT or --tokens"),
+    "two prompts": (["The", "capital"], "unrecognized arguments: capital"),
+    "no new tokens": (["hi", "-n", "0"], "--max-new-tokens 0: expected at least 1"),
+    "negative new tokens": (["hi", "-n", "-3"], "--max-new-tokens -3: expected at least 1"),
+    "new tokens not a number": (["hi", "-n", "many"], "invalid int value: 'many'"),
+    "negative temperature": (["hi", "--temperature", "-1"], "--temperature -1.0: expected 0 or a positive"),
+    "temperature nan": (["hi", "--temperature", "nan"], "--temperature nan: expected 0 or a positive"),
+    "temperature inf": (["hi", "--temperature", "inf"], "--temperature inf: expected 0 or a positive"),
+    "top-p 0": (["hi", "--top-p", "0"], "--top-p 0.0: expected above 0 and at most 1"),
+    "top-p over 1": (["hi", "--top-p", "1.1"], "--top-p 1.1: expected above 0 and at most 1"),
+    "top-p nan": (["hi", "--top-p", "nan"], "--top-p nan: expected above 0 and at most 1"),
+    "top-k negative": (["hi", "--top-k", "-1"], "--top-k -1: expected 0 (all) or more"),
+    "seed negative": (["hi", "--seed", "-1"], "--seed -1: expected 0 or more"),
+    "stop empty": (["hi", "--stop", ""], "--stop"),
+    "one stop of two empty": (["hi", "--stop", "a", "--stop", ""], "expected strings that are not empty"),
+    "max-context 0": (["hi", "--max-context", "0"], "--max-context 0: this model's context is 512"),
+    "max-context too large": (
+        ["hi", "--max-context", "513"],
+        "--max-context 513: this model's context is 512",
+    ),
+    "layers 0": (["hi", "--layers", "0"], "--layers 0"),
+    "layers negative": (["hi", "--layers", "-1"], "--layers -1"),
+    "layers too many": (["hi", "--layers", "3"], "has 2 layers; give 1 to that"),
+    "unknown option": (["hi", "--no-such-option"], "unrecognized arguments: --no-such-option"),
+    "option without its value": (["hi", "--seed"], "argument --seed: expected one argument"),
+    "unknown dtype": (["hi", "--dtype", "int4"], "invalid choice: 'int4'"),
+    "unknown device": (["hi", "--device", "abacus"], "invalid choice: 'abacus'"),
+}
+
+
+@pytest.mark.parametrize("how", [BY_FRONT, ALONE], ids=["front", "alone"])
+@pytest.mark.parametrize("case", BAD_GENERATE)
+def test_bad_prompt_or_option(refused, tiny, case, how):
+    argv, expected = BAD_GENERATE[case]
+    assert expected in refused("generate", *argv, "--model", tiny, *how)
+
+
+@pytest.mark.parametrize("how", [BY_FRONT, ALONE], ids=["front", "alone"])
+@pytest.mark.parametrize("argv", [["hi"], ["--tokens", "1", "--stop", "x"]], ids=["prompt", "stop"])
+def test_text_without_a_tokenizer(refused, tmp_path, argv, how):
+    assert "no tokenizer.json" in refused("generate", *argv, "--model", NO_TOKENIZER, "--layers", 1, *how)
+    directory = write_tiny(tmp_path / "model", tokenizer=False)
+    assert "no tokenizer.json" in refused("generate", *argv, "--model", directory, *how)
+
+
+@pytest.mark.parametrize(
+    "tp",
+    ["-1", "0", "5", "1000000", "9" * 30, "four", "", "2.5", "1e1", "0x2", "\N{ARABIC-INDIC DIGIT FOUR}"],
+)
+def test_bad_tp(refused, tiny, tp):
+    assert f"--tp {tp}: " in refused("generate", "hi", "--model", tiny, "--tp", tp)
+
+
+def test_too_many_ranks_are_told_the_limit(refused, tiny):
+    assert "any size from 1 to 4 works" in refused("generate", "hi", "--model", tiny, "--tp", 5)
+
+
+def test_tp_of_five_thousand_digits(refused, tiny):
+    refused("generate", "hi", "--model", tiny, "--tp", "9" * 5000)
+
+
+def test_bos_makes_an_empty_prompt_possible(tmp_path, capsys):
+    directory = write_tiny(tmp_path / "model", bos=True)
+    assert main(["generate", "", "--model", str(directory), "--tp", "1", "-n", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_token_ids"] == [BOS]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["sing"], "invalid choice: 'sing'"),
+        (["--no-such-option"], "--no-such-option"),
+        (["perplexity"], "the following arguments are required: FILE"),
+    ],
+)
+def test_bad_command(refused, argv, expected):
+    line = refused(*argv)
+    assert "--help" in line
+    if argv != ["--no-such-option"]:  # argparse misses the command first
+        assert expected in line
+
+
+def test_auto_takes_up_to_four_ranks(monkeypatch):
+    monkeypatch.setattr(launch, "physical_cores", lambda: 2)
+    assert launch.ranks_wanted("auto", 3) == 2
+    monkeypatch.setattr(launch, "physical_cores", lambda: 64)
+    assert launch.ranks_wanted("auto", 3) == 4
+    assert launch.ranks_wanted(None, 3) == 3
+    assert launch.ranks_wanted("7", 3) == 7
+
+
+@pytest.mark.parametrize(
+    ("environment", "world", "rank"),
+    [
+        ({}, None, 0),
+        ({"PMI_SIZE": "4", "PMI_RANK": "3"}, 4, 3),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1"}, 2, 1),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5"}, 8, 5),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None, 0),  # a shell
+        ({"SLURM_NTASKS": "8"}, None, 0),  # a batch script, before srun
+    ],
+)
+def test_launchers_are_recognised(environment, world, rank):
+    assert launch.world_size(environment) == world
+    assert launch.env_rank(environment) == rank
+
+
+def test_cores_are_shared(monkeypatch):
+    monkeypatch.setattr(launch, "cores", lambda: 10)
+    environment = {"OPENBLAS_NUM_THREADS": "7"}
+    launch.limit_blas_threads(environment, 4)
+    assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "2"
+    assert environment["OPENBLAS_NUM_THREADS"] == "7", "the user's own"
+    launch.limit_blas_threads(environment := {}, 40)
+    assert environment["OMP_NUM_THREADS"] == "1"
+
+
+# --- models ---------------------------------------------------------------------------------------------
+
+
+def spoil_config(directory):
+    (directory / "config.json").write_text('{"model_type": "llama", ')
+
+
+def spoil_config_bytes(directory):
+    (directory / "config.json").write_bytes(b'{"model_type": "\xff"}')
+
+
+def spoil_config_type(directory):
+    (directory / "config.json").write_text("[1, 2]")
+
+
+def remove_config(directory):
+    (directory / "config.json").unlink()
+
+
+def spoil_weights(directory):
+    (directory / "model.safetensors").write_bytes(b"these are no safetensors " * 100)
+
+
+def empty_weights(directory):
+    (directory / "model.safetensors").write_bytes(b"")
+
+
+def truncate_weights(directory):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def remove_weights(directory):
+    (directory / "model.safetensors").unlink()
+
+
+def spoil_tokenizer(directory):
+    (directory / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "nonsense"}}')
+
+
+def spoil_tokenizer_json(directory):
+    (directory / "tokenizer.json").write_text("{")
+
+
+def spoil_index(directory):
+    remove_weights(directory)
+    (directory / "model.safetensors.index.json").write_text("{")
+
+
+def miss_indexed_file(directory):
+    remove_weights(directory)
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+SPOILT = {
+    spoil_config: ("config.json", "not valid JSON"),
+    spoil_config_bytes: ("config.json", "not valid JSON"),
+    spoil_config_type: ("config.json", "expected a JSON object"),
+    remove_config: ("config.json", "no such file"),
+    spoil_weights: ("model.safetensors", "not a safetensors file"),
+    empty_weights: ("model.safetensors", "not a safetensors file"),
+    truncate_weights: ("model.safetensors", "truncated"),
+    remove_weights: ("model", "neither model.safetensors nor"),
+    spoil_tokenizer: ("tokenizer.json", "not a tokenizer.json"),
+    spoil_tokenizer_json: ("tokenizer.json", "not a tokenizer.json"),
+    spoil_index: ("model.safetensors.index.json", "not valid JSON"),
+    miss_indexed_file: ("model-00001-of-00002.safetensors", "no such file"),
+}
+
+
+@pytest.mark.parametrize("how", [BY_FRONT, ALONE], ids=["front", "alone"])
+@pytest.mark.parametrize("spoil", SPOILT, ids=lambda function: function.__name__)
+def test_spoilt_model(refused, tmp_path, spoil, how):
+    directory = write_tiny(tmp_path / "model")
+    spoil(directory)
+    file, expected = SPOILT[spoil]
+    line = refused("generate", "hi", "--model", directory, *how)
+    assert expected in line
+    assert str(directory.parent / "model" / file if file != "model" else directory) in line
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"vocab_size": ' + "9" * 5000 + "}"], ids=["deep", "long"])
+def test_config_that_json_gives_up_on(refused, tmp_path, text):
+    directory = write_tiny(tmp_path / "model")
+    (directory / "config.json").write_text(text)
+    assert "config.json" in refused("generate", "hi", "--model", directory, *ALONE)
+
+
+@pytest.mark.parametrize("how", [BY_FRONT, ALONE], ids=["front", "alone"])
+def test_no_such_model(refused, tmp_path, how):
+    missing = tmp_path / "missing"
+    assert f"--model {missing}: no such directory" in refused("generate", "hi", "--model", missing, *how)
+    assert "--model : no such directory" in refused("generate", "hi", "--model", "", *how)
+    line = refused("generate", "--tokens", "1", "--model", "random:gpt-9", *how)
+    assert "--model random:gpt-9: no such shapes" in line
+    assert "smollm2-135m" in line, "the choices are named"
+
+
+# --- perplexity -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [BY_FRONT, ALONE], ids=["front", "alone"])
+def test_bad_perplexity_input(refused, tiny, tmp_path, how):
+    def line(content, *argv):
+        path = tmp_path / "text"
+        if content is not None:
+            path.write_bytes(content)
+        return refused("perplexity", path, "--model", tiny, *how, *argv)
+
+    assert "text: cannot be read: No such file" in line(None)
+    assert "text: not UTF-8 text" in line(b"caf\xe9 au lait")
+    assert "text: 0 tokens; perplexity needs at least two" in line(b"")
+    assert "text: 1 tokens; perplexity needs at least two" in line(b"a")
+    assert "--max-context 0" in line(b"some text", "--max-context", "0")
+    assert "--max-context 513" in line(b"some text", "--max-context", "513")
+    assert "--layers 9" in line(b"some text", "--layers", "9")
+    line(b"some text", "--max-context", "1")
+    assert "cannot be read" in refused("perplexity", tmp_path, "--model", tiny, *how)
+    assert "no tokenizer.json" in refused("perplexity", tmp_path / "text", "--model", NO_TOKENIZER, *how)
+
+
+def test_perplexity_prints_its_number(tiny, tmp_path, capsys):
+    (tmp_path / "text").write_text("It was a dark and stormy night.")
+    argv = ["perplexity", str(tmp_path / "text"), "--model", str(tiny), "--tp", "1"]
+    assert main([*argv, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tokens"] == 31
+    assert result["scored_tokens"] == 30
+    assert result["perplexity"] > 1
+    assert main(argv) == 0
+    assert capsys.readouterr().out == f"perplexity {result['perplexity']:.4f} over 30 tokens\n"
+
+
+# --- the real command -----------------------------------------------------------------------------------
+
+
+def test_refusals_of_the_real_command(tiny, tmp_path):
+    for argv, expected in [
+        (["generate", "", "--model", tiny], b"the prompt is empty"),
+        (["generate", "hi", "--model", tmp_path / "missing", "--tp", "1"], b"no such directory"),
+        (["generate", "hi", "--model", tiny, "--tp", "nine"], b"--tp nine: expected a number of ranks"),
+        (["generate", "hi", "--nope"], b"unrecognized arguments: --nope"),
+    ]:
+        done = run_command(*argv)
+        check_refusal(done.returncode, done.stdout.decode(), done.stderr.decode())
+        assert expected in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bytes as arguments are a thing of Linux")
+@pytest.mark.parametrize("how", [BY_FRONT, ALONE], ids=["front", "alone"])
+def test_argument_that_is_not_utf8(tiny, how):
+    argv = [b"generate", b"caf\xe9", b"--model", os.fsencode(tiny), *map(os.fsencode, how)]
+    done = subprocess.run([*map(os.fsencode, COMMAND), *argv], capture_output=True, timeout=120)
+    check_refusal(done.returncode, done.stdout.decode(), done.stderr.decode())
+    assert b"argument 2 is not valid UTF-8: b'caf\\xe9'" in done.stderr
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["--version"]])
+def test_help_is_quick(argv):
+    """Without numpy and all that brings it."""
+    code = (
+        "import sys, atexit\n"
+        "heavy = 'numpy mpi4py tokenizers safetensors huggingface_hub ml_dtypes tqdm'.split()\n"
+        "found = lambda: [name for name in heavy if name in sys.modules]\n"
+        "atexit.register(lambda: print('loaded:', *found(), file=sys.stderr))\n"
+        "from minitp.cli import main\n"
+        "main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stderr == "loaded:\n"
+    assert ("minitp 0" if argv == ["--version"] else "usage: minitp") in done.stdout
+
+
+def test_help_names_every_promised_option():
+    text = run_command("generate", "--help").stdout.decode()
+    options = (
+        "--tokens --max-new-tokens --temperature --top-k --top-p --seed --stop --ignore-eos --no-kv-cache "
+        "--max-context --layers --json --stats --model --tp --device --dtype --comm --verbose"
+    )
+    for option in ["-n", "-v", *options.split()]:
+        assert f" {option}" in text, option
+
+
+STATS = {"ttft_s", "decode_tokens_per_s", "weight_bytes_per_rank", "comm_share"}
+
+
+def check_json(text, new_tokens):
+    assert text.endswith("}\n")
+    assert text.count("\n") == 1, "one object, on one line"
+    result = json.loads(text)
+    assert set(result) == {"prompt_token_ids", "token_ids", "text", "finish_reason", "stats"}
+    assert set(result["stats"]) >= STATS
+    assert len(result["token_ids"]) == new_tokens
+    assert result["finish_reason"] == "length"
+    assert result["stats"]["ttft_s"] > 0
+    assert result["stats"]["decode_tokens_per_s"] > 0
+    assert result["stats"]["weight_bytes_per_rank"] > 0
+    assert 0 <= result["stats"]["comm_share"] <= 1
+    return result
+
+
+def test_json_and_text_agree(tiny, capsys):
+    argv = ["generate", "hi", "--model", str(tiny), "--tp", "1", "-n", "20"]
+    assert main([*argv, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    result = check_json(captured.out, new_tokens=20)
+    assert len(result["prompt_token_ids"]) == 2
+
+    assert main([*argv, "--stats"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == result["text"] + "\n"
+    assert "2 prompt tokens" in captured.err, "--stats goes to stderr"
+    assert "20 new tokens" in captured.err
+    assert "MB of weights" in captured.err
+
+
+def test_tokens_in_tokens_out(capsys):
+    argv = ["generate", "--tokens", "1,2,3", "--model", NO_TOKENIZER, "--layers", "1", "--tp", "1", "-n", "4"]
+    assert main([*argv, "--json"]) == 0
+    result = check_json(capsys.readouterr().out, new_tokens=4)
+    assert result["prompt_token_ids"] == [1, 2, 3]
+    assert result["text"] is None
+    assert main(argv) == 0
+    assert capsys.readouterr().out.split() == [str(token) for token in result["token_ids"]]
+
+
+def test_one_new_token_has_no_decode_speed(tiny, capsys):
+    assert main(["generate", "hi", "--model", str(tiny), "--tp", "1", "-n", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stats"]["decode_tokens_per_s"] is None
+
+
+def test_without_kv_cache_the_same_tokens(tiny, capsys, monkeypatch):
+    steps, forward = [], Model.forward
+    monkeypatch.setattr(
+        Model,
+        "forward",
+        lambda self, ids, *rest, **at: steps.append(len(ids)) or forward(self, ids, *rest, **at),
+    )
+    argv = ["generate", "Once upon", "--model", str(tiny), "--tp", "1", "-n", "24", "--json"]
+    assert main(argv) == 0
+    tokens = json.loads(capsys.readouterr().out)["token_ids"]
+    assert steps == [9] + 23 * [1]
+    steps.clear()
+    assert main([*argv, "--no-kv-cache"]) == 0
+    assert json.loads(capsys.readouterr().out)["token_ids"] == tokens
+    assert steps == list(range(9, 9 + 24)), "the whole sequence each time"
+
+
+def test_context_limit_ends_the_text(tiny, capsys):
+    argv = [
+        "generate",
+        "abcd",
+        "--model",
+        str(tiny),
+        "--tp",
+        "1",
+        "-n",
+        "50",
+        "--max-context",
+        "10",
+        "--json",
+    ]
+    assert main(argv) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["token_ids"]) == 6
+    assert result["finish_reason"] == "length"
+
+
+def test_stop_string_is_cut_off(tiny, capsys):
+    argv = ["generate", "hi", "--model", str(tiny), "--tp", "1", "-n", "60", "--json"]
+    assert main(argv) == 0
+    whole = json.loads(capsys.readouterr().out)
+    stop = whole["text"][20:23]
+    assert main([*argv, "--stop", stop, "--stop", "never in it"]) == 0
+    cut = json.loads(capsys.readouterr().out)
+    assert cut["finish_reason"] == "stop"
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+    assert cut["token_ids"] == whole["token_ids"][: len(cut["token_ids"])]
+    assert len(cut["token_ids"]) < 60
+
+
+# --- sampling -------------------------------------------------------------------------------------------
+
+SAMPLED = ["hi", "-n", "24", "--temperature", "0.9", "--top-p", "0.95"]
+
+
+def test_same_seed_same_text(tiny, capsys):
+    def text(*argv):
+        assert main(["generate", *SAMPLED, "--model", str(tiny), "--tp", "1", "--json", *argv]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert text("--seed", "7")["token_ids"] == text("--seed", "7")["token_ids"]
+    assert text("--seed", "7")["token_ids"] != text("--seed", "8")["token_ids"]
+    fresh = text()
+    assert fresh["token_ids"] != text()["token_ids"], "without a seed it is drawn anew"
+    assert fresh["token_ids"] == text("--seed", str(fresh["stats"]["seed"]))["token_ids"], "and it is told"
+
+
+@pytest.mark.mpi
+def test_same_seed_same_text_on_ranks(tiny):
+    argv = [*SAMPLED, "--model", tiny, "--tp", "2", "--seed", "7"]
+    first = run_json(*argv)
+    assert first["stats"]["tp"] == 2
+    assert len(first["token_ids"]) == 24
+    assert run_json(*argv)["token_ids"] == first["token_ids"]
+
+
+@pytest.mark.parametrize("tp", [1, 3])
+def test_top_k_of_one_is_greedy(tiny, tp):
+    def tokens(comm, **options):
+        model = load_model(open_model(str(tiny), tp), comm, open_device())
+        request = Request(SamplingParams(max_new_tokens=24, **options), (), [1, 2], 512)
+        return list(generate(model, [1, 2], request))
+
+    greedy = run_threads(tp, tokens)
+    assert greedy == run_threads(tp, lambda comm: tokens(comm, temperature=5.0, top_k=1, seed=3))
+    assert greedy != run_threads(tp, lambda comm: tokens(comm, temperature=5.0, seed=3))
+    assert all(rank == greedy[0] for rank in greedy)
+
+
+@pytest.mark.filterwarnings("error")
+def test_smallest_temperature_is_greedy(tiny, capsys):
+    argv = ["generate", "hi", "--model", str(tiny), "--tp", "1", "-n", "8", "--json"]
+    tokens = []
+    for extra in [[], ["--temperature", "1e-310", "--seed", "1"]]:
+        assert main([*argv, *extra]) == 0
+        tokens.append(json.loads(capsys.readouterr().out)["token_ids"])
+    assert tokens[0] == tokens[1]
+
+
+# --- who reads stdout -----------------------------------------------------------------------------------
+
+
+def read_and_close(*argv):
+    """Start the command, read the first byte of its stdout, close that; the exit code and stderr."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([*COMMAND, *map(str, argv)], stdout=pipe, stderr=pipe, env=BUFFERED)
+    first = os.read(process.stdout.fileno(), 1)
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    return first, process.returncode, errors
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """A tiny model whose context would take minutes to fill."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "endless", max_position_embeddings=1_000_000)
+
+
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.mpi)])
+def test_closed_stdout_ends_quietly(endless, tp):
+    """`| head` reads some and goes; the generation, which would take minutes, ends with it."""
+    argv = ["generate", "--tokens", "1,2,3", "--model", endless, "-n", "900000", "--ignore-eos", "--tp", tp]
+    first, code, errors = read_and_close(*argv)
+    assert len(first) == 1
+    assert (code, errors) == (0, b"")
+
+
+def run_without_reader(*argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return run_command(*argv, stdout=writer)
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]], ids=["text", "json"])
+def test_stdout_closed_before_anything_is_written(tiny, extra):
+    done = run_without_reader("generate", "hi", "--model", tiny, "--tp", "1", "-n", "2", *extra)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["--version"]])
+def test_help_that_nobody_reads(argv):
+    done = run_without_reader(*argv)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("extra", [[], ["--json"]], ids=["text", "json"])
+def test_full_disk_is_said(tiny, extra):
+    with open("/dev/full", "wb") as full:
+        done = run_command("generate", "hi", "--model", tiny, "--tp", "1", "-n", "2", *extra, stdout=full)
+    assert done.returncode == 3
+    assert done.stderr.startswith(b"minitp: ")
+    assert done.stderr.count(b"\n") == 1
+    assert b"No space left" in done.stderr
+
+
+def test_text_that_the_locale_lacks(tmp_path):
+    """A terminal in another encoding than UTF-8 shows substitutes; the text goes on."""
+    environment = {**BUFFERED, "PYTHONIOENCODING": "ascii"}
+    directory = write_tiny(tmp_path / "model")
+    argv = ["generate", "hi", "--model", directory, "--tp", "1", "-n", "40", "--ignore-eos"]
+    done = run_command(*argv, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -1,0 +1,490 @@
+"""Real ranks: started both ways, the same tokens; and however one of them ends, so does the whole job."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from tiny import write_tiny
+
+from minitp import cli, launch
+from minitp.demo import demo_directory
+from minitp.errors import InputError
+
+pytestmark = pytest.mark.mpi
+
+WORKER = [sys.executable, "-m", "minitp"]
+FAULTY_WORKER = [sys.executable, str(Path(__file__).with_name("faulty_worker.py"))]
+FRONT = [  # the command; mpirun, the worker and the time to start are as the environment says
+    sys.executable,
+    "-c",
+    "import os, sys\n"
+    "from minitp import cli, launch\n"
+    "mpirun = os.environ.get('MINITP_TEST_MPIRUN')\n"
+    "if mpirun: launch.find_mpirun = lambda: mpirun\n"
+    "launch.START_LIMIT_S = int(os.environ.get('MINITP_TEST_START_LIMIT_S', launch.START_LIMIT_S))\n"
+    "worker = os.environ.get('MINITP_TEST_WORKER')\n"
+    "sys.exit(cli.main(sys.argv[1:], worker=worker.split('|') if worker else launch.WORKER))",
+]
+MARK = "MINITP_TEST_MARK"
+END_S = 10  # from a fault to the end of the job
+START_S = 120  # a whole short run, on a machine that has other things to do
+
+
+class Running:
+    """A command whose processes, down to the last rank, carry a mark in their environment."""
+
+    def __init__(self, command, stdout=subprocess.PIPE, **variables):
+        self.mark = f"{MARK}={uuid.uuid4()}"
+        # Short, for the front's socket lies there; by itself, to see that nothing is left in it.
+        self.folder = Path(tempfile.mkdtemp(prefix="t-"))
+        environment = {**os.environ, **variables, "TMPDIR": str(self.folder)}
+        environment[MARK] = self.mark.partition("=")[2]
+        environment.pop("PYTHONUNBUFFERED", None)  # it would hide what stdout keeps back
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            env=environment,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # a process group of its own, as a shell gives it one
+        )
+
+    def wait_for_output(self):
+        """Return once rank 0 has written something: it is generating, then."""
+        assert os.read(self.process.stdout.fileno(), 1), self.process.stderr.read().decode()
+
+    def end(self, within):
+        """Wait for the end; return (exit code, stdout, stderr). Nothing may be left of it."""
+        try:
+            out, err = self.process.communicate(timeout=within)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            out, err = self.process.communicate()
+            pytest.fail(f"still running after {within} s; stderr:\n{err.decode()}")
+        self.check_nothing_is_left(within=2)
+        return self.process.returncode, (out or b"").decode(), err.decode()
+
+    def check_nothing_is_left(self, within):
+        deadline = time.monotonic() + within
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        left = self.processes()
+        self.kill_all()
+        assert not left
+        if self.process.returncode != -signal.SIGKILL:
+            assert [path.name for path in self.folder.glob("minitp-*")] == []
+        shutil.rmtree(self.folder)
+
+    def processes(self):
+        """pid -> command line of all that run with the mark."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if self.mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                    found[int(process.name)] = (
+                        (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    )
+            except OSError:
+                pass  # it has just ended, or is another user's
+        return found
+
+    def kill_all(self):
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def through_front(argv, ranks=4, **options):
+    return Running([*FRONT, *argv, "--tp", ranks], **options)
+
+
+def under_mpirun(argv, ranks=4, worker=WORKER, mpirun=None, **variables):
+    return Running([mpirun or launch.find_mpirun(), "-n", ranks, *worker, *argv], **variables)
+
+
+def faulty(fault):
+    return {"MINITP_TEST_FAULT": fault, "MINITP_TEST_WORKER": "|".join(FAULTY_WORKER)}
+
+
+def result_of(running):
+    """The one JSON object that a run prints."""
+    code, out, err = running.end(START_S)
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def alone(argv, capsys):
+    """The same run without MPI, in this process."""
+    assert cli.main([*map(str, argv), "--tp", "1"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """Arguments of a run that prints token after token for minutes."""
+    directory = tmp_path_factory.mktemp("models") / "endless"
+    write_tiny(directory, tokenizer=False, max_position_embeddings=1_000_000)
+    return ["generate", "--tokens", "1,2,3", "--model", directory, "-n", "900000", "--ignore-eos"]
+
+
+# --- the same tokens ------------------------------------------------------------------------------------
+
+
+def test_same_tokens_however_started(tiny, capsys):
+    argv = ["generate", "Hello", "--model", tiny, "-n", "24", "--json"]
+    expected = alone(argv, capsys)
+    front = result_of(through_front(argv))
+    mpirun = result_of(under_mpirun([*argv, "--tp", 4]))
+    for result in (front, mpirun):
+        assert result["token_ids"] == expected["token_ids"]
+        assert result["text"] == expected["text"]
+        assert result["stats"]["tp"] == 4
+        assert 0 < result["stats"]["comm_share"] < 1
+        share = result["stats"]["weight_bytes_per_rank"] / expected["stats"]["weight_bytes_per_rank"]
+        assert 0.25 < share < 0.3, "norms are on all ranks, the rest is shared"
+
+
+def test_perplexity_is_the_same(tiny, tmp_path, capsys):
+    (tmp_path / "text").write_text(
+        "All happy families are alike; each unhappy family is unhappy in its own way."
+    )
+    argv = ["perplexity", tmp_path / "text", "--model", tiny, "--json", "--max-context", "50"]
+    expected = alone(argv, capsys)
+    found = result_of(through_front(argv, ranks=3))
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+    assert found["scored_tokens"] == expected["scored_tokens"] == 74
+
+
+def test_demo_model(capsys):
+    try:
+        demo_directory()
+    except InputError as error:
+        pytest.skip(f"no demo model: {error}")
+    argv = ["generate", "The capital of France is", "--model", "smollm2", "-n", "8", "--json"]
+    front = result_of(through_front(argv))
+    mpirun = result_of(under_mpirun(argv))
+    assert front["text"].startswith(" Paris.")
+    assert front["token_ids"] == mpirun["token_ids"] == alone(argv, capsys)["token_ids"]
+
+
+def test_two_jobs_at_once(tiny, capsys):
+    prompts = ["Hello", "Goodbye"]
+    argvs = [["generate", prompt, "--model", tiny, "-n", "24", "--json"] for prompt in prompts]
+    both = [through_front(argv, ranks=2) for argv in argvs]
+    texts = [result_of(running)["text"] for running in both]
+    assert texts == [alone(argv, capsys)["text"] for argv in argvs]
+
+
+def test_one_job_dies_and_the_other_goes_on(tiny, endless, capsys):
+    argv = ["generate", "Hello", "--model", tiny, "-n", "24", "--json"]
+    dying = through_front(endless, ranks=2, **faulty("kill forward 1"))
+    living = through_front(argv, ranks=2, **faulty("lag forward 1"))
+    assert dying.end(START_S)[0] == 3
+    assert result_of(living)["text"] == alone(argv, capsys)["text"]
+
+
+def open_mpi():
+    """An Open MPI's mpirun and the variables that let mpi4py use its library; a skip if there is none."""
+    names = [shutil.which(name) for name in ("mpirun.openmpi", "mpirun")]
+    beside = [str(path) for path in Path("/opt").glob("*openmpi*/bin/mpirun")]
+    for mpirun in filter(None, [*names, *beside]):
+        version = subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout
+        if "Open MPI" in version or "Open RTE" in version or "PRRTE" in version:
+            break
+    else:
+        pytest.skip("no mpirun of Open MPI is installed")
+    libraries = [Path(mpirun).resolve().parent.parent / "lib" / "libmpi.so.40", "libmpi.so.40"]
+    for library in map(str, libraries):
+        variables = {"MPI4PY_LIBMPI": library}
+        code = "from mpi4py import MPI; print(MPI.Get_library_version())"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **variables}
+        )
+        if "Open MPI" in done.stdout:
+            return mpirun, variables
+    pytest.skip(f"there is {mpirun}, but mpi4py does not find its libmpi.so.40")
+
+
+def test_open_mpi(tiny, endless, capsys):
+    mpirun, variables = open_mpi()
+    argv = ["generate", "Hello", "--model", tiny, "-n", "24", "--json"]
+    expected = alone(argv, capsys)["token_ids"]
+    front = {**variables, "MINITP_TEST_MPIRUN": mpirun}
+    assert result_of(through_front(argv, **front))["token_ids"] == expected
+    assert (
+        result_of(under_mpirun(argv, mpirun=mpirun, **launch.OPEN_MPI, **variables))["token_ids"] == expected
+    )
+    check_fault_through_front("kill forward 2", endless, **front)
+    check_fault_through_front("raise forward 1", endless, **front)
+
+
+# --- faults ---------------------------------------------------------------------------------------------
+
+
+def check_fault_through_front(fault, endless, **variables):
+    _, place, rank = fault.split()
+    running = through_front(endless, **faulty(fault), **variables)
+    if place == "forward":
+        running.wait_for_output()
+    code, _, err = running.end(END_S if place == "forward" else START_S)
+    assert code == 3, err
+    said = [line for line in err.splitlines() if line.startswith("minitp: ")]
+    assert len(said) == 1, err
+    assert said[0].startswith(f"minitp: rank {rank} "), err
+    assert "Traceback" not in err
+    return said[0], err.splitlines()
+
+
+def test_rank_is_killed(endless):
+    said, lines = check_fault_through_front("kill forward 2", endless)
+    assert "died: killed" in said
+    assert "(pid " in said
+    assert lines == [said, "  last words of rank 2"]
+
+
+def test_rank_0_is_killed(endless):
+    said, lines = check_fault_through_front("kill forward 0", endless)
+    assert "died: killed" in said
+    assert lines == ["last words of rank 0", said], "rank 0 has written its own to the same place"
+
+
+def test_rank_leaves_without_a_word(endless):
+    assert "died" in check_fault_through_front("exit forward 3", endless)[0]
+
+
+def test_rank_is_killed_while_loading(endless):
+    assert "died" in check_fault_through_front("kill loading 1", endless)[0]
+
+
+def test_rank_raises(endless):
+    said, lines = check_fault_through_front("raise forward 1", endless)
+    assert said == "minitp: rank 1 failed: ZeroDivisionError: a fault for the test"
+    assert lines[:2] == [said, "  last words of rank 1"]
+
+
+def test_rank_raises_while_loading(endless):
+    said, _ = check_fault_through_front("raise loading 3", endless)
+    assert said == "minitp: rank 3 failed: ZeroDivisionError: a fault for the test"
+
+
+@pytest.mark.parametrize("place", ["forward", "loading"])
+def test_verbose_shows_where(endless, place):
+    running = through_front([*endless, "-v"], ranks=2, **faulty(f"raise {place} 1"))
+    code, _, err = running.end(START_S)
+    assert code == 3
+    assert "Traceback" in err
+    assert "faulty_worker.py" in err, "the frame that raised"
+
+
+def test_rank_is_killed_before_it_has_connected(endless):
+    """The front does not know it then: it hears of mpirun's end, or of another rank that mpirun has ended."""
+    code, out, err = through_front(endless, **faulty("kill starting 1")).end(START_S)
+    assert (code, out) == (3, "")
+    assert re.match(
+        r"minitp: (mpirun ended with code [0-9]+ before all ranks had started|rank [0-9] .*)\n", err
+    )
+    assert err.count("minitp: ") == 1
+    assert "Traceback" not in err
+
+
+def test_rank_does_not_start(endless):
+    """It leaves by itself, which some mpiruns do not mind, and the others wait for it in MPI_Init."""
+    running = through_front(endless, ranks=2, **faulty("exit starting 1"), MINITP_TEST_START_LIMIT_S="4")
+    code, _, err = running.end(START_S)
+    assert code == 3
+    assert re.match(
+        r"minitp: (ranks \[1\] have not started within 4 s|mpirun ended with code [0-9]+)", err
+    ), err
+    assert "  last words of rank 1\n" in err
+
+
+def test_rank_lacks_a_package(endless):
+    running = through_front(endless, ranks=2, **faulty("raise importing 1"), MINITP_TEST_START_LIMIT_S="8")
+    code, _, err = running.end(START_S)
+    assert code == 3
+    assert err.startswith("minitp: rank 1 ")
+    assert "ml_dtypes" in err
+
+
+def test_rank_that_lags_is_waited_for(tiny, capsys):
+    argv = ["generate", "Hello", "--model", tiny, "-n", "24", "--json"]
+    expected = alone(argv, capsys)
+    result = result_of(through_front(argv, **faulty("lag forward 2")))
+    assert result["token_ids"] == expected["token_ids"]
+    assert result["stats"]["comm_share"] > 0.5, "rank 0 has waited for three seconds"
+    assert 23 / result["stats"]["decode_tokens_per_s"] > 3
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_the_job(endless, number, expected):
+    running = through_front(endless)
+    running.wait_for_output()
+    assert len(running.processes()) >= 6, "the front, mpirun, four ranks"
+    os.killpg(running.process.pid, number)
+    code, _, err = running.end(END_S)
+    assert code == expected
+    assert err == ""
+
+
+def test_front_is_killed(endless):
+    running = through_front(endless)
+    running.wait_for_output()
+    assert len(running.processes()) >= 6
+    running.process.kill()
+    running.process.wait()
+    running.check_nothing_is_left(within=END_S)
+    running.process.communicate()
+
+
+@pytest.mark.parametrize("fault", ["kill forward 1", "raise forward 2", "raise loading 1"])
+def test_fault_under_bare_mpirun(endless, fault):
+    kind, place, rank = fault.split()
+    running = under_mpirun(endless, worker=FAULTY_WORKER, **faulty(fault))
+    if place == "forward":
+        running.wait_for_output()
+    code, _, err = running.end(END_S if place == "forward" else START_S)
+    assert code != 0
+    if kind == "raise":
+        assert code == 3
+        assert err.count(f"minitp: rank {rank} failed: ZeroDivisionError: a fault for the test\n") == 1
+
+
+def test_tp_against_the_world(tiny):
+    argv = ["generate", "Hello", "--model", tiny, "-n", "4"]
+    code, out, err = under_mpirun([*argv, "--tp", "3"], ranks=2).end(START_S)
+    assert code == 2
+    assert out == ""
+    assert err.count("minitp: --tp 3 contradicts the MPI world of 2 ranks") == 1
+    assert "Traceback" not in err
+
+
+def test_bad_input_under_mpirun_is_said_once(tiny):
+    code, out, err = under_mpirun(["generate", "", "--model", tiny], ranks=2).end(START_S)
+    assert code == 2
+    assert out == ""
+    assert err.count("minitp: the prompt is empty") == 1
+
+
+def test_bad_usage_under_mpirun_is_said_once(tiny):
+    code, out, err = under_mpirun(["generate", "hi", "--model", tiny, "--nope"], ranks=2).end(START_S)
+    assert code == 2
+    assert out == ""
+    assert err.count("minitp: unrecognized arguments: --nope") == 1
+
+
+# --- an mpirun that is missing, another's, or broken ----------------------------------------------------
+
+
+def script(path, text):
+    path.write_text(f"#!{sys.executable}\n{text}")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_no_mpirun(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert cli.main(["generate", "hi", "--model", str(tiny), "--tp", "4"]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("minitp: no mpirun found: ")
+    assert captured.err.count("\n") == 1
+    assert "--tp 1" in captured.err
+
+
+# Starts the ranks as another MPI's mpirun would: each finds itself alone in the world.
+OF_ANOTHER_MPI = """
+import os, subprocess, sys
+size, command = int(sys.argv[2]), sys.argv[3:]
+env = os.environ | {"OMPI_COMM_WORLD_SIZE": str(size), "PYTHONWARNINGS": "ignore"}
+ranks = [subprocess.Popen(command, env=env | {"OMPI_COMM_WORLD_RANK": str(r)}) for r in range(size)]
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
+def test_mpirun_of_another_mpi(endless, tmp_path):
+    mpirun = script(tmp_path / "mpirun", OF_ANOTHER_MPI)
+    code, out, err = through_front(endless, ranks=2, MINITP_TEST_MPIRUN=mpirun).end(START_S)
+    assert code == 3
+    assert out == ""
+    assert "mpirun started 2 processes but mpi4py sees a world of 1: they belong to different MPIs" in err
+    assert err.count("different MPIs") == 1
+
+
+def test_lone_process_of_another_mpi(endless):
+    code, out, err = Running([*WORKER, *endless], PMI_SIZE="4", PMI_RANK="0").end(START_S)
+    assert code == 3
+    assert out == ""
+    assert err.startswith("minitp: mpirun started 4 processes but mpi4py sees a world of 1")
+    assert err.count("\n") == 1
+
+
+def test_mpirun_that_fails(endless, tmp_path):
+    mpirun = script(tmp_path / "mpirun", "import sys; sys.exit('not enough slots')")
+    code, out, err = through_front(endless, MINITP_TEST_MPIRUN=mpirun).end(START_S)
+    assert (code, out) == (3, "")
+    assert err == "minitp: mpirun ended with code 1 before all ranks had started\n  not enough slots\n"
+
+
+def test_mpirun_that_starts_nothing(endless, tmp_path, monkeypatch, capsys):
+    mpirun = script(tmp_path / "mpirun", "import time; time.sleep(600)")
+    monkeypatch.setattr(launch, "START_LIMIT_S", 1)
+    monkeypatch.setattr(launch, "find_mpirun", lambda: mpirun)
+    started = time.monotonic()
+    assert cli.main([*map(str, endless), "--tp", "2"]) == 3
+    assert time.monotonic() - started < END_S
+    assert capsys.readouterr().err == "minitp: ranks [0, 1] have not started within 1 s\n"
+
+
+def test_rank_says_more_than_its_last_word(capsys):
+    """A rank whose MPI_Abort returns goes on, and says that it ends."""
+    ours, its = socket.socketpair()
+    with ours, its, tempfile.TemporaryDirectory() as folder:
+        job = launch.Job(Path(folder), size=4, verbose=False)
+        its.sendall(b'{"exit": 3, "error": "the cause"}\n{"exit": 3, "error": null}\n')
+        assert not job.hear(launch.Rank(2, its.fileno(), ours))
+        job.end()
+    assert capsys.readouterr().err == "minitp: rank 2 failed: the cause\n"
+
+
+# --- odd surroundings of the front ----------------------------------------------------------------------
+
+
+def test_long_path_of_temporary_files(tiny, tmp_path):
+    folder = tmp_path / ("t" * 100)
+    folder.mkdir()
+    argv = ["generate", "Hello", "--model", tiny, "-n", "2", "--tp", "2"]
+    done = subprocess.run(
+        [str(part) for part in [*WORKER, *argv]],
+        env={**os.environ, "TMPDIR": str(folder)},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_no_stdout_at_all(tiny):
+    argv = [*WORKER, "generate", "Hello", "--model", str(tiny), "-n", "2", "--tp", "2"]
+    done = subprocess.run(["/bin/sh", "-c", 'exec "$@" >&-', "sh", *argv], stderr=subprocess.PIPE)
+    assert done.returncode in (0, 3)
+    assert done.stderr.count(b"\n") <= 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_full_disk(tiny):
+    with open("/dev/full", "wb") as full:
+        argv = ["generate", "Hello", "--model", tiny, "-n", "2"]
+        code, _, err = through_front(argv, ranks=2, stdout=full).end(START_S / 6)
+    assert code == 3
+    assert err.count("minitp: ") == 1
+    assert "No space left on device" in err
+    assert "Traceback" not in err
