@@ -67,6 +67,7 @@ def front(args, argv, size, worker):
     commands.check(args, size)
     environment = dict(os.environ)
     launch.limit_blas_threads(environment, size)
+    environment.setdefault("HF_HUB_OFFLINE", "1")  # what was to be fetched lies in the cache now
     return launch.run_ranks([*worker, *argv], size, environment, verbose=args.verbose)
 
 

@@ -12,7 +12,9 @@ in rank order, in float32, so all ranks hold the same bits, in any dtype and wit
     MpiComm      ranks as MPI processes
 """
 
+import os
 import threading
+import warnings
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -240,6 +242,7 @@ class MpiComm(Comm):
 
     def abort(self, exit_code):
         self._world.Abort(exit_code)
+        os._exit(exit_code)  # MPICH's Abort may return
 
     def _exchange_arrays(self, x, sizes, combine):
         # As bytes, for MPI has no bfloat16.
@@ -259,7 +262,9 @@ class MpiComm(Comm):
 
 def _import_mpi():
     try:
-        from mpi4py import MPI
+        with warnings.catch_warnings():  # of two different MPIs, on which MpiComm has more to say
+            warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise RankError(
             f"mpi4py finds no MPI library ({one_line(error)}); install one: pip install 'minitp[mpi]'"

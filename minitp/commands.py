@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from minitp.device import open_device
 from minitp.errors import InputError
-from minitp.generate import Request, check_prompt, generate
+from minitp.generate import Request, check_prompt, context_length, generate
 from minitp.model import load_model
 from minitp.model_source import open_model
 from minitp.output import write_out
@@ -90,7 +90,9 @@ class Generate:
             ids = tokenizer.encode(args.prompt)
         elif args.stop and source.tokenizer() is None:
             raise InputError(f"--stop wants text, and {source.name} has no tokenizer.json")
-        return ids, check_prompt(ids, source.config, args.max_context)
+        context = context_length(source.config, args.max_context)
+        check_prompt(ids, source.config, context)
+        return ids, context
 
     @staticmethod
     def run(args, comm, source, job):
@@ -190,7 +192,12 @@ class Perplexity:
         ids = tokenizer.encode(text)
         if len(ids) < 2:
             raise InputError(f"{args.file}: {len(ids)} tokens; perplexity needs at least two")
-        return ids, check_prompt(ids[:1], source.config, args.max_context)
+        context = context_length(source.config, args.max_context)
+        if context < 2:
+            raise InputError(
+                f"--max-context {context}: a token is scored after at least one other; give 2 or more"
+            )
+        return ids, context
 
     @staticmethod
     def run(args, comm, source, job):

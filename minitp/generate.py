@@ -140,10 +140,11 @@ class StopStrings:
         if self.found:
             return ""
         self._held += text
-        starts = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if starts:
+        found = [(self._held.find(stop), stop) for stop in self._stops]
+        ends = [(start + len(stop), start) for start, stop in found if start >= 0]
+        if ends:  # the first to be complete, whatever pieces the text comes in
             self.found = True
-            cut = min(starts)
+            _, cut = min(ends)
         else:
             cut = len(self._held) - self._longest_beginning()
         certain, self._held = self._held[:cut], self._held[cut:]
@@ -161,21 +162,24 @@ class StopStrings:
         return 0
 
 
-def check_prompt(token_ids, config, max_context):
-    """Refuse a prompt that the model cannot take; return the context length in force."""
+def context_length(config, max_context):
+    """The positions that a sequence may take: the model's own, or fewer with --max-context."""
     limit = config.max_position_embeddings
     if max_context is not None and not 1 <= max_context <= limit:
         raise InputError(
             f"--max-context {max_context}: this model's context is {limit} tokens; give 1 to that"
         )
-    limit = max_context or limit
+    return max_context or limit
+
+
+def check_prompt(token_ids, config, context):
+    """Refuse a prompt that the model cannot take, `context` being its context length."""
     if not token_ids:
         raise InputError("the prompt is empty and this model adds no BOS token; give at least one word")
     for token in token_ids:
         if not 0 <= token < config.vocab_size:
             raise InputError(f"token id {token} is outside the vocabulary, 0 to {config.vocab_size - 1}")
-    if len(token_ids) >= limit:
+    if len(token_ids) >= context:
         raise InputError(
-            f"the prompt has {len(token_ids)} tokens and the context {limit}: no room for a new one"
+            f"the prompt has {len(token_ids)} tokens and the context {context}: no room for a new one"
         )
-    return limit

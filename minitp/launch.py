@@ -209,9 +209,7 @@ class Job:
                     return RankError.exit_code
             if len(self.ranks) < self.size:
                 if self.mpirun.poll() is not None:
-                    return self.fail(
-                        f"mpirun ended with code {self.mpirun.returncode} before all ranks had started"
-                    )
+                    return self.fail_to_start()
                 if time.monotonic() - started > START_LIMIT_S:
                     missing = sorted(set(range(self.size)) - set(self.ranks))
                     return self.fail(f"ranks {missing} have not started within {START_LIMIT_S} s")
@@ -221,23 +219,34 @@ class Job:
             return self.fail(f"mpirun has not ended within {END_LIMIT_S} s of its last rank")
         return max(rank.exit_code for rank in self.ranks.values())
 
+    def fail_to_start(self):
+        """A process has ended while ranks were starting; which was the first, only mpirun may know."""
+        try:
+            code = self.mpirun.wait(2)
+        except subprocess.TimeoutExpired:
+            return self.fail("a rank has ended before all had started")
+        return self.fail(f"mpirun ended with code {code} before all ranks had started")
+
     def welcome(self):
         """A rank has connected: note who it is and give it its stdout and stderr."""
         connection, _ = self.listener.accept()
         connection.settimeout(END_LIMIT_S)
-        line = connection.makefile("rb").readline()
+        line = b""
+        with suppress(OSError):
+            line = connection.makefile("rb").readline()
         if not line:  # it died in between; mpirun will end, and say why
             connection.close()
             return
         hello = json.loads(line)
         rank = Rank(hello["rank"], hello["pid"], connection)
         self.ranks[rank.rank] = rank
-        if rank.rank == 0:
-            socket.send_fds(connection, [b"\n"], [1, 2])
-        else:
-            with open(self.words_of(rank), "wb") as words:
-                socket.send_fds(connection, [b"\n"], [words.fileno(), words.fileno()])
         self.selector.register(connection, selectors.EVENT_READ, rank)
+        with (
+            open(self.words_of(rank), "wb") as words,
+            suppress(BrokenPipeError),
+        ):  # it may have died meanwhile
+            streams = [1, 2] if rank.rank == 0 else [words.fileno(), words.fileno()]
+            socket.send_fds(connection, [b"\n"], streams)
 
     def hear(self, rank):
         """Take what a rank says; False if it has failed or is gone without a last message."""
@@ -255,6 +264,9 @@ class Job:
                 return False
         if not data:
             self.selector.unregister(rank.connection)
+            if rank.exit_code is None and len(self.ranks) < self.size:
+                self.fail_to_start()
+                return False
             if rank.exit_code is None:
                 self.fail(f"rank {rank.rank} (pid {rank.pid}) died: killed, out of memory, or crashed", rank)
                 return False

@@ -4,8 +4,10 @@ What brings numpy and the rest is imported inside, so that failing to import is 
 """
 
 import faulthandler
+import fcntl
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -36,10 +38,11 @@ def run_in_world(args, world):
     comm = None
     try:
         faulthandler.enable()
-        from minitp import commands
         from minitp.comm import MpiComm
 
-        comm = MpiComm(expected=world)
+        comm = MpiComm(expected=world)  # first: without it there is no way to end the others
+        from minitp import commands
+
         with comm.agreed():
             if args.tp != "auto" and ranks_wanted(args.tp, default=world) != world:
                 raise InputError(f"--tp {args.tp} contradicts the MPI world of {world} ranks; leave --tp out")
@@ -80,11 +83,24 @@ def _show_traceback(error, args):
         traceback.print_exception(error)
 
 
+def _high_number():
+    """A number for a descriptor that lies above all others.
+
+    Linux closes a killed process's highest descriptors first. So the front hears of the death before mpirun,
+    whose connection has a low number, and which then kills the other ranks.
+    """
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 512 if most == resource.RLIM_INFINITY else min(512, most - 8)
+
+
 class Front:
     """A rank's connection to the front that started it; see `launch` for what goes over it."""
 
     def __init__(self, path):
-        self._socket = socket.socket(socket.AF_UNIX)
+        with socket.socket(socket.AF_UNIX) as low:
+            self._socket = socket.socket(
+                fileno=fcntl.fcntl(low.fileno(), fcntl.F_DUPFD_CLOEXEC, _high_number())
+            )
         self._socket.connect(path)
         hello = {"rank": env_rank(os.environ), "pid": os.getpid()}
         self._socket.sendall(json.dumps(hello).encode() + b"\n")

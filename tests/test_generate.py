@@ -14,7 +14,7 @@ from minitp import ops
 from minitp.comm import Alone, run_threads
 from minitp.device import open_device
 from minitp.errors import InputError
-from minitp.generate import Request, StopStrings, check_prompt, generate
+from minitp.generate import Request, StopStrings, check_prompt, context_length, generate
 from minitp.model import load_model, prefill
 from minitp.model_source import open_model
 from minitp.perplexity import perplexity
@@ -97,6 +97,21 @@ def test_no_stop_strings():
     assert filter_.finish() == ""
 
 
+def first_cut(text, stops):
+    """Where the text ends, if it comes letter by letter and the first stop string to be complete counts."""
+    for end in range(1, len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            return end - max(map(len, complete))
+    raise AssertionError("no stop string")
+
+
+def test_stop_string_within_another():
+    for pieces in (["xabc"], ["x", "a", "b", "c"], ["xa", "bc"]):
+        out, _ = push_all(["abc", "b"], pieces)
+        assert "".join(out) == "xa", "b is complete before abc is, in whatever pieces the text comes"
+
+
 def test_stop_strings_against_brute_force():
     """Each piece yields all but the longest end that may be the beginning of a stop string."""
     rng = np.random.default_rng(1)
@@ -112,7 +127,7 @@ def test_stop_strings_against_brute_force():
             text += (piece := letters(3))
             out += filter_.push(piece)
             if any(stop in text for stop in stops):
-                assert out == text[: min(text.index(stop) for stop in stops if stop in text)]
+                assert out == text[: first_cut(text, stops)]
                 assert filter_.found
                 found += 1
                 break
@@ -434,20 +449,18 @@ def test_times(tokenizer):
     assert drive(byte_ids(b"abc"), tokenizer, max_new_tokens=1)[0].decode_tokens_per_s is None
 
 
-def test_check_prompt_gives_the_context(tiny):
+def test_context_and_prompt(tiny):
     config = open_model(str(tiny), 1).config
-    assert check_prompt([1], config, None) == 512
-    assert check_prompt([1], config, 2) == 2
-    for ids, max_context in [
-        ([], None),
-        ([258], None),
-        ([-1], None),
-        ([1] * 512, None),
-        ([1, 2], 2),
-        ([1], 0),
-    ]:
+    assert context_length(config, None) == 512
+    assert context_length(config, 2) == 2
+    for max_context in (0, 513):
         with pytest.raises(InputError):
-            check_prompt(ids, config, max_context)
+            context_length(config, max_context)
+    check_prompt([1] * 511, config, 512)
+    check_prompt([257], config, 2)
+    for ids, context in [([], 512), ([258], 512), ([-1], 512), ([1] * 512, 512), ([1, 2], 2)]:
+        with pytest.raises(InputError):
+            check_prompt(ids, config, context)
 
 
 # --- the loop -------------------------------------------------------------------------------------------
