@@ -25,15 +25,16 @@ find_python() {
 }
 
 make_venv() {
-    [ -x "$python" ] && return
+    [ -e "$venv/made" ] && return
+    rm -rf "$venv" # what an interrupted first run may have left
     local system
-    system=$(find_python)
+    system=$(find_python) || exit
     say "creating .venv with $("$system" --version)"
-    "$system" -m venv "$venv" >/dev/null 2>&1 && return
     # Debian keeps a part of venv in a package of its own; without it the system's pip can fill the gap.
-    rm -rf "$venv"
-    { "$system" -m venv --without-pip "$venv" && "$system" -m pip --python "$python" install --quiet pip; } ||
+    "$system" -m venv "$venv" >/dev/null 2>&1 ||
+        { "$system" -m venv --clear --without-pip "$venv" && "$system" -m pip --python "$python" install --quiet pip; } ||
         fail "cannot create .venv: $system lacks venv and pip; on Debian: apt install python3-venv python3-pip"
+    touch "$venv/made"
 }
 
 # install NAME EXTRAS: once for each content of setup.cfg; the stamp says for which one it was done.
@@ -57,7 +58,7 @@ setup() {
     local extras=gguf # reads the demo model
     # An mpirun of the system is never shadowed by one of ours.
     PATH=${PATH//"$venv/bin:"/} command -v mpirun >/dev/null || extras+=,mpi
-    if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then extras+=,cuda12; fi
+    if [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then extras+=,cuda12; fi
     install base "$extras"
     [ "${1:-}" != test ] || install test test
     exec 9>&-
@@ -65,7 +66,10 @@ setup() {
 
 case ${1:-} in
     "") sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" && exit 2 ;;
-    setup) setup && say "ready: .venv/bin/minitp --help" ;;
+    setup)
+        setup
+        say "ready: .venv/bin/minitp --help"
+        ;;
     test)
         shift
         setup test

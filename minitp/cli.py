@@ -9,7 +9,7 @@ import os
 import sys
 
 from minitp import __version__, launch
-from minitp.errors import InputError, MinitpError
+from minitp.errors import InputError, MinitpError, RankError
 from minitp.output import prepare_streams, write_out
 
 DEFAULT_TP = 4
@@ -33,6 +33,10 @@ def main(argv=None, worker=launch.WORKER):
         world = launch.world_size(os.environ)
         if world is not None:
             return as_rank(args, world)
+        if launch.SOCKET_VARIABLE in os.environ:  # a rank must not become a front that starts ranks
+            raise RankError(
+                "mpirun gives its ranks neither PMI_SIZE nor OMPI_COMM_WORLD_SIZE; use MPICH or Open MPI"
+            )
         size = launch.ranks_wanted(args.tp, DEFAULT_TP)
         if size == 1:
             return alone(args)

@@ -1,11 +1,14 @@
 """How ranks meet: a few collectives, the same behind every transport.
 
-Data (arrays of activations) goes through `all_reduce` and `all_gather`, control (small Python objects)
-through `broadcast` and `agree`. Every rank calls the same ones in the same order, on the error path too:
+    all_reduce   rank 0 [a]  rank 1 [b]   ->  [a + b] on both
+    all_gather   rank 0 [a]  rank 1 [b]   ->  [a | b] on both
+
+Data (arrays of activations) goes through these two, control (small Python objects) through `broadcast` and
+`agree`. Every rank calls the same ones in the same order, on the error path too:
 a phase that may fail on one rank ends in `agree`, and then all of them leave together.
 
 The sum of an all-reduce depends on the order of its terms. Here every rank gets all the terms and adds them
-in rank order, in float32, so all ranks hold the same bits, in any dtype and with any MPI.
+in rank order (16-bit ones in float32), so all ranks hold the same bits, in any dtype and with any MPI.
 
     Alone        one rank: nothing to exchange
     ThreadComm   ranks as threads of one process, for tests and notebooks
@@ -14,6 +17,7 @@ in rank order, in float32, so all ranks hold the same bits, in any dtype and wit
 
 import os
 import threading
+import time
 import warnings
 from contextlib import contextmanager
 from time import perf_counter
@@ -95,7 +99,10 @@ class Comm:
         raise NotImplementedError
 
     def _exchange_arrays(self, x, sizes, combine):
-        """combine([rank 0's array, rank 1's, ..]), flat, of `sizes` elements; `combine` makes a new array."""
+        """combine(parts): parts[r] is rank r's array, flat, of sizes[r] elements.
+
+        `combine` must return a new array, for the parts may be the other ranks' own.
+        """
         raise NotImplementedError
 
     def _exchange_objects(self, value):
@@ -126,14 +133,11 @@ class Alone(Comm):
     def broadcast(self, value):
         return value
 
-    def end(self):
-        """Nobody waits."""
-
     def abort(self, exit_code):
         """Nobody waits: the error that led here goes on."""
 
     def _exchange_arrays(self, x, sizes, combine):
-        return combine([x])
+        return combine([x.reshape(-1)])
 
     def _exchange_objects(self, value):
         return [value]
@@ -192,8 +196,10 @@ def run_threads(size, function):
     >>> run_threads(3, lambda comm: float(comm.all_reduce(np.ones(1))[0]))
     [3.0, 3.0, 3.0]
     """
+    if size == 1:
+        return [function(Alone())]
     barrier, slots = threading.Barrier(size), [None] * size
-    comms = [ThreadComm(rank, size, barrier, slots) if size > 1 else Alone() for rank in range(size)]
+    comms = [ThreadComm(rank, size, barrier, slots) for rank in range(size)]
     results, errors = [None] * size, [None] * size
 
     def run(comm):
@@ -204,11 +210,15 @@ def run_threads(size, function):
             errors[comm.rank] = error
             comm.abort(RankError.exit_code)
 
-    threads = [threading.Thread(target=run, args=(comm,), name=f"rank {comm.rank}") for comm in comms]
+    threads = [threading.Thread(target=run, args=(c,), name=f"rank {c.rank}", daemon=True) for c in comms]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:  # it comes to this thread only; the ranks leave at their next collective
+        barrier.abort()
+        raise
     causes = [error for error in errors if error is not None and not isinstance(error, _WokenError)]
     if causes:
         raise causes[0]
@@ -257,6 +267,10 @@ class MpiComm(Comm):
         return combine(np.split(everyone, np.cumsum(sizes)[:-1]))
 
     def _exchange_objects(self, value):
+        # A phase that ends here may last minutes on one rank (a download): wait asleep, for MPI waits spin.
+        everyone_is_here = self._world.Ibarrier()
+        while not everyone_is_here.Test():
+            time.sleep(0.001)
         return self._world.allgather(value)
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from minitp.device import open_device
 from minitp.errors import InputError
-from minitp.generate import Request, check_prompt, context_length, generate
+from minitp.generate import Request, check_prompt, check_vocabulary, context_length, generate
 from minitp.model import load_model
 from minitp.model_source import open_model
 from minitp.output import write_out
@@ -192,6 +192,7 @@ class Perplexity:
         ids = tokenizer.encode(text)
         if len(ids) < 2:
             raise InputError(f"{args.file}: {len(ids)} tokens; perplexity needs at least two")
+        check_vocabulary(ids, source.config)
         context = context_length(source.config, args.max_context)
         if context < 2:
             raise InputError(

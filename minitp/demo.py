@@ -83,7 +83,7 @@ def _download(work):
         "--no-cache-dir",
         "--disable-pip-version-check",
     ]
-    done = subprocess.run([*pip, "-d", str(work), WHEEL], stdout=sys.stderr.fileno(), stderr=subprocess.PIPE)
+    done = subprocess.run([*pip, "-d", str(work), WHEEL], stdout=2, stderr=subprocess.PIPE)
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]

@@ -24,9 +24,15 @@ def generate(model, prompt_ids, request, use_cache=True):
         Decides on rank 0; the other ranks may pass None.
     use_cache : bool
         False computes the whole sequence anew for each token, the O(n^2) way, to the same tokens.
+
+    Raises
+    ------
+    InputError
+        on every rank, if the prompt is empty, fills the context, or has an id outside the vocabulary.
     """
     comm = model.comm
     ids = list(prompt_ids)
+    check_prompt(ids, model.config, model.config.max_position_embeddings)
     cache = model.new_cache()
     logits = prefill(model, cache, ids)  # [V]
     while True:
@@ -176,10 +182,15 @@ def check_prompt(token_ids, config, context):
     """Refuse a prompt that the model cannot take, `context` being its context length."""
     if not token_ids:
         raise InputError("the prompt is empty and this model adds no BOS token; give at least one word")
-    for token in token_ids:
-        if not 0 <= token < config.vocab_size:
-            raise InputError(f"token id {token} is outside the vocabulary, 0 to {config.vocab_size - 1}")
+    check_vocabulary(token_ids, config)
     if len(token_ids) >= context:
         raise InputError(
             f"the prompt has {len(token_ids)} tokens and the context {context}: no room for a new one"
         )
+
+
+def check_vocabulary(token_ids, config):
+    """Refuse ids that the embedding has no row for; a tokenizer may know more than the model."""
+    for token in token_ids:
+        if not 0 <= token < config.vocab_size:
+            raise InputError(f"token id {token} is outside the vocabulary, 0 to {config.vocab_size - 1}")

@@ -73,10 +73,13 @@ def local_ranks(environment, world):
 
 
 def cores():
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use: what it is bound to, and at most a container's quota."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return bound
+    return bound if quota == "max" else max(1, min(bound, int(quota) // int(period)))
 
 
 def ranks_wanted(tp, default):
@@ -106,8 +109,9 @@ def physical_cores():
 
 def limit_blas_threads(environment, ranks):
     """Share the cores among the ranks of a host. Works only before numpy is imported; the user's own wins."""
+    threads = environment.get("SLURM_CPUS_PER_TASK", str(max(1, cores() // ranks)))
     for name in BLAS_THREADS:
-        environment.setdefault(name, str(max(1, cores() // ranks)))
+        environment.setdefault(name, threads)
 
 
 def find_mpirun():
@@ -294,7 +298,7 @@ class Job:
                 self.mpirun.kill()
                 self.mpirun.wait()
         for rank in self.ranks.values():
-            if rank.exit_code is None or not self.closed(rank):
+            if not self.closed(rank):
                 _kill(rank.pid)
             rank.connection.close()
         if self.verbose:

@@ -7,8 +7,8 @@
                     x + mlp: norm, gate and up columns, SwiGLU, down projection    all-reduce
       -> norm -> logits of this rank's vocabulary rows                             all-gather
 
-Everything between two of these lines is one rank's own work; `x`, the residual stream, is the same bits on
-all ranks.
+Between two collectives (the right-hand column) every rank works alone; `x`, the residual stream, is the same
+bits on all ranks.
 """
 
 from minitp import ops
@@ -26,7 +26,7 @@ class Model:
     config : Config
     plan : Plan
     weights : Weights
-        This rank's, from `weights.load_weights`.
+        This rank's, from `weights.Loader`.
     comm : Comm
     device : Device
     """
@@ -93,7 +93,7 @@ class Model:
         qk = ops.apply_rope(xp, qk, step.cos, step.sin)  # [H_r + K_r, T, d]
         q, k = qk[: self.heads], qk[self.heads :]  # [H_r, T, d], [K_r, T, d]
         k, v = cache.append(i, k, v)  # [K_r, S, d] each, all positions so far
-        k, v = k[:, step.first_key :], v[:, step.first_key :]  # those that the window reaches
+        k, v = k[:, step.first_key :], v[:, step.first_key :]  # [K_r, W, d] each: those in the window, W <= S
         context = ops.attention(xp, q, k, v, self.query_groups, step.mask)  # [T, H_r d]
         out = self.comm.all_reduce(ops.row_parallel(xp, context, layer.w_o))  # [T, D]
         return out if layer.b_o is None else out + layer.b_o  # [T, D]
@@ -118,7 +118,7 @@ class Step:
         # A single query sees all keys from there on, so decoding needs no mask.
         self.mask = None
         if total - past > 1:
-            self.mask = ops.causal_mask(xp, positions, self.first_key, total, window)  # [T, S]
+            self.mask = ops.causal_mask(xp, positions, self.first_key, total, window)  # [T, W]
 
 
 def load_model(source, comm, device, progress=lambda nbytes: None):

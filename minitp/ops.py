@@ -2,8 +2,9 @@
 
 `xp` is the array module, `numpy` or `cupy`; nothing here knows which. Shape letters, here and everywhere:
 
-    T tokens of this step    S tokens in the cache    D hidden    d head_dim    V vocabulary
-    H query heads            K key/value heads        F FFN columns
+    T tokens of this step    S keys that attention reads    D hidden    d head_dim    V vocabulary
+    H query heads            K key/value heads              F FFN columns
+    G query heads that share a KV head                      n any number of rows or heads
     H_r, K_r, F_r, V_r: the part of them that this rank holds
 
 Weights lie `[in, out]`, so a projection reads `x @ w`. Norms, RoPE and softmax compute in float32 whatever
@@ -81,8 +82,9 @@ def row_parallel(xp, x_r, w_r):
 
 
 def logits_partial(xp, x, w_r):
-    """This rank's vocabulary rows of the logits, kept in float32: rounding would make ties.
+    """This rank's vocabulary columns of the logits, kept in float32: rounding would make ties.
 
+    Not a term of a sum, in spite of the name: the ranks' columns are put side by side, by an all-gather.
     `x` is [n, D] and `w_r` [D, V_r]; returns float32 [n, V_r].
     """
     return xp.matmul(x, w_r, dtype=xp.float32)  # [n, V_r]
@@ -148,7 +150,7 @@ def split_heads(xp, qkv, heads, kv_heads):
     """
     per_head = qkv.reshape(qkv.shape[0], heads + 2 * kv_heads, -1)  # [T, H_r + 2 K_r, d]
     by_head = per_head.transpose(1, 0, 2)  # [H_r + 2 K_r, T, d]
-    return by_head[: heads + kv_heads], by_head[heads + kv_heads :]
+    return by_head[: heads + kv_heads], by_head[heads + kv_heads :]  # [H_r + K_r, T, d], [K_r, T, d]
 
 
 def causal_mask(xp, query_positions, first_key, stop_key, window=None):

@@ -10,6 +10,8 @@ A transformer layer is two pairs of matrices, and each pair is split the same wa
 
 The columns that come out of the first (heads, or FFN columns) are just the rows that go into the second, so
 a pair costs one all-reduce: the sum on the right. (Shoeybi et al., Megatron-LM, 2019, section 3.)
+Drawn here as they are used, [in, out]; in a checkpoint they lie [out, in], so that a column of w is a row
+of the file's tensor.
 
 So of every tensor at most one dimension is split, and the table below needs no column for it: whatever
 dimension is not `D`, the hidden size, is the split one. A tensor with no other dimension is on every rank.
@@ -111,7 +113,9 @@ class Plan:
         """
         start, stop = self.head_ranges[rank]
         kv_start, kv_stop = self.kv_head_ranges[rank]
-        per_kv_head = self.head_ranges[-1][1] // self.kv_head_ranges[-1][1]
+        per_kv_head = (
+            self.head_ranges[-1][1] // self.kv_head_ranges[-1][1]
+        )  # H / K: where the last ranges end
         return [
             (max(start, kv * per_kv_head) - start, min(stop, (kv + 1) * per_kv_head) - start)
             for kv in range(kv_start, kv_stop)

@@ -602,3 +602,18 @@ def test_text_that_the_locale_lacks(tmp_path):
     argv = ["generate", "hi", "--model", directory, "--tp", "1", "-n", "40", "--ignore-eos"]
     done = run_command(*argv, env=environment)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_rank_never_becomes_a_front(tiny, monkeypatch, capsys):
+    """An mpirun that does not say how many ranks it starts must not make each of them start ranks."""
+    monkeypatch.setenv("MINITP_FRONT", "/nonexistent")
+    assert main(["generate", "hi", "--model", str(tiny)]) == 3
+    assert "neither PMI_SIZE nor OMPI_COMM_WORLD_SIZE" in capsys.readouterr().err
+
+
+def test_perplexity_of_a_token_without_a_row(refused, tmp_path):
+    """The tokenizer knows more tokens than the model."""
+    directory = write_tiny(tmp_path / "model", vocab_size=100)
+    (tmp_path / "text").write_text("zzz")
+    said = refused("perplexity", tmp_path / "text", "--model", directory, *ALONE)
+    assert "outside the vocabulary, 0 to 99" in said

@@ -463,6 +463,13 @@ def test_context_and_prompt(tiny):
             check_prompt(ids, config, context)
 
 
+def test_library_checks_prompts_too(tiny):
+    model = open_tiny(tiny)
+    for ids in ([], [258], [1] * 512):
+        with pytest.raises(InputError):
+            next(generate(model, ids, None))
+
+
 # --- the loop -------------------------------------------------------------------------------------------
 
 

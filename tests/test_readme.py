@@ -44,6 +44,10 @@ def test_every_option_is_in_the_readme_and_every_option_of_the_readme_exists():
     assert named == real
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README
+
+
 def test_files_that_the_readme_links_to_exist():
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert len(links) > 5
