@@ -614,6 +614,6 @@ def test_rank_never_becomes_a_front(tiny, monkeypatch, capsys):
 def test_perplexity_of_a_token_without_a_row(refused, tmp_path):
     """The tokenizer knows more tokens than the model."""
     directory = write_tiny(tmp_path / "model", vocab_size=100)
-    (tmp_path / "text").write_text("zzz")
+    (tmp_path / "text").write_text("\u00e9\u00e9", encoding="utf-8")
     said = refused("perplexity", tmp_path / "text", "--model", directory, *ALONE)
     assert "outside the vocabulary, 0 to 99" in said
