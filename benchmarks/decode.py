@@ -1,12 +1,14 @@
 """Decode speed of the demo model at several numbers of ranks, beside this machine's limit and transformers.
 
-    python benchmarks/decode.py [--tp 1 2 4] [--tokens 100] [--rounds 3] [--transformers] [-o FILE.json]
+    python benchmarks/decode.py [--tp 1 2 4] [--tokens 100] [--rounds 3] [--no-cache] [--transformers]
+                                [-o FILE.json]
 
 For each TP it runs in turn, `rounds` times, and prints medians:
 
 - `bare`: only the matrix products of one token, in the same shapes, on as many processes at once: what the
   memory of this machine allows,
 - `minitp`: the command itself, `minitp generate --json`,
+- with --no-cache, `minitp no cache`: the same with --no-kv-cache,
 - with --transformers, Hugging Face transformers on all cores with the same float32 weights (needs torch).
 
 Machines are noisy, so what counts is the ratio within one run. Results go to stdout as a table, and to a JSON
@@ -35,13 +37,15 @@ def main():
     arguments.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4])
     arguments.add_argument("--tokens", type=int, default=100)
     arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--no-cache", action="store_true")
     arguments.add_argument("--transformers", action="store_true")
     arguments.add_argument("-o", metavar="FILE.json")
     arguments.add_argument("--bare-rank", type=int, help=argparse.SUPPRESS)
     args = arguments.parse_args()
     if args.bare_rank is not None:
         return bare_products(args.tokens)
-    figures = {f"{kind} tp={tp}": [] for tp in args.tp for kind in ("bare", "minitp")}
+    kinds = ["bare", "minitp", "minitp no cache"] if args.no_cache else ["bare", "minitp"]
+    figures = {f"{kind} tp={tp}": [] for tp in args.tp for kind in kinds}
     if args.transformers:
         figures["transformers"] = []
     for _ in range(args.rounds):
@@ -62,8 +66,10 @@ def measure(name, tokens):
     if name == "transformers":
         return transformers_speed(tokens)
     kind, tp = name.split(" tp=")
-    if kind == "minitp":
+    if kind != "bare":
         command = [sys.executable, "-m", "minitp", "generate", PROMPT, "--ignore-eos", "--json"]
+        if kind == "minitp no cache":
+            command.append("--no-kv-cache")
         done = run([*command, "-n", str(tokens), "--tp", tp], dict(os.environ))
         return json.loads(done)["stats"]["decode_tokens_per_s"]
     environment = dict(os.environ)
@@ -121,10 +127,10 @@ def transformers_speed(tokens):
 
 def table(figures):
     """Medians, and how much of the bare products' speed minitp reaches."""
-    print(f"{'':16}{'tokens/s':>9}{'min':>8}{'max':>8}")
+    print(f"{'':21}{'tokens/s':>9}{'min':>8}{'max':>8}")
     for name, values in figures.items():
-        row = f"{name:16}{statistics.median(values):9.1f}{min(values):8.1f}{max(values):8.1f}"
-        if name.startswith("minitp"):
+        row = f"{name:21}{statistics.median(values):9.1f}{min(values):8.1f}{max(values):8.1f}"
+        if name.startswith("minitp tp="):
             pairs = zip(values, figures[name.replace("minitp", "bare")], strict=True)
             row += f"   {statistics.median(mine / bare for mine, bare in pairs):.0%} of the bare products"
         print(row)
