@@ -44,9 +44,21 @@ install() {
     [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return
     say "installing minitp[$2] into .venv"
     "$python" -m pip install --disable-pip-version-check --editable "$root[$2]" \
-        | sed -un 's/^Collecting \([^ ]*\).*/  fetching \1/p; s#^Processing .*/\([^/]*\)-[^-]*-[^-]*-[^-]*$#  using \1#p; s/^Installing c.*/  installing/p' >&2 ||
+        | sed -un 's/^Collecting \([^ ]*\).*/  fetching \1/p; s#^Processing .*/\([^/ ]*\)\.whl.*#  using \1#p; s/^Installing c.*/  installing/p' >&2 ||
         fail "installation failed; the lines above say why"
     printf '%s\n' "$want" >"$stamp"
+}
+
+# An MPI of the system is used, never shadowed, if mpi4py can; otherwise PyPI's mpich goes into .venv.
+setup_mpi() {
+    if [ ! -e "$venv/installed-mpi" ]; then
+        [ ! -e "$venv/system-mpi" ] || return 0
+        if command -v mpirun >/dev/null && "$python" -c 'from mpi4py import MPI' 2>/dev/null; then
+            touch "$venv/system-mpi"
+            return
+        fi
+    fi
+    install mpi mpi
 }
 
 setup() {
@@ -56,10 +68,9 @@ setup() {
     fi
     make_venv
     local extras=gguf # reads the demo model
-    # An mpirun of the system is never shadowed by one of ours.
-    PATH=${PATH//"$venv/bin:"/} command -v mpirun >/dev/null || extras+=,mpi
     if [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then extras+=,cuda12; fi
     install base "$extras"
+    setup_mpi
     [ "${1:-}" != test ] || install test test
     exec 9>&-
 }

@@ -281,6 +281,6 @@ def _import_mpi():
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise RankError(
-            f"mpi4py finds no MPI library ({one_line(error)}); install one: pip install 'minitp[mpi]'"
+            f"mpi4py finds no MPI library ({one_line(error)[:80]}); install one: pip install 'minitp[mpi]'"
         ) from error
     return MPI
