@@ -43,9 +43,11 @@ install() {
     want=$(cat "$root/setup.cfg" "$root/pyproject.toml" - <<<"$2 $root" | cksum)
     [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return
     say "installing minitp[$2] into .venv"
-    "$python" -m pip install --disable-pip-version-check --editable "$root[$2]" \
-        | sed -un 's/^Collecting \([^ ]*\).*/  fetching \1/p; s#^Processing .*/\([^/ ]*\)\.whl.*#  using \1#p; s/^Installing c.*/  installing/p' >&2 ||
-        fail "installation failed; the lines above say why"
+    "$python" -m pip install --disable-pip-version-check --editable "$root[$2]" 2>"$venv/pip-errors" |
+        sed -un 's/^Collecting \([^ ]*\).*/  fetching \1/p
+                 s#^Processing .*/\([^/ ]*\)\.whl.*#  using \1#p
+                 s/^Installing collected.*/  installing/p' >&2 ||
+        { cat "$venv/pip-errors" >&2 && fail "installation failed; the lines above say why"; }
     printf '%s\n' "$want" >"$stamp"
 }
 
