@@ -19,7 +19,6 @@ from tiny import write_tiny
 
 from minitp import cli, launch
 from minitp.demo import demo_directory
-from minitp.errors import InputError
 
 pytestmark = pytest.mark.mpi
 
@@ -166,10 +165,7 @@ def test_perplexity_is_the_same(tiny, tmp_path, capsys):
 
 
 def test_demo_model(capsys):
-    try:
-        demo_directory()
-    except InputError as error:
-        pytest.skip(f"no demo model: {error}")
+    demo_directory()
     argv = ["generate", "The capital of France is", "--model", "smollm2", "-n", "8", "--json"]
     front = result_of(through_front(argv))
     mpirun = result_of(under_mpirun(argv))
