@@ -26,7 +26,8 @@ from pathlib import Path
 from time import perf_counter
 
 from minitp.demo import demo_directory
-from minitp.launch import cores, find_mpirun, limit_blas_threads
+from minitp.environment import cores, limit_blas_threads
+from minitp.launch import find_mpirun
 
 PROMPT = "The capital of France is"
 

@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 
-from minitp import __version__, launch
+from minitp import __version__, environment, launch
 from minitp.errors import InputError, MinitpError, RankError
 from minitp.output import prepare_streams, write_out
 
@@ -30,19 +30,19 @@ def main(argv=None, worker=launch.WORKER):
     try:
         refuse_undecodable(argv)
         args = parser().parse_args(argv)
-        world = launch.world_size(os.environ)
+        world = environment.world_size(os.environ)
         if world is not None:
             return as_rank(args, world)
         if launch.SOCKET_VARIABLE in os.environ:  # a rank must not become a front that starts ranks
             raise RankError(
                 "mpirun gives its ranks neither PMI_SIZE nor OMPI_COMM_WORLD_SIZE; use MPICH or Open MPI"
             )
-        size = launch.ranks_wanted(args.tp, DEFAULT_TP)
+        size = environment.ranks_wanted(args.tp, DEFAULT_TP)
         if size == 1:
             return alone(args)
         return front(args, argv, size, worker)
     except MinitpError as error:
-        if launch.env_rank(os.environ) == 0:  # all ranks of a user's mpirun read the same arguments
+        if environment.env_rank(os.environ) == 0:  # all ranks of a user's mpirun read the same arguments
             print(f"minitp: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -51,7 +51,7 @@ def main(argv=None, worker=launch.WORKER):
 
 def as_rank(args, world):
     """One rank of a world that mpirun or srun has started: the front's, or the user's own."""
-    launch.limit_blas_threads(os.environ, launch.local_ranks(os.environ, world))
+    environment.limit_blas_threads(os.environ, environment.local_ranks(os.environ, world))
     from minitp import worker
 
     return worker.run_in_world(args, world)
@@ -69,10 +69,10 @@ def front(args, argv, size, worker):
     from minitp import commands
 
     commands.check(args, size)
-    environment = dict(os.environ)
-    launch.limit_blas_threads(environment, size)
-    environment.setdefault("HF_HUB_OFFLINE", "1")  # what was to be fetched lies in the cache now
-    return launch.run_ranks([*worker, *argv], size, environment, verbose=args.verbose)
+    variables = dict(os.environ)
+    environment.limit_blas_threads(variables, size)
+    variables.setdefault("HF_HUB_OFFLINE", "1")  # what was to be fetched lies in the cache now
+    return launch.run_ranks([*worker, *argv], size, variables, verbose=args.verbose)
 
 
 def refuse_undecodable(argv):

@@ -14,8 +14,9 @@ import sys
 import threading
 import traceback
 
+from minitp.environment import env_rank, ranks_wanted
 from minitp.errors import AgreedError, InputError, RankError, one_line
-from minitp.launch import SOCKET_VARIABLE, env_rank, ranks_wanted
+from minitp.launch import SOCKET_VARIABLE
 
 
 def run_alone(args):

@@ -19,7 +19,7 @@ import sys
 import time
 
 from minitp import cli
-from minitp.launch import env_rank
+from minitp.environment import env_rank
 
 FORWARD_CALL = 5
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from tiny import BOS, write_tiny
 
-from minitp import launch
+from minitp import environment, launch
 from minitp.cli import main
 from minitp.comm import run_threads
 from minitp.device import open_device
@@ -168,16 +168,16 @@ def test_bad_command(refused, argv, expected):
 
 
 def test_auto_takes_up_to_four_ranks(monkeypatch):
-    monkeypatch.setattr(launch, "physical_cores", lambda: 2)
-    assert launch.ranks_wanted("auto", 3) == 2
-    monkeypatch.setattr(launch, "physical_cores", lambda: 64)
-    assert launch.ranks_wanted("auto", 3) == 4
-    assert launch.ranks_wanted(None, 3) == 3
-    assert launch.ranks_wanted("7", 3) == 7
+    monkeypatch.setattr(environment, "physical_cores", lambda: 2)
+    assert environment.ranks_wanted("auto", 3) == 2
+    monkeypatch.setattr(environment, "physical_cores", lambda: 64)
+    assert environment.ranks_wanted("auto", 3) == 4
+    assert environment.ranks_wanted(None, 3) == 3
+    assert environment.ranks_wanted("7", 3) == 7
 
 
 @pytest.mark.parametrize(
-    ("environment", "world", "rank"),
+    ("variables", "world", "rank"),
     [
         ({}, None, 0),
         ({"PMI_SIZE": "4", "PMI_RANK": "3"}, 4, 3),
@@ -187,19 +187,19 @@ def test_auto_takes_up_to_four_ranks(monkeypatch):
         ({"SLURM_NTASKS": "8"}, None, 0),  # a batch script, before srun
     ],
 )
-def test_launchers_are_recognised(environment, world, rank):
-    assert launch.world_size(environment) == world
-    assert launch.env_rank(environment) == rank
+def test_launchers_are_recognised(variables, world, rank):
+    assert environment.world_size(variables) == world
+    assert environment.env_rank(variables) == rank
 
 
 def test_cores_are_shared(monkeypatch):
-    monkeypatch.setattr(launch, "cores", lambda: 10)
-    environment = {"OPENBLAS_NUM_THREADS": "7"}
-    launch.limit_blas_threads(environment, 4)
-    assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "2"
-    assert environment["OPENBLAS_NUM_THREADS"] == "7", "the user's own"
-    launch.limit_blas_threads(environment := {}, 40)
-    assert environment["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setattr(environment, "cores", lambda: 10)
+    variables = {"OPENBLAS_NUM_THREADS": "7"}
+    environment.limit_blas_threads(variables, 4)
+    assert variables["OMP_NUM_THREADS"] == variables["MKL_NUM_THREADS"] == "2"
+    assert variables["OPENBLAS_NUM_THREADS"] == "7", "the user's own"
+    environment.limit_blas_threads(variables := {}, 40)
+    assert variables["OMP_NUM_THREADS"] == "1"
 
 
 # --- models ---------------------------------------------------------------------------------------------
