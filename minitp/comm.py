@@ -111,17 +111,11 @@ class Comm:
 
 
 def _sum_in_rank_order(parts):
-    if len(parts) == 1:
-        return parts[0].copy()
-    if parts[0].dtype.itemsize >= 4:
-        total = parts[0] + parts[1]
-        for part in parts[2:]:
-            total += part
-        return total
-    total = parts[0].astype(np.float32)  # 16-bit terms: sum in float32, round once
+    dtype = parts[0].dtype
+    total = parts[0].astype(np.promote_types(dtype, np.float32))  # 16-bit terms: sum in float32, round once
     for part in parts[1:]:
         total += part
-    return total.astype(parts[0].dtype)
+    return total.astype(dtype, copy=False)
 
 
 class Alone(Comm):

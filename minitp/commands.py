@@ -11,6 +11,7 @@ from tqdm import tqdm
 from minitp.device import open_device
 from minitp.errors import InputError
 from minitp.generate import Request, check_prompt, check_vocabulary, context_length, generate
+from minitp.launch import SOCKET_VARIABLE
 from minitp.model import load_model
 from minitp.model_source import open_model
 from minitp.output import write_out
@@ -33,7 +34,7 @@ def run(args, comm):
     with comm.agreed():  # rank 0 first, for it may have to download
         if comm.rank == 0:
             source = open_model(args.model, comm.size, args.layers)
-            if "MINITP_FRONT" not in os.environ:  # else the front has said it
+            if SOCKET_VARIABLE not in os.environ:  # else the front has said it
                 warn_of_unread_fields(source)
     with comm.agreed():
         if comm.rank != 0:

@@ -174,12 +174,10 @@ class Job:
         rank = Rank(hello["rank"], hello["pid"], connection)
         self.ranks[rank.rank] = rank
         self.selector.register(connection, selectors.EVENT_READ, rank)
-        with (
-            open(self.words_of(rank), "wb") as words,
-            suppress(BrokenPipeError),
-        ):  # it may have died meanwhile
+        with open(self.folder / f"rank{rank.rank}", "wb") as words:
             streams = [1, 2] if rank.rank == 0 else [words.fileno(), words.fileno()]
-            socket.send_fds(connection, [b"\n"], streams)
+            with suppress(BrokenPipeError):  # it may have died meanwhile
+                socket.send_fds(connection, [b"\n"], streams)
 
     def hear(self, rank):
         """Take what a rank says; False if it has failed or is gone without a last message."""
@@ -205,15 +203,15 @@ class Job:
                 return False
         return True
 
-    def words_of(self, rank):
-        return self.folder / f"rank{rank.rank}"
+    def words_of(self, name):
+        """The lines that "mpirun" or "rank2" has written to its file."""
+        path = self.folder / name
+        return path.read_text(errors="replace").splitlines() if path.exists() else []
 
     def fail(self, message, rank=None):
         """Say what went wrong, with the last words of the rank (of mpirun, if it is no rank's failure)."""
         print(f"minitp: {message}", file=sys.stderr)
-        path = self.words_of(rank) if rank else self.folder / "mpirun"
-        words = path.read_text(errors="replace").splitlines() if path.exists() else []
-        for line in words[-20:]:
+        for line in self.words_of(f"rank{rank.rank}" if rank else "mpirun")[-20:]:
             print(f"  {line}", file=sys.stderr)
         return RankError.exit_code
 
@@ -247,8 +245,7 @@ class Job:
 
     def show_words(self):
         for name in ["mpirun", *[f"rank{rank}" for rank in range(1, self.size)]]:
-            path = self.folder / name
-            for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            for line in self.words_of(name):
                 print(f"[{name}] {line}", file=sys.stderr)
 
 
