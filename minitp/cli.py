@@ -4,15 +4,16 @@ Imports of numpy and everything that brings it wait until the BLAS threads are s
 quick.
 """
 
-import argparse
 import os
 import sys
 
-from minitp import __version__, environment, launch
+from minitp import environment, launch
+from minitp.arguments import parser
 from minitp.errors import InputError, MinitpError, RankError
-from minitp.output import prepare_streams, write_out
+from minitp.output import prepare_streams
 
 DEFAULT_TP = 4
+WITHOUT_RANKS = ("compare", "shard")  # commands that one process does
 
 
 def main(argv=None, worker=launch.WORKER):
@@ -30,6 +31,8 @@ def main(argv=None, worker=launch.WORKER):
     try:
         refuse_undecodable(argv)
         args = parser().parse_args(argv)
+        if args.command in WITHOUT_RANKS:
+            return here(args)
         world = environment.world_size(os.environ)
         if world is not None:
             return as_rank(args, world)
@@ -47,6 +50,15 @@ def main(argv=None, worker=launch.WORKER):
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def here(args):
+    """A command that needs no ranks; of those that a user's mpirun starts all the same, one does it."""
+    if environment.env_rank(os.environ) != 0:
+        return 0
+    from minitp import commands
+
+    return commands.run_here(args, environment.ranks_wanted(getattr(args, "tp", None), DEFAULT_TP))
 
 
 def as_rank(args, world):
@@ -68,7 +80,7 @@ def front(args, argv, size, worker):
     """Check all that can be checked, then start and watch the ranks."""
     from minitp import commands
 
-    commands.check(args, size)
+    commands.check_input(args, size)
     variables = dict(os.environ)
     environment.limit_blas_threads(variables, size)
     variables.setdefault("HF_HUB_OFFLINE", "1")  # what was to be fetched lies in the cache now
@@ -82,80 +94,3 @@ def refuse_undecodable(argv):
             argument.encode("utf-8")
         except UnicodeEncodeError:
             raise InputError(f"argument {number} is not valid UTF-8: {os.fsencode(argument)!r}") from None
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other error here."""
-
-    def error(self, message):
-        raise InputError(f"{message} (see {self.prog} --help)")
-
-    def _print_message(self, message, file=None):
-        """Help and version: nobody may be reading."""
-        write_out(message)
-
-
-def parser():
-    """The whole command line."""
-    top = Parser(prog="minitp", description="Tensor-parallel LLM inference, written out and checkable.")
-    top.add_argument("--version", action="version", version=f"minitp {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-
-    sub = commands.add_parser(
-        "generate", help="continue a prompt", description="Stream a prompt's continuation."
-    )
-    sub.add_argument("prompt", nargs="?", metavar="PROMPT")
-    sub.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="token ids in place of the prompt")
-    sub.add_argument("-n", "--max-new-tokens", type=int, default=100, metavar="N", help="default 100")
-    sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
-    sub.add_argument("--top-k", type=int, default=0, metavar="K", help="among the K most probable; 0: all")
-    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="among the most probable, up to P")
-    sub.add_argument("--seed", type=int, help="the same seed gives the same text at the same --tp")
-    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
-    sub.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
-    sub.add_argument("--no-kv-cache", action="store_true", help="recompute everything for every token")
-    sub.add_argument("--max-context", type=int, metavar="N", help="at most the model's own, the default")
-    sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    sub.add_argument("--stats", action="store_true", help="print times and sizes to stderr")
-    add_common(sub)
-
-    sub = commands.add_parser(
-        "perplexity",
-        help="of a text",
-        description="exp of the mean negative log-likelihood of a text, in windows of the context.",
-    )
-    sub.add_argument("file", metavar="FILE", help="a UTF-8 text")
-    sub.add_argument(
-        "--max-context", type=int, metavar="N", help="tokens a window; default the model's context"
-    )
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
-    add_common(sub)
-    return top
-
-
-def add_common(sub):
-    """The options that every command has."""
-    sub.add_argument(
-        "--model",
-        default="smollm2",
-        help="a directory, a Hugging Face id, smollm2 (the demo, default), or random:NAME "
-        "(mistral-7b, llama-3-8b, tinyllama-1.1b, smollm2-135m)",
-    )
-    sub.add_argument(
-        "--tp",
-        metavar="N",
-        help="ranks: 1 to the number of attention heads, or auto (default 4; under mpirun, its world)",
-    )
-    sub.add_argument("--layers", type=int, metavar="N", help="only the first N layers")
-    sub.add_argument("--device", choices=["auto", "cpu"], default="auto")
-    sub.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
-    sub.add_argument("--comm", choices=["auto", "mpi"], default="auto")
-    sub.add_argument("-v", "--verbose", action="store_true", help="tracebacks, and every rank's stderr")
-
-
-def token_ids(text):
-    """The ids of --tokens."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers and commas, as in 1,2,3") from None

@@ -1,0 +1,174 @@
+"""The command line: every command, its options and their help."""
+
+import argparse
+
+from minitp import __version__
+from minitp.errors import InputError
+from minitp.output import write_out
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error here."""
+
+    def error(self, message):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+    def _print_message(self, message, file=None):
+        """Help and version: nobody may be reading."""
+        write_out(message)
+
+
+def parser():
+    """The whole command line."""
+    top = Parser(prog="minitp", description="Tensor-parallel LLM inference, written out and checkable.")
+    top.add_argument("--version", action="version", version=f"minitp {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for add in (add_generate, add_trace, add_check, add_compare, add_perplexity, add_shard):
+        sub = add(commands)
+        sub.add_argument("-v", "--verbose", action="store_true", help="tracebacks, and every rank's stderr")
+    return top
+
+
+def add_generate(commands):
+    sub = commands.add_parser(
+        "generate", help="continue a prompt", description="Stream a prompt's continuation."
+    )
+    add_prompt(sub)
+    sub.add_argument("-n", "--max-new-tokens", type=int, default=100, metavar="N", help="default 100")
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
+    sub.add_argument("--top-k", type=int, default=0, metavar="K", help="among the K most probable; 0: all")
+    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="among the most probable, up to P")
+    sub.add_argument("--seed", type=int, help="the same seed gives the same text at the same --tp")
+    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
+    sub.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    sub.add_argument("--no-kv-cache", action="store_true", help="recompute everything for every token")
+    sub.add_argument("--max-context", type=int, metavar="N", help="at most the model's own, the default")
+    sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    sub.add_argument("--stats", action="store_true", help="print times and sizes to stderr")
+    add_model(sub)
+    add_device(sub)
+    return sub
+
+
+def add_trace(commands):
+    sub = commands.add_parser(
+        "trace",
+        help="write every step of a forward pass to a file",
+        description="Write the steps of a prompt's forward pass, assembled over the ranks, as safetensors.",
+    )
+    add_prompt(sub)
+    sub.add_argument("-o", "--output", required=True, metavar="FILE", help="a .safetensors file")
+    sub.add_argument(
+        "--steps",
+        action="append",
+        metavar="GLOB",
+        help="only these, as in 'prefill/layers.0.*'; repeatable. Default: all but scores and probs",
+    )
+    add_decode(sub, default=0)
+    sub.add_argument("--per-rank", action="store_true", help="each rank's own pieces too, as rank{r}/...")
+    sub.add_argument("--oracle", action="store_true", help="the float64 oracle's steps instead")
+    add_model(sub)
+    add_device(sub)
+    return sub
+
+
+def add_check(commands):
+    sub = commands.add_parser(
+        "check",
+        help="hold every step of every rank against the oracle",
+        description="Run a prompt and hold every step of every rank against the float64 oracle. Exit code 1 "
+        "and the first wrong step, layer and rank if one is out of bounds.",
+    )
+    add_prompt(sub)
+    add_decode(sub, default=2)
+    sub.add_argument("--report", metavar="FILE.html", help="also write a page to look at")
+    add_model(sub)
+    add_device(sub)
+    return sub
+
+
+def add_compare(commands):
+    sub = commands.add_parser(
+        "compare",
+        help="two traces or dumps, whoever made them",
+        description="Hold the steps of B against those of A. Exit code 1 and the first step that departs.",
+    )
+    sub.add_argument("a", metavar="A", help="a .safetensors or .npz file, the reference")
+    sub.add_argument("b", metavar="B", help="the file held against it")
+    sub.add_argument("--map", metavar="NAMES.json", help="an object: name in A to name in B")
+    sub.add_argument(
+        "--tolerance", type=float, metavar="X", help="relative error allowed; default by the files' dtypes"
+    )
+    sub.add_argument("--report", metavar="FILE.html", help="also write a page to look at")
+    return sub
+
+
+def add_perplexity(commands):
+    sub = commands.add_parser(
+        "perplexity",
+        help="of a text",
+        description="exp of the mean negative log-likelihood of a text, in windows of the context.",
+    )
+    sub.add_argument("file", metavar="FILE", help="a UTF-8 text")
+    sub.add_argument(
+        "--max-context", type=int, metavar="N", help="tokens a window; default the model's context"
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    add_model(sub)
+    add_device(sub)
+    return sub
+
+
+def add_shard(commands):
+    sub = commands.add_parser(
+        "shard",
+        help="who holds what",
+        description="Print the sharding plan: tensor, axis, each rank's range, bytes.",
+    )
+    sub.add_argument("-o", "--output", metavar="DIR", help="write rank{r}.safetensors and plan.json there")
+    add_model(sub)
+    return sub
+
+
+def add_prompt(sub):
+    sub.add_argument("prompt", nargs="?", metavar="PROMPT")
+    sub.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="token ids in place of the prompt")
+
+
+def add_decode(sub, default):
+    sub.add_argument(
+        "--decode",
+        type=int,
+        default=default,
+        metavar="N",
+        help=f"after the prompt, N passes of one token, greedily chosen; default {default}",
+    )
+
+
+def add_model(sub):
+    sub.add_argument(
+        "--model",
+        default="smollm2",
+        help="a directory, a Hugging Face id, smollm2 (the demo, default), or random:NAME "
+        "(mistral-7b, llama-3-8b, tinyllama-1.1b, smollm2-135m)",
+    )
+    sub.add_argument(
+        "--tp",
+        metavar="N",
+        help="ranks: 1 to the number of attention heads, or auto (default 4; under mpirun, its world)",
+    )
+    sub.add_argument("--layers", type=int, metavar="N", help="only the first N layers")
+
+
+def add_device(sub):
+    sub.add_argument("--device", choices=["auto", "cpu"], default="auto")
+    sub.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
+    sub.add_argument("--comm", choices=["auto", "mpi"], default="auto")
+
+
+def token_ids(text):
+    """The ids of --tokens."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers and commas, as in 1,2,3") from None

@@ -1,0 +1,52 @@
+"""What the commands do on a rank, and what the front checks for them beforehand; one file a command."""
+
+import os
+import sys
+
+from minitp.commands.compare import compare
+from minitp.commands.generate import Generate
+from minitp.commands.perplexity import Perplexity
+from minitp.commands.shard import shard
+from minitp.launch import SOCKET_VARIABLE
+from minitp.model_source import open_model
+
+COMMANDS = {"generate": Generate, "perplexity": Perplexity}
+WITHOUT_RANKS = {"compare": compare, "shard": shard}
+
+
+def check_input(args, tp):
+    """Raise InputError for whatever can be found wrong before ranks are started."""
+    source = open_model(args.model, tp, args.layers)
+    warn_of_unread_fields(source)
+    COMMANDS[args.command].prepare(args, source)
+
+
+def run(args, comm):
+    """The command, on this rank; returns the exit code."""
+    command = COMMANDS[args.command]
+    source = None
+    with comm.agreed():  # rank 0 first, for it may have to download
+        if comm.rank == 0:
+            source = open_model(args.model, comm.size, args.layers)
+            if SOCKET_VARIABLE not in os.environ:  # else the front has said it
+                warn_of_unread_fields(source)
+    with comm.agreed():
+        if comm.rank != 0:
+            source = open_model(args.model, comm.size, args.layers)
+        job = command.prepare(args, source) if comm.rank == 0 else None
+    job = comm.broadcast(job)
+    return command.run(args, comm, source, job)
+
+
+def warn_of_unread_fields(source):
+    for name in source.config.unread:
+        print(
+            f"minitp: warning: config.json of {source.name} has a field {name!r} that minitp does not know; "
+            "if it changes the maths, the results are wrong",
+            file=sys.stderr,
+        )
+
+
+def run_here(args, tp):
+    """A command that needs no ranks; `tp` is what it is told of them. Returns the exit code."""
+    return WITHOUT_RANKS[args.command](args, tp)
