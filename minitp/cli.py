@@ -40,7 +40,7 @@ def main(argv=None, worker=launch.WORKER):
             raise RankError(
                 "mpirun gives its ranks neither PMI_SIZE nor OMPI_COMM_WORLD_SIZE; use MPICH or Open MPI"
             )
-        size = environment.ranks_wanted(args.tp, DEFAULT_TP)
+        size = 1 if getattr(args, "oracle", False) else environment.ranks_wanted(args.tp, DEFAULT_TP)
         if size == 1:
             return alone(args)
         return front(args, argv, size, worker)

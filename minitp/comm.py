@@ -3,8 +3,8 @@
     all_reduce   rank 0 [a]  rank 1 [b]   ->  [a + b] on both
     all_gather   rank 0 [a]  rank 1 [b]   ->  [a | b] on both
 
-Data (arrays of activations) goes through these two, control (small Python objects) through `broadcast` and
-`agree`. Every rank calls the same ones in the same order, on the error path too:
+Data (arrays of activations) goes through these two, control (small Python objects) through `broadcast`,
+`exchange` and `agree`. Every rank calls the same ones in the same order, on the error path too:
 a phase that may fail on one rank ends in `agree`, and then all of them leave together.
 
 The sum of an all-reduce depends on the order of its terms. Here every rank gets all the terms and adds them
@@ -65,6 +65,10 @@ class Comm:
         """Rank 0's `value`, on every rank; what the others pass is ignored. Any picklable object."""
         raise NotImplementedError
 
+    def exchange(self, value):
+        """[rank 0's value, rank 1's, ..] on every rank; any picklable objects."""
+        raise NotImplementedError
+
     def agree(self, error=None):
         """End a phase that may have failed here: every rank passes its exception or None.
 
@@ -77,7 +81,7 @@ class Comm:
         mine = None
         if error is not None:
             mine = (getattr(error, "exit_code", RankError.exit_code), one_line(error))
-        failed = [(rank, *e) for rank, e in enumerate(self._exchange_objects(mine)) if e is not None]
+        failed = [(rank, *e) for rank, e in enumerate(self.exchange(mine)) if e is not None]
         if failed:
             rank, exit_code, message = failed[0]
             if exit_code != InputError.exit_code:
@@ -105,10 +109,6 @@ class Comm:
         """
         raise NotImplementedError
 
-    def _exchange_objects(self, value):
-        """[rank 0's value, rank 1's, ..]."""
-        raise NotImplementedError
-
 
 def _sum_in_rank_order(parts):
     dtype = parts[0].dtype
@@ -133,7 +133,7 @@ class Alone(Comm):
     def _exchange_arrays(self, x, sizes, combine):
         return combine([x.reshape(-1)])
 
-    def _exchange_objects(self, value):
+    def exchange(self, value):
         return [value]
 
 
@@ -158,7 +158,7 @@ class ThreadComm(Comm):
     def _exchange_arrays(self, x, sizes, combine):
         return self._meet("an exchange of arrays", x.reshape(-1), combine)
 
-    def _exchange_objects(self, value):
+    def exchange(self, value):
         return self._meet("an exchange of objects", value, list)
 
     def _meet(self, where, value, use):
@@ -260,7 +260,7 @@ class MpiComm(Comm):
         self._world.Allgatherv(sent, [received, counts, None, self._byte])
         return combine(np.split(everyone, np.cumsum(sizes)[:-1]))
 
-    def _exchange_objects(self, value):
+    def exchange(self, value):
         # A phase that ends here may last minutes on one rank (a download): wait asleep, for MPI waits spin.
         everyone_is_here = self._world.Ibarrier()
         while not everyone_is_here.Test():

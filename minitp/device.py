@@ -22,6 +22,10 @@ class Device:
     xp: Any
     dtype: np.dtype
 
+    def to_host(self, array):
+        """A NumPy array of the same numbers; it may be the array itself."""
+        return array if self.xp is np else self.xp.asnumpy(array)
+
 
 def open_device(dtype="auto"):
     """The CPU, computing in `dtype`: float32 ("auto"), float16 or bfloat16.

@@ -8,7 +8,7 @@
       -> norm -> logits of this rank's vocabulary rows                             all-gather
 
 Between two collectives (the right-hand column) every rank works alone; `x`, the residual stream, is the same
-bits on all ranks.
+bits on all ranks. Whoever wants to see the steps passes a `record`, which gets them by the names of `steps`.
 """
 
 from minitp import ops
@@ -16,6 +16,15 @@ from minitp.kv_cache import KVCache
 from minitp.weights import Loader
 
 PREFILL_CHUNK = 512  # prompt tokens a pass: bounds the [G, T, S] of the scores
+
+
+class Unrecorded:
+    """The `record` of a run whose steps nobody wants to see."""
+
+    wants_scores = False
+
+    def __call__(self, block=None, layer=None, /, **arrays):
+        pass
 
 
 class Model:
@@ -51,7 +60,7 @@ class Model:
         c = self.config
         return KVCache(self.device.xp, self.device.dtype, c.num_hidden_layers, self.kv_heads, c.head_dim)
 
-    def forward(self, token_ids, cache, logits_at=None):
+    def forward(self, token_ids, cache, logits_at=None, record=Unrecorded()):  # noqa: B008  it has no state
         """Run the next tokens of a sequence; prefill and decode are this same function.
 
         Parameters
@@ -62,6 +71,8 @@ class Model:
         logits_at : slice or int array or None
             Which of these T positions get logits: slice(-1, None) to generate, slice(None) for perplexity,
             None to only fill the cache.
+        record : callable
+            Gets this rank's part of each step, as it happens; see `trace.Recorder`.
 
         Returns
         -------
@@ -71,47 +82,66 @@ class Model:
         token_ids = xp.asarray(token_ids)  # [T]
         past, total = cache.length, cache.length + token_ids.shape[0]
         positions = xp.arange(past, total)  # [T]
-        step = Step(xp, positions, past, total, self.inverse_frequencies, self.config.sliding_window)
+        step = Step(xp, positions, past, total, self.inverse_frequencies, self.config.sliding_window, record)
 
-        x = self.comm.all_reduce(ops.embed_partial(xp, token_ids, w.embed, self.vocab_start))  # [T, D]
+        partial = ops.embed_partial(xp, token_ids, w.embed, self.vocab_start)  # [T, D]
+        x = self.comm.all_reduce(partial)  # [T, D]
+        record(embed_partial=partial, embed=x)
         for i, layer in enumerate(w.layers):
             x = x + self._attention(i, layer, x, step, cache)  # [T, D]
-            x = x + self._mlp(layer, x)  # [T, D]
+            record("attn", i, residual=x)
+            x = x + self._mlp(i, layer, x, record)  # [T, D]
+            record("mlp", i, residual=x)
         cache.advance(token_ids.shape[0])
         if logits_at is None:
             return None
         x = ops.rms_norm(xp, x[logits_at], w.final_norm, self.config.rms_norm_eps)  # [n, D]
         logits_r = ops.logits_partial(xp, x, w.lm_head)  # [n, V_r]
-        return self.comm.all_gather(logits_r, self.vocab_widths)  # [n, V]
+        logits = self.comm.all_gather(logits_r, self.vocab_widths)  # [n, V]
+        record(final_norm=x, logits_partial=logits_r, logits=logits)
+        return logits
 
     def _attention(self, i, layer, x, step, cache):
         """[T, D] -> [T, D]; this rank computes its own heads, the all-reduce adds up their outputs."""
-        xp = self.device.xp
+        xp, record = self.device.xp, step.record
         h = ops.rms_norm(xp, x, layer.attn_norm, self.config.rms_norm_eps)  # [T, D]
         qkv = ops.column_parallel(xp, h, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
         qk, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
+        record("attn", i, norm=h, q=qk[: self.heads], k=qk[self.heads :], v=v)
         qk = ops.apply_rope(xp, qk, step.cos, step.sin)  # [H_r + K_r, T, d]
         q, k = qk[: self.heads], qk[self.heads :]  # [H_r, T, d], [K_r, T, d]
+        record("attn", i, q_rope=q, k_rope=k)
         k, v = cache.append(i, k, v)  # [K_r, S, d] each, all positions so far
         k, v = k[:, step.first_key :], v[:, step.first_key :]  # [K_r, W, d] each: those in the window, W <= S
-        context = ops.attention(xp, q, k, v, self.query_groups, step.mask)  # [T, H_r d]
-        out = self.comm.all_reduce(ops.row_parallel(xp, context, layer.w_o))  # [T, D]
-        return out if layer.b_o is None else out + layer.b_o  # [T, D]
+        kept = {"scores": [], "probs": []} if record.wants_scores else None  # [G, T, W] for each KV head
+        context = ops.attention(xp, q, k, v, self.query_groups, step.mask, kept)  # [T, H_r d]
+        record("attn", i, k_cache=k, v_cache=v, **(kept or {}), context=context)
+        partial = ops.row_parallel(xp, context, layer.w_o)  # [T, D]
+        out = self.comm.all_reduce(partial)  # [T, D]
+        out = out if layer.b_o is None else out + layer.b_o  # [T, D]
+        record("attn", i, out_partial=partial, out=out)
+        return out
 
-    def _mlp(self, layer, x):
+    def _mlp(self, i, layer, x, record):
         """[T, D] -> [T, D]; this rank computes its own FFN columns, the all-reduce adds up their outputs."""
         xp = self.device.xp
         h = ops.rms_norm(xp, x, layer.mlp_norm, self.config.rms_norm_eps)  # [T, D]
         gate_up = ops.column_parallel(xp, h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
+        half = gate_up.shape[1] // 2  # F_r
+        record("mlp", i, norm=h, gate=gate_up[:, :half], up=gate_up[:, half:])
         act = ops.swiglu(xp, gate_up)  # [T, F_r]
-        out = self.comm.all_reduce(ops.row_parallel(xp, act, layer.w_down))  # [T, D]
-        return out if layer.b_down is None else out + layer.b_down  # [T, D]
+        partial = ops.row_parallel(xp, act, layer.w_down)  # [T, D]
+        out = self.comm.all_reduce(partial)  # [T, D]
+        out = out if layer.b_down is None else out + layer.b_down  # [T, D]
+        record("mlp", i, act=act, out_partial=partial, out=out)
+        return out
 
 
 class Step:
     """What all layers of one forward pass share: the angles of its positions and what each may see."""
 
-    def __init__(self, xp, positions, past, total, inverse_frequencies, window):
+    def __init__(self, xp, positions, past, total, inverse_frequencies, window, record):
+        self.record = record
         self.cos, self.sin = ops.rope_cos_sin(xp, positions, inverse_frequencies)  # [T, d/2] each
         # The oldest key that any query of this step sees; with a window the scores stay that small.
         self.first_key = 0 if window is None else max(0, past - window + 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitp.checkpoint import Checkpoint
-from minitp.config import Config, parse_config, read_config
+from minitp.config import Config, parse_config, read_config, read_json
 from minitp.errors import InputError
 from minitp.random_weights import RandomWeights, random_config
 from minitp.shard import make_plan
@@ -50,6 +50,12 @@ class ModelSource:
     config: Config
     tensors: object
     plan: object
+
+    def fields(self):
+        """The object in its config.json."""
+        if self.directory is None:
+            return random_config(self.name.removeprefix(RANDOM))
+        return read_json(self.directory / "config.json")
 
     def tokenizer(self):
         """Its Tokenizer, or None if it has none."""

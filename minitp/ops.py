@@ -198,7 +198,7 @@ def attention_context(xp, probs, v):
     return matmul(xp, rows, v).reshape(group, tokens, -1)  # [G, T, d]
 
 
-def attention(xp, q, k, v, query_groups, mask=None):
+def attention(xp, q, k, v, query_groups, mask=None, kept=None):
     """Softmax attention with grouped query heads.
 
     (Vaswani et al., Attention Is All You Need, 2017, section 3.2.1; Ainslie et al., GQA, 2023.)
@@ -211,6 +211,8 @@ def attention(xp, q, k, v, query_groups, mask=None):
         For each KV head the query heads that read it. The groups may be ragged, so nothing is reshaped to
         [K_r, G]: the loop goes over KV heads.
     mask : bool [T, S] or None
+    kept : dict or None
+        To its lists "scores" and "probs" each KV head adds its own, float32 [G, T, S].
 
     Returns
     -------
@@ -222,6 +224,9 @@ def attention(xp, q, k, v, query_groups, mask=None):
         scores = attention_scores(xp, q[start:stop], k[kv_head], mask)  # [G, T, S]
         probs = softmax(xp, scores)  # [G, T, S]
         context[start:stop] = attention_context(xp, probs, v[kv_head])  # [G, T, d]
+        if kept:
+            kept["scores"].append(scores)
+            kept["probs"].append(probs)
     return context.transpose(1, 0, 2).reshape(tokens, heads * d)  # [T, H_r * d]
 
 

@@ -1,7 +1,7 @@
 """The names of the steps of a forward pass, in order, and how the ranks share each of them.
 
 A step is called `<pass>/<step>`: the pass is `prefill` or `decode.1`, `decode.2`, ..; the step `embed`,
-`layers.3.attn.q_rope`, `logits`. Arrays under these names have the shapes beside them; H, K, F and V are split
+`layers.3.attn.q_rope`, `logits`. The whole arrays have the shapes beside the names; H, K, F and V are split
 over the ranks in runs, and a rank's own array has only its run of them.
 
     replicated   the same bits on all ranks
@@ -64,6 +64,15 @@ def step_names(layers):
     """All steps of a pass of a model with so many layers, in the order in which they happen."""
     inner = [f"layers.{i}.{step}" for i in range(layers) for step in LAYER]
     return [*BEFORE, *inner, *AFTER]
+
+
+def full_name(pass_name, layer, step):
+    """The name of a step in the tables above, in a pass; `layer` None outside the layers.
+
+    >>> full_name("decode.1", 3, "attn.q_rope")
+    'decode.1/layers.3.attn.q_rope'
+    """
+    return f"{pass_name}/{step}" if layer is None else f"{pass_name}/layers.{layer}.{step}"
 
 
 def split_name(name):

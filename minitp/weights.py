@@ -9,6 +9,21 @@ BLOCK_BYTES = 1 << 24  # read at a time
 
 LM_HEAD = "lm_head.weight"
 EMBED = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+
+# Each array of a Layer, and the checkpoint tensors that lie in it side by side.
+LAYER_PARTS = {
+    "attn_norm": ["input_layernorm.weight"],
+    "w_qkv": [f"self_attn.{part}_proj.weight" for part in "qkv"],
+    "b_qkv": [f"self_attn.{part}_proj.bias" for part in "qkv"],
+    "w_o": ["self_attn.o_proj.weight"],
+    "b_o": ["self_attn.o_proj.bias"],
+    "mlp_norm": ["post_attention_layernorm.weight"],
+    "w_gate_up": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "b_gate_up": ["mlp.gate_proj.bias", "mlp.up_proj.bias"],
+    "w_down": ["mlp.down_proj.weight"],
+    "b_down": ["mlp.down_proj.bias"],
+}
 
 
 @dataclass
@@ -70,9 +85,9 @@ class Loader:
     def load(self):
         """All of this rank's Weights."""
         lm_head, embed = self._embeddings()
-        weights = Weights(embed, lm_head, self._vector("model.norm.weight"))
+        weights = Weights(embed, lm_head, self._vector(FINAL_NORM))
         for i in range(self.plan.layers):
-            weights.layers.append(self._layer(f"model.layers.{i}"))
+            weights.layers.append(self._layer(i))
         return weights
 
     def _embeddings(self):
@@ -107,22 +122,12 @@ class Loader:
                 f"{info.file}: {LM_HEAD} differs from {EMBED}, but config.json says tie_word_embeddings: true"
             )
 
-    def _layer(self, prefix):
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        qkv = [f"{attention}.{part}_proj" for part in "qkv"]
-        gate_up = [f"{mlp}.gate_proj", f"{mlp}.up_proj"]
-        return Layer(
-            attn_norm=self._vector(f"{prefix}.input_layernorm.weight"),
-            w_qkv=self._matrix(*[f"{name}.weight" for name in qkv]),
-            b_qkv=self._vector(*[f"{name}.bias" for name in qkv]),
-            w_o=self._matrix(f"{attention}.o_proj.weight"),
-            b_o=self._vector(f"{attention}.o_proj.bias"),
-            mlp_norm=self._vector(f"{prefix}.post_attention_layernorm.weight"),
-            w_gate_up=self._matrix(*[f"{name}.weight" for name in gate_up]),
-            b_gate_up=self._vector(*[f"{name}.bias" for name in gate_up]),
-            w_down=self._matrix(f"{mlp}.down_proj.weight"),
-            b_down=self._vector(f"{mlp}.down_proj.bias"),
-        )
+    def _layer(self, i):
+        fields = {}
+        for name, parts in LAYER_PARTS.items():
+            read = self._matrix if name.startswith("w_") else self._vector
+            fields[name] = read(*[f"model.layers.{i}.{part}" for part in parts])
+        return Layer(**fields)
 
     def _blocks(self, name, like=None):
         """This rank's slice of a matrix as (first row, rows), a few MB at a time."""
@@ -152,6 +157,24 @@ class Loader:
         xp = self.device.xp
         slices = [self.source.read(name, self.plan.tensors[name].index(self.rank)) for name in names]
         return xp.concatenate([xp.asarray(part, dtype=self.device.dtype) for part in slices])
+
+
+def named_slices(weights, plan, rank):
+    """(checkpoint name, array) of all that a rank holds: views as in the file, [out_r, in_r] or [n]."""
+    yield EMBED, weights.embed  # [V_r, D]
+    yield FINAL_NORM, weights.final_norm  # [D]
+    if LM_HEAD in plan.tensors:
+        yield LM_HEAD, weights.lm_head.T  # [V_r, D]
+    for i, layer in enumerate(weights.layers):
+        for field_name, parts in LAYER_PARTS.items():
+            joined, start = getattr(layer, field_name), 0  # [in, sum of out] or [sum of n]
+            if joined is None:
+                continue
+            for part in parts:
+                name = f"model.layers.{i}.{part}"
+                stop = start + plan.tensors[name].shape_on(rank)[0] if len(parts) > 1 else joined.shape[-1]
+                yield name, joined[..., start:stop].T  # [out_r, in_r] or [n]
+                start = stop
 
 
 def shard_nbytes(plan, rank, device):

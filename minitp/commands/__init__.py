@@ -7,10 +7,11 @@ from minitp.commands.compare import compare
 from minitp.commands.generate import Generate
 from minitp.commands.perplexity import Perplexity
 from minitp.commands.shard import shard
+from minitp.commands.trace import Trace
 from minitp.launch import SOCKET_VARIABLE
 from minitp.model_source import open_model
 
-COMMANDS = {"generate": Generate, "perplexity": Perplexity}
+COMMANDS = {"generate": Generate, "perplexity": Perplexity, "trace": Trace}
 WITHOUT_RANKS = {"compare": compare, "shard": shard}
 
 

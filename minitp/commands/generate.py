@@ -5,6 +5,7 @@ import sys
 from time import perf_counter
 
 from minitp.commands.loading import load
+from minitp.commands.prompt import prompt_tokens
 from minitp.errors import InputError
 from minitp.generate import Request, check_prompt, context_length, generate
 from minitp.output import write_out
@@ -18,17 +19,8 @@ class Generate:
     def prepare(args, source):
         """Check the options and the prompt; the prompt's tokens and the context length."""
         sampling_params(args)
-        if (args.prompt is None) == (args.tokens is None):
-            raise InputError("generate wants either a PROMPT or --tokens 1,2,3")
-        ids = args.tokens
-        if ids is None:
-            tokenizer = source.tokenizer()
-            if tokenizer is None:
-                raise InputError(
-                    f"{source.name} has no tokenizer.json; give --tokens 1,2,3 in place of the prompt"
-                )
-            ids = tokenizer.encode(args.prompt)
-        elif args.stop and source.tokenizer() is None:
+        ids = prompt_tokens(args, source)
+        if args.stop and source.tokenizer() is None:
             raise InputError(f"--stop wants text, and {source.name} has no tokenizer.json")
         context = context_length(source.config, args.max_context)
         check_prompt(ids, source.config, context)

@@ -1,0 +1,32 @@
+"""What several commands take: a prompt, or tokens in its place."""
+
+from minitp.errors import InputError
+from minitp.generate import check_vocabulary
+from minitp.trace import passes_of
+
+
+def prompt_tokens(args, source):
+    """The token ids of PROMPT or --tokens."""
+    if (args.prompt is None) == (args.tokens is None):
+        raise InputError(f"{args.command} wants either a PROMPT or --tokens 1,2,3")
+    if args.tokens is not None:
+        return args.tokens
+    tokenizer = source.tokenizer()
+    if tokenizer is None:
+        raise InputError(f"{source.name} has no tokenizer.json; give --tokens 1,2,3 in place of the prompt")
+    return tokenizer.encode(args.prompt)
+
+
+def passes_wanted(args, source, token_ids):
+    """The passes of the prompt and --decode, refused if the model's context cannot hold them."""
+    if args.decode < 0:
+        raise InputError(f"--decode {args.decode}: expected 0 or more")
+    if not token_ids:
+        raise InputError("the prompt is empty and this model adds no BOS token; give at least one word")
+    check_vocabulary(token_ids, source.config)
+    context = source.config.max_position_embeddings
+    if len(token_ids) + args.decode > context:
+        raise InputError(
+            f"{len(token_ids)} tokens and --decode {args.decode} exceed the model's context of {context}"
+        )
+    return passes_of(len(token_ids), args.decode)

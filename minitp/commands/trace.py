@@ -1,0 +1,51 @@
+"""`minitp trace`."""
+
+import os
+from pathlib import Path
+
+from minitp.commands.loading import load
+from minitp.commands.prompt import passes_wanted, prompt_tokens
+from minitp.errors import InputError
+from minitp.output import write_out
+from minitp.trace import wanted_steps, write_oracle_trace, write_trace
+
+
+class Trace:
+    """`minitp trace`."""
+
+    @staticmethod
+    def prepare(args, source):
+        """Check the options and the prompt; its tokens, the passes, and the names of the steps to write."""
+        ids = prompt_tokens(args, source)
+        passes = passes_wanted(args, source, ids)
+        check_output(args.output, ".safetensors")
+        if args.oracle and args.per_rank:
+            raise InputError("--oracle and --per-rank: the oracle has no ranks; leave one of them out")
+        return ids, passes, wanted_steps(source.plan, passes, args.steps)
+
+    @staticmethod
+    def run(args, comm, source, job):
+        """Write the file; say where it is and how large."""
+        ids, passes, wanted = job
+        path = Path(args.output)
+        if args.oracle:
+            with comm.agreed():
+                if comm.rank == 0:
+                    write_oracle_trace(path, source, ids, passes, wanted)
+        else:
+            model, _ = load(args, comm, source)
+            write_trace(path, source, model, ids, passes, wanted, args.per_rank)
+        if comm.rank == 0:
+            who = "the oracle, float64" if args.oracle else f"{comm.size} ranks"
+            megabytes = path.stat().st_size / 1e6
+            write_out(f"{path}: {len(ids) + args.decode} tokens through {source.name} on {who}, {megabytes:.1f} MB\n")
+        return 0
+
+
+def check_output(name, suffix):
+    """Refuse early a file that could not be written in the end."""
+    path = Path(name)
+    if path.suffix != suffix:
+        raise InputError(f"{name}: expected a name that ends in {suffix}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{name}: cannot be written there; give a file in a directory that can")
