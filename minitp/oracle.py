@@ -166,7 +166,8 @@ class Oracle:
     config : dict
         The object in config.json.
     tensor : callable
-        tensor(name) -> array: a whole tensor under its checkpoint name, in any float dtype.
+        tensor(name) -> array: a whole tensor under its checkpoint name, in any float dtype; the one of
+        `from_directory` also gives a part of it, tensor(name, tuple of slices).
     layers : int or None
         Only the first so many layers.
 
@@ -194,6 +195,10 @@ class Oracle:
         self.attention_bias = fields["attention_bias"]
         self.mlp_bias = fields["mlp_bias"]
         self.tied = fields["tie_word_embeddings"]
+        self.hidden_size = fields["hidden_size"]
+        self.intermediate_size = fields["intermediate_size"]
+        self.vocab_size = fields["vocab_size"]
+        self.head_dim = fields["head_dim"] or self.hidden_size // self.heads
         self.inverse_frequencies = rope_inverse_frequencies(fields)  # [d/2]
 
     @classmethod
@@ -204,11 +209,35 @@ class Oracle:
         if not (path / "model.safetensors").exists():
             files = json.loads((path / "model.safetensors.index.json").read_bytes())["weight_map"]
 
-        def tensor(name):
+        def tensor(name, index=...):
             with safe_open(path / files.get(name, "model.safetensors"), framework="np") as file:
-                return file.get_tensor(name)
+                return file.get_slice(name)[index]
 
         return cls(json.loads((path / "config.json").read_bytes()), tensor, layers)
+
+    def tensor_shapes(self):
+        """The checkpoint's tensors, as config.json has them: name -> shape."""
+        hidden, ffn, vocab = self.hidden_size, self.intermediate_size, self.vocab_size
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        outs = {
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": kv,
+            "self_attn.v_proj": kv,
+            "self_attn.o_proj": hidden,
+        }
+        ins = {"self_attn.o_proj": q, "mlp.down_proj": ffn}
+        outs |= {"mlp.gate_proj": ffn, "mlp.up_proj": ffn, "mlp.down_proj": hidden}
+        shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+        if not self.tied:
+            shapes["lm_head.weight"] = (vocab, hidden)
+        for i in range(self.layers):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"model.layers.{i}.{norm}.weight"] = (hidden,)
+            for part, out in outs.items():
+                shapes[f"model.layers.{i}.{part}.weight"] = (out, ins.get(part, hidden))
+                if self.attention_bias if part.startswith("self_attn") else self.mlp_bias:
+                    shapes[f"model.layers.{i}.{part}.bias"] = (out,)
+        return shapes
 
     def logits(self, token_ids):
         """The logits after each token: int [T] -> [T, V]."""

@@ -181,8 +181,8 @@ def open_oracle(source):
     if source.directory is not None:
         return Oracle.from_directory(source.directory, source.plan.layers)
 
-    def tensor(name):
-        return source.tensors.read(name, tuple(slice(0, n) for n in source.tensors.shapes[name]))
+    def tensor(name, index=None):
+        return source.tensors.read(name, index or tuple(slice(0, n) for n in source.tensors.shapes[name]))
 
     return Oracle(source.fields(), tensor, source.plan.layers)
 

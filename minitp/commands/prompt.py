@@ -1,4 +1,7 @@
-"""What several commands take: a prompt, or tokens in its place."""
+"""What several commands take: a prompt or tokens in its place, passes, a file to write."""
+
+import os
+from pathlib import Path
 
 from minitp.errors import InputError
 from minitp.generate import check_vocabulary
@@ -30,3 +33,12 @@ def passes_wanted(args, source, token_ids):
             f"{len(token_ids)} tokens and --decode {args.decode} exceed the model's context of {context}"
         )
     return passes_of(len(token_ids), args.decode)
+
+
+def check_output(name, suffix):
+    """Refuse early a file that could not be written in the end."""
+    path = Path(name)
+    if path.suffix != suffix:
+        raise InputError(f"{name}: expected a name that ends in {suffix}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{name}: cannot be written there; give a file in a directory that can")

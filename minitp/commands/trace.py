@@ -1,10 +1,9 @@
 """`minitp trace`."""
 
-import os
 from pathlib import Path
 
 from minitp.commands.loading import load
-from minitp.commands.prompt import passes_wanted, prompt_tokens
+from minitp.commands.prompt import check_output, passes_wanted, prompt_tokens
 from minitp.errors import InputError
 from minitp.output import write_out
 from minitp.trace import wanted_steps, write_oracle_trace, write_trace
@@ -38,14 +37,6 @@ class Trace:
         if comm.rank == 0:
             who = "the oracle, float64" if args.oracle else f"{comm.size} ranks"
             megabytes = path.stat().st_size / 1e6
-            write_out(f"{path}: {len(ids) + args.decode} tokens through {source.name} on {who}, {megabytes:.1f} MB\n")
+            tokens = len(ids) + args.decode
+            write_out(f"{path}: {tokens} tokens through {source.name} on {who}, {megabytes:.1f} MB\n")
         return 0
-
-
-def check_output(name, suffix):
-    """Refuse early a file that could not be written in the end."""
-    path = Path(name)
-    if path.suffix != suffix:
-        raise InputError(f"{name}: expected a name that ends in {suffix}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{name}: cannot be written there; give a file in a directory that can")

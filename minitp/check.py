@@ -1,0 +1,181 @@
+"""Holding every step of every rank against the oracle, to find the first wrong one.
+
+Each rank records its own steps in a file of its own while it runs. Then every step gets two errors:
+
+    local    the oracle's operation on the inputs that this rank really had, against its output. A step is
+             blamed for this one alone, so what follows from a wrong step is not blamed with it.
+    total    the oracle's own run from the tokens, against the output: how far the whole has come to be off.
+
+Beside these: what all ranks should hold alike has the same bits, partial sums add up to what the all-reduce
+gave, the cache is what earlier passes put into it, each weight is its slice of the checkpoint, and the plan
+covers the model (`check_plan`).
+"""
+
+import hashlib
+import tempfile
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+from minitp.check_plan import plan_problems
+from minitp.findings import CheckResult, Finding
+from minitp.local_check import LocalCheck
+from minitp.measure import measure
+from minitp.steps import full_name, kinds, split_name, step_names
+from minitp.trace import WEIGHTS, Recorder, open_oracle, oracle_steps, run_passes
+from minitp.trace_file import TensorWriter
+from minitp.weights import named_slices
+
+
+def check_model(source, model, token_ids, passes, progress=lambda layers: None):
+    """Run a prompt through a Model and check it; every rank calls this, and all get the same CheckResult.
+
+    Parameters
+    ----------
+    source : ModelSource
+    model : Model
+    token_ids : list of int
+    passes : list of (name, start, stop)
+        From `trace.passes_of`.
+    progress : callable
+        Gets the number of layers done since the last call; twice as many in all as the model has.
+    """
+    comm = model.comm
+    reference = open_oracle(source)
+    problems = plan_problems(reference, source.plan)
+    if problems:
+        return CheckResult([], problems, list(token_ids), passes, comm.size)
+    with tempfile.TemporaryDirectory(prefix="minitp-check-") as folder:
+        path = Path(folder) / "steps.safetensors"
+        ids = _record(path, model, token_ids, passes)
+        # The mapping outlives the file's name, so a killed rank leaves nothing from here on.
+        with comm.agreed():
+            recorded = safe_open(path, framework="np")
+    host = model.device.to_host
+    weights = {name: host(array) for name, array in named_slices(model.weights, source.plan, comm.rank)}
+    rank = _Rank(source, reference, comm, weights, recorded, ids, passes)
+    rank.check_weights()
+    rank.check_locally(progress)
+    rank.check_bits()
+    rank.check_totally(progress)
+    findings = [finding for mine in comm.exchange(rank.findings) for finding in mine.values()]
+    return CheckResult(_in_order(findings, source.plan, passes), problems, ids, passes, comm.size)
+
+
+def _record(path, model, token_ids, passes):
+    """Run the passes with all steps of this rank going to `path`; return all tokens that went in."""
+    names = [f"{name}/{step}" for name, _, _ in passes for step in step_names(model.plan.layers)]
+    with TensorWriter(path, names, metadata={}) as file:
+
+        def take(found):
+            for name, array in found.items():
+                file.write(name, array)
+
+        return run_passes(model, token_ids, passes, Recorder(model.device, set(names), take))
+
+
+class _Rank:
+    """What one rank finds, by full name."""
+
+    def __init__(self, source, reference, comm, weights, recorded, token_ids, passes):
+        self.plan, self.comm, self.reference = source.plan, comm, reference
+        self.weights, self.recorded = weights, recorded
+        self.token_ids, self.passes = token_ids, passes
+        self.kinds = kinds(source.plan, source.config.head_dim)
+        self.findings = {}
+        self.bits = []  # (full name, hash of what it came from, hash of it) of what all ranks hold alike
+
+    def had(self, pass_name, layer, step):
+        """This rank's array of a step."""
+        return self.recorded.get_tensor(full_name(pass_name, layer, step))
+
+    def check_weights(self):
+        """Each slice against the checkpoint, which the oracle reads by itself; rounded to the dtype alike."""
+        for name, array in self.weights.items():
+            shard = self.plan.tensors[name]
+            expected = np.empty(array.shape, array.dtype)
+            if array.size:
+                expected = self.reference.tensor(name, shard.index(self.comm.rank)).astype(array.dtype)
+            kind = "replicated" if shard.axis is None else "sharded"
+            layer = split_name(name.removeprefix("model."))[1]
+            finding = Finding("weights", layer, name, self.comm.rank, kind, measure(array, expected))
+            self.findings[finding.name] = finding
+
+    def check_locally(self, progress):
+        """All steps against what should have come of their inputs, block by block."""
+        check = LocalCheck(
+            self.reference, self.plan, self.comm, self.weights, self.had, self.token_ids, self.passes
+        )
+        for this in self.passes:
+            self._judge(this, None, check.before(this))
+        for i in range(self.plan.layers):
+            for this in self.passes:
+                self._judge(this, i, check.attention(i, this))
+                self._judge(this, i, check.mlp(i, this))
+            progress(1)
+        for this in self.passes:
+            self._judge(this, None, check.after(this))
+
+    def _judge(self, this, layer, steps):
+        for step, expected, given in steps:
+            array = self.had(this[0], layer, step)
+            finding = Finding(this[0], layer, step, self.comm.rank, self.kinds[step].kind, local=None)
+            self.findings[finding.name] = finding
+            if array.shape != expected.value.shape:
+                finding.note = f"shape {list(array.shape)}, expected {list(expected.value.shape)}"
+                continue
+            finding.local = measure(array, expected.value)
+            finding.bounds = expected.bounds(array.dtype)
+            if given is not None:
+                self.bits.append((finding.name, _digest(*given), _digest(array)))
+
+    def check_bits(self):
+        """What comes from the same bits on all ranks must be the same bits on all ranks."""
+        for everyones in zip(*self.comm.exchange(self.bits), strict=True):  # of one step, a rank each
+            name = everyones[0][0]
+            results = [result for _, _, result in everyones]
+            usual = max(results, key=results.count)
+            if len({given for _, given, _ in everyones}) == 1 and results[self.comm.rank] != usual:
+                self.findings[name].note = "not the same bits as on the other ranks"
+
+    def check_totally(self, progress):
+        """All steps against the oracle's own run. Rank 0 runs it; the others wait asleep for each layer."""
+        layers = iter(())
+        if self.comm.rank == 0:
+            steps = oracle_steps(self.reference, self.token_ids, self.passes)
+            layers = (list(group) for _, group in groupby(steps, key=lambda pair: split_name(pair[0])[1]))
+        for number in range(self.plan.layers + 2):  # the embedding, the layers, the logits
+            with self.comm.agreed():
+                mine = next(layers, None)
+            for name, whole in self.comm.exchange(mine)[0]:
+                self._measure_total(name, whole)
+                if name.endswith("/logits"):
+                    self._measure_total(f"{name}_partial", whole)
+            progress(1 if 0 < number <= self.plan.layers else 0)
+
+    def _measure_total(self, name, whole):
+        kind = self.kinds[split_name(name)[2]]
+        part = whole
+        if kind.kind == "sharded":
+            part = whole[(slice(None),) * kind.axis + (slice(*kind.ranges[self.comm.rank]),)]
+        array = self.recorded.get_tensor(name)
+        if array.shape == part.shape:
+            self.findings[name].total = measure(array, part)
+
+
+def _digest(*arrays):
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.digest()
+
+
+def _in_order(findings, plan, passes):
+    """Weights first, then steps as they happen; a step's ranks together."""
+    names = [*[WEIGHTS + name for name in plan.tensors]]
+    names += [f"{name}/{step}" for name, _, _ in passes for step in step_names(plan.layers)]
+    place = {name: number for number, name in enumerate(names)}
+    return sorted(findings, key=lambda finding: (place[finding.name], finding.rank))

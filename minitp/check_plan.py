@@ -1,0 +1,108 @@
+"""Whether a sharding plan is right, derived from config.json alone."""
+
+# Tensor names -> the split axis in the file, and what it is split by: heads, key/value heads, FFN columns
+# or vocabulary rows.
+SPLIT = {
+    "self_attn.q_proj.weight": (0, "heads"),
+    "self_attn.k_proj.weight": (0, "kv_heads"),
+    "self_attn.v_proj.weight": (0, "kv_heads"),
+    "self_attn.q_proj.bias": (0, "heads"),
+    "self_attn.k_proj.bias": (0, "kv_heads"),
+    "self_attn.v_proj.bias": (0, "kv_heads"),
+    "self_attn.o_proj.weight": (1, "heads"),
+    "mlp.gate_proj.weight": (0, "ffn"),
+    "mlp.up_proj.weight": (0, "ffn"),
+    "mlp.gate_proj.bias": (0, "ffn"),
+    "mlp.up_proj.bias": (0, "ffn"),
+    "mlp.down_proj.weight": (1, "ffn"),
+    "model.embed_tokens.weight": (0, "vocab"),
+    "lm_head.weight": (0, "vocab"),
+}
+
+
+def plan_problems(oracle, plan):
+    """What is wrong with a plan: a list of (rank or "all", one line), empty if nothing is.
+
+    Parameters
+    ----------
+    oracle : Oracle
+        Which has read config.json for itself.
+    plan : Plan
+    """
+    problems = []
+    runs = {
+        "heads": (oracle.heads, plan.head_ranges),
+        "ffn": (oracle.intermediate_size, plan.ffn_ranges),
+        "vocab": (oracle.vocab_size, plan.vocab_ranges),
+    }
+    for what, (count, ranges) in runs.items():
+        problems += _not_covered_once(what, count, ranges, plan.tp)
+    problems += _wrong_kv_heads(oracle, plan)
+    problems += _wrong_tensors(oracle, plan)
+    return problems
+
+
+def _not_covered_once(what, count, ranges, tp):
+    """Runs that overlap, leave a gap, or are not one a rank."""
+    if len(ranges) != tp:
+        return [("all", f"{what}: {len(ranges)} ranges for {tp} ranks")]
+    problems, expected = [], 0
+    for rank, (start, stop) in enumerate(ranges):
+        if start != expected or stop < start:
+            problems.append((rank, f"{what} {start} to {stop}, expected to begin at {expected}"))
+        expected = stop
+    if expected != count:
+        problems.append((tp - 1, f"{what} end at {expected}, and there are {count}"))
+    return problems
+
+
+def _wrong_kv_heads(oracle, plan):
+    """Query heads that would not find their KV head (h // (H / K)), and KV heads that nobody reads."""
+    problems = []
+    group = oracle.heads // oracle.kv_heads
+    for rank in range(plan.tp):
+        start, stop = plan.head_ranges[rank]
+        kv_start, kv_stop = plan.kv_head_ranges[rank]
+        needed = {head // group for head in range(start, stop)}
+        if needed != set(range(kv_start, kv_stop)):
+            problems.append(
+                (rank, f"KV heads {kv_start} to {kv_stop}, but its query heads read {sorted(needed)}")
+            )
+            continue
+        read_by = [kv for kv, (a, b) in enumerate(plan.query_groups(rank), kv_start) for _ in range(a, b)]
+        for head, kv in zip(range(start, stop), read_by, strict=False):
+            if kv != head // group:
+                problems.append((rank, f"query head {head} reads KV head {kv}, expected {head // group}"))
+        if len(read_by) != stop - start:
+            problems.append((rank, f"{len(read_by)} query heads in groups, expected {stop - start}"))
+    return problems
+
+
+def _wrong_tensors(oracle, plan):
+    """Tensors whose split is not that of the heads, columns or rows that they make."""
+    d = oracle.head_dim
+
+    def times_d(ranges):
+        return tuple((start * d, stop * d) for start, stop in ranges)
+
+    ranges = {
+        "heads": times_d(plan.head_ranges),
+        "kv_heads": times_d(plan.kv_head_ranges),
+        "ffn": tuple(plan.ffn_ranges),
+        "vocab": tuple(plan.vocab_ranges),
+    }
+    shapes = oracle.tensor_shapes()
+    problems = [("all", f"tensor {name} is not in the plan") for name in shapes if name not in plan.tensors]
+    for name, shard in plan.tensors.items():
+        if shapes.get(name) != tuple(shard.shape):
+            problems.append(("all", f"tensor {name}: shape {shard.shape}, expected {shapes.get(name)}"))
+            continue
+        part = name.split(".", 3)[3] if name.startswith("model.layers.") else name
+        axis, what = SPLIT.get(part, (None, None))
+        if shard.axis != axis:
+            problems.append(("all", f"tensor {name} is split along axis {shard.axis}, expected {axis}"))
+        elif axis is not None:
+            for rank, (found, right) in enumerate(zip(shard.ranges, ranges[what], strict=True)):
+                if tuple(found) != right:
+                    problems.append((rank, f"tensor {name}: {found[0]} to {found[1]}, expected {right}"))
+    return problems

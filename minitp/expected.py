@@ -1,0 +1,186 @@
+"""What an operation should give for the inputs that a rank really had, and how far off it may be.
+
+Each function here computes an operation twice: by the oracle in float64, and by a third implementation, the
+same formula with its result rounded to the dtype at hand and sums in float32. That is the least that can be
+asked for in this dtype, and an engine may be twice as far off (after flash-attention's tests):
+
+    ||x - value||  <=  2 ||third - value||  +  s ||scale|| / sqrt(samples)
+    max|x - value| <=  2 max|third - value| +  s max(scale)
+
+The second term is there because an error measured on few numbers may be small by luck. `scale` is, for each
+number, the size that its sum would have if the signs of its terms were random: rounding errors are in
+proportion to it, even where the terms cancel. `s` is the error of one such sum in these units: a rounding or
+two of the result and a random walk of `terms` roundings in float32, 2 u + u32 sqrt(terms), with u the unit
+roundoff of the result's dtype (2^-24, 2^-11, 2^-8 for float32, float16, bfloat16). A norm over `samples`
+independent errors is known to 1 / sqrt(samples) of that, so for arrays of some size only the factor of two
+remains.
+
+Shape letters as in `ops`; [n, T, d] are n heads.
+"""
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from minitp import oracle
+
+BLOCK = 1 << 22  # weights in float64 at a time
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The oracle's `value`, the `third` implementation's, and the `scale` (see above): float64, one shape.
+
+    With `third` None the value must be met exactly, bit for bit.
+    """
+
+    value: np.ndarray
+    third: np.ndarray | None = None
+    scale: np.ndarray | None = None
+    terms: int = 1
+    samples: int = 1
+
+    def bounds(self, dtype):
+        """The largest relative and absolute error allowed for a result in `dtype`."""
+        if self.third is None:
+            return 0.0, 0.0
+        finite = np.isfinite(self.value)
+        value, scale = self.value[finite], self.scale[finite]
+        off = self.third[finite] - value
+        slack = 2 * _roundoff(dtype) + _roundoff(np.float32) * self.terms**0.5
+        size = np.linalg.norm(value)
+        if size == 0:
+            return 0.0, 0.0
+        relative = (2 * np.linalg.norm(off) + slack * np.linalg.norm(scale) / self.samples**0.5) / size
+        return float(relative), float(2 * np.max(np.abs(off)) + slack * np.max(scale))
+
+    def as_heads(self, head_dim):
+        """[T, n * d] as [n, T, d]."""
+
+        def split(x):
+            return x.reshape(len(x), -1, head_dim).transpose(1, 0, 2)
+
+        return Expected(split(self.value), split(self.third), split(self.scale), self.terms, self.samples)
+
+
+def _roundoff(dtype):
+    return float(ml_dtypes.finfo(dtype).eps) / 2
+
+
+def _rounded(x32, dtype):
+    """float32 to the dtype and on to float64, in which errors are measured. Overflow gives inf, quietly."""
+    with np.errstate(over="ignore"):
+        return x32.astype(dtype).astype(np.float64)
+
+
+def _product(a, b):
+    """a @ b in float32, one term after the other: [.., n, m] @ [.., m, k] -> [.., n, k].
+
+    Not BLAS, which the run itself may use: in which order that adds up differs from shape to shape, and by
+    luck its error may be a fraction of what this plain sum has.
+    """
+    a, b = (np.ascontiguousarray(x, dtype=np.float32) for x in (a, b))
+    return np.einsum("...nm,...mk->...nk", a, b)
+
+
+def exactly(value):
+    """Nothing but this: for copies and gathers."""
+    return Expected(value)
+
+
+def rms_norm(x, weight, eps):
+    """[T, D], [D] -> [T, D]"""
+    value = oracle.rms_norm(x, weight, eps)  # [T, D]
+    x32, w32 = x.astype(np.float32), weight.astype(np.float32)  # [T, D], [D]
+    third = x32 / np.sqrt(np.mean(x32 * x32, axis=-1, keepdims=True) + np.float32(eps)) * w32  # [T, D]
+    return Expected(value, _rounded(third, x.dtype), np.abs(value), samples=len(x))
+
+
+def linear(x, weight, bias=None, dtype=None):
+    """x W^T + b: [T, in], [out, in], [out] -> [T, out] in `dtype`, None for that of `x`."""
+    shape = (len(x), len(weight))
+    value, third, scale = np.empty(shape), np.empty(shape), np.empty(shape)  # [T, out] each
+    squares = np.square(x, dtype=np.float64)  # [T, in]
+    step = max(1, BLOCK // max(1, weight.shape[1]))
+    for start in range(0, len(weight), step):
+        out = slice(start, start + step)
+        w = weight[out]  # [step, in]
+        b = np.zeros(len(w), np.float32) if bias is None else bias[out]  # [step]
+        value[:, out] = oracle.linear(x, w, b)
+        third[:, out] = _rounded(_product(x, w.T) + b.astype(np.float32), dtype or x.dtype)
+        scale[:, out] = squares @ np.square(w.T, dtype=np.float64) + np.square(b, dtype=np.float64)
+    return Expected(value, third, np.sqrt(scale), terms=weight.shape[1], samples=value.size)
+
+
+def rope(x, positions, inverse_frequencies):
+    """[n, T, d], int [T], float64 [d/2] -> [n, T, d]. The third computes the angles in float32, as all do."""
+    value = oracle.rope(x, positions, inverse_frequencies)  # [n, T, d]
+    angles = np.multiply.outer(
+        positions.astype(np.float32), inverse_frequencies.astype(np.float32)
+    )  # [T, d/2]
+    cos, sin = np.cos(angles), np.sin(angles)  # [T, d/2] each
+    first, second = np.split(x.astype(np.float32), 2, axis=-1)  # [n, T, d/2] each
+    third = np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)  # [n, T, d]
+    pair = np.hypot(first, second, dtype=np.float64)  # [n, T, d/2]
+    return Expected(
+        value, _rounded(third, x.dtype), np.concatenate((pair, pair), axis=-1), samples=len(positions)
+    )
+
+
+def scores(q, k, mask):
+    """[H_r, T, d], each head's keys [H_r, S, d], bool [T, S] -> float32 [H_r, T, S], -inf where not seen."""
+    value = oracle.scores(q, k, mask)  # [H_r, T, S]
+    root = np.float32(q.shape[-1] ** 0.5)
+    dots = _product(q, k.transpose(0, 2, 1))  # [H_r, T, S]
+    third = np.where(mask, dots / root, -np.inf)  # [H_r, T, S]
+    squares = np.matmul(np.square(q, dtype=np.float64), np.square(k, dtype=np.float64).transpose(0, 2, 1))
+    scale = np.sqrt(squares) / root  # [H_r, T, S]
+    return Expected(
+        value, third.astype(np.float64), scale, terms=q.shape[-1], samples=int(mask.sum()) * len(q)
+    )
+
+
+def softmax(x):
+    """float32 [H_r, T, S] -> float32 [H_r, T, S]"""
+    value = oracle.softmax(x)  # [H_r, T, S]
+    shifted = x - np.max(x, axis=-1, keepdims=True)  # [H_r, T, S]
+    terms = np.exp(shifted)  # [H_r, T, S]
+    third = terms / np.sum(terms, axis=-1, keepdims=True)  # [H_r, T, S]
+    # Rounding s - max moves e^(s - max) by as many units as that is large.
+    scale = value * (1 + np.where(np.isfinite(shifted), -shifted, 0))  # [H_r, T, S]
+    return Expected(value, third.astype(np.float64), scale, samples=x.shape[0] * x.shape[1])
+
+
+def context(probs, v):
+    """float32 [H_r, T, S], each head's values [H_r, S, d] -> [T, H_r * d]"""
+    value = oracle.context(probs, v)  # [T, H_r * d]
+    third = np.concatenate(_product(probs.astype(v.dtype), v), axis=-1)  # [T, H_r * d]
+    squares = np.matmul(np.square(probs, dtype=np.float64), np.square(v, dtype=np.float64))  # [H_r, T, d]
+    scale = np.sqrt(np.concatenate(squares, axis=-1))  # [T, H_r * d]
+    return Expected(value, _rounded(third, v.dtype), scale, terms=v.shape[1], samples=value.size)
+
+
+def swiglu(gate, up):
+    """[T, F_r] twice -> [T, F_r]"""
+    value = oracle.swiglu(gate, up)  # [T, F_r]
+    g = gate.astype(np.float32)  # [T, F_r]
+    with np.errstate(over="ignore"):
+        third = g / (1 + np.exp(-g)) * up.astype(np.float32)  # [T, F_r]
+    return Expected(value, _rounded(third, gate.dtype), np.abs(value), samples=value.size)
+
+
+def total(parts, bias=None):
+    """The sum of the ranks' [T, D], and a bias [D] once: [T, D]. 16-bit terms are summed in float32."""
+    terms = [*parts, np.zeros_like(parts[0][0]) if bias is None else bias]  # [T, D] each, and [D]
+    value = sum(term.astype(np.float64) for term in terms)  # [T, D]
+    third = _rounded(sum(term.astype(np.float32) for term in terms), parts[0].dtype)  # [T, D]
+    scale = np.sqrt(sum(np.square(term, dtype=np.float64) for term in terms))  # [T, D]
+    return Expected(value, third, scale, terms=len(terms), samples=value.size)
+
+
+def add(x, y):
+    """x + y, of one shape."""
+    value = x.astype(np.float64) + y.astype(np.float64)
+    third = _rounded(x.astype(np.float32) + y.astype(np.float32), x.dtype)
+    return Expected(value, third, np.abs(value), samples=value.size)

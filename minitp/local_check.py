@@ -1,0 +1,127 @@
+"""The oracle's operations on the inputs that a rank really had, step by step.
+
+One method a block; each yields (step, Expected, given): what the step should be, and for steps that all ranks
+hold alike the arrays that it comes from, [] if it comes from all ranks. Ranks with the same `given` must have
+the same bits.
+"""
+
+import numpy as np
+
+from minitp import expected, oracle
+
+
+class LocalCheck:
+    """One rank's inputs, and what should have come of them.
+
+    Parameters
+    ----------
+    reference : Oracle
+        Of it only what config.json says: eps, window, RoPE frequencies, head counts.
+    plan : Plan
+    comm : Comm
+        For the partial sums of the other ranks. All ranks go through the blocks in the same order.
+    weights : dict of str to array
+        This rank's slices by checkpoint name, as they lie in the file.
+    had : callable
+        had(pass name, layer, step) -> this rank's array.
+    token_ids : list of int
+    passes : list of (name, start, stop)
+    """
+
+    def __init__(self, reference, plan, comm, weights, had, token_ids, passes):
+        self.reference, self.plan, self.comm, self.weights, self.had = reference, plan, comm, weights, had
+        self.token_ids, self.passes = token_ids, passes
+        group = reference.heads // reference.kv_heads
+        first_kv = plan.kv_head_ranges[comm.rank][0]
+        self.kv_of_head = [h // group - first_kv for h in range(*plan.head_ranges[comm.rank])]  # [H_r]
+
+    def before(self, this):
+        """The embedding in the pass `this`, one of `passes`."""
+        name, start, stop = this
+        first, last = self.plan.vocab_ranges[self.comm.rank]
+        table = self.weights["model.embed_tokens.weight"]  # [V_r, D]
+        rows = np.zeros((stop - start, table.shape[1]), table.dtype)  # [T, D]
+        for t, token in enumerate(self.token_ids[start:stop]):
+            if first <= token < last:
+                rows[t] = table[token - first]
+        yield "embed_partial", expected.exactly(rows), None
+        yield "embed", expected.total(self.comm.exchange(self.had(name, None, "embed_partial"))), []
+
+    def attention(self, i, this):
+        """Layer i's attention."""
+        name, start, stop = this
+        had, w = self._had(name, i, "attn"), self._weights(i, "self_attn")
+        x = self._stream(name, i)  # [T, D]
+        norm = self.weights[f"model.layers.{i}.input_layernorm.weight"]  # [D]
+        yield "attn.norm", expected.rms_norm(x, norm, self.reference.eps), [x, norm]
+        for part in "qkv":
+            y = expected.linear(had("norm"), w(f"{part}_proj.weight"), w(f"{part}_proj.bias"))  # [T, n * d]
+            yield f"attn.{part}", y.as_heads(self.reference.head_dim), None  # [n, T, d]
+        positions = np.arange(start, stop)  # [T]
+        for part in "qk":
+            turned = expected.rope(had(part), positions, self.reference.inverse_frequencies)  # [n, T, d]
+            yield f"attn.{part}_rope", turned, None
+        yield from self._cache(i, this)
+        k, v = (had(part)[self.kv_of_head] for part in ("k_cache", "v_cache"))  # [H_r, S, d] each
+        keys = np.arange(stop - k.shape[1], stop)  # [S]
+        mask = oracle.causal_mask(positions, keys, self.reference.window)  # [T, S]
+        yield "attn.scores", expected.scores(had("q_rope"), k, mask), None
+        yield "attn.probs", expected.softmax(had("scores")), None
+        yield "attn.context", expected.context(had("probs"), v), None
+        yield "attn.out_partial", expected.linear(had("context"), w("o_proj.weight")), None
+        yield from self._sum(name, i, "attn", x, w("o_proj.bias"))
+
+    def _cache(self, i, this):
+        """What attention read: the last rows of what all passes so far have made, as far as the window."""
+        name, start, stop = this
+        window = self.reference.window
+        needed = stop if window is None else min(stop, stop - start + window - 1)  # keys that a query sees
+        until = self.passes[: self.passes.index(this) + 1]
+        for cached, made in (("attn.k_cache", "attn.k_rope"), ("attn.v_cache", "attn.v")):
+            rows = [self.had(earlier, i, made) for earlier, _, _ in until]  # [K_r, T, d] of each pass
+            read = max(needed, self.had(name, i, cached).shape[1])
+            yield cached, expected.exactly(np.concatenate(rows, axis=1)[:, -read:]), None  # [K_r, S, d]
+
+    def mlp(self, i, this):
+        """Layer i's feed-forward part."""
+        name = this[0]
+        had, w = self._had(name, i, "mlp"), self._weights(i, "mlp")
+        x = self.had(name, i, "attn.residual")  # [T, D]
+        norm = self.weights[f"model.layers.{i}.post_attention_layernorm.weight"]  # [D]
+        yield "mlp.norm", expected.rms_norm(x, norm, self.reference.eps), [x, norm]
+        for part in ("gate", "up"):
+            y = expected.linear(had("norm"), w(f"{part}_proj.weight"), w(f"{part}_proj.bias"))  # [T, F_r]
+            yield f"mlp.{part}", y, None
+        yield "mlp.act", expected.swiglu(had("gate"), had("up")), None
+        yield "mlp.out_partial", expected.linear(had("act"), w("down_proj.weight")), None
+        yield from self._sum(name, i, "mlp", x, w("down_proj.bias"))
+
+    def after(self, this):
+        """The last norm and the logits."""
+        name = this[0]
+        x = self._stream(name, self.plan.layers)  # [T, D]
+        norm = self.weights["model.norm.weight"]  # [D]
+        yield "final_norm", expected.rms_norm(x, norm, self.reference.eps), [x, norm]
+        w = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])  # [V_r, D]
+        logits_r = expected.linear(self.had(name, None, "final_norm"), w, dtype=np.float32)  # [T, V_r]
+        yield "logits_partial", logits_r, None
+        parts = self.comm.exchange(self.had(name, None, "logits_partial"))  # [T, V_r] of each rank
+        yield "logits", expected.exactly(np.concatenate(parts, axis=-1)), []
+
+    def _sum(self, name, i, block, x, bias):
+        """The all-reduce, with the bias once, and the addition to the stream."""
+        parts = self.comm.exchange(self.had(name, i, f"{block}.out_partial"))  # [T, D] of each rank
+        yield f"{block}.out", expected.total(parts, bias), [] if bias is None else [bias]
+        out = self.had(name, i, f"{block}.out")  # [T, D]
+        yield f"{block}.residual", expected.add(x, out), [x, out]
+
+    def _stream(self, name, i):
+        """The residual stream before layer i: [T, D]."""
+        return self.had(name, None, "embed") if i == 0 else self.had(name, i - 1, "mlp.residual")
+
+    def _had(self, name, i, block):
+        return lambda step: self.had(name, i, f"{block}.{step}")
+
+    def _weights(self, i, block):
+        """w("q_proj.bias") is the array, None where the model has none."""
+        return lambda part: self.weights.get(f"model.layers.{i}.{block}.{part}")
