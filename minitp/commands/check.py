@@ -5,9 +5,11 @@ import sys
 from tqdm import tqdm
 
 from minitp.check import check_model
+from minitp.check_report import report_data
 from minitp.commands.loading import load
 from minitp.commands.prompt import check_output, passes_wanted, prompt_tokens
 from minitp.output import write_out
+from minitp.report import write_report
 from minitp.steps import AFTER, BEFORE, LAYER
 from minitp.table import aligned
 
@@ -38,8 +40,12 @@ class Check:
         ) as bar:
             result = check_model(source, model, ids, passes, bar.update)
         if comm.rank == 0:
-            lines = [title(source, model, result), "", *table(result), "", *verdict(source, result)]
-            write_out("\n".join(lines) + "\n")
+            said = verdict(source, result)
+            write_out("\n".join([title(source, model, result), "", *table(result), "", said]) + "\n")
+        with comm.agreed():
+            if comm.rank == 0 and args.report is not None:
+                write_report(args.report, report_data(source, model.device.dtype, result, said, args.prompt))
+                write_out(f"report: {args.report}\n")
         return 0 if result.ok else 1
 
 
@@ -56,60 +62,58 @@ def title(source, model, result):
 
 def table(result):
     """A line for each kind of step and each layer; or the wrong steps alone, if there are, worst first."""
-    wrong = sorted(result.blamed(), key=lambda finding: -finding.share)
     if result.problems:
         return [f"plan, rank {rank}: {text}" for rank, text in result.problems]
+    wrong = sorted(result.blamed(), key=lambda finding: -finding.share)
     if wrong:
-        lines = aligned([HEADER, *[row(finding.name, [finding]) for finding in wrong[:LINES]]], SIDES)
-        return lines + ([f"and {len(wrong) - LINES} more"] if len(wrong) > LINES else [])
-    by_step, by_layer = {}, {}
+        rows = [(f.name, *errors(f), f"rank {f.rank}", total([f])) for f in wrong[:LINES]]
+        more = [f"and {len(wrong) - LINES} more"] if len(wrong) > LINES else []
+        return aligned([HEADER, *rows], SIDES) + more
+    groups = {step: [] for step in ("weights", *BEFORE, *LAYER, *AFTER)}
+    groups |= {f"layer {layer}": [] for layer in range(1 + max(f.layer or 0 for f in result.findings))}
     for finding in result.findings:
-        step = "weights" if finding.pass_name == "weights" else finding.step
-        by_step.setdefault(step, []).append(finding)
+        groups["weights" if finding.pass_name == "weights" else finding.step].append(finding)
         if finding.layer is not None:
-            by_layer.setdefault(finding.layer, []).append(finding)
-    rows = [row(step, by_step[step]) for step in ("weights", *BEFORE, *LAYER, *AFTER)]
-    rows += [row(f"layer {layer}", found) for layer, found in sorted(by_layer.items())]
+            groups[f"layer {finding.layer}"].append(finding)
+    rows = []
+    for name, findings in groups.items():
+        worst = max(findings, key=lambda finding: finding.share)
+        where = f"{worst.name} rank {worst.rank}" if worst.share else ""
+        rows.append((name, *errors(worst), where, total(findings)))
     return aligned([HEADER, *rows], SIDES)
 
 
-def row(called, findings):
-    """One line: the finding that is nearest its bound, and the largest total error of all."""
-    worst = max(findings, key=lambda finding: finding.share)
+def errors(finding):
+    """A finding's local error, what is allowed, and the one as a share of the other."""
+    allowed = number(finding.bounds[0]) if finding.bounds[0] else "exact"
+    share = f"{finding.share:.0%}" if finding.share < 1000 else "> 1000"
+    return number(finding.local.relative) if finding.local else "-", allowed, share
+
+
+def total(findings):
+    """The largest total error."""
     totals = [finding.total.relative for finding in findings if finding.total is not None]
-    return (
-        called,
-        number(worst.local.relative) if worst.local is not None else "-",
-        f"{worst.bounds[0]:.1e}" if worst.bounds[0] else "exact",
-        f"{worst.share:.0%}" if worst.share < 1000 else "> 1000",
-        place(worst) if worst.bounds[0] else "",
-        number(max(totals)) if totals else "",
-    )
+    return number(max(totals)) if totals else ""
 
 
 def number(x):
     return f"{x:.1e}" if x else "0"
 
 
-def place(finding):
-    """Where a finding is: its step unless that is said already, pass and rank."""
-    layer = "" if finding.layer is None else f"layers.{finding.layer}."
-    return f"{finding.pass_name}/{layer}{finding.step} rank {finding.rank}"
-
-
 def verdict(source, result):
-    """The last lines: all is well, or who is to blame."""
+    """The last line: all is well, or who is to blame."""
     if result.problems:
         rank, text = result.problems[0]
-        return [f"first wrong step: the plan, rank {rank}: {text}"]
-    blamed = result.blamed()
-    if not blamed:
-        arrays = f"{len(result.findings)} arrays on {result.tp} ranks"
-        return [f"all steps within bounds for all {source.plan.layers} layers ({arrays})"]
-    first = blamed[0]
+        return f"first wrong step: the plan, rank {rank}: {text}"
+    if result.ok:
+        ranks = "1 rank" if result.tp == 1 else f"{result.tp} ranks"
+        arrays = f"{len(result.findings)} arrays on {ranks}"
+        return f"all steps within bounds for all {source.plan.layers} layers ({arrays})"
+    first = result.blamed()[0]
     layer = "" if first.layer is None else f", layer {first.layer}"
     reasons = [first.note] if first.note else []
     if first.local is not None and first.share > 1:
-        allowed = f"{first.bounds[0]:.2g}" if first.bounds[0] else "none: it must be exact"
-        reasons.append(f"{first.local} (relative error allowed: {allowed})")
-    return [f"first wrong step: {first.name}{layer}, rank {first.rank}: {'; '.join(reasons)}"]
+        relative, absolute = first.bounds
+        allowed = f"allowed {relative:.2g}, {absolute:.2g} absolute" if relative else "it must be exact"
+        reasons.append(f"{first.local}; {allowed}")
+    return f"first wrong step: {first.name}{layer}, rank {first.rank}: {'; '.join(reasons)}"
