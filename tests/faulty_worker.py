@@ -6,10 +6,11 @@ MINITP_TEST_FAULT says what happens, where and on which rank: "kill forward 2", 
     kill    SIGKILL
     exit    the process ends without a word, with code 7
     lag     three seconds pass
+    spoil   weights that have been loaded are 1.001 times what they should be
 
     starting   before anything else
     importing  a package is missing (and so it can only raise)
-    loading    while the weights are loaded
+    loading    while the weights are loaded (`spoil` happens here only)
     forward    in the fifth forward pass
 """
 
@@ -48,6 +49,10 @@ def plant(kind, place):
     from minitp.model import Model
     from minitp.weights import Loader
 
+    if kind == "spoil":
+        load = Loader.load
+        Loader.load = lambda loader: spoilt(load(loader))
+        return
     owner, name, fatal_call = {
         "loading": (Loader, "load", 1),
         "forward": (Model, "forward", FORWARD_CALL),
@@ -63,6 +68,12 @@ def plant(kind, place):
         return right(*args, **kwargs)
 
     setattr(owner, name, wrong)
+
+
+def spoilt(weights):
+    """The same, but for one column of the last layer's down projection."""
+    weights.layers[-1].w_down[:, 3] *= 1.001
+    return weights
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ def verdict(source, result):
     if result.ok:
         ranks = "1 rank" if result.tp == 1 else f"{result.tp} ranks"
         arrays = f"{len(result.findings)} arrays on {ranks}"
-        return f"all steps within bounds for all {source.plan.layers} layers ({arrays})"
+        layers = f"all {source.plan.layers} layers" if source.plan.layers > 1 else "the 1 layer"
+        return f"all steps within bounds for {layers} ({arrays})"
     first = result.blamed()[0]
     layer = "" if first.layer is None else f", layer {first.layer}"
     reasons = [first.note] if first.note else []
