@@ -1,6 +1,109 @@
 """`minitp compare`."""
 
+import re
+import sys
+
+from tqdm import tqdm
+
+from minitp.commands.prompt import check_output
+from minitp.compare import compare_files
+from minitp.compare_report import report_data
+from minitp.output import write_out
+from minitp.report import write_report
+
+BEFORE_FIRST, AFTER_FIRST, WORST = 3, 6, 10  # lines of the tables of a failure
+NAMES_SHOWN = 3
+BESIDE = 30  # a longer note gets a line of its own
+
 
 def compare(args, tp):
     """Print the table of two files; 1 if a step departs."""
-    raise NotImplementedError
+    if args.report is not None:
+        check_output(args.report, ".html")
+    with tqdm(desc="comparing", unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+        result = compare_files(args.a, args.b, args.map, args.tolerance, bar.update)
+    said = verdict(result)
+    lines = [
+        f"A, the reference: {args.a}",
+        f"B:                {args.b}",
+        *[f"only in {side}: {some(names)}" for side, names in names_of_one(result)],
+        *result.remarks,
+        "",
+        *(departed(result) if result.departing else agreed(result)),
+        "",
+        said,
+    ]
+    write_out("\n".join(lines) + "\n")
+    if args.report is not None:
+        write_report(args.report, report_data(args.a, args.b, result, said))
+        write_out(f"report: {args.report}\n")
+    return 1 if result.departing else 0
+
+
+def names_of_one(result):
+    return [(side, names) for side, names in (("A", result.only_a), ("B", result.only_b)) if names]
+
+
+def some(names):
+    """How many names, and a few of them."""
+    shown = ", ".join(names[:NAMES_SHOWN]) + (", .." if len(names) > NAMES_SHOWN else "")
+    return f"{len(names)} ({shown})"
+
+
+def departed(result):
+    """The tables of a failure: how it begins, the worst of it, and the verdict."""
+    steps, departing = result.steps, result.departing
+    first = departing[0]
+    i = steps.index(first)
+    lines = ["Where it begins (! departs):", *table(steps[max(0, i - BEFORE_FIRST) : i + AFTER_FIRST])]
+    worst = sorted(departing, key=lambda step: -step.relative)
+    if len(departing) > 1:
+        lines += [
+            "",
+            f"The worst of {len(departing)} departing steps, of {len(steps)}:",
+            *table(worst[:WORST]),
+        ]
+    if len(departing) > WORST:
+        lines.append(f"  and {len(departing) - WORST} more")
+    return lines
+
+
+def verdict(result):
+    """The last line."""
+    if not result.departing:
+        return f"all {len(result.steps)} common steps within {result.tolerance:g} ({result.why})"
+    step = result.departing[0]
+    error = f"relative error {step.relative:.2g} (tolerance {step.tolerance:g})"
+    where = f"largest difference at {list(step.index)}: {step.a_value:.6g} in A, {step.b_value:.6g} in B"
+    note = f" ({step.note})" if step.note else ""
+    return f"first departing step: {step.name}: {error}; {where}{note}"
+
+
+def agreed(result):
+    """The table of a success, a line for all layers of a step: the worst of them."""
+    groups = {}
+    for step in result.steps:
+        groups.setdefault(re.sub(r"\d+", "*", step.name), []).append(step)
+    worst = [max(steps, key=lambda step: step.relative) for steps in groups.values()]
+    return ["The worst of each step over layers and passes:", *table(worst)]
+
+
+def table(steps, causes=True):
+    """A line for each step, and one more for a long note, which tells a cause."""
+    rows = [("", "step", "error", "differs most at", "A", "B", "note")]
+    for step in steps:
+        mark = "!" if step.departs else ""
+        note = step.note if len(step.note) <= BESIDE else ""
+        values = ("", "", "")
+        if step.absolute > 0:
+            values = (str(list(step.index)), f"{step.a_value:.5g}", f"{step.b_value:.5g}")
+        rows.append((mark, step.name, f"{step.relative:.1e}", *values, note))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<><>><", widths, strict=True))
+    lines = [form.format(*row).rstrip() for row in rows]
+    if not causes:
+        return lines
+    for place, step in reversed(list(enumerate(steps, start=2))):
+        if len(step.note) > BESIDE:
+            lines.insert(place, f"     {step.note}")
+    return lines

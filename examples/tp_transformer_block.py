@@ -1,0 +1,75 @@
+"""A whole layer on several ranks: attention and feed-forward part, two all-reduces.
+
+    x [T, D], the same everywhere      rank 0      rank 1      rank 2      rank 3
+    norm                            |  all of x |  all of x |  all of x |  all of x |  every rank alike
+    attention                       |  heads    |  heads    |  heads    |  heads    |  see tp_attention.py
+                                          +===========+== all-reduce =+===========+
+    x = x + attention               |  all of x |  all of x |  all of x |  all of x |  every rank alike
+    norm                            |  all of x |  all of x |  all of x |  all of x |
+    feed-forward part               |  columns  |  columns  |  columns  |  columns  |  see tp_ffn.py
+                                          +===========+== all-reduce =+===========+
+    x = x + feed-forward part       |  all of x |  all of x |  all of x |  all of x |  every rank alike
+
+The residual stream `x` is the same on every rank, bit for bit, because an all-reduce gives all of them the
+same sum. So norms and additions need no communication: every rank does them all. That is T D operations
+each, beside the T D F / ranks of a product, and cheaper than to share them and meet once more.
+
+    mpirun -n 4 python examples/tp_transformer_block.py        (MODEL=tinyllama-1.1b for other shapes)
+"""
+
+import common
+from tp_attention import Attention
+from tp_ffn import FeedForward
+
+from minitp import ops, oracle
+
+
+class Block:
+    """This rank's share of one layer; `layer` is "model.layers.0" or the like."""
+
+    def __init__(self, here, layer):
+        self.here = here
+        self.norms = [f"{layer}.input_layernorm.weight", f"{layer}.post_attention_layernorm.weight"]
+        self.attention_norm, self.ffn_norm = (here.part(name) for name in self.norms)  # [D] each, all of it
+        self.attention = Attention(here, layer)
+        self.ffn = FeedForward(here, layer)
+
+    def __call__(self, x):
+        """[T, D] -> [T, D], both the same on every rank."""
+        xp, eps = self.here.device.xp, self.here.source.config.rms_norm_eps
+        # 1. and 2.
+        h = ops.rms_norm(xp, x, self.attention_norm, eps)  # [T, D]
+        x = x + self.attention(h)  # [T, D]; in it the first all-reduce
+        # 3. and 4.
+        h = ops.rms_norm(xp, x, self.ffn_norm, eps)  # [T, D]
+        return x + self.ffn(h)  # [T, D]; in it the second
+
+    def expected(self, x):
+        """The same by the oracle, in float64: [T, D] -> [T, D]."""
+        eps = self.here.source.config.rms_norm_eps
+        attention_norm, ffn_norm = (self.here.whole(name) for name in self.norms)  # [D] each
+        x = x + self.attention.expected(oracle.rms_norm(x, attention_norm, eps))  # [T, D]
+        return x + self.ffn.expected(oracle.rms_norm(x, ffn_norm, eps))  # [T, D]
+
+
+def example(here):
+    """Explained, checked, timed."""
+    block, x = Block(here, "model.layers.0"), here.hidden_states()  # x [T, D]
+    attention, ffn = block.attention, block.ffn
+    matrices = [attention.w_qkv, attention.w_o, ffn.w_gate_up, ffn.w_down]
+    nbytes = sum(w.nbytes for w in [*matrices, block.attention_norm, block.ffn_norm])
+    here.say(f"one layer of {here.source.name}: w_qkv, w_o, w_gate_up, w_down, and two norms")
+    here.say_each(f"{', '.join(map(common.shape, matrices))}: {nbytes / 1e6:.1f} MB")
+    here.say(f"  1. norm of all {common.shape(x)}, on every rank alike")
+    here.say("  2. attention over the rank's own heads; all-reduce; x = x + the sum, on every rank alike")
+    here.say("  3. norm again")
+    here.say("  4. feed-forward part over its own columns; all-reduce; x = x + the sum")
+    on_host = here.device.to_host(x)  # [T, D]
+    # Six sums in a row: q k v, scores, context, output, gate and up, down; the longest has F terms.
+    terms = here.source.config.intermediate_size
+    here.check(block(x), lambda: block.expected(on_host), terms, products=6)
+    here.time(lambda: block(x))
+
+
+if __name__ == "__main__":
+    common.run(example)

@@ -1,0 +1,131 @@
+"""Files of named arrays, whoever wrote them: .safetensors and NumPy's .npz, read one array at a time."""
+
+import json
+import zipfile
+import zlib
+from dataclasses import dataclass
+
+import ml_dtypes  # gives NumPy bfloat16, in which the safetensors library then answers
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from minitp.errors import InputError
+
+ZIP = b"PK\x03\x04"
+SAFETENSORS_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+}
+SAFETENSORS_DTYPES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
+SAFETENSORS_DTYPES |= {f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)}
+BROKEN = (ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An array's shape, and its dtype by NumPy's name."""
+
+    shape: tuple
+    dtype: str
+
+
+class Dump:
+    """A file of named arrays. Opening it reads headers only.
+
+    Attributes
+    ----------
+    path : Path
+    entries : dict of str to Entry
+        In the order in which they lie in the file.
+    metadata : dict of str to str
+        What the file says of itself; .npz has nothing.
+    """
+
+    def __init__(self, path, entries, metadata):
+        self.path, self.entries, self.metadata = path, entries, metadata
+
+    def read(self, name):
+        """One array in float64, of its own shape; InputError if it holds no such numbers."""
+        dtype = self.entries[name].dtype
+        if dtype not in SAFETENSORS_DTYPES.values():
+            raise InputError(
+                f"{self.path}: {name} has dtype {dtype}, expected float16, bfloat16, float32, float64 or "
+                "whole numbers"
+            )
+        try:
+            return self._read(name).astype(np.float64)
+        except (*BROKEN, SafetensorError, OSError) as error:
+            raise InputError(f"{self.path}: {name} cannot be read: {error}") from error
+
+    def _read(self, name):
+        raise NotImplementedError
+
+
+class SafetensorsDump(Dump):
+    """A safetensors file."""
+
+    def __init__(self, path):
+        with safe_open(path, framework="np"):  # it checks the header, which is then read for the order
+            pass
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        metadata = header.pop("__metadata__", {})
+        in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        entries = {
+            name: Entry(tuple(entry["shape"]), SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]))
+            for name, entry in in_order
+        }
+        super().__init__(path, entries, metadata)
+        self._file = safe_open(path, framework="np")
+
+    def _read(self, name):
+        return self._file.get_tensor(name)
+
+
+class NpzDump(Dump):
+    """What numpy.savez or savez_compressed has written."""
+
+    def __init__(self, path):
+        self._zip = zipfile.ZipFile(path)
+        names = [name.removesuffix(".npy") for name in self._zip.namelist() if name.endswith(".npy")]
+        super().__init__(path, {name: self._header(name) for name in names}, {})
+
+    def _header(self, name):
+        with self._zip.open(f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            readers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+            if version[0] not in readers:
+                raise ValueError(f"{name} is of .npy version {version[0]}")
+            shape, _, dtype = readers[version[0]](file)
+        return Entry(shape, "bfloat16" if dtype.str == "|V2" else dtype.name)  # NumPy writes bfloat16 so
+
+    def _read(self, name):
+        with self._zip.open(f"{name}.npy") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        return array.view(ml_dtypes.bfloat16) if self.entries[name].dtype == "bfloat16" else array
+
+
+def open_dump(path):
+    """The Dump in a file, which is told by what is in it, not by its name.
+
+    Raises
+    ------
+    InputError
+        if it cannot be read, is of another format, or holds no arrays.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(ZIP))
+        dump = (NpzDump if start == ZIP else SafetensorsDump)(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (*BROKEN, SafetensorError) as error:
+        raise InputError(
+            f"{path}: neither a .safetensors nor an .npz file, or a broken one: {error}"
+        ) from error
+    if not dump.entries:
+        raise InputError(f"{path}: no arrays in it; expected a .safetensors file or what numpy.savez writes")
+    return dump

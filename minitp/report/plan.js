@@ -1,0 +1,84 @@
+// ---- the sharding plan ----
+const COLOURS = '#77aadd #eedd88 #44bb99 #ffaabb #99ddff #bbcc33 #ee8866 #c9b6e4 #dddddd'.split(' ');  // after P. Tol
+const rankColour = rank => COLOURS[rank % COLOURS.length];
+const lengths = ranges => ranges.map(([start, stop]) => stop - start);
+const sum = numbers => numbers.reduce((a, b) => a + b, 0);
+const bytes = n => n >= 1e9 ? `${(n / 1e9).toFixed(1)} GB` : `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} MB`;
+const note = (x, y, text, attributes) => s('text', { x, y, ...attributes }, text);
+
+function box(rank, x, y, width, text, hint) {  // one rank's part of something, with its number where there is room
+  return [s('rect', { class: 'box', x, y, width: Math.max(width, 0.5), height: 26, rx: 5, fill: rankColour(rank) }, s('title', {}, hint)),
+    note(x + width / 2, y + 17, text.length * 7 < width ? text : '', { class: 'on', 'text-anchor': 'middle', 'pointer-events': 'none' })];
+}
+function bar(width, y, name, parts, label, hint) {  // the parts of a whole, as long as they are large
+  let from = 0;
+  return [note(0, y + 12, name, { class: 'soft' }), ...parts.flatMap((part, rank) => {
+    const x = from;
+    from += part / (sum(parts) || 1) * width;
+    return box(rank, x, y + 18, from - x, label(part), `rank ${rank}: ${hint(rank)}`);
+  })];
+}
+function holdersOf(plan) {  // for each KV head, the ranks that hold it
+  const of = kv => plan.kv_head_ranges.flatMap(([start, stop], rank) => kv >= start && kv < stop ? [rank] : []);
+  return range(plan.kv_heads).map(of);
+}
+function drawHeads(plan, width, gap) {  // query heads above, KV heads below, and who reads whom
+  const sizes = lengths(plan.head_ranges).map(n => Math.max(1, n)), unit = (width - (plan.tp - 1) * gap) / sum(sizes);
+  const holders = holdersOf(plan), last = new Map(), lines = [], boxes = [];
+  let left = 0;
+  plan.head_ranges.forEach(([start, stop], rank) => {
+    const size = sizes[rank] * unit, x = left, [kvStart, kvStop] = plan.kv_head_ranges[rank];
+    const kvSize = size / Math.max(1, kvStop - kvStart), kvAt = kv => x + (kv - kvStart + 0.5) * kvSize;
+    const label = size > 44 ? `rank ${rank}` : size > 12 ? String(rank) : '';
+    boxes.push(note(x + size / 2, 34, label, { 'text-anchor': 'middle' }));
+    for (let head = start; head < stop; head++) {
+      const kv = Math.floor(head * plan.kv_heads / plan.heads), at = x + (head - start + 0.5) * unit;
+      const held = kv >= kvStart && kv < kvStop, to = held ? `C${at} 84 ${kvAt(kv)} 84 ${kvAt(kv)} 100` : 'V84';
+      const hint = `rank ${rank}: query head ${head} reads KV head ${kv}${held ? '' : ', which this rank does not hold'}`;
+      boxes.push(...box(rank, at - unit / 2, 42, unit, `${head}`, hint));
+      lines.push(s('path', { class: `reads ${held ? '' : 'lost'}`, d: `M${at} 68${to}` }));
+      if (!held) boxes.push(note(at, 96, '✕', { class: 'missing', 'text-anchor': 'middle' }));
+    }
+    for (let kv = kvStart; kv < kvStop; kv++) {
+      const at = kvAt(kv), w = Math.min(kvSize, Math.max(kvSize * 0.6, 64)), other = last.get(kv);
+      boxes.push(...box(rank, at - w / 2, 100, w, `${kv}`, `KV head ${kv}, on rank ${(holders[kv] ?? []).join(', ')}`));
+      if (other !== undefined) lines.push(s('path', { class: 'twice', d: `M${other} 126C${other} 146 ${at} 146 ${at} 126` }));
+      last.set(kv, at);
+    }
+    left += size + gap;
+  });
+  return [...lines, ...boxes, note(0, 12, plural(plan.heads, 'query head'), { class: 'soft' }),
+    note(0, 156, plural(plan.kv_heads, 'KV head'), { class: 'soft' })];
+}
+function drawPlan() {
+  const plan = data.plan;
+  $('plan-section').hidden = !plan;
+  if (!plan) return;
+  const gap = plan.tp > 1 ? 10 : 0, least = sum(lengths(plan.head_ranges)) * 13 + (plan.tp - 1) * gap;
+  const width = Math.max($('drawing').clientWidth || 800, least), held = plan.bytes_per_rank ?? [];
+  const span = ranges => rank => `${ranges[rank][0]} to ${ranges[rank][1] - 1}`, height = held.length ? 344 : 284;
+  $('drawing').replaceChildren(s('svg', { width, height, viewBox: `0 0 ${width} ${height}`, role: 'img',
+    'aria-label': 'The sharding plan: heads, FFN columns and vocabulary by rank' },
+    drawHeads(plan, width, gap),
+    bar(width, 176, plural(plan.ffn, 'FFN column'), lengths(plan.ffn_ranges), count, span(plan.ffn_ranges)),
+    bar(width, 236, `${count(plan.vocab)} rows of the vocabulary`, lengths(plan.vocab_ranges), count, span(plan.vocab_ranges)),
+    !held.length ? [] : bar(width, 296, `${bytes(sum(held))} of weights${plan.tp > 1 ? ', all ranks together' : ''}`, held, bytes, rank => bytes(held[rank]))));
+  const shared = holdersOf(plan).flatMap((ranks, kv) => ranks.length > 1 ? [`${kv} on ranks ${ranks.join(', ')}`] : []);
+  const which = shared.length > 8 ? `${shared.length} of ${plan.kv_heads} are held more than once` : shared.join('; ');
+  $('copies').textContent = !shared.length ? '' :
+    `Dashed lines join the copies of a KV head that several ranks hold, since query heads on each of them read it: ${which}.`;
+  $('plan-what').textContent = (plan.tp > 1 ? 'Colours are ranks.' : 'One rank holds everything.')
+    + ' A line leads from each query head to the KV head that it reads.';
+}
+function drawTensors() {
+  const plan = data.plan, ranks = range(plan?.tp ?? 0);
+  if (!plan?.tensors?.length) return;
+  const swatch = rank => h('i', { style: `background:${rankColour(rank)}` });
+  const head = headings(['tensor', 'of these', 'shape', 'split axis', ...ranks.map(rank => [swatch(rank), `rank ${rank}`])]);
+  const lines = plan.tensors.map(({ name, count, shape, axis, ranges, replicated }) => {
+    const whole = replicated || axis === null, part = rank => whole ? 'all' : ranges[rank]?.join(':') ?? '–';
+    return h('tr', {}, td(name, { class: 'name' }), td(count), td(shape.join(' × ')), td(whole ? '–' : axis),
+      ranks.map(rank => td(part(rank), { class: whole ? 'soft' : null })));
+  });
+  $('tensors').append(head, h('tbody', {}, lines));
+}

@@ -1,0 +1,352 @@
+"""The report: one page that fetches nothing, shows every step, and survives whatever strings it is given.
+
+The page is looked at in a headless Chromium: it is put into a frame of a given width, driven by events, and
+asked what it shows.
+"""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from report_data import (
+    HOSTILE,
+    check_data,
+    compare_data,
+    compare_layers_data,
+    foreign_names,
+)
+
+from minitp import steps
+from minitp.errors import InputError
+from minitp.report import render, write_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome")
+FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+FLAGS += [
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--enable-logging=stderr",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+]
+
+HARNESS = """<!doctype html><meta charset="utf-8">
+%s
+<pre id="out"></pre>
+<script>
+  const drive = (page, view) => { %s };
+  const tried = frame => {
+    try { return drive(frame.contentDocument, frame.contentWindow); }
+    catch (error) { return String(error.stack); }
+  };
+  addEventListener('load', () => {
+    const results = [...document.querySelectorAll('iframe')].map(tried);
+    document.getElementById('out').textContent = JSON.stringify(results);
+  });
+</script>"""
+HELPERS = """
+  const one = selector => page.querySelector(selector), text = selector => one(selector).textContent;
+  const all = selector => [...page.querySelectorAll(selector)], count = selector => all(selector).length;
+  const send = (target, Kind, type, more) => target.dispatchEvent(new Kind(type, { bubbles: true, ...more }));
+  const press = key => send(page.activeElement, view.KeyboardEvent, 'keydown', { key });
+  const colour = selector => view.getComputedStyle(one(selector)).backgroundColor;
+  const state = () => ({
+    error: page.documentElement.dataset.error ?? null, ready: 'ready' in page.documentElement.dataset,
+    name: one('#detail h2')?.textContent, cells: count('#map td.cell'), bad: count('#map td.bad'),
+  });
+"""
+
+
+@pytest.fixture
+def drive(tmp_path):
+    """Show pages of data side by side, run a script's body in each, and return what each gives back."""
+
+    def run(script, *datas, width=1280):
+        frame = f'<iframe style="border:0" width="{width}" height="844" srcdoc="%s"></iframe>'
+        frames = [frame % html.escape(render(data)) for data in datas]
+        page = tmp_path / "page.html"
+        page.write_text(HARNESS % ("\n".join(frames), HELPERS + script), encoding="utf-8")
+        flags = [*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
+        done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, timeout=60)
+        complaints = [line for line in done.stderr.decode().splitlines() if "CONSOLE" in line]
+        assert complaints == []
+        out = re.search(r'<pre id="out">(.*)</pre>', done.stdout.decode(), re.DOTALL)
+        results = json.loads(html.unescape(out[1]))
+        for result in results:
+            assert not isinstance(result, str), result  # an exception
+        return results
+
+    return run
+
+
+def hostile_data():
+    """A page where every string that can come from elsewhere is hostile."""
+    data = compare_data([HOSTILE, "x" * 300, *foreign_names(3)], passes=(HOSTILE,), wrong=[HOSTILE])
+    data |= {"title": HOSTILE, "verdict": HOSTILE, "problems": [HOSTILE], "facts": [[HOSTILE, HOSTILE]]}
+    data["facts"] += [["prompt", HOSTILE * 20], ["long", "y" * 150]]
+    for cell in data["cells"]:
+        cell |= {"note": HOSTILE, "kind": HOSTILE}
+    return data
+
+
+def json_of(page):
+    """What the page holds as data, read strictly."""
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
+    return json.loads(text, parse_constant=refuse)
+
+
+@needs_chromium
+def test_every_step_is_drawn_and_the_blamed_one_is_named(drive):
+    failing = check_data(layers=5, passes=2, fault=(1, 3, "attn.k_cache", 2))
+    ok, one, nine = check_data(layers=5), check_data(tp=1, layers=2, passes=1), check_data(tp=9, layers=2)
+    missing = compare_layers_data(layers=12)
+    foreign = compare_data(foreign_names(), wrong=["block05/o"])
+    script = """return { ...state(), verdict: text('#verdict'), title: page.title, detail: text('#detail'),
+        summary: text('#summary').replaceAll('\u202f', ''), heading: text('#errors-title'),
+        blamed: count('#map td.blamed'), selected: count('#map [aria-selected]'),
+        thumbs: count('.thumbs button'), none: count('#map td.none') };"""
+    pages = drive(script, failing, ok, one, nine, missing, foreign)
+    for page, data in zip(pages, (failing, ok, one, nine, missing, foreign), strict=True):
+        assert page["error"] is None
+        assert page["ready"]
+        wide = len(data["before"]) + len(data["after"])
+        assert page["cells"] == wide + data["layers"] * len(data["steps"])
+        assert page["verdict"] == ("Passed" if data["ok"] else "Failed") + data["verdict"]
+        assert page["title"] == data["title"]
+        assert page["selected"] == 1
+        assert page["blamed"] == (not data["ok"])
+        wrong = sum(not cell["ok"] for cell in data["cells"])
+        assert page["summary"].startswith(f"{len(data['cells'])} comparisons, {wrong} out of bounds.")
+    assert [page["heading"] for page in pages] == [*["Every step"] * 5, "Every tensor"]
+    assert "Closest to its bound" in pages[1]["summary"]
+    assert pages[0]["name"] == "decode.1/layers.3.attn.k_cache"
+    assert "the first wrong step" in pages[0]["detail"]
+    assert "rank 2" in pages[0]["detail"]
+    assert failing["cells"][failing["blamed"]]["note"] in pages[0]["detail"]
+    assert pages[4]["name"] == "decode.1/layers.7.attn.k_rope"
+    assert pages[5]["name"] == "block05/o"
+    assert [page["bad"] for page in pages] == [
+        1,
+        0,
+        0,
+        0,
+        sum(not cell["ok"] for cell in missing["cells"]),
+        1,
+    ]
+    assert [page["thumbs"] for page in pages] == [2 * 5, 3 * 5, 0, 3 * 10, 2, 0]
+    assert [page["none"] for page in pages] == [0, 0, 0, 0, 12 * 4 + 2, 0]
+
+
+@needs_chromium
+def test_nothing_is_wider_than_a_phone(drive):
+    data = [
+        check_data(layers=5, fault=(1, 3, "attn.k_cache", 2)),
+        check_data(tp=9, layers=3),
+        check_data(tp=8, layers=3, heads=64, kv_heads=8, ffn=28672, vocab=128256, head_dim=128),
+        compare_data(foreign_names(), wrong=["block05/o"]),
+        hostile_data(),
+    ]
+    script = """return { error: state().error, width: page.documentElement.scrollWidth,
+        body: page.body.scrollWidth,
+        cell: Math.min(...all('#map td.cell').map(td => Math.round(td.getBoundingClientRect().height))) };"""
+    for page in drive(script, *data, width=390):
+        assert page["error"] is None
+        assert max(page["width"], page["body"]) <= 390
+        assert page["cell"] >= 24  # a finger finds it
+
+
+@needs_chromium
+def test_it_answers_to_keys_clicks_and_the_pointer(drive):
+    data = check_data(layers=5, passes=2, fault=(1, 3, "attn.k_cache", 2))
+    data["cells"][7] |= {"ok": False}  # prefill, embed, rank 3: a second wrong one
+    script = """
+      const seen = {}, name = () => text('#detail h2');
+      one('#map [aria-selected]').focus();
+      press('ArrowRight'); seen.right = name();
+      press('ArrowDown'); seen.down = name();
+      seen.focus = page.activeElement === one('#map [aria-selected]');
+      for (let i = 0; i < 9; i++) press('ArrowUp');
+      seen.top = name();
+      one('[data-row="4"][data-col="3"]').click(); seen.click = name();
+      seen.ranks = count('#detail td button');
+      one('#detail td button').click(); seen.rank = text('.tags');
+      one('.thumbs button').click(); seen.pass = name();
+      seen.pressed = count('.thumbs [aria-pressed=true]');
+      seen.worst = count('#map td.bad');
+      const local = colour('#map td[data-row="4"]');
+      one('[value=total]').click(); seen.recoloured = local !== colour('#map td[data-row="4"]');
+      seen.marked = count('#map td.marked');
+      all('.steps button')[1].click(); seen.next = `${name()} ${text('.tags')}`;
+      seen.last = all('.steps button').map(button => button.disabled);
+      all('.steps button')[0].click(); seen.previous = `${name()} ${text('.tags')}`;
+      const light = colour('body');
+      one('#theme').click(); const dark = colour('body');
+      one('#theme').click(); seen.themes = [light !== dark, light === colour('body')];
+      all('.steps button')[1].click();
+      send(one('#map td[data-row="5"]'), view.PointerEvent, 'pointermove', { pointerType: 'mouse' });
+      seen.tip = [one('#tip').hidden, text('#tip').split('\\n')[0]];
+      send(one('#map table'), view.PointerEvent, 'pointerleave'); seen.left = one('#tip').hidden;
+      seen.error = state().error;
+      return seen;"""
+    (seen,) = drive(script, data)
+    assert seen == {
+        "right": "decode.1/layers.3.attn.v_cache",
+        "down": "decode.1/layers.4.attn.v_cache",
+        "focus": True,
+        "top": "decode.1/embed_partial",
+        "click": "decode.1/layers.2.attn.v",
+        "ranks": 4,
+        "rank": "✓ within boundsrank 0sharded",
+        "pass": "prefill/layers.2.attn.v",
+        "pressed": 1,
+        "worst": 1,
+        "recoloured": True,
+        "marked": 1,
+        "next": "decode.1/layers.3.attn.k_cache ✕ the first wrong steprank 2sharded",
+        "last": [False, True],
+        "previous": "prefill/embed ✕ out of boundsrank 3replicated",
+        "themes": [True, True],
+        "tip": [False, "decode.1/layers.3.attn.norm  rank 2"],
+        "left": True,
+        "error": None,
+    }
+
+
+@needs_chromium
+def test_the_plan_is_drawn(drive):
+    data = check_data(layers=2, passes=1)
+    broken = check_data(layers=2, passes=1)
+    broken["plan"]["kv_head_ranges"][2] = (1, 2)  # its query head 6 reads KV head 2
+    script = """return { error: state().error, boxes: count('#drawing .box'), reads: count('#drawing .reads'),
+        lost: count('#drawing .lost'), copies: count('#drawing .twice'), said: text('#copies'),
+        rows: count('#tensors tbody tr'), table: text('#tensors'), lines: count('#growth .curve') };"""
+    right, wrong = drive(script, data, broken)
+    assert right["error"] is None
+    # 9 query heads, 5 KV heads since two are held twice, and 4 parts of the FFN, the vocabulary and the bytes
+    assert (right["boxes"], right["reads"], right["lost"], right["copies"]) == (9 + 5 + 3 * 4, 9, 0, 2)
+    assert "1 on ranks 1, 2; 2 on ranks 2, 3." in right["said"]
+    assert right["rows"] == 11
+    assert "192:320" in right["table"]
+    assert right["lines"] == 1
+    assert (wrong["error"], wrong["lost"], wrong["copies"]) == (None, 1, 1)
+
+
+@needs_chromium
+def test_a_plan_that_fails_before_anything_runs(drive):
+    data = check_data(layers=2, passes=1) | {"ok": False, "verdict": "the plan is wrong", "cells": []}
+    data |= {"problems": ["rank 2: query head 5 reads KV head 1", "two"], "passes": [], "plan": None}
+    (page,) = drive("return { ...state(), shown: page.body.innerText };", data)
+    assert (page["error"], page["ready"], page["cells"]) == (None, True, 0)
+    assert "query head 5 reads KV head 1" in page["shown"]
+    assert "Every step" not in page["shown"]
+
+
+@needs_chromium
+def test_hostile_strings_stay_strings(drive):
+    script = """return { ...state(), title: page.title, images: count('img'), scripts: count('script'),
+        heading: text('#title'), verdict: text('#verdict span'), problem: text('#problems'), fact: text('dd'),
+        row: text('#map .name'), note: text('.note') };"""
+    (page,) = drive(script, hostile_data())
+    assert (page["error"], page["ready"]) == (None, True)
+    assert (page["images"], page["scripts"]) == (0, 3)
+    assert page["name"] == f"{HOSTILE}/{HOSTILE}"
+    for key in ("heading", "verdict", "problem", "fact", "row", "note"):
+        assert page[key] == HOSTILE, key
+    assert "broken" in page["title"]  # as text
+
+
+@needs_chromium
+def test_what_is_no_number_is_shown_and_wrong(drive):
+    data = check_data(tp=1, layers=2, passes=1, fault=(0, 1, "attn.scores", 0))
+    nan, inf = float("nan"), float("inf")
+    cell = data["cells"][data["blamed"]]
+    cell |= {"local": {"relative": nan, "bound": 1e-7}, "total": {"relative": inf}}
+    cell["worst"] = [[[0, 1, 2], nan, -inf]]
+    for later in data["cells"][data["blamed"] + 1 :]:
+        later["total"]["relative"] = nan
+    script = """const before = { ...state(), detail: text('#detail') };
+      one('[value=total]').click();
+      return { ...before, total: count('#map td.bad'), error: state().error };"""
+    (page,) = drive(script, data)
+    assert (page["error"], page["bad"]) == (None, 1)
+    assert page["total"] == len(data["cells"]) - data["blamed"]
+    for shown in ("relative errorNaNinf", "0, 1, 2NaN-inf"):
+        assert shown in page["detail"]
+
+
+def test_the_page_fetches_nothing():
+    page = render(check_data(layers=2))
+    assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\"" in page
+    assert re.findall(r"""(?:src|href|action)\s*=|@import|url\(|\bimport\b|fetch\(|XMLHttp""", page) == []
+    assert set(re.findall(r"https?://[^'\"\s]*", page)) == {
+        "http://www.w3.org/2000/svg"
+    }  # a name, not a place
+
+
+def test_the_data_cannot_end_its_script():
+    clean, page = render(compare_data(["a"])), render(hostile_data())
+    for markup in ("<script", "</script", "<!--", "<img"):
+        assert page.lower().count(markup) == clean.lower().count(markup), markup
+    held = json_of(page)
+    assert held["title"] == held["before"][0] == held["cells"][0][4] == HOSTILE
+    page.encode("utf-8")  # no lone surrogates
+
+
+def test_the_verdict_is_there_without_javascript():
+    page = render(check_data(layers=2) | {"title": "<b>", "verdict": "all & \ud800"})
+    assert "<title>&lt;b&gt;</title>" in page
+    assert re.search(r"<noscript>.*<h1>&lt;b&gt;</h1><p>Passed: all &amp; &#55296;</p>.*</noscript>", page)
+
+
+def test_numpy_numbers_and_errors_that_are_not_numbers():
+    data = check_data(tp=1, layers=1, passes=1)
+    error = {
+        "relative": np.float32(0.1),
+        "bound": float("nan"),
+        "absolute": np.inf,
+        "index": (np.int64(3), 4),
+    }
+    data["cells"][0] |= {"local": error, "rank": np.int64(0), "ok": np.bool_(False), "pass": np.int64(0)}
+    data["cells"][0]["worst"] = [(np.array([1, 2]), np.float32(-np.inf), 16777217)]
+    data["cells"][1]["rank"] = "all"
+    cells = json_of(render(data))["cells"]
+    assert cells[0][3] == 0
+    assert cells[0][5:7] == [0, [0.1, "NaN", "inf", None, [3, 4]]]
+    assert cells[0][8] == [[[1, 2], "-inf", 16777217]]
+    assert cells[1][3] is None
+
+
+def test_cells_lie_where_their_steps_are():
+    data = check_data(tp=1, layers=2, passes=1)
+    places = [tuple(cell[1:3]) for cell in json_of(render(data))["cells"]]
+    n = len(steps.LAYER)
+    assert places == [(0, 0), (1, 0), *((2 + i, j) for i in (0, 1) for j in range(n)), (4, 0), (5, 0), (6, 0)]
+
+
+@pytest.mark.parametrize("place", [{"step": "attn.queue"}, {"layer": None}])
+def test_a_step_without_a_place_is_refused(place):
+    data = check_data(tp=1, layers=1, passes=1)
+    data["cells"][5] |= place
+    with pytest.raises(ValueError, match="no place for the step"):
+        render(data)
+
+
+def test_the_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "out.html"
+    data = compare_data(["a"])
+    write_report(path, data)
+    assert path.read_text("utf-8") == render(data)
+    with pytest.raises(InputError, match=r"nowhere.*cannot write the report"):
+        write_report(tmp_path / "nowhere" / "out.html", data)
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(InputError, match="cannot write the report"):
+        write_report(tmp_path / "folder.html", data)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.html", "out.html"]
