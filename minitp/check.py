@@ -47,33 +47,34 @@ def check_model(source, model, token_ids, passes, progress=lambda layers: None):
     problems = plan_problems(reference, source.plan)
     if problems:
         return CheckResult([], problems, list(token_ids), passes, comm.size)
-    with tempfile.TemporaryDirectory(prefix="minitp-check-") as folder:
-        path = Path(folder) / "steps.safetensors"
-        ids = _record(path, model, token_ids, passes)
-        # The mapping outlives the file's name, so a killed rank leaves nothing from here on.
-        with comm.agreed():
-            recorded = safe_open(path, framework="np")
-    host = model.device.to_host
-    weights = {name: host(array) for name, array in named_slices(model.weights, source.plan, comm.rank)}
-    rank = _Rank(source, reference, comm, weights, recorded, ids, passes)
-    rank.check_weights()
-    rank.check_locally(progress)
-    rank.check_bits()
-    rank.check_totally(progress)
+    with np.errstate(all="ignore"):  # the findings say what is not finite
+        ids, recorded = _record(model, token_ids, passes)
+        host = model.device.to_host
+        weights = {name: host(array) for name, array in named_slices(model.weights, source.plan, comm.rank)}
+        rank = _Rank(source, reference, comm, weights, recorded, ids, passes)
+        rank.check_weights()
+        rank.check_locally(progress)
+        rank.check_bits()
+        rank.check_totally(progress)
     findings = [finding for mine in comm.exchange(rank.findings) for finding in mine.values()]
     return CheckResult(_in_order(findings, source.plan, passes), problems, ids, passes, comm.size)
 
 
-def _record(path, model, token_ids, passes):
-    """Run the passes with all steps of this rank going to `path`; return all tokens that went in."""
+def _record(model, token_ids, passes):
+    """Run the passes; return all tokens that went in, and an open file with all steps of this rank."""
     names = [f"{name}/{step}" for name, _, _ in passes for step in step_names(model.plan.layers)]
-    with TensorWriter(path, names, metadata={}) as file:
+    with tempfile.TemporaryDirectory(prefix="minitp-check-") as folder:
+        path = Path(folder) / "steps.safetensors"
+        with TensorWriter(path, names, metadata={}) as file:
 
-        def take(found):
-            for name, array in found.items():
-                file.write(name, array)
+            def take(found):
+                for name, array in found.items():
+                    file.write(name, array)
 
-        return run_passes(model, token_ids, passes, Recorder(model.device, set(names), take))
+            ids = run_passes(model, token_ids, passes, Recorder(model.device, set(names), take))
+        # The mapping outlives the file's name, so a killed rank leaves nothing from here on.
+        with model.comm.agreed():
+            return ids, safe_open(path, framework="np")
 
 
 class _Rank:
@@ -119,6 +120,8 @@ class _Rank:
             self._judge(this, None, check.after(this))
 
     def _judge(self, this, layer, steps):
+        _, start, stop = this
+        tokens = len(set(self.token_ids[start:stop]))
         for step, expected, given in steps:
             array = self.had(this[0], layer, step)
             finding = Finding(this[0], layer, step, self.comm.rank, self.kinds[step].kind, local=None)
@@ -127,17 +130,22 @@ class _Rank:
                 finding.note = f"shape {list(array.shape)}, expected {list(expected.value.shape)}"
                 continue
             finding.local = measure(array, expected.value)
-            finding.bounds = expected.bounds(array.dtype)
+            finding.bounds = expected.bounds(array.dtype, tokens)
             if given is not None:
                 self.bits.append((finding.name, _digest(*given), _digest(array)))
 
     def check_bits(self):
-        """What comes from the same bits on all ranks must be the same bits on all ranks."""
-        for everyones in zip(*self.comm.exchange(self.bits), strict=True):  # of one step, a rank each
+        """What comes from the same bits on all ranks must be the same bits on all ranks.
+
+        If they differ, right are those within bounds, then those that most ranks have, then the nearest.
+        """
+        mine = [(name, *digests, self.findings[name].share) for name, *digests in self.bits]
+        for everyones in zip(*self.comm.exchange(mine), strict=True):  # of one step, a rank each
             name = everyones[0][0]
-            results = [result for _, _, result in everyones]
-            usual = max(results, key=results.count)
-            if len({given for _, given, _ in everyones}) == 1 and results[self.comm.rank] != usual:
+            results = [result for _, _, result, _ in everyones]
+            likely = [(share <= 1, results.count(result), -share) for _, _, result, share in everyones]
+            right = results[likely.index(max(likely))]
+            if len({given for _, given, _, _ in everyones}) == 1 and results[self.comm.rank] != right:
                 self.findings[name].note = "not the same bits as on the other ranks"
 
     def check_totally(self, progress):

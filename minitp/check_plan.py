@@ -35,24 +35,28 @@ def plan_problems(oracle, plan):
         "ffn": (oracle.intermediate_size, plan.ffn_ranges),
         "vocab": (oracle.vocab_size, plan.vocab_ranges),
     }
+    by_rank = {what: ranges for what, (_, ranges) in runs.items()} | {"kv_heads": plan.kv_head_ranges}
+    for what, ranges in by_rank.items():
+        if len(ranges) != plan.tp:
+            problems.append(("all", f"{what}: {len(ranges)} ranges for {plan.tp} ranks"))
+    if problems:
+        return problems  # the rest goes by rank
     for what, (count, ranges) in runs.items():
-        problems += _not_covered_once(what, count, ranges, plan.tp)
+        problems += _not_covered_once(what, count, ranges)
     problems += _wrong_kv_heads(oracle, plan)
     problems += _wrong_tensors(oracle, plan)
     return problems
 
 
-def _not_covered_once(what, count, ranges, tp):
-    """Runs that overlap, leave a gap, or are not one a rank."""
-    if len(ranges) != tp:
-        return [("all", f"{what}: {len(ranges)} ranges for {tp} ranks")]
+def _not_covered_once(what, count, ranges):
+    """Runs that overlap or leave a gap."""
     problems, expected = [], 0
     for rank, (start, stop) in enumerate(ranges):
         if start != expected or stop < start:
             problems.append((rank, f"{what} {start} to {stop}, expected to begin at {expected}"))
         expected = stop
     if expected != count:
-        problems.append((tp - 1, f"{what} end at {expected}, and there are {count}"))
+        problems.append((len(ranges) - 1, f"{what} end at {expected}, and there are {count}"))
     return problems
 
 
@@ -69,12 +73,16 @@ def _wrong_kv_heads(oracle, plan):
                 (rank, f"KV heads {kv_start} to {kv_stop}, but its query heads read {sorted(needed)}")
             )
             continue
-        read_by = [kv for kv, (a, b) in enumerate(plan.query_groups(rank), kv_start) for _ in range(a, b)]
-        for head, kv in zip(range(start, stop), read_by, strict=False):
-            if kv != head // group:
-                problems.append((rank, f"query head {head} reads KV head {kv}, expected {head // group}"))
-        if len(read_by) != stop - start:
-            problems.append((rank, f"{len(read_by)} query heads in groups, expected {stop - start}"))
+        read = {head: [] for head in range(start, stop)}  # KV heads of each query head
+        for kv, (first, last) in enumerate(plan.query_groups(rank), kv_start):
+            for head in range(start + first, start + last):
+                read.setdefault(head, []).append(kv)
+        for head, kvs in read.items():
+            if not start <= head < stop:
+                problems.append((rank, f"a group has query head {head}, and the rank {start} to {stop}"))
+            elif kvs != [head // group]:
+                found = " and ".join(map(str, kvs)) or "none"
+                problems.append((rank, f"query head {head} reads KV head {found}, expected {head // group}"))
     return problems
 
 
@@ -101,6 +109,8 @@ def _wrong_tensors(oracle, plan):
         axis, what = SPLIT.get(part, (None, None))
         if shard.axis != axis:
             problems.append(("all", f"tensor {name} is split along axis {shard.axis}, expected {axis}"))
+        elif axis is not None and len(shard.ranges) != plan.tp:
+            problems.append(("all", f"tensor {name}: {len(shard.ranges)} ranges for {plan.tp} ranks"))
         elif axis is not None:
             for rank, (found, right) in enumerate(zip(shard.ranges, ranges[what], strict=True)):
                 if tuple(found) != right:

@@ -14,8 +14,8 @@ class Difference:
     Attributes
     ----------
     relative : float
-        ||value - expected|| / ||expected||, over the elements that are finite in both. inf if one is NaN, or
-        infinite where the other is not; and if `expected` is zero and `value` is not.
+        ||value - expected|| / ||expected||, over the elements that are finite in both. inf if just one is
+        NaN, or infinite where the other is not; and if `expected` is zero and `value` is not.
     absolute : float
         The largest |value - expected|; inf as above.
     worst : list of (index, value, expected)
@@ -40,13 +40,14 @@ class Difference:
 
 
 def measure(value, expected):
-    """The Difference of two arrays of one shape; infinities must be in the same places."""
+    """The Difference of two arrays of one shape; infinities and NaN must be in the same places."""
     value, expected = (np.asarray(x).astype(np.float64) for x in (value, expected))
     if value.size == 0:
         return Difference(0.0, 0.0, [])
     finite = np.isfinite(value) & np.isfinite(expected)
+    same = (value == expected) | (np.isnan(value) & np.isnan(expected))
     apart = np.abs(np.where(finite, value, 0) - np.where(finite, expected, 0))
-    apart[~finite & (value != expected)] = np.inf
+    apart = np.where(finite | same, apart, np.inf)
     count = min(WORST, apart.size)
     places = np.argpartition(apart.reshape(-1), -count)[-count:]
     places = places[np.argsort(-apart.reshape(-1)[places], kind="stable")]

@@ -61,7 +61,7 @@ class TensorWriter:
 
     def write(self, name, array):
         """Add a tensor; `array` of any shape and memory order, of a dtype in DTYPES."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         start, self._end = self._end, self._end + array.nbytes
         dtype = DTYPES[array.dtype.name]
         self._entries[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [start, self._end]}

@@ -35,7 +35,7 @@ const plural = (n, one) => `${count(n)} ${one}${n === 1 ? '' : 's'}`;
 
 // ---- the data ----
 const data = JSON.parse($('data').textContent);
-const comparing = data.command === 'compare';
+const comparing = data.command === 'compare', fault = comparing ? 'departing' : 'wrong';
 const first = data.before.length, behind = first + data.layers, rows = behind + data.after.length;
 const columns = Math.max(1, data.steps.length);
 const isWide = row => row < first || row >= behind;

@@ -44,7 +44,7 @@ function wrongButtons() {  // to the wrong steps before and behind this one
 function drawDetail() {
   const cell = cellAt(state), title = h('h2', { class: 'name' }, h('bdi', {}, breakable(fullName(state))));
   if (!cell) return $('detail').replaceChildren(title, h('p', { class: 'soft' }, 'Not recorded.'), ...wrongButtons());
-  const status = cell.ok ? '✓ within bounds' : cell === guilty ? '✕ the first wrong step' : '✕ out of bounds';
+  const status = cell.ok ? '✓ within bounds' : cell === guilty ? `✕ the first ${fault} step` : '✕ out of bounds';
   const rank = rankName(cell.rank) + (views[state.view].rank === 'worst' ? ' (the worst)' : '');
   $('detail').replaceChildren(title,
     h('p', { class: 'tags' }, h('span', { class: cell.ok ? 'ok' : 'wrong' }, status), h('span', {}, rank),
@@ -110,5 +110,5 @@ function drawGrowth() {
   const view = views[state.view].rank;
   $('growth-what').textContent = `The ${comparing ? '' : 'total '}relative error of the residual stream after each layer`
     + (view === 'worst' ? ', the worst of the ranks' : view !== null && data.tp > 1 ? `, on rank ${view}` : '')
-    + (guilty && !isWide(guilty.row) ? '; the dashed line marks the layer of the first wrong step.' : '.');
+    + (guilty && !isWide(guilty.row) ? '; the dashed line marks the layer of the first ' + fault + ' step.' : '.');
 }

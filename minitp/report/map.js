@@ -35,7 +35,7 @@ function drawLegend() {
     swatch(share ? 'bad' : 'marked', 'out of bounds'),
     share && cells.some(cell => cell.bounded?.bound === 0) ? swatch('exact', 'exact, as it must be') : null,
     swatch('none', share || comparing ? 'not recorded' : 'none'),
-    guilty ? swatch('blamed', 'first wrong step') : null].filter(Boolean));
+    guilty ? swatch('blamed', `first ${fault} step`) : null].filter(Boolean));
 }
 
 // ---- small maps to choose a pass and a rank ----

@@ -1,0 +1,292 @@
+"""A Model of which one rank does one thing wrong in one layer, and ways to do things wrong: see `faults`.
+
+Ranks are threads, so a FaultyModel says in a thread-local `here` which hooks are active: those of its fault,
+while the block that has the fault runs. All functions of `ops`, the collectives, the cache's `append` and the
+two blocks look there.
+"""
+
+import copy
+import threading
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from minitp import ops
+from minitp.model import Model, Step
+from minitp.shard import split_evenly
+from minitp.weights import LAYER_PARTS
+
+OPS = [name for name, value in vars(ops).items() if callable(value)]
+
+
+class Here(threading.local):
+    """Of this thread's rank: its model, the hooks that are active and the Layer that is at work."""
+
+    def __init__(self):
+        self.model, self.hooks, self.layer = None, {}, None
+
+
+here = Here()
+
+
+def hooked(name, original):
+    """`original`, or hook(original, ..) while the hook of this name is active."""
+
+    def call(*args, **kwargs):
+        hook = here.hooks.get(name)
+        return original(*args, **kwargs) if hook is None else hook(original, *args, **kwargs)
+
+    return call
+
+
+def hook_ops(monkeypatch):
+    """From here on the functions of `ops` look for hooks, those that call one another too."""
+    for name in OPS:
+        monkeypatch.setattr(ops, name, hooked(name, getattr(ops, name)))
+
+
+class FaultyModel(Model):
+    """A Model with a Fault: in layer `layer`, or outside the layers if the fault's block is ""."""
+
+    def __init__(self, fault, layer, source, weights, comm, device):
+        super().__init__(source.config, source.plan, weights, comm, device)
+        self.fault, self.layer = fault, layer
+        comm.all_reduce = hooked("all_reduce", comm.all_reduce)
+        comm.all_gather = hooked("all_gather", comm.all_gather)
+        if fault.weights is not None:
+            fault.weights(self, layer, partial(whole_tensor, source))
+
+    def new_cache(self):
+        cache = super().new_cache()
+        cache.append = hooked("append", cache.append)
+        return cache
+
+    def forward(self, token_ids, cache, *args, **kwargs):
+        here.cache = cache
+        return self._within("", None, None, super().forward, token_ids, cache, *args, **kwargs)
+
+    def _attention(self, i, layer, *args):
+        return self._within("attn", i, layer, hooked("block", super()._attention), i, layer, *args)
+
+    def _mlp(self, i, layer, *args):
+        return self._within("mlp", i, layer, hooked("block", super()._mlp), i, layer, *args)
+
+    def _within(self, block, i, layer, call, *args, **kwargs):
+        before = dict(vars(here))
+        active = block == self.fault.block and (block == "" or i == self.layer)
+        here.model, here.layer, here.hooks = self, layer, self.fault.hooks if active else {}
+        try:
+            return call(*args, **kwargs)
+        finally:
+            vars(here).update(before)
+
+
+def whole_tensor(source, name):
+    """A checkpoint tensor, unsharded."""
+    return source.tensors.read(name, tuple(slice(0, n) for n in source.plan.tensors[name].shape))
+
+
+# --- hooks ----------------------------------------------------------------------------------------------
+
+
+def changed(**changes):
+    """A hook that changes some of the arguments of an operation: by their place, `_1` the one after `xp`."""
+
+    def hook(original, *args):
+        args = list(args)
+        for place, change in changes.items():
+            args[int(place[1:])] = change(args[int(place[1:])])
+        return original(*args)
+
+    return hook
+
+
+def result(change):
+    """A hook that changes what comes out."""
+    return lambda original, *args: change(original(*args))
+
+
+def with_step(change):
+    """A hook for an attention block: change(copy of the Step, positions) before it runs."""
+
+    def hook(original, i, layer, x, step, cache):
+        step = copy.copy(step)
+        change(step, np.arange(cache.length, cache.length + len(x)))
+        return original(i, layer, x, step, cache)
+
+    return {"block": hook}
+
+
+def turn(step, positions, **rope):
+    """Angles for these positions, with some of the RoPE parameters changed."""
+    config = here.model.config
+    frequencies = ops.rope_inverse_frequencies(replace(config.rope, **rope), config.head_dim)
+    step.cos, step.sin = ops.rope_cos_sin(np, positions, np.float32(frequencies))
+
+
+def shifted_mask(by):
+    """Each query sees as the one `by` positions later does."""
+
+    def change(step, positions):
+        if step.mask is not None:
+            step.mask = ops.causal_mask(np, positions + by, step.first_key, positions[-1] + 1)
+
+    return with_step(change)
+
+
+def other_window(by):
+    """A window that is so much longer."""
+
+    def change(step, positions):
+        past, total = positions[0], positions[-1] + 1
+        window = here.model.config.sliding_window + by
+        other = Step(np, positions, past, total, here.model.inverse_frequencies, window, step.record)
+        step.mask, step.first_key = other.mask, other.first_key
+
+    return with_step(change)
+
+
+def in_decode(hooks):
+    """These hooks, but not in prefill."""
+
+    def late(hook):
+        return lambda original, *args: hook(original, *args) if here.cache.length else original(*args)
+
+    return {name: late(hook) for name, hook in hooks.items()}
+
+
+def interleaved(original, xp, x, cos, sin):
+    """The pairs (x[2i], x[2i + 1])."""
+    first, second = x[..., 0::2], x[..., 1::2]  # [n, T, d/2] each
+    return np.stack((first * cos - second * sin, second * cos + first * sin), axis=-1).reshape(x.shape)
+
+
+def own_scale(factor):
+    """Scores multiplied by factor(d)."""
+    return lambda original, xp, q, k, mask: original(xp, q, k, mask) * np.float32(factor(q.shape[-1]))
+
+
+def softmax_over_queries(original, xp, scores):
+    return original(xp, scores.swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def no_maximum_subtracted(original, xp, scores):
+    with np.errstate(all="ignore"):
+        return np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+
+
+def even_groups(original, xp, q, k, v, groups, mask, kept):
+    """As if each KV head had as many of this rank's query heads."""
+    return original(xp, q, k, v, split_evenly(len(q), len(k)), mask, kept)
+
+
+def one_slot_too_far(original, layer, k, v):
+    """In decode the new entry lands behind the slot that is read for it, which was never written."""
+    cache, start = here.cache, here.cache.length
+    original(layer, k, v)
+    if start:
+        for buffer, new in zip(cache._buffers[layer], (k, v), strict=True):
+            buffer[:, start + 1 : start + 2], buffer[:, start] = new, 0
+    return [buffer[:, : start + k.shape[1]] for buffer in cache._buffers[layer]]
+
+
+def stale(which):
+    """In decode position 1 holds what belongs to position 2; `which` is k, v or kv."""
+
+    def hook(original, layer, k, v):
+        k, v = original(layer, k, v)
+        if here.cache.length:
+            for name, array in (("k", k), ("v", v)):
+                if name in which:
+                    array[:, 1] = array[:, 2]
+        return k, v
+
+    return {"append": hook}
+
+
+def other_layer(original, layer, k, v):
+    """The values of the layer before, which is not the first."""
+    k, v = original(layer, k, v)
+    return k, here.cache._buffers[layer - 1][1][:, : v.shape[1]]
+
+
+def bias_on_every_rank(all_reduce, x):
+    """The bias is among the terms of the sum; rank 0's is the one that the model adds anyway."""
+    bias = here.layer.b_o if here.model.fault.block == "attn" else here.layer.b_down
+    return all_reduce(x + bias if here.model.comm.rank else x)
+
+
+def last_bit(y):
+    """One element's neighbour: far inside any bound, but not the other ranks' bits."""
+    y = y.copy()
+    y[0, 0] = np.nextafter(y[0, 0], np.float32(np.inf))
+    return y
+
+
+def swapped_halves(y):
+    """[.., 2n] with its halves swapped."""
+    return np.concatenate(np.split(y, 2, axis=-1)[::-1], axis=-1)
+
+
+def sum_in_16_bits(original, xp, x, w):
+    """Each addition of a product rounded to the dtype."""
+    total = np.zeros((len(x), w.shape[1]), x.dtype)
+    for i in range(w.shape[0]):
+        total = (total + x[:, i : i + 1] * w[i]).astype(x.dtype)
+    return total
+
+
+def residual(change):
+    """Hooks: what is added to the stream x is change(x, output of the block)."""
+
+    def hook(original, i, layer, x, *args):
+        return change(x, original(i, layer, x, *args))
+
+    return {"block": hook}
+
+
+# --- weights --------------------------------------------------------------------------------------------
+
+
+def reload(*arrays, change):
+    """These arrays of a Layer anew, cut out of change(name, whole tensor, model)."""
+
+    def fault(model, layer, whole):
+        for array in arrays:
+            parts = []
+            for name in LAYER_PARTS[array]:
+                name = f"model.layers.{layer}.{name}"
+                index = model.plan.tensors[name].index(model.comm.rank)
+                parts.append(change(name, whole(name), model)[index].T)
+            joined = np.concatenate(parts, axis=-1).astype(model.device.dtype)
+            setattr(model.weights.layers[layer], array, joined)
+
+    return fault
+
+
+def one_column_on(name, whole, model):
+    return np.roll(whole, -1, axis=model.plan.tensors[name].axis)
+
+
+def neighbours_kv_heads(name, whole, model):
+    """Keys and values of the KV heads after this rank's own; its queries are right."""
+    return np.roll(whole, -model.config.head_dim, axis=0) if ".q_proj." not in name else whole
+
+
+def slightly_off(name, whole, model):
+    """Each element by 1e-3 of itself, up or down."""
+    return whole * (1 + 1e-3 * np.random.default_rng(1).choice([-1, 1], whole.shape))
+
+
+def gate_for_up(model, layer, whole):
+    weights = model.weights.layers[layer]
+    weights.w_gate_up, weights.b_gate_up = (
+        swapped_halves(weights.w_gate_up),
+        swapped_halves(weights.b_gate_up),
+    )
+
+
+def head_of_its_own(model, layer, whole):
+    """The head of a model that does not tie it to the embedding."""
+    model.weights.lm_head = np.roll(model.weights.lm_head, 1, axis=1)
