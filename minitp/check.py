@@ -121,7 +121,7 @@ class _Rank:
 
     def _judge(self, this, layer, steps):
         _, start, stop = this
-        tokens = len(set(self.token_ids[start:stop]))
+        repeats = (stop - start) / len(set(self.token_ids[start:stop]))
         for step, expected, given in steps:
             array = self.had(this[0], layer, step)
             finding = Finding(this[0], layer, step, self.comm.rank, self.kinds[step].kind, local=None)
@@ -130,7 +130,7 @@ class _Rank:
                 finding.note = f"shape {list(array.shape)}, expected {list(expected.value.shape)}"
                 continue
             finding.local = measure(array, expected.value)
-            finding.bounds = expected.bounds(array.dtype, tokens)
+            finding.bounds = expected.bounds(array.dtype, repeats)
             if given is not None:
                 self.bits.append((finding.name, _digest(*given), _digest(array)))
 

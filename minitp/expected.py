@@ -13,7 +13,12 @@ proportion to it, even where the terms cancel. `s` is the error of one such sum 
 two of the result and a random walk of `terms` roundings in float32, 2 u + u32 sqrt(terms), with u the unit
 roundoff of the result's dtype (2^-24, 2^-11, 2^-8 for float32, float16, bfloat16). A norm over `samples`
 independent errors is known to 1 / sqrt(samples) of that, so for arrays of some size only the factor of two
-remains. Rows of the same token are much alike and so are their errors: only different tokens count.
+remains.
+
+The numbers in an array are not all samples. A few that are far larger than the rest make the norm by
+themselves (in a hidden state one may be ten times all others together), so samples = (sum scale^2)^2 /
+sum scale^4, which is the number of elements if all are of one size. And rows of the same token are much
+alike, and so are their errors: this is divided by how often a token comes on average.
 
 Shape letters as in `ops`; [n, T, d] are n heads.
 """
@@ -32,30 +37,36 @@ BLOCK = 1 << 22  # weights in float64 at a time
 class Expected:
     """The oracle's `value`, the `third` implementation's, and the `scale` (see above): float64, one shape.
 
-    `samples` is the number of independent errors in the row of one token. With `third` None the value must be
-    met exactly, bit for bit.
+    With `third` None the value must be met exactly, bit for bit.
+
+    Attributes
+    ----------
+    terms : int
+        In the sum that makes a number.
+    common : tuple of int
+        Axes along which numbers have much of their error in common, and count as one sample.
     """
 
     value: np.ndarray
     third: np.ndarray | None = None
     scale: np.ndarray | None = None
     terms: int = 1
-    samples: int = 1
+    common: tuple = ()
 
-    def bounds(self, dtype, tokens=1):
-        """The largest relative and absolute error allowed in `dtype`, with so many different tokens."""
+    def bounds(self, dtype, repeats=1):
+        """The largest relative and absolute error allowed in `dtype`, if each token comes so often."""
         if self.third is None:
             return 0.0, 0.0
         finite = np.isfinite(self.value) & np.isfinite(self.third)  # an overflow allows nothing
-        value, scale = self.value[finite], self.scale[finite]
-        off = self.third[finite] - value
-        slack = 2 * _roundoff(dtype) + _roundoff(np.float32) * self.terms**0.5
-        size = np.linalg.norm(value)
+        size = np.linalg.norm(self.value[finite])
         if size == 0:
             return 0.0, 0.0
-        samples = self.samples * tokens
-        relative = (2 * np.linalg.norm(off) + slack * np.linalg.norm(scale) / samples**0.5) / size
-        return float(relative), float(2 * np.max(np.abs(off)) + slack * np.max(scale))
+        off = self.third[finite] - self.value[finite]
+        slack = 2 * _roundoff(dtype) + _roundoff(np.float32) * self.terms**0.5
+        squares = np.square(self.scale, where=finite, out=np.zeros_like(self.scale))
+        samples = max(1, _participation(squares.sum(axis=self.common)) / repeats)
+        relative = (2 * np.linalg.norm(off) + slack * (squares.sum() / samples) ** 0.5) / size
+        return float(relative), float(2 * np.max(np.abs(off)) + slack * np.max(squares) ** 0.5)
 
     def as_heads(self, head_dim):
         """[T, n * d] as [n, T, d]."""
@@ -63,7 +74,13 @@ class Expected:
         def split(x):
             return x.reshape(len(x), -1, head_dim).transpose(1, 0, 2)
 
-        return Expected(split(self.value), split(self.third), split(self.scale), self.terms, self.samples)
+        return Expected(split(self.value), split(self.third), split(self.scale), self.terms)
+
+
+def _participation(squares):
+    """(sum x)^2 / sum x^2: how many numbers make up the sum. [..] -> float"""
+    total = squares.sum()
+    return float(total**2 / np.square(squares).sum()) if total else 1.0
 
 
 def _roundoff(dtype):
@@ -96,7 +113,7 @@ def rms_norm(x, weight, eps):
     value = oracle.rms_norm(x, weight, eps)  # [T, D]
     x32, w32 = x.astype(np.float32), weight.astype(np.float32)  # [T, D], [D]
     third = x32 / np.sqrt(np.mean(x32 * x32, axis=-1, keepdims=True) + np.float32(eps)) * w32  # [T, D]
-    return Expected(value, _rounded(third, x.dtype), np.abs(value))
+    return Expected(value, _rounded(third, x.dtype), np.abs(value), common=(-1,))
 
 
 def linear(x, weight, bias=None, dtype=None):
@@ -112,7 +129,7 @@ def linear(x, weight, bias=None, dtype=None):
         value[:, out] = oracle.linear(x, w, b)
         third[:, out] = _rounded(_product(x, w.T) + b.astype(np.float32), dtype or x.dtype)
         scale[:, out] = squares @ np.square(w.T, dtype=np.float64) + np.square(b, dtype=np.float64)
-    return Expected(value, third, np.sqrt(scale), terms=weight.shape[1], samples=len(weight))
+    return Expected(value, third, np.sqrt(scale), terms=weight.shape[1])
 
 
 def rope(x, positions, inverse_frequencies):
@@ -125,7 +142,8 @@ def rope(x, positions, inverse_frequencies):
     first, second = np.split(x.astype(np.float32), 2, axis=-1)  # [n, T, d/2] each
     third = np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)  # [n, T, d]
     pair = np.hypot(first, second, dtype=np.float64)  # [n, T, d/2]
-    return Expected(value, _rounded(third, x.dtype), np.concatenate((pair, pair), axis=-1))
+    scale = np.concatenate((pair, pair), axis=-1)  # [n, T, d]
+    return Expected(value, _rounded(third, x.dtype), scale, common=(0, 2))
 
 
 def scores(q, k, mask):
@@ -136,8 +154,7 @@ def scores(q, k, mask):
     third = np.where(mask, dots / root, -np.inf)  # [H_r, T, S]
     squares = np.matmul(np.square(q, dtype=np.float64), np.square(k, dtype=np.float64).transpose(0, 2, 1))
     scale = np.sqrt(squares) / root  # [H_r, T, S]
-    seen = mask.mean() * mask.shape[1]  # keys, by a query
-    return Expected(value, third.astype(np.float64), scale, terms=q.shape[-1], samples=len(q) * seen)
+    return Expected(value, third.astype(np.float64), scale, terms=q.shape[-1])
 
 
 def softmax(x):
@@ -148,7 +165,7 @@ def softmax(x):
     third = terms / np.sum(terms, axis=-1, keepdims=True)  # [H_r, T, S]
     # Rounding s - max moves e^(s - max) by as many units as that is large.
     scale = value * (1 + np.where(np.isfinite(shifted), -shifted, 0))  # [H_r, T, S]
-    return Expected(value, third.astype(np.float64), scale, samples=len(x))
+    return Expected(value, third.astype(np.float64), scale, common=(-1,))
 
 
 def context(probs, v):
@@ -157,7 +174,7 @@ def context(probs, v):
     third = np.concatenate(_product(probs.astype(v.dtype), v), axis=-1)  # [T, H_r * d]
     squares = np.matmul(np.square(probs, dtype=np.float64), np.square(v, dtype=np.float64))  # [H_r, T, d]
     scale = np.sqrt(np.concatenate(squares, axis=-1))  # [T, H_r * d]
-    return Expected(value, _rounded(third, v.dtype), scale, terms=v.shape[1], samples=value.shape[1])
+    return Expected(value, _rounded(third, v.dtype), scale, terms=v.shape[1])
 
 
 def swiglu(gate, up):
@@ -166,7 +183,7 @@ def swiglu(gate, up):
     g = gate.astype(np.float32)  # [T, F_r]
     with np.errstate(over="ignore"):
         third = g / (1 + np.exp(-g)) * up.astype(np.float32)  # [T, F_r]
-    return Expected(value, _rounded(third, gate.dtype), np.abs(value), samples=value.shape[1])
+    return Expected(value, _rounded(third, gate.dtype), np.abs(value))
 
 
 def total(parts, bias=None):
@@ -180,11 +197,11 @@ def total(parts, bias=None):
     if bias is not None:
         third = _rounded(third.astype(np.float32) + bias.astype(np.float32), parts[0].dtype)  # [T, D]
     scale = np.sqrt(sum(np.square(term, dtype=np.float64) for term in terms))  # [T, D]
-    return Expected(value, third, scale, terms=len(terms), samples=value.shape[1])
+    return Expected(value, third, scale, terms=len(terms))
 
 
 def add(x, y):
     """x + y, of one shape."""
     value = x.astype(np.float64) + y.astype(np.float64)
     third = _rounded(x.astype(np.float32) + y.astype(np.float32), x.dtype)
-    return Expected(value, third, np.abs(value), samples=value.shape[-1])
+    return Expected(value, third, np.abs(value))
