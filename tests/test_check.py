@@ -72,9 +72,9 @@ def blame(result):
     return [(finding.name, finding.rank) for finding in result.blamed()]
 
 
-def check_fault(directory, fault, tp, layer, rank):
+def check_fault(directory, fault, tp, layer, *ranks):
     def make(source, comm, device):
-        if not fault.everywhere and comm.rank != rank:
+        if not fault.everywhere and comm.rank not in ranks:
             return load_model(source, comm, device)
         weights = Loader(source.plan, comm.rank, source.tensors, device).load()
         return FaultyModel(fault, layer, source, weights, comm, device)
@@ -89,6 +89,14 @@ def test_a_fault_is_blamed_where_it_is(fault, tp, layer, rank, models, monkeypat
     assert blame(result) == fault.blame(layer, rank, result.passes)
 
 
+def test_the_one_that_is_right_is_not_blamed_for_being_alone(models, monkeypatch):
+    hook_ops(monkeypatch)
+    fault = next(fault for fault in FAULTS if fault.name == "norm weight missing")
+    result = check_fault(models["biased"], fault, 3, 1, 0, 2)
+    steps = (f"{name}/layers.1.attn.norm" for name, _, _ in result.passes)
+    assert blame(result) == [(step, rank) for step in steps for rank in (0, 2)]
+
+
 def test_each_step_is_blamed_for_something():
     """No step can be left unchecked without a test here going red."""
     blamed = {
@@ -101,7 +109,7 @@ def test_each_step_is_blamed_for_something():
 def test_what_follows_from_a_fault_is_in_the_total_errors(models, monkeypatch):
     hook_ops(monkeypatch)
     fault = next(fault for fault in FAULTS if fault.name == "norm weight missing")
-    result = check_fault(models["biased"], fault, tp=3, layer=1, rank=1)
+    result = check_fault(models["biased"], fault, 3, 1, 1)
     totals = {(f.name, f.rank): f.total.relative for f in result.findings if f.total is not None}
     # A few float32 roundings of 6e-8 against norm weights that are a tenth away from one.
     assert totals["prefill/layers.0.mlp.residual", 1] < 1e-5

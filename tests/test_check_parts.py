@@ -231,6 +231,25 @@ def test_a_product_that_is_a_single_large_number_has_a_single_error():
         assert found.absolute <= absolute
 
 
+def test_rows_that_are_alike_are_no_more_samples():
+    """All have the same error, of two roundings here, which in 8 numbers may well be twice that of one."""
+    rng, dtype = np.random.default_rng(0), open_device("bfloat16").dtype
+    for _ in range(300):
+        row, w, bias = rng.standard_normal((1, 20)), rng.standard_normal((8, 20)), rng.standard_normal(8)
+        x, w, bias = (a.astype(dtype) for a in (np.repeat(row, 24, axis=0), w, bias))
+        should = expected.linear(x, w, bias)
+        product = (x.astype(np.float32) @ w.T.astype(np.float32)).astype(dtype)
+        assert measure(product + bias, should.value).relative <= should.bounds(dtype, repeats=24)[0]
+
+
+def test_an_overflow_allows_nothing():
+    x = np.full((1, 100), 30, np.float16)
+    should = expected.linear(x, np.concatenate((x, x / 30)))  # 90000, which float16 has not, and 3000
+    assert np.isinf(should.third[0, 0])
+    _, absolute = should.bounds(np.float16)
+    assert absolute < 100
+
+
 def test_bounds_leave_out_what_is_not_finite_and_let_nothing_pass_where_all_is_zero():
     should = Expected(np.array([1.0, -np.inf]), np.array([1.25, -np.inf]), np.array([0.0, 1.0]))
     assert should.bounds(np.float32) == pytest.approx((0.5, 0.5), rel=1e-5)
