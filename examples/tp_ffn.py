@@ -12,7 +12,8 @@ have to meet before SwiGLU as well: a nonlinear function of a sum is not the sum
 
     mpirun -n 4 python examples/tp_ffn.py        (MODEL=tinyllama-1.1b for other shapes)
 
-For orientation: an earlier implementation reported 744 ms for this layer on four H100 NVLs.
+For orientation: an earlier implementation reported 744 ms for this layer on four H100 NVLs, and 228 ms for
+TinyLlama's (MODEL=tinyllama-1.1b).
 """
 
 import common

@@ -18,6 +18,7 @@ from minitp.steps import AFTER, BEFORE, LAYER, split_name
 # Relative errors allowed, by the coarsest floating-point dtype; docs/compare.md has the measurements.
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 WORST = 3  # elements kept of a step
+MASKED = -1e4  # no score of a model is so low, and masks are: -1e9, or the lowest number of the dtype
 DIAGNOSED = 20  # departing steps that are looked at more closely: the first ones
 
 
@@ -37,8 +38,10 @@ class Step:
         Up to three elements, the one that differs most first, none of an empty array; the index is in A's
         layout.
     tolerance : float
+    layout : str
+        B's, if it is not A's.
     note : str
-        B's layout, and what may be the cause.
+        That, and what may be the cause.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Step:
     absolute: float
     worst: tuple
     tolerance: float
+    layout: str = ""
     note: str = ""
 
     @property
@@ -164,14 +168,24 @@ def _step(name, partner, a, b, found, tolerance):
     """The Step of two float64 arrays, and the Layout in which it was measured."""
     best = None
     for layout in found:
-        error = measure(a, layout.view(b))
+        error = measure(*_masked_alike(name, a, layout.view(b)))
         if best is None or error[0] < best[0][0] / 2:  # the likelier one, unless another is clearly nearer
             best = error, layout
         if best[0][0] <= tolerance:
             break
     (relative, absolute, worst, note), layout = best
+    if not note and np.isnan(a).any():
+        note = f"{np.isnan(a).sum()} NaN in both"
     note = "; ".join(filter(None, (layout.text, note)))
-    return Step(name, partner, relative, absolute, worst, tolerance, note), layout
+    return Step(name, partner, relative, absolute, worst, tolerance, layout.text, note), layout
+
+
+def _masked_alike(name, a, b):
+    """Scores that both mask with large negative numbers get -inf there: else masks would make the norm."""
+    hidden = [np.isfinite(x) & (x < MASKED) for x in (a, b)]
+    if "score" not in name or not all(mask.any() for mask in hidden):
+        return a, b
+    return tuple(np.where(mask, -np.inf, x) for mask, x in zip(hidden, (a, b), strict=True))
 
 
 def measure(a, b):
@@ -205,6 +219,6 @@ def _element(a, b, index):
 def _not_finite(count, a, b):
     if np.isnan(b).any():
         return f"{np.isnan(b).sum()} NaN in B"
-    if np.isneginf(a).all() and (b < -1e4).all():
+    if np.isneginf(a).all() and (b < MASKED).all():
         return f"{count} entries are -inf in A and large negative numbers in B: another way to mask?"
     return f"{count} entries are infinite or NaN in one of the two only"

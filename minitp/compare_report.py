@@ -56,7 +56,9 @@ def _place(name):
 
 
 def _cell(step, pass_number, layer, called):
-    index = list(step.index)
+    farthest = {}  # of an empty array nothing
+    if step.worst:
+        farthest = {"index": list(step.index), "value": step.b_value, "expected": step.a_value}
     return {
         "pass": pass_number,
         "layer": layer,
@@ -69,9 +71,7 @@ def _cell(step, pass_number, layer, called):
             "relative": step.relative,
             "bound": step.tolerance,
             "absolute": step.absolute,
-            "index": index,
-            "value": step.b_value,
-            "expected": step.a_value,
+            **farthest,
         },
         "worst": [[list(index), b, a] for index, a, b in step.worst],
         "note": step.note,

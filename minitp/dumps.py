@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from minitp.errors import InputError
 
-ZIP = b"PK\x03\x04"
+ZIPS = (b"PK\x03\x04", b"PK\x05\x06")  # the second of an empty one
 SAFETENSORS_DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -118,8 +118,8 @@ def open_dump(path):
     """
     try:
         with open(path, "rb") as file:
-            start = file.read(len(ZIP))
-        dump = (NpzDump if start == ZIP else SafetensorsDump)(path)
+            start = file.read(4)
+        dump = (NpzDump if start in ZIPS else SafetensorsDump)(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (*BROKEN, SafetensorError) as error:

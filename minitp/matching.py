@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass
 
 from minitp.config import Config, parse_config, read_json
 from minitp.errors import InputError
+from minitp.steps import AFTER, BEFORE, LAYER, split_name
 from minitp.trace import FORMAT
 
 FIRST_PASS = "prefill/"  # the pass of names that give none
@@ -21,6 +23,7 @@ class Facts:
     fields: dict  # the object in config.json
     config: Config
     tp: int
+    layers: int  # that it ran
     token_ids: list
     passes: dict  # name -> (start, stop)
 
@@ -33,7 +36,8 @@ def read_facts(dump):
         text = {name: json.loads(dump.metadata[name]) for name in ("config", "tp", "token_ids", "passes")}
         passes = {name: (start, stop) for name, start, stop in text["passes"]}
         config = parse_config(text["config"], f"{dump.path}: its config")
-        return Facts(text["config"], config, text["tp"], text["token_ids"], passes)
+        layers = int(dump.metadata.get("layers", config.num_hidden_layers))
+        return Facts(text["config"], config, text["tp"], layers, text["token_ids"], passes)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{dump.path}: says it is {FORMAT}, but its metadata is broken: {error!r}"
@@ -73,13 +77,21 @@ def what_to_leave_out(a, b, a_facts, b_facts):
     patterns, remarks = [], []
     if a_facts.tp != b_facts.tp:
         patterns.append(r"rank\d+/")
+    if a_facts.layers != b_facts.layers:
+        patterns += [rf"(.*/)?{step}$" for step in AFTER]
+        remarks.append(
+            f"{', '.join(AFTER)} are not compared: they come after {a_facts.layers} layers in A and "
+            f"{b_facts.layers} in B"
+        )
+    parted = False
     for name in [name for name in a_facts.passes if name in b_facts.passes]:
         difference = _other_tokens(a_facts, b_facts, name)
-        if difference and not remarks:
+        if difference and not parted:
+            parted = True
             if f"{name}/" == FIRST_PASS:
                 raise InputError(f"{b.path}: a trace of other tokens than {a.path}: {difference}")
             remarks.append(f"from {name} on nothing is compared: the tokens are others; {difference}")
-        if remarks:
+        if parted:
             patterns.append(rf"(rank\d+/)?{re.escape(name)}/")
     return LeftOut(tuple(patterns), tuple(remarks))
 
@@ -105,21 +117,35 @@ def match(a, b, mapped, left_out):
         From `read_map`; other names are looked for under the same name.
     left_out : LeftOut
     """
-    names = [name for name in sorted(a.entries, key=_when) if name not in left_out]
+    in_file = {name: number for number, name in enumerate(a.entries)}
+    names = sorted(a.entries, key=lambda name: (*_when(name), in_file[name]))
+    names = [name for name in names if name not in left_out]
     pairs = {name: mapped.get(name) or _same(name, b.entries) for name in names}
     pairs = {name: partner for name, partner in pairs.items() if partner}
     if not pairs:
         raise InputError(
-            f"{a.path} and {b.path} have no name in common: there it is {_some(a.entries)}, here "
+            f"{a.path} and {b.path} have no name in common: the one has {_some(a.entries)}, the other "
             f"{_some(b.entries)}; say with --map NAMES.json which is which"
         )
     return pairs
 
 
 def _when(name):
-    """Weights first, then the passes as they follow each other; within a pass the order of the file stays."""
-    decode = re.search(r"(?:^|/)decode\.(\d+)/", name)
-    return -1 if name.startswith("weights/") else int(decode[1]) if decode else 0
+    """Weights first, then the passes as they follow each other, and in them the steps as they happen.
+
+    The order of the file does not tell, for many libraries sort names. It decides among names that are not
+    ours, which come last in their pass.
+    """
+    name = re.sub(r"^rank\d+/", "", name)
+    if name.startswith("weights/"):
+        return -1, 0, 0
+    passed, layer, step = split_name(name)
+    decode = re.fullmatch(r"decode\.(\d+)", passed)
+    table = BEFORE | AFTER if layer is None else LAYER
+    if step not in table:
+        return int(decode[1]) if decode else 0, math.inf, 0
+    place = -1 if step in BEFORE else math.inf if layer is None else layer
+    return int(decode[1]) if decode else 0, place, list(table).index(step)
 
 
 def _same(name, others):

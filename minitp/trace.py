@@ -8,6 +8,7 @@ metadata (all values are strings; those that are not names are JSON):
     model       what the user called it
     config      the object in config.json
     tp, dtype   of the run
+    layers      that were run
     token_ids   those that went in, prompt and decoded ones
     passes      [name, first position, stop position] of each
     kinds       how the ranks shared each step: {"layers.*.attn.q": {"kind": "sharded", "axis": 0, ..}}
@@ -45,17 +46,15 @@ class Recorder:
 
     def __init__(self, device, wanted, take):
         self.pass_name = None
-        self.wants_scores = any(name.endswith(LARGE) for name in wanted)
         self._device, self._wanted, self._take = device, wanted, take
 
     def __call__(self, block=None, layer=None, /, **arrays):
-        """Steps `layers.{layer}.{block}.NAME`, or just NAME; a list holds pieces, a head or more each."""
+        """Steps `layers.{layer}.{block}.NAME`, or just NAME."""
         found = {}
         for key, array in arrays.items():
             name = full_name(self.pass_name, layer, key if block is None else f"{block}.{key}")
             if name in self._wanted:
-                whole = self._device.xp.concatenate(array) if isinstance(array, list) else array
-                found[name] = self._device.to_host(whole)
+                found[name] = self._device.to_host(array)
         if found:
             self._take(found)
 
@@ -66,8 +65,10 @@ def passes_of(tokens, decode):
     return [("prefill", 0, tokens), *later]
 
 
-def wanted_steps(plan, passes, globs=None):
+def wanted_steps(plan, passes, globs=None, oracle=False):
     """The full names that match one of `globs`, in order; None: all steps but the large ones and the weights.
+
+    Of the `oracle` those that it has: no weights, and nothing of a single rank.
 
     Raises
     ------
@@ -75,15 +76,15 @@ def wanted_steps(plan, passes, globs=None):
         if one of them matches nothing.
     """
     steps = [f"{name}/{step}" for name, _, _ in passes for step in step_names(plan.layers)]
+    if oracle:
+        steps = [name for name in steps if not name.endswith("_partial")]
     if globs is None:
         return [name for name in steps if not name.endswith(LARGE)]
-    names = [*[WEIGHTS + name for name in plan.tensors], *steps]
+    names = [*([] if oracle else [WEIGHTS + name for name in plan.tensors]), *steps]
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
-            raise InputError(
-                f"--steps {glob!r}: no step of this run is called so; names are like {names[0]}, "
-                f"{steps[5]}, {steps[-1]}"
-            )
+            who = "the oracle has no such step" if oracle else "no step of this run is called so"
+            raise InputError(f"--steps {glob!r}: {who}; names are like {names[0]}, {steps[5]}, {steps[-1]}")
     return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
 
 
@@ -226,6 +227,7 @@ def _metadata(source, token_ids, tp, dtype, passes):
         "config": json.dumps(source.fields()),
         "tp": str(tp),
         "dtype": dtype,
+        "layers": str(source.plan.layers),
         "token_ids": json.dumps(token_ids),
         "passes": json.dumps(passes),
         "kinds": json.dumps(

@@ -158,6 +158,26 @@ def test_steps_that_match_nothing(refused, tiny, tmp_path):
     assert "--steps 'prefill/layers.2.*': no step of this run is called so" in said
 
 
+@pytest.mark.parametrize("glob", ["weights/*", "*_partial"])
+def test_the_oracle_has_not_all_steps(refused, tiny, tmp_path, glob):
+    path = tmp_path / "a.safetensors"
+    said = refused("trace", "a", "--model", tiny, "-o", path, "--oracle", "--steps", glob)
+    assert f"--steps {glob!r}: the oracle has no such step" in said
+
+
+@pytest.mark.mpi
+def test_traces_of_fewer_layers_are_compared_as_far_as_they_go(tiny, tmp_path):
+    short, long = tmp_path / "short.safetensors", tmp_path / "long.safetensors"
+    for path, layers in ((short, 1), (long, 2)):
+        code, _, err = run("trace", "hi", "--model", tiny, "--tp", 1, "-o", path, "--layers", layers)
+        assert (code, err) == (0, "")
+    code, out, _ = run("compare", short, long)
+    assert code == 0
+    assert (
+        "final_norm, logits_partial, logits are not compared: they come after 1 layers in A and 2 in B" in out
+    )
+
+
 def test_the_oracle_has_no_ranks(refused, tiny, tmp_path):
     path = tmp_path / "a.safetensors"
     assert "--oracle and --per-rank" in refused(

@@ -456,8 +456,62 @@ def test_damaged_data(tmp_path, refused):
 def test_disjoint_names(tmp_path, refused):
     a, b = write(tmp_path / "a.npz", arrays()), write(tmp_path / "b.npz", {"h.0": np.zeros(3)})
     line = refused(a, b)
-    assert "no name in common: there it is 'prefill/embed', 'prefill/layers.0.attn.q'" in line
-    assert "here 'h.0'; say with --map" in line
+    assert "no name in common: the one has 'prefill/embed', 'prefill/layers.0.attn.q'" in line
+    assert "the other 'h.0'; say with --map" in line
+
+
+def test_the_first_departing_step_is_the_first_to_happen_however_names_are_sorted(two):
+    """safetensors' save_file sorts: attn.context before attn.q, layers.10 before layers.2."""
+    a = dict(sorted(arrays(layers=12).items()))
+    b = dict(a)
+    for name in (TRACE.format(10, "attn.q"), TRACE.format(2, "attn.q"), TRACE.format(2, "attn.context")):
+        b[name] = b[name] + 1
+    found = [step.name for step in two(a, b).departing]
+    assert found == [
+        TRACE.format(i, step) for i, step in ((2, "attn.q"), (2, "attn.context"), (10, "attn.q"))
+    ]
+
+
+def test_one_array_in_another_layout_is_said(tmp_path, capsys):
+    """Though it is exact, and so never the worst of its layers."""
+    weights = {f"weights/{i}.q": rng(i).standard_normal((6, 6)).astype(np.float32) for i in range(3)}
+    a = write(tmp_path / "a.npz", weights)
+    b = write(tmp_path / "b.npz", weights | {"weights/1.q": weights["weights/1.q"].T})
+    code, out = command(capsys, a, b)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines() if "transposed" in line] == ["weights/1.q"]
+    assert out.splitlines()[-1].endswith("(for float32), 1 of them in another layout")
+
+
+@pytest.mark.parametrize("mask", [-1e9, np.finfo(np.float32).min])
+def test_masks_of_large_numbers_do_not_hide_the_scores(two, mask):
+    name, seen = TRACE.format(0, "attn.scores"), np.tril(np.ones((6, 6), bool))
+    scores = rng().standard_normal((2, 6, 6)).astype(np.float32)
+    a = {name: np.where(seen, scores, np.float32(mask))}
+    assert not two(a, {name: np.where(seen, scores, np.float32(-5e8))}).departing
+    wrong = two(a, {name: np.where(seen, 8 * scores, np.float32(mask))}).departing
+    assert wrong[0].relative == pytest.approx(7, rel=1e-5)
+
+
+def test_nan_in_both_is_said(two):
+    a = arrays(layers=1)
+    a["prefill/embed"][2, 3] = np.nan
+    assert two(a, a).steps[0].note == "1 NaN in both"
+
+
+def test_empty_arrays_have_a_place_in_the_report(tmp_path, capsys):
+    a = write(tmp_path / "a.npz", {"x": np.zeros((0, 4), np.float32), "y": np.ones(3, np.float32)})
+    assert command(capsys, a, a, "--report", tmp_path / "r.html")[0] == 0
+
+
+def test_an_empty_npz(tmp_path, refused):
+    empty = write(tmp_path / "a.npz", {})
+    assert "no arrays in it" in refused(empty, empty)
+
+
+def test_a_map_that_is_not_there(tmp_path, refused):
+    a = write(tmp_path / "a.npz", arrays())
+    assert refused(a, a, "--map", tmp_path / "no.json").endswith("no.json: no such file\n")
 
 
 def test_bfloat16_in_npz(tmp_path):

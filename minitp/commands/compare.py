@@ -10,6 +10,7 @@ from minitp.compare import compare_files
 from minitp.compare_report import report_data
 from minitp.output import write_out
 from minitp.report import write_report
+from minitp.table import aligned
 
 BEFORE_FIRST, AFTER_FIRST, WORST = 3, 6, 10  # lines of the tables of a failure
 NAMES_SHOWN = 3
@@ -71,7 +72,10 @@ def departed(result):
 def verdict(result):
     """The last line."""
     if not result.departing:
-        return f"all {len(result.steps)} common steps within {result.tolerance:g} ({result.why})"
+        count, others = len(result.steps), sum(step.layout != "" for step in result.steps)
+        what = f"all {count} common steps" if count > 1 else "the one common step"
+        laid_out = f", {others} of them in another layout" if others else ""
+        return f"{what} within {result.tolerance:g} ({result.why}){laid_out}"
     step = result.departing[0]
     error = f"relative error {step.relative:.2g} (tolerance {step.tolerance:g})"
     where = f"largest difference at {list(step.index)}: {step.a_value:.6g} in A, {step.b_value:.6g} in B"
@@ -80,15 +84,15 @@ def verdict(result):
 
 
 def agreed(result):
-    """The table of a success, a line for all layers of a step: the worst of them."""
+    """The table of a success, a line for all layers of a step that lie alike: the worst of them."""
     groups = {}
     for step in result.steps:
-        groups.setdefault(re.sub(r"\d+", "*", step.name), []).append(step)
+        groups.setdefault((re.sub(r"\d+", "*", step.name), step.layout), []).append(step)
     worst = [max(steps, key=lambda step: step.relative) for steps in groups.values()]
     return ["The worst of each step over layers and passes:", *table(worst)]
 
 
-def table(steps, causes=True):
+def table(steps):
     """A line for each step, and one more for a long note, which tells a cause."""
     rows = [("", "step", "error", "differs most at", "A", "B", "note")]
     for step in steps:
@@ -98,11 +102,7 @@ def table(steps, causes=True):
         if step.absolute > 0:
             values = (str(list(step.index)), f"{step.a_value:.5g}", f"{step.b_value:.5g}")
         rows.append((mark, step.name, f"{step.relative:.1e}", *values, note))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<><>><", widths, strict=True))
-    lines = [form.format(*row).rstrip() for row in rows]
-    if not causes:
-        return lines
+    lines = aligned(rows, "<<><>><")
     for place, step in reversed(list(enumerate(steps, start=2))):
         if len(step.note) > BESIDE:
             lines.insert(place, f"     {step.note}")

@@ -1,6 +1,6 @@
 """What several commands take: a prompt or tokens in its place, passes, a file to write."""
 
-import os
+import tempfile
 from pathlib import Path
 
 from minitp.errors import InputError
@@ -40,5 +40,10 @@ def check_output(name, suffix):
     path = Path(name)
     if path.suffix != suffix:
         raise InputError(f"{name}: expected a name that ends in {suffix}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{name}: cannot be written there; give a file in a directory that can")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        with tempfile.TemporaryFile(dir=path.parent):  # to ask for permission is not enough, as root has all
+            pass
+    except OSError as error:
+        raise InputError(f"{name}: cannot be written there; give a file in a directory that can") from error

@@ -18,6 +18,7 @@ from minitp.shard_files import (
     refuse_untied_copy,
     write_shards,
 )
+from minitp.table import aligned
 from minitp.weights import LM_HEAD
 
 WIDTH = 80  # of notes; the tables are as wide as they must be
@@ -48,8 +49,9 @@ def title(source):
     """What is divided, over how many."""
     c, tp = source.config, source.plan.tp
     ranks = "1 rank" if tp == 1 else f"{tp} ranks"
+    layers = "1 layer" if c.num_hidden_layers == 1 else f"{c.num_hidden_layers} layers"
     sizes = (
-        f"{c.num_hidden_layers} layers, hidden size {c.hidden_size}, {c.num_attention_heads} query heads and "
+        f"{layers}, hidden size {c.hidden_size}, {c.num_attention_heads} query heads and "
         f"{c.num_key_value_heads} KV heads of {c.head_dim} dimensions, {c.intermediate_size} FFN columns, "
         f"vocabulary of {c.vocab_size}"
     )
@@ -197,13 +199,6 @@ def size(nbytes):
     if nbytes >= 1e6:
         return f"{nbytes / 1e6:.1f} MB"
     return f"{nbytes / 1e3:.1f} kB" if nbytes >= 1e3 else f"{nbytes} B"
-
-
-def aligned(rows, sides):
-    """Rows of texts as lines; `sides` has < or > for each column."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
-    return [form.format(*row).rstrip() for row in rows]
 
 
 def wrapped(note):

@@ -20,7 +20,7 @@ class Trace:
         check_output(args.output, ".safetensors")
         if args.oracle and args.per_rank:
             raise InputError("--oracle and --per-rank: the oracle has no ranks; leave one of them out")
-        return ids, passes, wanted_steps(source.plan, passes, args.steps)
+        return ids, passes, wanted_steps(source.plan, passes, args.steps, args.oracle)
 
     @staticmethod
     def run(args, comm, source, job):
@@ -35,7 +35,7 @@ class Trace:
             model, _ = load(args, comm, source)
             write_trace(path, source, model, ids, passes, wanted, args.per_rank)
         if comm.rank == 0:
-            who = "the oracle, float64" if args.oracle else f"{comm.size} ranks"
+            who = "the oracle, float64" if args.oracle else f"{comm.size} rank{'s'[: comm.size > 1]}"
             megabytes = path.stat().st_size / 1e6
             tokens = len(ids) + args.decode
             write_out(f"{path}: {tokens} tokens through {source.name} on {who}, {megabytes:.1f} MB\n")

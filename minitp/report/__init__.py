@@ -103,7 +103,9 @@ def _pack_cells(data):
             raise ValueError(f"the report has no place for the step {step!r}, layer {layer}")
         rank = None if isinstance(cell["rank"], str) else cell["rank"]  # "all": none of them in particular
         own = cell["local"] or cell["total"] or {}
-        worst = cell["worst"] or [[own[k] for k in ("index", "value", "expected")]] * ("index" in own)
+        worst = cell["worst"]
+        if not worst and "index" in own:
+            worst = [[own[key] for key in ("index", "value", "expected")]]
         worst = [[index, _short(v, VALUE_DIGITS), _short(e, VALUE_DIGITS)] for index, v, e in worst]
         errors = _pack_error(cell["local"]), _pack_error(cell["total"])
         place_and_kind = cell["pass"], row, column, rank, cell["kind"], int(bool(cell["ok"]))
