@@ -30,6 +30,7 @@ from minitp.measure import measure  # noqa: E402
 from minitp.model_source import RANDOM, ModelSource, open_model  # noqa: E402
 from minitp.output import prepare_streams, write_out  # noqa: E402
 from minitp.random_weights import MODELS  # noqa: E402
+from minitp.shared_memory import through_shared_memory  # noqa: E402
 
 TOKENS = 32
 REPEATS = 5
@@ -139,12 +140,15 @@ def run(example):
     comm = None
     try:
         comm = Alone() if WORLD is None else MpiComm(expected=WORLD)
+        comm = comm if WORLD is None else through_shared_memory(comm)
         with comm.agreed():
             source = chosen_model(comm.size)
         example(Here(comm, open_device("float32"), source))
+        comm.close()
     except AgreedError as error:  # every rank has got it
         if comm.rank == 0:
             print(f"{SCRIPT}: {error}", file=sys.stderr)
+        comm.close()
         sys.exit(error.exit_code)
     except Exception as error:  # on this rank alone: the others may be waiting for it
         if not isinstance(error, MinitpError):

@@ -48,12 +48,14 @@ class Attention:
         qk, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
         # 2. RoPE turns each q and k by an angle that tells its position.
         positions = xp.arange(len(x))  # [T]
-        cos, sin = ops.rope_cos_sin(xp, positions, self.frequencies)  # [T, d/2] each
+        cos, sin = ops.rope_cos_sin(xp, positions, self.frequencies)  # [T, d] each
         qk = ops.apply_rope(xp, qk, cos, sin)  # [H_r + K_r, T, d]
         q, k = qk[: self.heads], qk[self.heads :]  # [H_r, T, d], [K_r, T, d]
         # 3. Each head by itself: which earlier tokens matter, and the mean of their values.
         mask = ops.causal_mask(xp, positions, 0, len(x), window)  # [T, T]
-        context = ops.attention(xp, q, k, v, self.query_groups, mask)  # [T, H_r d]
+        scores = ops.attention_scores(xp, q, k, self.query_groups, mask)  # [H_r, T, T]
+        probs = ops.softmax(xp, scores)  # [H_r, T, T]
+        context = ops.attention_context(xp, probs, v, self.query_groups)  # [T, H_r d]
         # 4. Row-parallel: context @ w_o is a sum over all heads. This is the part of it over ours.
         partial = ops.row_parallel(xp, context, self.w_o)  # [T, D]
         return self.here.comm.all_reduce(partial)  # [T, D]

@@ -163,7 +163,12 @@ def add_model(sub):
 def add_device(sub):
     sub.add_argument("--device", choices=["auto", "cpu"], default="auto")
     sub.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
-    sub.add_argument("--comm", choices=["auto", "mpi"], default="auto")
+    sub.add_argument(
+        "--comm",
+        choices=["auto", "mpi", "shm"],
+        default="auto",
+        help="shm: shared memory, for ranks of one host; mpi: messages; auto (default): shm where it can be",
+    )
 
 
 def token_ids(text):

@@ -102,6 +102,9 @@ class Comm:
         """End the whole job from one rank, without the others' consent."""
         raise NotImplementedError
 
+    def close(self):
+        """Leave in good order; all ranks call it, when nothing more is to be exchanged."""
+
     def _exchange_arrays(self, x, sizes, combine):
         """combine(parts): parts[r] is rank r's array, flat, of sizes[r] elements.
 

@@ -21,8 +21,6 @@ PREFILL_CHUNK = 512  # prompt tokens a pass: bounds the [G, T, S] of the scores
 class Unrecorded:
     """The `record` of a run whose steps nobody wants to see."""
 
-    wants_scores = False
-
     def __call__(self, block=None, layer=None, /, **arrays):
         pass
 
@@ -113,9 +111,10 @@ class Model:
         record("attn", i, q_rope=q, k_rope=k)
         k, v = cache.append(i, k, v)  # [K_r, S, d] each, all positions so far
         k, v = k[:, step.first_key :], v[:, step.first_key :]  # [K_r, W, d] each: those in the window, W <= S
-        kept = {"scores": [], "probs": []} if record.wants_scores else None  # [G, T, W] for each KV head
-        context = ops.attention(xp, q, k, v, self.query_groups, step.mask, kept)  # [T, H_r d]
-        record("attn", i, k_cache=k, v_cache=v, **(kept or {}), context=context)
+        scores = ops.attention_scores(xp, q, k, self.query_groups, step.mask)  # [H_r, T, W]
+        probs = ops.softmax(xp, scores)  # [H_r, T, W]
+        context = ops.attention_context(xp, probs, v, self.query_groups)  # [T, H_r d]
+        record("attn", i, k_cache=k, v_cache=v, scores=scores, probs=probs, context=context)
         partial = ops.row_parallel(xp, context, layer.w_o)  # [T, D]
         out = self.comm.all_reduce(partial)  # [T, D]
         out = out if layer.b_o is None else out + layer.b_o  # [T, D]
@@ -142,7 +141,7 @@ class Step:
 
     def __init__(self, xp, positions, past, total, inverse_frequencies, window, record):
         self.record = record
-        self.cos, self.sin = ops.rope_cos_sin(xp, positions, inverse_frequencies)  # [T, d/2] each
+        self.cos, self.sin = ops.rope_cos_sin(xp, positions, inverse_frequencies)  # [T, d] each
         # The oldest key that any query of this step sees; with a window the scores stay that small.
         self.first_key = 0 if window is None else max(0, past - window + 1)
         # A single query sees all keys from there on, so decoding needs no mask.

@@ -49,7 +49,7 @@ def rms_norm(xp, x, weight, eps):
     normalised value is rounded to that dtype before the weight is applied.
     """
     x32 = x.astype(xp.float32, copy=False)  # [T, D]
-    mean_square = xp.sum(x32 * x32, axis=-1, keepdims=True) / x.shape[-1]  # [T, 1]
+    mean_square = (x32 * x32).sum(axis=-1, keepdims=True) / x.shape[-1]  # [T, 1]
     normed = x32 / xp.sqrt(mean_square + eps)  # [T, D]
     return normed.astype(x.dtype, copy=False) * weight  # [T, D]
 
@@ -117,26 +117,32 @@ def rope_inverse_frequencies(rope, head_dim):
 
 
 def rope_cos_sin(xp, positions, inverse_frequencies):
-    """Cosine and sine of each position's angles.
+    """Cosine and sine of each position's angles, for both halves of a head as `apply_rope` wants them.
 
-    `positions` int [T] and `inverse_frequencies` float32 [d/2]; returns two float32 [T, d/2].
+    `positions` int [T] and `inverse_frequencies` float32 [d/2]; returns float32 [T, d] twice: cosines of the
+    d/2 angles and again, sines of them negated and as they are.
     """
     angles = positions.astype(xp.float32)[:, None] * inverse_frequencies[None, :]  # [T, d/2]
-    return xp.cos(angles), xp.sin(angles)  # [T, d/2], [T, d/2]
+    cos, sin = xp.cos(angles), xp.sin(angles)  # [T, d/2], [T, d/2]
+    return xp.concatenate((cos, cos), axis=-1), xp.concatenate((-sin, sin), axis=-1)  # [T, d], [T, d]
 
 
 def apply_rope(xp, x, cos, sin):
     """Turn the pairs (x[i], x[i + d/2]) of each head by its position's angles.
 
+        turned[i]       = x[i] * cos[i]       - x[i + d/2] * sin[i]
+        turned[i + d/2] = x[i + d/2] * cos[i] + x[i] * sin[i]
+
     This is the half-split ("rotate_half") layout of Hugging Face checkpoints. Meta's original files pair
     (x[2i], x[2i + 1]) instead: weights for the one with code for the other give fluent-looking garbage.
 
-    `x` is [n, T, d] for n heads, `cos` and `sin` [T, d/2]; returns [n, T, d] in the dtype of `x`.
+    `x` is [n, T, d] for n heads, `cos` and `sin` [T, d] from `rope_cos_sin`, which have the signs; returns
+    [n, T, d] in the dtype of `x`.
     """
     x32 = x.astype(xp.float32, copy=False)  # [n, T, d]
     half = x.shape[-1] // 2
-    first, second = x32[..., :half], x32[..., half:]  # [n, T, d/2] each
-    turned = xp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)  # [n, T, d]
+    partner = xp.concatenate((x32[..., half:], x32[..., :half]), axis=-1)  # [n, T, d]
+    turned = x32 * cos + partner * sin  # [n, T, d]
     return turned.astype(x.dtype, copy=False)  # [n, T, d]
 
 
@@ -166,17 +172,33 @@ def causal_mask(xp, query_positions, first_key, stop_key, window=None):
     return visible if window is None else visible & (key > query - window)  # [T, S]
 
 
-def attention_scores(xp, q, k, mask=None):
+def attention_scores(xp, q, k, query_groups, mask=None):
     """q . k / sqrt(d), and -inf where the mask says no.
 
-    `q` is [G, T, d] for the G query heads that share a KV head, `k` [S, d], `mask` bool [T, S] or None if
-    everything may be seen. Returns float32 [G, T, S].
+    (Vaswani et al., Attention Is All You Need, 2017, section 3.2.1; Ainslie et al., GQA, 2023.)
+
+    Parameters
+    ----------
+    q : [H_r, T, d]
+    k : [K_r, S, d]
+    query_groups : list of (start, stop)
+        For each KV head the query heads that read it. The groups may be ragged, so nothing is reshaped to
+        [K_r, G]: the loop goes over KV heads.
+    mask : bool [T, S] or None if everything may be seen
+
+    Returns
+    -------
+    float32 [H_r, T, S]
     """
-    group, tokens, d = q.shape
-    rows = q.reshape(group * tokens, d)  # [G * T, d]
-    products = xp.matmul(rows, k.T, dtype=xp.float32)  # [G * T, S]
-    scores = (products * (1 / math.sqrt(d))).reshape(group, tokens, -1)  # [G, T, S]
-    return scores if mask is None else xp.where(mask, scores, -xp.inf)  # [G, T, S]
+    heads, tokens, d = q.shape
+    keys = k.shape[1]
+    scores = xp.empty((heads, tokens, keys), dtype=xp.float32)  # [H_r, T, S]
+    for kv_head, (start, stop) in enumerate(query_groups):
+        rows = q[start:stop].reshape(-1, d)  # [G * T, d]
+        products = scores[start:stop].reshape(-1, keys)  # [G * T, S], a view
+        xp.matmul(rows, k[kv_head].T, dtype=xp.float32, out=products)
+    scores *= 1 / math.sqrt(d)
+    return scores if mask is None else xp.where(mask, scores, -xp.inf)  # [H_r, T, S]
 
 
 def softmax(xp, scores):
@@ -184,51 +206,27 @@ def softmax(xp, scores):
 
     `scores` is float32 [..., S] with at least one finite entry in each row; returns the same shape.
     """
-    shifted = scores - xp.max(scores, axis=-1, keepdims=True)  # [..., S]
-    weights = xp.exp(shifted)  # [..., S]
-    return weights / xp.sum(weights, axis=-1, keepdims=True)  # [..., S]
+    weights = scores - scores.max(axis=-1, keepdims=True)  # [..., S]
+    xp.exp(weights, out=weights)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return weights  # [..., S]
 
 
-def attention_context(xp, probs, v):
+def attention_context(xp, probs, v, query_groups):
     """The mean of the values, weighted by the probabilities.
 
-    `probs` float32 [G, T, S] is rounded to the dtype of `v` [S, d] first; returns [G, T, d].
+    `probs` float32 [H_r, T, S] is rounded to the dtype of `v` [K_r, S, d] first; `query_groups` as above.
+    Returns the context of all heads side by side, as the output projection wants it: [T, H_r * d].
     """
-    group, tokens, keys = probs.shape
-    rows = probs.reshape(group * tokens, keys).astype(v.dtype, copy=False)  # [G * T, S]
-    return matmul(xp, rows, v).reshape(group, tokens, -1)  # [G, T, d]
-
-
-def attention(xp, q, k, v, query_groups, mask=None, kept=None):
-    """Softmax attention with grouped query heads.
-
-    (Vaswani et al., Attention Is All You Need, 2017, section 3.2.1; Ainslie et al., GQA, 2023.)
-
-    Parameters
-    ----------
-    q : [H_r, T, d]
-    k, v : [K_r, S, d]
-    query_groups : list of (start, stop)
-        For each KV head the query heads that read it. The groups may be ragged, so nothing is reshaped to
-        [K_r, G]: the loop goes over KV heads.
-    mask : bool [T, S] or None
-    kept : dict or None
-        To its lists "scores" and "probs" each KV head adds its own, float32 [G, T, S].
-
-    Returns
-    -------
-    [T, H_r * d] : the context of all heads side by side, as the output projection wants it
-    """
-    heads, tokens, d = q.shape
-    context = xp.empty((heads, tokens, d), dtype=q.dtype)  # [H_r, T, d]
+    heads, tokens, keys = probs.shape
+    d = v.shape[2]
+    probs = probs.astype(v.dtype, copy=False)  # [H_r, T, S]
+    context = xp.empty((heads, tokens, d), dtype=xp.float32)  # [H_r, T, d]
     for kv_head, (start, stop) in enumerate(query_groups):
-        scores = attention_scores(xp, q[start:stop], k[kv_head], mask)  # [G, T, S]
-        probs = softmax(xp, scores)  # [G, T, S]
-        context[start:stop] = attention_context(xp, probs, v[kv_head])  # [G, T, d]
-        if kept:
-            kept["scores"].append(scores)
-            kept["probs"].append(probs)
-    return context.transpose(1, 0, 2).reshape(tokens, heads * d)  # [T, H_r * d]
+        rows = probs[start:stop].reshape(-1, keys)  # [G * T, S]
+        means = context[start:stop].reshape(-1, d)  # [G * T, d], a view
+        xp.matmul(rows, v[kv_head], dtype=xp.float32, out=means)
+    return context.transpose(1, 0, 2).reshape(tokens, heads * d).astype(v.dtype, copy=False)  # [T, H_r * d]
 
 
 # --- feed-forward ---------------------------------------------------------------------------------------

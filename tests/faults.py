@@ -107,7 +107,9 @@ averaged = {"all_reduce": lambda all_reduce, x: all_reduce(x) / np.float32(here.
 rolled_logits = {"all_gather": result(lambda y: np.roll(y, 25, axis=-1))}
 two_swapped = {"all_gather": result(lambda y: y[:, [1, 0, *range(2, y.shape[1])]])}
 no_last_column = {"logits_partial": result(lambda y: np.pad(y[:, :-1], ((0, 0), (0, 1))))}
-other_kv_heads = {"attention": changed(_2=lambda k: k[::-1], _3=lambda v: v[::-1])}
+reversed_kv_heads = changed(_2=lambda by_kv_head: by_kv_head[::-1])
+other_kv_heads = {"attention_scores": reversed_kv_heads, "attention_context": reversed_kv_heads}
+even_groups = {"attention_scores": wrong.even_groups, "attention_context": wrong.even_groups}
 biased_term = {"row_parallel": result(lambda y: y + here.layer.b_down)}
 slightly = result(lambda y: y * np.float32(1.0001))
 last_bit = reload("w_o", change=lambda name, whole, model: wrong.last_bit(whole))
@@ -143,15 +145,15 @@ FAULTS = [
     Fault("no scale", "attn.scores", {"attention_scores": wrong.own_scale(math.sqrt)}),
     Fault("mask off by one", "attn.scores", wrong.shifted_mask(1), passes="prefill"),
     Fault("query hidden from itself", "attn.scores", wrong.shifted_mask(-1), passes="prefill"),
-    Fault("no mask", "attn.scores", {"attention": changed(_5=lambda mask: None)}, passes="prefill"),
+    Fault("no mask", "attn.scores", {"attention_scores": changed(_4=lambda mask: None)}, passes="prefill"),
     Fault("window one too long", "attn.scores", wrong.other_window(1), model="window"),
     Fault("window one too short", "attn.scores", wrong.other_window(-1), model="window", decode=0),
     InDecode("window too short in decode", CACHES, wrong.in_decode(wrong.other_window(-1)), model="window"),
     Fault("neighbour's KV heads read", READS_KV, other_kv_heads, places=TWO_KV_HEADS),
-    Fault("query heads dealt evenly", READS_KV, {"attention": wrong.even_groups}, places=RAGGED),
+    Fault("query heads dealt evenly", READS_KV, even_groups, places=RAGGED),
     Fault("softmax over the queries", "attn.probs", {"softmax": wrong.softmax_over_queries}),
     Fault("softmax overflows", "attn.probs", {"softmax": wrong.no_maximum_subtracted}, model="loud"),
-    Fault("context in another order", "attn.context", {"attention": result(wrong.swapped_halves)}),
+    Fault("context in another order", "attn.context", {"attention_context": result(wrong.swapped_halves)}),
     # the cache
     InDecode("cache written one slot too far", CACHES, {"append": wrong.one_slot_too_far}, decode=2),
     InDecode("stale cache entry", CACHES, wrong.stale("kv"), decode=2),

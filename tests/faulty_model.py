@@ -158,13 +158,14 @@ def in_decode(hooks):
 
 def interleaved(original, xp, x, cos, sin):
     """The pairs (x[2i], x[2i + 1])."""
+    cos, sin = cos[:, : cos.shape[1] // 2], sin[:, sin.shape[1] // 2 :]  # [T, d/2] each
     first, second = x[..., 0::2], x[..., 1::2]  # [n, T, d/2] each
     return np.stack((first * cos - second * sin, second * cos + first * sin), axis=-1).reshape(x.shape)
 
 
 def own_scale(factor):
     """Scores multiplied by factor(d)."""
-    return lambda original, xp, q, k, mask: original(xp, q, k, mask) * np.float32(factor(q.shape[-1]))
+    return lambda original, xp, q, *rest: original(xp, q, *rest) * np.float32(factor(q.shape[-1]))
 
 
 def softmax_over_queries(original, xp, scores):
@@ -176,9 +177,9 @@ def no_maximum_subtracted(original, xp, scores):
         return np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
 
 
-def even_groups(original, xp, q, k, v, groups, mask, kept):
+def even_groups(original, xp, by_head, by_kv_head, groups, *mask):
     """As if each KV head had as many of this rank's query heads."""
-    return original(xp, q, k, v, split_evenly(len(q), len(k)), mask, kept)
+    return original(xp, by_head, by_kv_head, split_evenly(len(by_head), len(by_kv_head)), *mask)
 
 
 def one_slot_too_far(original, layer, k, v):

@@ -40,6 +40,12 @@ class StrictArray:
     def reshape(self, *shape):
         return StrictArray(self._array.reshape(*shape))
 
+    def max(self, axis=None, keepdims=False):
+        return StrictArray(np.asarray(self._array.max(axis=axis, keepdims=keepdims)))
+
+    def sum(self, axis=None, keepdims=False):
+        return StrictArray(np.asarray(self._array.sum(axis=axis, keepdims=keepdims)))
+
     def transpose(self, *axes):
         return StrictArray(self._array.transpose(*axes))
 

@@ -514,14 +514,14 @@ def long_model(directory, window, comm=None):
 def test_long_generation_across_the_window(tmp_path, monkeypatch):
     """2050 tokens of a context of a million: the right ones, with as much work and memory as they need."""
     model = long_model(tmp_path / "windowed", WINDOW)
-    keys_read, cache_bytes, attention = [], [], ops.attention
+    keys_read, cache_bytes, scores = [], [], ops.attention_scores
 
-    def counting(xp, q, k, v, *rest):
+    def counting(xp, q, k, *rest):
         if q.shape[1] == 1:
             keys_read.append(k.shape[1])
-        return attention(xp, q, k, v, *rest)
+        return scores(xp, q, k, *rest)
 
-    monkeypatch.setattr(ops, "attention", counting)
+    monkeypatch.setattr(ops, "attention_scores", counting)
     caches = []
     monkeypatch.setattr(model, "new_cache", lambda new=model.new_cache: caches.append(new()) or caches[-1])
     prompt = list(range(10))

@@ -1,0 +1,151 @@
+"""Collectives through memory that all ranks of a host can see: no message, no copy, no kernel on the way.
+
+    rank 0                      rank 1
+    +-------+-------+--------+  +-------+-------+--------+
+    | slot  | slot  | number |  | slot  | slot  | number |     one MPI window, a segment each
+    +-------+-------+--------+  +-------+-------+--------+
+
+In the n-th meeting each rank writes what it has to say into its slot n mod 2, then n into its number, waits
+until all numbers have reached n, and reads all slots. Who writes for meeting n + 2 has seen everybody's
+number reach n + 1, and so knows that everybody has read the slots of meeting n. Hence two slots in turn, and
+a meeting needs no second barrier.
+"""
+
+import os
+import pickle
+import time
+from time import perf_counter
+
+import numpy as np
+
+from minitp.comm import MpiComm
+from minitp.errors import InputError
+
+SLOT_BYTES = 1 << 21  # more goes in several meetings
+LINE_BYTES = 128  # apart from each other, so that writing a number takes no cache line from somebody else
+LENGTH_BYTES = 8  # before an object
+PATIENCE_S = 0.02  # of giving way to others before sleeping
+
+
+class SharedMemoryComm(MpiComm):
+    """Ranks as MPI processes of one host.
+
+    `all_reduce`, `all_gather` and `broadcast` go through shared memory; `exchange` waits asleep, as in
+    MpiComm. Measured beside MPI in docs/performance.md.
+
+    Parameters
+    ----------
+    node : mpi4py.MPI.Comm
+        All ranks of the world, on one host.
+    """
+
+    def __init__(self, node):
+        from mpi4py import MPI
+
+        super().__init__()
+        self._window = MPI.Win.Allocate_shared(2 * SLOT_BYTES + LINE_BYTES, 1, comm=node)
+        segments = [np.frombuffer(self._window.Shared_query(r)[0], np.uint8) for r in range(self.size)]
+        self._slots = [[s[i * SLOT_BYTES : (i + 1) * SLOT_BYTES] for s in segments] for i in (0, 1)]
+        self._numbers = [memoryview(s[2 * SLOT_BYTES :]).cast("q") for s in segments]
+        self._meetings = 0
+        self._numbers[self.rank][0] = 0
+        self._window.Lock_all()  # to be allowed to Sync
+        node.Barrier()
+
+    def close(self):
+        """MPICH may hang at the end of a process if a window is left."""
+        self._slots = self._numbers = None
+        self._window.Unlock_all()
+        self._window.Free()
+
+    def broadcast(self, value):
+        rest = memoryview(pickle.dumps(value)) if self.rank == 0 else b""
+        slot = self._next_slot()
+        if self.rank == 0:
+            slot[:LENGTH_BYTES] = np.frombuffer(len(rest).to_bytes(LENGTH_BYTES, "little"), np.uint8)
+            rest = _put(rest, slot[LENGTH_BYTES:])
+        first = self._meet()[0]
+        missing = int.from_bytes(first[:LENGTH_BYTES].tobytes(), "little")
+        found = [first[LENGTH_BYTES : LENGTH_BYTES + missing].tobytes()]
+        while (missing := missing - len(found[-1])) > 0:
+            rest = _put(rest, self._next_slot())
+            found.append(self._meet()[0][:missing].tobytes())
+        return pickle.loads(b"".join(found)) if self.rank else value
+
+    def _exchange_arrays(self, x, sizes, combine):
+        flat = np.ascontiguousarray(x).reshape(-1)
+        room = SLOT_BYTES // x.dtype.itemsize
+        if max(sizes) <= room:
+            return combine(self._exchange_piece(flat, sizes))
+        parts = [np.empty(size, x.dtype) for size in sizes]
+        for start in range(0, max(sizes), room):
+            lengths = [min(room, max(0, size - start)) for size in sizes]
+            pieces = self._exchange_piece(flat[start : start + room], lengths)
+            for part, piece in zip(parts, pieces, strict=True):
+                part[start : start + len(piece)] = piece
+        return combine(parts)
+
+    def _exchange_piece(self, flat, sizes):
+        """Views of everybody's elements in the slots; they hold until the next meeting but one."""
+        self._next_slot().view(flat.dtype)[: len(flat)] = flat
+        slots = self._meet()
+        return [slot.view(flat.dtype)[:size] for slot, size in zip(slots, sizes, strict=True)]
+
+    def _next_slot(self):
+        """Where this rank may write before the next meeting: uint8 [SLOT_BYTES]."""
+        return self._slots[(self._meetings + 1) % 2][self.rank]
+
+    def _meet(self):
+        """Wait until all ranks are here; return all slots, in rank order."""
+        self._meetings += 1
+        self._window.Sync()  # what was written is there before the number says so
+        self._numbers[self.rank][0] = self._meetings
+        for number in self._numbers:
+            if number[0] < self._meetings:
+                self._wait(number)
+        self._window.Sync()
+        return self._slots[self._meetings % 2]
+
+    def _wait(self, number):
+        """Give way to whoever else wants this core: it may be the rank that is waited for."""
+        until = perf_counter() + PATIENCE_S
+        while number[0] < self._meetings:
+            if perf_counter() < until:
+                os.sched_yield()
+            else:
+                time.sleep(0.0005)
+
+
+def _put(data, slot):
+    """Write as much of `data` as there is room for; return the rest."""
+    count = min(len(data), len(slot))
+    slot[:count] = np.frombuffer(data, np.uint8, count)
+    return data[count:]
+
+
+def through_shared_memory(comm, transport="auto"):
+    """The Comm that --comm asks for, from an MpiComm; all ranks call it.
+
+    Parameters
+    ----------
+    comm : MpiComm
+    transport : str
+        mpi; shm, through shared memory; or auto, which is shm if all ranks are on one host.
+
+    Raises
+    ------
+    AgreedError
+        on all ranks, if they are on several hosts and `transport` is shm.
+    """
+    if transport == "mpi":
+        return comm
+    from mpi4py import MPI
+
+    node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    if node.size == comm.size:
+        return SharedMemoryComm(node)
+    if transport == "shm":
+        comm.agree(
+            InputError(f"--comm shm: {node.size} of {comm.size} ranks are on this host; use --comm mpi")
+        )
+    return comm

@@ -1,0 +1,82 @@
+"""Collectives through shared memory, by real ranks: the same as through MPI, bit for bit."""
+
+import subprocess
+import sys
+
+import pytest
+from tiny import write_tiny
+
+from minitp import launch
+from minitp.shared_memory import SLOT_BYTES
+
+LIMIT_S = 120
+
+# Run by each rank. All ranks draw the same numbers, so each knows what the others say.
+COLLECTIVES = f"""
+import sys, time
+import ml_dtypes
+import numpy as np
+from minitp.comm import MpiComm
+from minitp.shared_memory import SharedMemoryComm, through_shared_memory
+
+mpi = MpiComm()
+comm = through_shared_memory(mpi, "shm")
+assert type(comm) is SharedMemoryComm and type(through_shared_memory(mpi, "mpi")) is MpiComm
+rng, mine = np.random.default_rng(0), comm.rank
+SLOT = {SLOT_BYTES}
+for n in (1, 7, SLOT // 4, SLOT // 4 + 1, 5 * SLOT // 8, 0):
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        parts = rng.standard_normal((comm.size, n)).astype(dtype)
+        if rng.random() < 0.3 and mine == rng.integers(comm.size):
+            time.sleep(0.05)  # longer than the others are patient
+        total = comm.all_reduce(parts[mine])
+        assert total.tobytes() == mpi.all_reduce(parts[mine]).tobytes(), (n, dtype)
+        total[:] = 0  # is nobody else's
+for widths in ([3, 2, 2, 2], [0, 1, 0, 5], [SLOT // 8, 1, SLOT // 4 + 3, 2]):
+    widths = widths[: comm.size]
+    parts = [rng.standard_normal((3, width)).astype(np.float32) for width in widths]
+    assert (comm.all_gather(parts[mine], widths) == np.concatenate(parts, axis=-1)).all(), widths
+for value in (None, (5, False), "x" * (SLOT - 8), "y" * SLOT, b"z" * (3 * SLOT + 1), list(range(300_000))):
+    assert comm.broadcast(value if mine == 0 else "ignored") == value
+    assert comm.exchange(mine) == list(range(comm.size))
+for i in range(20_000):  # far more meetings than slots, with no other wait between them
+    x = np.full(5, 1 + i * comm.size + mine, np.float64)
+    assert comm.all_reduce(x)[4] == sum(1 + i * comm.size + r for r in range(comm.size)), i
+if mine == 0:
+    print("all right", comm.size)
+comm.close()
+"""
+
+
+def mpirun(ranks, *command):
+    done = subprocess.run(
+        [launch.find_mpirun(), "-n", str(ranks), sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_collectives(ranks):
+    assert mpirun(ranks, "-c", COLLECTIVES) == (0, f"all right {ranks}\n", "")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("transport", ["shm", "mpi"])
+def test_the_same_tokens_and_a_quiet_end(tmp_path, transport):
+    model = write_tiny(tmp_path / "model", num_hidden_layers=2)
+    argv = ["generate", "--tokens", "1,2,3", "-n", "20", "--ignore-eos", "--json", "--model", model]
+    for _ in range(3):  # an end that hangs does so now and then
+        code, out, err = mpirun(3, "-m", "minitp", *map(str, argv), "--comm", transport)
+        assert (code, err) == (0, "")
+        alone = subprocess.run(
+            [sys.executable, "-m", "minitp", *map(str, argv), "--tp", "1"], capture_output=True, text=True
+        )
+        assert _tokens(out) == _tokens(alone.stdout)
+
+
+def _tokens(text):
+    return text.partition('"token_ids"')[2].partition("]")[0]
