@@ -33,7 +33,7 @@ def generate(model, prompt_ids, request, use_cache=True):
     comm = model.comm
     ids = list(prompt_ids)
     check_prompt(ids, model.config, model.config.max_position_embeddings)
-    cache = model.new_cache()
+    cache = model.new_cache(comm.broadcast(request.positions if comm.rank == 0 else None))
     logits = prefill(model, cache, ids)  # [V]
     while True:
         token, last = comm.broadcast(request.take(logits) if comm.rank == 0 else None)
@@ -44,7 +44,7 @@ def generate(model, prompt_ids, request, use_cache=True):
         if use_cache:
             logits = model.forward([token], cache, logits_at=slice(-1, None))[0]  # [V]
         else:
-            cache = model.new_cache()
+            cache = model.new_cache(len(ids))
             logits = prefill(model, cache, ids)  # [V]
 
 
@@ -120,6 +120,11 @@ class Request:
     def _hand_out(self, piece):
         if not self.emit(piece):
             self.finish_reason = "closed"
+
+    @property
+    def positions(self):
+        """How long prompt and continuation may become."""
+        return min(self.max_context, len(self.prompt_ids) + self.params.max_new_tokens)
 
     @property
     def ttft_s(self):

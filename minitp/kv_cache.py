@@ -4,8 +4,9 @@
 class KVCache:
     """One sequence's keys and values on one rank: per layer two buffers [K_r, capacity, d].
 
-    The buffers grow as they fill, by half their size, so that n positions cost O(n) copied bytes in all and
-    nothing is sized for the longest context that the model allows.
+    The buffers are reserved for `capacity` positions at once. On a CPU that costs address space only: the
+    system gives memory, page by page, to what has been written, so it grows with the sequence and nothing is
+    ever copied. A sequence that grows beyond that gets buffers half as large again.
 
     `append` a step's keys and values in every layer, then `advance` once:
 
@@ -17,11 +18,11 @@ class KVCache:
     ((2, 3, 4), 3)
     """
 
-    def __init__(self, xp, dtype, layers, kv_heads, head_dim):
+    def __init__(self, xp, dtype, layers, kv_heads, head_dim, capacity=64):
         self.length = 0  # positions that all layers hold
         self._xp = xp
         self._buffers = [
-            [xp.empty((kv_heads, 0, head_dim), dtype=dtype) for _ in range(2)] for _ in range(layers)
+            [xp.empty((kv_heads, capacity, head_dim), dtype=dtype) for _ in range(2)] for _ in range(layers)
         ]
 
     def append(self, layer, k, v):
@@ -40,12 +41,12 @@ class KVCache:
 
     def _grown(self, buffer, needed):
         kv_heads, capacity, head_dim = buffer.shape
-        capacity = max(needed, capacity + capacity // 2, 64)
+        capacity = max(needed, capacity + capacity // 2)
         grown = self._xp.empty((kv_heads, capacity, head_dim), dtype=buffer.dtype)
         grown[:, : self.length] = buffer[:, : self.length]
         return grown
 
     @property
     def nbytes(self):
-        """Bytes held by this rank's buffers."""
+        """Bytes reserved for this rank's buffers."""
         return sum(buffer.nbytes for pair in self._buffers for buffer in pair)

@@ -15,7 +15,10 @@ from minitp import ops
 from minitp.kv_cache import KVCache
 from minitp.weights import Loader
 
-PREFILL_CHUNK = 512  # prompt tokens a pass: bounds the [G, T, S] of the scores
+PREFILL_CHUNK = 512  # prompt tokens a pass, at most
+SCORES = (
+    1 << 24
+)  # scores [H_r, T, S] of a prefill pass, at most: 64 MB, and as much again for what comes of them
 
 
 class Unrecorded:
@@ -53,10 +56,12 @@ class Model:
         frequencies = ops.rope_inverse_frequencies(config.rope, config.head_dim)
         self.inverse_frequencies = device.xp.asarray(frequencies, dtype=device.xp.float32)  # [d/2]
 
-    def new_cache(self):
-        """An empty KV cache for one sequence."""
-        c = self.config
-        return KVCache(self.device.xp, self.device.dtype, c.num_hidden_layers, self.kv_heads, c.head_dim)
+    def new_cache(self, capacity=64):
+        """An empty KV cache for one sequence, of `capacity` positions and more if need be."""
+        device, c = self.device, self.config
+        return KVCache(
+            device.xp, device.dtype, c.num_hidden_layers, self.kv_heads, c.head_dim, max(1, capacity)
+        )
 
     def forward(self, token_ids, cache, logits_at=None, record=Unrecorded()):  # noqa: B008  it has no state
         """Run the next tokens of a sequence; prefill and decode are this same function.
@@ -157,8 +162,14 @@ def load_model(source, comm, device, progress=lambda nbytes: None):
 
 
 def prefill(model, cache, token_ids, chunk=PREFILL_CHUNK):
-    """Run a prompt through the model in passes of `chunk` tokens; return the last position's logits [V]."""
-    last = (len(token_ids) - 1) // chunk * chunk
-    for start in range(0, last, chunk):
-        model.forward(token_ids[start : start + chunk], cache)
-    return model.forward(token_ids[last:], cache, logits_at=slice(-1, None))[0]
+    """Run a prompt through the model in passes of at most `chunk` tokens; return the last logits [V]."""
+    heads = max(stop - start for start, stop in model.plan.head_ranges)  # of the rank that has most
+    window = model.config.sliding_window or len(token_ids)
+    start = 0
+    while True:
+        keys = min(start, window) + chunk
+        stop = start + min(chunk, max(1, SCORES // (heads * keys)))
+        if stop >= len(token_ids):
+            return model.forward(token_ids[start:], cache, logits_at=slice(-1, None))[0]
+        model.forward(token_ids[start:stop], cache)
+        start = stop

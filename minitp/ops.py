@@ -198,7 +198,10 @@ def attention_scores(xp, q, k, query_groups, mask=None):
         products = scores[start:stop].reshape(-1, keys)  # [G * T, S], a view
         xp.matmul(rows, k[kv_head].T, dtype=xp.float32, out=products)
     scores *= 1 / math.sqrt(d)
-    return scores if mask is None else xp.where(mask, scores, -xp.inf)  # [H_r, T, S]
+    if mask is not None:
+        # Not by adding -inf: a key that is no number must not reach the queries that do not see it.
+        xp.copyto(scores, -xp.inf, where=~mask)
+    return scores  # [H_r, T, S]
 
 
 def softmax(xp, scores):
@@ -241,5 +244,7 @@ def swiglu(xp, gate_up):
     gate = gate_up[:, :columns].astype(xp.float32, copy=False)  # [T, F_r]
     up = gate_up[:, columns:].astype(xp.float32, copy=False)  # [T, F_r]
     # Below -80 silu is 0 to any float32 sum it enters, and exp(-x) would overflow.
-    silu = gate / (1 + xp.exp(-xp.maximum(gate, -80)))  # [T, F_r]
+    divisor = xp.exp(-xp.maximum(gate, -80))  # [T, F_r]
+    divisor += 1
+    silu = gate / divisor  # [T, F_r]
     return (silu * up).astype(gate_up.dtype, copy=False)  # [T, F_r]

@@ -140,8 +140,8 @@ def _unwrap_argument(value):
 # What CuPy has under the same name with the same meaning. CuPy's `asarray` would copy a NumPy array to the
 # device; that is for the loader to do, not for an operation, so here it refuses like the others.
 FUNCTIONS = (
-    "abs", "arange", "argmax", "argmin", "asarray", "concatenate", "cos", "empty", "empty_like", "exp",
-    "full", "isfinite", "isnan", "log", "matmul", "max", "maximum", "mean", "min", "minimum", "ones",
+    "abs", "arange", "argmax", "argmin", "asarray", "concatenate", "copyto", "cos", "empty", "empty_like",
+    "exp", "full", "isfinite", "isnan", "log", "matmul", "max", "maximum", "mean", "min", "minimum", "ones",
     "rint", "sin", "sqrt", "stack", "sum", "where", "zeros", "zeros_like",
 )  # fmt: skip
 DTYPES = ("bool_", "int8", "int32", "int64", "float16", "float32")

@@ -523,7 +523,8 @@ def test_long_generation_across_the_window(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ops, "attention_scores", counting)
     caches = []
-    monkeypatch.setattr(model, "new_cache", lambda new=model.new_cache: caches.append(new()) or caches[-1])
+    new = model.new_cache
+    monkeypatch.setattr(model, "new_cache", lambda capacity: caches.append(new(capacity)) or caches[-1])
     prompt = list(range(10))
     request = Request(SamplingParams(max_new_tokens=LONG, temperature=1.0, seed=1), (), prompt, 1_000_000)
     tokens = []
@@ -539,10 +540,9 @@ def test_long_generation_across_the_window(tmp_path, monkeypatch):
     steps = range(len(prompt) + 1, len(prompt) + LONG)
     assert keys_read == [min(position, WINDOW) for position in steps for _ in range(2)]
 
-    # Memory: two buffers of two heads in two layers, half empty at most.
+    # Memory: two buffers of two heads in two layers, reserved for what may come and never copied.
     per_position = 2 * 2 * 2 * 4 * 4
-    for length, nbytes in enumerate(cache_bytes, start=len(prompt)):
-        assert per_position * length <= nbytes <= per_position * max(64, 1.5 * length)
+    assert set(cache_bytes) == {per_position * (len(prompt) + LONG)}
 
     # Tokens: the whole again in one pass, without a cache; each draw repeated from its logits.
     ids = prompt + tokens
@@ -566,6 +566,39 @@ def cut(cache, length):
     """The cache as it was after `length` positions."""
     cache.length = length
     return cache
+
+
+def test_a_cache_that_was_reserved_for_less_grows(tmp_path):
+    model = long_model(tmp_path / "model", WINDOW)
+    ids = list(range(100, 190))
+    small, large = model.new_cache(1), model.new_cache(90)
+    for start, stop in ((0, 1), (1, 3), (3, 64), (64, 90)):
+        logits = [model.forward(ids[start:stop], cache, slice(-1, None)) for cache in (small, large)]
+        np.testing.assert_array_equal(*logits)
+    assert large.nbytes == 90 * 2 * 2 * 2 * 4 * 4 <= small.nbytes < 1.5 * large.nbytes
+
+
+def test_a_pass_of_a_long_prompt_has_few_scores(tmp_path, monkeypatch):
+    """However long the prompt is, whatever the number of ranks."""
+    ids = np.random.default_rng(8).integers(0, 256, size=300).tolist()
+    long_model(tmp_path / "model", None)
+
+    def on_ranks(comm):
+        model, sizes = open_tiny(tmp_path / "model", comm), []
+        forward = model.forward
+        model.forward = lambda ids, cache, *args, **kwargs: (
+            sizes.append((len(ids), cache.length + len(ids))) or forward(ids, cache, *args, **kwargs)
+        )
+        return prefill(model, model.new_cache(), ids, 100), sizes, model.plan.head_ranges
+
+    whole = run_threads(3, on_ranks)
+    monkeypatch.setattr("minitp.model.SCORES", 4096)
+    for (logits, sizes, heads), (expected, _, _) in zip(run_threads(3, on_ranks), whole, strict=True):
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+        most = max(stop - start for start, stop in heads)
+        assert len(sizes) > 10
+        assert all(most * tokens * keys <= 4096 for tokens, keys in sizes)
+        assert sum(tokens for tokens, _ in sizes) == 300
 
 
 def test_window_with_ranks_and_a_chunked_prompt(tmp_path):
