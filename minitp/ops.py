@@ -195,8 +195,8 @@ def attention_scores(xp, q, k, query_groups, mask=None):
     scores = xp.empty((heads, tokens, keys), dtype=xp.float32)  # [H_r, T, S]
     for kv_head, (start, stop) in enumerate(query_groups):
         rows = q[start:stop].reshape(-1, d)  # [G * T, d]
-        products = scores[start:stop].reshape(-1, keys)  # [G * T, S], a view
-        xp.matmul(rows, k[kv_head].T, dtype=xp.float32, out=products)
+        products = xp.matmul(rows, k[kv_head].T, dtype=xp.float32)  # [G * T, S]
+        scores[start:stop] = products.reshape(stop - start, tokens, keys)
     scores *= 1 / math.sqrt(d)
     if mask is not None:
         # Not by adding -inf: a key that is no number must not reach the queries that do not see it.
@@ -224,12 +224,12 @@ def attention_context(xp, probs, v, query_groups):
     heads, tokens, keys = probs.shape
     d = v.shape[2]
     probs = probs.astype(v.dtype, copy=False)  # [H_r, T, S]
-    context = xp.empty((heads, tokens, d), dtype=xp.float32)  # [H_r, T, d]
+    context = xp.empty((heads, tokens, d), dtype=v.dtype)  # [H_r, T, d]
     for kv_head, (start, stop) in enumerate(query_groups):
         rows = probs[start:stop].reshape(-1, keys)  # [G * T, S]
-        means = context[start:stop].reshape(-1, d)  # [G * T, d], a view
-        xp.matmul(rows, v[kv_head], dtype=xp.float32, out=means)
-    return context.transpose(1, 0, 2).reshape(tokens, heads * d).astype(v.dtype, copy=False)  # [T, H_r * d]
+        means = xp.matmul(rows, v[kv_head], dtype=xp.float32)  # [G * T, d]
+        context[start:stop] = means.reshape(stop - start, tokens, d)
+    return context.transpose(1, 0, 2).reshape(tokens, heads * d)  # [T, H_r * d]
 
 
 # --- feed-forward ---------------------------------------------------------------------------------------

@@ -158,6 +158,8 @@ class _StrictXp:
 
 def _strict(function):
     def call(*args, **kwargs):
+        if function is np.matmul and "out" in kwargs:
+            raise TypeError("matmul: CuPy's takes no `out`")
         args = [_unwrap_argument(arg) for arg in args]
         kwargs = {name: _unwrap_argument(value) for name, value in kwargs.items()}
         return StrictArray(np.asarray(function(*args, **kwargs)))
