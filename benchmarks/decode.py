@@ -1,6 +1,7 @@
-"""Decode speed of the demo model at several numbers of ranks, beside this machine's limit.
+"""Decode speed at several numbers of ranks, beside this machine's limit.
 
-    python benchmarks/decode.py [--tp 1 2 4] [--tokens 100] [--rounds 3] [--no-cache] [-o FILE.json]
+    python benchmarks/decode.py [--model smollm2] [--tp 1 2 4] [--tokens 100] [--rounds 3] [--no-cache]
+                                [-o FILE.json]
 
 For each TP it runs in turn, `rounds` times, and prints medians:
 
@@ -26,12 +27,13 @@ from time import perf_counter
 from minitp.environment import cores, limit_blas_threads
 from minitp.launch import find_mpirun
 
-PROMPT = "The capital of France is"
+PROMPT = "504,3575,282,4649,314"  # to the demo model: The capital of France is
 
 
 def main():
     """Run all, print a table."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    arguments.add_argument("--model", default="smollm2")
     arguments.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4])
     arguments.add_argument("--tokens", type=int, default=100)
     arguments.add_argument("--rounds", type=int, default=3)
@@ -40,12 +42,12 @@ def main():
     arguments.add_argument("--bare-rank", type=int, help=argparse.SUPPRESS)
     args = arguments.parse_args()
     if args.bare_rank is not None:
-        return bare_products(args.tokens)
+        return bare_products(args.model, args.tokens)
     kinds = ["bare", "minitp", "minitp no cache"] if args.no_cache else ["bare", "minitp"]
     figures = {f"{kind} tp={tp}": [] for tp in args.tp for kind in kinds}
     for _ in range(args.rounds):
         for name, values in figures.items():
-            values.append(measure(name, args.tokens))
+            values.append(measure(name, args.model, args.tokens))
     table(figures)
     if args.o:
         result = {
@@ -56,18 +58,19 @@ def main():
         Path(args.o).write_text(json.dumps({**result, "tokens_per_s": figures}, indent=2) + "\n")
 
 
-def measure(name, tokens):
+def measure(name, model, tokens):
     """Tokens a second of one run."""
     kind, tp = name.split(" tp=")
     if kind != "bare":
-        command = [sys.executable, "-m", "minitp", "generate", PROMPT, "--ignore-eos", "--json"]
+        command = [sys.executable, "-m", "minitp", "generate", "--model", model, "--tokens", PROMPT]
+        command += ["--ignore-eos", "--json"]
         if kind == "minitp no cache":
             command.append("--no-kv-cache")
         done = run([*command, "-n", str(tokens), "--tp", tp], dict(os.environ))
         return json.loads(done)["stats"]["decode_tokens_per_s"]
     environment = dict(os.environ)
     limit_blas_threads(environment, int(tp))
-    this = [sys.executable, __file__, "--bare-rank", "0", "--tokens", str(tokens)]
+    this = [sys.executable, __file__, "--bare-rank", "0", "--model", model, "--tokens", str(tokens)]
     return float(run([find_mpirun(), "-n", tp, *this], environment))
 
 
@@ -76,7 +79,7 @@ def run(command, environment):
     return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
 
 
-def bare_products(tokens):
+def bare_products(model, tokens):
     """As one of several ranks at once: only the products of a token; rank 0 prints tokens a second."""
     import numpy as np
     from mpi4py import MPI
@@ -86,7 +89,7 @@ def bare_products(tokens):
     from minitp.weights import Loader
 
     world = MPI.COMM_WORLD
-    source = open_model("smollm2", world.size)
+    source = open_model(model, world.size)
     weights = Loader(source.plan, world.rank, source.tensors, open_device("float32")).load()
     matrices = [m for w in weights.layers for m in (w.w_qkv, w.w_o, w.w_gate_up, w.w_down)] + [
         weights.lm_head
