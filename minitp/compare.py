@@ -13,11 +13,11 @@ from minitp.dumps import open_dump
 from minitp.errors import InputError
 from minitp.layouts import layouts
 from minitp.matching import match, read_facts, read_map, what_to_leave_out
+from minitp.measure import measure
 from minitp.steps import AFTER, BEFORE, LAYER, split_name
 
 # Relative errors allowed, by the coarsest floating-point dtype; docs/compare.md has the measurements.
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-WORST = 3  # elements kept of a step
 MASKED = -1e4  # no score of a model is so low, and masks are: -1e9, or the lowest number of the dtype
 DIAGNOSED = 20  # departing steps that are looked at more closely: the first ones
 
@@ -168,16 +168,18 @@ def _step(name, partner, a, b, found, tolerance):
     """The Step of two float64 arrays, and the Layout in which it was measured."""
     best = None
     for layout in found:
-        error = measure(*_masked_alike(name, a, layout.view(b)))
-        if best is None or error[0] < best[0][0] / 2:  # the likelier one, unless another is clearly nearer
-            best = error, layout
-        if best[0][0] <= tolerance:
+        expected, value = _masked_alike(name, a, layout.view(b))
+        error = measure(value, expected)
+        if (
+            best is None or error.relative < best[0].relative / 2
+        ):  # the likelier one, unless another is nearer
+            best = error, _note(expected, value), layout
+        if best[0].relative <= tolerance:
             break
-    (relative, absolute, worst, note), layout = best
-    if not note and np.isnan(a).any():
-        note = f"{np.isnan(a).sum()} NaN in both"
+    error, note, layout = best
     note = "; ".join(filter(None, (layout.text, note)))
-    return Step(name, partner, relative, absolute, worst, tolerance, layout.text, note), layout
+    worst = tuple((index, ours, theirs) for index, theirs, ours in error.worst)
+    return Step(name, partner, error.relative, error.absolute, worst, tolerance, layout.text, note), layout
 
 
 def _masked_alike(name, a, b):
@@ -188,35 +190,13 @@ def _masked_alike(name, a, b):
     return tuple(np.where(mask, -np.inf, x) for mask, x in zip(hidden, (a, b), strict=True))
 
 
-def measure(a, b):
-    """Relative error, largest difference, the worst elements, and a note; of float64 arrays of one shape.
-
-    Where either is not finite both must be the same: -inf as -inf, NaN as NaN.
-    """
-    finite = np.isfinite(a) & np.isfinite(b)
-    alike = finite | (a == b) | (np.isnan(a) & np.isnan(b))
-    if not alike.all():
-        places = np.argwhere(~alike)
-        worst = tuple(_element(a, b, index) for index in places[:WORST])
-        return np.inf, np.inf, worst, _not_finite(len(places), a[~alike], b[~alike])
-    with np.errstate(over="ignore"):
-        off = np.where(finite, b, 0) - np.where(finite, a, 0)
-        size, error = np.linalg.norm(a[finite]), np.linalg.norm(off)
-    absolute = np.abs(off).reshape(-1)
-    top = np.argpartition(-absolute, min(WORST, len(absolute)) - 1)[:WORST] if len(absolute) else []
-    worst = tuple(
-        _element(a, b, np.unravel_index(i, a.shape)) for i in sorted(top, key=lambda i: (-absolute[i], i))
-    )
-    relative = 0.0 if error == 0 else np.inf if size == 0 else error / size
-    return float(relative), float(absolute.max(initial=0)), worst, ""
-
-
-def _element(a, b, index):
-    index = tuple(int(i) for i in index)
-    return index, float(a[index]), float(b[index])
-
-
-def _not_finite(count, a, b):
+def _note(a, b):
+    """What is said of entries that are not finite in one or both; empty if all are."""
+    finite, both_nan = np.isfinite(a) & np.isfinite(b), np.isnan(a) & np.isnan(b)
+    apart = ~(finite | (a == b) | both_nan)
+    if not apart.any():
+        return f"{both_nan.sum()} NaN in both" if both_nan.any() else ""
+    count, a, b = apart.sum(), a[apart], b[apart]
     if np.isnan(b).any():
         return f"{np.isnan(b).sum()} NaN in B"
     if np.isneginf(a).all() and (b < MASKED).all():

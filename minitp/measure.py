@@ -48,14 +48,16 @@ def measure(value, expected):
     same = (value == expected) | (np.isnan(value) & np.isnan(expected))
     apart = np.abs(np.where(finite, value, 0) - np.where(finite, expected, 0))
     apart = np.where(finite | same, apart, np.inf)
-    count = min(WORST, apart.size)
-    places = np.argpartition(apart.reshape(-1), -count)[-count:]
-    places = places[np.argsort(-apart.reshape(-1)[places], kind="stable")]
+    flat = apart.reshape(-1)
+    places = np.flatnonzero(np.isinf(flat))[:WORST]
+    if not len(places):
+        places = np.argpartition(-flat, min(WORST, flat.size) - 1)[:WORST]
+        places = sorted(places, key=lambda place: (-flat[place], place))
     worst = []
     for place in places:
         index = tuple(int(i) for i in np.unravel_index(place, apart.shape))
         worst.append((index, float(value[index]), float(expected[index])))
-    size = np.linalg.norm(expected[finite])
-    off = np.linalg.norm(apart)
+    with np.errstate(over="ignore"):
+        size, off = np.linalg.norm(expected[finite]), np.linalg.norm(apart)
     relative = off / size if size else (np.inf if off else 0.0)
     return Difference(float(relative), float(apart.max()), worst)
