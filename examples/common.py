@@ -140,7 +140,8 @@ def run(example):
     comm = None
     try:
         comm = Alone() if WORLD is None else MpiComm(expected=WORLD)
-        comm = comm if WORLD is None else through_shared_memory(comm)
+        if WORLD is not None:
+            comm = through_shared_memory(comm)
         with comm.agreed():
             source = chosen_model(comm.size)
         example(Here(comm, open_device("float32"), source))

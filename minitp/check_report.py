@@ -3,6 +3,7 @@
 import re
 
 from minitp.steps import AFTER, BEFORE, LAYER
+from minitp.table import counted
 
 
 def report_data(source, dtype, result, verdict, prompt=None):
@@ -26,7 +27,7 @@ def report_data(source, dtype, result, verdict, prompt=None):
     names = [name for name, _, _ in result.passes]
     return {
         "command": "check",
-        "title": f"{source.name} on {'1 rank' if plan.tp == 1 else f'{plan.tp} ranks'}",
+        "title": f"{source.name} on {counted(plan.tp, 'rank')}",
         "ok": result.ok,
         "verdict": verdict,
         "facts": [

@@ -170,9 +170,8 @@ def _step(name, partner, a, b, found, tolerance):
     for layout in found:
         expected, value = _masked_alike(name, a, layout.view(b))
         error = measure(value, expected)
-        if (
-            best is None or error.relative < best[0].relative / 2
-        ):  # the likelier one, unless another is nearer
+        # The likelier one, unless another is clearly nearer.
+        if best is None or error.relative < best[0].relative / 2:
             best = error, _note(expected, value), layout
         if best[0].relative <= tolerance:
             break

@@ -141,11 +141,12 @@ def _when(name):
         return -1, 0, 0
     passed, layer, step = split_name(name)
     decode = re.fullmatch(r"decode\.(\d+)", passed)
+    number = int(decode[1]) if decode else 0
     table = BEFORE | AFTER if layer is None else LAYER
     if step not in table:
-        return int(decode[1]) if decode else 0, math.inf, 0
+        return number, math.inf, math.inf
     place = -1 if step in BEFORE else math.inf if layer is None else layer
-    return int(decode[1]) if decode else 0, place, list(table).index(step)
+    return number, place, list(table).index(step)
 
 
 def _same(name, others):

@@ -59,9 +59,7 @@ class Model:
     def new_cache(self, capacity=64):
         """An empty KV cache for one sequence, of `capacity` positions and more if need be."""
         device, c = self.device, self.config
-        return KVCache(
-            device.xp, device.dtype, c.num_hidden_layers, self.kv_heads, c.head_dim, max(1, capacity)
-        )
+        return KVCache(device.xp, device.dtype, c.num_hidden_layers, self.kv_heads, c.head_dim, capacity)
 
     def forward(self, token_ids, cache, logits_at=None, record=Unrecorded()):  # noqa: B008  it has no state
         """Run the next tokens of a sequence; prefill and decode are this same function.

@@ -227,7 +227,7 @@ def attention_context(xp, probs, v, query_groups):
     context = xp.empty((heads, tokens, d), dtype=v.dtype)  # [H_r, T, d]
     for kv_head, (start, stop) in enumerate(query_groups):
         rows = probs[start:stop].reshape(-1, keys)  # [G * T, S]
-        means = xp.matmul(rows, v[kv_head], dtype=xp.float32)  # [G * T, d]
+        means = matmul(xp, rows, v[kv_head])  # [G * T, d]
         context[start:stop] = means.reshape(stop - start, tokens, d)
     return context.transpose(1, 0, 2).reshape(tokens, heads * d)  # [T, H_r * d]
 
@@ -244,7 +244,5 @@ def swiglu(xp, gate_up):
     gate = gate_up[:, :columns].astype(xp.float32, copy=False)  # [T, F_r]
     up = gate_up[:, columns:].astype(xp.float32, copy=False)  # [T, F_r]
     # Below -80 silu is 0 to any float32 sum it enters, and exp(-x) would overflow.
-    divisor = xp.exp(-xp.maximum(gate, -80))  # [T, F_r]
-    divisor += 1
-    silu = gate / divisor  # [T, F_r]
+    silu = gate / (1 + xp.exp(-xp.maximum(gate, -80)))  # [T, F_r]
     return (silu * up).astype(gate_up.dtype, copy=False)  # [T, F_r]

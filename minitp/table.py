@@ -1,4 +1,9 @@
-"""Tables of text."""
+"""Tables of text, and numbers in sentences."""
+
+
+def counted(number, noun):
+    """How many of what: `1 rank`, `2 ranks`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def aligned(rows, sides):

@@ -42,18 +42,20 @@ def run_in_world(args, world):
         from minitp.comm import MpiComm
 
         comm = MpiComm(expected=world)  # first: without it there is no way to end the others
-        from minitp import commands
-        from minitp.shared_memory import through_shared_memory
+        try:
+            from minitp import commands
+            from minitp.shared_memory import through_shared_memory
 
-        comm = through_shared_memory(comm, args.comm)
-        with comm.agreed():
-            if args.tp != "auto" and ranks_wanted(args.tp, default=world) != world:
-                raise InputError(f"--tp {args.tp} contradicts the MPI world of {world} ranks; leave --tp out")
-        code = commands.run(args, comm)
-        comm.close()
-    except AgreedError as error:
-        code = _leave_together(error, args, comm)
-        comm.close()
+            comm = through_shared_memory(comm, args.comm)
+            with comm.agreed():
+                if args.tp != "auto" and ranks_wanted(args.tp, default=world) != world:
+                    raise InputError(
+                        f"--tp {args.tp} contradicts the MPI world of {world} ranks; leave --tp out"
+                    )
+            code = commands.run(args, comm)
+        except AgreedError as error:
+            code = _leave_together(error, args, comm)
+        comm.close()  # all ranks get here, or none
     except BaseException as error:
         code = _leave_alone(error, args, comm, front)
     if front is not None:

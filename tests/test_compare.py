@@ -483,6 +483,12 @@ def test_the_first_departing_step_is_the_first_to_happen_however_names_are_sorte
     ]
 
 
+def test_names_that_are_not_ours_come_last_in_their_pass(two):
+    a = {name: np.ones(3) for name in ("prefill/extra", "decode.1/embed", "prefill/final_norm")}
+    found = [step.name for step in two(a, a).steps]
+    assert found == ["prefill/final_norm", "prefill/extra", "decode.1/embed"]
+
+
 def test_one_array_in_another_layout_is_said(tmp_path, capsys):
     """Though it is exact, and so never the worst of its layers."""
     weights = {f"weights/{i}.q": rng(i).standard_normal((6, 6)).astype(np.float32) for i in range(3)}

@@ -11,7 +11,7 @@ from minitp.commands.prompt import check_output, passes_wanted, prompt_tokens
 from minitp.output import write_out
 from minitp.report import write_report
 from minitp.steps import AFTER, BEFORE, LAYER
-from minitp.table import aligned
+from minitp.table import aligned, counted
 
 LINES = 20  # of wrong steps that are shown
 HEADER = ("step", "local error", "allowed", "share", "worst at", "total error")
@@ -53,7 +53,7 @@ def title(source, model, result):
     """What has been run."""
     tokens = len(result.token_ids)
     decoded = len(result.passes) - 1
-    ranks = f"{model.comm.size} ranks" if model.comm.size > 1 else "1 rank"
+    ranks = counted(model.comm.size, "rank")
     return (
         f"{source.name} on {ranks}, {model.device.dtype.name}: a prompt of {tokens - decoded} tokens and "
         f"{decoded} decoded ones, {source.plan.layers} layers"

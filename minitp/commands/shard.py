@@ -18,7 +18,7 @@ from minitp.shard_files import (
     refuse_untied_copy,
     write_shards,
 )
-from minitp.table import aligned
+from minitp.table import aligned, counted
 from minitp.weights import LM_HEAD
 
 WIDTH = 80  # of notes; the tables are as wide as they must be
@@ -48,14 +48,13 @@ def shard(args, tp):
 def title(source):
     """What is divided, over how many."""
     c, tp = source.config, source.plan.tp
-    ranks = "1 rank" if tp == 1 else f"{tp} ranks"
-    layers = "1 layer" if c.num_hidden_layers == 1 else f"{c.num_hidden_layers} layers"
     sizes = (
-        f"{layers}, hidden size {c.hidden_size}, {c.num_attention_heads} query heads and "
+        f"{counted(c.num_hidden_layers, 'layer')}, hidden size {c.hidden_size}, "
+        f"{c.num_attention_heads} query heads and "
         f"{c.num_key_value_heads} KV heads of {c.head_dim} dimensions, {c.intermediate_size} FFN columns, "
         f"vocabulary of {c.vocab_size}"
     )
-    return [f"{source.name} over {ranks}", *wrapped(sizes)]
+    return [f"{source.name} over {counted(tp, 'rank')}", *wrapped(sizes)]
 
 
 def tensor_lines(source):

@@ -6,6 +6,7 @@ from minitp.commands.loading import load
 from minitp.commands.prompt import check_output, passes_wanted, prompt_tokens
 from minitp.errors import InputError
 from minitp.output import write_out
+from minitp.table import counted
 from minitp.trace import wanted_steps, write_oracle_trace, write_trace
 
 
@@ -35,7 +36,7 @@ class Trace:
             model, _ = load(args, comm, source)
             write_trace(path, source, model, ids, passes, wanted, args.per_rank)
         if comm.rank == 0:
-            who = "the oracle, float64" if args.oracle else f"{comm.size} rank{'s'[: comm.size > 1]}"
+            who = "the oracle, float64" if args.oracle else counted(comm.size, "rank")
             megabytes = path.stat().st_size / 1e6
             tokens = len(ids) + args.decode
             write_out(f"{path}: {tokens} tokens through {source.name} on {who}, {megabytes:.1f} MB\n")
