@@ -1,8 +1,10 @@
 """One rank's weights, in the order and layout in which `model` multiplies by them."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from typing import Any
 
+from minitp.device import LINE_BYTES
 from minitp.errors import InputError
 
 BLOCK_BYTES = 1 << 24  # read at a time
@@ -49,25 +51,19 @@ class Weights:
     embed: Any  # [V_r, D]
     lm_head: Any  # [D, V_r]; with tied embeddings `embed` is a view of it
     final_norm: Any  # [D]
-    layers: list = field(default_factory=list)
-
-    @property
-    def nbytes(self):
-        """Bytes of all arrays, each counted once."""
-        arrays = [self.lm_head, self.final_norm]
-        if self.embed.base is not self.lm_head:
-            arrays.append(self.embed)
-        arrays += [array for layer in self.layers for array in vars(layer).values() if array is not None]
-        return sum(array.nbytes for array in arrays)
+    layers: list
+    nbytes: int  # of all of them, each counted once
 
 
 class Loader:
     """Reads one rank's slices of a checkpoint into the arrays that the model uses.
 
-    Each array is allocated once, in the compute dtype, and filled block by block, and nothing is kept. So the
-    private memory of a rank (RssAnon + RssShmem of /proc/self/status) never exceeds its shard in the compute
-    dtype + its largest single slice + 200 MB for Python and the libraries. The files themselves are mapped:
-    their pages belong to the page cache and are shared by the ranks of a host.
+    All arrays lie in one piece of memory, in the compute dtype, so large that Linux gives it pages of 2 MB:
+    over pages of 4 kB the products are slower (docs/performance.md). They are filled block by block, and
+    nothing else is kept. So the private memory of a rank (RssAnon + RssShmem of /proc/self/status) never
+    exceeds its shard in the compute dtype + its largest single slice + 200 MB for Python and the libraries.
+    The files themselves are mapped: their pages belong to the page cache and are shared by the ranks of a
+    host.
 
     Parameters
     ----------
@@ -81,14 +77,24 @@ class Loader:
 
     def __init__(self, plan, rank, source, device, progress=lambda nbytes: None):
         self.plan, self.rank, self.source, self.device, self.progress = plan, rank, source, device, progress
+        gaps = len(plan.tensors) * LINE_BYTES
+        self._memory = device.memory(shard_nbytes(plan, rank, device) + gaps)  # uint8 [n]
+        self._taken = 0
 
     def load(self):
         """All of this rank's Weights."""
         lm_head, embed = self._embeddings()
-        weights = Weights(embed, lm_head, self._vector(FINAL_NORM))
-        for i in range(self.plan.layers):
-            weights.layers.append(self._layer(i))
-        return weights
+        final_norm = self._vector(FINAL_NORM)
+        layers = [self._layer(i) for i in range(self.plan.layers)]
+        nbytes = shard_nbytes(self.plan, self.rank, self.device)
+        return Weights(embed, lm_head, final_norm, layers, nbytes)
+
+    def _room(self, shape):
+        """An array to be filled, behind those before."""
+        nbytes = math.prod(shape) * self.device.dtype.itemsize
+        room = self._memory[self._taken : self._taken + nbytes]
+        self._taken += -(-nbytes // LINE_BYTES) * LINE_BYTES
+        return room.view(self.device.dtype).reshape(shape)
 
     def _embeddings(self):
         """lm_head [D, V_r] and embed [V_r, D]: two arrays, or when tied one and its transpose.
@@ -98,7 +104,7 @@ class Loader:
         """
         if LM_HEAD in self.plan.tensors:
             shape = self.plan.tensors[EMBED].shape_on(self.rank)
-            embed = self.device.xp.empty(shape, dtype=self.device.dtype)  # [V_r, D]
+            embed = self._room(shape)  # [V_r, D]
             for start, rows in self._blocks(EMBED):
                 embed[start : start + len(rows)] = rows
             self.progress(embed.nbytes)
@@ -141,7 +147,7 @@ class Loader:
         """The slices of `names`, [out, in] in the file, side by side as one [in, sum of out]."""
         shapes = [self.plan.tensors[name].shape_on(self.rank) for name in names]
         columns = sum(out for out, _ in shapes)
-        joined = self.device.xp.empty((shapes[0][1], columns), dtype=self.device.dtype)  # [in, sum of out]
+        joined = self._room((shapes[0][1], columns))  # [in, sum of out]
         start = 0
         for name, (out, _) in zip(names, shapes, strict=True):
             for row, block in self._blocks(name):  # [rows, in]
@@ -154,9 +160,12 @@ class Loader:
         """The slices of `names` end to end, or None if the model has no such tensors."""
         if names[0] not in self.plan.tensors:
             return None
-        xp = self.device.xp
-        slices = [self.source.read(name, self.plan.tensors[name].index(self.rank)) for name in names]
-        return xp.concatenate([xp.asarray(part, dtype=self.device.dtype) for part in slices])
+        sizes = [self.plan.tensors[name].shape_on(self.rank)[0] for name in names]
+        joined, start = self._room((sum(sizes),)), 0  # [sum of n]
+        for name, size in zip(names, sizes, strict=True):
+            joined[start : start + size] = self.source.read(name, self.plan.tensors[name].index(self.rank))
+            start += size
+        return joined
 
 
 def named_slices(weights, plan, rank):

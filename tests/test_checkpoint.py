@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -167,6 +168,21 @@ def test_redundant_inverse_frequencies_are_accepted(directory):
     redundant = {name.format(i): np.ones(4, np.float32) for i in range(2)}
     change_tensors(directory, lambda tensors: tensors.update(redundant))
     assert_same_weights(load(directory), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_lie_in_one_piece_of_memory(tmp_path, tied, dtype):
+    """Each where a cache line begins, none over another, and all of them counted once."""
+    source = open_model(str(write_tiny(tmp_path, tie_word_embeddings=tied, attention_bias=True)), 3)
+    weights = Loader(source.plan, 1, source.tensors, open_device(dtype)).load()
+    arrays = [weights.lm_head, weights.final_norm, *([] if tied else [weights.embed])]
+    arrays += [array for layer in weights.layers for array in vars(layer).values() if array is not None]
+    begins = sorted((array.ctypes.data, array.nbytes) for array in arrays)
+    assert all(begin % 64 == 0 for begin, _ in begins)
+    assert all(begin + n <= after < begin + n + 64 for (begin, n), (after, _) in pairwise(begins))
+    assert weights.nbytes == sum(array.nbytes for array in arrays)
+    assert np.shares_memory(weights.embed, weights.lm_head) == tied
 
 
 def test_tied_model_with_the_same_lm_head_in_its_file(tmp_path):
