@@ -62,95 +62,140 @@ class Model:
         return KVCache(device.xp, device.dtype, c.num_hidden_layers, self.kv_heads, c.head_dim, capacity)
 
     def forward(self, token_ids, cache, logits_at=None, record=Unrecorded()):  # noqa: B008  it has no state
-        """Run the next tokens of a sequence; prefill and decode are this same function.
+        """Run the next tokens of one sequence, [T] int: `forward_batch` of that one alone."""
+        return self.forward_batch([(token_ids, cache)], logits_at, record)
+
+    def forward_batch(self, parts, logits_at=None, record=Unrecorded()):  # noqa: B008
+        """Run the next tokens of some sequences; prefill and decode are this same function.
+
+        The tokens of all sequences lie behind one another, so that every projection is one product of T rows.
+        Only attention goes sequence by sequence, for each has keys of its own.
 
         Parameters
         ----------
-        token_ids : int [T]
-            They follow the `cache.length` tokens of before, and are added to the cache.
-        cache : KVCache
+        parts : list of (token_ids, cache)
+            For each sequence its next tokens, int [n], and its KVCache. They follow the `cache.length` tokens
+            of before, and are added to the cache. T is the sum of all n.
         logits_at : slice or int array or None
             Which of these T positions get logits: slice(-1, None) to generate, slice(None) for perplexity,
             None to only fill the cache.
         record : callable
-            Gets this rank's part of each step, as it happens; see `trace.Recorder`.
+            Gets this rank's part of each step, as it happens; see `trace.Recorder`. Of several sequences the
+            steps between RoPE and the output projection come one sequence after another.
 
         Returns
         -------
         float32 [n, V], the same on every rank, or None
         """
         xp, w = self.device.xp, self.weights
-        token_ids = xp.asarray(token_ids)  # [T]
-        past, total = cache.length, cache.length + token_ids.shape[0]
-        positions = xp.arange(past, total)  # [T]
-        step = Step(xp, positions, past, total, self.inverse_frequencies, self.config.sliding_window, record)
+        token_ids = joined(xp, [xp.asarray(ids) for ids, _ in parts])  # [T]
+        step = Step(xp, parts, self.inverse_frequencies, self.config.sliding_window, record)
 
         partial = ops.embed_partial(xp, token_ids, w.embed, self.vocab_start)  # [T, D]
+        record(embed_partial=partial)
         x = self.comm.all_reduce(partial)  # [T, D]
-        record(embed_partial=partial, embed=x)
+        record(embed=x)
         for i, layer in enumerate(w.layers):
-            x = x + self._attention(i, layer, x, step, cache)  # [T, D]
+            x = x + self._attention(i, layer, x, step)  # [T, D]
             record("attn", i, residual=x)
             x = x + self._mlp(i, layer, x, record)  # [T, D]
             record("mlp", i, residual=x)
-        cache.advance(token_ids.shape[0])
+        for ids, cache in parts:
+            cache.advance(len(ids))
         if logits_at is None:
             return None
         x = ops.rms_norm(xp, x[logits_at], w.final_norm, self.config.rms_norm_eps)  # [n, D]
+        record(final_norm=x)
         logits_r = ops.logits_partial(xp, x, w.lm_head)  # [n, V_r]
+        record(logits_partial=logits_r)
         logits = self.comm.all_gather(logits_r, self.vocab_widths)  # [n, V]
-        record(final_norm=x, logits_partial=logits_r, logits=logits)
+        record(logits=logits)
         return logits
 
-    def _attention(self, i, layer, x, step, cache):
+    def _attention(self, i, layer, x, step):
         """[T, D] -> [T, D]; this rank computes its own heads, the all-reduce adds up their outputs."""
         xp, record = self.device.xp, step.record
         h = ops.rms_norm(xp, x, layer.attn_norm, self.config.rms_norm_eps)  # [T, D]
+        record("attn", i, norm=h)
         qkv = ops.column_parallel(xp, h, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
         qk, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
-        record("attn", i, norm=h, q=qk[: self.heads], k=qk[self.heads :], v=v)
+        record("attn", i, q=qk[: self.heads], k=qk[self.heads :], v=v)
         qk = ops.apply_rope(xp, qk, step.cos, step.sin)  # [H_r + K_r, T, d]
-        q, k = qk[: self.heads], qk[self.heads :]  # [H_r, T, d], [K_r, T, d]
-        record("attn", i, q_rope=q, k_rope=k)
-        k, v = cache.append(i, k, v)  # [K_r, S, d] each, all positions so far
-        k, v = k[:, step.first_key :], v[:, step.first_key :]  # [K_r, W, d] each: those in the window, W <= S
-        scores = ops.attention_scores(xp, q, k, self.query_groups, step.mask)  # [H_r, T, W]
-        probs = ops.softmax(xp, scores)  # [H_r, T, W]
-        context = ops.attention_context(xp, probs, v, self.query_groups)  # [T, H_r d]
-        record("attn", i, k_cache=k, v_cache=v, scores=scores, probs=probs, context=context)
+        record("attn", i, q_rope=qk[: self.heads], k_rope=qk[self.heads :])
+        contexts = [self._attend(i, qk[:, s.rows], v[:, s.rows], s, record) for s in step.sequences]
+        context = joined(xp, contexts)  # [T, H_r d]
         partial = ops.row_parallel(xp, context, layer.w_o)  # [T, D]
+        record("attn", i, out_partial=partial)
         out = self.comm.all_reduce(partial)  # [T, D]
         out = out if layer.b_o is None else out + layer.b_o  # [T, D]
-        record("attn", i, out_partial=partial, out=out)
+        record("attn", i, out=out)
         return out
+
+    def _attend(self, i, qk, v, sequence, record):
+        """One sequence's n tokens: qk [H_r + K_r, n, d] and v [K_r, n, d] -> context [n, H_r d]."""
+        xp = self.device.xp
+        q, k = qk[: self.heads], qk[self.heads :]  # [H_r, n, d], [K_r, n, d]
+        k, v = sequence.cache.append(i, k, v)  # [K_r, S, d] each, all positions so far
+        first = sequence.first_key
+        k, v = k[:, first:], v[:, first:]  # [K_r, W, d] each: those in the window, W <= S
+        record("attn", i, k_cache=k, v_cache=v)
+        scores = ops.attention_scores(xp, q, k, self.query_groups, sequence.mask)  # [H_r, n, W]
+        record("attn", i, scores=scores)
+        probs = ops.softmax(xp, scores)  # [H_r, n, W]
+        record("attn", i, probs=probs)
+        context = ops.attention_context(xp, probs, v, self.query_groups)  # [n, H_r d]
+        record("attn", i, context=context)
+        return context
 
     def _mlp(self, i, layer, x, record):
         """[T, D] -> [T, D]; this rank computes its own FFN columns, the all-reduce adds up their outputs."""
         xp = self.device.xp
         h = ops.rms_norm(xp, x, layer.mlp_norm, self.config.rms_norm_eps)  # [T, D]
+        record("mlp", i, norm=h)
         gate_up = ops.column_parallel(xp, h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
         half = gate_up.shape[1] // 2  # F_r
-        record("mlp", i, norm=h, gate=gate_up[:, :half], up=gate_up[:, half:])
+        record("mlp", i, gate=gate_up[:, :half], up=gate_up[:, half:])
         act = ops.swiglu(xp, gate_up)  # [T, F_r]
+        record("mlp", i, act=act)
         partial = ops.row_parallel(xp, act, layer.w_down)  # [T, D]
+        record("mlp", i, out_partial=partial)
         out = self.comm.all_reduce(partial)  # [T, D]
         out = out if layer.b_down is None else out + layer.b_down  # [T, D]
-        record("mlp", i, act=act, out_partial=partial, out=out)
+        record("mlp", i, out=out)
         return out
 
 
 class Step:
     """What all layers of one forward pass share: the angles of its positions and what each may see."""
 
-    def __init__(self, xp, positions, past, total, inverse_frequencies, window, record):
+    def __init__(self, xp, parts, inverse_frequencies, window, record):
         self.record = record
+        self.sequences, start = [], 0
+        for ids, cache in parts:
+            self.sequences.append(Sequence(xp, slice(start, start + len(ids)), cache, window))
+            start += len(ids)
+        positions = joined(xp, [s.positions for s in self.sequences])  # [T]
         self.cos, self.sin = ops.rope_cos_sin(xp, positions, inverse_frequencies)  # [T, d] each
+
+
+class Sequence:
+    """One sequence's part of a forward pass: its rows among the T tokens, its cache and what they may see."""
+
+    def __init__(self, xp, rows, cache, window):
+        self.rows, self.cache = rows, cache
+        past, total = cache.length, cache.length + rows.stop - rows.start
+        self.positions = xp.arange(past, total)  # [n]
         # The oldest key that any query of this step sees; with a window the scores stay that small.
         self.first_key = 0 if window is None else max(0, past - window + 1)
         # A single query sees all keys from there on, so decoding needs no mask.
         self.mask = None
         if total - past > 1:
-            self.mask = ops.causal_mask(xp, positions, self.first_key, total, window)  # [T, W]
+            self.mask = ops.causal_mask(xp, self.positions, self.first_key, total, window)  # [n, W]
+
+
+def joined(xp, arrays):
+    """The arrays [n, ..] behind one another; a single one as it is."""
+    return arrays[0] if len(arrays) == 1 else xp.concatenate(arrays)
 
 
 def load_model(source, comm, device, progress=lambda nbytes: None):
@@ -161,13 +206,19 @@ def load_model(source, comm, device, progress=lambda nbytes: None):
 
 def prefill(model, cache, token_ids, chunk=PREFILL_CHUNK):
     """Run a prompt through the model in passes of at most `chunk` tokens; return the last logits [V]."""
+    for start, stop in chunks(model, len(token_ids), chunk):
+        last = stop == len(token_ids)
+        logits = model.forward(token_ids[start:stop], cache, logits_at=slice(-1, None) if last else None)
+    return logits[0]
+
+
+def chunks(model, tokens, chunk=PREFILL_CHUNK):
+    """(start, stop) of the passes in which a prompt goes through the model: few enough SCORES in each."""
     heads = max(stop - start for start, stop in model.plan.head_ranges)  # of the rank that has most
-    window = model.config.sliding_window or len(token_ids)
+    window = model.config.sliding_window or tokens
     start = 0
-    while True:
+    while start < tokens:
         keys = min(start, window) + chunk
-        stop = start + min(chunk, max(1, SCORES // (heads * keys)))
-        if stop >= len(token_ids):
-            return model.forward(token_ids[start:], cache, logits_at=slice(-1, None))[0]
-        model.forward(token_ids[start:stop], cache)
+        stop = min(tokens, start + min(chunk, max(1, SCORES // (heads * keys))))
+        yield start, stop
         start = stop

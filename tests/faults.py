@@ -113,8 +113,8 @@ even_groups = {"attention_scores": wrong.even_groups, "attention_context": wrong
 biased_term = {"row_parallel": result(lambda y: y + here.layer.b_down)}
 slightly = result(lambda y: y * np.float32(1.0001))
 last_bit = reload("w_o", change=lambda name, whole, model: wrong.last_bit(whole))
-from_zero = with_step(lambda step, at: wrong.turn(step, at - at[0]))
-no_scaling = with_step(lambda step, at: wrong.turn(step, at, rope_type="default"))
+from_zero = with_step(lambda step, s: wrong.turn(step, s.positions - s.positions[0]))
+no_scaling = with_step(lambda step, s: wrong.turn(step, s.positions, rope_type="default"))
 qkv_one_on = reload("w_qkv", "b_qkv", change=wrong.one_column_on)
 next_kv_heads = reload("w_qkv", "b_qkv", change=wrong.neighbours_kv_heads)
 mlp_off = reload("mlp_norm", "w_gate_up", "w_down", change=wrong.slightly_off)
@@ -135,8 +135,8 @@ FAULTS = [
     Fault("projections slightly off", PROJECTIONS, {"column_parallel": slightly}, places=SHARED_KV_HEAD),
     # positions
     Fault("interleaved RoPE", ROPES, {"apply_rope": wrong.interleaved}),
-    Fault("RoPE off by one", ROPES, with_step(lambda step, at: wrong.turn(step, at + 1))),
-    Fault("wrong theta", ROPES, with_step(lambda step, at: wrong.turn(step, at, rope_theta=5e5))),
+    Fault("RoPE off by one", ROPES, with_step(lambda step, s: wrong.turn(step, s.positions + 1))),
+    Fault("wrong theta", ROPES, with_step(lambda step, s: wrong.turn(step, s.positions, rope_theta=5e5))),
     Fault("turned backwards", ROPES, {"apply_rope": changed(_3=np.negative)}),
     Fault("RoPE scaling forgotten", ROPES, no_scaling, model="scaled"),
     InDecode("positions begin at 0 in decode", ROPES, from_zero),

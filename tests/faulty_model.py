@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from minitp import ops
-from minitp.model import Model, Step
+from minitp.model import Model, Sequence
 from minitp.shard import split_evenly
 from minitp.weights import LAYER_PARTS
 
@@ -108,12 +108,13 @@ def result(change):
 
 
 def with_step(change):
-    """A hook for an attention block: change(copy of the Step, positions) before it runs."""
+    """A hook for an attention block: change(copy of the Step, of its Sequence) before it runs."""
 
-    def hook(original, i, layer, x, step, cache):
+    def hook(original, i, layer, x, step):
         step = copy.copy(step)
-        change(step, np.arange(cache.length, cache.length + len(x)))
-        return original(i, layer, x, step, cache)
+        step.sequences = [copy.copy(step.sequences[0])]
+        change(step, step.sequences[0])
+        return original(i, layer, x, step)
 
     return {"block": hook}
 
@@ -128,9 +129,10 @@ def turn(step, positions, **rope):
 def shifted_mask(by):
     """Each query sees as the one `by` positions later does."""
 
-    def change(step, positions):
-        if step.mask is not None:
-            step.mask = ops.causal_mask(np, positions + by, step.first_key, positions[-1] + 1)
+    def change(step, sequence):
+        positions = sequence.positions
+        if sequence.mask is not None:
+            sequence.mask = ops.causal_mask(np, positions + by, sequence.first_key, positions[-1] + 1)
 
     return with_step(change)
 
@@ -138,11 +140,9 @@ def shifted_mask(by):
 def other_window(by):
     """A window that is so much longer."""
 
-    def change(step, positions):
-        past, total = positions[0], positions[-1] + 1
-        window = here.model.config.sliding_window + by
-        other = Step(np, positions, past, total, here.model.inverse_frequencies, window, step.record)
-        step.mask, step.first_key = other.mask, other.first_key
+    def change(step, sequence):
+        other = Sequence(np, sequence.rows, sequence.cache, here.model.config.sliding_window + by)
+        sequence.mask, sequence.first_key = other.mask, other.first_key
 
     return with_step(change)
 

@@ -1,0 +1,55 @@
+"""Several sequences in one forward pass: each gets what it would get alone."""
+
+import numpy as np
+import pytest
+from tiny import write_tiny
+
+from minitp.comm import run_threads
+from minitp.device import open_device
+from minitp.model import load_model
+from minitp.model_source import open_model
+
+# One BLAS product of many rows sums in another order than one of few. The logits are near one, and each of
+# the 2 layers' sums of at most 48 terms may differ by some units of 2^-24.
+CLOSE = 1e-5
+
+PROMPTS = [[1, 2, 3], [4], [200, 7, 7, 9, 30, 31, 8], [5, 6]]
+SHAPES = {
+    "plain": {},
+    "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "uneven": {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48},
+}
+
+
+def logits_of(source, tp, steps):
+    """What rank 0 gets from forward_batch for each of `steps`: a list of (sequence, tokens) each."""
+
+    def rank(comm):
+        model = load_model(source, comm, open_device("float32"))
+        caches = [model.new_cache() for _ in PROMPTS]
+        return [
+            model.forward_batch([(tokens, caches[n]) for n, tokens in parts], logits_at=slice(None))
+            for parts in steps
+        ]
+
+    return run_threads(tp, rank)[0]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sequences_together_as_each_alone(tmp_path, shape, tp):
+    """All prompts at once, then a token of each, then a prompt's rest beside a single token."""
+    source = open_model(str(write_tiny(tmp_path, **SHAPES[shape])), tp)
+    together = [
+        list(enumerate(PROMPTS)),
+        [(n, [n + 10]) for n in range(4)],
+        [(3, [40]), (0, [50, 51, 52]), (2, [60])],
+    ]
+    rows = [np.split(logits, np.cumsum([len(tokens) for _, tokens in parts])[:-1])
+            for parts, logits in zip(together, logits_of(source, tp, together), strict=True)]  # fmt: skip
+    alone = logits_of(source, tp, [[part] for parts in together for part in parts])
+    together = [logits for step in rows for logits in step]
+    assert [x.shape for x in together] == [x.shape for x in alone]
+    for mine, expected in zip(together, alone, strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=CLOSE, atol=CLOSE)
