@@ -23,7 +23,7 @@ def parser():
     top = Parser(prog="minitp", description="Tensor-parallel LLM inference, written out and checkable.")
     top.add_argument("--version", action="version", version=f"minitp {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for add in (add_generate, add_trace, add_check, add_compare, add_perplexity, add_shard):
+    for add in (add_generate, add_trace, add_check, add_compare, add_perplexity, add_shard, add_bench):
         sub = add(commands)
         sub.add_argument("-v", "--verbose", action="store_true", help="tracebacks, and every rank's stderr")
     return top
@@ -127,6 +127,27 @@ def add_shard(commands):
     )
     sub.add_argument("-o", "--output", metavar="DIR", help="write rank{r}.safetensors and plan.json there")
     add_model(sub)
+    return sub
+
+
+def add_bench(commands):
+    sub = commands.add_parser(
+        "bench",
+        help="how fast, and how near to the machine's limits",
+        description="Measure the limits of this machine, then prefill and decode beside them.",
+    )
+    sub.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="random ones; default 128")
+    sub.add_argument("-n", "--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
+    sub.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
+    sub.add_argument("--profile", action="store_true", help="also where the time goes, step by step")
+    sub.add_argument("--sweep", choices=["context", "batch"], help="instead, at several lengths or batches")
+    sub.add_argument("--max-context", type=int, metavar="N", help="--sweep context: up to N; default 2048")
+    sub.add_argument("--plot", metavar="FILE", help="draw the sweep: .png or .svg")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--as-rank", type=int, metavar="R", help="run only rank R's share, alone, of --of ranks")
+    sub.add_argument("--of", type=int, metavar="N")
+    add_model(sub)
+    add_device(sub)
     return sub
 
 

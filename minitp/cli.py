@@ -34,13 +34,17 @@ def main(argv=None, worker=launch.WORKER):
         if args.command in WITHOUT_RANKS:
             return here(args)
         world = environment.world_size(os.environ)
+        if args.command == "bench":
+            check_share(args, world)
         if world is not None:
             return as_rank(args, world)
         if launch.SOCKET_VARIABLE in os.environ:  # a rank must not become a front that starts ranks
             raise RankError(
                 "mpirun gives its ranks neither PMI_SIZE nor OMPI_COMM_WORLD_SIZE; use MPICH or Open MPI"
             )
-        size = 1 if getattr(args, "oracle", False) else environment.ranks_wanted(args.tp, DEFAULT_TP)
+        if getattr(args, "oracle", False) or getattr(args, "as_rank", None) is not None:
+            return alone(args)
+        size = environment.ranks_wanted(args.tp, DEFAULT_TP)
         if size == 1:
             return alone(args)
         return front(args, argv, size, worker)
@@ -70,7 +74,9 @@ def as_rank(args, world):
 
 
 def alone(args):
-    """The single rank of --tp 1, in this process and without MPI."""
+    """The single rank of --tp 1, or the share of one, in this process and without MPI."""
+    if getattr(args, "as_rank", None) is not None:
+        environment.limit_blas_threads(os.environ, args.of)
     from minitp import worker
 
     return worker.run_alone(args)
@@ -85,6 +91,18 @@ def front(args, argv, size, worker):
     environment.limit_blas_threads(variables, size)
     variables.setdefault("HF_HUB_OFFLINE", "1")  # what was to be fetched lies in the cache now
     return launch.run_ranks([*worker, *argv], size, variables, verbose=args.verbose)
+
+
+def check_share(args, world):
+    """Refuse an --as-rank that is no rank of --of ranks, or beside what decides otherwise."""
+    if args.as_rank is None and args.of is None:
+        return
+    if args.as_rank is None or args.of is None:
+        raise InputError("--as-rank R and --of N go together: rank R's share of N ranks")
+    if not 0 <= args.as_rank < args.of:
+        raise InputError(f"--as-rank {args.as_rank} --of {args.of}: expected a rank from 0 to {args.of - 1}")
+    if args.tp is not None or world is not None:
+        raise InputError("--as-rank runs alone: leave out --tp, and mpirun")
 
 
 def refuse_undecodable(argv):

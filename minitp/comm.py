@@ -11,6 +11,7 @@ The sum of an all-reduce depends on the order of its terms. Here every rank gets
 in rank order (16-bit ones in float32), so all ranks hold the same bits, in any dtype and with any MPI.
 
     Alone        one rank: nothing to exchange
+    OneOfMany    one rank with the share of one of several, for benchmarks
     ThreadComm   ranks as threads of one process, for tests and notebooks
     MpiComm      ranks as MPI processes
 """
@@ -33,6 +34,8 @@ class Comm:
     Attributes
     ----------
     rank, size : int
+    share : int
+        The rank whose part of the model is computed here: this one, but for OneOfMany.
     seconds : float
         Time this rank has spent in `all_reduce` and `all_gather`, waiting included.
     """
@@ -40,6 +43,7 @@ class Comm:
     def __init__(self, rank, size):
         self.rank = rank
         self.size = size
+        self.share = rank
         self.seconds = 0.0
 
     def all_reduce(self, x):
@@ -138,6 +142,21 @@ class Alone(Comm):
 
     def exchange(self, value):
         return [value]
+
+
+class OneOfMany(Alone):
+    """The only rank, which computes the share of one of `size` ranks: for benchmarks.
+
+    Nobody else is there, so every sum is its own term and every gathering its own part repeated. What comes
+    of it is wrong, and takes as long as that rank needs between the collectives.
+    """
+
+    def __init__(self, share, size):
+        super().__init__()
+        self.share, self.size = share, size
+
+    def _exchange_arrays(self, x, sizes, combine):
+        return combine([np.resize(x, size) for size in sizes])
 
 
 class ThreadComm(Comm):

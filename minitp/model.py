@@ -47,11 +47,11 @@ class Model:
         self.weights = weights
         self.comm = comm
         self.device = device
-        start, stop = plan.head_ranges[comm.rank]
-        kv_start, kv_stop = plan.kv_head_ranges[comm.rank]
+        start, stop = plan.head_ranges[comm.share]
+        kv_start, kv_stop = plan.kv_head_ranges[comm.share]
         self.heads, self.kv_heads = stop - start, kv_stop - kv_start  # H_r, K_r
-        self.query_groups = plan.query_groups(comm.rank)
-        self.vocab_start = plan.vocab_ranges[comm.rank][0]
+        self.query_groups = plan.query_groups(comm.share)
+        self.vocab_start = plan.vocab_ranges[comm.share][0]
         self.vocab_widths = [stop - start for start, stop in plan.vocab_ranges]
         frequencies = ops.rope_inverse_frequencies(config.rope, config.head_dim)
         self.inverse_frequencies = device.xp.asarray(frequencies, dtype=device.xp.float32)  # [d/2]
@@ -200,7 +200,7 @@ def joined(xp, arrays):
 
 def load_model(source, comm, device, progress=lambda nbytes: None):
     """This rank's Model of a ModelSource; `progress` gets the bytes of each array loaded."""
-    weights = Loader(source.plan, comm.rank, source.tensors, device, progress).load()
+    weights = Loader(source.plan, comm.share, source.tensors, device, progress).load()
     return Model(source.config, source.plan, weights, comm, device)
 
 

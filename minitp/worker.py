@@ -20,11 +20,12 @@ from minitp.launch import SOCKET_VARIABLE
 
 
 def run_alone(args):
-    """The single rank of --tp 1."""
+    """The single rank of --tp 1, or of --as-rank."""
     from minitp import commands
-    from minitp.comm import Alone
+    from minitp.comm import Alone, OneOfMany
 
-    comm = Alone()
+    share = getattr(args, "as_rank", None)
+    comm = Alone() if share is None else OneOfMany(share, args.of)
     try:
         return commands.run(args, comm)
     except AgreedError as error:

@@ -3,6 +3,7 @@
 import os
 import sys
 
+from minitp.commands.bench import Bench
 from minitp.commands.check import Check
 from minitp.commands.compare import compare
 from minitp.commands.generate import Generate
@@ -12,7 +13,13 @@ from minitp.commands.trace import Trace
 from minitp.launch import SOCKET_VARIABLE
 from minitp.model_source import open_model
 
-COMMANDS = {"generate": Generate, "perplexity": Perplexity, "trace": Trace, "check": Check}
+COMMANDS = {
+    "generate": Generate,
+    "perplexity": Perplexity,
+    "trace": Trace,
+    "check": Check,
+    "bench": Bench,
+}
 WITHOUT_RANKS = {"compare": compare, "shard": shard}
 
 

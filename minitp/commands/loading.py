@@ -17,8 +17,8 @@ def load(args, comm, source):
     with (
         comm.agreed(),
         tqdm(
-            total=shard_nbytes(source.plan, comm.rank, device),
-            desc=f"loading {source.name}, rank 0 of {comm.size}",
+            total=shard_nbytes(source.plan, comm.share, device),
+            desc=f"loading {source.name}, rank {comm.share} of {comm.size}",
             unit="B",
             unit_scale=True,
             leave=False,

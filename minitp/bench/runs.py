@@ -1,0 +1,146 @@
+"""Timed runs of the model itself, as a user runs it, beside the bare products of the same shapes."""
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from minitp.bench.limits import together
+from minitp.generate import Request, generate
+from minitp.model import chunks, prefill
+from minitp.sampling import SamplingParams
+
+
+@dataclass
+class Run:
+    """One prompt and its continuation, beside the bare products.
+
+    Attributes
+    ----------
+    ttft_s : float
+        Time to the first token.
+    decode_s : float
+        A token after the first.
+    bare_prefill_s, bare_decode_s : float
+        What just the matrix products of these take.
+    all_reduce_shares : list of float
+        Of the decode time, on each rank in collectives, waiting included.
+    """
+
+    ttft_s: float
+    decode_s: float
+    bare_prefill_s: float
+    bare_decode_s: float
+    all_reduce_shares: list
+
+
+def random_prompt(config, tokens):
+    """Token ids [tokens] of a text that says nothing; always the same."""
+    return np.random.default_rng(0).integers(0, config.vocab_size, tokens).tolist()
+
+
+def timed_run(model, products, prompt, new_tokens):
+    """A Run, on every rank; `new_tokens` are at least 2."""
+    comm = model.comm
+    bare_prefill = bare_prefill_seconds(model, products, len(prompt))
+    bare_decode = bare_decode_seconds(model, products, 1, len(prompt) + new_tokens // 2)
+    request = None
+    if comm.rank == 0:
+        params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+        request = Request(params, (), prompt, len(prompt) + new_tokens)
+    comm.exchange(None)
+    started = first = None
+    for _ in generate(model, prompt, request):
+        if first is None:
+            started, first = perf_counter(), comm.seconds
+    share = (comm.seconds - first) / (perf_counter() - started)
+    ttft, rate = comm.broadcast((request.ttft_s, request.decode_tokens_per_s) if comm.rank == 0 else None)
+    return Run(ttft, 1 / rate, bare_prefill, bare_decode, comm.exchange(share))
+
+
+def bare_prefill_seconds(model, products, tokens):
+    """What the products of a prompt's passes take."""
+    passes = list(chunks(model, tokens))
+
+    def run():
+        for start, stop in passes:
+            keys = keys_read(model, stop, stop - start)
+            products.run([(stop - start, keys)], logit_rows=1 if stop == tokens else 0)
+
+    return together(model.comm, run)
+
+
+def bare_decode_seconds(model, products, sequences, context):
+    """What the products of one token of each of so many sequences take."""
+    parts = [(1, keys_read(model, context, 1))] * sequences
+    return together(model.comm, lambda: products.run(parts, logit_rows=sequences))
+
+
+def keys_read(model, stop, tokens):
+    """How many keys a pass of `tokens` tokens that ends at position `stop` reads."""
+    window = model.config.sliding_window
+    return stop if window is None else min(stop, window + tokens - 1)
+
+
+def timed_batch(model, prompt, sequences, steps):
+    """Seconds of a decode step of so many sequences, each of which continues `prompt` greedily."""
+    comm = model.comm
+    caches = [model.new_cache(len(prompt) + steps + 1) for _ in range(sequences)]
+    tokens = []
+    for cache in caches:
+        logits = prefill(model, cache, prompt)  # [V]
+        tokens.append(int(logits.argmax()))
+    comm.exchange(None)
+    started = perf_counter()
+    for _ in range(steps):
+        parts = [([token], cache) for token, cache in zip(tokens, caches, strict=True)]
+        logits = model.forward_batch(parts, logits_at=slice(None))  # [sequences, V]
+        tokens = comm.broadcast(logits.argmax(axis=-1).tolist() if comm.rank == 0 else None)
+    return comm.broadcast((perf_counter() - started) / steps)
+
+
+class StepTimer:
+    """A `record` that charges the time since the last step to the steps of this call.
+
+    Attributes
+    ----------
+    seconds : dict of str to float
+        By the names of the steps that one operation makes, in the order in which they come: summed over
+        layers and passes.
+    """
+
+    def __init__(self):
+        self.seconds = {}
+        self._last = None
+
+    def start(self):
+        """A pass begins now."""
+        self._last = perf_counter()
+
+    def __call__(self, block=None, layer=None, /, **arrays):
+        now = perf_counter()
+        name = " ".join(arrays) if block is None else f"{block}." + " ".join(arrays)
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = perf_counter()  # without the time that this took
+
+
+def profile(model, prompt, steps):
+    """Seconds by step, of the prompt's passes and of a decode pass: two dicts, of this rank."""
+    cache, found = model.new_cache(len(prompt) + steps), []
+    prompts = [prompt[start:stop] for start, stop in chunks(model, len(prompt))]
+    for passes in (prompts, [[token] for token in prompt[:1] * steps]):
+        timer = StepTimer()
+        model.comm.exchange(None)
+        for ids in passes:
+            timer.start()
+            model.forward(ids, cache, logits_at=slice(-1, None), record=timer)
+        per = 1 if passes is prompts else steps
+        found.append({name: seconds / per for name, seconds in timer.seconds.items()})
+    return found
+
+
+def private_bytes():
+    """Memory of this process that is its own: what it has allocated, without the files that it has mapped."""
+    with open("/proc/self/status") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
