@@ -30,7 +30,7 @@ from minitp.measure import measure  # noqa: E402
 from minitp.model_source import RANDOM, ModelSource, open_model  # noqa: E402
 from minitp.output import prepare_streams, write_out  # noqa: E402
 from minitp.random_weights import MODELS  # noqa: E402
-from minitp.shared_memory import through_shared_memory  # noqa: E402
+from minitp.several_hosts import through_shared_memory  # noqa: E402
 
 TOKENS = 32
 REPEATS = 5

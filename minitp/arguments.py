@@ -188,7 +188,8 @@ def add_device(sub):
         "--comm",
         choices=["auto", "mpi", "shm"],
         default="auto",
-        help="shm: shared memory, for ranks of one host; mpi: messages; auto (default): shm where it can be",
+        help="shm: shared memory within a host, messages between hosts; mpi: messages; auto (default): shm "
+        "where ranks share a host",
     )
 
 

@@ -249,12 +249,14 @@ class MpiComm(Comm):
     expected : int or None
         The number of ranks that the launcher says it started. Another world means that mpirun and mpi4py
         belong to two different MPIs, and that every process would believe itself alone.
+    world : mpi4py.MPI.Comm or None
+        These ranks; None: all that were started.
     """
 
-    def __init__(self, expected=None):
+    def __init__(self, expected=None, world=None):
         MPI = _import_mpi()
         self._byte = MPI.BYTE
-        self._world = MPI.COMM_WORLD
+        self._world = MPI.COMM_WORLD if world is None else world
         super().__init__(self._world.Get_rank(), self._world.Get_size())
         if expected is not None and expected != self.size:
             library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")

@@ -19,7 +19,6 @@ from time import perf_counter
 import numpy as np
 
 from minitp.comm import MpiComm
-from minitp.errors import InputError
 
 SLOT_BYTES = 1 << 21  # more goes in several meetings
 LINE_BYTES = 128  # apart from each other, so that writing a number takes no cache line from somebody else
@@ -36,13 +35,13 @@ class SharedMemoryComm(MpiComm):
     Parameters
     ----------
     node : mpi4py.MPI.Comm
-        All ranks of the world, on one host.
+        Ranks of one host.
     """
 
     def __init__(self, node):
         from mpi4py import MPI
 
-        super().__init__()
+        super().__init__(world=node)
         self._window = MPI.Win.Allocate_shared(2 * SLOT_BYTES + LINE_BYTES, 1, comm=node)
         segments = [np.frombuffer(self._window.Shared_query(r)[0], np.uint8) for r in range(self.size)]
         self._slots = [[s[i * SLOT_BYTES : (i + 1) * SLOT_BYTES] for s in segments] for i in (0, 1)]
@@ -121,31 +120,3 @@ def _put(data, slot):
     count = min(len(data), len(slot))
     slot[:count] = np.frombuffer(data, np.uint8, count)
     return data[count:]
-
-
-def through_shared_memory(comm, transport="auto"):
-    """The Comm that --comm asks for, from an MpiComm; all ranks call it.
-
-    Parameters
-    ----------
-    comm : MpiComm
-    transport : str
-        mpi; shm, through shared memory; or auto, which is shm if all ranks are on one host.
-
-    Raises
-    ------
-    AgreedError
-        on all ranks, if they are on several hosts and `transport` is shm.
-    """
-    if transport == "mpi":
-        return comm
-    from mpi4py import MPI
-
-    node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    if node.size == comm.size:
-        return SharedMemoryComm(node)
-    if transport == "shm":
-        comm.agree(
-            InputError(f"--comm shm: {node.size} of {comm.size} ranks are on this host; use --comm mpi")
-        )
-    return comm

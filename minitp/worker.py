@@ -45,7 +45,7 @@ def run_in_world(args, world):
         comm = MpiComm(expected=world)  # first: without it there is no way to end the others
         try:
             from minitp import commands
-            from minitp.shared_memory import through_shared_memory
+            from minitp.several_hosts import through_shared_memory
 
             comm = through_shared_memory(comm, args.comm)
             with comm.agreed():

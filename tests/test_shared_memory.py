@@ -1,4 +1,4 @@
-"""Collectives through shared memory, by real ranks: the same as through MPI, bit for bit."""
+"""Collectives through shared memory, within a host and of several: the same as through MPI, bit for bit."""
 
 import subprocess
 import sys
@@ -17,11 +17,16 @@ import sys, time
 import ml_dtypes
 import numpy as np
 from minitp.comm import MpiComm
-from minitp.shared_memory import SharedMemoryComm, through_shared_memory
+from mpi4py import MPI
+from minitp.several_hosts import SeveralHostsComm, through_shared_memory
+from minitp.shared_memory import SharedMemoryComm
 
-mpi = MpiComm()
-comm = through_shared_memory(mpi, "shm")
-assert type(comm) is SharedMemoryComm and type(through_shared_memory(mpi, "mpi")) is MpiComm
+mpi, host_of = MpiComm(), [int(host) for host in sys.argv[1]]
+if len(set(host_of)) == 1:
+    comm = through_shared_memory(mpi, "shm")
+    assert type(comm) is SharedMemoryComm and type(through_shared_memory(mpi, "mpi")) is MpiComm
+else:
+    comm = SeveralHostsComm(MPI.COMM_WORLD.Split(host_of[mpi.rank]))
 rng, mine = np.random.default_rng(0), comm.rank
 SLOT = {SLOT_BYTES}
 for n in (1, 7, SLOT // 4, SLOT // 4 + 1, 5 * SLOT // 8, 0):
@@ -59,9 +64,11 @@ def mpirun(ranks, *command):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_collectives(ranks):
-    assert mpirun(ranks, "-c", COLLECTIVES) == (0, f"all right {ranks}\n", "")
+@pytest.mark.parametrize("host_of", ["0", "00", "0000", "0011", "010", "0100", "01"])
+def test_collectives(host_of):
+    """Each rank's host; what are several hosts here are only said to be."""
+    ranks = len(host_of)
+    assert mpirun(ranks, "-c", COLLECTIVES, host_of) == (0, f"all right {ranks}\n", "")
 
 
 @pytest.mark.mpi

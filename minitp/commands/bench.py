@@ -56,6 +56,10 @@ class Bench:
         if args.sweep == "batch":
             points = BATCHES
         elif args.sweep == "context":
+            if context <= SWEEP_STEPS:
+                raise InputError(
+                    f"a context of {context}, and a sweep decodes {SWEEP_STEPS} tokens; give more"
+                )
             points = contexts(context if args.max_context else min(context, LAST_CONTEXT))
         return Job(args.prompt_tokens, new, args.rounds, args.profile, args.sweep, points)
 

@@ -1,0 +1,293 @@
+"""`minitp bench`: what it holds the model against are the model's own products, and its figures agree."""
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from tiny import write_tiny
+
+from minitp.bench.limits import BareProducts, all_reduce_seconds, total_elements
+from minitp.bench.plot import plot
+from minitp.bench.runs import StepTimer, keys_read, profile, timed_batch, timed_run
+from minitp.bench.table import lines
+from minitp.cli import main
+from minitp.comm import Alone, OneOfMany, run_threads
+from minitp.commands.bench import contexts
+from minitp.device import Device
+from minitp.model import load_model
+from minitp.model_source import open_model
+from minitp.steps import AFTER, BEFORE, LAYER
+
+SHAPES = {
+    "plain": {},
+    "uneven": {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48},
+    "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+class CountedProducts:
+    """NumPy, which notes the shapes of all matrix products."""
+
+    def __init__(self):
+        self.shapes = Counter()
+
+    def matmul(self, a, b, **kwargs):
+        if a.shape[0]:
+            self.shapes[a.shape, b.shape] += 1
+        return np.matmul(a, b, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+
+def counted_model(directory, tp, comm, **shape):
+    source = open_model(str(write_tiny(directory, **shape)), tp)
+    return load_model(source, comm, Device(CountedProducts(), np.dtype(np.float32)))
+
+
+@pytest.mark.parametrize("tp", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bare_products_are_those_of_the_model(tmp_path, shape, tp):
+    """The same shapes as often, for a prompt, for a token, and for one token each of two sequences."""
+    model = counted_model(tmp_path, tp, OneOfMany(tp - 1, tp), **SHAPES[shape])
+    products, shapes = BareProducts(model), model.device.xp.shapes
+    caches = [model.new_cache(), model.new_cache()]
+    last = slice(-1, None)
+    for parts, at, logit_rows in (
+        ([(range(9), caches[0])], last, 1),
+        ([(range(3), caches[0])], None, 0),
+        ([([1], caches[0])], last, 1),
+        ([(range(5), caches[1])], None, 0),
+        ([([1], caches[0]), ([2], caches[1])], slice(None), 2),
+    ):
+        shapes.clear()
+        read = [keys_read(model, cache.length + len(ids), len(ids)) for ids, cache in parts]
+        model.forward_batch([(list(ids), cache) for ids, cache in parts], logits_at=at)
+        expected = Counter(shapes)
+        assert sum(expected.values()) > 8
+        shapes.clear()
+        products.run([(len(ids), keys) for (ids, _), keys in zip(parts, read, strict=True)], logit_rows)
+        assert shapes == expected
+
+
+def test_bytes_of_a_pass_are_those_of_the_matrices(tmp_path):
+    model = counted_model(tmp_path, 1, Alone())
+    products = BareProducts(model)
+    products.run([(1, 1)], logit_rows=1)
+    of_weights = [shapes for shapes in model.device.xp.shapes if shapes[0][0] == 1 and shapes[1][0] >= 32]
+    counts = model.device.xp.shapes
+    elements = sum(b[0] * b[1] * counts[a, b] for a, b in of_weights)
+    assert total_elements(Alone(), products) == elements
+    assert products.cache_elements(10) == 2 * 2 * 2 * 10 * 8  # layers, k and v, KV heads, keys, head_dim
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_share_has_the_shapes_of_its_rank(tmp_path, tp):
+    """OneOfMany computes what the rank computes in company, from the same weights up to the first sum."""
+    source = open_model(str(write_tiny(tmp_path)), tp)
+
+    def first_partial(model):
+        found = []
+        record = lambda block=None, layer=None, /, **arrays: found.append(arrays)  # noqa: E731
+        logits = model.forward([1, 2, 3], model.new_cache(), logits_at=slice(None), record=record)
+        return found[0]["embed_partial"], [{n: a.shape for n, a in f.items()} for f in found], logits.shape
+
+    def in_company(comm):
+        return first_partial(load_model(source, comm, Device(np, np.dtype(np.float32))))
+
+    for rank, (partial, shapes, whole) in enumerate(run_threads(tp, in_company)):
+        alone = load_model(source, OneOfMany(rank, tp), Device(np, np.dtype(np.float32)))
+        own_partial, own_shapes, own_whole = first_partial(alone)
+        assert np.array_equal(own_partial, partial)
+        assert own_shapes == shapes
+        assert own_whole == whole
+
+
+def test_a_timer_charges_each_step_with_its_own_time():
+    timer = StepTimer()
+    for _ in range(2):
+        timer.start()
+        time.sleep(0.02)
+        timer("attn", 0, norm=None)
+        timer("attn", 1, q=None, k=None)
+        time.sleep(0.06)
+        timer(final_norm=None)
+        time.sleep(0.1)  # between passes
+    assert list(timer.seconds) == ["attn.norm", "attn.q k", "final_norm"]
+    assert 0.04 <= timer.seconds["attn.norm"] < 0.09
+    assert timer.seconds["attn.q k"] < 0.02
+    assert 0.12 <= timer.seconds["final_norm"] < 0.19
+
+
+def test_a_profile_has_every_step_once(tmp_path):
+    model = counted_model(tmp_path, 1, Alone())
+    for seconds in profile(model, [1, 2, 3, 4], steps=3):
+        named = []
+        for step in seconds:
+            block, _, names = step.rpartition(".")
+            named += [f"{block}.{name}" if block else name for name in names.split()]
+        assert sorted(named) == sorted([*BEFORE, *LAYER, *AFTER])
+        assert all(s > 0 for s in seconds.values())
+
+
+def test_a_run_counts_only_its_own_time(tmp_path):
+    """A model that takes 20 ms for the prompt and 10 ms a token is found to do so, on both ranks."""
+    source = open_model(str(write_tiny(tmp_path)), 2)
+
+    def rank(comm):
+        model = load_model(source, comm, Device(np, np.dtype(np.float32)))
+        forward = model.forward_batch
+
+        def slow(parts, *args, **kwargs):
+            time.sleep(0.01 if len(parts[0][0]) == 1 else 0.02)
+            return forward(parts, *args, **kwargs)
+
+        model.forward_batch = slow
+        run = timed_run(model, BareProducts(model), [1, 2, 3], 5)
+        return run.ttft_s, run.decode_s, run.bare_decode_s, tuple(run.all_reduce_shares)
+
+    first, second = run_threads(2, rank)
+    assert first == second
+    ttft_s, decode_s, bare_decode_s, shares = first
+    assert 0.02 <= ttft_s < 0.06
+    assert 0.01 <= decode_s < 0.03
+    assert bare_decode_s < 0.005  # the products of a tiny model alone
+    assert len(shares) == 2
+    assert all(0 < share < 1 for share in shares)
+
+
+def test_a_batch_step_decodes_every_sequence(tmp_path):
+    model = counted_model(tmp_path, 1, Alone())
+    model.device.xp.shapes.clear()
+    assert timed_batch(model, [1, 2, 3], sequences=3, steps=4) > 0
+    gate_up = model.weights.layers[0].w_gate_up.shape
+    assert model.device.xp.shapes[(3, gate_up[0]), gate_up] == 2 * (3 + 4)  # three prompts of 3, then 4 of 3
+
+
+def test_an_all_reduce_takes_longer_for_more(tmp_path):
+    small, large = run_threads(
+        2, lambda comm: (all_reduce_seconds(comm, np, 4), all_reduce_seconds(comm, np, 1 << 23))
+    )[0]
+    assert 0 < small < large
+
+
+def test_contexts_double_and_leave_room():
+    assert contexts(512) == (32, 64, 128, 256, 496)
+    assert contexts(1000) == (32, 64, 128, 256, 512, 984)
+    assert contexts(40) == (24,)
+
+
+# --- the command ----------------------------------------------------------------------------------------
+
+
+def bench(*argv):
+    """The result of `minitp bench --json` in a process of its own."""
+    command = [sys.executable, "-m", "minitp", "bench", "--json", *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.mpi
+def test_figures_agree_with_each_other(tiny, tmp_path):
+    result = bench(
+        "--model", tiny, "--tp", 2, "--rounds", 3, "--prompt-tokens", 20, "-n", 8, "--profile"
+    )  # fmt: skip
+    assert (result["tp"], result["rounds"], result["as_rank"]) == (2, 3, None)
+    assert [one["bytes"] for one in result["limits"]["all_reduce"]] == [4, 128, 4096, 65536, 1 << 20]
+    for part, speed, limit in (
+        ("prefill", "ttft_s", "limit_s"),
+        ("decode", "tokens_per_s", "limit_tokens_per_s"),
+    ):
+        figures = result[part]
+        for name in (speed, limit, "share_of_limit"):
+            assert 0 < figures[name]["min"] <= figures[name]["median"] <= figures[name]["max"]
+    decode = result["decode"]
+    low, high = decode["tokens_per_s"], decode["limit_tokens_per_s"]
+    assert low["min"] / high["max"] <= decode["share_of_limit"]["median"] <= low["max"] / high["min"]
+    # float32: all matrices, and k and v of both layers and KV heads at the middle of the continuation
+    matrices = 2 * (32 * 64 + 32 * 32 + 3 * 32 * 48) + 258 * 32
+    assert decode["bytes_per_token"] == 4 * (matrices + 2 * 2 * 2 * 8 * 24)
+    gigabytes = decode["bytes_per_token"] * decode["tokens_per_s"]["median"] / 1e9
+    assert decode["gb_per_s"]["median"] == pytest.approx(gigabytes)
+    assert len(decode["all_reduce_share_per_rank"]) == len(result["memory"]["private_bytes_per_rank"]) == 2
+    for own, peak in zip(
+        *[result["memory"][f"{kind}_bytes_per_rank"] for kind in ("private", "peak")], strict=True
+    ):
+        assert 1e7 < own <= peak < 2e9
+    assert result["profile"]["decode_s"].keys() == result["profile"]["prefill_s"].keys()
+    text = "\n".join(lines(result))
+    for value in (f"{decode['tokens_per_s']['median']:.1f} tokens/s", "mlp.gate up", "rank 1"):
+        assert value in text
+
+
+@pytest.mark.parametrize(("over", "suffix"), [("context", ".svg"), ("batch", ".png")])
+def test_a_sweep_and_its_picture(tiny, tmp_path, over, suffix):
+    picture = tmp_path / f"sweep{suffix}"
+    more = ["--max-context", 100] if over == "context" else ["--prompt-tokens", 8]
+    result = bench("--model", tiny, "--tp", 1, "--sweep", over, "--plot", picture, *more)
+    points = result["sweep"]["points"]
+    assert [p[over] for p in points] == ([32, 64, 84] if over == "context" else [1, 2, 4, 8, 16, 32])
+    for p in points:
+        assert 0 < p["tokens_per_s"] < p["limit_tokens_per_s"]
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG") if suffix == ".png" else b"<svg" in content[:1000]
+    text = "\n".join(lines(result))
+    assert all(f"{p['tokens_per_s']:.1f}" in text for p in points)
+
+
+def test_a_picture_has_every_point(tmp_path):
+    """In an SVG each marker is one <use>; nothing else here is drawn so."""
+    few = [{"context": 2**n, "ttft_s": n, "limit_ttft_s": 1, "tokens_per_s": 9, "limit_tokens_per_s": 10}
+           for n in range(5, 8)]  # fmt: skip
+    surroundings = {"model": "a model", "dtype": "float32", "tp": 2, "machine": "a machine"}
+    counts = []
+    for points in (few[:1], few):
+        plot(surroundings | {"sweep": {"over": "context", "points": points}}, str(tmp_path / "x.svg"))
+        counts.append((tmp_path / "x.svg").read_text().count("<use "))
+    assert counts[1] > counts[0]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_one_rank_alone(tiny, rank):
+    result = bench(
+        "--model", tiny, "--as-rank", rank, "--of", 3, "--rounds", 1, "--prompt-tokens", 4, "-n", 4
+    )
+    assert (result["tp"], result["as_rank"]) == (3, rank)
+    source = open_model(str(tiny), 3)
+    elements = sum(np.prod(shard.shape_on(rank)) for shard in source.plan.tensors.values())
+    assert result["weight_bytes_per_rank"] == [4 * elements]
+    assert result["limits"]["all_reduce"] == []
+    assert f"alone the share of rank {rank} of 3 ranks" in "\n".join(lines(result))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--rounds", "0"], "--rounds 0: expected 1 or more"),
+        (["-n", "1"], "--max-new-tokens 1: expected 2 or more"),
+        (["--prompt-tokens", "0"], "--prompt-tokens 0: expected 1 or more"),
+        (["--prompt-tokens", "500"], "--prompt-tokens 500 and 64 new ones exceed the context of 512"),
+        (["--sweep", "rank"], "--sweep"),
+        (["--sweep", "context", "--max-context", "16"], "a context of 16"),
+        (["--plot", "x.png"], "--sweep"),
+        (["--sweep", "batch", "--plot", "x.pdf"], "x.pdf: expected a name that ends in .png or .svg"),
+        (["--sweep", "batch", "--plot", "/nowhere/x.png"], "/nowhere/x.png"),
+        (["--as-rank", "1"], "--as-rank R and --of N go together"),
+        (["--of", "3"], "--as-rank R and --of N go together"),
+        (["--as-rank", "3", "--of", "3"], "--as-rank 3 --of 3: expected a rank from 0 to 2"),
+        (["--as-rank", "-1", "--of", "3"], "--as-rank -1 --of 3"),
+        (["--as-rank", "0", "--of", "3", "--tp", "3"], "leave out --tp"),
+        (["--as-rank", "0", "--of", "9"], "4 attention heads"),
+    ],
+)
+def test_refusals_are_one_line(tiny, capsys, argv, words):
+    assert main(["bench", "--model", str(tiny), *argv]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert words in said
