@@ -47,6 +47,7 @@ def add_generate(commands):
     sub.add_argument("--stats", action="store_true", help="print times and sizes to stderr")
     add_model(sub)
     add_device(sub)
+    add_kv_dtype(sub)
     return sub
 
 
@@ -116,6 +117,7 @@ def add_perplexity(commands):
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     add_model(sub)
     add_device(sub)
+    add_kv_dtype(sub)
     return sub
 
 
@@ -148,6 +150,7 @@ def add_bench(commands):
     sub.add_argument("--of", type=int, metavar="N")
     add_model(sub)
     add_device(sub)
+    add_kv_dtype(sub)
     return sub
 
 
@@ -190,6 +193,15 @@ def add_device(sub):
         default="auto",
         help="shm: shared memory within a host, messages between hosts; mpi: messages; auto (default): shm "
         "where ranks share a host",
+    )
+
+
+def add_kv_dtype(sub):
+    sub.add_argument(
+        "--kv-dtype",
+        choices=["auto", "float16", "int8"],
+        default="auto",
+        help="how keys and values are kept: as --dtype (auto), in half or in a quarter of float32's bytes",
     )
 
 

@@ -1,12 +1,24 @@
-"""The keys and values of all earlier positions, so that a step computes only its own."""
+"""The keys and values of all earlier positions, so that a step computes only its own.
+
+Every cache has the same small interface: `length`, the positions that it holds; `append`, which puts the keys
+and values of a step behind them and returns what attention reads; `advance`, when a step is complete in all
+layers.
+
+    KVCache      one sequence in memory of its own, position after position
+    PagedCache   one of many sequences, in blocks of a BlockPool that they share
+
+How the numbers are kept, in the compute dtype or smaller, is the business of `Rows` below both.
+"""
+
+import numpy as np
 
 
 class KVCache:
-    """One sequence's keys and values on one rank: per layer two buffers [K_r, capacity, d].
+    """One sequence's keys and values on one rank.
 
-    The buffers are reserved for `capacity` positions at once. On a CPU that costs address space only: the
+    The memory is reserved for `capacity` positions at once. On a CPU that costs address space only: the
     system gives memory, page by page, to what has been written, so it grows with the sequence and nothing is
-    ever copied. A sequence that grows beyond that gets buffers half as large again.
+    ever copied. A sequence that grows beyond that gets memory half as large again.
 
     `append` a step's keys and values in every layer, then `advance` once:
 
@@ -16,37 +28,179 @@ class KVCache:
     >>> cache.advance(3)
     >>> k.shape, cache.length
     ((2, 3, 4), 3)
+
+    Parameters
+    ----------
+    xp : module
+    dtype : numpy.dtype
+        Of what goes in and comes out.
+    layers, kv_heads, head_dim : int
+    capacity : int
+        Positions.
+    kv_dtype : str
+        How they are kept: auto, as they come; float16; or int8.
     """
 
-    def __init__(self, xp, dtype, layers, kv_heads, head_dim, capacity=64):
+    def __init__(self, xp, dtype, layers, kv_heads, head_dim, capacity=64, kv_dtype="auto"):
         self.length = 0  # positions that all layers hold
-        self._xp = xp
-        self._buffers = [
-            [xp.empty((kv_heads, capacity, head_dim), dtype=dtype) for _ in range(2)] for _ in range(layers)
-        ]
+        shape = (kv_heads, capacity, head_dim)
+        self.rows = [[make_rows(xp, shape, dtype, kv_dtype) for _ in range(2)] for _ in range(layers)]
 
-    def append(self, layer, k, v):
-        """Put `k`, `v` [K_r, T, d] behind the positions so far; return views of all, [K_r, S, d] each."""
+    def append(self, layer, k, v, first=0):
+        """Put `k`, `v` [K_r, n, d] behind the positions so far; return those from `first` on, [K_r, W, d]."""
         stop = self.length + k.shape[1]
-        pair = self._buffers[layer]
-        for i, new in enumerate((k, v)):
-            if stop > pair[i].shape[1]:
-                pair[i] = self._grown(pair[i], stop)
-            pair[i][:, self.length : stop] = new
-        return pair[0][:, :stop], pair[1][:, :stop]
+        pair = self.rows[layer]
+        if stop > pair[0].capacity:
+            capacity = max(stop, pair[0].capacity + pair[0].capacity // 2)
+            pair[:] = [rows.grown(capacity, self.length) for rows in pair]
+        for rows, new in zip(pair, (k, v), strict=True):
+            rows.write(slice(self.length, stop), new)
+        return pair[0].read(slice(first, stop)), pair[1].read(slice(first, stop))  # [K_r, W, d] each
 
     def advance(self, tokens):
         """The step of `tokens` positions is complete in every layer."""
         self.length += tokens
 
-    def _grown(self, buffer, needed):
-        kv_heads, capacity, head_dim = buffer.shape
-        capacity = max(needed, capacity + capacity // 2)
-        grown = self._xp.empty((kv_heads, capacity, head_dim), dtype=buffer.dtype)
-        grown[:, : self.length] = buffer[:, : self.length]
-        return grown
+    @property
+    def nbytes(self):
+        """Bytes reserved on this rank."""
+        return sum(rows.nbytes for pair in self.rows for rows in pair)
+
+
+class BlockPool:
+    """Memory for the keys and values of many sequences on one rank, in blocks of `block_size` positions.
+
+    Position p of a sequence is row `block_table[p // block_size] * block_size + p % block_size`. (Kwon et
+    al., Efficient Memory Management for LLM Serving with PagedAttention, 2023, section 4.)
+    """
+
+    def __init__(self, xp, dtype, layers, kv_heads, head_dim, blocks, block_size=16, kv_dtype="auto"):
+        self.xp, self.blocks, self.block_size = xp, blocks, block_size
+        shape = (kv_heads, blocks * block_size, head_dim)
+        self.rows = [[make_rows(xp, shape, dtype, kv_dtype) for _ in range(2)] for _ in range(layers)]
 
     @property
     def nbytes(self):
-        """Bytes reserved for this rank's buffers."""
-        return sum(buffer.nbytes for pair in self._buffers for buffer in pair)
+        """Bytes reserved on this rank."""
+        return sum(rows.nbytes for pair in self.rows for rows in pair)
+
+
+class PagedCache:
+    """One sequence's keys and values, in blocks of a pool.
+
+    Whoever schedules the sequences says which blocks: `block_table` must have room for a step's positions
+    before the step. Sequences that begin alike may share full blocks, for these are never written again.
+
+    Parameters
+    ----------
+    pool : BlockPool
+    block_table : list of int
+        Grows with the sequence.
+    length : int
+        Positions that are already there, in shared blocks.
+    """
+
+    def __init__(self, pool, block_table, length=0):
+        self.pool, self.block_table, self.length = pool, block_table, length
+        self._places = (
+            None  # of the step: (positions so far, places of the new ones, first, places that are read)
+        )
+
+    def append(self, layer, k, v, first=0):
+        """As KVCache.append; what it returns is a copy."""
+        if self._places is None or self._places[0] != self.length:
+            stop = self.length + k.shape[1]
+            self._places = self.length, self._rows(self.length, stop), self._rows(first, stop)
+        _, new, read = self._places
+        pair = self.pool.rows[layer]
+        for rows, x in zip(pair, (k, v), strict=True):
+            rows.write(new, x)
+        return pair[0].read(read), pair[1].read(read)  # [K_r, W, d] each
+
+    def advance(self, tokens):
+        """The step of `tokens` positions is complete in every layer."""
+        self.length += tokens
+
+    def _rows(self, start, stop):
+        """The pool's rows of positions start .. stop - 1: int [stop - start]."""
+        size = self.pool.block_size
+        if stop > len(self.block_table) * size:
+            raise IndexError(f"position {stop - 1} in {len(self.block_table)} blocks of {size}")
+        table = self.pool.xp.asarray(self.block_table)  # [blocks]
+        positions = self.pool.xp.arange(start, stop)  # [n]
+        return table[positions // size] * size + positions % size  # [n]
+
+
+def make_rows(xp, shape, dtype, kv_dtype):
+    """The Rows for --kv-dtype."""
+    if kv_dtype == "int8":
+        return Int8Rows(xp, shape, dtype)
+    return Rows(xp, shape, dtype, dtype if kv_dtype == "auto" else xp.dtype(kv_dtype))
+
+
+class Rows:
+    """Keys or values of one layer, [K_r, capacity, d], kept in a dtype of their own."""
+
+    def __init__(self, xp, shape, dtype, kept):
+        self.xp, self.dtype = xp, dtype
+        self.values = xp.empty(shape, dtype=kept)  # [K_r, capacity, d]
+
+    @property
+    def capacity(self):
+        """Positions."""
+        return self.values.shape[1]
+
+    @property
+    def nbytes(self):
+        """Bytes reserved."""
+        return self.values.nbytes
+
+    def write(self, places, x):
+        """Keep x [K_r, n, d] at these positions: a slice, or int [n]."""
+        self.values[:, places] = x
+
+    def read(self, places):
+        """[K_r, n, d] in the compute dtype; a view if that is what is kept, and `places` a slice."""
+        return self.values[:, places].astype(self.dtype, copy=False)
+
+    def grown(self, capacity, length):
+        """The first `length` positions in Rows of that capacity."""
+        kv_heads, _, head_dim = self.values.shape
+        grown = type(self)(self.xp, (kv_heads, capacity, head_dim), self.dtype, self.values.dtype)
+        grown.values[:, :length] = self.values[:, :length]
+        return grown
+
+
+class Int8Rows(Rows):
+    """Whole numbers from -127 to 127, and for each position and head the float32 that one of them stands for.
+
+    The largest element of a head's key or value becomes 127, so no element is off by more than 1/254 of that.
+    """
+
+    def __init__(self, xp, shape, dtype, kept=np.int8):
+        super().__init__(xp, shape, dtype, kept)
+        self.scales = xp.empty((*shape[:2], 1), dtype=xp.float32)  # [K_r, capacity, 1]
+
+    @property
+    def nbytes(self):
+        """Bytes reserved, the scales included."""
+        return self.values.nbytes + self.scales.nbytes
+
+    def write(self, places, x):
+        """As in Rows."""
+        x = x.astype(self.xp.float32, copy=False)  # [K_r, n, d]
+        scale = self.xp.abs(x).max(axis=-1, keepdims=True) / 127  # [K_r, n, 1]
+        self.scales[:, places] = scale
+        scale = self.xp.where(scale > 0, scale, 1)  # [K_r, n, 1]: a head of zeros stays zeros
+        self.values[:, places] = self.xp.rint(x / scale).astype(self.xp.int8)
+
+    def read(self, places):
+        """As in Rows, always a copy."""
+        values = self.values[:, places].astype(self.xp.float32)  # [K_r, n, d]
+        return (values * self.scales[:, places]).astype(self.dtype, copy=False)  # [K_r, n, d]
+
+    def grown(self, capacity, length):
+        """As in Rows."""
+        grown = super().grown(capacity, length)
+        grown.scales[:, :length] = self.scales[:, :length]
+        return grown

@@ -12,7 +12,7 @@ bits on all ranks. Whoever wants to see the steps passes a `record`, which gets 
 """
 
 from minitp import ops
-from minitp.kv_cache import KVCache
+from minitp.kv_cache import BlockPool, KVCache
 from minitp.weights import Loader
 
 PREFILL_CHUNK = 512  # prompt tokens a pass, at most
@@ -39,14 +39,17 @@ class Model:
         This rank's, from `weights.Loader`.
     comm : Comm
     device : Device
+    kv_dtype : str
+        How its caches keep keys and values: auto (the compute dtype), float16 or int8.
     """
 
-    def __init__(self, config, plan, weights, comm, device):
+    def __init__(self, config, plan, weights, comm, device, kv_dtype="auto"):
         self.config = config
         self.plan = plan
         self.weights = weights
         self.comm = comm
         self.device = device
+        self.kv_dtype = kv_dtype
         start, stop = plan.head_ranges[comm.share]
         kv_start, kv_stop = plan.kv_head_ranges[comm.share]
         self.heads, self.kv_heads = stop - start, kv_stop - kv_start  # H_r, K_r
@@ -58,8 +61,15 @@ class Model:
 
     def new_cache(self, capacity=64):
         """An empty KV cache for one sequence, of `capacity` positions and more if need be."""
+        return KVCache(*self._cache_shape(), capacity=capacity, kv_dtype=self.kv_dtype)
+
+    def new_pool(self, blocks, block_size=16):
+        """Memory for the paged caches of many sequences, `blocks` times `block_size` positions in all."""
+        return BlockPool(*self._cache_shape(), blocks, block_size, kv_dtype=self.kv_dtype)
+
+    def _cache_shape(self):
         device, c = self.device, self.config
-        return KVCache(device.xp, device.dtype, c.num_hidden_layers, self.kv_heads, c.head_dim, capacity)
+        return device.xp, device.dtype, c.num_hidden_layers, self.kv_heads, c.head_dim
 
     def forward(self, token_ids, cache, logits_at=None, record=Unrecorded()):  # noqa: B008  it has no state
         """Run the next tokens of one sequence, [T] int: `forward_batch` of that one alone."""
@@ -135,9 +145,7 @@ class Model:
         """One sequence's n tokens: qk [H_r + K_r, n, d] and v [K_r, n, d] -> context [n, H_r d]."""
         xp = self.device.xp
         q, k = qk[: self.heads], qk[self.heads :]  # [H_r, n, d], [K_r, n, d]
-        k, v = sequence.cache.append(i, k, v)  # [K_r, S, d] each, all positions so far
-        first = sequence.first_key
-        k, v = k[:, first:], v[:, first:]  # [K_r, W, d] each: those in the window, W <= S
+        k, v = sequence.cache.append(i, k, v, sequence.first_key)  # [K_r, W, d] each: all, or the window
         record("attn", i, k_cache=k, v_cache=v)
         scores = ops.attention_scores(xp, q, k, self.query_groups, sequence.mask)  # [H_r, n, W]
         record("attn", i, scores=scores)
@@ -198,10 +206,10 @@ def joined(xp, arrays):
     return arrays[0] if len(arrays) == 1 else xp.concatenate(arrays)
 
 
-def load_model(source, comm, device, progress=lambda nbytes: None):
+def load_model(source, comm, device, progress=lambda nbytes: None, kv_dtype="auto"):
     """This rank's Model of a ModelSource; `progress` gets the bytes of each array loaded."""
     weights = Loader(source.plan, comm.share, source.tensors, device, progress).load()
-    return Model(source.config, source.plan, weights, comm, device)
+    return Model(source.config, source.plan, weights, comm, device, kv_dtype)
 
 
 def prefill(model, cache, token_ids, chunk=PREFILL_CHUNK):

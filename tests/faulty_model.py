@@ -182,21 +182,21 @@ def even_groups(original, xp, by_head, by_kv_head, groups, *mask):
     return original(xp, by_head, by_kv_head, split_evenly(len(by_head), len(by_kv_head)), *mask)
 
 
-def one_slot_too_far(original, layer, k, v):
+def one_slot_too_far(original, layer, k, v, *first):
     """In decode the new entry lands behind the slot that is read for it, which was never written."""
     cache, start = here.cache, here.cache.length
-    original(layer, k, v)
+    original(layer, k, v, *first)
     if start:
-        for buffer, new in zip(cache._buffers[layer], (k, v), strict=True):
-            buffer[:, start + 1 : start + 2], buffer[:, start] = new, 0
-    return [buffer[:, : start + k.shape[1]] for buffer in cache._buffers[layer]]
+        for rows, new in zip(cache.rows[layer], (k, v), strict=True):
+            rows.values[:, start + 1 : start + 2], rows.values[:, start] = new, 0
+    return [rows.read(slice(*first, start + k.shape[1])) for rows in cache.rows[layer]]
 
 
 def stale(which):
     """In decode position 1 holds what belongs to position 2; `which` is k, v or kv."""
 
-    def hook(original, layer, k, v):
-        k, v = original(layer, k, v)
+    def hook(original, layer, k, v, *first):
+        k, v = original(layer, k, v, *first)
         if here.cache.length:
             for name, array in (("k", k), ("v", v)):
                 if name in which:
@@ -206,10 +206,10 @@ def stale(which):
     return {"append": hook}
 
 
-def other_layer(original, layer, k, v):
+def other_layer(original, layer, k, v, first):
     """The values of the layer before, which is not the first."""
-    k, v = original(layer, k, v)
-    return k, here.cache._buffers[layer - 1][1][:, : v.shape[1]]
+    k, v = original(layer, k, v, first)
+    return k, here.cache.rows[layer - 1][1].read(slice(first, first + v.shape[1]))
 
 
 def bias_on_every_rank(all_reduce, x):

@@ -83,7 +83,7 @@ def test_bytes_of_a_pass_are_those_of_the_matrices(tmp_path):
     counts = model.device.xp.shapes
     elements = sum(b[0] * b[1] * counts[a, b] for a, b in of_weights)
     assert total_elements(Alone(), products) == elements
-    assert products.cache_elements(10) == 2 * 2 * 2 * 10 * 8  # layers, k and v, KV heads, keys, head_dim
+    assert products.cache_bytes(10) == 4 * 2 * 2 * 2 * 10 * 8  # layers, k and v, KV heads, keys, head_dim
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

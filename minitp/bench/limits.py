@@ -47,9 +47,9 @@ class BareProducts:
         """Of the matrices of one pass on this rank."""
         return sum(m.size for matrices in self.layers for m in matrices) + self.lm_head.size
 
-    def cache_elements(self, keys):
+    def cache_bytes(self, keys):
         """That a token reads in the cache of this rank."""
-        return 2 * len(self.layers) * self.model.kv_heads * keys * self.model.config.head_dim
+        return keys * self.model.new_cache(1).nbytes
 
     def _product(self, rows, matrix):
         self.xp.matmul(self._row(rows, matrix.shape[0]), matrix, dtype=np.float32)

@@ -112,8 +112,8 @@ def limits(model, products, prompt_tokens):
 def speeds(runs, model, products, job):
     """Of the rounds: prefill and decode, each beside the bare products that were measured next to it."""
     context = job.prompt_tokens + job.new_tokens // 2
-    read = total_elements(model.comm, products) + sum(model.comm.exchange(products.cache_elements(context)))
-    read *= model.device.dtype.itemsize
+    read = total_elements(model.comm, products) * model.device.dtype.itemsize
+    read += sum(model.comm.exchange(products.cache_bytes(context)))
     return {
         "prefill": {
             "prompt_tokens": job.prompt_tokens,

@@ -25,5 +25,5 @@ def load(args, comm, source):
             disable=comm.rank != 0 or not sys.stderr.isatty(),
         ) as bar,
     ):
-        model = load_model(source, comm, device, bar.update)
+        model = load_model(source, comm, device, bar.update, getattr(args, "kv_dtype", "auto"))
     return model, perf_counter() - started
