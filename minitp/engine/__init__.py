@@ -1,0 +1,6 @@
+"""Many requests at once: they share the steps of one model and the blocks of one pool.
+
+scheduler.py   which tokens go through the model in the next step, and in which blocks; rank 0 alone
+blocks.py      which blocks are free, shared, or still hold a prefix that may come again; rank 0 alone
+engine.py      the step that all ranks run together
+"""

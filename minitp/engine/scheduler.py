@@ -1,0 +1,189 @@
+"""What the next step computes: rank 0 decides it, and all ranks get it as a StepPlan.
+
+Sequences that decode go first, one token each, oldest first; then those whose prompt is not through yet, in
+chunks, as many tokens as the step may still have; then new ones. When blocks run out, the youngest sequence
+gives its own back and waits: it begins anew later, with what it has generated as a part of its prompt, to the
+same result.
+"""
+
+from dataclasses import dataclass, field
+
+from minitp.engine.blocks import BlockAllocator, block_keys
+from minitp.errors import InputError
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way: its tokens, of which the first `computed` are in its blocks."""
+
+    number: int  # in the order of arrival
+    request: object  # generate.Request
+    token_ids: list
+    computed: int = 0
+    block_table: list = field(default_factory=list)
+    keys: list = field(default_factory=list)  # of its full blocks
+
+    @property
+    def missing(self):
+        """Tokens that are not computed; more than one: its prompt is not through."""
+        return len(self.token_ids) - self.computed
+
+
+@dataclass
+class StepPlan:
+    """One step, for every rank.
+
+    Attributes
+    ----------
+    parts : list of (number, tokens, new_blocks)
+        Of each sequence the tokens that go through the model, and the blocks that it gets for them.
+    begin : list of (number, block_table, length)
+        Sequences that join, with the blocks of others that they begin with.
+    end : list of int
+        Sequences that have left since the last step.
+    logits_at : list of int
+        Rows, among all tokens of the step, of the last tokens of those sequences that go on.
+    """
+
+    parts: list
+    begin: list
+    end: list
+    logits_at: list
+
+
+class Scheduler:
+    """Decides the steps of many requests.
+
+    Parameters
+    ----------
+    blocks, block_size : int
+        Of every rank's pool.
+    max_tokens_per_step : int
+    max_sequences : int
+        That run at the same time.
+    """
+
+    def __init__(self, blocks, block_size=16, max_tokens_per_step=512, max_sequences=64):
+        self.allocator = BlockAllocator(blocks, block_size)
+        self.max_tokens_per_step, self.max_sequences = max_tokens_per_step, max_sequences
+        self.waiting, self.running = [], []  # each from the oldest to the youngest
+        self.preempted = 0  # how often blocks ran out
+        self._arrived, self._ended, self._begun, self._planned = 0, [], [], {}
+
+    def add(self, request):
+        """A request joins as soon as there is room.
+
+        Raises
+        ------
+        InputError
+            if it could not run even alone.
+        """
+        room = self.allocator.blocks * self.allocator.block_size
+        if request.positions > room:
+            raise InputError(
+                f"a request of {request.positions} positions, prompt and new tokens, is too long for a cache of "
+                f"{room}; ask for fewer"
+            )
+        self.waiting.append(Sequence(self._arrived, request, list(request.prompt_ids)))
+        self._arrived += 1
+
+    def remove(self, request):
+        """A request that nobody wants any more; its blocks are free at once."""
+        for sequence in [s for s in self.running if s.request is request]:
+            self._leave(sequence)
+        self.waiting = [s for s in self.waiting if s.request is not request]
+
+    def plan(self):
+        """The next StepPlan; None if there is nothing to do."""
+        self._planned, budget = {}, self.max_tokens_per_step
+        decoding = [s for s in self.running if s.missing == 1]
+        for sequence in decoding + [s for s in self.running if s.missing > 1]:
+            if sequence in self.running:  # else it has given its blocks to an older one
+                budget -= self._give(sequence, min(sequence.missing, budget))
+        budget = self.max_tokens_per_step - sum(tokens for _, tokens, _ in self._planned.values())
+        self._admit(budget)
+        if not self._planned:
+            return None
+        return self._step_plan()
+
+    def commit(self, plan, logits):
+        """What came of `plan`: logits [len(plan.logits_at), V], a row for each sequence that goes on."""
+        rows = iter(logits if plan.logits_at else [])
+        for number, tokens, _ in plan.parts:
+            sequence = self._planned[number][0]
+            sequence.computed += len(tokens)
+            self._remember(sequence)
+            if sequence.missing:
+                continue
+            token, last = sequence.request.take(next(rows))
+            sequence.token_ids.append(token)
+            if last:
+                self._leave(sequence)
+
+    def _give(self, sequence, tokens):
+        """Blocks for the next `tokens` tokens, from the youngest if need be; how many it may compute."""
+        if tokens == 0:
+            return 0
+        size = self.allocator.block_size
+        while True:
+            needed = -(-(sequence.computed + tokens) // size) - len(sequence.block_table)
+            blocks = self.allocator.take(needed)
+            if blocks is not None:
+                break
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return 0
+        sequence.block_table += blocks
+        self._planned[sequence.number] = sequence, tokens, blocks
+        return tokens
+
+    def _admit(self, budget):
+        """Let the oldest of those who wait join, while there are tokens, and blocks for the whole prompt."""
+        while self.waiting and budget and len(self.running) < self.max_sequences:
+            sequence = self.waiting[0]
+            size = self.allocator.block_size
+            sequence.keys = block_keys(sequence.token_ids, size)
+            # The last token is computed in any case, for its logits.
+            shared = self.allocator.find(sequence.keys[: (len(sequence.token_ids) - 1) // size])
+            needed = -(-len(sequence.token_ids) // size) - len(shared)
+            if needed > self.allocator.available:
+                self.allocator.release(shared)
+                return
+            sequence.block_table, sequence.computed = shared, len(shared) * size
+            self._begun.append((sequence.number, list(shared), sequence.computed))
+            self.waiting.pop(0)
+            self.running.append(sequence)
+            budget -= self._give(sequence, min(sequence.missing, budget))
+
+    def _preempt(self, sequence):
+        """Its blocks are taken; it waits before all others."""
+        self.preempted += 1
+        self._leave(sequence)
+        self._planned.pop(sequence.number, None)
+        self.waiting.insert(0, Sequence(sequence.number, sequence.request, sequence.token_ids))
+
+    def _leave(self, sequence):
+        self.running.remove(sequence)
+        self.allocator.release(sequence.block_table)
+        self._ended.append(sequence.number)
+
+    def _remember(self, sequence):
+        """Its full blocks may serve others from now on."""
+        size = self.allocator.block_size
+        full = sequence.computed // size
+        sequence.keys = block_keys(sequence.token_ids[: full * size], size, sequence.keys[:full])
+        for block, key in zip(sequence.block_table[:full], sequence.keys, strict=True):
+            self.allocator.remember(block, key)
+
+    def _step_plan(self):
+        parts, logits_at, rows = [], [], 0
+        for number, (sequence, tokens, blocks) in self._planned.items():
+            stop = sequence.computed + tokens
+            parts.append((number, sequence.token_ids[sequence.computed : stop], blocks))
+            rows += tokens
+            if stop == len(sequence.token_ids):
+                logits_at.append(rows - 1)
+        plan = StepPlan(parts, self._begun, self._ended, logits_at)
+        self._begun, self._ended = [], []
+        return plan

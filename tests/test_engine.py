@@ -1,0 +1,286 @@
+"""Many requests at once: each gets the tokens that it would get alone, and no block is lost."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from tiny import write_tiny
+
+from minitp.comm import Alone, run_threads
+from minitp.device import open_device
+from minitp.engine.blocks import BlockAllocator, block_keys
+from minitp.engine.engine import Engine
+from minitp.engine.scheduler import Scheduler
+from minitp.errors import InputError
+from minitp.generate import Request, generate
+from minitp.model import load_model
+from minitp.model_source import open_model
+from minitp.sampling import SamplingParams
+
+CONTEXT = 512
+SHAPES = {
+    "plain": {},
+    "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6},
+    "uneven": {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48},
+}
+
+
+def requests(count, seed=0, longest=30, most_new=25, prefixes=1):
+    """Of random prompts, some of which begin alike, and lengths."""
+    rng = random.Random(seed)
+    heads = [[rng.randrange(256) for _ in range(20)] for _ in range(prefixes)]
+    found = []
+    for _ in range(count):
+        prompt = [rng.randrange(256) for _ in range(rng.randint(1, longest))]
+        if rng.random() < 0.5:
+            prompt = rng.choice(heads)[: rng.randint(1, 20)] + prompt
+        params = SamplingParams(max_new_tokens=rng.randint(1, most_new), ignore_eos=True)
+        found.append(Request(params, (), prompt, CONTEXT))
+    return found
+
+
+def alone(model, request):
+    """The tokens of the same request by itself."""
+    again = Request(request.params, (), request.prompt_ids, CONTEXT)
+    return list(generate(model, request.prompt_ids, again if model.comm.rank == 0 else None))
+
+
+def check_blocks(scheduler):
+    """The books are right: every block is empty, left, or used as often as block tables have it."""
+    allocator = scheduler.allocator
+    users = Counter(block for s in scheduler.running for block in s.block_table)
+    assert [users[block] for block in range(allocator.blocks)] == allocator._users
+    unused = [block for block in range(allocator.blocks) if not users[block]]
+    assert sorted([*allocator._empty, *allocator._left]) == unused
+    assert all(not s.block_table for s in scheduler.waiting)
+    numbers = [s.number for s in [*scheduler.running, *scheduler.waiting]]
+    assert numbers == sorted(numbers), "somebody has overtaken"
+
+
+def served(model, wanted, blocks, block_size, later=(), **limits):
+    """Run requests through an Engine; `later` join after some steps. The scheduler, on rank 0."""
+    scheduler = Scheduler(blocks, block_size, **limits) if model.comm.rank == 0 else None
+    engine = Engine(model, scheduler, blocks, block_size)
+    if scheduler:
+        for request in wanted:
+            scheduler.add(request)
+    for n in range(10_000):
+        if scheduler and n % 3 == 2 and later:
+            scheduler.add(later.pop(0))
+        if not engine.step():
+            break
+        if scheduler:
+            check_blocks(scheduler)
+    return scheduler
+
+
+@pytest.mark.parametrize(("shape", "tp"), [("plain", 1), ("plain", 3), ("window", 2), ("uneven", 4)])
+@pytest.mark.parametrize(
+    ("blocks", "block_size", "limits"),
+    [
+        (200, 4, {}),
+        (20, 4, {}),  # room for about one and a half: preemption
+        (6, 16, {"max_tokens_per_step": 7}),
+        (80, 1, {"max_tokens_per_step": 3, "max_sequences": 2}),
+        (40, 16, {"max_tokens_per_step": 16, "max_sequences": 5}),
+    ],
+)
+def test_each_request_as_if_alone(tmp_path, shape, tp, blocks, block_size, limits):
+    """Greedy tokens of 12 requests, some of which join later, some with the same beginning."""
+    source = open_model(str(write_tiny(tmp_path, **SHAPES[shape])), tp)
+
+    def rank(comm):
+        model = load_model(source, comm, open_device("float32"))
+        wanted, later = requests(8), requests(4, seed=1)
+        everyone = [*wanted, *later]
+        expected = [alone(model, request) for request in everyone]
+        served(model, wanted, blocks, block_size, later, **limits)
+        return expected, [request.token_ids for request in everyone]
+
+    expected, tokens = run_threads(tp, rank)[0]
+    assert tokens == expected
+
+
+def tiny_model(tmp_path):
+    return load_model(open_model(str(write_tiny(tmp_path)), 1), Alone(), open_device("float32"))
+
+
+def test_blocks_run_out_and_all_come_back(tmp_path):
+    model, wanted = tiny_model(tmp_path), requests(10, seed=3)
+    expected = [alone(model, request) for request in wanted]
+    scheduler = served(model, wanted, blocks=20, block_size=4)
+    assert scheduler.preempted > 0
+    assert [request.token_ids for request in wanted] == expected
+    assert scheduler.allocator.available == 20
+    assert (scheduler.running, scheduler.waiting) == ([], [])
+
+
+def test_a_step_has_no_more_tokens_than_allowed_and_decodes_everybody(tmp_path):
+    """While a long prompt goes through in chunks the other sequence gets a token at every step."""
+    model = tiny_model(tmp_path)
+    scheduler = Scheduler(60, 4, max_tokens_per_step=10)
+    engine = Engine(model, scheduler, 60, 4)
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    quick, long = (Request(params, (), prompt, CONTEXT) for prompt in ([1, 2, 3], list(range(60))))
+    sizes, plan = [], scheduler.plan
+    scheduler.plan = lambda: (lambda p: sizes.append(p and [len(t) for _, t, _ in p.parts]) or p)(plan())
+    scheduler.add(quick)
+    engine.step()
+    scheduler.add(long)
+    engine.run()
+    assert sizes == [[3], *[[1, 9]] * 6, [1, 6], *[[1, 1]] * 4, *[[1]] * 7, None]
+    assert [len(quick.token_ids), len(long.token_ids)] == [12, 12]
+
+
+def test_a_known_beginning_is_not_computed_again(tmp_path):
+    """Of another request with the same 19 tokens four blocks of four are there, also when it has gone."""
+    model = tiny_model(tmp_path)
+    scheduler = Scheduler(40, 4)
+    engine = Engine(model, scheduler, 40, 4)
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    computed, forward = [], model.forward_batch
+    model.forward_batch = lambda parts, **kwargs: (
+        computed.append(sum(len(ids) for ids, _ in parts)) or forward(parts, **kwargs)
+    )
+    same = [Request(params, (), list(range(19)), CONTEXT) for _ in range(3)]
+    scheduler.add(same[0])
+    engine.step()
+    scheduler.add(same[1])
+    engine.run()
+    scheduler.add(same[2])
+    engine.run()
+    assert computed == [19, 1 + 3, 1 + 1, 1, 3, 1, 1]
+    assert same[0].token_ids == same[1].token_ids == same[2].token_ids
+
+
+def test_a_removed_request_frees_its_blocks_at_once(tmp_path):
+    model, wanted = tiny_model(tmp_path), requests(4, seed=5, most_new=40)
+    expected = [alone(model, request) for request in wanted]
+    scheduler = Scheduler(100, 4, max_sequences=3)
+    engine = Engine(model, scheduler, 100, 4)
+    for request in wanted:
+        scheduler.add(request)
+    engine.step()
+    before = scheduler.allocator.available
+    scheduler.remove(wanted[1])  # runs
+    assert scheduler.allocator.available > before
+    check_blocks(scheduler)
+    scheduler.remove(wanted[3])  # waits
+    engine.run()
+    assert [len(request.token_ids) for request in wanted][3] == 0
+    assert [wanted[n].token_ids for n in (0, 2)] == [expected[n] for n in (0, 2)]
+    assert scheduler.allocator.available == 100
+    scheduler.add(requests(1)[0])
+    engine.step()
+    assert len(engine._caches) == 1, "those that left are forgotten"
+
+
+@pytest.mark.parametrize("length", [1, 4, 8, 9])
+def test_the_same_prompt_again(tmp_path, length):
+    """Also if it fills its blocks exactly: at least the last token is computed, for its logits."""
+    model = tiny_model(tmp_path)
+    scheduler = Scheduler(20, 4)
+    engine = Engine(model, scheduler, 20, 4)
+    params = SamplingParams(max_new_tokens=5, ignore_eos=True)
+    results = []
+    for _ in range(2):
+        request = Request(params, (), list(range(50, 50 + length)), CONTEXT)
+        scheduler.add(request)
+        for _ in range(5):
+            assert engine.step()
+        assert not engine.step()
+        results.append(request.token_ids)
+    assert results[0] == results[1]
+
+
+def test_a_request_that_no_pool_could_hold_is_refused():
+    scheduler = Scheduler(blocks=4, block_size=4)
+    params = SamplingParams(max_new_tokens=10)
+    scheduler.add(Request(params, (), [1] * 6, CONTEXT))
+    with pytest.raises(InputError, match=r"17 positions.* a cache of 16;"):
+        scheduler.add(Request(params, (), [1] * 7, CONTEXT))
+
+
+# --- blocks ---------------------------------------------------------------------------------------------
+
+
+def test_keys_say_all_that_comes_before():
+    a, b = [1, 2, 3, 4, 5, 6, 7], [9, 2, 3, 4, 5, 6, 7, 8, 8]
+    keys = block_keys(a, 2)
+    assert len(keys) == 3
+    assert block_keys(a[:6], 2) == keys
+    assert not set(keys) & set(block_keys(b, 2))
+    assert block_keys(a, 2, before=keys[:1]) == keys
+    assert block_keys([], 2) == block_keys([1], 2) == []
+
+
+def test_the_block_left_longest_ago_is_evicted_first():
+    allocator = BlockAllocator(blocks=3, block_size=2)
+    first, second, third = allocator.take(3)
+    for block, key in ((first, b"1"), (second, b"2"), (third, b"3")):
+        allocator.remember(block, key)
+    allocator.release([second])
+    allocator.release([first, third])  # a prefix: its end goes before its beginning
+    assert allocator.take(4) is None
+    assert allocator.find([b"2"]) == [second]  # in use again
+    assert allocator.take(1) == [third]
+    assert allocator.find([b"3"]) == []
+    assert allocator.find([b"1", b"3"]) == [first]
+    assert allocator.available == 0
+
+
+def test_a_shared_block_is_free_when_its_last_user_leaves():
+    allocator = BlockAllocator(blocks=2, block_size=2)
+    (block,) = allocator.take(1)
+    allocator.remember(block, b"k")
+    assert allocator.find([b"k"]) == [block]
+    allocator.release([block])
+    assert allocator.available == 1
+    allocator.release([block])
+    assert allocator.available == 2
+
+
+def test_of_two_blocks_with_the_same_content_one_is_remembered():
+    allocator = BlockAllocator(blocks=2, block_size=2)
+    a, b = allocator.take(2)
+    allocator.remember(a, b"k")
+    allocator.remember(b, b"k")
+    allocator.release([b])
+    assert allocator.take(1) == [b]
+    allocator.release([a])
+    assert allocator.find([b"k"]) == [a]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_books_against_a_plain_list(seed):
+    """Random takes, finds and releases: never one block twice, and what is found holds what was asked for."""
+    rng = np.random.default_rng(seed)
+    allocator, content, users = BlockAllocator(blocks=9, block_size=1), {}, Counter()
+    held = []
+    for n in range(2000):
+        action = rng.integers(3)
+        if action == 0:
+            blocks = allocator.take(int(rng.integers(1, 4)))
+            if blocks is None:
+                continue
+            for block in blocks:
+                assert users[block] == 0
+                content[block] = bytes([n % 256])
+                if rng.random() < 0.7:
+                    content[block] = str(rng.integers(6)).encode()
+                    allocator.remember(block, content[block])
+        elif action == 1:
+            keys = [str(k).encode() for k in rng.integers(6, size=3)]
+            blocks = allocator.find(keys)
+            assert [content[block] for block in blocks] == keys[: len(blocks)]
+        elif held:
+            blocks = held.pop(int(rng.integers(len(held))))
+            users.subtract(blocks)
+            allocator.release(blocks)
+            continue
+        else:
+            continue
+        users.update(blocks)
+        held.append(blocks)
+        assert allocator.available == sum(users[block] == 0 for block in range(9))
