@@ -142,6 +142,7 @@ def add_bench(commands):
     sub.add_argument("-n", "--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
     sub.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
     sub.add_argument("--profile", action="store_true", help="also where the time goes, step by step")
+    sub.add_argument("--requests", type=int, metavar="N", help="instead, N requests at once and one by one")
     sub.add_argument("--sweep", choices=["context", "batch"], help="instead, at several lengths or batches")
     sub.add_argument("--max-context", type=int, metavar="N", help="--sweep context: up to N; default 2048")
     sub.add_argument("--plot", metavar="FILE", help="draw the sweep: .png or .svg")

@@ -253,6 +253,19 @@ def test_a_picture_has_every_point(tmp_path):
     assert counts[1] > counts[0]
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("tp", [1, 2])
+def test_requests_at_once_and_one_by_one(tiny, tp):
+    result = bench(
+        "--model", tiny, "--tp", tp, "--requests", 5, "--prompt-tokens", 9, "-n", 7, "--rounds", 2
+    )["requests"]  # fmt: skip
+    assert (result["count"], result["prompt_tokens"], result["new_tokens"]) == (5, 9, 7)
+    assert result["steps"] == 7  # all prompts in the first, then a token of each
+    speeds = [result[f"{name}_tokens_per_s"] for name in ("one_by_one", "together", "limit")]
+    assert 0 < speeds[0] < speeds[1] < speeds[2]
+    assert result["times_one_by_one"] > 1 > result["share_of_limit"] > 0
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_one_rank_alone(tiny, rank):
     result = bench(
@@ -276,6 +289,8 @@ def test_one_rank_alone(tiny, rank):
         (["--sweep", "rank"], "--sweep"),
         (["--sweep", "context", "--max-context", "16"], "a context of 16"),
         (["--plot", "x.png"], "--sweep"),
+        (["--requests", "0"], "--requests 0: expected 1 or more"),
+        (["--requests", "2", "--sweep", "batch"], "two measurements"),
         (["--sweep", "batch", "--plot", "x.pdf"], "x.pdf: expected a name that ends in .png or .svg"),
         (["--sweep", "batch", "--plot", "/nowhere/x.png"], "/nowhere/x.png"),
         (["--as-rank", "1"], "--as-rank R and --of N go together"),

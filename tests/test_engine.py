@@ -198,7 +198,7 @@ def test_a_request_that_no_pool_could_hold_is_refused():
     scheduler = Scheduler(blocks=4, block_size=4)
     params = SamplingParams(max_new_tokens=10)
     scheduler.add(Request(params, (), [1] * 6, CONTEXT))
-    with pytest.raises(InputError, match=r"17 positions.* a cache of 16;"):
+    with pytest.raises(InputError, match=r"17 positions.* cache of 16;"):
         scheduler.add(Request(params, (), [1] * 7, CONTEXT))
 
 

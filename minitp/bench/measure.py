@@ -15,6 +15,7 @@ from minitp.bench.limits import (
     matrix_rate,
     total_elements,
 )
+from minitp.bench.requests import measure_requests
 from minitp.bench.runs import (
     bare_decode_seconds,
     private_bytes,
@@ -51,6 +52,8 @@ def measure(model, source, job, load_s, progress):
         result["sweep"] = {"over": "context", "points": context_sweep(model, products, job, progress)}
     elif job.sweep == "batch":
         result["sweep"] = {"over": "batch", "points": batch_sweep(model, products, job, progress)}
+    elif job.requests is not None:
+        result["requests"] = measure_requests(model, products, job, progress)
     else:
         runs = []
         prompt = random_prompt(model.config, job.prompt_tokens)

@@ -14,6 +14,8 @@ def lines(result):
     parts = [head(result), limit_lines(result)]
     if "sweep" in result:
         parts.append(sweep_lines(result["sweep"]))
+    elif "requests" in result:
+        parts.append(request_lines(result["requests"]))
     else:
         parts += [speed_lines(result), *profile_lines(result.get("profile", {}))]
     parts.append(memory_lines(result))
@@ -118,6 +120,26 @@ def sweep_lines(sweep):
         speed = (f"{p['tokens_per_s']:.1f}", f"{p['limit_tokens_per_s']:.1f}", f"{share:.0%}")
         rows.append((str(p["batch"]), f"{1000 * p['step_s']:.1f} ms", *speed))
     return aligned(rows, ">>>>>")
+
+
+def request_lines(found):
+    """Many at once, beside one by one and beside the limit."""
+    rows = [
+        ("all at once", f"{found['together_tokens_per_s']:.1f} tokens/s", f"in {found['steps']} steps"),
+        ("one by one", f"{found['one_by_one_tokens_per_s']:.1f} tokens/s", ""),
+        (
+            "limit",
+            f"{found['limit_tokens_per_s']:.1f} tokens/s",
+            "the bare matrix products of the same steps",
+        ),
+    ]
+    each = f"{found['prompt_tokens']} prompt and {found['new_tokens']} new tokens each; new ones are counted"
+    ratio, share = found["times_one_by_one"], found["share_of_limit"]
+    return [
+        f"{counted(found['count'], 'request')} of {each}",
+        *aligned(rows, "<><"),
+        f"{ratio:.2f} times as fast as one by one, {share:.0%} of the limit",
+    ]
 
 
 def memory_lines(result):

@@ -29,6 +29,7 @@ class Job:
     rounds: int
     profile: bool
     sweep: str | None
+    requests: int | None = None
     points: tuple = ()  # of the sweep
 
 
@@ -43,6 +44,7 @@ class Bench:
             ("--prompt-tokens", args.prompt_tokens, 1),
             ("--max-new-tokens", args.max_new_tokens, 2),
             ("--rounds", args.rounds, 1),
+            ("--requests", 1 if args.requests is None else args.requests, 1),
         ):
             if value < least:
                 raise InputError(f"{option} {value}: expected {least} or more")
@@ -51,6 +53,8 @@ class Bench:
             raise InputError(
                 f"--prompt-tokens {args.prompt_tokens} and {new} new ones exceed the context of {context}"
             )
+        if args.requests is not None and args.sweep is not None:
+            raise InputError("--requests and --sweep are two measurements; give one of them")
         check_plot(args)
         points = ()
         if args.sweep == "batch":
@@ -61,7 +65,7 @@ class Bench:
                     f"a context of {context}, and a sweep decodes {SWEEP_STEPS} tokens; give more"
                 )
             points = contexts(context if args.max_context else min(context, LAST_CONTEXT))
-        return Job(args.prompt_tokens, new, args.rounds, args.profile, args.sweep, points)
+        return Job(args.prompt_tokens, new, args.rounds, args.profile, args.sweep, args.requests, points)
 
     @staticmethod
     def run(args, comm, source, job):

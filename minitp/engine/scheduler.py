@@ -81,7 +81,7 @@ class Scheduler:
         room = self.allocator.blocks * self.allocator.block_size
         if request.positions > room:
             raise InputError(
-                f"a request of {request.positions} positions, prompt and new tokens, is too long for a cache of "
+                f"prompt and new tokens may come to {request.positions} positions, too many for a cache of "
                 f"{room}; ask for fewer"
             )
         self.waiting.append(Sequence(self._arrived, request, list(request.prompt_ids)))

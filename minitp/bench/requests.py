@@ -1,0 +1,97 @@
+"""Many requests at once, beside the same ones one after another and the bare products of their steps."""
+
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+
+from minitp.bench.limits import together
+from minitp.bench.runs import keys_read
+from minitp.engine.engine import Engine
+from minitp.engine.scheduler import Scheduler
+from minitp.generate import Request, generate
+from minitp.sampling import SamplingParams
+
+BLOCK_SIZE = 16
+
+
+def measure_requests(model, products, job, progress):
+    """New tokens a second of job.requests requests, in three ways; medians of the rounds."""
+    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (job.requests, job.prompt_tokens))
+    prompts, tokens = prompts.tolist(), job.requests * job.new_tokens
+    seconds = {"together": [], "one_by_one": [], "limit": []}
+    for n in range(job.rounds):
+        progress(f"round {n + 1} of {job.rounds}")
+        served, steps = serve(model, prompts, job.new_tokens)
+        seconds["together"].append(served)
+        seconds["limit"].append(bare_seconds(model, products, steps))
+        seconds["one_by_one"].append(one_by_one(model, prompts, job.new_tokens))
+    pairs = list(zip(*seconds.values(), strict=True))
+    return {
+        "count": job.requests,
+        "prompt_tokens": job.prompt_tokens,
+        "new_tokens": job.new_tokens,
+        "steps": len(steps),
+        **{f"{name}_tokens_per_s": tokens / median(values) for name, values in seconds.items()},
+        "times_one_by_one": median(single / served for served, single, _ in pairs),
+        "share_of_limit": median(limit / served for served, _, limit in pairs),
+    }
+
+
+def serve(model, prompts, new_tokens):
+    """Seconds of all requests at once, and their steps: [(tokens, keys) of each sequence] and logit rows."""
+    comm = model.comm
+    blocks = len(prompts) * -(-(len(prompts[0]) + new_tokens) // BLOCK_SIZE)
+    scheduler = Scheduler(blocks, BLOCK_SIZE) if comm.rank == 0 else None
+    if scheduler:
+        for prompt in prompts:
+            scheduler.add(request_of(prompt, new_tokens))
+    recorded = Recorded(model)
+    engine = Engine(recorded, scheduler, blocks, BLOCK_SIZE)
+    comm.exchange(None)
+    started = perf_counter()
+    engine.run()
+    return comm.broadcast(perf_counter() - started), recorded.steps
+
+
+class Recorded:
+    """A model that notes the shapes of its passes."""
+
+    def __init__(self, model):
+        self.model, self.steps = model, []
+        self.comm, self.device, self.new_pool = model.comm, model.device, model.new_pool
+
+    def forward_batch(self, parts, logits_at=None):
+        """As Model.forward_batch."""
+        shapes = [
+            (len(ids), keys_read(self.model, cache.length + len(ids), len(ids))) for ids, cache in parts
+        ]
+        self.steps.append((shapes, 0 if logits_at is None else len(logits_at)))
+        return self.model.forward_batch(parts, logits_at)
+
+
+def bare_seconds(model, products, steps):
+    """What just the matrix products of these steps take."""
+
+    def run():
+        for parts, logit_rows in steps:
+            products.run(parts, logit_rows)
+
+    return together(model.comm, run)
+
+
+def one_by_one(model, prompts, new_tokens):
+    """Seconds of the same requests one after another."""
+    comm = model.comm
+    comm.exchange(None)
+    started = perf_counter()
+    for prompt in prompts:
+        for _ in generate(model, prompt, request_of(prompt, new_tokens) if comm.rank == 0 else None):
+            pass
+    return comm.broadcast(perf_counter() - started)
+
+
+def request_of(prompt, new_tokens):
+    """Greedy, of exactly so many tokens."""
+    params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+    return Request(params, (), prompt, len(prompt) + new_tokens)
