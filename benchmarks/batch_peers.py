@@ -2,10 +2,10 @@
 
     python benchmarks/batch_peers.py [--requests 16] [--prompt-tokens 64] [--tokens 64] [--tp 2] [--rounds 3]
 
-Prints new tokens a second of all requests together, prompts included in the time. llama.cpp decodes one batch
-Prints new tokens a second of all requests together; the time includes the prompts. llama.cpp decodes one batch
-with a token of each sequence a step, as its server does with so many slots; it wants cyllama and gguf (see
+Prints new tokens a second of all requests together; the time includes the prompts. llama.cpp decodes a batch
+with one token of each sequence a step, as its server does with so many slots; it wants cyllama and gguf (see
 peers.py).
+"""
 
 import argparse
 import json
