@@ -162,13 +162,7 @@ def rank_work(config, plan, rank, work, dtype):
 
 def compute_seconds(config, plan, hardware, work, dtype, efficiency):
     """Of a pass without its collectives: the slowest rank's."""
-    shared = 1 if hardware.cores is None else plan.tp
-    bytes_per_s = hardware.memory_bytes_per_s * efficiency.memory / shared
-    flops_per_s = hardware.flops_per_s[dtype] * efficiency.matrix / shared
-    turns = 1
-    if hardware.cores is not None:
-        flops_per_s *= cores_used(plan.tp, hardware.cores) / hardware.cores
-        turns = -(-plan.tp // hardware.cores)  # ranks that take turns on a core
+    bytes_per_s, flops_per_s = rates(hardware, plan.tp, dtype, efficiency)
     both = sum if efficiency.packs and work.sequences * work.tokens > 1 else max
 
     def seconds(rank):
@@ -176,7 +170,19 @@ def compute_seconds(config, plan, hardware, work, dtype, efficiency):
         return sum(both((nbytes / bytes_per_s, flops / flops_per_s)) for nbytes, flops in parts)
 
     small = config.num_hidden_layers * (efficiency.layer_s + work.sequences * efficiency.sequence_s)
+    turns = 1 if hardware.cores is None else -(-plan.tp // hardware.cores)  # of ranks that share a core
     return max(map(seconds, range(plan.tp))) + turns * small
+
+
+def rates(hardware, tp, dtype, efficiency):
+    """(bytes, FLOPs) a second of one of `tp` ranks."""
+    bytes_per_s = hardware.memory_bytes_per_s * efficiency.memory
+    flops_per_s = hardware.flops_per_s[dtype] * efficiency.matrix
+    if hardware.cores is None:
+        return bytes_per_s, flops_per_s
+    if tp < hardware.cores:
+        bytes_per_s *= efficiency.threads
+    return bytes_per_s / tp, flops_per_s / tp * cores_used(tp, hardware.cores) / hardware.cores
 
 
 def cores_used(tp, cores):

@@ -40,6 +40,8 @@ class Efficiency:
         How often its lone latency a collective takes within a run, where ranks do not arrive together.
     layer_s, sequence_s : float
         Seconds that a layer takes beside its products, and that it takes more for each sequence.
+    threads : float
+        Share of the bandwidth that ranks of several BLAS threads reach, beside ranks of one on each core.
     packs : bool
         Products of several rows first read the matrix, then compute, as BLAS does on a CPU.
     """
@@ -50,6 +52,7 @@ class Efficiency:
     latency: float = 1.0
     layer_s: float = 0.0
     sequence_s: float = 0.0
+    threads: float = 1.0
     packs: bool = False
 
 
@@ -103,11 +106,15 @@ GPU_SOURCES = (
 
 # Measured on two cores (docs/performance.md). A decode step of the demo model at TP=2: 2.1 ms of small
 # operations over 30 layers, and 1.0 ms of collectives, three times as long as they take alone. Batches of 8
-# to 96 say how much of the former comes anew with each sequence. Prefill: 80% are products.
-CPU_EFFICIENCY = Efficiency(matrix=0.80, latency=3.0, layer_s=20e-6, sequence_s=50e-6, packs=True)
+# to 96 say how much of the former comes anew with each sequence. Prefill: 80% are products. Bare products of
+# one rank of two threads read 33 to 39 GB/s where those of two ranks read 46.
+CPU_EFFICIENCY = Efficiency(
+    matrix=0.80, latency=3.0, layer_s=20e-6, sequence_s=50e-6, threads=0.80, packs=True
+)
 CPU_SOURCES = (
-    "20 µs a layer for small operations and 50 more for each sequence, collectives that take three times "
-    "their lone latency, and 80% of the matrix rate: minitp's own runs, docs/performance.md"
+    "80% of the matrix rate, and of the bandwidth where a rank has several cores; 20 µs a layer for small "
+    "operations and 50 more for each sequence; collectives that take three times their lone latency: "
+    "minitp's own runs, docs/performance.md"
 )
 
 # Latencies: NCCL's own model of a tree of low latency (src/graph/tuning.cc, 2.28: a base of 6.8 µs; hops of

@@ -259,6 +259,9 @@ def test_ranks_of_a_cpu_share_its_cores():
         assert seconds(4, work) == pytest.approx(seconds(1, work), rel=0.01), "each a quarter of the rate"
         assert seconds(8, work) == pytest.approx(seconds(1, work), rel=0.01)
     assert seconds(3, prefill) == pytest.approx(seconds(1, prefill) * 4 / 3, rel=0.05), "a core is idle"
+    threaded = Efficiency(threads=0.5)
+    assert seconds(2, decode, threaded) == pytest.approx(2 * seconds(2, decode), rel=1e-3)
+    assert seconds(4, decode, threaded) == pytest.approx(seconds(4, decode)), "a thread on each core"
     small = Efficiency(layer_s=1.0)
     assert seconds(4, decode, small) - seconds(4, decode) == pytest.approx(32)
     assert seconds(8, decode, small) - seconds(8, decode) == pytest.approx(64), "two ranks on each core"
@@ -375,7 +378,7 @@ def test_what_physics_says(model):
 def test_decoding_the_demo_model_on_two_cores(bytes_per_s, tp, measured):
     """docs/performance.md, whose runs have some 50 tokens in the cache."""
     found = estimate(DEMO, two_cores(bytes_per_s), Spread(tp, 1), "float32", Job(4096, 50))
-    assert found.decode_expected_tokens_per_s == pytest.approx(measured, rel=0.25)
+    assert found.decode_expected_tokens_per_s == pytest.approx(measured, rel=0.15)
 
 
 def test_prefill_of_the_demo_model_on_two_cores():
@@ -419,7 +422,7 @@ def test_gpt_fast_on_a100(model):
     for tp, tokens_per_s in measured.items():
         found = estimate(config, A100, Spread(tp, 1), "bfloat16", Job(64, 5))
         # The one outlier: of the same model four GPUs are 2.3 times as fast as two.
-        near = 0.27 if (model, tp) == ("Llama-3.1-70B", 2) else 0.1
+        near = 0.27 if (model, tp) == ("Llama-3.1-70B", 2) else 0.09
         assert found.decode_expected_tokens_per_s == pytest.approx(tokens_per_s, rel=near), tp
         assert found.decode_limit_tokens_per_s > tokens_per_s
 

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_estimate import llama
@@ -273,6 +274,13 @@ def test_the_demo_needs_no_download(capsys, tmp_path, monkeypatch):
     result, _ = printed(capsys, "--gpu", "h100")
     assert result["parameters"] == 134515008
     assert list(tmp_path.iterdir()) == []
+
+
+def test_output_in_the_readme(capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    argv, output = re.search(r"```console\n\$ minitp (plan .*)\n((?s:.*?))```", readme).groups()
+    assert main(argv.split()) == 0
+    assert capsys.readouterr().out == output
 
 
 def test_examples_in_docstrings():
