@@ -381,6 +381,13 @@ def test_decoding_the_demo_model_on_two_cores(bytes_per_s, tp, measured):
     assert found.decode_expected_tokens_per_s == pytest.approx(measured, rel=0.15)
 
 
+def test_collectives_of_the_demo_model_on_two_cores():
+    """1.0 ms of a token at TP=2."""
+    machine, decode = two_cores(), Pass(1, 1, 50)
+    found = collective_seconds(DEMO, machine, Spread(2, 1), decode, "float32", machine.efficiency)
+    assert found == pytest.approx(1.0e-3, rel=0.1)
+
+
 def test_prefill_of_the_demo_model_on_two_cores():
     found = estimate(DEMO, two_cores(), Spread(2, 1), "float32", JOB)
     assert found.prefill_expected_s == pytest.approx(0.65, rel=0.3)
