@@ -4,6 +4,7 @@ import argparse
 
 from minitp import __version__
 from minitp.errors import InputError
+from minitp.hardware import GPUS
 from minitp.output import write_out
 
 
@@ -23,7 +24,16 @@ def parser():
     top = Parser(prog="minitp", description="Tensor-parallel LLM inference, written out and checkable.")
     top.add_argument("--version", action="version", version=f"minitp {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for add in (add_generate, add_trace, add_check, add_compare, add_perplexity, add_shard, add_bench):
+    for add in (
+        add_generate,
+        add_trace,
+        add_check,
+        add_compare,
+        add_perplexity,
+        add_shard,
+        add_plan,
+        add_bench,
+    ):
         sub = add(commands)
         sub.add_argument("-v", "--verbose", action="store_true", help="tracebacks, and every rank's stderr")
     return top
@@ -128,6 +138,25 @@ def add_shard(commands):
         description="Print the sharding plan: tensor, axis, each rank's range, bytes.",
     )
     sub.add_argument("-o", "--output", metavar="DIR", help="write rank{r}.safetensors and plan.json there")
+    add_model(sub)
+    return sub
+
+
+def add_plan(commands):
+    sub = commands.add_parser(
+        "plan",
+        help="will it fit, and how fast will it be",
+        description="Memory a rank and predicted speed, from config.json and what the hardware can do.",
+    )
+    sub.add_argument(
+        "--gpu", choices=["cpu", *GPUS], default="cpu", help="cpu, the default, is this machine, measured now"
+    )
+    sub.add_argument("--nodes", type=int, metavar="N", help="--tp ranks over N nodes; default: 8 GPUs a node")
+    sub.add_argument("--context", type=int, metavar="N", help="positions a sequence; default 4096")
+    sub.add_argument("--prompt-tokens", type=int, metavar="N", help="of a sequence; default 512")
+    sub.add_argument("--batch", type=int, metavar="N", help="sequences at once; default: as many as fit")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
     add_model(sub)
     return sub
 

@@ -13,7 +13,7 @@ from minitp.errors import InputError, MinitpError, RankError
 from minitp.output import prepare_streams
 
 DEFAULT_TP = 4
-WITHOUT_RANKS = ("compare", "shard")  # commands that one process does
+WITHOUT_RANKS = ("compare", "shard", "plan")  # commands that one process does
 
 
 def main(argv=None, worker=launch.WORKER):
@@ -60,6 +60,8 @@ def here(args):
     """A command that needs no ranks; of those that a user's mpirun starts all the same, one does it."""
     if environment.env_rank(os.environ) != 0:
         return 0
+    if args.command == "plan" and args.gpu == "cpu":  # measured with a thread on each core
+        environment.limit_blas_threads(os.environ, environment.cores())
     from minitp import commands
 
     return commands.run_here(args, environment.ranks_wanted(getattr(args, "tp", None), DEFAULT_TP))

@@ -14,6 +14,7 @@ from minitp.shard import make_plan
 from minitp.tokenizer import load_tokenizer
 
 DEMO = "smollm2"
+DEMO_SHAPES = "smollm2-135m"  # what they are called as a random model
 RANDOM = "random:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -92,8 +93,27 @@ def open_model(name, tp, layers=None):
     return ModelSource(name, directory, config, checkpoint, plan)
 
 
-def find_directory(name):
-    """The local directory of a model, downloaded first if `name` is the demo or a Hugging Face id."""
+def open_config(name, layers=None):
+    """The Config of a model as `--model` names it, without weights.
+
+    A directory needs no more than config.json, of a Hugging Face id nothing else is fetched, and for the demo
+    nothing at all.
+
+    Raises
+    ------
+    InputError
+    """
+    if name.startswith(RANDOM):
+        config = parse_config(random_config(name.removeprefix(RANDOM)), name)
+    elif name == DEMO and not os.path.isdir(name):
+        config = parse_config(random_config(DEMO_SHAPES) | {"torch_dtype": "float16"}, name)
+    else:
+        config = read_config(find_directory(name, ["config.json"]))
+    return config.with_layers(layers, name)
+
+
+def find_directory(name, files=HUB_FILES):
+    """The local directory of a model; `files` of a Hugging Face id, or the demo, are downloaded first."""
     if name == DEMO and not os.path.isdir(name):
         from minitp.demo import demo_directory
 
@@ -101,22 +121,22 @@ def find_directory(name):
     if os.path.isdir(name):
         return Path(name)
     if HUB_ID.fullmatch(name):
-        return _download(name)
+        return _download(name, files)
     raise InputError(
         f"--model {name}: no such directory; give a directory, a Hugging Face id (owner/name), "
         f"{DEMO}, or {RANDOM}NAME"
     )
 
 
-def _download(hub_id):
-    """A snapshot in huggingface_hub's own cache, with its progress bars; only what minitp reads."""
+def _download(hub_id, files):
+    """A snapshot in huggingface_hub's own cache, with its progress bars: `files`, which may be patterns."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=files))
     except Exception as error:  # the hub client raises those of its HTTP library, which changes
         reason = " ".join(str(error).split())
         raise InputError(

@@ -6,6 +6,19 @@ def counted(number, noun):
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def size(nbytes):
+    """Bytes as text.
+
+    >>> size(512), size(1152), size(56623104), size(14483464192)
+    ('512 B', '1.2 kB', '56.6 MB', '14.48 GB')
+    """
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB"
+    if nbytes >= 1e6:
+        return f"{nbytes / 1e6:.1f} MB"
+    return f"{nbytes / 1e3:.1f} kB" if nbytes >= 1e3 else f"{nbytes} B"
+
+
 def aligned(rows, sides):
     """The rows, tuples of str, as lines with aligned columns; `sides` has < or > for each column."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

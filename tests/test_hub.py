@@ -148,7 +148,12 @@ def hub(repository):
 
 
 def run_minitp(home, endpoint, *argv, **variables):
-    """The command with a hub at `endpoint` and a cache of its own in `home`."""
+    """A continuation with a hub at `endpoint` and a cache of its own in `home`."""
+    return run_command(home, endpoint, "generate", "Hello", "-n", "8", "--json", *argv, **variables)
+
+
+def run_command(home, endpoint, *argv, **variables):
+    """Any command, likewise."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))
     }
@@ -159,10 +164,8 @@ def run_minitp(home, endpoint, *argv, **variables):
         "no_proxy": "127.0.0.1",
         **variables,
     }
-    argv = ["generate", "Hello", "-n", "8", "--json", *map(str, argv)]
-    return subprocess.run(
-        [sys.executable, "-m", "minitp", *argv], env=environment, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-m", "minitp", *map(str, argv)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def tokens_of(done):

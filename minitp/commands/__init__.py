@@ -8,6 +8,7 @@ from minitp.commands.check import Check
 from minitp.commands.compare import compare
 from minitp.commands.generate import Generate
 from minitp.commands.perplexity import Perplexity
+from minitp.commands.plan import plan
 from minitp.commands.shard import shard
 from minitp.commands.trace import Trace
 from minitp.launch import SOCKET_VARIABLE
@@ -20,7 +21,7 @@ COMMANDS = {
     "check": Check,
     "bench": Bench,
 }
-WITHOUT_RANKS = {"compare": compare, "shard": shard}
+WITHOUT_RANKS = {"compare": compare, "shard": shard, "plan": plan}
 
 
 def check_input(args, tp):

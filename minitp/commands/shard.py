@@ -18,7 +18,7 @@ from minitp.shard_files import (
     refuse_untied_copy,
     write_shards,
 )
-from minitp.table import aligned, counted
+from minitp.table import aligned, counted, size
 from minitp.weights import LM_HEAD
 
 WIDTH = 80  # of notes; the tables are as wide as they must be
@@ -185,19 +185,6 @@ def run(ends):
     '0:3'
     """
     return ":".join(map(str, ends))
-
-
-def size(nbytes):
-    """Bytes as text.
-
-    >>> size(512), size(1152), size(56623104), size(14483464192)
-    ('512 B', '1.2 kB', '56.6 MB', '14.48 GB')
-    """
-    if nbytes >= 1e9:
-        return f"{nbytes / 1e9:.2f} GB"
-    if nbytes >= 1e6:
-        return f"{nbytes / 1e6:.1f} MB"
-    return f"{nbytes / 1e3:.1f} kB" if nbytes >= 1e3 else f"{nbytes} B"
 
 
 def wrapped(note):

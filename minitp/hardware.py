@@ -1,0 +1,185 @@
+"""What machines can do: memory, bandwidth, matrix rate and links, each figure with its source.
+
+Figures of GPUs are those of NVIDIA's datasheets: memory in GB of 10^9 bytes, matrix rates dense (half of what
+is printed "with sparsity") and with float32 sums.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins ranks.
+
+    Attributes
+    ----------
+    name : str
+    start_s : float
+        Seconds of any collective, however small and near.
+    hop_s : float
+        Seconds from one rank to the next; a tree passes each of its levels up and down again.
+    bytes_per_s : float
+        Of one rank in one direction.
+    """
+
+    name: str
+    start_s: float
+    hop_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """How far real programs stay behind what the hardware could do. The defaults are no loss at all.
+
+    Attributes
+    ----------
+    memory, matrix, link : float
+        Shares of the bandwidth, the matrix rate and the link's bandwidth.
+    latency : float
+        How often its lone latency a collective takes within a run, where ranks do not arrive together.
+    layer_s, sequence_s : float
+        Seconds that a layer takes beside its products, and that it takes more for each sequence.
+    threads : float
+        Share of the bandwidth that ranks of several BLAS threads reach, beside ranks of one on each core.
+    packs : bool
+        Products of several rows first read the matrix, then compute, as BLAS does on a CPU.
+    """
+
+    memory: float = 1.0
+    matrix: float = 1.0
+    link: float = 1.0
+    latency: float = 1.0
+    layer_s: float = 0.0
+    sequence_s: float = 0.0
+    threads: float = 1.0
+    packs: bool = False
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine.
+
+    Attributes
+    ----------
+    name, title : str
+        As `--gpu` takes it, and for people.
+    memory_bytes : float
+    memory_bytes_per_s : float
+        Read through products of one row.
+    flops_per_s : dict
+        By dtype: additions and multiplications in products of many rows.
+    link : Link
+        Within a node.
+    efficiency : Efficiency
+    reserve_bytes : float
+        That a rank takes beside weights and cache.
+    cores : int or None
+        Of a CPU, whose ranks share the figures above. None: each rank has a GPU of its own.
+    """
+
+    name: str
+    title: str
+    memory_bytes: float
+    memory_bytes_per_s: float
+    flops_per_s: dict
+    link: Link
+    efficiency: Efficiency
+    reserve_bytes: float
+    cores: int | None = None
+
+
+LIMIT = Efficiency()
+
+# memory, latency, layer_s: fitted to gpt-fast's published figures (github.com/meta-pytorch/gpt-fast, README):
+# Llama models in bfloat16 on 1 to 8 A100-80GB, batch 1; and to the half of an H100's bandwidth that vLLM and
+# SGLang reach with Llama-3.2-1B (Spector et al., Look Ma, No Bubbles, 2025). Of these 15, 14 are met within
+# 9% (docs/performance.md).
+# matrix: Dao, FlashAttention-2, 2023: GPT models trained at 225 of an A100's 312 TFLOP/s.
+# link: 370 of NVLink 4's 450 GB/s (NCCL's developers, github.com/NVIDIA/nccl-tests/issues/212).
+GPU_EFFICIENCY = Efficiency(memory=0.74, matrix=0.72, link=0.82, latency=1.4, layer_s=25e-6)
+GPU_SOURCES = (
+    "74% of the bandwidth, 25 µs a layer for small kernels, collectives that take 1.4 times their lone "
+    "latency: as gpt-fast on 1 to 8 A100; 72% of the matrix rate: as FlashAttention-2 on A100; 82% of the "
+    "link's bandwidth: as NCCL on H100"
+)
+
+# Measured on two cores (docs/performance.md). A decode step of the demo model at TP=2: 2.1 ms of small
+# operations over 30 layers, and 1.0 ms of collectives, three times as long as they take alone. Batches of 8
+# to 96 say how much of the former comes anew with each sequence. Prefill: 80% are products. Bare products of
+# one rank of two threads read 33 to 39 GB/s where those of two ranks read 46.
+CPU_EFFICIENCY = Efficiency(
+    matrix=0.80, latency=3.0, layer_s=20e-6, sequence_s=50e-6, threads=0.80, packs=True
+)
+CPU_SOURCES = (
+    "80% of the matrix rate, and of the bandwidth where a rank has several cores; 20 µs a layer for small "
+    "operations and 50 more for each sequence; collectives that take three times their lone latency: "
+    "minitp's own runs, docs/performance.md"
+)
+
+# Latencies: NCCL's own model of a tree of low latency (src/graph/tuning.cc, 2.28: a base of 6.8 µs; hops of
+# 0.6 over NVLink, 1.0 over PCIe, 5.0 over a network). For 8 GPUs over NVLink it says 15 µs; for messages of 8
+# to 64 KiB 7 to 21 µs are reported. A one-shot kernel over peer memory is faster: 4 to 8 µs for 2 to 8 H100
+# (github.com/sgl-project/sglang/pull/2904).
+NCCL_START_S = 6.8e-6
+NVLINK_HOP_S = 0.6e-6
+PCIE_HOP_S = 1.0e-6
+
+# Datasheets give both directions together: 600, 900 and 1800 GB/s; PCIe 4.0 x16 64 GB/s.
+NVLINK_3 = Link("NVLink 3", NCCL_START_S, NVLINK_HOP_S, 300e9)
+NVLINK_4 = Link("NVLink 4", NCCL_START_S, NVLINK_HOP_S, 450e9)
+NVLINK_5 = Link("NVLink 5", NCCL_START_S, NVLINK_HOP_S, 900e9)
+PCIE_4 = Link("PCIe 4.0 x16, peer to peer", NCCL_START_S, PCIE_HOP_S, 32e9)
+
+# Between nodes, as in a DGX H100: a ConnectX-7 port of 400 Gb/s for each GPU. A collective that goes on
+# between nodes has started already.
+NETWORK = Link("400 Gb/s InfiniBand, a port for each GPU", 0.0, 5.0e-6, 50e9)
+GPUS_PER_NODE = 8
+
+# A CPU's ranks meet in shared memory, where each reads what the others wrote. Measured on two cores, 2.3 KB:
+# 4.9 µs for two ranks, 17.4 µs for four (docs/performance.md); this says 5.4 and 16.2.
+SHARED_MEMORY_HOP_S = 2.7e-6
+
+
+def _gpu(name, title, memory_gb, gb_per_s, tflops_16_bit, tflops_float32, link):
+    rates = {
+        "bfloat16": tflops_16_bit * 1e12,
+        "float16": tflops_16_bit * 1e12,
+        "float32": tflops_float32 * 1e12,
+    }
+    # 1 GB: the CUDA context, NCCL's buffers, cuBLAS's workspace and the activations of a pass (assumed).
+    return Hardware(name, title, memory_gb * 1e9, gb_per_s * 1e9, rates, link, GPU_EFFICIENCY, 1e9)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # HGX B200 datasheet, a GPU's share of eight: 180 GB, 8 TB/s, 2.25 PFLOP/s, 75 TFLOP/s in float32
+        _gpu("b200", "B200 SXM, 180 GB", 180, 8000, 2250, 75, NVLINK_5),
+        # H200 datasheet, SXM: 141 GB, 4.8 TB/s, 1979 TFLOP/s with sparsity, 67 in float32
+        _gpu("h200", "H200 SXM, 141 GB", 141, 4800, 989, 67, NVLINK_4),
+        # H100 datasheet, SXM: 80 GB, 3.35 TB/s, 1979 TFLOP/s with sparsity, 67 in float32
+        _gpu("h100", "H100 SXM, 80 GB", 80, 3350, 989, 67, NVLINK_4),
+        # A100 datasheet, SXM: 80 GB, 2039 GB/s and 40 GB, 1555 GB/s; 312 TFLOP/s, 19.5 in float32
+        _gpu("a100", "A100 SXM, 80 GB", 80, 2039, 312, 19.5, NVLINK_3),
+        _gpu("a100-40gb", "A100 SXM, 40 GB", 40, 1555, 312, 19.5, NVLINK_3),
+        # L40S datasheet: 48 GB, 864 GB/s, 362 TFLOP/s, 91.6 in float32; no NVLink
+        _gpu("l40s", "L40S, 48 GB", 48, 864, 362, 91.6, PCIE_4),
+        # Ada architecture whitepaper: 24 GB, 1008 GB/s, 165.2 TFLOP/s with float32 sums, 82.6; no NVLink,
+        # and NVIDIA's driver allows no peer access: messages through the host's memory take longer than this
+        _gpu("rtx-4090", "GeForce RTX 4090, 24 GB", 24, 1008, 165.2, 82.6, PCIE_4),
+    )
+}
+
+
+def cpu(cores, memory_bytes, memory_bytes_per_s, flops_per_s):
+    """A machine without GPUs, its ranks sharing all of it; the last two are measured together on all cores.
+
+    `flops_per_s` is by dtype.
+    """
+    link = Link("shared memory", 0.0, SHARED_MEMORY_HOP_S, memory_bytes_per_s)
+    title = f"this machine, {cores} core{'s' if cores > 1 else ''}, {memory_bytes / 1e9:.0f} GB"
+    # 0.2 GB: Python and the libraries in each rank (weights.Loader).
+    return Hardware(
+        "cpu", title, memory_bytes, memory_bytes_per_s, flops_per_s, link, CPU_EFFICIENCY, 0.2e9, cores
+    )
