@@ -255,8 +255,8 @@ class MpiComm(Comm):
 
     def __init__(self, expected=None, world=None):
         MPI = _import_mpi()
-        self._byte = MPI.BYTE
-        self._world = MPI.COMM_WORLD if world is None else world
+        self._byte, self._job = MPI.BYTE, MPI.COMM_WORLD
+        self._world = self._job if world is None else world
         super().__init__(self._world.Get_rank(), self._world.Get_size())
         if expected is not None and expected != self.size:
             library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
@@ -269,7 +269,7 @@ class MpiComm(Comm):
         return self._world.bcast(value, root=0)
 
     def abort(self, exit_code):
-        self._world.Abort(exit_code)
+        self._job.Abort(exit_code)  # of only a part of it the exit code would be lost
         os._exit(exit_code)  # MPICH's Abort may return
 
     def _exchange_arrays(self, x, sizes, combine):

@@ -1,6 +1,6 @@
 """The results of `minitp bench` for people."""
 
-from minitp.table import aligned, counted
+from minitp.table import aligned, counted, size
 
 PRODUCT, COLLECTIVE = "product", "collective"
 KINDS = {  # of a profile's steps; the others are small operations
@@ -155,15 +155,3 @@ def memory_lines(result):
     first = result["as_rank"] or 0
     rows += [(f"rank {rank}", *map(size, sizes)) for rank, sizes in enumerate(each, start=first)]
     return aligned(rows, "<>>>")
-
-
-def size(nbytes):
-    """Bytes as text.
-
-    >>> size(4), size(2304), size(1 << 20)
-    ('4 B', '2.3 kB', '1.0 MB')
-    """
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.1f} {unit}"
-    return f"{nbytes} B"
