@@ -167,9 +167,9 @@ def add_bench(commands):
         help="how fast, and how near to the machine's limits",
         description="Measure the limits of this machine, then prefill and decode beside them.",
     )
-    sub.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="random ones; default 128")
-    sub.add_argument("-n", "--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
-    sub.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
+    sub.add_argument("--prompt-tokens", type=int, metavar="N", help="random ones; default 128")
+    sub.add_argument("-n", "--max-new-tokens", type=int, metavar="N", help="default 64; in a sweep 16")
+    sub.add_argument("--rounds", type=int, metavar="N", help="default 5; in a sweep 3")
     sub.add_argument("--profile", action="store_true", help="also where the time goes, step by step")
     sub.add_argument("--requests", type=int, metavar="N", help="instead, N requests at once and one by one")
     sub.add_argument("--sweep", choices=["context", "batch"], help="instead, at several lengths or batches")

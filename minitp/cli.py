@@ -61,7 +61,7 @@ def here(args):
     if environment.env_rank(os.environ) != 0:
         return 0
     if args.command == "plan" and args.gpu == "cpu":  # measured with a thread on each core
-        environment.limit_blas_threads(os.environ, environment.cores())
+        os.environ.update(dict.fromkeys(environment.BLAS_THREADS, "1"))
     from minitp import commands
 
     return commands.run_here(args, environment.ranks_wanted(getattr(args, "tp", None), DEFAULT_TP))
@@ -101,6 +101,8 @@ def check_share(args, world):
         return
     if args.as_rank is None or args.of is None:
         raise InputError("--as-rank R and --of N go together: rank R's share of N ranks")
+    if args.of < 1:
+        raise InputError(f"--of {args.of}: expected at least 1 rank")
     if not 0 <= args.as_rank < args.of:
         raise InputError(f"--as-rank {args.as_rank} --of {args.of}: expected a rank from 0 to {args.of - 1}")
     if args.tp is not None or world is not None:

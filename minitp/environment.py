@@ -40,6 +40,16 @@ def cores():
     return bound if quota == "max" else max(1, min(bound, int(quota) // int(period)))
 
 
+def memory():
+    """Bytes of memory that this process may use: the machine's, and at most a container's limit."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return machine
+    return machine if limit == "max" else min(machine, int(limit))
+
+
 def ranks_wanted(tp, default):
     """The number of ranks that --tp asks for: a number, `auto` (cores, up to 4), or None for the default."""
     if tp is None:

@@ -222,11 +222,15 @@ def prefill(model, cache, token_ids, chunk=PREFILL_CHUNK):
 
 def chunks(model, tokens, chunk=PREFILL_CHUNK):
     """(start, stop) of the passes in which a prompt goes through the model: few enough SCORES in each."""
-    heads = max(stop - start for start, stop in model.plan.head_ranges)  # of the rank that has most
-    window = model.config.sliding_window or tokens
     start = 0
     while start < tokens:
-        keys = min(start, window) + chunk
-        stop = min(tokens, start + min(chunk, max(1, SCORES // (heads * keys))))
+        stop = min(tokens, start + largest_pass(model, start, chunk))
         yield start, stop
         start = stop
+
+
+def largest_pass(model, past, chunk=PREFILL_CHUNK):
+    """How many tokens of a sequence a pass may take behind `past` of them."""
+    heads = max(stop - start for start, stop in model.plan.head_ranges)  # of the rank that has most
+    keys = min(past, model.config.sliding_window or past) + chunk
+    return min(chunk, max(1, SCORES // (heads * keys)))

@@ -177,9 +177,9 @@ def test_an_all_reduce_takes_longer_for_more(tmp_path):
 
 
 def test_contexts_double_and_leave_room():
-    assert contexts(512) == (32, 64, 128, 256, 496)
-    assert contexts(1000) == (32, 64, 128, 256, 512, 984)
-    assert contexts(40) == (24,)
+    assert contexts(512, 16) == (32, 64, 128, 256, 496)
+    assert contexts(1000, 16) == (32, 64, 128, 256, 512, 984)
+    assert contexts(40, 10) == (30,)
 
 
 # --- the command ----------------------------------------------------------------------------------------
@@ -290,7 +290,11 @@ def test_one_rank_alone(tiny, rank):
         (["--sweep", "context", "--max-context", "16"], "a context of 16"),
         (["--plot", "x.png"], "--sweep"),
         (["--requests", "0"], "--requests 0: expected 1 or more"),
-        (["--requests", "2", "--sweep", "batch"], "two measurements"),
+        (["--requests", "2", "--sweep", "batch"], "--sweep and --requests do not go together"),
+        (["--profile", "--sweep", "batch"], "--sweep and --profile do not go together"),
+        (["--profile", "--requests", "2"], "--requests and --profile do not go together"),
+        (["--prompt-tokens", "9", "--sweep", "context"], "--sweep context and --prompt-tokens do not go"),
+        (["--as-rank", "0", "--of", "0"], "--of 0: expected at least 1 rank"),
         (["--sweep", "batch", "--plot", "x.pdf"], "x.pdf: expected a name that ends in .png or .svg"),
         (["--sweep", "batch", "--plot", "/nowhere/x.png"], "/nowhere/x.png"),
         (["--as-rank", "1"], "--as-rank R and --of N go together"),

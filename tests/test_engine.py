@@ -11,7 +11,6 @@ from minitp.comm import Alone, run_threads
 from minitp.device import open_device
 from minitp.engine.blocks import BlockAllocator, block_keys
 from minitp.engine.engine import Engine
-from minitp.engine.scheduler import Scheduler
 from minitp.errors import InputError
 from minitp.generate import Request, generate
 from minitp.model import load_model
@@ -60,14 +59,14 @@ def check_blocks(scheduler):
 
 def served(model, wanted, blocks, block_size, later=(), **limits):
     """Run requests through an Engine; `later` join after some steps. The scheduler, on rank 0."""
-    scheduler = Scheduler(blocks, block_size, **limits) if model.comm.rank == 0 else None
-    engine = Engine(model, scheduler, blocks, block_size)
+    engine = Engine(model, blocks, block_size, **limits)
+    scheduler = engine.scheduler
     if scheduler:
         for request in wanted:
-            scheduler.add(request)
+            engine.add(request)
     for n in range(10_000):
         if scheduler and n % 3 == 2 and later:
-            scheduler.add(later.pop(0))
+            engine.add(later.pop(0))
         if not engine.step():
             break
         if scheduler:
@@ -119,15 +118,15 @@ def test_blocks_run_out_and_all_come_back(tmp_path):
 def test_a_step_has_no_more_tokens_than_allowed_and_decodes_everybody(tmp_path):
     """While a long prompt goes through in chunks the other sequence gets a token at every step."""
     model = tiny_model(tmp_path)
-    scheduler = Scheduler(60, 4, max_tokens_per_step=10)
-    engine = Engine(model, scheduler, 60, 4)
+    engine = Engine(model, 60, 4, max_tokens_per_step=10)
+    scheduler = engine.scheduler
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
     quick, long = (Request(params, (), prompt, CONTEXT) for prompt in ([1, 2, 3], list(range(60))))
     sizes, plan = [], scheduler.plan
     scheduler.plan = lambda: (lambda p: sizes.append(p and [len(t) for _, t, _ in p.parts]) or p)(plan())
-    scheduler.add(quick)
+    engine.add(quick)
     engine.step()
-    scheduler.add(long)
+    engine.add(long)
     engine.run()
     assert sizes == [[3], *[[1, 9]] * 6, [1, 6], *[[1, 1]] * 4, *[[1]] * 7, None]
     assert [len(quick.token_ids), len(long.token_ids)] == [12, 12]
@@ -136,19 +135,18 @@ def test_a_step_has_no_more_tokens_than_allowed_and_decodes_everybody(tmp_path):
 def test_a_known_beginning_is_not_computed_again(tmp_path):
     """Of another request with the same 19 tokens four blocks of four are there, also when it has gone."""
     model = tiny_model(tmp_path)
-    scheduler = Scheduler(40, 4)
-    engine = Engine(model, scheduler, 40, 4)
+    engine = Engine(model, 40, 4)
     params = SamplingParams(max_new_tokens=3, ignore_eos=True)
     computed, forward = [], model.forward_batch
     model.forward_batch = lambda parts, **kwargs: (
         computed.append(sum(len(ids) for ids, _ in parts)) or forward(parts, **kwargs)
     )
     same = [Request(params, (), list(range(19)), CONTEXT) for _ in range(3)]
-    scheduler.add(same[0])
+    engine.add(same[0])
     engine.step()
-    scheduler.add(same[1])
+    engine.add(same[1])
     engine.run()
-    scheduler.add(same[2])
+    engine.add(same[2])
     engine.run()
     assert computed == [19, 1 + 3, 1 + 1, 1, 3, 1, 1]
     assert same[0].token_ids == same[1].token_ids == same[2].token_ids
@@ -157,10 +155,10 @@ def test_a_known_beginning_is_not_computed_again(tmp_path):
 def test_a_removed_request_frees_its_blocks_at_once(tmp_path):
     model, wanted = tiny_model(tmp_path), requests(4, seed=5, most_new=40)
     expected = [alone(model, request) for request in wanted]
-    scheduler = Scheduler(100, 4, max_sequences=3)
-    engine = Engine(model, scheduler, 100, 4)
+    engine = Engine(model, 100, 4, max_sequences=3)
+    scheduler = engine.scheduler
     for request in wanted:
-        scheduler.add(request)
+        engine.add(request)
     engine.step()
     before = scheduler.allocator.available
     scheduler.remove(wanted[1])  # runs
@@ -171,7 +169,7 @@ def test_a_removed_request_frees_its_blocks_at_once(tmp_path):
     assert [len(request.token_ids) for request in wanted][3] == 0
     assert [wanted[n].token_ids for n in (0, 2)] == [expected[n] for n in (0, 2)]
     assert scheduler.allocator.available == 100
-    scheduler.add(requests(1)[0])
+    engine.add(requests(1)[0])
     engine.step()
     assert len(engine._caches) == 1, "those that left are forgotten"
 
@@ -180,13 +178,12 @@ def test_a_removed_request_frees_its_blocks_at_once(tmp_path):
 def test_the_same_prompt_again(tmp_path, length):
     """Also if it fills its blocks exactly: at least the last token is computed, for its logits."""
     model = tiny_model(tmp_path)
-    scheduler = Scheduler(20, 4)
-    engine = Engine(model, scheduler, 20, 4)
+    engine = Engine(model, 20, 4)
     params = SamplingParams(max_new_tokens=5, ignore_eos=True)
     results = []
     for _ in range(2):
         request = Request(params, (), list(range(50, 50 + length)), CONTEXT)
-        scheduler.add(request)
+        engine.add(request)
         for _ in range(5):
             assert engine.step()
         assert not engine.step()
@@ -194,12 +191,48 @@ def test_the_same_prompt_again(tmp_path, length):
     assert results[0] == results[1]
 
 
-def test_a_request_that_no_pool_could_hold_is_refused():
-    scheduler = Scheduler(blocks=4, block_size=4)
-    params = SamplingParams(max_new_tokens=10)
-    scheduler.add(Request(params, (), [1] * 6, CONTEXT))
-    with pytest.raises(InputError, match=r"17 positions.* cache of 16;"):
-        scheduler.add(Request(params, (), [1] * 7, CONTEXT))
+@pytest.mark.parametrize(
+    ("prompt", "new", "context", "words"),
+    [
+        ([1] * 7, 10, CONTEXT, "17 positions, too many for a cache of 16"),
+        ([], 4, CONTEXT, "the prompt is empty"),
+        ([1, 999], 4, CONTEXT, "token id 999"),
+        ([1] * 10, 4, 8, "the prompt has 10 tokens and the context 8"),
+    ],
+)
+def test_a_request_that_could_never_run_is_refused(tmp_path, prompt, new, context, words):
+    engine = Engine(tiny_model(tmp_path), blocks=4, block_size=4)
+    params = SamplingParams(max_new_tokens=10, ignore_eos=True)
+    engine.add(Request(params, (), [1] * 6, CONTEXT))
+    with pytest.raises(InputError, match=words):
+        engine.add(Request(SamplingParams(max_new_tokens=new), (), prompt, context))
+    engine.run()
+    assert not engine.scheduler.waiting
+
+
+@pytest.mark.parametrize("name", ["blocks", "block_size", "max_tokens_per_step", "max_sequences"])
+def test_sizes_that_are_none_are_refused(tmp_path, name):
+    sizes = {"blocks": 4, "block_size": 4, "max_tokens_per_step": 4, "max_sequences": 4}
+    with pytest.raises(InputError, match="0, expected 1 or more"):
+        Engine(tiny_model(tmp_path), **{**sizes, name: 0})
+
+
+def test_a_long_prompt_has_few_scores_in_each_step(tmp_path, monkeypatch):
+    """As in `prefill`: 4 heads, and no more than 2000 scores at once."""
+    monkeypatch.setattr("minitp.model.SCORES", 4 * 512 * 4)
+    model = tiny_model(tmp_path)
+    engine = Engine(model, 40, 16)
+    expected = alone(model, requests(1, seed=7, longest=300)[0])
+    passes, forward = [], model.forward_batch
+    model.forward_batch = lambda parts, **kwargs: (
+        passes.extend((len(ids), cache.length + len(ids)) for ids, cache in parts) or forward(parts, **kwargs)
+    )
+    request = requests(1, seed=7, longest=300)[0]
+    engine.add(request)
+    engine.run()
+    assert request.token_ids == expected
+    assert all(4 * tokens * keys <= 4 * 512 * 4 for tokens, keys in passes)
+    assert len(passes) > 20
 
 
 # --- blocks ---------------------------------------------------------------------------------------------

@@ -329,6 +329,7 @@ REFUSED = {
     "context too long": (["--context", 513], "--context 513: this model's context is 512"),
     "prompt 0": (["--prompt-tokens", 0], "--prompt-tokens 0: a prompt and one more token must fit"),
     "prompt fills it": (["--context", 64, "--prompt-tokens", 64], "must fit --context 64; give 1 to 63"),
+    "auto of a GPU": (["--tp", "auto", "--gpu", "h100"], "--tp auto goes by this machine's cores"),
     "batch 0": (["--batch", 0], "--batch 0: expected at least 1 sequence"),
     "nodes 0": (["--nodes", 0], "--nodes 0: --tp 4 ranks can be over 1 to 4 nodes"),
     "more nodes than ranks": (["--tp", 2, "--nodes", 3], "--nodes 3: --tp 2 ranks can be over 1 to 2"),

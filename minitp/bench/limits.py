@@ -35,17 +35,18 @@ class BareProducts:
         `parts` are (tokens of this pass, keys that they read) of each sequence.
         """
         rows = sum(tokens for tokens, _ in parts)
-        cache = self._keys_and_values(len(parts), max(keys for _, keys in parts))
+        self.reserve(len(parts), max(keys for _, keys in parts))
         for i, matrices in enumerate(self.layers):
             for matrix in matrices:
                 self._product(rows, matrix)
-            for (tokens, keys), own in zip(parts, cache, strict=False):
+            for (tokens, keys), own in zip(parts, self._cache, strict=False):
                 self._attention(tokens, own[i, :, :, :keys])
         self._product(logit_rows, self.lm_head)
 
-    def weight_elements(self):
-        """Of the matrices of one pass on this rank."""
-        return sum(m.size for matrices in self.layers for m in matrices) + self.lm_head.size
+    def weight_elements(self, rows=1, logit_rows=1):
+        """That this rank multiplies by, each counted as often as it has rows."""
+        layers = sum(m.size for matrices in self.layers for m in matrices)
+        return rows * layers + logit_rows * self.lm_head.size
 
     def cache_bytes(self, keys):
         """That a token reads in the cache of this rank."""
@@ -66,13 +67,12 @@ class BareProducts:
             self._ones[shape] = self.xp.ones(shape, dtype=self.dtype)
         return self._ones[shape]
 
-    def _keys_and_values(self, sequences, keys):
-        """[sequences, layers, 2, K_r, S, d] or more: memory of each one's own, as a cache is."""
+    def reserve(self, sequences, keys):
+        """Have keys and values for so many sequences, in memory of each one's own as in a cache."""
         if self._cache is None or len(self._cache) < sequences or self._cache.shape[4] < keys:
             model = self.model
             shape = (sequences, len(self.layers), 2, model.kv_heads, keys, model.config.head_dim)
-            self._cache = self.xp.ones(shape, dtype=self.dtype)
-        return self._cache
+            self._cache = self.xp.ones(shape, dtype=self.dtype)  # [sequences, layers, 2, K_r, S, d]
 
 
 def together(comm, function, least_s=LEAST_S):
@@ -114,10 +114,10 @@ def bandwidth(comm, products):
 
 def matrix_rate(comm, products, rows):
     """Multiplications and additions a second of all ranks together, in products of `rows` rows."""
-    seconds = together(comm, lambda: products.run([(rows, 1)], logit_rows=rows))
-    return 2 * rows * total_elements(comm, products) / seconds
+    seconds = together(comm, lambda: products.run([(rows, 1)], logit_rows=1))
+    return 2 * total_elements(comm, products, rows) / seconds
 
 
-def total_elements(comm, products):
-    """Elements that a pass multiplies by, on all ranks together."""
-    return sum(comm.exchange(products.weight_elements()))
+def total_elements(comm, products, rows=1):
+    """Elements that a pass multiplies `rows` rows by, and one row for logits, on all ranks together."""
+    return sum(comm.exchange(products.weight_elements(rows)))

@@ -18,6 +18,7 @@ from minitp.bench.limits import (
 from minitp.bench.requests import measure_requests
 from minitp.bench.runs import (
     bare_decode_seconds,
+    keys_read,
     private_bytes,
     profile,
     random_prompt,
@@ -26,9 +27,7 @@ from minitp.bench.runs import (
 )
 from minitp.comm import Alone, OneOfMany
 from minitp.environment import BLAS_THREADS, cores
-
-SWEEP_ROUNDS = 3
-SWEEP_STEPS = 16  # tokens a round and point
+from minitp.model import PREFILL_CHUNK
 
 
 def measure(model, source, job, load_s, progress):
@@ -65,6 +64,7 @@ def measure(model, source, job, load_s, progress):
         if job.profile:
             progress("profile")
             result["profile"] = profiles(model, prompt, job.new_tokens)
+    del products  # else its arrays counted as the model's
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result["memory"] = {
         "private_bytes_per_rank": comm.exchange(private_bytes()),
@@ -75,6 +75,7 @@ def measure(model, source, job, load_s, progress):
 
 def surroundings(model, source):
     """On what, and of what, everything else was measured."""
+    threads = next((os.environ[name] for name in reversed(BLAS_THREADS[:2]) if name in os.environ), "")
     return {
         "date": date.today().isoformat(),
         "machine": cpu_name(),
@@ -84,8 +85,9 @@ def surroundings(model, source):
         "tp": model.comm.size,
         "as_rank": model.comm.share if isinstance(model.comm, OneOfMany) else None,
         "dtype": model.device.dtype.name,
+        "kv_dtype": model.kv_dtype,
         "comm": type(model.comm).__name__,
-        "blas_threads_per_rank": int(os.environ.get(BLAS_THREADS[1], 0)) or None,
+        "blas_threads_per_rank": int(threads) if threads.isdigit() else None,
         "weight_bytes_per_rank": model.comm.exchange(model.weights.nbytes),
     }
 
@@ -106,8 +108,9 @@ def limits(model, products, prompt_tokens):
     sizes = sorted({*ALL_REDUCE_BYTES, 4 * model.config.hidden_size})
     sizes = [] if isinstance(comm, Alone) else sizes
     return {
+        "bytes_per_token": total_elements(comm, products) * products.dtype.itemsize,
         "bandwidth_gb_per_s": bandwidth(comm, products) / 1e9,
-        "matrix_gflop_per_s": matrix_rate(comm, products, prompt_tokens) / 1e9,
+        "matrix_gflop_per_s": matrix_rate(comm, products, min(prompt_tokens, PREFILL_CHUNK)) / 1e9,
         "all_reduce": [{"bytes": n, "us": 1e6 * all_reduce_seconds(comm, xp, n)} for n in sizes],
     }
 
@@ -116,7 +119,7 @@ def speeds(runs, model, products, job):
     """Of the rounds: prefill and decode, each beside the bare products that were measured next to it."""
     context = job.prompt_tokens + job.new_tokens // 2
     read = total_elements(model.comm, products) * model.device.dtype.itemsize
-    read += sum(model.comm.exchange(products.cache_bytes(context)))
+    read += sum(model.comm.exchange(products.cache_bytes(keys_read(model, context, 1))))
     return {
         "prefill": {
             "prompt_tokens": job.prompt_tokens,
@@ -155,9 +158,9 @@ def context_sweep(model, products, job, progress):
     for context in job.points:
         prompt = random_prompt(model.config, context)
         runs = []
-        for n in range(SWEEP_ROUNDS):
-            progress(f"context {context}, round {n + 1} of {SWEEP_ROUNDS}")
-            runs.append(timed_run(model, products, prompt, SWEEP_STEPS))
+        for n in range(job.rounds):
+            progress(f"context {context}, round {n + 1} of {job.rounds}")
+            runs.append(timed_run(model, products, prompt, job.new_tokens))
         points.append(
             {
                 "context": context,
@@ -176,10 +179,10 @@ def batch_sweep(model, products, job, progress):
     prompt = random_prompt(model.config, job.prompt_tokens)
     for batch in job.points:
         steps, bare = [], []
-        for n in range(SWEEP_ROUNDS):
-            progress(f"batch {batch}, round {n + 1} of {SWEEP_ROUNDS}")
-            bare.append(bare_decode_seconds(model, products, batch, job.prompt_tokens + SWEEP_STEPS // 2))
-            steps.append(timed_batch(model, prompt, batch, SWEEP_STEPS))
+        for n in range(job.rounds):
+            progress(f"batch {batch}, round {n + 1} of {job.rounds}")
+            bare.append(bare_decode_seconds(model, products, batch, job.prompt_tokens + job.new_tokens // 2))
+            steps.append(timed_batch(model, prompt, batch, job.new_tokens))
         points.append(
             {
                 "batch": batch,

@@ -8,7 +8,6 @@ import numpy as np
 from minitp.bench.limits import together
 from minitp.bench.runs import keys_read
 from minitp.engine.engine import Engine
-from minitp.engine.scheduler import Scheduler
 from minitp.generate import Request, generate
 from minitp.sampling import SamplingParams
 
@@ -42,12 +41,11 @@ def serve(model, prompts, new_tokens):
     """Seconds of all requests at once, and their steps: [(tokens, keys) of each sequence] and logit rows."""
     comm = model.comm
     blocks = len(prompts) * -(-(len(prompts[0]) + new_tokens) // BLOCK_SIZE)
-    scheduler = Scheduler(blocks, BLOCK_SIZE) if comm.rank == 0 else None
-    if scheduler:
-        for prompt in prompts:
-            scheduler.add(request_of(prompt, new_tokens))
     recorded = Recorded(model)
-    engine = Engine(recorded, scheduler, blocks, BLOCK_SIZE)
+    engine = Engine(recorded, blocks, BLOCK_SIZE, max_sequences=len(prompts))
+    if comm.rank == 0:
+        for prompt in prompts:
+            engine.add(request_of(prompt, new_tokens))
     comm.exchange(None)
     started = perf_counter()
     engine.run()
@@ -60,6 +58,7 @@ class Recorded:
     def __init__(self, model):
         self.model, self.steps = model, []
         self.comm, self.device, self.new_pool = model.comm, model.device, model.new_pool
+        self.config, self.plan = model.config, model.plan
 
     def forward_batch(self, parts, logits_at=None):
         """As Model.forward_batch."""
@@ -72,6 +71,10 @@ class Recorded:
 
 def bare_seconds(model, products, steps):
     """What just the matrix products of these steps take."""
+
+    products.reserve(
+        max(len(parts) for parts, _ in steps), max(keys for parts, _ in steps for _, keys in parts)
+    )
 
     def run():
         for parts, logit_rows in steps:

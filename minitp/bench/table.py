@@ -29,8 +29,9 @@ def head(result):
     if result["as_rank"] is not None:
         ranks = f"alone the share of rank {result['as_rank']} of {ranks}"
     layers = counted(result["layers"], "layer")
+    cache = "" if result["kv_dtype"] == "auto" else f" (cache in {result['kv_dtype']})"
     return [
-        f"{result['model']}, {layers}, {result['dtype']}; {ranks}, {result['comm']}",
+        f"{result['model']}, {layers}, {result['dtype']}{cache}; {ranks}, {result['comm']}",
         f"{result['machine']}, {counted(result['cores'], 'core')}; {result['date']}",
     ]
 
@@ -38,7 +39,7 @@ def head(result):
 def limit_lines(result):
     """What the machine allows."""
     found = result["limits"]
-    weights = size(sum(result["weight_bytes_per_rank"]))
+    weights = size(found["bytes_per_token"])
     rows = [
         (
             "memory",
@@ -144,7 +145,7 @@ def request_lines(found):
 
 def memory_lines(result):
     """What each rank takes."""
-    rows = [("", "weights", "own memory", "at most, with mapped files")]
+    rows = [("", "weights", "own memory", "at most, with files and this measuring")]
     memory = result["memory"]
     each = zip(
         result["weight_bytes_per_rank"],

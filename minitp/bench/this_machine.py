@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from minitp import hardware
 from minitp.bench.limits import BareProducts, bandwidth, matrix_rate
 from minitp.comm import run_threads
 from minitp.device import open_device
-from minitp.environment import cores
+from minitp.environment import cores, memory
 from minitp.estimate import ITEM_BYTES, LAYER, elements
 from minitp.model import Model
 from minitp.shard import make_plan
@@ -33,7 +32,7 @@ def measure_cpu(config, dtype):
     """The Hardware of this machine, for models of this shape.
 
     A thread on each core makes the products of a rank, in the model's own shapes. BLAS must not use threads
-    of its own (`environment.limit_blas_threads`), or they come on top.
+    of its own, or they come on top.
 
     Parameters
     ----------
@@ -51,9 +50,8 @@ def measure_cpu(config, dtype):
         return bandwidth(comm, products), matrix_rate(comm, products, ROWS)
 
     bytes_per_s, flops_per_s = run_threads(ranks, rank)[0]
-    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     flops_per_s *= cores() / ranks  # of a model with fewer heads than cores; it uses them all at any TP
-    return hardware.cpu(cores(), memory_bytes, bytes_per_s, {dtype: flops_per_s})
+    return hardware.cpu(cores(), memory(), bytes_per_s, {dtype: flops_per_s})
 
 
 def sample(config, dtype, ranks):

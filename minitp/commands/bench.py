@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from minitp.bench.measure import SWEEP_STEPS, measure
+from minitp.bench.measure import measure
 from minitp.bench.table import lines
 from minitp.commands.loading import load
 from minitp.commands.prompt import check_output
@@ -18,6 +18,9 @@ from minitp.output import write_out
 PLOTS = (".png", ".svg")
 BATCHES = (1, 2, 4, 8, 16, 32)
 FIRST_CONTEXT, LAST_CONTEXT = 32, 2048
+PROMPT_TOKENS = 128
+# New tokens and rounds: of one length, and at each point of a sweep.
+NEW_TOKENS, ROUNDS = (64, 16), (5, 3)
 
 
 @dataclass(frozen=True)
@@ -39,33 +42,31 @@ class Bench:
     @staticmethod
     def prepare(args, source):
         """Check the options; the Job."""
-        context = context_length(source.config, args.max_context)
+        refuse_pairs(args)
+        sweep = args.sweep is not None
+        prompt_tokens = PROMPT_TOKENS if args.prompt_tokens is None else args.prompt_tokens
+        new_tokens = NEW_TOKENS[sweep] if args.max_new_tokens is None else args.max_new_tokens
+        rounds = ROUNDS[sweep] if args.rounds is None else args.rounds
         for option, value, least in (
-            ("--prompt-tokens", args.prompt_tokens, 1),
-            ("--max-new-tokens", args.max_new_tokens, 2),
-            ("--rounds", args.rounds, 1),
+            ("--prompt-tokens", prompt_tokens, 1),
+            ("--max-new-tokens", new_tokens, 2),
+            ("--rounds", rounds, 1),
             ("--requests", 1 if args.requests is None else args.requests, 1),
         ):
             if value < least:
                 raise InputError(f"{option} {value}: expected {least} or more")
-        new = SWEEP_STEPS if args.sweep else args.max_new_tokens
-        if args.sweep != "context" and args.prompt_tokens + new > context:
+        context = context_length(source.config, args.max_context)
+        if args.sweep != "context" and prompt_tokens + new_tokens > context:
             raise InputError(
-                f"--prompt-tokens {args.prompt_tokens} and {new} new ones exceed the context of {context}"
+                f"--prompt-tokens {prompt_tokens} and {new_tokens} new ones exceed the context of {context}"
             )
-        if args.requests is not None and args.sweep is not None:
-            raise InputError("--requests and --sweep are two measurements; give one of them")
         check_plot(args)
         points = ()
         if args.sweep == "batch":
             points = BATCHES
         elif args.sweep == "context":
-            if context <= SWEEP_STEPS:
-                raise InputError(
-                    f"a context of {context}, and a sweep decodes {SWEEP_STEPS} tokens; give more"
-                )
-            points = contexts(context if args.max_context else min(context, LAST_CONTEXT))
-        return Job(args.prompt_tokens, new, args.rounds, args.profile, args.sweep, args.requests, points)
+            points = contexts(context if args.max_context else min(context, LAST_CONTEXT), new_tokens)
+        return Job(prompt_tokens, new_tokens, rounds, args.profile, args.sweep, args.requests, points)
 
     @staticmethod
     def run(args, comm, source, job):
@@ -83,14 +84,34 @@ class Bench:
         return 0
 
 
-def contexts(last):
-    """Lengths that double up to `last`, which leaves room for the new tokens."""
-    found, last = [], last - SWEEP_STEPS
-    length = FIRST_CONTEXT
-    while length < last:
+def refuse_pairs(args):
+    """Options of which one would leave the other without effect."""
+    given = {
+        "--sweep": args.sweep is not None,
+        "--requests": args.requests is not None,
+        "--profile": args.profile,
+        "--sweep context": args.sweep == "context",
+        "--prompt-tokens": args.prompt_tokens is not None,
+    }
+    for one, other in (
+        ("--sweep", "--requests"),
+        ("--sweep", "--profile"),
+        ("--requests", "--profile"),
+        ("--sweep context", "--prompt-tokens"),
+    ):
+        if given[one] and given[other]:
+            raise InputError(f"{one} and {other} do not go together; give one of them")
+
+
+def contexts(last, new_tokens):
+    """Lengths that double up to `last`, and leave room for the new tokens."""
+    if last <= new_tokens:
+        raise InputError(f"a context of {last}, and the sweep decodes {new_tokens} tokens at each; give more")
+    found, length = [], FIRST_CONTEXT
+    while length < last - new_tokens:
         found.append(length)
         length *= 2
-    return (*found, last)
+    return (*found, last - new_tokens)
 
 
 def check_plot(args):

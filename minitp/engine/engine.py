@@ -1,6 +1,11 @@
 """The step of many requests that all ranks run together."""
 
+from functools import partial
+
+from minitp.engine.scheduler import Scheduler
+from minitp.generate import check_prompt
 from minitp.kv_cache import PagedCache
+from minitp.model import largest_pass
 
 
 class Engine:
@@ -9,16 +14,35 @@ class Engine:
     Parameters
     ----------
     model : Model
+    blocks, block_size : int
+        Of the pool.
+    max_tokens_per_step, max_sequences : int
+        Tokens that go through the model at once, and sequences that run at the same time.
+
+    Attributes
+    ----------
     scheduler : Scheduler
         On rank 0; None on the others.
-    blocks, block_size : int
-        Of the pool; as in the scheduler.
     """
 
-    def __init__(self, model, scheduler, blocks, block_size=16):
-        self.model, self.scheduler = model, scheduler
+    def __init__(self, model, blocks, block_size=16, max_tokens_per_step=512, max_sequences=64):
+        self.model, self.scheduler = model, None
+        if model.comm.rank == 0:
+            longest = partial(largest_pass, model)
+            self.scheduler = Scheduler(blocks, block_size, max_tokens_per_step, max_sequences, longest)
         self.pool = model.new_pool(blocks, block_size)
         self._caches = {}  # sequence number -> PagedCache
+
+    def add(self, request):
+        """On rank 0: a request joins as soon as there is room.
+
+        Raises
+        ------
+        InputError
+            if the model cannot take its prompt, or it could not run even alone.
+        """
+        check_prompt(request.prompt_ids, self.model.config, request.max_context)
+        self.scheduler.add(request)
 
     def step(self):
         """Run the scheduler's next step, on all ranks. False if there was nothing to do."""

@@ -61,9 +61,21 @@ class Scheduler:
     max_tokens_per_step : int
     max_sequences : int
         That run at the same time.
+    largest_pass : callable
+        How many tokens of one sequence a step may take behind so many that are computed.
+
+    Raises
+    ------
+    InputError
+        if one of the numbers is not positive.
     """
 
-    def __init__(self, blocks, block_size=16, max_tokens_per_step=512, max_sequences=64):
+    def __init__(self, blocks, block_size, max_tokens_per_step, max_sequences, largest_pass):
+        sizes = {"blocks": blocks, "block size": block_size, "tokens per step": max_tokens_per_step}
+        for name, value in (sizes | {"sequences": max_sequences}).items():
+            if value < 1:
+                raise InputError(f"{name}: {value}, expected 1 or more")
+        self.largest_pass = largest_pass
         self.allocator = BlockAllocator(blocks, block_size)
         self.max_tokens_per_step, self.max_sequences = max_tokens_per_step, max_sequences
         self.waiting, self.running = [], []  # each from the oldest to the youngest
@@ -71,13 +83,7 @@ class Scheduler:
         self._arrived, self._ended, self._begun, self._planned = 0, [], [], {}
 
     def add(self, request):
-        """A request joins as soon as there is room.
-
-        Raises
-        ------
-        InputError
-            if it could not run even alone.
-        """
+        """A request joins as soon as there is room; InputError if it could not run even alone."""
         room = self.allocator.blocks * self.allocator.block_size
         if request.positions > room:
             raise InputError(
@@ -122,6 +128,7 @@ class Scheduler:
 
     def _give(self, sequence, tokens):
         """Blocks for the next `tokens` tokens, from the youngest if need be; how many it may compute."""
+        tokens = min(tokens, self.largest_pass(sequence.computed))
         if tokens == 0:
             return 0
         size = self.allocator.block_size
@@ -143,7 +150,7 @@ class Scheduler:
         while self.waiting and budget and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             size = self.allocator.block_size
-            sequence.keys = block_keys(sequence.token_ids, size)
+            sequence.keys = block_keys(sequence.token_ids, size, sequence.keys)
             # The last token is computed in any case, for its logits.
             shared = self.allocator.find(sequence.keys[: (len(sequence.token_ids) - 1) // size])
             needed = -(-len(sequence.token_ids) // size) - len(shared)
