@@ -21,7 +21,7 @@ CONTEXT, PROMPT = 4096, 512
 def plan(args, tp):
     """Print what fits and what speed to expect."""
     if args.tp == "auto" and args.gpu != "cpu":
-        raise InputError(f"--tp auto goes by this machine's cores; say how many GPUs: --gpu {args.gpu} --tp N")
+        raise InputError(f"--tp auto goes by this machine's cores; for --gpu {args.gpu} say how many: --tp N")
     config = open_config(args.model, args.layers)
     make_plan(config, tp)  # refuses a tp that is too large
     job, asked = read_job(args, config), read_spread(args, tp)
