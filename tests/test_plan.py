@@ -2,7 +2,6 @@
 
 import dataclasses
 import doctest
-import importlib
 import json
 import os
 import re
@@ -27,7 +26,6 @@ from minitp.hardware import GPUS, cpu
 from minitp.model_source import open_config
 
 TINY = parse_config(CONFIG, "tiny")
-COMMAND = importlib.import_module("minitp.commands.plan")  # the package has a function of that name
 
 # --- this machine ---------------------------------------------------------------------------------------
 
@@ -114,7 +112,7 @@ def fixed(monkeypatch):
     for name in environment.BLAS_THREADS:
         monkeypatch.setenv(name, "1")
     rates = dict.fromkeys(ITEM_BYTES, 190e9)
-    monkeypatch.setattr(COMMAND, "measure_cpu", lambda config, dtype: cpu(2, 24e9, 43e9, rates))
+    monkeypatch.setattr("minitp.commands.plan.measure_cpu", lambda config, dtype: cpu(2, 24e9, 43e9, rates))
 
 
 def printed(capsys, *argv):
@@ -346,7 +344,7 @@ def refused(capsys, monkeypatch):
     def never(*_):
         raise AssertionError("this machine was measured")
 
-    monkeypatch.setattr(COMMAND, "measure_cpu", never)
+    monkeypatch.setattr("minitp.commands.plan.measure_cpu", never)
     for name in environment.BLAS_THREADS:
         monkeypatch.setenv(name, "1")
 

@@ -1,40 +1,33 @@
 """What the commands do on a rank, and what the front checks for them beforehand; one file a command."""
 
+import importlib
 import os
 import sys
 
-from minitp.commands.bench import Bench
-from minitp.commands.check import Check
-from minitp.commands.compare import compare
-from minitp.commands.generate import Generate
-from minitp.commands.perplexity import Perplexity
-from minitp.commands.plan import plan
-from minitp.commands.shard import shard
-from minitp.commands.trace import Trace
 from minitp.launch import SOCKET_VARIABLE
 from minitp.model_source import open_model
 
-COMMANDS = {
-    "generate": Generate,
-    "perplexity": Perplexity,
-    "trace": Trace,
-    "check": Check,
-    "bench": Bench,
-}
-WITHOUT_RANKS = {"compare": compare, "shard": shard, "plan": plan}
+
+def find(command, name):
+    """`name` in minitp/commands/COMMAND.py; others are not imported, for most of a start is imports."""
+    return getattr(importlib.import_module(f"minitp.commands.{command}"), name)
+
+
+def with_ranks(command):
+    """The class that says what a command does on a rank."""
+    return find(command, command.capitalize())
 
 
 def check_input(args, tp):
     """Raise InputError for whatever can be found wrong before ranks are started."""
     source = open_model(args.model, tp, args.layers)
     warn_of_unread_fields(source)
-    COMMANDS[args.command].prepare(args, source)
+    with_ranks(args.command).prepare(args, source)
 
 
 def run(args, comm):
     """The command, on this rank; returns the exit code."""
-    command = COMMANDS[args.command]
-    source = None
+    command, source = with_ranks(args.command), None
     with comm.agreed():  # rank 0 first, for it may have to download
         if comm.rank == 0:
             source = open_model(args.model, comm.size, args.layers)
@@ -59,4 +52,4 @@ def warn_of_unread_fields(source):
 
 def run_here(args, tp):
     """A command that needs no ranks; `tp` is what it is told of them. Returns the exit code."""
-    return WITHOUT_RANKS[args.command](args, tp)
+    return find(args.command, args.command)(args, tp)
