@@ -10,8 +10,6 @@ layers.
 How the numbers are kept, in the compute dtype or smaller, is the business of `Rows` below both.
 """
 
-import numpy as np
-
 
 class KVCache:
     """One sequence's keys and values on one rank.
@@ -43,8 +41,7 @@ class KVCache:
 
     def __init__(self, xp, dtype, layers, kv_heads, head_dim, capacity=64, kv_dtype="auto"):
         self.length = 0  # positions that all layers hold
-        shape = (kv_heads, capacity, head_dim)
-        self.rows = [[make_rows(xp, shape, dtype, kv_dtype) for _ in range(2)] for _ in range(layers)]
+        self.rows = make_rows(xp, dtype, layers, (kv_heads, capacity, head_dim), kv_dtype)
 
     def append(self, layer, k, v, first=0):
         """Put `k`, `v` [K_r, n, d] behind the positions so far; return those from `first` on, [K_r, W, d]."""
@@ -75,14 +72,8 @@ class BlockPool:
     """
 
     def __init__(self, xp, dtype, layers, kv_heads, head_dim, blocks, block_size=16, kv_dtype="auto"):
-        self.xp, self.blocks, self.block_size = xp, blocks, block_size
-        shape = (kv_heads, blocks * block_size, head_dim)
-        self.rows = [[make_rows(xp, shape, dtype, kv_dtype) for _ in range(2)] for _ in range(layers)]
-
-    @property
-    def nbytes(self):
-        """Bytes reserved on this rank."""
-        return sum(rows.nbytes for pair in self.rows for rows in pair)
+        self.xp, self.block_size = xp, block_size
+        self.rows = make_rows(xp, dtype, layers, (kv_heads, blocks * block_size, head_dim), kv_dtype)
 
 
 class PagedCache:
@@ -102,9 +93,7 @@ class PagedCache:
 
     def __init__(self, pool, block_table, length=0):
         self.pool, self.block_table, self.length = pool, block_table, length
-        self._places = (
-            None  # of the step: (positions so far, places of the new ones, first, places that are read)
-        )
+        self._places = None  # of this step: (its first position, rows that are written, rows that are read)
 
     def append(self, layer, k, v, first=0):
         """As KVCache.append; what it returns is a copy."""
@@ -131,11 +120,11 @@ class PagedCache:
         return table[positions // size] * size + positions % size  # [n]
 
 
-def make_rows(xp, shape, dtype, kv_dtype):
-    """The Rows for --kv-dtype."""
-    if kv_dtype == "int8":
-        return Int8Rows(xp, shape, dtype)
-    return Rows(xp, shape, dtype, dtype if kv_dtype == "auto" else xp.dtype(kv_dtype))
+def make_rows(xp, dtype, layers, shape, kv_dtype):
+    """For each layer the Rows of keys and of values, [K_r, n, d], that --kv-dtype asks for."""
+    kind = Int8Rows if kv_dtype == "int8" else Rows
+    kept = dtype if kv_dtype == "auto" else xp.dtype(kv_dtype)
+    return [[kind(xp, shape, dtype, kept) for _ in range(2)] for _ in range(layers)]
 
 
 class Rows:
@@ -177,7 +166,7 @@ class Int8Rows(Rows):
     The largest element of a head's key or value becomes 127, so no element is off by more than 1/254 of that.
     """
 
-    def __init__(self, xp, shape, dtype, kept=np.int8):
+    def __init__(self, xp, shape, dtype, kept):
         super().__init__(xp, shape, dtype, kept)
         self.scales = xp.empty((*shape[:2], 1), dtype=xp.float32)  # [K_r, capacity, 1]
 

@@ -16,9 +16,7 @@ from minitp.kv_cache import BlockPool, KVCache
 from minitp.weights import Loader
 
 PREFILL_CHUNK = 512  # prompt tokens a pass, at most
-SCORES = (
-    1 << 24
-)  # scores [H_r, T, S] of a prefill pass, at most: 64 MB, and as much again for what comes of them
+SCORES = 1 << 24  # [H_r, T, S] of a prefill pass, at most: 64 MB, and as much again for what comes of them
 
 
 class Unrecorded:

@@ -3,21 +3,19 @@
 from statistics import median
 from time import perf_counter
 
-import numpy as np
-
 from minitp.bench.limits import together
-from minitp.bench.runs import keys_read
+from minitp.bench.runs import keys_read, random_prompt, request_of
 from minitp.engine.engine import Engine
-from minitp.generate import Request, generate
-from minitp.sampling import SamplingParams
+from minitp.generate import generate
 
 BLOCK_SIZE = 16
 
 
 def measure_requests(model, products, job, progress):
     """New tokens a second of job.requests requests, in three ways; medians of the rounds."""
-    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (job.requests, job.prompt_tokens))
-    prompts, tokens = prompts.tolist(), job.requests * job.new_tokens
+    each, tokens = job.prompt_tokens, job.requests * job.new_tokens
+    ids = random_prompt(model.config, job.requests * each)
+    prompts = [ids[start : start + each] for start in range(0, len(ids), each)]
     seconds = {"together": [], "one_by_one": [], "limit": []}
     for n in range(job.rounds):
         progress(f"round {n + 1} of {job.rounds}")
@@ -71,7 +69,6 @@ class Recorded:
 
 def bare_seconds(model, products, steps):
     """What just the matrix products of these steps take."""
-
     products.reserve(
         max(len(parts) for parts, _ in steps), max(keys for parts, _ in steps for _, keys in parts)
     )
@@ -92,9 +89,3 @@ def one_by_one(model, prompts, new_tokens):
         for _ in generate(model, prompt, request_of(prompt, new_tokens) if comm.rank == 0 else None):
             pass
     return comm.broadcast(perf_counter() - started)
-
-
-def request_of(prompt, new_tokens):
-    """Greedy, of exactly so many tokens."""
-    params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-    return Request(params, (), prompt, len(prompt) + new_tokens)

@@ -39,15 +39,18 @@ def random_prompt(config, tokens):
     return np.random.default_rng(0).integers(0, config.vocab_size, tokens).tolist()
 
 
+def request_of(prompt, new_tokens):
+    """Greedy, of exactly so many tokens."""
+    params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+    return Request(params, (), prompt, len(prompt) + new_tokens)
+
+
 def timed_run(model, products, prompt, new_tokens):
     """A Run, on every rank; `new_tokens` are at least 2."""
     comm = model.comm
     bare_prefill = bare_prefill_seconds(model, products, len(prompt))
     bare_decode = bare_decode_seconds(model, products, 1, len(prompt) + new_tokens // 2)
-    request = None
-    if comm.rank == 0:
-        params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-        request = Request(params, (), prompt, len(prompt) + new_tokens)
+    request = request_of(prompt, new_tokens) if comm.rank == 0 else None
     comm.exchange(None)
     started = first = None
     for _ in generate(model, prompt, request):

@@ -101,13 +101,12 @@ class Scheduler:
 
     def plan(self):
         """The next StepPlan; None if there is nothing to do."""
-        self._planned, budget = {}, self.max_tokens_per_step
+        self._planned = {}
         decoding = [s for s in self.running if s.missing == 1]
         for sequence in decoding + [s for s in self.running if s.missing > 1]:
             if sequence in self.running:  # else it has given its blocks to an older one
-                budget -= self._give(sequence, min(sequence.missing, budget))
-        budget = self.max_tokens_per_step - sum(tokens for _, tokens, _ in self._planned.values())
-        self._admit(budget)
+                self._give(sequence)
+        self._admit()
         if not self._planned:
             return None
         return self._step_plan()
@@ -126,11 +125,15 @@ class Scheduler:
             if last:
                 self._leave(sequence)
 
-    def _give(self, sequence, tokens):
-        """Blocks for the next `tokens` tokens, from the youngest if need be; how many it may compute."""
-        tokens = min(tokens, self.largest_pass(sequence.computed))
+    def _room(self):
+        """Tokens that this step may still have."""
+        return self.max_tokens_per_step - sum(tokens for _, tokens, _ in self._planned.values())
+
+    def _give(self, sequence):
+        """Plan as many of its tokens as this step may have, with blocks from the youngest if need be."""
+        tokens = min(sequence.missing, self._room(), self.largest_pass(sequence.computed))
         if tokens == 0:
-            return 0
+            return
         size = self.allocator.block_size
         while True:
             needed = -(-(sequence.computed + tokens) // size) - len(sequence.block_table)
@@ -140,14 +143,13 @@ class Scheduler:
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is sequence:
-                return 0
+                return
         sequence.block_table += blocks
         self._planned[sequence.number] = sequence, tokens, blocks
-        return tokens
 
-    def _admit(self, budget):
+    def _admit(self):
         """Let the oldest of those who wait join, while there are tokens, and blocks for the whole prompt."""
-        while self.waiting and budget and len(self.running) < self.max_sequences:
+        while self.waiting and self._room() and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             size = self.allocator.block_size
             sequence.keys = block_keys(sequence.token_ids, size, sequence.keys)
@@ -161,7 +163,7 @@ class Scheduler:
             self._begun.append((sequence.number, list(shared), sequence.computed))
             self.waiting.pop(0)
             self.running.append(sequence)
-            budget -= self._give(sequence, min(sequence.missing, budget))
+            self._give(sequence)
 
     def _preempt(self, sequence):
         """Its blocks are taken; it waits before all others."""
