@@ -1,10 +1,32 @@
 """What several test files share."""
 
 import pytest
+from refusal import check_refusal
 from tiny import write_tiny
+
+from minitp import launch
+from minitp.cli import main
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The directory of a tiny model with a tokenizer; nobody writes into it."""
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """Run the command in this process; it must end with one line on stderr, which is returned."""
+
+    def no_ranks(*_, **__):
+        raise AssertionError("ranks were started")
+
+    monkeypatch.setattr(launch, "run_ranks", no_ranks)
+
+    def run(*argv):
+        code = main([str(argument) for argument in argv])
+        captured = capsys.readouterr()
+        check_refusal(code, captured.out, captured.err)
+        return captured.err
+
+    return run

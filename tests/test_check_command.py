@@ -10,9 +10,6 @@ import pytest
 from safetensors import safe_open
 from tiny import write_tiny
 
-from minitp import launch
-from minitp.cli import main
-
 COMMAND = [sys.executable, "-m", "minitp"]
 FAULTY_WORKER = str(Path(__file__).with_name("faulty_worker.py"))
 FAULTY_FRONT = [  # the command with such ranks
@@ -97,27 +94,6 @@ def test_a_trace_from_four_ranks_and_from_the_oracle(uneven, tmp_path):
 
 
 # --- bad input ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def refused(capsys, monkeypatch):
-    """Run the command in this process; it must end with one line on stderr, which is returned."""
-
-    def no_ranks(*_, **__):
-        raise AssertionError("ranks were started")
-
-    monkeypatch.setattr(launch, "run_ranks", no_ranks)
-
-    def run(*argv):
-        code = main([str(argument) for argument in argv])
-        captured = capsys.readouterr()
-        assert code == 2, captured.err
-        assert captured.out == ""
-        assert captured.err.startswith("minitp: ")
-        assert captured.err.count("\n") == 1, captured.err
-        return captured.err
-
-    return run
 
 
 BAD = {

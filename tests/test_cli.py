@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from refusal import check_refusal
 from tiny import BOS, write_tiny
 
-from minitp import environment, launch
+from minitp import environment
 from minitp.cli import main
 from minitp.comm import run_threads
 from minitp.device import open_device
@@ -23,33 +24,6 @@ BUFFERED = {
 }  # as users have it
 BY_FRONT, ALONE = ["--tp", "4"], ["--tp", "1"]
 NO_TOKENIZER = "random:smollm2-135m"
-
-
-@pytest.fixture
-def refused(capsys, monkeypatch):
-    """Run the command in this process; it must end with one line on stderr, which is returned."""
-
-    def no_ranks(*_, **__):
-        raise AssertionError("ranks were started")
-
-    monkeypatch.setattr(launch, "run_ranks", no_ranks)
-
-    def run(*argv):
-        code = main([str(argument) for argument in argv])
-        captured = capsys.readouterr()
-        check_refusal(code, captured.out, captured.err)
-        return captured.err
-
-    return run
-
-
-def check_refusal(code, out, err):
-    assert code == 2, err
-    assert out == ""
-    assert err.startswith("minitp: ")
-    assert err.endswith("\n")
-    assert err.count("\n") == 1, err
-    assert "Traceback" not in err
 
 
 def run_command(*argv, **options):

@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 import zipfile
+from functools import partial
 from itertools import permutations
 
 import ml_dtypes
@@ -75,18 +76,9 @@ def command(capsys, *argv):
 
 
 @pytest.fixture
-def refused(capsys):
-    """Run the command; it must end with one line on stderr and code 2. Returns the line."""
-
-    def run(*argv):
-        assert main(["compare", *map(str, argv)]) == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.startswith("minitp: ")
-        assert captured.err.count("\n") == 1, captured.err
-        return captured.err
-
-    return run
+def refused(refused):
+    """Of this command."""
+    return partial(refused, "compare")
 
 
 # --- what is found --------------------------------------------------------------------------------------
