@@ -33,6 +33,7 @@ def parser():
         add_shard,
         add_plan,
         add_bench,
+        add_ranks,
     ):
         sub = add(commands)
         sub.add_argument("-v", "--verbose", action="store_true", help="tracebacks, and every rank's stderr")
@@ -44,15 +45,9 @@ def add_generate(commands):
         "generate", help="continue a prompt", description="Stream a prompt's continuation."
     )
     add_prompt(sub)
-    sub.add_argument("-n", "--max-new-tokens", type=int, default=100, metavar="N", help="default 100")
-    sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
-    sub.add_argument("--top-k", type=int, default=0, metavar="K", help="among the K most probable; 0: all")
-    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="among the most probable, up to P")
-    sub.add_argument("--seed", type=int, help="the same seed gives the same text at the same --tp")
-    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
-    sub.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    add_sampling(sub, max_new_tokens=100)
     sub.add_argument("--no-kv-cache", action="store_true", help="recompute everything for every token")
-    sub.add_argument("--max-context", type=int, metavar="N", help="at most the model's own, the default")
+    add_max_context(sub)
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     sub.add_argument("--stats", action="store_true", help="print times and sizes to stderr")
     add_model(sub)
@@ -182,6 +177,55 @@ def add_bench(commands):
     add_device(sub)
     add_kv_dtype(sub)
     return sub
+
+
+def add_ranks(commands):
+    """What LLM, chat and serve start; without `help` it does not appear among the commands."""
+    sub = commands.add_parser("ranks", description="Ranks that serve LLM, chat or serve, which start them.")
+    add_cache(sub)
+    add_model(sub)
+    add_device(sub)
+    add_kv_dtype(sub)
+    return sub
+
+
+def add_sampling(sub, max_new_tokens):
+    sub.add_argument(
+        "-n",
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"default {max_new_tokens}",
+    )
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
+    sub.add_argument("--top-k", type=int, default=0, metavar="K", help="among the K most probable; 0: all")
+    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="among the most probable, up to P")
+    sub.add_argument("--seed", type=int, help="the same seed gives the same text at the same --tp")
+    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
+    sub.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+
+
+def add_max_context(sub):
+    sub.add_argument("--max-context", type=int, metavar="N", help="at most the model's own, the default")
+
+
+def add_cache(sub):
+    """How many requests at once, and what they may take."""
+    add_max_context(sub)
+    sub.add_argument(
+        "--cache-tokens",
+        type=int,
+        metavar="N",
+        help="positions that all requests may take together; default: what fits in a quarter of the memory",
+    )
+    sub.add_argument("--block-size", type=int, default=16, metavar="N", help="of the cache; default 16")
+    sub.add_argument(
+        "--max-tokens-per-step", type=int, default=512, metavar="N", help="of all requests; default 512"
+    )
+    sub.add_argument(
+        "--max-sequences", type=int, default=64, metavar="N", help="that run at once; default 64"
+    )
 
 
 def add_prompt(sub):

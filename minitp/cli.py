@@ -7,7 +7,7 @@ quick.
 import os
 import sys
 
-from minitp import environment, launch
+from minitp import environment, job, launch
 from minitp.arguments import parser
 from minitp.errors import InputError, MinitpError, RankError
 from minitp.output import prepare_streams
@@ -33,12 +33,16 @@ def main(argv=None, worker=launch.WORKER):
         args = parser().parse_args(argv)
         if args.command in WITHOUT_RANKS:
             return here(args)
+        if args.command == "ranks" and job.SOCKET_VARIABLE not in os.environ:
+            raise InputError("minitp ranks is what LLM, chat and serve start; start one of these")
         world = environment.world_size(os.environ)
         if args.command == "bench":
             check_share(args, world)
         if world is not None:
             return as_rank(args, world)
-        if launch.SOCKET_VARIABLE in os.environ:  # a rank must not become a front that starts ranks
+        if job.ALONE_VARIABLE in os.environ:
+            return alone(args)
+        if job.SOCKET_VARIABLE in os.environ:  # a rank must not become a front that starts ranks
             raise RankError(
                 "mpirun gives its ranks neither PMI_SIZE nor OMPI_COMM_WORLD_SIZE; use MPICH or Open MPI"
             )
@@ -89,10 +93,7 @@ def front(args, argv, size, worker):
     from minitp import commands
 
     commands.check_input(args, size)
-    variables = dict(os.environ)
-    environment.limit_blas_threads(variables, size)
-    variables.setdefault("HF_HUB_OFFLINE", "1")  # what was to be fetched lies in the cache now
-    return launch.run_ranks([*worker, *argv], size, variables, verbose=args.verbose)
+    return launch.run_ranks([*worker, *argv], size, verbose=args.verbose)
 
 
 def check_share(args, world):

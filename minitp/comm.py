@@ -27,6 +27,8 @@ import numpy as np
 
 from minitp.errors import AgreedError, InputError, RankError, one_line
 
+LONGEST_PAUSE_S = 0.005  # between two looks: a rank that waits takes 0.4% of a core
+
 
 class Comm:
     """What the ranks of a model share. Subclasses say how values travel.
@@ -285,10 +287,12 @@ class MpiComm(Comm):
         return combine(np.split(everyone, np.cumsum(sizes)[:-1]))
 
     def exchange(self, value):
-        # A phase that ends here may last minutes on one rank (a download): wait asleep, for MPI waits spin.
-        everyone_is_here = self._world.Ibarrier()
+        # A phase that ends here may last minutes on one rank (a download), or hours (ranks that serve nobody
+        # yet): wait asleep, for MPI waits spin.
+        everyone_is_here, pause = self._world.Ibarrier(), 0.001
         while not everyone_is_here.Test():
-            time.sleep(0.001)
+            time.sleep(pause)
+            pause = min(LONGEST_PAUSE_S, 1.01 * pause)
         return self._world.allgather(value)
 
 

@@ -13,10 +13,33 @@ class InputError(MinitpError):
     exit_code = 2
 
 
+class ParameterError(InputError):
+    """A value that a parameter cannot have; whoever knows how the user spells the parameter may say so.
+
+    Attributes
+    ----------
+    name, value, expected
+    """
+
+    def __init__(self, name, value, expected):
+        super().__init__(f"{name} {value!r}: expected {expected}")
+        self.name, self.value, self.expected = name, value, expected
+
+
 class RankError(MinitpError):
-    """A rank, MPI or the device failed. Exit code 3."""
+    """A rank, MPI or the device failed. Exit code 3.
+
+    Attributes
+    ----------
+    last_words : list of str
+        The last lines that the rank has written.
+    """
 
     exit_code = 3
+
+    def __init__(self, message, last_words=()):
+        super().__init__(message)
+        self.last_words = list(last_words)
 
 
 class AgreedError(MinitpError):

@@ -9,7 +9,7 @@ from time import perf_counter
 
 from minitp.errors import InputError
 from minitp.model import prefill
-from minitp.sampling import Sampler
+from minitp.sampling import Sampler, token_logprobs
 from minitp.tokenizer import TextStream
 
 
@@ -73,6 +73,8 @@ class Request:
         Their text, without special tokens and cut before a stop string.
     finish_reason : str or None
         "stop" (end of text, or a stop string), "length", or "closed": nobody reads any more.
+    logprobs : list of (float, list of (int, float))
+        If the params want them, of each new token; see `sampling.token_logprobs`.
     """
 
     params: object
@@ -84,6 +86,7 @@ class Request:
     token_ids: list = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
+    logprobs: list = field(default_factory=list)
 
     def __post_init__(self):
         self.sampler = Sampler(self.params)
@@ -95,6 +98,8 @@ class Request:
         """The next token from logits [V], and whether it is the last."""
         token = self.sampler.choose(logits)
         self.token_ids.append(token)
+        if self.params.logprobs is not None:
+            self.logprobs.append(token_logprobs(logits, token, self.params.logprobs))
         self.times.append(perf_counter())
         length = len(self.prompt_ids) + len(self.token_ids)
         if token in self.eos_token_ids and not self.params.ignore_eos:

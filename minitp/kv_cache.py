@@ -75,6 +75,11 @@ class BlockPool:
         self.xp, self.block_size = xp, block_size
         self.rows = make_rows(xp, dtype, layers, (kv_heads, blocks * block_size, head_dim), kv_dtype)
 
+    @property
+    def nbytes(self):
+        """Bytes reserved on this rank."""
+        return sum(rows.nbytes for pair in self.rows for rows in pair)
+
 
 class PagedCache:
     """One sequence's keys and values, in blocks of a pool.

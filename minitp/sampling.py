@@ -2,10 +2,11 @@
 
 import secrets
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
-from minitp.errors import InputError
+from minitp.errors import ParameterError
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,16 @@ class SamplingParams:
     seed : int or None
         The same seed gives the same text at the same number of ranks. None draws a fresh one.
     stop : tuple of str
-        The text ends before the first of these.
+        The text ends before the first of these. A single string is taken as one of one.
     ignore_eos : bool
         Go on after an end-of-text token.
+    logprobs : int or None
+        Tell the logarithm of each token's probability, and of so many of the most probable ones beside it: as
+        the model has them, before temperature, top-k and top-p.
+
+    Raises
+    ------
+    ParameterError
     """
 
     max_new_tokens: int = 100
@@ -37,18 +45,30 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self):
-        self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
-        self._check("temperature", 0 <= self.temperature < float("inf"), "0 or a positive number")
-        self._check("top_k", self.top_k >= 0, "0 (all) or more")
-        self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._check("seed", self.seed is None or self.seed >= 0, "0 or more")
-        self._check("stop", all(self.stop), "strings that are not empty")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        self._check("max_new_tokens", Integral, lambda n: n >= 1, "at least 1")
+        self._check("temperature", Real, lambda x: 0 <= x < float("inf"), "0 or a positive number")
+        self._check("top_k", Integral, lambda n: n >= 0, "0 (all) or more")
+        self._check("top_p", Real, lambda x: 0 < x <= 1, "above 0 and at most 1")
+        self._check("seed", Integral | None, lambda n: n is None or n >= 0, "0 or more")
+        self._check("stop", tuple | list, all_texts, "strings that are not empty")
+        self._check("ignore_eos", bool, lambda _: True, "True or False")
+        self._check("logprobs", Integral | None, lambda n: n is None or n >= 0, "None, 0 or more")
 
-    def _check(self, name, right, expected):
-        if not right:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}")
+    def _check(self, name, types, right, expected):
+        value = getattr(self, name)
+        is_flag = isinstance(value, bool) and types is not bool  # True is an int, but no count
+        if is_flag or not isinstance(value, types) or not right(value):
+            raise ParameterError(name, value, expected)
+
+
+def all_texts(values):
+    """Whether all are strings, and none is empty."""
+    return all(isinstance(value, str) and value for value in values)
 
 
 class Sampler:
@@ -93,3 +113,22 @@ def token_probabilities(logits, params):
     result = np.zeros(len(logits))  # [V]
     result[order[: len(probs)]] = probs
     return result
+
+
+def token_logprobs(logits, token, top):
+    """The logarithm of a token's probability, and the `top` most probable tokens with theirs.
+
+    Parameters
+    ----------
+    logits : float32 [V]
+    token, top : int
+
+    Returns
+    -------
+    float, list of (int, float)
+        The most probable first; of equal ones the lower token id.
+    """
+    below_best = logits.astype(np.float64) - logits.max()  # [V]
+    logprobs = below_best - np.log(np.exp(below_best).sum())  # [V]
+    best = np.argsort(-logprobs, kind="stable")[:top] if top else []  # [top]
+    return float(logprobs[token]), [(int(t), float(logprobs[t])) for t in best]

@@ -24,9 +24,9 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise InputError(f"{path}: not a tokenizer.json: {' '.join(str(error).split())}") from error
 
-    def encode(self, text):
-        """Token ids of a text."""
-        return self._tokenizer.encode(text).ids
+    def encode(self, text, add_special_tokens=True):
+        """Token ids of a text; without special tokens if, as a rendered conversation, it has its own."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids):
         """The text of tokens, without the special ones."""

@@ -7,6 +7,7 @@ import faulthandler
 import fcntl
 import json
 import os
+import queue
 import resource
 import signal
 import socket
@@ -14,10 +15,11 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 
 from minitp.environment import env_rank, ranks_wanted
 from minitp.errors import AgreedError, InputError, RankError, one_line
-from minitp.launch import SOCKET_VARIABLE
+from minitp.job import SOCKET_VARIABLE
 
 LAST_WORDS_S = 0.3  # for mpirun to pass on what a rank has said: on a busy machine it may abort first
 
@@ -27,19 +29,33 @@ def run_alone(args):
     from minitp import commands
     from minitp.comm import Alone, OneOfMany
 
+    front = _front()
     share = getattr(args, "as_rank", None)
     comm = Alone() if share is None else OneOfMany(share, args.of)
     try:
-        return commands.run(args, comm)
+        code = commands.run(args, comm, front)
     except AgreedError as error:
-        return _leave_together(error, args, comm)
+        code = _leave_together(error, args, comm, front)
     except Exception as error:
-        return _leave_alone(error, args, comm, front=None)
+        return _leave_alone(error, args, comm, front)
+    if front is not None:
+        front.end(code)
+    return code
 
 
-def run_in_world(args, world):
-    """One rank under mpirun or srun; `world` is the number of ranks that the launcher says it started."""
-    front = Front(os.environ[SOCKET_VARIABLE]) if SOCKET_VARIABLE in os.environ else None
+def run_in_world(args, world, caller=None):
+    """One rank under mpirun or srun.
+
+    Parameters
+    ----------
+    args : Namespace
+    world : int
+        The number of ranks that the launcher says it started.
+    caller : object
+        Whom rank 0 serves if there is no front; see `engine.service`.
+    """
+    front = _front()
+    caller = front or caller
     comm = None
     try:
         faulthandler.enable()
@@ -56,20 +72,26 @@ def run_in_world(args, world):
                     raise InputError(
                         f"--tp {args.tp} contradicts the MPI world of {world} ranks; leave --tp out"
                     )
-            code = commands.run(args, comm)
+            code = commands.run(args, comm, caller)
         except AgreedError as error:
-            code = _leave_together(error, args, comm)
+            code = _leave_together(error, args, comm, caller)
         comm.close()  # all ranks get here, or none
     except BaseException as error:
         code = _leave_alone(error, args, comm, front)
     if front is not None:
-        front.say(code)
+        front.end(code)
     return code
 
 
-def _leave_together(error, args, comm):
+def _front():
+    return Front(os.environ[SOCKET_VARIABLE]) if SOCKET_VARIABLE in os.environ else None
+
+
+def _leave_together(error, args, comm, caller):
     """All ranks leave: rank 0 says why, and with -v the rank that failed shows where."""
-    if comm.rank == 0:
+    if comm.rank == 0 and args.command == "ranks":
+        caller.say({"failed": str(error), "exit_code": error.exit_code})
+    elif comm.rank == 0:
         print(f"minitp: {error}", file=sys.stderr)
     _show_traceback(error.__cause__, args)
     return error.exit_code
@@ -80,7 +102,7 @@ def _leave_alone(error, args, comm, front):
     code = 130 if isinstance(error, KeyboardInterrupt) else RankError.exit_code
     _show_traceback(error, args)
     if front is not None:
-        front.say(code, one_line(error))
+        front.end(code, one_line(error))
     elif code != 130 and (comm is not None or env_rank(os.environ) == 0):
         who = f"rank {comm.rank} failed: " if comm is not None else ""
         print(f"minitp: {who}{one_line(error)}", file=sys.stderr, flush=True)
@@ -107,7 +129,13 @@ def _high_number():
 
 
 class Front:
-    """A rank's connection to the front that started it; see `launch` for what goes over it."""
+    """A rank's connection to the front that started it; see `job` for what goes over it.
+
+    Attributes
+    ----------
+    inbox : queue.SimpleQueue
+        Of what the front says, to rank 0.
+    """
 
     def __init__(self, path):
         with socket.socket(socket.AF_UNIX) as low:
@@ -121,13 +149,20 @@ class Front:
         for number, descriptor in enumerate(descriptors, start=1):
             os.dup2(descriptor, number)
             os.close(descriptor)
-        threading.Thread(target=self._end_with_front, daemon=True).start()
+        self.inbox = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def _end_with_front(self):
-        """The front never says more; when it dies its end closes, and then this rank ends too."""
-        self._socket.recv(1)
+    def _listen(self):
+        """When the front dies its end closes, and then this rank ends too."""
+        with suppress(ConnectionResetError):
+            for line in self._socket.makefile("rb"):
+                self.inbox.put(json.loads(line))
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def say(self, exit_code, error=None):
+    def say(self, message):
+        """Send the front an object."""
+        self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def end(self, exit_code, error=None):
         """This rank's last message."""
-        self._socket.sendall(json.dumps({"exit": exit_code, "error": error}).encode() + b"\n")
+        self.say({"exit": exit_code, "error": error})

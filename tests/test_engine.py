@@ -67,7 +67,7 @@ def served(model, wanted, blocks, block_size, later=(), **limits):
     for n in range(10_000):
         if scheduler and n % 3 == 2 and later:
             engine.add(later.pop(0))
-        if not engine.step():
+        if engine.step() is None:
             break
         if scheduler:
             check_blocks(scheduler)
@@ -185,8 +185,8 @@ def test_the_same_prompt_again(tmp_path, length):
         request = Request(params, (), list(range(50, 50 + length)), CONTEXT)
         engine.add(request)
         for _ in range(5):
-            assert engine.step()
-        assert not engine.step()
+            assert engine.step() is not None
+        assert engine.step() is None
         results.append(request.token_ids)
     assert results[0] == results[1]
 

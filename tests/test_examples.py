@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minitp import launch
+from minitp.job import OPEN_MPI, find_mpirun
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MODEL = "smollm2-135m"  # small, and uneven over four ranks: 9 query heads, 3 KV heads
@@ -42,7 +42,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def start(command, folder, **variables):
     """Run to the end, in a directory that has nothing to do with it; (exit code, stdout, stderr)."""
-    environment = {**os.environ, **launch.OPEN_MPI, "MODEL": MODEL, "LAYERS": "2", **variables}
+    environment = {**os.environ, **OPEN_MPI, "MODEL": MODEL, "LAYERS": "2", **variables}
     command = [str(part) for part in command]
     done = subprocess.run(
         command, env=environment, cwd=folder, capture_output=True, text=True, timeout=LIMIT_S
@@ -55,13 +55,13 @@ def alone(name, folder, **variables):
 
 
 def under_mpirun(name, folder, ranks=4, **variables):
-    python = [launch.find_mpirun(), "-n", ranks, sys.executable]
+    python = [find_mpirun(), "-n", ranks, sys.executable]
     return start([*python, EXAMPLES / f"{name}.py"], folder, **variables)
 
 
 def tampered(name, folder, result):
     code = TAMPERED.format(result=result, folder=str(EXAMPLES))
-    python = [launch.find_mpirun(), "-n", 2, sys.executable]
+    python = [find_mpirun(), "-n", 2, sys.executable]
     return start([*python, "-c", code, EXAMPLES / f"{name}.py"], folder, LAYERS="1")
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from tiny import write_tiny
 
-from minitp import launch
+from minitp.job import find_mpirun
 from minitp.shared_memory import SLOT_BYTES
 
 LIMIT_S = 120
@@ -55,7 +55,7 @@ comm.close()
 
 def mpirun(ranks, *command):
     done = subprocess.run(
-        [launch.find_mpirun(), "-n", str(ranks), sys.executable, *command],
+        [find_mpirun(), "-n", str(ranks), sys.executable, *command],
         capture_output=True,
         text=True,
         timeout=LIMIT_S,

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from minitp.launch import SOCKET_VARIABLE
+from minitp.job import SOCKET_VARIABLE
 from minitp.model_source import open_model
 
 
@@ -25,8 +25,8 @@ def check_input(args, tp):
     with_ranks(args.command).prepare(args, source)
 
 
-def run(args, comm):
-    """The command, on this rank; returns the exit code."""
+def run(args, comm, caller=None):
+    """The command, on this rank; returns the exit code. `caller` is whom it serves, if it serves one."""
     command, source = with_ranks(args.command), None
     with comm.agreed():  # rank 0 first, for it may have to download
         if comm.rank == 0:
@@ -38,6 +38,8 @@ def run(args, comm):
             source = open_model(args.model, comm.size, args.layers)
         job = command.prepare(args, source) if comm.rank == 0 else None
     job = comm.broadcast(job)
+    if args.command == "ranks":
+        return command.run(args, comm, source, caller)
     return command.run(args, comm, source, job)
 
 

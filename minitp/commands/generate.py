@@ -5,11 +5,10 @@ import sys
 from time import perf_counter
 
 from minitp.commands.loading import load
-from minitp.commands.prompt import prompt_tokens
+from minitp.commands.prompt import prompt_tokens, sampling_params
 from minitp.errors import InputError
 from minitp.generate import Request, check_prompt, context_length, generate
 from minitp.output import write_out
-from minitp.sampling import SamplingParams
 
 
 class Generate:
@@ -48,18 +47,6 @@ class Generate:
             comm_share = comm.seconds / (perf_counter() - started)
             report(args, request, statistics(request, model, comm_share, load_s))
         return 0
-
-
-def sampling_params(args):
-    return SamplingParams(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop=tuple(args.stop),
-        ignore_eos=args.ignore_eos,
-    )
 
 
 def statistics(request, model, comm_share, load_s):

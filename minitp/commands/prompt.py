@@ -1,10 +1,11 @@
-"""What several commands take: a prompt or tokens in its place, passes, a file to write."""
+"""What several commands take: a prompt or tokens in its place, how to sample, passes, a file to write."""
 
 import tempfile
 from pathlib import Path
 
-from minitp.errors import InputError
+from minitp.errors import InputError, ParameterError
 from minitp.generate import check_vocabulary
+from minitp.sampling import SamplingParams
 from minitp.trace import passes_of
 
 
@@ -18,6 +19,23 @@ def prompt_tokens(args, source):
     if tokenizer is None:
         raise InputError(f"{source.name} has no tokenizer.json; give --tokens 1,2,3 in place of the prompt")
     return tokenizer.encode(args.prompt)
+
+
+def sampling_params(args):
+    """What the options say of how a continuation is chosen and when it ends."""
+    try:
+        return SamplingParams(
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            stop=tuple(args.stop),
+            ignore_eos=args.ignore_eos,
+        )
+    except ParameterError as error:
+        option = f"--{error.name.replace('_', '-')}"
+        raise InputError(f"{option} {error.value}: expected {error.expected}") from error
 
 
 def passes_wanted(args, source, token_ids):

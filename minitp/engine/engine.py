@@ -45,19 +45,23 @@ class Engine:
         self.scheduler.add(request)
 
     def step(self):
-        """Run the scheduler's next step, on all ranks. False if there was nothing to do."""
+        """Run the scheduler's next step, on all ranks.
+
+        Returns
+        -------
+        list of Request or None
+            On rank 0 those that have got a token. None, on all ranks, if there was nothing to do.
+        """
         comm = self.model.comm
         plan = comm.broadcast(self.scheduler.plan() if comm.rank == 0 else None)
         if plan is None:
-            return False
+            return None
         logits = self._run(plan)
-        if comm.rank == 0:
-            self.scheduler.commit(plan, logits)
-        return True
+        return self.scheduler.commit(plan, logits) if comm.rank == 0 else []
 
     def run(self):
         """Steps until all requests are done."""
-        while self.step():
+        while self.step() is not None:
             pass
 
     def _run(self, plan):

@@ -79,7 +79,8 @@ class Scheduler:
         self.allocator = BlockAllocator(blocks, block_size)
         self.max_tokens_per_step, self.max_sequences = max_tokens_per_step, max_sequences
         self.waiting, self.running = [], []  # each from the oldest to the youngest
-        self.preempted = 0  # how often blocks ran out
+        self.preempted = 0  # how often a sequence had to give its blocks back
+        self.reused_tokens = 0  # that were there, in blocks of others, when a sequence began
         self._arrived, self._ended, self._begun, self._planned = 0, [], [], {}
 
     def add(self, request):
@@ -99,6 +100,21 @@ class Scheduler:
             self._leave(sequence)
         self.waiting = [s for s in self.waiting if s.request is not request]
 
+    @property
+    def busy(self):
+        """Whether any request is on its way."""
+        return bool(self.running or self.waiting)
+
+    def load(self):
+        """How busy it is: requests, blocks, and what has been done since the beginning."""
+        return {
+            "running": len(self.running),
+            "waiting": len(self.waiting),
+            "blocks_in_use": self.allocator.blocks - self.allocator.available,
+            "preempted": self.preempted,
+            "reused_tokens": self.reused_tokens,
+        }
+
     def plan(self):
         """The next StepPlan; None if there is nothing to do."""
         self._planned = {}
@@ -112,8 +128,11 @@ class Scheduler:
         return self._step_plan()
 
     def commit(self, plan, logits):
-        """What came of `plan`: logits [len(plan.logits_at), V], a row for each sequence that goes on."""
-        rows = iter(logits if plan.logits_at else [])
+        """What came of `plan`: logits [len(plan.logits_at), V], a row for each sequence that goes on.
+
+        Returns the requests of these sequences; each has a token more.
+        """
+        rows, took = iter(logits if plan.logits_at else []), []
         for number, tokens, _ in plan.parts:
             sequence = self._planned[number][0]
             sequence.computed += len(tokens)
@@ -122,8 +141,10 @@ class Scheduler:
                 continue
             token, last = sequence.request.take(next(rows))
             sequence.token_ids.append(token)
+            took.append(sequence.request)
             if last:
                 self._leave(sequence)
+        return took
 
     def _room(self):
         """Tokens that this step may still have."""
@@ -161,6 +182,7 @@ class Scheduler:
                 return
             sequence.block_table, sequence.computed = shared, len(shared) * size
             self._begun.append((sequence.number, list(shared), sequence.computed))
+            self.reused_tokens += sequence.computed
             self.waiting.pop(0)
             self.running.append(sequence)
             self._give(sequence)

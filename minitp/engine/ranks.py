@@ -1,0 +1,231 @@
+"""Ranks that serve requests, as their caller sees them; what is said to them is in `service`.
+
+StartedRanks   processes of their own, started and watched from here (a plain script, a notebook, a server)
+JoinedRanks    the ranks of the mpirun in which this process is rank 0; the step runs in a thread of it
+"""
+
+import itertools
+import queue
+import threading
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+
+from minitp.errors import InputError, MinitpError, RankError
+from minitp.job import new_job
+from minitp.launch import WORKER
+
+CLOSE_LIMIT_S = 10  # for ranks to leave by themselves
+
+
+@dataclass
+class Update:
+    """What is new of a request.
+
+    Attributes
+    ----------
+    token_ids : list of int
+    text : str
+    logprobs : list
+        See generate.Request.
+    finish_reason : str or None
+        Of its last update: as of generate.Request, or "error".
+    error : MinitpError or None
+        Why it could not be taken, or came to no end.
+    """
+
+    token_ids: list = field(default_factory=list)
+    text: str = ""
+    logprobs: list = field(default_factory=list)
+    finish_reason: str | None = None
+    error: MinitpError | None = None
+
+
+class Ranks:
+    """Takes requests to rank 0, and to each listener what comes of its own.
+
+    Listeners and callbacks are called in a thread of this object, one after another: they must not wait.
+
+    Parameters
+    ----------
+    on_loading : callable
+        Gets (bytes of rank 0's weights loaded, all of them) while they are.
+    on_end : callable
+        Called once, with the MinitpError that ended the ranks, or None if they were told to.
+
+    Attributes
+    ----------
+    description : dict or None
+        What the ranks can take, once they are ready; see commands.ranks.
+    load : dict
+        How busy they are; see Scheduler.load.
+    error : MinitpError or None
+        What ended them.
+    """
+
+    def __init__(self, on_loading=lambda done, total: None, on_end=lambda error: None):
+        self.on_loading, self.on_end = on_loading, on_end
+        self.description, self.load, self.error = None, {}, None
+        self.started = threading.Event()  # ready, or at an end
+        self.closing = False
+        self._numbers, self._listeners, self._lock = itertools.count(), {}, threading.Lock()
+        self._failure = None  # why all ranks are leaving
+
+    def add(self, prompt_ids, params, listener):
+        """Send a request; `listener` gets its Updates. Returns the number by which to `drop` it."""
+        with self._lock:
+            if self.error is not None:
+                raise self.error
+            number = next(self._numbers)
+            self._listeners[number] = listener
+        self._tell({"add": number, "prompt_ids": prompt_ids, "params": asdict(params)})
+        return number
+
+    def drop(self, number):
+        """Nobody wants this request any more: its listener is forgotten, and its blocks are free at once."""
+        with self._lock:
+            wanted = self._listeners.pop(number, None) is not None
+        if wanted and self.error is None:
+            self._tell({"drop": number})
+
+    def close(self):
+        """The ranks leave; returns when they have. Requests that are not done get a RankError."""
+        raise NotImplementedError
+
+    def _tell(self, message):
+        raise NotImplementedError
+
+    def _hear(self, message):
+        """Rank 0 has said something."""
+        if "loading" in message:
+            self.on_loading(message["loading"], message["of"])
+        elif "failed" in message:
+            kind = InputError if message["exit_code"] == InputError.exit_code else RankError
+            self._failure = kind(message["failed"])
+        elif "ready" in message:
+            self.description = message["ready"]
+            self.started.set()
+        else:
+            self.load = message.get("load", self.load)
+            for number, update in message["updates"]:
+                self._hand_on(number, update)
+
+    def _hand_on(self, number, update):
+        if "error" in update:
+            update = Update(finish_reason="error", error=InputError(update["error"]))
+        else:
+            update = Update(**update)
+        with self._lock:
+            listener = self._listeners.get(number)
+            if update.finish_reason is not None:
+                self._listeners.pop(number, None)
+        if listener is not None:  # else it was dropped meanwhile
+            listener(update)
+
+    def _ended(self, error):
+        """There are no ranks any more."""
+        with self._lock:
+            self.error = error or self._failure or RankError("the ranks have been closed")
+            listeners = list(self._listeners.values())
+            self._listeners.clear()
+        for listener in listeners:
+            listener(Update(finish_reason="error", error=self.error))
+        self.started.set()
+        self.on_end(None if self.closing else self.error)
+
+
+class StartedRanks(Ranks):
+    """Ranks as processes of their own.
+
+    Parameters
+    ----------
+    argv : list of str
+        The arguments of `minitp ranks`.
+    size : int
+    verbose : bool
+    worker : list of str
+        The command of a rank.
+    callbacks
+        As of Ranks.
+
+    Raises
+    ------
+    RankError
+        if they cannot be started
+    """
+
+    def __init__(self, argv, size, verbose=False, worker=WORKER, **callbacks):
+        super().__init__(**callbacks)
+        with ExitStack() as stack:
+            self._job = stack.enter_context(new_job(size, verbose))
+            self._job.on_message = self._hear
+            self._job.start([*worker, *argv])
+            self._stack = stack.pop_all()
+        self._thread = threading.Thread(target=self._watch, name="minitp: watches the ranks", daemon=True)
+        self._thread.start()
+
+    def _watch(self):
+        error = None
+        with self._stack:
+            try:
+                code = self._job.watch()
+                if code and not self._failure:
+                    error = RankError(f"the ranks have left with code {code}", self._job.words_of("rank0"))
+            except RankError as failure:
+                error = failure
+            self._ended(error)
+
+    def _tell(self, message):
+        self._job.tell(message)
+
+    def close(self):
+        """As Ranks.close; those that do not leave by themselves are ended."""
+        self.closing = True
+        try:
+            if self.started.is_set() and self.error is None:
+                self._job.tell({"close": True})
+                self._thread.join(CLOSE_LIMIT_S)
+        finally:  # also when Ctrl-C cuts the waiting short
+            self._job.given_up = True
+            self._thread.join()
+
+
+class JoinedRanks(Ranks):
+    """The ranks of an mpirun, in rank 0 of it; the others are in `worker.run_in_world`.
+
+    If one fails it ends all of them, this process too, as MPI does.
+
+    Parameters
+    ----------
+    args : Namespace
+        Of `minitp ranks`.
+    world : int
+    callbacks
+        As of Ranks.
+    """
+
+    def __init__(self, args, world, **callbacks):
+        super().__init__(**callbacks)
+        self.inbox = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, args=(args, world), daemon=True)
+        self._thread.start()
+
+    def _run(self, args, world):
+        from minitp.worker import run_in_world
+
+        code = run_in_world(args, world, caller=self)
+        self._ended(
+            RankError(f"the ranks have left with code {code}") if code and not self._failure else None
+        )
+
+    def say(self, message):
+        """What rank 0's step says, to those who listen here."""
+        self._hear(message)
+
+    def _tell(self, message):
+        self.inbox.put(message)
+
+    def close(self):
+        """As Ranks.close."""
+        self.closing = True
+        self.inbox.put({"close": True})
+        self._thread.join()

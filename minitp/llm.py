@@ -1,0 +1,332 @@
+"""`LLM`: a model on several ranks, from a plain script, a notebook, or inside mpirun.
+
+from minitp import LLM
+
+with LLM("smollm2", tp=2) as llm:
+    print(llm.generate("The capital of France is", max_new_tokens=20).text)
+"""
+
+import os
+import queue
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from numbers import Integral
+
+from tqdm.auto import tqdm
+
+from minitp import environment
+from minitp.arguments import parser
+from minitp.chat_template import load_chat_template
+from minitp.commands import warn_of_unread_fields
+from minitp.commands.ranks import Ranks
+from minitp.engine.ranks import JoinedRanks, StartedRanks
+from minitp.errors import InputError, RankError
+from minitp.generate import check_prompt
+from minitp.model_source import open_model
+from minitp.sampling import SamplingParams
+
+
+@dataclass
+class Completion:
+    """What a model has made of a prompt.
+
+    Attributes
+    ----------
+    prompt_token_ids : list of int
+    token_ids : list of int
+        The new tokens, an end-of-text token included.
+    text : str
+        Their text, without special tokens and cut before a stop string. Empty if the model has no tokenizer.
+    finish_reason : str
+        "stop" (end of text, or a stop string) or "length".
+    logprobs : list of (float, list of (int, float))
+        With SamplingParams(logprobs=N), for each new token the logarithm of its probability, and the N most
+        probable tokens with theirs.
+    """
+
+    prompt_token_ids: list
+    token_ids: list = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: list = field(default_factory=list)
+
+    def add(self, update):
+        """Put what is new behind what there is."""
+        self.token_ids += update.token_ids
+        self.text += update.text
+        self.logprobs += update.logprobs
+        self.finish_reason = update.finish_reason
+
+
+class LLM:
+    """A model that is loaded once and then serves prompts, many at a time.
+
+    Outside MPI it starts the ranks, watches them, and ends them with itself: on leaving its `with` block,
+    when it is collected, and when the process ends, however it does. Inside mpirun it joins them: rank 0's
+    script goes on and drives all of them; on the other ranks the call does not return, they serve rank 0 and
+    leave when it is through. So the same script does the same thing in both places, once.
+
+    It may be used from several threads.
+
+    Parameters
+    ----------
+    model : str
+        A directory, a Hugging Face id, "smollm2", or "random:NAME".
+    tp : int or str
+        Ranks: a number, or "auto", the physical cores up to 4. Inside mpirun its world.
+    device, dtype, kv_dtype, comm, layers, max_context, cache_tokens, block_size, max_tokens_per_step, \
+    max_sequences
+        As the options of `minitp serve`.
+    verbose : bool
+        Show in the end what the ranks have written.
+    on_end : callable
+        Called, in another thread, if the ranks end without having been told to: with the RankError.
+
+    Attributes
+    ----------
+    description : dict
+        What has been started: tp, dtype, context (positions of a prompt and its continuation), blocks, ..
+
+    Raises
+    ------
+    InputError
+        if a parameter, or the model, is not right
+    RankError
+        if a rank does not come up
+    """
+
+    def __init__(self, model="smollm2", tp="auto", *, verbose=False, on_end=lambda error: None, **options):
+        argv = rank_arguments(model, tp, options)
+        args = parser().parse_args(argv)
+        world = environment.world_size(os.environ)
+        if world is not None and environment.env_rank(os.environ) != 0:
+            from minitp.worker import run_in_world
+
+            raise SystemExit(run_in_world(args, world))
+        size = world or environment.ranks_wanted(args.tp, default=None)
+        self.source = open_model(args.model, size, args.layers)
+        Ranks.prepare(args, self.source)
+        warn_of_unread_fields(self.source)
+        self.tokenizer = self.source.tokenizer()
+        with loading_bar(self.source.name) as show:
+            if world is None:
+                self._ranks = StartedRanks(argv, size, verbose, on_loading=show, on_end=on_end)
+            else:
+                self._ranks = JoinedRanks(args, world, on_loading=show, on_end=on_end)
+            self._close = weakref.finalize(self, self._ranks.close)
+            try:
+                self._ranks.started.wait()
+            except BaseException:  # Ctrl-C
+                self.close()
+                raise
+        if self._ranks.error is not None:
+            self.close()
+            raise self.error
+        self.description = self._ranks.description
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """End the ranks; returns when they have ended. What is still asked of them raises a RankError."""
+        self._close()
+
+    @property
+    def error(self):
+        """What has ended the ranks, the last words of the one that failed included; None while they live."""
+        error = self._ranks.error
+        words = "".join(f"\n  {line}" for line in getattr(error, "last_words", ()))
+        return RankError(f"{error}{words}", error.last_words) if words else error
+
+    @property
+    def load(self):
+        """How busy the ranks are: running and waiting requests, blocks_in_use, preempted, reused_tokens."""
+        return self._ranks.load
+
+    def generate(self, prompts, params=None, *, progress=True, **options):
+        """Continue a prompt, or many at a time.
+
+        Parameters
+        ----------
+        prompts : str, list of int, or a list of these
+            Texts, or token ids.
+        params : SamplingParams or list of SamplingParams, optional
+            For all prompts, or one for each.
+        progress : bool
+            Of several prompts, show on a terminal how many are done.
+        **options
+            Fields of SamplingParams that differ from `params`.
+
+        Returns
+        -------
+        Completion, or a list of them in the order of the prompts
+
+        Raises
+        ------
+        InputError
+            if a prompt or a parameter is not right; nothing is computed then
+        RankError
+            if a rank dies
+        """
+        many = isinstance(prompts, list | tuple) and not is_tokens(prompts)
+        prompts = list(prompts) if many else [prompts]
+        each = list(params) if isinstance(params, list | tuple) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise InputError(
+                f"{len(each)} SamplingParams for {len(prompts)} prompts; give one, or one for each"
+            )
+        wanted = [
+            (self.encode(prompt), sampling(p, options)) for prompt, p in zip(prompts, each, strict=True)
+        ]
+        completions = [Completion(ids) for ids, _ in wanted]
+        disable = None if progress and many else True  # None: unless it is no terminal
+        with tqdm(total=len(prompts), unit="prompt", disable=disable) as bar:
+            for n, update in self._updates(wanted):
+                completions[n].add(update)
+                if update.finish_reason is not None:
+                    bar.update()
+        return completions if many else completions[0]
+
+    def stream(self, prompt, params=None, **options):
+        """An iterator over the pieces of a prompt's continuation, each as soon as it is there.
+
+        Whoever stops iterating stops the request. Parameters and errors as of `generate`.
+        """
+        return self._pieces(self.encode(prompt), sampling(params, options))
+
+    def chat(self, messages, params=None, **options):
+        """The model's answer to a conversation: a Completion.
+
+        Parameters
+        ----------
+        messages : str or list of dict
+            What the user says, or all that has been said: {"role": "user", "content": ".."} and so on.
+        params : SamplingParams, optional
+            Without, and without max_new_tokens, the answer may take all of the context.
+        """
+        ids, params = self._conversation(messages, params, options)
+        return self.generate(ids, params)
+
+    def stream_chat(self, messages, params=None, **options):
+        """`chat` as an iterator over the pieces of the answer."""
+        return self._pieces(*self._conversation(messages, params, options))
+
+    def encode(self, prompt):
+        """The token ids of a prompt, checked; it may be token ids already."""
+        if isinstance(prompt, str):
+            prompt = self._known_tokenizer().encode(prompt)
+        elif not isinstance(prompt, list | tuple) or not is_tokens(prompt):
+            raise InputError(f"prompt {prompt!r:.50}: expected a text or a list of token ids")
+        ids = [int(token) for token in prompt]
+        check_prompt(ids, self.source.config, self.description["context"])
+        return ids
+
+    def encode_chat(self, messages):
+        """The token ids of a conversation, as the model's template writes it."""
+        text = self.chat_template.render(messages)
+        return self.encode(self._known_tokenizer().encode(text, add_special_tokens=False))
+
+    @cached_property
+    def chat_template(self):
+        """The model's ChatTemplate; InputError if it has none."""
+        if self.source.directory is None:
+            raise InputError(f"{self.source.name} has no chat template: its weights are random")
+        return load_chat_template(self.source.directory, self.source.name)
+
+    def submit(self, prompt_ids, params, listener):
+        """Send a request and return at once: what `generate`, `stream` and the server are made of.
+
+        Parameters
+        ----------
+        prompt_ids : list of int
+            From `encode` or `encode_chat`.
+        params : SamplingParams
+        listener : callable
+            Gets each engine.ranks.Update, in another thread; it must not wait.
+
+        Returns
+        -------
+        callable
+            That stops the request; its blocks are free within a step.
+        """
+        if self._ranks.error is not None:
+            raise self.error
+        return partial(self._ranks.drop, self._ranks.add(prompt_ids, params, listener))
+
+    def _updates(self, wanted):
+        """(n, Update) of each (prompt_ids, params) as they come, until all are done."""
+        updates, stops = queue.SimpleQueue(), []
+        try:
+            for n, (ids, params) in enumerate(wanted):
+                stops.append(self.submit(ids, params, lambda update, n=n: updates.put((n, update))))
+            left = len(wanted)
+            while left:
+                n, update = updates.get()
+                if update.error is not None:
+                    raise self.error or update.error
+                yield n, update
+                left -= update.finish_reason is not None
+        finally:
+            for stop in stops:
+                stop()
+
+    def _pieces(self, ids, params):
+        self._known_tokenizer()
+
+        def pieces():
+            for _, update in self._updates([(ids, params)]):
+                if update.text:
+                    yield update.text
+
+        return pieces()
+
+    def _conversation(self, messages, params, options):
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if params is None:
+            options = {"max_new_tokens": self.description["context"], **options}
+        return self.encode_chat(messages), sampling(params, options)
+
+    def _known_tokenizer(self):
+        if self.tokenizer is None:
+            raise InputError(f"{self.source.name} has no tokenizer.json; give token ids to `generate`")
+        return self.tokenizer
+
+
+def rank_arguments(model, tp, options):
+    """The command line of `minitp ranks`."""
+    argv = ["ranks", "--model", str(model), "--tp", str(tp)]
+    for name, value in options.items():
+        if value is not None:
+            argv += [f"--{name.replace('_', '-')}", str(value)]
+    return argv
+
+
+def sampling(params, options):
+    """SamplingParams, with fields that differ."""
+    try:
+        return replace(params or SamplingParams(), **options)
+    except TypeError as error:
+        raise InputError(f"{error}: SamplingParams has no such field") from error
+
+
+def is_tokens(prompt):
+    """Whether this is one prompt of token ids, not a list of prompts."""
+    return len(prompt) > 0 and all(isinstance(token, Integral) for token in prompt)
+
+
+@contextmanager
+def loading_bar(name):
+    """Shows on a terminal how much of the weights has been loaded: what it yields gets (bytes, of all)."""
+    with tqdm(desc=f"loading {name}", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+
+        def show(done, total):
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
