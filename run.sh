@@ -73,7 +73,7 @@ setup() {
     if [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then extras+=,cuda12; fi
     install base "$extras"
     setup_mpi
-    [ "${1:-}" != test ] || install test test
+    case ${1:-} in test | serve) install "$1" "$1" ;; esac
     exec 9>&-
 }
 
@@ -90,7 +90,7 @@ case ${1:-} in
         cd "$root" && exec "$python" -m pytest "$@"
         ;;
     *)
-        setup
+        setup "$1"
         # Every option begins with a dash; a first word that is no command is a prompt.
         if [[ $1 != -* && $commands != *" $1 "* ]]; then set -- generate "$@"; fi
         exec "$python" -m minitp "$@"

@@ -26,6 +26,7 @@ def parser():
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for add in (
         add_generate,
+        add_chat,
         add_trace,
         add_check,
         add_compare,
@@ -33,6 +34,7 @@ def parser():
         add_shard,
         add_plan,
         add_bench,
+        add_serve,
         add_ranks,
     ):
         sub = add(commands)
@@ -53,6 +55,23 @@ def add_generate(commands):
     add_model(sub)
     add_device(sub)
     add_kv_dtype(sub)
+    return sub
+
+
+def add_chat(commands):
+    sub = commands.add_parser(
+        "chat",
+        help="talk with a model in the terminal",
+        description="Talk with a model; or, if stdin is no terminal, have it answer each line.",
+    )
+    sub.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    add_sampling(sub, max_new_tokens=None)
+    add_max_context(sub)
+    sub.add_argument("--stats", action="store_true", help="print each answer's length and speed to stderr")
+    add_model(sub)
+    add_device(sub)
+    add_kv_dtype(sub)
+    sub.set_defaults(max_sequences=1)
     return sub
 
 
@@ -179,6 +198,40 @@ def add_bench(commands):
     return sub
 
 
+def add_serve(commands):
+    sub = commands.add_parser(
+        "serve",
+        help="an OpenAI-compatible HTTP server",
+        description="Serve a model: /v1/completions, /v1/chat/completions, /metrics, and a page at /.",
+    )
+    sub.add_argument(
+        "--host", default="127.0.0.1", metavar="NAME", help="default 127.0.0.1: this machine only"
+    )
+    sub.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000; 0: a free one")
+    sub.add_argument(
+        "--api-key", metavar="KEY", help="wanted of clients; or in MINITP_API_KEY, which ps hides"
+    )
+    sub.add_argument(
+        "--max-queue",
+        type=int,
+        default=256,
+        metavar="N",
+        help="requests that may wait; default 256, then 429",
+    )
+    sub.add_argument(
+        "--request-timeout", type=float, default=600, metavar="S", help="seconds for an answer; default 600"
+    )
+    sub.add_argument(
+        "--drain-timeout", type=float, default=30, metavar="S", help="seconds after SIGTERM; default 30"
+    )
+    sub.add_argument("--restart", action="store_true", help="start the ranks anew when one dies")
+    add_cache(sub)
+    add_model(sub)
+    add_device(sub)
+    add_kv_dtype(sub)
+    return sub
+
+
 def add_ranks(commands):
     """What LLM, chat and serve start; without `help` it does not appear among the commands."""
     sub = commands.add_parser("ranks", description="Ranks that serve LLM, chat or serve, which start them.")
@@ -196,7 +249,7 @@ def add_sampling(sub, max_new_tokens):
         type=int,
         default=max_new_tokens,
         metavar="N",
-        help=f"default {max_new_tokens}",
+        help=f"default {max_new_tokens or 'what the context holds'}",
     )
     sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
     sub.add_argument("--top-k", type=int, default=0, metavar="K", help="among the K most probable; 0: all")

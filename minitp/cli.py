@@ -14,6 +14,7 @@ from minitp.output import prepare_streams
 
 DEFAULT_TP = 4
 WITHOUT_RANKS = ("compare", "shard", "plan")  # commands that one process does
+SERVED = ("serve", "chat")  # commands of one process that has ranks to serve it
 
 
 def main(argv=None, worker=launch.WORKER):
@@ -33,6 +34,8 @@ def main(argv=None, worker=launch.WORKER):
         args = parser().parse_args(argv)
         if args.command in WITHOUT_RANKS:
             return here(args)
+        if args.command in SERVED:
+            return served(args)
         if args.command == "ranks" and job.SOCKET_VARIABLE not in os.environ:
             raise InputError("minitp ranks is what LLM, chat and serve start; start one of these")
         world = environment.world_size(os.environ)
@@ -69,6 +72,19 @@ def here(args):
     from minitp import commands
 
     return commands.run_here(args, environment.ranks_wanted(getattr(args, "tp", None), DEFAULT_TP))
+
+
+def served(args):
+    """A command that starts ranks and talks with them; in a user's mpirun rank 0 does, with the others."""
+    world = environment.world_size(os.environ)
+    if world is not None:
+        environment.limit_blas_threads(os.environ, environment.local_ranks(os.environ, world))
+    from minitp import commands, llm
+
+    tp = world or environment.ranks_wanted(args.tp, DEFAULT_TP)
+    if environment.env_rank(os.environ) != 0:
+        llm.open_llm(args, tp)  # ends this process
+    return commands.run_here(args, tp)
 
 
 def as_rank(args, world):

@@ -26,20 +26,26 @@ class ParameterError(InputError):
         self.name, self.value, self.expected = name, value, expected
 
 
+class ContextError(InputError):
+    """A prompt leaves the context no room."""
+
+
 class RankError(MinitpError):
     """A rank, MPI or the device failed. Exit code 3.
 
+    Its text is the message, and on lines of their own, indented, the last that the rank has written.
+
     Attributes
     ----------
+    message : str
     last_words : list of str
-        The last lines that the rank has written.
     """
 
     exit_code = 3
 
     def __init__(self, message, last_words=()):
-        super().__init__(message)
-        self.last_words = list(last_words)
+        super().__init__("\n  ".join([message, *last_words]))
+        self.message, self.last_words = message, list(last_words)
 
 
 class AgreedError(MinitpError):

@@ -7,7 +7,7 @@ never disagree about what comes next.
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from minitp.errors import InputError
+from minitp.errors import ContextError, InputError
 from minitp.model import prefill
 from minitp.sampling import Sampler, token_logprobs
 from minitp.tokenizer import TextStream
@@ -194,7 +194,7 @@ def check_prompt(token_ids, config, context):
         raise InputError("the prompt is empty and this model adds no BOS token; give at least one word")
     check_vocabulary(token_ids, config)
     if len(token_ids) >= context:
-        raise InputError(
+        raise ContextError(
             f"the prompt has {len(token_ids)} tokens and the context {context}: no room for a new one"
         )
 

@@ -22,19 +22,12 @@ def run_ranks(command, size, verbose=False):
                 job.start(command)
                 return job.watch()
         except RankError as error:
-            report(error)
+            print(f"minitp: {error}", file=sys.stderr)
             return error.exit_code
         except Terminated:
             return 143
         except KeyboardInterrupt:
             return 130
-
-
-def report(error):
-    """A RankError on stderr, with the last words of its rank."""
-    print(f"minitp: {error}", file=sys.stderr)
-    for line in error.last_words:
-        print(f"  {line}", file=sys.stderr)
 
 
 class Terminated(BaseException):

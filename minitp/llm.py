@@ -22,7 +22,7 @@ from minitp.chat_template import load_chat_template
 from minitp.commands import warn_of_unread_fields
 from minitp.commands.ranks import Ranks
 from minitp.engine.ranks import JoinedRanks, StartedRanks
-from minitp.errors import InputError, RankError
+from minitp.errors import InputError
 from minitp.generate import check_prompt
 from minitp.model_source import open_model
 from minitp.sampling import SamplingParams
@@ -123,7 +123,7 @@ class LLM:
                 raise
         if self._ranks.error is not None:
             self.close()
-            raise self.error
+            raise self._ranks.error
         self.description = self._ranks.description
 
     def __enter__(self):
@@ -138,10 +138,8 @@ class LLM:
 
     @property
     def error(self):
-        """What has ended the ranks, the last words of the one that failed included; None while they live."""
-        error = self._ranks.error
-        words = "".join(f"\n  {line}" for line in getattr(error, "last_words", ()))
-        return RankError(f"{error}{words}", error.last_words) if words else error
+        """What has ended the ranks; None while they live."""
+        return self._ranks.error
 
     @property
     def load(self):
@@ -254,8 +252,6 @@ class LLM:
         callable
             That stops the request; its blocks are free within a step.
         """
-        if self._ranks.error is not None:
-            raise self.error
         return partial(self._ranks.drop, self._ranks.add(prompt_ids, params, listener))
 
     def _updates(self, wanted):
@@ -268,7 +264,7 @@ class LLM:
             while left:
                 n, update = updates.get()
                 if update.error is not None:
-                    raise self.error or update.error
+                    raise update.error
                 yield n, update
                 left -= update.finish_reason is not None
         finally:
@@ -296,6 +292,13 @@ class LLM:
         if self.tokenizer is None:
             raise InputError(f"{self.source.name} has no tokenizer.json; give token ids to `generate`")
         return self.tokenizer
+
+
+def open_llm(args, tp, **more):
+    """The LLM that a command's options ask for; those of `minitp ranks` that it lacks keep their defaults."""
+    options = vars(parser().parse_args(["ranks"])).keys() - {"command", "model", "tp", "verbose"}
+    given = {name: value for name, value in vars(args).items() if name in options}
+    return LLM(args.model, tp, verbose=args.verbose, **given, **more)
 
 
 def rank_arguments(model, tp, options):

@@ -28,6 +28,14 @@ class Tokenizer:
         """Token ids of a text; without special tokens if, as a rendered conversation, it has its own."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def token_text(self, token_id):
+        """The text of one token within a text, special ones included.
+
+        Decoded behind itself: at the beginning of a text a tokenizer may drop its space.
+        """
+        once, twice = (self._tokenizer.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
+        return twice[len(once) :]
+
     def decode(self, token_ids):
         """The text of tokens, without the special ones."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)

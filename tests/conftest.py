@@ -4,8 +4,8 @@ import pytest
 from refusal import check_refusal
 from tiny import write_tiny
 
-from minitp import launch
 from minitp.cli import main
+from minitp.job import Job
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def refused(capsys, monkeypatch):
     def no_ranks(*_, **__):
         raise AssertionError("ranks were started")
 
-    monkeypatch.setattr(launch, "run_ranks", no_ranks)
+    monkeypatch.setattr(Job, "start", no_ranks)
 
     def run(*argv):
         code = main([str(argument) for argument in argv])

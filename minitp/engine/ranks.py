@@ -50,7 +50,7 @@ class Ranks:
     on_loading : callable
         Gets (bytes of rank 0's weights loaded, all of them) while they are.
     on_end : callable
-        Called once, with the MinitpError that ended the ranks, or None if they were told to.
+        Called with the MinitpError that ended the ranks, unless they were told to end.
 
     Attributes
     ----------
@@ -130,7 +130,8 @@ class Ranks:
         for listener in listeners:
             listener(Update(finish_reason="error", error=self.error))
         self.started.set()
-        self.on_end(None if self.closing else self.error)
+        if not self.closing:
+            self.on_end(self.error)
 
 
 class StartedRanks(Ranks):

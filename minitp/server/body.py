@@ -1,0 +1,269 @@
+"""What a client asks for. Every field is known, and of the right type, or the request is refused.
+
+Fields of the API that minitp does not have are taken only where they change nothing (`presence_penalty: 0`):
+to pass over them in silence would be to answer another question.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from minitp.errors import InputError
+from minitp.sampling import SamplingParams
+
+MOST_CHOICES = 128
+MOST_STOPS = 16
+LARGEST_SEED = 1 << 64
+
+
+class ApiError(Exception):
+    """An answer that is an error object: {"error": {"message", "type", "param", "code"}}."""
+
+    def __init__(self, status, message, param=None, code=None, headers=None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers or {}
+
+    def object(self):
+        """As the API sends it."""
+        kinds = {429: "rate_limit_error", 503: "server_error", 504: "server_error", 500: "server_error"}
+        return {
+            "error": {
+                "message": self.message,
+                "type": kinds.get(self.status, "invalid_request_error"),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+@dataclass
+class Asked:
+    """A request, checked as far as it can be without the model.
+
+    Attributes
+    ----------
+    model : str
+    prompts : list
+        Of completions: texts or lists of token ids.
+    messages : list of dict or None
+        Of chat.
+    params : SamplingParams
+        But for `max_new_tokens`: that is `max_tokens`, or what the context leaves.
+    max_tokens : int or None
+    usual_tokens : int or None
+        Without `max_tokens`: at most so many.
+    choices : int
+        For each prompt.
+    stream, usage : bool
+        Send pieces; and in the end a piece with the usage counts.
+    """
+
+    model: str
+    params: SamplingParams
+    max_tokens: int | None
+    usual_tokens: int | None
+    choices: int
+    stream: bool
+    usage: bool
+    prompts: list = field(default_factory=list)
+    messages: list | None = None
+
+
+class Field(NamedTuple):
+    """A field of the API: what a value must be, in words and as a test."""
+
+    expected: str
+    test: Callable[[Any], bool]
+
+
+def whole(least, most):
+    return Field(f"a whole number from {least} to {most}", lambda x: is_int(x) and least <= x <= most)
+
+
+def number(least, most):
+    return Field(
+        f"a number from {least} to {most}",
+        lambda x: (is_int(x) or isinstance(x, float)) and least <= x <= most,
+    )
+
+
+def is_int(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_text(value):
+    return isinstance(value, str)
+
+
+def is_tokens(value):
+    return isinstance(value, list) and bool(value) and all(map(is_int, value))
+
+
+def is_prompt(value):
+    several = isinstance(value, list) and 0 < len(value) <= MOST_CHOICES
+    return (
+        is_text(value)
+        or is_tokens(value)
+        or (several and (all(map(is_text, value)) or all(map(is_tokens, value))))
+    )
+
+
+def is_stop(value):
+    stops = [value] if is_text(value) else value
+    return isinstance(stops, list) and len(stops) <= MOST_STOPS and all(is_text(s) and s for s in stops)
+
+
+FLAG = Field("true or false", lambda value: isinstance(value, bool))
+COMMON = {
+    "model": Field("the name of a model", is_text),
+    "stream": FLAG,
+    "stream_options": Field(
+        'an object: {"include_usage": true or false}',
+        lambda value: (
+            isinstance(value, dict)
+            and not set(value) - {"include_usage", "include_obfuscation"}
+            and all(isinstance(flag, bool) for flag in value.values())
+        ),
+    ),
+    "max_tokens": whole(1, 1 << 31),
+    "n": whole(1, MOST_CHOICES),
+    "temperature": number(0, 2),
+    "top_p": Field("a number above 0, up to 1", lambda x: number(0, 1).test(x) and x > 0),
+    "seed": whole(0, LARGEST_SEED),
+    "stop": Field(f"a string that is not empty, or a list of up to {MOST_STOPS}", is_stop),
+    # of minitp, as other servers have them too
+    "top_k": whole(0, 1 << 31),
+    "ignore_eos": FLAG,
+}
+COMPLETION = {
+    "prompt": Field(
+        f"a text, a list of token ids, or a list of up to {MOST_CHOICES} texts or of such lists", is_prompt
+    ),
+    "logprobs": whole(0, 20),
+}
+CHAT = {
+    "messages": Field("a list of messages", lambda value: isinstance(value, list) and bool(value)),
+    "max_completion_tokens": COMMON["max_tokens"],
+    "logprobs": FLAG,
+    "top_logprobs": whole(0, 20),
+}
+# What minitp does not have, with the values that ask for nothing; and what says nothing of the answer.
+NOTHING = {
+    "frequency_penalty": [0],
+    "presence_penalty": [0],
+    "logit_bias": [{}],
+    "best_of": [1],
+    "echo": [False],
+    "suffix": [""],
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "parallel_tool_calls": [True, False],
+    "functions": [[]],
+    "response_format": [{"type": "text"}],
+    "modalities": [["text"]],
+}
+REMARKS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+
+
+def read_json(data):
+    """The object in a request's bytes."""
+    try:
+        body = json.loads(data, parse_constant=refuse_constant)
+        json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is JSON, but no object")
+    return body
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+def completion_request(body):
+    """An Asked, of the body of /v1/completions."""
+    body = checked(body, COMMON | COMPLETION, required=("model", "prompt"))
+    prompt = body["prompt"]
+    prompts = [prompt] if is_text(prompt) or is_tokens(prompt) else prompt
+    return asked(body, body.get("max_tokens"), 16, body.get("logprobs"), prompts=prompts)
+
+
+def chat_request(body):
+    """An Asked, of the body of /v1/chat/completions."""
+    body = checked(body, COMMON | CHAT, required=("model", "messages"))
+    if "top_logprobs" in body and not body.get("logprobs"):
+        raise ApiError(400, "top_logprobs wants logprobs: true", "top_logprobs")
+    logprobs = body.get("top_logprobs", 0) if body.get("logprobs") else None
+    most = body.get("max_completion_tokens", body.get("max_tokens"))
+    messages = [message(value, place) for place, value in enumerate(body["messages"])]
+    return asked(body, most, None, logprobs, messages=messages)
+
+
+def checked(body, fields, required):
+    """The fields of a body that are not null."""
+    body = {name: value for name, value in body.items() if value is not None and name not in REMARKS}
+    for name in required:
+        if name not in body:
+            raise ApiError(400, f"{name} is missing", name, "missing_required_parameter")
+    for name, value in body.items():
+        if name in fields:
+            if not fields[name].test(value):
+                raise ApiError(400, f"{name}: expected {fields[name].expected}", name, "invalid_type")
+        elif name not in NOTHING:
+            raise ApiError(400, f"unknown parameter {name!r:.80}", name[:80], "unknown_parameter")
+        elif value not in NOTHING[name]:
+            raise ApiError(
+                400, f"{name} is not supported by minitp; leave it out", name, "unsupported_parameter"
+            )
+    return body
+
+
+def message(value, place):
+    """A message of a conversation, its content as one text."""
+    content = value.get("content") if isinstance(value, dict) else None
+    if isinstance(content, list) and all(is_text_part(part) for part in content):
+        content = "".join(part["text"] for part in content)
+    if not is_text(content) or not is_text(value.get("role")):
+        raise ApiError(
+            400,
+            f"messages[{place}]: expected a role, and a content that is a text or a list of texts; minitp "
+            "knows no images, sounds and tools",
+            f"messages[{place}]",
+            "invalid_type",
+        )
+    return value | {"content": content}
+
+
+def is_text_part(part):
+    return isinstance(part, dict) and part.get("type") == "text" and is_text(part.get("text"))
+
+
+def asked(body, max_tokens, usual_tokens, logprobs, **what):
+    """What both kinds of request have in common."""
+    stop = body.get("stop", [])
+    try:
+        params = SamplingParams(
+            temperature=body.get("temperature", 1.0),
+            top_p=body.get("top_p", 1.0),
+            top_k=body.get("top_k", 0),
+            seed=body.get("seed"),
+            stop=tuple([stop] if is_text(stop) else stop),
+            ignore_eos=body.get("ignore_eos", False),
+            logprobs=logprobs,
+        )
+    except InputError as error:
+        raise ApiError(400, str(error)) from error
+    usage = body.get("stream_options", {}).get("include_usage", False)
+    return Asked(
+        model=body["model"],
+        params=params,
+        max_tokens=max_tokens,
+        usual_tokens=usual_tokens,
+        choices=body.get("n", 1),
+        stream=body.get("stream", False),
+        usage=usage,
+        **what,
+    )

@@ -1,0 +1,103 @@
+"""The server's process: its socket, its signals, and its end."""
+
+import asyncio
+import signal
+import socket
+import sys
+from contextlib import contextmanager
+
+import uvicorn
+
+from minitp.errors import InputError
+from minitp.server.app import make_app
+from minitp.server.backend import Backend
+from minitp.server.metrics import Metrics
+
+FAILED_S = 2  # in which /health says that a rank has died, before the process ends
+FORCED_S = 3  # for connections to end, when their streams have been ended
+
+
+def listen(host, port):
+    """A socket that listens there; InputError if there is none to be had."""
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(address[0], socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address[4])
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--host {host} --port {port}: {reason}; give others") from error
+    listener.set_inheritable(False)
+    return listener
+
+
+def serve_forever(start, limits, model, listener, *, api_key, restart, drain_seconds, verbose):
+    """Serve until SIGTERM, Ctrl-C, or a rank dies; the exit code.
+
+    Parameters
+    ----------
+    start : callable
+        See Backend.
+    limits : Limits
+    model : str
+        The name by which clients ask for it.
+    listener : socket
+    api_key : str or None
+    restart : bool
+        Start the ranks anew when one dies.
+    drain_seconds : float
+        After SIGTERM, for answers that are on their way.
+    verbose : bool
+        Log requests.
+    """
+    backend = Backend(start, limits, restart)
+    app = make_app(backend, Metrics(backend), model, api_key)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_level="info" if verbose else "error",
+        access_log=verbose,
+        timeout_graceful_shutdown=drain_seconds + FORCED_S,
+    )
+    try:
+        return asyncio.run(serve(backend, Server(config), listener, drain_seconds))
+    finally:
+        if backend.llm is not None:
+            backend.llm.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but for the signals, which `serve` has."""
+
+    @contextmanager
+    def capture_signals(self):
+        yield
+
+
+async def serve(backend, server, listener, drain_seconds):
+    """HTTP and the ranks beside each other, until one of them ends; the exit code."""
+    loop = asyncio.get_running_loop()
+
+    def leave():
+        server.force_exit = server.should_exit  # the second time: at once
+        server.should_exit = True
+        backend.state = "draining"
+        loop.call_later(drain_seconds, backend.give_up)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, leave)
+    ranks = asyncio.ensure_future(backend.run())
+    http = asyncio.ensure_future(server.serve(sockets=[listener]))
+    await asyncio.wait({ranks, http}, return_when=asyncio.FIRST_COMPLETED)
+    code = 0
+    if ranks.done():
+        error = ranks.result()
+        print(f"minitp: {error}", file=sys.stderr)
+        code = error.exit_code
+        if not server.should_exit and backend.llm is not None:
+            await asyncio.sleep(FAILED_S)
+        server.config.timeout_graceful_shutdown = FORCED_S
+        server.should_exit = True
+        await http
+    ranks.cancel()
+    return code

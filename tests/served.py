@@ -1,0 +1,96 @@
+"""`minitp serve` on tiny models, for the tests: started, asked, ended."""
+
+import json
+import re
+import sys
+import threading
+
+from openai import OpenAI
+from test_processes import Running
+from tiny import write_tiny
+
+from minitp.comm import Alone
+from minitp.device import open_device
+from minitp.generate import Request, generate
+from minitp.model import load_model
+from minitp.model_source import open_model
+from minitp.sampling import SamplingParams
+
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
+URL = re.compile(r"at (http://\S+)/v1 ")
+START_S = 60
+
+
+def write_chatty(directory, **config):
+    """A tiny model with a chat template; each byte is a token."""
+    write_tiny(directory, **config)
+    fields = {"chat_template": CHAT_TEMPLATE, "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(fields))
+    return directory
+
+
+class Served(Running):
+    """A server and what it has written to stderr; `url` once it is ready."""
+
+    def __init__(self, model, *options, command=(sys.executable, "-m", "minitp"), **variables):
+        super().__init__([*command, "serve", "--model", model, "--port", 0, *options], **variables)
+        self.lines, self._ready = [], threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+        assert self._ready.wait(START_S), self.lines
+        (self.url,) = (found[1] for found in map(URL.search, self.lines) if found)
+
+    def _listen(self):
+        for line in self.process.stderr:
+            self.lines.append(line.decode())
+            if URL.search(self.lines[-1]):
+                self._ready.set()
+        self._ready.set()
+
+    def client(self, **options):
+        """An OpenAI client of this server, which does not try again by itself."""
+        return OpenAI(
+            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60} | options
+        )
+
+    def end_within(self, seconds):
+        """Its exit code; nothing of it is left."""
+        self.process.wait(seconds)
+        self.check_nothing_is_left(within=2)
+        return self.process.returncode
+
+    def stop(self):
+        """SIGTERM; it must end well."""
+        self.process.terminate()
+        assert self.end_within(10) == 0, self.lines
+
+
+class Reference:
+    """The same model by itself, in this process."""
+
+    def __init__(self, directory):
+        self.source = open_model(str(directory), 1)
+        self.model = load_model(self.source, Alone(), open_device("float32"))
+        self.tokenizer = self.source.tokenizer()
+
+    def request(self, prompt, **params):
+        """A greedy Request that is done; the prompt is a text or token ids."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        config = self.source.config
+        request = Request(
+            SamplingParams(**params),
+            config.eos_token_ids,
+            ids,
+            config.max_position_embeddings,
+            self.tokenizer,
+        )
+        for _ in generate(self.model, ids, request):
+            pass
+        return request
+
+    def text(self, prompt, **params):
+        return self.request(prompt, **params).text
+
+
+def rendered(*messages):
+    """What CHAT_TEMPLATE makes of (role, content)."""
+    return "".join(f"[{role}]{content}\n" for role, content in messages) + "[assistant]"

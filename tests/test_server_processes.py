@@ -1,0 +1,234 @@
+"""The life of the server: clients that leave, queues that are full, ranks that die, signals."""
+
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from served import Served, write_chatty
+from test_server import metric
+
+from minitp import job
+
+pytestmark = pytest.mark.mpi
+LONG = {"model": "long", "prompt": "Hello", "max_tokens": 50_000, "extra_body": {"ignore_eos": True}}
+SHORT = {"model": "long", "prompt": "Hello", "max_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """A model that can write for minutes."""
+    directory = tmp_path_factory.mktemp("models") / "long"
+    return write_chatty(directory, max_position_embeddings=200_000)
+
+
+def start(model, *options, **more):
+    return Served(model, "--tp", 2, "--cache-tokens", 400_000, *options, **more)
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it has not come about"
+        time.sleep(0.02)
+
+
+def blocks_in_use(served):
+    return metric(served, "minitp_cache_blocks_in_use")
+
+
+def pid_of_rank(served, rank):
+    """By what it says of itself in its environment."""
+    for pid, command in served.processes().items():
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+        if "minitp ranks" in command and re.search(rb"\0PMI_RANK=%d\0" % rank, environment):
+            return pid
+    raise AssertionError(served.processes())
+
+
+def begin(served, **more):
+    """A stream of which the first piece is there."""
+    stream = served.client().completions.create(**LONG | more, stream=True)
+    next(iter(stream))
+    return stream
+
+
+# --- clients -----------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_leaves_frees_its_blocks(long):
+    served = start(long)
+    stream = begin(served)
+    assert blocks_in_use(served) > 0
+    stream.close()
+    wait_until(lambda: blocks_in_use(served) == 0, 5)
+
+    with pytest.raises(openai.APITimeoutError):  # not streamed, and it gives up
+        served.client(timeout=1).completions.create(**LONG)
+    wait_until(lambda: metric(served, "minitp_sequences_running") == blocks_in_use(served) == 0, 5)
+    left = re.findall(
+        r'minitp_requests_total\{.*status="499"\} (\S+)', httpx.get(f"{served.url}/metrics").text
+    )
+    assert left == ["2.0"]
+    served.stop()
+
+
+def test_a_full_queue_is_said(long):
+    served = start(long, "--max-sequences", 1, "--max-queue", 1)
+    streams = [begin(served)]
+    waiting = threading.Thread(target=lambda: begin(served, max_tokens=3).close())
+    waiting.start()
+    wait_until(lambda: metric(served, "minitp_sequences_waiting") == 1)
+    with pytest.raises(openai.RateLimitError, match="the queue is full: 2 continuations") as caught:
+        served.client().completions.create(**SHORT)
+    assert int(caught.value.response.headers["retry-after"]) > 0
+    with pytest.raises(openai.BadRequestError, match="3 continuations in one request; this server takes 2"):
+        served.client().completions.create(**SHORT, n=3)
+    streams[0].close()
+    waiting.join()
+    wait_until(lambda: blocks_in_use(served) == 0)
+    assert served.client().completions.create(**SHORT).choices[0].text
+    served.stop()
+
+
+def test_an_answer_that_takes_too_long_is_ended(long):
+    served = start(long, "--request-timeout", 1)
+    with pytest.raises(openai.InternalServerError, match="not done within 1 s") as caught:
+        served.client().completions.create(**LONG)
+    assert caught.value.status_code == 504
+    pieces = served.client().completions.create(**LONG, stream=True)
+    with pytest.raises(openai.APIError, match="not done within 1 s"):
+        list(pieces)
+    wait_until(lambda: blocks_in_use(served) == 0)
+    served.stop()
+
+
+# --- its end -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_leaves(long, number):
+    served = start(long)
+    stream = served.client().completions.create(**LONG | {"max_tokens": 400}, stream=True)
+    first = next(iter(stream))
+    served.process.send_signal(number)
+    time.sleep(0.3)
+    with pytest.raises(openai.APIConnectionError):
+        served.client().completions.create(**SHORT)
+    pieces = [first, *stream]
+    assert pieces[-1].choices[0].finish_reason == "length", "what was on its way has come to its end"
+    assert served.end_within(10) == 0
+
+
+def test_it_does_not_drain_for_ever(long):
+    served = start(long, "--drain-timeout", 1)
+    stream = begin(served)
+    served.process.terminate()
+    with pytest.raises(openai.APIError, match="the server is shutting down"):
+        list(stream)
+    assert served.end_within(10) == 0
+
+
+def test_a_second_signal_does_not_wait(long):
+    served = start(long)
+    begin(served)
+    served.process.terminate()
+    time.sleep(0.5)
+    served.process.terminate()
+    assert served.end_within(10) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_rank_ends_the_streams_and_the_server(long, rank):
+    served = start(long)
+    stream = begin(served)
+    died = time.monotonic()
+    os.kill(pid_of_rank(served, rank), signal.SIGKILL)
+    with pytest.raises(openai.APIError, match=rf"rank {rank} .*died"):
+        list(stream)
+    assert httpx.get(f"{served.url}/health").status_code == 503
+    with pytest.raises(openai.InternalServerError, match="a rank has died"):
+        served.client().completions.create(**SHORT)
+    assert served.end_within(10) == 3
+    assert time.monotonic() - died < 10
+    assert sum(f"minitp: rank {rank} (pid " in line for line in served.lines) == 1
+
+
+def test_restart_starts_the_ranks_anew(long):
+    served = start(long, "--restart")
+    expected = served.client().completions.create(**SHORT, temperature=0).choices[0].text
+    for times in (1, 2):
+        stream = begin(served)
+        os.kill(pid_of_rank(served, 1), signal.SIGKILL)
+        with pytest.raises(openai.APIError, match=r"rank 1 .*died"):
+            list(stream)
+        assert httpx.get(f"{served.url}/health").json() == {"status": "loading"}
+        wait_until(lambda: httpx.get(f"{served.url}/health").status_code == 200, 20)
+        assert served.client().completions.create(**SHORT, temperature=0).choices[0].text == expected
+        assert metric(served, "minitp_rank_restarts_total") == times
+        assert blocks_in_use(served) == 0
+    served.stop()
+
+
+def test_the_server_is_killed_and_its_ranks_end(long):
+    served = start(long)
+    begin(served)
+    assert len(served.processes()) >= 4, "the server, mpirun, two ranks"
+    served.process.kill()
+    served.process.wait()
+    served.check_nothing_is_left(within=10)
+
+
+# --- its beginning -----------------------------------------------------------------------------------------
+
+
+def test_a_port_that_is_taken(long, refused):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert f"--port {port}: Address already in use" in refused("serve", "--model", long, "--port", port)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--port", "99999"], "--port 99999"),
+        (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
+        (["--max-queue", "-1"], "--max-queue -1: expected 0 or more"),
+        (["--request-timeout", "0"], "--request-timeout 0.0: expected 1 or more"),
+        (["--max-sequences", "0"], "--max-sequences 0: expected at least 1"),
+        (["--block-size", "0"], "--block-size 0: expected at least 1"),
+        (["--cache-tokens", "3"], "--cache-tokens 3: expected at least a block, 16"),
+        (["--max-context", "300000"], "--max-context 300000"),
+        (["--model", "/no/such/model"], "--model /no/such/model"),
+        (["--tp", "99"], "--tp 99"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(long, options, words, refused):
+    assert words in refused("serve", "--port", 0, "--model", long, *options)
+
+
+def test_a_missing_package_is_named(long, refused, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("minitp.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "pip install 'minitp[serve]'" in refused("serve", "--model", long)
+
+
+def test_inside_mpirun(long):
+    """Rank 0 serves HTTP, with the rank that mpirun has started beside it."""
+    command = [job.find_mpirun(), "-n", 2, sys.executable, "-m", "minitp"]
+    served = Served(long, "--cache-tokens", 1600, command=command)
+    assert served.client().completions.create(**SHORT).choices[0].text
+    assert any("on 2 ranks" in line for line in served.lines)
+    served.process.terminate()
+    served.process.wait(10)
+    served.check_nothing_is_left(within=5)

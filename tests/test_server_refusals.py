@@ -1,0 +1,224 @@
+"""What the server refuses, and that nothing a client sends stops it."""
+
+import json
+import socket
+import string
+
+import httpx
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from served import Served, write_chatty
+from tiny import write_tiny
+
+from minitp.server.body import CHAT as CHAT_FIELDS
+from minitp.server.body import COMMON, COMPLETION, NOTHING
+
+pytestmark = pytest.mark.mpi
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+HI = {"model": "chatty", "prompt": "Hi", "max_tokens": 2}
+TALK = {"model": "chatty", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    served = Served(write_chatty(tmp_path_factory.mktemp("models") / "chatty"), "--tp", 1)
+    yield served
+    served.stop()
+
+
+def post(server, route, body, **headers):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"} | headers
+    return httpx.post(server.url + route, content=data, headers=headers, timeout=60)
+
+
+def check_error(response, status, words, param=None):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+    if param is not None:
+        assert error["param"] == param
+    return error
+
+
+BAD_FIELDS = {
+    "no model": (COMPLETIONS, {"model": None}, 400, "model", "model is missing"),
+    "unknown model": (COMPLETIONS, {"model": "gpt-4"}, 404, "model", "no model 'gpt-4' here"),
+    "model no text": (COMPLETIONS, {"model": 4}, 400, "model", "expected the name of a model"),
+    "no prompt": (COMPLETIONS, {"prompt": None}, 400, "prompt", "prompt is missing"),
+    "empty prompt": (COMPLETIONS, {"prompt": ""}, 400, "prompt", "the prompt is empty"),
+    "prompt an object": (COMPLETIONS, {"prompt": {}}, 400, "prompt", "expected a text, a list of"),
+    "prompt mixed": (COMPLETIONS, {"prompt": ["a", 1]}, 400, "prompt", "expected a text, a list of"),
+    "too many prompts": (COMPLETIONS, {"prompt": ["a"] * 129}, 400, "prompt", "up to 128"),
+    "token unknown": (COMPLETIONS, {"prompt": [1, 258]}, 400, "prompt", "258 is outside the vocabulary"),
+    "token negative": (COMPLETIONS, {"prompt": [-1]}, 400, "prompt", "-1 is outside the vocabulary"),
+    "token huge": (COMPLETIONS, {"prompt": [10**400]}, 400, "prompt", "outside the vocabulary"),
+    "prompt too long": (COMPLETIONS, {"prompt": "a" * 512}, 400, "prompt", "512 tokens and the context 512"),
+    "too many tokens": (COMPLETIONS, {"max_tokens": 511}, 400, "max_tokens", "exceed the context of 512"),
+    "max_tokens 0": (COMPLETIONS, {"max_tokens": 0}, 400, "max_tokens", "expected a whole number from 1"),
+    "max_tokens text": (COMPLETIONS, {"max_tokens": "9"}, 400, "max_tokens", "expected a whole number"),
+    "max_tokens flag": (COMPLETIONS, {"max_tokens": True}, 400, "max_tokens", "expected a whole number"),
+    "max_tokens part": (COMPLETIONS, {"max_tokens": 2.5}, 400, "max_tokens", "expected a whole number"),
+    "temperature below": (COMPLETIONS, {"temperature": -0.1}, 400, "temperature", "expected a number from 0"),
+    "temperature text": (CHAT, {"temperature": "warm"}, 400, "temperature", "expected a number from 0 to 2"),
+    "top_p 0": (CHAT, {"top_p": 0}, 400, "top_p", "above 0, up to 1"),
+    "n 0": (CHAT, {"n": 0}, 400, "n", "from 1 to 128"),
+    "stream text": (CHAT, {"stream": "yes"}, 400, "stream", "expected true or false"),
+    "stream_options": (CHAT, {"stream_options": {"x": 1}}, 400, "stream_options", "include_usage"),
+    "stop number": (CHAT, {"stop": 3}, 400, "stop", "expected a string"),
+    "stop empty": (CHAT, {"stop": [""]}, 400, "stop", "not empty"),
+    "seed below": (CHAT, {"seed": -1}, 400, "seed", "from 0"),
+    "logprobs number": (CHAT, {"logprobs": 3}, 400, "logprobs", "expected true or false"),
+    "top_logprobs": (CHAT, {"top_logprobs": 3}, 400, "top_logprobs", "wants logprobs: true"),
+    "unknown field": (CHAT, {"temprature": 1}, 400, "temprature", "unknown parameter 'temprature'"),
+    "penalty": (CHAT, {"presence_penalty": 0.5}, 400, "presence_penalty", "not supported by minitp"),
+    "tools": (CHAT, {"tools": [{"type": "function"}]}, 400, "tools", "not supported by minitp"),
+    "echo": (COMPLETIONS, {"echo": True}, 400, "echo", "not supported by minitp"),
+    "no messages": (CHAT, {"messages": []}, 400, "messages", "expected a list of messages"),
+    "message a text": (CHAT, {"messages": ["Hi"]}, 400, "messages[0]", "expected a role, and a content"),
+    "no role": (CHAT, {"messages": [{"content": "Hi"}]}, 400, "messages[0]", "expected a role"),
+    "image": (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "messages[0]",
+        "knows no images",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FIELDS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_fields(server, case, stream):
+    route, fields, status, param, words = BAD_FIELDS[case]
+    body = {**(HI if route == COMPLETIONS else TALK), "stream": stream, **fields}
+    check_error(post(server, route, body), status, words, param)
+
+
+BAD_BODIES = {
+    "not JSON": (b"{", 400, "the body is not JSON"),
+    "nothing": (b"", 400, "the body is not JSON"),
+    "a list": (b"[]", 400, "but no object"),
+    "NaN": (b'{"temperature": NaN}', 400, "NaN is not JSON"),
+    "not UTF-8": (b'{"prompt": "\xff"}', 400, "the body is not JSON"),
+    "half a character": (b'{"prompt": "\\ud800"}', 400, "the body is not JSON"),
+    "very deep": (b"[" * 100_000, 400, "the body is not JSON"),
+    "long number": (b'{"n": ' + b"9" * 5000 + b"}", 400, "the body is not JSON"),
+    "too large": (b" " * ((8 << 20) + 1), 413, "more than 8388608 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BODIES)
+def test_bad_bodies(server, case):
+    data, status, words = BAD_BODIES[case]
+    check_error(post(server, COMPLETIONS, data), status, words)
+
+
+def test_fields_that_ask_for_nothing_are_taken(server):
+    nothing = {"presence_penalty": 0, "logit_bias": {}, "user": "me", "tools": [], "stop": None, "seed": None}
+    assert post(server, CHAT, TALK | nothing).status_code == 200
+
+
+def test_other_than_json_is_refused(server):
+    check_error(post(server, CHAT, TALK, **{"Content-Type": "text/plain"}), 415, "expected application/json")
+
+
+def test_routes_and_methods_that_are_not_there(server):
+    check_error(httpx.get(f"{server.url}/v2"), 404, "GET /v2: Not Found")
+    response = httpx.get(server.url + CHAT)
+    check_error(response, 405, "Method Not Allowed")
+    assert response.headers["allow"] == "POST"
+
+
+def test_the_client_raises_what_it_raises_elsewhere(server):
+    client = server.client()
+    with pytest.raises(openai.BadRequestError, match="exceed the context") as caught:
+        client.completions.create(model="chatty", prompt="Hi", max_tokens=600)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "max_tokens")
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="gpt-4", prompt="Hi")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+NAMES = sorted({*COMMON, *COMPLETION, *CHAT_FIELDS, *NOTHING} - {"model"})
+REPEATABLE = {"deadline": None, "derandomize": True, "database": None}
+
+
+@settings(max_examples=60, **REPEATABLE, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    route=st.sampled_from([COMPLETIONS, CHAT]),
+    fields=st.dictionaries(st.sampled_from(NAMES) | st.text(string.ascii_lowercase), JSON, max_size=4),
+)
+def test_any_fields(server, route, fields):
+    """An answer, or an error object that blames the client; and the server goes on."""
+    response = post(server, route, (HI if route == COMPLETIONS else TALK) | fields)
+    if response.status_code != 200:
+        assert 400 <= response.status_code < 500, response.text
+        check_error(response, response.status_code, "")
+
+
+@settings(max_examples=40, **REPEATABLE, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes(server, data):
+    response = post(server, CHAT, data)
+    assert 400 <= response.status_code < 500
+    check_error(response, response.status_code, "")
+
+
+@pytest.mark.parametrize(
+    "data", [b"\0\0\0\0\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\n"]
+)
+def test_what_is_no_http(server, data):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(4096):
+            pass
+    assert post(server, COMPLETIONS, HI).status_code == 200
+
+
+def test_a_body_shorter_than_it_says(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    head = "POST /v1/completions HTTP/1.1|Host: x|Content-Type: application/json|Content-Length: 99||{"
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(head.replace("|", "\r\n").encode())
+    assert post(server, COMPLETIONS, HI).status_code == 200
+
+
+def test_a_model_without_chat_template_completes_and_says_that_it_does_not_chat(tmp_path):
+    served = Served(write_tiny(tmp_path / "chatty"), "--tp", 1)
+    assert post(served, COMPLETIONS, HI).status_code == 200
+    check_error(post(served, CHAT, TALK), 400, "has no chat template")
+    served.stop()
+
+
+def test_a_model_without_tokenizer_takes_token_ids(tmp_path):
+    served = Served(write_tiny(tmp_path / "chatty", tokenizer=False), "--tp", 1)
+    check_error(post(served, COMPLETIONS, HI), 400, "no tokenizer.json")
+    answer = post(served, COMPLETIONS, HI | {"prompt": [1, 2, 3], "logprobs": 1, "ignore_eos": True}).json()
+    assert answer["usage"]["completion_tokens"] == 2
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == 2
+    served.stop()
+
+
+def test_api_key(tmp_path):
+    served = Served(write_chatty(tmp_path / "chatty"), "--tp", 1, MINITP_API_KEY="secret")
+    for key in ("none", "secre", "secret2"):
+        with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong") as caught:
+            served.client(api_key=key).models.list()
+        assert caught.value.code == "invalid_api_key"
+    check_error(post(served, CHAT, b"{"), 401, "API key")
+    client = served.client(api_key="secret")
+    assert client.models.list().data[0].id == "chatty"
+    assert client.chat.completions.create(**TALK).choices[0].message.content is not None
+    assert httpx.get(f"{served.url}/health").status_code == 200
+    served.stop()
