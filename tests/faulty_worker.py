@@ -12,6 +12,7 @@ MINITP_TEST_FAULT says what happens, where and on which rank: "kill forward 2", 
     importing  a package is missing (and so it can only raise)
     loading    while the weights are loaded (`spoil` happens here only)
     forward    in the fifth forward pass
+    batch      in the fifth forward pass of a rank that serves requests
 """
 
 import os
@@ -56,6 +57,7 @@ def plant(kind, place):
     owner, name, fatal_call = {
         "loading": (Loader, "load", 1),
         "forward": (Model, "forward", FORWARD_CALL),
+        "batch": (Model, "forward_batch", FORWARD_CALL),
     }[place]
     right = getattr(owner, name)
     calls = 0

@@ -1,0 +1,300 @@
+"""`minitp chat`: in a terminal, through a pipe, and however it ends."""
+
+import os
+import re
+import select
+import signal
+import stat
+import subprocess
+import sys
+import time
+from string import ascii_lowercase
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_processes import END_S, START_S, Running
+from tiny import byte_tokens, write_tiny
+
+from minitp import LLM, SamplingParams, job
+from minitp.commands.chat import Conversation, message
+
+pytestmark = pytest.mark.mpi
+
+CHAT = [sys.executable, "-m", "minitp", "chat"]
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+CONTEXT = 300
+SYSTEM = message("system", "Be brief.")
+
+
+def write_chatty(directory, **options):
+    """A tiny model with a chat template, which only says small letters; each byte is a token."""
+    weights = write_tiny(directory, **options) / "model.safetensors"
+    tensors = load_file(weights)
+    letters = [byte_tokens().index(letter) for letter in ascii_lowercase]
+    tensors["lm_head.weight"][np.delete(np.arange(258), letters)] = 0
+    save_file(tensors, weights)
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    return directory
+
+
+def prompt_length(*texts):
+    """Tokens of a conversation of which the user says the first text, the model the second, and so on."""
+    roles = ["user", "assistant"] * len(texts)
+    return sum(len(f"[{role}]{text}") for role, text in zip(roles, [*texts, ""], strict=False))
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """Options of a chat whose answers go on for minutes if they are let."""
+    directory = tmp_path_factory.mktemp("models") / "endless"
+    write_chatty(directory, max_position_embeddings=1_000_000)
+    return ["--model", directory, "--ignore-eos"]
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    model = write_chatty(tmp_path_factory.mktemp("models") / "model")
+    with LLM(model, tp=1, max_context=CONTEXT, max_sequences=1) as llm:
+        yield llm
+
+
+def talk(llm, opening=(), **params):
+    """A Conversation in which nothing has been said."""
+    return Conversation(llm, SamplingParams(**{"max_new_tokens": 10, **params}), list(opening), stats=False)
+
+
+def answers(llm, said, opening=()):
+    """What the model answers to each thing said, knowing all that was said before; a line each."""
+    messages, lines = list(opening), ""
+    for text in said:
+        messages.append(message("user", text))
+        messages.append(message("assistant", llm.chat(messages, max_new_tokens=10).text))
+        lines += messages[-1]["content"] + "\n"
+    return lines
+
+
+# --- the conversation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("opening", [[], [SYSTEM]])
+def test_each_answer_is_to_all_that_has_been_said(llm, capsys, opening):
+    conversation = talk(llm, opening)
+    said = ["Hi", "Who are you?", "Really?"]
+    assert all(conversation.say(text) for text in said)
+    assert capsys.readouterr().out == answers(llm, said, opening)
+    assert conversation.messages[1] != conversation.messages[3]
+
+
+def test_the_oldest_is_left_out_of_a_long_conversation(llm, monkeypatch, capsys):
+    """Never the system message; and much at once, so that most of the time the beginning stays."""
+    sent, submit, text_of = [], llm.submit, llm.tokenizer.decode
+    monkeypatch.setattr(llm, "submit", lambda ids, *more: sent.append(text_of(ids)) or submit(ids, *more))
+    conversation = talk(llm, [SYSTEM], max_new_tokens=20)
+    numbers = [f"{number:02} " for number in range(20)]
+    for count, number in enumerate(numbers, start=1):
+        conversation.say(number + "x" * 20)
+        assert sent[-1].startswith("[system]Be brief.[user]")
+        assert len(sent[-1]) <= CONTEXT - 20, "an answer has room"
+        kept = [number for number in numbers if number in sent[-1]]
+        assert kept == numbers[count - sent[-1].count("[user]") : count]
+    assert 3 <= len({prompt[23:26] for prompt in sent}) <= 7
+    assert capsys.readouterr().err.count("[the conversation outgrows the context of 300 tokens") == 1
+
+
+def test_a_message_that_is_too_long_is_refused_and_the_conversation_goes_on(llm, capsys):
+    conversation = talk(llm)
+    for text in ("Hi", "x" * CONTEXT, "Who are you?"):
+        assert conversation.say(text)
+    out, err = capsys.readouterr()
+    assert out == answers(llm, ["Hi", "Who are you?"])
+    assert "minitp: the prompt has 317 tokens and the context 300: no room for a new one\n" in err
+
+
+@pytest.mark.parametrize(
+    ("params", "remark"),
+    [
+        ({"max_new_tokens": 7}, "[cut at 7 tokens; -n allows more]\n"),
+        ({"max_new_tokens": CONTEXT}, f"[cut at {CONTEXT - 19} tokens: the context is full]\n"),
+        ({"stop": list(ascii_lowercase)}, ""),
+    ],
+)
+def test_an_answer_that_is_not_whole_says_so(llm, capsys, params, remark):
+    talk(llm, **params, ignore_eos=True).say("Hi")
+    assert capsys.readouterr().err == remark
+
+
+def test_what_is_stopped_before_its_first_word_is_forgotten(llm, monkeypatch):
+    conversation = talk(llm)
+    monkeypatch.setattr(llm, "submit", lambda *_: conversation.interrupt() or (lambda: None))
+    assert conversation.say("Hi")
+    assert conversation.messages == []
+
+
+# --- through a pipe -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beginning", [CHAT, [job.find_mpirun(), "-n", "2", *CHAT]])
+def test_each_line_of_a_pipe_is_a_message(llm, beginning):
+    """A command too; blank lines are none."""
+    argv = [*beginning, "--model", str(llm.source.directory), "-n", "10", "--system", SYSTEM["content"]]
+    argv += ["--tp", "2"] if beginning is CHAT else []
+    done = subprocess.run(
+        argv, input="Hi\n\n  /help me\nReally?", capture_output=True, text=True, timeout=START_S
+    )
+    assert done.stdout == answers(llm, ["Hi", "/help me", "Really?"], [SYSTEM])
+    assert done.stderr == "[cut at 10 tokens; -n allows more]\n" * 3
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(("leaves", "code"), [("the user", 130), ("the reader", 0)])
+def test_an_answer_through_a_pipe_is_cut_short(endless, tmp_path, leaves, code):
+    (tmp_path / "said").write_text("Hi\nHo\n")
+    running = Running(["sh", "-c", 'exec "$@" <"$0"', tmp_path / "said", *CHAT, *endless, "--tp", "1"])
+    running.wait_for_output()
+    if leaves == "the user":
+        os.kill(running.process.pid, signal.SIGINT)
+    else:
+        running.process.stdout.close()
+        running.process.stdout = None
+    assert running.end(END_S)[::2] == (code, "")
+
+
+# --- what is refused ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "said"),
+    [
+        ({"chat_template.jinja": None}, [], "has no chat template"),
+        ({"tokenizer.json": None}, [], "has no tokenizer.json"),
+        ({"chat_template.jinja": "{{ raise_exception('no') }}"}, [], "refuses these messages: no"),
+        ({}, ["--system", "x" * 600], "the prompt has 626 tokens and the context 512"),
+        ({}, ["--max-context", "513"], "--max-context 513: "),
+        ({}, ["-n", "0"], "--max-new-tokens 0: "),
+        ({}, ["--tp", "5"], "--tp 5: "),
+        ({}, ["--tokens", "1"], "unrecognized arguments: --tokens 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_ranks_start(refused, tmp_path, files, options, said):
+    model = write_chatty(tmp_path)
+    for name, content in files.items():
+        (model / name).unlink() if content is None else (model / name).write_text(content)
+    assert said in refused("chat", "--model", model, *options)
+
+
+# --- in a terminal --------------------------------------------------------------------------------------
+
+
+class Terminal(Running):
+    """A chat in a terminal of its own. Its messages to people appear there as well."""
+
+    def __init__(self, command, folder):
+        self.ours, self.theirs = os.openpty()
+        self.seen = ""
+        shell = ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>"$0"', os.ttyname(self.theirs)]
+        super().__init__([*shell, *command], TERM="dumb", XDG_CACHE_HOME=str(folder))
+
+    def type(self, keys):
+        os.write(self.ours, keys.encode())
+
+    def until(self, text):
+        """What has appeared before `text`, which is waited for."""
+        deadline = time.monotonic() + START_S / 4
+        while text not in self.seen:
+            ready = select.select([self.ours], [], [], max(0, deadline - time.monotonic()))[0]
+            assert ready, f"no {text!r} in {self.seen[-1000:]!r}"
+            self.seen += os.read(self.ours, 1 << 16).decode()
+        before, _, self.seen = self.seen.partition(text)
+        return before.replace("\r\n", "\n")
+
+    def prompt(self):
+        """Return what has appeared before the prompt, once it takes keys."""
+        before = self.until("> ")
+        time.sleep(0.1)  # a signal before readline waits would be seen only after it
+        return before
+
+
+@pytest.fixture
+def start(endless, tmp_path):
+    """Start a chat in a terminal, up to its prompt."""
+    started = []
+
+    def start(*options, banner="endless on 1 rank, float32, context 1000000\n/help for help"):
+        started.append(Terminal([*CHAT, *endless, *options], tmp_path))
+        assert banner in started[-1].prompt()
+        return started[-1]
+
+    yield start
+    for terminal in started:
+        terminal.kill_all()
+        os.close(terminal.ours)
+        os.close(terminal.theirs)
+
+
+def test_a_conversation_in_a_terminal(start, tmp_path):
+    terminal = start("--tp", "1", "--stats")
+
+    def ask(text):
+        """Stop the answer after a while; the prompt's tokens, and what was said of the answer."""
+        terminal.type(f"{text}\n")
+        terminal.until(f"{text}\r\n")
+        begun = terminal.until("jx") + "jx"  # the answer is shown while it goes on
+        terminal.type("\x03")
+        answer = begun + terminal.until("\r\n[").replace("^C", "")
+        numbers = re.fullmatch(
+            r"(\d+) prompt .* s; (\d+) new tokens, [\d.]+ tokens/s .*\n", terminal.prompt()
+        )
+        assert int(numbers[2]) == len(answer)
+        return int(numbers[1]), answer
+
+    first, answer = ask("Hi")
+    assert first == prompt_length("Hi")
+    assert ask("Ho")[0] == prompt_length("Hi", answer, "Ho"), "what was said before Ctrl-C counts"
+    said = {"/reset": "begins anew", "/help": "/reset  forget", "/what is it": "/what is no command;"}
+    for command, reply in said.items():
+        terminal.type(f"{command}\n")
+        assert reply in terminal.prompt()
+    assert ask(" /Ho")[0] == prompt_length("/Ho")
+    terminal.type("\x04")
+    assert terminal.end(END_S)[0] == 0
+    history = tmp_path / "minitp" / "chat-history"
+    assert history.read_text() == "Hi\nHo\n/reset\n/help\n/what is it\n /Ho\n"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+
+
+def test_ctrl_c_clears_a_line_and_leaves_at_the_second_time_in_a_row(start, tmp_path):
+    (tmp_path / "minitp").mkdir()
+    (tmp_path / "minitp" / "chat-history").write_text("/help\n")
+    terminal = start("--tp", "1")
+    terminal.type("half a mess\x03")
+    assert "Ctrl-C again, or Ctrl-D, leaves\n" in terminal.prompt()
+    terminal.type("\x10\n")  # the line before, of an earlier session
+    assert "/reset  forget" in terminal.prompt()
+    terminal.type("\x03")
+    assert "Ctrl-C again, or Ctrl-D, leaves\n" in terminal.prompt()
+    terminal.type("\x03")
+    assert terminal.end(END_S)[0] == 130
+
+
+@pytest.mark.parametrize("in_answer", [True, False])
+def test_a_killed_rank(start, in_answer):
+    terminal = start("--tp", "2", banner="endless on 2 ranks")
+    if in_answer:
+        terminal.type("Hi\n")
+        terminal.until("jx")
+    processes = terminal.processes().items()
+    rank = next(pid for pid, line in processes if re.match(r"\S*python\S* -m minitp ranks", line))
+    os.kill(rank, signal.SIGKILL)
+    if not in_answer:
+        terminal.type("Hi\n")
+    terminal.until("minitp: rank ")
+    assert f"(pid {rank}) died: killed" in terminal.until("\n")
+    assert terminal.end(END_S)[0] == 3
+
+
+@pytest.mark.parametrize("code", [0, 143])
+def test_exit_and_sigterm(start, code):
+    terminal = start("--tp", "1")
+    terminal.type("/exit\n") if code == 0 else terminal.process.terminate()
+    assert terminal.end(END_S)[0] == code

@@ -1,0 +1,306 @@
+"""`LLM`: what comes of prompts, alone and many at a time, in pieces, from several threads, and of chats."""
+
+import io
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny import BOS, EOS, byte_tokenizer, write_tiny
+
+from minitp import LLM, Completion, SamplingParams
+from minitp.comm import Alone, run_threads
+from minitp.device import open_device
+from minitp.generate import Request, generate
+from minitp.model import load_model
+from minitp.model_source import open_model
+
+TP = 2
+CONTEXT = 400  # of the model that most tests share, whose cache has room for one such sequence
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+END_S = 10
+
+
+def write_model(directory, **options):
+    """A tiny model with a chat template."""
+    write_tiny(directory, **options)
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    return directory
+
+
+def alone(model, wanted, tp=TP, layers=None):
+    """A Request of each (prompt_ids, params), done by itself, in this process and without an engine."""
+    source = open_model(str(model), tp, layers)
+    eos, tokenizer = source.config.eos_token_ids, source.tokenizer()
+    requests = [Request(params, eos, ids, CONTEXT, tokenizer) for ids, params in wanted]
+
+    def rank(comm):
+        model = load_model(source, comm, open_device("float32"))
+        for request in requests:
+            list(generate(model, request.prompt_ids, request if comm.rank == 0 else None))
+
+    run_threads(tp, rank)
+    return requests
+
+
+def check(completions, requests):
+    """All have become what they become alone."""
+    expected = [Completion(r.prompt_ids, r.token_ids, r.text, r.finish_reason) for r in requests]
+    assert [replace(completion, logprobs=[]) for completion in completions] == expected
+
+
+def ids(text):
+    return byte_tokenizer().encode(text).ids
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    with LLM(model, tp=TP, block_size=4, cache_tokens=CONTEXT, max_sequences=6) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """An LLM that generates for minutes if it is let, and puts <s> before a text."""
+    directory = write_model(
+        tmp_path_factory.mktemp("models") / "endless", bos=True, max_position_embeddings=1_000_000
+    )
+    with LLM(directory, tp=1, cache_tokens=500_000) as llm:
+        yield llm
+
+
+LONG = SamplingParams(max_new_tokens=400_000, ignore_eos=True)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + END_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def random_prompts(count, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(256) for _ in range(rng.randint(1, 60))] for _ in range(count)]
+
+
+# --- one prompt and many --------------------------------------------------------------------------------
+
+
+def test_each_prompt_of_a_full_batch_becomes_what_it_becomes_alone(llm, model):
+    """24 of them, of which 6 run at once and have to give their blocks back to each other."""
+    wanted = [(p, SamplingParams(max_new_tokens=100, ignore_eos=True)) for p in random_prompts(24)]
+    completions = llm.generate([p for p, _ in wanted], max_new_tokens=100, ignore_eos=True)
+    check(completions, alone(model, wanted))
+    assert llm.load["preempted"] > 0
+    assert (llm.load["running"], llm.load["waiting"], llm.load["blocks_in_use"]) == (0, 0, 0)
+
+
+def test_a_text_becomes_what_its_token_ids_become(llm, model):
+    expected = alone(model, [(ids("Hello"), SamplingParams(max_new_tokens=20))])
+    for prompt in ("Hello", ids("Hello"), tuple(ids("Hello")), [np.int64(token) for token in ids("Hello")]):
+        check([llm.generate(prompt, max_new_tokens=20)], expected)
+        check(llm.generate([prompt], max_new_tokens=20), expected)
+    assert llm.generate([]) == []
+
+
+def test_prompts_of_both_kinds_with_params_of_their_own_in_their_order(llm, model):
+    """The first takes longest."""
+    each = [SamplingParams(max_new_tokens=n) for n in (60, 1, 30, 2)]
+    completions = llm.generate(["Hello", ids("Bye"), "H", [7]], each)
+    check(completions, alone(model, list(zip([ids("Hello"), ids("Bye"), ids("H"), [7]], each, strict=True))))
+
+
+def test_options_override_fields_of_params(llm, model):
+    params = SamplingParams(max_new_tokens=9, temperature=1.0, seed=3)
+    expected = alone(
+        model, [([1], replace(params, seed=4)), ([2], replace(params, seed=4, max_new_tokens=5))]
+    )
+    check([llm.generate([1], params, seed=4)], expected[:1])
+    check(llm.generate([[1], [2]], [params, replace(params, max_new_tokens=5)], seed=4), expected)
+    assert params.seed == 3
+
+
+def test_a_seed_gives_the_same_alone_and_beside_others(llm, model):
+    wanted = [
+        (p, SamplingParams(max_new_tokens=30, temperature=2.0, seed=n)) for n, p in enumerate([[1]] * 8)
+    ]
+    expected = alone(model, wanted)
+    check(llm.generate([p for p, _ in wanted], [params for _, params in wanted]), expected)
+    check([llm.generate(*wanted[3])], expected[3:4])
+    assert len({tuple(r.token_ids) for r in expected}) == 8
+
+
+def test_without_a_seed_each_time_differs(llm):
+    drawn = llm.generate([[1]] * 5, temperature=3.0, max_new_tokens=30)
+    assert len({tuple(completion.token_ids) for completion in drawn}) == 5
+
+
+def test_end_of_text(model, tmp_path):
+    """Here a token that greedily follows "Once", the first such token after ten others."""
+    params = SamplingParams(max_new_tokens=30)
+    tokens = alone(model, [(ids("Once"), params)])[0].token_ids
+    last = next(n for n in range(10, 30) if tokens[n] not in tokens[:n])
+    with LLM(write_model(tmp_path, eos_token_id=[EOS, tokens[last]]), tp=1) as llm:
+        stopped = llm.generate("Once", params)
+        ignored = llm.generate("Once", params, ignore_eos=True)
+    assert (stopped.token_ids, stopped.finish_reason) == (tokens[: last + 1], "stop")
+    assert (ignored.token_ids, ignored.finish_reason) == (tokens, "length")
+
+
+@pytest.mark.parametrize("form", [str, lambda stop: [stop], lambda stop: ("never there", stop)])
+def test_a_text_ends_before_a_stop_string(llm, form):
+    whole = llm.generate("Hello", max_new_tokens=60, ignore_eos=True).text
+    stop = whole[20:23]
+    stopped = llm.generate("Hello", max_new_tokens=60, ignore_eos=True, stop=form(stop))
+    assert (stopped.text, stopped.finish_reason) == (whole[: whole.index(stop)], "stop")
+    assert "".join(llm.stream("Hello", max_new_tokens=60, ignore_eos=True, stop=form(stop))) == stopped.text
+
+
+def test_logprobs_are_those_of_the_models_softmax(llm, model):
+    completion = llm.generate("Hello", max_new_tokens=8, temperature=2.0, seed=1, logprobs=3)
+    tokens = [*ids("Hello"), *completion.token_ids]
+    whole = load_model(open_model(str(model), 1), Alone(), open_device("float32"))
+    logits = whole.forward(tokens, whole.new_cache(), logits_at=slice(None)).astype(np.float64)
+    logprobs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))[len(ids("Hello")) - 1 : -1]
+    assert len(completion.logprobs) == 8
+    for expected, token, (logprob, top) in zip(
+        logprobs, completion.token_ids, completion.logprobs, strict=True
+    ):
+        assert logprob == pytest.approx(expected[token], abs=1e-4)
+        assert [t for t, _ in top] == list(np.argsort(-expected)[:3])
+        assert [x for _, x in top] == pytest.approx(np.sort(expected)[:-4:-1], abs=1e-4)
+
+
+def test_logprobs_only_if_they_are_wanted(llm):
+    assert llm.generate("Hello", max_new_tokens=2).logprobs == []
+    assert [top for _, top in llm.generate("Hello", max_new_tokens=2, logprobs=0).logprobs] == [[], []]
+
+
+def test_logprobs_are_tuples_as_documented(llm):
+    ((logprob, top),) = logprobs = llm.generate("Hello", max_new_tokens=1, logprobs=1).logprobs
+    assert logprobs == [(logprob, [tuple(pair) for pair in top])]
+
+
+# --- streams --------------------------------------------------------------------------------------------
+
+
+def test_the_pieces_of_a_stream_are_the_text(llm):
+    pieces = list(llm.stream("Hello", SamplingParams(temperature=1.0, seed=1), max_new_tokens=50))
+    assert "".join(pieces) == llm.generate("Hello", temperature=1.0, seed=1, max_new_tokens=50).text
+    assert len(pieces) > 10
+    assert all(pieces)
+
+
+@pytest.mark.parametrize("leave", ["close", "forget"])
+def test_an_abandoned_stream_stops_its_request_and_frees_its_blocks(endless, leave):
+    pieces = endless.stream("Hello", LONG)
+    assert [next(pieces) for _ in range(3)]
+    assert endless.load["running"] == 1
+    assert endless.load["blocks_in_use"] > 0
+    if leave == "close":
+        pieces.close()
+    del pieces
+    wait_until(lambda: (endless.load["running"], endless.load["blocks_in_use"]) == (0, 0))
+
+
+def test_a_submitted_request_can_be_stopped(endless):
+    updates = []
+    stop = endless.submit([1, 2], LONG, updates.append)
+    wait_until(lambda: updates)
+    stop()
+    wait_until(lambda: endless.load["blocks_in_use"] == 0)
+    assert updates[-1].finish_reason is None
+    stop()
+    assert len(endless.generate([1], max_new_tokens=3).token_ids) == 3
+
+
+def test_ctrl_c_stops_the_request_and_no_more(endless):
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        endless.generate(["Hello", "Bye"], LONG)
+    wait_until(lambda: (endless.load["running"], endless.load["blocks_in_use"]) == (0, 0))
+    assert len(endless.generate([1], max_new_tokens=3).token_ids) == 3
+
+
+def test_threads_share_one_llm(llm, model):
+    """Each of 8 generates and streams; nobody gets what is another's."""
+    prompts = random_prompts(8, seed=1)
+    params = SamplingParams(max_new_tokens=40)
+    found = [None] * 8
+
+    def use(n):
+        found[n] = llm.generate([prompts[n]] * 2, params), "".join(llm.stream(prompts[n], params))
+
+    threads = [threading.Thread(target=use, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(END_S)
+    for (completions, streamed), expected in zip(
+        found, alone(model, [(p, params) for p in prompts]), strict=True
+    ):
+        check(completions, [expected] * 2)
+        assert streamed == expected.text
+
+
+# --- conversations --------------------------------------------------------------------------------------
+
+
+def test_a_chat_is_the_continuation_of_the_rendered_conversation(llm, model):
+    prompt = [BOS, *ids("[user]Hi[assistant]")]
+    expected = alone(model, [(prompt, SamplingParams(max_new_tokens=CONTEXT))])
+    assert llm.encode_chat([{"role": "user", "content": "Hi"}]) == prompt
+    check([llm.chat("Hi"), llm.chat([{"role": "user", "content": "Hi"}])], expected * 2)
+    assert "".join(llm.stream_chat("Hi")) == expected[0].text
+    assert len(expected[0].token_ids) > SamplingParams().max_new_tokens, "it may fill the context"
+
+
+def test_a_chat_takes_params(llm, model):
+    prompt, params = [BOS, *ids("[user]Hi[assistant]")], SamplingParams(temperature=1.0, seed=1)
+    expected = alone(model, [(prompt, replace(params, max_new_tokens=5)), (prompt, params)])
+    check([llm.chat("Hi", temperature=1.0, seed=1, max_new_tokens=5)], expected[:1])
+    check([llm.chat("Hi", params)], expected[1:])
+    assert "".join(llm.stream_chat("Hi", params)) == expected[1].text
+
+
+def test_a_conversation_has_as_many_bos_tokens_as_its_template_writes(endless):
+    """A text gets one from the tokenizer; a conversation would have two."""
+    assert endless.encode("Hi") == [BOS, *ids("Hi")]
+    assert endless.encode_chat([{"role": "user", "content": "Hi"}]) == [BOS, *ids("[user]Hi[assistant]")]
+
+
+# --- what is shown, and known ---------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stderr", "prompts", "options", "shown"),
+    [
+        (Terminal, ["a", "b"], {}, True),
+        (Terminal, ["a", "b"], {"progress": False}, False),
+        (Terminal, "a", {}, False),
+        (io.StringIO, ["a", "b"], {}, False),
+    ],
+)
+def test_progress_of_several_prompts_on_a_terminal_only(llm, monkeypatch, stderr, prompts, options, shown):
+    monkeypatch.setattr(sys, "stderr", stderr())
+    llm.generate(prompts, max_new_tokens=2, **options)
+    assert ("2/2" in sys.stderr.getvalue()) == shown
+    assert shown or sys.stderr.getvalue() == ""

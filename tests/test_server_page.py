@@ -1,0 +1,442 @@
+"""The chat page in a headless Chromium, in front of a real server: what it shows, sends and stops.
+
+The browser is driven by its DevTools protocol. Answers that a healthy server does not give come from a fetch
+of the test's own.
+"""
+
+import json
+import re
+import select
+import subprocess
+import time
+
+import httpx
+import pytest
+from served import Served, write_chatty
+from test_report import CHROMIUM, needs_chromium
+
+from minitp.server.answers import event
+from minitp.server.app import PAGE
+from minitp.server.body import ApiError
+
+pytestmark = pytest.mark.mpi
+
+FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-pipe"]
+WAIT_S = 15
+SHIFT = 8  # among the modifiers of a key
+HOSTILE = "<img src=x onerror=\"document.title='broken'\"><b>bold</b>\n  & &amp; \u202e"
+
+
+class Browser:
+    """A Chromium with one page, driven by JSON objects, each ended by a zero byte."""
+
+    def __init__(self, profile):
+        # It reads from descriptor 3 and writes to 4, which are made of its stdin and stdout.
+        command = ["/bin/sh", "-c", 'exec "$@" 3<&0 4>&1 </dev/null >&2', "sh", CHROMIUM, *FLAGS]
+        command += [f"--user-data-dir={profile}", "about:blank"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+        )
+        self._unread, self._sent, self._session = b"", 0, {}
+        self.complaints = []  # of the console
+        (target,) = [t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"]
+        attached = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+        self._session = {"sessionId": attached["sessionId"]}
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **params):
+        """A command's result; what is heard meanwhile is kept if it is a complaint."""
+        self._sent += 1
+        command = {"id": self._sent, "method": method, "params": params, **self._session}
+        self._process.stdin.write(json.dumps(command).encode() + b"\0")
+        while (message := self._hear()).get("id") != self._sent:
+            if message.get("method") in (
+                "Runtime.exceptionThrown",
+                "Runtime.consoleAPICalled",
+                "Log.entryAdded",
+            ):
+                self.complaints.append(message["params"])
+        assert "error" not in message, message
+        return message["result"]
+
+    def _hear(self):
+        while b"\0" not in self._unread:
+            assert select.select([self._process.stdout], [], [], WAIT_S)[0], "the browser does not answer"
+            new = self._process.stdout.read(1 << 16)
+            assert new, "the browser has ended"
+            self._unread += new
+        message, _, self._unread = self._unread.partition(b"\0")
+        return json.loads(message)
+
+    def run(self, expression):
+        """The value of an expression in the page."""
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def wait(self, expression):
+        """Return once it is true."""
+        deadline = time.monotonic() + WAIT_S
+        while not self.run(expression):
+            assert time.monotonic() < deadline, f"not {expression}:\n{self.run('document.body.innerText')}"
+            time.sleep(0.02)
+
+    def open(self, url):
+        self.run("window.old = true")
+        self.complaints.clear()
+        self.call("Page.navigate", url=url)
+        self.wait("!window.old && document.readyState === 'complete'")
+
+    def text(self, selector):
+        return self.run(f"document.querySelector({json.dumps(selector)}).textContent")
+
+    def texts(self, selector):
+        return self.run(f"[...document.querySelectorAll({json.dumps(selector)})].map(one => one.textContent)")
+
+    def wait_for(self, selector, start):
+        """Return once there is such an element, and its text begins like this."""
+        self.wait(
+            f"document.querySelector({json.dumps(selector)})?.textContent.startsWith({json.dumps(start)})"
+        )
+
+    def is_shown(self, selector):
+        return self.run(f"document.querySelector({json.dumps(selector)}).checkVisibility()")
+
+    def fill(self, selector, value):
+        self.run(f"document.querySelector({json.dumps(selector)}).value = {json.dumps(value)}")
+
+    def value(self, selector):
+        return self.run(f"document.querySelector({json.dumps(selector)}).value")
+
+    def click(self, selector):
+        self.run(f"document.querySelector({json.dumps(selector)}).click()")
+
+    def type(self, text, selector="#box"):
+        self.run(f"document.querySelector({json.dumps(selector)}).focus()")
+        self.call("Input.insertText", text=text)
+
+    def press_enter(self, modifiers=0):
+        key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "modifiers": modifiers}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text="\r", **key)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **key)
+
+    def send(self, text):
+        self.type(text)
+        self.press_enter()
+
+    def wait_for_answer(self):
+        self.wait("document.querySelector('#stop').hidden")
+
+    def fake(self, path, status, body):
+        """From now on the page gets this answer from a path, in chunks of one byte."""
+        self.run(
+            f"window.fakes = {{ ...window.fakes, [{json.dumps(path)}]: [{status}, {list(body.encode())}] }}"
+        )
+        self.run("""window.real ??= fetch; fetch = (path, options) => {
+            if (!(path in fakes)) return real(path, options);
+            const [status, bytes] = fakes[path];
+            const start = stream => {
+                bytes.forEach(byte => stream.enqueue(new Uint8Array([byte])));
+                stream.close();
+            };
+            return Promise.resolve(new Response(new ReadableStream({ start }), { status }));
+        }; null""")
+
+    def resize(self, width, height):
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+
+    def close(self):
+        self.call("Browser.close")
+        self._process.wait(WAIT_S)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_chatty(tmp_path_factory.mktemp("models") / "chatty", max_position_embeddings=100_000)
+
+
+@pytest.fixture(scope="module")
+def server(directory):
+    served = Served(directory, "--tp", 2)
+    yield served
+    served.stop()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page, opened anew, with answers that are the same each time."""
+    browser.resize(1400, 900)
+    browser.open(server.url)
+    browser.wait_for("#state", "ready")
+    browser.fill("#temperature", "0")
+    return browser
+
+
+def asked(server, *contents, **more):
+    """What the API answers to a conversation: the user's first, the model's, the user's again, ..."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    body = {"model": "chatty", "messages": messages, "temperature": 0, **more}
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body).json()
+
+
+def text_of(answer):
+    return answer["choices"][0]["message"]["content"]
+
+
+def running(server):
+    (value,) = re.findall(r"^minitp_sequences_running (\S+)$", httpx.get(f"{server.url}/metrics").text, re.M)
+    return float(value)
+
+
+def piece(text):
+    """A server-sent event with a part of an answer."""
+    choice = {"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
+    return event(json.dumps({"choices": [choice], "usage": None}, ensure_ascii=False))
+
+
+def answer_of(*texts):
+    """The events of an answer in pieces."""
+    usage = {"prompt_tokens": 5, "completion_tokens": len(texts), "total_tokens": 5 + len(texts)}
+    return "".join(map(piece, texts)) + event({"choices": [], "usage": usage}) + event("[DONE]")
+
+
+CHAT = "v1/chat/completions"
+
+
+@needs_chromium
+def test_the_model_and_the_server_are_named(browser, server):
+    browser.open(server.url)
+    browser.wait_for("#state", "ready")
+    browser.wait_for("#model", "chatty")
+    assert browser.run("document.title") == "chatty · minitp"
+    assert browser.value("#temperature") == "0.7"
+    assert browser.value("#most") == ""
+    assert not browser.is_shown("#key-form")
+    assert browser.complaints == []
+
+
+@needs_chromium
+def test_a_conversation_is_that_of_the_api(page, server):
+    first = asked(server, "Hello\nthere", max_tokens=24)
+    second = asked(server, "Hello\nthere", text_of(first), "And then?", max_tokens=24)
+    page.fill("#most", "24")
+    page.type("Hello")
+    page.press_enter(SHIFT)
+    page.send("there")
+    page.wait_for_answer()
+    page.send("And then?")
+    page.wait_for_answer()
+    assert page.texts(".user .text") == ["Hello\nthere", "And then?"]
+    assert page.texts(".assistant .text") == [text_of(first), text_of(second)]
+    assert page.value("#box") == ""
+    for told, answer in zip(page.texts(".told"), (first, second), strict=True):
+        of_prompt = answer["usage"]["prompt_tokens"]
+        assert re.fullmatch(
+            rf"\d+\.\d tokens/s\s· 24 tokens after a prompt of {of_prompt}\s· the first after \d+\.\d+ s"
+            r"\s· cut off at max tokens",
+            told,
+        )
+    page.click("#new")
+    page.wait("!document.querySelector('article')")
+    page.send("Hello\nthere")
+    page.wait_for_answer()
+    assert page.texts(".assistant .text") == [text_of(first)]  # what was said before has been forgotten
+    assert page.complaints == []
+
+
+@needs_chromium
+def test_the_temperature_is_sent(page):
+    page.run("""window.real = fetch; fetch = (path, options) => {
+        if (options.body) window.sent = JSON.parse(options.body);
+        return real(path, options);
+    }; null""")
+    page.fill("#temperature", "1.25")
+    page.fill("#most", "1")
+    page.send("Hello")
+    page.wait_for_answer()
+    assert page.run("sent") == {
+        "messages": [{"role": "user", "content": "Hello"}],
+        "temperature": 1.25,
+        "max_tokens": 1,
+        "model": "chatty",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    page.run("sent = null")
+    page.fill("#temperature", "3")  # the browser says what is wrong with it
+    page.send("Hello")
+    page.fill("#temperature", "0")
+    page.fill("#most", "")
+    assert page.run("sent") is None
+    page.press_enter()
+    page.wait("sent")
+    assert page.run("[sent.temperature, 'max_tokens' in sent]") == [0, False]
+    page.click("#stop")
+
+
+@needs_chromium
+@pytest.mark.parametrize("button", ["#stop", "#new"])
+def test_an_answer_is_shown_as_it_comes_until_it_is_stopped(page, server, button):
+    page.send("Hello")
+    page.wait("/pieces\\/s.* pieces.*first after/.test(document.querySelector('.told')?.textContent)")
+    early = page.text(".assistant .text")
+    assert early
+    page.wait(f"document.querySelector('.assistant .text').textContent.length > {len(early)}")
+    assert running(server) == 1
+    page.send("not yet")  # stays in the box
+    assert len(page.texts("article")) == 2
+    page.click(button)
+    page.wait_for_answer()
+    deadline = time.monotonic() + 5
+    while running(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert page.value("#box") == "not yet"
+    if button == "#stop":
+        assert page.text(".told").startswith("stopped")
+        assert page.text(".assistant .text").startswith(early)
+    page.wait(f"document.querySelectorAll('article').length === {2 if button == '#stop' else 0}")
+    assert page.texts(".error") == [""]  # that of the key
+    assert page.complaints == []
+
+
+@needs_chromium
+def test_it_scrolls_along_but_not_away(page):
+    page.resize(360, 400)
+    page.send("Hello")
+    page.wait("log.scrollHeight > log.clientHeight + 100")
+    page.wait("log.scrollHeight - log.scrollTop - log.clientHeight < 2")
+    page.run("log.scrollTop = 20")
+    height = page.run("log.scrollHeight")
+    page.wait(f"log.scrollHeight > {height} + 200")
+    assert page.run("log.scrollTop") == 20
+    page.click("#stop")
+    page.wait_for_answer()
+    assert page.run("log.scrollTop") == 20
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [360, 1400])
+def test_no_text_is_html_or_too_wide(page, width):
+    page.resize(width, 740)
+    page.fake(CHAT, 200, answer_of(HOSTILE, "y" * 500, "\n  <script>"))
+    page.send(HOSTILE + "x" * 500)
+    page.wait_for_answer()
+    assert page.text(".user .text") == HOSTILE + "x" * 500
+    assert page.text(".assistant .text") == HOSTILE + "y" * 500 + "\n  <script>"
+    assert page.run("document.querySelectorAll('img, b, #log script').length") == 0
+    assert page.run("document.title") == "chatty · minitp"
+    assert page.run("Math.max(document.documentElement.scrollWidth, log.scrollWidth)") <= width
+    assert page.run("document.querySelector('.user .text').innerText") == HOSTILE + "x" * 500  # lines and all
+    for selector in ("#new", "#send", "#most", ".user", ".assistant"):
+        box = page.run(f"document.querySelector('{selector}').getBoundingClientRect().toJSON()")
+        assert box["left"] >= 0, selector
+        assert box["right"] <= width, selector
+    assert page.run("send.getBoundingClientRect().bottom") <= 740
+    assert page.complaints == []
+
+
+@needs_chromium
+def test_what_is_refused_is_not_lost(page, server):
+    page.fill("#most", "200000")
+    page.send("Hello")
+    page.wait_for("#log > .error", "Error: ")
+    refused = asked(server, "Hello", max_tokens=200_000)["error"]["message"]
+    assert "exceed the context" in refused
+    assert page.text("#log > .error") == f"Error: {refused}"
+    assert page.value("#box") == "Hello"
+    assert page.texts("article") == []
+    page.fill("#most", "4")
+    page.press_enter()
+    page.wait_for_answer()
+    assert page.texts("#log .error") == []
+    assert page.texts(".user") == ["Hello"]
+    assert page.texts(".assistant .text") == [text_of(asked(server, "Hello", max_tokens=4))]
+
+
+@needs_chromium
+def test_an_error_in_the_middle_of_an_answer(page):
+    page.fake(CHAT, 200, piece("“half") + piece(" an…") + event(ApiError(500, "rank 1 died").object()))
+    page.send("Hello")
+    page.wait_for_answer()
+    assert page.text(".assistant .text") == "“half an…"
+    assert page.text(".assistant .error") == "Error: rank 1 died"
+    assert page.value("#box") == ""
+    page.fake(CHAT, 200, piece("half"))
+    page.send("Again")
+    page.wait_for_answer()
+    assert page.texts(".assistant .error")[1] == "Error: the connection ended before the answer did"
+
+
+@needs_chromium
+def test_how_the_server_is(page):
+    def fake_health(status):
+        page.fake("health", 503, json.dumps({"status": status}))
+
+    fake_health("loading")
+    page.wait_for("#state", "loading")  # it asks by itself
+    page.run("for (let timer = 0; timer < 10_000; timer++) clearTimeout(timer)")  # and no more
+    fake_health("draining")
+    page.run("look()")
+    assert page.text("#state") == "shutting down"
+    fake_health("failed")
+    page.fake(CHAT, 503, json.dumps(ApiError(503, "a rank has died; the server is ending").object()))
+    page.send("Hello")
+    page.wait_for("#log > .error", "Error: a rank has died; the server is ending")
+    page.wait("state.textContent === 'a rank has died'")  # at once, for it soon says nothing any more
+
+
+@needs_chromium
+def test_the_key_is_asked_for_and_the_end_is_seen(browser, directory):
+    server = Served(directory, "--api-key", "sesame")
+    browser.open(server.url)
+    browser.wait_for("#state", "ready")
+    browser.wait("document.querySelector('#key-form').checkVisibility()")
+    assert browser.text("#key-told") == ""
+    browser.type("wrong", "#key")
+    browser.press_enter()
+    browser.wait_for("#key-told", "the API key is missing or wrong")
+    browser.type("sesame", "#key")
+    browser.press_enter()
+    browser.wait_for("#model", "chatty")
+    assert not browser.is_shown("#key-form")
+    browser.open(server.url)  # it is still known
+    browser.wait_for("#model", "chatty")
+    assert not browser.is_shown("#key-form")
+    browser.fill("#most", "3")
+    browser.send("Hello")
+    browser.wait_for_answer()
+    assert "3 tokens after a prompt of" in browser.text(".told")
+    server.stop()
+    browser.send("Anybody there?")
+    browser.wait_for("#log > .error", "Error: the server is not reachable")
+    browser.wait_for("#state", "not reachable")
+    assert browser.value("#box") == "Anybody there?"
+    assert len(browser.texts("article")) == 2
+
+
+def test_the_page_is_one_file():
+    page = PAGE.read_text(encoding="utf-8")
+    policy = re.search(r'Content-Security-Policy"\s+content="([^"]*)"', page)[1]
+    assert policy.startswith(
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    )
+    assert (
+        re.findall(r"https?:|@import|url\(|\bimport\b|\bsrc=|innerHTML|outerHTML|insertAdjacent", page) == []
+    )
+    assert re.findall(r'href="([^"]*)"', page) == ["data:,"]
