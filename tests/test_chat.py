@@ -116,7 +116,7 @@ def test_a_message_that_is_too_long_is_refused_and_the_conversation_goes_on(llm,
     [
         ({"max_new_tokens": 7}, "[cut at 7 tokens; -n allows more]\n"),
         ({"max_new_tokens": CONTEXT}, f"[cut at {CONTEXT - 19} tokens: the context is full]\n"),
-        ({"stop": list(ascii_lowercase)}, ""),
+        ({"stop": list(ascii_lowercase), "max_new_tokens": 1}, ""),
     ],
 )
 def test_an_answer_that_is_not_whole_says_so(llm, capsys, params, remark):
