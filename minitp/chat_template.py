@@ -4,7 +4,7 @@ import json
 from datetime import datetime
 from pathlib import Path
 
-from minitp.errors import InputError
+from minitp.errors import InputError, one_line
 
 ROLES = "messages are a list of objects with a role (system, user, assistant) and a content, both strings"
 
@@ -20,19 +20,18 @@ def load_chat_template(directory, name):
     InputError
         if there is none, or it is no Jinja template
     """
-    fields = {}
-    path = Path(directory) / "tokenizer_config.json"
-    if path.exists():
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON: {error}") from error
-    template = fields.get("chat_template")
-    if isinstance(template, list):
-        template = {one["name"]: one["template"] for one in template}.get("default")
-    own = Path(directory) / "chat_template.jinja"
-    if own.exists():
-        template = own.read_text(encoding="utf-8")
+    path, own = Path(directory) / "tokenizer_config.json", Path(directory) / "chat_template.jinja"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        template = fields.get("chat_template")
+        if isinstance(template, list):
+            template = {one["name"]: one["template"] for one in template}.get("default")
+        if own.exists():
+            template = own.read_text(encoding="utf-8")
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise InputError(f"{path.name} or {own.name} of {name} cannot be read: {one_line(error)}") from error
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{path.name} of {name}: chat_template {template!r:.50}: expected a text")
     if template is None:
         raise InputError(f"{name} has no chat template: it continues text; use generate, or a chat model")
     tokens = {key: token_text(fields.get(key)) for key in ("bos_token", "eos_token")}
@@ -62,13 +61,13 @@ class ChatTemplate:
         environment.globals["raise_exception"] = refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         environment.filters["tojson"] = lambda value, **options: json.dumps(
-            value, ensure_ascii=False, **options
+            value, **{"ensure_ascii": False} | options
         )
-        self._tokens, self._name, self._failures = tokens, name, (jinja2.TemplateError, TypeError)
+        self._tokens, self._name = tokens, name
         try:
             self._template = environment.from_string(template)
         except jinja2.TemplateError as error:
-            raise InputError(f"the chat template of {name} is not valid: {error}") from error
+            raise InputError(f"the chat template of {name} is not valid: {one_line(error)}") from error
 
     def render(self, messages):
         """The prompt of a conversation, up to where the assistant begins to answer.
@@ -86,8 +85,9 @@ class ChatTemplate:
         check_messages(messages)
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._tokens)
-        except self._failures as error:
-            raise InputError(f"the chat template of {self._name} refuses these messages: {error}") from error
+        except Exception as error:  # a template is a program, and may fail in any way
+            reason = " ".join(str(error).split())
+            raise InputError(f"the chat template of {self._name} refuses these messages: {reason}") from error
 
 
 def check_messages(messages):

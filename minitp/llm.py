@@ -98,19 +98,17 @@ class LLM:
     """
 
     def __init__(self, model="smollm2", tp="auto", *, verbose=False, on_end=lambda error: None, **options):
-        argv = rank_arguments(model, tp, options)
-        args = parser().parse_args(argv)
         world = environment.world_size(os.environ)
         if world is not None and environment.env_rank(os.environ) != 0:
-            from minitp.worker import run_in_world
-
-            raise SystemExit(run_in_world(args, world))
+            raise SystemExit(join(model, tp, options, world))
+        argv = rank_arguments(model, tp, options)
+        args = parser().parse_args(argv)
         size = world or environment.ranks_wanted(args.tp, default=None)
-        self.source = open_model(args.model, size, args.layers)
-        Ranks.prepare(args, self.source)
-        warn_of_unread_fields(self.source)
-        self.tokenizer = self.source.tokenizer()
-        with loading_bar(self.source.name) as show:
+        if world is None:  # else the ranks do that together
+            self.source = open_model(args.model, size, args.layers)
+            Ranks.prepare(args, self.source)
+            warn_of_unread_fields(self.source)
+        with loading_bar(args.model) as show:
             if world is None:
                 self._ranks = StartedRanks(argv, size, verbose, on_loading=show, on_end=on_end)
             else:
@@ -125,6 +123,9 @@ class LLM:
             self.close()
             raise self._ranks.error
         self.description = self._ranks.description
+        if world is not None:
+            self.source = open_model(args.model, size, args.layers)
+        self.tokenizer = self.source.tokenizer()
 
     def __enter__(self):
         return self
@@ -219,7 +220,8 @@ class LLM:
         if isinstance(prompt, str):
             prompt = self._known_tokenizer().encode(prompt)
         elif not isinstance(prompt, list | tuple) or not is_tokens(prompt):
-            raise InputError(f"prompt {prompt!r:.50}: expected a text or a list of token ids")
+            shown = " ".join(repr(prompt).split())[:50]
+            raise InputError(f"prompt {shown}: expected a text or a list of token ids")
         ids = [int(token) for token in prompt]
         check_prompt(ids, self.source.config, self.description["context"])
         return ids
@@ -301,10 +303,24 @@ def open_llm(args, tp, **more):
     return LLM(args.model, tp, verbose=args.verbose, **given, **more)
 
 
+def join(model, tp, options, world):
+    """Serve rank 0 of a user's mpirun, where the script goes on; the exit code."""
+    from minitp.worker import run_in_world
+
+    try:
+        args = parser().parse_args(rank_arguments(model, tp, options))
+    except InputError as error:
+        return error.exit_code  # rank 0 says it
+    return run_in_world(args, world)
+
+
 def rank_arguments(model, tp, options):
     """The command line of `minitp ranks`."""
     argv = ["ranks", "--model", str(model), "--tp", str(tp)]
+    known = vars(parser().parse_args(argv))
     for name, value in options.items():
+        if name not in known:
+            raise InputError(f"unrecognized arguments: --{name.replace('_', '-')}")
         if value is not None:
             argv += [f"--{name.replace('_', '-')}", str(value)]
     return argv
@@ -312,6 +328,8 @@ def rank_arguments(model, tp, options):
 
 def sampling(params, options):
     """SamplingParams, with fields that differ."""
+    if params is not None and not isinstance(params, SamplingParams):
+        raise InputError(f"params {params!r:.50}: expected SamplingParams")
     try:
         return replace(params or SamplingParams(), **options)
     except TypeError as error:

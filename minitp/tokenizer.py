@@ -26,6 +26,10 @@ class Tokenizer:
 
     def encode(self, text, add_special_tokens=True):
         """Token ids of a text; without special tokens if, as a rendered conversation, it has its own."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text has half a character at {error.start}, which is no text") from error
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def token_text(self, token_id):

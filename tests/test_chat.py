@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import termios
 import time
 from string import ascii_lowercase
 
@@ -191,6 +192,9 @@ class Terminal(Running):
 
     def __init__(self, command, folder):
         self.ours, self.theirs = os.openpty()
+        settings = termios.tcgetattr(self.theirs)
+        settings[3] |= termios.NOFLSH  # else Ctrl-C drops what has been written and not yet shown
+        termios.tcsetattr(self.theirs, termios.TCSANOW, settings)
         self.seen = ""
         shell = ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>"$0"', os.ttyname(self.theirs)]
         super().__init__([*shell, *command], TERM="dumb", XDG_CACHE_HOME=str(folder))
@@ -248,8 +252,8 @@ def test_a_conversation_in_a_terminal(start, tmp_path):
         assert int(numbers[2]) == len(answer)
         return int(numbers[1]), answer
 
-    first, answer = ask("Hi")
-    assert first == prompt_length("Hi")
+    count, answer = ask("Hi")
+    assert count == prompt_length("Hi")
     assert ask("Ho")[0] == prompt_length("Hi", answer, "Ho"), "what was said before Ctrl-C counts"
     said = {"/reset": "begins anew", "/help": "/reset  forget", "/what is it": "/what is no command;"}
     for command, reply in said.items():

@@ -43,7 +43,7 @@ class Ranks:
             engine = Engine(model, blocks, args.block_size, args.max_tokens_per_step, args.max_sequences)
             tokenizer = source.tokenizer() if comm.rank == 0 else None
         if comm.rank == 0:
-            caller.say({"ready": described(args, engine, context)})
+            caller.say({"ready": described(args, engine, context), "load": engine.scheduler.load()})
 
         def make_request(prompt_ids, params):
             return Request(params, source.config.eos_token_ids, prompt_ids, context, tokenizer)

@@ -5,6 +5,7 @@ JoinedRanks    the ranks of the mpirun in which this process is rank 0; the step
 """
 
 import itertools
+import os
 import queue
 import threading
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from minitp.job import new_job
 from minitp.launch import WORKER
 
 CLOSE_LIMIT_S = 10  # for ranks to leave by themselves
+JOINED = "MINITP_JOINED"  # in the environment of a process that has joined the ranks of its mpirun
 
 
 @dataclass
@@ -102,7 +104,7 @@ class Ranks:
             kind = InputError if message["exit_code"] == InputError.exit_code else RankError
             self._failure = kind(message["failed"])
         elif "ready" in message:
-            self.description = message["ready"]
+            self.description, self.load = message["ready"], message["load"]
             self.started.set()
         else:
             self.load = message.get("load", self.load)
@@ -114,6 +116,7 @@ class Ranks:
             update = Update(finish_reason="error", error=InputError(update["error"]))
         else:
             update = Update(**update)
+            update.logprobs = [(logprob, list(map(tuple, top))) for logprob, top in update.logprobs]
         with self._lock:
             listener = self._listeners.get(number)
             if update.finish_reason is not None:
@@ -181,6 +184,9 @@ class StartedRanks(Ranks):
     def close(self):
         """As Ranks.close; those that do not leave by themselves are ended."""
         self.closing = True
+        if threading.current_thread() is self._thread:  # in which a caller's LLM may be collected
+            self._job.given_up = True
+            return
         try:
             if self.started.is_set() and self.error is None:
                 self._job.tell({"close": True})
@@ -206,6 +212,9 @@ class JoinedRanks(Ranks):
 
     def __init__(self, args, world, **callbacks):
         super().__init__(**callbacks)
+        if JOINED in os.environ:
+            raise InputError("under mpirun a script has one LLM: the other ranks have left with the first")
+        os.environ[JOINED] = "1"
         self.inbox = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(args, world), daemon=True)
         self._thread.start()

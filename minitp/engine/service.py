@@ -7,7 +7,7 @@ Rank 0 has a caller: the front, or a thread of its own process. What they say to
                   {"close": true}                                   the ranks are to leave
     from rank 0   {"loading": n, "of": m}                           bytes of weights, on the way
                   {"failed": "..", "exit_code": 2}                  all ranks leave, and why
-                  {"ready": {..}}                                   from now on requests are served
+                  {"ready": {..}, "load": {..}}                     from now on requests are served
                   {"updates": [[7, {..}], ..], "load": {..}}        what has come of requests; how busy it is
 """
 
