@@ -4,7 +4,6 @@ import os
 import re
 import select
 import signal
-import stat
 import subprocess
 import sys
 import termios
@@ -67,12 +66,11 @@ def talk(llm, opening=(), **params):
 
 def answers(llm, said, opening=()):
     """What the model answers to each thing said, knowing all that was said before; a line each."""
-    messages, lines = list(opening), ""
+    messages = list(opening)
     for text in said:
         messages.append(message("user", text))
         messages.append(message("assistant", llm.chat(messages, max_new_tokens=10).text))
-        lines += messages[-1]["content"] + "\n"
-    return lines
+    return "".join(f"{m['content']}\n" for m in messages if m["role"] == "assistant")
 
 
 # --- the conversation -----------------------------------------------------------------------------------
@@ -138,14 +136,12 @@ def test_what_is_stopped_before_its_first_word_is_forgotten(llm, monkeypatch):
 @pytest.mark.parametrize("beginning", [CHAT, [job.find_mpirun(), "-n", "2", *CHAT]])
 def test_each_line_of_a_pipe_is_a_message(llm, beginning):
     """A command too; blank lines are none."""
-    argv = [*beginning, "--model", str(llm.source.directory), "-n", "10", "--system", SYSTEM["content"]]
-    argv += ["--tp", "2"] if beginning is CHAT else []
+    argv = [*beginning, "--model", llm.source.name, "--tp", "2", "-n", "10", "--system", SYSTEM["content"]]
     done = subprocess.run(
         argv, input="Hi\n\n  /help me\nReally?", capture_output=True, text=True, timeout=START_S
     )
     assert done.stdout == answers(llm, ["Hi", "/help me", "Really?"], [SYSTEM])
-    assert done.stderr == "[cut at 10 tokens; -n allows more]\n" * 3
-    assert done.returncode == 0
+    assert (done.returncode, done.stderr) == (0, "[cut at 10 tokens; -n allows more]\n" * 3)
 
 
 @pytest.mark.parametrize(("leaves", "code"), [("the user", 130), ("the reader", 0)])
@@ -161,9 +157,6 @@ def test_an_answer_through_a_pipe_is_cut_short(endless, tmp_path, leaves, code):
     assert running.end(END_S)[::2] == (code, "")
 
 
-# --- what is refused ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("files", "options", "said"),
     [
@@ -174,7 +167,6 @@ def test_an_answer_through_a_pipe_is_cut_short(endless, tmp_path, leaves, code):
         ({}, ["--max-context", "513"], "--max-context 513: "),
         ({}, ["-n", "0"], "--max-new-tokens 0: "),
         ({}, ["--tp", "5"], "--tp 5: "),
-        ({}, ["--tokens", "1"], "unrecognized arguments: --tokens 1"),
     ],
 )
 def test_what_cannot_be_is_refused_before_ranks_start(refused, tmp_path, files, options, said):
@@ -264,14 +256,17 @@ def test_a_conversation_in_a_terminal(start, tmp_path):
     assert terminal.end(END_S)[0] == 0
     history = tmp_path / "minitp" / "chat-history"
     assert history.read_text() == "Hi\nHo\n/reset\n/help\n/what is it\n /Ho\n"
-    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert oct(history.stat().st_mode)[-3:] == "600"
 
 
 def test_ctrl_c_clears_a_line_and_leaves_at_the_second_time_in_a_row(start, tmp_path):
     (tmp_path / "minitp").mkdir()
     (tmp_path / "minitp" / "chat-history").write_text("/help\n")
     terminal = start("--tp", "1")
-    terminal.type("half a mess\x03")
+    terminal.type("half a mess")
+    terminal.until("half a mess")
+    time.sleep(0.1)
+    terminal.type("\x03")
     assert "Ctrl-C again, or Ctrl-D, leaves\n" in terminal.prompt()
     terminal.type("\x10\n")  # the line before, of an earlier session
     assert "/reset  forget" in terminal.prompt()
