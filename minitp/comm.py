@@ -27,6 +27,7 @@ import numpy as np
 
 from minitp.errors import AgreedError, InputError, RankError, one_line
 
+LAST_WORDS_S = 0.3  # for mpirun to pass on what a rank has said: it may abort first
 LONGEST_PAUSE_S = 0.005  # between two looks: a rank that waits takes 0.4% of a core
 
 
@@ -271,6 +272,7 @@ class MpiComm(Comm):
         return self._world.bcast(value, root=0)
 
     def abort(self, exit_code):
+        time.sleep(LAST_WORDS_S)
         self._job.Abort(exit_code)  # of only a part of it the exit code would be lost
         os._exit(exit_code)  # MPICH's Abort may return
 

@@ -13,15 +13,12 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from contextlib import suppress
 
 from minitp.environment import env_rank, ranks_wanted
 from minitp.errors import AgreedError, InputError, RankError, one_line
 from minitp.job import SOCKET_VARIABLE
-
-LAST_WORDS_S = 0.3  # for mpirun to pass on what a rank has said: on a busy machine it may abort first
 
 
 def run_alone(args):
@@ -106,8 +103,6 @@ def _leave_alone(error, args, comm, front):
     elif code != 130 and (comm is not None or env_rank(os.environ) == 0):
         who = f"rank {comm.rank} failed: " if comm is not None else ""
         print(f"minitp: {who}{one_line(error)}", file=sys.stderr, flush=True)
-        if comm is not None and comm.size > 1:
-            time.sleep(LAST_WORDS_S)
     if comm is not None:
         comm.abort(code)
     return code
