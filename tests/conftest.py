@@ -1,11 +1,19 @@
 """What several test files share."""
 
+import signal
+
 import pytest
 from refusal import check_refusal
 from tiny import write_tiny
 
 from minitp.cli import main
 from minitp.job import Job
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c():
+    """Ctrl-C works, here and in what is started: a shell that starts the tests behind an & has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
