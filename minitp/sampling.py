@@ -130,5 +130,12 @@ def token_logprobs(logits, token, top):
     """
     below_best = logits.astype(np.float64) - logits.max()  # [V]
     logprobs = below_best - np.log(np.exp(below_best).sum())  # [V]
-    best = np.argsort(-logprobs, kind="stable")[:top] if top else []  # [top]
+    best = most_probable(logprobs, min(top, len(logprobs))) if top else []  # [top]
     return float(logprobs[token]), [(int(t), float(logprobs[t])) for t in best]
+
+
+def most_probable(logprobs, count):
+    """The `count` best token ids of [V], best first; ties by token id. Sorts only these, not all of them."""
+    least = np.partition(logprobs, -count)[-count]
+    among = np.flatnonzero(logprobs >= least)  # [count or, with ties, more]
+    return among[np.argsort(-logprobs[among], kind="stable")][:count]  # [count]

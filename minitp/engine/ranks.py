@@ -124,10 +124,11 @@ class Ranks:
         if listener is not None:  # else it was dropped meanwhile
             listener(update)
 
-    def _ended(self, error):
-        """There are no ranks any more."""
+    def _ended(self, code, words=()):
+        """There are no ranks any more: why, if none has said it, their exit code tells."""
+        error = RankError(f"the ranks have left with code {code}", words) if code else None
         with self._lock:
-            self.error = error or self._failure or RankError("the ranks have been closed")
+            self.error = self._failure or error or RankError("the ranks have been closed")
             listeners = list(self._listeners.values())
             self._listeners.clear()
         for listener in listeners:
@@ -168,15 +169,12 @@ class StartedRanks(Ranks):
         self._thread.start()
 
     def _watch(self):
-        error = None
         with self._stack:
             try:
                 code = self._job.watch()
-                if code and not self._failure:
-                    error = RankError(f"the ranks have left with code {code}", self._job.words_of("rank0"))
             except RankError as failure:
-                error = failure
-            self._ended(error)
+                self._failure, code = failure, failure.exit_code
+            self._ended(code, self._job.words_of("rank0"))
 
     def _tell(self, message):
         self._job.tell(message)
@@ -222,10 +220,7 @@ class JoinedRanks(Ranks):
     def _run(self, args, world):
         from minitp.worker import run_in_world
 
-        code = run_in_world(args, world, caller=self)
-        self._ended(
-            RankError(f"the ranks have left with code {code}") if code and not self._failure else None
-        )
+        self._ended(run_in_world(args, world, caller=self))
 
     def say(self, message):
         """What rank 0's step says, to those who listen here."""

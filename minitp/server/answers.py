@@ -18,7 +18,7 @@ class Choice:
     text: str = ""
     tokens: int = 0
     logprobs: list = field(default_factory=list)  # (token, logprob, top) of each, if asked for
-    offset: int = 0  # characters of the tokens in logprobs
+    offset: int = 0  # of a stream: characters of the tokens in logprobs that have been sent
     finish_reason: str | None = None
 
 
@@ -48,16 +48,20 @@ class Answer:
         }
 
     def add(self, index, update):
-        """Take an Update; return the pieces that a stream gets of it."""
+        """Put an Update behind what there is; return its (token, logprob, top)."""
         choice = self.choices[index]
         choice.text += update.text
         choice.tokens += len(update.token_ids)
         choice.finish_reason = update.finish_reason
         new = [(token, *told) for token, told in zip(update.token_ids, update.logprobs, strict=False)]
-        pieces = []
+        choice.logprobs += new
+        return new
+
+    def pieces(self, index, update):
+        """`add` an Update; what a stream gets of it."""
+        new, choice, pieces = self.add(index, update), self.choices[index], []
         if update.text or new:
             pieces.append(self.piece(index, update.text, self.logprobs(new, choice.offset), None))
-        choice.logprobs += new
         choice.offset += sum(len(self.token_text(token)) for token, *_ in new)
         if update.finish_reason is not None:
             pieces.append(self.piece(index, "", None, update.finish_reason))

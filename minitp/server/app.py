@@ -74,13 +74,13 @@ class Api:
             self.check_key(request)
             asked = read(read_json(await whole_body(request)))
             self.check_model(asked.model)
-            prompts = await in_thread(lambda: encoded(self.backend.ready(), asked))
-            running = self.backend.submit(sequences(self.backend.ready(), asked, prompts))
+            llm = self.backend.ready()
+            prompts = await in_thread(lambda: encoded(llm, asked))
+            running = self.backend.submit(sequences(llm, asked, prompts))
         except ApiError as error:
             watch.end(error.status)
             raise
-        tokenizer = self.backend.llm.tokenizer
-        token_text = str if tokenizer is None else tokenizer.token_text
+        token_text = str if llm.tokenizer is None else llm.tokenizer.token_text
         answer = kind(asked, sum(map(len, prompts)), len(prompts) * asked.choices, token_text)
         if asked.stream:
             return EventStream(running, answer, watch)
@@ -137,7 +137,7 @@ class EventStream(StreamingResponse):
         try:
             async for index, update in self.running:
                 self.watch.note(update)
-                for piece in self.answer.add(index, update):
+                for piece in self.answer.pieces(index, update):
                     yield event(piece)
         except ApiError as error:
             self.status = error.status

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from minitp.errors import InputError
 from minitp.sampling import SamplingParams
 
 MOST_CHOICES = 128
@@ -243,19 +242,15 @@ def is_text_part(part):
 
 def asked(body, max_tokens, usual_tokens, logprobs, **what):
     """What both kinds of request have in common."""
-    stop = body.get("stop", [])
-    try:
-        params = SamplingParams(
-            temperature=body.get("temperature", 1.0),
-            top_p=body.get("top_p", 1.0),
-            top_k=body.get("top_k", 0),
-            seed=body.get("seed"),
-            stop=tuple([stop] if is_text(stop) else stop),
-            ignore_eos=body.get("ignore_eos", False),
-            logprobs=logprobs,
-        )
-    except InputError as error:
-        raise ApiError(400, str(error)) from error
+    params = SamplingParams(  # the fields have been checked: it refuses none
+        temperature=body.get("temperature", 1.0),
+        top_p=body.get("top_p", 1.0),
+        top_k=body.get("top_k", 0),
+        seed=body.get("seed"),
+        stop=body.get("stop", ()),
+        ignore_eos=body.get("ignore_eos", False),
+        logprobs=logprobs,
+    )
     usage = body.get("stream_options", {}).get("include_usage", False)
     return Asked(
         model=body["model"],
