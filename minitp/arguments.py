@@ -1,10 +1,20 @@
-"""The command line: every command, its options and their help."""
+"""The command line: every command, its own options and their help. `options` has those that several share."""
 
 import argparse
 
 from minitp import __version__
 from minitp.errors import InputError
 from minitp.hardware import GPUS
+from minitp.options import (
+    add_cache,
+    add_decode,
+    add_device,
+    add_max_context,
+    add_model,
+    add_prompt,
+    add_run,
+    add_sampling,
+)
 from minitp.output import write_out
 
 
@@ -52,9 +62,7 @@ def add_generate(commands):
     add_max_context(sub)
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     sub.add_argument("--stats", action="store_true", help="print times and sizes to stderr")
-    add_model(sub)
-    add_device(sub)
-    add_kv_dtype(sub)
+    add_run(sub)
     return sub
 
 
@@ -68,9 +76,7 @@ def add_chat(commands):
     add_sampling(sub, max_new_tokens=None)
     add_max_context(sub)
     sub.add_argument("--stats", action="store_true", help="print each answer's length and speed to stderr")
-    add_model(sub)
-    add_device(sub)
-    add_kv_dtype(sub)
+    add_run(sub)
     sub.set_defaults(max_sequences=1)
     return sub
 
@@ -139,9 +145,7 @@ def add_perplexity(commands):
         "--max-context", type=int, metavar="N", help="tokens a window; default the model's context"
     )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
-    add_model(sub)
-    add_device(sub)
-    add_kv_dtype(sub)
+    add_run(sub)
     return sub
 
 
@@ -192,9 +196,7 @@ def add_bench(commands):
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     sub.add_argument("--as-rank", type=int, metavar="R", help="run only rank R's share, alone, of --of ranks")
     sub.add_argument("--of", type=int, metavar="N")
-    add_model(sub)
-    add_device(sub)
-    add_kv_dtype(sub)
+    add_run(sub)
     return sub
 
 
@@ -226,9 +228,7 @@ def add_serve(commands):
     )
     sub.add_argument("--restart", action="store_true", help="start the ranks anew when one dies")
     add_cache(sub)
-    add_model(sub)
-    add_device(sub)
-    add_kv_dtype(sub)
+    add_run(sub)
     return sub
 
 
@@ -236,105 +236,5 @@ def add_ranks(commands):
     """What LLM, chat and serve start; without `help` it does not appear among the commands."""
     sub = commands.add_parser("ranks", description="Ranks that serve LLM, chat or serve, which start them.")
     add_cache(sub)
-    add_model(sub)
-    add_device(sub)
-    add_kv_dtype(sub)
+    add_run(sub)
     return sub
-
-
-def add_sampling(sub, max_new_tokens):
-    sub.add_argument(
-        "-n",
-        "--max-new-tokens",
-        type=int,
-        default=max_new_tokens,
-        metavar="N",
-        help=f"default {max_new_tokens or 'what the context holds'}",
-    )
-    sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
-    sub.add_argument("--top-k", type=int, default=0, metavar="K", help="among the K most probable; 0: all")
-    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="among the most probable, up to P")
-    sub.add_argument("--seed", type=int, help="the same seed gives the same text at the same --tp")
-    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
-    sub.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
-
-
-def add_max_context(sub):
-    sub.add_argument("--max-context", type=int, metavar="N", help="at most the model's own, the default")
-
-
-def add_cache(sub):
-    """How many requests at once, and what they may take."""
-    add_max_context(sub)
-    sub.add_argument(
-        "--cache-tokens",
-        type=int,
-        metavar="N",
-        help="positions that all requests may take together; default: what fits in a quarter of the memory",
-    )
-    sub.add_argument("--block-size", type=int, default=16, metavar="N", help="of the cache; default 16")
-    sub.add_argument(
-        "--max-tokens-per-step", type=int, default=512, metavar="N", help="of all requests; default 512"
-    )
-    sub.add_argument(
-        "--max-sequences", type=int, default=64, metavar="N", help="that run at once; default 64"
-    )
-
-
-def add_prompt(sub):
-    sub.add_argument("prompt", nargs="?", metavar="PROMPT")
-    sub.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="token ids in place of the prompt")
-
-
-def add_decode(sub, default):
-    sub.add_argument(
-        "--decode",
-        type=int,
-        default=default,
-        metavar="N",
-        help=f"after the prompt, N passes of one token, greedily chosen; default {default}",
-    )
-
-
-def add_model(sub):
-    sub.add_argument(
-        "--model",
-        default="smollm2",
-        help="a directory, a Hugging Face id, smollm2 (the demo, default), or random:NAME "
-        "(mistral-7b, llama-3-8b, tinyllama-1.1b, smollm2-135m)",
-    )
-    sub.add_argument(
-        "--tp",
-        metavar="N",
-        help="ranks: 1 to the number of attention heads, or auto (default 4; under mpirun, its world)",
-    )
-    sub.add_argument("--layers", type=int, metavar="N", help="only the first N layers")
-
-
-def add_device(sub):
-    sub.add_argument("--device", choices=["auto", "cpu"], default="auto")
-    sub.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
-    sub.add_argument(
-        "--comm",
-        choices=["auto", "mpi", "shm"],
-        default="auto",
-        help="shm: shared memory within a host, messages between hosts; mpi: messages; auto (default): shm "
-        "where ranks share a host",
-    )
-
-
-def add_kv_dtype(sub):
-    sub.add_argument(
-        "--kv-dtype",
-        choices=["auto", "float16", "int8"],
-        default="auto",
-        help="how keys and values are kept: as --dtype (auto), in half or in a quarter of float32's bytes",
-    )
-
-
-def token_ids(text):
-    """The ids of --tokens."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers and commas, as in 1,2,3") from None

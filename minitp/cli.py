@@ -76,12 +76,10 @@ def here(args):
 
 def served(args):
     """A command that starts ranks and talks with them; in a user's mpirun rank 0 does, with the others."""
-    world = environment.world_size(os.environ)
-    if world is not None:
-        environment.limit_blas_threads(os.environ, environment.local_ranks(os.environ, world))
+    environment.share_cores(os.environ)
     from minitp import commands, llm
 
-    tp = world or environment.ranks_wanted(args.tp, DEFAULT_TP)
+    tp = environment.world_size(os.environ) or environment.ranks_wanted(args.tp, DEFAULT_TP)
     if environment.env_rank(os.environ) != 0:
         llm.open_llm(args, tp)  # ends this process
     return commands.run_here(args, tp)
@@ -89,7 +87,7 @@ def served(args):
 
 def as_rank(args, world):
     """One rank of a world that mpirun or srun has started: the front's, or the user's own."""
-    environment.limit_blas_threads(os.environ, environment.local_ranks(os.environ, world))
+    environment.share_cores(os.environ)
     from minitp import worker
 
     return worker.run_in_world(args, world)

@@ -75,6 +75,13 @@ def physical_cores():
     return min(len(distinct) or cores(), cores())
 
 
+def share_cores(environment):
+    """In a world of MPI, limit this rank's BLAS to its share of the host; see limit_blas_threads."""
+    world = world_size(environment)
+    if world is not None:
+        limit_blas_threads(environment, local_ranks(environment, world))
+
+
 def limit_blas_threads(environment, ranks):
     """Share the cores among the ranks of a host. Works only before numpy is imported; the user's own wins."""
     threads = environment.get("SLURM_CPUS_PER_TASK", str(max(1, cores() // ranks)))

@@ -11,11 +11,12 @@ from time import perf_counter
 
 from minitp.chat_template import load_chat_template
 from minitp.commands.prompt import sampling_params
+from minitp.completion import Completion
 from minitp.demo import cache_directory
 from minitp.errors import ContextError, InputError
 from minitp.generate import check_prompt, context_length
 from minitp.launch import Terminated, raised_on_sigterm
-from minitp.llm import Completion, open_llm
+from minitp.llm import open_llm
 from minitp.model_source import open_model
 from minitp.output import write_out
 
