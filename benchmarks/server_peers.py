@@ -4,8 +4,8 @@
 
 All requests are sent at the same moment, as random token ids to /v1/completions, and the time runs until the
 last answer is there: new tokens a second of all together. Both servers are up at once and take turns, each
-asleep while the other is asked; each has a slot for every request, and all cores. Wants httpx, xllamacpp
-(llama.cpp's server in a wheel) and gguf.
+asleep while the other is asked; each has a slot for every request, and all cores. Wants minitp[serve],
+an mpirun, httpx, xllamacpp (llama.cpp's server in a wheel) and gguf.
 """
 
 import argparse
@@ -62,11 +62,13 @@ def main():
 def start(command):
     """A server's process and its address, once it says it."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    last = ""
     for line in process.stderr:
+        last = line
         if found := URL.search(line):
             threading.Thread(target=process.stderr.read, daemon=True).start()  # or it would fill up
             return process, found[1]
-    sys.exit(f"{' '.join(command[:4])} has ended with code {process.wait()}")
+    sys.exit(f"{' '.join(command[:4])} has ended with code {process.wait()}: {last.strip()}")
 
 
 async def ask_all(url, args, seed):

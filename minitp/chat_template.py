@@ -33,7 +33,9 @@ def load_chat_template(directory, name):
     if template is not None and not isinstance(template, str):
         raise InputError(f"{path.name} of {name}: chat_template {template!r:.50}: expected a text")
     if template is None:
-        raise InputError(f"{name} has no chat template: it continues text; use generate, or a chat model")
+        raise InputError(
+            f"{name} has no chat template: it continues text; ask for a completion, or use a chat model"
+        )
     tokens = {key: token_text(fields.get(key)) for key in ("bos_token", "eos_token")}
     return ChatTemplate(template, tokens, name)
 

@@ -59,7 +59,7 @@ def test_where_a_template_lies(tmp_path, fields, own, expected):
     ids=json.dumps,
 )
 def test_a_model_without_a_template_is_said_to_continue_text_only(tmp_path, fields):
-    with pytest.raises(InputError, match=r"^a model has no chat template: .*use generate, or a chat model$"):
+    with pytest.raises(InputError, match=r"^a model has no chat template: .*or use a chat model$"):
         template_of(tmp_path, fields)
 
 

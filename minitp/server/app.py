@@ -75,7 +75,7 @@ class Api:
             asked = read(read_json(await whole_body(request)))
             self.check_model(asked.model)
             llm = self.backend.ready()
-            prompts = await in_thread(lambda: encoded(llm, asked))
+            prompts = await in_thread(lambda: encoded(llm, asked, self.model))
             running = self.backend.submit(sequences(llm, asked, prompts))
         except ApiError as error:
             watch.end(error.status)
@@ -177,8 +177,8 @@ class Watch:
             self.metrics.each_token.observe((now - self.first) / (longest - 1))
 
 
-def encoded(llm, asked):
-    """The token ids of each prompt."""
+def encoded(llm, asked, model):
+    """The token ids of each prompt of `model`, as the server calls it."""
     try:
         if asked.messages is not None:
             return [llm.encode_chat(asked.messages)]
@@ -186,7 +186,9 @@ def encoded(llm, asked):
     except InputError as error:
         code = "context_length_exceeded" if isinstance(error, ContextError) else None
         param = "prompt" if asked.messages is None else "messages"
-        raise ApiError(400, str(error), param, code) from error
+        # By the name that clients know: where the model lies is not theirs to read.
+        message = str(error).replace(str(llm.source.name), model)
+        raise ApiError(400, message, param, code) from error
 
 
 def sequences(llm, asked, prompts):
