@@ -1,0 +1,23 @@
+"""Launches rms_norm.cu, the twin of `ops.rms_norm`."""
+
+import numpy as np
+
+THREADS = 256
+
+
+class RmsNorm:
+    """out = rms_norm(x) * weight, of rows; with an addend, x += addend first.
+
+    Parameters
+    ----------
+    compiler : Compiler
+    """
+
+    def __init__(self, compiler):
+        self._kernel = compiler.kernel("rms_norm.cu", "rms_norm")
+
+    def __call__(self, x, weight, out, eps, addend=None):
+        """All 16-bit: `x`, `addend` and `out` [T, D] with D a multiple of 8, `weight` [D]."""
+        rows, width = x.shape
+        args = (x, addend, weight, out, np.int32(width), np.float32(eps))
+        self._kernel((rows,), (THREADS,), args)

@@ -1,0 +1,155 @@
+"""Builds the kernels of minitp/cuda for the CPU, and launches them on NumPy arrays.
+
+    kernel = CpuCompiler(np.float16).kernel("rms_norm.cu", "rms_norm")
+    kernel((rows,), (128,), (x, None, weight, out, np.int32(width), np.float32(eps)))
+
+Launched as CuPy launches a RawKernel, and stricter: an argument whose type is not the kernel's is refused,
+where a GPU would read it as something else.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from minitp.cuda.compiler import compile_options
+
+HERE = Path(__file__).parent
+CUDA = HERE.parent.parent / "minitp" / "cuda"
+KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(([^)]*)\)')
+SCALARS = {
+    "int": np.int32,
+    "unsigned": np.uint32,
+    "long long": np.int64,
+    "unsigned long long": np.uint64,
+    "float": np.float32,
+}
+NARROW = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+POINTED = {
+    "Half": NARROW,
+    "float": (np.dtype(np.float32),),
+    "int": (np.dtype(np.int32),),
+    "unsigned": (np.dtype(np.uint32),),
+    "long long": (np.dtype(np.int64),),
+    "unsigned long long": (np.dtype(np.uint64),),
+    "signed char": (np.dtype(np.int8),),
+}
+
+
+class CpuCompiler:
+    """In place of minitp.cuda.compiler.Compiler."""
+
+    def __init__(self, dtype):
+        self._dtype = np.dtype(dtype)
+
+    def kernel(self, file, name, **defines):
+        source = (CUDA / file).read_text(encoding="utf-8")
+        return build_text(source, compile_options(self._dtype, **defines))[name]
+
+
+def build_text(source, options=()):
+    """The kernels in a text. What has been built is kept for the next process."""
+    header = (HERE / "cuda_on_cpu.h").read_text(encoding="utf-8")
+    common = (CUDA / "common.h").read_text(encoding="utf-8")
+    options = [option for option in options if option.startswith("-D")]
+    key = hashlib.sha256("\0".join([source, header, common, *options]).encode()).hexdigest()[:24]
+    folder = Path(tempfile.gettempdir()) / f"minitp-cuda-on-cpu-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / f"{key}.so"
+    parameters = dict(KERNEL.findall(source))
+    if not library.exists():
+        _compile(source, options, parameters, library)
+    loaded = ctypes.CDLL(str(library))
+    return {kernel: Kernel(loaded, kernel, text) for kernel, text in parameters.items()}
+
+
+def _compile(source, options, kernels, library):
+    launchers = "".join(
+        f'extern "C" void launch_{name}(dim3 grid, dim3 block, size_t shared, void **values) '
+        f"{{ cuda_on_cpu::launch({name}, grid, block, shared, values); }}\n"
+        for name in kernels
+    )
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        path, built = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
+        path.write_text(source + "\n" + launchers, encoding="utf-8")
+        command = [
+            "g++",
+            "-std=c++17",
+            "-O2",
+            "-g",
+            "-shared",
+            "-fPIC",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Werror",
+        ]
+        command += [
+            "-Wno-unknown-pragmas",
+            "-Wno-unused-function",
+            "-Wno-unused-variable",
+            "-U_FORTIFY_SOURCE",
+        ]
+        command += [
+            *options,
+            f"-I{CUDA}",
+            "-include",
+            str(HERE / "cuda_on_cpu.h"),
+            str(path),
+            "-o",
+            str(built),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"g++ refuses the kernels: {done.stderr}")
+        os.replace(built, library)
+
+
+class _Dim3(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint)]
+
+
+class Kernel:
+    """One kernel; call it as kernel(grid, block, args, shared_mem=0)."""
+
+    def __init__(self, library, name, parameters):
+        self.name = name
+        self._launch = getattr(library, f"launch_{name}")
+        self._launch.argtypes = [_Dim3, _Dim3, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)]
+        self._launch.restype = None
+        self.parameters = [" ".join(one.split()) for one in parameters.split(",")]
+
+    def __call__(self, grid, block, args, shared_mem=0):
+        if len(args) != len(self.parameters):
+            raise TypeError(f"{self.name} takes {len(self.parameters)} arguments, not {len(args)}")
+        values = [self._value(*pair) for pair in zip(self.parameters, args, strict=True)]
+        pointers = [ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values]
+        array = (ctypes.c_void_p * len(pointers))(*pointers)
+        self._launch(_Dim3(*_three(grid)), _Dim3(*_three(block)), shared_mem, array)
+
+    def _value(self, parameter, argument):
+        """The argument as the C value that this parameter wants."""
+        kind = re.sub(r"\b(const|__restrict__)\b", "", parameter)
+        kind = " ".join(re.sub(r"\w+$", "", kind.strip()).split())
+        if not kind.endswith("*"):
+            wanted = SCALARS[kind]
+            if type(argument) is not wanted:
+                raise TypeError(f"{self.name}: {parameter} wants {wanted.__name__}, not {argument!r}")
+            return np.ctypeslib.as_ctypes_type(wanted)(argument.item())
+        if argument is None:
+            return ctypes.c_void_p(0)
+        if type(argument) is np.uint64:  # an address
+            return ctypes.c_void_p(int(argument))
+        pointed = kind.removesuffix("*").strip()
+        if argument.dtype not in POINTED[pointed]:
+            raise TypeError(f"{self.name}: {parameter} wants {POINTED[pointed]}, not {argument.dtype}")
+        return ctypes.c_void_p(np.asarray(argument).__array_interface__["data"][0])
+
+
+def _three(size):
+    return (*size, 1, 1)[:3]

@@ -1,0 +1,38 @@
+"""Every kernel compiles for the GPUs that minitp is made for, and keeps all it works on in registers."""
+
+import shutil
+import subprocess
+
+import pytest
+from cuda_on_cpu import CUDA
+
+from minitp.cuda.compiler import compile_options
+
+ARCHITECTURES = ("80", "90a")  # A100; H100 and H200
+
+# Each file with macros as it is compiled with; a macro that changes the code stands here with each value.
+VARIANTS = {
+    "rms_norm.cu": [{}],
+}
+
+
+def test_all_kernels_are_compiled_here():
+    assert set(VARIANTS) == {path.name for path in CUDA.glob("*.cu")}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here, CUDA's compiler")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("file", "defines"), [(f, d) for f, some in VARIANTS.items() for d in some])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_compiles_without_spills(tmp_path, file, defines, dtype, architecture):
+    import ml_dtypes
+
+    options = compile_options(getattr(ml_dtypes, dtype, None), **defines)
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    command = ["nvcc", "-cubin", *options, target, "-Xptxas", "-v", f"-I{CUDA}", "-o", tmp_path / "out.cubin"]
+    done = subprocess.run([*command, CUDA / file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    spills = [line for line in done.stderr.splitlines() if "spill" in line]
+    assert spills
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), spills
