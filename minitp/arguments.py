@@ -113,6 +113,12 @@ def add_check(commands):
     add_prompt(sub)
     add_decode(sub, default=2)
     sub.add_argument("--report", metavar="FILE.html", help="also write a page to look at")
+    sub.add_argument(
+        "--path",
+        choices=["explicit", "fused"],
+        default="explicit",
+        help="fused: what runs on GPUs, at the steps that it has; explicit (default): operation by operation",
+    )
     add_model(sub)
     add_device(sub)
     return sub

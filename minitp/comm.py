@@ -109,6 +109,13 @@ class Comm:
         """End the whole job from one rank, without the others' consent."""
         raise NotImplementedError
 
+    def check(self):
+        """Raise RankError if a collective has failed unseen, on a GPU: what came of it is worthless."""
+
+    def local_rank(self):
+        """The number of this rank among those of its host; all ranks call it."""
+        return self.rank
+
     def close(self):
         """Leave in good order; all ranks call it, when nothing more is to be exchanged."""
 
@@ -270,6 +277,14 @@ class MpiComm(Comm):
 
     def broadcast(self, value):
         return self._world.bcast(value, root=0)
+
+    def local_rank(self):
+        from mpi4py import MPI
+
+        node = self._job.Split_type(MPI.COMM_TYPE_SHARED)
+        rank = node.Get_rank()
+        node.Free()
+        return rank
 
     def abort(self, exit_code):
         time.sleep(LAST_WORDS_S)

@@ -6,7 +6,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-LINE_BYTES = 64  # of a cache
+LINE_BYTES = 64  # of a CPU's cache, and more than a load of a GPU takes
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,14 @@ class Device:
     Attributes
     ----------
     xp : module
-        `numpy`; what `ops` computes with.
+        `numpy`, or on a GPU `cuda.arrays.Arrays`; what `ops` computes with.
     dtype : numpy.dtype
         Weights and the residual stream.
     """
 
     xp: Any
     dtype: np.dtype
+    is_gpu = False
 
     def to_host(self, array):
         """A NumPy array of the same numbers; it may be the array itself."""
@@ -41,10 +43,4 @@ def open_device(dtype="auto"):
     NumPy has no 16-bit products: it turns the weights into float32 for each one. That is slow; it is here
     to see what a 16-bit run does to the numbers.
     """
-    names = {
-        "auto": np.float32,
-        "float32": np.float32,
-        "float16": np.float16,
-        "bfloat16": ml_dtypes.bfloat16,
-    }
-    return Device(np, np.dtype(names[dtype]))
+    return Device(np, np.dtype(DTYPES["float32" if dtype == "auto" else dtype]))

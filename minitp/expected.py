@@ -20,10 +20,14 @@ themselves (in a hidden state one may be ten times all others together), so samp
 sum scale^4, which is the number of elements if all are of one size. And rows of the same token are much
 alike, and so are their errors: this is divided by how often a token comes on average.
 
+Where a run fuses operations, an input may be Unseen: then the oracle's chain and the third implementation's
+each go on from what they had there, so that the bound grows with the roundings on the way; and the second
+term comes once more for the Unseen, with its own roundings and samples: its luck is another than the result's.
+
 Shape letters as in `ops`; [n, T, d] are n heads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -31,6 +35,33 @@ import numpy as np
 from minitp import oracle
 
 BLOCK = 1 << 22  # weights in float64 at a time
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """An input that the run did not show.
+
+    Attributes
+    ----------
+    value : float64 array
+        The oracle's.
+    third : array
+        The third implementation's, in the run's dtype.
+    roundings : float
+        Of it and of what it came from, in units of 1: each two roundoffs.
+    samples : float
+        The fewest of them.
+    """
+
+    value: np.ndarray
+    third: np.ndarray
+    roundings: float
+    samples: float
+
+
+def both(x):
+    """An input as (the oracle's, the third implementation's); one that was seen is the same for both."""
+    return (x.value, x.third) if isinstance(x, Unseen) else (x, x)
 
 
 @dataclass(frozen=True)
@@ -45,6 +76,8 @@ class Expected:
         In the sum that makes a number.
     common : tuple of int
         Axes along which numbers have much of their error in common, and count as one sample.
+    roundings, samples : float
+        Those of its Unseen inputs together.
     """
 
     value: np.ndarray
@@ -52,6 +85,8 @@ class Expected:
     scale: np.ndarray | None = None
     terms: int = 1
     common: tuple = ()
+    roundings: float = 0.0
+    samples: float = 1.0
 
     def bounds(self, dtype, repeats=1):
         """The largest relative and absolute error allowed in `dtype`, if each token comes so often."""
@@ -65,8 +100,24 @@ class Expected:
         slack = 2 * _roundoff(dtype) + _roundoff(np.float32) * self.terms**0.5
         squares = np.square(self.scale, where=finite, out=np.zeros_like(self.scale))
         samples = max(1, _participation(squares.sum(axis=self.common)) / repeats)
-        relative = (2 * np.linalg.norm(off) + slack * (squares.sum() / samples) ** 0.5) / size
-        return float(relative), float(2 * np.max(np.abs(off)) + slack * np.max(squares) ** 0.5)
+        luck = slack / samples**0.5 + self.roundings / max(1, self.samples / repeats) ** 0.5
+        relative = (2 * np.linalg.norm(off) + luck * squares.sum() ** 0.5) / size
+        largest = 2 * np.max(np.abs(off)) + (slack + self.roundings) * np.max(squares) ** 0.5
+        return float(relative), float(largest)
+
+    def unseen(self, dtype):
+        """This as an input of the next operation, if the run has not shown what it had in `dtype`."""
+        samples = _participation(np.square(self.scale).sum(axis=self.common))
+        samples = min(samples, self.samples) if self.roundings else samples
+        return Unseen(self.value, self.third.astype(dtype), self.roundings + 2 * _roundoff(dtype), samples)
+
+    def of(self, *inputs):
+        """The same, with what the Unseen among its inputs add."""
+        unseen = [x for x in inputs if isinstance(x, Unseen)]
+        if not unseen:
+            return self
+        roundings, samples = sum(x.roundings for x in unseen), min(x.samples for x in unseen)
+        return replace(self, roundings=roundings, samples=samples)
 
     def as_heads(self, head_dim):
         """[T, n * d] as [n, T, d]."""
@@ -74,7 +125,7 @@ class Expected:
         def split(x):
             return x.reshape(len(x), -1, head_dim).transpose(1, 0, 2)
 
-        return Expected(split(self.value), split(self.third), split(self.scale), self.terms)
+        return replace(self, value=split(self.value), third=split(self.third), scale=split(self.scale))
 
 
 def _participation(squares):
@@ -110,14 +161,18 @@ def exactly(value):
 
 def rms_norm(x, weight, eps):
     """[T, D], [D] -> [T, D]"""
+    given = x
+    x, x3 = both(x)  # [T, D] each
     value = oracle.rms_norm(x, weight, eps)  # [T, D]
-    x32, w32 = x.astype(np.float32), weight.astype(np.float32)  # [T, D], [D]
+    x32, w32 = x3.astype(np.float32), weight.astype(np.float32)  # [T, D], [D]
     third = x32 / np.sqrt(np.mean(x32 * x32, axis=-1, keepdims=True) + np.float32(eps)) * w32  # [T, D]
-    return Expected(value, _rounded(third, x.dtype), np.abs(value), common=(-1,))
+    return Expected(value, _rounded(third, x3.dtype), np.abs(value), common=(-1,)).of(given)
 
 
 def linear(x, weight, bias=None, dtype=None):
     """x W^T + b: [T, in], [out, in], [out] -> [T, out] in `dtype`, None for that of `x`."""
+    given = x
+    x, x3 = both(x)  # [T, in] each
     shape = (len(x), len(weight))
     value, third, scale = np.empty(shape), np.empty(shape), np.empty(shape)  # [T, out] each
     squares = np.square(x, dtype=np.float64)  # [T, in]
@@ -127,23 +182,25 @@ def linear(x, weight, bias=None, dtype=None):
         w = weight[out]  # [step, in]
         b = np.zeros(len(w), np.float32) if bias is None else bias[out]  # [step]
         value[:, out] = oracle.linear(x, w, b)
-        third[:, out] = _rounded(_product(x, w.T) + b.astype(np.float32), dtype or x.dtype)
+        third[:, out] = _rounded(_product(x3, w.T) + b.astype(np.float32), dtype or x3.dtype)
         scale[:, out] = squares @ np.square(w.T, dtype=np.float64) + np.square(b, dtype=np.float64)
-    return Expected(value, third, np.sqrt(scale), terms=weight.shape[1])
+    return Expected(value, third, np.sqrt(scale), terms=weight.shape[1]).of(given)
 
 
 def rope(x, positions, inverse_frequencies):
     """[n, T, d], int [T], float64 [d/2] -> [n, T, d]. The third computes the angles in float32, as all do."""
+    given = x
+    x, x3 = both(x)  # [n, T, d] each
     value = oracle.rope(x, positions, inverse_frequencies)  # [n, T, d]
     angles = np.multiply.outer(
         positions.astype(np.float32), inverse_frequencies.astype(np.float32)
     )  # [T, d/2]
     cos, sin = np.cos(angles), np.sin(angles)  # [T, d/2] each
-    first, second = np.split(x.astype(np.float32), 2, axis=-1)  # [n, T, d/2] each
+    first, second = np.split(x3.astype(np.float32), 2, axis=-1)  # [n, T, d/2] each
     third = np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)  # [n, T, d]
     pair = np.hypot(first, second, dtype=np.float64)  # [n, T, d/2]
     scale = np.concatenate((pair, pair), axis=-1)  # [n, T, d]
-    return Expected(value, _rounded(third, x.dtype), scale, common=(0, 2))
+    return Expected(value, _rounded(third, x3.dtype), scale, common=(0, 2)).of(given)
 
 
 def scores(q, k, mask):
@@ -159,31 +216,37 @@ def scores(q, k, mask):
 
 def softmax(x):
     """float32 [H_r, T, S] -> float32 [H_r, T, S]"""
+    given = x
+    x, x3 = both(x)  # [H_r, T, S] each
     value = oracle.softmax(x)  # [H_r, T, S]
-    shifted = x - np.max(x, axis=-1, keepdims=True)  # [H_r, T, S]
+    shifted = x3 - np.max(x3, axis=-1, keepdims=True)  # [H_r, T, S]
     terms = np.exp(shifted)  # [H_r, T, S]
     third = terms / np.sum(terms, axis=-1, keepdims=True)  # [H_r, T, S]
     # Rounding s - max moves e^(s - max) by as many units as that is large.
     scale = value * (1 + np.where(np.isfinite(shifted), -shifted, 0))  # [H_r, T, S]
-    return Expected(value, third.astype(np.float64), scale, common=(-1,))
+    return Expected(value, third.astype(np.float64), scale, common=(-1,)).of(given)
 
 
 def context(probs, v):
     """float32 [H_r, T, S], each head's values [H_r, S, d] -> [T, H_r * d]"""
+    given = probs
+    probs, probs3 = both(probs)  # [H_r, T, S] each
     value = oracle.context(probs, v)  # [T, H_r * d]
-    third = np.concatenate(_product(probs.astype(v.dtype), v), axis=-1)  # [T, H_r * d]
+    third = np.concatenate(_product(probs3.astype(v.dtype), v), axis=-1)  # [T, H_r * d]
     squares = np.matmul(np.square(probs, dtype=np.float64), np.square(v, dtype=np.float64))  # [H_r, T, d]
     scale = np.sqrt(np.concatenate(squares, axis=-1))  # [T, H_r * d]
-    return Expected(value, _rounded(third, v.dtype), scale, terms=v.shape[1])
+    return Expected(value, _rounded(third, v.dtype), scale, terms=v.shape[1]).of(given)
 
 
 def swiglu(gate, up):
     """[T, F_r] twice -> [T, F_r]"""
+    given = gate, up
+    (gate, gate3), (up, up3) = both(gate), both(up)  # [T, F_r] each
     value = oracle.swiglu(gate, up)  # [T, F_r]
-    g = gate.astype(np.float32)  # [T, F_r]
+    g = gate3.astype(np.float32)  # [T, F_r]
     with np.errstate(over="ignore"):
-        third = g / (1 + np.exp(-g)) * up.astype(np.float32)  # [T, F_r]
-    return Expected(value, _rounded(third, gate.dtype), np.abs(value))
+        third = g / (1 + np.exp(-g)) * up3.astype(np.float32)  # [T, F_r]
+    return Expected(value, _rounded(third, gate3.dtype), np.abs(value)).of(*given)
 
 
 def total(parts, bias=None):
@@ -191,17 +254,22 @@ def total(parts, bias=None):
 
     The third rounds the sum as an all-reduce must, before the bias comes to it.
     """
+    given = parts
+    parts, thirds = zip(*map(both, parts), strict=True)  # [T, D] each
+    dtype = thirds[0].dtype
     terms = [*parts, np.zeros_like(parts[0][0]) if bias is None else bias]  # [T, D] each, and [D]
     value = sum(term.astype(np.float64) for term in terms)  # [T, D]
-    third = _rounded(sum(part.astype(np.float32) for part in parts), parts[0].dtype)  # [T, D]
+    third = _rounded(sum(part.astype(np.float32) for part in thirds), dtype)  # [T, D]
     if bias is not None:
-        third = _rounded(third.astype(np.float32) + bias.astype(np.float32), parts[0].dtype)  # [T, D]
+        third = _rounded(third.astype(np.float32) + bias.astype(np.float32), dtype)  # [T, D]
     scale = np.sqrt(sum(np.square(term, dtype=np.float64) for term in terms))  # [T, D]
-    return Expected(value, third, scale, terms=len(terms))
+    return Expected(value, third, scale, terms=len(terms)).of(*given)
 
 
 def add(x, y):
     """x + y, of one shape."""
+    given = x, y
+    (x, x3), (y, y3) = both(x), both(y)
     value = x.astype(np.float64) + y.astype(np.float64)
-    third = _rounded(x.astype(np.float32) + y.astype(np.float32), x.dtype)
-    return Expected(value, third, np.abs(value))
+    third = _rounded(x3.astype(np.float32) + y3.astype(np.float32), x3.dtype)
+    return Expected(value, third, np.abs(value)).of(*given)

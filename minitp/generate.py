@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from minitp.errors import ContextError, InputError
-from minitp.model import prefill
+from minitp.model import host_logits, prefill
 from minitp.sampling import Sampler, token_logprobs
 from minitp.tokenizer import TextStream
 
@@ -42,7 +42,7 @@ def generate(model, prompt_ids, request, use_cache=True):
             return
         ids.append(token)
         if use_cache:
-            logits = model.forward([token], cache, logits_at=slice(-1, None))[0]  # [V]
+            logits = host_logits(model, model.forward([token], cache, logits_at=slice(-1, None)))[0]  # [V]
         else:
             cache = model.new_cache(len(ids))
             logits = prefill(model, cache, ids)  # [V]

@@ -12,6 +12,7 @@ bits on all ranks. Whoever wants to see the steps passes a `record`, which gets 
 """
 
 from minitp import ops
+from minitp.errors import InputError
 from minitp.kv_cache import BlockPool, KVCache
 from minitp.weights import Loader
 
@@ -40,6 +41,8 @@ class Model:
     kv_dtype : str
         How its caches keep keys and values: auto (the compute dtype), float16 or int8.
     """
+
+    fused = False  # whether several steps may be one operation, whose inner ones nobody sees
 
     def __init__(self, config, plan, weights, comm, device, kv_dtype="auto"):
         self.config = config
@@ -199,23 +202,59 @@ class Sequence:
             self.mask = ops.causal_mask(xp, self.positions, self.first_key, total, window)  # [n, W]
 
 
+def host_logits(model, logits):
+    """Logits as a NumPy array, which also waits for a GPU; RankError if a collective has failed on it."""
+    host = model.device.to_host(logits)
+    model.comm.check()
+    return host
+
+
 def joined(xp, arrays):
     """The arrays [n, ..] behind one another; a single one as it is."""
     return arrays[0] if len(arrays) == 1 else xp.concatenate(arrays)
 
 
-def load_model(source, comm, device, progress=lambda nbytes: None, kv_dtype="auto"):
-    """This rank's Model of a ModelSource; `progress` gets the bytes of each array loaded."""
-    weights = Loader(source.plan, comm.share, source.tensors, device, progress).load()
-    return Model(source.config, source.plan, weights, comm, device, kv_dtype)
+def load_model(source, comm, device, progress=lambda nbytes: None, kv_dtype="auto", path="auto"):
+    """This rank's Model of a ModelSource.
+
+    Parameters
+    ----------
+    source : ModelSource
+    comm : Comm
+    device : Device
+    progress : callable
+        Gets the bytes of each array loaded.
+    kv_dtype : str
+        As --kv-dtype.
+    path : str
+        explicit: through `ops`; fused: through the kernels of `cuda`, on a GPU; auto: fused where it can be.
+
+    Raises
+    ------
+    InputError
+        if the path cannot be had.
+    """
+    given = source.plan, comm.share, source.tensors, device, progress
+    if not device.is_gpu:
+        if path == "fused":
+            raise InputError("--path fused is made of kernels for GPUs; leave it out, or give --device cuda")
+        return Model(source.config, source.plan, Loader(*given).load(), comm, device, kv_dtype)
+    from minitp.cuda.fused import FusedModel, unfit
+    from minitp.cuda.loader import GpuLoader
+
+    reason = unfit(source.config, device, kv_dtype)
+    if path == "fused" and reason is not None:
+        raise InputError(f"--path fused: {reason}; use --path explicit")
+    kind = Model if path == "explicit" or reason is not None else FusedModel
+    return kind(source.config, source.plan, GpuLoader(*given).load(), comm, device, kv_dtype)
 
 
 def prefill(model, cache, token_ids, chunk=PREFILL_CHUNK):
-    """Run a prompt through the model in passes of at most `chunk` tokens; return the last logits [V]."""
+    """Run a prompt through in passes of at most `chunk` tokens; return the last logits [V], on the host."""
     for start, stop in chunks(model, len(token_ids), chunk):
         last = stop == len(token_ids)
         logits = model.forward(token_ids[start:stop], cache, logits_at=slice(-1, None) if last else None)
-    return logits[0]
+    return host_logits(model, logits)[0]
 
 
 def chunks(model, tokens, chunk=PREFILL_CHUNK):

@@ -80,14 +80,24 @@ def add_run(sub):
 
 
 def add_device(sub):
-    sub.add_argument("--device", choices=["auto", "cpu"], default="auto")
+    sub.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="cuda: each rank on a GPU of its own; auto (default): cuda where CuPy and a GPU are",
+    )
     sub.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
     sub.add_argument(
         "--comm",
-        choices=["auto", "mpi", "shm"],
+        choices=["auto", "nccl", "peer", "mpi", "shm"],
         default="auto",
-        help="shm: shared memory within a host, messages between hosts; mpi: messages; auto (default): shm "
-        "where ranks share a host",
+        help="shm: shared memory within a host, messages between hosts; mpi: messages; on GPUs also nccl, "
+        "and peer: small sums through the GPUs' own memory; auto (default): the fastest there is",
+    )
+    sub.add_argument(
+        "--share-gpu",
+        action="store_true",
+        help="several ranks may use one GPU: to see that it is right, slow",
     )
 
 

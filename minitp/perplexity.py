@@ -19,7 +19,7 @@ def perplexity(model, token_ids, context, progress=lambda tokens: None):
     total, scored = 0.0, 0
     for start in range(0, len(token_ids) - 1, context):
         window = token_ids[start : start + context]
-        cache = model.new_cache()
+        cache = model.new_cache(len(window))
         for at in range(0, len(window), CHUNK):
             logits = model.forward(window[at : at + CHUNK], cache, logits_at=slice(None))  # [n, V]
             total -= sum_log_likelihood(model.device.xp, logits, window[at + 1 : at + 1 + CHUNK])

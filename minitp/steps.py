@@ -48,6 +48,7 @@ AFTER = {
 }
 LAYER = ATTENTION | MLP
 PARTIAL = ("embed_partial", "attn.out_partial", "mlp.out_partial")
+FLOAT32 = ("attn.scores", "attn.probs", "logits_partial", "logits")  # in any dtype
 LARGE = ("attn.scores", "attn.probs")  # [H, T, S]: in a trace only if asked for by name
 
 

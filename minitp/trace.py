@@ -90,7 +90,7 @@ def wanted_steps(plan, passes, globs=None, oracle=False):
 
 def run_passes(model, token_ids, passes, record):
     """Run the prompt, then the token that was most probable after each pass; return all that went in."""
-    ids, cache = list(token_ids), model.new_cache()
+    ids, cache = list(token_ids), model.new_cache(passes[-1][2])
     for name, start, _ in passes:
         record.pass_name = name
         logits = model.forward(ids[start:], cache, logits_at=slice(None), record=record)  # [T, V]

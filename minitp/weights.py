@@ -120,7 +120,7 @@ class Loader:
             return
         shape = self.plan.tensors[EMBED].shape
         same = info.shape == shape and all(
-            (lm_head[:, start : start + len(rows)] == rows.astype(self.device.dtype).T).all()
+            (self.device.to_host(lm_head[:, start : start + len(rows)]) == rows.astype(lm_head.dtype).T).all()
             for start, rows in self._blocks(LM_HEAD, like=EMBED)
         )
         if not same:

@@ -25,11 +25,13 @@ def run_alone(args):
     """The single rank of --tp 1, or of --as-rank."""
     from minitp import commands
     from minitp.comm import Alone, OneOfMany
+    from minitp.places import place_ranks
 
     front = _front()
     share = getattr(args, "as_rank", None)
     comm = Alone() if share is None else OneOfMany(share, args.of)
     try:
+        comm = place_ranks(comm, args.device, args.comm, args.share_gpu)
         code = commands.run(args, comm, front)
     except AgreedError as error:
         code = _leave_together(error, args, comm, front)
@@ -61,14 +63,16 @@ def run_in_world(args, world, caller=None):
         comm = MpiComm(expected=world)  # first: without it there is no way to end the others
         try:
             from minitp import commands
+            from minitp.places import on_hosts, place_ranks
             from minitp.several_hosts import through_shared_memory
 
-            comm = through_shared_memory(comm, args.comm)
+            comm = through_shared_memory(comm, on_hosts(args.comm))
             with comm.agreed():
                 if args.tp != "auto" and ranks_wanted(args.tp, default=world) != world:
                     raise InputError(
                         f"--tp {args.tp} contradicts the MPI world of {world} ranks; leave --tp out"
                     )
+            comm = place_ranks(comm, args.device, args.comm, args.share_gpu)
             code = commands.run(args, comm, caller)
         except AgreedError as error:
             code = _leave_together(error, args, comm, caller)

@@ -10,9 +10,24 @@ from minitp.cuda.compiler import compile_options
 
 ARCHITECTURES = ("80", "90a")  # A100; H100 and H200
 
+PAGED = [{"HEAD_DIM": head_dim, "BLOCK_SIZE": 16} for head_dim in (64, 128, 256)]
+
 # Each file with macros as it is compiled with; a macro that changes the code stands here with each value.
 VARIANTS = {
+    "all_reduce.cu": [{"RANKS": 2}, {"RANKS": 8}],
+    "attention_decode.cu": PAGED,
+    "attention_prefill.cu": PAGED,
+    "begin_step.cu": [{}],
+    "cache_write.cu": [{"HEAD_DIM": 128}],
+    "linear.cu": [
+        {"TOKEN_TILES": 1, "PAIR_TILES": 1},
+        {"TOKEN_TILES": 1, "PAIR_TILES": 1, "NORM": 1},
+        {"TOKEN_TILES": 2, "PAIR_TILES": 1},
+        {"TOKEN_TILES": 4, "PAIR_TILES": 2},
+        {"TOKEN_TILES": 8, "PAIR_TILES": 2},
+    ],
     "rms_norm.cu": [{}],
+    "sample.cu": [{}],
 }
 
 

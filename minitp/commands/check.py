@@ -33,7 +33,7 @@ class Check:
     def run(args, comm, source, job):
         """Print the table and the verdict; 1 if a step is wrong."""
         ids, passes = job
-        model, _ = load(args, comm, source)
+        model, _ = load(args, comm, source, args.path)
         hidden = comm.rank != 0 or not sys.stderr.isatty()
         with tqdm(
             total=2 * source.plan.layers, desc="checking", unit="layer", leave=False, disable=hidden
@@ -77,6 +77,8 @@ def table(result):
             groups[f"layer {finding.layer}"].append(finding)
     rows = []
     for name, findings in groups.items():
+        if not findings:  # inside a fused operation
+            continue
         worst = max(findings, key=lambda finding: finding.share)
         where = f"{worst.name} rank {worst.rank}" if worst.share else ""
         rows.append((name, *errors(worst), where, total(findings)))

@@ -10,10 +10,19 @@ from minitp.model import load_model
 from minitp.weights import shard_nbytes
 
 
-def load(args, comm, source):
-    """This rank's Model, with a progress bar of rank 0's share on a terminal; and the seconds it took."""
+def device_of(args, comm, source):
+    """Where this rank computes: on the GPU that `comm` knows of, or on the CPU."""
+    if getattr(comm, "gpu", None) is None:
+        return open_device(args.dtype)
+    from minitp.cuda.gpu import with_dtype
+
+    return with_dtype(comm.gpu, args.dtype, source.config.dtype)
+
+
+def load(args, comm, source, path="auto"):
+    """This rank's Model, on a path of `load_model`, and the seconds it took; rank 0 shows its progress."""
     started = perf_counter()
-    device = open_device(args.dtype)
+    device = device_of(args, comm, source)
     with (
         comm.agreed(),
         tqdm(
@@ -25,5 +34,5 @@ def load(args, comm, source):
             disable=comm.rank != 0 or not sys.stderr.isatty(),
         ) as bar,
     ):
-        model = load_model(source, comm, device, bar.update, getattr(args, "kv_dtype", "auto"))
+        model = load_model(source, comm, device, bar.update, getattr(args, "kv_dtype", "auto"), path)
     return model, perf_counter() - started

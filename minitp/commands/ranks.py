@@ -1,6 +1,6 @@
 """`minitp ranks`: what LLM, `minitp chat` and `minitp serve` start; it serves requests and has no output."""
 
-from minitp.device import open_device
+from minitp.commands.loading import device_of
 from minitp.engine.engine import Engine
 from minitp.engine.service import serve
 from minitp.environment import memory
@@ -32,7 +32,7 @@ class Ranks:
     @staticmethod
     def run(args, comm, source, caller):
         """Load the model, then serve the caller of rank 0 until it wants no more."""
-        device = open_device(args.dtype)
+        device = device_of(args, comm, source)
         with comm.agreed():
             progress = (lambda nbytes: None) if comm.rank else Loading(source, comm, device, caller)
             model = load_model(source, comm, device, progress, args.kv_dtype)

@@ -33,7 +33,7 @@ class Trace:
                 if comm.rank == 0:
                     write_oracle_trace(path, source, ids, passes, wanted)
         else:
-            model, _ = load(args, comm, source)
+            model, _ = load(args, comm, source, "explicit")
             write_trace(path, source, model, ids, passes, wanted, args.per_rank)
         if comm.rank == 0:
             who = "the oracle, float64" if args.oracle else counted(comm.size, "rank")

@@ -8,6 +8,7 @@
 
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
+#define MINUS_INFINITY __uint_as_float(0xff800000u)
 
 struct Half {  // a 16-bit float
     unsigned short bits;
@@ -17,6 +18,10 @@ struct alignas(16) Half8 {  // what one load takes
     Half at[8];
 };
 
+struct alignas(8) Half4 {
+    Half at[4];
+};
+
 #ifdef CUDA_ON_CPU
 
 // The linkage of dynamic shared memory differs; see cuda_on_cpu.h.
@@ -24,7 +29,22 @@ struct alignas(16) Half8 {  // what one load takes
 
 __device__ inline float to_float(Half x) { return cuda_on_cpu::to_float(x.bits); }
 __device__ inline Half to_half(float x) { return Half{cuda_on_cpu::to_half(x)}; }
+__device__ inline unsigned pair(Half first, Half second) {
+    return first.bits | static_cast<unsigned>(second.bits) << 16;
+}
+__device__ inline uint4 load_once(const uint4 *p, bool there) { return there ? *p : uint4{}; }
 __device__ inline Half8 load_once(const Half8 *p) { return *p; }
+__device__ inline void store_release(unsigned long long *p, unsigned long long x) {
+    __atomic_store_n(p, x, __ATOMIC_RELEASE);
+}
+__device__ inline unsigned long long load_acquire(const unsigned long long *p) {
+    return cuda_on_cpu::load_acquire(p);
+}
+__device__ inline long long nanoseconds() { return cuda_on_cpu::nanoseconds(); }
+__device__ inline void copy_async(Half *shared, const Half *global) {
+    *reinterpret_cast<Half8 *>(shared) = *reinterpret_cast<const Half8 *>(global);
+}
+__device__ inline void copies_done() {}
 __device__ inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     cuda_on_cpu::mma(c, a, b);
 }
@@ -54,16 +74,62 @@ __device__ inline Half to_half(float x) {  // to nearest, ties to even
     return y;
 }
 
-// Weights are read once a step: past L1, so that they push nothing out of it.
+__device__ inline unsigned pair(Half first, Half second) {  // two neighbours of a matrix as `mma` takes them
+    unsigned y;
+    asm("mov.b32 %0, {%1, %2};" : "=r"(y) : "h"(first.bits), "h"(second.bits));
+    return y;
+}
+
+// Weights are read once a step: past L1, so that they push nothing out of it. Zero where there is nothing, by
+// a predicate: a `?:` around the load may end in a copy of what it returns, and so in a wait for it.
+__device__ inline uint4 load_once(const uint4 *p, bool there) {
+    uint4 x = {};
+    asm volatile("{\n"
+                 ".reg .pred there;\n"
+                 "setp.ne.u32 there, %5, 0;\n"
+                 "@there ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 "}"
+                 : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
+                 : "l"(p), "r"(static_cast<unsigned>(there)));
+    return x;
+}
+
 __device__ inline Half8 load_once(const Half8 *p) {
     union {
         uint4 words;
         Half8 halves;
     } x;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.words.x), "=r"(x.words.y), "=r"(x.words.z), "=r"(x.words.w)
-                 : "l"(p));
+    x.words = load_once(reinterpret_cast<const uint4 *>(p), true);
     return x.halves;
+}
+
+// 16 bytes into shared memory, past the registers; there when this thread's copies are done.
+__device__ inline void copy_async(Half *shared, const Half *global) {
+    asm volatile("{\n"
+                 ".reg .u64 to;\n"
+                 "cvta.to.shared.u64 to, %0;\n"
+                 "cp.async.cg.shared.global [to], [%1], 16;\n"
+                 "}" ::"l"(shared), "l"(global) : "memory");
+}
+
+__device__ inline void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Numbers by which GPUs tell each other: who loads x sees all that this thread, and those it has met at a
+// barrier, wrote before storing it.
+__device__ inline void store_release(unsigned long long *p, unsigned long long x) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
+}
+
+__device__ inline unsigned long long load_acquire(const unsigned long long *p) {
+    unsigned long long x;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+    return x;
+}
+
+__device__ inline long long nanoseconds() {
+    long long now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    return now;
 }
 
 // c[16, 8] += a[16, 16] @ b[16, 8], of 16-bit numbers in pairs, summed in float32 (PTX ISA, "Matrix Fragments
@@ -87,7 +153,8 @@ __device__ inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned
 // x, rounded to 16 bits and back: where the explicit operation rounds, the kernel does too.
 __device__ inline float rounded(float x) { return to_float(to_half(x)); }
 
-__device__ inline float warp_sum(float x) {  // the same on all lanes
+template <class Value>
+__device__ inline Value warp_sum(Value x) {  // the same on all lanes
     for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
     return x;
 }
@@ -97,12 +164,13 @@ __device__ inline float warp_max(float x) {
     return x;
 }
 
-// The sum over all threads of a block, the same on all of them. `room` is shared, of 32 floats.
-__device__ inline float block_sum(float x, float *room) {
+// The sum over all threads of a block, the same on all of them. `room` is shared, of 32 values.
+template <class Value>
+__device__ inline Value block_sum(Value x, Value *room) {
     const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     x = warp_sum(x);
     __syncthreads();  // whoever used the room before has read it
     if (lane == 0) room[threadIdx.x / WARP] = x;
     __syncthreads();
-    return warp_sum(lane < warps ? room[lane] : 0.0f);
+    return warp_sum(lane < warps ? room[lane] : Value(0));
 }

@@ -1,16 +1,18 @@
 // rms_norm: the twin of ops.rms_norm, with the residual addition before it.
 //
 // A block takes a row. x and out are [rows, width], weight [width]; width is a multiple of 8. With `addend`,
-// x += addend first (the residual stream, rounded as `x + addend` is), and x is written back.
+// x += addend first (the residual stream, rounded as `x + addend` is), and x is written back; with `bias`
+// [width] too, x += addend + bias, rounded after each addition.
 
 #include "common.h"
 
-extern "C" __global__ void rms_norm(Half *x, const Half *addend, const Half *weight, Half *out, int width,
-                                    float eps) {
+extern "C" __global__ void rms_norm(Half *x, const Half *addend, const Half *bias, const Half *weight,
+                                    Half *out, int width, float eps) {
     __shared__ float room[WARP];
     const long long row = static_cast<long long>(blockIdx.x) * width;
     Half8 *const x8 = reinterpret_cast<Half8 *>(x + row);
     const Half8 *const addend8 = addend == nullptr ? nullptr : reinterpret_cast<const Half8 *>(addend + row);
+    const Half8 *const bias8 = reinterpret_cast<const Half8 *>(bias);
     const Half8 *const weight8 = reinterpret_cast<const Half8 *>(weight);
     Half8 *const out8 = reinterpret_cast<Half8 *>(out + row);
 
@@ -18,7 +20,11 @@ extern "C" __global__ void rms_norm(Half *x, const Half *addend, const Half *wei
     for (int i = threadIdx.x; i < width / 8; i += blockDim.x) {
         Half8 values = x8[i];
         if (addend8 != nullptr) {
-            const Half8 more = addend8[i];
+            Half8 more = addend8[i];
+            if (bias8 != nullptr) {
+                const Half8 always = bias8[i];
+                for (int j = 0; j < 8; j++) more.at[j] = to_half(to_float(more.at[j]) + to_float(always.at[j]));
+            }
             for (int j = 0; j < 8; j++) values.at[j] = to_half(to_float(values.at[j]) + to_float(more.at[j]));
             x8[i] = values;
         }

@@ -6,7 +6,7 @@ THREADS = 256
 
 
 class RmsNorm:
-    """out = rms_norm(x) * weight, of rows; with an addend, x += addend first.
+    """out = rms_norm(x) * weight, of rows; with an addend, x += addend (+ bias) first.
 
     Parameters
     ----------
@@ -16,8 +16,8 @@ class RmsNorm:
     def __init__(self, compiler):
         self._kernel = compiler.kernel("rms_norm.cu", "rms_norm")
 
-    def __call__(self, x, weight, out, eps, addend=None):
-        """All 16-bit: `x`, `addend` and `out` [T, D] with D a multiple of 8, `weight` [D]."""
+    def __call__(self, x, weight, out, eps, addend=None, bias=None):
+        """All 16-bit: `x`, `addend` and `out` [T, D] with D a multiple of 8, `weight` and `bias` [D]."""
         rows, width = x.shape
-        args = (x, addend, weight, out, np.int32(width), np.float32(eps))
+        args = (x, addend, bias, weight, out, np.int32(width), np.float32(eps))
         self._kernel((rows,), (THREADS,), args)

@@ -5,7 +5,7 @@ from functools import partial
 from minitp.engine.scheduler import Scheduler
 from minitp.generate import check_prompt
 from minitp.kv_cache import PagedCache
-from minitp.model import largest_pass
+from minitp.model import host_logits, largest_pass
 
 
 class Engine:
@@ -76,4 +76,5 @@ class Engine:
             cache.block_table += blocks
             parts.append((tokens, cache))
         logits_at = self.model.device.xp.asarray(plan.logits_at) if plan.logits_at else None
-        return self.model.forward_batch(parts, logits_at=logits_at)
+        logits = self.model.forward_batch(parts, logits_at=logits_at)
+        return None if logits is None else host_logits(self.model, logits)

@@ -22,7 +22,7 @@ from minitp.cuda.compiler import compile_options
 
 HERE = Path(__file__).parent
 CUDA = HERE.parent.parent / "minitp" / "cuda"
-KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(([^)]*)\)')
+KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(([^)]*)\)')
 SCALARS = {
     "int": np.int32,
     "unsigned": np.uint32,
@@ -34,6 +34,7 @@ NARROW = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 POINTED = {
     "Half": NARROW,
     "float": (np.dtype(np.float32),),
+    "double": (np.dtype(np.float64),),
     "int": (np.dtype(np.int32),),
     "unsigned": (np.dtype(np.uint32),),
     "long long": (np.dtype(np.int64),),
@@ -123,10 +124,13 @@ class Kernel:
         self._launch.argtypes = [_Dim3, _Dim3, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)]
         self._launch.restype = None
         self.parameters = [" ".join(one.split()) for one in parameters.split(",")]
+        self.max_dynamic_shared_size_bytes = 48 << 10  # whoever wants more must say so, as to CuPy
 
     def __call__(self, grid, block, args, shared_mem=0):
         if len(args) != len(self.parameters):
             raise TypeError(f"{self.name} takes {len(self.parameters)} arguments, not {len(args)}")
+        if shared_mem > self.max_dynamic_shared_size_bytes:
+            raise ValueError(f"{self.name}: {shared_mem} bytes of shared memory are more than was asked for")
         values = [self._value(*pair) for pair in zip(self.parameters, args, strict=True)]
         pointers = [ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values]
         array = (ctypes.c_void_p * len(pointers))(*pointers)

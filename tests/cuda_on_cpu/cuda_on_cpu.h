@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -223,6 +224,17 @@ Value of_lane(Value mine, int lane) {
     return its;
 }
 
+inline unsigned long long load_acquire(const unsigned long long *p) {
+    sched_yield();  // the process that is waited for may want this core
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+inline long long nanoseconds() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
 inline void check_mask(unsigned mask) {
     if (mask != 0xffffffffu) fail("a shuffle of a part of a warp");
 }
@@ -230,6 +242,18 @@ inline void check_mask(unsigned mask) {
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads() { cuda_on_cpu::block_barrier(); }
+
+inline int __syncthreads_or(int predicate) {
+    static int any;
+    any |= predicate != 0;
+    __syncthreads();
+    const int result = any;
+    __syncthreads();
+    any = 0;
+    __syncthreads();
+    return result;
+}
+
 inline void __threadfence() {}
 inline void __threadfence_system() { __sync_synchronize(); }
 

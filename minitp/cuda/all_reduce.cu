@@ -1,0 +1,130 @@
+// all_reduce: the sum over all ranks of a host, the twin of comm._sum_in_rank_order, through memory that all
+// their GPUs can see. all_reduce_norm: the same, then the bias, the residual addition and ops.rms_norm.
+//
+//   rank 0's region             rank 1's region
+//   +-------+-------+-------+   +-------+-------+-------+
+//   | slot  | slot  | flags |   | slot  | slot  | flags |    slots Half [2, max_rows, width]
+//   +-------+-------+-------+   +-------+-------+-------+    flags unsigned long long [max_rows, RANKS]
+//
+// A block takes a row (the norm needs all of it), and a thread 8 columns of it, in registers from the first
+// load to the last store. In the n-th call of its block each rank writes its row into slot n mod 2 of its own
+// region, then n into its flag in every region, waits until all flags in its own have reached n, and reads
+// the row from all slots. Why two slots in turn are enough is told in shared_memory.py. A row's place and
+// flags are its block's alone, so blocks need not wait for each other. The device counts n, so that a
+// captured graph can be replayed.
+//
+//   partial, out, residual, normed Half [rows, width]     a block for each row
+//   bias (may be null), weight Half [width]
+//   regions unsigned long long [RANKS]                     their addresses, as this rank's GPU sees them
+//   calls unsigned long long [max_rows]                    of each block so far; as the flags 0 at the start
+//   missing int [1]                                        0, or 1 + the rank that was waited for in vain
+// width is a multiple of 8, at most 8 * blockDim.x. After patience_ns a wait ends: `missing` then tells for
+// whom, and all later calls return at once. What they should have written is not.
+//
+// A call reads RANKS - 1 rows of 2 * width bytes over the links. All these loads are in flight together, and
+// flags are pushed to where they are polled, so a call takes two crossings: one flag, and one load.
+
+#include "common.h"
+
+struct Place {  // of this block's row and flags
+    const unsigned long long *regions;
+    int max_rows, width;
+
+    __device__ Half8 *row(int rank, int slot) const {
+        const long long start = (static_cast<long long>(slot) * max_rows + blockIdx.x) * width;
+        return reinterpret_cast<Half8 *>(reinterpret_cast<Half *>(regions[rank]) + start);
+    }
+    __device__ unsigned long long *flag(int region, int of) const {
+        Half *const flags = reinterpret_cast<Half *>(regions[region]) + 2LL * max_rows * width;
+        return reinterpret_cast<unsigned long long *>(flags) + blockIdx.x * RANKS + of;
+    }
+};
+
+// Shows this rank's row to the others and waits for theirs, which then are at `rows`. False, on all threads,
+// if one did not come.
+__device__ inline bool exchange(Place place, const Half *partial, const Half8 *(&rows)[RANKS],
+                                unsigned long long *calls, int *missing, int rank, long long patience_ns) {
+    const int i = threadIdx.x;
+    const unsigned long long number = calls[blockIdx.x] + 1;
+    const int slot = number % 2;
+    for (int r = 0; r < RANKS; r++) rows[r] = place.row(r, slot);
+    if (__syncthreads_or(*missing != 0)) return false;
+
+    const long long start = static_cast<long long>(blockIdx.x) * place.width;
+    if (i < place.width / 8) place.row(rank, slot)[i] = reinterpret_cast<const Half8 *>(partial + start)[i];
+    __syncthreads();  // the whole row is written before any flag says so
+    if (i < RANKS) store_release(place.flag(i, rank), number);
+    __syncwarp();  // all ranks are told before any is waited for
+    bool came = true;
+    if (i < RANKS) {
+        const long long begun = nanoseconds();
+        while (came && load_acquire(place.flag(rank, i)) < number) came = nanoseconds() - begun < patience_ns;
+        if (!came) *missing = 1 + i;
+    }
+    if (i == 0) calls[blockIdx.x] = number;
+    return !__syncthreads_or(!came);
+}
+
+// 8 columns of the sum. In rank order, so that it is the same bits on all ranks.
+__device__ inline Half8 sum_of(const Half8 *const (&rows)[RANKS]) {
+    Half8 terms[RANKS], sum;
+#pragma unroll
+    for (int r = 0; r < RANKS; r++) terms[r] = rows[r][threadIdx.x];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        float total = to_float(terms[0].at[j]);
+#pragma unroll
+        for (int r = 1; r < RANKS; r++) total += to_float(terms[r].at[j]);
+        sum.at[j] = to_half(total);
+    }
+    return sum;
+}
+
+extern "C" __global__ void __launch_bounds__(1024) all_reduce(const Half *partial, Half *out,
+                                                              const unsigned long long *regions,
+                                                              unsigned long long *calls, int *missing,
+                                                              int rank, int max_rows, int width,
+                                                              long long patience_ns) {
+    const int i = threadIdx.x;
+    const Half8 *rows[RANKS];
+    if (!exchange({regions, max_rows, width}, partial, rows, calls, missing, rank, patience_ns)) return;
+    Half8 *const out8 = reinterpret_cast<Half8 *>(out + static_cast<long long>(blockIdx.x) * width);
+    if (i < width / 8) out8[i] = sum_of(rows);
+}
+
+extern "C" __global__ void __launch_bounds__(1024) all_reduce_norm(const Half *partial, Half *residual,
+                                                                   const Half *bias, const Half *weight,
+                                                                   Half *normed,
+                                                                   const unsigned long long *regions,
+                                                                   unsigned long long *calls, int *missing,
+                                                                   int rank, int max_rows, int width,
+                                                                   long long patience_ns, float eps) {
+    __shared__ float room[WARP];
+    const int i = threadIdx.x;
+    const bool mine = i < width / 8;
+    const long long row = static_cast<long long>(blockIdx.x) * width;
+    Half8 *const residual8 = reinterpret_cast<Half8 *>(residual + row);
+    // Before the wait, so that they are here when it ends.
+    Half8 x = mine ? residual8[i] : Half8{};
+    const Half8 weights = mine ? reinterpret_cast<const Half8 *>(weight)[i] : Half8{};
+
+    const Half8 *rows[RANKS];
+    if (!exchange({regions, max_rows, width}, partial, rows, calls, missing, rank, patience_ns)) return;
+    float squares = 0;
+    if (mine) {
+        const Half8 sum = sum_of(rows);
+        for (int j = 0; j < 8; j++) {
+            float addend = to_float(sum.at[j]);
+            if (bias != nullptr) addend = rounded(addend + to_float(bias[8 * i + j]));
+            x.at[j] = to_half(to_float(x.at[j]) + addend);
+            squares += to_float(x.at[j]) * to_float(x.at[j]);
+        }
+        residual8[i] = x;
+    }
+    const float rms = sqrtf(block_sum(squares, room) / width + eps);
+    if (!mine) return;
+    for (int j = 0; j < 8; j++) {
+        x.at[j] = to_half(rounded(to_float(x.at[j]) / rms) * to_float(weights.at[j]));
+    }
+    reinterpret_cast<Half8 *>(normed + row)[i] = x;
+}

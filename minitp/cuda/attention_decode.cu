@@ -1,0 +1,228 @@
+// attention_decode: one query token of each of B sequences; the twin of ops.attention_scores, ops.softmax and
+// ops.attention_context, over a paged cache. Split over the keys (flash-decoding, Dao et al., 2023).
+//
+//   q             [B, H, d]           d = HEAD_DIM, a multiple of 8
+//   k_cache       [K, slots, d]       of one layer; v_cache alike. Key p of sequence b is row
+//   block_table   [B, max_blocks]         block_table[b][p / BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
+//   lengths       [B]                 keys of each sequence, this step's own included; 0: out gets zeros
+//   group_starts  [K + 1]             query heads group_starts[j] .. group_starts[j + 1] - 1 read KV head j
+//   out           [B, out_stride]     of which the first H * d columns are written
+//   partials      [B, K * pieces, splits] of Part; not used by a grid of one split
+//   counters      [B, K * pieces]     zeros, and zeros again afterwards
+//
+// The grid is (splits, K * pieces, B): `pieces` runs of 8 query heads make up the largest group. A split
+// takes a run of the keys that the sequence sees (the last `window`, or all if that is 0), its warps take
+// tiles of 16 by turns, and whoever is last of the splits adds up what all have found, in their order: one
+// launch, and always the same bits. Lengths are read here, so the same grid serves them all; splits that a
+// short sequence has no keys for leave at once.
+//
+// Each key and value is read once, for all heads of a group, straight into the registers that the tensor
+// cores take it from: 4 d bytes a key and KV head, and nothing else of that size. A sum over d may go in any
+// order, and so may the rows of a product. So lane l, with g = l / 4 and t = l % 4, loads 16 bytes at once:
+//   of key g, and g + 8, the 8 elements from 8 t on of each 32, which two products over 16 "d" want of it if
+//   the query is loaded alike;
+//   of the values of keys 2t, 2t+1, 2t+8 and 2t+9 the 8 elements from 8 g on of each 64, which are its rows g
+//   and g + 8 of four products.
+// With d = 128 a lane has 16 such loads in flight, a warp 8 KiB.
+//
+//   scores [8 heads, 16 keys] = query @ keys.T         context.T [d, 8 heads] += values.T @ weights.T
+//
+// where the scores come out in the lanes that the weights are wanted in. The explicit operation rounds the
+// probabilities to 16 bits; here it is exp(score - the largest so far), and their sum divides at the end.
+
+#include "common.h"
+
+constexpr int WARPS = 4, TILE = 16, HEADS = 8;
+constexpr int KEY_CHUNKS = (HEAD_DIM + 31) / 32, VALUE_CHUNKS = (HEAD_DIM + 63) / 64;
+
+struct alignas(16) Part {  // what some of the keys say
+    float max[HEADS], sum[HEADS];  // of the scores; of exp(score - max)
+    float context[HEADS][HEAD_DIM];  // sum of exp(score - max) * value
+};
+
+// The part of all keys, 4 columns of a head's context; its max and sum too.
+__device__ inline float4 merged(const Part *parts, int n, int head, int column, float &max, float &sum) {
+    max = parts[0].max[head];
+    for (int i = 1; i < n; i++) max = fmaxf(max, parts[i].max[head]);
+    sum = 0;
+    float4 context = {0, 0, 0, 0};
+#pragma unroll 4
+    for (int i = 0; i < n; i++) {
+        const float weight = __expf(parts[i].max[head] - max);  // 0 of a part without keys
+        const float4 more = *reinterpret_cast<const float4 *>(&parts[i].context[head][column]);
+        sum += weight * parts[i].sum[head];
+        context.x += weight * more.x;
+        context.y += weight * more.y;
+        context.z += weight * more.z;
+        context.w += weight * more.w;
+    }
+    return context;
+}
+
+__device__ inline void write_mean(Half *out, float4 context, float sum) {
+    const float scale = 1 / sum;
+    *reinterpret_cast<Half4 *>(out) = {to_half(context.x * scale), to_half(context.y * scale),
+                                       to_half(context.z * scale), to_half(context.w * scale)};
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
+    const Half *q, const Half *k_cache, const Half *v_cache, const int *block_table, const int *lengths,
+    const int *group_starts, Half *out, float *partials, unsigned *counters, int pieces, int slots,
+    int max_blocks, int out_stride, int window) {
+    __shared__ Part of_warps[WARPS];
+    __shared__ bool last;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    const int split = blockIdx.x, kv_head = blockIdx.y / pieces, sequence = blockIdx.z;
+    const int all_heads = group_starts[gridDim.y / pieces];
+    const int first_head = group_starts[kv_head] + blockIdx.y % pieces * HEADS;
+    const int heads = min(HEADS, group_starts[kv_head + 1] - first_head);
+    if (heads <= 0) return;
+    Half *const my_out = out + static_cast<long long>(sequence) * out_stride + first_head * HEAD_DIM;
+
+    // The tiles of this split, among those from the first visible key on.
+    const int length = lengths[sequence];
+    const int first_key = window > 0 ? max(0, length - window) : 0;
+    const int tiles = (length - first_key + TILE - 1) / TILE;
+    const int splits = min(static_cast<int>(gridDim.x), (tiles + WARPS - 1) / WARPS);  // that have keys
+    if (length == 0 && split == 0) {
+        for (int i = threadIdx.x * 4; i < heads * HEAD_DIM; i += blockDim.x * 4) {
+            *reinterpret_cast<Half4 *>(my_out + i) = Half4{};
+        }
+    }
+    if (split >= splits) return;
+    const int begin = tiles * split / splits, end = tiles * (split + 1) / splits;
+
+    // This lane's columns: behind the last come the first again, times zeros or to no purpose.
+    int key_columns[KEY_CHUNKS], value_columns[VALUE_CHUNKS];
+    Half8 query[KEY_CHUNKS];  // of head g
+    for (int c = 0; c < KEY_CHUNKS; c++) {
+        const int column = 32 * c + 8 * t;
+        key_columns[c] = column < HEAD_DIM ? column : 0;
+        query[c] = Half8{};
+        if (g < heads && column < HEAD_DIM) {
+            const long long row = static_cast<long long>(sequence) * all_heads + first_head + g;
+            query[c] = *reinterpret_cast<const Half8 *>(q + row * HEAD_DIM + column);
+        }
+    }
+    for (int c = 0; c < VALUE_CHUNKS; c++) {
+        const int column = 64 * c + 8 * g;
+        value_columns[c] = column < HEAD_DIM ? column : 0;
+    }
+    const long long plane = static_cast<long long>(kv_head) * slots * HEAD_DIM;
+    const int *const table = block_table + static_cast<long long>(sequence) * max_blocks;
+    const auto slot_of = [=](int tile) {  // of its key lane % 16; behind the last key comes the last again
+        const int key = min(first_key + tile * TILE + lane % TILE, length - 1);
+        return table[key / BLOCK_SIZE] * BLOCK_SIZE + key % BLOCK_SIZE;
+    };
+
+    float max = MINUS_INFINITY, sum = 0;  // of head g; the sum of this lane's keys only
+    float context[VALUE_CHUNKS][4][4] = {};  // element 2j + i/2 of this lane's 8, head 2t + i%2: at [j][i]
+    int slot = slot_of(begin + warp);
+    for (int tile = begin + warp; tile < end; tile += WARPS) {
+        const int next_slot = slot_of(tile + WARPS);  // read early: the next loads wait for it
+        Half8 keys[2][KEY_CHUNKS], values[VALUE_CHUNKS][4];
+        for (int half = 0; half < 2; half++) {
+            const long long row = __shfl_sync(ALL_LANES, slot, 8 * half + g);
+            for (int c = 0; c < KEY_CHUNKS; c++) {
+                const Half *const from = k_cache + plane + row * HEAD_DIM + key_columns[c];
+                keys[half][c] = load_once(reinterpret_cast<const Half8 *>(from));
+            }
+        }
+        const auto load_values = [&] {
+            for (int i = 0; i < 4; i++) {
+                const long long row = __shfl_sync(ALL_LANES, slot, 2 * t + i % 2 + i / 2 * 8);
+                for (int c = 0; c < VALUE_CHUNKS; c++) {
+                    const Half *const from = v_cache + plane + row * HEAD_DIM + value_columns[c];
+                    values[c][i] = load_once(reinterpret_cast<const Half8 *>(from));
+                }
+            }
+        };
+        if (HEAD_DIM <= 128) load_values();  // in flight with the keys, if the registers have room for both
+
+        float scores[2][4] = {};  // head g, key 8 half + 2t + i: at [half][i], i < 2; heads 8 to 15 are none
+        for (int c = 0; c < KEY_CHUNKS; c++) {
+            for (int j = 0; j < 8; j += 4) {
+                const Half *const x = &query[c].at[j];
+                for (int half = 0; half < 2; half++) {
+                    const Half *const y = &keys[half][c].at[j];
+                    mma(scores[half], {pair(x[0], x[1]), 0, pair(x[2], x[3]), 0},
+                        {pair(y[0], y[1]), pair(y[2], y[3])});
+                }
+            }
+        }
+        if (HEAD_DIM > 128) load_values();
+        float new_max = max;
+        for (int half = 0; half < 2; half++) {
+            for (int i = 0; i < 2; i++) {
+                const int key = first_key + tile * TILE + 8 * half + 2 * t + i;
+                scores[half][i] = key < length ? scores[half][i] * (1 / sqrtf(HEAD_DIM)) : MINUS_INFINITY;
+                new_max = fmaxf(new_max, scores[half][i]);
+            }
+        }
+        for (int step = 1; step < 4; step *= 2) {
+            new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, step));
+        }
+        const float shrink = __expf(max - new_max);  // a tile has a visible key, so new_max is finite
+        max = new_max;
+        sum *= shrink;
+        unsigned weights[2];
+        for (int half = 0; half < 2; half++) {
+            const float first = __expf(scores[half][0] - max), second = __expf(scores[half][1] - max);
+            sum += first + second;
+            weights[half] = pair(to_half(first), to_half(second));
+        }
+        const float shrinks[2] = {__shfl_sync(ALL_LANES, shrink, 4 * (2 * t)),
+                                  __shfl_sync(ALL_LANES, shrink, 4 * (2 * t + 1))};
+        for (int c = 0; c < VALUE_CHUNKS; c++) {
+            for (int j = 0; j < 4; j++) {
+                const Half *const x = &values[c][0].at[2 * j], *const y = &values[c][1].at[2 * j];
+                const Half *const z = &values[c][2].at[2 * j], *const w = &values[c][3].at[2 * j];
+                for (int i = 0; i < 4; i++) context[c][j][i] *= shrinks[i % 2];
+                mma(context[c][j], {pair(x[0], y[0]), pair(x[1], y[1]), pair(z[0], w[0]), pair(z[1], w[1])},
+                    weights);
+            }
+        }
+        slot = next_slot;
+    }
+
+    for (int step = 1; step < 4; step *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    Part &mine = of_warps[warp];
+    mine.max[g] = max;  // the same on its four lanes
+    mine.sum[g] = sum;
+    for (int c = 0; c < VALUE_CHUNKS; c++) {
+        const int column = 64 * c + 8 * g;
+        for (int j = 0; j < 4 && column < HEAD_DIM; j++) {
+            for (int i = 0; i < 4; i++) {
+                mine.context[2 * t + i % 2][column + 2 * j + i / 2] = context[c][j][i];
+            }
+        }
+    }
+    __syncthreads();
+
+    const long long at = static_cast<long long>(sequence) * gridDim.y + blockIdx.y;
+    Part *const parts = reinterpret_cast<Part *>(partials) + at * gridDim.x;
+    for (int i = threadIdx.x * 4; i < heads * HEAD_DIM; i += blockDim.x * 4) {
+        const int head = i / HEAD_DIM, column = i % HEAD_DIM;
+        const float4 mean = merged(of_warps, WARPS, head, column, max, sum);
+        if (splits == 1) {
+            write_mean(my_out + i, mean, sum);
+        } else {
+            *reinterpret_cast<float4 *>(&parts[split].context[head][column]) = mean;
+            parts[split].max[head] = max;
+            parts[split].sum[head] = sum;
+        }
+    }
+    if (splits == 1) return;
+
+    __threadfence();  // this part before the count, for whoever sees the count
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(&counters[at], 1u) == static_cast<unsigned>(splits - 1);
+    __syncthreads();
+    if (!last) return;
+    __threadfence();  // the count before the other parts
+    for (int i = threadIdx.x * 4; i < heads * HEAD_DIM; i += blockDim.x * 4) {
+        const float4 mean = merged(parts, splits, i / HEAD_DIM, i % HEAD_DIM, max, sum);
+        write_mean(my_out + i, mean, sum);
+    }
+    if (threadIdx.x == 0) counters[at] = 0;
+}

@@ -1,0 +1,77 @@
+"""Launches attention_decode.cu, the twin of `ops.attention_scores`, `softmax` and `attention_context`."""
+
+from math import ceil
+
+import numpy as np
+
+THREADS = 128
+HEADS = 8  # that a block computes
+KEYS = 64  # what a block's warps take at once: a split of fewer is not worth it
+BLOCKS = 2  # on each processor, of 64 KiB of loads in flight together: three times what the memory asks for
+
+
+class AttentionDecode:
+    """Attention of one query token of each of some sequences over a paged cache.
+
+    All memory that it needs is allocated here, and its grid depends on the batch alone: it can be captured.
+
+    Parameters
+    ----------
+    compiler : Compiler
+    xp : module
+    query_groups : list of (start, stop)
+        For each KV head the query heads that read it, in order; ragged, of any size.
+    head_dim : int
+        A multiple of 8, up to 256.
+    block_size : int
+        Positions of a block of the cache.
+    max_batch, max_context : int
+    processors : int
+        Streaming multiprocessors of the GPU.
+    window : int or None
+        How many keys a query sees at most, itself included.
+    """
+
+    def __init__(
+        self,
+        compiler,
+        xp,
+        query_groups,
+        head_dim,
+        block_size,
+        max_batch,
+        max_context,
+        processors,
+        window=None,
+    ):
+        defines = {"HEAD_DIM": head_dim, "BLOCK_SIZE": block_size}
+        self._kernel = compiler.kernel("attention_decode.cu", "attention_decode", **defines)
+        starts = [start for start, _ in query_groups] + [query_groups[-1][1]]
+        self._group_starts = xp.asarray(starts, dtype=np.int32)  # [K + 1]
+        self._pieces = ceil(max(stop - start for start, stop in query_groups) / HEADS)
+        self._rows = len(query_groups) * self._pieces  # of the grid
+        self._window = np.int32(window or 0)
+        self._most_splits = ceil(min(max_context, window or max_context) / KEYS)
+        self._wanted_blocks = BLOCKS * processors
+        parts = max(batch * self._rows * self.splits(batch) for batch in range(1, max_batch + 1))
+        self._partials = xp.empty((parts, HEADS * (2 + head_dim)), dtype=np.float32)  # see Part
+        self._counters = xp.zeros(max_batch * self._rows, dtype=np.uint32)
+
+    def splits(self, batch):
+        """Into how many blocks a sequence's keys are split, so that the whole batch fills the GPU."""
+        return max(1, min(self._most_splits, ceil(self._wanted_blocks / (batch * self._rows))))
+
+    def __call__(self, q, k_cache, v_cache, block_table, lengths, out):
+        """All 16-bit: `q` [B, H, d], `k_cache` and `v_cache` [K, slots, d] of one layer, `out` [B, n].
+
+        Of `out` the first H * d columns are written; its rows may lie further apart, by a multiple of 4
+        elements. `block_table` is int32 [B, max_blocks]; `lengths` int32 [B] counts this step's own keys
+        too, and where it is 0, `out` becomes zeros and nothing is read.
+        """
+        batch, slots = len(q), k_cache.shape[1]
+        stride = out.strides[0] // out.itemsize
+        numbers = (self._pieces, slots, block_table.shape[1], stride, self._window)
+        pointers = (q, k_cache, v_cache, block_table, lengths, self._group_starts, out)
+        scratch = (self._partials, self._counters)
+        grid = (self.splits(batch), self._rows, batch)
+        self._kernel(grid, (THREADS,), (*pointers, *scratch, *map(np.int32, numbers)))

@@ -1,0 +1,54 @@
+// begin_step: what a decode step of B sequences needs before its first layer; the twin of ops.embed_partial,
+// ops.rope_cos_sin and PagedCache's places. end_step: every sequence has become a token longer.
+//
+// A block takes a sequence b, with p = lengths[b] keys in the cache: its new token's position.
+//   token, lengths int [B]                  lengths -1: a row that pads the batch to the size of a graph
+//   block_table int [B, max_blocks]         with a place for position p, which the host sees to
+//   inverse_frequencies float [half_dim]    half_dim is d / 2
+//   table [rows, stride]                    this rank's rows of the embedding, the first is token `first_row`
+//   x [B, width]                            the token's row, zeros if another rank holds it or for padding
+//   slot int [B]                            the row of the cache that the new key goes to; -1 for padding
+//   cosines, sines float [B, half_dim]      of the angles of position p; of position 0 for padding
+//   seen int [B]                            keys that attention reads, the new one included; 0 for padding
+// width and stride are multiples of 8. Reads little (a row of the table), so all of it is in one launch. All
+// that changes from step to step is on the device, so that a captured graph can be replayed.
+
+#include "common.h"
+
+extern "C" __global__ void begin_step(const int *token, const int *lengths, const int *block_table,
+                                      const float *inverse_frequencies, const Half *table, Half *x, int *slot,
+                                      float *cosines, float *sines, int *seen, int max_blocks, int block_size,
+                                      int first_row, int rows, int stride, int width, int half_dim) {
+    const int sequence = blockIdx.x;
+    const int length = lengths[sequence];
+    const bool padding = length < 0;
+    if (threadIdx.x == 0) {
+        seen[sequence] = padding ? 0 : length + 1;
+        slot[sequence] = -1;
+        if (!padding) {
+            const int block = block_table[sequence * max_blocks + length / block_size];
+            slot[sequence] = block * block_size + length % block_size;
+        }
+    }
+
+    const float position = padding ? 0 : length;
+    for (int i = threadIdx.x; i < half_dim; i += blockDim.x) {
+        const float angle = position * inverse_frequencies[i];
+        cosines[sequence * half_dim + i] = cosf(angle);  // the exact ones: an angle may be 100000
+        sines[sequence * half_dim + i] = sinf(angle);
+    }
+
+    const int local = padding ? -1 : token[sequence] - first_row;
+    const bool here = local >= 0 && local < rows;
+    const long long start = static_cast<long long>(here ? local : 0) * stride;
+    const Half8 *const row = reinterpret_cast<const Half8 *>(table + start);
+    Half8 *const x8 = reinterpret_cast<Half8 *>(x + static_cast<long long>(sequence) * width);
+    for (int i = threadIdx.x; i < width / 8; i += blockDim.x) x8[i] = here ? load_once(row + i) : Half8{};
+}
+
+// lengths int [B], as above; steps int [1], those that have been made. One thread for a sequence.
+extern "C" __global__ void end_step(int *lengths, int *steps, int sequences) {
+    const int sequence = blockIdx.x * blockDim.x + threadIdx.x;
+    if (sequence < sequences && lengths[sequence] >= 0) lengths[sequence]++;
+    if (sequence == 0) steps[0]++;
+}

@@ -1,0 +1,223 @@
+"""One token of each of some sequences through the fused kernels: the step that a CUDA graph holds.
+
+    begin_step       tokens -> x, and each one's angles and place in the cache
+    per layer        with one rank                        with several
+      linear.qkv     norm, q k v, RoPE, cache             rms_norm, then the same without the norm
+      attention      all heads, split over the keys       the same
+      linear         w_o and + residual                   w_o; all-reduce; rms_norm with + residual
+      linear.swiglu  norm, gate up, SwiGLU                the same without the norm
+      linear         w_down and + residual                w_down; all-reduce
+    linear.logits    [norm,] this rank's vocabulary; all-gather, join_columns
+    sample, end_step the next tokens, where the device chooses them; lengths + 1
+
+Everything that changes from step to step (tokens, lengths, block tables) is read from memory on the GPU, and
+all memory is allocated before: so a step is captured once for each batch size and launched again for every
+token, whatever the lengths are.
+"""
+
+import numpy as np
+
+from minitp.cuda.loader import padded
+from minitp.model import Unrecorded
+
+UNRECORDED = Unrecorded()
+PADDING = -1  # the length of a row that only fills the batch
+HOST_CHOOSES = -1.0  # the temperature of a row whose next token comes from the host
+
+
+class DecodeStep:
+    """A decoding step of `batch` rows over one pool.
+
+    Parameters
+    ----------
+    model : FusedModel
+    pool : BlockPool
+    batch : int
+        Rows; 1 to linear.MAX_TOKENS.
+    most_blocks : int
+        Of a sequence.
+
+    Attributes
+    ----------
+    logits : float32 [B, V]
+    token : int32 [B]
+        What went in, and after `sample` what comes next.
+    """
+
+    def __init__(self, model, pool, batch, most_blocks):
+        self.model, self.pool, self.batch = model, pool, batch
+        c, device, comm = model.config, model.device, model.comm
+        kernels, cupy = model.kernels, device.cupy
+        self._begin = kernels.begin_step(pool.block_size)
+        self._attention = kernels.attention_decode(pool.block_size, batch, most_blocks * pool.block_size)
+
+        def half(*shape):
+            return cupy.zeros((batch, *shape), device.dtype)
+
+        columns = model.weights.layers[0].w_down.shape[0]  # F_r
+        self.x, self.h = half(c.hidden_size), half(c.hidden_size)  # [B, D] each
+        self.partial, self.out = half(c.hidden_size), half(c.hidden_size)  # [B, D] each
+        self.q = half(model.heads, c.head_dim)  # [B, H_r, d]
+        self.context = half(model.heads * c.head_dim)  # [B, H_r d]
+        self.act = half(padded(columns))  # [B, F_r or more]: the rest stays zero
+        widest, vocabulary = max(model.vocab_widths), sum(model.vocab_widths)
+        self.logits_r = cupy.zeros((batch, widest), np.float32)  # [B, widest]
+        self.gathered = cupy.empty((comm.size, batch, widest), np.float32)  # [ranks, B, widest]
+        self.logits = cupy.empty((batch, -(-vocabulary // 4) * 4), np.float32)[:, :vocabulary]  # [B, V]
+
+        # In one piece, so that one copy brings it all.
+        self._state = cupy.zeros(batch * (2 + most_blocks), np.int32)
+        self.token, self.lengths = self._state[:batch], self._state[batch : 2 * batch]  # [B] each
+        self.block_table = self._state[2 * batch :].reshape(batch, most_blocks)  # [B, most_blocks]
+        self.slot, self.seen, self.steps = (cupy.zeros(n, np.int32) for n in (batch, batch, 1))
+        self.cos, self.sin = (cupy.zeros((batch, c.head_dim // 2), np.float32) for _ in range(2))  # [B, d/2]
+        self.temperature = cupy.asarray(np.full(batch, HOST_CHOOSES))  # [B]
+        self.top_k, self.top_p = cupy.zeros(batch, np.int32), cupy.zeros(batch, np.float64)  # [B]
+        self.draw = cupy.zeros(batch, np.float64)  # [B]
+        self._graph = None
+
+    def fill(self, tokens, lengths, block_tables):
+        """What the next step starts from: of each sequence its next token, its length, its blocks."""
+        state = np.zeros(self._state.shape, np.int32)
+        rows = len(tokens)
+        state[:rows] = tokens
+        state[self.batch : 2 * self.batch] = PADDING
+        state[self.batch : self.batch + rows] = lengths
+        table = state[2 * self.batch :].reshape(self.block_table.shape)
+        for row, blocks in enumerate(block_tables):
+            table[row, : len(blocks)] = blocks
+        self._state[...] = self.model.device.from_host(state)
+
+    def launch(self):
+        """Run the step: as a graph, if the collectives can be part of one."""
+        comm = self.model.comm
+        if not comm.capturable:
+            self.run()
+            return
+        if self._graph is None:
+            self._graph = self._captured()
+        with comm.launching():
+            self._graph.launch(self.model.device.stream)
+
+    def _captured(self):
+        """The graph. A first run, of nothing but padding, compiles what is not compiled yet."""
+        stream, before = self.model.device.stream, self._state.copy()
+        self.fill([], [], [])
+        with self.model.comm.launching():
+            self.run()
+        self._state[...] = before
+        self.steps[...] = 0
+        stream.begin_capture()
+        self.run()
+        return stream.end_capture()
+
+    def run(self, record=UNRECORDED):
+        """Give the step to the GPU, kernel by kernel. `record` sees what the explicit path has too."""
+        m, w, linear = self.model, self.model.weights, self.model.kernels.linear
+        self._embed(record)
+        pending = None
+        for i, layer in enumerate(w.layers):
+            x, norm = self._normed(layer.attn_norm, pending, record, ("attn", i))
+            self._qkv(i, layer, x, norm)
+            keys, values = self._cache(i)
+            self._attention(self.q, keys, values, self.block_table, self.seen, self.context)
+            if record is not UNRECORDED:
+                self._record_attention(i, record)
+            pending = self._add(self.context, layer.w_o, layer.b_o, record, ("attn", i))
+            x, norm = self._normed(layer.mlp_norm, pending, record, ("mlp", i))
+            linear.swiglu(x, rows_of(m, layer.w_gate_up), self.act, layer.b_gate_up, norm)
+            record("mlp", i, act=self.act[:, : layer.w_down.shape[0]])
+            pending = self._add(self.act, layer.w_down, layer.b_down, record, ("mlp", i))
+        self._logits(pending, record)
+        m.kernels.sample(self.logits, self.temperature, self.top_k, self.top_p, self.draw, self.token)
+        self._begin.end(self.lengths, self.steps)
+
+    def _embed(self, record):
+        m = self.model
+        inputs = (
+            self.token,
+            self.lengths,
+            self.block_table,
+            m.inverse_frequencies,
+            rows_of(m, m.weights.embed.T),
+        )
+        self._begin(*inputs, self.x, self.slot, self.cos, self.sin, self.seen)
+        record(embed_partial=self.x)
+        if m.comm.size > 1:
+            m.comm.reduce_into(self.x, self.x)
+        record(embed=self.x)
+
+    def _normed(self, weight, pending, record, place):
+        """What a product takes: (x, a norm that it makes itself) or (h, None).
+
+        `pending` is a sum over the ranks that is still to be added to x: (array [B, D], bias, where from).
+        """
+        eps = self.model.config.rms_norm_eps
+        if self.model.comm.size == 1 and self.model.kernels.linear.norm_fits(*self.x.shape):
+            return self.x, (weight, eps)
+        out, bias, origin = pending or (None, None, None)
+        self.model.kernels.rms_norm(self.x, weight, self.h, eps, out, bias)
+        if origin is not None:
+            record(*origin, residual=self.x)
+        record(*place, **{"norm" if place else "final_norm": self.h})
+        return self.h, None
+
+    def _qkv(self, i, layer, x, norm):
+        m = self.model
+        self.model.kernels.linear.qkv(
+            x,
+            rows_of(m, layer.w_qkv),
+            self.q,
+            *self._cache(i),
+            *(self.slot, self.cos, self.sin, m.heads, m.kv_heads, m.config.head_dim, layer.b_qkv, norm),
+        )
+
+    def _add(self, y, w, bias, record, place):
+        """x += y @ w + bias, if this rank has all of y; else what is still to be added, see `_normed`."""
+        m, linear = self.model, self.model.kernels.linear
+        if m.comm.size == 1:
+            linear.residual(y, rows_of(m, w), self.x, bias)
+            record(*place, residual=self.x)
+            return None
+        linear.store(y, rows_of(m, w), self.partial)
+        record(*place, out_partial=self.partial)
+        m.comm.reduce_into(self.partial, self.out)
+        if bias is None:
+            record(*place, out=self.out)
+        return self.out, bias, place
+
+    def _logits(self, pending, record):
+        m = self.model
+        x, norm = self._normed(m.weights.final_norm, pending, record, ())
+        if m.comm.size == 1:
+            m.kernels.linear.logits(x, rows_of(m, m.weights.lm_head), self.logits, norm)
+            record(logits_partial=self.logits)
+        else:
+            mine = self.logits_r[:, : m.weights.lm_head.shape[1]]  # [B, V_r]
+            m.kernels.linear.logits(x, rows_of(m, m.weights.lm_head), mine, norm)
+            record(logits_partial=mine)
+            m.comm.gather_into(self.logits_r, self.gathered)
+            m.kernels.join_columns(self.gathered, self.logits)
+        record(logits=self.logits)
+
+    def _cache(self, i):
+        """Keys and values of a layer, of all sequences: [K_r, slots, d] each."""
+        keys, values = self.pool.rows[i]
+        return keys.values, values.values
+
+    def _record_attention(self, i, record):
+        """What attention had and gave, of the first sequence."""
+        length, size = int(self.seen[0]), self.pool.block_size
+        first = max(0, length - (self.model.config.sliding_window or length))
+        positions = self.model.device.xp.arange(first, length)  # [W]
+        places = self.block_table[0][positions // size] * size + positions % size  # [W]
+        keys, values = (rows.gather(places) for rows in self.pool.rows[i])  # [K_r, W, d] each
+        record("attn", i, q_rope=self.q.transpose(1, 0, 2), k_rope=keys[:, -1:], v=values[:, -1:])
+        record("attn", i, k_cache=keys, v_cache=values, context=self.context)
+
+
+def rows_of(model, w):
+    """The memory of a projection `w` [in, out] as it lies on a GPU: [out, in and its padding]."""
+    return model.device.cupy.lib.stride_tricks.as_strided(
+        w.T, (w.shape[1], w.strides[1] // w.itemsize), (w.strides[1], w.itemsize)
+    )

@@ -1,0 +1,203 @@
+"""The model through the fused kernels: the same steps as `model.Model`, in fewer launches."""
+
+import numpy as np
+
+from minitp import ops
+from minitp.cuda.decode_step import UNRECORDED, DecodeStep
+from minitp.cuda.kernels import Kernels
+from minitp.cuda.linear import MAX_TOKENS
+from minitp.cuda.loader import padded
+from minitp.kv_cache import BlockPool, PagedCache
+from minitp.model import Model, joined
+
+BLOCK_SIZE = 16
+LARGEST_HEAD = 256
+
+
+def unfit(config, device, kv_dtype):
+    """Why a model cannot take the fused path, or None."""
+    if device.dtype.itemsize != 2:
+        return f"its kernels compute in 16 bits, not in {device.dtype.name}"
+    if kv_dtype not in ("auto", device.dtype.name):
+        return f"its kernels read a cache of {device.dtype.name}, not of {kv_dtype}"
+    if config.head_dim % 8 or config.head_dim > LARGEST_HEAD or config.hidden_size % 8:
+        return f"head_dim {config.head_dim} and hidden_size {config.hidden_size} must be multiples of 8"
+    return None
+
+
+class Pool(BlockPool):
+    """A BlockPool with the steps that have been captured over it."""
+
+    def __init__(self, *shape, **options):
+        super().__init__(*shape, **options)
+        self.blocks = self.rows[0][0].capacity // self.block_size
+        self.steps = {}  # batch -> DecodeStep
+
+
+class FusedModel(Model):
+    """One rank of a tensor-parallel transformer on a GPU, in 16 bits; the twin of Model.
+
+    Steps of one token a sequence go through a captured graph (`decode_step`), others (prompts) through
+    cuBLAS and kernels for the rest. All caches are paged.
+    """
+
+    fused = True
+
+    def __init__(self, *parts, **options):
+        super().__init__(*parts, **options)
+        self.kernels = Kernels(self)
+
+    def new_cache(self, capacity=64):
+        """An empty cache for one sequence of up to `capacity` positions."""
+        blocks = -(-capacity // BLOCK_SIZE)
+        return PagedCache(self.new_pool(blocks, BLOCK_SIZE), list(range(blocks)))
+
+    def new_pool(self, blocks, block_size=BLOCK_SIZE):
+        return Pool(*self._cache_shape(), blocks, block_size)
+
+    def forward_batch(self, parts, logits_at=None, record=UNRECORDED):
+        """As Model.forward_batch; `record` sees the steps that this path has."""
+        alone = all(len(ids) == 1 for ids, _ in parts)
+        if alone and len(parts) <= MAX_TOKENS and logits_at is not None:
+            logits = self._decode(parts, record)[logits_at]
+        else:
+            logits = self._prefill(parts, logits_at, record)
+        for ids, cache in parts:
+            cache.advance(len(ids))
+        return logits
+
+    def decode_step(self, pool, sequences):
+        """The DecodeStep of a pool for so many sequences, or the next power of two: so few are captured."""
+        batch = 1
+        while batch < sequences:
+            batch *= 2
+        if batch not in pool.steps:
+            context = min(self.config.max_position_embeddings, pool.blocks * pool.block_size)
+            pool.steps[batch] = DecodeStep(self, pool, batch, -(-context // pool.block_size))
+        return pool.steps[batch]
+
+    def _decode(self, parts, record):
+        """Logits [n, V] of a token of each of n sequences; they hold until the next step."""
+        tokens, caches = [int(ids[0]) for ids, _ in parts], [cache for _, cache in parts]
+        step = self.decode_step(caches[0].pool, len(parts))
+        step.fill(tokens, [cache.length for cache in caches], [cache.block_table for cache in caches])
+        if record is UNRECORDED:
+            step.launch()
+        else:
+            step.run(record)
+        return step.logits[: len(parts)]
+
+    def _prefill(self, parts, logits_at, record):
+        """Logits [n, V] of the rows `logits_at`, or None."""
+        xp, w, kernels, c = self.device.xp, self.weights, self.kernels, self.config
+        prompt = Prompt(self, parts)
+        partial = ops.embed_partial(xp, prompt.token_ids, w.embed, self.vocab_start)  # [T, D]
+        record(embed_partial=partial)
+        x = self._sum(partial)  # [T, D]
+        record(embed=x)
+        h = self.device.cupy.empty(x.shape, x.dtype)  # [T, D]
+        addend = bias = None
+        for i, layer in enumerate(w.layers):
+            kernels.rms_norm(x, layer.attn_norm, h, c.rms_norm_eps, addend, bias)
+            if i > 0:
+                record("mlp", i - 1, residual=x)
+            record("attn", i, norm=h)
+            context = self._prefill_attention(i, layer, h, prompt, record)  # [T, H_r d]
+            addend, bias = self._partial("attn", i, context, layer.w_o, layer.b_o, record)
+            kernels.rms_norm(x, layer.mlp_norm, h, c.rms_norm_eps, addend, bias)
+            record("attn", i, residual=x)
+            record("mlp", i, norm=h)
+            gate_up = ops.column_parallel(xp, h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
+            columns = layer.w_down.shape[0]  # F_r
+            record("mlp", i, gate=gate_up[:, :columns], up=gate_up[:, columns:])
+            act = self.device.cupy.empty((len(x), padded(columns)), x.dtype)  # [T, F_r or more]
+            kernels.swiglu(gate_up, act)
+            record("mlp", i, act=act[:, :columns])
+            addend, bias = self._partial("mlp", i, act[:, :columns], layer.w_down, layer.b_down, record)
+        kernels.rms_norm(x, w.final_norm, h, c.rms_norm_eps, addend, bias)
+        record("mlp", len(w.layers) - 1, residual=x)
+        if logits_at is None:
+            return None
+        h = h[logits_at]  # [n, D]
+        record(final_norm=h)
+        logits_r = ops.logits_partial(xp, h, w.lm_head)  # [n, V_r]
+        record(logits_partial=logits_r)
+        logits = self.comm.all_gather(logits_r, self.vocab_widths)  # [n, V]
+        record(logits=logits)
+        return logits
+
+    def _prefill_attention(self, i, layer, h, prompt, record):
+        """[T, D] -> [T, H_r d] of this rank's heads; keys and values go to the sequences' caches."""
+        xp, width = self.device.xp, self.heads * self.config.head_dim
+        qkv = ops.column_parallel(xp, h, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
+        qk, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
+        record("attn", i, q=qk[: self.heads], k=qk[self.heads :], v=v)
+        keys, values = (rows.values for rows in prompt.pool.rows[i])  # [K_r, slots, d] each
+        self.kernels.cache_write(qkv, prompt.cos, prompt.sin, prompt.slots, keys, values)
+        context = self.device.cupy.empty((len(h), width), h.dtype)  # [T, H_r d]
+        for sequence in prompt.sequences:
+            rows = sequence.rows
+            prompt.attention(qkv[rows, :width], keys, values, sequence.table, sequence.past, context[rows])
+        if record is not UNRECORDED:
+            self._record_attention(i, qk, prompt, record)
+            record("attn", i, context=context)
+        return context
+
+    def _record_attention(self, i, qk, prompt, record):
+        """The queries after RoPE, and what attention had, of the only sequence."""
+        (sequence,) = prompt.sequences
+        first = (
+            0
+            if self.config.sliding_window is None
+            else max(0, sequence.past - self.config.sliding_window + 1)
+        )
+        places = self.device.xp.asarray(sequence.places[first:])  # [W]
+        keys, values = (rows.gather(places) for rows in prompt.pool.rows[i])  # [K_r, W, d] each
+        new = len(keys[0]) - (sequence.rows.stop - sequence.rows.start)
+        record("attn", i, q_rope=qk[: self.heads], k_rope=keys[:, new:], k_cache=keys, v_cache=values)
+
+    def _partial(self, block, i, y, w, bias, record):
+        """What is to be added to the stream, [T, D], and its bias."""
+        partial = ops.row_parallel(self.device.xp, y, w)  # [T, D]
+        record(block, i, out_partial=partial)
+        out = self._sum(partial)  # [T, D]
+        if bias is None:
+            record(block, i, out=out)
+        return out, bias
+
+    def _sum(self, partial):
+        return partial if self.comm.size == 1 else self.comm.all_reduce(partial)
+
+
+class Prompt:
+    """What all layers of a prefill share: the tokens of some sequences, their angles, their places."""
+
+    def __init__(self, model, parts):
+        xp, self.pool = model.device.xp, parts[0][1].pool
+        self.token_ids = joined(xp, [xp.asarray(ids) for ids, _ in parts])  # [T]
+        self.sequences, start = [], 0
+        for ids, cache in parts:
+            self.sequences.append(PromptSequence(xp, slice(start, start + len(ids)), cache))
+            start += len(ids)
+        positions = np.concatenate([np.arange(s.past, len(s.places)) for s in self.sequences])  # [T]
+        slots = np.concatenate([s.places[s.past :] for s in self.sequences])  # [T]
+        self.slots = xp.asarray(slots.astype(np.int32))
+        cos, sin = ops.rope_cos_sin(xp, xp.asarray(positions), model.inverse_frequencies)  # [T, d] each
+        half = cos.shape[1] // 2
+        self.cos, self.sin = (
+            model.device.cupy.ascontiguousarray(a[:, half:]) for a in (cos, sin)
+        )  # [T, d/2]
+        self.attention = model.kernels.attention_prefill(self.pool.block_size)
+
+
+class PromptSequence:
+    """One sequence's part of it: its rows among the T tokens, and where its positions lie in the pool."""
+
+    def __init__(self, xp, rows, cache):
+        self.rows, self.past, size = rows, cache.length, cache.pool.block_size
+        positions = np.arange(self.past + rows.stop - rows.start)  # [past + n]
+        if len(positions) > len(cache.block_table) * size:
+            raise IndexError(f"position {positions[-1]} in {len(cache.block_table)} blocks of {size}")
+        table = np.asarray(cache.block_table, np.int32)  # [blocks]
+        self.places = table[positions // size] * size + positions % size  # [past + n]
+        self.table = xp.asarray(table)

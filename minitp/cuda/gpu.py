@@ -1,0 +1,124 @@
+"""A rank's GPU."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from minitp.cuda.arrays import Arrays
+from minitp.device import DTYPES, Device
+from minitp.errors import InputError, RankError, one_line
+
+EXTRA = "pip install 'minitp[cuda12]' (or cuda13, for a driver of CUDA 13)"
+PINNED_BYTES = 1 << 24  # a buffer from which a slice is copied to the GPU
+
+
+@dataclass(frozen=True)
+class Gpu(Device):
+    """A Device that is a GPU.
+
+    Attributes
+    ----------
+    cupy : module
+    stream : cupy.cuda.Stream
+        The rank's own, on which all happens: captures and NCCL want no other.
+    gpus : int
+        Of this host.
+    """
+
+    cupy: Any = None
+    stream: Any = None
+    gpus: int = 1
+    is_gpu = True
+
+    def from_host(self, array):
+        """A NumPy array's numbers, on the GPU."""
+        return self.cupy.asarray(array)
+
+
+def open_gpu(local_rank=0, share=False):
+    """The Gpu of the rank that is number `local_rank` on its host; its dtype is float32 until one is chosen.
+
+    Parameters
+    ----------
+    local_rank : int
+    share : bool
+        Several ranks may be on one GPU.
+
+    Raises
+    ------
+    RankError
+        if there is no CuPy or no GPU.
+    InputError
+        if there are more ranks than GPUs.
+    """
+    cupy = find_cupy()
+    gpus = cupy.cuda.runtime.getDeviceCount()
+    if local_rank >= gpus and not share:
+        raise InputError(
+            f"--device cuda: rank {local_rank} of this host has no GPU, there are {gpus}; use --tp {gpus}, "
+            "or --share-gpu to see that it is right (and slow), or --device cpu"
+        )
+    cupy.cuda.Device(local_rank % gpus).use()  # before anything is allocated
+    stream = cupy.cuda.Stream(non_blocking=True)
+    stream.use()
+    return Gpu(Arrays(cupy), np.dtype(np.float32), cupy, stream, gpus)
+
+
+def with_dtype(gpu, dtype, checkpoint_dtype):
+    """The same Gpu for --dtype; auto: the checkpoint's own if that has 16 bits, else bfloat16."""
+    if dtype == "auto":
+        dtype = checkpoint_dtype if checkpoint_dtype in ("float16", "bfloat16") else "bfloat16"
+    return replace(gpu, dtype=np.dtype(DTYPES[dtype]))
+
+
+def find_cupy():
+    """The module `cupy`, with a GPU for it; else RankError."""
+    try:
+        import cupy
+
+        gpus = cupy.cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        raise RankError(f"--device cuda wants CuPy: {EXTRA}; {one_line(error)[:80]}") from error
+    except RuntimeError as error:  # CuPy's CUDARuntimeError
+        raise RankError(f"--device cuda: CUDA finds no GPU: {one_line(error)[:100]}") from error
+    if gpus == 0:
+        raise RankError("--device cuda: CUDA finds no GPU; nvidia-smi shows what the driver sees")
+    return cupy
+
+
+class Uploads:
+    """Copies to the GPU through two pinned buffers in turn: one is filled while the other is copied.
+
+    Pinned memory is what the copy engine reads by itself, so that reading a file and copying overlap.
+    """
+
+    def __init__(self, gpu):
+        import cupyx
+
+        self._gpu, self._turn = gpu, 0
+        self._buffers = [cupyx.empty_pinned(PINNED_BYTES, np.uint8) for _ in range(2)]
+        self._events = [gpu.cupy.cuda.Event(disable_timing=True) for _ in range(2)]
+
+    def copy(self, rows, out):
+        """`rows`, a NumPy array [n, m], to `out` [n, >= m] on the GPU, rounded to its dtype, padded with 0.
+
+        The rows of `out` must lie behind one another.
+        """
+        cuda, width = self._gpu.cupy.cuda, rows.shape[1]
+        step = max(1, PINNED_BYTES // out.strides[0])
+        for start in range(0, len(rows), step):
+            block = rows[start : start + step]  # [<= step, m]
+            self._turn = 1 - self._turn
+            self._events[self._turn].synchronize()  # the last copy from this buffer is through
+            pinned = self._buffers[self._turn][: len(block) * out.strides[0]].view(out.dtype)
+            pinned = pinned.reshape(len(block), -1)  # [<= step, >= m]
+            pinned[:, :width] = block
+            pinned[:, width:] = 0
+            target, kind = out[start:].data.ptr, cuda.runtime.memcpyHostToDevice
+            cuda.runtime.memcpyAsync(target, pinned.ctypes.data, pinned.nbytes, kind, self._gpu.stream.ptr)
+            self._events[self._turn].record(self._gpu.stream)
+
+    def finish(self):
+        """Wait for the last copies."""
+        self._gpu.stream.synchronize()

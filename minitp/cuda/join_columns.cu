@@ -1,0 +1,17 @@
+// join_columns: what is left of an all-gather, the twin of the end of comm.all_gather.
+//
+// gathered is [ranks, rows, widest]; of rank r the first ends[r] - ends[r - 1] columns go to columns
+// ends[r - 1] .. ends[r] - 1 of out [rows, stride]. ends is [ranks]. One thread for each element of out.
+
+#include "common.h"
+
+extern "C" __global__ void join_columns(const float *gathered, const int *ends, float *out, int ranks,
+                                        int widest, int stride) {
+    const int column = blockIdx.y * blockDim.x + threadIdx.x, row = blockIdx.x;
+    if (column >= ends[ranks - 1]) return;
+    int rank = 0;
+    while (ends[rank] <= column) rank++;
+    const int start = rank == 0 ? 0 : ends[rank - 1];
+    const long long from = (static_cast<long long>(rank) * gridDim.x + row) * widest + column - start;
+    out[static_cast<long long>(row) * stride + column] = gathered[from];
+}

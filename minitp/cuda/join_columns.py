@@ -1,0 +1,30 @@
+"""Launches join_columns.cu, which ends an all-gather."""
+
+from itertools import accumulate
+
+import numpy as np
+
+THREADS = 256
+
+
+class JoinColumns:
+    """Puts what ranks have gathered side by side.
+
+    Parameters
+    ----------
+    compiler : Compiler
+    xp : module
+    widths : list of int
+        Each rank's columns.
+    """
+
+    def __init__(self, compiler, xp, widths):
+        self._kernel = compiler.kernel("join_columns.cu", "join_columns")
+        self._ends, self._columns = xp.asarray(list(accumulate(widths)), dtype=np.int32), sum(widths)
+
+    def __call__(self, gathered, out):
+        """`gathered` float32 [ranks, B, widest], of which a rank's own columns come first; `out` [B, n]."""
+        ranks, rows, widest = gathered.shape
+        numbers = [np.int32(n) for n in (ranks, widest, out.strides[0] // 4)]
+        grid = (rows, -(-self._columns // THREADS))
+        self._kernel(grid, (THREADS,), (gathered, self._ends, out, *numbers))

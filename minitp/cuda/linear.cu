@@ -1,0 +1,273 @@
+// y = x @ weight.T for up to 64 rows of x, on the tensor cores, each kernel with what follows the product:
+//
+//     store      out = y + bias                                       twin of ops.column_parallel
+//     residual   residual += y + bias, in place                       ops.row_parallel and the addition
+//     logits     out = y, in float32                                  ops.logits_partial
+//     swiglu     out = silu(gate) * up of y = [gate | up] + bias      ops.column_parallel and ops.swiglu
+//     qkv        y + bias as heads, RoPE, k and v to the cache        ops.column_parallel and ops.apply_rope
+//
+// x         [tokens, width]    width is a multiple of 8; padding columns are zero in x and in weight
+// weight    [outputs, width]   an output's weights lie behind one another
+// bias      [outputs] or null
+// norm      [width]            with -DNORM: x, without padding, is ops.rms_norm'ed first, with this weight;
+//                              at most 8 tokens
+//
+// Macros: TOKEN_TILES, each of 8 tokens; PAIR_TILES, see below; NORM.
+//
+// Reading the weights, each once, is what takes the time. Rows of weight go in pairs whose outputs are needed
+// together (gate and up; the two that RoPE turns), in tiles of 8 pairs: the 16 rows of a tensor core's
+// product, tokens being its columns. A warp takes each eighth chunk of 32 columns of its rows. Lane (g, t)
+// reads columns 8t .. 8t + 7 of both rows of pair g, a load of 16 bytes each, and has 8 such loads in flight.
+// A tensor core wants a lane to have columns 2t, 2t + 1, 2t + 8 and 2t + 9 of 16, but a sum may take its
+// columns in any order, if x has the same: the lane's first four columns are given for those of one product,
+// the last four for those of the next.
+//
+// A block has PAIR_TILES, and all blocks read all of x, from the L2 cache: tokens / (16 PAIR_TILES) bytes for
+// one of weight. So it is two for many tokens; for few it is one, as a matrix has few blocks for all processors.
+// The 8 warps of a block add up their sums in a fixed order. Neither a warp's columns nor their order depends
+// on the macros, so a token's output is the same bits whatever tokens lie beside it. (With NORM the sum of
+// squares has another order than in rms_norm.cu.)
+
+#include "common.h"
+
+constexpr int WARPS = 8, THREADS = WARPS * WARP;
+constexpr int TILE = 8;                     // pairs, and tokens
+constexpr int TOKENS = TILE * TOKEN_TILES;  // at most
+constexpr int COLUMNS = 8;                  // of a load: a uint4, whose words are pairs of columns
+constexpr int NEXT = 32 * WARPS / COLUMNS;  // from a warp's chunk to its next one, in uint4
+constexpr int IN_FLIGHT = 4 / PAIR_TILES;   // chunks, of two loads for each tile of pairs
+constexpr int BLOCKS = TOKEN_TILES <= 2 ? 3 : 8 / TOKEN_TILES;  // of a processor: as registers allow
+
+struct Product {
+    const Half *x, *weight, *norm;
+    float eps;
+    int tokens, width, outputs;
+};
+
+struct Rows {  // of weight: a pair
+    int first, second;
+};
+
+// x as the product takes it, and how far its rows are apart.
+struct Input {
+    const Half *x;
+    int stride;
+};
+
+#ifdef NORM
+
+// ops.rms_norm of all rows, to shared memory. Their stride there, 64 bytes more than a multiple of 128, puts
+// what 8 lanes read of two rows into different banks.
+__device__ Input input_of(const Product &p) {
+    __shared__ float squares[TOKENS][WARPS];
+    DYNAMIC_SHARED(Half, normed);
+    const int stride = (p.width + 63) / 64 * 64 + 32, vectors = p.width / 8;
+    const Half8 *const norm8 = reinterpret_cast<const Half8 *>(p.norm);
+
+    for (int token = 0; token < p.tokens; token++) {
+        const Half8 *const x8 = reinterpret_cast<const Half8 *>(p.x + token * p.width);
+        Half8 *const normed8 = reinterpret_cast<Half8 *>(normed + token * stride);
+        float sum = 0;
+        for (int i = threadIdx.x; i < vectors; i += THREADS) {
+            const Half8 values = x8[i];
+            normed8[i] = values;  // read again by this thread only, below
+            for (int j = 0; j < 8; j++) sum += to_float(values.at[j]) * to_float(values.at[j]);
+        }
+        sum = warp_sum(sum);
+        if (threadIdx.x % WARP == 0) squares[token][threadIdx.x / WARP] = sum;
+    }
+    __syncthreads();
+    for (int token = 0; token < p.tokens; token++) {
+        Half8 *const normed8 = reinterpret_cast<Half8 *>(normed + token * stride);
+        float sum = 0;
+        for (int warp = 0; warp < WARPS; warp++) sum += squares[token][warp];
+        const float rms = sqrtf(sum / p.width + p.eps);
+        for (int i = threadIdx.x; i < vectors; i += THREADS) {
+            const Half8 values = normed8[i], weights = norm8[i];
+            Half8 result;
+            for (int j = 0; j < 8; j++) {
+                result.at[j] = to_half(rounded(to_float(values.at[j]) / rms) * to_float(weights.at[j]));
+            }
+            normed8[i] = result;
+        }
+    }
+    __syncthreads();
+    return {normed, stride};
+}
+
+#else
+
+__device__ Input input_of(const Product &p) { return {p.x, p.width}; }
+
+#endif
+
+__device__ inline const uint4 *at(const Half *matrix, int row, int stride, int column) {
+    return reinterpret_cast<const uint4 *>(matrix + static_cast<long long>(row) * stride + column);
+}
+
+// Calls finish(token, n, y of the first row, y of the second row) once for each token and each n < pairs.
+// rows_of(n) are the rows of pair n.
+template <class RowsOf, class Finish>
+__device__ void multiply(const Product &p, int pairs, RowsOf rows_of, Finish finish) {
+    __shared__ float partial[WARPS][2][TOKENS][TILE];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    const int first_pair = blockIdx.x * PAIR_TILES * TILE;
+
+    int column = (warp * 4 + t) * COLUMNS;
+    const uint4 *row[PAIR_TILES][2];  // from there; where there is no row, another, whose sums nobody takes
+    for (int tile = 0; tile < PAIR_TILES; tile++) {
+        const Rows rows = rows_of(first_pair + tile * TILE + g);
+        row[tile][0] = at(p.weight, min(rows.first, p.outputs - 1), p.width, column);
+        row[tile][1] = at(p.weight, min(rows.second, p.outputs - 1), p.width, column);
+    }
+
+    // A ring of chunks on their way. The first are asked for before the norm, so that memory does not idle.
+    uint4 weights[IN_FLIGHT][PAIR_TILES][2];
+    const auto load = [&](int chunk, int later) {
+        const bool inside = column + (chunk + later) * NEXT * COLUMNS < p.width;
+        for (int i = 0; i < PAIR_TILES * 2; i++) {
+            weights[chunk][i / 2][i % 2] = load_once(row[i / 2][i % 2] + (chunk + later) * NEXT, inside);
+        }
+    };
+#pragma unroll
+    for (int chunk = 0; chunk < IN_FLIGHT; chunk++) load(chunk, 0);
+
+    const Input input = input_of(p);
+    const uint4 *x_row = at(input.x, g, input.stride, column);
+    const int x_tile = TILE * input.stride / COLUMNS;  // from a row to that of the next tile, in uint4
+
+    float sums[PAIR_TILES][TOKEN_TILES][4] = {};
+    while (column - t * COLUMNS < p.width) {  // as often on all lanes
+#pragma unroll
+        for (int chunk = 0; chunk < IN_FLIGHT; chunk++) {
+            const bool inside = column + chunk * NEXT * COLUMNS < p.width;
+            for (int tile = 0; tile < TOKEN_TILES; tile++) {
+                const bool there = inside && tile * TILE + g < p.tokens;
+                const uint4 x = there ? x_row[tile * x_tile + chunk * NEXT] : uint4{};
+                for (int i = 0; i < PAIR_TILES; i++) {
+                    const uint4 &first = weights[chunk][i][0], &second = weights[chunk][i][1];
+                    mma(sums[i][tile], {first.x, second.x, first.y, second.y}, {x.x, x.y});
+                    mma(sums[i][tile], {first.z, second.z, first.w, second.w}, {x.z, x.w});
+                }
+            }
+            load(chunk, IN_FLIGHT);
+        }
+        column += IN_FLIGHT * NEXT * COLUMNS;
+        for (int i = 0; i < PAIR_TILES * 2; i++) row[i / 2][i % 2] += IN_FLIGHT * NEXT;
+        x_row += IN_FLIGHT * NEXT;
+    }
+
+#pragma unroll
+    for (int pair_tile = 0; pair_tile < PAIR_TILES; pair_tile++) {
+        if (pair_tile > 0) __syncthreads();  // the sums of the tile before have been read
+#pragma unroll
+        for (int i = 0; i < TOKEN_TILES * 4; i++) {
+            const int token = i / 4 * TILE + 2 * t + i % 2;
+            if (token < p.tokens) partial[warp][i / 2 % 2][token][g] = sums[pair_tile][i / 4][i % 4];
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < p.tokens * TILE; i += THREADS) {
+            const int token = i / TILE, n = first_pair + pair_tile * TILE + i % TILE;
+            float first = 0, second = 0;
+            for (int w = 0; w < WARPS; w++) {
+                first += partial[w][0][token][i % TILE];
+                second += partial[w][1][token][i % TILE];
+            }
+            if (n < pairs) finish(token, n, first, second);
+        }
+    }
+}
+
+// The same for outputs without a partner: calls finish(token, output, y). 16 outputs are a tile of pairs.
+template <class Finish>
+__device__ void multiply(const Product &p, Finish finish) {
+    const auto rows_of = [](int n) {
+        const int first = n / TILE * 2 * TILE + n % TILE;
+        return Rows{first, first + TILE};
+    };
+    const int pairs = (p.outputs + 2 * TILE - 1) / (2 * TILE) * TILE;
+    multiply(p, pairs, rows_of, [&](int token, int n, float first, float second) {
+        const Rows rows = rows_of(n);
+        if (rows.first < p.outputs) finish(token, rows.first, first);
+        if (rows.second < p.outputs) finish(token, rows.second, second);
+    });
+}
+
+__device__ inline float with_bias(float y, const Half *bias, int row) {
+    return bias == nullptr ? y : y + to_float(bias[row]);
+}
+
+// out [tokens, outputs], its rows `stride` apart; here and below, what lies between them is not touched.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    store(const Half *x, const Half *weight, const Half *norm, float eps, int tokens, int width, int outputs,
+          const Half *bias, Half *out, int stride) {
+    const Product p = {x, weight, norm, eps, tokens, width, outputs};
+    multiply(p, [=](int token, int n, float y) { out[token * stride + n] = to_half(with_bias(y, bias, n)); });
+}
+
+// stream [tokens, outputs], the residual stream, its rows `stride` apart. It may not be x.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    residual(const Half *x, const Half *weight, const Half *norm, float eps, int tokens, int width,
+             int outputs, const Half *bias, Half *stream, int stride) {
+    const Product p = {x, weight, norm, eps, tokens, width, outputs};
+    multiply(p, [=](int token, int n, float y) {
+        Half *const value = stream + token * stride + n;
+        *value = to_half(to_float(*value) + rounded(with_bias(rounded(y), bias, n)));
+    });
+}
+
+// out [tokens, outputs], its rows `stride` apart.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    logits(const Half *x, const Half *weight, const Half *norm, float eps, int tokens, int width, int outputs,
+           float *out, int stride) {
+    const Product p = {x, weight, norm, eps, tokens, width, outputs};
+    multiply(p, [=](int token, int n, float y) { out[static_cast<long long>(token) * stride + n] = y; });
+}
+
+// weight [2 columns, width], the gate rows first; out [tokens, columns], its rows `stride` apart.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    swiglu(const Half *x, const Half *weight, const Half *norm, float eps, int tokens, int width, int columns,
+           const Half *bias, Half *out, int stride) {
+    const Product p = {x, weight, norm, eps, tokens, width, 2 * columns};
+    const auto rows_of = [=](int n) { return Rows{n, n + columns}; };
+    multiply(p, columns, rows_of, [=](int token, int n, float first, float second) {
+        const float gate = rounded(with_bias(first, bias, n));
+        const float up = rounded(with_bias(second, bias, n + columns));
+        out[token * stride + n] = to_half(gate / (1 + expf(-fmaxf(gate, -80.0f))) * up);
+    });
+}
+
+// weight [(heads + 2 kv_heads) * head_dim, width], q heads first, then k, then v; head_dim is even.
+// q [tokens, heads, head_dim]; k_cache and v_cache [kv_heads, slots, head_dim]; slot [tokens], a token's row
+// in each head of the caches, or -1 to write nothing there; cos and sin [tokens, head_dim / 2].
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    qkv(const Half *x, const Half *weight, const Half *norm, float eps, int tokens, int width,
+        const Half *bias, Half *q, Half *k_cache, Half *v_cache, const int *slot, const float *cos,
+        const float *sin, int heads, int kv_heads, int head_dim, int slots) {
+    const int half = head_dim / 2, all_heads = heads + 2 * kv_heads;
+    const Product p = {x, weight, norm, eps, tokens, width, all_heads * head_dim};
+    const auto rows_of = [=](int n) {
+        const int first = n / half * head_dim + n % half;
+        return Rows{first, first + half};
+    };
+    multiply(p, all_heads * half, rows_of, [=](int token, int n, float first, float second) {
+        const Rows rows = rows_of(n);
+        const int head = n / half, i = n % half;
+        float left = rounded(with_bias(first, bias, rows.first));
+        float right = rounded(with_bias(second, bias, rows.second));
+        if (head < heads + kv_heads) {
+            const float c = cos[token * half + i], s = sin[token * half + i], unturned = left;
+            left = left * c - right * s;
+            right = right * c + unturned * s;
+        }
+        Half *to = q + (token * heads + head) * head_dim;
+        if (head >= heads) {
+            if (slot[token] < 0) return;
+            Half *const cache = head < heads + kv_heads ? k_cache : v_cache;
+            const int kv_head = (head - heads) % kv_heads;
+            to = cache + (static_cast<long long>(kv_head) * slots + slot[token]) * head_dim;
+        }
+        to[i] = to_half(left);
+        to[i + half] = to_half(right);
+    });
+}

@@ -1,0 +1,130 @@
+"""Launches linear.cu: products of a few rows with a weight matrix, each with what follows it in a layer."""
+
+from functools import cache
+
+import numpy as np
+
+THREADS = 256
+TILE = 8  # pairs of weight rows, and tokens
+MAX_TOKENS = 64
+NORM_TOKENS, NORM_BYTES = 8, 132 << 10  # of x, normed, in shared memory: 8 tokens of 8192
+
+
+class Linear:
+    """The products of a decoding step.
+
+    `x` is [T, k] with T at most `MAX_TOKENS` and k a multiple of 8; `weight` [n, k], a row for each output;
+    `bias` [n] or None. All are 16-bit, and all but the outputs contiguous. Where a weight matrix has been
+    padded to make k a multiple of 8, the padding columns of `x` must be zero too: an output that is the x of
+    such a matrix is wider than n, and its last columns are left as they are.
+
+    `norm`, a (weight [k], eps), has x, which then has no padding, go through `ops.rms_norm` first; see
+    `norm_fits`.
+
+    Parameters
+    ----------
+    compiler : Compiler
+    """
+
+    def __init__(self, compiler):
+        self._compiler = compiler
+        self._kernel = cache(self._compile)  # of this object
+
+    @staticmethod
+    def norm_fits(tokens, width):
+        """Whether [tokens, width] may be given with a `norm`; else RmsNorm has to run before."""
+        return tokens <= NORM_TOKENS and _norm_bytes(tokens, width) <= NORM_BYTES
+
+    def store(self, x, weight, out, bias=None, norm=None):
+        """out = x @ weight.T + bias, rounded once; `out` 16-bit [T, n or more]."""
+        outputs = weight.shape[0]
+        self._launch("store", _pairs(outputs), x, weight, norm, np.int32(outputs), bias, out, _stride(out))
+
+    def residual(self, x, weight, residual, bias=None):
+        """residual += x @ weight.T + bias, rounded after each operation; `residual` 16-bit [T, n or more]."""
+        outputs = weight.shape[0]
+        rest = np.int32(outputs), bias, residual, _stride(residual)
+        self._launch("residual", _pairs(outputs), x, weight, None, *rest)
+
+    def logits(self, x, weight, out, norm=None):
+        """out = x @ weight.T, not rounded; `out` float32 [T, n], may be some columns of an array."""
+        outputs = weight.shape[0]
+        self._launch("logits", _pairs(outputs), x, weight, norm, np.int32(outputs), out, _stride(out))
+
+    def swiglu(self, x, weight, out, bias=None, norm=None):
+        """out = silu(gate) * up; `weight` [2 F, k], `bias` [2 F], gate first; `out` 16-bit [T, F or more]."""
+        columns = weight.shape[0] // 2
+        self._launch("swiglu", columns, x, weight, norm, np.int32(columns), bias, out, _stride(out))
+
+    def qkv(
+        self,
+        x,
+        weight,
+        q,
+        k_cache,
+        v_cache,
+        slot,
+        cos,
+        sin,
+        heads,
+        kv_heads,
+        head_dim,
+        bias=None,
+        norm=None,
+    ):
+        """The queries of a layer, turned by RoPE; its keys, turned, and values go to the cache.
+
+        Parameters
+        ----------
+        weight, bias : [(H + 2 K) d, k], [(H + 2 K) d] or None
+            Of all q heads first, then k, then v.
+        q : 16-bit [T, H, d]
+            The output; d is even.
+        k_cache, v_cache : 16-bit [K, slots, d]
+            One layer's.
+        slot : int32 [T]
+            The row of a token in each head of the cache; -1 for one that is just there to fill a batch, and
+            is not to be written.
+        cos, sin : float32 [T, d / 2]
+            Of each token's angles. Half of what `ops.rope_cos_sin` gives: its last columns, without signs.
+        """
+        pairs = (heads + 2 * kv_heads) * head_dim // 2
+        sizes = [np.int32(n) for n in (heads, kv_heads, head_dim, k_cache.shape[1])]
+        self._launch("qkv", pairs, x, weight, norm, bias, q, k_cache, v_cache, slot, cos, sin, *sizes)
+
+    def _launch(self, name, pairs, x, weight, norm, *rest):
+        tokens, width = x.shape
+        if tokens > MAX_TOKENS:
+            raise ValueError(f"x has {tokens} rows; linear.cu takes up to {MAX_TOKENS}")
+        if norm is not None and not self.norm_fits(tokens, width):
+            raise ValueError(f"x of {tokens} rows of {width} is too much to be normed in shared memory")
+        token_tiles = next(tiles for tiles in (1, 2, 4, 8) if tokens <= tiles * TILE)
+        pair_tiles = 1 if token_tiles <= 2 else 2
+        kernel = self._kernel(name, token_tiles, pair_tiles, norm is not None)
+        norm_weight, eps = norm or (None, 0)
+        sizes = np.float32(eps), np.int32(tokens), np.int32(width)
+        blocks = -(-pairs // (pair_tiles * TILE))
+        shared = 0 if norm is None else _norm_bytes(tokens, width)
+        kernel((blocks,), (THREADS,), (x, weight, norm_weight, *sizes, *rest), shared_mem=shared)
+
+    def _compile(self, name, token_tiles, pair_tiles, normed):
+        defines = {"TOKEN_TILES": token_tiles, "PAIR_TILES": pair_tiles, **({"NORM": 1} if normed else {})}
+        kernel = self._compiler.kernel("linear.cu", name, **defines)
+        if normed:
+            kernel.max_dynamic_shared_size_bytes = NORM_BYTES
+        return kernel
+
+
+def _pairs(outputs):
+    """Outputs without a partner go in tiles of twice as many, half of them as the others' partners."""
+    return -(-outputs // (2 * TILE)) * TILE
+
+
+def _stride(out):
+    """The elements from a row of `out` [T, n] to the next."""
+    return np.int32(out.strides[0] // out.itemsize)
+
+
+def _norm_bytes(tokens, width):
+    """Of the normed x; rows are as far apart as linear.cu has them."""
+    return tokens * (-(-width // 64) * 64 + 32) * 2

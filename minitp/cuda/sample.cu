@@ -1,0 +1,206 @@
+// sample: the twin of sampling.Sampler.choose, and of token_probabilities in it.
+//
+// A block takes a row of logits, which it reads 4 times 16 bytes a thread in flight.
+//   logits float [B, size], rows `stride` apart, a multiple of 4 (up to 3 behind a row are read, not used)
+//   temperature double [B]     0: greedy, the lowest id among equals; below 0: the token is left as it is
+//   top_k int [B]              0: all
+//   top_p double [B]           1 or more: all
+//   draw double [B]            uniform in [0, 1), from the host's generator
+//   token int [B]
+//
+// Greedy is one pass. Else nothing is sorted: the least probable token to keep is found four bits of its key
+// at a time, and the drawn one an eighth of the ids at a time. top_k takes 8 passes, top_p 9, each one more
+// for ties, and the choice 2. Probabilities and their sums are doubles, as on the host, which differs in the
+// order of summation only. No atomics, so a sum is the same at every run: each thread adds to a column of its
+// own in the histogram, 32 KiB in all. A row with NaN or +inf, or of nothing but -inf, gets the greedy
+// choice, in which NaN is above all.
+
+#include "common.h"
+
+constexpr int THREADS = 256, WARPS = THREADS / WARP, DIGIT_BITS = 4, DIGITS = 1 << DIGIT_BITS, IN_FLIGHT = 4;
+
+struct Row {
+    const float *logits;
+    int size;
+};
+
+struct Room {  // what the threads of a block show each other
+    double histogram[DIGITS][THREADS];
+    double sums[WARP];  // of digits, or of warps
+};
+
+// Unsigned numbers in the order of the logits, equal for equal ones.
+__device__ inline unsigned key_of(float logit) {
+    if (logit != logit) return 0xffffffffu;
+    const unsigned bits = __float_as_uint(logit + 0.0f);  // -0 becomes 0
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ inline float logit_of(unsigned key) {
+    return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
+}
+
+// The tokens that are left: above a key, and those that tie with it up to an id.
+struct Kept {
+    unsigned key;
+    int last;
+    __device__ bool has(int id, unsigned its) const { return its > key || (its == key && id <= last); }
+};
+
+// Calls use(id, logit) for the ids from start (a multiple of 4) to stop - 1 of which this thread has a share:
+// of their groups of four the first, the (first + step)-th, ..
+template <class Use>
+__device__ inline void visit(Row row, int start, int stop, int first, int step, Use use) {
+    const float4 *const fours = reinterpret_cast<const float4 *>(row.logits);
+    const int end = (stop + 3) / 4;
+    for (int i = start / 4 + first; i < end; i += IN_FLIGHT * step) {
+        float4 loaded[IN_FLIGHT];
+#pragma unroll
+        for (int j = 0; j < IN_FLIGHT; j++) loaded[j] = __ldg(fours + min(i + j * step, end - 1));
+#pragma unroll
+        for (int j = 0; j < IN_FLIGHT; j++) {
+            const float four[4] = {loaded[j].x, loaded[j].y, loaded[j].z, loaded[j].w};
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const int id = 4 * (i + j * step) + k;
+                if (id < stop) use(id, four[k]);
+            }
+        }
+    }
+}
+
+// The id of the largest logit.
+__device__ inline int best_of(Row row, unsigned long long *room) {
+    unsigned long long best = 0;  // a key, and below it the id so that a lower one is larger
+    visit(row, 0, row.size, threadIdx.x, THREADS, [&](int id, float logit) {
+        best = max(best, static_cast<unsigned long long>(key_of(logit)) << 32 | (0xffffffffu - id));
+    });
+    for (int step = WARP / 2; step > 0; step /= 2) best = max(best, __shfl_xor_sync(ALL_LANES, best, step));
+    if (threadIdx.x % WARP == 0) room[threadIdx.x / WARP] = best;
+    __syncthreads();
+    for (int warp = 0; warp < WARPS; warp++) best = max(best, room[warp]);
+    return 0xffffffffu - static_cast<unsigned>(best);
+}
+
+template <class Weigh>
+__device__ inline double weight_of_all(Row row, Weigh weigh, Room &room) {
+    double sum = 0;
+    visit(row, 0, row.size, threadIdx.x, THREADS, [&](int id, float logit) { sum += weigh(id, logit); });
+    return block_sum(sum, room.sums);
+}
+
+struct Boundary {
+    unsigned key;
+    double above;  // what the tokens above it weigh
+};
+
+// The largest key such that the tokens from it upwards weigh `wanted` or more. (If by rounding they never do,
+// one below all that weigh anything.)
+template <class Weigh>
+__device__ inline Boundary boundary_of(Row row, double wanted, Weigh weigh, Room &room) {
+    Boundary found = {0, 0};
+    unsigned known = 0;  // the bits of found.key that are
+    for (int shift = 32 - DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
+        for (int digit = 0; digit < DIGITS; digit++) room.histogram[digit][threadIdx.x] = 0;
+        visit(row, 0, row.size, threadIdx.x, THREADS, [&](int id, float logit) {
+            const unsigned key = key_of(logit);
+            if (((key ^ found.key) & known) != 0) return;
+            room.histogram[key >> shift & (DIGITS - 1)][threadIdx.x] += weigh(id, logit);
+        });
+        __syncthreads();
+        for (int digit = threadIdx.x / WARP; digit < DIGITS; digit += WARPS) {
+            double sum = 0;
+            for (int i = threadIdx.x % WARP; i < THREADS; i += WARP) sum += room.histogram[digit][i];
+            sum = warp_sum(sum);
+            if (threadIdx.x % WARP == 0) room.sums[digit] = sum;
+        }
+        __syncthreads();
+        unsigned digit = DIGITS - 1;
+        while (digit > 0 && found.above + room.sums[digit] < wanted) found.above += room.sums[digit--];
+        found.key |= digit << shift;
+        known |= (DIGITS - 1u) << shift;
+    }
+    return found;
+}
+
+// The first part at which the sum of the weights exceeds `wanted`; and `wanted` becomes what it has to exceed
+// in that part. If by rounding none does, the last part that weighs anything.
+__device__ inline int exceeding(double &wanted, int parts, const double *weights) {
+    double sum = 0, before = 0;
+    int part = 0;
+    for (int i = 0; i < parts && sum <= wanted; i++) {
+        if (weights[i] == 0) continue;
+        part = i;
+        before = sum;
+        sum += weights[i];
+    }
+    wanted -= before;
+    return part;
+}
+
+// The first id at which the sum of the weights of all ids up to it exceeds `wanted`.
+template <class Weigh>
+__device__ inline int id_of(Row row, double wanted, Weigh weigh, Room &room) {
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int start = 0, stop = row.size;
+    while (stop - start > 4) {  // each warp weighs an eighth of the ids, in whole groups of four
+        const int part = (stop - start + 4 * WARPS - 1) / (4 * WARPS) * 4;
+        const int begin = start + warp * part;
+        double sum = 0;
+        visit(row, begin, min(begin + part, stop), lane, WARP,
+              [&](int id, float logit) { sum += weigh(id, logit); });
+        sum = warp_sum(sum);
+        __syncthreads();  // whoever used the room before has read it
+        if (lane == 0) room.sums[warp] = sum;
+        __syncthreads();
+        start += exceeding(wanted, WARPS, room.sums) * part;
+        stop = min(start + part, stop);
+    }
+    double weights[4];
+    for (int i = 0; i < stop - start; i++) weights[i] = weigh(start + i, row.logits[start + i]);
+    return start + exceeding(wanted, stop - start, weights);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) sample(const float *logits, const double *temperature,
+                                                             const int *top_k, const double *top_p,
+                                                             const double *draw, int *token, int size,
+                                                             int stride) {
+    __shared__ Room room;
+    __shared__ unsigned long long bests[WARPS];
+    const Row row = {logits + static_cast<long long>(blockIdx.x) * stride, size};
+    const double heat = temperature[blockIdx.x], p = top_p[blockIdx.x];
+    const int k = top_k[blockIdx.x];
+    if (heat < 0) return;
+
+    int chosen = best_of(row, bests);
+    const float best = row.logits[chosen];
+    const bool finite = best - best == 0;
+    if (heat > 0 && finite) {
+        Kept kept = {0, size - 1};
+        const auto probability = [&](float logit) {  // but for a factor that all have
+            return exp((static_cast<double>(logit) - best) / heat);
+        };
+        const auto weigh = [&](int id, float logit) {
+            return kept.has(id, key_of(logit)) ? probability(logit) : 0.0;
+        };
+        // Of those that tie at a boundary, the lowest ids stay, as many as are needed.
+        const auto cut = [&](Boundary boundary, double needed) {
+            if (boundary.key < kept.key) return;  // below all that weigh anything
+            const auto ties = [&](int id, float logit) {
+                return key_of(logit) == boundary.key && kept.has(id, boundary.key) ? 1.0 : 0.0;
+            };
+            kept = {boundary.key, id_of(row, needed - 1, ties, room)};
+        };
+        if (k > 0 && k < size) {
+            const Boundary boundary = boundary_of(row, k, [](int, float) { return 1.0; }, room);
+            cut(boundary, k - boundary.above);
+        }
+        if (p < 1) {
+            const double wanted = p * weight_of_all(row, weigh, room);
+            const Boundary boundary = boundary_of(row, wanted, weigh, room);
+            cut(boundary, ceil((wanted - boundary.above) / probability(logit_of(boundary.key))));
+        }
+        chosen = id_of(row, draw[blockIdx.x] * weight_of_all(row, weigh, room), weigh, room);
+    }
+    if (threadIdx.x == 0) token[blockIdx.x] = chosen;
+}

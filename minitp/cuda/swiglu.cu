@@ -1,0 +1,19 @@
+// swiglu: the twin of ops.swiglu, for the many rows of a prefill.
+//
+// gate_up is [rows, 2 columns], the gate columns first; out [rows, stride], stride at least `columns`, and what
+// is beyond them becomes zero. One thread for each element of out.
+
+#include "common.h"
+
+extern "C" __global__ void swiglu(const Half *gate_up, Half *out, int columns, int stride) {
+    const int column = blockIdx.y * blockDim.x + threadIdx.x;
+    if (column >= stride) return;
+    const long long row = blockIdx.x;
+    float result = 0;
+    if (column < columns) {
+        const Half *const gates = gate_up + row * 2 * columns;
+        const float gate = to_float(gates[column]), up = to_float(gates[columns + column]);
+        result = gate / (1 + expf(-fmaxf(gate, -80.0f))) * up;
+    }
+    out[row * stride + column] = to_half(result);
+}

@@ -1,0 +1,68 @@
+"""Where the ranks compute, and how their arrays meet there."""
+
+import importlib.util
+import os
+import sys
+
+from minitp.errors import InputError
+
+ON_GPUS = ("nccl", "peer")  # of --comm
+NVIDIA = ("/dev/nvidiactl", "/dev/dxg")  # the driver's device, on Linux and under WSL
+
+
+def on_hosts(transport):
+    """What --comm says of the ranks' hosts: they need one for all that is no array, too."""
+    return "auto" if transport in ON_GPUS else transport
+
+
+def place_ranks(comm, device, transport="auto", share_gpu=False):
+    """The Comm for the arrays of these ranks; all of them call it.
+
+    Parameters
+    ----------
+    comm : Comm
+        Of their hosts.
+    device, transport : str
+        As --device and --comm.
+    share_gpu : bool
+        Several ranks may be on one GPU.
+
+    Returns
+    -------
+    Comm
+        `comm` itself on CPUs; a cuda.comm.DeviceComm, whose `gpu` is this rank's, on GPUs.
+
+    Raises
+    ------
+    AgreedError
+        on all ranks, if one of them has no GPU, or NCCL does not come up.
+    """
+    if device == "auto":
+        device = "cuda" if all(comm.exchange(gpu_is_likely())) else "cpu"
+    if device == "cpu":
+        with comm.agreed():
+            if transport in ON_GPUS:
+                raise InputError(f"--comm {transport} is for GPUs; leave it out, or give --device cuda")
+            if share_gpu:
+                raise InputError("--share-gpu wants GPUs; leave it out, or give --device cuda")
+        return comm
+    from minitp.cuda.comm import LocalComm, StagedComm
+    from minitp.cuda.gpu import open_gpu
+    from minitp.cuda.nccl import NcclComm, allow_shared_gpu
+
+    local_rank, gpu = comm.local_rank(), None
+    with comm.agreed():
+        gpu = open_gpu(local_rank, share_gpu)
+    if comm.size == 1 or comm.share != comm.rank:
+        return LocalComm(comm, gpu)
+    shared = any(comm.exchange(local_rank >= gpu.gpus))
+    if shared and comm.rank == 0:
+        print("minitp: warning: several ranks share a GPU: as right as ever, and slow", file=sys.stderr)
+    if transport in ("mpi", "shm") or (shared and not all(comm.exchange(allow_shared_gpu()))):
+        return StagedComm(comm, gpu)
+    return NcclComm(comm, gpu)
+
+
+def gpu_is_likely():
+    """Whether it is worth importing CuPy, which takes a second, to see if there is a GPU."""
+    return importlib.util.find_spec("cupy") is not None and any(map(os.path.exists, NVIDIA))

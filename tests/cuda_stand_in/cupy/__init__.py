@@ -1,0 +1,199 @@
+"""A stand-in for CuPy on a machine without a GPU: a GPU that is a part of this process.
+
+With this folder in front of Python's path, `import cupy` gets NumPy's numbers behind CuPy's interface, as
+much of it as minitp uses: kernels are built and run by `cuda_on_cpu`, a captured graph is the list of its
+launches, NCCL is in `cupy.cuda.nccl`. What CuPy refuses is refused here: NumPy arrays among its own, 16-bit
+products of more than two dimensions, arguments of kernels of the wrong type, blocks and shared memory beyond
+the limits. New memory is full of NaN and ends at a page that nobody may touch.
+"""
+
+import builtins
+import ctypes
+import mmap
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).parent.parent.parent))  # for cuda_on_cpu, in processes without pytest
+
+from cuda_on_cpu import build_text
+
+from . import cuda
+
+__version__ = "14.2.0"
+PAGE = mmap.PAGESIZE
+LIBC = ctypes.CDLL(None, use_errno=True)
+SCALARS = (bool, int, float, np.generic)
+float16, float32, float64 = np.float16, np.float32, np.float64
+int8, int32, int64, uint8, uint32, uint64, bool_ = (
+    np.int8, np.int32, np.int64, np.uint8, np.uint32, np.uint64, np.bool_,
+)  # fmt: skip
+dtype, inf, newaxis, pi = np.dtype, float("inf"), None, np.pi
+
+
+class _Pointer:
+    def __init__(self, ptr):
+        self.ptr = ptr
+
+
+class ndarray(np.ndarray):
+    """An array on the stand-in's GPU."""
+
+    @property
+    def data(self):
+        return _Pointer(self.__array_interface__["data"][0])
+
+    def get(self):
+        return np.array(self)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
+        for x in (*inputs, *(out or ())):
+            if not isinstance(x, (ndarray, *SCALARS)):
+                raise TypeError(f"Unsupported type {type(x)}")
+        if out is not None:
+            kwargs["out"] = tuple(np.asarray(x) for x in out)
+        result = getattr(ufunc, method)(*[_bare(x) for x in inputs], **kwargs)
+        if out is not None:
+            return out[0]
+        return _wrapped(result)
+
+    def __array_function__(self, function, types, args, kwargs):
+        raise TypeError(f"numpy.{function.__name__} of a CuPy array")
+
+
+def _bare(x):
+    if isinstance(x, ndarray):
+        return x.view(np.ndarray)
+    if isinstance(x, np.ndarray):
+        raise TypeError(f"Unsupported type {type(x)}")
+    if isinstance(x, (tuple, list)):
+        return type(x)(_bare(part) for part in x)
+    return x
+
+
+def _wrapped(x):
+    return np.asarray(x).view(ndarray)
+
+
+def _memory(nbytes):
+    """Zeroed bytes that end, but for 15, where a forbidden page begins."""
+    size = -(-builtins.max(nbytes, 1) // PAGE) * PAGE
+    room = mmap.mmap(-1, size + PAGE)
+    whole = np.frombuffer(room, np.uint8)
+    LIBC.mprotect(ctypes.c_void_p(whole.ctypes.data + size), ctypes.c_size_t(PAGE), 0)
+    start = size - -(-nbytes // 16) * 16
+    return whole[start : start + nbytes]
+
+
+def zeros(shape, dtype=float):
+    dtype, shape = np.dtype(dtype), (shape,) if np.isscalar(shape) else tuple(shape)
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    return _memory(nbytes).view(dtype).reshape(shape).view(ndarray)
+
+
+def empty(shape, dtype=float):
+    found = zeros(shape, dtype)
+    if found.size:
+        found.reshape(-1).view(np.uint8)[:] = 0xFF
+    return found
+
+
+def zeros_like(a):
+    return zeros(a.shape, a.dtype)
+
+
+def empty_like(a):
+    return empty(a.shape, a.dtype)
+
+
+def asarray(a, dtype=None):
+    if isinstance(a, ndarray):
+        return a.astype(dtype or a.dtype, copy=False)
+    a = np.asarray(a, dtype=dtype)
+    found = empty(a.shape, a.dtype)
+    found[...] = a.view(ndarray)
+    return found
+
+
+array = asarray
+
+
+def asnumpy(a):
+    if cuda.capturing() is not None:
+        raise RuntimeError("a copy to the host while a graph is captured")
+    return a.get() if isinstance(a, ndarray) else np.asarray(a)
+
+
+def ascontiguousarray(a):
+    return _wrapped(np.ascontiguousarray(_bare(a)))
+
+
+def copyto(dst, src, where=True):
+    np.copyto(_bare(dst), _bare(src), where=_bare(where))
+
+
+def matmul(a, b, out=None, dtype=None):
+    """As CuPy 14: of 16-bit numbers only two dimensions, and into 16 bits."""
+    if a.dtype != b.dtype:
+        raise ValueError("Not supported dtype combination.")
+    if a.dtype.itemsize == 2 and (dtype not in (None, a.dtype) or builtins.max(a.ndim, b.ndim) > 2):
+        raise ValueError("Not supported dtype combination.")
+    if out is not None:
+        raise TypeError("the stand-in has no `out` here")
+    return _wrapped(np.matmul(_bare(a), _bare(b), dtype=np.float32).astype(a.dtype))
+
+
+def _forwarded(function):
+    def call(*args, **kwargs):
+        return _wrapped(function(*_bare(args), **{name: _bare(value) for name, value in kwargs.items()}))
+
+    return call
+
+
+for _name in (
+    "abs", "arange", "argmax", "concatenate", "cos", "exp", "full", "isfinite", "isnan", "log", "max",
+    "maximum", "min", "minimum", "ones", "rint", "sin", "sqrt", "stack", "sum", "where",
+):  # fmt: skip
+    globals()[_name] = _forwarded(getattr(np, _name))
+
+
+class lib:
+    class stride_tricks:
+        @staticmethod
+        def as_strided(a, shape, strides):
+            return np.lib.stride_tricks.as_strided(_bare(a), shape, strides).view(ndarray)
+
+
+class RawModule:
+    """Kernels from a text, as NVRTC would compile them."""
+
+    def __init__(self, code, options=(), backend="nvrtc"):
+        if backend != "nvrtc":
+            raise ValueError(backend)
+        self._kernels = build_text(code, options)
+
+    def get_function(self, name):
+        return _Function(self._kernels[name])
+
+
+class _Function:
+    """A kernel with CuPy's way of being launched and a GPU's limits."""
+
+    def __init__(self, kernel):
+        self._kernel = kernel
+        self.max_dynamic_shared_size_bytes = 48 << 10
+
+    def __call__(self, grid, block, args, shared_mem=0):
+        if (
+            builtins.max((*grid, 1, 1)[1:3]) > 65535
+            or int(np.prod(block)) > 1024
+            or builtins.min(*grid, *block) < 1
+        ):
+            raise ValueError(f"{self._kernel.name}: a grid of {grid}, blocks of {block}")
+        if shared_mem > builtins.min(self.max_dynamic_shared_size_bytes, 227 << 10):
+            raise ValueError(f"{self._kernel.name}: {shared_mem} bytes of shared memory")
+        for arg in args:
+            if isinstance(arg, np.ndarray) and not isinstance(arg, ndarray):
+                raise TypeError(f"Unsupported type {type(arg)}")
+        cuda.run(lambda: self._kernel(grid, block, args, shared_mem))

@@ -1,0 +1,102 @@
+"""begin_step.cu, its body run on the CPU, against the explicit operations."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cuda_on_cpu import CpuCompiler
+
+from minitp import ops
+from minitp.cuda.begin_step import BeginStep
+
+DTYPES = (np.float16, ml_dtypes.bfloat16)
+BLOCK_SIZE, MAX_BLOCKS = 16, 8
+PADDING = -1
+
+
+def begin(dtype, token, lengths, table, width, half_dim, first_row):
+    """Run it on random block tables; returns (block_table, inverse_frequencies, its five outputs)."""
+    draw = np.random.default_rng(width)
+    sequences = len(token)
+    block_table = draw.permutation(sequences * MAX_BLOCKS).reshape(-1, MAX_BLOCKS).astype(np.int32)
+    frequencies = (10000.0 ** -(np.arange(half_dim) / half_dim)).astype(np.float32)  # [d/2]
+    x = np.full((sequences, width), np.nan, dtype)  # [B, D]
+    slot, seen = np.full((2, sequences), -99, np.int32)  # [B] each
+    cosines, sines = np.full((2, sequences, half_dim), np.nan, np.float32)  # [B, d/2] each
+    outputs = (x, slot, cosines, sines, seen)
+    kernel = BeginStep(CpuCompiler(dtype), BLOCK_SIZE, first_row)
+    kernel(np.int32(token), np.int32(lengths), block_table, frequencies, table, *outputs)
+    return block_table, frequencies, outputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "stride", "half_dim"), [(8, 8, 4), (4096, 4096, 64), (576, 640, 32)])
+@pytest.mark.parametrize("first_row", [0, 40])
+def test_begin_step(dtype, width, stride, half_dim, first_row):
+    draw = np.random.default_rng(stride)
+    rows = 30
+    table = draw.normal(size=(rows, stride)).astype(dtype)  # [V_r, D_padded]
+    token = np.array([0, 29, 30, 39, 40, 69, 70, 45, 5])  # either side of each rank's ends
+    lengths = np.array([0, 1, 15, 16, 17, 127, 64, PADDING, PADDING])
+    given = token.copy(), lengths.copy()
+    block_table, frequencies, outputs = begin(dtype, token, lengths, table, width, half_dim, first_row)
+    x, slot, cosines, sines, seen = outputs
+    real = lengths >= 0
+
+    expected = ops.embed_partial(np, token, table[:, :width], first_row)  # [B, D]
+    expected[~real] = 0
+    np.testing.assert_array_equal(x, expected)
+    places = block_table[np.arange(len(token)), lengths // BLOCK_SIZE] * BLOCK_SIZE + lengths % BLOCK_SIZE
+    np.testing.assert_array_equal(slot, np.where(real, places, -1))
+    np.testing.assert_array_equal(seen, np.where(real, lengths + 1, 0))
+    cos, sin = ops.rope_cos_sin(np, np.maximum(lengths, 0), frequencies)  # [B, d] each, signed
+    # The same angles to the bit, but two libraries' functions: an ulp or two of 1.
+    np.testing.assert_allclose(cosines, cos[:, half_dim:], atol=3e-7, rtol=0)
+    np.testing.assert_allclose(sines, sin[:, half_dim:], atol=3e-7, rtol=0)
+    np.testing.assert_array_equal(token, given[0])
+    np.testing.assert_array_equal(lengths, given[1])
+
+
+def test_a_batch_of_padding_reads_nothing_out_of_range():
+    table = np.ones((4, 8), np.float16)
+    _, _, outputs = begin(np.float16, [2**31 - 1] * 3, [PADDING] * 3, table, 8, 4, 0)
+    for array, expected in zip(outputs, (0, -1, 1, 0, 0), strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_angles_far_out():
+    table = np.ones((4, 8), np.float16)
+    lengths = np.array([131071, 99999])
+    half_dim = 4
+    frequencies = np.array([1, 0.3, 0.01, 1e-5], np.float32)  # [d/2]
+    block_table = np.zeros((2, 131072 // BLOCK_SIZE), np.int32)
+    x, ints = np.empty((2, 8), np.float16), np.empty((2, 2), np.int32)
+    cosines, sines = np.full((2, 2, half_dim), np.nan, np.float32)
+    kernel = BeginStep(CpuCompiler(np.float16), BLOCK_SIZE, 0)
+    kernel(
+        np.int32([1, 2]),
+        np.int32(lengths),
+        block_table,
+        frequencies,
+        table,
+        x,
+        ints[0],
+        cosines,
+        sines,
+        ints[1],
+    )
+    angles = (lengths.astype(np.float32)[:, None] * frequencies).astype(np.float64)  # [B, d/2], of float32
+    np.testing.assert_allclose(cosines, np.cos(angles), atol=2e-7, rtol=0)
+    np.testing.assert_allclose(sines, np.sin(angles), atol=2e-7, rtol=0)
+
+
+@pytest.mark.parametrize("sequences", [1, 32, 300])
+def test_end_step(sequences):
+    lengths = np.arange(sequences, dtype=np.int32)
+    lengths[::3] = PADDING
+    steps = np.array([41], np.int32)
+    expected = np.where(lengths < 0, PADDING, lengths + 1)
+    guarded = np.append(lengths, np.int32(7))  # one more that is not its own
+    BeginStep(CpuCompiler(np.float16), BLOCK_SIZE, 0).end(guarded[:-1], steps)
+    np.testing.assert_array_equal(guarded[:-1], expected)
+    assert guarded[-1] == 7
+    assert steps[0] == 42

@@ -1,0 +1,184 @@
+"""linear.cu, its body run on the CPU, against the operations of `ops` that it joins."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cuda_on_cpu import CpuCompiler
+
+from minitp import ops
+from minitp.cuda.linear import MAX_TOKENS, Linear
+
+DTYPES = (np.float16, ml_dtypes.bfloat16)
+LINEAR = {dtype: Linear(CpuCompiler(dtype)) for dtype in DTYPES}
+TOKENS = (1, 2, 3, 8, 9, 16, 17, 32, 64)
+EPS = 1e-5
+
+
+@pytest.fixture(params=DTYPES, ids=["float16", "bfloat16"])
+def dtype(request):
+    return request.param
+
+
+class Draw:
+    """Random arrays of a dtype, of which a product is of size 1."""
+
+    def __init__(self, dtype, seed):
+        self.dtype, self.random = dtype, np.random.default_rng(seed)
+
+    def __call__(self, *shape):
+        return self.random.normal(size=shape).astype(self.dtype)
+
+    def weight(self, outputs, width):
+        return (self.random.normal(size=(outputs, width)) / width**0.5).astype(self.dtype)
+
+    def norm(self, width):
+        return (1 + self(width) / 8).astype(self.dtype), EPS
+
+
+def normed(x, norm):
+    return x if norm is None else ops.rms_norm(np, x, *norm)
+
+
+def assert_twins(out, expected):
+    """Equal but for sums in another order: some values near a tie are rounded to the other side."""
+    eps = float(ml_dtypes.finfo(out.dtype).eps)
+    assert (out == expected).mean() > 0.95
+    # Such a value is one of two or three that are multiplied or added at the end: 2 units of a value up to 4.
+    np.testing.assert_allclose(
+        out.astype(np.float32), expected.astype(np.float32), rtol=2 * eps, atol=4 * eps
+    )
+
+
+def canary(draw, *shape):
+    return np.full(shape, np.nan, draw.dtype)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_store(dtype, tokens):
+    draw = Draw(dtype, tokens)
+    for outputs, width, biased in ((13, 40, True), (40, 296, False), (48, 8, True)):
+        x, weight = draw(tokens, width), draw.weight(outputs, width)
+        bias = draw(outputs) if biased else None
+        out = canary(draw, tokens, outputs + 3)
+        LINEAR[dtype].store(x, weight, out, bias)
+        assert_twins(out[:, :outputs], ops.column_parallel(np, x, weight.T, bias))
+        assert np.isnan(out[:, outputs:]).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_all_columns_of_a_long_row_count_once(dtype, tokens):
+    draw = Draw(dtype, 0)
+    x, weight = draw(tokens, 4096), draw.weight(64, 4096)
+    out = canary(draw, tokens, 64)
+    LINEAR[dtype].store(x, weight, out)
+    assert_twins(out, ops.matmul(np, x, weight.T))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_residual(dtype, tokens, biased):
+    draw = Draw(dtype, tokens)
+    outputs, width = 56, 360
+    x, weight, residual = draw(tokens, width), draw.weight(outputs, width), canary(draw, tokens, outputs + 8)
+    residual[:, :outputs] = draw(tokens, outputs)
+    bias = draw(outputs) if biased else None
+    y = ops.row_parallel(np, x, weight.T)
+    expected = residual[:, :outputs] + (y + bias if biased else y)
+    LINEAR[dtype].residual(x, weight, residual, bias)
+    assert_twins(residual[:, :outputs], expected)
+    assert np.isnan(residual[:, outputs:]).all()
+
+
+@pytest.mark.parametrize(("tokens", "with_norm"), [(1, True), (8, True), (1, False), (9, False), (33, False)])
+def test_logits(dtype, tokens, with_norm):
+    draw = Draw(dtype, tokens)
+    outputs, width = 37, 264
+    x, weight = draw(tokens, width), draw.weight(outputs, width)
+    norm = draw.norm(width) if with_norm else None
+    gathered = np.full((tokens, 100), np.nan, np.float32)
+    LINEAR[dtype].logits(x, weight, gathered[:, 20 : 20 + outputs], norm)
+    expected = ops.logits_partial(np, normed(x, norm), weight.T)
+    # Not rounded: sums of terms of size 1 / 16 in another order. A normed x may be rounded to the other side.
+    atol = float(ml_dtypes.finfo(dtype).eps) if with_norm else 1e-5
+    np.testing.assert_allclose(gathered[:, 20 : 20 + outputs], expected, atol=atol)
+    assert np.isclose(gathered[:, 20 : 20 + outputs], expected, atol=1e-5).mean() > 0.8
+    assert np.isnan(np.delete(gathered, range(20, 20 + outputs), axis=1)).all()
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_swiglu(dtype, tokens, biased):
+    draw = Draw(dtype, tokens)
+    columns, width = 28, 104
+    x, weight = draw(tokens, width), draw.weight(2 * columns, width)
+    bias = draw(2 * columns) if biased else None
+    if biased:
+        bias[3], bias[4] = -200, 200  # of gates: exp(200) is no float32
+    norm = draw.norm(width) if tokens <= 8 else None
+    out = canary(draw, tokens, columns + 4)
+    LINEAR[dtype].swiglu(x, weight, out, bias, norm)
+    expected = ops.swiglu(np, ops.column_parallel(np, normed(x, norm), weight.T, bias))
+    assert_twins(out[:, :columns], expected)
+    small, also_small = out[:, 3].astype(np.float32), expected[:, 3].astype(np.float32)
+    np.testing.assert_allclose(small, also_small, rtol=4 * float(ml_dtypes.finfo(dtype).eps))
+    assert np.isnan(out[:, columns:]).all()
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads", "tokens"), [(3, 1, 1), (4, 4, 3), (4, 2, 9), (2, 1, 18)])
+def test_qkv(dtype, head_dim, heads, kv_heads, tokens):
+    draw = Draw(dtype, head_dim + tokens)
+    width, slots = 40, 30
+    rows = (heads + 2 * kv_heads) * head_dim
+    x, weight = draw(tokens, width), draw.weight(rows, width)
+    bias = draw(rows) if heads != kv_heads else None
+    norm = draw.norm(width) if tokens <= 8 else None
+    frequencies = np.linspace(1, 0.01, head_dim // 2).astype(np.float32)
+    cos, sin = ops.rope_cos_sin(np, draw.random.integers(0, 1000, tokens), frequencies)  # [T, d] each
+    slot = draw.random.permutation(slots)[:tokens].astype(np.int32)
+    slot[1::3] = -1
+
+    q, caches = canary(draw, tokens, heads, head_dim), canary(draw, 2, kv_heads, slots, head_dim)
+    half_cos, half_sin = (np.ascontiguousarray(table[:, head_dim // 2 :]) for table in (cos, sin))
+    sizes = heads, kv_heads, head_dim
+    LINEAR[dtype].qkv(x, weight, q, *caches, slot, half_cos, half_sin, *sizes, bias, norm)
+
+    y = ops.column_parallel(np, normed(x, norm), weight.T, bias)
+    qk, v = ops.split_heads(np, y, heads, kv_heads)
+    qk = ops.apply_rope(np, qk, cos, sin)
+    assert_twins(q.transpose(1, 0, 2), qk[:heads])
+    written = slot[slot >= 0]
+    assert_twins(caches[0][:, written], qk[heads:][:, slot >= 0])
+    assert_twins(caches[1][:, written], v[:, slot >= 0])
+    assert np.isnan(np.delete(caches, written, axis=2)).all()
+
+
+def test_a_tokens_output_does_not_depend_on_the_tokens_beside_it(dtype):
+    draw = Draw(dtype, 1)
+    x, weight = draw(MAX_TOKENS, 1304), draw.weight(24, 1304)
+    together = np.full((MAX_TOKENS, 24), np.nan, np.float32)
+    LINEAR[dtype].logits(x, weight, together)
+    for tokens in (1, 10, 20):
+        few = np.full((tokens, 24), np.nan, np.float32)
+        LINEAR[dtype].logits(x[-tokens:], weight, few)
+        np.testing.assert_array_equal(few, together[-tokens:])
+
+
+@pytest.mark.parametrize(("tokens", "width", "fits"), [(8, 8192, True), (9, 64, False), (3, 1 << 15, False)])
+def test_a_norm_must_fit_into_shared_memory(tokens, width, fits):
+    assert Linear.norm_fits(tokens, width) == fits
+    draw = Draw(np.float16, 2)
+    x, weight, norm = draw(tokens, width), draw.weight(8, width), draw.norm(width)
+    out = canary(draw, tokens, 8)
+    if fits:
+        LINEAR[np.float16].store(x, weight, out, norm=norm)
+        assert_twins(out, ops.matmul(np, normed(x, norm), weight.T))
+    else:
+        with pytest.raises(ValueError, match="too much to be normed"):
+            LINEAR[np.float16].store(x, weight, out, norm=norm)
+
+
+def test_too_many_tokens_are_refused():
+    x = np.zeros((MAX_TOKENS + 1, 8), np.float16)
+    with pytest.raises(ValueError, match="takes up to 64"):
+        LINEAR[np.float16].store(x, x[:16], np.empty((MAX_TOKENS + 1, 16), np.float16))
