@@ -22,7 +22,7 @@ alike, and so are their errors: this is divided by how often a token comes on av
 
 Where a run fuses operations, an input may be Unseen: then the oracle's chain and the third implementation's
 each go on from what they had there, so that the bound grows with the roundings on the way; and the second
-term comes once more for the Unseen, with its own roundings and samples: its luck is another than the result's.
+term comes once more for the Unseen, with its own roundings and samples: its luck is its own.
 
 Shape letters as in `ops`; [n, T, d] are n heads.
 """

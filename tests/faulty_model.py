@@ -57,7 +57,7 @@ class FaultyModel(Model):
         if fault.weights is not None:
             fault.weights(self, layer, partial(whole_tensor, source))
 
-    def new_cache(self):
+    def new_cache(self, capacity=64):
         cache = super().new_cache()
         cache.append = hooked("append", cache.append)
         return cache
