@@ -7,7 +7,7 @@ never disagree about what comes next.
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from minitp.errors import ContextError, InputError
+from minitp.errors import ContextError, InputError, RankError
 from minitp.model import host_logits, prefill
 from minitp.sampling import Sampler, token_logprobs
 from minitp.tokenizer import TextStream
@@ -35,6 +35,9 @@ def generate(model, prompt_ids, request, use_cache=True):
     check_prompt(ids, model.config, model.config.max_position_embeddings)
     cache = model.new_cache(comm.broadcast(request.positions if comm.rank == 0 else None))
     logits = prefill(model, cache, ids)  # [V]
+    if model.fused and use_cache and comm.broadcast(request.params.logprobs is None if request else None):
+        yield from generate_ahead(model, cache, logits, request)
+        return
     while True:
         token, last = comm.broadcast(request.take(logits) if comm.rank == 0 else None)
         yield token
@@ -46,6 +49,29 @@ def generate(model, prompt_ids, request, use_cache=True):
         else:
             cache = model.new_cache(len(ids))
             logits = prefill(model, cache, ids)  # [V]
+
+
+def generate_ahead(model, cache, logits, request):
+    """The same on a GPU that chooses the tokens itself, and has begun a step before the last one is looked at.
+
+    So the GPU never waits for the host. Every rank's GPU chooses from the same logits, by the same draws.
+    """
+    comm, job = model.comm, None
+    if comm.rank == 0:
+        token, last = request.take(logits)
+        steps = request.positions - len(request.prompt_ids) - 1
+        job = token, last, request.params, request.sampler.draws(0 if last else steps)
+    token, last, params, draws = comm.broadcast(job)
+    yield token
+    if last:
+        return
+    for chosen in model.decode_ahead(cache, token, params, draws):
+        token, last = comm.broadcast((chosen, request.accept(chosen)) if comm.rank == 0 else None)
+        if token != chosen:
+            raise RankError(f"rank {comm.rank} chose token {chosen} and rank 0 {token}: their GPUs disagree")
+        yield token
+        if last:
+            return
 
 
 @dataclass
@@ -97,9 +123,13 @@ class Request:
     def take(self, logits):
         """The next token from logits [V], and whether it is the last."""
         token = self.sampler.choose(logits)
-        self.token_ids.append(token)
         if self.params.logprobs is not None:
             self.logprobs.append(token_logprobs(logits, token, self.params.logprobs))
+        return token, self.accept(token)
+
+    def accept(self, token):
+        """Take this as the next token; returns whether it is the last."""
+        self.token_ids.append(token)
         self.times.append(perf_counter())
         length = len(self.prompt_ids) + len(self.token_ids)
         if token in self.eos_token_ids and not self.params.ignore_eos:
@@ -107,7 +137,7 @@ class Request:
         elif len(self.token_ids) == self.params.max_new_tokens or length >= self.max_context:
             self.finish_reason = "length"
         self._write(token)
-        return token, self.finish_reason is not None
+        return self.finish_reason is not None
 
     def _write(self, token):
         if self._stream is None:

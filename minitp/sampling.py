@@ -93,8 +93,12 @@ class Sampler:
             return int(np.argmax(logits))
         probs = token_probabilities(logits, self._params)  # [V]
         cumulative = np.cumsum(probs)  # [V]
-        drawn = self._generator.random() * cumulative[-1]
+        drawn = self.draws(1)[0] * cumulative[-1]
         return int(np.searchsorted(cumulative, drawn, side="right"))
+
+    def draws(self, count):
+        """The next uniform numbers from 0 to 1, float64 [count], a token each; zeros when greedy."""
+        return np.zeros(count) if self._params.temperature == 0 else self._generator.random(count)
 
 
 def token_probabilities(logits, params):

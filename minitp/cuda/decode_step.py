@@ -88,6 +88,12 @@ class DecodeStep:
             table[row, : len(blocks)] = blocks
         self._state[...] = self.model.device.from_host(state)
 
+    def choose(self, params):
+        """Have the GPU choose the tokens of all rows, and go on from them, by these SamplingParams."""
+        self.temperature.fill(params.temperature)
+        self.top_k.fill(params.top_k)
+        self.top_p.fill(params.top_p)
+
     def launch(self):
         """Run the step: as a graph, if the collectives can be part of one."""
         comm = self.model.comm

@@ -66,6 +66,37 @@ class FusedModel(Model):
             cache.advance(len(ids))
         return logits
 
+    def decode_ahead(self, cache, token, params, draws):
+        """Yield the tokens that follow `token`, one for each of `draws`, a step later than the GPU has them.
+
+        Parameters
+        ----------
+        cache : PagedCache
+            With room for all of them.
+        token : int
+        params : SamplingParams
+        draws : float64 [n]
+            Uniform, from 0 to 1.
+        """
+        step, ahead = self.decode_step(cache.pool, 1), TokensAhead(self.device)
+        step.fill([token], [cache.length], [cache.block_table])
+        step.choose(params)
+        for count, draw in enumerate(draws):
+            if params.temperature > 0:
+                step.draw.fill(draw)
+            step.launch()
+            cache.advance(1)
+            ahead.copy(step.token)
+            if count > 0:
+                yield self._token(ahead)
+        if len(draws):
+            yield self._token(ahead)
+
+    def _token(self, ahead):
+        token = ahead.read()
+        self.comm.check()
+        return token
+
     def decode_step(self, pool, sequences):
         """The DecodeStep of a pool for so many sequences, or the next power of two: so few are captured."""
         batch = 1
@@ -167,6 +198,32 @@ class FusedModel(Model):
 
     def _sum(self, partial):
         return partial if self.comm.size == 1 else self.comm.all_reduce(partial)
+
+
+class TokensAhead:
+    """Tokens on their way to the host, in two places of pinned memory in turn."""
+
+    def __init__(self, gpu):
+        import cupyx
+
+        self._gpu, self._copied, self._read = gpu, 0, 0
+        self._places = [cupyx.empty_pinned(1, np.int32) for _ in range(2)]
+        self._events = [gpu.cupy.cuda.Event(disable_timing=True) for _ in range(2)]
+
+    def copy(self, token):
+        """Have the GPU bring a token, int32 [1], when it is there."""
+        runtime, turn = self._gpu.cupy.cuda.runtime, self._copied % 2
+        place, kind = self._places[turn], runtime.memcpyDeviceToHost
+        runtime.memcpyAsync(place.ctypes.data, token.data.ptr, 4, kind, self._gpu.stream.ptr)
+        self._events[turn].record(self._gpu.stream)
+        self._copied += 1
+
+    def read(self):
+        """The oldest that has not been read; waits for it."""
+        turn = self._read % 2
+        self._events[turn].synchronize()
+        self._read += 1
+        return int(self._places[turn][0])
 
 
 class Prompt:

@@ -23,7 +23,7 @@
 // the last four for those of the next.
 //
 // A block has PAIR_TILES, and all blocks read all of x, from the L2 cache: tokens / (16 PAIR_TILES) bytes for
-// one of weight. So it is two for many tokens; for few it is one, as a matrix has few blocks for all processors.
+// one of weight. So it is two for many tokens; for few it is one, as there are more blocks to share out then.
 // The 8 warps of a block add up their sums in a fixed order. Neither a warp's columns nor their order depends
 // on the macros, so a token's output is the same bits whatever tokens lie beside it. (With NORM the sum of
 // squares has another order than in rms_norm.cu.)

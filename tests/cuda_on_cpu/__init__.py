@@ -66,7 +66,7 @@ def build_text(source, options=()):
     parameters = dict(KERNEL.findall(source))
     if not library.exists():
         _compile(source, options, parameters, library)
-    loaded = ctypes.CDLL(str(library))
+    loaded = ctypes.PyDLL(str(library))  # keeps the GIL: one kernel at a time, of ranks that are threads
     return {kernel: Kernel(loaded, kernel, text) for kernel, text in parameters.items()}
 
 
