@@ -6,6 +6,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from minitp.environment import memory
+
+CACHE_SHARE = 0.25  # of a host's memory
 LINE_BYTES = 64  # of a CPU's cache, and more than a load of a GPU takes
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -29,6 +32,10 @@ class Device:
     def to_host(self, array):
         """A NumPy array of the same numbers; it may be the array itself."""
         return array if self.xp is np else self.xp.asnumpy(array)
+
+    def cache_room(self, ranks):
+        """Bytes that the keys and values of all sequences may take on one of so many ranks of a host."""
+        return int(memory() * CACHE_SHARE / ranks)
 
     def memory(self, nbytes):
         """uint8 [nbytes] that begins with a cache line: products read it faster than across lines."""

@@ -1,7 +1,9 @@
 """What the launcher and the machine say before numpy and MPI are there: ranks, cores, threads."""
 
+import importlib.util
 import os
 import re
+from glob import glob
 from pathlib import Path
 
 from minitp.errors import InputError
@@ -51,16 +53,25 @@ def memory():
 
 
 def ranks_wanted(tp, default):
-    """The number of ranks that --tp asks for: a number, `auto` (cores, up to 4), or None for the default."""
+    """The number of ranks that --tp asks for: a number, auto (GPUs; else cores up to 4), or None: the default."""
     if tp is None:
         return default
     if tp == "auto":
-        return min(physical_cores(), 4)
+        return gpus() or min(physical_cores(), 4)
     if not re.fullmatch("-?[0-9]{1,9}", tp):
         raise InputError(f"--tp {tp}: expected a number of ranks, or auto")
     if int(tp) < 1:
         raise InputError(f"--tp {tp}: expected at least 1 rank")
     return int(tp)
+
+
+def gpus():
+    """NVIDIA GPUs of this host that CuPy could use; without asking CuPy, which takes a second."""
+    if importlib.util.find_spec("cupy") is None:
+        return 0
+    there = len(glob("/dev/nvidia[0-9]*"))
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return there if allowed is None else min(there, len([one for one in allowed.split(",") if one.strip()]))
 
 
 def physical_cores():

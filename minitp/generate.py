@@ -52,7 +52,7 @@ def generate(model, prompt_ids, request, use_cache=True):
 
 
 def generate_ahead(model, cache, logits, request):
-    """The same on a GPU that chooses the tokens itself, and has begun a step before the last one is looked at.
+    """The same on a GPU that chooses the tokens itself, and begins a step before the last one is looked at.
 
     So the GPU never waits for the host. Every rank's GPU chooses from the same logits, by the same draws.
     """

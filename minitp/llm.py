@@ -42,8 +42,8 @@ class LLM:
         A directory, a Hugging Face id, "smollm2", or "random:NAME".
     tp : int or str
         Ranks: a number, or "auto", the physical cores up to 4. Inside mpirun its world.
-    device, dtype, kv_dtype, comm, layers, max_context, cache_tokens, block_size, max_tokens_per_step, \
-    max_sequences
+    device, dtype, kv_dtype, comm, share_gpu, layers, max_context, cache_tokens, block_size, \
+    max_tokens_per_step, max_sequences
         As the options of `minitp serve`.
     verbose : bool
         Show in the end what the ranks have written.
@@ -287,7 +287,9 @@ def rank_arguments(model, tp, options):
     for name, value in options.items():
         if name not in known:
             raise InputError(f"unrecognized arguments: --{name.replace('_', '-')}")
-        if value is not None:
+        if value is True:
+            argv.append(f"--{name.replace('_', '-')}")
+        elif value is not None and value is not False:
             argv += [f"--{name.replace('_', '-')}", str(value)]
     return argv
 

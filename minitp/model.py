@@ -16,7 +16,6 @@ from minitp.errors import InputError
 from minitp.kv_cache import BlockPool, KVCache
 from minitp.weights import Loader
 
-PREFILL_CHUNK = 512  # prompt tokens a pass, at most
 SCORES = 1 << 24  # [H_r, T, S] of a prefill pass, at most: 64 MB, and as much again for what comes of them
 
 
@@ -43,6 +42,7 @@ class Model:
     """
 
     fused = False  # whether several steps may be one operation, whose inner ones nobody sees
+    prefill_chunk = 512  # prompt tokens a pass, at most
 
     def __init__(self, config, plan, weights, comm, device, kv_dtype="auto"):
         self.config = config
@@ -59,6 +59,9 @@ class Model:
         self.vocab_widths = [stop - start for start, stop in plan.vocab_ranges]
         frequencies = ops.rope_inverse_frequencies(config.rope, config.head_dim)
         self.inverse_frequencies = device.xp.asarray(frequencies, dtype=device.xp.float32)  # [d/2]
+
+    def connect(self):
+        """What the ranks prepare together; all call it, when the model is loaded on all of them."""
 
     def new_cache(self, capacity=64):
         """An empty KV cache for one sequence, of `capacity` positions and more if need be."""
@@ -249,7 +252,7 @@ def load_model(source, comm, device, progress=lambda nbytes: None, kv_dtype="aut
     return kind(source.config, source.plan, GpuLoader(*given).load(), comm, device, kv_dtype)
 
 
-def prefill(model, cache, token_ids, chunk=PREFILL_CHUNK):
+def prefill(model, cache, token_ids, chunk=None):
     """Run a prompt through in passes of at most `chunk` tokens; return the last logits [V], on the host."""
     for start, stop in chunks(model, len(token_ids), chunk):
         last = stop == len(token_ids)
@@ -257,8 +260,8 @@ def prefill(model, cache, token_ids, chunk=PREFILL_CHUNK):
     return host_logits(model, logits)[0]
 
 
-def chunks(model, tokens, chunk=PREFILL_CHUNK):
-    """(start, stop) of the passes in which a prompt goes through the model: few enough SCORES in each."""
+def chunks(model, tokens, chunk=None):
+    """(start, stop) of the passes in which a prompt goes through the model."""
     start = 0
     while start < tokens:
         stop = min(tokens, start + largest_pass(model, start, chunk))
@@ -266,8 +269,14 @@ def chunks(model, tokens, chunk=PREFILL_CHUNK):
         start = stop
 
 
-def largest_pass(model, past, chunk=PREFILL_CHUNK):
-    """How many tokens of a sequence a pass may take behind `past` of them."""
+def largest_pass(model, past, chunk=None):
+    """How many tokens of a sequence a pass may take behind `past` of them: few enough SCORES, if it has any.
+
+    `chunk` is the most of them; None: the model's own.
+    """
+    chunk = model.prefill_chunk if chunk is None else chunk
+    if model.fused:
+        return chunk
     heads = max(stop - start for start, stop in model.plan.head_ranges)  # of the rank that has most
     keys = min(past, model.config.sliding_window or past) + chunk
     return min(chunk, max(1, SCORES // (heads * keys)))

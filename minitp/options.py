@@ -31,7 +31,8 @@ def add_cache(sub):
         "--cache-tokens",
         type=int,
         metavar="N",
-        help="positions that all requests may take together; default: what fits in a quarter of the memory",
+        help="positions that all requests may take together; default: what fits in a quarter of the memory, "
+        "or in most of what a GPU has left",
     )
     sub.add_argument("--block-size", type=int, default=16, metavar="N", help="of the cache; default 16")
     sub.add_argument(

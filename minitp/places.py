@@ -46,21 +46,29 @@ def place_ranks(comm, device, transport="auto", share_gpu=False):
             if share_gpu:
                 raise InputError("--share-gpu wants GPUs; leave it out, or give --device cuda")
         return comm
+    from minitp.comm import Alone
     from minitp.cuda.comm import LocalComm, StagedComm
     from minitp.cuda.gpu import open_gpu
     from minitp.cuda.nccl import NcclComm, allow_shared_gpu
+    from minitp.cuda.peer import PeerComm, peers_reach_each_other
 
     local_rank, gpu = comm.local_rank(), None
     with comm.agreed():
         gpu = open_gpu(local_rank, share_gpu)
-    if comm.size == 1 or comm.share != comm.rank:
+    if isinstance(comm, Alone):
         return LocalComm(comm, gpu)
     shared = any(comm.exchange(local_rank >= gpu.gpus))
     if shared and comm.rank == 0:
         print("minitp: warning: several ranks share a GPU: as right as ever, and slow", file=sys.stderr)
     if transport in ("mpi", "shm") or (shared and not all(comm.exchange(allow_shared_gpu()))):
         return StagedComm(comm, gpu)
-    return NcclComm(comm, gpu)
+    reach = peers_reach_each_other(comm, gpu)
+    with comm.agreed():
+        if transport == "peer" and not reach:
+            raise InputError("--comm peer: the GPUs cannot all read each other's memory; use --comm nccl")
+    if transport == "nccl" or not reach:
+        return NcclComm(comm, gpu)
+    return PeerComm(comm, gpu, required=transport == "peer")
 
 
 def gpu_is_likely():

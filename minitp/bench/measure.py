@@ -7,14 +7,8 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
-from minitp.bench.limits import (
-    ALL_REDUCE_BYTES,
-    BareProducts,
-    all_reduce_seconds,
-    bandwidth,
-    matrix_rate,
-    total_elements,
-)
+from minitp.bench.limits import limits_of, token_bytes
+from minitp.bench.loading import loading
 from minitp.bench.requests import measure_requests
 from minitp.bench.runs import (
     bare_decode_seconds,
@@ -25,9 +19,8 @@ from minitp.bench.runs import (
     timed_batch,
     timed_run,
 )
-from minitp.comm import Alone, OneOfMany
+from minitp.comm import OneOfMany
 from minitp.environment import BLAS_THREADS, cores
-from minitp.model import PREFILL_CHUNK
 
 
 def measure(model, source, job, load_s, progress):
@@ -43,47 +36,46 @@ def measure(model, source, job, load_s, progress):
     progress : callable
         Called with a few words before each measurement.
     """
-    comm, products = model.comm, BareProducts(model)
+    limits = limits_of(model)
     result = surroundings(model, source) | {"load_s": load_s}
     progress("limits")
-    result["limits"] = limits(model, products, job.prompt_tokens)
+    result["loading"] = loading(model, source, load_s)
+    result["limits"] = limits.measure(job.prompt_tokens)
     if job.sweep == "context":
-        result["sweep"] = {"over": "context", "points": context_sweep(model, products, job, progress)}
+        result["sweep"] = {"over": "context", "points": context_sweep(model, limits, job, progress)}
     elif job.sweep == "batch":
-        result["sweep"] = {"over": "batch", "points": batch_sweep(model, products, job, progress)}
+        result["sweep"] = {"over": "batch", "points": batch_sweep(model, limits, job, progress)}
     elif job.requests is not None:
-        result["requests"] = measure_requests(model, products, job, progress)
+        result["requests"] = measure_requests(model, limits, job, progress)
     else:
         runs = []
         prompt = random_prompt(model.config, job.prompt_tokens)
-        timed_run(model, products, prompt, 2)  # warms up
+        timed_run(model, limits, prompt, 2)  # warms up
         for n in range(job.rounds):
             progress(f"round {n + 1} of {job.rounds}")
-            runs.append(timed_run(model, products, prompt, job.new_tokens))
-        result |= speeds(runs, model, products, job)
+            runs.append(timed_run(model, limits, prompt, job.new_tokens))
+        result |= speeds(runs, model, limits, job)
         if job.profile:
             progress("profile")
-            result["profile"] = profiles(model, prompt, job.new_tokens)
-    del products  # else its arrays counted as the model's
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result["memory"] = {
-        "private_bytes_per_rank": comm.exchange(private_bytes()),
-        "peak_bytes_per_rank": comm.exchange(peak),
-    }
+            result["profile"] = profiles(model, prompt, job)
+    del limits  # else its arrays counted as the model's
+    result["memory"] = memory(model)
     return result
 
 
 def surroundings(model, source):
     """On what, and of what, everything else was measured."""
+    host = getattr(model.comm, "host", model.comm)
     threads = next((os.environ[name] for name in reversed(BLAS_THREADS[:2]) if name in os.environ), "")
     return {
         "date": date.today().isoformat(),
-        "machine": cpu_name(),
+        "machine": gpu_name(model.device) if model.device.is_gpu else cpu_name(),
         "cores": cores(),
         "model": source.name,
         "layers": model.config.num_hidden_layers,
         "tp": model.comm.size,
-        "as_rank": model.comm.share if isinstance(model.comm, OneOfMany) else None,
+        "device": "cuda" if model.device.is_gpu else "cpu",
+        "as_rank": model.comm.share if isinstance(host, OneOfMany) else None,
         "dtype": model.device.dtype.name,
         "kv_dtype": model.kv_dtype,
         "comm": type(model.comm).__name__,
@@ -102,25 +94,32 @@ def cpu_name():
     return names[0] if names else platform.machine()
 
 
-def limits(model, products, prompt_tokens):
-    """Of all ranks together, measured at the same time."""
-    comm, xp = model.comm, model.device.xp
-    sizes = sorted({*ALL_REDUCE_BYTES, 4 * model.config.hidden_size})
-    sizes = [] if isinstance(comm, Alone) else sizes
-    return {
-        "bytes_per_token": total_elements(comm, products) * products.dtype.itemsize,
-        "bandwidth_gb_per_s": bandwidth(comm, products) / 1e9,
-        "matrix_gflop_per_s": matrix_rate(comm, products, min(prompt_tokens, PREFILL_CHUNK)) / 1e9,
-        "all_reduce": [{"bytes": n, "us": 1e6 * all_reduce_seconds(comm, xp, n)} for n in sizes],
+def gpu_name(gpu):
+    """What this rank's GPU calls itself."""
+    runtime = gpu.cupy.cuda.runtime
+    return runtime.getDeviceProperties(gpu.cupy.cuda.Device().id)["name"].decode()
+
+
+def memory(model):
+    """Bytes on each rank: its process's own now, and with mapped files at most; of the GPU's the same two."""
+    comm, peak = model.comm, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {
+        "private_bytes_per_rank": comm.exchange(private_bytes()),
+        "peak_bytes_per_rank": comm.exchange(peak),
     }
+    if model.device.is_gpu:
+        pool = model.device.cupy.get_default_memory_pool()
+        found["device_bytes_per_rank"] = comm.exchange(pool.used_bytes())
+        found["device_peak_bytes_per_rank"] = comm.exchange(pool.total_bytes())  # it gives nothing back
+    return found
 
 
-def speeds(runs, model, products, job):
-    """Of the rounds: prefill and decode, each beside the bare products that were measured next to it."""
+def speeds(runs, model, limits, job):
+    """Of the rounds: prefill and decode, each beside its limit."""
     context = job.prompt_tokens + job.new_tokens // 2
-    read = total_elements(model.comm, products) * model.device.dtype.itemsize
-    read += sum(model.comm.exchange(products.cache_bytes(keys_read(model, context, 1))))
-    return {
+    keys = keys_read(model, context, 1)
+    read = token_bytes(model.comm, limits, keys)
+    found = {
         "prefill": {
             "prompt_tokens": job.prompt_tokens,
             "ttft_s": spread(run.ttft_s for run in runs),
@@ -135,24 +134,32 @@ def speeds(runs, model, products, job):
             "share_of_limit": spread(run.bare_decode_s / run.decode_s for run in runs),
             "bytes_per_token": read,
             "gb_per_s": spread(read / run.decode_s / 1e9 for run in runs),
-            "all_reduce_share_per_rank": [
-                median(shares) for shares in zip(*[run.all_reduce_shares for run in runs], strict=True)
-            ],
+            "all_reduce_share_per_rank": limits.collective_shares(runs),
         },
         "rounds": len(runs),
     }
+    if model.device.is_gpu:
+        found["decode"]["share_of_copy"] = spread(limits.share_of_copy(keys, run.decode_s) for run in runs)
+        found["prefill"]["share_of_matrix_rate"] = spread(
+            limits.share_of_matrix_rate(job.prompt_tokens, run.ttft_s) for run in runs
+        )
+    return found
 
 
-def profiles(model, prompt, steps):
-    """Seconds by step of the prompt and of a token: the mean over the ranks."""
-    every = model.comm.exchange(profile(model, prompt, steps))
+def profiles(model, prompt, job):
+    """Seconds by step of the prompt and of a token, the mean over the ranks; on a GPU the token's kernels."""
+    if model.device.is_gpu:
+        from minitp.bench.gpu_profile import gpu_profile
+
+        return gpu_profile(model, keys_read(model, job.prompt_tokens + job.new_tokens // 2, 1))
+    every = model.comm.exchange(profile(model, prompt, job.new_tokens))
     return {
         name: {step: sum(rank[i][step] for rank in every) / len(every) for step in every[0][i]}
         for i, name in enumerate(("prefill_s", "decode_s"))
     }
 
 
-def context_sweep(model, products, job, progress):
+def context_sweep(model, limits, job, progress):
     """Prefill and decode at ever longer contexts."""
     points = []
     for context in job.points:
@@ -160,7 +167,7 @@ def context_sweep(model, products, job, progress):
         runs = []
         for n in range(job.rounds):
             progress(f"context {context}, round {n + 1} of {job.rounds}")
-            runs.append(timed_run(model, products, prompt, job.new_tokens))
+            runs.append(timed_run(model, limits, prompt, job.new_tokens))
         points.append(
             {
                 "context": context,
@@ -173,7 +180,7 @@ def context_sweep(model, products, job, progress):
     return points
 
 
-def batch_sweep(model, products, job, progress):
+def batch_sweep(model, limits, job, progress):
     """Decode steps of ever more sequences, each of which continues a prompt of its own."""
     points = []
     prompt = random_prompt(model.config, job.prompt_tokens)
@@ -181,7 +188,7 @@ def batch_sweep(model, products, job, progress):
         steps, bare = [], []
         for n in range(job.rounds):
             progress(f"batch {batch}, round {n + 1} of {job.rounds}")
-            bare.append(bare_decode_seconds(model, products, batch, job.prompt_tokens + job.new_tokens // 2))
+            bare.append(bare_decode_seconds(model, limits, batch, job.prompt_tokens + job.new_tokens // 2))
             steps.append(timed_batch(model, prompt, batch, job.new_tokens))
         points.append(
             {

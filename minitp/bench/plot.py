@@ -36,5 +36,5 @@ def plot(result, path):
 def draw(axes, xs, points, measured, limit):
     """One quantity and its limit."""
     axes.plot(xs, [point[measured] for point in points], marker="o", label="minitp")
-    axes.plot(xs, [point[limit] for point in points], linestyle="--", color="gray", label="bare products")
+    axes.plot(xs, [point[limit] for point in points], linestyle="--", color="gray", label="limit")
     axes.legend()

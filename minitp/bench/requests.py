@@ -1,17 +1,14 @@
-"""Many requests at once, beside the same ones one after another and the bare products of their steps."""
+"""Many requests at once, beside the same ones one after another and the limit of their steps."""
 
 from statistics import median
 from time import perf_counter
 
-from minitp.bench.limits import together
-from minitp.bench.runs import keys_read, random_prompt, request_of
+from minitp.bench.runs import BLOCK_SIZE, keys_read, random_prompt, request_of
 from minitp.engine.engine import Engine
 from minitp.generate import generate
 
-BLOCK_SIZE = 16
 
-
-def measure_requests(model, products, job, progress):
+def measure_requests(model, limits, job, progress):
     """New tokens a second of job.requests requests, in three ways; medians of the rounds."""
     each, tokens = job.prompt_tokens, job.requests * job.new_tokens
     ids = random_prompt(model.config, job.requests * each)
@@ -21,7 +18,7 @@ def measure_requests(model, products, job, progress):
         progress(f"round {n + 1} of {job.rounds}")
         served, steps = serve(model, prompts, job.new_tokens)
         seconds["together"].append(served)
-        seconds["limit"].append(bare_seconds(model, products, steps))
+        seconds["limit"].append(limits.seconds(steps))
         seconds["one_by_one"].append(one_by_one(model, prompts, job.new_tokens))
     pairs = list(zip(*seconds.values(), strict=True))
     return {
@@ -65,19 +62,6 @@ class Recorded:
         ]
         self.steps.append((shapes, 0 if logits_at is None else len(logits_at)))
         return self.model.forward_batch(parts, logits_at)
-
-
-def bare_seconds(model, products, steps):
-    """What just the matrix products of these steps take."""
-    products.reserve(
-        max(len(parts) for parts, _ in steps), max(keys for parts, _ in steps for _, keys in parts)
-    )
-
-    def run():
-        for parts, logit_rows in steps:
-            products.run(parts, logit_rows)
-
-    return together(model.comm, run)
 
 
 def one_by_one(model, prompts, new_tokens):

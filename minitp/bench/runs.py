@@ -1,19 +1,21 @@
-"""Timed runs of the model itself, as a user runs it, beside the bare products of the same shapes."""
+"""Timed runs of the model itself, as a user runs it, beside the limit of the same shapes."""
 
 from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
 
-from minitp.bench.limits import together
 from minitp.generate import Request, generate
+from minitp.kv_cache import PagedCache
 from minitp.model import chunks, prefill
 from minitp.sampling import SamplingParams
+
+BLOCK_SIZE = 16  # of paged caches
 
 
 @dataclass
 class Run:
-    """One prompt and its continuation, beside the bare products.
+    """One prompt and its continuation, beside the limit.
 
     Attributes
     ----------
@@ -22,7 +24,7 @@ class Run:
     decode_s : float
         A token after the first.
     bare_prefill_s, bare_decode_s : float
-        What just the matrix products of these take.
+        What these take at least.
     all_reduce_shares : list of float
         Of the decode time, on each rank in collectives, waiting included.
     """
@@ -45,11 +47,11 @@ def request_of(prompt, new_tokens):
     return Request(params, (), prompt, len(prompt) + new_tokens)
 
 
-def timed_run(model, products, prompt, new_tokens):
+def timed_run(model, limits, prompt, new_tokens):
     """A Run, on every rank; `new_tokens` are at least 2."""
     comm = model.comm
-    bare_prefill = bare_prefill_seconds(model, products, len(prompt))
-    bare_decode = bare_decode_seconds(model, products, 1, len(prompt) + new_tokens // 2)
+    bare_prefill = bare_prefill_seconds(model, limits, len(prompt))
+    bare_decode = bare_decode_seconds(model, limits, 1, len(prompt) + new_tokens // 2)
     request = request_of(prompt, new_tokens) if comm.rank == 0 else None
     comm.exchange(None)
     started = first = None
@@ -61,22 +63,18 @@ def timed_run(model, products, prompt, new_tokens):
     return Run(ttft, 1 / rate, bare_prefill, bare_decode, comm.exchange(share))
 
 
-def bare_prefill_seconds(model, products, tokens):
-    """What the products of a prompt's passes take."""
-    passes = list(chunks(model, tokens))
-
-    def run():
-        for start, stop in passes:
-            keys = keys_read(model, stop, stop - start)
-            products.run([(stop - start, keys)], logit_rows=1 if stop == tokens else 0)
-
-    return together(model.comm, run)
+def bare_prefill_seconds(model, limits, tokens):
+    """What a prompt's passes take at least."""
+    passes = []
+    for start, stop in chunks(model, tokens):
+        part = stop - start, keys_read(model, stop, stop - start)
+        passes.append(([part], 1 if stop == tokens else 0))
+    return limits.seconds(passes)
 
 
-def bare_decode_seconds(model, products, sequences, context):
-    """What the products of one token of each of so many sequences take."""
-    parts = [(1, keys_read(model, context, 1))] * sequences
-    return together(model.comm, lambda: products.run(parts, logit_rows=sequences))
+def bare_decode_seconds(model, limits, sequences, context):
+    """What one token of each of so many sequences takes at least."""
+    return limits.seconds([([(1, keys_read(model, context, 1))] * sequences, sequences)])
 
 
 def keys_read(model, stop, tokens):
@@ -88,18 +86,33 @@ def keys_read(model, stop, tokens):
 def timed_batch(model, prompt, sequences, steps):
     """Seconds of a decode step of so many sequences, each of which continues `prompt` greedily."""
     comm = model.comm
-    caches = [model.new_cache(len(prompt) + steps + 1) for _ in range(sequences)]
+    caches = new_caches(model, sequences, len(prompt) + steps + 1)
     tokens = []
     for cache in caches:
         logits = prefill(model, cache, prompt)  # [V]
         tokens.append(int(logits.argmax()))
+
+    def step():
+        parts = [([token], cache) for token, cache in zip(tokens, caches, strict=True)]
+        logits = model.forward_batch(parts, logits_at=slice(None))  # [sequences, V]
+        return comm.broadcast(logits.argmax(axis=-1).tolist() if comm.rank == 0 else None)
+
+    if model.fused:
+        tokens = step()  # the first one is captured
     comm.exchange(None)
     started = perf_counter()
     for _ in range(steps):
-        parts = [([token], cache) for token, cache in zip(tokens, caches, strict=True)]
-        logits = model.forward_batch(parts, logits_at=slice(None))  # [sequences, V]
-        tokens = comm.broadcast(logits.argmax(axis=-1).tolist() if comm.rank == 0 else None)
+        tokens = step()
     return comm.broadcast((perf_counter() - started) / steps)
+
+
+def new_caches(model, sequences, capacity):
+    """Empty caches for so many positions each. The fused path's sequences of one step share a pool."""
+    if not model.fused:
+        return [model.new_cache(capacity) for _ in range(sequences)]
+    blocks = -(-capacity // BLOCK_SIZE)
+    pool = model.new_pool(sequences * blocks, BLOCK_SIZE)
+    return [PagedCache(pool, list(range(n * blocks, (n + 1) * blocks))) for n in range(sequences)]
 
 
 class StepTimer:

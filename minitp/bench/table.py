@@ -11,7 +11,7 @@ KINDS = {  # of a profile's steps; the others are small operations
 
 def lines(result):
     """All of it, as lines of text."""
-    parts = [head(result), limit_lines(result)]
+    parts = [head(result), limit_lines(result), [loading_line(result["loading"])]]
     if "sweep" in result:
         parts.append(sweep_lines(result["sweep"]))
     elif "requests" in result:
@@ -39,18 +39,31 @@ def head(result):
 def limit_lines(result):
     """What the machine allows."""
     found = result["limits"]
-    weights = size(found["bytes_per_token"])
-    rows = [
-        (
-            "memory",
-            f"{found['bandwidth_gb_per_s']:.1f} GB/s, reading {weights} of weights, one token's products",
-        ),
-        ("matrix rate", f"{found['matrix_gflop_per_s']:.0f} GFLOP/s, the same products for a whole prompt"),
-    ]
+    weights, speed = size(found["bytes_per_token"]), f"{found['bandwidth_gb_per_s']:.1f} GB/s"
+    if "copy_gb_per_s" in found:
+        rate = f"{found['matrix_gflop_per_s'] / 1e3:.1f} TFLOP/s"
+        rows = [
+            ("copy", f"{speed}, read and written on the GPU; a token's weights are {weights}"),
+            ("matrix rate", f"{rate}, by cuBLAS, of {counted(found['matrix_rows'], 'row')}"),
+        ]
+    else:
+        rate = f"{found['matrix_gflop_per_s']:.0f} GFLOP/s"
+        rows = [
+            ("memory", f"{speed}, reading {weights} of weights, one token's products"),
+            ("matrix rate", f"{rate}, the same products for a whole prompt"),
+        ]
     if found["all_reduce"]:
         latencies = (f"{size(one['bytes'])} {one['us']:.1f} us" for one in found["all_reduce"])
         rows.append(("all-reduce", ", ".join(latencies)))
     return ["limits, all ranks at once:", *(f"  {line}" for line in aligned(rows, "<<"))]
+
+
+def loading_line(found):
+    """How fast the model was loaded."""
+    beside = ""
+    if found["file_gb_per_s"] is not None:
+        beside = f"; reading the file without more takes {found['file_gb_per_s']:.1f} GB/s"
+    return f"loaded in {found['seconds']:.2f} s, {found['gb_per_s']:.2f} GB/s of weights{beside}"
 
 
 def speed_lines(result):
@@ -68,13 +81,32 @@ def speed_lines(result):
             1,
         ),
     ]
-    shares = ", ".join(f"{share:.0%}" for share in decode["all_reduce_share_per_rank"])
-    reading = decode["gb_per_s"]["median"]
     return [
         *aligned(rows, "<>>>>"),
         f"of a prompt of {prefill['prompt_tokens']} tokens and {decode['new_tokens']} new ones",
+        *(gpu_speed_lines if "share_of_copy" in decode else cpu_speed_lines)(prefill, decode),
+    ]
+
+
+def cpu_speed_lines(_, decode):
+    """What the limit is, and where the time is."""
+    shares = ", ".join(f"{share:.0%}" for share in decode["all_reduce_share_per_rank"])
+    reading = decode["gb_per_s"]["median"]
+    return [
         "limit: the bare matrix products of the same shapes, measured beside each round",
         f"decoding reads {reading:.1f} GB/s; {shares} of each rank's time is in collectives and waiting",
+    ]
+
+
+def gpu_speed_lines(prefill, decode):
+    """The same beside what the GPU copies and multiplies."""
+    copy, rate = decode["share_of_copy"]["median"], prefill["share_of_matrix_rate"]["median"]
+    reading, reduces = decode["gb_per_s"]["median"], decode["all_reduce_share_per_rank"][0]
+    collectives = f"; all-reduces, by their time alone, are {reduces:.0%} of a token" if reduces else ""
+    return [
+        "limit: what is read at the copy's speed, or the products at the matrix rate, whichever takes longer",
+        f"decoding reads {reading:.1f} GB/s, {copy:.1%} of the copy's bandwidth{collectives}",
+        f"the prompt's products with the weights go at {rate:.1%} of the matrix rate",
     ]
 
 
@@ -90,7 +122,9 @@ def row(name, value, limit, share, unit, digits):
 
 
 def profile_lines(profile):
-    """Where the time goes, step by step; the mean of the ranks."""
+    """Where the time goes, step by step; the mean of the ranks. On a GPU by kernel."""
+    if "kernels" in profile:
+        yield kernel_lines(profile)
     for name, title in (("prefill_s", "the prompt, ms"), ("decode_s", "a token, us")):
         if name not in profile:
             continue
@@ -103,6 +137,18 @@ def profile_lines(profile):
             rows.append((step, f"{scale * seconds:.1f}", f"{seconds / total:.1%}", kind))
         rows += [(kind, f"{scale * s:.1f}", f"{s / total:.1%}", "in all") for kind, s in kinds.items()]
         yield aligned(rows, "<>><")
+
+
+def kernel_lines(profile):
+    """A line for each kernel of a token's step."""
+    rows = [("a token, us", "launches", "", "share", "read")]
+    for one in profile["kernels"]:
+        speed = "" if one["bytes"] is None else f"{one['bytes'] / one['us'] / 1e3:.0f} GB/s"
+        share = f"{one['us'] / profile['eager_us']:.1%}"
+        rows.append((one["name"], str(one["count"]), f"{one['us']:.1f}", share, speed))
+    rows.append(("launch by launch", str(profile["launches"]), f"{profile['eager_us']:.1f}", "", ""))
+    rows.append(("as one graph", "", f"{profile['graph_us']:.1f}", "", ""))
+    return aligned(rows, "<>>>>")
 
 
 def sweep_lines(sweep):
@@ -131,7 +177,7 @@ def request_lines(found):
         (
             "limit",
             f"{found['limit_tokens_per_s']:.1f} tokens/s",
-            "the bare matrix products of the same steps",
+            "of the same steps",
         ),
     ]
     each = f"{found['prompt_tokens']} prompt and {found['new_tokens']} new tokens each; new ones are counted"
@@ -145,14 +191,13 @@ def request_lines(found):
 
 def memory_lines(result):
     """What each rank takes."""
-    rows = [("", "weights", "own memory", "at most, with files and this measuring")]
-    memory = result["memory"]
-    each = zip(
-        result["weight_bytes_per_rank"],
-        memory["private_bytes_per_rank"],
-        memory["peak_bytes_per_rank"],
-        strict=True,
-    )
+    rows = [["", "weights", "own memory", "at most, with files and this measuring"]]
+    found = result["memory"]
+    columns = [result["weight_bytes_per_rank"], found["private_bytes_per_rank"], found["peak_bytes_per_rank"]]
+    if "device_bytes_per_rank" in found:
+        rows[0] += ["on the GPU", "at most"]
+        columns += [found["device_bytes_per_rank"], found["device_peak_bytes_per_rank"]]
     first = result["as_rank"] or 0
-    rows += [(f"rank {rank}", *map(size, sizes)) for rank, sizes in enumerate(each, start=first)]
-    return aligned(rows, "<>>>")
+    for rank, sizes in enumerate(zip(*columns, strict=True), start=first):
+        rows.append([f"rank {rank}", *map(size, sizes)])
+    return aligned(rows, "<" + ">" * len(columns))

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from minitp import hardware
-from minitp.bench.limits import BareProducts, bandwidth, matrix_rate
+from minitp.bench.cpu_limits import BareProducts, bandwidth, matrix_rate
 from minitp.comm import run_threads
 from minitp.device import open_device
 from minitp.environment import cores, memory

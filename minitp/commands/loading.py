@@ -35,4 +35,5 @@ def load(args, comm, source, path="auto"):
         ) as bar,
     ):
         model = load_model(source, comm, device, bar.update, getattr(args, "kv_dtype", "auto"), path)
+    model.connect()
     return model, perf_counter() - started

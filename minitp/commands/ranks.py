@@ -3,13 +3,11 @@
 from minitp.commands.loading import device_of
 from minitp.engine.engine import Engine
 from minitp.engine.service import serve
-from minitp.environment import memory
 from minitp.errors import InputError
 from minitp.generate import Request, context_length
 from minitp.model import load_model
 from minitp.weights import shard_nbytes
 
-CACHE_SHARE = 0.25  # of the host's memory, at most, unless --cache-tokens says otherwise
 REPORTS = 100  # of how much has been loaded
 
 
@@ -36,8 +34,9 @@ class Ranks:
         with comm.agreed():
             progress = (lambda nbytes: None) if comm.rank else Loading(source, comm, device, caller)
             model = load_model(source, comm, device, progress, args.kv_dtype)
-        block_bytes = sum(comm.exchange(model.new_pool(1, args.block_size).nbytes))
-        blocks = comm.broadcast(blocks_wanted(args, source.config, block_bytes))
+        model.connect()
+        fit = device.cache_room(comm.size) // model.new_pool(1, args.block_size).nbytes
+        blocks = blocks_wanted(args, source.config, min(comm.exchange(fit)))
         context = min(context_length(source.config, args.max_context), blocks * args.block_size)
         with comm.agreed():
             engine = Engine(model, blocks, args.block_size, args.max_tokens_per_step, args.max_sequences)
@@ -66,16 +65,16 @@ class Loading:
             self.caller.say({"loading": self.done, "of": self.total})
 
 
-def blocks_wanted(args, config, block_bytes):
-    """How many blocks every rank has, one taking `block_bytes` on all ranks together.
+def blocks_wanted(args, config, fit):
+    """How many blocks every rank has.
 
     As many as --cache-tokens fill; else for as many sequences as may run at once, each as long as it may
-    become, if that takes no more than CACHE_SHARE of the memory of a host.
+    become, but no more than `fit`.
     """
     if args.cache_tokens is not None:
         return args.cache_tokens // args.block_size
     longest = -(-context_length(config, args.max_context) // args.block_size)
-    return max(1, min(longest * args.max_sequences, int(memory() * CACHE_SHARE / block_bytes)))
+    return max(1, min(longest * args.max_sequences, fit))
 
 
 def described(args, engine, context):

@@ -45,6 +45,18 @@ class DeviceComm(Comm):
         """`x` of rank r into out[r]; x has the same shape on all ranks, without gaps."""
         raise NotImplementedError
 
+    def reserve(self, compiler, width):
+        """What is to be summed are rows [D] of the compiler's dtype; all ranks call it, once."""
+
+    def reduce_add_norm(self, rms_norm, partial, x, weight, h, eps, bias, out):
+        """x += the sum of everybody's `partial` + bias; h = rms_norm(x) * weight; all 16-bit [B, D], [D].
+
+        Returns whether `out` [B, D] has the sum now: it has not where all this is one launch.
+        """
+        self.reduce_into(partial, out)
+        rms_norm(x, weight, h, eps, out, bias)
+        return True
+
     def all_reduce(self, x):
         started = perf_counter()
         out = self.gpu.cupy.empty(x.shape, x.dtype)

@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import ml_dtypes
+import numpy as np
 
 HERE = Path(__file__).parent
 
@@ -19,17 +20,32 @@ class Compiler:
     """
 
     def __init__(self, cupy, dtype):
-        self._cupy, self._dtype = cupy, dtype
+        self._cupy, self.dtype = cupy, dtype
         self._module = cache(self._compile)  # of this object
 
     def kernel(self, file, name, **defines):
         """A kernel to be called as kernel(grid, block, args, shared_mem=0): `name` in `file`, with macros."""
-        return self._module(file, tuple(sorted(defines.items()))).get_function(name)
+        return Kernel(self._module(file, tuple(sorted(defines.items()))).get_function(name))
 
     def _compile(self, file, defines):
         text = (HERE / file).read_text(encoding="utf-8")
-        options = compile_options(self._dtype, **dict(defines))
+        options = compile_options(self.dtype, **dict(defines))
         return self._cupy.RawModule(code=text, options=(*options, f"-I{HERE}"), backend="nvrtc")
+
+
+class Kernel:
+    """A kernel as CuPy has it, but None stands for a null pointer: CuPy would pass no argument at all."""
+
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, grid, block, args, shared_mem=0):
+        given = tuple(np.uint64(0) if arg is None else arg for arg in args)
+        self._function(grid, block, given, shared_mem=shared_mem)
+
+    def allow_shared_memory(self, nbytes):
+        """Let launches ask for so much dynamic shared memory, where the usual limit is 48 KiB."""
+        self._function.max_dynamic_shared_size_bytes = nbytes
 
 
 def compile_options(dtype, **defines):

@@ -17,6 +17,7 @@ token, whatever the lengths are.
 
 import numpy as np
 
+from minitp.cuda.comm import LocalComm
 from minitp.cuda.loader import padded
 from minitp.model import Unrecorded
 
@@ -46,7 +47,8 @@ class DecodeStep:
 
     def __init__(self, model, pool, batch, most_blocks):
         self.model, self.pool, self.batch = model, pool, batch
-        c, device, comm = model.config, model.device, model.comm
+        c, device = model.config, model.device
+        self.comm = model.comm
         kernels, cupy = model.kernels, device.cupy
         self._begin = kernels.begin_step(pool.block_size)
         self._attention = kernels.attention_decode(pool.block_size, batch, most_blocks * pool.block_size)
@@ -62,7 +64,7 @@ class DecodeStep:
         self.act = half(padded(columns))  # [B, F_r or more]: the rest stays zero
         widest, vocabulary = max(model.vocab_widths), sum(model.vocab_widths)
         self.logits_r = cupy.zeros((batch, widest), np.float32)  # [B, widest]
-        self.gathered = cupy.empty((comm.size, batch, widest), np.float32)  # [ranks, B, widest]
+        self.gathered = cupy.empty((model.comm.size, batch, widest), np.float32)  # [ranks, B, widest]
         self.logits = cupy.empty((batch, -(-vocabulary // 4) * 4), np.float32)[:, :vocabulary]  # [B, V]
 
         # In one piece, so that one copy brings it all.
@@ -96,23 +98,35 @@ class DecodeStep:
 
     def launch(self):
         """Run the step: as a graph, if the collectives can be part of one."""
-        comm = self.model.comm
-        if not comm.capturable:
+        if not self.comm.capturable:
             self.run()
             return
         if self._graph is None:
+            self._compile()
             self._graph = self._captured()
-        with comm.launching():
+        with self.comm.launching():
             self._graph.launch(self.model.device.stream)
 
-    def _captured(self):
-        """The graph. A first run, of nothing but padding, compiles what is not compiled yet."""
-        stream, before = self.model.device.stream, self._state.copy()
+    def _compile(self):
+        """Run the step without other ranks, for nothing but padding: a capture wants its kernels compiled.
+
+        Rank 0 does so first, then the others find them in CuPy's cache; and nobody waits in a collective.
+        """
+        comm, state = self.comm, self._state.copy()
+        if comm.rank != 0:
+            comm.exchange(None)
+        self.comm = LocalComm(comm, self.model.device)
         self.fill([], [], [])
-        with self.model.comm.launching():
-            self.run()
-        self._state[...] = before
-        self.steps[...] = 0
+        self.run()
+        self.comm = comm
+        if comm.rank == 0:
+            comm.exchange(None)
+        self._state[...] = state
+        self.steps.fill(0)
+        comm.exchange(None)
+
+    def _captured(self):
+        stream = self.model.device.stream
         stream.begin_capture()
         self.run()
         return stream.end_capture()
@@ -149,21 +163,28 @@ class DecodeStep:
         )
         self._begin(*inputs, self.x, self.slot, self.cos, self.sin, self.seen)
         record(embed_partial=self.x)
-        if m.comm.size > 1:
-            m.comm.reduce_into(self.x, self.x)
+        if self.comm.size > 1:
+            self.comm.reduce_into(self.x, self.x)
         record(embed=self.x)
 
     def _normed(self, weight, pending, record, place):
         """What a product takes: (x, a norm that it makes itself) or (h, None).
 
-        `pending` is a sum over the ranks that is still to be added to x: (array [B, D], bias, where from).
+        `pending`, (bias, where from), says that this rank's term of a sum that belongs to x is in `partial`.
         """
         eps = self.model.config.rms_norm_eps
-        if self.model.comm.size == 1 and self.model.kernels.linear.norm_fits(*self.x.shape):
+        if self.comm.size == 1 and self.model.kernels.linear.norm_fits(*self.x.shape):
             return self.x, (weight, eps)
-        out, bias, origin = pending or (None, None, None)
-        self.model.kernels.rms_norm(self.x, weight, self.h, eps, out, bias)
-        if origin is not None:
+        rms_norm = self.model.kernels.rms_norm
+        if pending is None:
+            rms_norm(self.x, weight, self.h, eps)
+        else:
+            bias, origin = pending
+            seen = self.comm.reduce_add_norm(
+                rms_norm, self.partial, self.x, weight, self.h, eps, bias, self.out
+            )
+            if seen and bias is None:
+                record(*origin, out=self.out)
             record(*origin, residual=self.x)
         record(*place, **{"norm" if place else "final_norm": self.h})
         return self.h, None
@@ -179,30 +200,27 @@ class DecodeStep:
         )
 
     def _add(self, y, w, bias, record, place):
-        """x += y @ w + bias, if this rank has all of y; else what is still to be added, see `_normed`."""
+        """x += y @ w + bias, if this rank has all of y; else `partial` = y @ w, and see `_normed`."""
         m, linear = self.model, self.model.kernels.linear
-        if m.comm.size == 1:
+        if self.comm.size == 1:
             linear.residual(y, rows_of(m, w), self.x, bias)
             record(*place, residual=self.x)
             return None
         linear.store(y, rows_of(m, w), self.partial)
         record(*place, out_partial=self.partial)
-        m.comm.reduce_into(self.partial, self.out)
-        if bias is None:
-            record(*place, out=self.out)
-        return self.out, bias, place
+        return bias, place
 
     def _logits(self, pending, record):
         m = self.model
         x, norm = self._normed(m.weights.final_norm, pending, record, ())
-        if m.comm.size == 1:
+        if self.comm.size == 1:
             m.kernels.linear.logits(x, rows_of(m, m.weights.lm_head), self.logits, norm)
             record(logits_partial=self.logits)
         else:
             mine = self.logits_r[:, : m.weights.lm_head.shape[1]]  # [B, V_r]
             m.kernels.linear.logits(x, rows_of(m, m.weights.lm_head), mine, norm)
             record(logits_partial=mine)
-            m.comm.gather_into(self.logits_r, self.gathered)
+            self.comm.gather_into(self.logits_r, self.gathered)
             m.kernels.join_columns(self.gathered, self.logits)
         record(logits=self.logits)
 

@@ -42,10 +42,14 @@ class FusedModel(Model):
     """
 
     fused = True
+    prefill_chunk = 2048  # cuBLAS wants many rows, and no scores lie in memory
 
     def __init__(self, *parts, **options):
         super().__init__(*parts, **options)
         self.kernels = Kernels(self)
+
+    def connect(self):
+        self.comm.reserve(self.kernels.compiler, self.config.hidden_size)
 
     def new_cache(self, capacity=64):
         """An empty cache for one sequence of up to `capacity` positions."""
@@ -138,7 +142,7 @@ class FusedModel(Model):
             kernels.rms_norm(x, layer.mlp_norm, h, c.rms_norm_eps, addend, bias)
             record("attn", i, residual=x)
             record("mlp", i, norm=h)
-            gate_up = ops.column_parallel(xp, h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
+            gate_up = self._columns(h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
             columns = layer.w_down.shape[0]  # F_r
             record("mlp", i, gate=gate_up[:, :columns], up=gate_up[:, columns:])
             act = self.device.cupy.empty((len(x), padded(columns)), x.dtype)  # [T, F_r or more]
@@ -157,10 +161,16 @@ class FusedModel(Model):
         record(logits=logits)
         return logits
 
+    def _columns(self, h, w, bias):
+        """The twin of ops.column_parallel; without a bias, cuBLAS rounds, and no float32 goes to memory."""
+        if bias is None:
+            return self.device.xp.matmul(h, w)  # [T, n_r]
+        return ops.column_parallel(self.device.xp, h, w, bias)  # [T, n_r]
+
     def _prefill_attention(self, i, layer, h, prompt, record):
         """[T, D] -> [T, H_r d] of this rank's heads; keys and values go to the sequences' caches."""
         xp, width = self.device.xp, self.heads * self.config.head_dim
-        qkv = ops.column_parallel(xp, h, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
+        qkv = self._columns(h, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
         qk, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
         record("attn", i, q=qk[: self.heads], k=qk[self.heads :], v=v)
         keys, values = (rows.values for rows in prompt.pool.rows[i])  # [K_r, slots, d] each
@@ -189,7 +199,7 @@ class FusedModel(Model):
 
     def _partial(self, block, i, y, w, bias, record):
         """What is to be added to the stream, [T, D], and its bias."""
-        partial = ops.row_parallel(self.device.xp, y, w)  # [T, D]
+        partial = self.device.xp.matmul(y, w)  # [T, D]: the twin of ops.row_parallel, rounded by cuBLAS
         record(block, i, out_partial=partial)
         out = self._sum(partial)  # [T, D]
         if bias is None:

@@ -10,6 +10,7 @@ from minitp.device import DTYPES, Device
 from minitp.errors import InputError, RankError, one_line
 
 EXTRA = "pip install 'minitp[cuda12]' (or cuda13, for a driver of CUDA 13)"
+CACHE_SHARE = 0.8  # of the memory that the weights leave; a step needs some, too
 PINNED_BYTES = 1 << 24  # a buffer from which a slice is copied to the GPU
 
 
@@ -30,6 +31,11 @@ class Gpu(Device):
     stream: Any = None
     gpus: int = 1
     is_gpu = True
+
+    def cache_room(self, ranks):
+        """As Device.cache_room: most of what is free now."""
+        free, _ = self.cupy.cuda.Device().mem_info
+        return int(free * CACHE_SHARE / -(-ranks // self.gpus))
 
     def from_host(self, array):
         """A NumPy array's numbers, on the GPU."""

@@ -15,52 +15,51 @@ from minitp.cuda.swiglu import Swiglu
 
 
 class Kernels:
-    """The kernels of one rank's model. Each is compiled when it is first used, or found in CuPy's cache.
+    """The kernels of one rank's model, compiled, or found in CuPy's cache.
+
+    Those of a prompt are compiled here, while nobody waits for this rank; those of a decoding step depend on
+    the batch, see `DecodeStep`.
 
     Parameters
     ----------
     model : Model
         On a GPU, of a 16-bit dtype.
+    compiler : Compiler, optional
+        Another than for this model's GPU and dtype.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, compiler=None):
         self._model, self._cupy = model, model.device.cupy
-        self._compiler = Compiler(self._cupy, model.device.dtype)
-        self.linear = Linear(self._compiler)
-        self.rms_norm = RmsNorm(self._compiler)
-
-    @cached_property
-    def swiglu(self):
-        return Swiglu(self._compiler)
-
-    @cached_property
-    def cache_write(self):
-        return CacheWrite(self._compiler, self._model.config.head_dim)
+        self.compiler = compiler or Compiler(self._cupy, model.device.dtype)
+        self.linear = Linear(self.compiler)
+        self.rms_norm = RmsNorm(self.compiler)
+        self.swiglu = Swiglu(self.compiler)
+        self.cache_write = CacheWrite(self.compiler, model.config.head_dim)
 
     @cached_property
     def join_columns(self):
-        return JoinColumns(self._compiler, self._cupy, self._model.vocab_widths)
+        return JoinColumns(self.compiler, self._cupy, self._model.vocab_widths)
 
     @cached_property
     def sample(self):
-        return Sample(self._compiler)
+        return Sample(self.compiler)
 
     def begin_step(self, block_size):
         """For caches of such blocks."""
-        return BeginStep(self._compiler, block_size, self._model.vocab_start)
+        return BeginStep(self.compiler, block_size, self._model.vocab_start)
 
     def attention_prefill(self, block_size):
         """For caches of such blocks."""
         m = self._model
         return AttentionPrefill(
-            self._compiler, self._cupy, m.query_groups, m.config.head_dim, block_size, m.config.sliding_window
+            self.compiler, self._cupy, m.query_groups, m.config.head_dim, block_size, m.config.sliding_window
         )
 
     def attention_decode(self, block_size, batch, max_context):
         """For caches of such blocks; it has memory of its own, for so many sequences of such lengths."""
         m, device = self._model, self._cupy.cuda.Device()
         return AttentionDecode(
-            self._compiler,
+            self.compiler,
             self._cupy,
             m.query_groups,
             m.config.head_dim,

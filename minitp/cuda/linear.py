@@ -111,7 +111,7 @@ class Linear:
         defines = {"TOKEN_TILES": token_tiles, "PAIR_TILES": pair_tiles, **({"NORM": 1} if normed else {})}
         kernel = self._compiler.kernel("linear.cu", name, **defines)
         if normed:
-            kernel.max_dynamic_shared_size_bytes = NORM_BYTES
+            kernel.allow_shared_memory(NORM_BYTES)
         return kernel
 
 

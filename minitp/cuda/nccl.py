@@ -120,7 +120,11 @@ class Watchdog:
         self.check()
         self._launches[self._host.rank] += 1
         self._entered = monotonic()
-        yield
+        try:
+            yield
+        except RuntimeError as error:  # of CUDA or NCCL; an aborted communicator says no more than that
+            self.check()
+            raise RankError(f"on the GPU: {one_line(error)}") from error
         event = self._gpu.cupy.cuda.Event(disable_timing=True)
         event.record(self._gpu.stream)
         self._events.append((self._entered, event))

@@ -1,0 +1,135 @@
+"""All-reduces of few rows through memory that all GPUs of a host see; everything else through NCCL.
+
+A token of Mistral 7B has 65 all-reduces of 8 KiB a rank: NCCL's latency would cost more than the weights of a
+fourth of the model. `all_reduce.cu` is one launch that writes a rank's part to memory of its own, reads the
+others' over the links, adds up in rank order, and goes on to the residual addition and the norm.
+"""
+
+from contextlib import contextmanager
+
+import numpy as np
+
+from minitp.cuda.all_reduce import AllReduce, region_bytes
+from minitp.cuda.linear import MAX_TOKENS
+from minitp.cuda.nccl import PATIENCE_S, NcclComm
+from minitp.errors import RankError
+
+TRIALS = 20  # all-reduces that are timed to choose
+
+
+class PeerComm(NcclComm):
+    """Ranks of one GPU each on one host, whose GPUs can read each other's memory.
+
+    Parameters
+    ----------
+    host : Comm
+    gpu : Gpu
+    required : bool
+        Use it also where NCCL was faster.
+    """
+
+    def __init__(self, host, gpu, required=False, patience_s=PATIENCE_S):
+        super().__init__(host, gpu, patience_s)
+        self._required, self._patience_s = required, patience_s
+        self._peer = self._opened = None
+
+    def reserve(self, compiler, width):
+        """Map the ranks' memory for sums of up to MAX_TOKENS rows [D], and see whether it is faster."""
+        import cupyx
+
+        cupy = self.gpu.cupy
+        with self.host.agreed():
+            self._region = cupy.cuda.runtime.malloc(region_bytes(self.size, MAX_TOKENS, width))
+            cupy.cuda.runtime.memsetAsync(
+                self._region, 0, region_bytes(self.size, MAX_TOKENS, width), self.gpu.stream.ptr
+            )
+            self.gpu.stream.synchronize()
+            handle = cupy.cuda.runtime.ipcGetMemHandle(self._region)
+        handles = self.host.exchange(handle)
+        with self.host.agreed():
+            self._opened = [
+                self._region if rank == self.rank else cupy.cuda.runtime.ipcOpenMemHandle(one)
+                for rank, one in enumerate(handles)
+            ]
+            regions = cupy.asarray(np.array(self._opened, np.uint64))  # [ranks]
+            calls = cupy.zeros(MAX_TOKENS, np.uint64)
+            self._missing, self._seen = cupy.zeros(1, np.int32), cupyx.empty_pinned(1, np.int32)
+            self._seen[0] = 0
+            self._peer = AllReduce(
+                compiler, self.rank, regions, calls, self._missing, width, self._patience_s
+            )
+        self._width = width
+        if not self._required and not self._faster(cupy.zeros((1, width), compiler.dtype)):
+            self._peer = None
+
+    def reduce_into(self, x, out):
+        if self._takes(x):
+            self._peer(x, out)
+        else:
+            super().reduce_into(x, out)
+
+    def reduce_add_norm(self, rms_norm, partial, x, weight, h, eps, bias, out):
+        if self._takes(partial):
+            self._peer.add_and_norm(partial, x, weight, h, eps, bias)
+            return False
+        return super().reduce_add_norm(rms_norm, partial, x, weight, h, eps, bias, out)
+
+    @contextmanager
+    def launching(self):
+        """Behind the work the GPU tells the host which rank it has missed; asked for, it would have to wait."""
+        with super().launching():
+            yield
+            if self._peer is not None:
+                runtime, kind = self.gpu.cupy.cuda.runtime, self.gpu.cupy.cuda.runtime.memcpyDeviceToHost
+                missing = self._missing.data.ptr
+                runtime.memcpyAsync(self._seen.ctypes.data, missing, 4, kind, self.gpu.stream.ptr)
+
+    def check(self):
+        super().check()
+        if self._peer is not None and (rank := int(self._seen[0])):
+            raise RankError(
+                f"stuck in an all-reduce for {self._patience_s:g} s: rank {rank - 1} did not come"
+            )
+
+    def close(self):
+        self.gpu.stream.synchronize()
+        self.host.exchange(None)  # nobody reads any more
+        runtime = self.gpu.cupy.cuda.runtime
+        for rank, region in enumerate(self._opened or []):
+            if rank != self.rank:
+                runtime.ipcCloseMemHandle(region)
+        self.host.exchange(None)
+        if self._opened:
+            runtime.free(self._region)
+        super().close()
+
+    def _takes(self, x):
+        return self._peer is not None and x.ndim == 2 and len(x) <= MAX_TOKENS and x.shape[1] == self._width
+
+    def _faster(self, x):
+        """Whether sums of one row are at least as fast so as through NCCL, by the slowest rank."""
+        peer = self._timed(lambda: self._peer(x, x))
+        nccl = self._timed(lambda: NcclComm.reduce_into(self, x, x))
+        return max(self.host.exchange(peer)) <= max(self.host.exchange(nccl))
+
+    def _timed(self, reduce):
+        """Milliseconds of TRIALS of them, after one."""
+        cuda, stream = self.gpu.cupy.cuda, self.gpu.stream
+        start, end = cuda.Event(), cuda.Event()
+        reduce()
+        start.record(stream)
+        for _ in range(TRIALS):
+            reduce()
+        end.record(stream)
+        end.synchronize()
+        return cuda.get_elapsed_time(start, end)
+
+
+def peers_reach_each_other(host, gpu):
+    """Whether every GPU of these ranks can read the memory of every other; all ranks call it."""
+    runtime, mine = gpu.cupy.cuda.runtime, gpu.cupy.cuda.Device().id
+    node = host.exchange((mine, host.local_rank()))
+    one_host = len({local for _, local in node}) == host.size  # else numbers come twice
+    own_gpu = len({device for device, _ in node}) == host.size
+    reach = all(device == mine or runtime.deviceCanAccessPeer(mine, device) for device, _ in node)
+    return all(host.exchange(bool(one_host and own_gpu and reach)))
