@@ -53,7 +53,7 @@ def memory():
 
 
 def ranks_wanted(tp, default):
-    """The number of ranks that --tp asks for: a number, auto (GPUs; else cores up to 4), or None: the default."""
+    """The number of ranks that --tp asks for: a number, auto (GPUs; else cores up to 4), or None."""
     if tp is None:
         return default
     if tp == "auto":

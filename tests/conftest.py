@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+from on_gpu import stand_in
 from refusal import check_refusal
 from tiny import write_tiny
 
@@ -20,6 +21,13 @@ def ctrl_c():
 def tiny(tmp_path_factory):
     """The directory of a tiny model with a tokenizer; nobody writes into it."""
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def cupy():
+    """The stand-in for CuPy, for all tests of a file."""
+    with stand_in() as module:
+        yield module
 
 
 @pytest.fixture

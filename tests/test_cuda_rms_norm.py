@@ -13,14 +13,17 @@ DTYPES = (np.float16, ml_dtypes.bfloat16)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (1, 4096), (3, 576), (5, 72), (2, 2048 + 8)])
-@pytest.mark.parametrize("residual", [False, True])
-def test_rms_norm(dtype, rows, width, residual):
+@pytest.mark.parametrize("added", ["nothing", "residual", "residual and bias"])
+def test_rms_norm(dtype, rows, width, added):
     draw = np.random.default_rng(width)
     x, addend = draw.normal(size=(2, rows, width)).astype(dtype)  # [T, D] each
     weight = draw.normal(size=width).astype(dtype)  # [D]
+    bias = draw.normal(size=width).astype(dtype)  # [D]
     out = np.full_like(x, np.nan)  # [T, D]
-    before = x + addend if residual else x.copy()  # [T, D]
-    RmsNorm(CpuCompiler(dtype))(x, weight, out, 1e-5, addend if residual else None)
+    sums = {"nothing": x.copy(), "residual": x + addend, "residual and bias": x + (addend + bias)}
+    before = sums[added]  # [T, D]
+    given = {"nothing": (), "residual": (addend,), "residual and bias": (addend, bias)}[added]
+    RmsNorm(CpuCompiler(dtype))(x, weight, out, 1e-5, *given)
     np.testing.assert_array_equal(x, before)
     expected = ops.rms_norm(np, before, weight, 1e-5)  # [T, D]
     # Sums in another order: the rms may be off by a float32 rounding, and a value near a tie then falls over.

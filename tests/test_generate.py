@@ -312,7 +312,7 @@ def test_draws_at_the_ends(drawn):
     """Tokens that top-k has ruled out are not drawn, even if they lie at the end of the scale."""
     logits = np.array([0, 1, 0, 1, 0], dtype=np.float32)
     sampler = Sampler(SamplingParams(temperature=1.0, top_k=2))
-    sampler._generator = SimpleNamespace(random=lambda: drawn)
+    sampler._generator = SimpleNamespace(random=lambda count: np.full(count, drawn))
     assert sampler.choose(logits) == (1 if drawn < 0.5 else 3)
 
 

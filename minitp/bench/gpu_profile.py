@@ -12,25 +12,13 @@ from minitp.cuda.comm import DeviceComm
 from minitp.cuda.compiler import Compiler
 from minitp.cuda.fused import BLOCK_SIZE, FusedModel
 from minitp.cuda.kernels import Kernels
-from minitp.errors import InputError
 
 WEIGHT = 1  # the argument of linear.cu's kernels that is the weight
 REPLAYS = 8  # of the graph, timed together
 
 
 def gpu_profile(model, keys):
-    """Of a decode step of one sequence that has `keys` positions: a dict for JSON, rank 0's.
-
-    Raises
-    ------
-    InputError
-        if the model has no such step.
-    """
-    if not model.fused:
-        raise InputError(
-            f"--profile on a GPU is of the fused path, which has no {model.device.dtype.name}; "
-            "give --dtype bfloat16 or float16"
-        )
+    """Of a decode step of one sequence that has `keys` positions: a dict for JSON, rank 0's."""
     timer, launches = Timer(model.device), Launches(model.device)
     whole = ready_step(model, keys)
 

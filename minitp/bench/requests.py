@@ -54,6 +54,7 @@ class Recorded:
         self.model, self.steps = model, []
         self.comm, self.device, self.new_pool = model.comm, model.device, model.new_pool
         self.config, self.plan = model.config, model.plan
+        self.fused, self.prefill_chunk = model.fused, model.prefill_chunk
 
     def forward_batch(self, parts, logits_at=None):
         """As Model.forward_batch."""

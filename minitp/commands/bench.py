@@ -72,6 +72,12 @@ class Bench:
     def run(args, comm, source, job):
         """Measure, and print a table or one JSON object."""
         model, load_s = load(args, comm, source)
+        with comm.agreed():
+            if job.profile and model.device.is_gpu and not model.fused:
+                raise InputError(
+                    f"--profile is of the fused path on a GPU, which does not take {model.device.dtype.name} "
+                    f"with --kv-dtype {model.kv_dtype}; leave one of them out"
+                )
         hidden = comm.rank != 0 or not sys.stderr.isatty()
         with tqdm(bar_format="measuring: {desc}", leave=False, disable=hidden) as bar:
             result = measure(model, source, job, load_s, bar.set_description_str)

@@ -76,7 +76,7 @@ class PeerComm(NcclComm):
 
     @contextmanager
     def launching(self):
-        """Behind the work the GPU tells the host which rank it has missed; asked for, it would have to wait."""
+        """Behind the work the GPU tells the host which rank it missed: to ask for it would be to wait."""
         with super().launching():
             yield
             if self._peer is not None:

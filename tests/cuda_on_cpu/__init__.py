@@ -18,6 +18,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from minitp.cuda import compiler
 from minitp.cuda.compiler import compile_options
 
 HERE = Path(__file__).parent
@@ -51,7 +52,8 @@ class CpuCompiler:
 
     def kernel(self, file, name, **defines):
         source = (CUDA / file).read_text(encoding="utf-8")
-        return build_text(source, compile_options(self._dtype, **defines))[name]
+        built = build_text(source, compile_options(self._dtype, **defines))[name]
+        return compiler.Kernel(built)
 
 
 def build_text(source, options=()):

@@ -11,6 +11,8 @@ import builtins
 import ctypes
 import mmap
 import sys
+import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +78,45 @@ def _wrapped(x):
     return np.asarray(x).view(ndarray)
 
 
+class _MemoryPool:
+    """Bytes that arrays have now, and that they have had at most since blocks were last freed."""
+
+    def __init__(self):
+        self._used = self._most = 0
+        self._lock = threading.RLock()  # the end of an array may come anywhere
+
+    def took(self, room, nbytes):
+        with self._lock:
+            self._used += nbytes
+            self._most = builtins.max(self._most, self._used)
+        weakref.finalize(room, self._gave, nbytes)
+
+    def _gave(self, nbytes):
+        with self._lock:
+            self._used -= nbytes
+
+    def used_bytes(self):
+        return self._used
+
+    def total_bytes(self):
+        return self._most
+
+    def free_all_blocks(self):
+        self._most = self._used
+
+
+_pool = _MemoryPool()
+
+
+def get_default_memory_pool():
+    return _pool
+
+
 def _memory(nbytes):
     """Zeroed bytes that end, but for 15, where a forbidden page begins."""
     size = -(-builtins.max(nbytes, 1) // PAGE) * PAGE
     room = mmap.mmap(-1, size + PAGE)
+    _pool.took(room, nbytes)
     whole = np.frombuffer(room, np.uint8)
     LIBC.mprotect(ctypes.c_void_p(whole.ctypes.data + size), ctypes.c_size_t(PAGE), 0)
     start = size - -(-nbytes // 16) * 16
@@ -194,6 +231,9 @@ class _Function:
         if shared_mem > builtins.min(self.max_dynamic_shared_size_bytes, 227 << 10):
             raise ValueError(f"{self._kernel.name}: {shared_mem} bytes of shared memory")
         for arg in args:
+            if arg is None:
+                raise TypeError(f"{self._kernel.name}: None, which CuPy passes as no argument: a crash")
             if isinstance(arg, np.ndarray) and not isinstance(arg, ndarray):
                 raise TypeError(f"Unsupported type {type(arg)}")
+        self._kernel.max_dynamic_shared_size_bytes = self.max_dynamic_shared_size_bytes
         cuda.run(lambda: self._kernel(grid, block, args, shared_mem))

@@ -23,7 +23,7 @@ class Device:
 
     @property
     def attributes(self):
-        return {"MultiProcessorCount": 4}
+        return {"MultiProcessorCount": 4, "L2CacheSize": 1 << 16}
 
     @property
     def compute_capability(self):
