@@ -58,10 +58,9 @@ class CpuCompiler:
 
 def build_text(source, options=()):
     """The kernels in a text. What has been built is kept for the next process."""
-    header = (HERE / "cuda_on_cpu.h").read_text(encoding="utf-8")
-    common = (CUDA / "common.h").read_text(encoding="utf-8")
+    headers = [path.read_text(encoding="utf-8") for path in (*sorted(HERE.glob("*.h")), CUDA / "common.h")]
     options = [option for option in options if option.startswith("-D")]
-    key = hashlib.sha256("\0".join([source, header, common, *options]).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join([source, *headers, *options]).encode()).hexdigest()[:24]
     folder = Path(tempfile.gettempdir()) / f"minitp-cuda-on-cpu-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{key}.so"
