@@ -17,7 +17,7 @@ def model_directory(tmp_path_factory):
 
 
 class PeerSums:
-    """In place of AllReduce: one launch each, of nothing, for ranks that are threads cannot wait in a kernel."""
+    """In place of AllReduce: a launch each, of nothing; ranks that are threads cannot wait in a kernel."""
 
     def __init__(self, *args):
         import cupy
