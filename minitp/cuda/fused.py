@@ -14,14 +14,16 @@ BLOCK_SIZE = 16
 LARGEST_HEAD = 256
 
 
-def unfit(config, device, kv_dtype):
-    """Why a model cannot take the fused path, or None."""
+def unfit(config, plan, device, kv_dtype):
+    """Why a model cannot take the fused path, or None; the same on all ranks."""
     if device.dtype.itemsize != 2:
         return f"its kernels compute in 16 bits, not in {device.dtype.name}"
     if kv_dtype not in ("auto", device.dtype.name):
         return f"its kernels read a cache of {device.dtype.name}, not of {kv_dtype}"
     if config.head_dim % 8 or config.head_dim > LARGEST_HEAD or config.hidden_size % 8:
         return f"head_dim {config.head_dim} and hidden_size {config.hidden_size} must be multiples of 8"
+    if any(start == stop for start, stop in plan.ffn_ranges):
+        return f"{config.intermediate_size} FFN columns are too few for {plan.tp} ranks"
     return None
 
 

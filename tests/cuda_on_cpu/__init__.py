@@ -60,7 +60,7 @@ def build_text(source, options=()):
     headers = [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.h"))]
     options = [option for option in options if option.startswith("-D")]
     key = hashlib.sha256("\0".join([source, *headers, *options]).encode()).hexdigest()[:24]
-    folder = Path(tempfile.gettempdir()) / f"minitp-cuda-on-cpu-{os.getuid()}"
+    folder = built_in()
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{key}.so"
     parameters = dict(KERNEL.findall(source))
@@ -68,6 +68,12 @@ def build_text(source, options=()):
         _compile(source, options, parameters, library)
     loaded = ctypes.PyDLL(str(library))  # keeps the GIL: one kernel at a time, of ranks that are threads
     return {kernel: Kernel(loaded, kernel, text) for kernel, text in parameters.items()}
+
+
+def built_in():
+    """The folder of what has been built."""
+    default = Path(tempfile.gettempdir()) / f"minitp-cuda-on-cpu-{os.getuid()}"
+    return Path(os.environ.get("CUDA_ON_CPU", default))
 
 
 def _compile(source, options, kernels, library):

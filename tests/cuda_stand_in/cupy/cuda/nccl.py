@@ -5,6 +5,7 @@ the same arguments, on a stream of their own.
 """
 
 import ctypes
+import os
 import pickle
 import socket
 import struct
@@ -132,6 +133,8 @@ class NcclCommunicator:
 
         if not isinstance(unique_id, bytes) or len(unique_id) != NCCL_UNIQUE_ID_BYTES:
             raise TypeError("a unique id is 128 bytes")
+        if os.environ.get("STAND_IN_NCCL_FAILS") == str(rank):
+            raise NcclError(2, "NCCL_ERROR_SYSTEM_ERROR: the stand-in fails")
         self._rank, self._size, self.calls, self._device = rank, size, [], Device().id
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(unique_id.rstrip(b"\0").decode())
