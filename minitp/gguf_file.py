@@ -78,8 +78,8 @@ class GgufFile:
     Raises
     ------
     InputError
-        if there is no such file, it is no GGUF file, truncated, a part of several, or holds a tensor of a type
-        that cannot be dequantized.
+        if there is no such file, it is no GGUF file, truncated, a part of several, or holds a tensor of a
+        type that cannot be dequantized.
     """
 
     def __init__(self, path):
@@ -171,8 +171,8 @@ class GgufFile:
                 gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
             except NotImplementedError:
                 raise InputError(
-                    f"{self.path}: has tensors of type {kind.name}, which the gguf package cannot dequantize; "
-                    "give one in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"
+                    f"{self.path}: has tensors of type {kind.name}, which the gguf package cannot "
+                    "dequantize; give one in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"
                 ) from None
         for name, tensor in self.tensors.items():
             if tensor.shape[-1] % tensor.block[0]:
@@ -206,7 +206,9 @@ class GgufFile:
         tensor, (numbers, nbytes) = self.tensors[name], self.tensors[name].block
         packed = np.frombuffer(self._bytes, np.uint8, tensor.nbytes, tensor.start)  # [all bytes]
         first, last = columns.start // numbers, -(-columns.stop // numbers)  # blocks
-        packed = packed.reshape(-1, tensor.row_bytes)[:, first * nbytes : last * nbytes][rows]  # [rows, bytes]
+        packed = packed.reshape(-1, tensor.row_bytes)[:, first * nbytes : last * nbytes][
+            rows
+        ]  # [rows, bytes]
         if tensor.type.name in FLOATS:
             return packed.view(FLOATS[tensor.type.name])  # [rows, columns]
         if 0 in packed.shape:

@@ -2,7 +2,7 @@
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from minitp.errors import InputError
+from minitp.errors import InputError, one_line
 
 # tokenizer.ggml.token_type
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
@@ -23,7 +23,7 @@ WHOLE_WORDS_FIRST = ("llama-bpe",)  # a word of the vocabulary is one token, wha
 
 
 def make_tokenizer(metadata, where):
-    """The tokenizers.Tokenizer of a file's metadata, or None if it has none; `where` names the file in errors.
+    """The tokenizers.Tokenizer of a file's metadata, or None if it has none; `where` is for errors.
 
     Raises
     ------
@@ -33,17 +33,17 @@ def make_tokenizer(metadata, where):
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind in (None, "none", "no_vocab"):
         return None
-    if kind == "llama":
-        tokenizer = sentencepiece_bpe(metadata)
-    elif kind == "gpt2" and pre in PATTERNS:
-        tokenizer = byte_level_bpe(metadata, pre)
-    else:
+    if kind != "llama" and (kind != "gpt2" or pre not in PATTERNS):
         raise InputError(
-            f"{where}: tokenizer {kind!r} with tokenizer.ggml.pre {pre!r} is not supported; supported: 'llama', "
-            f"and 'gpt2' with one of {', '.join(PATTERNS)}"
+            f"{where}: tokenizer {kind!r} with tokenizer.ggml.pre {pre!r} is not supported; supported: "
+            f"'llama', and 'gpt2' with one of {', '.join(PATTERNS)}"
         )
-    add_special_tokens(tokenizer, metadata)
-    tokenizer.post_processor = surround(metadata, bos=kind == "llama" or pre == "llama-bpe")
+    try:
+        tokenizer = sentencepiece_bpe(metadata) if kind == "llama" else byte_level_bpe(metadata, pre)
+        add_special_tokens(tokenizer, metadata)
+        tokenizer.post_processor = surround(metadata, bos=kind == "llama" or pre == "llama-bpe")
+    except Exception as error:  # what is missing or does not fit; the library raises plain Exception
+        raise InputError(f"{where}: no tokenizer can be made of its metadata: {one_line(error)}") from error
     return tokenizer
 
 
