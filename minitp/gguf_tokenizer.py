@@ -49,7 +49,7 @@ def make_tokenizer(metadata, where):
 
 def byte_level_bpe(metadata, pre):
     """GPT-2's tokenizer (Radford et al., 2019, section 2.2): bytes are characters, merged by a list."""
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", [])]
     whole = pre in WHOLE_WORDS_FIRST
     tokenizer = Tokenizer(models.BPE(vocabulary(metadata), merges, ignore_merges=whole))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=PATTERNS[pre] is None)
