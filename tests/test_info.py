@@ -95,7 +95,7 @@ def test_modules_that_are_broken(tmp_path, how):
     said = {"missing": "no such thing", "another error": "libmpi.so.12", "crash": "ended with code -6"}[how]
     for name in ("mpi", "cuda", *(["numpy"] if how != "crash" else [])):
         assert said in found[name]["error"]
-    assert text.count(said) >= 3
+    assert text.count(said) >= (3 if how != "crash" else 2)
     assert found["mpirun_matches"] is None
     assert found["system"]["cores"] >= 1
 
