@@ -41,7 +41,7 @@ def make_tokenizer(metadata, where):
     try:
         tokenizer = sentencepiece_bpe(metadata) if kind == "llama" else byte_level_bpe(metadata, pre)
         add_special_tokens(tokenizer, metadata)
-        tokenizer.post_processor = surround(metadata, bos=kind == "llama" or pre == "llama-bpe")
+        surround(tokenizer, metadata, bos=kind == "llama" or pre == "llama-bpe")
     except Exception as error:  # what is missing or does not fit; the library raises plain Exception
         raise InputError(f"{where}: no tokenizer can be made of its metadata: {one_line(error)}") from error
     return tokenizer
@@ -104,8 +104,8 @@ def add_special_tokens(tokenizer, metadata):
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in whole])
 
 
-def surround(metadata, bos):
-    """The post-processor that puts BOS before a text, and EOS behind it, where the file wants them.
+def surround(tokenizer, metadata, bos):
+    """Have the tokenizer put BOS before a text, and EOS behind it, where the file wants them.
 
     `bos` is what is done if the file does not say.
     """
@@ -119,4 +119,5 @@ def surround(metadata, bos):
         number = metadata["tokenizer.ggml.eos_token_id"]
         template.append(tokens[number])
         specials.append((tokens[number], number))
-    return processors.TemplateProcessing(single=template, special_tokens=specials)
+    if specials:
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=specials)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from gguf_files import gguf_name, write_gguf
 
+from minitp import LLM
 from minitp.cli import main
+from minitp.commands.serve import served_name
 from minitp.config import read_json
 from minitp.demo import cache_directory, fetch_gguf
 from minitp.errors import InputError
@@ -269,6 +271,21 @@ def test_chat_template(folder):
     path = write_gguf(folder / "chat.gguf", edit=edit)
     template = open_model(str(path), 1).chat_template()
     assert template.render([{"role": "user", "content": "Hi"}]) == "<s>Hi</s>"
+
+
+@pytest.mark.mpi
+def test_chat_through_a_process_of_its_own(folder):
+    def edit(writer, tensors):
+        writer.add_chat_template("{{ bos_token }}{{ messages[0].content }}")
+
+    path = write_gguf(folder / "llm.gguf", edit=edit)
+    with LLM(str(path), tp=1) as llm:
+        answer = llm.chat([{"role": "user", "content": "Hi"}], max_new_tokens=4, temperature=0)
+        assert answer.token_ids == llm.generate("<s>Hi", max_new_tokens=4, temperature=0).token_ids
+
+
+def test_served_under_its_last_part(plain_file):
+    assert served_name(str(plain_file)) == "plain.gguf"
 
 
 def test_without_a_chat_template(plain_file, refused):
