@@ -3,6 +3,7 @@
 import numpy as np
 
 from minitp.errors import InputError
+from minitp.table import counted
 
 ARCHITECTURE = "llama"  # also of Mistral models, which llama.cpp converts to it
 
@@ -37,6 +38,15 @@ def make_fields(file):
             f"{where}: llama.attention.head_count is {heads!r} and llama.embedding_length {hidden!r}, "
             "expected positive integers"
         )
+    layers, there = (
+        take("block_count"),
+        {name.split(".")[1] for name in file.tensors if name.startswith("blk.")},
+    )
+    if layers != len(there):
+        raise InputError(
+            f"{where}: llama.block_count is {layers!r}, but there are tensors of "
+            f"{counted(len(there), 'layer')}"
+        )
     head_dim = take("attention.key_length", hidden // heads)
     for name in ("rope.dimension_count", "attention.value_length"):
         found = take(name, head_dim)
@@ -49,7 +59,7 @@ def make_fields(file):
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
         "intermediate_size": take("feed_forward_length"),
-        "num_hidden_layers": take("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": take("attention.head_count_kv", heads),
         "head_dim": head_dim,

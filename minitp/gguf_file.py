@@ -93,7 +93,7 @@ class GgufFile:
             raise InputError(f"{path}: cannot be read: {error}") from error
         try:
             self._read_header()
-        except (struct.error, IndexError, UnicodeDecodeError) as error:
+        except (struct.error, ValueError, IndexError, ZeroDivisionError, TypeError) as error:
             raise InputError(f"{path}: truncated, or not a GGUF file: {error}") from error
         self._check()
 
@@ -113,6 +113,8 @@ class GgufFile:
         found = {}
         for _ in range(tensors):
             name, dimensions = self._string(), self._number("I")
+            if not 1 <= dimensions <= 4:
+                raise ValueError(f"tensor {name} has {dimensions} dimensions")
             shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
             found[name] = (self._type(name, self._number("I")), shape, self._number("Q"))
         alignment = self.metadata.get("general.alignment", ALIGNMENT)

@@ -319,7 +319,7 @@ def edits():
         ),
         "more layers": (
             lambda _, t: t.update({"blk.2.attn_norm.weight": (np.ones(256, np.float32), "F32")}),
-            "layers.2.input_layernorm.weight is not part of this model",
+            "llama.block_count is 2, but there are tensors of 3 layers",
         ),
     }
 
@@ -329,7 +329,7 @@ def test_refused(folder, refused, what):
     edit, expected = edits()[what]
     path = write_gguf(folder / "wrong.gguf", edit=edit)
     assert expected in refused("generate", "hi", "--model", path)
-    if what not in ("missing", "shape", "more layers"):  # of which plan, going by the config, knows nothing
+    if what not in ("missing", "shape"):  # of which plan, going by the config, knows nothing
         assert expected in refused("plan", "--model", path, "--gpu", "h100", "--tp", "2")
 
 
@@ -368,6 +368,14 @@ def changed(path, start, data):
 )
 def test_a_header_that_is_wrong(plain_file, refused, start, data, expected):
     assert expected in refused("generate", "hi", "--model", changed(plain_file, start, data))
+
+
+def test_dimensions_that_are_wrong(plain_file, refused):
+    content = plain_file.read_bytes()
+    start = content.index(b"token_embd.weight") + len(b"token_embd.weight")
+    for dimensions in (0, 5, 1 << 31):
+        wrong = changed(plain_file, start, struct.pack("<I", dimensions))
+        assert "tensor token_embd.weight has" in refused("generate", "hi", "--model", wrong)
 
 
 @pytest.mark.parametrize("share", [0, 1e-5, 1e-3, 0.5, 0.999])
