@@ -114,6 +114,8 @@ class StagedComm(DeviceComm):
 
 def copy(gpu, x, out):
     """x to out, both without gaps, on the GPU's stream; may be captured."""
+    if x.data.ptr == out.data.ptr:
+        return
     runtime = gpu.cupy.cuda.runtime
     kind = runtime.memcpyDeviceToDevice
     runtime.memcpyAsync(out.data.ptr, x.data.ptr, x.nbytes, kind, gpu.stream.ptr)

@@ -106,7 +106,7 @@ def _serve(listener, path):
                     _send(connection, error)
                 return
             result = _combine(heads[0], [payload for _, payload in calls])
-            for connection in connections:
+            for connection in reversed(connections):  # rank 0 last: its next kernel may stop this thread
                 _send(connection, None, result)
     except (ConnectionError, OSError):
         for connection in connections:
