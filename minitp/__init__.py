@@ -6,7 +6,7 @@ import sys
 
 from minitp.environment import share_cores
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "SamplingParams"]
 
 _HOMES = {"LLM": "minitp.llm", "Completion": "minitp.completion", "SamplingParams": "minitp.sampling"}

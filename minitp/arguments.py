@@ -45,6 +45,7 @@ def parser():
         add_plan,
         add_bench,
         add_serve,
+        add_info,
         add_ranks,
     ):
         sub = add(commands)
@@ -235,6 +236,17 @@ def add_serve(commands):
     sub.add_argument("--restart", action="store_true", help="start the ranks anew when one dies")
     add_cache(sub)
     add_run(sub)
+    return sub
+
+
+def add_info(commands):
+    sub = commands.add_parser(
+        "info",
+        help="what a bug report needs",
+        description="Say what is installed and what the machine has: MPI, BLAS, CuPy, NCCL, GPUs, cores, "
+        "variables. Nothing is started, and nothing that is missing makes it fail.",
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
     return sub
 
 

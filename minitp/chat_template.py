@@ -32,6 +32,18 @@ def load_chat_template(directory, name):
         raise InputError(f"{path.name} or {own.name} of {name} cannot be read: {one_line(error)}") from error
     if template is not None and not isinstance(template, str):
         raise InputError(f"{path.name} of {name}: chat_template {template!r:.50}: expected a text")
+    return make_chat_template({**fields, "chat_template": template}, name)
+
+
+def make_chat_template(fields, name):
+    """The ChatTemplate of tokenizer_config.json's fields, in which chat_template is a text or None.
+
+    Raises
+    ------
+    InputError
+        if it is None, or no Jinja template
+    """
+    template = fields["chat_template"]
     if template is None:
         raise InputError(
             f"{name} has no chat template: it continues text; ask for a completion, or use a chat model"

@@ -13,7 +13,7 @@ from minitp.errors import InputError, MinitpError, RankError
 from minitp.output import prepare_streams
 
 DEFAULT_TP = 4
-WITHOUT_RANKS = ("compare", "shard", "plan")  # commands that one process does
+WITHOUT_RANKS = ("compare", "shard", "plan", "info")  # commands that one process does
 SERVED = ("serve", "chat")  # commands of one process that has ranks to serve it
 
 
@@ -67,6 +67,10 @@ def here(args):
     """A command that needs no ranks; of those that a user's mpirun starts all the same, one does it."""
     if environment.env_rank(os.environ) != 0:
         return 0
+    if args.command == "info":
+        from minitp.info import info  # and not `commands`, which imports what may be broken
+
+        return info(args)
     if args.command == "plan" and args.gpu == "cpu":  # measured with a thread on each core
         os.environ.update(dict.fromkeys(environment.BLAS_THREADS, "1"))
     from minitp import commands

@@ -51,7 +51,7 @@ def demo_directory():
 
 def _make(work):
     try:
-        from minitp.gguf_import import convert
+        from minitp.gguf_model import GgufModel
     except ImportError as error:
         raise InputError(
             f"the demo model needs the package {error.name!r}; pip install 'minitp[gguf]', "
@@ -61,7 +61,7 @@ def _make(work):
     print(f"unpacking it to {cache_directory() / NAME} ...", file=sys.stderr)
     ready = work / "ready"
     ready.mkdir()
-    convert(gguf_file, ready)
+    GgufModel(gguf_file).write_directory(ready)
     return ready
 
 

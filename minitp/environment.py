@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import re
 from glob import glob
 from pathlib import Path
@@ -84,6 +85,16 @@ def physical_cores():
     pairs = [{name.strip(): value.strip() for name, value in field.items()} for field in fields]
     distinct = {(p["physical id"], p["core id"]) for p in pairs if "core id" in p and "physical id" in p}
     return min(len(distinct) or cores(), cores())
+
+
+def cpu_name():
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def share_cores(environment):

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from minitp import environment
 from minitp.arguments import parser
-from minitp.chat_template import load_chat_template
 from minitp.commands import warn_of_unread_fields
 from minitp.commands.ranks import Ranks
 from minitp.completion import Completion, is_tokens, sampling
@@ -200,9 +199,7 @@ class LLM:
     @cached_property
     def chat_template(self):
         """The model's ChatTemplate; InputError if it has none."""
-        if self.source.directory is None:
-            raise InputError(f"{self.source.name} has no chat template: its weights are random")
-        return load_chat_template(self.source.directory, self.source.name)
+        return self.source.chat_template()
 
     def submit(self, prompt_ids, params, listener):
         """Send a request and return at once: what `generate`, `stream` and the server are made of.

@@ -1,4 +1,4 @@
-"""What `--model` may name: a directory, the demo, a Hugging Face id, or random weights in known shapes."""
+"""What `--model` may name: a directory, a GGUF file, the demo, a Hugging Face id, or random weights."""
 
 import os
 import re
@@ -6,12 +6,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from minitp.chat_template import load_chat_template, make_chat_template
 from minitp.checkpoint import Checkpoint
 from minitp.config import Config, parse_config, read_config, read_json
 from minitp.errors import InputError
 from minitp.random_weights import RandomWeights, random_config
 from minitp.shard import make_plan
-from minitp.tokenizer import load_tokenizer
+from minitp.tokenizer import Tokenizer, load_tokenizer
 
 DEMO = "smollm2"
 DEMO_SHAPES = "smollm2-135m"  # what they are called as a random model
@@ -40,10 +41,12 @@ class ModelSource:
     name : str
         What the user called it.
     directory : Path or None
-        None for random weights.
+        None for a GGUF file and for random weights.
     config : Config
     tensors : Checkpoint or RandomWeights
     plan : Plan
+    gguf : GgufModel or None
+        None for all but a GGUF file.
     """
 
     name: str
@@ -51,16 +54,35 @@ class ModelSource:
     config: Config
     tensors: object
     plan: object
+    gguf: object = None
+
+    @property
+    def is_random(self):
+        """Whether its weights are drawn."""
+        return isinstance(self.tensors, RandomWeights)
 
     def fields(self):
         """The object in its config.json."""
-        if self.directory is None:
+        if self.is_random:
             return random_config(self.name.removeprefix(RANDOM))
+        if self.gguf is not None:
+            return self.gguf.fields
         return read_json(self.directory / "config.json")
 
     def tokenizer(self):
         """Its Tokenizer, or None if it has none."""
-        return None if self.directory is None else load_tokenizer(self.directory)
+        if self.gguf is not None:
+            raw = self.gguf.tokenizer()
+            return None if raw is None else Tokenizer(raw)
+        return None if self.is_random else load_tokenizer(self.directory)
+
+    def chat_template(self):
+        """Its ChatTemplate; InputError if it has none."""
+        if self.is_random:
+            raise InputError(f"{self.name} has no chat template: its weights are random")
+        if self.gguf is not None:
+            return make_chat_template(self.gguf.tokenizer_fields(), self.name)
+        return load_chat_template(self.directory, self.name)
 
 
 def open_model(name, tp, layers=None):
@@ -84,13 +106,14 @@ def open_model(name, tp, layers=None):
         plan = make_plan(config, tp)
         shapes = {tensor: shard.shape for tensor, shard in plan.tensors.items()}
         return ModelSource(name, None, config, RandomWeights(shapes), plan)
-    directory = find_directory(name)
-    whole = read_config(directory)
-    config = whole.with_layers(layers, directory)
+    gguf = open_gguf(name) if is_gguf(name) else None
+    directory = find_directory(name) if gguf is None else None
+    whole = read_config(directory) if gguf is None else parse_config(gguf.fields, name)
+    config = whole.with_layers(layers, directory or name)
     plan = make_plan(config, tp)
-    checkpoint = Checkpoint(directory)
+    checkpoint = Checkpoint(directory) if gguf is None else gguf.tensors
     checkpoint.check(plan, whole.num_hidden_layers)
-    return ModelSource(name, directory, config, checkpoint, plan)
+    return ModelSource(name, directory, config, checkpoint, plan, gguf)
 
 
 def open_config(name, layers=None):
@@ -107,9 +130,28 @@ def open_config(name, layers=None):
         config = parse_config(random_config(name.removeprefix(RANDOM)), name)
     elif name == DEMO and not os.path.isdir(name):
         config = parse_config(random_config(DEMO_SHAPES) | {"torch_dtype": "float16"}, name)
+    elif is_gguf(name):
+        config = parse_config(open_gguf(name).fields, name)
     else:
         config = read_config(find_directory(name, ["config.json"]))
     return config.with_layers(layers, name)
+
+
+def is_gguf(name):
+    """Whether a file is meant; there is no other kind of them."""
+    return os.path.isfile(name) or (name.endswith(".gguf") and not os.path.isdir(name))
+
+
+def open_gguf(path):
+    """The GgufModel of a file; InputError if the library that dequantizes it is not there."""
+    try:
+        from minitp.gguf_model import GgufModel
+    except ImportError as error:
+        raise InputError(
+            f"{path}: reading GGUF files needs the package {error.name!r}; pip install 'minitp[gguf]', "
+            "or use another --model"
+        ) from error
+    return GgufModel(path)
 
 
 def find_directory(name, files=HUB_FILES):
@@ -123,7 +165,7 @@ def find_directory(name, files=HUB_FILES):
     if HUB_ID.fullmatch(name):
         return _download(name, files)
     raise InputError(
-        f"--model {name}: no such directory; give a directory, a Hugging Face id (owner/name), "
+        f"--model {name}: no such directory; give a directory, a .gguf file, a Hugging Face id (owner/name), "
         f"{DEMO}, or {RANDOM}NAME"
     )
 

@@ -62,7 +62,7 @@ def add_model(sub):
     sub.add_argument(
         "--model",
         default="smollm2",
-        help="a directory, a Hugging Face id, smollm2 (the demo, default), or random:NAME "
+        help="a directory, a .gguf file, a Hugging Face id, smollm2 (the demo, default), or random:NAME "
         "(mistral-7b, llama-3-8b, tinyllama-1.1b, smollm2-135m)",
     )
     sub.add_argument(

@@ -31,7 +31,7 @@ ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 def dtype_of(source, name):
     """A tensor's dtype in the checkpoint, by safetensors' name; random weights are drawn as F32."""
-    return "F32" if source.directory is None else source.tensors.tensors[name].dtype
+    return "F32" if source.is_random else source.tensors.tensors[name].dtype
 
 
 def nbytes(source, name, rank=None):
@@ -82,7 +82,7 @@ def refuse_untied_copy(source):
     It is left out of the shards, and another engine would go by the embeddings.
     """
     tensors = source.plan.tensors
-    if LM_HEAD in tensors or source.directory is None or LM_HEAD not in source.tensors.tensors:
+    if LM_HEAD in tensors or source.is_random or LM_HEAD not in source.tensors.tensors:
         return
     info, (rows, columns) = source.tensors.tensors[LM_HEAD], tensors[EMBED].shape
     step = max(1, BLOCK_BYTES // (4 * columns))

@@ -10,19 +10,26 @@ REPLACEMENT = "\ufffd"  # what a half character decodes to
 def load_tokenizer(directory):
     """The directory's Tokenizer, or None if it has no tokenizer.json."""
     path = Path(directory) / "tokenizer.json"
-    return Tokenizer(path) if path.exists() else None
+    if not path.exists():
+        return None
+    import tokenizers
+
+    try:
+        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"{path}: not a tokenizer.json: {' '.join(str(error).split())}") from error
 
 
 class Tokenizer:
-    """A tokenizer.json. Special tokens such as BOS are added where the file's own post-processor says so."""
+    """Text to tokens. Special tokens such as BOS are added where the tokenizer's post-processor says so.
 
-    def __init__(self, path):
-        import tokenizers
+    Parameters
+    ----------
+    tokenizer : tokenizers.Tokenizer
+    """
 
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise InputError(f"{path}: not a tokenizer.json: {' '.join(str(error).split())}") from error
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
 
     def encode(self, text, add_special_tokens=True):
         """Token ids of a text; without special tokens if, as a rendered conversation, it has its own."""

@@ -181,6 +181,10 @@ def open_oracle(source):
     """The Oracle of a ModelSource, reading config.json and the weights for itself."""
     if source.directory is not None:
         return Oracle.from_directory(source.directory, source.plan.layers)
+    if source.gguf is not None:
+        from minitp.oracle_gguf import gguf_tensor
+
+        return Oracle(source.fields(), gguf_tensor(source.gguf.file.path), source.plan.layers)
 
     def tensor(name, index=None):
         return source.tensors.read(name, index or tuple(slice(0, n) for n in source.tensors.shapes[name]))

@@ -200,7 +200,7 @@ def test_special_tokens_have_no_text(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def wordy(tmp_path_factory):
+def wordy():
     """In the manner of Llama 2: words carry the space before them, and rare characters are bytes."""
     tokens = ["<unk>", "<s>", "▁Hello", "▁world", "ly", *(f"<0x{byte:02X}>" for byte in range(256))]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -209,9 +209,7 @@ def wordy(tmp_path_factory):
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     raw.add_special_tokens([AddedToken("<s>", special=True)])
-    path = tmp_path_factory.mktemp("tokenizers") / "tokenizer.json"
-    raw.save(str(path))
-    return Tokenizer(path), vocabulary
+    return Tokenizer(raw), vocabulary
 
 
 def fallback_ids(vocabulary, text):

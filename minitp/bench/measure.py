@@ -1,10 +1,8 @@
 """All that `minitp bench` tells, as one object of plain numbers; every rank takes part."""
 
 import os
-import platform
 import resource
 from datetime import date
-from pathlib import Path
 from statistics import median
 
 from minitp.bench.limits import limits_of, token_bytes
@@ -20,7 +18,7 @@ from minitp.bench.runs import (
     timed_run,
 )
 from minitp.comm import OneOfMany
-from minitp.environment import BLAS_THREADS, cores
+from minitp.environment import BLAS_THREADS, cores, cpu_name
 
 
 def measure(model, source, job, load_s, progress):
@@ -82,16 +80,6 @@ def surroundings(model, source):
         "blas_threads_per_rank": int(threads) if threads.isdigit() else None,
         "weight_bytes_per_rank": model.comm.exchange(model.weights.nbytes),
     }
-
-
-def cpu_name():
-    """What the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def gpu_name(gpu):

@@ -44,9 +44,10 @@ def run(args, comm, caller=None):
 
 
 def warn_of_unread_fields(source):
+    where = "config.json" if source.gguf is None else "the metadata"
     for name in source.config.unread:
         print(
-            f"minitp: warning: config.json of {source.name} has a field {name!r} that minitp does not know; "
+            f"minitp: warning: {where} of {source.name} has a field {name!r} that minitp does not know; "
             "if it changes the maths, the results are wrong",
             file=sys.stderr,
         )

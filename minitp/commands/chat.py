@@ -9,7 +9,6 @@ import sys
 from contextlib import contextmanager, suppress
 from time import perf_counter
 
-from minitp.chat_template import load_chat_template
 from minitp.commands.prompt import sampling_params
 from minitp.completion import Completion
 from minitp.demo import cache_directory
@@ -53,7 +52,7 @@ def check(args, tp, opening):
     tokenizer, context = source.tokenizer(), context_length(source.config, args.max_context)
     if tokenizer is None:
         raise InputError(f"{source.name} has no tokenizer.json: it has no words to chat in")
-    template = load_chat_template(source.directory, source.name)
+    template = source.chat_template()
     shortest = template.render([*opening, message("user", "?")])
     check_prompt(tokenizer.encode(shortest, add_special_tokens=False), source.config, context)
     if args.max_new_tokens is None:

@@ -19,8 +19,10 @@ class Generate:
         """Check the options and the prompt; the prompt's tokens and the context length."""
         sampling_params(args)
         ids = prompt_tokens(args, source)
-        if args.stop and source.tokenizer() is None:
-            raise InputError(f"--stop wants text, and {source.name} has no tokenizer.json")
+        if args.stop or args.tokens is not None:  # else the prompt has shown that there is one, and sound
+            tokenizer = source.tokenizer()
+            if args.stop and tokenizer is None:
+                raise InputError(f"--stop wants text, and {source.name} has no tokenizer.json")
         context = context_length(source.config, args.max_context)
         check_prompt(ids, source.config, context)
         return ids, context

@@ -53,8 +53,8 @@ def check(args):
 
 
 def served_name(model):
-    """How clients call the model: of a directory its last part."""
-    return Path(model).resolve().name if os.path.isdir(model) else model
+    """How clients call the model: of a directory or file its last part."""
+    return Path(model).resolve().name if os.path.exists(model) else model
 
 
 def ready_line(llm, host, port):

@@ -155,8 +155,10 @@ def notes(source):
             f"The ranks hold {size(more)} ({more / sum(sizes.values()):.2%}) more than the checkpoint: "
             f"{heads}{size(copies)} for tensors that are whole on every rank."
         )
-    if source.directory is None:
+    if source.is_random:
         found.append("Random weights are drawn, and written, as float32; in 16 bits they are half as large.")
+    if source.gguf is not None:
+        found.append("What is quantized in the GGUF file is counted, and written, as float32.")
     return [line for note in found for line in wrapped(note)]
 
 

@@ -20,7 +20,7 @@ def getDeviceCount():
 
 
 def getDeviceProperties(number):
-    return {"name": b"a stand-in for a GPU", "totalGlobalMem": 1 << 33}
+    return {"name": b"a stand-in for a GPU", "totalGlobalMem": 1 << 33, "major": 9, "minor": 0}
 
 
 def runtimeGetVersion():

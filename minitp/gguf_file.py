@@ -1,0 +1,220 @@
+"""GGUF files: metadata, and slices of tensors that are dequantized as they are read.
+
+The format (docs/gguf.md of ggml), all numbers little-endian:
+
+    magic "GGUF" | version u32 | number of tensors u64 | number of metadata entries u64
+    entries: key, type u32, value              a string is its length u64 and UTF-8 bytes,
+    tensors: name, dimensions u32, each u64,   an array its items' type u32, its length u64 and the items
+             type u32, offset u64
+    padding to a multiple of general.alignment, then the tensors' data
+
+Dimensions come innermost first. A quantized tensor's rows are divided into blocks of 32 or 256 numbers, each
+block a few bytes; the `gguf` library turns blocks into numbers. It could read the header too, but takes
+2 seconds for the 100 000 strings of a small vocabulary where this takes 0.1, and every rank has to.
+"""
+
+import mmap
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import gguf
+import ml_dtypes
+import numpy as np
+
+from minitp.errors import InputError
+
+VERSIONS = (2, 3)
+ALIGNMENT = 32  # unless general.alignment says otherwise
+
+# Metadata types: the code, and struct's letter for it.
+NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # stored as they are
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor's place: type (F16, Q4_K, ..), shape (outermost first) and where its bytes begin."""
+
+    type: gguf.GGMLQuantizationType
+    shape: tuple
+    start: int
+
+    @property
+    def block(self):
+        """(numbers, bytes) of a block."""
+        return gguf.GGML_QUANT_SIZES[self.type]
+
+    @property
+    def row_bytes(self):
+        numbers, nbytes = self.block
+        return self.shape[-1] // numbers * nbytes
+
+    @property
+    def nbytes(self):
+        return prod(self.shape[:-1]) * self.row_bytes
+
+    @property
+    def dtype(self):
+        """safetensors' name of the dtype in which it is read: its own, or F32 for a quantized one."""
+        return self.type.name if self.type.name in FLOATS else "F32"
+
+
+class GgufFile:
+    """A file that has been opened: its header is read and checked, its tensors are mapped.
+
+    Parameters
+    ----------
+    path : str or Path
+
+    Attributes
+    ----------
+    metadata : dict of str to number, str or list
+    tensors : dict of str to GgufTensor
+
+    Raises
+    ------
+    InputError
+        if there is no such file, it is no GGUF file, truncated, a part of several, or holds a tensor of a
+        type that cannot be dequantized.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        except (OSError, ValueError) as error:  # ValueError: it is empty
+            raise InputError(f"{path}: cannot be read: {error}") from error
+        try:
+            self._read_header()
+        except (struct.error, ValueError, IndexError, ZeroDivisionError, TypeError) as error:
+            raise InputError(f"{path}: truncated, or not a GGUF file: {error}") from error
+        self._check()
+
+    def _read_header(self):
+        if self._bytes[:4] != b"GGUF":
+            raise InputError(f"{self.path}: not a GGUF file; --model wants a directory or a .gguf file")
+        self._at = 4
+        version = self._number("I")
+        if version not in VERSIONS:
+            why = "of another byte order" if version & 0xFFFF == 0 else f"of version {version}"
+            raise InputError(f"{self.path}: a GGUF file {why}; expected little-endian, version 2 or 3")
+        tensors, entries = self._number("Q"), self._number("Q")
+        self.metadata = {}
+        for _ in range(entries):
+            key = self._string()
+            self.metadata[key] = self._value(self._number("I"))
+        found = {}
+        for _ in range(tensors):
+            name, dimensions = self._string(), self._number("I")
+            if not 1 <= dimensions <= 4:
+                raise ValueError(f"tensor {name} has {dimensions} dimensions")
+            shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
+            found[name] = (self._type(name, self._number("I")), shape, self._number("Q"))
+        alignment = self.metadata.get("general.alignment", ALIGNMENT)
+        data = -(-self._at // alignment) * alignment
+        self.tensors = {name: GgufTensor(t, shape, data + at) for name, (t, shape, at) in found.items()}
+
+    def _number(self, letter):
+        layout = struct.Struct("<" + letter)
+        (value,) = layout.unpack_from(self._bytes, self._at)
+        self._at += layout.size
+        return value
+
+    def _string(self):
+        length = self._number("Q")
+        text = self._bytes[self._at : self._at + length]
+        if len(text) < length:
+            raise IndexError(f"a string of {length} bytes at {self._at}")
+        self._at += length
+        return text.decode("utf-8")
+
+    def _value(self, kind):
+        if kind == STRING:
+            return self._string()
+        if kind != ARRAY:
+            return self._number(self._letter(kind))
+        of, length = self._number("I"), self._number("Q")
+        if of in (STRING, ARRAY):
+            return [self._value(of) for _ in range(length)]
+        layout = struct.Struct(f"<{length}{self._letter(of)}")
+        values = layout.unpack_from(self._bytes, self._at)
+        self._at += layout.size
+        return list(values)
+
+    def _letter(self, kind):
+        if kind not in NUMBERS:
+            raise InputError(f"{self.path}: a metadata value of type {kind}, which no GGUF file has")
+        return NUMBERS[kind]
+
+    def _type(self, name, code):
+        try:
+            return gguf.GGMLQuantizationType(code)
+        except ValueError:
+            raise InputError(
+                f"{self.path}: tensor {name} is of type {code}, which this version of the gguf package "
+                "does not know; pip install --upgrade gguf"
+            ) from None
+
+    def _check(self):
+        parts = self.metadata.get("split.count", 1)
+        if parts > 1:
+            raise InputError(
+                f"{self.path}: one of {parts} parts of a model; join them with llama-gguf-split --merge"
+            )
+        for kind in {tensor.type for tensor in self.tensors.values()}:
+            try:
+                gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
+            except NotImplementedError:
+                raise InputError(
+                    f"{self.path}: has tensors of type {kind.name}, which the gguf package cannot "
+                    "dequantize; give one in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"
+                ) from None
+        for name, tensor in self.tensors.items():
+            if tensor.shape[-1] % tensor.block[0]:
+                raise InputError(
+                    f"{self.path}: tensor {name} has rows of {tensor.shape[-1]}, expected a multiple of "
+                    f"{tensor.block[0]}, a block of {tensor.type.name}"
+                )
+            if tensor.start + tensor.nbytes > len(self._bytes):
+                raise InputError(
+                    f"{self.path}: truncated: tensor {name} ends at byte {tensor.start + tensor.nbytes}, "
+                    f"the file at {len(self._bytes)}"
+                )
+
+    def read(self, name, rows, columns):
+        """A part of a matrix (of a vector: of a matrix of one row), as numbers.
+
+        Only the blocks that hold the columns are read and dequantized.
+
+        Parameters
+        ----------
+        name : str
+        rows : slice or array of int
+            The latter in any order.
+        columns : slice
+
+        Returns
+        -------
+        array [rows, columns]
+            float32 of a quantized tensor, else in the tensor's dtype.
+        """
+        tensor, (numbers, nbytes) = self.tensors[name], self.tensors[name].block
+        packed = np.frombuffer(self._bytes, np.uint8, tensor.nbytes, tensor.start)  # [all bytes]
+        first, last = columns.start // numbers, -(-columns.stop // numbers)  # blocks
+        packed = packed.reshape(-1, tensor.row_bytes)[:, first * nbytes : last * nbytes][
+            rows
+        ]  # [rows, bytes]
+        if tensor.type.name in FLOATS:
+            return packed.view(FLOATS[tensor.type.name])  # [rows, columns]
+        if 0 in packed.shape:
+            return np.empty((len(packed), columns.stop - columns.start), np.float32)
+        values = gguf.quants.dequantize(packed, tensor.type)  # float32 [rows, those of the blocks]
+        start = columns.start - first * numbers
+        return values[:, start : start + columns.stop - columns.start]  # [rows, columns]

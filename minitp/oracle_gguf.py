@@ -1,0 +1,49 @@
+"""A GGUF file's tensors for the oracle, which like it imports nothing of this package.
+
+Where minitp reads the header itself and only the blocks that a rank needs, here the `gguf` library reads the
+whole tensor; where minitp picks rows by an index, here q and k are reshaped.
+"""
+
+import gguf
+
+# Hugging Face's name of a part to llama.cpp's.
+ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+MLP = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def gguf_tensor(path):
+    """What Oracle wants as `tensor`, from a file of the llama architecture.
+
+    Returns
+    -------
+    callable
+        tensor(name, index=...) -> array: the tensor, or a part of it, under Hugging Face's name, in float32
+        or float16.
+    """
+    reader = gguf.GGUFReader(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    heads = reader.get_field("llama.attention.head_count").contents()
+    kv_heads = reader.get_field("llama.attention.head_count_kv")
+    kv_heads = heads if kv_heads is None else kv_heads.contents()
+
+    def tensor(name, index=...):
+        found = tensors[gguf_name(name)]
+        whole = gguf.quants.dequantize(found.data, found.tensor_type)  # [out, in] or [n]
+        for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
+            if f".{part}." in name:
+                pairs = whole.reshape(count, -1, 2, *whole.shape[1:])  # [H, d/2, 2, in]: neighbours turn
+                whole = pairs.swapaxes(1, 2).reshape(whole.shape)  # [H * d, in]: halves turn
+        return whole[index]
+
+    return tensor
+
+
+def gguf_name(name):
+    """`model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`."""
+    part, kind = name.rsplit(".", 1)
+    if part in OUTSIDE:
+        return f"{OUTSIDE[part]}.{kind}"
+    _, _, layer, *rest = part.split(".")
+    return f"blk.{layer}.{(ATTENTION | MLP | NORMS)[rest[-1]]}.{kind}"
