@@ -7,7 +7,10 @@ from pathlib import Path
 
 from minitp.errors import InputError
 
-# What each family is called, which fields only it reads, and what transformers assumes for absent fields.
+# What each family is called, which fields only it reads, what transformers assumes for absent fields, and
+# what its models have without a field that says so.
+QWEN_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+QWEN_DEFAULTS |= {"sliding_window": 4096, "max_window_layers": 28}
 FAMILIES = {
     "llama": {
         "architecture": "LlamaForCausalLM",
@@ -18,6 +21,12 @@ FAMILIES = {
         "architecture": "MistralForCausalLM",
         "reads": ("sliding_window",),
         "defaults": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    },
+    "qwen2": {  # and Qwen2.5
+        "architecture": "Qwen2ForCausalLM",
+        "reads": ("use_sliding_window",),
+        "defaults": QWEN_DEFAULTS,
+        "always": ("qkv_bias",),
     },
 }
 
@@ -78,12 +87,20 @@ class Config:
     rope: Rope
     max_position_embeddings: int
     sliding_window: int | None
+    full_attention_layers: frozenset  # those that see everything in spite of sliding_window
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    o_bias: bool
     mlp_bias: bool
     eos_token_ids: tuple
     dtype: str
     unread: tuple = ()  # fields that nothing here knows, for a warning
+
+    @property
+    def windows(self):
+        """The sliding window of each layer, None where it sees everything."""
+        layers = range(self.num_hidden_layers)
+        return [None if i in self.full_attention_layers else self.sliding_window for i in layers]
 
     def with_layers(self, layers, where):
         """The same model cut to its first `layers` layers (None: all of them)."""
@@ -139,15 +156,16 @@ def parse_config(fields, where):
             f"{where}: model_type {fields.get('model_type')!r} with architectures "
             f"{fields.get('architectures')!r} is not supported; supported: {known}"
         )
-    return _Reader({**family["defaults"], **fields}, family["reads"], where).config()
+    return _Reader({**family["defaults"], **fields}, family, where).config()
 
 
 class _Reader:
     """Takes fields out of config.json one by one, so that what is left over is known."""
 
-    def __init__(self, fields, family_reads, where):
+    def __init__(self, fields, family, where):
         self.fields = fields
-        self.family_reads = family_reads
+        self.family_reads = family["reads"]
+        self.always = family.get("always", ())
         self.where = where
         self.read = set()
 
@@ -158,6 +176,13 @@ class _Reader:
 
     def refuse(self, name, value, expected):
         raise InputError(f"{self.where}: {name} is {value!r}, expected {expected}")
+
+    def count(self, name):
+        """An integer that may be 0."""
+        value = self.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            self.refuse(name, value, "an integer, 0 or more")
+        return value
 
     def number(self, name, kind, default=None):
         value = self.get(name, default)
@@ -193,9 +218,8 @@ class _Reader:
         dtype = self.get("dtype") or self.get("torch_dtype") or "float32"
         if dtype not in DTYPES:
             self.refuse("dtype", dtype, "one of " + ", ".join(DTYPES))
-        window = None
-        if "sliding_window" in self.family_reads and self.get("sliding_window") is not None:
-            window = self.number("sliding_window", int)
+        window, full_attention_layers = self.windows()
+        attention_bias = self.family_flag("attention_bias")
         return Config(
             model_type=self.get("model_type"),
             vocab_size=self.number("vocab_size", int),
@@ -209,13 +233,49 @@ class _Reader:
             rope=self.rope(),
             max_position_embeddings=self.number("max_position_embeddings", int),
             sliding_window=window,
+            full_attention_layers=full_attention_layers,
             tie_word_embeddings=self.flag("tie_word_embeddings"),
-            attention_bias=self.family_flag("attention_bias"),
+            qkv_bias=attention_bias or "qkv_bias" in self.always,
+            o_bias=attention_bias,
             mlp_bias=self.family_flag("mlp_bias"),
             eos_token_ids=self.eos(),
             dtype=dtype,
             unread=self.unread(),
         )
+
+    def windows(self):
+        """sliding_window, and the layers that it does not concern.
+
+        Qwen's count only with `use_sliding_window`, and from layer `max_window_layers` on.
+        """
+        if "use_sliding_window" in self.family_reads:
+            switched_on = self.flag("use_sliding_window")
+            self.read |= {"sliding_window", "max_window_layers", "layer_types"}
+            if not switched_on:
+                if "sliding_attention" in (self.get("layer_types") or ()):
+                    self.refuse("layer_types", self.get("layer_types"), "use_sliding_window true with these")
+                return None, frozenset()
+        elif "sliding_window" not in self.family_reads:
+            return None, frozenset()
+        if self.get("sliding_window") is None:
+            return None, frozenset()
+        window, full_attention_layers = self.number("sliding_window", int), self.full_attention_layers()
+        if len(full_attention_layers) == self.number("num_hidden_layers", int):
+            return None, frozenset()
+        return window, full_attention_layers
+
+    def full_attention_layers(self):
+        """From `layer_types`, or where that is absent by the family's rule."""
+        layers = range(self.number("num_hidden_layers", int))
+        if "use_sliding_window" not in self.family_reads:
+            return frozenset()
+        types = self.get("layer_types")
+        if types is None:
+            return frozenset(layers[: self.count("max_window_layers")])
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != len(layers) or any(t not in known for t in types):
+            self.refuse("layer_types", types, f"a list of {len(layers)}, each one of {', '.join(known)}")
+        return frozenset(i for i in layers if types[i] == "full_attention")
 
     def rope(self):
         """Both spellings: rope_parameters, or rope_theta beside rope_scaling (with `type` or `rope_type`)."""

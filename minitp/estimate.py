@@ -153,9 +153,10 @@ def rank_work(config, plan, rank, work, dtype):
     read = (sum(layers.values()) + held[FINAL_NORM] + head) * ITEM_BYTES[dtype]
     products = sum(count for name, count in layers.items() if len(plan.tensors[name].shape) == 2)
     flops = 2 * work.sequences * (work.tokens * products + head)
-    cached = work.sequences * work.keys(config.sliding_window) * cache_bytes(config, plan, rank, dtype)
+    cached = sum(map(work.keys, config.windows)) * cache_bytes(config, plan, rank, dtype)
+    cached *= work.sequences / config.num_hidden_layers
     start, stop = plan.head_ranges[rank]
-    pairs = work.sequences * work.pairs(config.sliding_window) * config.num_hidden_layers
+    pairs = work.sequences * sum(map(work.pairs, config.windows))
     attention = 2 * 2 * pairs * (stop - start) * config.head_dim  # a score of d products, and d of its value
     return (read, flops), (cached, attention)
 

@@ -16,7 +16,7 @@ class LocalCheck:
     Parameters
     ----------
     reference : Oracle
-        Of it only what config.json says: eps, window, RoPE frequencies, head counts.
+        Of it only what config.json says: eps, windows, RoPE frequencies, head counts.
     plan : Plan
     comm : Comm
         For the partial sums of the other ranks. All ranks go through the blocks in the same order.
@@ -64,7 +64,7 @@ class LocalCheck:
         yield from self._cache(i, this)
         k, v = (had(part)[self.kv_of_head] for part in ("k_cache", "v_cache"))  # [H_r, S, d] each
         keys = np.arange(stop - k.shape[1], stop)  # [S]
-        mask = oracle.causal_mask(positions, keys, self.reference.window)  # [T, S]
+        mask = oracle.causal_mask(positions, keys, self.reference.windows[i])  # [T, S]
         yield "attn.scores", expected.scores(had("q_rope"), k, mask), None
         yield "attn.probs", expected.softmax(had("scores")), None
         yield "attn.context", expected.context(had("probs"), v), None
@@ -74,7 +74,7 @@ class LocalCheck:
     def _cache(self, i, this):
         """What attention read: the last rows of what all passes so far have made, as far as the window."""
         name, start, stop = this
-        window = self.reference.window
+        window = self.reference.windows[i]
         needed = stop if window is None else min(stop, stop - start + window - 1)  # keys that a query sees
         until = self.passes[: self.passes.index(this) + 1]
         for cached, made in (("attn.k_cache", "attn.k_rope"), ("attn.v_cache", "attn.v")):

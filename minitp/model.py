@@ -103,7 +103,7 @@ class Model:
         """
         xp, w = self.device.xp, self.weights
         token_ids = joined(xp, [xp.asarray(ids) for ids, _ in parts])  # [T]
-        step = Step(xp, parts, self.inverse_frequencies, self.config.sliding_window, record)
+        step = Step(xp, parts, self.inverse_frequencies, self.config.windows, record)
 
         partial = ops.embed_partial(xp, token_ids, w.embed, self.vocab_start)  # [T, D]
         record(embed_partial=partial)
@@ -136,7 +136,8 @@ class Model:
         record("attn", i, q=qk[: self.heads], k=qk[self.heads :], v=v)
         qk = ops.apply_rope(xp, qk, step.cos, step.sin)  # [H_r + K_r, T, d]
         record("attn", i, q_rope=qk[: self.heads], k_rope=qk[self.heads :])
-        contexts = [self._attend(i, qk[:, s.rows], v[:, s.rows], s, record) for s in step.sequences]
+        sequences = step.sequences[self.config.windows[i]]
+        contexts = [self._attend(i, qk[:, s.rows], v[:, s.rows], s, record) for s in sequences]
         context = joined(xp, contexts)  # [T, H_r d]
         partial = ops.row_parallel(xp, context, layer.w_o)  # [T, D]
         record("attn", i, out_partial=partial)
@@ -178,15 +179,19 @@ class Model:
 
 
 class Step:
-    """What all layers of one forward pass share: the angles of its positions and what each may see."""
+    """What all layers of one forward pass share: the angles of its positions and what each may see.
 
-    def __init__(self, xp, parts, inverse_frequencies, window, record):
+    `sequences` has a list of Sequence for each window that some layer has; most models have only one.
+    """
+
+    def __init__(self, xp, parts, inverse_frequencies, windows, record):
         self.record = record
-        self.sequences, start = [], 0
+        self.sequences, start = {window: [] for window in windows}, 0
         for ids, cache in parts:
-            self.sequences.append(Sequence(xp, slice(start, start + len(ids)), cache, window))
+            for window, sequences in self.sequences.items():
+                sequences.append(Sequence(xp, slice(start, start + len(ids)), cache, window))
             start += len(ids)
-        positions = joined(xp, [s.positions for s in self.sequences])  # [T]
+        positions = joined(xp, [s.positions for s in self.sequences[windows[0]]])  # [T]
         self.cos, self.sin = ops.rope_cos_sin(xp, positions, inverse_frequencies)  # [T, d] each
 
 
@@ -278,5 +283,5 @@ def largest_pass(model, past, chunk=None):
     if model.fused:
         return chunk
     heads = max(stop - start for start, stop in model.plan.head_ranges)  # of the rank that has most
-    keys = min(past, model.config.sliding_window or past) + chunk
+    keys = max(min(past, window or past) for window in model.config.windows) + chunk
     return min(chunk, max(1, SCORES // (heads * keys)))

@@ -21,8 +21,13 @@ from safetensors import safe_open
 # the fields that a family does not read.
 DEFAULTS = dict(num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6)
 DEFAULTS |= dict(tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
-FAMILY_DEFAULTS = {"llama": {}, "mistral": {"num_key_value_heads": 8, "sliding_window": 4096}}
-NOT_READ = {"llama": {"sliding_window": None}, "mistral": {"attention_bias": False, "mlp_bias": False}}
+FAMILY_DEFAULTS = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+}
+NO_BIASES = {"attention_bias": False, "mlp_bias": False}
+NOT_READ = {"llama": {"sliding_window": None}, "mistral": NO_BIASES, "qwen2": NO_BIASES}
 ROPE_THETA = 10000.0
 
 VOCABULARY_BLOCK = 8192  # rows of the output matrix in float64 at a time
@@ -155,11 +160,20 @@ def swiglu(gate, up):
     return gate * np.exp(-np.logaddexp(0, -gate)) * float64(up)  # [T, F]
 
 
+def sliding_window(family, fields, layer):
+    """How many keys a query of this layer sees, itself included; None: all."""
+    if family == "qwen2":
+        types = fields.get("layer_types")
+        sliding = layer >= fields["max_window_layers"] if types is None else types[layer][0] == "s"
+        return fields["sliding_window"] if fields.get("use_sliding_window") and sliding else None
+    return fields["sliding_window"]
+
+
 # --- the model ------------------------------------------------------------------------------------------
 
 
 class Oracle:
-    """A Llama or Mistral model, one layer in memory at a time.
+    """A model of one of the families in FAMILY_DEFAULTS, one layer in memory at a time.
 
     Parameters
     ----------
@@ -191,9 +205,14 @@ class Oracle:
         self.heads = fields["num_attention_heads"]
         self.kv_heads = fields["num_key_value_heads"] or self.heads
         self.eps = fields["rms_norm_eps"]
-        self.window = fields["sliding_window"]
-        self.attention_bias = fields["attention_bias"]
-        self.mlp_bias = fields["mlp_bias"]
+        self.windows = [sliding_window(family, fields, i) for i in range(self.layers)]
+        self.biased = set()  # projections
+        if fields["attention_bias"]:
+            self.biased |= {"q_proj", "k_proj", "v_proj", "o_proj"}
+        if fields["mlp_bias"]:
+            self.biased |= {"gate_proj", "up_proj", "down_proj"}
+        if family == "qwen2":
+            self.biased = {"q_proj", "k_proj", "v_proj"}
         self.tied = fields["tie_word_embeddings"]
         self.hidden_size = fields["hidden_size"]
         self.intermediate_size = fields["intermediate_size"]
@@ -235,7 +254,7 @@ class Oracle:
                 shapes[f"model.layers.{i}.{norm}.weight"] = (hidden,)
             for part, out in outs.items():
                 shapes[f"model.layers.{i}.{part}.weight"] = (out, ins.get(part, hidden))
-                if self.attention_bias if part.startswith("self_attn") else self.mlp_bias:
+                if part.split(".")[1] in self.biased:
                     shapes[f"model.layers.{i}.{part}.bias"] = (out,)
         return shapes
 
@@ -252,36 +271,36 @@ class Oracle:
         is [T, D], [T, F] (`gate`, `up`, `act`) and [T, V] (`logits`).
         """
         positions = np.arange(len(token_ids))  # [T]
-        mask = causal_mask(positions, positions, self.window)  # [T, T]
         x = embed(token_ids, self.tensor("model.embed_tokens.weight"))  # [T, D]
         yield "embed", x
         for i in range(self.layers):
-            x = yield from self._attention(i, x, positions, mask)  # [T, D]
+            x = yield from self._attention(i, x, positions)  # [T, D]
             x = yield from self._mlp(i, x)  # [T, D]
         x = rms_norm(x, self.tensor("model.norm.weight"), self.eps)  # [T, D]
         yield "final_norm", x
         yield "logits", self._unembed(x)
 
-    def _attention(self, i, x, positions, mask):
+    def _attention(self, i, x, positions):
         """The steps of layer i's attention; the generator's value is the residual [T, D] after it."""
         step, layer = f"layers.{i}.attn", f"model.layers.{i}"
         normed = rms_norm(x, self.tensor(f"{layer}.input_layernorm.weight"), self.eps)  # [T, D]
         yield f"{step}.norm", normed
         heads = {}
         for part, n in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
-            y = self._project(normed, f"{layer}.self_attn.{part}_proj", self.attention_bias)  # [T, n * d]
+            y = self._project(normed, f"{layer}.self_attn.{part}_proj")  # [T, n * d]
             heads[part] = np.stack(np.split(y, n, axis=-1))  # [n, T, d]
             yield f"{step}.{part}", heads[part]
         for part in "qk":
             heads[part] = rope(heads[part], positions, self.inverse_frequencies)  # [H, T, d], [K, T, d]
             yield f"{step}.{part}_rope", heads[part]
+        mask = causal_mask(positions, positions, self.windows[i])  # [T, T]
         masked = scores(heads["q"], heads["k"], mask)  # [H, T, T]
         yield f"{step}.scores", masked
         probs = softmax(masked)  # [H, T, T]
         yield f"{step}.probs", probs
         mixed = context(probs, heads["v"])  # [T, H * d]
         yield f"{step}.context", mixed
-        out = self._project(mixed, f"{layer}.self_attn.o_proj", self.attention_bias)  # [T, D]
+        out = self._project(mixed, f"{layer}.self_attn.o_proj")  # [T, D]
         yield f"{step}.out", out
         yield f"{step}.residual", x + out
         return x + out  # [T, D]
@@ -291,20 +310,21 @@ class Oracle:
         step, layer = f"layers.{i}.mlp", f"model.layers.{i}"
         normed = rms_norm(x, self.tensor(f"{layer}.post_attention_layernorm.weight"), self.eps)  # [T, D]
         yield f"{step}.norm", normed
-        gate = self._project(normed, f"{layer}.mlp.gate_proj", self.mlp_bias)  # [T, F]
+        gate = self._project(normed, f"{layer}.mlp.gate_proj")  # [T, F]
         yield f"{step}.gate", gate
-        up = self._project(normed, f"{layer}.mlp.up_proj", self.mlp_bias)  # [T, F]
+        up = self._project(normed, f"{layer}.mlp.up_proj")  # [T, F]
         yield f"{step}.up", up
         act = swiglu(gate, up)  # [T, F]
         yield f"{step}.act", act
-        out = self._project(act, f"{layer}.mlp.down_proj", self.mlp_bias)  # [T, D]
+        out = self._project(act, f"{layer}.mlp.down_proj")  # [T, D]
         yield f"{step}.out", out
         yield f"{step}.residual", x + out
         return x + out  # [T, D]
 
-    def _project(self, x, name, bias):
+    def _project(self, x, name):
         """[T, in] -> [T, out]"""
-        return linear(x, self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias") if bias else None)
+        bias = self.tensor(f"{name}.bias") if name.rpartition(".")[2] in self.biased else None  # [out]
+        return linear(x, self.tensor(f"{name}.weight"), bias)
 
     def _unembed(self, x):
         """[T, D] -> [T, V], a block of the vocabulary at a time."""

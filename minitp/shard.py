@@ -13,8 +13,8 @@ a pair costs one all-reduce: the sum on the right. (Shoeybi et al., Megatron-LM,
 Drawn here as they are used, [in, out]; in a checkpoint they lie [out, in], so that a column of w is a row
 of the file's tensor.
 
-So of every tensor at most one dimension is split, and the table below needs no column for it: whatever
-dimension is not `D`, the hidden size, is the split one. A tensor with no other dimension is on every rank.
+So of every tensor at most one dimension is split, and the table below needs no column for it: it is the one
+in capitals that is not `D`, the hidden size. A tensor with no such dimension is on every rank.
 """
 
 from dataclasses import dataclass
@@ -40,12 +40,12 @@ LAYER_TENSORS = {
     "mlp.up_proj.weight": ("F", "D"),
     "mlp.down_proj.weight": ("D", "F"),
 }
-ATTENTION_BIASES = {
+QKV_BIASES = {
     "self_attn.q_proj.bias": ("Hd",),
     "self_attn.k_proj.bias": ("Kd",),
     "self_attn.v_proj.bias": ("Kd",),
-    "self_attn.o_proj.bias": ("D",),
 }
+O_BIAS = {"self_attn.o_proj.bias": ("D",)}
 MLP_BIASES = {
     "mlp.gate_proj.bias": ("F",),
     "mlp.up_proj.bias": ("F",),
@@ -169,7 +169,7 @@ def make_plan(config, tp):
     }
     tensors = {}
     for name, dims in tensor_table(config).items():
-        axis = next((i for i, dim in enumerate(dims) if dim != "D"), None)
+        axis = next((i for i, dim in enumerate(dims) if dim in ranges), None)
         shape = tuple(sizes[dim] for dim in dims)
         tensors[name] = TensorShard(name, shape, axis, () if axis is None else ranges[dims[axis]])
     return Plan(tp, config.num_hidden_layers, heads, kv_heads, ffn, vocab, tensors)
@@ -178,8 +178,10 @@ def make_plan(config, tp):
 def tensor_table(config):
     """Every checkpoint tensor of the model with its shape in letters."""
     layer = dict(LAYER_TENSORS)
-    if config.attention_bias:
-        layer |= ATTENTION_BIASES
+    if config.qkv_bias:
+        layer |= QKV_BIASES
+    if config.o_bias:
+        layer |= O_BIAS
     if config.mlp_bias:
         layer |= MLP_BIASES
     table = dict(MODEL_TENSORS)

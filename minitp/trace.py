@@ -198,7 +198,8 @@ def oracle_steps(oracle, token_ids, passes):
         _, layer, step = split_name(name)
         cached = {"attn.k_rope": "attn.k_cache", "attn.v": "attn.v_cache"}.get(step)
         for pass_name, start, stop in passes:
-            first = 0 if oracle.window is None else max(0, start - oracle.window + 1)
+            window = None if layer is None else oracle.windows[layer]
+            first = 0 if window is None else max(0, start - window + 1)
             cuts = {"T": slice(start, stop), "S": slice(first, stop)}
             for called in filter(None, (step, cached)):
                 index = tuple(cuts.get(letter, slice(None)) for letter in letters[called].split())

@@ -112,8 +112,9 @@ def with_step(change):
 
     def hook(original, i, layer, x, step):
         step = copy.copy(step)
-        step.sequences = [copy.copy(step.sequences[0])]
-        change(step, step.sequences[0])
+        sequence = copy.copy(step.sequences[here.model.config.windows[i]][0])
+        step.sequences = dict.fromkeys(step.sequences, [sequence])
+        change(step, sequence)
         return original(i, layer, x, step)
 
     return {"block": hook}

@@ -47,6 +47,7 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 MISTRAL = {**LLAMA, "model_type": "mistral"}
+QWEN2 = {**LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6}
 
 # NAME: the fields of config.json, and what else is special. "by hand" are the older spellings, written as
 # they stand here; the others are written by transformers.
@@ -115,6 +116,18 @@ VARIANTS = {
         | {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
         | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
     },
+    "qwen2": {  # tied embeddings; all layers see everything, whatever sliding_window says
+        "by_hand": True,
+        "config": QWEN2
+        | {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1, "tie_word_embeddings": True}
+        | {"rope_theta": 1000000.0, "use_sliding_window": False, "sliding_window": 5, "max_window_layers": 1}
+        | {"torch_dtype": "bfloat16"},
+    },
+    "qwen2-window": {  # only the second layer has one
+        "config": QWEN2
+        | {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2}
+        | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    },
     "text": {  # a tokenizer; bfloat16; a vocabulary padded beyond it; end-of-text amid the continuation
         "prompt": "The cat and the dog: 12 of them, and 30 more in the house",
         "config": LLAMA
@@ -161,7 +174,8 @@ def check_config(name, config, fields):
     given = {**(fields.get("rope_scaling") or fields.get("rope_parameters") or {})}
     assert rope["rope_type"] == given.get("rope_type", given.get("type", "default"))
     assert rope["rope_theta"] == given.get("rope_theta", fields.get("rope_theta", 10000.0))
-    assert getattr(config, "sliding_window", None) == fields.get("sliding_window")
+    window = None if fields.get("use_sliding_window") is False else fields.get("sliding_window")
+    assert getattr(config, "sliding_window", None) == window
     if name == "mistral-v01":
         assert config.sliding_window < PROMPT_TOKENS
     if name == "llama3":  # wave lengths in all three bands of the formula

@@ -357,6 +357,8 @@ def rope(**fields):
 
 
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+WINDOWED = QWEN2 | {"use_sliding_window": True}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ORIGINAL = {"original_max_position_embeddings": 64}
 
@@ -409,6 +411,11 @@ ORIGINAL = {"original_max_position_embeddings": 64}
         ({"rope_theta": -1.0}, ["rope_theta", "-1.0", "positive number"]),
         ({"rope_theta": "10000"}, ["rope_theta", "'10000'", "positive number"]),
         (MISTRAL | {"sliding_window": 0}, ["sliding_window is 0", "positive integer"]),
+        (QWEN2 | {"use_sliding_window": 1}, ["use_sliding_window is 1", "true or false"]),
+        (QWEN2 | {"layer_types": ["sliding_attention"] * 2}, ["layer_types", "use_sliding_window true"]),
+        (WINDOWED | {"max_window_layers": -1}, ["max_window_layers is -1", "0 or more"]),
+        (WINDOWED | {"layer_types": ["full_attention"]}, ["layer_types", "a list of 2"]),
+        (WINDOWED | {"layer_types": ["chunked_attention"] * 2}, ["layer_types", "sliding_attention"]),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
@@ -456,11 +463,24 @@ def test_absent_fields_are_as_in_transformers():
     config = parse_config({**bare, "model_type": "llama"}, "here")
     assert (config.num_key_value_heads, config.head_dim, config.max_position_embeddings) == (8, 4, 2048)
     assert (config.rms_norm_eps, config.rope.rope_theta, config.sliding_window) == (1e-6, 10000.0, None)
-    assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
+    assert (config.tie_word_embeddings, config.qkv_bias, config.mlp_bias) == (False, False, False)
     config = parse_config({**bare, **MISTRAL, "num_attention_heads": 16}, "here")
     assert (config.num_key_value_heads, config.max_position_embeddings) == (8, 131072)
     assert config.sliding_window == 4096
     assert parse_config({**bare, **MISTRAL, "sliding_window": None}, "here").sliding_window is None
+
+
+def test_which_layers_of_qwen_have_the_window():
+    fields = {**CONFIG, **WINDOWED, "sliding_window": 7}
+    assert parse_config({**fields, "use_sliding_window": False}, "here").windows == [None, None]
+    assert parse_config(fields, "here").windows == [None, None]  # the first 28 have none
+    assert parse_config({**fields, "max_window_layers": 0}, "here").windows == [7, 7]
+    mixed = parse_config({**fields, "max_window_layers": 1}, "here")
+    assert mixed.windows == [None, 7]
+    assert mixed.with_layers(1, "here").windows == [None]
+    listed = {"layer_types": ["sliding_attention", "full_attention"]}
+    assert parse_config({**fields, **listed}, "here").windows == [7, None]
+    assert parse_config({**fields, **listed}, "here").unread == ()
 
 
 def test_end_of_text_tokens_of_generation_config_count(directory):

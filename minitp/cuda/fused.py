@@ -22,6 +22,8 @@ def unfit(config, device, kv_dtype):
         return f"its kernels read a cache of {device.dtype.name}, not of {kv_dtype}"
     if config.head_dim % 8 or config.head_dim > LARGEST_HEAD or config.hidden_size % 8:
         return f"head_dim {config.head_dim} and hidden_size {config.hidden_size} must be multiples of 8"
+    if len(set(config.windows)) > 1:
+        return "its kernels have one sliding window for all layers"
     return None
 
 
@@ -187,11 +189,7 @@ class FusedModel(Model):
     def _record_attention(self, i, qk, prompt, record):
         """The queries after RoPE, and what attention had, of the only sequence."""
         (sequence,) = prompt.sequences
-        first = (
-            0
-            if self.config.sliding_window is None
-            else max(0, sequence.past - self.config.sliding_window + 1)
-        )
+        first = 0 if self.config.windows[0] is None else max(0, sequence.past - self.config.windows[0] + 1)
         places = self.device.xp.asarray(sequence.places[first:])  # [W]
         keys, values = (rows.gather(places) for rows in prompt.pool.rows[i])  # [K_r, W, d] each
         new = len(keys[0]) - (sequence.rows.stop - sequence.rows.start)
