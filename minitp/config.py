@@ -28,6 +28,12 @@ FAMILIES = {
         "defaults": QWEN_DEFAULTS,
         "always": ("qkv_bias",),
     },
+    "qwen3": {
+        "architecture": "Qwen3ForCausalLM",
+        "reads": ("attention_bias", "use_sliding_window"),
+        "defaults": {**QWEN_DEFAULTS, "head_dim": 128},
+        "always": ("qk_norm",),
+    },
 }
 
 # Fields that would change the maths, with the only value for which the maths here is right.
@@ -92,6 +98,7 @@ class Config:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+    qk_norm: bool  # a norm on each head of q and of k
     eos_token_ids: tuple
     dtype: str
     unread: tuple = ()  # fields that nothing here knows, for a warning
@@ -238,6 +245,7 @@ class _Reader:
             qkv_bias=attention_bias or "qkv_bias" in self.always,
             o_bias=attention_bias,
             mlp_bias=self.family_flag("mlp_bias"),
+            qk_norm="qk_norm" in self.always,
             eos_token_ids=self.eos(),
             dtype=dtype,
             unread=self.unread(),

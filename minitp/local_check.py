@@ -59,7 +59,11 @@ class LocalCheck:
             yield f"attn.{part}", y.as_heads(self.reference.head_dim), None  # [n, T, d]
         positions = np.arange(start, stop)  # [T]
         for part in "qk":
-            turned = expected.rope(had(part), positions, self.reference.inverse_frequencies)  # [n, T, d]
+            made, norm = part, w(f"{part}_norm.weight")  # [d], or None
+            if norm is not None:
+                made = f"{part}_norm"
+                yield f"attn.{made}", expected.rms_norm(had(part), norm, self.reference.eps), None
+            turned = expected.rope(had(made), positions, self.reference.inverse_frequencies)  # [n, T, d]
             yield f"attn.{part}_rope", turned, None
         yield from self._cache(i, this)
         k, v = (had(part)[self.kv_of_head] for part in ("k_cache", "v_cache"))  # [H_r, S, d] each

@@ -134,6 +134,11 @@ class Model:
         qkv = ops.column_parallel(xp, h, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
         qk, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
         record("attn", i, q=qk[: self.heads], k=qk[self.heads :], v=v)
+        if self.config.qk_norm:
+            q = ops.rms_norm(xp, qk[: self.heads], layer.q_norm, self.config.rms_norm_eps)  # [H_r, T, d]
+            k = ops.rms_norm(xp, qk[self.heads :], layer.k_norm, self.config.rms_norm_eps)  # [K_r, T, d]
+            record("attn", i, q_norm=q, k_norm=k)
+            qk = xp.concatenate((q, k))  # [H_r + K_r, T, d]
         qk = ops.apply_rope(xp, qk, step.cos, step.sin)  # [H_r + K_r, T, d]
         record("attn", i, q_rope=qk[: self.heads], k_rope=qk[self.heads :])
         sequences = step.sequences[self.config.windows[i]]

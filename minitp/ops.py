@@ -45,8 +45,9 @@ def embed_partial(xp, token_ids, table, first_row):
 def rms_norm(xp, x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis. (Zhang and Sennrich, RMSNorm, 2019.)
 
-    `x` is [T, D] and `weight` [D]; returns [T, D] in the dtype of `x`. As in Hugging Face's Llama the
-    normalised value is rounded to that dtype before the weight is applied.
+    `x` is [T, D] and `weight` [D]; returns [T, D] in the dtype of `x`. Or [n, T, d] and [d], for a norm of
+    each head. As in Hugging Face's Llama the normalised value is rounded to that dtype before the weight is
+    applied.
     """
     x32 = x.astype(xp.float32, copy=False)  # [T, D]
     mean_square = (x32 * x32).sum(axis=-1, keepdims=True) / x.shape[-1]  # [T, 1]

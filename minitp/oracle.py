@@ -26,8 +26,10 @@ FAMILY_DEFAULTS = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
 }
+FAMILY_DEFAULTS["qwen3"] = FAMILY_DEFAULTS["qwen2"] | {"head_dim": 128}
 NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 NOT_READ = {"llama": {"sliding_window": None}, "mistral": NO_BIASES, "qwen2": NO_BIASES}
+NOT_READ["qwen3"] = {"mlp_bias": False}
 ROPE_THETA = 10000.0
 
 VOCABULARY_BLOCK = 8192  # rows of the output matrix in float64 at a time
@@ -51,7 +53,7 @@ def embed(token_ids, table):
 
 
 def rms_norm(x, weight, eps):
-    """x_i g_i / sqrt(1/D sum_j x_j^2 + eps): [T, D], [D] -> [T, D]. (Zhang and Sennrich, 2019, section 3.)"""
+    """x_i g_i / sqrt(1/D sum_j x_j^2 + eps): [.., D], [D] -> [.., D]. (Zhang and Sennrich, 2019.)"""
     x = float64(x)  # [T, D]
     squares = np.einsum("...i,...i->...", x, x) / x.shape[-1]  # [T]
     return x * np.power(squares + eps, -0.5)[..., None] * float64(weight)  # [T, D]
@@ -162,7 +164,7 @@ def swiglu(gate, up):
 
 def sliding_window(family, fields, layer):
     """How many keys a query of this layer sees, itself included; None: all."""
-    if family == "qwen2":
+    if family in ("qwen2", "qwen3"):
         types = fields.get("layer_types")
         sliding = layer >= fields["max_window_layers"] if types is None else types[layer][0] == "s"
         return fields["sliding_window"] if fields.get("use_sliding_window") and sliding else None
@@ -213,6 +215,7 @@ class Oracle:
             self.biased |= {"gate_proj", "up_proj", "down_proj"}
         if family == "qwen2":
             self.biased = {"q_proj", "k_proj", "v_proj"}
+        self.norms_heads = family == "qwen3"
         self.tied = fields["tie_word_embeddings"]
         self.hidden_size = fields["hidden_size"]
         self.intermediate_size = fields["intermediate_size"]
@@ -252,6 +255,9 @@ class Oracle:
         for i in range(self.layers):
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 shapes[f"model.layers.{i}.{norm}.weight"] = (hidden,)
+            if self.norms_heads:
+                for part in "qk":
+                    shapes[f"model.layers.{i}.self_attn.{part}_norm.weight"] = (self.head_dim,)
             for part, out in outs.items():
                 shapes[f"model.layers.{i}.{part}.weight"] = (out, ins.get(part, hidden))
                 if part.split(".")[1] in self.biased:
@@ -291,6 +297,10 @@ class Oracle:
             heads[part] = np.stack(np.split(y, n, axis=-1))  # [n, T, d]
             yield f"{step}.{part}", heads[part]
         for part in "qk":
+            if self.norms_heads:
+                weight = self.tensor(f"{layer}.self_attn.{part}_norm.weight")  # [d]
+                heads[part] = rms_norm(heads[part], weight, self.eps)  # [H, T, d], [K, T, d]
+                yield f"{step}.{part}_norm", heads[part]
             heads[part] = rope(heads[part], positions, self.inverse_frequencies)  # [H, T, d], [K, T, d]
             yield f"{step}.{part}_rope", heads[part]
         mask = causal_mask(positions, positions, self.windows[i])  # [T, T]

@@ -23,7 +23,8 @@ from itertools import pairwise
 from minitp.errors import InputError
 
 # Checkpoint tensor names with their shapes as they lie in the file: [out, in] for a projection.
-#   V vocabulary   D hidden   Hd query heads * head_dim   Kd key/value heads * head_dim   F FFN columns
+#   V vocabulary   D hidden   Hd query heads * head_dim   Kd key/value heads * head_dim
+#   F FFN columns   d head_dim
 MODEL_TENSORS = {
     "model.embed_tokens.weight": ("V", "D"),
     "model.norm.weight": ("D",),
@@ -44,6 +45,10 @@ QKV_BIASES = {
     "self_attn.q_proj.bias": ("Hd",),
     "self_attn.k_proj.bias": ("Kd",),
     "self_attn.v_proj.bias": ("Kd",),
+}
+QK_NORMS = {
+    "self_attn.q_norm.weight": ("d",),
+    "self_attn.k_norm.weight": ("d",),
 }
 O_BIAS = {"self_attn.o_proj.bias": ("D",)}
 MLP_BIASES = {
@@ -162,6 +167,7 @@ def make_plan(config, tp):
     }
     sizes = {
         "D": config.hidden_size,
+        "d": d,
         "V": config.vocab_size,
         "Hd": config.num_attention_heads * d,
         "Kd": config.num_key_value_heads * d,
@@ -182,6 +188,8 @@ def tensor_table(config):
         layer |= QKV_BIASES
     if config.o_bias:
         layer |= O_BIAS
+    if config.qk_norm:
+        layer |= QK_NORMS
     if config.mlp_bias:
         layer |= MLP_BIASES
     table = dict(MODEL_TENSORS)

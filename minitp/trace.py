@@ -75,7 +75,7 @@ def wanted_steps(plan, passes, globs=None, oracle=False):
     InputError
         if one of them matches nothing.
     """
-    steps = [f"{name}/{step}" for name, _, _ in passes for step in step_names(plan.layers)]
+    steps = [f"{name}/{step}" for name, _, _ in passes for step in step_names(plan)]
     if oracle:
         steps = [name for name in steps if not name.endswith("_partial")]
     if globs is None:

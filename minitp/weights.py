@@ -18,6 +18,8 @@ LAYER_PARTS = {
     "attn_norm": ["input_layernorm.weight"],
     "w_qkv": [f"self_attn.{part}_proj.weight" for part in "qkv"],
     "b_qkv": [f"self_attn.{part}_proj.bias" for part in "qkv"],
+    "q_norm": ["self_attn.q_norm.weight"],
+    "k_norm": ["self_attn.k_norm.weight"],
     "w_o": ["self_attn.o_proj.weight"],
     "b_o": ["self_attn.o_proj.bias"],
     "mlp_norm": ["post_attention_layernorm.weight"],
@@ -35,6 +37,8 @@ class Layer:
     attn_norm: Any  # [D]
     w_qkv: Any  # [D, (H_r + 2 K_r) d]: the columns of q, then k, then v
     b_qkv: Any  # [(H_r + 2 K_r) d]
+    q_norm: Any  # [d], or None
+    k_norm: Any  # [d], or None
     w_o: Any  # [H_r d, D]
     b_o: Any  # [D]
     mlp_norm: Any  # [D]

@@ -100,6 +100,7 @@ CACHES = "attn.k_cache attn.v_cache"
 READS_KV = "attn.scores attn.context"  # both go by the KV head: the keys in the one, the values in the other
 PROJECTIONS = "attn.q attn.k attn.v"  # one joined product
 
+no_head_norm = {"rms_norm": lambda norm, xp, x, *rest: x if x.ndim == 3 else norm(xp, x, *rest)}
 tenth = changed(_3=lambda eps: eps / 10)
 left_out = {"all_reduce": lambda all_reduce, x: (all_reduce(x), x)[1]}
 twice = {"all_reduce": lambda all_reduce, x: all_reduce(all_reduce(x))}
@@ -187,6 +188,8 @@ FAULTS = [
     Fault("no activation", "mlp.act", {"swiglu": lambda swiglu, xp, y: np.split(y, 2, axis=-1)[1]}),
     Fault("residual added twice", "attn.residual", wrong.residual(lambda x, out: x + out)),
     Fault("residual left out", "mlp.residual", wrong.residual(lambda x, out: out - x)),
+    # what only some families have
+    Fault("q and k not normalised", "attn.q_norm attn.k_norm", no_head_norm, model="normed"),
     # vocabulary
     Fault(
         "embedding off by one", "embed_partial", {"embed_partial": changed(_3=lambda row: row + 1)}, decode=0

@@ -48,6 +48,7 @@ LLAMA = {
 }
 MISTRAL = {**LLAMA, "model_type": "mistral"}
 QWEN2 = {**LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6}
+QWEN3 = {**QWEN2, "model_type": "qwen3"}
 
 # NAME: the fields of config.json, and what else is special. "by hand" are the older spellings, written as
 # they stand here; the others are written by transformers.
@@ -127,6 +128,17 @@ VARIANTS = {
         "config": QWEN2
         | {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2}
         | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    },
+    "qwen3": {  # norms of q and k, heads that are wider than their share of the hidden size
+        "config": QWEN3
+        | {"hidden_size": 40, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 12}
+        | {"tie_word_embeddings": True, "dtype": "bfloat16"},
+    },
+    "qwen3-bias": {  # on the output projection too, and a window in the first layer
+        "config": QWEN3
+        | {"hidden_size": 32, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6}
+        | {"attention_bias": True, "use_sliding_window": True, "sliding_window": 6}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
     },
     "text": {  # a tokenizer; bfloat16; a vocabulary padded beyond it; end-of-text amid the continuation
         "prompt": "The cat and the dog: 12 of them, and 30 more in the house",

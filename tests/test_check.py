@@ -34,6 +34,7 @@ MODELS = {
     "tied": {"tie_word_embeddings": True},
     "scaled": {"rope_scaling": {**SCALING, "original_max_position_embeddings": 32}},
     "loud": {},
+    "normed": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
     "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5},
 }
 # A token of each rank's share of the vocabulary, the first and the last row among them.
@@ -133,7 +134,7 @@ def check_random_run(directory, tp, seed, dtype, calm=True):
     result = check(directory, tp, ids, decode, dtype)
     assert blame(result) == [], (tp, dtype, ids, decode)
     assert result.ok
-    steps = (1 + decode) * len(step_names(source.plan.layers))
+    steps = (1 + decode) * len(step_names(source.plan))
     assert len(result.findings) == tp * (steps + len(source.plan.tensors))
     most = 200 * float(ml_dtypes.finfo(dtype).eps)
     for finding in result.findings:

@@ -58,7 +58,15 @@ def assert_close(got, expected, tolerance):
 
 def test_all_goldens_are_there():
     families = "llama1 llama2 llama-bias llama3 llama-linear tinyllama smollm2 mistral-v01 mistral-v02"
-    assert set(NAMES) == {*families.split(), "mistral-v03", "qwen2", "qwen2-window", "text"}
+    assert set(NAMES) == {
+        *families.split(),
+        "mistral-v03",
+        "qwen2",
+        "qwen2-window",
+        "qwen3",
+        "qwen3-bias",
+        "text",
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
