@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitp.errors import InputError
+from minitp.rope_config import Rope, read_rope
 
 # What each family is called, which fields only it reads, what transformers assumes for absent fields, and
 # what its models have without a field that says so.
@@ -56,25 +57,7 @@ NO_MATHS = {
     "top_p", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences",
 }  # fmt: skip
 
-ROPE_TYPES = {  # rope_type -> the further fields that it needs
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: Hugging Face's `rope_parameters`."""
-
-    rope_theta: float
-    rope_type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_max_position_embeddings: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,16 +146,17 @@ def parse_config(fields, where):
             f"{where}: model_type {fields.get('model_type')!r} with architectures "
             f"{fields.get('architectures')!r} is not supported; supported: {known}"
         )
-    return _Reader({**family["defaults"], **fields}, family, where).config()
+    return Reader({**family["defaults"], **fields}, family, where).config()
 
 
-class _Reader:
+class Reader:
     """Takes fields out of config.json one by one, so that what is left over is known."""
 
     def __init__(self, fields, family, where):
         self.fields = fields
         self.family_reads = family["reads"]
         self.always = family.get("always", ())
+        self.rope_aliases = family.get("rope_aliases", {})
         self.where = where
         self.read = set()
 
@@ -225,6 +209,10 @@ class _Reader:
         dtype = self.get("dtype") or self.get("torch_dtype") or "float32"
         if dtype not in DTYPES:
             self.refuse("dtype", dtype, "one of " + ", ".join(DTYPES))
+        longest = self.number("max_position_embeddings", int)
+        rope = read_rope(self, head_dim, longest)
+        if rope.rope_type == "longrope":  # has other frequencies beyond that, to which nothing switches
+            longest = min(longest, rope.original_max_position_embeddings)
         window, full_attention_layers = self.windows()
         attention_bias = self.family_flag("attention_bias")
         return Config(
@@ -237,8 +225,8 @@ class _Reader:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=self.number("rms_norm_eps", float, 1e-6),
-            rope=self.rope(),
-            max_position_embeddings=self.number("max_position_embeddings", int),
+            rope=rope,
+            max_position_embeddings=longest,
             sliding_window=window,
             full_attention_layers=full_attention_layers,
             tie_word_embeddings=self.flag("tie_word_embeddings"),
@@ -284,41 +272,6 @@ class _Reader:
         if not isinstance(types, list) or len(types) != len(layers) or any(t not in known for t in types):
             self.refuse("layer_types", types, f"a list of {len(layers)}, each one of {', '.join(known)}")
         return frozenset(i for i in layers if types[i] == "full_attention")
-
-    def rope(self):
-        """Both spellings: rope_parameters, or rope_theta beside rope_scaling (with `type` or `rope_type`)."""
-        parameters = self.rope_fields()
-        theta = parameters.pop("rope_theta", self.get("rope_theta", 10000.0))
-        old_type = parameters.pop("type", "default")
-        rope_type = parameters.pop("rope_type", old_type)
-        if rope_type not in list(ROPE_TYPES):  # a list, for it may be anything
-            self.refuse("rope_type", rope_type, "one of " + ", ".join(ROPE_TYPES))
-        needed = ROPE_TYPES[rope_type]
-        for name in parameters:
-            if name not in ROPE_TYPES["llama3"]:
-                raise InputError(f"{self.where}: rope_type {rope_type!r} with an unknown field {name!r}")
-        values = {"rope_theta": theta, **{name: parameters.get(name) for name in needed}}
-        for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                self.refuse(f"{name} of rope_type {rope_type!r}", value, "a positive number")
-        rope = Rope(rope_type=rope_type, **values)
-        if rope_type == "llama3" and not rope.low_freq_factor < rope.high_freq_factor:
-            low = rope.low_freq_factor
-            self.refuse("high_freq_factor", rope.high_freq_factor, f"more than low_freq_factor, {low}")
-        return rope
-
-    def rope_fields(self):
-        """The object under rope_scaling, which transformers prefers, or rope_parameters."""
-        for name in ("rope_scaling", "rope_parameters"):
-            fields = self.get(name)
-            if fields:
-                break
-        if fields and not isinstance(fields, dict):
-            self.refuse(name, fields, "an object")
-        fields = dict(fields or {})
-        if fields.pop("partial_rotary_factor", 1.0) != 1.0:
-            self.refuse(name, self.get(name), "partial_rotary_factor 1.0")
-        return fields
 
     def eos(self):
         value = self.get("eos_token_id", [])

@@ -187,18 +187,19 @@ def linear(x, weight, bias=None, dtype=None):
     return Expected(value, third, np.sqrt(scale), terms=weight.shape[1]).of(given)
 
 
-def rope(x, positions, inverse_frequencies):
-    """[n, T, d], int [T], float64 [d/2] -> [n, T, d]. The third computes the angles in float32, as all do."""
+def rope(x, positions, inverse_frequencies, factor):
+    """[n, T, d], int [T], float64 [d/2], number -> [n, T, d]. The third has its angles in float32, as all do."""
     given = x
     x, x3 = both(x)  # [n, T, d] each
-    value = oracle.rope(x, positions, inverse_frequencies)  # [n, T, d]
+    value = oracle.rope(x, positions, inverse_frequencies, factor)  # [n, T, d]
     angles = np.multiply.outer(
         positions.astype(np.float32), inverse_frequencies.astype(np.float32)
     )  # [T, d/2]
-    cos, sin = np.cos(angles), np.sin(angles)  # [T, d/2] each
+    factor = np.float32(factor)
+    cos, sin = np.cos(angles) * factor, np.sin(angles) * factor  # [T, d/2] each
     first, second = np.split(x3.astype(np.float32), 2, axis=-1)  # [n, T, d/2] each
     third = np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)  # [n, T, d]
-    pair = np.hypot(first, second, dtype=np.float64)  # [n, T, d/2]
+    pair = np.hypot(first, second, dtype=np.float64) * float(factor)  # [n, T, d/2]
     scale = np.concatenate((pair, pair), axis=-1)  # [n, T, d]
     return Expected(value, _rounded(third, x3.dtype), scale, common=(0, 2)).of(given)
 

@@ -103,7 +103,7 @@ class Model:
         """
         xp, w = self.device.xp, self.weights
         token_ids = joined(xp, [xp.asarray(ids) for ids, _ in parts])  # [T]
-        step = Step(xp, parts, self.inverse_frequencies, self.config.windows, record)
+        step = Step(xp, parts, self.inverse_frequencies, self.config, record)
 
         partial = ops.embed_partial(xp, token_ids, w.embed, self.vocab_start)  # [T, D]
         record(embed_partial=partial)
@@ -189,15 +189,16 @@ class Step:
     `sequences` has a list of Sequence for each window that some layer has; most models have only one.
     """
 
-    def __init__(self, xp, parts, inverse_frequencies, windows, record):
+    def __init__(self, xp, parts, inverse_frequencies, config, record):
         self.record = record
-        self.sequences, start = {window: [] for window in windows}, 0
+        self.sequences, start = {window: [] for window in config.windows}, 0
         for ids, cache in parts:
             for window, sequences in self.sequences.items():
                 sequences.append(Sequence(xp, slice(start, start + len(ids)), cache, window))
             start += len(ids)
-        positions = joined(xp, [s.positions for s in self.sequences[windows[0]]])  # [T]
-        self.cos, self.sin = ops.rope_cos_sin(xp, positions, inverse_frequencies)  # [T, d] each
+        positions = joined(xp, [s.positions for s in self.sequences[config.windows[0]]])  # [T]
+        factor = config.rope.attention_factor
+        self.cos, self.sin = ops.rope_cos_sin(xp, positions, inverse_frequencies, factor)  # [T, d] each
 
 
 class Sequence:

@@ -102,12 +102,18 @@ def rope_inverse_frequencies(rope, head_dim):
     linear    the same, divided by `factor`                     (Chen et al., Position Interpolation, 2023)
     llama3    waves longer than the original context are stretched by `factor`, short ones are kept, and
               between the two it changes over smoothly          (Llama 3.1's reference code)
+    yarn      the same idea with a ramp over the pairs          (Peng et al., YaRN, 2023, section 3.2)
+    longrope  each divided by a number of its own               (Ding et al., LongRoPE, 2024, section 3)
     """
     plain = [rope.rope_theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     if rope.rope_type == "default":
         return plain
     if rope.rope_type == "linear":
         return [f / rope.factor for f in plain]
+    if rope.rope_type == "longrope":
+        return [f / divisor for f, divisor in zip(plain, rope.short_factor, strict=True)]
+    if rope.rope_type == "yarn":
+        return yarn_inverse_frequencies(rope, plain)
     scaled = []
     for f in plain:
         turns = rope.original_max_position_embeddings * f / (2 * math.pi)  # over the original context
@@ -117,14 +123,35 @@ def rope_inverse_frequencies(rope, head_dim):
     return scaled
 
 
-def rope_cos_sin(xp, positions, inverse_frequencies):
+def yarn_inverse_frequencies(rope, plain):
+    """Pairs that turn more than `beta_fast` times over the original context keep their frequency, those that
+    turn less than `beta_slow` times are divided by `factor`, and between the two pairs there is a ramp.
+
+    `plain` are the d/2 frequencies without scaling. (Peng et al., YaRN, 2023, section 3.2.)
+    """
+    length, count = rope.original_max_position_embeddings, len(plain)
+
+    def pair(turns):  # that turns so often, as a real number
+        return count * math.log(length / (turns * 2 * math.pi)) / math.log(rope.rope_theta)
+
+    first, last = pair(rope.beta_fast), pair(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * count - 1)
+    last = last + 0.001 if first == last else last  # a step
+    ramp = [min(max((i - first) / (last - first), 0.0), 1.0) for i in range(count)]
+    return [f / rope.factor * r + f * (1 - r) for f, r in zip(plain, ramp, strict=True)]
+
+
+def rope_cos_sin(xp, positions, inverse_frequencies, attention_factor=1.0):
     """Cosine and sine of each position's angles, for both halves of a head as `apply_rope` wants them.
 
     `positions` int [T] and `inverse_frequencies` float32 [d/2]; returns float32 [T, d] twice: cosines of the
-    d/2 angles and again, sines of them negated and as they are.
+    d/2 angles and again, sines of them negated and as they are. Both are multiplied by `attention_factor`,
+    so scores grow by its square. (YaRN, section 3.4.)
     """
     angles = positions.astype(xp.float32)[:, None] * inverse_frequencies[None, :]  # [T, d/2]
-    cos, sin = xp.cos(angles), xp.sin(angles)  # [T, d/2], [T, d/2]
+    cos, sin = xp.cos(angles) * attention_factor, xp.sin(angles) * attention_factor  # [T, d/2], [T, d/2]
     return xp.concatenate((cos, cos), axis=-1), xp.concatenate((-sin, sin), axis=-1)  # [T, d], [T, d]
 
 

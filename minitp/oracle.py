@@ -71,7 +71,9 @@ def rope_inverse_frequencies(config):
     theta_i = base^(-2i/d) (Su et al., RoFormer, 2021, section 3.2.2). `linear`: angles shrink by `factor`
     (Chen et al., Position Interpolation, 2023, section 2.3). `llama3`: those of wavelengths over
     L / low_freq_factor do, those under L / high_freq_factor do not, and between them the two are mixed, L
-    being original_max_position_embeddings (apply_scaling in Meta's llama-models).
+    being original_max_position_embeddings (apply_scaling in Meta's llama-models). `yarn`: the same with a
+    ramp from the pair that turns beta_fast times over L to the one that turns beta_slow times (Peng et al., YaRN,
+    2023, section 3.2). `longrope`: each theta_i has a divisor, that for contexts up to L (Ding et al., 2024).
 
     Raises
     ------
@@ -87,10 +89,15 @@ def rope_inverse_frequencies(config):
         return plain
     if kind == "linear":
         return plain / rope["factor"]  # [d/2]
+    if kind in longrope_names(config):
+        return plain / np.array(rope["short_factor"])  # [d/2]
+    if kind == "yarn":
+        share = yarn_share(rope, plain, original_length(config, rope), float(theta))  # [d/2]
+        return plain * (1 - share + share / rope["factor"])  # [d/2]
     if kind != "llama3":
-        raise ValueError(f"rope_type {kind!r}: expected default, linear or llama3")
+        raise ValueError(f"rope_type {kind!r}: expected default, linear, llama3, yarn or longrope")
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    length = rope["original_max_position_embeddings"]
+    length = original_length(config, rope)
     wavelength = 2 * np.pi / plain  # [d/2]
     shrunk = plain / rope["factor"]  # [d/2]
     smooth = (length / wavelength - low) / (high - low)  # [d/2]
@@ -98,14 +105,59 @@ def rope_inverse_frequencies(config):
     return np.select([wavelength > length / low, wavelength < length / high], [shrunk, plain], mixed)  # [d/2]
 
 
-def rope(x, positions, inverse_frequencies):
-    """Multiply the complex numbers x[i] + j x[i + d/2] by e^(j m theta_i) at position m.
+def original_length(config, rope):
+    """L, the context that the model had before its RoPE was stretched."""
+    return config.get("original_max_position_embeddings") or rope["original_max_position_embeddings"]
+
+
+def longrope_names(config):
+    """What longrope is called: Phi-3's older files say `su` or `yarn`."""
+    return ("longrope", "su", "yarn") if config.get("model_type") == "phi3" else ("longrope",)
+
+
+def yarn_share(rope, plain, length, theta):
+    """How much of each frequency is divided by `factor`, from 0 to 1: [d/2] -> [d/2]."""
+    turns = np.array([rope.get("beta_fast") or 32, rope.get("beta_slow") or 1])
+    # theta^(-i / n) L = 2 pi turns, solved for the pair i of n
+    ends = len(plain) * np.log(length / (2 * np.pi * turns)) / np.log(theta)  # [2]
+    if rope.get("truncate", True):
+        ends = np.array([np.floor(ends[0]), np.ceil(ends[1])])
+    ends = np.clip(ends, [0, -np.inf], [np.inf, 2 * len(plain) - 1])
+    ends += [0, 0.001 * (ends[0] == ends[1])]
+    return np.clip((np.arange(len(plain)) - ends[0]) / np.diff(ends), 0, 1)  # [d/2]
+
+
+def attention_factor(config):
+    """What RoPE multiplies q and k with, for a config.json as a dict: 1 but for yarn and longrope.
+
+    As given, or for yarn 0.1 ln(factor) + 1 (YaRN, section 3.4), or the ratio of two such with mscale and
+    mscale_all_dim before the logarithm; for longrope sqrt(1 + ln(s) / ln(L)), s being how much longer the
+    context has become.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("yarn", *longrope_names(config)):
+        return 1.0
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+    length = original_length(config, rope)
+    if kind in longrope_names(config):
+        stretch = rope.get("factor") or config["max_position_embeddings"] / length
+        return np.sqrt(1 + max(0, np.log(stretch)) / np.log(length))
+    stretch = 0.1 * max(0, np.log(rope["factor"]))
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return (1 + rope["mscale"] * stretch) / (1 + rope["mscale_all_dim"] * stretch)
+    return 1 + stretch
+
+
+def rope(x, positions, inverse_frequencies, factor=1.0):
+    """Multiply the complex numbers x[i] + j x[i + d/2] by factor e^(j m theta_i) at position m.
 
     [n, T, d], int [T], [d/2] -> [n, T, d]. (RoFormer, section 3.2.2, with the pairs as Hugging Face's
     checkpoints lay them out: the first half of a head with the second.)
     """
     first, second = np.split(float64(x), 2, axis=-1)  # [n, T, d/2] each
-    rotation = np.exp(1j * np.multiply.outer(positions, inverse_frequencies))  # complex [T, d/2]
+    rotation = factor * np.exp(1j * np.multiply.outer(positions, inverse_frequencies))  # complex [T, d/2]
     turned = (first + 1j * second) * rotation  # complex [n, T, d/2]
     return np.concatenate((turned.real, turned.imag), axis=-1)  # [n, T, d]
 
@@ -190,7 +242,8 @@ class Oracle:
     Raises
     ------
     ValueError
-        for a model type, rope type, activation or number of layers that it does not know.
+        for a model type, rope type, activation or number of layers that it does not know; in `steps` for
+        a context that is too long for longrope's short_factor.
     """
 
     def __init__(self, config, tensor, layers=None):
@@ -222,6 +275,9 @@ class Oracle:
         self.vocab_size = fields["vocab_size"]
         self.head_dim = fields["head_dim"] or self.hidden_size // self.heads
         self.inverse_frequencies = rope_inverse_frequencies(fields)  # [d/2]
+        self.attention_factor = attention_factor(fields)
+        scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+        self.longest = original_length(fields, scaling) if "short_factor" in scaling else np.inf
 
     @classmethod
     def from_directory(cls, path, layers=None):
@@ -276,6 +332,8 @@ class Oracle:
         Heads are [H, T, d] and [K, T, d], `scores` and `probs` [H, T, T], `context` [T, H * d]; the rest
         is [T, D], [T, F] (`gate`, `up`, `act`) and [T, V] (`logits`).
         """
+        if len(token_ids) > self.longest:
+            raise ValueError(f"{len(token_ids)} tokens: longrope's frequencies for more than {self.longest}")
         positions = np.arange(len(token_ids))  # [T]
         x = embed(token_ids, self.tensor("model.embed_tokens.weight"))  # [T, D]
         yield "embed", x
@@ -301,7 +359,8 @@ class Oracle:
                 weight = self.tensor(f"{layer}.self_attn.{part}_norm.weight")  # [d]
                 heads[part] = rms_norm(heads[part], weight, self.eps)  # [H, T, d], [K, T, d]
                 yield f"{step}.{part}_norm", heads[part]
-            heads[part] = rope(heads[part], positions, self.inverse_frequencies)  # [H, T, d], [K, T, d]
+            turned = rope(heads[part], positions, self.inverse_frequencies, self.attention_factor)
+            heads[part] = turned  # [H, T, d], [K, T, d]
             yield f"{step}.{part}_rope", heads[part]
         mask = causal_mask(positions, positions, self.windows[i])  # [T, T]
         masked = scores(heads["q"], heads["k"], mask)  # [H, T, T]

@@ -115,6 +115,7 @@ biased_term = {"row_parallel": result(lambda y: y + here.layer.b_down)}
 slightly = result(lambda y: y * np.float32(1.0001))
 last_bit = reload("w_o", change=lambda name, whole, model: wrong.last_bit(whole))
 from_zero = with_step(lambda step, s: wrong.turn(step, s.positions - s.positions[0]))
+no_attention_factor = with_step(lambda step, s: wrong.turn(step, s.positions))
 no_scaling = with_step(lambda step, s: wrong.turn(step, s.positions, rope_type="default"))
 qkv_one_on = reload("w_qkv", "b_qkv", change=wrong.one_column_on)
 next_kv_heads = reload("w_qkv", "b_qkv", change=wrong.neighbours_kv_heads)
@@ -190,6 +191,7 @@ FAULTS = [
     Fault("residual left out", "mlp.residual", wrong.residual(lambda x, out: out - x)),
     # what only some families have
     Fault("q and k not normalised", "attn.q_norm attn.k_norm", no_head_norm, model="normed"),
+    Fault("attention factor left out", ROPES, no_attention_factor, model="yarn"),
     # vocabulary
     Fault(
         "embedding off by one", "embed_partial", {"embed_partial": changed(_3=lambda row: row + 1)}, decode=0

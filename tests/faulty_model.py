@@ -113,7 +113,7 @@ def with_step(change):
     def hook(original, i, layer, x, step):
         step = copy.copy(step)
         sequence = copy.copy(step.sequences[here.model.config.windows[i]][0])
-        step.sequences = dict.fromkeys(step.sequences, [sequence])
+        step.sequences = {window: [sequence] for window in step.sequences}
         change(step, sequence)
         return original(i, layer, x, step)
 

@@ -140,6 +140,24 @@ VARIANTS = {
         | {"attention_bias": True, "use_sliding_window": True, "sliding_window": 6}
         | {"layer_types": ["sliding_attention", "full_attention"]},
     },
+    "qwen3-yarn": {  # a context longer than the original one
+        "config": QWEN3
+        | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "beta_fast": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    },
+    "mistral-nemo": {  # heads that together are narrower than the hidden size
+        "config": MISTRAL
+        | {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
+        | {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+    },
     "text": {  # a tokenizer; bfloat16; a vocabulary padded beyond it; end-of-text amid the continuation
         "prompt": "The cat and the dog: 12 of them, and 30 more in the house",
         "config": LLAMA

@@ -33,6 +33,7 @@ MODELS = {
     "biased": {"attention_bias": True, "mlp_bias": True},
     "tied": {"tie_word_embeddings": True},
     "scaled": {"rope_scaling": {**SCALING, "original_max_position_embeddings": 32}},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}},
     "loud": {},
     "normed": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
     "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5},

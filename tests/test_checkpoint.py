@@ -1,6 +1,7 @@
 """Checkpoints and config.json: what is refused, how it is said, and what is accepted; random weights."""
 
 import json
+import math
 import re
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from minitp.config import parse_config, read_config
 from minitp.device import open_device
 from minitp.errors import InputError
 from minitp.model_source import open_model
+from minitp.oracle import Oracle
 from minitp.random_weights import BLOCK, RandomWeights
 from minitp.weights import Loader
 
@@ -359,6 +361,9 @@ def rope(**fields):
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 WINDOWED = QWEN2 | {"use_sliding_window": True}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 4.0], "long_factor": [4.0] * 4}
+LONG |= {"original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ORIGINAL = {"original_max_position_embeddings": 64}
 
@@ -395,8 +400,12 @@ ORIGINAL = {"original_max_position_embeddings": 64}
         ({"eos_token_id": "</s>"}, ["eos_token_id is '</s>'", "token id"]),
         ({"torch_dtype": "int8"}, ["dtype is 'int8'", "float32, float16, bfloat16"]),
         (rope(type="dynamic", factor=2.0), ["rope_type is 'dynamic'", "default, linear, llama3"]),
-        (rope(rope_type="yarn", factor=2.0), ["rope_type is 'yarn'", "default, linear, llama3"]),
-        ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_type is 'longrope'", "default, linear"]),
+        (rope(rope_type="yarn", factor=2.0), ["original_max_position_embeddings", "yarn", "positive number"]),
+        (rope(**YARN, truncate=0), ["truncate of rope_type 'yarn' is 0", "true or false"]),
+        (rope(**YARN, long_factor=[1.0]), ["yarn", "unknown field 'long_factor'"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["short_factor", "longrope", "a list of 4"]),
+        (rope(**LONG | {"short_factor": [1, 2, 3]}), ["short_factor", "[1, 2, 3]", "a list of 4"]),
+        (rope(**LONG | {"long_factor": [1, 2, 3, "4"]}), ["long_factor", "a list of 4 positive numbers"]),
         (rope(type=["linear"], factor=2.0), ["rope_type", "default, linear, llama3"]),
         (rope(type="linear"), ["factor", "linear", "positive number"]),
         (rope(type="linear", factor="2"), ["factor", "'2'", "positive number"]),
@@ -447,6 +456,36 @@ def test_both_spellings_say_the_same():
     assert config == parse_config(new, "here")
     assert (config.rope.rope_theta, config.rope.rope_type, config.rope.factor) == (5e5, "llama3", 8.0)
     assert (config.dtype, config.unread) == ("bfloat16", ())
+
+
+@pytest.mark.parametrize(
+    ("scaling", "factor"),
+    [
+        (YARN, 0.1 * math.log(4) + 1),
+        (YARN | {"factor": 0.5}, 1.0),
+        (YARN | {"attention_factor": 1.25, "mscale": 2.0}, 1.25),
+        (YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}, (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)),
+        (LONG, (1 + math.log(512 / 64) / math.log(64)) ** 0.5),
+        (LONG | {"factor": 4.0}, (1 + math.log(4) / math.log(64)) ** 0.5),
+        (LONG | {"original_max_position_embeddings": 1024}, 1.0),
+        (LONG | {"attention_factor": 0.9}, 0.9),
+    ],
+)
+def test_attention_factor(scaling, factor):
+    fields = {**CONFIG, "rope_scaling": scaling}
+    config = parse_config(fields, "here")
+    assert config.rope.attention_factor == pytest.approx(factor, rel=1e-15)
+    assert Oracle(fields, None).attention_factor == pytest.approx(factor, rel=1e-15)
+
+
+def test_longrope_ends_at_its_original_context():
+    """Where longer ones begin, which have the other frequencies."""
+    fields = {**CONFIG, "rope_scaling": LONG}
+    assert parse_config(fields, "here").max_position_embeddings == 64
+    longer = {**fields, "original_max_position_embeddings": 128}  # beside rope_scaling it counts
+    assert parse_config(longer, "here").max_position_embeddings == 128
+    with pytest.raises(ValueError, match="65 tokens: longrope's"):
+        Oracle(fields, None).logits([0] * 65)
 
 
 def test_rope_scaling_beside_rope_parameters():

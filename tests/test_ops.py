@@ -159,6 +159,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 ROPES = {
     "nothing said": {},
     "default": {"rope_theta": 500000.0},
@@ -166,12 +167,27 @@ ROPES = {
     "linear, oldest spelling": {"rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "linear, new spelling": {"rope_parameters": {"rope_type": "linear", "factor": 3, "rope_theta": 1e4}},
     "llama3": {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    "yarn": {"rope_theta": 1e6, "rope_scaling": YARN},
+    "yarn with all that there is": {
+        "rope_parameters": YARN
+        | {"rope_theta": 1e4, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+        | {"mscale": 0.7, "mscale_all_dim": 1.3}
+    },
+    "yarn without a ramp": {"rope_scaling": YARN | {"beta_fast": 1, "original_max_position_embeddings": 3}},
+    "longrope": {
+        "max_position_embeddings": 8192,
+        "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 1024},
+    },
     "llama3, new spelling": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
 }
 
 
 def rope_config(rope, head_dim):
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    scaling = rope.get("rope_scaling", {})
+    if scaling.get("type") == "longrope":
+        divisors = {"short_factor": [1 + i / 4 for i in range(head_dim // 2)]}
+        rope = rope | {"rope_scaling": scaling | divisors | {"long_factor": [9.0] * (head_dim // 2)}}
     return {"model_type": "llama", "head_dim": head_dim, **dict.fromkeys(sizes, 8), **rope}
 
 

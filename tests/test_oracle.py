@@ -139,9 +139,9 @@ def test_rope_frequencies_llama3_endpoints():
         np.testing.assert_allclose(found, expected, rtol=1e-14)
 
 
-@pytest.mark.parametrize("spelling", [{"rope_type": "yarn"}, {"type": "dynamic"}])
+@pytest.mark.parametrize("spelling", [{"rope_type": "ntk"}, {"type": "dynamic"}])
 def test_an_unknown_rope_type_is_refused(spelling):
-    with pytest.raises(ValueError, match=r"rope_type '(yarn|dynamic)'"):
+    with pytest.raises(ValueError, match=r"rope_type '(ntk|dynamic)'"):
         oracle.rope_inverse_frequencies(rope_config(rope_scaling={**spelling, "factor": 2.0}))
 
 

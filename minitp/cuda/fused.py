@@ -22,6 +22,8 @@ def unfit(config, device, kv_dtype):
         return f"its kernels read a cache of {device.dtype.name}, not of {kv_dtype}"
     if config.head_dim % 8 or config.head_dim > LARGEST_HEAD or config.hidden_size % 8:
         return f"head_dim {config.head_dim} and hidden_size {config.hidden_size} must be multiples of 8"
+    if config.rope.attention_factor != 1:
+        return f"its kernels turn q and k without a factor, and config.json gives {config.rope.rope_type} one"
     if config.qk_norm:
         return "it has no kernel for a norm of q and k"
     if len(set(config.windows)) > 1:
