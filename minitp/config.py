@@ -35,6 +35,17 @@ FAMILIES = {
         "defaults": {**QWEN_DEFAULTS, "head_dim": 128},
         "always": ("qk_norm",),
     },
+    "phi3": {  # Phi-3 and Phi-4, but for those that turn only a part of each head
+        "architecture": "Phi3ForCausalLM",
+        "reads": ("sliding_window",),
+        "defaults": {
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        "always": ("joined_projections",),
+        "rope_aliases": {"su": "longrope", "yarn": "longrope"},  # as the first files called it
+    },
 }
 
 # Fields that would change the maths, with the only value for which the maths here is right.
@@ -55,6 +66,7 @@ NO_MATHS = {
     "problem_type", "id2label", "label2id", "name_or_path", "auto_map", "attn_implementation", "sep_token_id",
     "decoder_start_token_id", "max_length", "min_length", "do_sample", "num_beams", "temperature", "top_k",
     "top_p", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences",
+    "resid_pdrop", "embd_pdrop",
 }  # fmt: skip
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -81,6 +93,7 @@ class Config:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+    joined_projections: bool  # the file has q, k and v in one tensor, and gate and up in another
     qk_norm: bool  # a norm on each head of q and of k
     eos_token_ids: tuple
     dtype: str
@@ -233,6 +246,7 @@ class Reader:
             qkv_bias=attention_bias or "qkv_bias" in self.always,
             o_bias=attention_bias,
             mlp_bias=self.family_flag("mlp_bias"),
+            joined_projections="joined_projections" in self.always,
             qk_norm="qk_norm" in self.always,
             eos_token_ids=self.eos(),
             dtype=dtype,

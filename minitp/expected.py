@@ -188,7 +188,7 @@ def linear(x, weight, bias=None, dtype=None):
 
 
 def rope(x, positions, inverse_frequencies, factor):
-    """[n, T, d], int [T], float64 [d/2], number -> [n, T, d]. The third has its angles in float32, as all do."""
+    """[n, T, d], int [T], float64 [d/2], number -> [n, T, d]. The third's angles are float32, as all are."""
     given = x
     x, x3 = both(x)  # [n, T, d] each
     value = oracle.rope(x, positions, inverse_frequencies, factor)  # [n, T, d]

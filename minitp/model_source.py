@@ -89,6 +89,7 @@ def open_model(name, tp, layers=None):
     config = whole.with_layers(layers, directory)
     plan = make_plan(config, tp)
     checkpoint = Checkpoint(directory)
+    checkpoint.split_joined(plan)
     checkpoint.check(plan, whole.num_hidden_layers)
     return ModelSource(name, directory, config, checkpoint, plan)
 

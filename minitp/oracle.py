@@ -27,8 +27,11 @@ FAMILY_DEFAULTS = {
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
 }
 FAMILY_DEFAULTS["qwen3"] = FAMILY_DEFAULTS["qwen2"] | {"head_dim": 128}
+FAMILY_DEFAULTS["phi3"] = dict(rms_norm_eps=1e-5, sliding_window=None, max_position_embeddings=4096)
+FAMILY_DEFAULTS["phi3"] |= dict(original_max_position_embeddings=4096)
 NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 NOT_READ = {"llama": {"sliding_window": None}, "mistral": NO_BIASES, "qwen2": NO_BIASES}
+NOT_READ["phi3"] = NO_BIASES
 NOT_READ["qwen3"] = {"mlp_bias": False}
 ROPE_THETA = 10000.0
 
@@ -72,8 +75,9 @@ def rope_inverse_frequencies(config):
     (Chen et al., Position Interpolation, 2023, section 2.3). `llama3`: those of wavelengths over
     L / low_freq_factor do, those under L / high_freq_factor do not, and between them the two are mixed, L
     being original_max_position_embeddings (apply_scaling in Meta's llama-models). `yarn`: the same with a
-    ramp from the pair that turns beta_fast times over L to the one that turns beta_slow times (Peng et al., YaRN,
-    2023, section 3.2). `longrope`: each theta_i has a divisor, that for contexts up to L (Ding et al., 2024).
+    ramp from the pair that turns beta_fast times over L to the one that turns beta_slow times (Peng et al.,
+    YaRN, 2023, section 3.2). `longrope`: each theta_i has a divisor, that for contexts up to L (Ding et al.,
+    LongRoPE, 2024).
 
     Raises
     ------
@@ -253,7 +257,6 @@ class Oracle:
         fields = {**DEFAULTS, **FAMILY_DEFAULTS[family], **config, **NOT_READ[family]}
         if fields["hidden_act"] not in ("silu", "swish"):
             raise ValueError(f"hidden_act {fields['hidden_act']!r}: expected silu")
-        self.tensor = tensor
         self.layers = fields["num_hidden_layers"] if layers is None else layers
         if not 1 <= self.layers <= fields["num_hidden_layers"]:
             raise ValueError(f"{layers} layers: the model has {fields['num_hidden_layers']}")
@@ -274,6 +277,7 @@ class Oracle:
         self.intermediate_size = fields["intermediate_size"]
         self.vocab_size = fields["vocab_size"]
         self.head_dim = fields["head_dim"] or self.hidden_size // self.heads
+        self.tensor = self._parts_of(tensor) if family == "phi3" else tensor
         self.inverse_frequencies = rope_inverse_frequencies(fields)  # [d/2]
         self.attention_factor = attention_factor(fields)
         scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
@@ -293,8 +297,24 @@ class Oracle:
 
         return cls(json.loads((path / "config.json").read_bytes()), tensor, layers)
 
+    def _parts_of(self, tensor):
+        """`tensor` for a file with q, k and v in one tensor and gate and up in another, a part at a time."""
+        q, kv, ffn = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate_size
+        rows = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
+        rows |= {"gate_proj": (0, ffn), "up_proj": (ffn, 2 * ffn)}
+
+        def part(name, *index):
+            block, _, kind = name.rpartition(".")
+            block, _, projection = block.rpartition(".")
+            if projection not in rows:
+                return tensor(name, *index)
+            joined = "qkv_proj" if block.endswith("self_attn") else "gate_up_proj"
+            return tensor(f"{block}.{joined}.{kind}")[slice(*rows[projection])][index[0] if index else ...]
+
+        return part
+
     def tensor_shapes(self):
-        """The checkpoint's tensors, as config.json has them: name -> shape."""
+        """The checkpoint's tensors, as config.json has them: name -> shape. Of joined ones the parts."""
         hidden, ffn, vocab = self.hidden_size, self.intermediate_size, self.vocab_size
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         outs = {

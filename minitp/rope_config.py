@@ -55,7 +55,7 @@ def read_rope(reader, head_dim, longest):
     ------
     InputError
     """
-    given = _fields(reader)
+    given, original = _fields(reader), reader.get(ORIGINAL)
     theta = given.pop("rope_theta", reader.get("rope_theta", 10000.0))
     rope_type = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)
@@ -67,7 +67,7 @@ def read_rope(reader, head_dim, longest):
         if name not in (*needed, *optional, *ANYWHERE):
             raise InputError(f"{reader.where}: rope_type {rope_type!r} with an unknown field {name!r}")
     if ORIGINAL in needed:
-        given[ORIGINAL] = reader.get(ORIGINAL, given.get(ORIGINAL))
+        given[ORIGINAL] = original or given.get(ORIGINAL)
     values = {name: given.get(name) for name in needed}
     values |= {name: given[name] for name in optional if given.get(name) is not None}
     values["rope_theta"] = theta

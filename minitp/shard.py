@@ -17,7 +17,7 @@ So of every tensor at most one dimension is split, and the table below needs no 
 in capitals that is not `D`, the hidden size. A tensor with no such dimension is on every rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from minitp.errors import InputError
@@ -51,6 +51,11 @@ QK_NORMS = {
     "self_attn.k_norm.weight": ("d",),
 }
 O_BIAS = {"self_attn.o_proj.bias": ("D",)}
+# Tensors that some checkpoints keep one below the other in a single one.
+JOINED = {
+    "self_attn.qkv_proj.weight": [f"self_attn.{part}_proj.weight" for part in "qkv"],
+    "mlp.gate_up_proj.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+}
 MLP_BIASES = {
     "mlp.gate_proj.bias": ("F",),
     "mlp.up_proj.bias": ("F",),
@@ -65,19 +70,25 @@ class TensorShard:
     Attributes
     ----------
     name : str
-        Its name in the checkpoint.
+        Its name in the checkpoint; of a part of a tensor in JOINED the name that it would have by itself.
     shape : tuple of int
         The whole tensor, as in the file.
     axis : int or None
         The split axis; None if every rank holds all of it.
     ranges : tuple of (start, stop)
         What each rank holds along `axis`, in rank order; empty if `axis` is None.
+    part_of : str or None
+        The file's tensor in which it lies, if that has others too.
+    first_row : int
+        Where it begins there.
     """
 
     name: str
     shape: tuple
     axis: int | None
     ranges: tuple
+    part_of: str | None = None
+    first_row: int = 0
 
     def index(self, rank):
         """The slices that cut this rank's part out of the whole tensor."""
@@ -178,11 +189,23 @@ def make_plan(config, tp):
         axis = next((i for i, dim in enumerate(dims) if dim in ranges), None)
         shape = tuple(sizes[dim] for dim in dims)
         tensors[name] = TensorShard(name, shape, axis, () if axis is None else ranges[dims[axis]])
+    if config.joined_projections:
+        _place_in_joined(tensors, config.num_hidden_layers)
     return Plan(tp, config.num_hidden_layers, heads, kv_heads, ffn, vocab, tensors)
 
 
+def _place_in_joined(tensors, layers):
+    """Say of each part of a tensor in JOINED where in the file it lies."""
+    for i in range(layers):
+        for joined, parts in JOINED.items():
+            row = 0
+            for name in (f"model.layers.{i}.{part}" for part in parts):
+                tensors[name] = replace(tensors[name], part_of=f"model.layers.{i}.{joined}", first_row=row)
+                row += tensors[name].shape[0]
+
+
 def tensor_table(config):
-    """Every checkpoint tensor of the model with its shape in letters."""
+    """Every tensor of the model with its shape in letters; what JOINED has together is listed apart."""
     layer = dict(LAYER_TENSORS)
     if config.qkv_bias:
         layer |= QKV_BIASES

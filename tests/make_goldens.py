@@ -48,6 +48,7 @@ LLAMA = {
 }
 MISTRAL = {**LLAMA, "model_type": "mistral"}
 QWEN2 = {**LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6}
+PHI3 = {**LLAMA, "model_type": "phi3", "pad_token_id": 0}
 QWEN3 = {**QWEN2, "model_type": "qwen3"}
 
 # NAME: the fields of config.json, and what else is special. "by hand" are the older spellings, written as
@@ -158,6 +159,24 @@ VARIANTS = {
         | {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
         | {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
     },
+    "phi3": {  # joined tensors, a window, several files
+        "max_shard_size": "30KB",
+        "config": PHI3
+        | {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1, "sliding_window": 9},
+    },
+    "phi3-longrope": {
+        "by_hand": True,
+        "config": PHI3
+        | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "torch_dtype": "bfloat16"}
+        | {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
+        | {
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.25, 1.5, 3.0],
+                "long_factor": [2.0, 4.0, 8.0, 16.0],
+            }
+        },
+    },
     "text": {  # a tokenizer; bfloat16; a vocabulary padded beyond it; end-of-text amid the continuation
         "prompt": "The cat and the dog: 12 of them, and 30 more in the house",
         "config": LLAMA
@@ -244,7 +263,8 @@ def set_weights(model, seed, dtype, tokenizer):
             if model.config.tie_word_embeddings:  # or every token predicts itself
                 values /= 8
         else:
-            values *= (2.0 if "q_proj" in name or "k_proj" in name else 1.0) / values.shape[1] ** 0.5
+            sharp = any(part in name for part in ("q_proj", "k_proj", "qkv_proj"))
+            values *= (2.0 if sharp else 1.0) / values.shape[1] ** 0.5
         if name.startswith("lm_head") and tokenizer is not None:  # make what cannot be read improbable
             for token in range(len(values)):
                 text = tokenizer.decode([token])

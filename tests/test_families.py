@@ -1,0 +1,113 @@
+"""What is special to a family, beyond the numbers that tests/goldens hold for each of them."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny import CONFIG
+
+from minitp.config import parse_config
+from minitp.cuda.fused import unfit
+from minitp.errors import InputError
+from minitp.model_source import open_model
+from minitp.shard_files import write_shards
+
+GOLDENS = Path(__file__).parent / "goldens"
+QKV = "model.layers.1.self_attn.qkv_proj.weight"
+PHI3 = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+
+
+def copied(name, directory, change):
+    """The directory of a golden's model, after change(tensors)."""
+    shutil.copytree(GOLDENS / name, directory)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    return str(directory)
+
+
+# --- which path -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("tinyllama", None),
+        ("phi3-longrope", "longrope"),
+        ("qwen2-window", "one sliding window"),
+        ("qwen3", "norm of q and k"),
+        ("qwen3-yarn", "yarn"),
+    ],
+)
+def test_the_fused_path_refuses_what_its_kernels_cannot_do(name, reason):
+    fields = json.loads((GOLDENS / name / "config.json").read_text())
+    config = parse_config({**fields, "hidden_size": 64, "head_dim": 8}, name)
+    device = SimpleNamespace(dtype=np.dtype(np.float16))
+    found = unfit(config, device, "auto")
+    assert found is None if reason is None else reason in found
+
+
+# --- joined tensors -------------------------------------------------------------------------------------
+
+
+def test_a_missing_joined_tensor_is_named(tmp_path):
+    directory = copied("phi3-longrope", tmp_path / "model", lambda tensors: tensors.pop(QKV))
+    with pytest.raises(InputError, match=rf"{QKV} is missing, expected shape \[96, 48\]"):
+        open_model(directory, 2)
+
+
+def test_a_joined_tensor_of_another_shape_is_refused(tmp_path):
+    def without_v(tensors):
+        tensors[QKV] = tensors[QKV][:72].copy()
+
+    directory = copied("phi3-longrope", tmp_path / "model", without_v)
+    with pytest.raises(InputError, match=rf"{QKV} has shape \[72, 48\], expected \[96, 48\]"):
+        open_model(directory, 2)
+
+
+def test_separate_tensors_are_not_taken_for_joined_ones(tmp_path):
+    def separate(tensors):
+        q, k, v = np.split(tensors.pop(QKV), [48, 72])
+        for part, rows in zip("qkv", (q, k, v), strict=True):
+            tensors[QKV.replace("qkv", part)] = rows.copy()
+
+    directory = copied("phi3-longrope", tmp_path / "model", separate)
+    with pytest.raises(InputError, match=f"{QKV} is missing"):
+        open_model(directory, 2)
+
+
+@pytest.mark.parametrize("tp", [1, 4, 6])
+def test_shards_of_joined_tensors_put_together_are_the_file(tp, tmp_path):
+    """By plan.json: each part's ranges, and where in which of the file's tensors it was."""
+    write_shards(tmp_path, open_model(str(GOLDENS / "phi3-longrope"), tp))
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    ranks = [load_file(tmp_path / f"rank{r}.safetensors") for r in range(tp)]
+    file = load_file(GOLDENS / "phi3-longrope" / "model.safetensors")
+    rebuilt = {name: np.zeros_like(array) for name, array in file.items()}
+    for name, entry in plan["tensors"].items():
+        first = entry.get("first_row", 0)
+        whole = rebuilt[entry.get("part_of", name)][first : first + entry["shape"][0]]
+        for tensors, (start, stop) in zip(ranks, entry["ranges"] or [(0, None)] * tp, strict=True):
+            whole[(slice(None),) * (entry["axis"] or 0) + (slice(start, stop),)] = tensors[name]
+    for name, array in file.items():
+        np.testing.assert_array_equal(rebuilt[name], array, err_msg=name)
+
+
+def test_some_layers_of_a_joined_checkpoint():
+    assert open_model(str(GOLDENS / "phi3-longrope"), 2, layers=1).plan.layers == 1
+
+
+@pytest.mark.parametrize("called", ["su", "yarn", "longrope"])
+def test_what_phi3_calls_longrope(called):
+    scaling = {"type": called, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = parse_config({**CONFIG, **PHI3, "rope_scaling": scaling}, "here")
+    assert (config.rope.rope_type, config.rope.original_max_position_embeddings) == ("longrope", 4096)
+
+
+def test_a_phi_that_turns_a_part_of_each_head_is_refused():
+    with pytest.raises(InputError, match=r"partial_rotary_factor is 0\.75"):
+        parse_config({**CONFIG, **PHI3, "partial_rotary_factor": 0.75}, "here")
