@@ -35,6 +35,18 @@ FAMILIES = {
         "defaults": {**QWEN_DEFAULTS, "head_dim": 128},
         "always": ("qk_norm",),
     },
+    "mixtral": {
+        "architecture": "MixtralForCausalLM",
+        "reads": ("sliding_window", "num_local_experts"),
+        "defaults": {
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+        },
+    },
     "phi3": {  # Phi-3 and Phi-4, but for those that turn only a part of each head
         "architecture": "Phi3ForCausalLM",
         "reads": ("sliding_window",),
@@ -66,7 +78,7 @@ NO_MATHS = {
     "problem_type", "id2label", "label2id", "name_or_path", "auto_map", "attn_implementation", "sep_token_id",
     "decoder_start_token_id", "max_length", "min_length", "do_sample", "num_beams", "temperature", "top_k",
     "top_p", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences",
-    "resid_pdrop", "embd_pdrop",
+    "resid_pdrop", "embd_pdrop", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
 }  # fmt: skip
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -93,6 +105,8 @@ class Config:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+    num_local_experts: int  # 0 where the feed-forward part is a single one
+    num_experts_per_tok: int
     joined_projections: bool  # the file has q, k and v in one tensor, and gate and up in another
     qk_norm: bool  # a norm on each head of q and of k
     eos_token_ids: tuple
@@ -228,6 +242,7 @@ class Reader:
             longest = min(longest, rope.original_max_position_embeddings)
         window, full_attention_layers = self.windows()
         attention_bias = self.family_flag("attention_bias")
+        experts, per_token = self.experts()
         return Config(
             model_type=self.get("model_type"),
             vocab_size=self.number("vocab_size", int),
@@ -246,6 +261,8 @@ class Reader:
             qkv_bias=attention_bias or "qkv_bias" in self.always,
             o_bias=attention_bias,
             mlp_bias=self.family_flag("mlp_bias"),
+            num_local_experts=experts,
+            num_experts_per_tok=per_token,
             joined_projections="joined_projections" in self.always,
             qk_norm="qk_norm" in self.always,
             eos_token_ids=self.eos(),
@@ -286,6 +303,15 @@ class Reader:
         if not isinstance(types, list) or len(types) != len(layers) or any(t not in known for t in types):
             self.refuse("layer_types", types, f"a list of {len(layers)}, each one of {', '.join(known)}")
         return frozenset(i for i in layers if types[i] == "full_attention")
+
+    def experts(self):
+        """How many there are, and how many of them a token goes through."""
+        if "num_local_experts" not in self.family_reads:
+            return 0, 0
+        experts, per_token = (self.number(n, int) for n in ("num_local_experts", "num_experts_per_tok"))
+        if per_token > experts:
+            self.refuse("num_experts_per_tok", per_token, f"at most num_local_experts, {experts}")
+        return experts, per_token
 
     def eos(self):
         value = self.get("eos_token_id", [])

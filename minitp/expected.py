@@ -250,6 +250,40 @@ def swiglu(gate, up):
     return Expected(value, _rounded(third, gate3.dtype), np.abs(value)).of(*given)
 
 
+def experts_act(x, chosen, gates, ups):
+    """[T, D], bool [T, E], each expert's [F_r, D] twice -> [T, X, F_r]. Gates and ups are not seen."""
+    shape = (len(x), int(chosen[0].sum()), len(gates[0]))
+    value, third, scale = np.empty(shape), np.empty(shape), np.empty(shape)  # [T, X, F_r] each
+    places = np.cumsum(chosen, axis=1) - 1  # [T, E]
+    roundings, samples = 0.0, np.inf
+    for expert, (gate, up) in enumerate(zip(gates, ups, strict=True)):
+        rows = np.flatnonzero(chosen[:, expert])  # [n]
+        if len(rows) == 0:
+            continue
+        unseen = [linear(x[rows], w).unseen(x.dtype) for w in (gate, up)]  # [n, F_r] each
+        act = swiglu(*unseen)  # [n, F_r]
+        at = rows, places[rows, expert]
+        value[at], third[at], scale[at] = act.value, act.third, act.scale
+        roundings, samples = max(roundings, act.roundings), min(samples, act.samples)
+    return Expected(value, third, scale, roundings=roundings, samples=samples)
+
+
+def experts_sum(acts, shares, downs):
+    """[T, X, F_r], float64 [T, E], each expert's [D, F_r] -> [T, D]"""
+    shape = (len(acts), len(downs[0]))
+    value, third, squares = np.zeros(shape), np.zeros(shape, np.float32), np.zeros(shape)  # [T, D] each
+    places = np.cumsum(shares > 0, axis=1) - 1  # [T, E]
+    for expert, w in enumerate(downs):
+        rows = np.flatnonzero(shares[:, expert])  # [n]
+        act, share = acts[rows, places[rows, expert]], shares[rows, expert, None]  # [n, F_r], [n, 1]
+        value[rows] += share * oracle.linear(act, w)
+        third[rows] += share.astype(np.float32) * _product(act, w.T)
+        terms = np.square(act, dtype=np.float64) @ np.square(w.T, dtype=np.float64)  # [n, D]
+        squares[rows] += np.square(share) * terms
+    terms = acts.shape[1] * acts.shape[2]
+    return Expected(value, _rounded(third, acts.dtype), np.sqrt(squares), terms=terms)
+
+
 def total(parts, bias=None):
     """The sum of the ranks' [T, D], and a bias [D] once: [T, D]. 16-bit terms are summed in float32.
 

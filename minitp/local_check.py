@@ -90,16 +90,34 @@ class LocalCheck:
     def mlp(self, i, this):
         """Layer i's feed-forward part."""
         name = this[0]
-        had, w = self._had(name, i, "mlp"), self._weights(i, "mlp")
+        bias = self.weights.get(f"model.layers.{i}.mlp.down_proj.bias")  # [D], or None
         x = self.had(name, i, "attn.residual")  # [T, D]
         norm = self.weights[f"model.layers.{i}.post_attention_layernorm.weight"]  # [D]
         yield "mlp.norm", expected.rms_norm(x, norm, self.reference.eps), [x, norm]
+        if self.reference.experts:
+            yield from self._experts(name, i)
+        else:
+            yield from self._dense(name, i)
+        yield from self._sum(name, i, "mlp", x, bias)
+
+    def _dense(self, name, i):
+        """Between the norm and the sum, where the feed-forward part is a single one."""
+        had, w = self._had(name, i, "mlp"), self._weights(i, "mlp")
         for part in ("gate", "up"):
             y = expected.linear(had("norm"), w(f"{part}_proj.weight"), w(f"{part}_proj.bias"))  # [T, F_r]
             yield f"mlp.{part}", y, None
         yield "mlp.act", expected.swiglu(had("gate"), had("up")), None
         yield "mlp.out_partial", expected.linear(had("act"), w("down_proj.weight")), None
-        yield from self._sum(name, i, "mlp", x, w("down_proj.bias"))
+
+    def _experts(self, name, i):
+        """The same of a mixture, with the experts that this rank's own router has chosen."""
+        had, w = self._had(name, i, "mlp"), self._weights(i, "block_sparse_moe")
+        gate = w("gate.weight")  # [E, D]
+        yield "mlp.router", expected.linear(had("norm"), gate), [had("norm"), gate]
+        parts = {n: [w(f"experts.{e}.w{n}.weight") for e in range(len(gate))] for n in (1, 2, 3)}
+        shares = oracle.route(had("router"), self.reference.experts_per_token)  # [T, E]
+        yield "mlp.experts", expected.experts_act(had("norm"), shares > 0, parts[1], parts[3]), None
+        yield "mlp.out_partial", expected.experts_sum(had("experts"), shares, parts[2]), None
 
     def after(self, this):
         """The last norm and the logits."""

@@ -170,17 +170,30 @@ class Model:
         xp = self.device.xp
         h = ops.rms_norm(xp, x, layer.mlp_norm, self.config.rms_norm_eps)  # [T, D]
         record("mlp", i, norm=h)
-        gate_up = ops.column_parallel(xp, h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
-        half = gate_up.shape[1] // 2  # F_r
-        record("mlp", i, gate=gate_up[:, :half], up=gate_up[:, half:])
-        act = ops.swiglu(xp, gate_up)  # [T, F_r]
-        record("mlp", i, act=act)
-        partial = ops.row_parallel(xp, act, layer.w_down)  # [T, D]
+        if layer.experts:
+            partial = self._experts(i, layer, h, record)  # [T, D]
+        else:
+            gate_up = ops.column_parallel(xp, h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
+            half = gate_up.shape[1] // 2  # F_r
+            record("mlp", i, gate=gate_up[:, :half], up=gate_up[:, half:])
+            act = ops.swiglu(xp, gate_up)  # [T, F_r]
+            record("mlp", i, act=act)
+            partial = ops.row_parallel(xp, act, layer.w_down)  # [T, D]
         record("mlp", i, out_partial=partial)
         out = self.comm.all_reduce(partial)  # [T, D]
         out = out if layer.b_down is None else out + layer.b_down  # [T, D]
         record("mlp", i, out=out)
         return out
+
+    def _experts(self, i, layer, h, record):
+        """[T, D] -> [T, D], to be summed; all route alike and hold their FFN columns of every expert."""
+        xp = self.device.xp
+        router = ops.column_parallel(xp, h, layer.w_router)  # [T, E]
+        record("mlp", i, router=router)
+        chosen, shares = ops.route(xp, router, self.config.num_experts_per_tok)  # [T, X], [T, X]
+        acts = ops.experts_act(xp, h, chosen, [e.w_gate_up for e in layer.experts])  # [T, X, F_r]
+        record("mlp", i, experts=acts)
+        return ops.experts_partial(xp, acts, chosen, shares, [e.w_down for e in layer.experts])  # [T, D]
 
 
 class Step:

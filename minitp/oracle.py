@@ -29,9 +29,11 @@ FAMILY_DEFAULTS = {
 FAMILY_DEFAULTS["qwen3"] = FAMILY_DEFAULTS["qwen2"] | {"head_dim": 128}
 FAMILY_DEFAULTS["phi3"] = dict(rms_norm_eps=1e-5, sliding_window=None, max_position_embeddings=4096)
 FAMILY_DEFAULTS["phi3"] |= dict(original_max_position_embeddings=4096)
+FAMILY_DEFAULTS["mixtral"] = dict(num_key_value_heads=8, sliding_window=None, rms_norm_eps=1e-5)
+FAMILY_DEFAULTS["mixtral"] |= dict(num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6)
 NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 NOT_READ = {"llama": {"sliding_window": None}, "mistral": NO_BIASES, "qwen2": NO_BIASES}
-NOT_READ["phi3"] = NO_BIASES
+NOT_READ |= {"phi3": NO_BIASES, "mixtral": NO_BIASES}
 NOT_READ["qwen3"] = {"mlp_bias": False}
 ROPE_THETA = 10000.0
 
@@ -227,6 +229,19 @@ def sliding_window(family, fields, layer):
     return fields["sliding_window"]
 
 
+def route(logits, per_token):
+    """How much each expert counts for each token, 0 for most: [T, E] -> [T, E].
+
+    The largest logits, the first of equals; their softmax over all is divided by its sum over these. (Jiang
+    et al., Mixtral of Experts, 2024, section 2.1.)
+    """
+    shares = np.zeros(logits.shape)  # [T, E]
+    for t, row in enumerate(softmax(logits)):  # [E]
+        chosen = sorted(range(len(row)), key=lambda e: (-float(logits[t, e]), e))[:per_token]
+        shares[t, chosen] = row[chosen] / row[chosen].sum()
+    return shares
+
+
 # --- the model ------------------------------------------------------------------------------------------
 
 
@@ -271,6 +286,8 @@ class Oracle:
             self.biased |= {"gate_proj", "up_proj", "down_proj"}
         if family == "qwen2":
             self.biased = {"q_proj", "k_proj", "v_proj"}
+        self.experts = fields["num_local_experts"] if family == "mixtral" else 0
+        self.experts_per_token = fields["num_experts_per_tok"] if self.experts else 0
         self.norms_heads = family == "qwen3"
         self.tied = fields["tie_word_embeddings"]
         self.hidden_size = fields["hidden_size"]
@@ -324,7 +341,8 @@ class Oracle:
             "self_attn.o_proj": hidden,
         }
         ins = {"self_attn.o_proj": q, "mlp.down_proj": ffn}
-        outs |= {"mlp.gate_proj": ffn, "mlp.up_proj": ffn, "mlp.down_proj": hidden}
+        if not self.experts:
+            outs |= {"mlp.gate_proj": ffn, "mlp.up_proj": ffn, "mlp.down_proj": hidden}
         shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
         if not self.tied:
             shapes["lm_head.weight"] = (vocab, hidden)
@@ -334,6 +352,12 @@ class Oracle:
             if self.norms_heads:
                 for part in "qk":
                     shapes[f"model.layers.{i}.self_attn.{part}_norm.weight"] = (self.head_dim,)
+            if self.experts:
+                moe = f"model.layers.{i}.block_sparse_moe"
+                shapes[f"{moe}.gate.weight"] = (self.experts, hidden)
+                for e in range(self.experts):
+                    for part, shape in (("w1", (ffn, hidden)), ("w2", (hidden, ffn)), ("w3", (ffn, hidden))):
+                        shapes[f"{moe}.experts.{e}.{part}.weight"] = shape
             for part, out in outs.items():
                 shapes[f"model.layers.{i}.{part}.weight"] = (out, ins.get(part, hidden))
                 if part.split(".")[1] in self.biased:
@@ -399,16 +423,37 @@ class Oracle:
         step, layer = f"layers.{i}.mlp", f"model.layers.{i}"
         normed = rms_norm(x, self.tensor(f"{layer}.post_attention_layernorm.weight"), self.eps)  # [T, D]
         yield f"{step}.norm", normed
+        if self.experts:
+            out = yield from self._mixture(step, f"{layer}.block_sparse_moe", normed)  # [T, D]
+        else:
+            out = yield from self._dense(step, layer, normed)  # [T, D]
+        yield f"{step}.out", out
+        yield f"{step}.residual", x + out
+        return x + out  # [T, D]
+
+    def _dense(self, step, layer, normed):
+        """The steps from [T, D] to [T, D], which is the generator's value."""
         gate = self._project(normed, f"{layer}.mlp.gate_proj")  # [T, F]
         yield f"{step}.gate", gate
         up = self._project(normed, f"{layer}.mlp.up_proj")  # [T, F]
         yield f"{step}.up", up
         act = swiglu(gate, up)  # [T, F]
         yield f"{step}.act", act
-        out = self._project(act, f"{layer}.mlp.down_proj")  # [T, D]
-        yield f"{step}.out", out
-        yield f"{step}.residual", x + out
-        return x + out  # [T, D]
+        return self._project(act, f"{layer}.mlp.down_proj")  # [T, D]
+
+    def _mixture(self, step, layer, normed):
+        """The same by experts, token by token; step `experts` has those of a token by their numbers."""
+        router = self._project(normed, f"{layer}.gate")  # [T, E]
+        yield f"{step}.router", router
+        shares = route(router, self.experts_per_token)  # [T, E]
+        acts, out = [[] for _ in normed], np.zeros_like(normed)  # X times [F] for each token, [T, D]
+        for e in range(self.experts):
+            w1, w2, w3 = (self.tensor(f"{layer}.experts.{e}.w{n}.weight") for n in (1, 2, 3))
+            for t in np.flatnonzero(shares[:, e]):
+                acts[t].append(swiglu(linear(normed[t], w1), linear(normed[t], w3)))  # [F]
+                out[t] += shares[t, e] * linear(acts[t][-1], w2)  # [D]
+        yield f"{step}.experts", np.array(acts)  # [T, X, F]
+        return out  # [T, D]
 
     def _project(self, x, name):
         """[T, in] -> [T, out]"""

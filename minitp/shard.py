@@ -24,7 +24,7 @@ from minitp.errors import InputError
 
 # Checkpoint tensor names with their shapes as they lie in the file: [out, in] for a projection.
 #   V vocabulary   D hidden   Hd query heads * head_dim   Kd key/value heads * head_dim
-#   F FFN columns   d head_dim
+#   F FFN columns   d head_dim   e experts
 MODEL_TENSORS = {
     "model.embed_tokens.weight": ("V", "D"),
     "model.norm.weight": ("D",),
@@ -51,6 +51,14 @@ QK_NORMS = {
     "self_attn.k_norm.weight": ("d",),
 }
 O_BIAS = {"self_attn.o_proj.bias": ("D",)}
+MIXTURE = {  # in place of the mlp's tensors
+    "block_sparse_moe.gate.weight": ("e", "D"),
+}
+EXPERT = {  # each of them under block_sparse_moe.experts.{n}: gate, down and up, split as in a dense model
+    "w1.weight": ("F", "D"),
+    "w2.weight": ("D", "F"),
+    "w3.weight": ("F", "D"),
+}
 # Tensors that some checkpoints keep one below the other in a single one.
 JOINED = {
     "self_attn.qkv_proj.weight": [f"self_attn.{part}_proj.weight" for part in "qkv"],
@@ -121,6 +129,7 @@ class Plan:
     ffn_ranges: tuple
     vocab_ranges: tuple
     tensors: dict  # checkpoint tensor name -> TensorShard
+    experts: int = 0  # in each layer; all ranks hold their columns of every one
 
     def query_groups(self, rank):
         """For each KV head on this rank, in order, the (start, stop) of the local query heads that read it.
@@ -179,6 +188,7 @@ def make_plan(config, tp):
     sizes = {
         "D": config.hidden_size,
         "d": d,
+        "e": config.num_local_experts,
         "V": config.vocab_size,
         "Hd": config.num_attention_heads * d,
         "Kd": config.num_key_value_heads * d,
@@ -191,7 +201,7 @@ def make_plan(config, tp):
         tensors[name] = TensorShard(name, shape, axis, () if axis is None else ranges[dims[axis]])
     if config.joined_projections:
         _place_in_joined(tensors, config.num_hidden_layers)
-    return Plan(tp, config.num_hidden_layers, heads, kv_heads, ffn, vocab, tensors)
+    return Plan(tp, config.num_hidden_layers, heads, kv_heads, ffn, vocab, tensors, config.num_local_experts)
 
 
 def _place_in_joined(tensors, layers):
@@ -213,6 +223,10 @@ def tensor_table(config):
         layer |= O_BIAS
     if config.qk_norm:
         layer |= QK_NORMS
+    if config.num_local_experts:
+        layer = {name: dims for name, dims in layer.items() if not name.startswith("mlp.")} | MIXTURE
+    for n in range(config.num_local_experts):
+        layer |= {f"block_sparse_moe.experts.{n}.{name}": dims for name, dims in EXPERT.items()}
     if config.mlp_bias:
         layer |= MLP_BIASES
     table = dict(MODEL_TENSORS)

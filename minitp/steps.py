@@ -36,6 +36,8 @@ ATTENTION = {
 }
 MLP = {
     "mlp.norm": "T D",
+    "mlp.router": "T E",
+    "mlp.experts": "T X F",
     "mlp.gate": "T F",
     "mlp.up": "T F",
     "mlp.act": "T F",
@@ -52,6 +54,11 @@ LAYER = ATTENTION | MLP
 ONLY_WITH = {  # steps that not all models have, and the tensor by which those that do are known
     "attn.q_norm": "self_attn.q_norm.weight",
     "attn.k_norm": "self_attn.k_norm.weight",
+    "mlp.router": "block_sparse_moe.gate.weight",
+    "mlp.experts": "block_sparse_moe.gate.weight",
+    "mlp.gate": "mlp.gate_proj.weight",
+    "mlp.up": "mlp.gate_proj.weight",
+    "mlp.act": "mlp.gate_proj.weight",
 }
 PARTIAL = ("embed_partial", "attn.out_partial", "mlp.out_partial")
 FLOAT32 = ("attn.scores", "attn.probs", "logits_partial", "logits")  # in any dtype

@@ -98,6 +98,7 @@ Collective = partial(Fault, everywhere=True, places=SEVERAL)
 ROPES = "attn.q_rope attn.k_rope"  # q and k are turned by one call
 CACHES = "attn.k_cache attn.v_cache"
 READS_KV = "attn.scores attn.context"  # both go by the KV head: the keys in the one, the values in the other
+CHOICES = "mlp.experts mlp.out_partial"  # both go by what the router has chosen
 PROJECTIONS = "attn.q attn.k attn.v"  # one joined product
 
 no_head_norm = {"rms_norm": lambda norm, xp, x, *rest: x if x.ndim == 3 else norm(xp, x, *rest)}
@@ -192,6 +193,10 @@ FAULTS = [
     # what only some families have
     Fault("q and k not normalised", "attn.q_norm attn.k_norm", no_head_norm, model="normed"),
     Fault("attention factor left out", ROPES, no_attention_factor, model="yarn"),
+    Fault("router's rows mixed up", "mlp.router", wrong.other_router, model="mixture"),
+    Fault("the experts beside the chosen", CHOICES, {"route": wrong.next_experts}, model="mixture"),
+    Fault("shares not normalised", "mlp.out_partial", {"route": wrong.shares_of_all}, model="mixture"),
+    Fault("shares left out", "mlp.out_partial", {"route": wrong.no_shares}, model="mixture"),
     # vocabulary
     Fault(
         "embedding off by one", "embed_partial", {"embed_partial": changed(_3=lambda row: row + 1)}, decode=0

@@ -213,6 +213,32 @@ def other_layer(original, layer, k, v, first):
     return k, here.cache.rows[layer - 1][1].read(slice(first, first + v.shape[1]))
 
 
+def next_experts(route, xp, logits, per_token):
+    """Those after the chosen ones."""
+    chosen, shares = route(xp, logits, per_token)
+    return (chosen + 1) % logits.shape[1], shares
+
+
+def shares_of_all(route, xp, logits, per_token):
+    """As the softmax over all experts gives them, so that they do not add up to 1."""
+    chosen, _ = route(xp, logits, per_token)
+    return chosen, np.take_along_axis(ops.softmax(xp, logits), chosen, axis=1)
+
+
+def no_shares(route, xp, logits, per_token):
+    """The experts count alike."""
+    chosen, shares = route(xp, logits, per_token)
+    return chosen, np.full_like(shares, 1 / per_token)
+
+
+def _other_router(column_parallel, xp, x, w, *bias):
+    y = column_parallel(xp, x, w, *bias)
+    return np.roll(y, 1, axis=-1) if w is here.layer.w_router else y
+
+
+other_router = {"column_parallel": _other_router}
+
+
 def bias_on_every_rank(all_reduce, x):
     """The bias is among the terms of the sum; rank 0's is the one that the model adds anyway."""
     bias = here.layer.b_o if here.model.fault.block == "attn" else here.layer.b_down

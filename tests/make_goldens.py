@@ -33,6 +33,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 PROMPT_TOKENS, NEW_TOKENS = 24, 20
 MIN_GAP = 0.05  # standard deviations; float32 rounding moves a logit by less than 1e-5 of one
 MIN_DISTINCT = 10  # different tokens of a continuation, for a repeated one hides errors
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}  # plain operations
 
 LLAMA = {
     "model_type": "llama",
@@ -48,6 +49,7 @@ LLAMA = {
 }
 MISTRAL = {**LLAMA, "model_type": "mistral"}
 QWEN2 = {**LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6}
+MIXTRAL = {**LLAMA, "model_type": "mixtral"}
 PHI3 = {**LLAMA, "model_type": "phi3", "pad_token_id": 0}
 QWEN3 = {**QWEN2, "model_type": "qwen3"}
 
@@ -177,6 +179,17 @@ VARIANTS = {
             }
         },
     },
+    "mixtral": {  # two of five experts
+        "config": MIXTRAL
+        | {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 21}
+        | {"num_local_experts": 5, "dtype": "bfloat16"},
+    },
+    "mixtral-window": {  # three of four, and no rope_theta
+        "by_hand": True,
+        "config": MIXTRAL
+        | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 10}
+        | {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 6},
+    },
     "text": {  # a tokenizer; bfloat16; a vocabulary padded beyond it; end-of-text amid the continuation
         "prompt": "The cat and the dog: 12 of them, and 30 more in the house",
         "config": LLAMA
@@ -195,7 +208,7 @@ def make(name, variant):
     model_type = fields.pop("model_type")
     config = AutoConfig.for_model(model_type, **fields)
     check_config(name, config, fields)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, **EAGER, dtype=torch.float32).eval()
     tokenizer = bpe_tokenizer() if "prompt" in variant else None
     seed = next(seed for seed in range(20000) if suits(model, seed, dtype, variant, tokenizer))
 
@@ -222,7 +235,7 @@ def check_config(name, config, fields):
     rope = config.rope_parameters
     given = {**(fields.get("rope_scaling") or fields.get("rope_parameters") or {})}
     assert rope["rope_type"] == given.get("rope_type", given.get("type", "default"))
-    assert rope["rope_theta"] == given.get("rope_theta", fields.get("rope_theta", 10000.0))
+    assert rope["rope_theta"] == given.get("rope_theta", fields.get("rope_theta", config.default_theta))
     window = None if fields.get("use_sliding_window") is False else fields.get("sliding_window")
     assert getattr(config, "sliding_window", None) == window
     if name == "mistral-v01":
@@ -264,7 +277,7 @@ def set_weights(model, seed, dtype, tokenizer):
                 values /= 8
         else:
             sharp = any(part in name for part in ("q_proj", "k_proj", "qkv_proj"))
-            values *= (2.0 if sharp else 1.0) / values.shape[1] ** 0.5
+            values *= (2.0 if sharp else 1.0) / values.shape[-1] ** 0.5
         if name.startswith("lm_head") and tokenizer is not None:  # make what cannot be read improbable
             for token in range(len(values)):
                 text = tokenizer.decode([token])
@@ -306,7 +319,7 @@ def greedy(model, prompt, stop_below=0.0):
 def golden_of(directory, seed, variant, tokenizer):
     """The contents of golden.npz, from the files of `directory` alone."""
     model, found = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        directory, **EAGER, dtype=torch.float32, output_loading_info=True
     )
     assert not any(found.values()), found  # missing, unexpected or mismatched keys
     model.eval()

@@ -33,6 +33,7 @@ MODELS = {
     "biased": {"attention_bias": True, "mlp_bias": True},
     "tied": {"tie_word_embeddings": True},
     "scaled": {"rope_scaling": {**SCALING, "original_max_position_embeddings": 32}},
+    "mixture": {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}},
     "loud": {},
     "normed": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},

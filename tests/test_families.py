@@ -10,14 +10,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import CONFIG
 
+from minitp import ops, oracle
 from minitp.config import parse_config
 from minitp.cuda.fused import unfit
 from minitp.errors import InputError
+from minitp.estimate import Pass, rank_work
 from minitp.model_source import open_model
+from minitp.shard import make_plan
 from minitp.shard_files import write_shards
 
 GOLDENS = Path(__file__).parent / "goldens"
 QKV = "model.layers.1.self_attn.qkv_proj.weight"
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 PHI3 = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
 
 
@@ -37,6 +41,7 @@ def copied(name, directory, change):
     ("name", "reason"),
     [
         ("tinyllama", None),
+        ("mixtral", "experts"),
         ("phi3-longrope", "longrope"),
         ("qwen2-window", "one sliding window"),
         ("qwen3", "norm of q and k"),
@@ -49,6 +54,40 @@ def test_the_fused_path_refuses_what_its_kernels_cannot_do(name, reason):
     device = SimpleNamespace(dtype=np.dtype(np.float16))
     found = unfit(config, device, "auto")
     assert found is None if reason is None else reason in found
+
+
+# --- experts --------------------------------------------------------------------------------------------
+
+
+def test_more_experts_a_token_than_there_are():
+    with pytest.raises(InputError, match="num_experts_per_tok is 3, expected at most num_local_experts, 2"):
+        parse_config({**CONFIG, **MIXTRAL, "num_local_experts": 2, "num_experts_per_tok": 3}, "here")
+
+
+def test_of_equal_logits_the_first_are_chosen():
+    chosen, shares = ops.route(np, np.zeros((2, 5), np.float32), 2)
+    assert chosen.tolist() == [[0, 1], [0, 1]]
+    np.testing.assert_array_equal(shares, 0.5)
+    assert oracle.route(np.zeros((1, 5)), 2).tolist() == [[0.5, 0.5, 0, 0, 0]]
+
+
+def test_shares_of_experts_that_are_nearly_nothing_are_chosen_all_the_same():
+    """e^-200 is 0 in float32, and the choice must not go by it."""
+    chosen, shares = ops.route(np, np.array([[-200, -400, 0, -300]], np.float32), 2)
+    assert (chosen.tolist(), shares.tolist()) == ([[0, 2]], [[0.0, 1.0]])
+
+
+def test_a_token_reads_its_own_experts_and_many_tokens_all_of_them():
+    config = parse_config({**CONFIG, **MIXTRAL, "num_local_experts": 8}, "here")
+    plan, layers, expert = make_plan(config, 1), CONFIG["num_hidden_layers"], 3 * 32 * 48
+
+    def read(tokens):
+        return rank_work(config, plan, 0, Pass(tokens, 1, 0), "float32")[0]
+
+    everything = 4 * (sum(np.prod(shard.shape) for shard in plan.tensors.values()) - 258 * 32)
+    assert read(1)[0] == everything - 4 * layers * 6 * expert
+    assert read(10**6)[0] == everything
+    assert read(1)[1] == 2 * (read(1)[0] / 4 - (2 * layers + 1) * 32)  # a product and a sum for each weight
 
 
 # --- joined tensors -------------------------------------------------------------------------------------

@@ -393,6 +393,9 @@ def takes_xp(function):
 OPS = [name for name, _ in inspect.getmembers(ops, takes_xp) if not name.startswith("_")]
 
 
+CHOSEN = np.array([[0, 2], [1, 2], [0, 2]])  # of four experts, one of which nobody has chosen
+
+
 def strict_calls(dtype):
     """For each operation the arguments of a few calls, as NumPy arrays and Python values."""
     rng = np.random.default_rng(5)
@@ -420,6 +423,9 @@ def strict_calls(dtype):
         "attention_scores": [(q, k, groups), (q, k, groups, mask)],
         "softmax": [(scores,)],
         "attention_context": [(np.exp(scores), v, [(0, 1), (1, 2)])],
+        "route": [(array(4, 5), 2), (array(1, 3), 3)],
+        "experts_act": [(array(3, 6), CHOSEN, [array(6, 10) for _ in range(4)])],
+        "experts_partial": [(array(3, 2, 5), CHOSEN, draw(rng, (3, 2)), [array(5, 6) for _ in range(4)])],
         "swiglu": [(array(4, 10),), (array(4, 0),)],
     }
 
@@ -428,12 +434,19 @@ def test_there_is_a_strict_call_of_every_operation():
     assert sorted(strict_calls(np.float32)) == sorted(OPS)
 
 
+def given_to_device(value):
+    """An array, a list of arrays, or something else as it is."""
+    if isinstance(value, list) and isinstance(value[0], np.ndarray):
+        return [to_device(array) for array in value]
+    return to_device(value) if isinstance(value, np.ndarray) else value
+
+
 @pytest.mark.parametrize("name", OPS)
 @all_dtypes
 def test_operation_uses_only_xp(name, dtype):
     for arguments in strict_calls(dtype)[name]:
         operation = getattr(ops, name)
-        on_device = [to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        on_device = [given_to_device(a) for a in arguments]
         expected, actual = operation(np, *arguments), operation(StrictXp, *on_device)
         several = isinstance(expected, tuple)
         assert isinstance(actual, tuple) == several

@@ -19,7 +19,7 @@ from minitp.errors import InputError
 from minitp.model import load_model
 from minitp.model_source import open_model
 from minitp.oracle import Oracle
-from minitp.steps import AFTER, BEFORE, LAYER, ONLY_WITH, PARTIAL, Kind, split_name, step_names
+from minitp.steps import AFTER, BEFORE, LAYER, PARTIAL, Kind, layer_steps, split_name, step_names
 from minitp.trace import Recorder, assemble, passes_of, wanted_steps, write_oracle_trace, write_trace
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -70,7 +70,8 @@ def whole(models, tmp_path_factory):
     return trace(models["llama"], path, decode=2, globs=ALL, per_rank=True)
 
 
-STEPS = step_names(SimpleNamespace(layers=2, tensors={}))  # of a model without any extras
+LLAMA = SimpleNamespace(layers=2, tensors={"model.layers.0.mlp.gate_proj.weight": None})  # a plan
+STEPS = step_names(LLAMA)
 
 
 # --- what is in the file --------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def test_metadata_says_what_the_file_is(whole, models):
     most_probable = [int(tensors[f"{name}/logits"][-1].argmax()) for name in ("prefill", "decode.1")]
     assert json.loads(metadata["token_ids"]) == PROMPT + most_probable
     kinds = json.loads(metadata["kinds"])
-    assert set(kinds) == {*BEFORE, *[f"layers.*.{step}" for step in LAYER if step not in ONLY_WITH], *AFTER}
+    assert set(kinds) == {*BEFORE, *[f"layers.*.{step}" for step in layer_steps(LLAMA)], *AFTER}
     heads, kv_heads = [[0, 3], [3, 5], [5, 7], [7, 9]], [[0, 1], [1, 2], [1, 3], [2, 3]]
     assert kinds["embed"] == {"kind": "replicated", "axis": None, "ranges": []}
     assert kinds["layers.*.mlp.out_partial"]["kind"] == "partial"

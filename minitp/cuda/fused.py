@@ -24,6 +24,8 @@ def unfit(config, device, kv_dtype):
         return f"head_dim {config.head_dim} and hidden_size {config.hidden_size} must be multiples of 8"
     if config.rope.attention_factor != 1:
         return f"its kernels turn q and k without a factor, and config.json gives {config.rope.rope_type} one"
+    if config.num_local_experts:
+        return "it has no kernels for experts"
     if config.qk_norm:
         return "it has no kernel for a norm of q and k"
     if len(set(config.windows)) > 1:

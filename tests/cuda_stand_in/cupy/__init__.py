@@ -166,6 +166,10 @@ def ascontiguousarray(a):
     return _wrapped(np.ascontiguousarray(_bare(a)))
 
 
+def nonzero(a):
+    return tuple(_wrapped(places) for places in np.nonzero(_bare(a)))
+
+
 def copyto(dst, src, where=True):
     np.copyto(_bare(dst), _bare(src), where=_bare(where))
 
