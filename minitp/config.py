@@ -25,15 +25,39 @@ FAMILIES = {
     },
     "qwen2": {  # and Qwen2.5
         "architecture": "Qwen2ForCausalLM",
-        "reads": ("use_sliding_window",),
+        "reads": ("use_sliding_window", "sliding_window", "layer_types"),
         "defaults": QWEN_DEFAULTS,
         "always": ("qkv_bias",),
     },
     "qwen3": {
         "architecture": "Qwen3ForCausalLM",
-        "reads": ("attention_bias", "use_sliding_window"),
+        "reads": ("attention_bias", "use_sliding_window", "sliding_window", "layer_types"),
         "defaults": {**QWEN_DEFAULTS, "head_dim": 128},
         "always": ("qk_norm",),
+    },
+    "gemma2": {
+        "architecture": "Gemma2ForCausalLM",
+        "reads": (
+            "attention_bias",
+            "sliding_window",
+            "layer_types",
+            "hidden_activation",
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+        ),
+        "defaults": {
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "tie_word_embeddings": True,
+        },
+        "always": ("norm_plus_one", "post_norms", "scaled_embeddings", "alternating_windows"),
     },
     "mixtral": {
         "architecture": "MixtralForCausalLM",
@@ -67,6 +91,7 @@ ONLY_VALUE = {
     "quantization_config": None,
     "is_decoder": True,
     "add_cross_attention": False,
+    "use_bidirectional_attention": False,
 }
 
 # Fields that say nothing about the forward pass.
@@ -78,8 +103,11 @@ NO_MATHS = {
     "problem_type", "id2label", "label2id", "name_or_path", "auto_map", "attn_implementation", "sep_token_id",
     "decoder_start_token_id", "max_length", "min_length", "do_sample", "num_beams", "temperature", "top_k",
     "top_p", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences",
-    "resid_pdrop", "embd_pdrop", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+    "cache_implementation", "resid_pdrop", "embd_pdrop", "output_router_logits", "router_aux_loss_coef",
+    "router_jitter_noise",
 }  # fmt: skip
+
+GELU = "gelu_pytorch_tanh"
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -107,6 +135,13 @@ class Config:
     mlp_bias: bool
     num_local_experts: int  # 0 where the feed-forward part is a single one
     num_experts_per_tok: int
+    hidden_act: str  # silu, or GELU
+    norm_plus_one: bool  # norms multiply with 1 + weight
+    post_norms: bool  # a norm behind each block, too, before the addition
+    scaled_embeddings: bool  # by the root of hidden_size
+    query_pre_attn_scalar: float  # scores are divided by its root
+    attn_logit_softcapping: float | None
+    final_logit_softcapping: float | None
     joined_projections: bool  # the file has q, k and v in one tensor, and gate and up in another
     qk_norm: bool  # a norm on each head of q and of k
     eos_token_ids: tuple
@@ -211,6 +246,11 @@ class Reader:
             self.refuse(name, value, "a positive number" if kind is float else "a positive integer")
         return kind(value)
 
+    def family_number(self, name):
+        """A positive number, or None where there is none or the family reads none."""
+        present = name in self.family_reads and self.get(name) is not None
+        return self.number(name, float) if present else None
+
     def family_flag(self, name):
         return name in self.family_reads and self.flag(name)
 
@@ -231,8 +271,6 @@ class Reader:
         head_dim = self.number("head_dim", int, hidden // heads)
         if head_dim % 2:
             self.refuse("head_dim", head_dim, "an even number (RoPE turns pairs)")
-        if self.get("hidden_act", "silu") not in ("silu", "swish"):
-            self.refuse("hidden_act", self.get("hidden_act"), "'silu'")
         dtype = self.get("dtype") or self.get("torch_dtype") or "float32"
         if dtype not in DTYPES:
             self.refuse("dtype", dtype, "one of " + ", ".join(DTYPES))
@@ -263,6 +301,13 @@ class Reader:
             mlp_bias=self.family_flag("mlp_bias"),
             num_local_experts=experts,
             num_experts_per_tok=per_token,
+            hidden_act=self.activation(),
+            norm_plus_one="norm_plus_one" in self.always,
+            post_norms="post_norms" in self.always,
+            scaled_embeddings="scaled_embeddings" in self.always,
+            query_pre_attn_scalar=self.family_number("query_pre_attn_scalar") or float(head_dim),
+            attn_logit_softcapping=self.family_number("attn_logit_softcapping"),
+            final_logit_softcapping=self.family_number("final_logit_softcapping"),
             joined_projections="joined_projections" in self.always,
             qk_norm="qk_norm" in self.always,
             eos_token_ids=self.eos(),
@@ -294,15 +339,27 @@ class Reader:
     def full_attention_layers(self):
         """From `layer_types`, or where that is absent by the family's rule."""
         layers = range(self.number("num_hidden_layers", int))
-        if "use_sliding_window" not in self.family_reads:
+        if "layer_types" not in self.family_reads:
             return frozenset()
         types = self.get("layer_types")
+        if types is None and "alternating_windows" in self.always:
+            return frozenset(layers[1::2])
         if types is None:
             return frozenset(layers[: self.count("max_window_layers")])
         known = ("full_attention", "sliding_attention")
         if not isinstance(types, list) or len(types) != len(layers) or any(t not in known for t in types):
             self.refuse("layer_types", types, f"a list of {len(layers)}, each one of {', '.join(known)}")
         return frozenset(i for i in layers if types[i] == "full_attention")
+
+    def activation(self):
+        """`hidden_act`, or Gemma's `hidden_activation`, beside which `hidden_act` does not count."""
+        self.read.add("hidden_act")
+        gemma = "hidden_activation" in self.family_reads
+        name, choices = ("hidden_activation", (GELU,)) if gemma else ("hidden_act", ("silu", "swish"))
+        value = self.get(name, choices[0])
+        if value not in choices:
+            self.refuse(name, value, f"{choices[0]!r}")
+        return choices[0]
 
     def experts(self):
         """How many there are, and how many of them a token goes through."""

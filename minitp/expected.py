@@ -204,10 +204,33 @@ def rope(x, positions, inverse_frequencies, factor):
     return Expected(value, _rounded(third, x3.dtype), scale, common=(0, 2)).of(given)
 
 
-def scores(q, k, mask):
-    """[H_r, T, d], each head's keys [H_r, S, d], bool [T, S] -> float32 [H_r, T, S], -inf where not seen."""
-    value = oracle.scores(q, k, mask)  # [H_r, T, S]
-    root = np.float32(q.shape[-1] ** 0.5)
+def scaled(x, factor):
+    """x times a number that is rounded to the dtype of x first, any shape."""
+    value = x.astype(np.float64) * factor
+    third = x.astype(np.float32) * np.asarray(factor).astype(x.dtype).astype(np.float32)
+    return Expected(value, _rounded(third, x.dtype), np.abs(value))
+
+
+def soft_cap(x, cap):
+    """cap tanh(x / cap) of float32, any shape."""
+    given = x
+    x, x3 = both(x)
+    value, cap32 = oracle.soft_cap(x, cap), np.float32(cap)
+    third = np.tanh(x3.astype(np.float32) / cap32) * cap32
+    return Expected(value, third.astype(np.float64), np.abs(value)).of(given)
+
+
+def scores(q, k, mask, root, cap=None):
+    """[H_r, T, d], each head's keys [H_r, S, d], bool [T, S] -> float32 [H_r, T, S], -inf where not seen.
+
+    Products are divided by `root`, and then within `cap`, if there is one.
+    """
+    if cap is not None:
+        capped = soft_cap(scores(q, k, np.ones_like(mask), root).unseen(np.float32), cap)  # [H_r, T, S]
+        value, third = (np.where(mask, x, -np.inf) for x in (capped.value, capped.third))
+        return replace(capped, value=value, third=third)
+    value = oracle.scores(q, k, mask, root)  # [H_r, T, S]
+    root = np.float32(root)
     dots = _product(q, k.transpose(0, 2, 1))  # [H_r, T, S]
     third = np.where(mask, dots / root, -np.inf)  # [H_r, T, S]
     squares = np.matmul(np.square(q, dtype=np.float64), np.square(k, dtype=np.float64).transpose(0, 2, 1))
@@ -237,6 +260,17 @@ def context(probs, v):
     squares = np.matmul(np.square(probs, dtype=np.float64), np.square(v, dtype=np.float64))  # [H_r, T, d]
     scale = np.sqrt(np.concatenate(squares, axis=-1))  # [T, H_r * d]
     return Expected(value, _rounded(third, v.dtype), scale, terms=v.shape[1]).of(given)
+
+
+def geglu(gate, up):
+    """[T, F_r] twice -> [T, F_r]"""
+    value = oracle.geglu(gate, up)  # [T, F_r]
+    g, u = gate.astype(np.float32), up.astype(np.float32)  # [T, F_r] each
+    cube = np.float32(0.044715) * g * g * g  # [T, F_r]
+    third = g * np.float32(0.5) * (1 + np.tanh(np.float32((2 / np.pi) ** 0.5) * (g + cube))) * u  # [T, F_r]
+    # The sum 1 + tanh has roundings of 1, however small it is.
+    scale = np.abs(g * u, dtype=np.float64)  # [T, F_r]
+    return Expected(value, _rounded(third, gate.dtype), scale)
 
 
 def swiglu(gate, up):

@@ -40,6 +40,11 @@ def embed_partial(xp, token_ids, table, first_row):
     return xp.where(here[:, None], rows, xp.zeros_like(rows))  # [T, D]
 
 
+def scaled_embedding(xp, rows, width):
+    """`rows` [T, D] times the root of `width`, rounded to their dtype first as Hugging Face's Gemma does."""
+    return rows * xp.asarray(math.sqrt(width), dtype=rows.dtype)  # [T, D]
+
+
 # --- normalisation --------------------------------------------------------------------------------------
 
 
@@ -54,6 +59,17 @@ def rms_norm(xp, x, weight, eps):
     mean_square = (x32 * x32).sum(axis=-1, keepdims=True) / x.shape[-1]  # [T, 1]
     normed = x32 / xp.sqrt(mean_square + eps)  # [T, D]
     return normed.astype(x.dtype, copy=False) * weight  # [T, D]
+
+
+def rms_norm_plus_one(xp, x, weight, eps):
+    """The same times 1 + weight, in float32 and rounded once: Gemma's. (Gemma Team, Gemma 2, 2024.)
+
+    `x` is [T, D] and `weight` [D]; returns [T, D] in the dtype of `x`.
+    """
+    x32 = x.astype(xp.float32, copy=False)  # [T, D]
+    mean_square = (x32 * x32).sum(axis=-1, keepdims=True) / x.shape[-1]  # [T, 1]
+    gain = 1 + weight.astype(xp.float32, copy=False)  # [D]
+    return (x32 / xp.sqrt(mean_square + eps) * gain).astype(x.dtype, copy=False)  # [T, D]
 
 
 # --- projections ----------------------------------------------------------------------------------------
@@ -84,13 +100,22 @@ def row_parallel(xp, x_r, w_r):
     return matmul(xp, x_r, w_r)  # [T, D]
 
 
-def logits_partial(xp, x, w_r):
+def logits_partial(xp, x, w_r, softcap=None):
     """This rank's vocabulary columns of the logits, kept in float32: rounding would make ties.
 
     Not a term of a sum, in spite of the name: the ranks' columns are put side by side, by an all-gather.
-    `x` is [n, D] and `w_r` [D, V_r]; returns float32 [n, V_r].
+    `x` is [n, D] and `w_r` [D, V_r]; returns float32 [n, V_r], within `softcap` if there is one.
     """
-    return xp.matmul(x, w_r, dtype=xp.float32)  # [n, V_r]
+    logits_r = xp.matmul(x, w_r, dtype=xp.float32)  # [n, V_r]
+    return logits_r if softcap is None else soft_cap(xp, logits_r, softcap)  # [n, V_r]
+
+
+def soft_cap(xp, x, cap):
+    """cap * tanh(x / cap): nearly x where that is small, and never beyond -cap and cap.
+
+    Any shape. (Bello et al., 2016; Gemma Team, Gemma 2, 2024, section 2.)
+    """
+    return xp.tanh(x / cap) * cap
 
 
 # --- rotary position embedding --------------------------------------------------------------------------
@@ -201,7 +226,7 @@ def causal_mask(xp, query_positions, first_key, stop_key, window=None):
     return visible if window is None else visible & (key > query - window)  # [T, S]
 
 
-def attention_scores(xp, q, k, query_groups, mask=None):
+def attention_scores(xp, q, k, query_groups, mask=None, scale=None, softcap=None):
     """q . k / sqrt(d), and -inf where the mask says no.
 
     (Vaswani et al., Attention Is All You Need, 2017, section 3.2.1; Ainslie et al., GQA, 2023.)
@@ -214,6 +239,10 @@ def attention_scores(xp, q, k, query_groups, mask=None):
         For each KV head the query heads that read it. The groups may be ragged, so nothing is reshaped to
         [K_r, G]: the loop goes over KV heads.
     mask : bool [T, S] or None if everything may be seen
+    scale : float or None
+        What else the products are multiplied with than 1 / sqrt(d).
+    softcap : float or None
+        See `soft_cap`.
 
     Returns
     -------
@@ -226,7 +255,9 @@ def attention_scores(xp, q, k, query_groups, mask=None):
         rows = q[start:stop].reshape(-1, d)  # [G * T, d]
         products = xp.matmul(rows, k[kv_head].T, dtype=xp.float32)  # [G * T, S]
         scores[start:stop] = products.reshape(stop - start, tokens, keys)
-    scores *= 1 / math.sqrt(d)
+    scores *= 1 / math.sqrt(d) if scale is None else scale
+    if softcap is not None:
+        scores = soft_cap(xp, scores, softcap)  # [H_r, T, S]
     if mask is not None:
         # Not by adding -inf: a key that is no number must not reach the queries that do not see it.
         xp.copyto(scores, -xp.inf, where=~mask)
@@ -275,6 +306,19 @@ def swiglu(xp, gate_up):
     # Below -80 silu is 0 to any float32 sum it enters, and exp(-x) would overflow.
     silu = gate / (1 + xp.exp(-xp.maximum(gate, -80)))  # [T, F_r]
     return (silu * up).astype(gate_up.dtype, copy=False)  # [T, F_r]
+
+
+def geglu(xp, gate_up):
+    """gelu(gate) * up, with gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+
+    (Hendrycks and Gimpel, GELU, 2016, section 2; Shazeer, GLU Variants, 2020.) `gate_up` is [T, 2 F_r], the
+    gate columns first; returns [T, F_r] in the same dtype.
+    """
+    columns = gate_up.shape[-1] // 2
+    gate = gate_up[:, :columns].astype(xp.float32, copy=False)  # [T, F_r]
+    up = gate_up[:, columns:].astype(xp.float32, copy=False)  # [T, F_r]
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate)  # [T, F_r]
+    return (gate / 2 * (1 + xp.tanh(inner)) * up).astype(gate_up.dtype, copy=False)  # [T, F_r]
 
 
 # --- mixture of experts ---------------------------------------------------------------------------------

@@ -29,10 +29,15 @@ FAMILY_DEFAULTS = {
 FAMILY_DEFAULTS["qwen3"] = FAMILY_DEFAULTS["qwen2"] | {"head_dim": 128}
 FAMILY_DEFAULTS["phi3"] = dict(rms_norm_eps=1e-5, sliding_window=None, max_position_embeddings=4096)
 FAMILY_DEFAULTS["phi3"] |= dict(original_max_position_embeddings=4096)
+FAMILY_DEFAULTS["gemma2"] = dict(num_key_value_heads=4, head_dim=256, sliding_window=4096)
+FAMILY_DEFAULTS["gemma2"] |= dict(tie_word_embeddings=True, query_pre_attn_scalar=256)
+FAMILY_DEFAULTS["gemma2"] |= dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+FAMILY_DEFAULTS["gemma2"] |= dict(hidden_activation="gelu_pytorch_tanh")
 FAMILY_DEFAULTS["mixtral"] = dict(num_key_value_heads=8, sliding_window=None, rms_norm_eps=1e-5)
 FAMILY_DEFAULTS["mixtral"] |= dict(num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6)
 NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 NOT_READ = {"llama": {"sliding_window": None}, "mistral": NO_BIASES, "qwen2": NO_BIASES}
+NOT_READ["gemma2"] = {"mlp_bias": False}
 NOT_READ |= {"phi3": NO_BIASES, "mixtral": NO_BIASES}
 NOT_READ["qwen3"] = {"mlp_bias": False}
 ROPE_THETA = 10000.0
@@ -177,9 +182,15 @@ def causal_mask(query_positions, key_positions, window=None):
     return (distance >= 0) & (distance < (np.inf if window is None else window))  # [T, S]
 
 
-def scores(q, k, mask):
-    """q_h . k_(h // (H / K)) / sqrt(d), and -inf where query t may not see key s.
+def soft_cap(x, cap):
+    """cap tanh(x / cap), any shape, as cap (1 - 2 / (e^(2 x / cap) + 1)). (Gemma Team, Gemma 2, 2024.)"""
+    return cap - 2 * cap / (np.exp(2 * np.clip(float64(x) / cap, -350, 350)) + 1)  # like x
 
+
+def scores(q, k, mask, root=None, cap=None):
+    """q_h . k_(h // (H / K)) / root, within `cap` if there is one, and -inf where query t may not see key s.
+
+    The root is that of d unless it is given.
     [H, T, d], [K, S, d] and bool [T, S] -> [H, T, S]. (Vaswani et al., 2017, equation 1; query heads share
     keys and values as in Ainslie et al., GQA, 2023, section 2.2.)
     """
@@ -187,7 +198,8 @@ def scores(q, k, mask):
     per_head = []
     for h, query in enumerate(float64(q)):
         dots = np.inner(query, float64(k[h // group]))  # [T, S]
-        per_head.append(np.where(mask, dots / np.sqrt(q.shape[-1]), -np.inf))  # [T, S]
+        dots = dots / (root or np.sqrt(q.shape[-1]))  # [T, S]
+        per_head.append(np.where(mask, dots if cap is None else soft_cap(dots, cap), -np.inf))  # [T, S]
     return np.stack(per_head)  # [H, T, S]
 
 
@@ -220,12 +232,25 @@ def swiglu(gate, up):
     return gate * np.exp(-np.logaddexp(0, -gate)) * float64(up)  # [T, F]
 
 
+def geglu(gate, up):
+    """gelu(gate) * up, [T, F] twice -> [T, F], with 1/2 (1 + tanh(y)) = sigma(2 y) in the approximation
+
+    gelu(x) = x/2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). (Hendrycks and Gimpel, 2016, section 2.)
+    """
+    gate = float64(gate)  # [T, F]
+    y = np.sqrt(8 / np.pi) * (gate + 0.044715 * np.power(gate, 3))  # [T, F]
+    return gate * np.exp(-np.logaddexp(0, -y)) * float64(up)  # [T, F]
+
+
 def sliding_window(family, fields, layer):
     """How many keys a query of this layer sees, itself included; None: all."""
     if family in ("qwen2", "qwen3"):
         types = fields.get("layer_types")
         sliding = layer >= fields["max_window_layers"] if types is None else types[layer][0] == "s"
         return fields["sliding_window"] if fields.get("use_sliding_window") and sliding else None
+    if family == "gemma2":
+        types = fields.get("layer_types") or ["sliding_attention", "full_attention"] * (1 + layer // 2)
+        return fields["sliding_window"] if types[layer] == "sliding_attention" else None
     return fields["sliding_window"]
 
 
@@ -270,8 +295,11 @@ class Oracle:
         if family not in FAMILY_DEFAULTS:
             raise ValueError(f"model_type {family!r}: expected one of {', '.join(FAMILY_DEFAULTS)}")
         fields = {**DEFAULTS, **FAMILY_DEFAULTS[family], **config, **NOT_READ[family]}
-        if fields["hidden_act"] not in ("silu", "swish"):
-            raise ValueError(f"hidden_act {fields['hidden_act']!r}: expected silu")
+        act = fields["hidden_activation" if family == "gemma2" else "hidden_act"]
+        self.activation = "silu" if act == "swish" else act
+        expected = "gelu_pytorch_tanh" if family == "gemma2" else "silu"
+        if self.activation != expected:
+            raise ValueError(f"hidden_act {act!r}: expected {expected}")
         self.layers = fields["num_hidden_layers"] if layers is None else layers
         if not 1 <= self.layers <= fields["num_hidden_layers"]:
             raise ValueError(f"{layers} layers: the model has {fields['num_hidden_layers']}")
@@ -294,6 +322,15 @@ class Oracle:
         self.intermediate_size = fields["intermediate_size"]
         self.vocab_size = fields["vocab_size"]
         self.head_dim = fields["head_dim"] or self.hidden_size // self.heads
+        gemma = family == "gemma2"
+        self.norm_offset = 1 if gemma else 0  # norms multiply with that and the weight
+        self.embedding_scale = np.sqrt(self.hidden_size) if gemma else 1
+        self.score_root = np.sqrt(fields["query_pre_attn_scalar"] if gemma else self.head_dim)
+        self.score_cap = fields["attn_logit_softcapping"] if gemma else None
+        self.logits_cap = fields["final_logit_softcapping"] if gemma else None
+        self.mlp_norm = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
+        post_norms = {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+        self.post_norms = post_norms if gemma else {}  # behind each block
         self.tensor = self._parts_of(tensor) if family == "phi3" else tensor
         self.inverse_frequencies = rope_inverse_frequencies(fields)  # [d/2]
         self.attention_factor = attention_factor(fields)
@@ -347,7 +384,7 @@ class Oracle:
         if not self.tied:
             shapes["lm_head.weight"] = (vocab, hidden)
         for i in range(self.layers):
-            for norm in ("input_layernorm", "post_attention_layernorm"):
+            for norm in {"input_layernorm", self.mlp_norm, *self.post_norms.values()}:
                 shapes[f"model.layers.{i}.{norm}.weight"] = (hidden,)
             if self.norms_heads:
                 for part in "qk":
@@ -380,18 +417,20 @@ class Oracle:
             raise ValueError(f"{len(token_ids)} tokens: longrope's frequencies for more than {self.longest}")
         positions = np.arange(len(token_ids))  # [T]
         x = embed(token_ids, self.tensor("model.embed_tokens.weight"))  # [T, D]
+        x *= self.embedding_scale
         yield "embed", x
         for i in range(self.layers):
             x = yield from self._attention(i, x, positions)  # [T, D]
             x = yield from self._mlp(i, x)  # [T, D]
-        x = rms_norm(x, self.tensor("model.norm.weight"), self.eps)  # [T, D]
+        x = self._norm(x, "model.norm")  # [T, D]
         yield "final_norm", x
-        yield "logits", self._unembed(x)
+        logits = self._unembed(x)  # [T, V]
+        yield "logits", logits if self.logits_cap is None else soft_cap(logits, self.logits_cap)
 
     def _attention(self, i, x, positions):
         """The steps of layer i's attention; the generator's value is the residual [T, D] after it."""
         step, layer = f"layers.{i}.attn", f"model.layers.{i}"
-        normed = rms_norm(x, self.tensor(f"{layer}.input_layernorm.weight"), self.eps)  # [T, D]
+        normed = self._norm(x, f"{layer}.input_layernorm")  # [T, D]
         yield f"{step}.norm", normed
         heads = {}
         for part, n in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
@@ -400,36 +439,47 @@ class Oracle:
             yield f"{step}.{part}", heads[part]
         for part in "qk":
             if self.norms_heads:
-                weight = self.tensor(f"{layer}.self_attn.{part}_norm.weight")  # [d]
-                heads[part] = rms_norm(heads[part], weight, self.eps)  # [H, T, d], [K, T, d]
+                heads[part] = self._norm(
+                    heads[part], f"{layer}.self_attn.{part}_norm"
+                )  # [H, T, d], [K, T, d]
                 yield f"{step}.{part}_norm", heads[part]
             turned = rope(heads[part], positions, self.inverse_frequencies, self.attention_factor)
             heads[part] = turned  # [H, T, d], [K, T, d]
             yield f"{step}.{part}_rope", heads[part]
         mask = causal_mask(positions, positions, self.windows[i])  # [T, T]
-        masked = scores(heads["q"], heads["k"], mask)  # [H, T, T]
+        masked = scores(heads["q"], heads["k"], mask, self.score_root, self.score_cap)  # [H, T, T]
         yield f"{step}.scores", masked
         probs = softmax(masked)  # [H, T, T]
         yield f"{step}.probs", probs
         mixed = context(probs, heads["v"])  # [T, H * d]
         yield f"{step}.context", mixed
         out = self._project(mixed, f"{layer}.self_attn.o_proj")  # [T, D]
-        yield f"{step}.out", out
-        yield f"{step}.residual", x + out
-        return x + out  # [T, D]
+        return (yield from self._add(i, "attn", x, out))  # [T, D]
 
     def _mlp(self, i, x):
         """The steps of layer i's feed-forward part; the generator's value is the residual [T, D] after it."""
         step, layer = f"layers.{i}.mlp", f"model.layers.{i}"
-        normed = rms_norm(x, self.tensor(f"{layer}.post_attention_layernorm.weight"), self.eps)  # [T, D]
+        normed = self._norm(x, f"{layer}.{self.mlp_norm}")  # [T, D]
         yield f"{step}.norm", normed
         if self.experts:
             out = yield from self._mixture(step, f"{layer}.block_sparse_moe", normed)  # [T, D]
         else:
             out = yield from self._dense(step, layer, normed)  # [T, D]
+        return (yield from self._add(i, "mlp", x, out))  # [T, D]
+
+    def _add(self, i, block, x, out):
+        """The last steps of a block: a norm, if there is one, and the addition; the generator's value."""
+        step = f"layers.{i}.{block}"
         yield f"{step}.out", out
+        if self.post_norms:
+            out = self._norm(out, f"model.layers.{i}.{self.post_norms[block]}")  # [T, D]
+            yield f"{step}.post_norm", out
         yield f"{step}.residual", x + out
         return x + out  # [T, D]
+
+    def _norm(self, x, name):
+        """[.., D] -> [.., D]"""
+        return rms_norm(x, float64(self.tensor(f"{name}.weight")) + self.norm_offset, self.eps)
 
     def _dense(self, step, layer, normed):
         """The steps from [T, D] to [T, D], which is the generator's value."""
@@ -437,7 +487,7 @@ class Oracle:
         yield f"{step}.gate", gate
         up = self._project(normed, f"{layer}.mlp.up_proj")  # [T, F]
         yield f"{step}.up", up
-        act = swiglu(gate, up)  # [T, F]
+        act = (swiglu if self.activation == "silu" else geglu)(gate, up)  # [T, F]
         yield f"{step}.act", act
         return self._project(act, f"{layer}.mlp.down_proj")  # [T, D]
 

@@ -51,6 +51,10 @@ QK_NORMS = {
     "self_attn.k_norm.weight": ("d",),
 }
 O_BIAS = {"self_attn.o_proj.bias": ("D",)}
+POST_NORMS = {  # beside these post_attention_layernorm is behind attention, too
+    "pre_feedforward_layernorm.weight": ("D",),
+    "post_feedforward_layernorm.weight": ("D",),
+}
 MIXTURE = {  # in place of the mlp's tensors
     "block_sparse_moe.gate.weight": ("e", "D"),
 }
@@ -223,6 +227,8 @@ def tensor_table(config):
         layer |= O_BIAS
     if config.qk_norm:
         layer |= QK_NORMS
+    if config.post_norms:
+        layer |= POST_NORMS
     if config.num_local_experts:
         layer = {name: dims for name, dims in layer.items() if not name.startswith("mlp.")} | MIXTURE
     for n in range(config.num_local_experts):

@@ -32,6 +32,7 @@ ATTENTION = {
     "attn.context": "T Hd",
     "attn.out_partial": "T D",
     "attn.out": "T D",
+    "attn.post_norm": "T D",
     "attn.residual": "T D",
 }
 MLP = {
@@ -43,6 +44,7 @@ MLP = {
     "mlp.act": "T F",
     "mlp.out_partial": "T D",
     "mlp.out": "T D",
+    "mlp.post_norm": "T D",
     "mlp.residual": "T D",
 }
 AFTER = {
@@ -54,6 +56,8 @@ LAYER = ATTENTION | MLP
 ONLY_WITH = {  # steps that not all models have, and the tensor by which those that do are known
     "attn.q_norm": "self_attn.q_norm.weight",
     "attn.k_norm": "self_attn.k_norm.weight",
+    "attn.post_norm": "pre_feedforward_layernorm.weight",
+    "mlp.post_norm": "post_feedforward_layernorm.weight",
     "mlp.router": "block_sparse_moe.gate.weight",
     "mlp.experts": "block_sparse_moe.gate.weight",
     "mlp.gate": "mlp.gate_proj.weight",

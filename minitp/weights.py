@@ -29,6 +29,12 @@ LAYER_PARTS = {
     "b_down": ["mlp.down_proj.bias"],
     "w_router": ["block_sparse_moe.gate.weight"],
 }
+# With norms behind the blocks the same name is that of another one.
+POST_NORM_PARTS = {
+    "mlp_norm": ["pre_feedforward_layernorm.weight"],
+    "attn_post_norm": ["post_attention_layernorm.weight"],
+    "mlp_post_norm": ["post_feedforward_layernorm.weight"],
+}
 EXPERTS = "block_sparse_moe.experts"
 EXPERT_PARTS = {  # the same of an Expert
     "w_gate_up": ["w1.weight", "w3.weight"],
@@ -62,6 +68,8 @@ class Layer:
     b_down: Any  # [D]
     w_router: Any  # [D, E]
     experts: list  # of Expert, E of them, with w_router; else empty
+    attn_post_norm: Any = None  # [D]
+    mlp_post_norm: Any = None  # [D]
 
 
 @dataclass
@@ -152,7 +160,7 @@ class Loader:
         layer = f"model.layers.{i}."
         numbers = range(self.plan.experts)
         experts = [Expert(**self._arrays(f"{layer}{EXPERTS}.{n}.", EXPERT_PARTS)) for n in numbers]
-        return Layer(**self._arrays(layer, LAYER_PARTS), experts=experts)
+        return Layer(**self._arrays(layer, layer_parts(self.plan)), experts=experts)
 
     def _arrays(self, prefix, table):
         """The arrays of a table like LAYER_PARTS; None for those whose tensors the model does not have."""
@@ -194,6 +202,12 @@ class Loader:
         return joined
 
 
+def layer_parts(plan):
+    """LAYER_PARTS, with the norms that a model with this Plan has."""
+    post_norms = "model.layers.0.pre_feedforward_layernorm.weight" in plan.tensors
+    return LAYER_PARTS | (POST_NORM_PARTS if post_norms else {})
+
+
 def named_slices(weights, plan, rank):
     """(checkpoint name, array) of all that a rank holds: views as in the file, [out_r, in_r] or [n]."""
     yield EMBED, weights.embed  # [V_r, D]
@@ -201,7 +215,7 @@ def named_slices(weights, plan, rank):
     if LM_HEAD in plan.tensors:
         yield LM_HEAD, weights.lm_head.T  # [V_r, D]
     for i, layer in enumerate(weights.layers):
-        yield from _slices(layer, LAYER_PARTS, f"model.layers.{i}.", plan, rank)
+        yield from _slices(layer, layer_parts(plan), f"model.layers.{i}.", plan, rank)
         for n, expert in enumerate(layer.experts):
             yield from _slices(expert, EXPERT_PARTS, f"model.layers.{i}.{EXPERTS}.{n}.", plan, rank)
 

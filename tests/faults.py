@@ -101,6 +101,8 @@ READS_KV = "attn.scores attn.context"  # both go by the KV head: the keys in the
 CHOICES = "mlp.experts mlp.out_partial"  # both go by what the router has chosen
 PROJECTIONS = "attn.q attn.k attn.v"  # one joined product
 
+not_capped = {"soft_cap": lambda soft_cap, xp, x, cap: x}
+not_scaled = {"scaled_embedding": lambda scaled, xp, rows, width: rows}
 no_head_norm = {"rms_norm": lambda norm, xp, x, *rest: x if x.ndim == 3 else norm(xp, x, *rest)}
 tenth = changed(_3=lambda eps: eps / 10)
 left_out = {"all_reduce": lambda all_reduce, x: (all_reduce(x), x)[1]}
@@ -197,6 +199,13 @@ FAULTS = [
     Fault("the experts beside the chosen", CHOICES, {"route": wrong.next_experts}, model="mixture"),
     Fault("shares not normalised", "mlp.out_partial", {"route": wrong.shares_of_all}, model="mixture"),
     Fault("shares left out", "mlp.out_partial", {"route": wrong.no_shares}, model="mixture"),
+    Fault("norms times the weight alone", "attn.norm attn.post_norm", wrong.weight_alone, model="gemma"),
+    Fault("no norm behind attention", "attn.post_norm", wrong.without("attn_post_norm"), model="gemma"),
+    Fault("no norm behind the mlp", "mlp.post_norm", wrong.without("mlp_post_norm"), model="gemma"),
+    Fault("scores not capped", "attn.scores", not_capped, model="gemma"),
+    Fault("logits not capped", "logits_partial", not_capped, model="gemma"),
+    Fault("silu for gelu", "mlp.act", {"geglu": wrong.silu_for_gelu}, model="gemma"),
+    Fault("embedding not scaled", "embed_partial", not_scaled, model="gemma", decode=0),
     # vocabulary
     Fault(
         "embedding off by one", "embed_partial", {"embed_partial": changed(_3=lambda row: row + 1)}, decode=0

@@ -213,6 +213,22 @@ def other_layer(original, layer, k, v, first):
     return k, here.cache.rows[layer - 1][1].read(slice(first, first + v.shape[1]))
 
 
+weight_alone = {"rms_norm_plus_one": lambda norm, xp, *args: ops.rms_norm(xp, *args)}
+
+
+def without(norm_name):
+    """Hooks that leave out one of the Layer's norms."""
+
+    def hook(norm, xp, x, weight, eps):
+        return x if weight is getattr(here.layer, norm_name) else norm(xp, x, weight, eps)
+
+    return {"rms_norm_plus_one": hook}
+
+
+def silu_for_gelu(geglu, xp, gate_up):
+    return ops.swiglu(xp, gate_up)
+
+
 def next_experts(route, xp, logits, per_token):
     """Those after the chosen ones."""
     chosen, shares = route(xp, logits, per_token)

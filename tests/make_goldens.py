@@ -49,6 +49,8 @@ LLAMA = {
 }
 MISTRAL = {**LLAMA, "model_type": "mistral"}
 QWEN2 = {**LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6}
+GEMMA2 = {**LLAMA, "model_type": "gemma2", "tie_word_embeddings": True}
+del GEMMA2["hidden_act"]  # hidden_activation is gelu_pytorch_tanh by itself
 MIXTRAL = {**LLAMA, "model_type": "mixtral"}
 PHI3 = {**LLAMA, "model_type": "phi3", "pad_token_id": 0}
 QWEN3 = {**QWEN2, "model_type": "qwen3"}
@@ -189,6 +191,19 @@ VARIANTS = {
         "config": MIXTRAL
         | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 10}
         | {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 6},
+    },
+    "gemma2": {  # caps that are felt, a window in the first and the third layer
+        "config": GEMMA2
+        | {"hidden_size": 42, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
+        | {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 7}
+        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0, "dtype": "bfloat16"},
+    },
+    "gemma2-uncapped": {
+        "config": GEMMA2
+        | {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "attention_bias": True}
+        | {"head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 9}
+        | {"layer_types": ["full_attention", "sliding_attention"], "tie_word_embeddings": False}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
     },
     "text": {  # a tokenizer; bfloat16; a vocabulary padded beyond it; end-of-text amid the continuation
         "prompt": "The cat and the dog: 12 of them, and 30 more in the house",

@@ -142,7 +142,7 @@ def _unwrap_argument(value):
 FUNCTIONS = (
     "abs", "arange", "argmax", "argmin", "asarray", "concatenate", "copyto", "cos", "empty", "empty_like",
     "exp", "full", "isfinite", "isnan", "log", "matmul", "max", "maximum", "mean", "min", "minimum",
-    "nonzero", "ones", "rint", "sin", "sqrt", "stack", "sum", "where", "zeros", "zeros_like",
+    "nonzero", "ones", "rint", "sin", "sqrt", "stack", "sum", "tanh", "where", "zeros", "zeros_like",
 )  # fmt: skip
 DTYPES = ("bool_", "int8", "int32", "int64", "float16", "float32")
 

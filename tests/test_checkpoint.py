@@ -18,6 +18,7 @@ from minitp.oracle import Oracle
 from minitp.random_weights import BLOCK, RandomWeights
 from minitp.weights import Loader
 
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 TENSORS = [
     "model.embed_tokens.weight",
@@ -174,12 +175,14 @@ def test_redundant_inverse_frequencies_are_accepted(directory):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_lie_in_one_piece_of_memory(tmp_path, tied, dtype):
+@pytest.mark.parametrize("fields", [{"attention_bias": True}, MIXTRAL], ids=["biases", "experts"])
+def test_weights_lie_in_one_piece_of_memory(tmp_path, fields, tied, dtype):
     """Each where a cache line begins, none over another, and all of them counted once."""
-    source = open_model(str(write_tiny(tmp_path, tie_word_embeddings=tied, attention_bias=True)), 3)
+    source = open_model(str(write_tiny(tmp_path, tie_word_embeddings=tied, **fields)), 3)
     weights = Loader(source.plan, 1, source.tensors, open_device(dtype)).load()
     arrays = [weights.lm_head, weights.final_norm, *([] if tied else [weights.embed])]
-    arrays += [array for layer in weights.layers for array in vars(layer).values() if array is not None]
+    holders = [holder for layer in weights.layers for holder in (layer, *layer.experts)]
+    arrays += [a for holder in holders for a in vars(holder).values() if isinstance(a, np.ndarray)]
     begins = sorted((array.ctypes.data, array.nbytes) for array in arrays)
     assert all(begin % 64 == 0 for begin, _ in begins)
     assert all(begin + n <= after < begin + n + 64 for (begin, n), (after, _) in pairwise(begins))

@@ -1,6 +1,7 @@
 """What is special to a family, beyond the numbers that tests/goldens hold for each of them."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,13 @@ from minitp.cuda.fused import unfit
 from minitp.errors import InputError
 from minitp.estimate import Pass, rank_work
 from minitp.model_source import open_model
+from minitp.oracle import Oracle
 from minitp.shard import make_plan
 from minitp.shard_files import write_shards
 
 GOLDENS = Path(__file__).parent / "goldens"
 QKV = "model.layers.1.self_attn.qkv_proj.weight"
+GEMMA2 = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
 MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 PHI3 = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
 
@@ -42,6 +45,7 @@ def copied(name, directory, change):
     [
         ("tinyllama", None),
         ("mixtral", "experts"),
+        ("gemma2", "1 + weight"),
         ("phi3-longrope", "longrope"),
         ("qwen2-window", "one sliding window"),
         ("qwen3", "norm of q and k"),
@@ -54,6 +58,52 @@ def test_the_fused_path_refuses_what_its_kernels_cannot_do(name, reason):
     device = SimpleNamespace(dtype=np.dtype(np.float16))
     found = unfit(config, device, "auto")
     assert found is None if reason is None else reason in found
+
+
+# --- Gemma ----------------------------------------------------------------------------------------------
+
+
+def test_layers_of_gemma_have_a_window_in_turn():
+    fields = {**CONFIG, **GEMMA2, "num_hidden_layers": 3, "sliding_window": 7}
+    assert parse_config(fields, "here").windows == [7, None, 7]
+    assert Oracle(fields, None).windows == [7, None, 7]
+    listed = {**fields, "layer_types": ["full_attention", "full_attention", "sliding_attention"]}
+    assert parse_config(listed, "here").windows == Oracle(listed, None).windows == [None, None, 7]
+
+
+def test_what_gemma_assumes_and_what_it_does_not_support():
+    config = parse_config({**CONFIG, **GEMMA2}, "here")
+    assert config.hidden_act == "gelu_pytorch_tanh"
+    assert (config.tie_word_embeddings, config.head_dim) == (True, 256)
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
+    uncapped = parse_config({**CONFIG, **GEMMA2, "attn_logit_softcapping": None}, "here")
+    assert uncapped.attn_logit_softcapping is None
+    for fields, words in (
+        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu', expected 'gelu_pytorch_tanh'"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0, expected a positive number"),
+    ):
+        with pytest.raises(InputError, match=words):
+            parse_config({**CONFIG, **GEMMA2, **fields}, "here")
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_soft_cap(cap):
+    x = np.array([-1e4, -3.0, -1e-3, 0.0, 0.2, 5.0, 1e4])
+    np.testing.assert_allclose(oracle.soft_cap(x, cap), cap * np.tanh(x / cap), rtol=0, atol=1e-14 * cap)
+    # tanh is good to an ulp or two, its argument to half a one, and near 0 so is what comes out.
+    np.testing.assert_allclose(ops.soft_cap(np, np.float32(x), cap), oracle.soft_cap(x, cap), rtol=4e-7)
+
+
+def test_geglu():
+    """Values of the erf form, of which the tanh form is an approximation to within 5e-4."""
+    x = np.linspace(-6, 6, 49)
+    exact = [v / 2 * (1 + math.erf(v / math.sqrt(2))) for v in x]
+    np.testing.assert_allclose(oracle.geglu(x, np.ones(49)), exact, rtol=0, atol=5e-4)
+    gate_up = np.float32(np.stack((x, np.full(49, 2.0)), axis=1))  # [T, 2]
+    expected = oracle.geglu(gate_up[:, :1], gate_up[:, 1:])
+    # 1 + tanh has the roundings of 1, and is multiplied by x / 2 and 2.
+    np.testing.assert_allclose(ops.geglu(np, gate_up), expected, rtol=4e-7, atol=6 * 2**-23)
 
 
 # --- experts --------------------------------------------------------------------------------------------

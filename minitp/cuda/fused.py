@@ -24,10 +24,19 @@ def unfit(config, device, kv_dtype):
         return f"head_dim {config.head_dim} and hidden_size {config.hidden_size} must be multiples of 8"
     if config.rope.attention_factor != 1:
         return f"its kernels turn q and k without a factor, and config.json gives {config.rope.rope_type} one"
-    if config.num_local_experts:
-        return "it has no kernels for experts"
-    if config.qk_norm:
-        return "it has no kernel for a norm of q and k"
+    without_kernels = {
+        "experts": config.num_local_experts,
+        "a norm of q and k": config.qk_norm,
+        "norms that multiply with 1 + weight": config.norm_plus_one,
+        "norms behind the blocks": config.post_norms,
+        "scaled embeddings": config.scaled_embeddings,
+        "soft caps": config.attn_logit_softcapping or config.final_logit_softcapping,
+        "this query_pre_attn_scalar": config.query_pre_attn_scalar != config.head_dim,
+        f"hidden_act {config.hidden_act}": config.hidden_act != "silu",
+    }
+    for what, wanted in without_kernels.items():
+        if wanted:
+            return f"it has no kernels for {what}"
     if len(set(config.windows)) > 1:
         return "its kernels have one sliding window for all layers"
     return None

@@ -194,7 +194,7 @@ def _forwarded(function):
 
 for _name in (
     "abs", "arange", "argmax", "concatenate", "cos", "exp", "full", "isfinite", "isnan", "log", "max",
-    "maximum", "min", "minimum", "ones", "rint", "sin", "sqrt", "stack", "sum", "where",
+    "maximum", "min", "minimum", "ones", "rint", "sin", "sqrt", "stack", "sum", "tanh", "where",
 ):  # fmt: skip
     globals()[_name] = _forwarded(getattr(np, _name))
 
