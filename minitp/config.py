@@ -29,8 +29,8 @@ NO_MATHS = {
     "problem_type", "id2label", "label2id", "name_or_path", "auto_map", "attn_implementation", "sep_token_id",
     "decoder_start_token_id", "max_length", "min_length", "do_sample", "num_beams", "temperature", "top_k",
     "top_p", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences",
-    "cache_implementation", "resid_pdrop", "embd_pdrop", "output_router_logits", "router_aux_loss_coef",
-    "router_jitter_noise",
+    "cache_implementation", "sliding_window_size", "resid_pdrop", "embd_pdrop", "output_router_logits",
+    "router_aux_loss_coef", "router_jitter_noise",
 }  # fmt: skip
 
 GELU = "gelu_pytorch_tanh"
