@@ -63,7 +63,7 @@ def check_model(source, model, token_ids, passes, progress=lambda layers: None):
 
 def _record(model, token_ids, passes):
     """Run the passes; return all tokens that went in, and an open file with all steps of this rank."""
-    names = [f"{name}/{step}" for name, _, _ in passes for step in step_names(model.plan.layers)]
+    names = [f"{name}/{step}" for name, _, _ in passes for step in step_names(model.plan)]
     with tempfile.TemporaryDirectory(prefix="minitp-check-") as folder:
         path = Path(folder) / "steps.safetensors"
         with TensorWriter(path, names, metadata={}) as file:
@@ -195,6 +195,6 @@ def _digest(*arrays):
 def _in_order(findings, plan, passes):
     """Weights first, then steps as they happen; a step's ranks together."""
     names = [*[WEIGHTS + name for name in plan.tensors]]
-    names += [f"{name}/{step}" for name, _, _ in passes for step in step_names(plan.layers)]
+    names += [f"{name}/{step}" for name, _, _ in passes for step in step_names(plan)]
     place = {name: number for number, name in enumerate(names)}
     return sorted(findings, key=lambda finding: (place[finding.name], finding.rank))

@@ -1,8 +1,13 @@
 """Whether a sharding plan is right, derived from config.json alone."""
 
+import re
+
 # Tensor names -> the split axis in the file, and what it is split by: heads, key/value heads, FFN columns
 # or vocabulary rows.
 SPLIT = {
+    "block_sparse_moe.experts.*.w1.weight": (0, "ffn"),
+    "block_sparse_moe.experts.*.w2.weight": (1, "ffn"),
+    "block_sparse_moe.experts.*.w3.weight": (0, "ffn"),
     "self_attn.q_proj.weight": (0, "heads"),
     "self_attn.k_proj.weight": (0, "kv_heads"),
     "self_attn.v_proj.weight": (0, "kv_heads"),
@@ -106,6 +111,7 @@ def _wrong_tensors(oracle, plan):
             problems.append(("all", f"tensor {name}: shape {shard.shape}, expected {shapes.get(name)}"))
             continue
         part = name.split(".", 3)[3] if name.startswith("model.layers.") else name
+        part = re.sub(r"\.experts\.\d+\.", ".experts.*.", part)
         axis, what = SPLIT.get(part, (None, None))
         if shard.axis != axis:
             problems.append(("all", f"tensor {name} is split along axis {shard.axis}, expected {axis}"))

@@ -2,7 +2,7 @@
 
 import re
 
-from minitp.steps import AFTER, BEFORE, LAYER
+from minitp.steps import AFTER, BEFORE, layer_steps
 from minitp.table import counted
 
 
@@ -46,7 +46,7 @@ def report_data(source, dtype, result, verdict, prompt=None):
         "tp": plan.tp,
         "layers": plan.layers,
         "before": list(BEFORE),
-        "steps": list(LAYER),
+        "steps": list(layer_steps(plan)),
         "after": list(AFTER),
         "cells": [_cell(finding, names.index(finding.pass_name)) for finding in shown],
         "blamed": next((i for i, finding in enumerate(shown) if not finding.ok), None),

@@ -1,7 +1,7 @@
 """Hugging Face checkpoint directories: which tensor lies in which file, checked before anything is loaded."""
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  registers bfloat16, in which the safetensors library then answers
@@ -18,11 +18,13 @@ REDUNDANT = "self_attn.rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor's place: its file, dtype (safetensors' name) and shape."""
+    """One tensor's place: its file, dtype (safetensors' name), shape; of a part, from which row of what."""
 
     file: Path
     dtype: str
     shape: tuple
+    part_of: str | None = None
+    first_row: int = 0
 
 
 class Checkpoint:
@@ -71,21 +73,38 @@ class Checkpoint:
             tensors |= {t: info for t, info in header.items() if weight_map.get(t, name) == name}
         return tensors
 
+    def split_joined(self, plan):
+        """From here on the parts of joined tensors go by the names that they have in the plan."""
+        joined = {}
+        for shard in plan.tensors.values():
+            if shard.part_of is not None:
+                joined.setdefault(shard.part_of, []).append(shard)
+        for name, parts in joined.items():
+            shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+            self._expect(name, shape)
+            info = self.tensors.pop(name)
+            for part in parts:
+                place = {"part_of": name, "first_row": part.first_row}
+                self.tensors[part.name] = replace(info, shape=part.shape, **place)
+
+    def _expect(self, name, shape):
+        """Refuse a checkpoint that lacks a tensor, or has it in another shape."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise InputError(f"{self.directory}: tensor {name} is missing, expected shape {list(shape)}")
+        if info.shape != shape:
+            raise InputError(
+                f"{info.file}: tensor {name} has shape {list(info.shape)}, expected {list(shape)}"
+            )
+
     def check(self, plan, layers_in_file):
         """Refuse a checkpoint that lacks a tensor of the plan, has one in another shape, or one too many.
 
         `layers_in_file` is the number of layers that config.json gives, for a plan of fewer.
         """
         for name, shard in plan.tensors.items():
-            info = self.tensors.get(name)
-            if info is None:
-                raise InputError(
-                    f"{self.directory}: tensor {name} is missing, expected shape {list(shard.shape)}"
-                )
-            if info.shape != shard.shape:
-                raise InputError(
-                    f"{info.file}: tensor {name} has shape {list(info.shape)}, expected {list(shard.shape)}"
-                )
+            self._expect(name, shard.shape)
+            info = self.tensors[name]
             if info.dtype not in DTYPES:
                 raise InputError(
                     f"{info.file}: tensor {name} has dtype {info.dtype}, expected one of {', '.join(DTYPES)}"
@@ -105,8 +124,11 @@ class Checkpoint:
         info = self.tensors[name]
         if 0 in [s.stop - s.start for s in index]:
             index = tuple(slice(0, 0) for _ in index)
+        elif info.part_of is not None:
+            rows, *columns = index
+            index = (slice(rows.start + info.first_row, rows.stop + info.first_row), *columns)
         try:
-            return self._open(info.file).get_slice(name)[index]
+            return self._open(info.file).get_slice(info.part_of or name)[index]
         except SafetensorError as error:
             raise InputError(f"{info.file}: tensor {name} cannot be read: {error}") from error
 

@@ -39,7 +39,7 @@ def report_data(a_path, b_path, comparison, verdict):
         "tp": None,
         "layers": max(layers, default=-1) + 1,
         "before": [*[step for step in BEFORE if step in found], *foreign],
-        "steps": list(LAYER) if layers else [],
+        "steps": [step for step in LAYER if step in found],
         "after": [step for step in AFTER if step in found],
         "cells": cells,
         "blamed": next((i for i, cell in enumerate(cells) if not cell["ok"]), None),

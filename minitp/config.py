@@ -3,23 +3,12 @@
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from minitp.errors import InputError
-
-# What each family is called, which fields only it reads, and what transformers assumes for absent fields.
-FAMILIES = {
-    "llama": {
-        "architecture": "LlamaForCausalLM",
-        "reads": ("attention_bias", "mlp_bias"),
-        "defaults": {"max_position_embeddings": 2048},
-    },
-    "mistral": {
-        "architecture": "MistralForCausalLM",
-        "reads": ("sliding_window",),
-        "defaults": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    },
-}
+from minitp.families import FAMILIES
+from minitp.rope_config import Rope, read_rope
 
 # Fields that would change the maths, with the only value for which the maths here is right.
 ONLY_VALUE = {
@@ -28,6 +17,7 @@ ONLY_VALUE = {
     "quantization_config": None,
     "is_decoder": True,
     "add_cross_attention": False,
+    "use_bidirectional_attention": False,
 }
 
 # Fields that say nothing about the forward pass.
@@ -39,27 +29,13 @@ NO_MATHS = {
     "problem_type", "id2label", "label2id", "name_or_path", "auto_map", "attn_implementation", "sep_token_id",
     "decoder_start_token_id", "max_length", "min_length", "do_sample", "num_beams", "temperature", "top_k",
     "top_p", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences",
+    "cache_implementation", "sliding_window_size", "resid_pdrop", "embd_pdrop", "output_router_logits",
+    "router_aux_loss_coef", "router_jitter_noise",
 }  # fmt: skip
 
-ROPE_TYPES = {  # rope_type -> the further fields that it needs
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+GELU = "gelu_pytorch_tanh"
 
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: Hugging Face's `rope_parameters`."""
-
-    rope_theta: float
-    rope_type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_max_position_embeddings: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,12 +54,31 @@ class Config:
     rope: Rope
     max_position_embeddings: int
     sliding_window: int | None
+    full_attention_layers: frozenset  # those that see everything in spite of sliding_window
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    o_bias: bool
     mlp_bias: bool
+    num_local_experts: int  # 0 where the feed-forward part is a single one
+    num_experts_per_tok: int
+    hidden_act: str  # silu, or GELU
+    norm_plus_one: bool  # norms multiply with 1 + weight
+    post_norms: bool  # a norm behind each block, too, before the addition
+    scaled_embeddings: bool  # by the root of hidden_size
+    query_pre_attn_scalar: float  # scores are divided by its root
+    attn_logit_softcapping: float | None
+    final_logit_softcapping: float | None
+    joined_projections: bool  # the file has q, k and v in one tensor, and gate and up in another
+    qk_norm: bool  # a norm on each head of q and of k
     eos_token_ids: tuple
     dtype: str
     unread: tuple = ()  # fields that nothing here knows, for a warning
+
+    @cached_property
+    def windows(self):
+        """The sliding window of each layer, None where it sees everything."""
+        layers = range(self.num_hidden_layers)
+        return [None if i in self.full_attention_layers else self.sliding_window for i in layers]
 
     def with_layers(self, layers, where):
         """The same model cut to its first `layers` layers (None: all of them)."""
@@ -139,15 +134,17 @@ def parse_config(fields, where):
             f"{where}: model_type {fields.get('model_type')!r} with architectures "
             f"{fields.get('architectures')!r} is not supported; supported: {known}"
         )
-    return _Reader({**family["defaults"], **fields}, family["reads"], where).config()
+    return Reader({**family["defaults"], **fields}, family, where).config()
 
 
-class _Reader:
+class Reader:
     """Takes fields out of config.json one by one, so that what is left over is known."""
 
-    def __init__(self, fields, family_reads, where):
+    def __init__(self, fields, family, where):
         self.fields = fields
-        self.family_reads = family_reads
+        self.family_reads = family["reads"]
+        self.always = family.get("always", ())
+        self.rope_aliases = family.get("rope_aliases", {})
         self.where = where
         self.read = set()
 
@@ -159,6 +156,13 @@ class _Reader:
     def refuse(self, name, value, expected):
         raise InputError(f"{self.where}: {name} is {value!r}, expected {expected}")
 
+    def count(self, name):
+        """An integer that may be 0."""
+        value = self.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            self.refuse(name, value, "an integer, 0 or more")
+        return value
+
     def number(self, name, kind, default=None):
         value = self.get(name, default)
         if value is None:
@@ -167,6 +171,11 @@ class _Reader:
         if not right_type or not value > 0:
             self.refuse(name, value, "a positive number" if kind is float else "a positive integer")
         return kind(value)
+
+    def family_number(self, name):
+        """A positive number, or None where there is none or the family reads none."""
+        present = name in self.family_reads and self.get(name) is not None
+        return self.number(name, float) if present else None
 
     def family_flag(self, name):
         return name in self.family_reads and self.flag(name)
@@ -188,14 +197,16 @@ class _Reader:
         head_dim = self.number("head_dim", int, hidden // heads)
         if head_dim % 2:
             self.refuse("head_dim", head_dim, "an even number (RoPE turns pairs)")
-        if self.get("hidden_act", "silu") not in ("silu", "swish"):
-            self.refuse("hidden_act", self.get("hidden_act"), "'silu'")
         dtype = self.get("dtype") or self.get("torch_dtype") or "float32"
         if dtype not in DTYPES:
             self.refuse("dtype", dtype, "one of " + ", ".join(DTYPES))
-        window = None
-        if "sliding_window" in self.family_reads and self.get("sliding_window") is not None:
-            window = self.number("sliding_window", int)
+        longest = self.number("max_position_embeddings", int)
+        rope = read_rope(self, head_dim, longest)
+        if rope.rope_type == "longrope":  # has other frequencies beyond that, to which nothing switches
+            longest = min(longest, rope.original_max_position_embeddings)
+        window, full_attention_layers = self.windows()
+        attention_bias = self.family_flag("attention_bias")
+        experts, per_token = self.experts()
         return Config(
             model_type=self.get("model_type"),
             vocab_size=self.number("vocab_size", int),
@@ -206,51 +217,84 @@ class _Reader:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=self.number("rms_norm_eps", float, 1e-6),
-            rope=self.rope(),
-            max_position_embeddings=self.number("max_position_embeddings", int),
+            rope=rope,
+            max_position_embeddings=longest,
             sliding_window=window,
+            full_attention_layers=full_attention_layers,
             tie_word_embeddings=self.flag("tie_word_embeddings"),
-            attention_bias=self.family_flag("attention_bias"),
+            qkv_bias=attention_bias or "qkv_bias" in self.always,
+            o_bias=attention_bias,
             mlp_bias=self.family_flag("mlp_bias"),
+            num_local_experts=experts,
+            num_experts_per_tok=per_token,
+            hidden_act=self.activation(),
+            norm_plus_one="norm_plus_one" in self.always,
+            post_norms="post_norms" in self.always,
+            scaled_embeddings="scaled_embeddings" in self.always,
+            query_pre_attn_scalar=self.family_number("query_pre_attn_scalar") or float(head_dim),
+            attn_logit_softcapping=self.family_number("attn_logit_softcapping"),
+            final_logit_softcapping=self.family_number("final_logit_softcapping"),
+            joined_projections="joined_projections" in self.always,
+            qk_norm="qk_norm" in self.always,
             eos_token_ids=self.eos(),
             dtype=dtype,
             unread=self.unread(),
         )
 
-    def rope(self):
-        """Both spellings: rope_parameters, or rope_theta beside rope_scaling (with `type` or `rope_type`)."""
-        parameters = self.rope_fields()
-        theta = parameters.pop("rope_theta", self.get("rope_theta", 10000.0))
-        old_type = parameters.pop("type", "default")
-        rope_type = parameters.pop("rope_type", old_type)
-        if rope_type not in list(ROPE_TYPES):  # a list, for it may be anything
-            self.refuse("rope_type", rope_type, "one of " + ", ".join(ROPE_TYPES))
-        needed = ROPE_TYPES[rope_type]
-        for name in parameters:
-            if name not in ROPE_TYPES["llama3"]:
-                raise InputError(f"{self.where}: rope_type {rope_type!r} with an unknown field {name!r}")
-        values = {"rope_theta": theta, **{name: parameters.get(name) for name in needed}}
-        for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                self.refuse(f"{name} of rope_type {rope_type!r}", value, "a positive number")
-        rope = Rope(rope_type=rope_type, **values)
-        if rope_type == "llama3" and not rope.low_freq_factor < rope.high_freq_factor:
-            low = rope.low_freq_factor
-            self.refuse("high_freq_factor", rope.high_freq_factor, f"more than low_freq_factor, {low}")
-        return rope
+    def windows(self):
+        """sliding_window, and the layers that it does not concern.
 
-    def rope_fields(self):
-        """The object under rope_scaling, which transformers prefers, or rope_parameters."""
-        for name in ("rope_scaling", "rope_parameters"):
-            fields = self.get(name)
-            if fields:
-                break
-        if fields and not isinstance(fields, dict):
-            self.refuse(name, fields, "an object")
-        fields = dict(fields or {})
-        if fields.pop("partial_rotary_factor", 1.0) != 1.0:
-            self.refuse(name, self.get(name), "partial_rotary_factor 1.0")
-        return fields
+        Qwen's count only with `use_sliding_window`, and from layer `max_window_layers` on.
+        """
+        if "use_sliding_window" in self.family_reads:
+            switched_on = self.flag("use_sliding_window")
+            self.read |= {"sliding_window", "max_window_layers", "layer_types"}
+            if not switched_on:
+                if "sliding_attention" in (self.get("layer_types") or ()):
+                    self.refuse("layer_types", self.get("layer_types"), "use_sliding_window true with these")
+                return None, frozenset()
+        elif "sliding_window" not in self.family_reads:
+            return None, frozenset()
+        if self.get("sliding_window") is None:
+            return None, frozenset()
+        window, full_attention_layers = self.number("sliding_window", int), self.full_attention_layers()
+        if len(full_attention_layers) == self.number("num_hidden_layers", int):
+            return None, frozenset()
+        return window, full_attention_layers
+
+    def full_attention_layers(self):
+        """From `layer_types`, or where that is absent by the family's rule."""
+        layers = range(self.number("num_hidden_layers", int))
+        if "layer_types" not in self.family_reads:
+            return frozenset()
+        types = self.get("layer_types")
+        if types is None and "alternating_windows" in self.always:
+            return frozenset(layers[1::2])
+        if types is None:
+            return frozenset(layers[: self.count("max_window_layers")])
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != len(layers) or any(t not in known for t in types):
+            self.refuse("layer_types", types, f"a list of {len(layers)}, each one of {', '.join(known)}")
+        return frozenset(i for i in layers if types[i] == "full_attention")
+
+    def activation(self):
+        """`hidden_act`, or Gemma's `hidden_activation`, beside which `hidden_act` does not count."""
+        self.read.add("hidden_act")
+        gemma = "hidden_activation" in self.family_reads
+        name, choices = ("hidden_activation", (GELU,)) if gemma else ("hidden_act", ("silu", "swish"))
+        value = self.get(name, choices[0])
+        if value not in choices:
+            self.refuse(name, value, f"{choices[0]!r}")
+        return choices[0]
+
+    def experts(self):
+        """How many there are, and how many of them a token goes through."""
+        if "num_local_experts" not in self.family_reads:
+            return 0, 0
+        experts, per_token = (self.number(n, int) for n in ("num_local_experts", "num_experts_per_tok"))
+        if per_token > experts:
+            self.refuse("num_experts_per_tok", per_token, f"at most num_local_experts, {experts}")
+        return experts, per_token
 
     def eos(self):
         value = self.get("eos_token_id", [])

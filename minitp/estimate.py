@@ -150,14 +150,27 @@ def rank_work(config, plan, rank, work, dtype):
     held = elements(plan, rank)
     head = held[LM_HEAD if LM_HEAD in held else EMBED]
     layers = {name: count for name, count in held.items() if name.startswith(LAYER)}
-    read = (sum(layers.values()) + held[FINAL_NORM] + head) * ITEM_BYTES[dtype]
+    chosen, touched = expert_shares(config, work.sequences * work.tokens)
+    experts = sum(count for name, count in layers.items() if ".experts." in name)
+    read = (sum(layers.values()) - (1 - touched) * experts + held[FINAL_NORM] + head) * ITEM_BYTES[dtype]
     products = sum(count for name, count in layers.items() if len(plan.tensors[name].shape) == 2)
+    products -= (1 - chosen) * experts
     flops = 2 * work.sequences * (work.tokens * products + head)
-    cached = work.sequences * work.keys(config.sliding_window) * cache_bytes(config, plan, rank, dtype)
+    cached = sum(map(work.keys, config.windows)) * cache_bytes(config, plan, rank, dtype)
+    cached *= work.sequences / config.num_hidden_layers
     start, stop = plan.head_ranges[rank]
-    pairs = work.sequences * work.pairs(config.sliding_window) * config.num_hidden_layers
+    pairs = work.sequences * sum(map(work.pairs, config.windows))
     attention = 2 * 2 * pairs * (stop - start) * config.head_dim  # a score of d products, and d of its value
     return (read, flops), (cached, attention)
+
+
+def expert_shares(config, tokens):
+    """Of a mixture's experts: the share that one token goes through, and that `tokens` do, if they choose at
+    random and independently of each other."""
+    if not config.num_local_experts:
+        return 1.0, 1.0
+    chosen = config.num_experts_per_tok / config.num_local_experts
+    return chosen, 1 - (1 - chosen) ** tokens
 
 
 def compute_seconds(config, plan, hardware, work, dtype, efficiency):

@@ -187,26 +187,50 @@ def linear(x, weight, bias=None, dtype=None):
     return Expected(value, third, np.sqrt(scale), terms=weight.shape[1]).of(given)
 
 
-def rope(x, positions, inverse_frequencies):
-    """[n, T, d], int [T], float64 [d/2] -> [n, T, d]. The third computes the angles in float32, as all do."""
+def rope(x, positions, inverse_frequencies, factor):
+    """[n, T, d], int [T], float64 [d/2], number -> [n, T, d]. The third's angles are float32, as all are."""
     given = x
     x, x3 = both(x)  # [n, T, d] each
-    value = oracle.rope(x, positions, inverse_frequencies)  # [n, T, d]
+    value = oracle.rope(x, positions, inverse_frequencies, factor)  # [n, T, d]
     angles = np.multiply.outer(
         positions.astype(np.float32), inverse_frequencies.astype(np.float32)
     )  # [T, d/2]
-    cos, sin = np.cos(angles), np.sin(angles)  # [T, d/2] each
+    factor = np.float32(factor)
+    cos, sin = np.cos(angles) * factor, np.sin(angles) * factor  # [T, d/2] each
     first, second = np.split(x3.astype(np.float32), 2, axis=-1)  # [n, T, d/2] each
     third = np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)  # [n, T, d]
-    pair = np.hypot(first, second, dtype=np.float64)  # [n, T, d/2]
+    pair = np.hypot(first, second, dtype=np.float64) * float(factor)  # [n, T, d/2]
     scale = np.concatenate((pair, pair), axis=-1)  # [n, T, d]
     return Expected(value, _rounded(third, x3.dtype), scale, common=(0, 2)).of(given)
 
 
-def scores(q, k, mask):
-    """[H_r, T, d], each head's keys [H_r, S, d], bool [T, S] -> float32 [H_r, T, S], -inf where not seen."""
-    value = oracle.scores(q, k, mask)  # [H_r, T, S]
-    root = np.float32(q.shape[-1] ** 0.5)
+def scaled(x, factor):
+    """x times a number that is rounded to the dtype of x first, any shape."""
+    value = x.astype(np.float64) * factor
+    third = x.astype(np.float32) * np.asarray(factor).astype(x.dtype).astype(np.float32)
+    return Expected(value, _rounded(third, x.dtype), np.abs(value))
+
+
+def soft_cap(x, cap):
+    """cap tanh(x / cap) of float32, any shape."""
+    given = x
+    x, x3 = both(x)
+    value, cap32 = oracle.soft_cap(x, cap), np.float32(cap)
+    third = np.tanh(x3.astype(np.float32) / cap32) * cap32
+    return Expected(value, third.astype(np.float64), np.abs(value)).of(given)
+
+
+def scores(q, k, mask, root, cap=None):
+    """[H_r, T, d], each head's keys [H_r, S, d], bool [T, S] -> float32 [H_r, T, S], -inf where not seen.
+
+    Products are divided by `root`, and then within `cap`, if there is one.
+    """
+    if cap is not None:
+        capped = soft_cap(scores(q, k, np.ones_like(mask), root).unseen(np.float32), cap)  # [H_r, T, S]
+        value, third = (np.where(mask, x, -np.inf) for x in (capped.value, capped.third))
+        return replace(capped, value=value, third=third)
+    value = oracle.scores(q, k, mask, root)  # [H_r, T, S]
+    root = np.float32(root)
     dots = _product(q, k.transpose(0, 2, 1))  # [H_r, T, S]
     third = np.where(mask, dots / root, -np.inf)  # [H_r, T, S]
     squares = np.matmul(np.square(q, dtype=np.float64), np.square(k, dtype=np.float64).transpose(0, 2, 1))
@@ -238,6 +262,17 @@ def context(probs, v):
     return Expected(value, _rounded(third, v.dtype), scale, terms=v.shape[1]).of(given)
 
 
+def geglu(gate, up):
+    """[T, F_r] twice -> [T, F_r]"""
+    value = oracle.geglu(gate, up)  # [T, F_r]
+    g, u = gate.astype(np.float32), up.astype(np.float32)  # [T, F_r] each
+    cube = np.float32(0.044715) * g * g * g  # [T, F_r]
+    third = g * np.float32(0.5) * (1 + np.tanh(np.float32((2 / np.pi) ** 0.5) * (g + cube))) * u  # [T, F_r]
+    # The sum 1 + tanh has roundings of 1, however small it is.
+    scale = np.abs(g * u, dtype=np.float64)  # [T, F_r]
+    return Expected(value, _rounded(third, gate.dtype), scale)
+
+
 def swiglu(gate, up):
     """[T, F_r] twice -> [T, F_r]"""
     given = gate, up
@@ -247,6 +282,40 @@ def swiglu(gate, up):
     with np.errstate(over="ignore"):
         third = g / (1 + np.exp(-g)) * up3.astype(np.float32)  # [T, F_r]
     return Expected(value, _rounded(third, gate3.dtype), np.abs(value)).of(*given)
+
+
+def experts_act(x, chosen, gates, ups):
+    """[T, D], bool [T, E], each expert's [F_r, D] twice -> [T, X, F_r]. Gates and ups are not seen."""
+    shape = (len(x), int(chosen[0].sum()), len(gates[0]))
+    value, third, scale = np.empty(shape), np.empty(shape), np.empty(shape)  # [T, X, F_r] each
+    places = np.cumsum(chosen, axis=1) - 1  # [T, E]
+    roundings, samples = 0.0, np.inf
+    for expert, (gate, up) in enumerate(zip(gates, ups, strict=True)):
+        rows = np.flatnonzero(chosen[:, expert])  # [n]
+        if len(rows) == 0:
+            continue
+        unseen = [linear(x[rows], w).unseen(x.dtype) for w in (gate, up)]  # [n, F_r] each
+        act = swiglu(*unseen)  # [n, F_r]
+        at = rows, places[rows, expert]
+        value[at], third[at], scale[at] = act.value, act.third, act.scale
+        roundings, samples = max(roundings, act.roundings), min(samples, act.samples)
+    return Expected(value, third, scale, roundings=roundings, samples=samples)
+
+
+def experts_sum(acts, shares, downs):
+    """[T, X, F_r], float64 [T, E], each expert's [D, F_r] -> [T, D]"""
+    shape = (len(acts), len(downs[0]))
+    value, third, squares = np.zeros(shape), np.zeros(shape, np.float32), np.zeros(shape)  # [T, D] each
+    places = np.cumsum(shares > 0, axis=1) - 1  # [T, E]
+    for expert, w in enumerate(downs):
+        rows = np.flatnonzero(shares[:, expert])  # [n]
+        act, share = acts[rows, places[rows, expert]], shares[rows, expert, None]  # [n, F_r], [n, 1]
+        value[rows] += share * oracle.linear(act, w)
+        third[rows] += share.astype(np.float32) * _product(act, w.T)
+        terms = np.square(act, dtype=np.float64) @ np.square(w.T, dtype=np.float64)  # [n, D]
+        squares[rows] += np.square(share) * terms
+    terms = acts.shape[1] * acts.shape[2]
+    return Expected(value, _rounded(third, acts.dtype), np.sqrt(squares), terms=terms)
 
 
 def total(parts, bias=None):

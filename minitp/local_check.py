@@ -16,7 +16,7 @@ class LocalCheck:
     Parameters
     ----------
     reference : Oracle
-        Of it only what config.json says: eps, window, RoPE frequencies, head counts.
+        Of it only what config.json says: eps, windows, RoPE frequencies, head counts.
     plan : Plan
     comm : Comm
         For the partial sums of the other ranks. All ranks go through the blocks in the same order.
@@ -44,7 +44,10 @@ class LocalCheck:
         for t, token in enumerate(self.token_ids[start:stop]):
             if first <= token < last:
                 rows[t] = table[token - first]
-        yield "embed_partial", expected.exactly(rows), None
+        if self.reference.embedding_scale == 1:
+            yield "embed_partial", expected.exactly(rows), None
+        else:
+            yield "embed_partial", expected.scaled(rows, self.reference.embedding_scale), None
         yield "embed", expected.total(self.comm.exchange(self.had(name, None, "embed_partial"))), []
 
     def attention(self, i, this):
@@ -52,20 +55,26 @@ class LocalCheck:
         name, start, stop = this
         had, w = self._had(name, i, "attn"), self._weights(i, "self_attn")
         x = self._stream(name, i)  # [T, D]
-        norm = self.weights[f"model.layers.{i}.input_layernorm.weight"]  # [D]
+        norm = self._gain(f"model.layers.{i}.input_layernorm.weight")  # [D]
         yield "attn.norm", expected.rms_norm(x, norm, self.reference.eps), [x, norm]
         for part in "qkv":
             y = expected.linear(had("norm"), w(f"{part}_proj.weight"), w(f"{part}_proj.bias"))  # [T, n * d]
             yield f"attn.{part}", y.as_heads(self.reference.head_dim), None  # [n, T, d]
         positions = np.arange(start, stop)  # [T]
         for part in "qk":
-            turned = expected.rope(had(part), positions, self.reference.inverse_frequencies)  # [n, T, d]
+            made, norm = part, w(f"{part}_norm.weight")  # [d], or None
+            if norm is not None:
+                made = f"{part}_norm"
+                yield f"attn.{made}", expected.rms_norm(had(part), norm, self.reference.eps), None
+            angles = self.reference.inverse_frequencies, self.reference.attention_factor  # [d/2], one number
+            turned = expected.rope(had(made), positions, *angles)  # [n, T, d]
             yield f"attn.{part}_rope", turned, None
         yield from self._cache(i, this)
         k, v = (had(part)[self.kv_of_head] for part in ("k_cache", "v_cache"))  # [H_r, S, d] each
         keys = np.arange(stop - k.shape[1], stop)  # [S]
-        mask = oracle.causal_mask(positions, keys, self.reference.window)  # [T, S]
-        yield "attn.scores", expected.scores(had("q_rope"), k, mask), None
+        mask = oracle.causal_mask(positions, keys, self.reference.windows[i])  # [T, S]
+        root, cap = self.reference.score_root, self.reference.score_cap
+        yield "attn.scores", expected.scores(had("q_rope"), k, mask, root, cap), None
         yield "attn.probs", expected.softmax(had("scores")), None
         yield "attn.context", expected.context(had("probs"), v), None
         yield "attn.out_partial", expected.linear(had("context"), w("o_proj.weight")), None
@@ -74,7 +83,7 @@ class LocalCheck:
     def _cache(self, i, this):
         """What attention read: the last rows of what all passes so far have made, as far as the window."""
         name, start, stop = this
-        window = self.reference.window
+        window = self.reference.windows[i]
         needed = stop if window is None else min(stop, stop - start + window - 1)  # keys that a query sees
         until = self.passes[: self.passes.index(this) + 1]
         for cached, made in (("attn.k_cache", "attn.k_rope"), ("attn.v_cache", "attn.v")):
@@ -85,25 +94,46 @@ class LocalCheck:
     def mlp(self, i, this):
         """Layer i's feed-forward part."""
         name = this[0]
-        had, w = self._had(name, i, "mlp"), self._weights(i, "mlp")
+        bias = self.weights.get(f"model.layers.{i}.mlp.down_proj.bias")  # [D], or None
         x = self.had(name, i, "attn.residual")  # [T, D]
-        norm = self.weights[f"model.layers.{i}.post_attention_layernorm.weight"]  # [D]
+        norm = self._gain(f"model.layers.{i}.{self.reference.mlp_norm}.weight")  # [D]
         yield "mlp.norm", expected.rms_norm(x, norm, self.reference.eps), [x, norm]
+        if self.reference.experts:
+            yield from self._experts(name, i)
+        else:
+            yield from self._dense(name, i)
+        yield from self._sum(name, i, "mlp", x, bias)
+
+    def _dense(self, name, i):
+        """Between the norm and the sum, where the feed-forward part is a single one."""
+        had, w = self._had(name, i, "mlp"), self._weights(i, "mlp")
         for part in ("gate", "up"):
             y = expected.linear(had("norm"), w(f"{part}_proj.weight"), w(f"{part}_proj.bias"))  # [T, F_r]
             yield f"mlp.{part}", y, None
-        yield "mlp.act", expected.swiglu(had("gate"), had("up")), None
+        activate = {"silu": expected.swiglu, "gelu_pytorch_tanh": expected.geglu}[self.reference.activation]
+        yield "mlp.act", activate(had("gate"), had("up")), None
         yield "mlp.out_partial", expected.linear(had("act"), w("down_proj.weight")), None
-        yield from self._sum(name, i, "mlp", x, w("down_proj.bias"))
+
+    def _experts(self, name, i):
+        """The same of a mixture, with the experts that this rank's own router has chosen."""
+        had, w = self._had(name, i, "mlp"), self._weights(i, "block_sparse_moe")
+        gate = w("gate.weight")  # [E, D]
+        yield "mlp.router", expected.linear(had("norm"), gate), [had("norm"), gate]
+        parts = {n: [w(f"experts.{e}.w{n}.weight") for e in range(len(gate))] for n in (1, 2, 3)}
+        shares = oracle.route(had("router"), self.reference.experts_per_token)  # [T, E]
+        yield "mlp.experts", expected.experts_act(had("norm"), shares > 0, parts[1], parts[3]), None
+        yield "mlp.out_partial", expected.experts_sum(had("experts"), shares, parts[2]), None
 
     def after(self, this):
         """The last norm and the logits."""
         name = this[0]
         x = self._stream(name, self.plan.layers)  # [T, D]
-        norm = self.weights["model.norm.weight"]  # [D]
+        norm = self._gain("model.norm.weight")  # [D]
         yield "final_norm", expected.rms_norm(x, norm, self.reference.eps), [x, norm]
         w = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])  # [V_r, D]
         logits_r = expected.linear(self.had(name, None, "final_norm"), w, dtype=np.float32)  # [T, V_r]
+        if self.reference.logits_cap is not None:
+            logits_r = expected.soft_cap(logits_r.unseen(np.float32), self.reference.logits_cap)  # [T, V_r]
         yield "logits_partial", logits_r, None
         parts = self.comm.exchange(self.had(name, None, "logits_partial"))  # [T, V_r] of each rank
         yield "logits", expected.exactly(np.concatenate(parts, axis=-1)), []
@@ -113,7 +143,16 @@ class LocalCheck:
         parts = self.comm.exchange(self.had(name, i, f"{block}.out_partial"))  # [T, D] of each rank
         yield f"{block}.out", expected.total(parts, bias), [] if bias is None else [bias]
         out = self.had(name, i, f"{block}.out")  # [T, D]
+        if self.reference.post_norms:
+            norm = self._gain(f"model.layers.{i}.{self.reference.post_norms[block]}.weight")  # [D]
+            yield f"{block}.post_norm", expected.rms_norm(out, norm, self.reference.eps), [out, norm]
+            out = self.had(name, i, f"{block}.post_norm")  # [T, D]
         yield f"{block}.residual", expected.add(x, out), [x, out]
+
+    def _gain(self, name):
+        """What a norm multiplies with, [D]."""
+        weight = self.weights[name]  # [D]
+        return weight if self.reference.norm_offset == 0 else weight.astype(np.float64) + 1
 
     def _stream(self, name, i):
         """The residual stream before layer i: [T, D]."""

@@ -57,6 +57,7 @@ class Model:
         self.query_groups = plan.query_groups(comm.share)
         self.vocab_start = plan.vocab_ranges[comm.share][0]
         self.vocab_widths = [stop - start for start, stop in plan.vocab_ranges]
+        self.score_scale = config.query_pre_attn_scalar**-0.5
         frequencies = ops.rope_inverse_frequencies(config.rope, config.head_dim)
         self.inverse_frequencies = device.xp.asarray(frequencies, dtype=device.xp.float32)  # [d/2]
 
@@ -103,9 +104,11 @@ class Model:
         """
         xp, w = self.device.xp, self.weights
         token_ids = joined(xp, [xp.asarray(ids) for ids, _ in parts])  # [T]
-        step = Step(xp, parts, self.inverse_frequencies, self.config.sliding_window, record)
+        step = Step(xp, parts, self.inverse_frequencies, self.config, record)
 
         partial = ops.embed_partial(xp, token_ids, w.embed, self.vocab_start)  # [T, D]
+        if self.config.scaled_embeddings:
+            partial = ops.scaled_embedding(xp, partial, self.config.hidden_size)  # [T, D]
         record(embed_partial=partial)
         x = self.comm.all_reduce(partial)  # [T, D]
         record(embed=x)
@@ -118,31 +121,45 @@ class Model:
             cache.advance(len(ids))
         if logits_at is None:
             return None
-        x = ops.rms_norm(xp, x[logits_at], w.final_norm, self.config.rms_norm_eps)  # [n, D]
+        x = self._norm(x[logits_at], w.final_norm)  # [n, D]
         record(final_norm=x)
-        logits_r = ops.logits_partial(xp, x, w.lm_head)  # [n, V_r]
+        logits_r = ops.logits_partial(xp, x, w.lm_head, self.config.final_logit_softcapping)  # [n, V_r]
         record(logits_partial=logits_r)
         logits = self.comm.all_gather(logits_r, self.vocab_widths)  # [n, V]
         record(logits=logits)
         return logits
 
+    def _norm(self, x, weight):
+        """[T, D] and [D] -> [T, D]"""
+        norm = ops.rms_norm_plus_one if self.config.norm_plus_one else ops.rms_norm
+        return norm(self.device.xp, x, weight, self.config.rms_norm_eps)
+
     def _attention(self, i, layer, x, step):
         """[T, D] -> [T, D]; this rank computes its own heads, the all-reduce adds up their outputs."""
         xp, record = self.device.xp, step.record
-        h = ops.rms_norm(xp, x, layer.attn_norm, self.config.rms_norm_eps)  # [T, D]
+        h = self._norm(x, layer.attn_norm)  # [T, D]
         record("attn", i, norm=h)
         qkv = ops.column_parallel(xp, h, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
         qk, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
         record("attn", i, q=qk[: self.heads], k=qk[self.heads :], v=v)
+        if self.config.qk_norm:
+            q = self._norm(qk[: self.heads], layer.q_norm)  # [H_r, T, d]
+            k = self._norm(qk[self.heads :], layer.k_norm)  # [K_r, T, d]
+            record("attn", i, q_norm=q, k_norm=k)
+            qk = xp.concatenate((q, k))  # [H_r + K_r, T, d]
         qk = ops.apply_rope(xp, qk, step.cos, step.sin)  # [H_r + K_r, T, d]
         record("attn", i, q_rope=qk[: self.heads], k_rope=qk[self.heads :])
-        contexts = [self._attend(i, qk[:, s.rows], v[:, s.rows], s, record) for s in step.sequences]
+        sequences = step.sequences[self.config.windows[i]]
+        contexts = [self._attend(i, qk[:, s.rows], v[:, s.rows], s, record) for s in sequences]
         context = joined(xp, contexts)  # [T, H_r d]
         partial = ops.row_parallel(xp, context, layer.w_o)  # [T, D]
         record("attn", i, out_partial=partial)
         out = self.comm.all_reduce(partial)  # [T, D]
         out = out if layer.b_o is None else out + layer.b_o  # [T, D]
         record("attn", i, out=out)
+        if layer.attn_post_norm is not None:
+            out = self._norm(out, layer.attn_post_norm)  # [T, D]
+            record("attn", i, post_norm=out)
         return out
 
     def _attend(self, i, qk, v, sequence, record):
@@ -151,7 +168,8 @@ class Model:
         q, k = qk[: self.heads], qk[self.heads :]  # [H_r, n, d], [K_r, n, d]
         k, v = sequence.cache.append(i, k, v, sequence.first_key)  # [K_r, W, d] each: all, or the window
         record("attn", i, k_cache=k, v_cache=v)
-        scores = ops.attention_scores(xp, q, k, self.query_groups, sequence.mask)  # [H_r, n, W]
+        options = sequence.mask, self.score_scale, self.config.attn_logit_softcapping
+        scores = ops.attention_scores(xp, q, k, self.query_groups, *options)  # [H_r, n, W]
         record("attn", i, scores=scores)
         probs = ops.softmax(xp, scores)  # [H_r, n, W]
         record("attn", i, probs=probs)
@@ -162,32 +180,54 @@ class Model:
     def _mlp(self, i, layer, x, record):
         """[T, D] -> [T, D]; this rank computes its own FFN columns, the all-reduce adds up their outputs."""
         xp = self.device.xp
-        h = ops.rms_norm(xp, x, layer.mlp_norm, self.config.rms_norm_eps)  # [T, D]
+        h = self._norm(x, layer.mlp_norm)  # [T, D]
         record("mlp", i, norm=h)
-        gate_up = ops.column_parallel(xp, h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
-        half = gate_up.shape[1] // 2  # F_r
-        record("mlp", i, gate=gate_up[:, :half], up=gate_up[:, half:])
-        act = ops.swiglu(xp, gate_up)  # [T, F_r]
-        record("mlp", i, act=act)
-        partial = ops.row_parallel(xp, act, layer.w_down)  # [T, D]
+        if layer.experts:
+            partial = self._experts(i, layer, h, record)  # [T, D]
+        else:
+            gate_up = ops.column_parallel(xp, h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
+            half = gate_up.shape[1] // 2  # F_r
+            record("mlp", i, gate=gate_up[:, :half], up=gate_up[:, half:])
+            activate = ops.swiglu if self.config.hidden_act == "silu" else ops.geglu
+            act = activate(xp, gate_up)  # [T, F_r]
+            record("mlp", i, act=act)
+            partial = ops.row_parallel(xp, act, layer.w_down)  # [T, D]
         record("mlp", i, out_partial=partial)
         out = self.comm.all_reduce(partial)  # [T, D]
         out = out if layer.b_down is None else out + layer.b_down  # [T, D]
         record("mlp", i, out=out)
+        if layer.mlp_post_norm is not None:
+            out = self._norm(out, layer.mlp_post_norm)  # [T, D]
+            record("mlp", i, post_norm=out)
         return out
+
+    def _experts(self, i, layer, h, record):
+        """[T, D] -> [T, D], to be summed; all route alike and hold their FFN columns of every expert."""
+        xp = self.device.xp
+        router = ops.column_parallel(xp, h, layer.w_router)  # [T, E]
+        record("mlp", i, router=router)
+        chosen, shares = ops.route(xp, router, self.config.num_experts_per_tok)  # [T, X], [T, X]
+        acts = ops.experts_act(xp, h, chosen, [e.w_gate_up for e in layer.experts])  # [T, X, F_r]
+        record("mlp", i, experts=acts)
+        return ops.experts_partial(xp, acts, chosen, shares, [e.w_down for e in layer.experts])  # [T, D]
 
 
 class Step:
-    """What all layers of one forward pass share: the angles of its positions and what each may see."""
+    """What all layers of one forward pass share: the angles of its positions and what each may see.
 
-    def __init__(self, xp, parts, inverse_frequencies, window, record):
+    `sequences` has a list of Sequence for each window that some layer has; most models have only one.
+    """
+
+    def __init__(self, xp, parts, inverse_frequencies, config, record):
         self.record = record
-        self.sequences, start = [], 0
+        self.sequences, start = {window: [] for window in config.windows}, 0
         for ids, cache in parts:
-            self.sequences.append(Sequence(xp, slice(start, start + len(ids)), cache, window))
+            for window, sequences in self.sequences.items():
+                sequences.append(Sequence(xp, slice(start, start + len(ids)), cache, window))
             start += len(ids)
-        positions = joined(xp, [s.positions for s in self.sequences])  # [T]
-        self.cos, self.sin = ops.rope_cos_sin(xp, positions, inverse_frequencies)  # [T, d] each
+        positions = joined(xp, [s.positions for s in self.sequences[config.windows[0]]])  # [T]
+        factor = config.rope.attention_factor
+        self.cos, self.sin = ops.rope_cos_sin(xp, positions, inverse_frequencies, factor)  # [T, d] each
 
 
 class Sequence:
@@ -278,5 +318,5 @@ def largest_pass(model, past, chunk=None):
     if model.fused:
         return chunk
     heads = max(stop - start for start, stop in model.plan.head_ranges)  # of the rank that has most
-    keys = min(past, model.config.sliding_window or past) + chunk
+    keys = max(min(past, window or past) for window in model.config.windows) + chunk
     return min(chunk, max(1, SCORES // (heads * keys)))

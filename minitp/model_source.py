@@ -111,7 +111,11 @@ def open_model(name, tp, layers=None):
     whole = read_config(directory) if gguf is None else parse_config(gguf.fields, name)
     config = whole.with_layers(layers, directory or name)
     plan = make_plan(config, tp)
-    checkpoint = Checkpoint(directory) if gguf is None else gguf.tensors
+    if gguf is None:
+        checkpoint = Checkpoint(directory)
+        checkpoint.split_joined(plan)
+    else:
+        checkpoint = gguf.tensors
     checkpoint.check(plan, whole.num_hidden_layers)
     return ModelSource(name, directory, config, checkpoint, plan, gguf)
 

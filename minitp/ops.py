@@ -5,6 +5,7 @@
     T tokens of this step    S keys that attention reads    D hidden    d head_dim    V vocabulary
     H query heads            K key/value heads              F FFN columns
     G query heads that share a KV head                      n any number of rows or heads
+    E experts                       X experts that a token goes through
     H_r, K_r, F_r, V_r: the part of them that this rank holds
 
 Weights lie `[in, out]`, so a projection reads `x @ w`. Norms, RoPE and softmax compute in float32 whatever
@@ -39,19 +40,36 @@ def embed_partial(xp, token_ids, table, first_row):
     return xp.where(here[:, None], rows, xp.zeros_like(rows))  # [T, D]
 
 
+def scaled_embedding(xp, rows, width):
+    """`rows` [T, D] times the root of `width`, rounded to their dtype first as Hugging Face's Gemma does."""
+    return rows * xp.asarray(math.sqrt(width), dtype=rows.dtype)  # [T, D]
+
+
 # --- normalisation --------------------------------------------------------------------------------------
 
 
 def rms_norm(xp, x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis. (Zhang and Sennrich, RMSNorm, 2019.)
 
-    `x` is [T, D] and `weight` [D]; returns [T, D] in the dtype of `x`. As in Hugging Face's Llama the
-    normalised value is rounded to that dtype before the weight is applied.
+    `x` is [T, D] and `weight` [D]; returns [T, D] in the dtype of `x`. Or [n, T, d] and [d], for a norm of
+    each head. As in Hugging Face's Llama the normalised value is rounded to that dtype before the weight is
+    applied.
     """
     x32 = x.astype(xp.float32, copy=False)  # [T, D]
     mean_square = (x32 * x32).sum(axis=-1, keepdims=True) / x.shape[-1]  # [T, 1]
     normed = x32 / xp.sqrt(mean_square + eps)  # [T, D]
     return normed.astype(x.dtype, copy=False) * weight  # [T, D]
+
+
+def rms_norm_plus_one(xp, x, weight, eps):
+    """The same times 1 + weight, in float32 and rounded once: Gemma's. (Gemma Team, Gemma 2, 2024.)
+
+    `x` is [T, D] and `weight` [D]; returns [T, D] in the dtype of `x`.
+    """
+    x32 = x.astype(xp.float32, copy=False)  # [T, D]
+    mean_square = (x32 * x32).sum(axis=-1, keepdims=True) / x.shape[-1]  # [T, 1]
+    gain = 1 + weight.astype(xp.float32, copy=False)  # [D]
+    return (x32 / xp.sqrt(mean_square + eps) * gain).astype(x.dtype, copy=False)  # [T, D]
 
 
 # --- projections ----------------------------------------------------------------------------------------
@@ -82,13 +100,22 @@ def row_parallel(xp, x_r, w_r):
     return matmul(xp, x_r, w_r)  # [T, D]
 
 
-def logits_partial(xp, x, w_r):
+def logits_partial(xp, x, w_r, softcap=None):
     """This rank's vocabulary columns of the logits, kept in float32: rounding would make ties.
 
     Not a term of a sum, in spite of the name: the ranks' columns are put side by side, by an all-gather.
-    `x` is [n, D] and `w_r` [D, V_r]; returns float32 [n, V_r].
+    `x` is [n, D] and `w_r` [D, V_r]; returns float32 [n, V_r], within `softcap` if there is one.
     """
-    return xp.matmul(x, w_r, dtype=xp.float32)  # [n, V_r]
+    logits_r = xp.matmul(x, w_r, dtype=xp.float32)  # [n, V_r]
+    return logits_r if softcap is None else soft_cap(xp, logits_r, softcap)  # [n, V_r]
+
+
+def soft_cap(xp, x, cap):
+    """cap * tanh(x / cap): nearly x where that is small, and never beyond -cap and cap.
+
+    Any shape. (Bello et al., 2016; Gemma Team, Gemma 2, 2024, section 2.)
+    """
+    return xp.tanh(x / cap) * cap
 
 
 # --- rotary position embedding --------------------------------------------------------------------------
@@ -101,12 +128,18 @@ def rope_inverse_frequencies(rope, head_dim):
     linear    the same, divided by `factor`                     (Chen et al., Position Interpolation, 2023)
     llama3    waves longer than the original context are stretched by `factor`, short ones are kept, and
               between the two it changes over smoothly          (Llama 3.1's reference code)
+    yarn      the same idea with a ramp over the pairs          (Peng et al., YaRN, 2023, section 3.2)
+    longrope  each divided by a number of its own               (Ding et al., LongRoPE, 2024, section 3)
     """
     plain = [rope.rope_theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     if rope.rope_type == "default":
         return plain
     if rope.rope_type == "linear":
         return [f / rope.factor for f in plain]
+    if rope.rope_type == "longrope":
+        return [f / divisor for f, divisor in zip(plain, rope.short_factor, strict=True)]
+    if rope.rope_type == "yarn":
+        return yarn_inverse_frequencies(rope, plain)
     scaled = []
     for f in plain:
         turns = rope.original_max_position_embeddings * f / (2 * math.pi)  # over the original context
@@ -116,14 +149,35 @@ def rope_inverse_frequencies(rope, head_dim):
     return scaled
 
 
-def rope_cos_sin(xp, positions, inverse_frequencies):
+def yarn_inverse_frequencies(rope, plain):
+    """Pairs that turn more than `beta_fast` times over the original context keep their frequency, those that
+    turn less than `beta_slow` times are divided by `factor`, and between the two pairs there is a ramp.
+
+    `plain` are the d/2 frequencies without scaling. (Peng et al., YaRN, 2023, section 3.2.)
+    """
+    length, count = rope.original_max_position_embeddings, len(plain)
+
+    def pair(turns):  # that turns so often, as a real number
+        return count * math.log(length / (turns * 2 * math.pi)) / math.log(rope.rope_theta)
+
+    first, last = pair(rope.beta_fast), pair(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * count - 1)
+    last = last + 0.001 if first == last else last  # a step
+    ramp = [min(max((i - first) / (last - first), 0.0), 1.0) for i in range(count)]
+    return [f / rope.factor * r + f * (1 - r) for f, r in zip(plain, ramp, strict=True)]
+
+
+def rope_cos_sin(xp, positions, inverse_frequencies, attention_factor=1.0):
     """Cosine and sine of each position's angles, for both halves of a head as `apply_rope` wants them.
 
     `positions` int [T] and `inverse_frequencies` float32 [d/2]; returns float32 [T, d] twice: cosines of the
-    d/2 angles and again, sines of them negated and as they are.
+    d/2 angles and again, sines of them negated and as they are. Both are multiplied by `attention_factor`,
+    so scores grow by its square. (YaRN, section 3.4.)
     """
     angles = positions.astype(xp.float32)[:, None] * inverse_frequencies[None, :]  # [T, d/2]
-    cos, sin = xp.cos(angles), xp.sin(angles)  # [T, d/2], [T, d/2]
+    cos, sin = xp.cos(angles) * attention_factor, xp.sin(angles) * attention_factor  # [T, d/2], [T, d/2]
     return xp.concatenate((cos, cos), axis=-1), xp.concatenate((-sin, sin), axis=-1)  # [T, d], [T, d]
 
 
@@ -172,7 +226,7 @@ def causal_mask(xp, query_positions, first_key, stop_key, window=None):
     return visible if window is None else visible & (key > query - window)  # [T, S]
 
 
-def attention_scores(xp, q, k, query_groups, mask=None):
+def attention_scores(xp, q, k, query_groups, mask=None, scale=None, softcap=None):
     """q . k / sqrt(d), and -inf where the mask says no.
 
     (Vaswani et al., Attention Is All You Need, 2017, section 3.2.1; Ainslie et al., GQA, 2023.)
@@ -185,6 +239,10 @@ def attention_scores(xp, q, k, query_groups, mask=None):
         For each KV head the query heads that read it. The groups may be ragged, so nothing is reshaped to
         [K_r, G]: the loop goes over KV heads.
     mask : bool [T, S] or None if everything may be seen
+    scale : float or None
+        What else the products are multiplied with than 1 / sqrt(d).
+    softcap : float or None
+        See `soft_cap`.
 
     Returns
     -------
@@ -197,7 +255,9 @@ def attention_scores(xp, q, k, query_groups, mask=None):
         rows = q[start:stop].reshape(-1, d)  # [G * T, d]
         products = xp.matmul(rows, k[kv_head].T, dtype=xp.float32)  # [G * T, S]
         scores[start:stop] = products.reshape(stop - start, tokens, keys)
-    scores *= 1 / math.sqrt(d)
+    scores *= 1 / math.sqrt(d) if scale is None else scale
+    if softcap is not None:
+        scores = soft_cap(xp, scores, softcap)  # [H_r, T, S]
     if mask is not None:
         # Not by adding -inf: a key that is no number must not reach the queries that do not see it.
         xp.copyto(scores, -xp.inf, where=~mask)
@@ -246,3 +306,71 @@ def swiglu(xp, gate_up):
     # Below -80 silu is 0 to any float32 sum it enters, and exp(-x) would overflow.
     silu = gate / (1 + xp.exp(-xp.maximum(gate, -80)))  # [T, F_r]
     return (silu * up).astype(gate_up.dtype, copy=False)  # [T, F_r]
+
+
+def geglu(xp, gate_up):
+    """gelu(gate) * up, with gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+
+    (Hendrycks and Gimpel, GELU, 2016, section 2; Shazeer, GLU Variants, 2020.) `gate_up` is [T, 2 F_r], the
+    gate columns first; returns [T, F_r] in the same dtype.
+    """
+    columns = gate_up.shape[-1] // 2
+    gate = gate_up[:, :columns].astype(xp.float32, copy=False)  # [T, F_r]
+    up = gate_up[:, columns:].astype(xp.float32, copy=False)  # [T, F_r]
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate)  # [T, F_r]
+    return (gate / 2 * (1 + xp.tanh(inner)) * up).astype(gate_up.dtype, copy=False)  # [T, F_r]
+
+
+# --- mixture of experts ---------------------------------------------------------------------------------
+
+
+def route(xp, logits, per_token):
+    """Which experts each token goes through, and with which weights they count.
+
+    Those with the largest logits, the first of equals, weighted by the softmax over these alone: the same as
+    normalising their shares of the softmax over all. (Jiang et al., Mixtral of Experts, 2024, section 2.1.)
+
+    Parameters
+    ----------
+    logits : [T, E]
+    per_token : int
+        X, at most E.
+
+    Returns
+    -------
+    int [T, X], in ascending order, and float32 [T, X]
+    """
+    logits = logits.astype(xp.float32, copy=False)  # [T, E]
+    left, experts = logits, xp.arange(logits.shape[1])  # [T, E], [E]
+    for _ in range(per_token):
+        best = xp.argmax(left, axis=-1)[:, None] == experts[None, :]  # [T, E]
+        left = xp.where(best, -xp.inf, left)  # [T, E]
+    chosen = xp.nonzero(left != logits)[1].reshape(-1, per_token)  # [T, X]
+    rows = xp.arange(logits.shape[0])[:, None]  # [T, 1]
+    return chosen, softmax(xp, logits[rows, chosen])  # [T, X], [T, X]
+
+
+def experts_act(xp, x, chosen, w_gate_up):
+    """SwiGLU of this rank's FFN columns, for each token those of its experts.
+
+    `x` [T, D], `chosen` int [T, X] from `route`, `w_gate_up` [D, 2 F_r] of each expert; returns [T, X, F_r].
+    """
+    acts = xp.empty((*chosen.shape, w_gate_up[0].shape[1] // 2), dtype=x.dtype)  # [T, X, F_r]
+    for expert, w_r in enumerate(w_gate_up):
+        rows, places = xp.nonzero(chosen == expert)  # [n], [n]
+        acts[rows, places] = swiglu(xp, column_parallel(xp, x[rows], w_r))  # [n, F_r]
+    return acts  # [T, X, F_r]
+
+
+def experts_partial(xp, acts, chosen, weights, w_down):
+    """This rank's term of the weighted sum of the experts' outputs: an all-reduce must follow.
+
+    `acts` [T, X, F_r], `chosen` int [T, X] and `weights` float32 [T, X] from `route`, `w_down` [F_r, D] of
+    each expert; returns [T, D] in the dtype of `acts`, summed in float32 and rounded once.
+    """
+    total = xp.zeros((acts.shape[0], w_down[0].shape[1]), dtype=xp.float32)  # [T, D]
+    for expert, w_r in enumerate(w_down):
+        rows, places = xp.nonzero(chosen == expert)  # [n], [n]; no row twice
+        out = xp.matmul(acts[rows, places], w_r, dtype=xp.float32)  # [n, D]
+        total[rows] += weights[rows, places][:, None] * out  # [n, D]
+    return total.astype(acts.dtype, copy=False)  # [T, D]

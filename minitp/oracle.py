@@ -21,8 +21,25 @@ from safetensors import safe_open
 # the fields that a family does not read.
 DEFAULTS = dict(num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6)
 DEFAULTS |= dict(tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
-FAMILY_DEFAULTS = {"llama": {}, "mistral": {"num_key_value_heads": 8, "sliding_window": 4096}}
-NOT_READ = {"llama": {"sliding_window": None}, "mistral": {"attention_bias": False, "mlp_bias": False}}
+FAMILY_DEFAULTS = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+}
+FAMILY_DEFAULTS["qwen3"] = FAMILY_DEFAULTS["qwen2"] | {"head_dim": 128}
+FAMILY_DEFAULTS["phi3"] = dict(rms_norm_eps=1e-5, sliding_window=None, max_position_embeddings=4096)
+FAMILY_DEFAULTS["phi3"] |= dict(original_max_position_embeddings=4096)
+FAMILY_DEFAULTS["gemma2"] = dict(num_key_value_heads=4, head_dim=256, sliding_window=4096)
+FAMILY_DEFAULTS["gemma2"] |= dict(tie_word_embeddings=True, query_pre_attn_scalar=256)
+FAMILY_DEFAULTS["gemma2"] |= dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+FAMILY_DEFAULTS["gemma2"] |= dict(hidden_activation="gelu_pytorch_tanh")
+FAMILY_DEFAULTS["mixtral"] = dict(num_key_value_heads=8, sliding_window=None, rms_norm_eps=1e-5)
+FAMILY_DEFAULTS["mixtral"] |= dict(num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6)
+NO_BIASES = {"attention_bias": False, "mlp_bias": False}
+NOT_READ = {"llama": {"sliding_window": None}, "mistral": NO_BIASES, "qwen2": NO_BIASES}
+NOT_READ["gemma2"] = {"mlp_bias": False}
+NOT_READ |= {"phi3": NO_BIASES, "mixtral": NO_BIASES}
+NOT_READ["qwen3"] = {"mlp_bias": False}
 ROPE_THETA = 10000.0
 
 VOCABULARY_BLOCK = 8192  # rows of the output matrix in float64 at a time
@@ -46,7 +63,7 @@ def embed(token_ids, table):
 
 
 def rms_norm(x, weight, eps):
-    """x_i g_i / sqrt(1/D sum_j x_j^2 + eps): [T, D], [D] -> [T, D]. (Zhang and Sennrich, 2019, section 3.)"""
+    """x_i g_i / sqrt(1/D sum_j x_j^2 + eps): [.., D], [D] -> [.., D]. (Zhang and Sennrich, 2019.)"""
     x = float64(x)  # [T, D]
     squares = np.einsum("...i,...i->...", x, x) / x.shape[-1]  # [T]
     return x * np.power(squares + eps, -0.5)[..., None] * float64(weight)  # [T, D]
@@ -64,7 +81,10 @@ def rope_inverse_frequencies(config):
     theta_i = base^(-2i/d) (Su et al., RoFormer, 2021, section 3.2.2). `linear`: angles shrink by `factor`
     (Chen et al., Position Interpolation, 2023, section 2.3). `llama3`: those of wavelengths over
     L / low_freq_factor do, those under L / high_freq_factor do not, and between them the two are mixed, L
-    being original_max_position_embeddings (apply_scaling in Meta's llama-models).
+    being original_max_position_embeddings (apply_scaling in Meta's llama-models). `yarn`: the same with a
+    ramp from the pair that turns beta_fast times over L to the one that turns beta_slow times (Peng et al.,
+    YaRN, 2023, section 3.2). `longrope`: each theta_i has a divisor, that for contexts up to L (Ding et al.,
+    LongRoPE, 2024).
 
     Raises
     ------
@@ -80,10 +100,15 @@ def rope_inverse_frequencies(config):
         return plain
     if kind == "linear":
         return plain / rope["factor"]  # [d/2]
+    if kind in longrope_names(config):
+        return plain / np.array(rope["short_factor"])  # [d/2]
+    if kind == "yarn":
+        share = yarn_share(rope, plain, original_length(config, rope), float(theta))  # [d/2]
+        return plain * (1 - share + share / rope["factor"])  # [d/2]
     if kind != "llama3":
-        raise ValueError(f"rope_type {kind!r}: expected default, linear or llama3")
+        raise ValueError(f"rope_type {kind!r}: expected default, linear, llama3, yarn or longrope")
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    length = rope["original_max_position_embeddings"]
+    length = original_length(config, rope)
     wavelength = 2 * np.pi / plain  # [d/2]
     shrunk = plain / rope["factor"]  # [d/2]
     smooth = (length / wavelength - low) / (high - low)  # [d/2]
@@ -91,14 +116,59 @@ def rope_inverse_frequencies(config):
     return np.select([wavelength > length / low, wavelength < length / high], [shrunk, plain], mixed)  # [d/2]
 
 
-def rope(x, positions, inverse_frequencies):
-    """Multiply the complex numbers x[i] + j x[i + d/2] by e^(j m theta_i) at position m.
+def original_length(config, rope):
+    """L, the context that the model had before its RoPE was stretched."""
+    return config.get("original_max_position_embeddings") or rope["original_max_position_embeddings"]
+
+
+def longrope_names(config):
+    """What longrope is called: Phi-3's older files say `su` or `yarn`."""
+    return ("longrope", "su", "yarn") if config.get("model_type") == "phi3" else ("longrope",)
+
+
+def yarn_share(rope, plain, length, theta):
+    """How much of each frequency is divided by `factor`, from 0 to 1: [d/2] -> [d/2]."""
+    turns = np.array([rope.get("beta_fast") or 32, rope.get("beta_slow") or 1])
+    # theta^(-i / n) L = 2 pi turns, solved for the pair i of n
+    ends = len(plain) * np.log(length / (2 * np.pi * turns)) / np.log(theta)  # [2]
+    if rope.get("truncate", True):
+        ends = np.array([np.floor(ends[0]), np.ceil(ends[1])])
+    ends = np.clip(ends, [0, -np.inf], [np.inf, 2 * len(plain) - 1])
+    ends += [0, 0.001 * (ends[0] == ends[1])]
+    return np.clip((np.arange(len(plain)) - ends[0]) / np.diff(ends), 0, 1)  # [d/2]
+
+
+def attention_factor(config):
+    """What RoPE multiplies q and k with, for a config.json as a dict: 1 but for yarn and longrope.
+
+    As given, or for yarn 0.1 ln(factor) + 1 (YaRN, section 3.4), or the ratio of two such with mscale and
+    mscale_all_dim before the logarithm; for longrope sqrt(1 + ln(s) / ln(L)), s being how much longer the
+    context has become.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("yarn", *longrope_names(config)):
+        return 1.0
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+    length = original_length(config, rope)
+    if kind in longrope_names(config):
+        stretch = rope.get("factor") or config["max_position_embeddings"] / length
+        return np.sqrt(1 + max(0, np.log(stretch)) / np.log(length))
+    stretch = 0.1 * max(0, np.log(rope["factor"]))
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return (1 + rope["mscale"] * stretch) / (1 + rope["mscale_all_dim"] * stretch)
+    return 1 + stretch
+
+
+def rope(x, positions, inverse_frequencies, factor=1.0):
+    """Multiply the complex numbers x[i] + j x[i + d/2] by factor e^(j m theta_i) at position m.
 
     [n, T, d], int [T], [d/2] -> [n, T, d]. (RoFormer, section 3.2.2, with the pairs as Hugging Face's
     checkpoints lay them out: the first half of a head with the second.)
     """
     first, second = np.split(float64(x), 2, axis=-1)  # [n, T, d/2] each
-    rotation = np.exp(1j * np.multiply.outer(positions, inverse_frequencies))  # complex [T, d/2]
+    rotation = factor * np.exp(1j * np.multiply.outer(positions, inverse_frequencies))  # complex [T, d/2]
     turned = (first + 1j * second) * rotation  # complex [n, T, d/2]
     return np.concatenate((turned.real, turned.imag), axis=-1)  # [n, T, d]
 
@@ -112,9 +182,15 @@ def causal_mask(query_positions, key_positions, window=None):
     return (distance >= 0) & (distance < (np.inf if window is None else window))  # [T, S]
 
 
-def scores(q, k, mask):
-    """q_h . k_(h // (H / K)) / sqrt(d), and -inf where query t may not see key s.
+def soft_cap(x, cap):
+    """cap tanh(x / cap), any shape, as cap (1 - 2 / (e^(2 x / cap) + 1)). (Gemma Team, Gemma 2, 2024.)"""
+    return cap - 2 * cap / (np.exp(2 * np.clip(float64(x) / cap, -350, 350)) + 1)  # like x
 
+
+def scores(q, k, mask, root=None, cap=None):
+    """q_h . k_(h // (H / K)) / root, within `cap` if there is one, and -inf where query t may not see key s.
+
+    The root is that of d unless it is given.
     [H, T, d], [K, S, d] and bool [T, S] -> [H, T, S]. (Vaswani et al., 2017, equation 1; query heads share
     keys and values as in Ainslie et al., GQA, 2023, section 2.2.)
     """
@@ -122,7 +198,8 @@ def scores(q, k, mask):
     per_head = []
     for h, query in enumerate(float64(q)):
         dots = np.inner(query, float64(k[h // group]))  # [T, S]
-        per_head.append(np.where(mask, dots / np.sqrt(q.shape[-1]), -np.inf))  # [T, S]
+        dots = dots / (root or np.sqrt(q.shape[-1]))  # [T, S]
+        per_head.append(np.where(mask, dots if cap is None else soft_cap(dots, cap), -np.inf))  # [T, S]
     return np.stack(per_head)  # [H, T, S]
 
 
@@ -155,11 +232,46 @@ def swiglu(gate, up):
     return gate * np.exp(-np.logaddexp(0, -gate)) * float64(up)  # [T, F]
 
 
+def geglu(gate, up):
+    """gelu(gate) * up, [T, F] twice -> [T, F], with 1/2 (1 + tanh(y)) = sigma(2 y) in the approximation
+
+    gelu(x) = x/2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). (Hendrycks and Gimpel, 2016, section 2.)
+    """
+    gate = float64(gate)  # [T, F]
+    y = np.sqrt(8 / np.pi) * (gate + 0.044715 * np.power(gate, 3))  # [T, F]
+    return gate * np.exp(-np.logaddexp(0, -y)) * float64(up)  # [T, F]
+
+
+def sliding_window(family, fields, layer):
+    """How many keys a query of this layer sees, itself included; None: all."""
+    if family in ("qwen2", "qwen3"):
+        types = fields.get("layer_types")
+        sliding = layer >= fields["max_window_layers"] if types is None else types[layer][0] == "s"
+        return fields["sliding_window"] if fields.get("use_sliding_window") and sliding else None
+    if family == "gemma2":
+        types = fields.get("layer_types") or ["sliding_attention", "full_attention"] * (1 + layer // 2)
+        return fields["sliding_window"] if types[layer] == "sliding_attention" else None
+    return fields["sliding_window"]
+
+
+def route(logits, per_token):
+    """How much each expert counts for each token, 0 for most: [T, E] -> [T, E].
+
+    The largest logits, the first of equals; their softmax over all is divided by its sum over these. (Jiang
+    et al., Mixtral of Experts, 2024, section 2.1.)
+    """
+    shares = np.zeros(logits.shape)  # [T, E]
+    for t, row in enumerate(softmax(logits)):  # [E]
+        chosen = sorted(range(len(row)), key=lambda e: (-float(logits[t, e]), e))[:per_token]
+        shares[t, chosen] = row[chosen] / row[chosen].sum()
+    return shares
+
+
 # --- the model ------------------------------------------------------------------------------------------
 
 
 class Oracle:
-    """A Llama or Mistral model, one layer in memory at a time.
+    """A model of one of the families in FAMILY_DEFAULTS, one layer in memory at a time.
 
     Parameters
     ----------
@@ -174,7 +286,8 @@ class Oracle:
     Raises
     ------
     ValueError
-        for a model type, rope type, activation or number of layers that it does not know.
+        for a model type, rope type, activation or number of layers that it does not know; in `steps` for
+        a context that is too long for longrope's short_factor.
     """
 
     def __init__(self, config, tensor, layers=None):
@@ -182,24 +295,47 @@ class Oracle:
         if family not in FAMILY_DEFAULTS:
             raise ValueError(f"model_type {family!r}: expected one of {', '.join(FAMILY_DEFAULTS)}")
         fields = {**DEFAULTS, **FAMILY_DEFAULTS[family], **config, **NOT_READ[family]}
-        if fields["hidden_act"] not in ("silu", "swish"):
-            raise ValueError(f"hidden_act {fields['hidden_act']!r}: expected silu")
-        self.tensor = tensor
+        act = fields["hidden_activation" if family == "gemma2" else "hidden_act"]
+        self.activation = "silu" if act == "swish" else act
+        expected = "gelu_pytorch_tanh" if family == "gemma2" else "silu"
+        if self.activation != expected:
+            raise ValueError(f"hidden_act {act!r}: expected {expected}")
         self.layers = fields["num_hidden_layers"] if layers is None else layers
         if not 1 <= self.layers <= fields["num_hidden_layers"]:
             raise ValueError(f"{layers} layers: the model has {fields['num_hidden_layers']}")
         self.heads = fields["num_attention_heads"]
         self.kv_heads = fields["num_key_value_heads"] or self.heads
         self.eps = fields["rms_norm_eps"]
-        self.window = fields["sliding_window"]
-        self.attention_bias = fields["attention_bias"]
-        self.mlp_bias = fields["mlp_bias"]
+        self.windows = [sliding_window(family, fields, i) for i in range(self.layers)]
+        self.biased = set()  # projections
+        if fields["attention_bias"]:
+            self.biased |= {"q_proj", "k_proj", "v_proj", "o_proj"}
+        if fields["mlp_bias"]:
+            self.biased |= {"gate_proj", "up_proj", "down_proj"}
+        if family == "qwen2":
+            self.biased = {"q_proj", "k_proj", "v_proj"}
+        self.experts = fields["num_local_experts"] if family == "mixtral" else 0
+        self.experts_per_token = fields["num_experts_per_tok"] if self.experts else 0
+        self.norms_heads = family == "qwen3"
         self.tied = fields["tie_word_embeddings"]
         self.hidden_size = fields["hidden_size"]
         self.intermediate_size = fields["intermediate_size"]
         self.vocab_size = fields["vocab_size"]
         self.head_dim = fields["head_dim"] or self.hidden_size // self.heads
+        gemma = family == "gemma2"
+        self.norm_offset = 1 if gemma else 0  # norms multiply with that and the weight
+        self.embedding_scale = np.sqrt(self.hidden_size) if gemma else 1
+        self.score_root = np.sqrt(fields["query_pre_attn_scalar"] if gemma else self.head_dim)
+        self.score_cap = fields["attn_logit_softcapping"] if gemma else None
+        self.logits_cap = fields["final_logit_softcapping"] if gemma else None
+        self.mlp_norm = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
+        post_norms = {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+        self.post_norms = post_norms if gemma else {}  # behind each block
+        self.tensor = self._parts_of(tensor) if family == "phi3" else tensor
         self.inverse_frequencies = rope_inverse_frequencies(fields)  # [d/2]
+        self.attention_factor = attention_factor(fields)
+        scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+        self.longest = original_length(fields, scaling) if "short_factor" in scaling else np.inf
 
     @classmethod
     def from_directory(cls, path, layers=None):
@@ -215,8 +351,24 @@ class Oracle:
 
         return cls(json.loads((path / "config.json").read_bytes()), tensor, layers)
 
+    def _parts_of(self, tensor):
+        """`tensor` for a file with q, k and v in one tensor and gate and up in another, a part at a time."""
+        q, kv, ffn = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate_size
+        rows = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
+        rows |= {"gate_proj": (0, ffn), "up_proj": (ffn, 2 * ffn)}
+
+        def part(name, *index):
+            block, _, kind = name.rpartition(".")
+            block, _, projection = block.rpartition(".")
+            if projection not in rows:
+                return tensor(name, *index)
+            joined = "qkv_proj" if block.endswith("self_attn") else "gate_up_proj"
+            return tensor(f"{block}.{joined}.{kind}")[slice(*rows[projection])][index[0] if index else ...]
+
+        return part
+
     def tensor_shapes(self):
-        """The checkpoint's tensors, as config.json has them: name -> shape."""
+        """The checkpoint's tensors, as config.json has them: name -> shape. Of joined ones the parts."""
         hidden, ffn, vocab = self.hidden_size, self.intermediate_size, self.vocab_size
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         outs = {
@@ -226,16 +378,26 @@ class Oracle:
             "self_attn.o_proj": hidden,
         }
         ins = {"self_attn.o_proj": q, "mlp.down_proj": ffn}
-        outs |= {"mlp.gate_proj": ffn, "mlp.up_proj": ffn, "mlp.down_proj": hidden}
+        if not self.experts:
+            outs |= {"mlp.gate_proj": ffn, "mlp.up_proj": ffn, "mlp.down_proj": hidden}
         shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
         if not self.tied:
             shapes["lm_head.weight"] = (vocab, hidden)
         for i in range(self.layers):
-            for norm in ("input_layernorm", "post_attention_layernorm"):
+            for norm in {"input_layernorm", self.mlp_norm, *self.post_norms.values()}:
                 shapes[f"model.layers.{i}.{norm}.weight"] = (hidden,)
+            if self.norms_heads:
+                for part in "qk":
+                    shapes[f"model.layers.{i}.self_attn.{part}_norm.weight"] = (self.head_dim,)
+            if self.experts:
+                moe = f"model.layers.{i}.block_sparse_moe"
+                shapes[f"{moe}.gate.weight"] = (self.experts, hidden)
+                for e in range(self.experts):
+                    for part, shape in (("w1", (ffn, hidden)), ("w2", (hidden, ffn)), ("w3", (ffn, hidden))):
+                        shapes[f"{moe}.experts.{e}.{part}.weight"] = shape
             for part, out in outs.items():
                 shapes[f"model.layers.{i}.{part}.weight"] = (out, ins.get(part, hidden))
-                if self.attention_bias if part.startswith("self_attn") else self.mlp_bias:
+                if part.split(".")[1] in self.biased:
                     shapes[f"model.layers.{i}.{part}.bias"] = (out,)
         return shapes
 
@@ -251,60 +413,102 @@ class Oracle:
         Heads are [H, T, d] and [K, T, d], `scores` and `probs` [H, T, T], `context` [T, H * d]; the rest
         is [T, D], [T, F] (`gate`, `up`, `act`) and [T, V] (`logits`).
         """
+        if len(token_ids) > self.longest:
+            raise ValueError(f"{len(token_ids)} tokens: longrope's frequencies for more than {self.longest}")
         positions = np.arange(len(token_ids))  # [T]
-        mask = causal_mask(positions, positions, self.window)  # [T, T]
         x = embed(token_ids, self.tensor("model.embed_tokens.weight"))  # [T, D]
+        x *= self.embedding_scale
         yield "embed", x
         for i in range(self.layers):
-            x = yield from self._attention(i, x, positions, mask)  # [T, D]
+            x = yield from self._attention(i, x, positions)  # [T, D]
             x = yield from self._mlp(i, x)  # [T, D]
-        x = rms_norm(x, self.tensor("model.norm.weight"), self.eps)  # [T, D]
+        x = self._norm(x, "model.norm")  # [T, D]
         yield "final_norm", x
-        yield "logits", self._unembed(x)
+        logits = self._unembed(x)  # [T, V]
+        yield "logits", logits if self.logits_cap is None else soft_cap(logits, self.logits_cap)
 
-    def _attention(self, i, x, positions, mask):
+    def _attention(self, i, x, positions):
         """The steps of layer i's attention; the generator's value is the residual [T, D] after it."""
         step, layer = f"layers.{i}.attn", f"model.layers.{i}"
-        normed = rms_norm(x, self.tensor(f"{layer}.input_layernorm.weight"), self.eps)  # [T, D]
+        normed = self._norm(x, f"{layer}.input_layernorm")  # [T, D]
         yield f"{step}.norm", normed
         heads = {}
         for part, n in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
-            y = self._project(normed, f"{layer}.self_attn.{part}_proj", self.attention_bias)  # [T, n * d]
+            y = self._project(normed, f"{layer}.self_attn.{part}_proj")  # [T, n * d]
             heads[part] = np.stack(np.split(y, n, axis=-1))  # [n, T, d]
             yield f"{step}.{part}", heads[part]
         for part in "qk":
-            heads[part] = rope(heads[part], positions, self.inverse_frequencies)  # [H, T, d], [K, T, d]
+            if self.norms_heads:
+                heads[part] = self._norm(
+                    heads[part], f"{layer}.self_attn.{part}_norm"
+                )  # [H, T, d], [K, T, d]
+                yield f"{step}.{part}_norm", heads[part]
+            turned = rope(heads[part], positions, self.inverse_frequencies, self.attention_factor)
+            heads[part] = turned  # [H, T, d], [K, T, d]
             yield f"{step}.{part}_rope", heads[part]
-        masked = scores(heads["q"], heads["k"], mask)  # [H, T, T]
+        mask = causal_mask(positions, positions, self.windows[i])  # [T, T]
+        masked = scores(heads["q"], heads["k"], mask, self.score_root, self.score_cap)  # [H, T, T]
         yield f"{step}.scores", masked
         probs = softmax(masked)  # [H, T, T]
         yield f"{step}.probs", probs
         mixed = context(probs, heads["v"])  # [T, H * d]
         yield f"{step}.context", mixed
-        out = self._project(mixed, f"{layer}.self_attn.o_proj", self.attention_bias)  # [T, D]
-        yield f"{step}.out", out
-        yield f"{step}.residual", x + out
-        return x + out  # [T, D]
+        out = self._project(mixed, f"{layer}.self_attn.o_proj")  # [T, D]
+        return (yield from self._add(i, "attn", x, out))  # [T, D]
 
     def _mlp(self, i, x):
         """The steps of layer i's feed-forward part; the generator's value is the residual [T, D] after it."""
         step, layer = f"layers.{i}.mlp", f"model.layers.{i}"
-        normed = rms_norm(x, self.tensor(f"{layer}.post_attention_layernorm.weight"), self.eps)  # [T, D]
+        normed = self._norm(x, f"{layer}.{self.mlp_norm}")  # [T, D]
         yield f"{step}.norm", normed
-        gate = self._project(normed, f"{layer}.mlp.gate_proj", self.mlp_bias)  # [T, F]
-        yield f"{step}.gate", gate
-        up = self._project(normed, f"{layer}.mlp.up_proj", self.mlp_bias)  # [T, F]
-        yield f"{step}.up", up
-        act = swiglu(gate, up)  # [T, F]
-        yield f"{step}.act", act
-        out = self._project(act, f"{layer}.mlp.down_proj", self.mlp_bias)  # [T, D]
+        if self.experts:
+            out = yield from self._mixture(step, f"{layer}.block_sparse_moe", normed)  # [T, D]
+        else:
+            out = yield from self._dense(step, layer, normed)  # [T, D]
+        return (yield from self._add(i, "mlp", x, out))  # [T, D]
+
+    def _add(self, i, block, x, out):
+        """The last steps of a block: a norm, if there is one, and the addition; the generator's value."""
+        step = f"layers.{i}.{block}"
         yield f"{step}.out", out
+        if self.post_norms:
+            out = self._norm(out, f"model.layers.{i}.{self.post_norms[block]}")  # [T, D]
+            yield f"{step}.post_norm", out
         yield f"{step}.residual", x + out
         return x + out  # [T, D]
 
-    def _project(self, x, name, bias):
+    def _norm(self, x, name):
+        """[.., D] -> [.., D]"""
+        return rms_norm(x, float64(self.tensor(f"{name}.weight")) + self.norm_offset, self.eps)
+
+    def _dense(self, step, layer, normed):
+        """The steps from [T, D] to [T, D], which is the generator's value."""
+        gate = self._project(normed, f"{layer}.mlp.gate_proj")  # [T, F]
+        yield f"{step}.gate", gate
+        up = self._project(normed, f"{layer}.mlp.up_proj")  # [T, F]
+        yield f"{step}.up", up
+        act = (swiglu if self.activation == "silu" else geglu)(gate, up)  # [T, F]
+        yield f"{step}.act", act
+        return self._project(act, f"{layer}.mlp.down_proj")  # [T, D]
+
+    def _mixture(self, step, layer, normed):
+        """The same by experts, token by token; step `experts` has those of a token by their numbers."""
+        router = self._project(normed, f"{layer}.gate")  # [T, E]
+        yield f"{step}.router", router
+        shares = route(router, self.experts_per_token)  # [T, E]
+        acts, out = [[] for _ in normed], np.zeros_like(normed)  # X times [F] for each token, [T, D]
+        for e in range(self.experts):
+            w1, w2, w3 = (self.tensor(f"{layer}.experts.{e}.w{n}.weight") for n in (1, 2, 3))
+            for t in np.flatnonzero(shares[:, e]):
+                acts[t].append(swiglu(linear(normed[t], w1), linear(normed[t], w3)))  # [F]
+                out[t] += shares[t, e] * linear(acts[t][-1], w2)  # [D]
+        yield f"{step}.experts", np.array(acts)  # [T, X, F]
+        return out  # [T, D]
+
+    def _project(self, x, name):
         """[T, in] -> [T, out]"""
-        return linear(x, self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias") if bias else None)
+        bias = self.tensor(f"{name}.bias") if name.rpartition(".")[2] in self.biased else None  # [out]
+        return linear(x, self.tensor(f"{name}.weight"), bias)
 
     def _unembed(self, x):
         """[T, D] -> [T, V], a block of the vocabulary at a time."""

@@ -13,17 +13,18 @@ a pair costs one all-reduce: the sum on the right. (Shoeybi et al., Megatron-LM,
 Drawn here as they are used, [in, out]; in a checkpoint they lie [out, in], so that a column of w is a row
 of the file's tensor.
 
-So of every tensor at most one dimension is split, and the table below needs no column for it: whatever
-dimension is not `D`, the hidden size, is the split one. A tensor with no other dimension is on every rank.
+So of every tensor at most one dimension is split, and the table below needs no column for it: it is the one
+in capitals that is not `D`, the hidden size. A tensor with no such dimension is on every rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from minitp.errors import InputError
 
 # Checkpoint tensor names with their shapes as they lie in the file: [out, in] for a projection.
-#   V vocabulary   D hidden   Hd query heads * head_dim   Kd key/value heads * head_dim   F FFN columns
+#   V vocabulary   D hidden   Hd query heads * head_dim   Kd key/value heads * head_dim
+#   F FFN columns   d head_dim   e experts
 MODEL_TENSORS = {
     "model.embed_tokens.weight": ("V", "D"),
     "model.norm.weight": ("D",),
@@ -40,11 +41,32 @@ LAYER_TENSORS = {
     "mlp.up_proj.weight": ("F", "D"),
     "mlp.down_proj.weight": ("D", "F"),
 }
-ATTENTION_BIASES = {
+QKV_BIASES = {
     "self_attn.q_proj.bias": ("Hd",),
     "self_attn.k_proj.bias": ("Kd",),
     "self_attn.v_proj.bias": ("Kd",),
-    "self_attn.o_proj.bias": ("D",),
+}
+QK_NORMS = {
+    "self_attn.q_norm.weight": ("d",),
+    "self_attn.k_norm.weight": ("d",),
+}
+O_BIAS = {"self_attn.o_proj.bias": ("D",)}
+POST_NORMS = {  # beside these post_attention_layernorm is behind attention, too
+    "pre_feedforward_layernorm.weight": ("D",),
+    "post_feedforward_layernorm.weight": ("D",),
+}
+MIXTURE = {  # in place of the mlp's tensors
+    "block_sparse_moe.gate.weight": ("e", "D"),
+}
+EXPERT = {  # each of them under block_sparse_moe.experts.{n}: gate, down and up, split as in a dense model
+    "w1.weight": ("F", "D"),
+    "w2.weight": ("D", "F"),
+    "w3.weight": ("F", "D"),
+}
+# Tensors that some checkpoints keep one below the other in a single one.
+JOINED = {
+    "self_attn.qkv_proj.weight": [f"self_attn.{part}_proj.weight" for part in "qkv"],
+    "mlp.gate_up_proj.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
 }
 MLP_BIASES = {
     "mlp.gate_proj.bias": ("F",),
@@ -60,19 +82,25 @@ class TensorShard:
     Attributes
     ----------
     name : str
-        Its name in the checkpoint.
+        Its name in the checkpoint; of a part of a tensor in JOINED the name that it would have by itself.
     shape : tuple of int
         The whole tensor, as in the file.
     axis : int or None
         The split axis; None if every rank holds all of it.
     ranges : tuple of (start, stop)
         What each rank holds along `axis`, in rank order; empty if `axis` is None.
+    part_of : str or None
+        The file's tensor in which it lies, if that has others too.
+    first_row : int
+        Where it begins there.
     """
 
     name: str
     shape: tuple
     axis: int | None
     ranges: tuple
+    part_of: str | None = None
+    first_row: int = 0
 
     def index(self, rank):
         """The slices that cut this rank's part out of the whole tensor."""
@@ -105,6 +133,7 @@ class Plan:
     ffn_ranges: tuple
     vocab_ranges: tuple
     tensors: dict  # checkpoint tensor name -> TensorShard
+    experts: int = 0  # in each layer; all ranks hold their columns of every one
 
     def query_groups(self, rank):
         """For each KV head on this rank, in order, the (start, stop) of the local query heads that read it.
@@ -162,6 +191,8 @@ def make_plan(config, tp):
     }
     sizes = {
         "D": config.hidden_size,
+        "d": d,
+        "e": config.num_local_experts,
         "V": config.vocab_size,
         "Hd": config.num_attention_heads * d,
         "Kd": config.num_key_value_heads * d,
@@ -169,17 +200,39 @@ def make_plan(config, tp):
     }
     tensors = {}
     for name, dims in tensor_table(config).items():
-        axis = next((i for i, dim in enumerate(dims) if dim != "D"), None)
+        axis = next((i for i, dim in enumerate(dims) if dim in ranges), None)
         shape = tuple(sizes[dim] for dim in dims)
         tensors[name] = TensorShard(name, shape, axis, () if axis is None else ranges[dims[axis]])
-    return Plan(tp, config.num_hidden_layers, heads, kv_heads, ffn, vocab, tensors)
+    if config.joined_projections:
+        _place_in_joined(tensors, config.num_hidden_layers)
+    return Plan(tp, config.num_hidden_layers, heads, kv_heads, ffn, vocab, tensors, config.num_local_experts)
+
+
+def _place_in_joined(tensors, layers):
+    """Say of each part of a tensor in JOINED where in the file it lies."""
+    for i in range(layers):
+        for joined, parts in JOINED.items():
+            row = 0
+            for name in (f"model.layers.{i}.{part}" for part in parts):
+                tensors[name] = replace(tensors[name], part_of=f"model.layers.{i}.{joined}", first_row=row)
+                row += tensors[name].shape[0]
 
 
 def tensor_table(config):
-    """Every checkpoint tensor of the model with its shape in letters."""
+    """Every tensor of the model with its shape in letters; what JOINED has together is listed apart."""
     layer = dict(LAYER_TENSORS)
-    if config.attention_bias:
-        layer |= ATTENTION_BIASES
+    if config.qkv_bias:
+        layer |= QKV_BIASES
+    if config.o_bias:
+        layer |= O_BIAS
+    if config.qk_norm:
+        layer |= QK_NORMS
+    if config.post_norms:
+        layer |= POST_NORMS
+    if config.num_local_experts:
+        layer = {name: dims for name, dims in layer.items() if not name.startswith("mlp.")} | MIXTURE
+    for n in range(config.num_local_experts):
+        layer |= {f"block_sparse_moe.experts.{n}.{name}": dims for name, dims in EXPERT.items()}
     if config.mlp_bias:
         layer |= MLP_BIASES
     table = dict(MODEL_TENSORS)

@@ -10,7 +10,9 @@ together again:
     tp, layers        ranks, and layers (fewer than in `config` if so asked for)
     head_ranges, kv_head_ranges, ffn_ranges, vocab_ranges
                       (start, stop) of each rank; two ranks may both hold a KV head
-    tensors           by name: dtype, shape, axis (null: whole on every rank) and each rank's (start, stop)
+    tensors           by name: dtype, shape, axis (null: whole on every rank) and each rank's (start, stop);
+                      of what the checkpoint has joined, as Phi-3's q, k and v, each part, with `part_of` and
+                      `first_row`: where it was
 
 Random models are written as they are drawn, in float32: then the values are those of any run of them.
 """
@@ -154,6 +156,7 @@ def plan_json(source):
             "shape": shard.shape,
             "axis": shard.axis,
             "ranges": shard.ranges,
+            **({"part_of": shard.part_of, "first_row": shard.first_row} if shard.part_of else {}),
         }
         for name, shard in plan.tensors.items()
     }

@@ -21,6 +21,8 @@ ATTENTION = {
     "attn.q": "H T d",
     "attn.k": "K T d",
     "attn.v": "K T d",
+    "attn.q_norm": "H T d",
+    "attn.k_norm": "K T d",
     "attn.q_rope": "H T d",
     "attn.k_rope": "K T d",
     "attn.k_cache": "K S d",
@@ -30,15 +32,19 @@ ATTENTION = {
     "attn.context": "T Hd",
     "attn.out_partial": "T D",
     "attn.out": "T D",
+    "attn.post_norm": "T D",
     "attn.residual": "T D",
 }
 MLP = {
     "mlp.norm": "T D",
+    "mlp.router": "T E",
+    "mlp.experts": "T X F",
     "mlp.gate": "T F",
     "mlp.up": "T F",
     "mlp.act": "T F",
     "mlp.out_partial": "T D",
     "mlp.out": "T D",
+    "mlp.post_norm": "T D",
     "mlp.residual": "T D",
 }
 AFTER = {
@@ -47,6 +53,17 @@ AFTER = {
     "logits": "T V",
 }
 LAYER = ATTENTION | MLP
+ONLY_WITH = {  # steps that not all models have, and the tensor by which those that do are known
+    "attn.q_norm": "self_attn.q_norm.weight",
+    "attn.k_norm": "self_attn.k_norm.weight",
+    "attn.post_norm": "pre_feedforward_layernorm.weight",
+    "mlp.post_norm": "post_feedforward_layernorm.weight",
+    "mlp.router": "block_sparse_moe.gate.weight",
+    "mlp.experts": "block_sparse_moe.gate.weight",
+    "mlp.gate": "mlp.gate_proj.weight",
+    "mlp.up": "mlp.gate_proj.weight",
+    "mlp.act": "mlp.gate_proj.weight",
+}
 PARTIAL = ("embed_partial", "attn.out_partial", "mlp.out_partial")
 FLOAT32 = ("attn.scores", "attn.probs", "logits_partial", "logits")  # in any dtype
 LARGE = ("attn.scores", "attn.probs")  # [H, T, S]: in a trace only if asked for by name
@@ -61,9 +78,18 @@ class Kind:
     ranges: tuple = ()
 
 
-def step_names(layers):
-    """All steps of a pass of a model with so many layers, in the order in which they happen."""
-    inner = [f"layers.{i}.{step}" for i in range(layers) for step in LAYER]
+def layer_steps(plan):
+    """The part of LAYER that a model with this Plan has."""
+
+    def has(step):
+        return step not in ONLY_WITH or f"model.layers.0.{ONLY_WITH[step]}" in plan.tensors
+
+    return {step: letters for step, letters in LAYER.items() if has(step)}
+
+
+def step_names(plan):
+    """All steps of a pass of a model with this Plan, in the order in which they happen."""
+    inner = [f"layers.{i}.{step}" for i in range(plan.layers) for step in layer_steps(plan)]
     return [*BEFORE, *inner, *AFTER]
 
 
@@ -90,7 +116,7 @@ def split_name(name):
 
 
 def kinds(plan, head_dim):
-    """The Kind of each step in the tables above, for a Plan."""
+    """The Kind of each step that a model with this Plan has."""
     ranges = {
         "H": plan.head_ranges,
         "K": plan.kv_head_ranges,
@@ -99,7 +125,7 @@ def kinds(plan, head_dim):
         "V": plan.vocab_ranges,
     }
     found = {}
-    for step, letters in (BEFORE | LAYER | AFTER).items():
+    for step, letters in (BEFORE | layer_steps(plan) | AFTER).items():
         dims = letters.split()
         axis = next((i for i, dim in enumerate(dims) if dim in ranges), None)
         if step in PARTIAL:

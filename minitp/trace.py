@@ -75,7 +75,7 @@ def wanted_steps(plan, passes, globs=None, oracle=False):
     InputError
         if one of them matches nothing.
     """
-    steps = [f"{name}/{step}" for name, _, _ in passes for step in step_names(plan.layers)]
+    steps = [f"{name}/{step}" for name, _, _ in passes for step in step_names(plan)]
     if oracle:
         steps = [name for name in steps if not name.endswith("_partial")]
     if globs is None:
@@ -202,7 +202,8 @@ def oracle_steps(oracle, token_ids, passes):
         _, layer, step = split_name(name)
         cached = {"attn.k_rope": "attn.k_cache", "attn.v": "attn.v_cache"}.get(step)
         for pass_name, start, stop in passes:
-            first = 0 if oracle.window is None else max(0, start - oracle.window + 1)
+            window = None if layer is None else oracle.windows[layer]
+            first = 0 if window is None else max(0, start - window + 1)
             cuts = {"T": slice(start, stop), "S": slice(first, stop)}
             for called in filter(None, (step, cached)):
                 index = tuple(cuts.get(letter, slice(None)) for letter in letters[called].split())

@@ -18,6 +18,8 @@ LAYER_PARTS = {
     "attn_norm": ["input_layernorm.weight"],
     "w_qkv": [f"self_attn.{part}_proj.weight" for part in "qkv"],
     "b_qkv": [f"self_attn.{part}_proj.bias" for part in "qkv"],
+    "q_norm": ["self_attn.q_norm.weight"],
+    "k_norm": ["self_attn.k_norm.weight"],
     "w_o": ["self_attn.o_proj.weight"],
     "b_o": ["self_attn.o_proj.bias"],
     "mlp_norm": ["post_attention_layernorm.weight"],
@@ -25,16 +27,38 @@ LAYER_PARTS = {
     "b_gate_up": ["mlp.gate_proj.bias", "mlp.up_proj.bias"],
     "w_down": ["mlp.down_proj.weight"],
     "b_down": ["mlp.down_proj.bias"],
+    "w_router": ["block_sparse_moe.gate.weight"],
+}
+# With norms behind the blocks the same name is that of another one.
+POST_NORM_PARTS = {
+    "mlp_norm": ["pre_feedforward_layernorm.weight"],
+    "attn_post_norm": ["post_attention_layernorm.weight"],
+    "mlp_post_norm": ["post_feedforward_layernorm.weight"],
+}
+EXPERTS = "block_sparse_moe.experts"
+EXPERT_PARTS = {  # the same of an Expert
+    "w_gate_up": ["w1.weight", "w3.weight"],
+    "w_down": ["w2.weight"],
 }
 
 
 @dataclass
+class Expert:
+    """One expert's tensors on one rank."""
+
+    w_gate_up: Any  # [D, 2 F_r]
+    w_down: Any  # [F_r, D]
+
+
+@dataclass
 class Layer:
-    """One layer's tensors on one rank; projections lie [in, out], biases are None where there are none."""
+    """One layer's tensors on one rank; projections lie [in, out], what a model has not is None."""
 
     attn_norm: Any  # [D]
     w_qkv: Any  # [D, (H_r + 2 K_r) d]: the columns of q, then k, then v
     b_qkv: Any  # [(H_r + 2 K_r) d]
+    q_norm: Any  # [d]
+    k_norm: Any  # [d]
     w_o: Any  # [H_r d, D]
     b_o: Any  # [D]
     mlp_norm: Any  # [D]
@@ -42,6 +66,10 @@ class Layer:
     b_gate_up: Any  # [2 F_r]
     w_down: Any  # [F_r, D]
     b_down: Any  # [D]
+    w_router: Any  # [D, E]
+    experts: list  # of Expert, E of them, with w_router; else empty
+    attn_post_norm: Any = None  # [D]
+    mlp_post_norm: Any = None  # [D]
 
 
 @dataclass
@@ -129,11 +157,19 @@ class Loader:
             )
 
     def _layer(self, i):
-        fields = {}
-        for name, parts in LAYER_PARTS.items():
-            read = self._matrix if name.startswith("w_") else self._vector
-            fields[name] = read(*[f"model.layers.{i}.{part}" for part in parts])
-        return Layer(**fields)
+        layer = f"model.layers.{i}."
+        numbers = range(self.plan.experts)
+        experts = [Expert(**self._arrays(f"{layer}{EXPERTS}.{n}.", EXPERT_PARTS)) for n in numbers]
+        return Layer(**self._arrays(layer, layer_parts(self.plan)), experts=experts)
+
+    def _arrays(self, prefix, table):
+        """The arrays of a table like LAYER_PARTS; None for those whose tensors the model does not have."""
+        found = {}
+        for array, parts in table.items():
+            read = self._matrix if array.startswith("w_") else self._vector
+            names = [prefix + part for part in parts]
+            found[array] = read(*names) if names[0] in self.plan.tensors else None
+        return found
 
     def _blocks(self, name, like=None):
         """This rank's slice of a matrix as (first row, rows), a few MB at a time."""
@@ -157,15 +193,19 @@ class Loader:
         return joined
 
     def _vector(self, *names):
-        """The slices of `names` end to end, or None if the model has no such tensors."""
-        if names[0] not in self.plan.tensors:
-            return None
+        """The slices of `names` end to end."""
         sizes = [self.plan.tensors[name].shape_on(self.rank)[0] for name in names]
         joined, start = self._room((sum(sizes),)), 0  # [sum of n]
         for name, size in zip(names, sizes, strict=True):
             joined[start : start + size] = self.source.read(name, self.plan.tensors[name].index(self.rank))
             start += size
         return joined
+
+
+def layer_parts(plan):
+    """LAYER_PARTS, with the norms that a model with this Plan has."""
+    post_norms = "model.layers.0.pre_feedforward_layernorm.weight" in plan.tensors
+    return LAYER_PARTS | (POST_NORM_PARTS if post_norms else {})
 
 
 def named_slices(weights, plan, rank):
@@ -175,15 +215,21 @@ def named_slices(weights, plan, rank):
     if LM_HEAD in plan.tensors:
         yield LM_HEAD, weights.lm_head.T  # [V_r, D]
     for i, layer in enumerate(weights.layers):
-        for field_name, parts in LAYER_PARTS.items():
-            joined, start = getattr(layer, field_name), 0  # [in, sum of out] or [sum of n]
-            if joined is None:
-                continue
-            for part in parts:
-                name = f"model.layers.{i}.{part}"
-                stop = start + plan.tensors[name].shape_on(rank)[0] if len(parts) > 1 else joined.shape[-1]
-                yield name, joined[..., start:stop].T  # [out_r, in_r] or [n]
-                start = stop
+        yield from _slices(layer, layer_parts(plan), f"model.layers.{i}.", plan, rank)
+        for n, expert in enumerate(layer.experts):
+            yield from _slices(expert, EXPERT_PARTS, f"model.layers.{i}.{EXPERTS}.{n}.", plan, rank)
+
+
+def _slices(holder, table, prefix, plan, rank):
+    """Those of the arrays that a table like LAYER_PARTS names."""
+    for array, parts in table.items():
+        joined, start = getattr(holder, array), 0  # [in, sum of out] or [sum of n]
+        if joined is None:
+            continue
+        for name in (prefix + part for part in parts):
+            stop = start + plan.tensors[name].shape_on(rank)[0] if len(parts) > 1 else joined.shape[-1]
+            yield name, joined[..., start:stop].T  # [out_r, in_r] or [n]
+            start = stop
 
 
 def shard_nbytes(plan, rank, device):

@@ -98,8 +98,12 @@ Collective = partial(Fault, everywhere=True, places=SEVERAL)
 ROPES = "attn.q_rope attn.k_rope"  # q and k are turned by one call
 CACHES = "attn.k_cache attn.v_cache"
 READS_KV = "attn.scores attn.context"  # both go by the KV head: the keys in the one, the values in the other
+CHOICES = "mlp.experts mlp.out_partial"  # both go by what the router has chosen
 PROJECTIONS = "attn.q attn.k attn.v"  # one joined product
 
+not_capped = {"soft_cap": lambda soft_cap, xp, x, cap: x}
+not_scaled = {"scaled_embedding": lambda scaled, xp, rows, width: rows}
+no_head_norm = {"rms_norm": lambda norm, xp, x, *rest: x if x.ndim == 3 else norm(xp, x, *rest)}
 tenth = changed(_3=lambda eps: eps / 10)
 left_out = {"all_reduce": lambda all_reduce, x: (all_reduce(x), x)[1]}
 twice = {"all_reduce": lambda all_reduce, x: all_reduce(all_reduce(x))}
@@ -114,6 +118,7 @@ biased_term = {"row_parallel": result(lambda y: y + here.layer.b_down)}
 slightly = result(lambda y: y * np.float32(1.0001))
 last_bit = reload("w_o", change=lambda name, whole, model: wrong.last_bit(whole))
 from_zero = with_step(lambda step, s: wrong.turn(step, s.positions - s.positions[0]))
+no_attention_factor = with_step(lambda step, s: wrong.turn(step, s.positions))
 no_scaling = with_step(lambda step, s: wrong.turn(step, s.positions, rope_type="default"))
 qkv_one_on = reload("w_qkv", "b_qkv", change=wrong.one_column_on)
 next_kv_heads = reload("w_qkv", "b_qkv", change=wrong.neighbours_kv_heads)
@@ -187,6 +192,20 @@ FAULTS = [
     Fault("no activation", "mlp.act", {"swiglu": lambda swiglu, xp, y: np.split(y, 2, axis=-1)[1]}),
     Fault("residual added twice", "attn.residual", wrong.residual(lambda x, out: x + out)),
     Fault("residual left out", "mlp.residual", wrong.residual(lambda x, out: out - x)),
+    # what only some families have
+    Fault("q and k not normalised", "attn.q_norm attn.k_norm", no_head_norm, model="normed"),
+    Fault("attention factor left out", ROPES, no_attention_factor, model="yarn"),
+    Fault("router's rows mixed up", "mlp.router", wrong.other_router, model="mixture"),
+    Fault("the experts beside the chosen", CHOICES, {"route": wrong.next_experts}, model="mixture"),
+    Fault("shares not normalised", "mlp.out_partial", {"route": wrong.shares_of_all}, model="mixture"),
+    Fault("shares left out", "mlp.out_partial", {"route": wrong.no_shares}, model="mixture"),
+    Fault("norms times the weight alone", "attn.norm attn.post_norm", wrong.weight_alone, model="gemma"),
+    Fault("no norm behind attention", "attn.post_norm", wrong.without("attn_post_norm"), model="gemma"),
+    Fault("no norm behind the mlp", "mlp.post_norm", wrong.without("mlp_post_norm"), model="gemma"),
+    Fault("scores not capped", "attn.scores", not_capped, model="gemma"),
+    Fault("logits not capped", "logits_partial", not_capped, model="gemma"),
+    Fault("silu for gelu", "mlp.act", {"geglu": wrong.silu_for_gelu}, model="gemma"),
+    Fault("embedding not scaled", "embed_partial", not_scaled, model="gemma", decode=0),
     # vocabulary
     Fault(
         "embedding off by one", "embed_partial", {"embed_partial": changed(_3=lambda row: row + 1)}, decode=0

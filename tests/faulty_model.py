@@ -112,8 +112,9 @@ def with_step(change):
 
     def hook(original, i, layer, x, step):
         step = copy.copy(step)
-        step.sequences = [copy.copy(step.sequences[0])]
-        change(step, step.sequences[0])
+        sequence = copy.copy(step.sequences[here.model.config.windows[i]][0])
+        step.sequences = {window: [sequence] for window in step.sequences}
+        change(step, sequence)
         return original(i, layer, x, step)
 
     return {"block": hook}
@@ -210,6 +211,48 @@ def other_layer(original, layer, k, v, first):
     """The values of the layer before, which is not the first."""
     k, v = original(layer, k, v, first)
     return k, here.cache.rows[layer - 1][1].read(slice(first, first + v.shape[1]))
+
+
+weight_alone = {"rms_norm_plus_one": lambda norm, xp, *args: ops.rms_norm(xp, *args)}
+
+
+def without(norm_name):
+    """Hooks that leave out one of the Layer's norms."""
+
+    def hook(norm, xp, x, weight, eps):
+        return x if weight is getattr(here.layer, norm_name) else norm(xp, x, weight, eps)
+
+    return {"rms_norm_plus_one": hook}
+
+
+def silu_for_gelu(geglu, xp, gate_up):
+    return ops.swiglu(xp, gate_up)
+
+
+def next_experts(route, xp, logits, per_token):
+    """Those after the chosen ones."""
+    chosen, shares = route(xp, logits, per_token)
+    return (chosen + 1) % logits.shape[1], shares
+
+
+def shares_of_all(route, xp, logits, per_token):
+    """As the softmax over all experts gives them, so that they do not add up to 1."""
+    chosen, _ = route(xp, logits, per_token)
+    return chosen, np.take_along_axis(ops.softmax(xp, logits), chosen, axis=1)
+
+
+def no_shares(route, xp, logits, per_token):
+    """The experts count alike."""
+    chosen, shares = route(xp, logits, per_token)
+    return chosen, np.full_like(shares, 1 / per_token)
+
+
+def _other_router(column_parallel, xp, x, w, *bias):
+    y = column_parallel(xp, x, w, *bias)
+    return np.roll(y, 1, axis=-1) if w is here.layer.w_router else y
+
+
+other_router = {"column_parallel": _other_router}
 
 
 def bias_on_every_rank(all_reduce, x):

@@ -33,6 +33,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 PROMPT_TOKENS, NEW_TOKENS = 24, 20
 MIN_GAP = 0.05  # standard deviations; float32 rounding moves a logit by less than 1e-5 of one
 MIN_DISTINCT = 10  # different tokens of a continuation, for a repeated one hides errors
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}  # plain operations
 
 LLAMA = {
     "model_type": "llama",
@@ -47,6 +48,12 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 MISTRAL = {**LLAMA, "model_type": "mistral"}
+QWEN2 = {**LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6}
+GEMMA2 = {**LLAMA, "model_type": "gemma2", "tie_word_embeddings": True}
+del GEMMA2["hidden_act"]  # hidden_activation is gelu_pytorch_tanh by itself
+MIXTRAL = {**LLAMA, "model_type": "mixtral"}
+PHI3 = {**LLAMA, "model_type": "phi3", "pad_token_id": 0}
+QWEN3 = {**QWEN2, "model_type": "qwen3"}
 
 # NAME: the fields of config.json, and what else is special. "by hand" are the older spellings, written as
 # they stand here; the others are written by transformers.
@@ -115,6 +122,89 @@ VARIANTS = {
         | {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
         | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
     },
+    "qwen2": {  # tied embeddings; all layers see everything, whatever sliding_window says
+        "by_hand": True,
+        "config": QWEN2
+        | {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1, "tie_word_embeddings": True}
+        | {"rope_theta": 1000000.0, "use_sliding_window": False, "sliding_window": 5, "max_window_layers": 1}
+        | {"torch_dtype": "bfloat16"},
+    },
+    "qwen2-window": {  # only the second layer has one
+        "config": QWEN2
+        | {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2}
+        | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    },
+    "qwen3": {  # norms of q and k, heads that are wider than their share of the hidden size
+        "config": QWEN3
+        | {"hidden_size": 40, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 12}
+        | {"tie_word_embeddings": True, "dtype": "bfloat16"},
+    },
+    "qwen3-bias": {  # on the output projection too, and a window in the first layer
+        "config": QWEN3
+        | {"hidden_size": 32, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6}
+        | {"attention_bias": True, "use_sliding_window": True, "sliding_window": 6}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+    },
+    "qwen3-yarn": {  # a context longer than the original one
+        "config": QWEN3
+        | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "beta_fast": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    },
+    "mistral-nemo": {  # heads that together are narrower than the hidden size
+        "config": MISTRAL
+        | {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
+        | {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+    },
+    "phi3": {  # joined tensors, a window, several files
+        "max_shard_size": "30KB",
+        "config": PHI3
+        | {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1, "sliding_window": 9},
+    },
+    "phi3-longrope": {
+        "by_hand": True,
+        "config": PHI3
+        | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "torch_dtype": "bfloat16"}
+        | {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
+        | {
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.25, 1.5, 3.0],
+                "long_factor": [2.0, 4.0, 8.0, 16.0],
+            }
+        },
+    },
+    "mixtral": {  # two of five experts
+        "config": MIXTRAL
+        | {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 21}
+        | {"num_local_experts": 5, "dtype": "bfloat16"},
+    },
+    "mixtral-window": {  # three of four, and no rope_theta
+        "by_hand": True,
+        "config": MIXTRAL
+        | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 10}
+        | {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 6},
+    },
+    "gemma2": {  # caps that are felt, a window in the first and the third layer
+        "config": GEMMA2
+        | {"hidden_size": 42, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
+        | {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 7}
+        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0, "dtype": "bfloat16"},
+    },
+    "gemma2-uncapped": {
+        "config": GEMMA2
+        | {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "attention_bias": True}
+        | {"head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 9}
+        | {"layer_types": ["full_attention", "sliding_attention"], "tie_word_embeddings": False}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    },
     "text": {  # a tokenizer; bfloat16; a vocabulary padded beyond it; end-of-text amid the continuation
         "prompt": "The cat and the dog: 12 of them, and 30 more in the house",
         "config": LLAMA
@@ -133,7 +223,7 @@ def make(name, variant):
     model_type = fields.pop("model_type")
     config = AutoConfig.for_model(model_type, **fields)
     check_config(name, config, fields)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, **EAGER, dtype=torch.float32).eval()
     tokenizer = bpe_tokenizer() if "prompt" in variant else None
     seed = next(seed for seed in range(20000) if suits(model, seed, dtype, variant, tokenizer))
 
@@ -160,8 +250,9 @@ def check_config(name, config, fields):
     rope = config.rope_parameters
     given = {**(fields.get("rope_scaling") or fields.get("rope_parameters") or {})}
     assert rope["rope_type"] == given.get("rope_type", given.get("type", "default"))
-    assert rope["rope_theta"] == given.get("rope_theta", fields.get("rope_theta", 10000.0))
-    assert getattr(config, "sliding_window", None) == fields.get("sliding_window")
+    assert rope["rope_theta"] == given.get("rope_theta", fields.get("rope_theta", config.default_theta))
+    window = None if fields.get("use_sliding_window") is False else fields.get("sliding_window")
+    assert getattr(config, "sliding_window", None) == window
     if name == "mistral-v01":
         assert config.sliding_window < PROMPT_TOKENS
     if name == "llama3":  # wave lengths in all three bands of the formula
@@ -200,7 +291,8 @@ def set_weights(model, seed, dtype, tokenizer):
             if model.config.tie_word_embeddings:  # or every token predicts itself
                 values /= 8
         else:
-            values *= (2.0 if "q_proj" in name or "k_proj" in name else 1.0) / values.shape[1] ** 0.5
+            sharp = any(part in name for part in ("q_proj", "k_proj", "qkv_proj"))
+            values *= (2.0 if sharp else 1.0) / values.shape[-1] ** 0.5
         if name.startswith("lm_head") and tokenizer is not None:  # make what cannot be read improbable
             for token in range(len(values)):
                 text = tokenizer.decode([token])
@@ -242,7 +334,7 @@ def greedy(model, prompt, stop_below=0.0):
 def golden_of(directory, seed, variant, tokenizer):
     """The contents of golden.npz, from the files of `directory` alone."""
     model, found = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        directory, **EAGER, dtype=torch.float32, output_loading_info=True
     )
     assert not any(found.values()), found  # missing, unexpected or mismatched keys
     model.eval()

@@ -141,8 +141,8 @@ def _unwrap_argument(value):
 # device; that is for the loader to do, not for an operation, so here it refuses like the others.
 FUNCTIONS = (
     "abs", "arange", "argmax", "argmin", "asarray", "concatenate", "copyto", "cos", "empty", "empty_like",
-    "exp", "full", "isfinite", "isnan", "log", "matmul", "max", "maximum", "mean", "min", "minimum", "ones",
-    "rint", "sin", "sqrt", "stack", "sum", "where", "zeros", "zeros_like",
+    "exp", "full", "isfinite", "isnan", "log", "matmul", "max", "maximum", "mean", "min", "minimum",
+    "nonzero", "ones", "rint", "sin", "sqrt", "stack", "sum", "tanh", "where", "zeros", "zeros_like",
 )  # fmt: skip
 DTYPES = ("bool_", "int8", "int32", "int64", "float16", "float32")
 
@@ -162,7 +162,10 @@ def _strict(function):
             raise TypeError("matmul: CuPy's takes no `out`")
         args = [_unwrap_argument(arg) for arg in args]
         kwargs = {name: _unwrap_argument(value) for name, value in kwargs.items()}
-        return StrictArray(np.asarray(function(*args, **kwargs)))
+        found = function(*args, **kwargs)
+        if isinstance(found, tuple):
+            return tuple(StrictArray(np.asarray(part)) for part in found)
+        return StrictArray(np.asarray(found))
 
     return staticmethod(call)
 

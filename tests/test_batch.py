@@ -17,6 +17,13 @@ PROMPTS = [[1, 2, 3], [4], [200, 7, 7, 9, 30, 31, 8], [5, 6]]
 SHAPES = {
     "plain": {},
     "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4},
+    "windows": {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "sliding_window": 4,
+        "head_dim": 8,
+    },
+    "experts": {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "uneven": {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48},
 }

@@ -29,11 +29,17 @@ DTYPES = ("float32", "float16", "bfloat16")
 SHAPE = {"vocab_size": 101, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 3}
 SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 6, "max_position_embeddings": 64}
 SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+GEMMA = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": 10}
+GEMMA |= {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0, "sliding_window": 5}
 MODELS = {
+    "gemma": GEMMA,
     "biased": {"attention_bias": True, "mlp_bias": True},
     "tied": {"tie_word_embeddings": True},
     "scaled": {"rope_scaling": {**SCALING, "original_max_position_embeddings": 32}},
+    "mixture": {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}},
     "loud": {},
+    "normed": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
     "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5},
 }
 # A token of each rank's share of the vocabulary, the first and the last row among them.
@@ -133,7 +139,7 @@ def check_random_run(directory, tp, seed, dtype, calm=True):
     result = check(directory, tp, ids, decode, dtype)
     assert blame(result) == [], (tp, dtype, ids, decode)
     assert result.ok
-    steps = (1 + decode) * len(step_names(source.plan.layers))
+    steps = (1 + decode) * len(step_names(source.plan))
     assert len(result.findings) == tp * (steps + len(source.plan.tensors))
     most = 200 * float(ml_dtypes.finfo(dtype).eps)
     for finding in result.findings:

@@ -1,6 +1,7 @@
 """Checkpoints and config.json: what is refused, how it is said, and what is accepted; random weights."""
 
 import json
+import math
 import re
 from itertools import pairwise
 
@@ -13,9 +14,11 @@ from minitp.config import parse_config, read_config
 from minitp.device import open_device
 from minitp.errors import InputError
 from minitp.model_source import open_model
+from minitp.oracle import Oracle
 from minitp.random_weights import BLOCK, RandomWeights
 from minitp.weights import Loader
 
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 TENSORS = [
     "model.embed_tokens.weight",
@@ -172,12 +175,14 @@ def test_redundant_inverse_frequencies_are_accepted(directory):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_lie_in_one_piece_of_memory(tmp_path, tied, dtype):
+@pytest.mark.parametrize("fields", [{"attention_bias": True}, MIXTRAL], ids=["biases", "experts"])
+def test_weights_lie_in_one_piece_of_memory(tmp_path, fields, tied, dtype):
     """Each where a cache line begins, none over another, and all of them counted once."""
-    source = open_model(str(write_tiny(tmp_path, tie_word_embeddings=tied, attention_bias=True)), 3)
+    source = open_model(str(write_tiny(tmp_path, tie_word_embeddings=tied, **fields)), 3)
     weights = Loader(source.plan, 1, source.tensors, open_device(dtype)).load()
     arrays = [weights.lm_head, weights.final_norm, *([] if tied else [weights.embed])]
-    arrays += [array for layer in weights.layers for array in vars(layer).values() if array is not None]
+    holders = [holder for layer in weights.layers for holder in (layer, *layer.experts)]
+    arrays += [a for holder in holders for a in vars(holder).values() if isinstance(a, np.ndarray)]
     begins = sorted((array.ctypes.data, array.nbytes) for array in arrays)
     assert all(begin % 64 == 0 for begin, _ in begins)
     assert all(begin + n <= after < begin + n + 64 for (begin, n), (after, _) in pairwise(begins))
@@ -357,6 +362,11 @@ def rope(**fields):
 
 
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+WINDOWED = QWEN2 | {"use_sliding_window": True}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 4.0], "long_factor": [4.0] * 4}
+LONG |= {"original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ORIGINAL = {"original_max_position_embeddings": 64}
 
@@ -393,8 +403,12 @@ ORIGINAL = {"original_max_position_embeddings": 64}
         ({"eos_token_id": "</s>"}, ["eos_token_id is '</s>'", "token id"]),
         ({"torch_dtype": "int8"}, ["dtype is 'int8'", "float32, float16, bfloat16"]),
         (rope(type="dynamic", factor=2.0), ["rope_type is 'dynamic'", "default, linear, llama3"]),
-        (rope(rope_type="yarn", factor=2.0), ["rope_type is 'yarn'", "default, linear, llama3"]),
-        ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_type is 'longrope'", "default, linear"]),
+        (rope(rope_type="yarn", factor=2.0), ["original_max_position_embeddings", "yarn", "positive number"]),
+        (rope(**YARN, truncate=0), ["truncate of rope_type 'yarn' is 0", "true or false"]),
+        (rope(**YARN, long_factor=[1.0]), ["yarn", "unknown field 'long_factor'"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["short_factor", "longrope", "a list of 4"]),
+        (rope(**LONG | {"short_factor": [1, 2, 3]}), ["short_factor", "[1, 2, 3]", "a list of 4"]),
+        (rope(**LONG | {"long_factor": [1, 2, 3, "4"]}), ["long_factor", "a list of 4 positive numbers"]),
         (rope(type=["linear"], factor=2.0), ["rope_type", "default, linear, llama3"]),
         (rope(type="linear"), ["factor", "linear", "positive number"]),
         (rope(type="linear", factor="2"), ["factor", "'2'", "positive number"]),
@@ -409,6 +423,11 @@ ORIGINAL = {"original_max_position_embeddings": 64}
         ({"rope_theta": -1.0}, ["rope_theta", "-1.0", "positive number"]),
         ({"rope_theta": "10000"}, ["rope_theta", "'10000'", "positive number"]),
         (MISTRAL | {"sliding_window": 0}, ["sliding_window is 0", "positive integer"]),
+        (QWEN2 | {"use_sliding_window": 1}, ["use_sliding_window is 1", "true or false"]),
+        (QWEN2 | {"layer_types": ["sliding_attention"] * 2}, ["layer_types", "use_sliding_window true"]),
+        (WINDOWED | {"max_window_layers": -1}, ["max_window_layers is -1", "0 or more"]),
+        (WINDOWED | {"layer_types": ["full_attention"]}, ["layer_types", "a list of 2"]),
+        (WINDOWED | {"layer_types": ["chunked_attention"] * 2}, ["layer_types", "sliding_attention"]),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
@@ -442,6 +461,36 @@ def test_both_spellings_say_the_same():
     assert (config.dtype, config.unread) == ("bfloat16", ())
 
 
+@pytest.mark.parametrize(
+    ("scaling", "factor"),
+    [
+        (YARN, 0.1 * math.log(4) + 1),
+        (YARN | {"factor": 0.5}, 1.0),
+        (YARN | {"attention_factor": 1.25, "mscale": 2.0}, 1.25),
+        (YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}, (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)),
+        (LONG, (1 + math.log(512 / 64) / math.log(64)) ** 0.5),
+        (LONG | {"factor": 4.0}, (1 + math.log(4) / math.log(64)) ** 0.5),
+        (LONG | {"original_max_position_embeddings": 1024}, 1.0),
+        (LONG | {"attention_factor": 0.9}, 0.9),
+    ],
+)
+def test_attention_factor(scaling, factor):
+    fields = {**CONFIG, "rope_scaling": scaling}
+    config = parse_config(fields, "here")
+    assert config.rope.attention_factor == pytest.approx(factor, rel=1e-15)
+    assert Oracle(fields, None).attention_factor == pytest.approx(factor, rel=1e-15)
+
+
+def test_longrope_ends_at_its_original_context():
+    """Where longer ones begin, which have the other frequencies."""
+    fields = {**CONFIG, "rope_scaling": LONG}
+    assert parse_config(fields, "here").max_position_embeddings == 64
+    longer = {**fields, "original_max_position_embeddings": 128}  # beside rope_scaling it counts
+    assert parse_config(longer, "here").max_position_embeddings == 128
+    with pytest.raises(ValueError, match="65 tokens: longrope's"):
+        Oracle(fields, None).logits([0] * 65)
+
+
 def test_rope_scaling_beside_rope_parameters():
     """transformers 5 then reads rope_scaling."""
     fields = {**CONFIG, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
@@ -456,11 +505,24 @@ def test_absent_fields_are_as_in_transformers():
     config = parse_config({**bare, "model_type": "llama"}, "here")
     assert (config.num_key_value_heads, config.head_dim, config.max_position_embeddings) == (8, 4, 2048)
     assert (config.rms_norm_eps, config.rope.rope_theta, config.sliding_window) == (1e-6, 10000.0, None)
-    assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
+    assert (config.tie_word_embeddings, config.qkv_bias, config.mlp_bias) == (False, False, False)
     config = parse_config({**bare, **MISTRAL, "num_attention_heads": 16}, "here")
     assert (config.num_key_value_heads, config.max_position_embeddings) == (8, 131072)
     assert config.sliding_window == 4096
     assert parse_config({**bare, **MISTRAL, "sliding_window": None}, "here").sliding_window is None
+
+
+def test_which_layers_of_qwen_have_the_window():
+    fields = {**CONFIG, **WINDOWED, "sliding_window": 7}
+    assert parse_config({**fields, "use_sliding_window": False}, "here").windows == [None, None]
+    assert parse_config(fields, "here").windows == [None, None]  # the first 28 have none
+    assert parse_config({**fields, "max_window_layers": 0}, "here").windows == [7, 7]
+    mixed = parse_config({**fields, "max_window_layers": 1}, "here")
+    assert mixed.windows == [None, 7]
+    assert mixed.with_layers(1, "here").windows == [None]
+    listed = {"layer_types": ["sliding_attention", "full_attention"]}
+    assert parse_config({**fields, **listed}, "here").windows == [7, None]
+    assert parse_config({**fields, **listed}, "here").unread == ()
 
 
 def test_end_of_text_tokens_of_generation_config_count(directory):

@@ -57,8 +57,12 @@ def assert_close(got, expected, tolerance):
 
 
 def test_all_goldens_are_there():
-    families = "llama1 llama2 llama-bias llama3 llama-linear tinyllama smollm2 mistral-v01 mistral-v02"
-    assert set(NAMES) == {*families.split(), "mistral-v03", "text"}
+    llama = "llama1 llama2 llama-bias llama3 llama-linear tinyllama smollm2 text"
+    mistral = "mistral-v01 mistral-v02 mistral-v03 mistral-nemo"
+    qwen = "qwen2 qwen2-window qwen3 qwen3-bias qwen3-yarn"
+    phi = "phi3 phi3-longrope"
+    others = "mixtral mixtral-window gemma2 gemma2-uncapped"
+    assert set(NAMES) == {*llama.split(), *mistral.split(), *qwen.split(), *phi.split(), *others.split()}
 
 
 @pytest.mark.parametrize("name", NAMES)

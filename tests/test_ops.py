@@ -159,6 +159,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 ROPES = {
     "nothing said": {},
     "default": {"rope_theta": 500000.0},
@@ -166,12 +167,27 @@ ROPES = {
     "linear, oldest spelling": {"rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "linear, new spelling": {"rope_parameters": {"rope_type": "linear", "factor": 3, "rope_theta": 1e4}},
     "llama3": {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    "yarn": {"rope_theta": 1e6, "rope_scaling": YARN},
+    "yarn with all that there is": {
+        "rope_parameters": YARN
+        | {"rope_theta": 1e4, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+        | {"mscale": 0.7, "mscale_all_dim": 1.3}
+    },
+    "yarn without a ramp": {"rope_scaling": YARN | {"beta_fast": 1, "original_max_position_embeddings": 3}},
+    "longrope": {
+        "max_position_embeddings": 8192,
+        "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 1024},
+    },
     "llama3, new spelling": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
 }
 
 
 def rope_config(rope, head_dim):
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    scaling = rope.get("rope_scaling", {})
+    if scaling.get("type") == "longrope":
+        divisors = {"short_factor": [1 + i / 4 for i in range(head_dim // 2)]}
+        rope = rope | {"rope_scaling": scaling | divisors | {"long_factor": [9.0] * (head_dim // 2)}}
     return {"model_type": "llama", "head_dim": head_dim, **dict.fromkeys(sizes, 8), **rope}
 
 
@@ -377,6 +393,9 @@ def takes_xp(function):
 OPS = [name for name, _ in inspect.getmembers(ops, takes_xp) if not name.startswith("_")]
 
 
+CHOSEN = np.array([[0, 2], [1, 2], [0, 2]])  # of four experts, one of which nobody has chosen
+
+
 def strict_calls(dtype):
     """For each operation the arguments of a few calls, as NumPy arrays and Python values."""
     rng = np.random.default_rng(5)
@@ -396,14 +415,21 @@ def strict_calls(dtype):
         "matmul": [(array(4, 6), array(6, 3))],
         "column_parallel": [(array(4, 6), array(6, 3)), (array(4, 6), array(6, 3), array(3))],
         "row_parallel": [(array(4, 6), array(6, 5)), (array(4, 0), array(0, 5))],
-        "logits_partial": [(array(1, 6), array(6, 9))],
+        "logits_partial": [(array(1, 6), array(6, 9)), (array(1, 6), array(6, 9), 3.0)],
         "rope_cos_sin": [(positions, draw(rng, 3))],
         "apply_rope": [(q, cos, sin)],
         "split_heads": [(array(4, 42), 3, 2)],
         "causal_mask": [(positions, 0, 7), (positions, 1, 7, 3)],
-        "attention_scores": [(q, k, groups), (q, k, groups, mask)],
+        "attention_scores": [(q, k, groups), (q, k, groups, mask), (q, k, groups, mask, 0.3, 2.0)],
         "softmax": [(scores,)],
         "attention_context": [(np.exp(scores), v, [(0, 1), (1, 2)])],
+        "route": [(array(4, 5), 2), (array(1, 3), 3)],
+        "experts_act": [(array(3, 6), CHOSEN, [array(6, 10) for _ in range(4)])],
+        "experts_partial": [(array(3, 2, 5), CHOSEN, draw(rng, (3, 2)), [array(5, 6) for _ in range(4)])],
+        "scaled_embedding": [(array(4, 6), 6)],
+        "rms_norm_plus_one": [(array(4, 6), array(6), 1e-5)],
+        "soft_cap": [(scores, 2.0)],
+        "geglu": [(array(4, 10),), (array(4, 0),)],
         "swiglu": [(array(4, 10),), (array(4, 0),)],
     }
 
@@ -412,12 +438,19 @@ def test_there_is_a_strict_call_of_every_operation():
     assert sorted(strict_calls(np.float32)) == sorted(OPS)
 
 
+def given_to_device(value):
+    """An array, a list of arrays, or something else as it is."""
+    if isinstance(value, list) and isinstance(value[0], np.ndarray):
+        return [to_device(array) for array in value]
+    return to_device(value) if isinstance(value, np.ndarray) else value
+
+
 @pytest.mark.parametrize("name", OPS)
 @all_dtypes
 def test_operation_uses_only_xp(name, dtype):
     for arguments in strict_calls(dtype)[name]:
         operation = getattr(ops, name)
-        on_device = [to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        on_device = [given_to_device(a) for a in arguments]
         expected, actual = operation(np, *arguments), operation(StrictXp, *on_device)
         several = isinstance(expected, tuple)
         assert isinstance(actual, tuple) == several

@@ -139,9 +139,9 @@ def test_rope_frequencies_llama3_endpoints():
         np.testing.assert_allclose(found, expected, rtol=1e-14)
 
 
-@pytest.mark.parametrize("spelling", [{"rope_type": "yarn"}, {"type": "dynamic"}])
+@pytest.mark.parametrize("spelling", [{"rope_type": "ntk"}, {"type": "dynamic"}])
 def test_an_unknown_rope_type_is_refused(spelling):
-    with pytest.raises(ValueError, match=r"rope_type '(yarn|dynamic)'"):
+    with pytest.raises(ValueError, match=r"rope_type '(ntk|dynamic)'"):
         oracle.rope_inverse_frequencies(rope_config(rope_scaling={**spelling, "factor": 2.0}))
 
 
@@ -247,8 +247,12 @@ def test_what_an_absent_field_means():
     mistral = {**MISTRAL, "num_attention_heads": 16}
     del mistral["num_key_value_heads"]
     assert Oracle(mistral, None).kv_heads == 8
-    assert Oracle(mistral, None).window == 4096
-    assert Oracle({**mistral, "sliding_window": None}, None).window is None
+    assert Oracle(mistral, None).windows == [4096, 4096]
+    assert Oracle({**mistral, "sliding_window": None}, None).windows == [None, None]
+    qwen = {**LLAMA, "model_type": "qwen2"}
+    assert Oracle({**qwen, "max_window_layers": 0}, None).windows == [None, None]
+    assert Oracle({**qwen, "use_sliding_window": True}, None).windows == [None, None]  # 28 layers without
+    assert Oracle({**qwen, "use_sliding_window": True, "max_window_layers": 1}, None).windows == [None, 4096]
     assert Oracle({**MISTRAL, "num_key_value_heads": None}, None).kv_heads == 4
     assert Oracle({**LLAMA, "head_dim": None, "hidden_size": 8}, None).inverse_frequencies.shape == (1,)
 
@@ -298,7 +302,7 @@ def test_only_the_first_layers():
             Oracle(LLAMA, None, layers=layers)
 
 
-@pytest.mark.parametrize("field", [{"model_type": "qwen2"}, {"model_type": None}, {"hidden_act": "gelu"}])
+@pytest.mark.parametrize("field", [{"model_type": "gpt2"}, {"model_type": None}, {"hidden_act": "gelu"}])
 def test_an_unknown_model_is_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         Oracle({**LLAMA, **field}, None)

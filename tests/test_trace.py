@@ -3,6 +3,7 @@
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +19,7 @@ from minitp.errors import InputError
 from minitp.model import load_model
 from minitp.model_source import open_model
 from minitp.oracle import Oracle
-from minitp.steps import AFTER, BEFORE, LAYER, PARTIAL, Kind, split_name, step_names
+from minitp.steps import AFTER, BEFORE, LAYER, PARTIAL, Kind, layer_steps, split_name, step_names
 from minitp.trace import Recorder, assemble, passes_of, wanted_steps, write_oracle_trace, write_trace
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -69,6 +70,10 @@ def whole(models, tmp_path_factory):
     return trace(models["llama"], path, decode=2, globs=ALL, per_rank=True)
 
 
+LLAMA = SimpleNamespace(layers=2, tensors={"model.layers.0.mlp.gate_proj.weight": None})  # a plan
+STEPS = step_names(LLAMA)
+
+
 # --- what is in the file --------------------------------------------------------------------------------
 
 
@@ -78,7 +83,7 @@ def test_names_and_shapes_are_those_of_the_table(whole):
     steps = {name: array for name, array in tensors.items() if not name.startswith(("rank", "weights/"))}
     passes = json.loads(metadata["passes"])
     assert passes == [["prefill", 0, 7], ["decode.1", 7, 8], ["decode.2", 8, 9]]
-    assert set(steps) == {f"{name}/{step}" for name, _, _ in passes for step in step_names(2)}
+    assert set(steps) == {f"{name}/{step}" for name, _, _ in passes for step in STEPS}
     ends = {name: (start, stop) for name, start, stop in passes}
     for name, array in steps.items():
         pass_name, _, step = split_name(name)
@@ -101,7 +106,7 @@ def test_metadata_says_what_the_file_is(whole, models):
     most_probable = [int(tensors[f"{name}/logits"][-1].argmax()) for name in ("prefill", "decode.1")]
     assert json.loads(metadata["token_ids"]) == PROMPT + most_probable
     kinds = json.loads(metadata["kinds"])
-    assert set(kinds) == {*BEFORE, *[f"layers.*.{step}" for step in LAYER], *AFTER}
+    assert set(kinds) == {*BEFORE, *[f"layers.*.{step}" for step in layer_steps(LLAMA)], *AFTER}
     heads, kv_heads = [[0, 3], [3, 5], [5, 7], [7, 9]], [[0, 1], [1, 2], [1, 3], [2, 3]]
     assert kinds["embed"] == {"kind": "replicated", "axis": None, "ranges": []}
     assert kinds["layers.*.mlp.out_partial"]["kind"] == "partial"
@@ -140,7 +145,7 @@ def test_the_pieces_of_the_ranks_make_up_the_whole(whole):
                     piece, there, rtol=0, atol=1e-6, err_msg=name
                 )  # of a head held twice
         checked += 1
-    assert checked == 3 * len(step_names(2))
+    assert checked == 3 * len(STEPS)
     assert len([name for name in tensors if name.startswith("rank")]) == len(tensors) * 4 // 5
 
 
@@ -227,7 +232,7 @@ def test_in_bfloat16(models, tmp_path):
 
 def test_scores_probs_and_weights_are_left_out_unless_they_are_asked_for(models, tmp_path):
     tensors, _ = trace(models["llama"], tmp_path / "a.safetensors", decode=1)
-    expected = {f"{p}/{step}" for p in ("prefill", "decode.1") for step in step_names(2)}
+    expected = {f"{p}/{step}" for p in ("prefill", "decode.1") for step in STEPS}
     assert set(tensors) == {name for name in expected if not name.endswith((".scores", ".probs"))}
 
 
@@ -313,7 +318,7 @@ def test_the_oracle_s_trace_is_its_own_run(name, models, tmp_path):
 
 def test_recording_changes_no_bit_and_without_it_nothing_is_recorded(models, monkeypatch):
     source = open_model(str(models["llama"]), 3)
-    names = {f"prefill/{step}" for step in step_names(2)}
+    names = {f"prefill/{step}" for step in STEPS}
 
     def logits(comm, recorded):
         model = load_model(source, comm, open_device())

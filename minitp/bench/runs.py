@@ -78,9 +78,9 @@ def bare_decode_seconds(model, limits, sequences, context):
 
 
 def keys_read(model, stop, tokens):
-    """How many keys a pass of `tokens` tokens that ends at position `stop` reads."""
-    window = model.config.sliding_window
-    return stop if window is None else min(stop, window + tokens - 1)
+    """How many keys a pass of `tokens` tokens that ends at position `stop` reads, a layer in the mean."""
+    windows = model.config.windows
+    return sum(stop if w is None else min(stop, w + tokens - 1) for w in windows) // len(windows)
 
 
 def timed_batch(model, prompt, sequences, steps):

@@ -44,6 +44,12 @@ def run(args, comm, caller=None):
 
 
 def warn_of_unread_fields(source):
+    if source.config.rope.rope_type == "longrope":
+        print(
+            f"minitp: warning: {source.name}: rope_type 'longrope' is supported up to its original context, "
+            f"which ends at {source.config.max_position_embeddings} tokens",
+            file=sys.stderr,
+        )
     where = "config.json" if source.gguf is None else "the metadata"
     for name in source.config.unread:
         print(

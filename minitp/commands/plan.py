@@ -137,9 +137,11 @@ def notes(config, hardware, result, left_out):
         found.append(
             f"Memory: a GPU's datasheet figure; {held} of it is set aside for CUDA, NCCL and activations."
         )
-    if config.sliding_window is not None:
+    windowed = sum(window is not None for window in config.windows)
+    if windowed:
+        some = f" in {windowed} of {len(config.windows)} layers" if windowed < len(config.windows) else ""
         found.append(
-            f"The cache holds every position; of these decoding reads the last {config.sliding_window}."
+            f"The cache holds every position; of these decoding reads the last {config.sliding_window}{some}."
         )
     behind = counted(result["prompt_tokens"], "token")
     found.append(

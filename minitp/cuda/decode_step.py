@@ -232,7 +232,7 @@ class DecodeStep:
     def _record_attention(self, i, record):
         """What attention had and gave, of the first sequence."""
         length, size = int(self.seen[0]), self.pool.block_size
-        first = max(0, length - (self.model.config.sliding_window or length))
+        first = max(0, length - (self.model.config.windows[0] or length))
         positions = self.model.device.xp.arange(first, length)  # [W]
         places = self.block_table[0][positions // size] * size + positions % size  # [W]
         keys, values = (rows.gather(places) for rows in self.pool.rows[i])  # [K_r, W, d] each

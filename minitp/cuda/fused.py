@@ -24,6 +24,23 @@ def unfit(config, plan, device, kv_dtype):
         return f"head_dim {config.head_dim} and hidden_size {config.hidden_size} must be multiples of 8"
     if any(start == stop for start, stop in plan.ffn_ranges):
         return f"{config.intermediate_size} FFN columns are too few for {plan.tp} ranks"
+    if config.rope.attention_factor != 1:
+        return f"its kernels turn q and k without a factor, and config.json gives {config.rope.rope_type} one"
+    without_kernels = {
+        "experts": config.num_local_experts,
+        "a norm of q and k": config.qk_norm,
+        "norms that multiply with 1 + weight": config.norm_plus_one,
+        "norms behind the blocks": config.post_norms,
+        "scaled embeddings": config.scaled_embeddings,
+        "soft caps": config.attn_logit_softcapping or config.final_logit_softcapping,
+        "this query_pre_attn_scalar": config.query_pre_attn_scalar != config.head_dim,
+        f"hidden_act {config.hidden_act}": config.hidden_act != "silu",
+    }
+    for what, wanted in without_kernels.items():
+        if wanted:
+            return f"it has no kernels for {what}"
+    if len(set(config.windows)) > 1:
+        return "its kernels have one sliding window for all layers"
     return None
 
 
@@ -189,11 +206,7 @@ class FusedModel(Model):
     def _record_attention(self, i, qk, prompt, record):
         """The queries after RoPE, and what attention had, of the only sequence."""
         (sequence,) = prompt.sequences
-        first = (
-            0
-            if self.config.sliding_window is None
-            else max(0, sequence.past - self.config.sliding_window + 1)
-        )
+        first = 0 if self.config.windows[0] is None else max(0, sequence.past - self.config.windows[0] + 1)
         places = self.device.xp.asarray(sequence.places[first:])  # [W]
         keys, values = (rows.gather(places) for rows in prompt.pool.rows[i])  # [K_r, W, d] each
         new = len(keys[0]) - (sequence.rows.stop - sequence.rows.start)

@@ -52,7 +52,7 @@ class Kernels:
         """For caches of such blocks."""
         m = self._model
         return AttentionPrefill(
-            self.compiler, self._cupy, m.query_groups, m.config.head_dim, block_size, m.config.sliding_window
+            self.compiler, self._cupy, m.query_groups, m.config.head_dim, block_size, m.config.windows[0]
         )
 
     def attention_decode(self, block_size, batch, max_context):
@@ -67,5 +67,5 @@ class Kernels:
             batch,
             max_context,
             device.attributes["MultiProcessorCount"],
-            m.config.sliding_window,
+            m.config.windows[0],
         )

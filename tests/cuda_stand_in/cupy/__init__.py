@@ -166,6 +166,10 @@ def ascontiguousarray(a):
     return _wrapped(np.ascontiguousarray(_bare(a)))
 
 
+def nonzero(a):
+    return tuple(_wrapped(places) for places in np.nonzero(_bare(a)))
+
+
 def copyto(dst, src, where=True):
     np.copyto(_bare(dst), _bare(src), where=_bare(where))
 
@@ -190,7 +194,7 @@ def _forwarded(function):
 
 for _name in (
     "abs", "arange", "argmax", "concatenate", "cos", "exp", "full", "isfinite", "isnan", "log", "max",
-    "maximum", "min", "minimum", "ones", "rint", "sin", "sqrt", "stack", "sum", "where",
+    "maximum", "min", "minimum", "ones", "rint", "sin", "sqrt", "stack", "sum", "tanh", "where",
 ):  # fmt: skip
     globals()[_name] = _forwarded(getattr(np, _name))
 

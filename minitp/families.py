@@ -1,0 +1,77 @@
+"""The families of models, as config.json calls them by `model_type`. (docs/adding-a-family.md)"""
+
+# What each family is called, which fields only it reads, what transformers assumes for absent fields, and
+# what its models have without a field that says so.
+QWEN_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+QWEN_DEFAULTS |= {"sliding_window": 4096, "max_window_layers": 28}
+FAMILIES = {
+    "llama": {
+        "architecture": "LlamaForCausalLM",
+        "reads": ("attention_bias", "mlp_bias"),
+        "defaults": {"max_position_embeddings": 2048},
+    },
+    "mistral": {
+        "architecture": "MistralForCausalLM",
+        "reads": ("sliding_window",),
+        "defaults": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    },
+    "qwen2": {  # and Qwen2.5
+        "architecture": "Qwen2ForCausalLM",
+        "reads": ("use_sliding_window", "sliding_window", "layer_types"),
+        "defaults": QWEN_DEFAULTS,
+        "always": ("qkv_bias",),
+    },
+    "qwen3": {
+        "architecture": "Qwen3ForCausalLM",
+        "reads": ("attention_bias", "use_sliding_window", "sliding_window", "layer_types"),
+        "defaults": {**QWEN_DEFAULTS, "head_dim": 128},
+        "always": ("qk_norm",),
+    },
+    "gemma2": {
+        "architecture": "Gemma2ForCausalLM",
+        "reads": (
+            "attention_bias",
+            "sliding_window",
+            "layer_types",
+            "hidden_activation",
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+        ),
+        "defaults": {
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "tie_word_embeddings": True,
+        },
+        "always": ("norm_plus_one", "post_norms", "scaled_embeddings", "alternating_windows"),
+    },
+    "mixtral": {
+        "architecture": "MixtralForCausalLM",
+        "reads": ("sliding_window", "num_local_experts"),
+        "defaults": {
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+        },
+    },
+    "phi3": {  # Phi-3 and Phi-4, but for those that turn only a part of each head
+        "architecture": "Phi3ForCausalLM",
+        "reads": ("sliding_window",),
+        "defaults": {
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        "always": ("joined_projections",),
+        "rope_aliases": {"su": "longrope", "yarn": "longrope"},  # as the first files called it
+    },
+}

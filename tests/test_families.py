@@ -1,0 +1,345 @@
+"""What is special to a family, beyond the numbers that tests/goldens hold for each of them."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny import CONFIG
+
+from minitp import ops, oracle
+from minitp.config import parse_config
+from minitp.cuda.fused import unfit
+from minitp.errors import InputError
+from minitp.estimate import Pass, rank_work
+from minitp.model_source import open_model
+from minitp.oracle import Oracle
+from minitp.shard import make_plan
+from minitp.shard_files import write_shards
+
+GOLDENS = Path(__file__).parent / "goldens"
+QKV = "model.layers.1.self_attn.qkv_proj.weight"
+GEMMA2 = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+PHI3 = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+
+
+def copied(name, directory, change):
+    """The directory of a golden's model, after change(tensors)."""
+    shutil.copytree(GOLDENS / name, directory)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    return str(directory)
+
+
+# --- config.json as it is published ---------------------------------------------------------------------
+
+SIZES = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "attention_dropout": 0.0}
+SIZES |= {"vocab_size": 32000, "use_cache": True, "transformers_version": "4.43.1", "torch_dtype": "bfloat16"}
+PUBLISHED = {
+    "Qwen2.5-0.5B": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 24,
+        "model_type": "qwen2",
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": True,
+        "use_mrope": False,
+        "use_sliding_window": False,
+    },
+    "Qwen3-0.6B": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+    "Mistral-Nemo": {
+        "architectures": ["MistralForCausalLM"],
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 131072,
+    },
+    "Phi-3-mini-128k": {
+        "architectures": ["Phi3ForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+        "attention_bias": False,
+        "embd_pdrop": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "model_type": "phi3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "original_max_position_embeddings": 4096,
+        "pad_token_id": 32000,
+        "resid_pdrop": 0.0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [64.0] * 48},
+        "rope_theta": 10000.0,
+        "sliding_window": 262144,
+        "tie_word_embeddings": False,
+    },
+    "Mixtral-8x7B": {
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mixtral",
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+    },
+    "gemma-2-9b": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "attention_bias": False,
+        "attn_logit_softcapping": 50.0,
+        "cache_implementation": "hybrid",
+        "final_logit_softcapping": 30.0,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 8192,
+        "model_type": "gemma2",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 42,
+        "num_key_value_heads": 8,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "sliding_window_size": 4096,
+    },
+}
+PARAMETERS = {"Mistral-Nemo": 12.25e9, "Mixtral-8x7B": 46.70e9, "Phi-3-mini-128k": 3.82e9}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read_completely(name):
+    config = parse_config({**SIZES, **PUBLISHED[name]}, name)
+    assert config.unread == ()
+    Oracle({**SIZES, **PUBLISHED[name]}, None)  # which has its own reading of it
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_plan_has_as_many_parameters_as_the_model(name):
+    """The sizes are those that the models are known by."""
+    plan = make_plan(parse_config({**SIZES, **PUBLISHED[name]}, name), 1)
+    found = sum(np.prod(shard.shape) for shard in plan.tensors.values())
+    assert found == pytest.approx(PARAMETERS[name], rel=2e-3)
+
+
+# --- which path -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("tinyllama", None),
+        ("mixtral", "experts"),
+        ("gemma2", "1 + weight"),
+        ("phi3-longrope", "longrope"),
+        ("qwen2-window", "one sliding window"),
+        ("qwen3", "norm of q and k"),
+        ("qwen3-yarn", "yarn"),
+    ],
+)
+def test_the_fused_path_refuses_what_its_kernels_cannot_do(name, reason):
+    fields = json.loads((GOLDENS / name / "config.json").read_text())
+    config = parse_config({**fields, "hidden_size": 64, "head_dim": 8}, name)
+    device = SimpleNamespace(dtype=np.dtype(np.float16))
+    found = unfit(config, device, "auto")
+    assert found is None if reason is None else reason in found
+
+
+# --- Gemma ----------------------------------------------------------------------------------------------
+
+
+def test_layers_of_gemma_have_a_window_in_turn():
+    fields = {**CONFIG, **GEMMA2, "num_hidden_layers": 3, "sliding_window": 7}
+    assert parse_config(fields, "here").windows == [7, None, 7]
+    assert Oracle(fields, None).windows == [7, None, 7]
+    listed = {**fields, "layer_types": ["full_attention", "full_attention", "sliding_attention"]}
+    assert parse_config(listed, "here").windows == Oracle(listed, None).windows == [None, None, 7]
+
+
+def test_what_gemma_assumes_and_what_it_does_not_support():
+    config = parse_config({**CONFIG, **GEMMA2}, "here")
+    assert config.hidden_act == "gelu_pytorch_tanh"
+    assert (config.tie_word_embeddings, config.head_dim) == (True, 256)
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
+    uncapped = parse_config({**CONFIG, **GEMMA2, "attn_logit_softcapping": None}, "here")
+    assert uncapped.attn_logit_softcapping is None
+    for fields, words in (
+        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu', expected 'gelu_pytorch_tanh'"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0, expected a positive number"),
+    ):
+        with pytest.raises(InputError, match=words):
+            parse_config({**CONFIG, **GEMMA2, **fields}, "here")
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_soft_cap(cap):
+    x = np.array([-1e4, -3.0, -1e-3, 0.0, 0.2, 5.0, 1e4])
+    np.testing.assert_allclose(oracle.soft_cap(x, cap), cap * np.tanh(x / cap), rtol=0, atol=1e-14 * cap)
+    # tanh is good to an ulp or two, its argument to half a one, and near 0 so is what comes out.
+    np.testing.assert_allclose(ops.soft_cap(np, np.float32(x), cap), oracle.soft_cap(x, cap), rtol=4e-7)
+
+
+def test_geglu():
+    """Values of the erf form, of which the tanh form is an approximation to within 5e-4."""
+    x = np.linspace(-6, 6, 49)
+    exact = [v / 2 * (1 + math.erf(v / math.sqrt(2))) for v in x]
+    np.testing.assert_allclose(oracle.geglu(x, np.ones(49)), exact, rtol=0, atol=5e-4)
+    gate_up = np.float32(np.stack((x, np.full(49, 2.0)), axis=1))  # [T, 2]
+    expected = oracle.geglu(gate_up[:, :1], gate_up[:, 1:])
+    # 1 + tanh has the roundings of 1, and is multiplied by x / 2 and 2.
+    np.testing.assert_allclose(ops.geglu(np, gate_up), expected, rtol=4e-7, atol=6 * 2**-23)
+
+
+# --- experts --------------------------------------------------------------------------------------------
+
+
+def test_more_experts_a_token_than_there_are():
+    with pytest.raises(InputError, match="num_experts_per_tok is 3, expected at most num_local_experts, 2"):
+        parse_config({**CONFIG, **MIXTRAL, "num_local_experts": 2, "num_experts_per_tok": 3}, "here")
+
+
+def test_of_equal_logits_the_first_are_chosen():
+    chosen, shares = ops.route(np, np.zeros((2, 5), np.float32), 2)
+    assert chosen.tolist() == [[0, 1], [0, 1]]
+    np.testing.assert_array_equal(shares, 0.5)
+    assert oracle.route(np.zeros((1, 5)), 2).tolist() == [[0.5, 0.5, 0, 0, 0]]
+
+
+def test_shares_of_experts_that_are_nearly_nothing_are_chosen_all_the_same():
+    """e^-200 is 0 in float32, and the choice must not go by it."""
+    chosen, shares = ops.route(np, np.array([[-200, -400, 0, -300]], np.float32), 2)
+    assert (chosen.tolist(), shares.tolist()) == ([[0, 2]], [[0.0, 1.0]])
+
+
+def test_a_token_reads_its_own_experts_and_many_tokens_all_of_them():
+    config = parse_config({**CONFIG, **MIXTRAL, "num_local_experts": 8}, "here")
+    plan, layers, expert = make_plan(config, 1), CONFIG["num_hidden_layers"], 3 * 32 * 48
+
+    def read(tokens):
+        return rank_work(config, plan, 0, Pass(tokens, 1, 0), "float32")[0]
+
+    everything = 4 * (sum(np.prod(shard.shape) for shard in plan.tensors.values()) - 258 * 32)
+    assert read(1)[0] == everything - 4 * layers * 6 * expert
+    assert read(10**6)[0] == everything
+    assert read(1)[1] == 2 * (read(1)[0] / 4 - (2 * layers + 1) * 32)  # a product and a sum for each weight
+
+
+# --- joined tensors -------------------------------------------------------------------------------------
+
+
+def test_a_missing_joined_tensor_is_named(tmp_path):
+    directory = copied("phi3-longrope", tmp_path / "model", lambda tensors: tensors.pop(QKV))
+    with pytest.raises(InputError, match=rf"{QKV} is missing, expected shape \[96, 48\]"):
+        open_model(directory, 2)
+
+
+def test_a_joined_tensor_of_another_shape_is_refused(tmp_path):
+    def without_v(tensors):
+        tensors[QKV] = tensors[QKV][:72].copy()
+
+    directory = copied("phi3-longrope", tmp_path / "model", without_v)
+    with pytest.raises(InputError, match=rf"{QKV} has shape \[72, 48\], expected \[96, 48\]"):
+        open_model(directory, 2)
+
+
+def test_separate_tensors_are_not_taken_for_joined_ones(tmp_path):
+    def separate(tensors):
+        q, k, v = np.split(tensors.pop(QKV), [48, 72])
+        for part, rows in zip("qkv", (q, k, v), strict=True):
+            tensors[QKV.replace("qkv", part)] = rows.copy()
+
+    directory = copied("phi3-longrope", tmp_path / "model", separate)
+    with pytest.raises(InputError, match=f"{QKV} is missing"):
+        open_model(directory, 2)
+
+
+@pytest.mark.parametrize("tp", [1, 4, 6])
+def test_shards_of_joined_tensors_put_together_are_the_file(tp, tmp_path):
+    """By plan.json: each part's ranges, and where in which of the file's tensors it was."""
+    write_shards(tmp_path, open_model(str(GOLDENS / "phi3-longrope"), tp))
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    ranks = [load_file(tmp_path / f"rank{r}.safetensors") for r in range(tp)]
+    file = load_file(GOLDENS / "phi3-longrope" / "model.safetensors")
+    rebuilt = {name: np.zeros_like(array) for name, array in file.items()}
+    for name, entry in plan["tensors"].items():
+        first = entry.get("first_row", 0)
+        whole = rebuilt[entry.get("part_of", name)][first : first + entry["shape"][0]]
+        for tensors, (start, stop) in zip(ranks, entry["ranges"] or [(0, None)] * tp, strict=True):
+            whole[(slice(None),) * (entry["axis"] or 0) + (slice(start, stop),)] = tensors[name]
+    for name, array in file.items():
+        np.testing.assert_array_equal(rebuilt[name], array, err_msg=name)
+
+
+def test_some_layers_of_a_joined_checkpoint():
+    assert open_model(str(GOLDENS / "phi3-longrope"), 2, layers=1).plan.layers == 1
+
+
+@pytest.mark.parametrize("called", ["su", "yarn", "longrope"])
+def test_what_phi3_calls_longrope(called):
+    scaling = {"type": called, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = parse_config({**CONFIG, **PHI3, "rope_scaling": scaling}, "here")
+    assert (config.rope.rope_type, config.rope.original_max_position_embeddings) == ("longrope", 4096)
+
+
+def test_a_phi_that_turns_a_part_of_each_head_is_refused():
+    with pytest.raises(InputError, match=r"partial_rotary_factor is 0\.75"):
+        parse_config({**CONFIG, **PHI3, "partial_rotary_factor": 0.75}, "here")
