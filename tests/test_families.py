@@ -11,7 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import CONFIG
 
-from minitp import ops, oracle
+from minitp import model, ops, oracle
+from minitp.bench.runs import keys_read
+from minitp.cli import main
+from minitp.commands import warn_of_unread_fields
 from minitp.config import parse_config
 from minitp.cuda.fused import unfit
 from minitp.errors import InputError
@@ -214,6 +217,14 @@ def test_layers_of_gemma_have_a_window_in_turn():
     assert parse_config(listed, "here").windows == Oracle(listed, None).windows == [None, None, 7]
 
 
+def test_a_pass_is_as_short_as_the_layer_without_a_window_needs(monkeypatch):
+    config = parse_config({**CONFIG, **GEMMA2, "sliding_window": 7, "max_position_embeddings": 8192}, "here")
+    model_ = SimpleNamespace(config=config, plan=make_plan(config, 1), fused=False, prefill_chunk=512)
+    monkeypatch.setattr(model, "SCORES", 4 * 4 * 10_000)
+    assert model.largest_pass(model_, past=9488) == 4  # of four heads and 9488 + 512 keys
+    assert keys_read(model_, stop=100, tokens=1) == (7 + 100) // 2
+
+
 def test_what_gemma_assumes_and_what_it_does_not_support():
     config = parse_config({**CONFIG, **GEMMA2}, "here")
     assert config.hidden_act == "gelu_pytorch_tanh"
@@ -247,6 +258,24 @@ def test_geglu():
     expected = oracle.geglu(gate_up[:, :1], gate_up[:, 1:])
     # 1 + tanh has the roundings of 1, and is multiplied by x / 2 and 2.
     np.testing.assert_allclose(ops.geglu(np, gate_up), expected, rtol=4e-7, atol=6 * 2**-23)
+
+
+# --- what is said at start ------------------------------------------------------------------------------
+
+
+def test_longrope_says_where_it_ends(capsys):
+    warn_of_unread_fields(open_model(str(GOLDENS / "phi3-longrope"), 1))
+    assert (
+        "'longrope' is supported up to its original context, which ends at 64 tokens"
+        in capsys.readouterr().err
+    )
+    warn_of_unread_fields(open_model(str(GOLDENS / "phi3"), 1))
+    assert capsys.readouterr().err == ""
+
+
+def test_plan_says_which_layers_have_a_window(capsys):
+    assert main(["plan", "--model", str(GOLDENS / "gemma2"), "--gpu", "h100", "--tp", "2"]) == 0
+    assert "reads the last 7 in 2 of 3 layers." in " ".join(capsys.readouterr().out.split())
 
 
 # --- experts --------------------------------------------------------------------------------------------
