@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ./run.sh "The capital of France is"     sets up, fetches the demo model, streams text from four ranks
 # ./run.sh test [PYTEST ARGUMENTS]        sets up, runs the tests
+# ./run.sh gpu                            tests, checks and measures on this machine's GPU, within 8 minutes
 # ./run.sh setup                          only sets up
 # ./run.sh generate ... --tp 2            any minitp command with its arguments (see ./run.sh --help)
 set -euo pipefail
@@ -70,7 +71,9 @@ setup() {
     fi
     make_venv
     local extras=gguf # reads the demo model
-    if [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then extras+=,cuda12; fi
+    local cuda # what the driver can do, if there is one
+    cuda=$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p' || true)
+    case $cuda in "") ;; 1[3-9]) extras+=,cuda13 ;; *) extras+=,cuda12 ;; esac
     install base "$extras"
     setup_mpi
     case ${1:-} in test | serve) install "$1" "$1" ;; esac
@@ -78,7 +81,7 @@ setup() {
 }
 
 case ${1:-} in
-    "") sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" && exit 2 ;;
+    "") sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}" && exit 2 ;;
     setup)
         setup
         say "ready: .venv/bin/minitp --help"
@@ -88,6 +91,11 @@ case ${1:-} in
         setup test
         "$python" -c 'from minitp.demo import demo_directory; demo_directory()'
         cd "$root" && exec "$python" -m pytest "$@"
+        ;;
+    gpu)
+        # MINITP_PYTHON is an interpreter that has all packages: then nothing is installed.
+        if [ -n "${MINITP_PYTHON:-}" ]; then python=$MINITP_PYTHON; else setup test; fi
+        cd "$root" && PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" benchmarks/gpu.py
         ;;
     *)
         setup "$1"

@@ -285,7 +285,7 @@ def load_model(source, comm, device, progress=lambda nbytes: None, kv_dtype="aut
     from minitp.cuda.fused import FusedModel, unfit
     from minitp.cuda.loader import GpuLoader
 
-    reason = unfit(source.config, device, kv_dtype)
+    reason = unfit(source.config, source.plan, device, kv_dtype)
     if path == "fused" and reason is not None:
         raise InputError(f"--path fused: {reason}; use --path explicit")
     kind = Model if path == "explicit" or reason is not None else FusedModel

@@ -6,6 +6,7 @@ MINITP_TEST_FAULT says what happens, where and on which rank: "kill forward 2", 
     kill    SIGKILL
     exit    the process ends without a word, with code 7
     lag     three seconds pass
+    stick   ten minutes pass, where others wait inside NCCL for one second
     spoil   weights that have been loaded are 1.001 times what they should be
 
     starting   before anything else
@@ -13,6 +14,7 @@ MINITP_TEST_FAULT says what happens, where and on which rank: "kill forward 2", 
     loading    while the weights are loaded (`spoil` happens here only)
     forward    in the fifth forward pass
     batch      in the fifth forward pass of a rank that serves requests
+    launch     in the fifth decoding step on a GPU
 """
 
 import os
@@ -35,8 +37,7 @@ def fail(kind):
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "exit":
         os._exit(7)
-    assert kind == "lag"
-    time.sleep(3)
+    time.sleep({"lag": 3, "stick": 600}[kind])
 
 
 def plant(kind, place):
@@ -47,6 +48,7 @@ def plant(kind, place):
     if place == "importing":
         sys.modules["ml_dtypes"] = None
         return
+    from minitp.cuda.decode_step import DecodeStep
     from minitp.model import Model
     from minitp.weights import Loader
 
@@ -58,6 +60,7 @@ def plant(kind, place):
         "loading": (Loader, "load", 1),
         "forward": (Model, "forward", FORWARD_CALL),
         "batch": (Model, "forward_batch", FORWARD_CALL),
+        "launch": (DecodeStep, "launch", FORWARD_CALL),
     }[place]
     right = getattr(owner, name)
     calls = 0
@@ -80,6 +83,10 @@ def spoilt(weights):
 
 if __name__ == "__main__":
     what, where, rank = os.environ["MINITP_TEST_FAULT"].split()
+    if what == "stick":
+        from minitp.cuda.nccl import NcclComm
+
+        NcclComm.__init__.__defaults__ = (1.0,)  # patience_s
     if env_rank(os.environ) == int(rank):
         plant(what, where)
     sys.exit(cli.main())

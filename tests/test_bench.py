@@ -15,6 +15,7 @@ from minitp.bench.limits import total_elements
 from minitp.bench.plot import plot
 from minitp.bench.runs import StepTimer, keys_read, profile, timed_batch, timed_run
 from minitp.bench.table import lines
+from minitp.bench.tiled import TiledWeights
 from minitp.comm import Alone, OneOfMany, run_threads
 from minitp.commands.bench import contexts
 from minitp.device import Device
@@ -185,6 +186,20 @@ def test_contexts_double_and_leave_room():
     assert contexts(512, 16) == (32, 64, 128, 256, 496)
     assert contexts(1000, 16) == (32, 64, 128, 256, 512, 984)
     assert contexts(40, 10) == (30,)
+
+
+def test_tiled_weights_are_as_large_and_as_random_as_real_ones():
+    shapes = {"w.weight": (300, 4096), "norm.weight": (8,), "b.bias": (8,), "big.weight": (2000, 4096)}
+    weights = TiledWeights(shapes, np.dtype(np.float16))
+    w = weights.read("w.weight", (slice(0, 100), slice(0, 1024)))
+    assert w.dtype == np.float16
+    assert w.shape == (100, 1024)
+    assert w.astype(float).std() == pytest.approx(4096**-0.5, rel=0.02)
+    assert not np.array_equal(w, weights.read("w.weight", (slice(100, 200), slice(0, 1024))))
+    assert np.array_equal(w, weights.read("w.weight", (slice(0, 100), slice(0, 1024))))
+    assert weights.read("big.weight", (slice(0, 2000), slice(0, 4096))).shape == (2000, 4096)
+    assert (weights.read("norm.weight", (slice(0, 8),)) == 1).all()
+    assert (weights.read("b.bias", (slice(2, 4),)) == 0).all()
 
 
 # --- the command ----------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_every_command_is_in_the_table_and_known_to_run_sh():
 def test_every_option_is_in_the_readme_and_every_option_of_the_readme_exists():
     real = {o for p in command_parsers().values() for o in p._option_string_actions if o.startswith("--")}
     # Not there: those with one choice so far, and those named by their short form.
-    real -= {"--help", "--device", "--max-new-tokens", "--verbose", "--output"}
+    real -= {"--help", "--max-new-tokens", "--verbose", "--output"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert named == real
 

@@ -12,7 +12,7 @@ from minitp.cuda.comm import LocalComm
 
 CACHES = 16  # times the L2 cache, so that a copy hardly finds anything in there
 ROUNDS = 7
-AHEAD = 8  # copies, some milliseconds: more than the host takes to launch a pass
+AHEAD = 24  # copies, some 10 ms: more than the host takes to launch a pass
 ALL_REDUCES = 32  # timed together
 MOST_ROWS = 4096  # of the products that measure arithmetic
 

@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
 from minitp.bench.measure import measure
 from minitp.bench.table import lines
-from minitp.commands.loading import load
+from minitp.bench.tiled import TiledWeights
+from minitp.commands.loading import device_of, load
 from minitp.commands.prompt import check_output
 from minitp.errors import InputError
 from minitp.generate import context_length
@@ -71,6 +72,9 @@ class Bench:
     @staticmethod
     def run(args, comm, source, job):
         """Measure, and print a table or one JSON object."""
+        if source.directory is None:  # of random weights only the shapes matter here
+            tiled = TiledWeights(source.tensors.shapes, device_of(args, comm, source).dtype)
+            source = replace(source, tensors=tiled)
         model, load_s = load(args, comm, source)
         with comm.agreed():
             if job.profile and model.device.is_gpu and not model.fused:

@@ -35,7 +35,6 @@ class DeviceComm(Comm):
         super().__init__(host.rank, host.size)
         self.share, self.host, self.gpu = host.share, host, gpu
         self.broadcast, self.exchange = host.broadcast, host.exchange
-        self.abort = host.abort
 
     def reduce_into(self, x, out):
         """The sum over all ranks of `x`, the same bits on each, into `out`, of one shape, without gaps."""
@@ -79,6 +78,9 @@ class DeviceComm(Comm):
         self.seconds += perf_counter() - started
         return joined  # [T, sum(widths)]
 
+    def abort(self, exit_code):
+        self.host.abort(exit_code)
+
     def launching(self):
         """A `with` block in which work with collectives is given to the GPU, outside a capture."""
         return nullcontext()
@@ -114,6 +116,8 @@ class StagedComm(DeviceComm):
 
 def copy(gpu, x, out):
     """x to out, both without gaps, on the GPU's stream; may be captured."""
+    if x.data.ptr == out.data.ptr:
+        return
     runtime = gpu.cupy.cuda.runtime
     kind = runtime.memcpyDeviceToDevice
     runtime.memcpyAsync(out.data.ptr, x.data.ptr, x.nbytes, kind, gpu.stream.ptr)

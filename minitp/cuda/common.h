@@ -4,8 +4,6 @@
 // this with nothing but itself; tests compile it as C++ with cuda_on_cpu.h in front, which has its own version
 // of what only a GPU can do (the second half of each #ifdef).
 
-#pragma once
-
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 #define MINUS_INFINITY __uint_as_float(0xff800000u)

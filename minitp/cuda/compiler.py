@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 HERE = Path(__file__).parent
+HEADER = "common.h"
 
 
 class Compiler:
@@ -28,9 +29,8 @@ class Compiler:
         return Kernel(self._module(file, tuple(sorted(defines.items()))).get_function(name))
 
     def _compile(self, file, defines):
-        text = (HERE / file).read_text(encoding="utf-8")
         options = compile_options(self.dtype, **dict(defines))
-        return self._cupy.RawModule(code=text, options=(*options, f"-I{HERE}"), backend="nvrtc")
+        return self._cupy.RawModule(code=whole_source(file), options=options, backend="nvrtc")
 
 
 class Kernel:
@@ -46,6 +46,12 @@ class Kernel:
     def allow_shared_memory(self, nbytes):
         """Let launches ask for so much dynamic shared memory, where the usual limit is 48 KiB."""
         self._function.max_dynamic_shared_size_bytes = nbytes
+
+
+def whole_source(file):
+    """A file with its header in it: CuPy would take a kernel from its cache though an include has changed."""
+    text, header = ((HERE / name).read_text(encoding="utf-8") for name in (file, HEADER))
+    return text.replace(f'#include "{HEADER}"', header)
 
 
 def compile_options(dtype, **defines):

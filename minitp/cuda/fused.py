@@ -14,8 +14,8 @@ BLOCK_SIZE = 16
 LARGEST_HEAD = 256
 
 
-def unfit(config, device, kv_dtype):
-    """Why a model cannot take the fused path, or None."""
+def unfit(config, plan, device, kv_dtype):
+    """Why a model cannot take the fused path, or None; the same on all ranks."""
     if device.dtype.itemsize != 2:
         return f"its kernels compute in 16 bits, not in {device.dtype.name}"
     if kv_dtype not in ("auto", device.dtype.name):
@@ -39,6 +39,8 @@ def unfit(config, device, kv_dtype):
             return f"it has no kernels for {what}"
     if len(set(config.windows)) > 1:
         return "its kernels have one sliding window for all layers"
+    if any(start == stop for start, stop in plan.ffn_ranges):
+        return f"{config.intermediate_size} FFN columns are too few for {plan.tp} ranks"
     return None
 
 

@@ -61,8 +61,9 @@ def open_gpu(local_rank=0, share=False):
     cupy = find_cupy()
     gpus = cupy.cuda.runtime.getDeviceCount()
     if local_rank >= gpus and not share:
+        there = "is 1" if gpus == 1 else f"are {gpus}"
         raise InputError(
-            f"--device cuda: rank {local_rank} of this host has no GPU, there are {gpus}; use --tp {gpus}, "
+            f"--device cuda: rank {local_rank} of this host has no GPU, there {there}; use --tp {gpus}, "
             "or --share-gpu to see that it is right (and slow), or --device cpu"
         )
     cupy.cuda.Device(local_rank % gpus).use()  # before anything is allocated
@@ -112,6 +113,8 @@ class Uploads:
         The rows of `out` must lie behind one another.
         """
         cuda, width = self._gpu.cupy.cuda, rows.shape[1]
+        if width == 0:
+            return
         step = max(1, PINNED_BYTES // out.strides[0])
         for start in range(0, len(rows), step):
             block = rows[start : start + step]  # [<= step, m]

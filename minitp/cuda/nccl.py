@@ -14,6 +14,7 @@ from minitp.cuda.comm import DeviceComm
 from minitp.errors import RankError, one_line
 
 PATIENCE_S = 8.0  # for work that has been given to the GPU; a step takes far less
+START_S = 60.0  # for all ranks to come to NCCL, and NCCL to find its ways between their GPUs
 LOOK_S = 0.25
 SHARES_GPUS = 23000  # as NCCL counts its versions
 LAST_RESORT_S = 2.0  # for a rank that an abort has not woken
@@ -36,7 +37,10 @@ class NcclComm(DeviceComm):
     Raises
     ------
     AgreedError
-        on all ranks, if the communicator cannot be made on one of them.
+        on all ranks, if one of them has no NCCL, or there is no unique id.
+    RankError
+        on a rank where the communicator cannot be made. The others wait for it inside NCCL, where nothing but
+        the end of the job reaches them.
     """
 
     capturable = True
@@ -48,16 +52,35 @@ class NcclComm(DeviceComm):
             self._nccl = load_nccl()
             if host.rank == 0:
                 unique_id = self._nccl.get_unique_id()
-        unique_id = host.broadcast(unique_id)
-        with host.agreed():
-            self._communicator = self._nccl.NcclCommunicator(self.size, unique_id, self.rank)
+        unique_id, launches = host.broadcast(unique_id), shared_counts(host)
+        self._communicator = self._joined(unique_id, launches)
         self._types = {
             "float32": self._nccl.NCCL_FLOAT32,
             "float16": self._nccl.NCCL_FLOAT16,
             "bfloat16": self._nccl.NCCL_BFLOAT16,
             "int32": self._nccl.NCCL_INT32,
         }
-        self._watchdog = Watchdog(self._communicator, gpu, host, patience_s)
+        self._watchdog = Watchdog(self._communicator, gpu, host, launches, patience_s)
+
+    def _joined(self, unique_id, launches):
+        """This rank's communicator, when all ranks have come for theirs."""
+
+        def give_up():
+            missing = [str(rank) for rank, count in enumerate(launches) if count == 0]
+            who = f"rank {', '.join(missing)} did not come" if missing else "nobody is known to be missing"
+            give_word(self.rank, f"NCCL has not come up within {START_S:g} s: {who}")
+            self.host.abort(RankError.exit_code)
+
+        launches[self.rank] = 1
+        timer = threading.Timer(START_S, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            return self._nccl.NcclCommunicator(self.size, unique_id, self.rank)
+        except RuntimeError as error:  # NcclError
+            raise RankError(f"NCCL does not come up: {one_line(error)}") from error
+        finally:
+            timer.cancel()
 
     def reduce_into(self, x, out):
         kind, add = self._types[x.dtype.name], self._nccl.NCCL_SUM
@@ -106,11 +129,11 @@ class Watchdog:
     on the stream behind it; so whoever waits can say who has not come.
     """
 
-    def __init__(self, communicator, gpu, host, patience_s):
+    def __init__(self, communicator, gpu, host, launches, patience_s):
         self._communicator, self._gpu, self._host, self._patience = communicator, gpu, host, patience_s
         self._events, self._entered = deque(), None  # times of launches that are not through
         self._error, self._stopped = None, threading.Event()
-        self._launches = shared_counts(host)
+        self._launches = launches  # of each rank, as far as they can be seen from here
         self._thread = threading.Thread(target=self._watch, name="NCCL watchdog", daemon=True)
         self._thread.start()
 
@@ -169,8 +192,13 @@ class Watchdog:
         with suppress(RuntimeError):
             self._communicator.abort()
         if not self._stopped.wait(LAST_RESORT_S):  # else the rank's own thread has woken and leaves
-            print(f"minitp: rank {self._host.rank} failed: {reason}", file=sys.stderr, flush=True)
+            give_word(self._host.rank, reason)
             self._host.abort(RankError.exit_code)
+
+
+def give_word(rank, reason):
+    """Say why the job ends, from a thread beside one that is stuck."""
+    print(f"minitp: rank {rank} failed: {reason}", file=sys.stderr, flush=True)
 
 
 def shared_counts(host):

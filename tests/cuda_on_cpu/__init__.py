@@ -51,18 +51,16 @@ class CpuCompiler:
         self._dtype = np.dtype(dtype)
 
     def kernel(self, file, name, **defines):
-        source = (CUDA / file).read_text(encoding="utf-8")
-        built = build_text(source, compile_options(self._dtype, **defines))[name]
+        built = build_text(compiler.whole_source(file), compile_options(self._dtype, **defines))[name]
         return compiler.Kernel(built)
 
 
 def build_text(source, options=()):
     """The kernels in a text. What has been built is kept for the next process."""
-    header = (HERE / "cuda_on_cpu.h").read_text(encoding="utf-8")
-    common = (CUDA / "common.h").read_text(encoding="utf-8")
+    headers = [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.h"))]
     options = [option for option in options if option.startswith("-D")]
-    key = hashlib.sha256("\0".join([source, header, common, *options]).encode()).hexdigest()[:24]
-    folder = Path(tempfile.gettempdir()) / f"minitp-cuda-on-cpu-{os.getuid()}"
+    key = hashlib.sha256("\0".join([source, *headers, *options]).encode()).hexdigest()[:24]
+    folder = built_in()
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{key}.so"
     parameters = dict(KERNEL.findall(source))
@@ -70,6 +68,12 @@ def build_text(source, options=()):
         _compile(source, options, parameters, library)
     loaded = ctypes.PyDLL(str(library))  # keeps the GIL: one kernel at a time, of ranks that are threads
     return {kernel: Kernel(loaded, kernel, text) for kernel, text in parameters.items()}
+
+
+def built_in():
+    """The folder of what has been built."""
+    default = Path(tempfile.gettempdir()) / f"minitp-cuda-on-cpu-{os.getuid()}"
+    return Path(os.environ.get("CUDA_ON_CPU", default))
 
 
 def _compile(source, options, kernels, library):
@@ -100,7 +104,6 @@ def _compile(source, options, kernels, library):
         ]
         command += [
             *options,
-            f"-I{CUDA}",
             "-include",
             str(HERE / "cuda_on_cpu.h"),
             str(path),

@@ -5,6 +5,7 @@ the same arguments, on a stream of their own.
 """
 
 import ctypes
+import os
 import pickle
 import socket
 import struct
@@ -106,7 +107,7 @@ def _serve(listener, path):
                     _send(connection, error)
                 return
             result = _combine(heads[0], [payload for _, payload in calls])
-            for connection in connections:
+            for connection in reversed(connections):  # rank 0 last: its next kernel may stop this thread
                 _send(connection, None, result)
     except (ConnectionError, OSError):
         for connection in connections:
@@ -132,6 +133,8 @@ class NcclCommunicator:
 
         if not isinstance(unique_id, bytes) or len(unique_id) != NCCL_UNIQUE_ID_BYTES:
             raise TypeError("a unique id is 128 bytes")
+        if os.environ.get("STAND_IN_NCCL_FAILS") == str(rank):
+            raise NcclError(2, "NCCL_ERROR_SYSTEM_ERROR: the stand-in fails")
         self._rank, self._size, self.calls, self._device = rank, size, [], Device().id
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(unique_id.rstrip(b"\0").decode())

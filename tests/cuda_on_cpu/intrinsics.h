@@ -1,0 +1,162 @@
+// What a kernel calls that only a GPU has: 16-bit numbers, tensor cores, shuffles, barriers, atomics.
+
+#pragma once
+
+namespace cuda_on_cpu {
+
+inline float to_float(unsigned short bits) {
+#ifdef BFLOAT16
+    const unsigned wide = static_cast<unsigned>(bits) << 16;
+    float y;
+    memcpy(&y, &wide, 4);
+    return y;
+#else
+    _Float16 x;
+    memcpy(&x, &bits, 2);
+    return x;
+#endif
+}
+
+inline unsigned short to_half(float x) {
+    unsigned short bits;
+#ifdef BFLOAT16
+    if (isnan(x)) return 0x7fff;
+    unsigned wide;
+    memcpy(&wide, &x, 4);
+    bits = (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
+#else
+    const _Float16 y = x;
+    memcpy(&bits, &y, 2);
+#endif
+    return bits;
+}
+
+inline float half_of(unsigned word, int which) { return to_float(which ? word >> 16 : word & 0xffff); }
+
+// As a tensor core: see `mma` in common.h for which lane has what.
+inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    Warp &warp = warps[current / LANES];
+    const int lane = current % LANES;
+    for (int i = 0; i < 4; i++) warp.words[lane][i] = a[i];
+    for (int i = 0; i < 2; i++) warp.words[lane][4 + i] = b[i];
+    warp_barrier();
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            const unsigned *of_a = warp.words[row % 8 * 4 + k % 8 / 2];
+            const unsigned *of_b = warp.words[column * 4 + k % 8 / 2];
+            c[i] += half_of(of_a[(row >= 8) + (k >= 8 ? 2 : 0)], k % 2) * half_of(of_b[4 + (k >= 8)], k % 2);
+        }
+    }
+    warp_barrier();
+}
+
+template <class Value>
+Value of_lane(Value mine, int lane) {
+    static_assert(sizeof(Value) <= sizeof(Warp::words[0]), "too wide to show");
+    Warp &warp = warps[current / LANES];
+    memcpy(warp.words[current % LANES], &mine, sizeof mine);
+    warp_barrier();
+    Value its;
+    memcpy(&its, warp.words[lane], sizeof its);
+    warp_barrier();
+    return its;
+}
+
+inline unsigned long long load_acquire(const unsigned long long *p) {
+    sched_yield();  // the process that is waited for may want this core
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+inline long long nanoseconds() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+inline void check_mask(unsigned mask) {
+    if (mask != 0xffffffffu) fail("a shuffle of a part of a warp");
+}
+
+}  // namespace cuda_on_cpu
+
+inline void __syncthreads() { cuda_on_cpu::block_barrier(); }
+
+inline int __syncthreads_or(int predicate) {
+    static int any;
+    any |= predicate != 0;
+    __syncthreads();
+    const int result = any;
+    __syncthreads();
+    any = 0;
+    __syncthreads();
+    return result;
+}
+
+inline void __threadfence() {}
+inline void __threadfence_system() { __sync_synchronize(); }
+
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+    cuda_on_cpu::check_mask(mask);
+    cuda_on_cpu::warp_barrier();
+}
+
+template <class Value>
+Value __shfl_sync(unsigned mask, Value value, int lane) {
+    cuda_on_cpu::check_mask(mask);
+    return cuda_on_cpu::of_lane(value, lane % 32);
+}
+
+template <class Value>
+Value __shfl_xor_sync(unsigned mask, Value value, int bits) {
+    cuda_on_cpu::check_mask(mask);
+    return cuda_on_cpu::of_lane(value, cuda_on_cpu::current % 32 ^ bits);
+}
+
+template <class Value>
+Value __shfl_down_sync(unsigned mask, Value value, int by) {
+    cuda_on_cpu::check_mask(mask);
+    const int lane = cuda_on_cpu::current % 32;
+    return cuda_on_cpu::of_lane(value, lane + by < 32 ? lane + by : lane);
+}
+
+template <class Value>
+Value __shfl_up_sync(unsigned mask, Value value, int by) {
+    cuda_on_cpu::check_mask(mask);
+    const int lane = cuda_on_cpu::current % 32;
+    return cuda_on_cpu::of_lane(value, lane >= by ? lane - by : lane);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+    unsigned bits = 0;
+    for (int lane = 0; lane < 32; lane++) bits |= (__shfl_sync(mask, predicate, lane) != 0) << lane;
+    return bits;
+}
+
+template <class Value>
+Value __ldg(const Value *p) {
+    return *p;
+}
+
+template <class Value>
+Value atomicAdd(Value *p, Value by) {
+    const Value before = *p;
+    *p += by;
+    return before;
+}
+
+inline float __expf(float x) { return expf(x); }
+inline float __uint_as_float(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+using std::max;
+using std::min;

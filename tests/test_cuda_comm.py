@@ -1,0 +1,451 @@
+"""Collectives of arrays on GPUs: what NCCL is told, and that nobody waits for a rank that does not come."""
+
+import os
+import re
+import threading
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+from on_gpu import run_on_gpus
+
+from minitp.comm import Alone, OneOfMany, ThreadComm, run_threads
+from minitp.errors import AgreedError, InputError, RankError
+from minitp.places import place_ranks
+
+pytestmark = pytest.mark.usefixtures("cupy")
+
+DTYPES = {"float16": 6, "float32": 7, "bfloat16": 9, "int32": 2}  # as NCCL counts them
+RANKS = 4
+PATIENCE_S = 0.5
+SOON_S = 5  # for what takes a second, on a machine that has other things to do
+
+
+def numbers(dtype, rank, shape):
+    """Those of a rank; sums of four of them are rounded in 16 bits."""
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    return (np.random.default_rng(rank).standard_normal(shape) * 10).astype(kind)
+
+
+def nccl_ranks(function, ranks=RANKS, patience_s=PATIENCE_S, close=True):
+    """function(NcclComm) on so many ranks, each a thread; what each returns, or the error that it raises."""
+    from minitp.cuda.gpu import open_gpu
+    from minitp.cuda.nccl import NcclComm
+
+    def rank(host):
+        comm = None
+        try:
+            comm = NcclComm(host, open_gpu(host.rank), patience_s)
+            result = function(comm)
+            if close:
+                comm.close()
+            return result
+        except Exception as error:
+            return error
+        finally:
+            if comm is not None:
+                comm._watchdog.stop()
+
+    return run_threads(ranks, rank)
+
+
+def this_rank():
+    return int(threading.current_thread().name.removeprefix("rank "))
+
+
+# --- what NCCL is told ----------------------------------------------------------------------------------
+
+
+def test_calls_in_order():
+    def rank(comm):
+        gpu = comm.gpu
+        comm.all_reduce(gpu.from_host(numbers("float16", comm.rank, (3, 5))))
+        comm.all_gather(gpu.from_host(numbers("float32", comm.rank, (2, 1 + comm.rank))), [1, 2, 3, 4])
+        comm.all_reduce(gpu.from_host(numbers("bfloat16", comm.rank, (8,))))
+        comm.broadcast("objects go through the hosts")
+        comm.exchange(comm.rank)
+        return comm._communicator.calls
+
+    expected = [("allReduce", 15, 6), ("allGather", 2 * 4, 7), ("allReduce", 8, 9)]
+    assert nccl_ranks(rank) == [expected] * RANKS
+
+
+@pytest.mark.parametrize("transport", ["nccl", "mpi"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_and_gatherings_are_those_of_the_hosts(dtype, transport):
+    """The very bits, for the stand-in adds up as the hosts do. Parts are uneven, one is empty."""
+    widths = [3, 0, 2, 1]
+
+    def on_host(comm):
+        x = numbers(dtype, comm.rank, (3, 6))
+        return comm.all_reduce(x), comm.all_gather(x[:, : widths[comm.rank]], widths)
+
+    def on_gpu(comm):
+        x = comm.gpu.from_host(numbers(dtype, comm.rank, (3, 6)))
+        found = comm.all_reduce(x), comm.all_gather(x[:, : widths[comm.rank]], widths)
+        assert all(isinstance(array, comm.gpu.cupy.ndarray) for array in found)
+        assert comm.seconds > 0
+        return [comm.gpu.to_host(array) for array in found]
+
+    expected = run_threads(RANKS, on_host)
+    for found in run_on_gpus(RANKS, on_gpu, transport):
+        for array, right in zip(found, expected[0], strict=True):
+            assert array.dtype == right.dtype
+            assert (array == right).all()
+
+
+@pytest.mark.parametrize("transport", ["nccl", "mpi"])
+def test_an_array_with_gaps(transport):
+    def rank(comm):
+        x = comm.gpu.from_host(np.arange(12, dtype=np.float32).reshape(3, 4))
+        return comm.gpu.to_host(comm.all_reduce(x[:, ::2])).tolist()
+
+    assert run_on_gpus(2, rank, transport) == [[[0, 4], [8, 12], [16, 20]]] * 2
+
+
+def test_ranks_stay_on_streams_and_gpus_of_their_own():
+    def rank(comm):
+        assert comm.gpu.stream.non_blocking
+        return comm._communicator.device_id(), comm.gpu.stream.ptr
+
+    devices, streams = zip(*run_on_gpus(RANKS, rank), strict=True)
+    assert devices == (0, 1, 2, 3)
+    assert len(set(streams)) == RANKS
+
+
+@pytest.mark.parametrize("host", [Alone(), OneOfMany(0, 4), OneOfMany(2, 4)])
+def test_a_rank_without_others(host):
+    """One of many throws its own part in for everybody's."""
+    comm = place_ranks(host, "cuda")
+    x = comm.gpu.from_host(np.ones((2, 3), np.float16))
+    assert (comm.rank, comm.size, comm.share) == (0, host.size, host.share)
+    assert comm.gpu.to_host(comm.all_reduce(x)).tolist() == [[1] * 3] * 2
+    assert comm.all_gather(x, [3] * comm.size).shape == (2, 3 * comm.size)
+    comm.close()
+
+
+# --- the beginning --------------------------------------------------------------------------------------
+
+
+def test_no_unique_id(cupy, monkeypatch):
+    def fail():
+        raise cupy.cuda.nccl.NcclError(2, "NCCL_ERROR_SYSTEM_ERROR: no network")
+
+    monkeypatch.setattr(cupy.cuda.nccl, "get_unique_id", fail)
+    for error in nccl_ranks(lambda comm: None):
+        assert isinstance(error, AgreedError)
+        assert error.exit_code == 3
+        assert str(error) == "rank 0 failed: NcclError: NCCL_ERROR_SYSTEM_ERROR: no network"
+
+
+def test_one_rank_has_no_nccl(cupy, monkeypatch):
+    version = cupy.cuda.nccl.get_version
+
+    def missing():
+        if this_rank() == 3:
+            raise ImportError("libnccl.so.2: cannot open shared object file")
+        return version()
+
+    monkeypatch.setattr(cupy.cuda.nccl, "get_version", missing)
+    for error in nccl_ranks(lambda comm: None):
+        assert isinstance(error, AgreedError)
+        assert str(error).startswith("rank 3 failed: NCCL is missing (ImportError: libnccl.so.2: cannot open")
+        assert "--comm mpi" in str(error)
+
+
+def joining(cupy, monkeypatch, fail):
+    """Rank 1 calls `fail` in place of making its communicator. The others wait for it until the job ends."""
+    ended, aborted, abort = threading.Event(), [], ThreadComm.abort
+
+    def end(comm, exit_code):
+        aborted.append((comm.rank, exit_code))
+        ended.set()
+        abort(comm, exit_code)
+
+    def join(size, unique_id, rank):
+        if rank == 1:
+            fail(ended)
+        assert ended.wait(SOON_S)
+        raise cupy.cuda.nccl.NcclError(3, "the process ends")
+
+    monkeypatch.setattr(ThreadComm, "abort", end)
+    monkeypatch.setattr(cupy.cuda.nccl, "NcclCommunicator", join)
+    return aborted
+
+
+def test_a_communicator_that_fails_on_one_rank_ends_the_job(cupy, monkeypatch):
+    """The others are inside NCCL then: to agree with them would be to wait for ever."""
+    from minitp.cuda.gpu import open_gpu
+    from minitp.cuda.nccl import NcclComm
+
+    def fail(ended):
+        raise cupy.cuda.nccl.NcclError(2, "NCCL_ERROR_SYSTEM_ERROR: no memory")
+
+    failed = []
+
+    def rank(host):
+        try:
+            NcclComm(host, open_gpu(host.rank))
+        except RankError as error:
+            failed.append((host.rank, str(error)))
+            raise
+
+    aborted = joining(cupy, monkeypatch, fail)
+    with pytest.raises(RankError):
+        run_threads(RANKS, rank)
+    assert failed[0] == (1, "NCCL does not come up: NcclError: NCCL_ERROR_SYSTEM_ERROR: no memory")
+    assert aborted[0] == (1, 3)
+
+
+def test_a_rank_that_does_not_come_to_nccl_is_named(cupy, monkeypatch, capsys):
+    monkeypatch.setattr("minitp.cuda.nccl.START_S", PATIENCE_S)
+    aborted = joining(cupy, monkeypatch, lambda ended: ended.wait(SOON_S))
+    from minitp.cuda import nccl
+
+    counts = nccl.shared_counts
+
+    def counted(host):
+        """Rank 1 is stopped before it can say that it has come."""
+        found = counts(host)
+        return np.ones(RANKS, np.int64) if host.rank == 1 else found
+
+    monkeypatch.setattr(nccl, "shared_counts", counted)
+    assert all(isinstance(error, RankError) for error in nccl_ranks(lambda comm: None))
+    assert aborted[0][1] == RankError.exit_code
+    said = r"minitp: rank [023] failed: NCCL has not come up within 0\.5 s: rank 1 did not come\n"
+    assert re.search(said, capsys.readouterr().err), "the first that gives up ends them all"
+
+
+# --- trouble on the way ---------------------------------------------------------------------------------
+
+
+def all_reduce(comm):
+    return comm.all_reduce(comm.gpu.from_host(np.ones(8, np.float16)))
+
+
+def test_a_rank_that_does_not_come_is_named(cupy):
+    """The others get out of NCCL, and say whom they have waited for."""
+    others_are_out = threading.Barrier(RANKS)
+
+    def rank(comm):
+        all_reduce(comm)
+        comm.exchange(None)
+        try:
+            if comm.rank != 2:
+                all_reduce(comm)
+        finally:
+            others_are_out.wait(SOON_S)
+
+    started = time.monotonic()
+    found = nccl_ranks(rank, close=False)
+    assert time.monotonic() - started < SOON_S
+    assert found[2] is None
+    for number in (0, 1, 3):
+        assert isinstance(found[number], RankError)
+        assert str(found[number]) == "stuck in a collective for 0.5 s: rank 2 did not come"
+
+
+def test_who_waits_for_the_gpu_learns_it_too(cupy, monkeypatch):
+    """A GPU does its work behind the host's back, so what it has been given comes to no end."""
+    monkeypatch.setattr(cupy.cuda.Event, "done", False)
+
+    def rank(comm):
+        if comm.rank == 0:
+            comm._watchdog._launches[0] += 1  # as if rank 1 had stayed behind
+        all_reduce(comm)
+        comm.check()
+        deadline = time.monotonic() + SOON_S
+        while time.monotonic() < deadline:
+            comm.check()
+            time.sleep(0.01)
+
+    found = nccl_ranks(rank, ranks=2, close=False)
+    assert str(found[0]) == "stuck in a collective for 0.5 s: rank 1 did not come"
+    assert str(found[1]) == "stuck in a collective for 0.5 s: all ranks have come as far as is known here"
+
+
+def test_a_rank_that_does_not_wake_is_ended(cupy, monkeypatch, capsys):
+    """It waits for its GPU in C, where no exception reaches it."""
+    monkeypatch.setattr("minitp.cuda.nccl.LAST_RESORT_S", 0.1)
+    monkeypatch.setattr(cupy.cuda.Event, "done", False)
+    ended = threading.Event()
+    monkeypatch.setattr(ThreadComm, "abort", lambda comm, exit_code: ended.set())
+
+    def rank(comm):
+        all_reduce(comm)
+        assert ended.wait(SOON_S)
+
+    nccl_ranks(rank, ranks=2, close=False)
+    assert "failed: stuck in a collective for 0.5 s" in capsys.readouterr().err
+
+
+def test_slow_is_not_stuck():
+    """Hosts may take their time between launches, and a rank that comes late but in time is waited for."""
+
+    def rank(comm):
+        all_reduce(comm)
+        time.sleep(1.5 if comm.rank == 0 else 1.7)
+        return comm.gpu.to_host(all_reduce(comm)).tolist()
+
+    assert nccl_ranks(rank, ranks=2, patience_s=1) == [[2.0] * 8] * 2
+
+
+def test_an_error_inside_a_call(cupy, monkeypatch):
+    def fail(self, *args):
+        raise cupy.cuda.nccl.NcclError(1, "NCCL_ERROR_UNHANDLED_CUDA_ERROR: unhandled cuda error")
+
+    monkeypatch.setattr(cupy.cuda.nccl.NcclCommunicator, "allReduce", fail)
+    for error in nccl_ranks(all_reduce, close=False):
+        assert isinstance(error, RankError)
+        expected = (
+            "NCCL's all-reduce failed: NcclError: NCCL_ERROR_UNHANDLED_CUDA_ERROR: unhandled cuda error"
+        )
+        assert str(error) == expected
+
+
+def test_an_error_of_which_only_the_watchdog_hears(cupy, monkeypatch):
+    def fail(self):
+        raise cupy.cuda.nccl.NcclError(6, "NCCL_ERROR_REMOTE_ERROR: remote process exited")
+
+    def rank(comm):
+        comm.exchange(None)
+        monkeypatch.setattr(cupy.cuda.nccl.NcclCommunicator, "check_async_error", fail)
+        comm._watchdog._thread.join(SOON_S)
+        comm.exchange(None)
+        all_reduce(comm)
+
+    monkeypatch.setattr("minitp.cuda.nccl.LAST_RESORT_S", 0.1)
+    monkeypatch.setattr(ThreadComm, "abort", lambda comm, exit_code: None)
+    for error in nccl_ranks(rank, ranks=2, close=False):
+        assert isinstance(error, RankError)
+        assert str(error) == "NCCL: NcclError: NCCL_ERROR_REMOTE_ERROR: remote process exited"
+
+
+def test_ranks_that_part_are_told():
+    def rank(comm):
+        return comm.all_reduce(comm.gpu.from_host(np.ones(8 + comm.rank, np.float16)))
+
+    for error in nccl_ranks(rank, close=False):
+        assert isinstance(error, RankError)
+        assert "ranks have parted" in str(error)
+
+
+# --- the end --------------------------------------------------------------------------------------------
+
+
+def test_close_destroys_and_watches_no_more(cupy, monkeypatch):
+    destroyed, destroy = [], cupy.cuda.nccl.NcclCommunicator.destroy
+    monkeypatch.setattr(
+        cupy.cuda.nccl.NcclCommunicator, "destroy", lambda self: destroyed.append(destroy(self))
+    )
+    watching = nccl_ranks(lambda comm: comm._watchdog._thread)
+    assert len(destroyed) == RANKS
+    for thread in watching:
+        thread.join(SOON_S)
+        assert not thread.is_alive()
+
+
+def test_abort_lets_go_of_the_others(cupy):
+    """A rank that fails ends its communicator, or the others' GPUs would go on waiting."""
+
+    def rank(comm):
+        if comm.rank == 1:
+            with pytest.raises(ZeroDivisionError):
+                comm.agree(1 / 0)
+            comm.host.abort = lambda exit_code: None
+            comm.abort(3)
+            return comm
+        return all_reduce(comm)
+
+    found = nccl_ranks(rank, ranks=3, patience_s=SOON_S, close=False)
+    assert [type(error).__name__ for error in found] == ["RankError", "NcclComm", "RankError"]
+    assert "NCCL's all-reduce failed: NcclError: NCCL_ERROR_REMOTE_ERROR" in str(found[0])
+
+
+# --- counts of launches ---------------------------------------------------------------------------------
+
+
+def test_counts_are_seen_by_all_ranks_of_a_host():
+    from minitp.cuda.nccl import shared_counts
+
+    def rank(comm):
+        counts = shared_counts(comm)
+        counts[comm.rank] = 10 + comm.rank
+        comm.exchange(None)
+        return counts.tolist(), counts.filename
+
+    found = run_threads(3, rank)
+    assert [counts for counts, _ in found] == [[10, 11, 12]] * 3
+    assert not os.path.exists(found[0][1]), "the file has no name any more"
+
+
+def test_nobody_on_another_host_is_taken_for_late(monkeypatch):
+    from minitp.cuda.nccl import shared_counts
+
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: this_rank() < 2 and exists(path))
+
+    def rank(comm):
+        counts = shared_counts(comm)
+        counts[comm.rank] += 1
+        return [number for number, count in enumerate(counts) if count < counts[comm.rank]], counts[comm.rank]
+
+    assert run_threads(RANKS, rank) == [([], 1)] * RANKS
+
+
+# --- which ranks meet how -------------------------------------------------------------------------------
+
+
+def places(ranks, transport="auto", share_gpu=False):
+    def rank(host):
+        comm = place_ranks(host, "cuda", transport, share_gpu)
+        all_reduce(comm)
+        comm.close()
+        return type(comm).__name__
+
+    return run_threads(ranks, rank)
+
+
+@pytest.mark.parametrize(
+    ("transport", "ranks", "expected"),
+    [
+        ("auto", 1, "LocalComm"),
+        ("nccl", 1, "LocalComm"),
+        ("auto", 2, "PeerComm"),
+        ("peer", 2, "PeerComm"),
+        ("nccl", 2, "NcclComm"),
+        ("mpi", 2, "StagedComm"),
+        ("shm", 2, "StagedComm"),
+    ],
+)
+def test_how_ranks_meet(transport, ranks, expected):
+    assert places(ranks, transport) == [expected] * ranks
+
+
+def test_gpus_that_do_not_reach_each_other(monkeypatch):
+    monkeypatch.setenv("STAND_IN_PEERS", "0")
+    assert places(2) == ["NcclComm"] * 2
+    with pytest.raises(AgreedError, match="--comm peer: the GPUs cannot all read each other's memory"):
+        places(2, "peer")
+
+
+@pytest.mark.parametrize(("version", "expected"), [(22900, "StagedComm"), (23000, "NcclComm")])
+def test_ranks_that_share_a_gpu(cupy, monkeypatch, capfd, version, expected):
+    """NCCL takes them from 2.30 on."""
+    monkeypatch.setenv("STAND_IN_GPUS", "2")
+    monkeypatch.setattr(cupy.cuda.nccl, "get_version", lambda: version)
+    for name in ("NCCL_MULTI_RANK_GPU_ENABLE", "NCCL_NVLS_ENABLE", "NCCL_MAX_CTAS"):
+        monkeypatch.setenv(name, "")
+    assert places(3, share_gpu=True) == [expected] * 3
+    assert capfd.readouterr().err.count("minitp: warning: several ranks share a GPU") == 1
+    assert os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] == ("1" if version == 23000 else "")
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setenv("STAND_IN_GPUS", "2")
+    with pytest.raises(
+        AgreedError, match="rank 2 of this host has no GPU, there are 2; use --tp 2"
+    ) as raised:
+        places(4)
+    assert raised.value.exit_code == InputError.exit_code

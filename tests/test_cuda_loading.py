@@ -1,0 +1,280 @@
+"""Weights on their way to a GPU: the explicit loader's numbers, in the layout of the kernels, and no more."""
+
+import tracemalloc
+
+import ml_dtypes
+import numpy as np
+import pytest
+from on_gpu import model_on_gpu, run_on_gpus
+from safetensors.numpy import load_file, save_file
+from tiny import write_tiny
+
+from minitp.cuda.loader import PACK, GpuLoader, padded
+from minitp.device import open_device
+from minitp.errors import InputError
+from minitp.model_source import open_model
+from minitp.weights import LAYER_PARTS, Loader, named_slices, shard_nbytes
+
+pytestmark = pytest.mark.usefixtures("cupy")
+
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+# Nothing divides, not by the ranks and not by 8: 9 heads of 6 on 3 KV heads, 37 FFN columns, 101 tokens.
+SHAPE = {"vocab_size": 101, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 6, "max_position_embeddings": 64}
+MODELS = {
+    "plain": {},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+def write_model(directory, dtype="float32", **fields):
+    write_tiny(directory, tokenizer=False, **{**SHAPE, **fields})
+    path = directory / "model.safetensors"
+    save_file({name: x.astype(DTYPES[dtype]) for name, x in load_file(path).items()}, path)
+    return directory
+
+
+def on_cpu(directory, tp, rank, dtype):
+    """The Weights that the explicit loader gives a rank."""
+    source = open_model(str(directory), tp)
+    return Loader(source.plan, rank, source.tensors, open_device(dtype)).load()
+
+
+def arrays_of(weights):
+    """Name -> array of all arrays of some Weights."""
+    layers = {
+        f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(weights.layers) for name in LAYER_PARTS
+    }
+    return {"embed": weights.embed, "lm_head": weights.lm_head, "final_norm": weights.final_norm, **layers}
+
+
+def checked(comm, directory, dtype):
+    """The Weights of a rank, which are those of the explicit loader, to the bit."""
+    model = model_on_gpu(directory, comm, dtype, path="explicit")
+    found, expected = arrays_of(model.weights), arrays_of(on_cpu(directory, comm.size, comm.rank, dtype))
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        if array is None:
+            assert found[name] is None
+            continue
+        assert isinstance(found[name], comm.gpu.cupy.ndarray), name
+        assert found[name].dtype == array.dtype == DTYPES[dtype]
+        assert found[name].shape == array.shape
+        assert (np.asarray(found[name]) == array).all(), name
+    return model.weights
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_those_of_the_explicit_loader(tmp_path, name, dtype, stored):
+    directory = write_model(tmp_path / "model", stored, **MODELS[name])
+    for tp in (1, 4):
+        run_on_gpus(tp, lambda comm: checked(comm, directory, dtype))
+
+
+def test_rows_lie_as_kernels_read_them(tmp_path):
+    """Each projection's rows, [out, in], at multiples of 16 bytes, behind their ends zeros."""
+    directory = write_model(tmp_path / "model")
+
+    def rank(comm):
+        weights = checked(comm, directory, "float16")
+        for name, w in arrays_of(weights).items():
+            if w is None or w.ndim == 1:
+                continue
+            rows = w if name == "embed" else w.T  # [out, in]
+            out, width = rows.shape
+            assert rows.strides == (2 * padded(width), 2)
+            assert padded(width) % PACK == 0
+            assert rows.data.ptr % 16 == 0
+            whole = comm.gpu.cupy.lib.stride_tricks.as_strided(rows, (out, padded(width)), rows.strides)
+            assert (np.asarray(whole)[:, width:] == 0).all(), name
+        return weights.layers[0].w_down.shape[0]
+
+    assert run_on_gpus(4, rank) == [10, 9, 9, 9], "of 37"
+
+
+def test_tied_embeddings_are_one_array(tmp_path):
+    directory = write_model(tmp_path / "model", **MODELS["tied"])
+
+    def rank(comm):
+        weights = checked(comm, directory, "bfloat16")
+        return weights.embed.data.ptr == weights.lm_head.data.ptr
+
+    assert run_on_gpus(3, rank) == [True] * 3
+
+
+def test_progress_comes_to_all_bytes(tmp_path):
+    directory, seen = write_model(tmp_path / "model", **MODELS["biased"]), []
+
+    def rank(comm):
+        model = model_on_gpu(directory, comm, "float16", progress=seen.append)
+        source = open_model(str(directory), comm.size)
+        return model.weights.nbytes, shard_nbytes(source.plan, comm.rank, model.device)
+
+    ((nbytes, shard),) = run_on_gpus(1, rank)
+    assert nbytes == shard
+    assert 0.9 * nbytes < sum(seen) <= nbytes, "norms and biases are not told"
+
+
+# --- on the way -----------------------------------------------------------------------------------------
+
+
+class Watched:
+    """Counts what goes to the GPU: copies from pinned memory, arrays, and the most that there was at once."""
+
+    def __init__(self, cupy, monkeypatch):
+        self.copies, self.allocated, self.uploaded = [], [], []
+        memcpy, memory, asarray = cupy.cuda.runtime.memcpyAsync, cupy._memory, cupy.asarray
+
+        def copy(dst, src, nbytes, kind, stream):
+            self.copies.append((src, nbytes, kind))
+            memcpy(dst, src, nbytes, kind, stream)
+
+        def allocate(nbytes):
+            self.allocated.append(nbytes)
+            return memory(nbytes)
+
+        def upload(a, dtype=None):
+            self.uploaded.append(np.asarray(a).nbytes)
+            return asarray(a, dtype)
+
+        monkeypatch.setattr(cupy.cuda.runtime, "memcpyAsync", copy)
+        monkeypatch.setattr(cupy, "_memory", allocate)
+        monkeypatch.setattr(cupy, "asarray", upload)
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", "bfloat16"), ("float32", "float16")])
+@pytest.mark.parametrize("name", MODELS)
+def test_no_more_on_the_gpu_than_the_shard(tmp_path, cupy, monkeypatch, name, stored, dtype):
+    """All that is ever allocated there is the shard, its rows padded by less than 16 bytes: no copies."""
+    directory = write_model(tmp_path / "model", stored, **MODELS[name])
+
+    def rank(comm):
+        source = open_model(str(directory), comm.size)
+        device = model_on_gpu(directory, comm, dtype).device
+        watched = Watched(cupy, monkeypatch)
+        weights = GpuLoader(source.plan, comm.rank, source.tensors, device).load()
+        rows = sum(w.shape[1] for n, w in arrays_of(weights).items() if w is not None and w.ndim == 2)
+        return weights.nbytes, rows, watched
+
+    ((nbytes, rows, watched),) = run_on_gpus(1, rank)
+    assert nbytes <= sum(watched.allocated) < nbytes + 16 * (rows + SHAPE["vocab_size"])
+    assert max(watched.uploaded) <= 2 * (9 + 3 + 3) * 6, "vectors alone go without pinned memory"
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", "bfloat16"), ("float32", "bfloat16")])
+def test_copies_are_of_16_bits_and_from_pinned_memory(tmp_path, cupy, monkeypatch, stored, dtype):
+    """Two buffers in turn, of which no copy is longer than its rows in the GPU's dtype."""
+    import cupyx
+
+    buffers, pinned = [], cupyx.empty_pinned
+    monkeypatch.setattr(cupyx, "empty_pinned", lambda *size: buffers.append(pinned(*size)) or buffers[-1])
+    directory = write_model(tmp_path / "model", stored)
+
+    def rank(comm):
+        source = open_model(str(directory), comm.size)
+        device = model_on_gpu(directory, comm, dtype).device
+        buffers.clear()
+        watched = Watched(cupy, monkeypatch)
+        GpuLoader(source.plan, comm.rank, source.tensors, device).load()
+        return watched.copies
+
+    (copies,) = run_on_gpus(1, rank)
+    starts = [buffer.ctypes.data for buffer in buffers]
+    assert len(starts) == 2
+    assert [src for src, _, _ in copies] == [starts[(n + 1) % 2] for n in range(len(copies))]
+    assert {kind for _, _, kind in copies} == {cupy.cuda.runtime.memcpyHostToDevice}
+    vectors = (1 + 2 * SHAPE["num_hidden_layers"]) * 2 * SHAPE["hidden_size"]
+    names = open_model(str(directory), 1).plan.tensors.values()
+    matrices = sum(2 * shard.shape[0] * padded(shard.shape[1]) for shard in names if len(shard.shape) == 2)
+    assert sum(nbytes for _, nbytes, _ in copies) == matrices
+    assert vectors > 0
+
+
+@pytest.mark.parametrize("size", [1, 49, 100, 1000])
+def test_slices_larger_than_a_buffer(tmp_path, monkeypatch, size):
+    """They go in several copies, with nothing lost where one ends and the next begins."""
+    monkeypatch.setattr("minitp.cuda.gpu.PINNED_BYTES", max(size, 2 * padded(max(54, 37))))
+    directory = write_model(tmp_path / "model", **MODELS["biased"])
+    run_on_gpus(2, lambda comm: checked(comm, directory, "float16"))
+
+
+def test_a_buffer_is_not_filled_again_before_its_copy_is_through(tmp_path, cupy, monkeypatch):
+    """On a GPU that copies late: at the event's synchronize, or when all is waited for."""
+    monkeypatch.setattr("minitp.cuda.gpu.PINNED_BYTES", 200)
+    waiting, memcpy = [], cupy.cuda.runtime.memcpyAsync
+
+    def do_all():
+        while waiting:
+            memcpy(*waiting.pop(0))
+
+    monkeypatch.setattr(cupy.cuda.runtime, "memcpyAsync", lambda *args: waiting.append(args))
+    monkeypatch.setattr(cupy.cuda.Event, "record", lambda self, stream: setattr(self, "copies", len(waiting)))
+    monkeypatch.setattr(cupy.cuda.Event, "copies", 0, raising=False)
+
+    def synchronize(self):
+        for _ in range(min(self.copies, len(waiting))):
+            memcpy(*waiting.pop(0))
+
+    monkeypatch.setattr(cupy.cuda.Event, "synchronize", synchronize)
+    monkeypatch.setattr(cupy.cuda.Stream, "synchronize", lambda self: do_all())
+    directory = write_model(tmp_path / "model")
+    run_on_gpus(1, lambda comm: checked(comm, directory, "float16"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_no_copy_on_the_host_but_a_slice(tmp_path, monkeypatch, dtype):
+    """Beside the pinned buffers there is the slice that is read, in the file's dtype, and not float32."""
+    monkeypatch.setattr("minitp.cuda.gpu.PINNED_BYTES", 1 << 12)
+    directory = write_model(tmp_path / "model", "bfloat16", vocab_size=20_000)
+
+    def rank(comm):
+        source = open_model(str(directory), comm.size)
+        device = model_on_gpu(directory, comm, dtype).device
+        tracemalloc.start()
+        GpuLoader(source.plan, comm.rank, source.tensors, device).load()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    slice_bytes = 2 * 20_000 * SHAPE["hidden_size"]
+    assert run_on_gpus(1, rank)[0] < 1.3 * slice_bytes
+
+
+# --- embeddings that only seem to be tied ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tp", [1, 3])
+def test_an_untied_copy_is_refused(tmp_path, tp):
+    directory = write_model(tmp_path / "model", **MODELS["tied"])
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, directory / "model.safetensors")
+    run_on_gpus(tp, lambda comm: checked(comm, directory, "float16"))
+
+    tensors["lm_head.weight"][7, 3] += 1
+    save_file(tensors, directory / "model.safetensors")
+
+    def rank(comm):
+        with comm.agreed():
+            model_on_gpu(directory, comm, "float16")
+
+    with pytest.raises(Exception, match=r"lm_head\.weight differs from model\.embed") as raised:
+        run_on_gpus(tp, rank)
+    assert raised.value.exit_code == InputError.exit_code
+
+
+def test_slices_by_name(tmp_path):
+    """As `check` reads them: each as in the file, in 16 bits."""
+    directory = write_model(tmp_path / "model", "float16", **MODELS["biased"])
+    tensors = load_file(directory / "model.safetensors")
+
+    def rank(comm):
+        source = open_model(str(directory), comm.size)
+        model = model_on_gpu(directory, comm, "float16")
+        for name, array in named_slices(model.weights, source.plan, comm.rank):
+            assert (np.asarray(array) == tensors[name][source.plan.tensors[name].index(comm.rank)]).all()
+
+    run_on_gpus(4, rank)

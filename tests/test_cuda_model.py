@@ -1,0 +1,590 @@
+"""The model on GPUs: the fused path against the explicit one, and what is generated and served through it."""
+
+import importlib
+import random
+import threading
+from collections import Counter
+
+import ml_dtypes
+import numpy as np
+import pytest
+from on_gpu import model_on_gpu, run_on_gpus
+from safetensors.numpy import load_file, save_file
+from test_engine import alone, served
+from tiny import write_tiny
+
+from minitp.check import check_model
+from minitp.comm import Alone
+from minitp.device import open_device
+from minitp.errors import InputError, RankError
+from minitp.generate import Request, generate
+from minitp.model import Model, host_logits, load_model
+from minitp.model_source import open_model
+from minitp.sampling import SamplingParams
+from minitp.steps import step_names
+from minitp.trace import Recorder, passes_of
+
+pytestmark = pytest.mark.usefixtures("cupy")
+
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+BASE = {"vocab_size": 101, "hidden_size": 40, "intermediate_size": 37, "max_position_embeddings": 64}
+SHAPES = {
+    # Nothing divides: 9 query heads on 3 KV heads, 37 FFN columns, 101 tokens.
+    "uneven": {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
+    | {"attention_bias": True, "mlp_bias": True},
+    "tied": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True},
+    "window": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 5}
+    | MISTRAL,
+    "large heads": {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 64},
+}
+# A token of each rank's share of the vocabulary, the first and the last row among them.
+PROMPT = [100, 3, 40, 60, 80, 15, 25, 35, 52, 71, 95, 0]
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(shape, dtype) -> a directory with weights that are numbers of that dtype."""
+    root = tmp_path_factory.mktemp("models")
+    found = {}
+    for name, fields in SHAPES.items():
+        for dtype, kind in DTYPES.items():
+            directory = write_tiny(root / f"{name} {dtype}", **{**BASE, **fields})
+            path = directory / "model.safetensors"
+            save_file({key: x.astype(kind) for key, x in load_file(path).items()}, path)
+            found[name, dtype] = directory
+    return found
+
+
+def model_on_cpu(directory, comm, dtype):
+    return load_model(open_model(str(directory), comm.size), comm, open_device(dtype))
+
+
+# --- logits ---------------------------------------------------------------------------------------------
+
+# A prompt in several chunks, then decoding, a chunk in between, and decoding again.
+CHUNKS = (7, 1, 1, 11, 1, 1)
+
+
+def logits_in_chunks(model):
+    """float32 [n, V] of each of CHUNKS of the same random tokens."""
+    ids = np.random.default_rng(0).integers(0, BASE["vocab_size"], sum(CHUNKS)).tolist()
+    cache, found = model.new_cache(len(ids)), []
+    for count in CHUNKS:
+        found.append(np.array(host_logits(model, model.forward(ids[:count], cache, slice(None)))))
+        del ids[:count]
+    return found
+
+
+def distances(found, exact):
+    return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tp"),
+    [
+        *(("uneven", "float16", tp) for tp in (1, 2, 3, 4)),
+        *((shape, "float16", tp) for shape in ("window", "large heads") for tp in (1, 4)),
+        ("tied", "float16", 3),
+        ("uneven", "bfloat16", 3),
+    ],
+)
+def test_logits(models, shape, dtype, tp):
+    """All ranks have the same ones, as near to those of float32 as the explicit path's.
+
+    Both paths round as often, but not in the same places: so each may be off by as much as the other, and
+    twice that leaves room for chance, for a step of one token has 101 logits with much error in common.
+    """
+    directory = models[shape, dtype]
+    exact = logits_in_chunks(model_on_cpu(directory, Alone(), "float32"))
+    explicit = logits_in_chunks(model_on_cpu(directory, Alone(), dtype))
+    ranks = run_on_gpus(tp, lambda comm: logits_in_chunks(model_on_gpu(directory, comm, dtype, path="fused")))
+    for found in ranks[1:]:
+        assert all((a == b).all() for a, b in zip(found, ranks[0], strict=True))
+    assert [x.shape for x in ranks[0]] == [(count, BASE["vocab_size"]) for count in CHUNKS]
+    allowed = 2 * max(distances(explicit, exact))
+    assert max(distances(ranks[0], exact)) < allowed < 20 * ml_dtypes.finfo(DTYPES[dtype]).eps
+
+
+# --- check ----------------------------------------------------------------------------------------------
+
+
+def check(directory, tp, dtype, path, transport="nccl", decode=2):
+    def rank(comm):
+        model = model_on_gpu(directory, comm, dtype, path=path)
+        source = open_model(str(directory), tp)
+        return check_model(source, model, PROMPT, passes_of(len(PROMPT), decode))
+
+    return run_on_gpus(tp, rank, transport)[0]
+
+
+def blamed(result):
+    return [(finding.name, finding.rank) for finding in result.blamed()]
+
+
+@pytest.mark.parametrize(
+    ("tp", "dtype", "path"),
+    [
+        *((tp, dtype, "explicit") for tp in (1, 4) for dtype in ("float32", *DTYPES)),
+        *((tp, dtype, "fused") for tp in (1, 2, 3, 4) for dtype in DTYPES),
+    ],
+)
+def test_check_passes(models, tp, dtype, path):
+    stored = dtype if dtype in DTYPES else "float16"
+    result = check(models["uneven", stored], tp, dtype, path)
+    assert (blamed(result), result.problems) == ([], [])
+
+
+@pytest.mark.parametrize("shape", ["tied", "window", "large heads"])
+@pytest.mark.parametrize("path", ["explicit", "fused"])
+def test_check_passes_for_other_shapes(models, shape, path):
+    assert blamed(check(models[shape, "float16"], 3, "float16", path)) == []
+
+
+# What is inside the fused operations, by pass and by whether there are several ranks.
+ALWAYS_INSIDE = {"attn.scores", "attn.probs"}
+INSIDE_DECODE = {"attn.q", "attn.k", "mlp.gate", "mlp.up"}
+INSIDE_WITH_ONE_RANK = {"attn.norm", "attn.out_partial", "attn.out"} | {
+    "mlp.norm", "mlp.out_partial", "mlp.out", "final_norm",
+}  # fmt: skip
+BIASED_SUMS = {"attn.out", "mlp.out"}  # the bias comes with the addition to the stream
+
+
+@pytest.mark.parametrize("shape", ["uneven", "tied"])
+@pytest.mark.parametrize("tp", [1, 3])
+def test_what_the_fused_path_shows(models, shape, tp):
+    directory, found = models[shape, "float16"], {}
+    inside = step_names(open_model(str(directory), tp).plan)
+
+    def rank(comm):
+        model = model_on_gpu(directory, comm, path="fused")
+        names = {f"{name}/{step}" for name in ("prefill", "decode") for step in inside}
+        shown = []
+        record = Recorder(model.device, names, lambda steps: shown.extend(steps))
+        cache = model.new_cache(16)
+        for record.pass_name, ids in (("prefill", PROMPT), ("decode", [5])):
+            model.forward(ids, cache, slice(None), record)
+        return shown
+
+    sums = BIASED_SUMS if shape == "uneven" else set()
+    hidden = {"prefill": ALWAYS_INSIDE | sums}
+    hidden["decode"] = ALWAYS_INSIDE | INSIDE_DECODE | sums | (INSIDE_WITH_ONE_RANK if tp == 1 else set())
+    expected = [
+        f"{name}/{step}"
+        for name, steps in hidden.items()
+        for step in inside
+        if step.removeprefix("layers.0.").removeprefix("layers.1.") not in steps
+    ]
+    for found in run_on_gpus(tp, rank):
+        assert sorted(found) == sorted(expected)
+
+
+# --- faults ---------------------------------------------------------------------------------------------
+
+
+def with_arguments(monkeypatch, kind, method, change, rank=None):
+    """Have `kind.method` called with change(arguments) for its arguments; on one rank, or on all."""
+    original = getattr(kind, method)
+
+    def call(self, *args):
+        here = rank is None or threading.current_thread().name == f"rank {rank}"
+        return original(self, *(change(list(args)) if here else args))
+
+    monkeypatch.setattr(kind, method, call)
+
+
+def swapped(first, second):
+    def change(args):
+        args[first], args[second] = args[second], args[first]
+        return args
+
+    return change
+
+
+def replaced(number, function):
+    def change(args):
+        args[number] = function(args[number])
+        return args
+
+    return change
+
+
+def moved(count, by):
+    """The places 0 .. count - 1, turned round."""
+    return (np.arange(count) + by) % count
+
+
+FAULTS = {  # the file in minitp/cuda, what it changes there, ranks, and the steps that must be blamed first
+    "RoPE of a prompt": (
+        "cache_write", "CacheWrite", "__call__", swapped(1, 2), 3,
+        ["prefill/layers.0.attn.q_rope", "prefill/layers.0.attn.k_rope"],
+    ),
+    "a prompt's keys, in the wrong places": (
+        "cache_write", "CacheWrite", "__call__", replaced(3, lambda slots: slots[::-1].copy()), 3,
+        ["prefill/layers.0.attn.k_rope"],
+    ),
+    "a prompt sees too little": (
+        "attention_prefill", "AttentionPrefill", "__call__", replaced(4, lambda past: past - 1), 3,
+        ["prefill/layers.0.attn.context"],
+    ),
+    "a token sees too little": (
+        "attention_decode", "AttentionDecode", "__call__", replaced(4, lambda seen: seen - 1), 3,
+        ["decode.1/layers.0.attn.context"],
+    ),
+    "eps of the norm": (
+        "rms_norm", "RmsNorm", "__call__", replaced(3, lambda eps: eps * 1e5), 3,
+        ["prefill/layers.0.attn.norm"],
+    ),
+    "up for gate": (
+        "swiglu", "Swiglu", "__call__", replaced(0, lambda x: x[:, moved(x.shape[1], x.shape[1] // 2)]), 3,
+        ["prefill/layers.0.mlp.act"],
+    ),
+    "logits of another rank": (
+        "join_columns", "JoinColumns", "__call__", replaced(0, lambda x: x[::-1].copy()), 3,
+        ["decode.1/logits"],
+    ),
+    "the embedding of a token": (
+        "begin_step", "BeginStep", "__call__", replaced(4, lambda table: table[1:]), 1,
+        ["decode.1/embed_partial"],
+    ),
+    "positions": (
+        "begin_step", "BeginStep", "__call__", replaced(3, lambda frequencies: 2 * frequencies), 1,
+        ["decode.1/layers.0.attn.q_rope", "decode.1/layers.0.attn.k_rope"],
+    ),
+    "a place in the cache": (
+        "linear", "Linear", "qkv", replaced(5, lambda slot: slot - 1), 1,
+        ["decode.1/layers.0.attn.v", "decode.1/layers.0.attn.k_rope"],
+    ),
+    "a token's gate for up": (
+        "linear", "Linear", "swiglu", replaced(1, lambda w: w[moved(len(w), len(w) // 2)]), 1,
+        ["decode.1/layers.0.mlp.act"],
+    ),
+    "a bias that is left out": (
+        "linear", "Linear", "residual", replaced(3, lambda bias: None), 1,
+        ["decode.1/layers.0.attn.residual"],
+    ),
+    "the rows of the vocabulary": (
+        "linear", "Linear", "logits", replaced(1, lambda w: w[moved(len(w), 1)]), 1,
+        ["decode.1/logits_partial"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_wrong_kernel_is_blamed(models, monkeypatch, name):
+    file, kind, method, change, tp, steps = FAULTS[name]
+    kind = getattr(importlib.import_module(f"minitp.cuda.{file}"), kind)
+    with_arguments(monkeypatch, kind, method, change)
+    found = [name for name, _ in blamed(check(models["uneven", "float16"], tp, "float16", "fused", decode=1))]
+    assert list(dict.fromkeys(found))[: len(steps)] == steps
+
+
+def test_a_wrong_kernel_is_blamed_on_its_rank(models, monkeypatch):
+    from minitp.cuda.attention_decode import AttentionDecode
+
+    with_arguments(monkeypatch, AttentionDecode, "__call__", replaced(4, lambda seen: seen - 1), rank=2)
+    found = blamed(check(models["uneven", "float16"], 4, "float16", "fused", decode=1))
+    assert found == [(f"decode.1/layers.{i}.attn.context", 2) for i in range(2)]
+
+
+def test_a_wrong_weight_is_blamed(models, monkeypatch):
+    from minitp.cuda.loader import GpuLoader
+
+    def load(self):
+        weights = loaded(self)
+        if self.rank == 1:
+            weights.layers[1].w_down[3] = 0
+        return weights
+
+    loaded = GpuLoader.load
+    monkeypatch.setattr(GpuLoader, "load", load)
+    found = blamed(check(models["uneven", "float16"], 3, "float16", "fused", decode=1))
+    assert found == [("weights/model.layers.1.mlp.down_proj.weight", 1)]
+
+
+def test_a_sum_without_a_rank_is_blamed(models, monkeypatch):
+    """On all ranks, and in all sums but the embedding's, in which that rank may have nothing but zeros."""
+    from minitp.cuda.nccl import NcclComm
+
+    with_arguments(monkeypatch, NcclComm, "reduce_into", replaced(0, lambda x: 0 * x), rank=1)
+    result = check(models["tied", "float16"], 3, "float16", "fused", decode=1)
+    wrong = [name for name, rank in blamed(result) if rank == "all"]
+    assert wrong == [name for name, _ in blamed(result)]
+    sums = [f"layers.{i}.{block}.out" for i in range(2) for block in ("attn", "mlp")]
+    assert {name.split("/")[1] for name in wrong} - {"embed"} == set(sums)
+
+
+# --- generation -----------------------------------------------------------------------------------------
+
+LETTERS = [72, 101, 108]
+ENDS = {  # fields of SamplingParams, and what a Request is made with besides
+    "greedy": {"max_new_tokens": 14},
+    "one token": {"max_new_tokens": 1},
+    "two tokens": {"max_new_tokens": 2},
+    "sampled": {"max_new_tokens": 14, "temperature": 0.8, "seed": 5},
+    "top k": {"max_new_tokens": 14, "temperature": 1.5, "top_k": 4, "seed": 6},
+    "top p": {"max_new_tokens": 14, "temperature": 2.0, "top_p": 0.7, "seed": 7},
+    "the context is full": {"max_new_tokens": 100, "context": 12},
+    "the context is full after a token": {"max_new_tokens": 100, "context": 4},
+    "end of text": {"max_new_tokens": 14, "end_at": 9},
+    "end of text at once": {"max_new_tokens": 14, "end_at": 0},
+    "end of text ignored": {"max_new_tokens": 14, "end_at": 9, "ignore_eos": True},
+    "a stop string": {"max_new_tokens": 14, "stop_at": 6},
+    "nobody reads": {"max_new_tokens": 14, "read": 5},
+    "logprobs": {"max_new_tokens": 8, "logprobs": 3},
+    "no cache": {"max_new_tokens": 8, "use_cache": False},
+    "no cache, a prompt of one token": {"max_new_tokens": 8, "use_cache": False, "prompt": LETTERS[:1]},
+    "a prompt of one token": {"max_new_tokens": 8, "prompt": LETTERS[:1]},
+    "a prompt of a block": {"max_new_tokens": 4, "prompt": LETTERS[:2] * 8},
+}
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory):
+    """A model whose tokens are bytes, with a context of 64; its weights are float16.
+
+    Its logits have a spread of six, and the best is some tenths above the next, where float16 rounds off
+    hundredths at most: so all paths choose alike, unless a draw falls just between two tokens.
+    """
+    directory = tmp_path_factory.mktemp("models") / "speaking"
+    write_tiny(directory, **{**BASE, **SHAPES["uneven"], "vocab_size": 258, "num_hidden_layers": 1})
+    path = directory / "model.safetensors"
+    save_file({key: x.astype(np.float16) for key, x in load_file(path).items()}, path)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def plain_tokens(speaking):
+    """What it says after LETTERS, if nothing ends it."""
+    params = SamplingParams(max_new_tokens=14, ignore_eos=True)
+    return list(
+        generate(model_on_cpu(speaking, Alone(), "float16"), LETTERS, Request(params, (), LETTERS, 64))
+    )
+
+
+def spoken(model, directory, plain, case):
+    """(the tokens yielded, the Request, what was emitted); the last two only on rank 0."""
+    case = dict(case)
+    prompt, context = case.pop("prompt", LETTERS), case.pop("context", 64)
+    use_cache, read = case.pop("use_cache", True), case.pop("read", 1000)
+    eos = (plain[case.pop("end_at")],) if "end_at" in case else ()
+    request, pieces = None, []
+    if model.comm.rank == 0:
+        tokenizer = open_model(str(directory), 1).tokenizer()
+        if "stop_at" in case:
+            text = tokenizer.decode(plain)
+            case["stop"] = text[case["stop_at"] : case.pop("stop_at") + 3]
+
+        def emit(piece):
+            pieces.append(piece)
+            return len(pieces) < read
+
+        request = Request(SamplingParams(**case), eos, list(prompt), context, tokenizer, emit)
+    return list(generate(model, prompt, request, use_cache)), request, pieces
+
+
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    [
+        *((name, 1) for name in ENDS),
+        *((name, 3) for name in ("top p", "end of text", "logprobs", "no cache")),
+    ],
+)
+def test_generation(speaking, plain_tokens, name, tp):
+    """The same as through the explicit path on a CPU, however it ends; every rank yields the tokens."""
+    tokens, request, pieces = spoken(
+        model_on_cpu(speaking, Alone(), "float16"), speaking, plain_tokens, ENDS[name]
+    )
+
+    def rank(comm):
+        return spoken(model_on_gpu(speaking, comm, path="fused"), speaking, plain_tokens, ENDS[name])
+
+    ranks = run_on_gpus(tp, rank)
+    assert [found[0] for found in ranks] == [tokens] * tp
+    found = ranks[0][1]
+    assert (found.token_ids, found.text, ranks[0][2]) == (request.token_ids, request.text, pieces)
+    assert found.finish_reason == request.finish_reason
+    assert len(found.logprobs) == len(request.logprobs)
+    for (mine, top), (expected, expected_top) in zip(found.logprobs, request.logprobs, strict=True):
+        assert mine == pytest.approx(expected, abs=0.05)  # logits of about 10, each rounded some ten times
+        assert [token for token, _ in top] == [token for token, _ in expected_top]
+
+
+def test_the_ends_are_what_their_names_say(speaking, plain_tokens):
+    model = model_on_cpu(speaking, Alone(), "float16")
+    found = {name: spoken(model, speaking, plain_tokens, case)[1] for name, case in ENDS.items()}
+    reasons = {name: (request.finish_reason, len(request.token_ids)) for name, request in found.items()}
+    assert reasons["the context is full"] == ("length", 9)
+    assert reasons["end of text"] == ("stop", 1 + plain_tokens.index(plain_tokens[9]))
+    assert reasons["a stop string"][0] == "stop"
+    assert reasons["a stop string"][1] < 14
+    assert reasons["nobody reads"][0] == "closed"
+    assert len({tuple(found[name].token_ids) for name in ("greedy", "sampled", "top k", "top p")}) == 4
+
+
+@pytest.mark.parametrize(("name", "ahead"), [("greedy", 0), ("end of text", 1), ("one token", 0)])
+def test_the_gpu_is_at_most_one_step_ahead(speaking, plain_tokens, cupy, monkeypatch, name, ahead):
+    """Ten tokens take nine steps, the prompt gives the first; where the tenth is the last it is not known
+    beforehand, a tenth step has begun when it is looked at."""
+    launched, launch = [], cupy.cuda.Graph.launch
+    monkeypatch.setattr(
+        cupy.cuda.Graph, "launch", lambda graph, stream: launched.append(launch(graph, stream))
+    )
+
+    def rank(comm):
+        return spoken(model_on_gpu(speaking, comm, path="fused"), speaking, plain_tokens, ENDS[name])
+
+    tokens, _, _ = run_on_gpus(1, rank)[0]
+    assert len(launched) == len(tokens) - 1 + ahead
+
+
+def test_a_step_is_captured_once_and_the_host_reads_no_logits(speaking, plain_tokens, cupy, monkeypatch):
+    captured, begin = [], cupy.cuda.Stream.begin_capture
+    monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", lambda stream: captured.append(begin(stream)))
+    copied, asnumpy = [], cupy.asnumpy
+    monkeypatch.setattr(cupy, "asnumpy", lambda a: copied.append(a.shape) or asnumpy(a))
+
+    def rank(comm):
+        model = model_on_gpu(speaking, comm, path="fused")
+        copied.clear()
+        return spoken(model, speaking, plain_tokens, ENDS["greedy"])
+
+    run_on_gpus(1, rank)
+    assert len(captured) == 1
+    assert copied == [(1, 258)], "the prompt's"
+
+
+def test_ranks_that_choose_differently_are_found_out(speaking, plain_tokens, monkeypatch):
+    from minitp.cuda.fused import TokensAhead
+
+    with_result = TokensAhead.read
+    monkeypatch.setattr(
+        TokensAhead,
+        "read",
+        lambda self: with_result(self) ^ (threading.current_thread().name == "rank 2"),
+    )
+
+    def rank(comm):
+        return spoken(model_on_gpu(speaking, comm, path="fused"), speaking, plain_tokens, ENDS["greedy"])
+
+    with pytest.raises(RankError, match=r"rank 2 chose token .* and rank 0 .*: their GPUs disagree"):
+        run_on_gpus(3, rank, transport="mpi")
+
+
+# --- many at once ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A model of one layer."""
+    directory = tmp_path_factory.mktemp("models") / "quick"
+    return write_tiny(directory, **{**BASE, **SHAPES["uneven"], "num_hidden_layers": 1})
+
+
+def requests(count):
+    """Every other one begins with the same 18 tokens, more than a block; all of them overlap."""
+    rng = random.Random(count)
+    same, found = [rng.randrange(101) for _ in range(18)], []
+    for number in range(count):
+        prompt = (same if number % 2 else []) + [rng.randrange(101) for _ in range(rng.randint(1, 14))]
+        params = SamplingParams(max_new_tokens=4 + number % 3, ignore_eos=True)
+        found.append(Request(params, (), prompt, 64))
+    return found
+
+
+def served_and_alone(model, count, blocks, block_size=16, **limits):
+    """The tokens of some requests served together, and of each by itself; the scheduler; the pool."""
+    wanted, pools, new_pool = requests(count), [], model.new_pool
+    expected = [alone(model, request) for request in wanted]
+    model.new_pool = lambda *size: pools.append(new_pool(*size)) or pools[-1]
+    scheduler = served(model, wanted, blocks, block_size, **limits)
+    return [request.token_ids for request in wanted], expected, scheduler, pools[0]
+
+
+@pytest.mark.parametrize(
+    ("tp", "count", "blocks", "limits", "batches"),
+    [
+        (1, 1, 40, {}, {1}),
+        (1, 3, 40, {}, {1, 2, 4}),
+        (1, 5, 40, {"max_tokens_per_step": 9}, {1, 4}),  # chunks of prompts beside others' tokens
+        (1, 6, 5, {}, {1, 2, 4}),
+        (1, 6, 40, {}, {2, 4, 8}),
+        (3, 3, 40, {}, {1, 2, 4}),
+    ],
+)
+def test_each_request_as_if_alone(quick, cupy, monkeypatch, tp, count, blocks, limits, batches):
+    """A step is captured once for a batch of each size, 1, 2, 4, .., however long the sequences grow."""
+    captured, begin = Counter(), cupy.cuda.Stream.begin_capture
+
+    def count_capture(stream):
+        captured[threading.current_thread().name] += 1
+        begin(stream)
+
+    def rank(comm):
+        return served_and_alone(model_on_gpu(quick, comm), count, blocks, **limits)
+
+    monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", count_capture)
+    tokens, expected, scheduler, pool = run_on_gpus(tp, rank)[0]
+    assert tokens == expected
+    assert scheduler.allocator.available == blocks
+    assert set(pool.steps) == batches
+    assert set(captured.values()) == {count + len(batches)}, "those alone have a pool each"
+    assert (scheduler.preempted > 0) == (blocks == 5)
+    assert (scheduler.load()["reused_tokens"] > 0) == (bool(limits) or blocks == 5)
+
+
+@pytest.mark.parametrize("block_size", [1, 7])
+def test_blocks_of_any_size(quick, block_size):
+    def rank(comm):
+        model = model_on_gpu(quick, comm)
+        return served_and_alone(model, 2, 100 // block_size, block_size)
+
+    tokens, expected, *_ = run_on_gpus(1, rank)[0]
+    assert tokens == expected
+
+
+def test_a_batch_that_no_kernel_takes_goes_as_a_prompt(quick, monkeypatch):
+    monkeypatch.setattr("minitp.cuda.fused.MAX_TOKENS", 2)
+
+    def rank(comm):
+        return served_and_alone(model_on_gpu(quick, comm), 4, 40)
+
+    tokens, expected, _, pool = run_on_gpus(1, rank)[0]
+    assert tokens == expected
+    assert max(pool.steps) <= 2
+
+
+# --- what the fused path does not take -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype", "kv_dtype", "reason"),
+    [
+        ({}, "float32", "auto", "compute in 16 bits, not in float32"),
+        ({}, "float16", "int8", "read a cache of float16, not of int8"),
+        ({}, "bfloat16", "float16", "read a cache of bfloat16, not of float16"),
+        ({"head_dim": 12}, "float16", "auto", "head_dim 12 and hidden_size 40 must be multiples of 8"),
+        ({"hidden_size": 36}, "float16", "auto", "head_dim 8 and hidden_size 36 must be multiples of 8"),
+        ({"head_dim": 264}, "float16", "auto", "head_dim 264"),
+        ({"intermediate_size": 1}, "float16", "auto", "1 FFN columns are too few for 2 ranks"),
+    ],
+)
+def test_unfit_models_take_the_explicit_path(tmp_path, fields, dtype, kv_dtype, reason):
+    directory = write_tiny(tmp_path, **{**BASE, **SHAPES["uneven"], **fields})
+    params = SamplingParams(max_new_tokens=2, ignore_eos=True)
+
+    def rank(comm):
+        with pytest.raises(InputError, match=f"--path fused: .*{reason}.*; use --path explicit"):
+            model_on_gpu(directory, comm, dtype, kv_dtype=kv_dtype, path="fused")
+        model = model_on_gpu(directory, comm, dtype, kv_dtype=kv_dtype)
+        assert type(model) is Model
+        return list(generate(model, PROMPT, Request(params, (), PROMPT, 64)))
+
+    cpu = load_model(open_model(str(directory), 1), Alone(), open_device(dtype), kv_dtype=kv_dtype)
+    expected = list(generate(cpu, PROMPT, Request(params, (), PROMPT, 64)))
+    assert run_on_gpus(2, rank) == [expected] * 2
+
+
+def test_fused_is_what_a_gpu_takes_by_itself(models):
+    kinds = run_on_gpus(1, lambda comm: type(model_on_gpu(models["tied", "float16"], comm)).__name__)
+    assert kinds == ["FusedModel"]

@@ -1,0 +1,286 @@
+"""Ranks that are processes on GPUs, on the stand-in for CuPy: as they are started, refused, and ended."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from on_gpu import ENVIRONMENT
+from refusal import check_refusal
+from safetensors.numpy import load_file, save_file
+from served import Served
+from test_processes import (
+    END_S,
+    FAULTY_WORKER,
+    START_S,
+    WORKER,
+    Running,
+    faulty,
+    through_front,
+    under_mpirun,
+)
+from tiny import write_tiny
+
+from minitp import LLM, SamplingParams, cli
+from minitp.comm import Alone
+from minitp.device import open_device
+from minitp.generate import Request, generate
+from minitp.model import load_model
+from minitp.model_source import open_model
+
+pytestmark = pytest.mark.mpi
+
+SHAPE = {"vocab_size": 258, "hidden_size": 40, "intermediate_size": 37, "num_hidden_layers": 1}
+SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """In float16, whose best logits are far enough above the others for all paths to choose alike."""
+    directory = write_tiny(tmp_path_factory.mktemp("models") / "model", **SHAPE)
+    path = directory / "model.safetensors"
+    save_file({key: x.astype(np.float16) for key, x in load_file(path).items()}, path)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """Its tokens after "Hello", through the explicit path on a CPU."""
+    return on_cpu(model, "Hello", max_new_tokens=NEW)
+
+
+def on_cpu(model, prompt, **params):
+    source = open_model(str(model), 1)
+    ids = source.tokenizer().encode(prompt)
+    request = Request(SamplingParams(**params), (), ids, 100, source.tokenizer())
+    return list(generate(load_model(source, Alone(), open_device("float16")), ids, request))
+
+
+def hello(model, *options):
+    return [
+        "generate",
+        "Hello",
+        "--model",
+        model,
+        "-n",
+        NEW,
+        "--device",
+        "cuda",
+        "--dtype",
+        "float16",
+        *options,
+    ]
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """Arguments of a run that prints token after token for minutes."""
+    directory = tmp_path_factory.mktemp("models") / "endless"
+    write_tiny(directory, tokenizer=False, **SHAPE, max_position_embeddings=20_000)
+    argv = ["generate", "--tokens", "1,2,3", "--model", directory, "-n", 19_000, "--ignore-eos"]
+    return [*argv, "--device", "cuda", "--dtype", "float16"]
+
+
+# --- started --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "ranks", "transport"),
+    [
+        (through_front, 1, "auto"),
+        (through_front, 4, "auto"),
+        (through_front, 2, "shm"),
+        (under_mpirun, 2, "mpi"),
+        (under_mpirun, 3, "nccl"),
+    ],
+)
+def test_the_same_tokens(model, expected, start, ranks, transport):
+    argv = hello(model, "--comm", transport, "--json", "--stats")
+    code, out, err = start(argv, ranks, **ENVIRONMENT).end(START_S)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["token_ids"] == expected
+    assert (result["stats"]["tp"], result["stats"]["dtype"]) == (ranks, "float16")
+    assert err.startswith(f"{ranks} ranks, float16, ")
+    assert err.count("\n") == 3
+
+
+def test_check(model):
+    argv = ["check", "Hello", "--model", model, "--device", "cuda", "--path", "fused"]
+    code, out, err = through_front(argv, 3, **ENVIRONMENT).end(START_S)
+    assert (code, err) == (0, "")
+    assert re.search(r"\nall steps within bounds for the 1 layer \(\d+ arrays on \d ranks?\)\n$", out)
+
+
+def test_llm(model, expected, monkeypatch):
+    """Many at once, and sampled."""
+    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+    drawn = {"max_new_tokens": 6, "temperature": 0.9, "seed": 3}
+    with LLM(str(model), tp=2, device="cuda", dtype="float16", cache_tokens=256) as llm:
+        assert llm.description["dtype"] == "float16"
+        found = llm.generate(["Hello", "Good", "Hello"], max_new_tokens=NEW)
+        sampled = llm.generate("Hello", **drawn)
+    assert [one.token_ids for one in found] == [expected, on_cpu(model, "Good", max_new_tokens=NEW), expected]
+    assert sampled.token_ids == on_cpu(model, "Hello", **drawn)
+
+
+def test_serve(model, expected):
+    served = Served(
+        model, "--device", "cuda", "--dtype", "float16", "--tp", 2, "--cache-tokens", 256, **ENVIRONMENT
+    )
+    answer = served.client().completions.create(model="model", prompt="Hello", max_tokens=NEW, temperature=0)
+    assert answer.choices[0].text == open_model(str(model), 1).tokenizer().decode(expected)
+    served.stop()
+
+
+# --- refused --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [through_front, under_mpirun])
+def test_more_ranks_than_gpus(model, start):
+    check_refusal_of(
+        start(hello(model), 3, **ENVIRONMENT, STAND_IN_GPUS="2"),
+        "--device cuda: rank 2 of this host has no GPU, there are 2; use --tp 2, or --share-gpu to see that "
+        "it is right (and slow), or --device cpu",
+    )
+
+
+def check_refusal_of(running, message):
+    code, out, err = running.end(START_S)
+    check_refusal(code, out, err)
+    assert err == f"minitp: {message}\n"
+
+
+def test_ranks_that_share_a_gpu(model, expected):
+    argv = hello(model, "--json", "--share-gpu")
+    code, out, err = through_front(argv, 2, **ENVIRONMENT, STAND_IN_GPUS="1").end(START_S)
+    assert (code, err) == (0, "minitp: warning: several ranks share a GPU: as right as ever, and slow\n")
+    assert json.loads(out)["token_ids"] == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_gpu(model, ranks):
+    code, out, err = through_front(hello(model), ranks, **ENVIRONMENT, STAND_IN_GPUS="0").end(START_S)
+    assert (code, out) == (3, "")
+    assert err == (
+        "minitp: rank 0 failed: --device cuda: CUDA finds no GPU; nvidia-smi shows what the driver sees\n"
+    )
+
+
+@pytest.fixture
+def without_cupy(tmp_path):
+    """The environment of processes that find no CuPy, not even where there is one."""
+    (tmp_path / "cupy.py").write_text("raise ModuleNotFoundError(\"No module named 'cupy'\")\n")
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_cupy(model, without_cupy, ranks):
+    code, out, err = through_front(hello(model), ranks, **without_cupy).end(START_S)
+    assert (code, out) == (3, "")
+    assert err.startswith(
+        "minitp: rank 0 failed: --device cuda wants CuPy: pip install 'minitp[cuda12]' (or "
+    )
+    assert err.count("\n") == 1
+
+
+def test_auto_takes_the_cpu_where_no_gpu_is(model, without_cupy):
+    argv = ["generate", "Hello", "--model", model, "-n", 2, "--json"]
+    code, out, err = through_front(argv, 1, **without_cupy).end(START_S)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["stats"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--comm", "nccl"], "--comm nccl is for GPUs; leave it out, or give --device cuda"),
+        (["--comm", "peer"], "--comm peer is for GPUs; leave it out, or give --device cuda"),
+        (["--share-gpu"], "--share-gpu wants GPUs; leave it out, or give --device cuda"),
+    ],
+)
+def test_what_is_for_gpus_alone(model, capsys, options, message):
+    argv = ["generate", "Hello", "--model", model, "--device", "cpu", "--tp", 1, *options]
+    code = cli.main(list(map(str, argv)))
+    out, err = capsys.readouterr()
+    check_refusal(code, out, err)
+    assert err == f"minitp: {message}\n"
+
+
+def test_a_model_that_the_fused_path_does_not_take(model):
+    argv = ["check", "Hello", "--model", model, "--device", "cuda", "--path", "fused", "--dtype", "float32"]
+    check_refusal_of(
+        through_front(argv, 2, **ENVIRONMENT),
+        "--path fused: its kernels compute in 16 bits, not in float32; use --path explicit",
+    )
+
+
+# --- ended ----------------------------------------------------------------------------------------------
+
+
+def pid_of(running, rank):
+    """Of the process that is this rank."""
+    for pid, command in running.processes().items():
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if f"PMI_RANK={rank}".encode() in variables and "generate" in command:
+            return pid
+    return pytest.fail(f"no process of rank {rank}")
+
+
+def test_a_rank_is_killed(endless):
+    running = through_front(endless, 3, **ENVIRONMENT)
+    running.wait_for_output()
+    os.kill(pid_of(running, 1), signal.SIGKILL)
+    code, _, err = running.end(END_S)
+    assert code == 3
+    assert re.fullmatch(r"minitp: rank 1 \(pid \d+\) died: killed, out of memory, or crashed\n", err)
+
+
+def test_a_rank_is_stuck(endless):
+    """The watchdogs of the others see it; any of them may be the first to say so."""
+    running = through_front([*endless, "--comm", "nccl"], 3, **ENVIRONMENT, **faulty("stick launch 2"))
+    running.wait_for_output()
+    code, _, err = running.end(END_S)
+    assert code == 3
+    assert re.fullmatch(
+        r"minitp: rank [01] failed: stuck in a collective for 1 s: rank 2 did not come\n", err
+    )
+
+
+def test_a_rank_raises(endless):
+    """It lets go of NCCL first, in which the others wait."""
+    argv, fault = [*endless, "--comm", "nccl"], faulty("raise launch 1")
+    running = under_mpirun(argv, 3, worker=FAULTY_WORKER, **ENVIRONMENT, **fault)
+    running.wait_for_output()
+    code, _, err = running.end(END_S)
+    assert code == 3
+    assert err.count("minitp: rank 1 failed: ZeroDivisionError: a fault for the test\n") == 1
+    assert "Traceback" not in err
+
+
+def test_nccl_fails_on_a_rank(model):
+    """While the others wait for it inside NCCL."""
+    running = through_front(hello(model), 3, **ENVIRONMENT, STAND_IN_NCCL_FAILS="1")
+    code, out, err = running.end(START_S)
+    assert (code, out) == (3, "")
+    error = "NcclError: NCCL_ERROR_SYSTEM_ERROR: the stand-in fails"
+    assert err == f"minitp: rank 1 failed: NCCL does not come up: {error}\n"
+
+
+def test_ctrl_c(endless):
+    running = through_front(endless, 2, **ENVIRONMENT)
+    running.wait_for_output()
+    os.killpg(running.process.pid, signal.SIGINT)
+    code, _, err = running.end(END_S)
+    assert (code, err) == (130, "")
+
+
+def test_nobody_reads_any_more(endless):
+    """It ends quietly, a step being under way on the GPU."""
+    command = ["/bin/sh", "-c", '"$@" | head -c 20', "sh", *WORKER, *endless, "--tp", 2]
+    code, out, err = Running(command, **ENVIRONMENT).end(START_S)
+    assert (code, err, len(out)) == (0, "", 20)

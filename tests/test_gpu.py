@@ -1,0 +1,144 @@
+"""On a real GPU: the fused path against the explicit one, graphs, sampling, NCCL, loading."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from real_gpu import DTYPES, HALVES, NEEDS_GPU, drawn, same_each_time
+from tiny import write_tiny
+
+from minitp.bench.tiled import TiledWeights
+from minitp.comm import Alone
+from minitp.errors import MinitpError
+from minitp.generate import Request, generate
+from minitp.model import host_logits, load_model
+from minitp.model_source import open_model
+from minitp.places import place_ranks
+from minitp.sampling import SamplingParams
+from minitp.weights import named_slices
+
+pytestmark = NEEDS_GPU
+
+
+@pytest.fixture(scope="module")
+def comm():
+    """The only rank's, with its GPU."""
+    return place_ranks(Alone(), "cuda")
+
+
+@pytest.fixture
+def gpu(comm):
+    return comm.gpu
+
+
+# --- models ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["tiny", "mistral-7b"])
+def source(request, tmp_path_factory):
+    """A ModelSource: a tiny model, and a layer of Mistral 7B."""
+    if request.param == "tiny":
+        return open_model(str(write_tiny(tmp_path_factory.mktemp("models") / "tiny")), 1)
+    found = open_model("random:mistral-7b", 1, layers=1)
+    return replace(found, tensors=TiledWeights(found.tensors.shapes, np.dtype(np.float32)))
+
+
+def models(comm, source, dtype, *paths):
+    """The Models of some paths."""
+    device = replace(comm.gpu, dtype=np.dtype(DTYPES[dtype]))
+    return [load_model(source, comm, device, path=path) for path in paths]
+
+
+def some_tokens(source, count):
+    return np.random.default_rng(0).integers(0, source.config.vocab_size, count).tolist()
+
+
+def logits_of(model, ids, prompt):
+    """float32 [n, V] of the last token of a prompt and of each that follows, one a pass."""
+    cache, found = model.new_cache(len(ids)), []
+    for part in (ids[:prompt], *[[token] for token in ids[prompt:]]):
+        found.append(host_logits(model, model.forward(part, cache, slice(-1, None))).copy()[0])
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_fused_path_is_the_explicit_one(comm, source, dtype):
+    ids = some_tokens(source, 200)
+    explicit, fused = models(comm, source, dtype, "explicit", "fused")
+    (exact,) = models(comm, source, "float32", "explicit")
+    exact, explicit, found = (logits_of(model, ids, 190) for model in (exact, explicit, fused))
+    error, allowed = (np.linalg.norm(x - exact) / np.linalg.norm(exact) for x in (found, explicit))
+    assert error < 2 * allowed + 1e-6
+    for _ in range(3):
+        np.testing.assert_array_equal(logits_of(fused, ids, 190), found)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_graph_gives_what_its_launches_give(comm, source, dtype, batch):
+    (model,) = models(comm, source, dtype, "fused")
+    pool = model.new_pool(batch * 4)
+    for pair in pool.rows:
+        for rows in pair:
+            rows.values.fill(0.25)
+    tables = [list(range(4 * n, 4 * n + 4)) for n in range(batch)]
+    step = model.decode_step(pool, batch)
+
+    def run(way):
+        step.fill(some_tokens(source, batch), [40 + n for n in range(batch)], tables)
+        way()
+        return step.logits.copy()
+
+    eager = same_each_time(comm.gpu, lambda: run(step.run))
+    np.testing.assert_array_equal(same_each_time(comm.gpu, lambda: run(step.launch)), eager)
+    assert np.isfinite(eager).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_gpu_chooses_as_the_host(comm, source, temperature):
+    """With logprobs the host chooses, without them the GPU does."""
+    (model,) = models(comm, source, "bfloat16", "fused")
+    prompt, found = some_tokens(source, 30), []
+    for logprobs in (1, None):
+        params = SamplingParams(24, temperature, 40, 0.95, seed=5, ignore_eos=True, logprobs=logprobs)
+        request = Request(params, (), prompt, len(prompt) + 24)
+        found.append(list(generate(model, prompt, request)))
+    assert found[0] == found[1]
+    assert len(found[0]) == 24
+
+
+# --- NCCL and loading -----------------------------------------------------------------------------------
+
+
+def test_nccl_of_one_rank(gpu):
+    from minitp.cuda.nccl import NcclComm, load_nccl
+
+    try:
+        load_nccl()
+    except MinitpError as error:
+        pytest.skip(str(error))
+    nccl = NcclComm(Alone(), gpu)
+    for dtype in DTYPES.values():
+        x = drawn(gpu, dtype, 3, 40)
+        np.testing.assert_array_equal(gpu.to_host(nccl.all_reduce(x)), gpu.to_host(x))
+        np.testing.assert_array_equal(gpu.to_host(nccl.all_gather(x, [40])), gpu.to_host(x))
+    out = gpu.cupy.zeros(x.shape, x.dtype)
+    gpu.stream.begin_capture()
+    nccl.reduce_into(x, out)
+    graph = gpu.stream.end_capture()
+    with nccl.launching():
+        graph.launch(gpu.stream)
+    np.testing.assert_array_equal(gpu.to_host(out), gpu.to_host(x))
+    nccl.check()
+    nccl.close()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_arrive_as_they_are_in_the_file(comm, source, dtype):
+    (model,) = models(comm, source, dtype, "explicit")
+    for name, array in named_slices(model.weights, source.plan, 0):
+        index = source.plan.tensors[name].index(0)
+        if len(index) == 2 and isinstance(source.tensors, TiledWeights):
+            continue  # what it gives depends on the block that is asked for
+        expected = source.tensors.read(name, index).astype(DTYPES[dtype])
+        np.testing.assert_array_equal(comm.gpu.to_host(array), expected)
