@@ -154,10 +154,11 @@ BIASED_SUMS = {"attn.out", "mlp.out"}  # the bias comes with the addition to the
 @pytest.mark.parametrize("tp", [1, 3])
 def test_what_the_fused_path_shows(models, shape, tp):
     directory, found = models[shape, "float16"], {}
+    inside = step_names(open_model(str(directory), tp).plan)
 
     def rank(comm):
         model = model_on_gpu(directory, comm, path="fused")
-        names = {f"{name}/{step}" for name in ("prefill", "decode") for step in step_names(2)}
+        names = {f"{name}/{step}" for name in ("prefill", "decode") for step in inside}
         shown = []
         record = Recorder(model.device, names, lambda steps: shown.extend(steps))
         cache = model.new_cache(16)
@@ -171,7 +172,7 @@ def test_what_the_fused_path_shows(models, shape, tp):
     expected = [
         f"{name}/{step}"
         for name, steps in hidden.items()
-        for step in step_names(2)
+        for step in inside
         if step.removeprefix("layers.0.").removeprefix("layers.1.") not in steps
     ]
     for found in run_on_gpus(tp, rank):

@@ -202,7 +202,7 @@ def test_the_fused_path_refuses_what_its_kernels_cannot_do(name, reason):
     fields = json.loads((GOLDENS / name / "config.json").read_text())
     config = parse_config({**fields, "hidden_size": 64, "head_dim": 8}, name)
     device = SimpleNamespace(dtype=np.dtype(np.float16))
-    found = unfit(config, device, "auto")
+    found = unfit(config, make_plan(config, 1), device, "auto")
     assert found is None if reason is None else reason in found
 
 
