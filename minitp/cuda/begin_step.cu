@@ -46,9 +46,8 @@ extern "C" __global__ void begin_step(const int *token, const int *lengths, cons
     for (int i = threadIdx.x; i < width / 8; i += blockDim.x) x8[i] = here ? load_once(row + i) : Half8{};
 }
 
-// lengths int [B], as above; steps int [1], those that have been made. One thread for a sequence.
-extern "C" __global__ void end_step(int *lengths, int *steps, int sequences) {
+// lengths int [B], as above. One thread for a sequence.
+extern "C" __global__ void end_step(int *lengths, int sequences) {
     const int sequence = blockIdx.x * blockDim.x + threadIdx.x;
     if (sequence < sequences && lengths[sequence] >= 0) lengths[sequence]++;
-    if (sequence == 0) steps[0]++;
 }

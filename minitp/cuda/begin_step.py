@@ -51,7 +51,7 @@ class BeginStep:
         numbers = [np.int32(n) for n in (*sizes, len(inverse_frequencies))]
         self._begin((sequences,), (THREADS,), (*arrays, *numbers))
 
-    def end(self, lengths, steps):
-        """`lengths` int32 [B] += 1, but not for padding; `steps` int32 [1] += 1."""
+    def end(self, lengths):
+        """`lengths` int32 [B] += 1, but not for padding."""
         sequences = len(lengths)
-        self._end((-(-sequences // THREADS),), (THREADS,), (lengths, steps, np.int32(sequences)))
+        self._end((-(-sequences // THREADS),), (THREADS,), (lengths, np.int32(sequences)))

@@ -71,7 +71,7 @@ class DecodeStep:
         self._state = cupy.zeros(batch * (2 + most_blocks), np.int32)
         self.token, self.lengths = self._state[:batch], self._state[batch : 2 * batch]  # [B] each
         self.block_table = self._state[2 * batch :].reshape(batch, most_blocks)  # [B, most_blocks]
-        self.slot, self.seen, self.steps = (cupy.zeros(n, np.int32) for n in (batch, batch, 1))
+        self.slot, self.seen = (cupy.zeros(batch, np.int32) for _ in range(2))  # [B] each
         self.cos, self.sin = (cupy.zeros((batch, c.head_dim // 2), np.float32) for _ in range(2))  # [B, d/2]
         self.temperature = cupy.asarray(np.full(batch, HOST_CHOOSES))  # [B]
         self.top_k, self.top_p = cupy.zeros(batch, np.int32), cupy.zeros(batch, np.float64)  # [B]
@@ -122,7 +122,6 @@ class DecodeStep:
         if comm.rank == 0:
             comm.exchange(None)
         self._state[...] = state
-        self.steps.fill(0)
         comm.exchange(None)
 
     def _captured(self):
@@ -150,7 +149,7 @@ class DecodeStep:
             pending = self._add(self.act, layer.w_down, layer.b_down, record, ("mlp", i))
         self._logits(pending, record)
         m.kernels.sample(self.logits, self.temperature, self.top_k, self.top_p, self.draw, self.token)
-        self._begin.end(self.lengths, self.steps)
+        self._begin.end(self.lengths)
 
     def _embed(self, record):
         m = self.model
