@@ -104,7 +104,7 @@ class PagedCache:
         """As KVCache.append; what it returns is a copy."""
         if self._places is None or self._places[0] != self.length:
             stop = self.length + k.shape[1]
-            self._places = self.length, self._rows(self.length, stop), self._rows(first, stop)
+            self._places = self.length, self.places(self.length, stop), self.places(first, stop)
         _, new, read = self._places
         pair = self.pool.rows[layer]
         for rows, x in zip(pair, (k, v), strict=True):
@@ -115,14 +115,18 @@ class PagedCache:
         """The step of `tokens` positions is complete in every layer."""
         self.length += tokens
 
-    def _rows(self, start, stop):
+    def places(self, start, stop):
         """The pool's rows of positions start .. stop - 1: int [stop - start]."""
         size = self.pool.block_size
         if stop > len(self.block_table) * size:
             raise IndexError(f"position {stop - 1} in {len(self.block_table)} blocks of {size}")
-        table = self.pool.xp.asarray(self.block_table)  # [blocks]
-        positions = self.pool.xp.arange(start, stop)  # [n]
-        return table[positions // size] * size + positions % size  # [n]
+        xp = self.pool.xp
+        return rows_of_positions(xp.asarray(self.block_table), xp.arange(start, stop), size)  # [n]
+
+
+def rows_of_positions(block_table, positions, block_size):
+    """The pool's rows of positions int [n], for a block table int [blocks]: int [n]."""
+    return block_table[positions // block_size] * block_size + positions % block_size  # [n]
 
 
 def make_rows(xp, dtype, layers, shape, kv_dtype):

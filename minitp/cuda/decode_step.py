@@ -19,6 +19,7 @@ import numpy as np
 
 from minitp.cuda.comm import LocalComm
 from minitp.cuda.loader import padded
+from minitp.kv_cache import rows_of_positions
 from minitp.model import Unrecorded
 
 UNRECORDED = Unrecorded()
@@ -233,7 +234,7 @@ class DecodeStep:
         length, size = int(self.seen[0]), self.pool.block_size
         first = max(0, length - (self.model.config.windows[0] or length))
         positions = self.model.device.xp.arange(first, length)  # [W]
-        places = self.block_table[0][positions // size] * size + positions % size  # [W]
+        places = rows_of_positions(self.block_table[0], positions, size)  # [W]
         keys, values = (rows.gather(places) for rows in self.pool.rows[i])  # [K_r, W, d] each
         record("attn", i, q_rope=self.q.transpose(1, 0, 2), k_rope=keys[:, -1:], v=values[:, -1:])
         record("attn", i, k_cache=keys, v_cache=values, context=self.context)

@@ -207,7 +207,7 @@ class FusedModel(Model):
         """The queries after RoPE, and what attention had, of the only sequence."""
         (sequence,) = prompt.sequences
         first = 0 if self.config.windows[0] is None else max(0, sequence.past - self.config.windows[0] + 1)
-        places = self.device.xp.asarray(sequence.places[first:])  # [W]
+        places = sequence.places[first:]  # [W]
         keys, values = (rows.gather(places) for rows in prompt.pool.rows[i])  # [K_r, W, d] each
         new = len(keys[0]) - (sequence.rows.stop - sequence.rows.start)
         record("attn", i, q_rope=qk[: self.heads], k_rope=keys[:, new:], k_cache=keys, v_cache=values)
@@ -261,10 +261,9 @@ class Prompt:
         for ids, cache in parts:
             self.sequences.append(PromptSequence(xp, slice(start, start + len(ids)), cache))
             start += len(ids)
-        positions = np.concatenate([np.arange(s.past, len(s.places)) for s in self.sequences])  # [T]
-        slots = np.concatenate([s.places[s.past :] for s in self.sequences])  # [T]
-        self.slots = xp.asarray(slots.astype(np.int32))
-        cos, sin = ops.rope_cos_sin(xp, xp.asarray(positions), model.inverse_frequencies)  # [T, d] each
+        positions = joined(xp, [xp.arange(s.past, len(s.places)) for s in self.sequences])  # [T]
+        self.slots = joined(xp, [s.places[s.past :] for s in self.sequences]).astype(np.int32)  # [T]
+        cos, sin = ops.rope_cos_sin(xp, positions, model.inverse_frequencies)  # [T, d] each
         half = cos.shape[1] // 2
         self.cos, self.sin = (
             model.device.cupy.ascontiguousarray(a[:, half:]) for a in (cos, sin)
@@ -276,10 +275,6 @@ class PromptSequence:
     """One sequence's part of it: its rows among the T tokens, and where its positions lie in the pool."""
 
     def __init__(self, xp, rows, cache):
-        self.rows, self.past, size = rows, cache.length, cache.pool.block_size
-        positions = np.arange(self.past + rows.stop - rows.start)  # [past + n]
-        if len(positions) > len(cache.block_table) * size:
-            raise IndexError(f"position {positions[-1]} in {len(cache.block_table)} blocks of {size}")
-        table = np.asarray(cache.block_table, np.int32)  # [blocks]
-        self.places = table[positions // size] * size + positions % size  # [past + n]
-        self.table = xp.asarray(table)
+        self.rows, self.past = rows, cache.length
+        self.places = cache.places(0, self.past + rows.stop - rows.start)  # [past + n]
+        self.table = xp.asarray(cache.block_table, dtype=np.int32)  # [blocks]
