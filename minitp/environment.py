@@ -70,7 +70,7 @@ def gpus():
     """NVIDIA GPUs of this host that CuPy could use; without asking CuPy, which takes a second."""
     if importlib.util.find_spec("cupy") is None:
         return 0
-    there = len(glob("/dev/nvidia[0-9]*"))
+    there = len(glob("/dev/nvidia[0-9]*")) or int(os.path.exists("/dev/dxg"))  # the latter under WSL
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     return there if allowed is None else min(there, len([one for one in allowed.split(",") if one.strip()]))
 

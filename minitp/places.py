@@ -1,13 +1,11 @@
 """Where the ranks compute, and how their arrays meet there."""
 
-import importlib.util
-import os
 import sys
 
+from minitp.environment import gpus
 from minitp.errors import InputError
 
 ON_GPUS = ("nccl", "peer")  # of --comm
-NVIDIA = ("/dev/nvidiactl", "/dev/dxg")  # the driver's device, on Linux and under WSL
 
 
 def on_hosts(transport):
@@ -38,7 +36,7 @@ def place_ranks(comm, device, transport="auto", share_gpu=False):
         on all ranks, if one of them has no GPU, or NCCL does not come up.
     """
     if device == "auto":
-        device = "cuda" if all(comm.exchange(gpu_is_likely())) else "cpu"
+        device = "cuda" if all(comm.exchange(gpus() > 0)) else "cpu"
     if device == "cpu":
         with comm.agreed():
             if transport in ON_GPUS:
@@ -62,15 +60,10 @@ def place_ranks(comm, device, transport="auto", share_gpu=False):
         print("minitp: warning: several ranks share a GPU: as right as ever, and slow", file=sys.stderr)
     if transport in ("mpi", "shm") or (shared and not all(comm.exchange(allow_shared_gpu()))):
         return StagedComm(comm, gpu)
-    reach = peers_reach_each_other(comm, gpu)
+    reach = peers_reach_each_other(comm, gpu, local_rank)
     with comm.agreed():
         if transport == "peer" and not reach:
             raise InputError("--comm peer: the GPUs cannot all read each other's memory; use --comm nccl")
     if transport == "nccl" or not reach:
         return NcclComm(comm, gpu)
     return PeerComm(comm, gpu, required=transport == "peer")
-
-
-def gpu_is_likely():
-    """Whether it is worth importing CuPy, which takes a second, to see if there is a GPU."""
-    return importlib.util.find_spec("cupy") is not None and any(map(os.path.exists, NVIDIA))

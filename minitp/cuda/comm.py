@@ -9,8 +9,6 @@ PeerComm     through memory that the GPUs of a host can all see; in `peer`
 from contextlib import nullcontext
 from time import perf_counter
 
-import numpy as np
-
 from minitp.comm import Comm
 
 
@@ -111,7 +109,7 @@ class StagedComm(DeviceComm):
     def gather_into(self, x, out):
         flat = self.gpu.to_host(x).reshape(1, -1)  # [1, n]
         everyones = self.host.all_gather(flat, [flat.size] * self.size)  # [1, ranks * n]
-        out[...] = self.gpu.from_host(np.asarray(everyones).reshape(out.shape))
+        out[...] = self.gpu.from_host(everyones.reshape(out.shape))
 
 
 def copy(gpu, x, out):

@@ -125,10 +125,10 @@ class PeerComm(NcclComm):
         return cuda.get_elapsed_time(start, end)
 
 
-def peers_reach_each_other(host, gpu):
+def peers_reach_each_other(host, gpu, local_rank):
     """Whether every GPU of these ranks can read the memory of every other; all ranks call it."""
     runtime, mine = gpu.cupy.cuda.runtime, gpu.cupy.cuda.Device().id
-    node = host.exchange((mine, host.local_rank()))
+    node = host.exchange((mine, local_rank))
     one_host = len({local for _, local in node}) == host.size  # else numbers come twice
     own_gpu = len({device for device, _ in node}) == host.size
     reach = all(device == mine or runtime.deviceCanAccessPeer(mine, device) for device, _ in node)
