@@ -8,7 +8,9 @@ from refusal import check_refusal
 from tiny import write_tiny
 
 from minitp.cli import main
+from minitp.comm import Alone
 from minitp.job import Job
+from minitp.places import place_ranks
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,6 +30,17 @@ def cupy():
     """The stand-in for CuPy, for all tests of a file."""
     with stand_in() as module:
         yield module
+
+
+@pytest.fixture(scope="module")
+def comm():
+    """The only rank's, on a real GPU."""
+    return place_ranks(Alone(), "cuda")
+
+
+@pytest.fixture
+def gpu(comm):
+    return comm.gpu
 
 
 @pytest.fixture

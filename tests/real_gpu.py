@@ -6,14 +6,12 @@ several times, and has to give the same bits each time.
 
 import importlib.util
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from minitp.errors import MinitpError
 
 REPEATS = 20
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 HALVES = ["float16", "bfloat16"]
 
 

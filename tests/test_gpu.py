@@ -4,31 +4,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from real_gpu import DTYPES, HALVES, NEEDS_GPU, drawn, same_each_time
+from real_gpu import HALVES, NEEDS_GPU, drawn, same_each_time
 from tiny import write_tiny
 
 from minitp.bench.tiled import TiledWeights
 from minitp.comm import Alone
+from minitp.device import DTYPES
 from minitp.errors import MinitpError
 from minitp.generate import Request, generate
 from minitp.model import host_logits, load_model
 from minitp.model_source import open_model
-from minitp.places import place_ranks
 from minitp.sampling import SamplingParams
 from minitp.weights import named_slices
 
 pytestmark = NEEDS_GPU
-
-
-@pytest.fixture(scope="module")
-def comm():
-    """The only rank's, with its GPU."""
-    return place_ranks(Alone(), "cuda")
-
-
-@pytest.fixture
-def gpu(comm):
-    return comm.gpu
 
 
 # --- models ---------------------------------------------------------------------------------------------

@@ -6,11 +6,10 @@ The tests of each kernel's edge cases can be run there, too: see kernels_on_gpu.
 import ml_dtypes
 import numpy as np
 import pytest
-from real_gpu import DTYPES, HALVES, NEEDS_GPU, drawn, same_each_time
+from real_gpu import HALVES, NEEDS_GPU, drawn, same_each_time
 
 from minitp import ops
-from minitp.comm import Alone
-from minitp.places import place_ranks
+from minitp.device import DTYPES
 
 pytestmark = NEEDS_GPU
 
@@ -18,17 +17,6 @@ EPS = 1e-5
 # (outputs, width) of Mistral 7B's projections, whole and a fourth of them, and some that divide by nothing.
 SMALL = [(24, 40), (104, 296)]
 MISTRAL = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (1536, 4096), (4096, 1024), (4096, 3584)]
-
-
-@pytest.fixture(scope="module")
-def comm():
-    """The only rank's, with its GPU."""
-    return place_ranks(Alone(), "cuda")
-
-
-@pytest.fixture
-def gpu(comm):
-    return comm.gpu
 
 
 @pytest.fixture(params=HALVES)
