@@ -13,22 +13,17 @@ in rank order (16-bit ones in float32), so all ranks hold the same bits, in any 
     Alone        one rank: nothing to exchange
     OneOfMany    one rank with the share of one of several, for benchmarks
     ThreadComm   ranks as threads of one process, for tests and notebooks
-    MpiComm      ranks as MPI processes
+
+Ranks as MPI processes are in mpi_comm, shared_memory and several_hosts, those on GPUs in cuda.comm.
 """
 
-import os
 import threading
-import time
-import warnings
 from contextlib import contextmanager
 from time import perf_counter
 
 import numpy as np
 
 from minitp.errors import AgreedError, InputError, RankError, one_line
-
-LAST_WORDS_S = 0.3  # for mpirun to pass on what a rank has said: it may abort first
-LONGEST_PAUSE_S = 0.005  # between two looks: a rank that waits takes 0.4% of a core
 
 
 class Comm:
@@ -92,7 +87,7 @@ class Comm:
         if failed:
             rank, exit_code, message = failed[0]
             if exit_code != InputError.exit_code:
-                message = f"rank {rank} failed: {message}"
+                message = f"{self.name(rank)} failed: {message}"
             raise AgreedError(message, exit_code) from error
 
     @contextmanager
@@ -104,6 +99,10 @@ class Comm:
         except Exception as caught:
             error = caught
         self.agree(error)
+
+    def name(self, rank):
+        """A rank, as messages name it."""
+        return f"rank {rank}"
 
     def abort(self, exit_code):
         """End the whole job from one rank, without the others' consent."""
@@ -249,77 +248,3 @@ def run_threads(size, function):
     if causes:
         raise causes[0]
     return results
-
-
-class MpiComm(Comm):
-    """Ranks as MPI processes, through mpi4py.
-
-    Parameters
-    ----------
-    expected : int or None
-        The number of ranks that the launcher says it started. Another world means that mpirun and mpi4py
-        belong to two different MPIs, and that every process would believe itself alone.
-    world : mpi4py.MPI.Comm or None
-        These ranks; None: all that were started.
-    """
-
-    def __init__(self, expected=None, world=None):
-        MPI = _import_mpi()
-        self._byte, self._job = MPI.BYTE, MPI.COMM_WORLD
-        self._world = self._job if world is None else world
-        super().__init__(self._world.Get_rank(), self._world.Get_size())
-        if expected is not None and expected != self.size:
-            library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
-            raise RankError(
-                f"mpirun started {expected} processes but mpi4py sees a world of {self.size}: they belong to "
-                f"different MPIs (mpi4py uses {library}); use the mpirun of that one"
-            )
-
-    def broadcast(self, value):
-        return self._world.bcast(value, root=0)
-
-    def local_rank(self):
-        from mpi4py import MPI
-
-        node = self._job.Split_type(MPI.COMM_TYPE_SHARED)
-        rank = node.Get_rank()
-        node.Free()
-        return rank
-
-    def abort(self, exit_code):
-        time.sleep(LAST_WORDS_S)
-        self._job.Abort(exit_code)  # of only a part of it the exit code would be lost
-        os._exit(exit_code)  # MPICH's Abort may return
-
-    def _exchange_arrays(self, x, sizes, combine):
-        # As bytes, for MPI has no bfloat16.
-        everyone = np.empty(sum(sizes), dtype=x.dtype)
-        sent = [np.ascontiguousarray(x).reshape(-1).view(np.uint8), self._byte]
-        received = everyone.view(np.uint8)
-        if max(sizes) == min(sizes):
-            self._world.Allgather(sent, [received, self._byte])
-            return combine(everyone.reshape(self.size, -1))
-        counts = [size * x.dtype.itemsize for size in sizes]
-        self._world.Allgatherv(sent, [received, counts, None, self._byte])
-        return combine(np.split(everyone, np.cumsum(sizes)[:-1]))
-
-    def exchange(self, value):
-        # A phase that ends here may last minutes on one rank (a download), or hours (ranks that serve nobody
-        # yet): wait asleep, for MPI waits spin.
-        everyone_is_here, pause = self._world.Ibarrier(), 0.001
-        while not everyone_is_here.Test():
-            time.sleep(pause)
-            pause = min(LONGEST_PAUSE_S, 1.01 * pause)
-        return self._world.allgather(value)
-
-
-def _import_mpi():
-    try:
-        with warnings.catch_warnings():  # of two different MPIs, on which MpiComm has more to say
-            warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
-            from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise RankError(
-            f"mpi4py finds no MPI library ({one_line(error)[:80]}); install one: pip install 'minitp[mpi]'"
-        ) from error
-    return MPI

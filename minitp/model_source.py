@@ -1,5 +1,7 @@
 """What `--model` may name: a directory, a GGUF file, the demo, a Hugging Face id, or random weights."""
 
+import hashlib
+import json
 import os
 import re
 import sys
@@ -17,6 +19,7 @@ from minitp.tokenizer import Tokenizer, load_tokenizer
 DEMO = "smollm2"
 DEMO_SHAPES = "smollm2-135m"  # what they are called as a random model
 RANDOM = "random:"
+SAMPLE_BYTES = 4096
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # Of a repository only these: it may hold the same weights again in other formats.
@@ -69,6 +72,15 @@ class ModelSource:
             return self.gguf.fields
         return read_json(self.directory / "config.json")
 
+    def fingerprint(self):
+        """What tells this model from another of the same name: a digest of each of its parts.
+
+        Of weights a few places in each file are read: those of two revisions mostly differ everywhere.
+        """
+        files = [] if self.is_random else sorted({info.file for info in self.tensors.tensors.values()})
+        parts = {"config": json.dumps(self.fields()).encode(), "weights": b"".join(map(sample, files))}
+        return {part: hashlib.sha256(data).hexdigest() for part, data in parts.items()}
+
     def tokenizer(self):
         """Its Tokenizer, or None if it has none."""
         if self.gguf is not None:
@@ -118,6 +130,17 @@ def open_model(name, tp, layers=None):
         checkpoint = gguf.tensors
     checkpoint.check(plan, whole.num_hidden_layers)
     return ModelSource(name, directory, config, checkpoint, plan, gguf)
+
+
+def sample(path):
+    """A file's length, and its first, middle and last SAMPLE_BYTES."""
+    length = path.stat().st_size
+    with open(path, "rb") as file:
+        pieces = [str(length).encode()]
+        for start in (0, length // 2, max(0, length - SAMPLE_BYTES)):
+            file.seek(start)
+            pieces.append(file.read(SAMPLE_BYTES))
+    return b"".join(pieces)
 
 
 def open_config(name, layers=None):

@@ -11,8 +11,8 @@ So what crosses the network crosses it once a host, not once a rank.
 
 import numpy as np
 
-from minitp.comm import MpiComm
 from minitp.errors import InputError
+from minitp.mpi_comm import MpiComm
 from minitp.shared_memory import SharedMemoryComm
 
 
@@ -29,6 +29,7 @@ class SeveralHostsComm(MpiComm):
         super().__init__()
         self._within = SharedMemoryComm(node)
         self._leaders = self._world.Split(0 if node.rank == 0 else 1)  # of use to those of colour 0
+        self._between = MpiComm(world=self._leaders) if node.rank == 0 else None
         self._mine = node.allgather(self.rank)  # the ranks of this host, the leader first
         every = self._world.allgather(self._mine)
         self._hosts = [ranks for rank, ranks in enumerate(every) if rank == ranks[0]]  # as the leaders are
@@ -37,14 +38,17 @@ class SeveralHostsComm(MpiComm):
         self._within.close()
         self._leaders.Free()
 
+    def broadcast(self, value):
+        if self._between:
+            value = self._between.broadcast(value)
+        return self._within.broadcast(value)
+
     def _exchange_arrays(self, x, sizes, combine):
         own = self._within._exchange_arrays(x, [sizes[rank] for rank in self._mine], np.concatenate)
         lengths = [sum(sizes[rank] for rank in host) for host in self._hosts]
-        everyone = np.empty(sum(lengths) if self._within.rank == 0 else 0, x.dtype)
-        if self._within.rank == 0:
-            counts = [length * x.dtype.itemsize for length in lengths]
-            received = [everyone.view(np.uint8), counts, None, self._byte]
-            self._leaders.Allgatherv([own.view(np.uint8), self._byte], received)
+        everyone = np.empty(0, x.dtype)
+        if self._between:
+            everyone = self._between._exchange_arrays(own, lengths, np.concatenate)
         lengths = [sum(lengths)] + [0] * (self._within.size - 1)
         everyone = self._within._exchange_arrays(everyone, lengths, np.concatenate)
         by_host = [rank for host in self._hosts for rank in host]

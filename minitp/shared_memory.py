@@ -11,19 +11,15 @@ number reach n + 1, and so knows that everybody has read the slots of meeting n.
 a meeting needs no second barrier.
 """
 
-import os
 import pickle
-import time
-from time import perf_counter
 
 import numpy as np
 
-from minitp.comm import MpiComm
+from minitp.mpi_comm import MpiComm
 
 SLOT_BYTES = 1 << 21  # more goes in several meetings
 LINE_BYTES = 128  # apart from each other, so that writing a number takes no cache line from somebody else
 LENGTH_BYTES = 8  # before an object
-PATIENCE_S = 0.02  # of giving way to others before sleeping
 
 
 class SharedMemoryComm(MpiComm):
@@ -99,20 +95,13 @@ class SharedMemoryComm(MpiComm):
         self._meetings += 1
         self._window.Sync()  # what was written is there before the number says so
         self._numbers[self.rank][0] = self._meetings
-        for number in self._numbers:
+        for rank, number in enumerate(self._numbers):
             if number[0] < self._meetings:
-                self._wait(number)
+                wait = self.wait_for(lambda late=rank: [late])
+                while number[0] < self._meetings:
+                    wait.pause()
         self._window.Sync()
         return self._slots[self._meetings % 2]
-
-    def _wait(self, number):
-        """Give way to whoever else wants this core: it may be the rank that is waited for."""
-        until = perf_counter() + PATIENCE_S
-        while number[0] < self._meetings:
-            if perf_counter() < until:
-                os.sched_yield()
-            else:
-                time.sleep(0.0005)
 
 
 def _put(data, slot):

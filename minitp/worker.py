@@ -14,11 +14,12 @@ import socket
 import sys
 import threading
 import traceback
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from minitp.environment import env_rank, ranks_wanted
 from minitp.errors import AgreedError, InputError, RankError, one_line
 from minitp.job import SOCKET_VARIABLE
+from minitp.waiting import LATE_S
 
 
 def run_alone(args):
@@ -58,9 +59,10 @@ def run_in_world(args, world, caller=None):
     comm = None
     try:
         faulthandler.enable()
-        from minitp.comm import MpiComm
+        from minitp.mpi_comm import MpiComm
 
-        comm = MpiComm(expected=world)  # first: without it there is no way to end the others
+        with _told_if_slow():
+            comm = MpiComm(expected=world)  # first: without it there is no way to end the others
         try:
             from minitp import commands
             from minitp.places import on_hosts, place_ranks
@@ -88,6 +90,20 @@ def _front():
     return Front(os.environ[SOCKET_VARIABLE]) if SOCKET_VARIABLE in os.environ else None
 
 
+@contextmanager
+def _told_if_slow():
+    """While MPI starts, it alone decides how long to wait for ranks that do not come: say that it does."""
+    text = f"minitp: MPI has not started on all ranks within {LATE_S:.0f} s"
+    timer = threading.Timer(LATE_S, print, [text], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if env_rank(os.environ) == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _leave_together(error, args, comm, caller):
     """All ranks leave: rank 0 says why, and with -v the rank that failed shows where."""
     if comm.rank == 0 and args.command == "ranks":
@@ -105,7 +121,7 @@ def _leave_alone(error, args, comm, front):
     if front is not None:
         front.end(code, one_line(error))
     elif code != 130 and (comm is not None or env_rank(os.environ) == 0):
-        who = f"rank {comm.rank} failed: " if comm is not None else ""
+        who = f"{comm.name(comm.rank)} failed: " if comm is not None else ""
         print(f"minitp: {who}{one_line(error)}", file=sys.stderr, flush=True)
     if comm is not None:
         comm.abort(code)

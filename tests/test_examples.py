@@ -28,7 +28,7 @@ LADDER = [
 # Runs the example argv[1] with another all-reduce. `real` is the right sum, `mine` what this rank has.
 TAMPERED = """
 import runpy, sys
-from minitp.comm import MpiComm
+from minitp.mpi_comm import MpiComm
 true = MpiComm.all_reduce
 def all_reduce(self, mine):
     real = true(self, mine)

@@ -16,7 +16,7 @@ COLLECTIVES = f"""
 import sys, time
 import ml_dtypes
 import numpy as np
-from minitp.comm import MpiComm
+from minitp.mpi_comm import MpiComm
 from mpi4py import MPI
 from minitp.several_hosts import SeveralHostsComm, through_shared_memory
 from minitp.shared_memory import SharedMemoryComm

@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 
+from minitp.errors import InputError
 from minitp.job import SOCKET_VARIABLE
 from minitp.model_source import open_model
 
@@ -37,10 +38,24 @@ def run(args, comm, caller=None):
         if comm.rank != 0:
             source = open_model(args.model, comm.size, args.layers)
         job = command.prepare(args, source) if comm.rank == 0 else None
+    check_it_is_one_model(comm, source)
     job = comm.broadcast(job)
     if args.command == "ranks":
         return command.run(args, comm, source, caller)
     return command.run(args, comm, source, job)
+
+
+def check_it_is_one_model(comm, source):
+    """AgreedError on all ranks if a name means different models where they are; all ranks call this."""
+    first, *others = comm.exchange(source.fingerprint())
+    with comm.agreed():
+        for rank, other in enumerate(others, start=1):
+            parts = [part for part in first if first[part] != other[part]]
+            if parts:
+                raise InputError(
+                    f"--model {source.name}: {comm.name(rank)} finds another model than {comm.name(0)} "
+                    f"(in {' and '.join(parts)}); give all hosts the same files"
+                )
 
 
 def warn_of_unread_fields(source):

@@ -1,0 +1,182 @@
+"""Ranks on two hosts, namespaces of this machine: the same tokens, and an end to whatever goes wrong."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import hosts
+import pytest
+from tiny import write_tiny
+
+from minitp import cli
+
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.skipif(bool(hosts.missing()), reason=str(hosts.missing())),
+]
+MPIRUN = ["mpirun", "-hosts", "host-a,host-b"]
+IMPATIENT = [  # the command, with seconds in place of the usual times
+    sys.executable,
+    "-c",
+    "import sys\n"
+    "from minitp import cli, waiting\n"
+    "waiting.LATE_S, waiting.LOST_S = 1, 3\n"
+    "sys.exit(cli.main())",
+]
+ENDLESS = ["generate", "--tokens", "1,2,3", "-n", "900000", "--ignore-eos"]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with hosts.two_hosts() as pair:
+        yield pair
+
+
+@pytest.fixture
+def endless(tmp_path):
+    """Arguments of a run that goes on for minutes."""
+    model = write_tiny(tmp_path / "endless", tokenizer=False, max_position_embeddings=1_000_000)
+    return [*ENDLESS, "--model", model]
+
+
+def run_both(first, argv, *options, ranks=4):
+    done = first.run(*MPIRUN, *options, "-n", ranks, "minitp", *argv)
+    return done.returncode, done.stdout, done.stderr
+
+
+# Of four ranks two are on each host; of three, in turn, ranks 0 and 2 on host-a; a block of two first.
+@pytest.mark.parametrize(("ranks", "options"), [(4, []), (3, []), (3, ["-ppn", "2"]), (2, [])])
+@pytest.mark.parametrize("transport", ["auto", "mpi"])
+def test_the_same_tokens(pair, tiny, capsys, ranks, options, transport):
+    argv = ["generate", "Hello", "-n", "12", "--json", "--comm", transport, "--model", tiny]
+    assert cli.main([*map(str, argv), "--tp", "1"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    code, out, err = run_both(pair[0], argv, *options, ranks=ranks)
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["token_ids"], found["stats"]["tp"]) == (alone["token_ids"], ranks)
+
+
+def test_every_rank_is_checked(pair, tiny):
+    code, out, err = run_both(pair[0], ["check", "Hello", "--model", tiny], ranks=3)
+    assert (code, err) == (0, "")
+    assert re.search(r"all steps within bounds .* on 3 ranks\)\n$", out)
+
+
+def test_shared_memory_alone_will_not_do(pair, tiny):
+    argv = ["generate", "Hello", "--model", tiny, "--comm", "shm"]
+    code, _, err = run_both(pair[0], argv, ranks=2)
+    assert code == 2
+    assert err == "minitp: --comm shm: every rank is on a host of its own; use --comm mpi\n"
+
+
+@pytest.mark.parametrize("part", ["config", "weights"])
+def test_another_model_on_the_other_host(pair, tmp_path, part):
+    here = write_tiny(tmp_path / "here")
+    other = {"config": {"rms_norm_eps": 1e-3}, "weights": {"seed": 1}}[part]
+    there = write_tiny(tmp_path / "there", **other)
+    pair[1].run("mount", "--bind", there, here, check=True)
+    try:
+        code, out, err = run_both(pair[0], ["generate", "Hello", "--model", here], ranks=3)
+    finally:
+        pair[1].run("umount", here, check=True)
+    assert (code, out) == (2, "")
+    assert err == (
+        f"minitp: --model {here}: rank 1 on host-b finds another model than rank 0 on host-a (in {part}); "
+        "give all hosts the same files\n"
+    )
+
+
+def test_no_model_on_the_other_host(pair, tmp_path):
+    model, empty = write_tiny(tmp_path / "model"), tmp_path / "empty"
+    empty.mkdir()
+    pair[1].run("mount", "--bind", empty, model, check=True)
+    try:
+        code, out, err = run_both(pair[0], ["generate", "Hello", "--model", model], ranks=2)
+    finally:
+        pair[1].run("umount", model, check=True)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(f"minitp: {model}/config.json.*\n", err)
+
+
+def started(first, argv):
+    """A run of four ranks on both hosts that has begun to write tokens."""
+    words = first.inside(*MPIRUN, "-n", 4, *IMPATIENT, *argv)
+    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout.read(1)
+    return running
+
+
+def ended(running, within):
+    """Its exit code and what it wrote to stderr."""
+    try:
+        _, err = running.communicate(timeout=within)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        pytest.fail(f"still running after {within} s: {running.communicate()[1]}")
+    return running.returncode, err
+
+
+def nothing_is_left(host):
+    deadline = time.monotonic() + 5
+    while (left := host.run("pgrep", "-fa", "900000").stdout) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    host.run("pkill", "-KILL", "-f", "900000")
+    assert not left
+
+
+def test_a_killed_rank_ends_all(pair, endless):
+    running = started(pair[0], endless)
+    pair[1].run("pkill", "-KILL", "-n", "-f", "900000", check=True)
+    code, err = ended(running, within=10)
+    assert (code, "terminated badly" in err) == (255, True)  # mpirun's own: there is no front
+    for host in pair:
+        nothing_is_left(host)
+
+
+def test_a_stopped_rank_is_named_and_ends_all(pair, endless):
+    running = started(pair[0], endless)
+    pid = pair[1].run("pgrep", "-n", "-f", "900000", check=True).stdout.strip()
+    pair[1].run("kill", "-STOP", pid, check=True)
+    code, err = ended(running, within=15)
+    assert code == 3
+    rank = next(rank for rank in (1, 3) if f"rank {rank} (pid {pid} on host-b)" in err)
+    # Rank 1 collects what host-b has: so rank 0 waits for rank 1, and rank 1 knows for whom.
+    assert "has waited 1 s for rank 1 " in err
+    assert "minitp: rank 0 on host-a failed: waited 3 s for rank 1 " in err
+    if rank == 3:
+        assert f"on host-b) has waited 1 s for rank 3 (pid {pid} on host-b)\n" in err
+    for host in pair:
+        nothing_is_left(host)
+
+
+def test_a_cut_cable_ends_it(pair, endless):
+    running = started(pair[0], endless)
+    pair[1].set_cable("down")
+    try:
+        code, err = ended(running, within=15)
+        nothing_is_left(pair[0])
+    finally:
+        pair[1].set_cable("up")
+    assert code == 3
+    assert "minitp: rank 0 on host-a failed: waited 3 s for rank 1 (pid " in err
+    nothing_is_left(pair[1])  # once the cable is back
+
+
+def test_the_wrong_interface(pair, tiny):
+    """Both hosts have a network of one name and address that reaches nobody, as Docker makes them."""
+    argv = ["generate", "Hello", "-n", "4", "--model", tiny]
+    add = "ip link add docker0 type veth peer name inner; ip addr add 172.17.0.1/16 dev docker0"
+    for host in pair:
+        host.run("bash", "-c", f"{add}; ip link set docker0 up; ip link set inner up", check=True)
+    try:
+        wrong, right = (
+            run_both(pair[0], argv, "-genv", "UCX_NET_DEVICES", name, ranks=2) for name in ("docker0", "eth0")
+        )
+    finally:
+        for host in pair:
+            host.run("ip", "link", "delete", "docker0", check=True)
+    assert (wrong[0], "Destination is unreachable" in wrong[2]) == (15, True)
+    assert (right[0], right[2]) == (0, "")
