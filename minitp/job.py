@@ -48,6 +48,16 @@ OPEN_MPI = {
     "PRTE_MCA_hwloc_default_binding_policy": "none",
 }
 
+# The front's socket is on this host, and so are its ranks, whatever hosts a batch system has set aside.
+THIS_HOST = {
+    "HYDRA_RMK": "user",
+    "HYDRA_LAUNCHER": "fork",
+    "OMPI_MCA_plm": "isolated",
+    "OMPI_MCA_ras": "^slurm,tm,lsf,gridengine",
+    "PRTE_MCA_plm": "^slurm,lsf,tm",
+    "PRTE_MCA_ras": "^slurm,lsf,pbs,gridengine",
+}
+
 
 def find_mpirun():
     """The mpirun beside this Python, whose MPI mpi4py finds as well; else that of the PATH."""
@@ -110,13 +120,15 @@ class Job:
 
     def start(self, command):
         """Start the ranks, in a session of their own: Ctrl-C on the terminal is for the front to act on."""
-        environment = {**OPEN_MPI, **os.environ, SOCKET_VARIABLE: str(self.folder / "front")}
+        environment = {**OPEN_MPI, **os.environ, **THIS_HOST, SOCKET_VARIABLE: str(self.folder / "front")}
+        environment.pop("HYDRA_HOST_FILE", None)
         limit_blas_threads(environment, self.size)
         environment.setdefault("HF_HUB_OFFLINE", "1")  # what was to be fetched lies in the cache now
         if self.size == 1:
             environment[ALONE_VARIABLE] = "1"
         else:
             command = [find_mpirun(), "-n", str(self.size), *command]
+            warn_of_other_nodes(os.environ)
         with open(self.folder / "mpirun", "wb") as output:
             self.leader = subprocess.Popen(
                 command,
@@ -260,6 +272,17 @@ class Job:
         for name in ["mpirun", *[f"rank{rank}" for rank in range(self.size)]]:
             for line in self.words_of(name):
                 print(f"[{name}] {line}", file=sys.stderr)
+
+
+def warn_of_other_nodes(environment):
+    """Of a batch system's allocation only this host is used."""
+    nodes = int(environment.get("SLURM_JOB_NUM_NODES", 1))
+    if nodes > 1:
+        print(
+            f"minitp: warning: all ranks start on this host, one of the {nodes} nodes of the allocation; "
+            "srun -K --mpi=pmi2 minitp .. or mpirun minitp .. without --tp uses all",
+            file=sys.stderr,
+        )
 
 
 def _kill(pid):

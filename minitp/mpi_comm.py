@@ -61,9 +61,12 @@ class MpiComm(Comm):
         self._others = [rank for rank in range(self.size) if rank != self.rank]
         if expected is not None and expected != self.size:
             library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
+            who, way_out = "mpirun", "use the mpirun of that one"
+            if "SLURM_STEP_NUM_TASKS" in os.environ and "PMI_SIZE" not in os.environ:
+                who, way_out = "srun", "give srun --mpi=pmi2, or another that srun --mpi=list shows"
             raise RankError(
-                f"mpirun started {expected} processes but mpi4py sees a world of {self.size}: they belong to "
-                f"different MPIs (mpi4py uses {library}); use the mpirun of that one"
+                f"{who} started {expected} processes but mpi4py sees a world of {self.size}: they belong to "
+                f"different MPIs (mpi4py uses {library}); {way_out}"
             )
         me = Process(self._job.Get_rank(), os.getpid(), platform.node(), __version__)
         self._processes = self._world.allgather(me)

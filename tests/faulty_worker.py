@@ -1,11 +1,13 @@
 """The `minitp` command with a fault in one of its ranks; test_processes starts it in place of `minitp`.
 
-MINITP_TEST_FAULT says what happens, where and on which rank: "kill forward 2", say.
+MINITP_TEST_FAULT says what happens, where and on which rank: "kill forward 2", say. MINITP_TEST_LOST_S is
+after how many seconds rank 0 gives up on another; half as many, and it says so.
 
     raise   an exception that nobody expects
     kill    SIGKILL
     exit    the process ends without a word, with code 7
     lag     three seconds pass
+    stop    SIGSTOP
     stick   ten minutes pass, where others wait inside NCCL for one second
     spoil   weights that have been loaded are 1.001 times what they should be
 
@@ -22,7 +24,7 @@ import signal
 import sys
 import time
 
-from minitp import cli
+from minitp import cli, waiting
 from minitp.environment import env_rank
 
 FORWARD_CALL = 5
@@ -35,9 +37,11 @@ def fail(kind):
         raise ZeroDivisionError("a fault\nfor the test")
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if kind == "exit":
         os._exit(7)
-    time.sleep({"lag": 3, "stick": 600}[kind])
+    time.sleep({"lag": 3, "stick": 600, "stop": 0}[kind])
 
 
 def plant(kind, place):
@@ -83,6 +87,9 @@ def spoilt(weights):
 
 if __name__ == "__main__":
     what, where, rank = os.environ["MINITP_TEST_FAULT"].split()
+    if "MINITP_TEST_LOST_S" in os.environ:
+        waiting.LOST_S = float(os.environ["MINITP_TEST_LOST_S"])
+        waiting.LATE_S = waiting.LOST_S / 2
     if what == "stick":
         from minitp.cuda.nccl import NcclComm
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ADDRESSES = {"host-a": "10.99.0.1", "host-b": "10.99.0.2"}
@@ -28,7 +28,10 @@ set -e
 hostname "$1"
 ip link set lo up
 for place in /run /dev/shm; do mount -t tmpfs none $place; done
-mkdir /run/sshd
+mkdir /run/sshd /run/cgroup
+mount --rbind /sys/fs/cgroup /run/cgroup
+mount -t sysfs none /sys # which shows the interfaces of whoever mounts it
+mount --rbind /run/cgroup /sys/fs/cgroup
 for file in hosts ssh/ssh_config; do mount --bind "$2/$(basename $file)" /etc/$file; done
 exec {SSHD} -D -e -f "$2/sshd_config" 2>"$2/$1.log"
 """
@@ -49,7 +52,7 @@ class Host:
     """A host that runs; `pid` is its first process, with which all others end."""
 
     def __init__(self, name, folder):
-        self.name = name
+        self.name, self.folder = name, folder
         command = ["unshare", "--fork", "--kill-child", *NAMESPACES]
         self.process = subprocess.Popen(
             [*command, "bash", "-c", START_HOST, "bash", name, folder], stderr=subprocess.DEVNULL
@@ -71,9 +74,14 @@ class Host:
             self.inside(*command), capture_output=True, text=True, timeout=timeout, check=check
         )
 
-    def set_cable(self, state):
-        """Plug it in ("up") or pull it out ("down")."""
-        self.run("ip", "link", "set", "eth0", state, check=True)
+
+def set_cable(pair, state):
+    """Plug it in ("up") or pull it out ("down"); return when both hosts have noticed."""
+    for host in pair:
+        host.run("ip", "link", "set", "eth0", state, check=True)
+    look = ["cat", "/sys/class/net/eth0/operstate"]
+    for host in pair:
+        wait_for(lambda host=host: host.run(*look).stdout == f"{state}\n")
 
 
 @contextmanager
@@ -90,13 +98,14 @@ def two_hosts():
             for host in hosts:
                 address = f"{ADDRESSES[host.name]}/24"
                 host.run("ip", "addr", "add", address, "dev", "eth0", check=True)
-                host.set_cable("up")
+            set_cable(hosts, "up")
             for one, other in ((a, b), (b, a)):
                 wait_for(lambda one=one, other=other: one.run("ssh", other.name, "true").returncode == 0)
             yield hosts
         finally:
             for host in hosts:
-                os.kill(int(host.pid), signal.SIGKILL)  # the first process, and so the host
+                with suppress(ProcessLookupError):
+                    os.kill(int(host.pid), signal.SIGKILL)  # the first process, and so the host
                 host.process.wait()
 
 

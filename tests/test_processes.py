@@ -253,6 +253,27 @@ def test_rank_0_is_killed(endless):
     assert lines == ["last words of rank 0", said], "rank 0 has written its own to the same place"
 
 
+def test_rank_is_stopped(endless):
+    running = through_front(endless, **faulty("stop forward 2"), MINITP_TEST_LOST_S="2")
+    running.wait_for_output()
+    code, _, err = running.end(END_S)
+    assert code == 3
+    late, lost = [line for line in err.splitlines() if line.startswith("minitp: ")]
+    who = r"rank 2 \(pid \d+ on \S+\)"
+    assert re.fullmatch(rf"minitp: rank 0 \(pid \d+ on \S+\) has waited 1 s for {who}", late)
+    assert re.fullmatch(rf"minitp: rank 0 failed: waited 2 s for {who}: stopped or stuck, .*", lost)
+
+
+@pytest.mark.parametrize("transport", ["shm", "mpi"])
+def test_nobody_gives_up_on_rank_0(tiny, capsys, transport):
+    argv = ["generate", "Hello", "--model", tiny, "-n", "24", "--json"]
+    lagging = [*argv, "--comm", transport]
+    running = through_front(lagging, ranks=2, **faulty("lag forward 0"), MINITP_TEST_LOST_S="1")
+    code, out, err = running.end(START_S)
+    assert (code, err) == (0, "last words of rank 0\n")
+    assert json.loads(out)["token_ids"] == alone(argv, capsys)["token_ids"]
+
+
 def test_rank_leaves_without_a_word(endless):
     assert "died" in check_fault_through_front("exit forward 3", endless)[0]
 

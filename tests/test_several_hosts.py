@@ -154,12 +154,12 @@ def test_a_stopped_rank_is_named_and_ends_all(pair, endless):
 
 def test_a_cut_cable_ends_it(pair, endless):
     running = started(pair[0], endless)
-    pair[1].set_cable("down")
+    hosts.set_cable(pair, "down")
     try:
         code, err = ended(running, within=15)
         nothing_is_left(pair[0])
     finally:
-        pair[1].set_cable("up")
+        hosts.set_cable(pair, "up")
     assert code == 3
     assert "minitp: rank 0 on host-a failed: waited 3 s for rank 1 (pid " in err
     nothing_is_left(pair[1])  # once the cable is back

@@ -1,0 +1,91 @@
+"""Ranks that a real Slurm starts, on two hosts; and a front in an allocation, whose ranks stay with it."""
+
+import json
+import subprocess
+
+import hosts
+import pytest
+import slurm_hosts
+from tiny import write_tiny
+
+from minitp import cli
+
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.skipif(bool(slurm_hosts.missing()), reason=str(slurm_hosts.missing())),
+]
+TASKS = ["-N", "2", "-n", "4", "-O"]
+
+
+class Slurm:
+    def __init__(self, pair):
+        self.pair, self.found = pair, slurm_hosts.start(pair, pair[0].folder)
+
+    def inside(self, *command):
+        """The command line on host-a; TMPDIR is not shared by the hosts, as /tmp mostly is not."""
+        return self.pair[0].inside("env", self.found, "TMPDIR=/run", *command)
+
+    def __call__(self, *command):
+        return subprocess.run(self.inside(*command), capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    with hosts.two_hosts() as pair:
+        yield Slurm(pair)
+
+
+@pytest.fixture
+def argv(tiny):
+    return ["minitp", "generate", "Hello", "-n", "8", "--json", "--model", tiny]
+
+
+def result(argv, capsys):
+    assert cli.main([*map(str, argv[1:]), "--tp", "1"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("start", [["srun", "--mpi=pmi2", *TASKS], ["salloc", *TASKS, "mpirun"]])
+def test_the_same_tokens(slurm, argv, capsys, start):
+    done = slurm(*start, *argv)
+    assert done.returncode == 0, done.stderr
+    assert "minitp" not in done.stderr
+    found, alone = json.loads(done.stdout), result(argv, capsys)
+    assert (found["token_ids"], found["stats"]["tp"]) == (alone["token_ids"], 4)
+
+
+def test_srun_that_speaks_no_pmi(slurm, argv):
+    done = slurm("srun", "--mpi=none", *TASKS, *argv)
+    assert (done.returncode, done.stdout) == (3, "")
+    said = [line for line in done.stderr.splitlines() if line.startswith("minitp: ")]
+    assert len(said) == 1
+    assert "srun started 4 processes but mpi4py sees a world of 1" in said[0]
+    assert said[0].endswith("give srun --mpi=pmi2, or another that srun --mpi=list shows")
+
+
+def test_the_ranks_of_a_front_are_on_its_host(slurm, argv, capsys):
+    done = slurm("salloc", *TASKS, *argv, "--tp", "4")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["token_ids"] == result(argv, capsys)["token_ids"]
+    assert "one of the 2 nodes of the allocation; srun -K --mpi=pmi2 minitp .." in done.stderr
+
+
+def test_a_killed_rank_ends_all(slurm, tmp_path):
+    model = write_tiny(tmp_path / "endless", tokenizer=False, max_position_embeddings=1_000_000)
+    endless = ["minitp", "generate", "--tokens", "1,2,3", "-n", "900000", "--ignore-eos", "--model", model]
+    running = subprocess.Popen(
+        slurm.inside("srun", "-K", "--mpi=pmi2", *TASKS, *endless),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout.read(1)
+    slurm.pair[1].run("pkill", "-KILL", "-n", "-f", "minitp generate.*900000", check=True)
+    try:
+        _, err = running.communicate(timeout=15)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        pytest.fail(f"still running: {running.communicate()[1]}")
+    assert running.returncode != 0
+    assert "srun: error: host-b: task" in err
+    assert slurm.pair[0].run("pgrep", "-f", "minitp generate.*900000").stdout == ""
