@@ -69,9 +69,9 @@ class Wait:
         if self._waited > LATE_S and not self._said:
             self._said = True
             if late := self._late():
-                say = f"{self._me} has waited {LATE_S:.0f} s for {' and '.join(late)}"
+                say = f"{self._me} has waited {LATE_S:g} s for {' and '.join(late)}"
                 print(f"minitp: {say}", file=sys.stderr, flush=True)
         if self._gives_up and self._waited > LOST_S and (late := self._late()):
             raise RankError(
-                f"waited {LOST_S:.0f} s for {' and '.join(late)}: stopped or stuck, or the network is cut"
+                f"waited {LOST_S:g} s for {' and '.join(late)}: stopped or stuck, or the network is cut"
             )

@@ -93,7 +93,7 @@ def _front():
 @contextmanager
 def _told_if_slow():
     """While MPI starts, it alone decides how long to wait for ranks that do not come: say that it does."""
-    text = f"minitp: MPI has not started on all ranks within {LATE_S:.0f} s"
+    text = f"minitp: MPI has not started on all ranks within {LATE_S:g} s"
     timer = threading.Timer(LATE_S, print, [text], {"file": sys.stderr, "flush": True})
     timer.daemon = True
     if env_rank(os.environ) == 0:

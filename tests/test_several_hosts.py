@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import hosts
 import pytest
@@ -150,6 +151,19 @@ def test_a_stopped_rank_is_named_and_ends_all(pair, endless):
         assert f"on host-b) has waited 1 s for rank 3 (pid {pid} on host-b)\n" in err
     for host in pair:
         nothing_is_left(host)
+
+
+def test_rank_0_may_be_late(pair, tiny):
+    """Then some wait for it by way of others, upon whom they do not give up either."""
+    fault = ["-genv", "MINITP_TEST_FAULT", "lag forward 0", "-genv", "MINITP_TEST_LOST_S", "1"]
+    worker = [sys.executable, Path(__file__).with_name("faulty_worker.py")]
+    argv = ["generate", "Hello", "-n", "8", "--ignore-eos", "--json", "--model", tiny]
+    done = pair[0].run(*MPIRUN, *fault, "-n", 4, *worker, *argv)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["token_ids"]) == 8
+    # Ranks 1 and 3 are on host-b, where rank 1 collects what is of all: rank 3 cannot know why it is late.
+    assert re.search(r"rank 3 \(pid \d+ on host-b\) has waited 0.5 s for rank 1 ", done.stderr)
+    assert "for rank 0" not in done.stderr
 
 
 def test_a_cut_cable_ends_it(pair, endless):
