@@ -1,5 +1,6 @@
 """Where a rank computes: the array module and the compute dtype."""
 
+import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,10 @@ class Device:
     def to_host(self, array):
         """A NumPy array of the same numbers; it may be the array itself."""
         return array if self.xp is np else self.xp.asnumpy(array)
+
+    def weights_room(self):
+        """(where, bytes): the memory for weights, which all ranks of the same `where` share."""
+        return f"the memory of {platform.node()}", memory()
 
     def cache_room(self, ranks):
         """Bytes that the keys and values of all sequences may take on one of so many ranks of a host."""

@@ -63,11 +63,11 @@ class Host:
         pid = self.process.pid
         return Path(f"/proc/{pid}/task/{pid}/children").read_text().strip()
 
-    def inside(self, *command):
+    def inside(self, *command, cwd=None):
         """The command line that runs a command in here, with this Python's programs found first."""
         path = f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}"
         words = [str(word) for word in command]
-        return ["nsenter", "--all", f"--wdns={os.getcwd()}", "--target", self.pid, "env", path, *words]
+        return ["nsenter", "--all", f"--wdns={cwd or os.getcwd()}", "--target", self.pid, "env", path, *words]
 
     def run(self, *command, timeout=60, check=False):
         return subprocess.run(

@@ -1,57 +1,103 @@
-"""The commands of docs/guide.md and docs/troubleshooting.md print what stands there; `...` is anything."""
+"""The commands in docs/ print what stands there."""
 
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import hosts
 import pytest
+import slurm_hosts
+from doc_commands import DOCS, blocks, check_printed, commands
 
+from minitp.arguments import parser
 from minitp.demo import demo_directory
 
-pytestmark = pytest.mark.mpi
-DOCS = Path(__file__).parent.parent / "docs"
-BLOCKS = [
-    pytest.param(block, id=f"{name}: {block.splitlines()[0][2:]}")
-    for name in ("guide", "troubleshooting")
-    for block in re.findall(
-        r"```console\n(.*?)```", (DOCS / f"{name}.md").read_text(encoding="utf-8"), re.DOTALL
+ROOT = DOCS.parent
+HERE = {"guide": 4, "troubleshooting": 7, "check": 1, "performance": 1}  # page -> console blocks
+FROM_A_CHECKOUT = {"adding-a-family": 6}
+ON_TWO_HOSTS = {"several-nodes": 9}
+ELSEWHERE = {"serving": 2, "compare": 3}  # in test_serving_docs and test_compare_docs
+
+
+def every_block(pages):
+    return [
+        pytest.param(block, id=f"{page}: {block.splitlines()[0][2:]}")
+        for page in pages
+        for block in blocks(page)
+    ]
+
+
+def environment():
+    """With this Python's programs first, and what is installed, not what lies in the working directory."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def printed(command, cwd, **options):
+    done = subprocess.run(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, **options
     )
-]
+    return done.stdout
 
 
-def commands(block):
-    """(command, what it prints), one after the other."""
-    parts = re.split(r"^\$ (.*)\n", block, flags=re.MULTILINE)
-    assert parts[0] == ""
-    return zip(parts[1::2], parts[2::2], strict=True)
+def test_every_page_is_read():
+    pages = HERE | FROM_A_CHECKOUT | ON_TWO_HOSTS | ELSEWHERE
+    found = {page.stem: len(blocks(page.stem)) for page in DOCS.glob("*.md")}
+    assert {page: count for page, count in found.items() if count} == pages
 
 
-def pattern(expected):
-    return re.compile(".*".join(map(re.escape, expected.split("..."))), re.DOTALL)
-
-
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.mpi
+@pytest.mark.parametrize("block", every_block(HERE))
 def test_it_prints_that(block, tmp_path):
     demo_directory()
     if "wants CuPy" in block and importlib.util.find_spec("cupy"):
         pytest.skip("CuPy is here")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for command, expected in commands(block):
-        done = subprocess.run(
-            ["bash", "-c", command],
-            env=environment,
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-        )
-        assert pattern(expected).fullmatch(done.stdout), done.stdout
+        check_printed(printed(["bash", "-c", command], tmp_path, env=environment()), expected)
 
 
-def test_both_have_commands():
-    assert len(BLOCKS) == 11
+@pytest.mark.mpi
+@pytest.mark.parametrize("block", every_block(FROM_A_CHECKOUT))
+def test_it_prints_that_in_a_checkout(block):
+    """Of tests only which there are: they run with the others. Goldens need torch, and a network."""
+    if "make_goldens.py" in block:
+        pytest.skip("makes goldens, with torch and transformers in an environment of its own")
+    for command, expected in commands(block):
+        if "-m pytest" in command:
+            out = printed(["bash", "-c", f"{command} --collect-only -q"], ROOT, env=environment())
+            assert re.search(r"^tests/\w+\.py: [1-9]", out, re.MULTILINE), out
+        else:
+            check_printed(printed(["bash", "-c", command], ROOT, env=environment()), expected or "...")
+
+
+@pytest.fixture(scope="module")
+def first_host():
+    """A command line as it is on the first of two hosts that have Slurm."""
+    demo_directory()
+    with hosts.two_hosts() as pair:
+        found = slurm_hosts.start(pair, pair[0].folder)
+        # TMPDIR is one that the hosts do not share, as they mostly do not share /tmp.
+        yield lambda command, cwd: pair[0].inside("env", found, "TMPDIR=/run", "bash", "-c", command, cwd=cwd)
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(bool(slurm_hosts.missing()), reason=str(slurm_hosts.missing()))
+@pytest.mark.parametrize("block", every_block(ON_TWO_HOSTS))
+def test_it_prints_that_on_two_hosts(block, first_host, tmp_path):
+    for command, expected in commands(block):
+        check_printed(printed(first_host(command, tmp_path), tmp_path), expected)
+
+
+def test_commands_within_the_text_are_commands():
+    """With their options: those that are whole, and have arguments."""
+    texts = [page.read_text(encoding="utf-8") for page in [*DOCS.glob("*.md"), ROOT / "README.md"]]
+    found = {line for text in texts for line in re.findall(r"`minitp ([a-z]+ [^`]+)`", text)}
+    whole = [line for line in sorted(found) if ".." not in line]
+    for line in whole:
+        words = shlex.split(line)
+        parser().parse_args(["1" if word == "N" else word for word in words])
+    assert len(whole) > 15

@@ -2,14 +2,21 @@
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from minitp import cli, device
+from minitp.comm import run_threads
+from minitp.commands import loading
+from minitp.errors import AgreedError
 
 TP = 4
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 2048, 102400, 4096, 32, 4, 64
@@ -125,3 +132,40 @@ def test_peak_memory_of_loading(directory, rank):
     assert samples > 50
     assert SHARD_BYTES < afterwards <= SHARD_BYTES + ALLOWANCE
     assert peak <= SHARD_BYTES + SLICE_BYTES + ALLOWANCE
+
+
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_weights_that_are_more_than_the_memory(command, monkeypatch, capsys):
+    """Before any is made: 29 GB take minutes to draw, and the kernel would kill whoever has most."""
+    monkeypatch.setattr(device, "memory", lambda: 8_000_000_000)
+    argv = [
+        "--model",
+        "random:mistral-7b",
+        "--tp",
+        "1",
+        *(["--tokens", "1"] if command == "generate" else []),
+    ]
+    started = time.monotonic()
+    assert cli.main([command, *argv]) == 2
+    assert time.monotonic() - started < 10
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "minitp: random:mistral-7b: the weights of 1 rank in float32 take 28.97 GB, and "
+        f"the memory of {platform.node()} has 8.00 GB; minitp plan says what fits"
+    )
+
+
+@pytest.mark.parametrize(("room", "fits"), [(500, False), (799, False), (800, True)])
+def test_ranks_in_one_place_share_its_room(monkeypatch, room, fits):
+    """Of three ranks two are in a place where theirs must fit together."""
+    monkeypatch.setattr(loading, "shard_nbytes", lambda plan, rank, device: 400)
+    source = SimpleNamespace(name="model", plan=None)
+
+    def rank(comm):
+        here = SimpleNamespace(weights_room=lambda: (f"GPU {comm.rank // 2}", room), dtype="float16")
+        loading.check_room(comm, source, here)
+
+    if fits:
+        run_threads(3, rank)
+    else:
+        with pytest.raises(AgreedError, match=r"of 2 ranks in float16 take 800 B, and GPU 0 has"):
+            run_threads(3, rank)

@@ -6,7 +6,9 @@ from time import perf_counter
 from tqdm import tqdm
 
 from minitp.device import open_device
+from minitp.errors import InputError
 from minitp.model import load_model
+from minitp.table import counted, size
 from minitp.weights import shard_nbytes
 
 
@@ -19,10 +21,26 @@ def device_of(args, comm, source):
     return with_dtype(comm.gpu, args.dtype, source.config.dtype)
 
 
+def check_room(comm, source, device):
+    """AgreedError on all ranks if those in one place have no room for their weights; all ranks call this."""
+    where, room = device.weights_room()
+    need = shard_nbytes(source.plan, comm.share, device)
+    needs = {}  # of each place
+    for place, nbytes in comm.exchange((where, need)):
+        needs.setdefault(place, []).append(nbytes)
+    with comm.agreed():
+        if sum(needs[where]) > room:
+            raise InputError(
+                f"{source.name}: the weights of {counted(len(needs[where]), 'rank')} in {device.dtype} take "
+                f"{size(sum(needs[where]))}, and {where} has {size(room)}; minitp plan says what fits"
+            )
+
+
 def load(args, comm, source, path="auto"):
     """This rank's Model, on a path of `load_model`, and the seconds it took; rank 0 shows its progress."""
     started = perf_counter()
     device = device_of(args, comm, source)
+    check_room(comm, source, device)
     with (
         comm.agreed(),
         tqdm(

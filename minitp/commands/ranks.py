@@ -1,6 +1,6 @@
 """`minitp ranks`: what LLM, `minitp chat` and `minitp serve` start; it serves requests and has no output."""
 
-from minitp.commands.loading import device_of
+from minitp.commands.loading import check_room, device_of
 from minitp.engine.engine import Engine
 from minitp.engine.service import serve
 from minitp.errors import InputError
@@ -31,6 +31,7 @@ class Ranks:
     def run(args, comm, source, caller):
         """Load the model, then serve the caller of rank 0 until it wants no more."""
         device = device_of(args, comm, source)
+        check_room(comm, source, device)
         with comm.agreed():
             progress = (lambda nbytes: None) if comm.rank else Loading(source, comm, device, caller)
             model = load_model(source, comm, device, progress, args.kv_dtype)

@@ -1,5 +1,6 @@
 """A rank's GPU."""
 
+import platform
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +32,11 @@ class Gpu(Device):
     stream: Any = None
     gpus: int = 1
     is_gpu = True
+
+    def weights_room(self):
+        """As Device.weights_room: what is free of the GPU's memory."""
+        device = self.cupy.cuda.Device()
+        return f"GPU {device.id} of {platform.node()}", device.mem_info[0]
 
     def cache_room(self, ranks):
         """As Device.cache_room: most of what is free now."""
