@@ -102,6 +102,24 @@ def test_no_model_on_the_other_host(pair, tmp_path):
     assert re.fullmatch(f"minitp: {model}/config.json.*\n", err)
 
 
+def test_another_version_on_the_other_host(pair, tiny):
+    code = (
+        "import platform, sys\n"
+        "import minitp\n"
+        "minitp.__version__ = f'of {platform.node()}'\n"
+        "from minitp import cli\n"
+        "sys.exit(cli.main())"
+    )
+    worker = [sys.executable, "-c", code, "generate", "Hello", "--model", tiny]
+    done = pair[0].run(*MPIRUN, "-n", 3, *worker)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.fullmatch(
+        r"minitp: rank 0 \(pid \d+ on host-a\) has minitp of host-a and rank 1 \(pid \d+ on host-b\) "
+        r"of host-b; install the same on all hosts\n",
+        done.stderr,
+    )
+
+
 def started(first, argv):
     """A run of four ranks on both hosts that has begun to write tokens."""
     words = first.inside(*MPIRUN, "-n", 4, *IMPATIENT, *argv)
