@@ -23,11 +23,12 @@ environment.limit_blas_threads(os.environ, environment.local_ranks(os.environ, W
 
 import numpy as np  # noqa: E402
 
-from minitp.comm import Alone, Comm, MpiComm  # noqa: E402
+from minitp.comm import Alone, Comm  # noqa: E402
 from minitp.device import Device, open_device  # noqa: E402
 from minitp.errors import AgreedError, InputError, MinitpError, RankError  # noqa: E402
 from minitp.measure import measure  # noqa: E402
 from minitp.model_source import RANDOM, ModelSource, open_model  # noqa: E402
+from minitp.mpi_comm import MpiComm  # noqa: E402
 from minitp.output import prepare_streams, write_out  # noqa: E402
 from minitp.random_weights import MODELS  # noqa: E402
 from minitp.several_hosts import through_shared_memory  # noqa: E402
