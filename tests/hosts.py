@@ -74,6 +74,15 @@ class Host:
             self.inside(*command), capture_output=True, text=True, timeout=timeout, check=check
         )
 
+    @contextmanager
+    def seeing(self, other, directory):
+        """A `with` block in which this host finds the files of `other` in a directory."""
+        self.run("mount", "--bind", other, directory, check=True)
+        try:
+            yield
+        finally:
+            self.run("umount", directory, check=True)
+
 
 def set_cable(pair, state):
     """Plug it in ("up") or pull it out ("down"); return when both hosts have noticed."""

@@ -78,11 +78,8 @@ def test_another_model_on_the_other_host(pair, tmp_path, part):
     here = write_tiny(tmp_path / "here")
     other = {"config": {"rms_norm_eps": 1e-3}, "weights": {"seed": 1}}[part]
     there = write_tiny(tmp_path / "there", **other)
-    pair[1].run("mount", "--bind", there, here, check=True)
-    try:
+    with pair[1].seeing(there, here):
         code, out, err = run_both(pair[0], ["generate", "Hello", "--model", here], ranks=3)
-    finally:
-        pair[1].run("umount", here, check=True)
     assert (code, out) == (2, "")
     assert err == (
         f"minitp: --model {here}: rank 1 on host-b finds another model than rank 0 on host-a (in {part}); "
@@ -93,11 +90,8 @@ def test_another_model_on_the_other_host(pair, tmp_path, part):
 def test_no_model_on_the_other_host(pair, tmp_path):
     model, empty = write_tiny(tmp_path / "model"), tmp_path / "empty"
     empty.mkdir()
-    pair[1].run("mount", "--bind", empty, model, check=True)
-    try:
+    with pair[1].seeing(empty, model):
         code, out, err = run_both(pair[0], ["generate", "Hello", "--model", model], ranks=2)
-    finally:
-        pair[1].run("umount", model, check=True)
     assert (code, out) == (2, "")
     assert re.fullmatch(f"minitp: {model}/config.json.*\n", err)
 
