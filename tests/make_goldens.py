@@ -54,6 +54,7 @@ del GEMMA2["hidden_act"]  # hidden_activation is gelu_pytorch_tanh by itself
 MIXTRAL = {**LLAMA, "model_type": "mixtral"}
 PHI3 = {**LLAMA, "model_type": "phi3", "pad_token_id": 0}
 QWEN3 = {**QWEN2, "model_type": "qwen3"}
+GRANITE = {**LLAMA, "model_type": "granite"}
 
 # NAME: the fields of config.json, and what else is special. "by hand" are the older spellings, written as
 # they stand here; the others are written by transformers.
@@ -204,6 +205,20 @@ VARIANTS = {
         | {"head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 9}
         | {"layer_types": ["full_attention", "sliding_attention"], "tie_word_embeddings": False}
         | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    },
+    "granite": {  # the published multipliers, but for that of the scores
+        "config": GRANITE
+        | {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3}
+        | {"embedding_multiplier": 12.0, "attention_multiplier": 0.25, "residual_multiplier": 0.22}
+        | {"logits_scaling": 8.0, "dtype": "bfloat16"},
+    },
+    "granite-bias": {  # no attention_multiplier, which is then 1
+        "by_hand": True,
+        "config": GRANITE
+        | {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1}
+        | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
+        | {"embedding_multiplier": 0.3, "residual_multiplier": 1.7, "logits_scaling": 3}
+        | {"rope_theta": 500000.0, "torch_dtype": "float32"},
     },
     "text": {  # a tokenizer; bfloat16; a vocabulary padded beyond it; end-of-text amid the continuation
         "prompt": "The cat and the dog: 12 of them, and 30 more in the house",
