@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,8 +65,10 @@ class Config:
     hidden_act: str  # silu, or GELU
     norm_plus_one: bool  # norms multiply with 1 + weight
     post_norms: bool  # a norm behind each block, too, before the addition
-    scaled_embeddings: bool  # by the root of hidden_size
-    query_pre_attn_scalar: float  # scores are divided by its root
+    embedding_multiplier: float  # embeddings are multiplied with it; Gemma's is the root of hidden_size
+    attention_multiplier: float  # scores are; Gemma's is 1 over the root of query_pre_attn_scalar
+    residual_multiplier: float  # what attention and mlp add to the stream is
+    logits_scaling: float  # logits are divided by it
     attn_logit_softcapping: float | None
     final_logit_softcapping: float | None
     joined_projections: bool  # the file has q, k and v in one tensor, and gate and up in another
@@ -177,6 +180,10 @@ class Reader:
         present = name in self.family_reads and self.get(name) is not None
         return self.number(name, float) if present else None
 
+    def family_multiplier(self, name, otherwise=1.0):
+        """A positive number, or `otherwise` where the family reads none."""
+        return self.number(name, float) if name in self.family_reads else otherwise
+
     def family_flag(self, name):
         return name in self.family_reads and self.flag(name)
 
@@ -207,6 +214,8 @@ class Reader:
         window, full_attention_layers = self.windows()
         attention_bias = self.family_flag("attention_bias")
         experts, per_token = self.experts()
+        embedding_multiplier = math.sqrt(hidden) if "scaled_embeddings" in self.always else 1.0
+        attention_multiplier = (self.family_number("query_pre_attn_scalar") or head_dim) ** -0.5
         return Config(
             model_type=self.get("model_type"),
             vocab_size=self.number("vocab_size", int),
@@ -230,8 +239,10 @@ class Reader:
             hidden_act=self.activation(),
             norm_plus_one="norm_plus_one" in self.always,
             post_norms="post_norms" in self.always,
-            scaled_embeddings="scaled_embeddings" in self.always,
-            query_pre_attn_scalar=self.family_number("query_pre_attn_scalar") or float(head_dim),
+            embedding_multiplier=self.family_multiplier("embedding_multiplier", embedding_multiplier),
+            attention_multiplier=self.family_multiplier("attention_multiplier", attention_multiplier),
+            residual_multiplier=self.family_multiplier("residual_multiplier"),
+            logits_scaling=self.family_multiplier("logits_scaling"),
             attn_logit_softcapping=self.family_number("attn_logit_softcapping"),
             final_logit_softcapping=self.family_number("final_logit_softcapping"),
             joined_projections="joined_projections" in self.always,

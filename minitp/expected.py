@@ -119,6 +119,12 @@ class Expected:
         roundings, samples = sum(x.roundings for x in unseen), min(x.samples for x in unseen)
         return replace(self, roundings=roundings, samples=samples)
 
+    def divided(self, divisor):
+        """The same of float32 numbers that are divided by this one."""
+        value, scale = self.value / divisor, self.scale / divisor
+        third = self.third.astype(np.float32) / np.float32(divisor)
+        return replace(self, value=value, third=third.astype(np.float64), scale=scale)
+
     def as_heads(self, head_dim):
         """[T, n * d] as [n, T, d]."""
 
@@ -335,10 +341,11 @@ def total(parts, bias=None):
     return Expected(value, third, scale, terms=len(terms)).of(*given)
 
 
-def add(x, y):
-    """x + y, of one shape."""
+def add(x, y, multiplier=1):
+    """x + multiplier y, of one shape. The third rounds the product before it is added."""
     given = x, y
     (x, x3), (y, y3) = both(x), both(y)
-    value = x.astype(np.float64) + y.astype(np.float64)
-    third = _rounded(x3.astype(np.float32) + y3.astype(np.float32), x3.dtype)
+    value = x.astype(np.float64) + multiplier * y.astype(np.float64)
+    term = (np.float32(multiplier) * y3.astype(np.float32)).astype(x3.dtype)
+    third = _rounded(x3.astype(np.float32) + term.astype(np.float32), x3.dtype)
     return Expected(value, third, np.abs(value)).of(*given)

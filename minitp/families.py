@@ -51,6 +51,24 @@ FAMILIES = {
         },
         "always": ("norm_plus_one", "post_norms", "scaled_embeddings", "alternating_windows"),
     },
+    "granite": {
+        "architecture": "GraniteForCausalLM",
+        "reads": (
+            "attention_bias",
+            "mlp_bias",
+            "embedding_multiplier",
+            "attention_multiplier",
+            "residual_multiplier",
+            "logits_scaling",
+        ),
+        "defaults": {
+            "max_position_embeddings": 2048,
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    },
     "mixtral": {
         "architecture": "MixtralForCausalLM",
         "reads": ("sliding_window", "num_local_experts"),

@@ -132,6 +132,7 @@ class LocalCheck:
         yield "final_norm", expected.rms_norm(x, norm, self.reference.eps), [x, norm]
         w = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])  # [V_r, D]
         logits_r = expected.linear(self.had(name, None, "final_norm"), w, dtype=np.float32)  # [T, V_r]
+        logits_r = logits_r.divided(self.reference.logits_divisor)  # [T, V_r]
         if self.reference.logits_cap is not None:
             logits_r = expected.soft_cap(logits_r.unseen(np.float32), self.reference.logits_cap)  # [T, V_r]
         yield "logits_partial", logits_r, None
@@ -147,7 +148,7 @@ class LocalCheck:
             norm = self._gain(f"model.layers.{i}.{self.reference.post_norms[block]}.weight")  # [D]
             yield f"{block}.post_norm", expected.rms_norm(out, norm, self.reference.eps), [out, norm]
             out = self.had(name, i, f"{block}.post_norm")  # [T, D]
-        yield f"{block}.residual", expected.add(x, out), [x, out]
+        yield f"{block}.residual", expected.add(x, out, self.reference.residual_scale), [x, out]
 
     def _gain(self, name):
         """What a norm multiplies with, [D]."""

@@ -57,7 +57,8 @@ class Model:
         self.query_groups = plan.query_groups(comm.share)
         self.vocab_start = plan.vocab_ranges[comm.share][0]
         self.vocab_widths = [stop - start for start, stop in plan.vocab_ranges]
-        self.score_scale = config.query_pre_attn_scalar**-0.5
+        # Rounded to the dtype as Hugging Face's Gemma does; Granite's are whole numbers.
+        self.embedding_multiplier = float(device.dtype.type(config.embedding_multiplier))
         frequencies = ops.rope_inverse_frequencies(config.rope, config.head_dim)
         self.inverse_frequencies = device.xp.asarray(frequencies, dtype=device.xp.float32)  # [d/2]
 
@@ -107,8 +108,7 @@ class Model:
         step = Step(xp, parts, self.inverse_frequencies, self.config, record)
 
         partial = ops.embed_partial(xp, token_ids, w.embed, self.vocab_start)  # [T, D]
-        if self.config.scaled_embeddings:
-            partial = ops.scaled_embedding(xp, partial, self.config.hidden_size)  # [T, D]
+        partial = ops.scaled(xp, partial, self.embedding_multiplier)  # [T, D]
         record(embed_partial=partial)
         x = self.comm.all_reduce(partial)  # [T, D]
         record(embed=x)
@@ -123,7 +123,8 @@ class Model:
             return None
         x = self._norm(x[logits_at], w.final_norm)  # [n, D]
         record(final_norm=x)
-        logits_r = ops.logits_partial(xp, x, w.lm_head, self.config.final_logit_softcapping)  # [n, V_r]
+        options = self.config.final_logit_softcapping, self.config.logits_scaling
+        logits_r = ops.logits_partial(xp, x, w.lm_head, *options)  # [n, V_r]
         record(logits_partial=logits_r)
         logits = self.comm.all_gather(logits_r, self.vocab_widths)  # [n, V]
         record(logits=logits)
@@ -160,7 +161,8 @@ class Model:
         if layer.attn_post_norm is not None:
             out = self._norm(out, layer.attn_post_norm)  # [T, D]
             record("attn", i, post_norm=out)
-        return out
+        # Behind the sum, once, and behind the bias, which counts no more: `out` is the same in all families.
+        return ops.scaled(xp, out, self.config.residual_multiplier)  # [T, D]
 
     def _attend(self, i, qk, v, sequence, record):
         """One sequence's n tokens: qk [H_r + K_r, n, d] and v [K_r, n, d] -> context [n, H_r d]."""
@@ -168,7 +170,7 @@ class Model:
         q, k = qk[: self.heads], qk[self.heads :]  # [H_r, n, d], [K_r, n, d]
         k, v = sequence.cache.append(i, k, v, sequence.first_key)  # [K_r, W, d] each: all, or the window
         record("attn", i, k_cache=k, v_cache=v)
-        options = sequence.mask, self.score_scale, self.config.attn_logit_softcapping
+        options = sequence.mask, self.config.attention_multiplier, self.config.attn_logit_softcapping
         scores = ops.attention_scores(xp, q, k, self.query_groups, *options)  # [H_r, n, W]
         record("attn", i, scores=scores)
         probs = ops.softmax(xp, scores)  # [H_r, n, W]
@@ -199,7 +201,7 @@ class Model:
         if layer.mlp_post_norm is not None:
             out = self._norm(out, layer.mlp_post_norm)  # [T, D]
             record("mlp", i, post_norm=out)
-        return out
+        return ops.scaled(xp, out, self.config.residual_multiplier)  # [T, D]
 
     def _experts(self, i, layer, h, record):
         """[T, D] -> [T, D], to be summed; all route alike and hold their FFN columns of every expert."""

@@ -40,9 +40,15 @@ def embed_partial(xp, token_ids, table, first_row):
     return xp.where(here[:, None], rows, xp.zeros_like(rows))  # [T, D]
 
 
-def scaled_embedding(xp, rows, width):
-    """`rows` [T, D] times the root of `width`, rounded to their dtype first as Hugging Face's Gemma does."""
-    return rows * xp.asarray(math.sqrt(width), dtype=rows.dtype)  # [T, D]
+def scaled(xp, x, multiplier):
+    """`x` [T, D] times a number, in float32 and rounded once to the dtype of `x`; for 1 `x` itself.
+
+    Of embeddings (Gemma Team, Gemma 2, 2024) and of what a block adds to the stream (Granite Team, Granite
+    3.0, 2024).
+    """
+    if multiplier == 1:
+        return x
+    return (x.astype(xp.float32, copy=False) * multiplier).astype(x.dtype, copy=False)  # [T, D]
 
 
 # --- normalisation --------------------------------------------------------------------------------------
@@ -100,13 +106,15 @@ def row_parallel(xp, x_r, w_r):
     return matmul(xp, x_r, w_r)  # [T, D]
 
 
-def logits_partial(xp, x, w_r, softcap=None):
+def logits_partial(xp, x, w_r, softcap=None, scaling=1.0):
     """This rank's vocabulary columns of the logits, kept in float32: rounding would make ties.
 
     Not a term of a sum, in spite of the name: the ranks' columns are put side by side, by an all-gather.
-    `x` is [n, D] and `w_r` [D, V_r]; returns float32 [n, V_r], within `softcap` if there is one.
+    `x` is [n, D] and `w_r` [D, V_r]; returns float32 [n, V_r], divided by `scaling` (Granite Team, Granite
+    3.0, 2024) and within `softcap` if there is one.
     """
     logits_r = xp.matmul(x, w_r, dtype=xp.float32)  # [n, V_r]
+    logits_r = logits_r if scaling == 1 else logits_r / scaling  # [n, V_r]
     return logits_r if softcap is None else soft_cap(xp, logits_r, softcap)  # [n, V_r]
 
 

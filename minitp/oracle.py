@@ -35,11 +35,14 @@ FAMILY_DEFAULTS["gemma2"] |= dict(attn_logit_softcapping=50.0, final_logit_softc
 FAMILY_DEFAULTS["gemma2"] |= dict(hidden_activation="gelu_pytorch_tanh")
 FAMILY_DEFAULTS["mixtral"] = dict(num_key_value_heads=8, sliding_window=None, rms_norm_eps=1e-5)
 FAMILY_DEFAULTS["mixtral"] |= dict(num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6)
+FAMILY_DEFAULTS["granite"] = dict(embedding_multiplier=1, attention_multiplier=1)
+FAMILY_DEFAULTS["granite"] |= dict(residual_multiplier=1, logits_scaling=1)
 NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 NOT_READ = {"llama": {"sliding_window": None}, "mistral": NO_BIASES, "qwen2": NO_BIASES}
 NOT_READ["gemma2"] = {"mlp_bias": False}
 NOT_READ |= {"phi3": NO_BIASES, "mixtral": NO_BIASES}
 NOT_READ["qwen3"] = {"mlp_bias": False}
+NOT_READ["granite"] = {"sliding_window": None}
 ROPE_THETA = 10000.0
 
 VOCABULARY_BLOCK = 8192  # rows of the output matrix in float64 at a time
@@ -326,6 +329,12 @@ class Oracle:
         self.norm_offset = 1 if gemma else 0  # norms multiply with that and the weight
         self.embedding_scale = np.sqrt(self.hidden_size) if gemma else 1
         self.score_root = np.sqrt(fields["query_pre_attn_scalar"] if gemma else self.head_dim)
+        self.residual_scale = self.logits_divisor = 1
+        if family == "granite":
+            self.embedding_scale = fields["embedding_multiplier"]
+            self.score_root = 1 / fields["attention_multiplier"]
+            self.residual_scale = fields["residual_multiplier"]
+            self.logits_divisor = fields["logits_scaling"]
         self.score_cap = fields["attn_logit_softcapping"] if gemma else None
         self.logits_cap = fields["final_logit_softcapping"] if gemma else None
         self.mlp_norm = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
@@ -424,7 +433,7 @@ class Oracle:
             x = yield from self._mlp(i, x)  # [T, D]
         x = self._norm(x, "model.norm")  # [T, D]
         yield "final_norm", x
-        logits = self._unembed(x)  # [T, V]
+        logits = self._unembed(x) / self.logits_divisor  # [T, V]
         yield "logits", logits if self.logits_cap is None else soft_cap(logits, self.logits_cap)
 
     def _attention(self, i, x, positions):
@@ -468,14 +477,18 @@ class Oracle:
         return (yield from self._add(i, "mlp", x, out))  # [T, D]
 
     def _add(self, i, block, x, out):
-        """The last steps of a block: a norm, if there is one, and the addition; the generator's value."""
+        """The last steps of a block: a norm, if there is one, and the addition; the generator's value.
+
+        Granite adds only a part of what a block gives. (Granite Team, Granite 3.0, 2024.)
+        """
         step = f"layers.{i}.{block}"
         yield f"{step}.out", out
         if self.post_norms:
             out = self._norm(out, f"model.layers.{i}.{self.post_norms[block]}")  # [T, D]
             yield f"{step}.post_norm", out
-        yield f"{step}.residual", x + out
-        return x + out  # [T, D]
+        x = x + self.residual_scale * out  # [T, D]
+        yield f"{step}.residual", x
+        return x  # [T, D]
 
     def _norm(self, x, name):
         """[.., D] -> [.., D]"""

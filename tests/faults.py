@@ -102,8 +102,10 @@ CHOICES = "mlp.experts mlp.out_partial"  # both go by what the router has chosen
 PROJECTIONS = "attn.q attn.k attn.v"  # one joined product
 
 not_capped = {"soft_cap": lambda soft_cap, xp, x, cap: x}
-not_scaled = {"scaled_embedding": lambda scaled, xp, rows, width: rows}
+not_scaled = {"scaled": lambda scaled, xp, x, multiplier: x}
+logits_as_they_are = {"logits_partial": changed(_4=lambda scaling: 1)}
 no_head_norm = {"rms_norm": lambda norm, xp, x, *rest: x if x.ndim == 3 else norm(xp, x, *rest)}
+llamas_scale = {"attention_scores": changed(_5=lambda scale: None)}
 tenth = changed(_3=lambda eps: eps / 10)
 left_out = {"all_reduce": lambda all_reduce, x: (all_reduce(x), x)[1]}
 twice = {"all_reduce": lambda all_reduce, x: all_reduce(all_reduce(x))}
@@ -206,6 +208,10 @@ FAULTS = [
     Fault("logits not capped", "logits_partial", not_capped, model="gemma"),
     Fault("silu for gelu", "mlp.act", {"geglu": wrong.silu_for_gelu}, model="gemma"),
     Fault("embedding not scaled", "embed_partial", not_scaled, model="gemma", decode=0),
+    Fault("scores scaled as a Llama's", "attn.scores", llamas_scale, model="granite"),
+    Fault("output of attention not scaled", "attn.residual", not_scaled, model="granite"),
+    Fault("output of the mlp not scaled", "mlp.residual", not_scaled, model="granite"),
+    Fault("logits not scaled", "logits_partial", logits_as_they_are, model="granite"),
     # vocabulary
     Fault(
         "embedding off by one", "embed_partial", {"embed_partial": changed(_3=lambda row: row + 1)}, decode=0

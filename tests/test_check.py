@@ -31,8 +31,12 @@ SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 6, "ma
 SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 GEMMA = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": 10}
 GEMMA |= {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0, "sliding_window": 5}
+GRANITE = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "attention_bias": True}
+GRANITE |= {"embedding_multiplier": 3.0, "attention_multiplier": 0.1}
+GRANITE |= {"residual_multiplier": 0.22, "logits_scaling": 7.0}
 MODELS = {
     "gemma": GEMMA,
+    "granite": GRANITE,
     "biased": {"attention_bias": True, "mlp_bias": True},
     "tied": {"tie_word_embeddings": True},
     "scaled": {"rope_scaling": {**SCALING, "original_max_position_embeddings": 32}},

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -14,9 +15,11 @@ from tiny import CONFIG
 from minitp import model, ops, oracle
 from minitp.bench.runs import keys_read
 from minitp.cli import main
+from minitp.comm import run_threads
 from minitp.commands import warn_of_unread_fields
 from minitp.config import parse_config
 from minitp.cuda.fused import unfit
+from minitp.device import open_device
 from minitp.errors import InputError
 from minitp.estimate import Pass, rank_work
 from minitp.model_source import open_model
@@ -27,6 +30,7 @@ from minitp.shard_files import write_shards
 GOLDENS = Path(__file__).parent / "goldens"
 QKV = "model.layers.1.self_attn.qkv_proj.weight"
 GEMMA2 = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+GRANITE = {"model_type": "granite", "architectures": ["GraniteForCausalLM"]}
 MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 PHI3 = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
 
@@ -164,8 +168,36 @@ PUBLISHED = {
         "sliding_window": 4096,
         "sliding_window_size": 4096,
     },
+    "granite-3.1-8b": {
+        "architectures": ["GraniteForCausalLM"],
+        "attention_bias": False,
+        "attention_multiplier": 0.0078125,
+        "embedding_multiplier": 12.0,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 12800,
+        "logits_scaling": 16.0,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "granite",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "pad_token_id": 0,
+        "residual_multiplier": 0.22,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": 49155,
+    },
 }
-PARAMETERS = {"Mistral-Nemo": 12.25e9, "Mixtral-8x7B": 46.70e9, "Phi-3-mini-128k": 3.82e9}
+PARAMETERS = {
+    "granite-3.1-8b": 8.17e9,
+    "Mistral-Nemo": 12.25e9,
+    "Mixtral-8x7B": 46.70e9,
+    "Phi-3-mini-128k": 3.82e9,
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -192,6 +224,7 @@ def test_the_plan_has_as_many_parameters_as_the_model(name):
         ("tinyllama", None),
         ("mixtral", "experts"),
         ("gemma2", "1 + weight"),
+        ("granite", "scaled embeddings"),
         ("phi3-longrope", "longrope"),
         ("qwen2-window", "one sliding window"),
         ("qwen3", "norm of q and k"),
@@ -204,6 +237,55 @@ def test_the_fused_path_refuses_what_its_kernels_cannot_do(name, reason):
     device = SimpleNamespace(dtype=np.dtype(np.float16))
     found = unfit(config, make_plan(config, 1), device, "auto")
     assert found is None if reason is None else reason in found
+
+
+def test_the_fused_path_names_each_multiplier():
+    def reason(**fields):
+        fields = {"attention_multiplier": 8**-0.5} | fields
+        config = parse_config({**CONFIG, **GRANITE, **fields}, "here")
+        return unfit(config, make_plan(config, 1), SimpleNamespace(dtype=np.dtype(np.float16)), "auto")
+
+    assert reason() is None  # with all of them as in a Llama
+    assert "scaled embeddings" in reason(embedding_multiplier=12.0)
+    assert "another scale of the scores" in reason(attention_multiplier=0.25)
+    assert "residual_multiplier" in reason(residual_multiplier=0.22)
+    assert "logits_scaling" in reason(logits_scaling=8.0)
+
+
+# --- Granite --------------------------------------------------------------------------------------------
+
+
+def test_what_granite_assumes_and_what_it_does_not_support():
+    config = parse_config({**CONFIG, **GRANITE}, "here")
+    assert (config.embedding_multiplier, config.attention_multiplier) == (1, 1)
+    assert (config.residual_multiplier, config.logits_scaling) == (1, 1)
+    for fields, words in (
+        ({"residual_multiplier": -0.22}, r"residual_multiplier is -0\.22, expected a positive number"),
+        ({"logits_scaling": 0}, "logits_scaling is 0, expected a positive number"),
+        ({"attention_multiplier": None}, "attention_multiplier is missing"),
+    ):
+        with pytest.raises(InputError, match=words):
+            parse_config({**CONFIG, **GRANITE, **fields}, "here")
+
+
+def test_a_llama_has_no_multipliers():
+    """They are named as unknown, and neither side computes with them."""
+    fields = {**CONFIG, "embedding_multiplier": 12.0, "attention_multiplier": 1, "logits_scaling": 8.0}
+    config, reference = parse_config({**fields, "residual_multiplier": 0.22}, "here"), Oracle(fields, None)
+    assert sorted(config.unread) == sorted({"residual_multiplier", *fields} - {*CONFIG})
+    assert config.attention_multiplier == pytest.approx(1 / reference.score_root, rel=1e-15)
+    assert config.embedding_multiplier == reference.embedding_scale == 1
+    assert config.residual_multiplier == reference.residual_scale == 1
+    assert config.logits_scaling == reference.logits_divisor == 1
+
+
+def test_scaled_rounds_once():
+    """0.22 is off by 1 in 800 in bfloat16, and so would all be that a layer adds."""
+    x = np.arange(1, 100).astype(ml_dtypes.bfloat16)
+    expected = (np.float64(x) * 0.22).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(ops.scaled(np, x, 0.22), expected)
+    assert (expected != x * ml_dtypes.bfloat16(0.22)).any()
+    assert ops.scaled(np, x, 1.0) is x
 
 
 # --- Gemma ----------------------------------------------------------------------------------------------
@@ -239,6 +321,12 @@ def test_what_gemma_assumes_and_what_it_does_not_support():
     ):
         with pytest.raises(InputError, match=words):
             parse_config({**CONFIG, **GEMMA2, **fields}, "here")
+
+
+def test_gemmas_embeddings_are_multiplied_by_a_number_of_their_dtype():
+    source, device = open_model(str(GOLDENS / "gemma2"), 1), open_device("bfloat16")
+    (found,) = run_threads(1, lambda comm: model.load_model(source, comm, device).embedding_multiplier)
+    assert found == float(ml_dtypes.bfloat16(math.sqrt(42))) != math.sqrt(42)
 
 
 @pytest.mark.parametrize("cap", [0.5, 30.0])

@@ -31,9 +31,11 @@ def unfit(config, plan, device, kv_dtype):
         "a norm of q and k": config.qk_norm,
         "norms that multiply with 1 + weight": config.norm_plus_one,
         "norms behind the blocks": config.post_norms,
-        "scaled embeddings": config.scaled_embeddings,
+        "scaled embeddings": config.embedding_multiplier != 1,
+        "a residual_multiplier": config.residual_multiplier != 1,
+        "logits_scaling": config.logits_scaling != 1,
         "soft caps": config.attn_logit_softcapping or config.final_logit_softcapping,
-        "this query_pre_attn_scalar": config.query_pre_attn_scalar != config.head_dim,
+        "another scale of the scores": config.attention_multiplier != config.head_dim**-0.5,
         f"hidden_act {config.hidden_act}": config.hidden_act != "silu",
     }
     for what, wanted in without_kernels.items():
