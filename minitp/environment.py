@@ -105,7 +105,11 @@ def share_cores(environment):
 
 
 def limit_blas_threads(environment, ranks):
-    """Share the cores among the ranks of a host. Works only before numpy is imported; the user's own wins."""
+    """Share the cores among the ranks of a host. Works only before numpy is imported; the user's own wins.
+
+    If one of the variables is set, none is added: BLAS would heed its own before OMP_NUM_THREADS.
+    """
+    if any(name in environment for name in BLAS_THREADS):
+        return
     threads = environment.get("SLURM_CPUS_PER_TASK", str(max(1, cores() // ranks)))
-    for name in BLAS_THREADS:
-        environment.setdefault(name, threads)
+    environment.update(dict.fromkeys(BLAS_THREADS, threads))

@@ -10,6 +10,7 @@ from time import perf_counter
 from minitp.errors import ContextError, InputError, RankError
 from minitp.model import host_logits, prefill
 from minitp.sampling import Sampler, token_logprobs
+from minitp.table import counted
 from minitp.tokenizer import TextStream
 
 
@@ -225,7 +226,8 @@ def check_prompt(token_ids, config, context):
     check_vocabulary(token_ids, config)
     if len(token_ids) >= context:
         raise ContextError(
-            f"the prompt has {len(token_ids)} tokens and the context {context}: no room for a new one"
+            f"the prompt has {counted(len(token_ids), 'token')} and the context {context}: "
+            "no room for a new one"
         )
 
 

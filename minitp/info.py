@@ -29,7 +29,8 @@ PACKAGES += ("starlette", "uvicorn", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 
 # Variables that decide how it runs; whole names, or beginnings.
 VARIABLES = (*BLAS_THREADS, "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
-BEGINNINGS = ("NCCL_", "MINITP_", "OMPI_MCA_", "MPICH_", "I_MPI_", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK")
+BEGINNINGS = ("NCCL_", "MINITP_", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NUM_NODES")
+BEGINNINGS += ("OMPI_MCA_", "PRTE_MCA_", "MPICH_", "MPIR_CVAR_", "HYDRA_", "I_MPI_", "UCX_", "FI_")  # of MPIs
 SECRET = "MINITP_API_KEY"
 
 # MPIs whose ranks understand each other's mpirun, by what they say of themselves.

@@ -73,5 +73,6 @@ class Wait:
                 print(f"minitp: {say}", file=sys.stderr, flush=True)
         if self._gives_up and self._waited > LOST_S and (late := self._late()):
             raise RankError(
-                f"waited {LOST_S:g} s for {' and '.join(late)}: stopped or stuck, or the network is cut"
+                f"waited {LOST_S:g} s for {' and '.join(late)}, or whom that waits for: stopped or stuck, "
+                "or the network is cut"
             )

@@ -145,8 +145,14 @@ def wait_for(look):
     return found
 
 
+def run_as_command(why_not, prepare=lambda pair: ()):
+    """The command line's command, on host-a; `prepare` returns words to go before it."""
+    if why_not:
+        sys.exit(f"{Path(sys.argv[0]).name}: {why_not}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that the hosts are taken away
+    with two_hosts() as pair:
+        sys.exit(subprocess.run(pair[0].inside(*prepare(pair), *sys.argv[1:])).returncode)
+
+
 if __name__ == "__main__":
-    if why := missing():
-        sys.exit(f"hosts.py: {why}")
-    with two_hosts() as (first, _):
-        sys.exit(subprocess.run(first.inside(*sys.argv[1:])).returncode)
+    run_as_command(missing())

@@ -6,8 +6,6 @@ runs a command on host-a. Needs what hosts.py needs, and Debian's slurm-wlm and 
 """
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import hosts
@@ -61,8 +59,4 @@ def start(pair, folder):
 
 
 if __name__ == "__main__":
-    if why := missing():
-        sys.exit(f"slurm_hosts.py: {why}")
-    with hosts.two_hosts() as pair:
-        setting = start(pair, pair[0].folder)
-        sys.exit(subprocess.run(pair[0].inside("env", setting, *sys.argv[1:])).returncode)
+    hosts.run_as_command(missing(), lambda pair: ("env", start(pair, pair[0].folder)))

@@ -168,12 +168,14 @@ def test_launchers_are_recognised(variables, world, rank):
 
 def test_cores_are_shared(monkeypatch):
     monkeypatch.setattr(environment, "cores", lambda: 10)
-    variables = {"OPENBLAS_NUM_THREADS": "7"}
-    environment.limit_blas_threads(variables, 4)
-    assert variables["OMP_NUM_THREADS"] == variables["MKL_NUM_THREADS"] == "2"
-    assert variables["OPENBLAS_NUM_THREADS"] == "7", "the user's own"
+    environment.limit_blas_threads(variables := {}, 4)
+    assert set(variables) == set(environment.BLAS_THREADS)
+    assert set(variables.values()) == {"2"}
     environment.limit_blas_threads(variables := {}, 40)
     assert variables["OMP_NUM_THREADS"] == "1"
+    for own in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        environment.limit_blas_threads(variables := {own: "7"}, 4)
+        assert variables == {own: "7"}, "the user's own, beside which BLAS would heed another of ours"
 
 
 # --- models ---------------------------------------------------------------------------------------------
