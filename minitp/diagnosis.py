@@ -9,7 +9,7 @@ from itertools import chain
 import ml_dtypes
 import numpy as np
 
-from minitp import oracle
+from minitp import oracle_ops
 from minitp.steps import split_name
 
 ROTATED = ("attn.q_rope", "attn.k_rope", "attn.k_cache")  # [n, T, d], or [K, S, d]
@@ -84,10 +84,10 @@ def _interleaved(name, letters, a, b, facts):
 def _rotated(a, b, facts, stop):
     """Other ways to turn what A has turned; `stop` is the position after its last."""
     positions = np.arange(stop - a.shape[1], stop)  # [T]
-    frequencies = oracle.rope_inverse_frequencies(facts.fields)  # [d/2]
+    frequencies = oracle_ops.rope_inverse_frequencies(facts.fields)  # [d/2]
 
     def turned(x, places):
-        return oracle.rope(x, places, frequencies)  # [n, T, d]
+        return oracle_ops.rope(x, places, frequencies)  # [n, T, d]
 
     plain = turned(a, -positions)  # [n, T, d]
     yield "B is not rotated (RoPE)", plain, b

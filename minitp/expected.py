@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 import ml_dtypes
 import numpy as np
 
-from minitp import oracle
+from minitp import oracle_ops
 
 BLOCK = 1 << 22  # weights in float64 at a time
 
@@ -169,7 +169,7 @@ def rms_norm(x, weight, eps):
     """[T, D], [D] -> [T, D]"""
     given = x
     x, x3 = both(x)  # [T, D] each
-    value = oracle.rms_norm(x, weight, eps)  # [T, D]
+    value = oracle_ops.rms_norm(x, weight, eps)  # [T, D]
     x32, w32 = x3.astype(np.float32), weight.astype(np.float32)  # [T, D], [D]
     third = x32 / np.sqrt(np.mean(x32 * x32, axis=-1, keepdims=True) + np.float32(eps)) * w32  # [T, D]
     return Expected(value, _rounded(third, x3.dtype), np.abs(value), common=(-1,)).of(given)
@@ -187,7 +187,7 @@ def linear(x, weight, bias=None, dtype=None):
         out = slice(start, start + step)
         w = weight[out]  # [step, in]
         b = np.zeros(len(w), np.float32) if bias is None else bias[out]  # [step]
-        value[:, out] = oracle.linear(x, w, b)
+        value[:, out] = oracle_ops.linear(x, w, b)
         third[:, out] = _rounded(_product(x3, w.T) + b.astype(np.float32), dtype or x3.dtype)
         scale[:, out] = squares @ np.square(w.T, dtype=np.float64) + np.square(b, dtype=np.float64)
     return Expected(value, third, np.sqrt(scale), terms=weight.shape[1]).of(given)
@@ -197,7 +197,7 @@ def rope(x, positions, inverse_frequencies, factor):
     """[n, T, d], int [T], float64 [d/2], number -> [n, T, d]. The third's angles are float32, as all are."""
     given = x
     x, x3 = both(x)  # [n, T, d] each
-    value = oracle.rope(x, positions, inverse_frequencies, factor)  # [n, T, d]
+    value = oracle_ops.rope(x, positions, inverse_frequencies, factor)  # [n, T, d]
     angles = np.multiply.outer(
         positions.astype(np.float32), inverse_frequencies.astype(np.float32)
     )  # [T, d/2]
@@ -221,7 +221,7 @@ def soft_cap(x, cap):
     """cap tanh(x / cap) of float32, any shape."""
     given = x
     x, x3 = both(x)
-    value, cap32 = oracle.soft_cap(x, cap), np.float32(cap)
+    value, cap32 = oracle_ops.soft_cap(x, cap), np.float32(cap)
     third = np.tanh(x3.astype(np.float32) / cap32) * cap32
     return Expected(value, third.astype(np.float64), np.abs(value)).of(given)
 
@@ -235,7 +235,7 @@ def scores(q, k, mask, root, cap=None):
         capped = soft_cap(scores(q, k, np.ones_like(mask), root).unseen(np.float32), cap)  # [H_r, T, S]
         value, third = (np.where(mask, x, -np.inf) for x in (capped.value, capped.third))
         return replace(capped, value=value, third=third)
-    value = oracle.scores(q, k, mask, root)  # [H_r, T, S]
+    value = oracle_ops.scores(q, k, mask, root)  # [H_r, T, S]
     root = np.float32(root)
     dots = _product(q, k.transpose(0, 2, 1))  # [H_r, T, S]
     third = np.where(mask, dots / root, -np.inf)  # [H_r, T, S]
@@ -248,7 +248,7 @@ def softmax(x):
     """float32 [H_r, T, S] -> float32 [H_r, T, S]"""
     given = x
     x, x3 = both(x)  # [H_r, T, S] each
-    value = oracle.softmax(x)  # [H_r, T, S]
+    value = oracle_ops.softmax(x)  # [H_r, T, S]
     shifted = x3 - np.max(x3, axis=-1, keepdims=True)  # [H_r, T, S]
     terms = np.exp(shifted)  # [H_r, T, S]
     third = terms / np.sum(terms, axis=-1, keepdims=True)  # [H_r, T, S]
@@ -261,7 +261,7 @@ def context(probs, v):
     """float32 [H_r, T, S], each head's values [H_r, S, d] -> [T, H_r * d]"""
     given = probs
     probs, probs3 = both(probs)  # [H_r, T, S] each
-    value = oracle.context(probs, v)  # [T, H_r * d]
+    value = oracle_ops.context(probs, v)  # [T, H_r * d]
     third = np.concatenate(_product(probs3.astype(v.dtype), v), axis=-1)  # [T, H_r * d]
     squares = np.matmul(np.square(probs, dtype=np.float64), np.square(v, dtype=np.float64))  # [H_r, T, d]
     scale = np.sqrt(np.concatenate(squares, axis=-1))  # [T, H_r * d]
@@ -270,7 +270,7 @@ def context(probs, v):
 
 def geglu(gate, up):
     """[T, F_r] twice -> [T, F_r]"""
-    value = oracle.geglu(gate, up)  # [T, F_r]
+    value = oracle_ops.geglu(gate, up)  # [T, F_r]
     g, u = gate.astype(np.float32), up.astype(np.float32)  # [T, F_r] each
     cube = np.float32(0.044715) * g * g * g  # [T, F_r]
     third = g * np.float32(0.5) * (1 + np.tanh(np.float32((2 / np.pi) ** 0.5) * (g + cube))) * u  # [T, F_r]
@@ -283,7 +283,7 @@ def swiglu(gate, up):
     """[T, F_r] twice -> [T, F_r]"""
     given = gate, up
     (gate, gate3), (up, up3) = both(gate), both(up)  # [T, F_r] each
-    value = oracle.swiglu(gate, up)  # [T, F_r]
+    value = oracle_ops.swiglu(gate, up)  # [T, F_r]
     g = gate3.astype(np.float32)  # [T, F_r]
     with np.errstate(over="ignore"):
         third = g / (1 + np.exp(-g)) * up3.astype(np.float32)  # [T, F_r]
@@ -316,7 +316,7 @@ def experts_sum(acts, shares, downs):
     for expert, w in enumerate(downs):
         rows = np.flatnonzero(shares[:, expert])  # [n]
         act, share = acts[rows, places[rows, expert]], shares[rows, expert, None]  # [n, F_r], [n, 1]
-        value[rows] += share * oracle.linear(act, w)
+        value[rows] += share * oracle_ops.linear(act, w)
         third[rows] += share.astype(np.float32) * _product(act, w.T)
         terms = np.square(act, dtype=np.float64) @ np.square(w.T, dtype=np.float64)  # [n, D]
         squares[rows] += np.square(share) * terms

@@ -1,8 +1,8 @@
 """The same transformer in float64, unsharded: what every other computation is held against.
 
 It is written from the papers' formulas and from the files that define a model (config.json and safetensors),
-imports nothing of this package, and in places goes another way to the same number: RoPE turns complex
-numbers, attention goes head by head. Slow and plain on purpose.
+and in places goes another way to the same number than `model`. Its operations are in `oracle_ops`; with the
+rest of this package it shares nothing. Slow and plain on purpose.
 
     T tokens    S keys    D hidden    H query heads    K key/value heads    d head_dim
     F FFN columns    V vocabulary
@@ -16,6 +16,25 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  gives NumPy bfloat16, in which the safetensors library then answers
 import numpy as np
 from safetensors import safe_open
+
+from minitp.oracle_ops import (
+    attention_factor,
+    causal_mask,
+    context,
+    embed,
+    float64,
+    geglu,
+    linear,
+    original_length,
+    rms_norm,
+    rope,
+    rope_inverse_frequencies,
+    route,
+    scores,
+    soft_cap,
+    softmax,
+    swiglu,
+)
 
 # What transformers assumes for a field that config.json leaves out, what each family assumes otherwise, and
 # the fields that a family does not read.
@@ -43,234 +62,8 @@ NOT_READ["gemma2"] = {"mlp_bias": False}
 NOT_READ |= {"phi3": NO_BIASES, "mixtral": NO_BIASES}
 NOT_READ["qwen3"] = {"mlp_bias": False}
 NOT_READ["granite"] = {"sliding_window": None}
-ROPE_THETA = 10000.0
 
 VOCABULARY_BLOCK = 8192  # rows of the output matrix in float64 at a time
-
-# --- operations -----------------------------------------------------------------------------------------
-
-
-def float64(array):
-    """`array`, of any dtype and shape, in float64."""
-    return np.asarray(array, dtype=np.float64)
-
-
-def embed(token_ids, table):
-    """Row `token_ids[t]` of `table` for each t: int [T], [V, D] -> [T, D]."""
-    rows = []
-    for token in token_ids:
-        if not 0 <= token < len(table):
-            raise ValueError(f"token id {token} is outside the vocabulary of {len(table)}")
-        rows.append(float64(table[token]))  # [D]
-    return np.stack(rows)  # [T, D]
-
-
-def rms_norm(x, weight, eps):
-    """x_i g_i / sqrt(1/D sum_j x_j^2 + eps): [.., D], [D] -> [.., D]. (Zhang and Sennrich, 2019.)"""
-    x = float64(x)  # [T, D]
-    squares = np.einsum("...i,...i->...", x, x) / x.shape[-1]  # [T]
-    return x * np.power(squares + eps, -0.5)[..., None] * float64(weight)  # [T, D]
-
-
-def linear(x, weight, bias=None):
-    """y = x W^T + b: [T, in], [out, in], [out] -> [T, out]."""
-    y = np.inner(float64(x), float64(weight))  # [T, out]
-    return y if bias is None else y + float64(bias)  # [T, out]
-
-
-def rope_inverse_frequencies(config):
-    """theta_i, the angle per position of pair i, for a config.json as a dict: [d/2].
-
-    theta_i = base^(-2i/d) (Su et al., RoFormer, 2021, section 3.2.2). `linear`: angles shrink by `factor`
-    (Chen et al., Position Interpolation, 2023, section 2.3). `llama3`: those of wavelengths over
-    L / low_freq_factor do, those under L / high_freq_factor do not, and between them the two are mixed, L
-    being original_max_position_embeddings (apply_scaling in Meta's llama-models). `yarn`: the same with a
-    ramp from the pair that turns beta_fast times over L to the one that turns beta_slow times (Peng et al.,
-    YaRN, 2023, section 3.2). `longrope`: each theta_i has a divisor, that for contexts up to L (Ding et al.,
-    LongRoPE, 2024).
-
-    Raises
-    ------
-    ValueError
-        for any other rope_type.
-    """
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    theta = rope.get("rope_theta") or config.get("rope_theta") or ROPE_THETA
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    plain = np.power(float(theta), -np.arange(0, head_dim, 2) / head_dim)  # [d/2]
-    if kind == "default":
-        return plain
-    if kind == "linear":
-        return plain / rope["factor"]  # [d/2]
-    if kind in longrope_names(config):
-        return plain / np.array(rope["short_factor"])  # [d/2]
-    if kind == "yarn":
-        share = yarn_share(rope, plain, original_length(config, rope), float(theta))  # [d/2]
-        return plain * (1 - share + share / rope["factor"])  # [d/2]
-    if kind != "llama3":
-        raise ValueError(f"rope_type {kind!r}: expected default, linear, llama3, yarn or longrope")
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    length = original_length(config, rope)
-    wavelength = 2 * np.pi / plain  # [d/2]
-    shrunk = plain / rope["factor"]  # [d/2]
-    smooth = (length / wavelength - low) / (high - low)  # [d/2]
-    mixed = (1 - smooth) * shrunk + smooth * plain  # [d/2]
-    return np.select([wavelength > length / low, wavelength < length / high], [shrunk, plain], mixed)  # [d/2]
-
-
-def original_length(config, rope):
-    """L, the context that the model had before its RoPE was stretched."""
-    return config.get("original_max_position_embeddings") or rope["original_max_position_embeddings"]
-
-
-def longrope_names(config):
-    """What longrope is called: Phi-3's older files say `su` or `yarn`."""
-    return ("longrope", "su", "yarn") if config.get("model_type") == "phi3" else ("longrope",)
-
-
-def yarn_share(rope, plain, length, theta):
-    """How much of each frequency is divided by `factor`, from 0 to 1: [d/2] -> [d/2]."""
-    turns = np.array([rope.get("beta_fast") or 32, rope.get("beta_slow") or 1])
-    # theta^(-i / n) L = 2 pi turns, solved for the pair i of n
-    ends = len(plain) * np.log(length / (2 * np.pi * turns)) / np.log(theta)  # [2]
-    if rope.get("truncate", True):
-        ends = np.array([np.floor(ends[0]), np.ceil(ends[1])])
-    ends = np.clip(ends, [0, -np.inf], [np.inf, 2 * len(plain) - 1])
-    ends += [0, 0.001 * (ends[0] == ends[1])]
-    return np.clip((np.arange(len(plain)) - ends[0]) / np.diff(ends), 0, 1)  # [d/2]
-
-
-def attention_factor(config):
-    """What RoPE multiplies q and k with, for a config.json as a dict: 1 but for yarn and longrope.
-
-    As given, or for yarn 0.1 ln(factor) + 1 (YaRN, section 3.4), or the ratio of two such with mscale and
-    mscale_all_dim before the logarithm; for longrope sqrt(1 + ln(s) / ln(L)), s being how much longer the
-    context has become.
-    """
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("yarn", *longrope_names(config)):
-        return 1.0
-    if rope.get("attention_factor") is not None:
-        return rope["attention_factor"]
-    length = original_length(config, rope)
-    if kind in longrope_names(config):
-        stretch = rope.get("factor") or config["max_position_embeddings"] / length
-        return np.sqrt(1 + max(0, np.log(stretch)) / np.log(length))
-    stretch = 0.1 * max(0, np.log(rope["factor"]))
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return (1 + rope["mscale"] * stretch) / (1 + rope["mscale_all_dim"] * stretch)
-    return 1 + stretch
-
-
-def rope(x, positions, inverse_frequencies, factor=1.0):
-    """Multiply the complex numbers x[i] + j x[i + d/2] by factor e^(j m theta_i) at position m.
-
-    [n, T, d], int [T], [d/2] -> [n, T, d]. (RoFormer, section 3.2.2, with the pairs as Hugging Face's
-    checkpoints lay them out: the first half of a head with the second.)
-    """
-    first, second = np.split(float64(x), 2, axis=-1)  # [n, T, d/2] each
-    rotation = factor * np.exp(1j * np.multiply.outer(positions, inverse_frequencies))  # complex [T, d/2]
-    turned = (first + 1j * second) * rotation  # complex [n, T, d/2]
-    return np.concatenate((turned.real, turned.imag), axis=-1)  # [n, T, d]
-
-
-def causal_mask(query_positions, key_positions, window=None):
-    """Whether query i sees key j: bool [T, S], int [T] and int [S] given.
-
-    It does if 0 <= i - j, and with a window W only if i - j < W (Jiang et al., Mistral 7B, 2023, section 2).
-    """
-    distance = np.subtract.outer(query_positions, key_positions)  # [T, S]
-    return (distance >= 0) & (distance < (np.inf if window is None else window))  # [T, S]
-
-
-def soft_cap(x, cap):
-    """cap tanh(x / cap), any shape, as cap (1 - 2 / (e^(2 x / cap) + 1)). (Gemma Team, Gemma 2, 2024.)"""
-    return cap - 2 * cap / (np.exp(2 * np.clip(float64(x) / cap, -350, 350)) + 1)  # like x
-
-
-def scores(q, k, mask, root=None, cap=None):
-    """q_h . k_(h // (H / K)) / root, within `cap` if there is one, and -inf where query t may not see key s.
-
-    The root is that of d unless it is given.
-    [H, T, d], [K, S, d] and bool [T, S] -> [H, T, S]. (Vaswani et al., 2017, equation 1; query heads share
-    keys and values as in Ainslie et al., GQA, 2023, section 2.2.)
-    """
-    group = len(q) // len(k)
-    per_head = []
-    for h, query in enumerate(float64(q)):
-        dots = np.inner(query, float64(k[h // group]))  # [T, S]
-        dots = dots / (root or np.sqrt(q.shape[-1]))  # [T, S]
-        per_head.append(np.where(mask, dots if cap is None else soft_cap(dots, cap), -np.inf))  # [T, S]
-    return np.stack(per_head)  # [H, T, S]
-
-
-def softmax(x):
-    """e^(x_i) / sum_j e^(x_j) over the last axis, any shape; both sides divided by the largest term."""
-    terms = np.exp(float64(x) - np.amax(float64(x), axis=-1, keepdims=True))  # like x
-    return terms / terms.sum(axis=-1, keepdims=True)  # like x
-
-
-def context(probs, v):
-    """sum_j p_hij v_(h // (H / K))j, heads side by side: [H, T, S], [K, S, d] -> [T, H * d].
-
-    (Vaswani et al., 2017, equation 1 and section 3.2.2.)
-    """
-    group = len(probs) // len(v)
-    return np.hstack([float64(p) @ float64(v[h // group]) for h, p in enumerate(probs)])  # [T, H * d]
-
-
-def attention(q, k, v, mask):
-    """softmax(scores) v: [H, T, d], [K, S, d] twice, bool [T, S] -> [T, H * d]."""
-    return context(softmax(scores(q, k, mask)), v)  # [T, H * d]
-
-
-def swiglu(gate, up):
-    """gate * sigma(gate) * up: [T, F] twice -> [T, F]. (Shazeer, GLU Variants, 2020, equation 6.)
-
-    ln sigma(x) = -ln(e^0 + e^-x), so that no exponential overflows.
-    """
-    gate = float64(gate)  # [T, F]
-    return gate * np.exp(-np.logaddexp(0, -gate)) * float64(up)  # [T, F]
-
-
-def geglu(gate, up):
-    """gelu(gate) * up, [T, F] twice -> [T, F], with 1/2 (1 + tanh(y)) = sigma(2 y) in the approximation
-
-    gelu(x) = x/2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). (Hendrycks and Gimpel, 2016, section 2.)
-    """
-    gate = float64(gate)  # [T, F]
-    y = np.sqrt(8 / np.pi) * (gate + 0.044715 * np.power(gate, 3))  # [T, F]
-    return gate * np.exp(-np.logaddexp(0, -y)) * float64(up)  # [T, F]
-
-
-def sliding_window(family, fields, layer):
-    """How many keys a query of this layer sees, itself included; None: all."""
-    if family in ("qwen2", "qwen3"):
-        types = fields.get("layer_types")
-        sliding = layer >= fields["max_window_layers"] if types is None else types[layer][0] == "s"
-        return fields["sliding_window"] if fields.get("use_sliding_window") and sliding else None
-    if family == "gemma2":
-        types = fields.get("layer_types") or ["sliding_attention", "full_attention"] * (1 + layer // 2)
-        return fields["sliding_window"] if types[layer] == "sliding_attention" else None
-    return fields["sliding_window"]
-
-
-def route(logits, per_token):
-    """How much each expert counts for each token, 0 for most: [T, E] -> [T, E].
-
-    The largest logits, the first of equals; their softmax over all is divided by its sum over these. (Jiang
-    et al., Mixtral of Experts, 2024, section 2.1.)
-    """
-    shares = np.zeros(logits.shape)  # [T, E]
-    for t, row in enumerate(softmax(logits)):  # [E]
-        chosen = sorted(range(len(row)), key=lambda e: (-float(logits[t, e]), e))[:per_token]
-        shares[t, chosen] = row[chosen] / row[chosen].sum()
-    return shares
-
-
-# --- the model ------------------------------------------------------------------------------------------
 
 
 class Oracle:
@@ -528,3 +321,15 @@ class Oracle:
         w = self.tensor("model.embed_tokens.weight" if self.tied else "lm_head.weight")  # [V, D]
         starts = range(0, len(w), VOCABULARY_BLOCK)
         return np.hstack([linear(x, w[i : i + VOCABULARY_BLOCK]) for i in starts])  # [T, V]
+
+
+def sliding_window(family, fields, layer):
+    """How many keys a query of this layer sees, itself included; None: all."""
+    if family in ("qwen2", "qwen3"):
+        types = fields.get("layer_types")
+        sliding = layer >= fields["max_window_layers"] if types is None else types[layer][0] == "s"
+        return fields["sliding_window"] if fields.get("use_sliding_window") and sliding else None
+    if family == "gemma2":
+        types = fields.get("layer_types") or ["sliding_attention", "full_attention"] * (1 + layer // 2)
+        return fields["sliding_window"] if types[layer] == "sliding_attention" else None
+    return fields["sliding_window"]

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import write_tiny
 
-from minitp import oracle
+from minitp import oracle_ops
 from minitp.cli import main
 from minitp.compare import compare_files
 from minitp.dumps import open_dump
@@ -635,10 +635,10 @@ def test_broken_metadata(traces, tmp_path, refused, capsys):
 
 ROPE = {
     "not rotated": lambda x, at, f: x,
-    "the other way round": lambda x, at, f: oracle.rope(x, -at, f),
-    "one too large": lambda x, at, f: oracle.rope(x, at + 1, f),
-    "one too small": lambda x, at, f: oracle.rope(x, at - 1, f),
-    "rotated twice": lambda x, at, f: oracle.rope(x, 2 * at, f),
+    "the other way round": lambda x, at, f: oracle_ops.rope(x, -at, f),
+    "one too large": lambda x, at, f: oracle_ops.rope(x, at + 1, f),
+    "one too small": lambda x, at, f: oracle_ops.rope(x, at - 1, f),
+    "rotated twice": lambda x, at, f: oracle_ops.rope(x, 2 * at, f),
     "rotated in pairs (x[2i], x[2i+1])": lambda x, at, f: pairwise(x, at, f),
 }
 

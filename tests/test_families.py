@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import CONFIG
 
-from minitp import model, ops, oracle
+from minitp import model, ops, oracle_ops
 from minitp.bench.runs import keys_read
 from minitp.cli import main
 from minitp.comm import run_threads
@@ -332,18 +332,18 @@ def test_gemmas_embeddings_are_multiplied_by_a_number_of_their_dtype():
 @pytest.mark.parametrize("cap", [0.5, 30.0])
 def test_soft_cap(cap):
     x = np.array([-1e4, -3.0, -1e-3, 0.0, 0.2, 5.0, 1e4])
-    np.testing.assert_allclose(oracle.soft_cap(x, cap), cap * np.tanh(x / cap), rtol=0, atol=1e-14 * cap)
+    np.testing.assert_allclose(oracle_ops.soft_cap(x, cap), cap * np.tanh(x / cap), rtol=0, atol=1e-14 * cap)
     # tanh is good to an ulp or two, its argument to half a one, and near 0 so is what comes out.
-    np.testing.assert_allclose(ops.soft_cap(np, np.float32(x), cap), oracle.soft_cap(x, cap), rtol=4e-7)
+    np.testing.assert_allclose(ops.soft_cap(np, np.float32(x), cap), oracle_ops.soft_cap(x, cap), rtol=4e-7)
 
 
 def test_geglu():
     """Values of the erf form, of which the tanh form is an approximation to within 5e-4."""
     x = np.linspace(-6, 6, 49)
     exact = [v / 2 * (1 + math.erf(v / math.sqrt(2))) for v in x]
-    np.testing.assert_allclose(oracle.geglu(x, np.ones(49)), exact, rtol=0, atol=5e-4)
+    np.testing.assert_allclose(oracle_ops.geglu(x, np.ones(49)), exact, rtol=0, atol=5e-4)
     gate_up = np.float32(np.stack((x, np.full(49, 2.0)), axis=1))  # [T, 2]
-    expected = oracle.geglu(gate_up[:, :1], gate_up[:, 1:])
+    expected = oracle_ops.geglu(gate_up[:, :1], gate_up[:, 1:])
     # 1 + tanh has the roundings of 1, and is multiplied by x / 2 and 2.
     np.testing.assert_allclose(ops.geglu(np, gate_up), expected, rtol=4e-7, atol=6 * 2**-23)
 
@@ -378,7 +378,7 @@ def test_of_equal_logits_the_first_are_chosen():
     chosen, shares = ops.route(np, np.zeros((2, 5), np.float32), 2)
     assert chosen.tolist() == [[0, 1], [0, 1]]
     np.testing.assert_array_equal(shares, 0.5)
-    assert oracle.route(np.zeros((1, 5)), 2).tolist() == [[0.5, 0.5, 0, 0, 0]]
+    assert oracle_ops.route(np.zeros((1, 5)), 2).tolist() == [[0.5, 0.5, 0, 0, 0]]
 
 
 def test_shares_of_experts_that_are_nearly_nothing_are_chosen_all_the_same():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from strict_xp import StrictArray, StrictXp, to_device, to_host
 
-from minitp import ops, oracle
+from minitp import ops, oracle_ops
 from minitp.config import parse_config
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -54,7 +54,7 @@ def check(actual, expected, bound, dtype):
     assert actual.shape == expected.shape
     np.testing.assert_array_equal(np.isneginf(actual), np.isneginf(expected))
     finite = np.isfinite(expected)
-    excess = np.abs(oracle.float64(actual) - np.where(finite, expected, 0)) - bound
+    excess = np.abs(oracle_ops.float64(actual) - np.where(finite, expected, 0)) - bound
     assert not (excess[finite] > 0).any(), f"beyond the bound by {excess[finite].max():.3g}"
 
 
@@ -72,12 +72,12 @@ def test_embedding_is_the_sum_of_the_ranks_rows(rng, starts, dtype):
         here = (token_ids >= start) & (token_ids < stop)
         assert not part[~here].any()  # so only one rank adds something, and the sum is exact
         parts.append(part)
-    check(sum(parts), oracle.embed(token_ids, table), 0, dtype)
+    check(sum(parts), oracle_ops.embed(token_ids, table), 0, dtype)
 
 
 def test_embedding_of_one_token(rng):
     table = draw(rng, (3, 4))
-    check(ops.embed_partial(np, np.array([2]), table, 0), oracle.embed([2], table), 0, np.float32)
+    check(ops.embed_partial(np, np.array([2]), table, 0), oracle_ops.embed([2], table), 0, np.float32)
 
 
 # --- normalisation --------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_embedding_of_one_token(rng):
 @all_dtypes
 def test_rms_norm(rng, tokens, hidden, dtype):
     x, weight = draw(rng, (tokens, hidden), dtype), draw(rng, hidden, dtype)
-    expected = oracle.rms_norm(x, weight, 1e-5)
+    expected = oracle_ops.rms_norm(x, weight, 1e-5)
     # float32: NumPy sums pairwise, some 20 roundings deep. Then one rounding to the dtype before the weight
     # and one after it; below the smallest normal number these are absolute.
     bound = (20 * U32 + 2.1 * u(dtype)) * np.abs(expected) + 4 * tiniest(dtype)
@@ -97,7 +97,7 @@ def test_rms_norm(rng, tokens, hidden, dtype):
 def test_rms_norm_of_values_whose_squares_overflow_float16(rng):
     x = (draw(rng, (2, 32)) * 1000).astype(np.float16)
     weight = np.ones(32, np.float16)
-    expected = oracle.rms_norm(x, weight, 1e-5)
+    expected = oracle_ops.rms_norm(x, weight, 1e-5)
     bound = 2.1 * u(np.float16) * np.abs(expected) + 4 * tiniest(np.float16)
     check(ops.rms_norm(np, x, weight, 1e-5), expected, bound, np.float16)
 
@@ -113,7 +113,7 @@ PRODUCTS = [(1, 1, 1), (1, 64, 5), (7, 33, 1), (5, 300, 12), (4, 16, 0)]  # T, i
 
 def product_bound(x, w):
     """A float32 sum of n products, in any order: each of its terms is rounded at most n + 1 times."""
-    return (x.shape[-1] + 1) * U32 * (np.abs(oracle.float64(x)) @ np.abs(oracle.float64(w)))
+    return (x.shape[-1] + 1) * U32 * (np.abs(oracle_ops.float64(x)) @ np.abs(oracle_ops.float64(w)))
 
 
 @pytest.mark.parametrize(("tokens", "inputs", "outputs"), PRODUCTS)
@@ -122,8 +122,8 @@ def product_bound(x, w):
 def test_column_parallel(rng, tokens, inputs, outputs, bias, dtype):
     x, w = draw(rng, (tokens, inputs), dtype), draw(rng, (inputs, outputs), dtype)
     b = draw(rng, outputs, dtype) if bias else None
-    product = oracle.linear(x, w.T)
-    expected = oracle.linear(x, w.T, b)
+    product = oracle_ops.linear(x, w.T)
+    expected = oracle_ops.linear(x, w.T, b)
     # The sum is rounded to the dtype once, and once more when the bias is added.
     bound = 1.01 * product_bound(x, w) + 1.01 * u(dtype) * (np.abs(product) + np.abs(expected))
     check(ops.column_parallel(np, x, w, b), expected, bound, dtype)
@@ -133,7 +133,7 @@ def test_column_parallel(rng, tokens, inputs, outputs, bias, dtype):
 @all_dtypes
 def test_row_parallel(rng, tokens, inputs, outputs, dtype):
     x, w = draw(rng, (tokens, inputs), dtype), draw(rng, (inputs, outputs), dtype)
-    expected = oracle.linear(x, w.T)
+    expected = oracle_ops.linear(x, w.T)
     bound = 1.01 * product_bound(x, w) + u(dtype) * np.abs(expected)
     check(ops.row_parallel(np, x, w), expected, bound, dtype)
 
@@ -148,7 +148,7 @@ def test_row_parallel_of_a_rank_without_columns_adds_nothing():
 @all_dtypes
 def test_logits_are_not_rounded_to_the_dtype(rng, tokens, hidden, vocabulary, dtype):
     x, w = draw(rng, (tokens, hidden), dtype), draw(rng, (hidden, vocabulary), dtype)
-    check(ops.logits_partial(np, x, w), oracle.linear(x, w.T), product_bound(x, w), np.float32)
+    check(ops.logits_partial(np, x, w), oracle_ops.linear(x, w.T), product_bound(x, w), np.float32)
 
 
 # --- rotary position embedding --------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def inverse_frequencies(rope, head_dim):
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 @pytest.mark.parametrize("head_dim", [2, 6, 64, 128])
 def test_rope_inverse_frequencies(rope, head_dim):
-    expected = oracle.rope_inverse_frequencies(rope_config(rope, head_dim))
+    expected = oracle_ops.rope_inverse_frequencies(rope_config(rope, head_dim))
     assert expected.shape == (head_dim // 2,)
     # Python floats on both sides; the power's exponent, rounded once, is multiplied by ln(theta) = 13.
     np.testing.assert_allclose(inverse_frequencies(rope, head_dim), expected, rtol=1e-14 * 13, atol=0)
@@ -217,7 +217,7 @@ def test_rope_cos_sin(rope):
     positions = np.array([0, 1, 2, 4095, 8191])
     frequencies = np.array(inverse_frequencies(rope, 6), np.float32)
     cos, sin = ops.rope_cos_sin(np, positions, frequencies)
-    angles = np.outer(positions, oracle.rope_inverse_frequencies(rope_config(rope, 6)))
+    angles = np.outer(positions, oracle_ops.rope_inverse_frequencies(rope_config(rope, 6)))
     # An angle is a float32 frequency times a position, two roundings; the sine itself is good to 2 ulp.
     bound = 2 * U32 * angles + 4 * U32
     bound = np.hstack((bound, bound))
@@ -231,10 +231,10 @@ def test_rope_cos_sin(rope):
 def test_apply_rope(rng, shape, past, dtype):
     x = draw(rng, shape, dtype)
     positions = np.arange(past, past + shape[1])
-    frequencies = oracle.rope_inverse_frequencies(rope_config({}, shape[-1]))
+    frequencies = oracle_ops.rope_inverse_frequencies(rope_config({}, shape[-1]))
     cos, sin = ops.rope_cos_sin(np, positions, frequencies.astype(np.float32))
-    expected = oracle.rope(x, positions, frequencies)
-    first, second = np.split(np.abs(oracle.float64(x)), 2, axis=-1)
+    expected = oracle_ops.rope(x, positions, frequencies)
+    first, second = np.split(np.abs(oracle_ops.float64(x)), 2, axis=-1)
     angle_error = 2 * U32 * np.outer(positions, frequencies) + 4 * U32  # as above
     of_pair = (first + second) * (angle_error + 3 * U32)  # two products and a sum
     bound = np.concatenate((of_pair, of_pair), axis=-1) + 1.01 * u(dtype) * np.abs(expected)
@@ -272,7 +272,7 @@ def test_causal_mask(past, tokens, window):
     queries, keys = keys_in_reach(past, tokens, window)
     mask = ops.causal_mask(np, queries, int(keys[0]), past + tokens, window)
     assert mask.dtype == bool
-    np.testing.assert_array_equal(mask, oracle.causal_mask(queries, keys, window))
+    np.testing.assert_array_equal(mask, oracle_ops.causal_mask(queries, keys, window))
     for i, row in zip(queries, mask, strict=True):
         assert row.sum() == min(i + 1, window or i + 1)
 
@@ -283,7 +283,7 @@ def test_causal_mask(past, tokens, window):
 def test_attention_scores(rng, group, tokens, keys, d, masked, dtype):
     q, k = draw(rng, (group, tokens, d), dtype), draw(rng, (keys, d), dtype)
     mask = rng.random((tokens, keys)) < 0.6 if masked else np.ones((tokens, keys), bool)
-    expected = oracle.scores(q, k[None], mask)
+    expected = oracle_ops.scores(q, k[None], mask)
     bound = 1.01 * product_bound(q, k.T) / math.sqrt(d) + 2 * U32 * np.abs(np.where(mask, expected, 0))
     found = ops.attention_scores(np, q, k[None], [(0, group)], mask if masked else None)
     check(found, expected, bound, np.float32)
@@ -305,7 +305,7 @@ def test_softmax(scores):
     probs = ops.softmax(np, scores)
     # s - max is rounded once, by up to 100 * U32 where exp of it is not yet 0, and so much is exp off,
     # relatively; then a sum of at most 40 terms. 1e-37 is the smallest normal number.
-    check(probs, oracle.softmax(scores), 150 * U32 * oracle.softmax(scores) + 1e-37, np.float32)
+    check(probs, oracle_ops.softmax(scores), 150 * U32 * oracle_ops.softmax(scores) + 1e-37, np.float32)
     np.testing.assert_allclose(probs.sum(axis=-1), 1, rtol=50 * U32)
     assert not probs[np.isneginf(scores)].any()
 
@@ -313,9 +313,9 @@ def test_softmax(scores):
 @pytest.mark.parametrize(("group", "tokens", "keys", "d"), [(1, 1, 1, 2), (3, 1, 9, 6), (2, 5, 70, 64)])
 @all_dtypes
 def test_attention_context(rng, group, tokens, keys, d, dtype):
-    probs = oracle.softmax(draw(rng, (group, tokens, keys))).astype(np.float32)
+    probs = oracle_ops.softmax(draw(rng, (group, tokens, keys))).astype(np.float32)
     v = draw(rng, (keys, d), dtype)
-    expected = oracle.context(probs, v[None])  # [T, G * d]
+    expected = oracle_ops.context(probs, v[None])  # [T, G * d]
     # The probabilities are rounded to the dtype, then the sum once more.
     bound = np.hstack(product_bound(probs, v)) * (1 + u(dtype) / U32 / (keys + 1))  # [T, G * d]
     bound += 1.01 * u(dtype) * np.abs(expected) + keys * tiniest(dtype) * 4
@@ -343,13 +343,13 @@ def check_attention(rng, query_groups, past, tokens, window, d, dtype):
     q = draw(rng, (heads, tokens, d), dtype)
     k, v = (draw(rng, (len(query_groups), len(keys), d), dtype) for _ in range(2))
     kv_of_head = [kv for kv, (start, stop) in enumerate(query_groups) for _ in range(start, stop)]
-    seen = oracle.causal_mask(queries, keys, window)
-    expected = oracle.attention(q, k[kv_of_head], v[kv_of_head], seen)
+    seen = oracle_ops.causal_mask(queries, keys, window)
+    expected = oracle_ops.attention(q, k[kv_of_head], v[kv_of_head], seen)
     mask = None if tokens == 1 else ops.causal_mask(np, queries, int(keys[0]), past + tokens, window)
     # A context is a mean of values. In float32 a score is off by some 20 roundings of 10 at most, so the mean
     # by 1e-5 of the largest value; in 16 bits the probabilities and the result are rounded once each. With
     # the wrong head or key it is off by about 1.
-    bound = (1e-5 + 2 * u(dtype)) * np.abs(oracle.float64(v)).max()
+    bound = (1e-5 + 2 * u(dtype)) * np.abs(oracle_ops.float64(v)).max()
     probs = ops.softmax(np, ops.attention_scores(np, q, k, query_groups, mask))
     check(ops.attention_context(np, probs, v, query_groups), expected, bound, dtype)
 
@@ -358,10 +358,10 @@ def check_attention(rng, query_groups, past, tokens, window, d, dtype):
 
 
 def check_swiglu(gate, up, dtype):
-    expected = oracle.swiglu(gate, up)
+    expected = oracle_ops.swiglu(gate, up)
     # exp, a sum, a quotient and a product in float32, then one rounding. From a gate of -80 down float32 may
     # have 0 or next to it in place of something below 1e-33.
-    bound = (12 * U32 + u(dtype)) * np.abs(expected) + 1e-30 * np.abs(oracle.float64(up))
+    bound = (12 * U32 + u(dtype)) * np.abs(expected) + 1e-30 * np.abs(oracle_ops.float64(up))
     bound += tiniest(dtype)
     check(ops.swiglu(np, np.hstack((gate, up))), expected, bound, dtype)
 
@@ -405,7 +405,7 @@ def strict_calls(dtype):
 
     token_ids, positions = np.array([0, 5, 2, 7]), np.arange(3, 7)
     cos, sin = draw(rng, (4, 6)), draw(rng, (4, 6))
-    mask = oracle.causal_mask(positions, np.arange(1, 7), 3)
+    mask = oracle_ops.causal_mask(positions, np.arange(1, 7), 3)
     scores = np.where(mask, draw(rng, (2, 4, 6)), np.float32(-np.inf))
     q, k, v = array(3, 4, 6), array(2, 6, 6), array(2, 6, 6)
     groups = [(0, 1), (1, 3)]
