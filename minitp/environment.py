@@ -107,9 +107,10 @@ def share_cores(environment):
 def limit_blas_threads(environment, ranks):
     """Share the cores among the ranks of a host. Works only before numpy is imported; the user's own wins.
 
-    If one of the variables is set, none is added: BLAS would heed its own before OMP_NUM_THREADS.
+    Beside the user's OMP_NUM_THREADS none is set: each BLAS would heed its own variable before that.
     """
-    if any(name in environment for name in BLAS_THREADS):
+    if "OMP_NUM_THREADS" in environment:
         return
     threads = environment.get("SLURM_CPUS_PER_TASK", str(max(1, cores() // ranks)))
-    environment.update(dict.fromkeys(BLAS_THREADS, threads))
+    for name in BLAS_THREADS:
+        environment.setdefault(name, threads)

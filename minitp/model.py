@@ -57,7 +57,7 @@ class Model:
         self.query_groups = plan.query_groups(comm.share)
         self.vocab_start = plan.vocab_ranges[comm.share][0]
         self.vocab_widths = [stop - start for start, stop in plan.vocab_ranges]
-        # Rounded to the dtype as Hugging Face's Gemma does; Granite's are whole numbers.
+        # Rounded to the dtype as Hugging Face's Gemma does; Granite's published ones lose nothing by it.
         self.embedding_multiplier = float(device.dtype.type(config.embedding_multiplier))
         frequencies = ops.rope_inverse_frequencies(config.rope, config.head_dim)
         self.inverse_frequencies = device.xp.asarray(frequencies, dtype=device.xp.float32)  # [d/2]

@@ -25,12 +25,11 @@ ARRAY, OBJECT = 1, 2  # tags
 
 @dataclass(frozen=True)
 class Process:
-    """A rank of the job, where it runs, and the minitp that it has."""
+    """A rank of the job, and where it runs."""
 
     rank: int
     pid: int
     host: str
-    version: str
 
     def __str__(self):
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
@@ -68,13 +67,13 @@ class MpiComm(Comm):
                 f"{who} started {expected} processes but mpi4py sees a world of {self.size}: they belong to "
                 f"different MPIs (mpi4py uses {library}); {way_out}"
             )
-        me = Process(self._job.Get_rank(), os.getpid(), platform.node(), __version__)
-        self._processes = self._world.allgather(me)
-        first = self._processes[0]
-        for other in self._processes:
-            if other.version != first.version:
+        me = (__version__, self._job.Get_rank(), os.getpid(), platform.node())
+        everyone = self._world.allgather(me)  # nothing of ours, which another version might not understand
+        self._processes = [Process(*place) for _, *place in everyone]
+        for process, (version, *_) in zip(self._processes, everyone, strict=True):
+            if version != everyone[0][0]:
                 raise RankError(
-                    f"{first} has minitp {first.version} and {other} {other.version}; "
+                    f"{self._processes[0]} has minitp {everyone[0][0]} and {process} {version}; "
                     "install the same on all hosts"
                 )
 
@@ -85,15 +84,16 @@ class MpiComm(Comm):
 
     def broadcast(self, value):
         if self.rank != 0:
-            return self._receive(0, Wait.pause)
+            return self._receive(0)
         self._complete(self._start_sending(value))
         return value
 
     def exchange(self, value):
-        sending = self._start_sending(value)
-        values = [value if r == self.rank else self._receive(r, Wait.sleep) for r in range(self.size)]
-        self._complete(sending)
-        return values
+        return self._exchange(value, patient=True)
+
+    def close(self):
+        """The last meeting, for what follows is MPI's, which would wait for a rank that does not come."""
+        self._exchange(None, patient=False)
 
     def local_rank(self):
         node = self._job.Split_type(self._mpi.COMM_TYPE_SHARED)
@@ -106,7 +106,7 @@ class MpiComm(Comm):
         self._job.Abort(exit_code)  # of only a part of it the exit code would be lost
         os._exit(exit_code)  # MPICH's Abort may return
 
-    def wait_for(self, late):
+    def new_wait(self, late, patient=False):
         """A Wait of this rank for the ranks late() of this Comm."""
 
         def names():
@@ -114,10 +114,10 @@ class MpiComm(Comm):
             return [str(process) for process in late_ones if process.rank != 0]
 
         me = self._processes[self.rank]
-        return Wait(str(me), me.rank == 0, names)
+        return Wait(str(me), names, gives_up=me.rank == 0, patient=patient)
 
     def _exchange_arrays(self, x, sizes, combine):
-        parts = np.split(np.empty(sum(sizes), x.dtype), np.cumsum(sizes)[:-1])
+        parts = [np.empty(size, x.dtype) for size in sizes]
         parts[self.rank][:] = x.reshape(-1)
         mine = self._bytes(parts[self.rank])
         under_way = [(r, self._world.Irecv(self._bytes(parts[r]), r, ARRAY)) for r in self._others]
@@ -125,26 +125,35 @@ class MpiComm(Comm):
         self._complete(under_way)
         return combine(parts)
 
+    def _exchange(self, value, patient):
+        """As `exchange`; if it is not patient, rank 0 gives up."""
+        sending = self._start_sending(value)
+        values = [value if r == self.rank else self._receive(r, patient) for r in range(self.size)]
+        self._complete(sending, patient)
+        return values
+
     def _start_sending(self, value):
         """Send an object to all others; (rank, request) of each."""
         data = self._bytes(np.frombuffer(pickle.dumps(value), np.uint8))
         return [(r, self._world.Isend(data, r, OBJECT)) for r in self._others]
 
-    def _receive(self, source, pause):
-        """The next object from a rank; `pause` is Wait.pause or Wait.sleep."""
+    def _receive(self, source, patient=False):
+        """The next object from a rank."""
         status, wait = self._mpi.Status(), None
         while (message := self._world.Improbe(source, OBJECT, status)) is None:
-            wait = wait or self.wait_for(lambda: [source])
-            pause(wait)
+            wait = wait or self.new_wait(lambda: [source], patient)
+            wait.pause()
         data = np.empty(status.Get_count(self._mpi.BYTE), np.uint8)
-        self._complete([(source, message.Irecv(self._bytes(data)))])
+        self._complete([(source, message.Irecv(self._bytes(data)))], patient)
         return pickle.loads(data)
 
-    def _complete(self, under_way):
+    def _complete(self, under_way, patient=False):
         """Wait until messages, (rank, request) each, have arrived."""
         requests, wait = [request for _, request in under_way], None
         while not self._mpi.Request.Testall(requests):
-            wait = wait or self.wait_for(lambda: sorted({r for r, one in under_way if not one.Test()}))
+            wait = wait or self.new_wait(
+                lambda: sorted({r for r, one in under_way if not one.Test()}), patient
+            )
             wait.pause()
 
     def _bytes(self, x):

@@ -35,6 +35,7 @@ class SeveralHostsComm(MpiComm):
         self._hosts = [ranks for rank, ranks in enumerate(every) if rank == ranks[0]]  # as the leaders are
 
     def close(self):
+        super().close()
         self._within.close()
         self._leaders.Free()
 

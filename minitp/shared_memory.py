@@ -49,6 +49,7 @@ class SharedMemoryComm(MpiComm):
 
     def close(self):
         """MPICH may hang at the end of a process if a window is left."""
+        super().close()
         self._slots = self._numbers = None
         self._window.Unlock_all()
         self._window.Free()
@@ -97,7 +98,7 @@ class SharedMemoryComm(MpiComm):
         self._numbers[self.rank][0] = self._meetings
         for rank, number in enumerate(self._numbers):
             if number[0] < self._meetings:
-                wait = self.wait_for(lambda late=rank: [late])
+                wait = self.new_wait(lambda late=rank: [late])
                 while number[0] < self._meetings:
                     wait.pause()
         self._window.Sync()

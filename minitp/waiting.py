@@ -4,7 +4,8 @@ A rank that waits looks, pauses, and looks again. After ten seconds it says on s
 a minute rank 0 ends the job: that rank is stopped or stuck, or its host is out of reach.
 
 Only rank 0 gives up, and nobody gives up on rank 0, for it may be late through no fault of its own: whoever
-reads its output has paused. Where a phase may take hours (loading, waiting for requests), nobody gives up.
+reads its output has paused. Where a phase may take hours (loading, checking, waiting for requests), nobody
+gives up.
 """
 
 import os
@@ -29,15 +30,17 @@ class Wait:
     ----------
     me : str
         This rank, as messages name it.
-    gives_up : bool
     late : callable
         The names of those that have not come yet, rank 0 left out.
+    gives_up : bool
+    patient : bool
+        It may take hours: asleep from the start, and nobody gives up.
     """
 
-    __slots__ = ("_gives_up", "_last", "_late", "_me", "_pause", "_said", "_waited")
+    __slots__ = ("_gives_up", "_last", "_late", "_me", "_patient", "_pause", "_said", "_waited")
 
-    def __init__(self, me, gives_up, late):
-        self._me, self._gives_up, self._late = me, gives_up, late
+    def __init__(self, me, late, gives_up, patient):
+        self._me, self._late, self._gives_up, self._patient = me, late, gives_up and not patient, patient
         self._last, self._waited, self._said = perf_counter(), 0.0, False
         self._pause = PAUSE_S
 
@@ -50,17 +53,13 @@ class Wait:
             after LOST_S, on a rank that gives up, if others than rank 0 are late.
         """
         self._count()
-        if self._waited < SPIN_S:
+        if self._patient:
+            self._pause = min(LONGEST_PAUSE_S, 1.01 * self._pause)
+            time.sleep(self._pause)
+        elif self._waited < SPIN_S:
             os.sched_yield()
         else:
             time.sleep(PAUSE_S)
-
-    def sleep(self):
-        """The same in a phase that may take hours: asleep from the start, and nobody gives up."""
-        self._gives_up = False
-        self._count()
-        self._pause = min(LONGEST_PAUSE_S, 1.01 * self._pause)
-        time.sleep(self._pause)
 
     def _count(self):
         now = perf_counter()
@@ -73,6 +72,6 @@ class Wait:
                 print(f"minitp: {say}", file=sys.stderr, flush=True)
         if self._gives_up and self._waited > LOST_S and (late := self._late()):
             raise RankError(
-                f"waited {LOST_S:g} s for {' and '.join(late)}, or whom that waits for: stopped or stuck, "
-                "or the network is cut"
+                f"waited {LOST_S:g} s for {' and '.join(late)}: it, or a rank that it waits for, is stopped "
+                "or stuck, or the network is cut"
             )

@@ -16,10 +16,10 @@ import threading
 import traceback
 from contextlib import contextmanager, suppress
 
+from minitp import waiting
 from minitp.environment import env_rank, ranks_wanted
 from minitp.errors import AgreedError, InputError, RankError, one_line
 from minitp.job import SOCKET_VARIABLE
-from minitp.waiting import LATE_S
 
 
 def run_alone(args):
@@ -68,7 +68,8 @@ def run_in_world(args, world, caller=None):
             from minitp.places import on_hosts, place_ranks
             from minitp.several_hosts import through_shared_memory
 
-            comm = through_shared_memory(comm, on_hosts(args.comm))
+            with _told_if_slow():
+                comm = through_shared_memory(comm, on_hosts(args.comm))
             with comm.agreed():
                 if args.tp != "auto" and ranks_wanted(args.tp, default=world) != world:
                     raise InputError(
@@ -93,8 +94,8 @@ def _front():
 @contextmanager
 def _told_if_slow():
     """While MPI starts, it alone decides how long to wait for ranks that do not come: say that it does."""
-    text = f"minitp: MPI has not started on all ranks within {LATE_S:g} s"
-    timer = threading.Timer(LATE_S, print, [text], {"file": sys.stderr, "flush": True})
+    text = f"minitp: MPI has not started on all ranks within {waiting.LATE_S:g} s"
+    timer = threading.Timer(waiting.LATE_S, print, [text], {"file": sys.stderr, "flush": True})
     timer.daemon = True
     if env_rank(os.environ) == 0:
         timer.start()

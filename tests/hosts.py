@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 ADDRESSES = {"host-a": "10.99.0.1", "host-b": "10.99.0.2"}
@@ -37,6 +38,7 @@ exec {SSHD} -D -e -f "$2/sshd_config" 2>"$2/$1.log"
 """
 
 
+@cache
 def missing():
     """Why there can be no such hosts here, or None."""
     if sys.platform != "linux" or os.geteuid() != 0:
@@ -60,8 +62,8 @@ class Host:
         self.pid = wait_for(self._child)
 
     def _child(self):
-        pid = self.process.pid
-        return Path(f"/proc/{pid}/task/{pid}/children").read_text().strip()
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return children.read_text().strip() if children.exists() else ""
 
     def inside(self, *command, cwd=None):
         """The command line that runs a command in here, with this Python's programs found first."""
@@ -73,6 +75,14 @@ class Host:
         return subprocess.run(
             self.inside(*command), capture_output=True, text=True, timeout=timeout, check=check
         )
+
+    def check_nothing_runs(self, pattern):
+        """Those whose command line has the pattern are gone, or go within seconds; else they are killed."""
+        deadline = time.monotonic() + 5
+        while (left := self.run("pgrep", "-fa", pattern).stdout) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        self.run("pkill", "-KILL", "-f", pattern)
+        assert not left
 
     @contextmanager
     def seeing(self, other, directory):

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import hosts
@@ -132,21 +131,14 @@ def ended(running, within):
     return running.returncode, err
 
 
-def nothing_is_left(host):
-    deadline = time.monotonic() + 5
-    while (left := host.run("pgrep", "-fa", "900000").stdout) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    host.run("pkill", "-KILL", "-f", "900000")
-    assert not left
-
-
 def test_a_killed_rank_ends_all(pair, endless):
     running = started(pair[0], endless)
     pair[1].run("pkill", "-KILL", "-n", "-f", "900000", check=True)
     code, err = ended(running, within=10)
-    assert (code, "terminated badly" in err) == (255, True)  # mpirun's own: there is no front
+    assert code in (9, 255)  # mpirun's own, as are the words, which vary: there is no front
+    assert err
     for host in pair:
-        nothing_is_left(host)
+        host.check_nothing_runs("900000")
 
 
 def test_a_stopped_rank_is_named_and_ends_all(pair, endless):
@@ -162,7 +154,7 @@ def test_a_stopped_rank_is_named_and_ends_all(pair, endless):
     if rank == 3:
         assert f"on host-b) has waited 1 s for rank 3 (pid {pid} on host-b)\n" in err
     for host in pair:
-        nothing_is_left(host)
+        host.check_nothing_runs("900000")
 
 
 def test_rank_0_may_be_late(pair, tiny):
@@ -178,17 +170,51 @@ def test_rank_0_may_be_late(pair, tiny):
     assert "for rank 0" not in done.stderr
 
 
+def test_large_objects_may_take_their_time(pair):
+    """An exchange may: 300 MB are on their way for longer than another wait would last."""
+    code = (
+        "from minitp import waiting\n"
+        "waiting.LOST_S = 0.02\n"
+        "from minitp.mpi_comm import MpiComm\n"
+        "comm = MpiComm()\n"
+        "parts = comm.exchange(bytes(300_000_000) if comm.rank == 0 else b'')\n"
+        "assert [len(part) for part in parts] == [300_000_000, 0]"
+    )
+    done = pair[0].run(*MPIRUN, "-n", 2, sys.executable, "-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_rank_that_does_not_come_to_the_end(pair):
+    code = (
+        "import time\n"
+        "from minitp import waiting\n"
+        "waiting.LATE_S, waiting.LOST_S = 0.5, 1\n"
+        "from minitp.mpi_comm import MpiComm\n"
+        "from minitp.several_hosts import through_shared_memory\n"
+        "comm = through_shared_memory(MpiComm())\n"
+        "comm.exchange(None)\n"
+        "if comm.rank == 3: time.sleep(60)\n"
+        "try: comm.close()\n"
+        "except Exception as error:\n"
+        "    print(error)\n"
+        "    comm.abort(3)"
+    )
+    done = pair[0].run(*MPIRUN, "-n", 4, sys.executable, "-c", code, timeout=20)
+    assert done.returncode == 3
+    assert re.match(r"waited 1 s for rank 3 \(pid \d+ on host-b\): it, or a rank", done.stdout)
+
+
 def test_a_cut_cable_ends_it(pair, endless):
     running = started(pair[0], endless)
     hosts.set_cable(pair, "down")
     try:
         code, err = ended(running, within=15)
-        nothing_is_left(pair[0])
+        pair[0].check_nothing_runs("900000")
     finally:
         hosts.set_cable(pair, "up")
     assert code == 3
     assert "minitp: rank 0 on host-a failed: waited 3 s for rank 1 (pid " in err
-    nothing_is_left(pair[1])  # once the cable is back
+    pair[1].check_nothing_runs("900000")  # once the cable is back
 
 
 def test_the_wrong_interface(pair, tiny):

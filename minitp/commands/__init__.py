@@ -28,7 +28,7 @@ def check_input(args, tp):
 
 def run(args, comm, caller=None):
     """The command, on this rank; returns the exit code. `caller` is whom it serves, if it serves one."""
-    command, source = with_ranks(args.command), None
+    command, source, fingerprint = with_ranks(args.command), None, None
     with comm.agreed():  # rank 0 first, for it may have to download
         if comm.rank == 0:
             source = open_model(args.model, comm.size, args.layers)
@@ -38,22 +38,23 @@ def run(args, comm, caller=None):
         if comm.rank != 0:
             source = open_model(args.model, comm.size, args.layers)
         job = command.prepare(args, source) if comm.rank == 0 else None
-    check_it_is_one_model(comm, source)
+        fingerprint = source.fingerprint()
+    check_it_is_one_model(comm, source.name, fingerprint)
     job = comm.broadcast(job)
     if args.command == "ranks":
         return command.run(args, comm, source, caller)
     return command.run(args, comm, source, job)
 
 
-def check_it_is_one_model(comm, source):
+def check_it_is_one_model(comm, name, fingerprint):
     """AgreedError on all ranks if a name means different models where they are; all ranks call this."""
-    first, *others = comm.exchange(source.fingerprint())
+    first, *others = comm.exchange(fingerprint)
     with comm.agreed():
         for rank, other in enumerate(others, start=1):
             parts = [part for part in first if first[part] != other[part]]
             if parts:
                 raise InputError(
-                    f"--model {source.name}: {comm.name(rank)} finds another model than {comm.name(0)} "
+                    f"--model {name}: {comm.name(rank)} finds another model than {comm.name(0)} "
                     f"(in {' and '.join(parts)}); give all hosts the same files"
                 )
 

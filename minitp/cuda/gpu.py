@@ -36,7 +36,8 @@ class Gpu(Device):
     def weights_room(self):
         """As Device.weights_room: what is free of the GPU's memory."""
         device = self.cupy.cuda.Device()
-        return f"GPU {device.id} of {platform.node()}", device.mem_info[0]
+        # By the bus: a launcher may show each rank its own GPU as number 0.
+        return f"GPU {device.id} ({device.pci_bus_id}) of {platform.node()}", device.mem_info[0]
 
     def cache_room(self, ranks):
         """As Device.cache_room: most of what is free now."""
