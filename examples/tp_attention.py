@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import common
 
-from minitp import ops, oracle
+from minitp import ops, oracle_ops
 from minitp.random_weights import RandomWeights
 from minitp.shard import make_plan
 
@@ -63,15 +63,15 @@ class Attention:
     def expected(self, x):
         """The same by the oracle, all heads at once in float64: [T, D] -> [T, D]."""
         config, positions = self.here.source.config, range(len(x))
-        frequencies = oracle.rope_inverse_frequencies(self.here.source.fields())  # [d/2]
+        frequencies = oracle_ops.rope_inverse_frequencies(self.here.source.fields())  # [d/2]
         heads = {}
         for part in "qkv":
-            y = oracle.linear(x, self.here.whole(f"{self.layer}.{part}_proj.weight"))  # [T, n d]
+            y = oracle_ops.linear(x, self.here.whole(f"{self.layer}.{part}_proj.weight"))  # [T, n d]
             heads[part] = y.reshape(len(x), -1, config.head_dim).transpose(1, 0, 2)  # [n, T, d]
-        q, k = (oracle.rope(heads[part], positions, frequencies) for part in "qk")  # [H, T, d], [K, T, d]
-        mask = oracle.causal_mask(positions, positions, config.sliding_window)  # [T, T]
-        context = oracle.attention(q, k, heads["v"], mask)  # [T, H d]
-        return oracle.linear(context, self.here.whole(f"{self.layer}.o_proj.weight"))  # [T, D]
+        q, k = (oracle_ops.rope(heads[part], positions, frequencies) for part in "qk")  # [H, T, d], [K, T, d]
+        mask = oracle_ops.causal_mask(positions, positions, config.sliding_window)  # [T, T]
+        context = oracle_ops.attention(q, k, heads["v"], mask)  # [T, H d]
+        return oracle_ops.linear(context, self.here.whole(f"{self.layer}.o_proj.weight"))  # [T, D]
 
 
 def example(here):

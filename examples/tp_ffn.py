@@ -18,7 +18,7 @@ TinyLlama's (MODEL=tinyllama-1.1b).
 
 import common
 
-from minitp import ops, oracle
+from minitp import ops, oracle_ops
 
 
 class FeedForward:
@@ -45,10 +45,10 @@ class FeedForward:
 
     def expected(self, x):
         """The same by the oracle, whole matrices in float64: [T, D] -> [T, D]."""
-        gate = oracle.linear(x, self.here.whole(f"{self.layer}.gate_proj.weight"))  # [T, F]
-        up = oracle.linear(x, self.here.whole(f"{self.layer}.up_proj.weight"))  # [T, F]
-        act = oracle.swiglu(gate, up)  # [T, F]
-        return oracle.linear(act, self.here.whole(f"{self.layer}.down_proj.weight"))  # [T, D]
+        gate = oracle_ops.linear(x, self.here.whole(f"{self.layer}.gate_proj.weight"))  # [T, F]
+        up = oracle_ops.linear(x, self.here.whole(f"{self.layer}.up_proj.weight"))  # [T, F]
+        act = oracle_ops.swiglu(gate, up)  # [T, F]
+        return oracle_ops.linear(act, self.here.whole(f"{self.layer}.down_proj.weight"))  # [T, D]
 
 
 def example(here):

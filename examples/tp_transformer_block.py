@@ -21,7 +21,7 @@ import common
 from tp_attention import Attention
 from tp_ffn import FeedForward
 
-from minitp import ops, oracle
+from minitp import ops, oracle_ops
 
 
 class Block:
@@ -48,8 +48,8 @@ class Block:
         """The same by the oracle, in float64: [T, D] -> [T, D]."""
         eps = self.here.source.config.rms_norm_eps
         attention_norm, ffn_norm = (self.here.whole(name) for name in self.norms)  # [D] each
-        x = x + self.attention.expected(oracle.rms_norm(x, attention_norm, eps))  # [T, D]
-        return x + self.ffn.expected(oracle.rms_norm(x, ffn_norm, eps))  # [T, D]
+        x = x + self.attention.expected(oracle_ops.rms_norm(x, attention_norm, eps))  # [T, D]
+        return x + self.ffn.expected(oracle_ops.rms_norm(x, ffn_norm, eps))  # [T, D]
 
 
 def example(here):
