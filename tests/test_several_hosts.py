@@ -196,7 +196,7 @@ def test_a_rank_that_does_not_come_to_the_end(pair):
         "if comm.rank == 3: time.sleep(60)\n"
         "try: comm.close()\n"
         "except Exception as error:\n"
-        "    print(error)\n"
+        "    print(error, flush=True)\n"
         "    comm.abort(3)"
     )
     done = pair[0].run(*MPIRUN, "-n", 4, sys.executable, "-c", code, timeout=20)
