@@ -215,8 +215,9 @@ def shared_counts(host):
     if not here:
         counts[host.rank] = 0
     host.exchange(None)  # all have it open
-    if host.rank == 0:
-        os.unlink(path)
+    with host.agreed():  # before any goes on and may fail
+        if host.rank == 0:
+            os.unlink(path)
     return counts
 
 
