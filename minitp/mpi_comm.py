@@ -1,8 +1,11 @@
 """Ranks as MPI processes: every value goes to every rank as a message of its own.
 
-rank 0  --a-->  rank 1, rank 2        A collective of MPI's would need fewer messages among many ranks, but
-rank 1  --b-->  rank 0, rank 2        could not say whom it waits for. Within a host shared memory takes
-rank 2  --c-->  rank 0, rank 1        over, so those that send here are mostly one a host, and few.
+    rank 0  --a-->  rank 1, rank 2
+    rank 1  --b-->  rank 0, rank 2
+    rank 2  --c-->  rank 0, rank 1
+
+A collective of MPI's would need fewer messages among many ranks, but could not say whom it waits for. Within
+a host shared memory takes over, so those that send here are mostly one a host, and few.
 """
 
 import os

@@ -35,10 +35,8 @@ class SharedMemoryComm(MpiComm):
     """
 
     def __init__(self, node):
-        from mpi4py import MPI
-
         super().__init__(world=node)
-        self._window = MPI.Win.Allocate_shared(2 * SLOT_BYTES + LINE_BYTES, 1, comm=node)
+        self._window = self._mpi.Win.Allocate_shared(2 * SLOT_BYTES + LINE_BYTES, 1, comm=node)
         segments = [np.frombuffer(self._window.Shared_query(r)[0], np.uint8) for r in range(self.size)]
         self._slots = [[s[i * SLOT_BYTES : (i + 1) * SLOT_BYTES] for s in segments] for i in (0, 1)]
         self._numbers = [memoryview(s[2 * SLOT_BYTES :]).cast("q") for s in segments]

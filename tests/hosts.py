@@ -94,6 +94,23 @@ class Host:
             self.run("umount", directory, check=True)
 
 
+def started(words):
+    """A command line that runs, and has begun to write."""
+    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout.read(1)
+    return running
+
+
+def ended(running, within):
+    """Its exit code and what it wrote to stderr; it is killed if it takes longer."""
+    try:
+        _, err = running.communicate(timeout=within)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        raise AssertionError(f"still running after {within} s: {running.communicate()[1]}") from None
+    return running.returncode, err
+
+
 def set_cable(pair, state):
     """Plug it in ("up") or pull it out ("down"); return when both hosts have noticed."""
     for host in pair:

@@ -2,15 +2,13 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import hosts
 import pytest
+from test_processes import alone
 from tiny import write_tiny
-
-from minitp import cli
 
 pytestmark = [
     pytest.mark.mpi,
@@ -51,12 +49,10 @@ def run_both(first, argv, *options, ranks=4):
 @pytest.mark.parametrize("transport", ["auto", "mpi"])
 def test_the_same_tokens(pair, tiny, capsys, ranks, options, transport):
     argv = ["generate", "Hello", "-n", "12", "--json", "--comm", transport, "--model", tiny]
-    assert cli.main([*map(str, argv), "--tp", "1"]) == 0
-    alone = json.loads(capsys.readouterr().out)
     code, out, err = run_both(pair[0], argv, *options, ranks=ranks)
     assert (code, err) == (0, "")
     found = json.loads(out)
-    assert (found["token_ids"], found["stats"]["tp"]) == (alone["token_ids"], ranks)
+    assert (found["token_ids"], found["stats"]["tp"]) == (alone(argv, capsys)["token_ids"], ranks)
 
 
 def test_every_rank_is_checked(pair, tiny):
@@ -113,28 +109,15 @@ def test_another_version_on_the_other_host(pair, tiny):
     )
 
 
-def started(first, argv):
+def started(pair, argv):
     """A run of four ranks on both hosts that has begun to write tokens."""
-    words = first.inside(*MPIRUN, "-n", 4, *IMPATIENT, *argv)
-    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert running.stdout.read(1)
-    return running
-
-
-def ended(running, within):
-    """Its exit code and what it wrote to stderr."""
-    try:
-        _, err = running.communicate(timeout=within)
-    except subprocess.TimeoutExpired:
-        running.kill()
-        pytest.fail(f"still running after {within} s: {running.communicate()[1]}")
-    return running.returncode, err
+    return hosts.started(pair[0].inside(*MPIRUN, "-n", 4, *IMPATIENT, *argv))
 
 
 def test_a_killed_rank_ends_all(pair, endless):
-    running = started(pair[0], endless)
+    running = started(pair, endless)
     pair[1].run("pkill", "-KILL", "-n", "-f", "900000", check=True)
-    code, err = ended(running, within=10)
+    code, err = hosts.ended(running, within=10)
     assert code in (9, 255)  # mpirun's own, as are the words, which vary: there is no front
     assert err
     for host in pair:
@@ -142,10 +125,10 @@ def test_a_killed_rank_ends_all(pair, endless):
 
 
 def test_a_stopped_rank_is_named_and_ends_all(pair, endless):
-    running = started(pair[0], endless)
+    running = started(pair, endless)
     pid = pair[1].run("pgrep", "-n", "-f", "900000", check=True).stdout.strip()
     pair[1].run("kill", "-STOP", pid, check=True)
-    code, err = ended(running, within=15)
+    code, err = hosts.ended(running, within=15)
     assert code == 3
     rank = next(rank for rank in (1, 3) if f"rank {rank} (pid {pid} on host-b)" in err)
     # Rank 1 collects what host-b has: so rank 0 waits for rank 1, and rank 1 knows for whom.
@@ -205,10 +188,10 @@ def test_a_rank_that_does_not_come_to_the_end(pair):
 
 
 def test_a_cut_cable_ends_it(pair, endless):
-    running = started(pair[0], endless)
+    running = started(pair, endless)
     hosts.set_cable(pair, "down")
     try:
-        code, err = ended(running, within=15)
+        code, err = hosts.ended(running, within=15)
         pair[0].check_nothing_runs("900000")
     finally:
         hosts.set_cable(pair, "up")

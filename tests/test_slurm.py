@@ -6,9 +6,8 @@ import subprocess
 import hosts
 import pytest
 import slurm_hosts
+from test_processes import alone
 from tiny import write_tiny
-
-from minitp import cli
 
 pytestmark = [
     pytest.mark.mpi,
@@ -37,25 +36,20 @@ def slurm():
 
 @pytest.fixture
 def argv(tiny):
-    return ["minitp", "generate", "Hello", "-n", "8", "--json", "--model", tiny]
-
-
-def result(argv, capsys):
-    assert cli.main([*map(str, argv[1:]), "--tp", "1"]) == 0
-    return json.loads(capsys.readouterr().out)
+    return ["generate", "Hello", "-n", "8", "--json", "--model", tiny]
 
 
 @pytest.mark.parametrize("start", [["srun", "--mpi=pmi2", *TASKS], ["salloc", *TASKS, "mpirun"]])
 def test_the_same_tokens(slurm, argv, capsys, start):
-    done = slurm(*start, *argv)
+    done = slurm(*start, "minitp", *argv)
     assert done.returncode == 0, done.stderr
     assert "minitp" not in done.stderr
-    found, alone = json.loads(done.stdout), result(argv, capsys)
-    assert (found["token_ids"], found["stats"]["tp"]) == (alone["token_ids"], 4)
+    found = json.loads(done.stdout)
+    assert (found["token_ids"], found["stats"]["tp"]) == (alone(argv, capsys)["token_ids"], 4)
 
 
 def test_srun_that_speaks_no_pmi(slurm, argv):
-    done = slurm("srun", "--mpi=none", *TASKS, *argv)
+    done = slurm("srun", "--mpi=none", *TASKS, "minitp", *argv)
     assert (done.returncode, done.stdout) == (3, "")
     said = [line for line in done.stderr.splitlines() if line.startswith("minitp: ")]
     assert len(said) == 1
@@ -64,29 +58,19 @@ def test_srun_that_speaks_no_pmi(slurm, argv):
 
 
 def test_the_ranks_of_a_front_are_on_its_host(slurm, argv, capsys):
-    done = slurm("salloc", *TASKS, *argv, "--tp", "4")
+    done = slurm("salloc", *TASKS, "minitp", *argv, "--tp", "4")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["token_ids"] == result(argv, capsys)["token_ids"]
+    assert json.loads(done.stdout)["token_ids"] == alone(argv, capsys)["token_ids"]
     assert "one of the 2 nodes of the allocation; srun -K --mpi=pmi2 minitp .." in done.stderr
 
 
 def test_a_killed_rank_ends_all(slurm, tmp_path):
     model = write_tiny(tmp_path / "endless", tokenizer=False, max_position_embeddings=1_000_000)
     endless = ["minitp", "generate", "--tokens", "1,2,3", "-n", "900000", "--ignore-eos", "--model", model]
-    running = subprocess.Popen(
-        slurm.inside("srun", "-K", "--mpi=pmi2", *TASKS, *endless),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert running.stdout.read(1)
+    running = hosts.started(slurm.inside("srun", "-K", "--mpi=pmi2", *TASKS, *endless))
     slurm.pair[1].run("pkill", "-KILL", "-n", "-f", "minitp generate.*900000", check=True)
-    try:
-        _, err = running.communicate(timeout=15)
-    except subprocess.TimeoutExpired:
-        running.kill()
-        pytest.fail(f"still running: {running.communicate()[1]}")
-    assert running.returncode != 0
+    code, err = hosts.ended(running, within=15)
+    assert code != 0
     assert "srun: error: host-b: task" in err
     for host in slurm.pair:
         host.check_nothing_runs("minitp generate.*900000")

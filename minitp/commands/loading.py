@@ -25,14 +25,12 @@ def check_room(comm, source, device):
     """AgreedError on all ranks if those in one place have no room for their weights; all ranks call this."""
     where, room = device.weights_room()
     need = shard_nbytes(source.plan, comm.share, device)
-    needs = {}  # of each place
-    for place, nbytes in comm.exchange((where, need)):
-        needs.setdefault(place, []).append(nbytes)
+    needs = [nbytes for place, nbytes in comm.exchange((where, need)) if place == where]
     with comm.agreed():
-        if sum(needs[where]) > room:
+        if sum(needs) > room:
             raise InputError(
-                f"{source.name}: the weights of {counted(len(needs[where]), 'rank')} in {device.dtype} take "
-                f"{size(sum(needs[where]))}, and {where} has {size(room)}; minitp plan says what fits"
+                f"{source.name}: the weights of {counted(len(needs), 'rank')} in {device.dtype} take "
+                f"{size(sum(needs))}, and {where} has {size(room)}; minitp plan says what fits"
             )
 
 
