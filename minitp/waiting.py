@@ -68,8 +68,9 @@ class Wait:
         if self._waited > LATE_S and not self._said:
             self._said = True
             if late := self._late():
-                say = f"{self._me} has waited {LATE_S:g} s for {' and '.join(late)}"
-                print(f"minitp: {say}", file=sys.stderr, flush=True)
+                # In one piece with its end, for other ranks may say something at this moment.
+                say = f"minitp: {self._me} has waited {LATE_S:g} s for {' and '.join(late)}\n"
+                print(say, end="", file=sys.stderr, flush=True)
         if self._gives_up and self._waited > LOST_S and (late := self._late()):
             raise RankError(
                 f"waited {LOST_S:g} s for {' and '.join(late)}: it, or a rank that it waits for, is stopped "
