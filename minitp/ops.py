@@ -37,7 +37,8 @@ def embed_partial(xp, token_ids, table, first_row):
     local = token_ids - first_row  # [T]
     here = (local >= 0) & (local < table.shape[0])  # [T]
     rows = table[xp.where(here, local, 0)]  # [T, D]
-    return xp.where(here[:, None], rows, xp.zeros_like(rows))  # [T, D]
+    rows = xp.where(here[:, None], rows, xp.zeros_like(rows))  # [T, D]
+    return rows.astype(table.dtype, copy=False)  # [T, D]: CuPy's `where` gives float32 for bfloat16
 
 
 def scaled(xp, x, multiplier):

@@ -94,7 +94,8 @@ def run_passes(model, token_ids, passes, record):
     for name, start, _ in passes:
         record.pass_name = name
         logits = model.forward(ids[start:], cache, logits_at=slice(None), record=record)  # [T, V]
-        ids.append(model.comm.broadcast(int(logits[-1].argmax()) if model.comm.rank == 0 else None))
+        last = model.device.to_host(logits[-1])  # [V]
+        ids.append(model.comm.broadcast(int(last.argmax()) if model.comm.rank == 0 else None))
     return ids[:-1]
 
 

@@ -5,18 +5,22 @@
 Their arrays are NumPy's: what a kernel is given is copied to the GPU before its launch, and back afterwards.
 """
 
+from functools import cache
+
 import cuda_on_cpu
 import numpy as np
 
 from minitp.cuda.compiler import Compiler
 from minitp.cuda.gpu import open_gpu
 
+the_gpu = cache(open_gpu)  # one for all tests: each call would choose another stream
+
 
 class GpuCompiler:
     """In place of cuda_on_cpu.CpuCompiler."""
 
     def __init__(self, dtype):
-        self._gpu = open_gpu()
+        self._gpu = the_gpu()
         self._compiler = Compiler(self._gpu.cupy, np.dtype(dtype))
 
     def kernel(self, file, name, **defines):

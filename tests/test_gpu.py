@@ -1,9 +1,11 @@
 """On a real GPU: the fused path against the explicit one, graphs, sampling, NCCL, loading."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from on_gpu import STAND_IN
 from real_gpu import HALVES, NEEDS_GPU, drawn, same_each_time
 from tiny import write_tiny
 
@@ -94,6 +96,23 @@ def test_the_gpu_chooses_as_the_host(comm, source, temperature):
         found.append(list(generate(model, prompt, request)))
     assert found[0] == found[1]
     assert len(found[0]) == 24
+
+
+# --- CuPy -----------------------------------------------------------------------------------------------
+
+
+def test_the_stand_in_has_the_types_of_this_cupy(gpu):
+    """Whatever runs on the stand-in then meets the same dtypes here."""
+    from make_cupy_types import tables
+
+    assert tables() == json.loads((STAND_IN / "cupy" / "types.json").read_text())["types"]
+
+
+def test_a_transposed_array_on_the_host_leaves_the_stream_alone(gpu):
+    x = drawn(gpu, np.float32, 300, 500)
+    np.testing.assert_array_equal(gpu.to_host(x.T), gpu.to_host(x).T)
+    x.T.get()
+    gpu.check_stream()
 
 
 # --- NCCL and loading -----------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ class Gpu(Device):
     ----------
     cupy : module
     stream : cupy.cuda.Stream
-        The rank's own, on which all happens: captures and NCCL want no other.
+        The rank's own, on which all happens: captures and NCCL take no other. From `open_gpu` on it is CuPy's
+        current stream, too.
     gpus : int
         Of this host.
     """
@@ -44,9 +45,37 @@ class Gpu(Device):
         free, _ = self.cupy.cuda.Device().mem_info
         return int(free * CACHE_SHARE / -(-ranks // self.gpus))
 
+    def to_host(self, array):
+        """Copy an array of this GPU to the host, after everything that the rank's stream was given before.
+
+        `cupy.ndarray.get` of an array with gaps makes one without on a stream that it enters and leaves; so
+        that is made before, on the rank's stream.
+
+        Raises
+        ------
+        RankError
+            if another stream than the rank's has become current.
+        """
+        self.check_stream()
+        return self.cupy.asnumpy(self.cupy.ascontiguousarray(array), stream=self.stream)
+
     def from_host(self, array):
-        """A NumPy array's numbers, on the GPU."""
+        """Copy a NumPy array to this GPU, on the rank's stream; raises as `to_host`."""
+        self.check_stream()
         return self.cupy.asarray(array)
+
+    def check_stream(self):
+        """Raise RankError unless the rank's stream is CuPy's current one.
+
+        CuPy's arithmetic goes to the current stream, NCCL's calls, graphs and copies go to the rank's: on two
+        streams they would run at the same time.
+        """
+        current = self.cupy.cuda.get_current_stream()
+        if current.ptr != self.stream.ptr:
+            raise RankError(
+                f"CuPy's current stream ({current.ptr:#x}) is not this rank's ({self.stream.ptr:#x}): "
+                "something has called use() of another one; choose a stream only in a `with` block"
+            )
 
 
 def open_gpu(local_rank=0, share=False):
@@ -75,7 +104,9 @@ def open_gpu(local_rank=0, share=False):
         )
     cupy.cuda.Device(local_rank % gpus).use()  # before anything is allocated
     stream = cupy.cuda.Stream(non_blocking=True)
-    stream.use()
+    # Entered and never left. After `use()` the end of any `with` block of a stream would make the null stream
+    # the current one, and CuPy has such blocks of its own.
+    stream.__enter__()
     return Gpu(Arrays(cupy), np.dtype(np.float32), cupy, stream, gpus)
 
 

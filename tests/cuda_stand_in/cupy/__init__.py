@@ -4,7 +4,8 @@ With this folder in front of Python's path, `import cupy` gets NumPy's numbers b
 much of it as minitp uses: kernels are built and run by `cuda_on_cpu`, a captured graph is the list of its
 launches, NCCL is in `cupy.cuda.nccl`. What CuPy refuses is refused here: NumPy arrays among its own, 16-bit
 products of more than two dimensions, arguments of kernels of the wrong type, blocks and shared memory beyond
-the limits. New memory is full of NaN and ends at a page that nobody may touch.
+the limits; and what it widens is widened (`types`). New memory is full of NaN and ends at a page that nobody
+may touch. An array does not become a number by itself: there is one way to the host, and that is `asnumpy`.
 """
 
 import builtins
@@ -22,6 +23,7 @@ sys.path.append(str(Path(__file__).parent.parent.parent))  # for cuda_on_cpu, in
 from cuda_on_cpu import build_text
 
 from . import cuda
+from .types import loop_of
 
 __version__ = "14.2.0"
 PAGE = mmap.PAGESIZE
@@ -46,19 +48,43 @@ class ndarray(np.ndarray):
     def data(self):
         return _Pointer(self.__array_interface__["data"][0])
 
-    def get(self):
-        return np.array(self)
+    def get(self, stream=None):
+        """CuPy makes an array without gaps first, in a `with stream:` of its own."""
+        (stream or cuda.get_current_stream()).finish()
+        found = np.array(self)
+        if not self.flags.c_contiguous:
+            cuda.back_to_entered()
+        return found
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
-        for x in (*inputs, *(out or ())):
-            if not isinstance(x, (ndarray, *SCALARS)):
-                raise TypeError(f"Unsupported type {type(x)}")
-        if out is not None:
-            kwargs["out"] = tuple(np.asarray(x) for x in out)
-        result = getattr(ufunc, method)(*[_bare(x) for x in inputs], **kwargs)
-        if out is not None:
-            return out[0]
-        return _wrapped(result)
+        if method != "__call__" or kwargs:
+            raise TypeError(f"{ufunc.__name__}.{method} of a CuPy array, with {kwargs}")
+        return _operation(ufunc.__name__, ufunc, inputs, out[0] if out else None)
+
+    def __setitem__(self, index, value):
+        if isinstance(value, np.ndarray) and not isinstance(value, ndarray):
+            raise TypeError(f"Unsupported type {type(value)}")
+        super().__setitem__(index, value)
+
+    def sum(self, axis=None, keepdims=False):
+        return _reduction("sum")(self, axis, keepdims)
+
+    def max(self, axis=None, keepdims=False):
+        return _reduction("max")(self, axis, keepdims)
+
+    def min(self, axis=None, keepdims=False):
+        return _reduction("min")(self, axis, keepdims)
+
+    def argmax(self, axis=None):
+        return _reduction("argmax")(self, axis)
+
+    def __repr__(self):
+        return repr(_bare(self))
+
+    def _no_number(self, *_):
+        raise TypeError("an array on the GPU as a number of the host: use to_host")
+
+    __bool__ = __int__ = __float__ = __index__ = item = tolist = _no_number
 
     def __array_function__(self, function, types, args, kwargs):
         raise TypeError(f"numpy.{function.__name__} of a CuPy array")
@@ -76,6 +102,20 @@ def _bare(x):
 
 def _wrapped(x):
     return np.asarray(x).view(ndarray)
+
+
+def _operation(name, function, inputs, out=None):
+    """function(*inputs) in the loop that CuPy has for them."""
+    for x in inputs if out is None else (*inputs, out):
+        if not isinstance(x, (ndarray, *SCALARS)):
+            raise TypeError(f"Unsupported type {type(x)}")
+    taken, made = loop_of(name, inputs)
+    values = [np.asarray(_bare(x)).astype(kind, copy=False) for x, kind in zip(inputs, taken, strict=True)]
+    result = np.asarray(function(*values)).astype(made, copy=False)
+    if out is None:
+        return _wrapped(result)
+    np.copyto(_bare(out), result, casting="same_kind")
+    return out
 
 
 class _MemoryPool:
@@ -119,8 +159,20 @@ def _memory(nbytes):
     _pool.took(room, nbytes)
     whole = np.frombuffer(room, np.uint8)
     LIBC.mprotect(ctypes.c_void_p(whole.ctypes.data + size), ctypes.c_size_t(PAGE), 0)
+    _rooms[whole.ctypes.data] = room
     start = size - -(-nbytes // 16) * 16
     return whole[start : start + nbytes]
+
+
+_rooms = weakref.WeakValueDictionary()  # by their address
+
+
+def memory_at(pointer):
+    """What has to be kept so that the memory at a pointer is not given back; None if it is not an array's."""
+    for start, room in list(_rooms.items()):
+        if start <= pointer < start + len(room):
+            return room
+    return None
 
 
 def zeros(shape, dtype=float):
@@ -156,10 +208,10 @@ def asarray(a, dtype=None):
 array = asarray
 
 
-def asnumpy(a):
+def asnumpy(a, stream=None):
     if cuda.capturing() is not None:
         raise RuntimeError("a copy to the host while a graph is captured")
-    return a.get() if isinstance(a, ndarray) else np.asarray(a)
+    return a.get(stream) if isinstance(a, ndarray) else np.asarray(a)
 
 
 def ascontiguousarray(a):
@@ -185,18 +237,42 @@ def matmul(a, b, out=None, dtype=None):
     return _wrapped(np.matmul(_bare(a), _bare(b), dtype=np.float32).astype(a.dtype))
 
 
-def _forwarded(function):
+def _reduction(name):
+    function = getattr(np, name)
+
+    def reduced(a, axis=None, keepdims=False):
+        def wide(values):  # 16-bit numbers are added up in float32
+            values = values.astype(np.float32) if name == "sum" and values.dtype.itemsize == 2 else values
+            return function(values, axis=axis, keepdims=keepdims)
+
+        return _operation(name, wide, (a,))
+
+    return reduced
+
+
+def _elementwise(name):
+    return lambda *inputs, out=None: _operation(name, getattr(np, name), inputs, out)
+
+
+def _forwarded(name):
+    """Functions that make arrays or move their numbers, whatever dtype those have."""
+
     def call(*args, **kwargs):
-        return _wrapped(function(*_bare(args), **{name: _bare(value) for name, value in kwargs.items()}))
+        kwargs = {key: _bare(value) for key, value in kwargs.items()}
+        return _wrapped(getattr(np, name)(*_bare(args), **kwargs))
 
     return call
 
 
+for _name in ("argmax", "max", "min", "sum"):
+    globals()[_name] = _reduction(_name)
 for _name in (
-    "abs", "arange", "argmax", "concatenate", "cos", "exp", "full", "isfinite", "isnan", "log", "max",
-    "maximum", "min", "minimum", "ones", "rint", "sin", "sqrt", "stack", "sum", "tanh", "where",
+    "abs", "cos", "exp", "isfinite", "isnan", "log", "maximum", "minimum", "rint", "sin", "sqrt", "tanh",
+    "where",
 ):  # fmt: skip
-    globals()[_name] = _forwarded(getattr(np, _name))
+    globals()[_name] = _elementwise(_name)
+for _name in ("arange", "concatenate", "full", "ones", "stack"):
+    globals()[_name] = _forwarded(_name)
 
 
 class lib:

@@ -1,12 +1,39 @@
-"""Streams that do everything at once, and graphs that are lists of what they were told to do."""
+"""Of `cupy.cuda` what minitp uses; the streams are in `stream`."""
 
-import threading
 from types import SimpleNamespace
 
 from . import device, nccl, runtime
+from .stream import (
+    Event,
+    Graph,
+    Stream,
+    _here,
+    back_to_entered,
+    capturing,
+    get_current_stream,
+    get_elapsed_time,
+    run,
+    stream_of,
+)
 
+__all__ = [
+    "DEVICES",
+    "Device",
+    "Event",
+    "Graph",
+    "Stream",
+    "back_to_entered",
+    "capturing",
+    "device",
+    "get_current_stream",
+    "get_elapsed_time",
+    "memory",
+    "nccl",
+    "run",
+    "runtime",
+    "stream_of",
+]
 DEVICES = 4
-_here = threading.local()  # a rank may be a thread
 
 
 class Device:
@@ -23,7 +50,7 @@ class Device:
 
     @property
     def attributes(self):
-        return {"MultiProcessorCount": 4, "L2CacheSize": 1 << 16}
+        return {"MultiProcessorCount": 4, "L2CacheSize": 1 << 9}
 
     @property
     def compute_capability(self):
@@ -39,95 +66,6 @@ class Device:
 
     def synchronize(self):
         pass
-
-
-class Stream:
-    """Where launches go; what goes there is done at once."""
-
-    def __init__(self, non_blocking=False):
-        self.ptr = id(self)
-        self.non_blocking = non_blocking
-
-    def use(self):
-        _here.stream = self
-        return self
-
-    def __enter__(self):
-        self._before = getattr(_here, "stream", None)
-        return self.use()
-
-    def __exit__(self, *exc):
-        _here.stream = self._before
-
-    def synchronize(self):
-        if capturing() is not None:
-            raise RuntimeError("synchronize while a graph is captured")
-
-    def record(self, event=None):
-        return event or Event()
-
-    def wait_event(self, event):
-        pass
-
-    def begin_capture(self):
-        if get_current_stream() is not self or not self.non_blocking:
-            raise RuntimeError("a capture on another stream than the current one")
-        _here.captured = []
-
-    def end_capture(self):
-        graph, _here.captured = Graph(_here.captured), None
-        return graph
-
-
-class Graph:
-    """What was launched between begin_capture and end_capture, to be done again."""
-
-    def __init__(self, launches):
-        self.launches = launches
-
-    def launch(self, stream=None):
-        for launch in self.launches:
-            launch()
-
-
-class Event:
-    def __init__(self, **options):
-        pass
-
-    def record(self, stream=None):
-        pass
-
-    def synchronize(self):
-        pass
-
-    @property
-    def done(self):
-        return True
-
-
-def get_elapsed_time(start, end):
-    return 1.0
-
-
-def get_current_stream():
-    return getattr(_here, "stream", None) or NULL
-
-
-NULL = Stream()
-Stream.null = NULL
-
-
-def capturing():
-    """The list of the graph that is being captured, or None."""
-    return getattr(_here, "captured", None)
-
-
-def run(launch):
-    """Do this now, or whenever the graph that is being captured is launched."""
-    if capturing() is None:
-        launch()
-    else:
-        capturing().append(launch)
 
 
 memory = SimpleNamespace(OutOfMemoryError=MemoryError)

@@ -178,14 +178,14 @@ class NcclCommunicator:
             self._socket = None
 
     def _enqueue(self, head, sendbuf, recvbuf, stream):
-        from . import get_current_stream, run
+        from .stream import stream_of
 
         if self._socket is None:
             raise NcclError(5, "NCCL_ERROR_INVALID_USAGE: invalid usage")
-        if stream != get_current_stream().ptr or not get_current_stream().non_blocking:
-            raise NcclError(4, "the stand-in wants a stream of the rank's own, and the current one")
+        if not stream_of(stream).non_blocking:
+            raise NcclError(4, "the stand-in wants a stream of the rank's own")
         self.calls.append(head)
-        run(lambda: self._call(head, sendbuf, recvbuf))
+        stream_of(stream).give(lambda: self._call(head, sendbuf, recvbuf), (sendbuf, recvbuf))
 
     def _call(self, head, sendbuf, recvbuf):
         nbytes = head[1] * np.dtype(DTYPES[head[2]]).itemsize

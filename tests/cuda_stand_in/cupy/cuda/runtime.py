@@ -36,13 +36,15 @@ def deviceCanAccessPeer(device, peer):
 
 
 def memcpyAsync(dst, src, nbytes, kind, stream):
-    from . import run
+    from .stream import stream_of
 
-    run(lambda: ctypes.memmove(dst, src, nbytes))
+    stream_of(stream).give(lambda: ctypes.memmove(dst, src, nbytes), (dst, src))
 
 
 def memsetAsync(ptr, value, nbytes, stream):
-    ctypes.memset(ptr, value, nbytes)
+    from .stream import stream_of
+
+    stream_of(stream).give(lambda: ctypes.memset(ptr, value, nbytes), (ptr,))
 
 
 _mapped = {}
