@@ -20,11 +20,12 @@ import numpy as np
 from safetensors import safe_open
 
 from minitp.check_plan import plan_problems
-from minitp.expected import Unseen
 from minitp.findings import CheckResult, Finding
 from minitp.local_check import LocalCheck
 from minitp.measure import measure
 from minitp.steps import FLOAT32, full_name, kinds, split_name, step_names
+from minitp.sums import sums_of
+from minitp.tolerance import Unseen
 from minitp.trace import WEIGHTS, Recorder, open_oracle, oracle_steps, run_passes
 from minitp.trace_file import TensorWriter
 from minitp.weights import named_slices
@@ -83,7 +84,7 @@ class _Rank:
 
     def __init__(self, source, reference, model, weights, recorded, token_ids, passes):
         self.plan, self.comm, self.reference = source.plan, model.comm, reference
-        self.fused, self.dtype = model.fused, model.device.dtype
+        self.fused, self.dtype, self.sums = model.fused, model.device.dtype, sums_of(model.device)
         self.names, self.unseen = set(recorded.keys()), {}  # full name -> Unseen, of steps that are fused
         self.weights, self.recorded = weights, recorded
         self.token_ids, self.passes = token_ids, passes
@@ -110,9 +111,8 @@ class _Rank:
 
     def check_locally(self, progress):
         """All steps against what should have come of their inputs, block by block."""
-        check = LocalCheck(
-            self.reference, self.plan, self.comm, self.weights, self.had, self.token_ids, self.passes
-        )
+        inputs = self.weights, self.had, self.token_ids, self.passes, self.sums
+        check = LocalCheck(self.reference, self.plan, self.comm, *inputs)
         for this in self.passes:
             self._judge(this, None, check.before(this))
         for i in range(self.plan.layers):
@@ -128,8 +128,8 @@ class _Rank:
         repeats = (stop - start) / len(set(self.token_ids[start:stop]))
         for step, expected, given in steps:
             name = full_name(this[0], layer, step)
+            dtype = np.dtype(np.float32) if step in FLOAT32 else self.dtype
             if self.fused and name not in self.names:
-                dtype = np.float32 if step in FLOAT32 else self.dtype
                 self.unseen[name] = expected.unseen(dtype)
                 continue
             array = self.had(this[0], layer, step)
@@ -138,8 +138,10 @@ class _Rank:
             if array.shape != expected.value.shape:
                 finding.note = f"shape {list(array.shape)}, expected {list(expected.value.shape)}"
                 continue
+            if array.dtype != dtype:
+                finding.note = f"dtype {array.dtype}, expected {dtype}"
             finding.local = measure(array, expected.value)
-            finding.bounds = expected.bounds(array.dtype, repeats)
+            finding.bounds = expected.bounds(dtype, repeats)
             if given is not None and not any(isinstance(x, Unseen) for x in given):
                 self.bits.append((finding.name, _digest(*given), _digest(array)))
 
@@ -148,13 +150,15 @@ class _Rank:
 
         If they differ, right are those within bounds, then those that most ranks have, then the nearest.
         """
-        mine = [(name, *digests, self.findings[name].share) for name, *digests in self.bits]
+        shares = {name: np.inf if f.note else f.share for name, f in self.findings.items()}
+        mine = [(name, *digests, shares[name]) for name, *digests in self.bits]
         for everyones in zip(*self.comm.exchange(mine), strict=True):  # of one step, a rank each
             name = everyones[0][0]
             results = [result for _, _, result, _ in everyones]
             likely = [(share <= 1, results.count(result), -share) for _, _, result, share in everyones]
             right = results[likely.index(max(likely))]
-            if len({given for _, given, _, _ in everyones}) == 1 and results[self.comm.rank] != right:
+            given = {digest for _, digest, _, _ in everyones}
+            if len(given) == 1 and results[self.comm.rank] != right and not self.findings[name].note:
                 self.findings[name].note = "not the same bits as on the other ranks"
 
     def check_totally(self, progress):

@@ -26,11 +26,13 @@ class LocalCheck:
         had(pass name, layer, step) -> this rank's array.
     token_ids : list of int
     passes : list of (name, start, stop)
+    sums : Float32Sums or TensorCoreSums
+        How this rank's device adds up products that stay in float32.
     """
 
-    def __init__(self, reference, plan, comm, weights, had, token_ids, passes):
+    def __init__(self, reference, plan, comm, weights, had, token_ids, passes, sums):
         self.reference, self.plan, self.comm, self.weights, self.had = reference, plan, comm, weights, had
-        self.token_ids, self.passes = token_ids, passes
+        self.token_ids, self.passes, self.sums = token_ids, passes, sums
         group = reference.heads // reference.kv_heads
         first_kv = plan.kv_head_ranges[comm.rank][0]
         self.kv_of_head = [h // group - first_kv for h in range(*plan.head_ranges[comm.rank])]  # [H_r]
@@ -74,7 +76,7 @@ class LocalCheck:
         keys = np.arange(stop - k.shape[1], stop)  # [S]
         mask = oracle.causal_mask(positions, keys, self.reference.windows[i])  # [T, S]
         root, cap = self.reference.score_root, self.reference.score_cap
-        yield "attn.scores", expected.scores(had("q_rope"), k, mask, root, cap), None
+        yield "attn.scores", expected.scores(had("q_rope"), k, mask, root, cap, self.sums), None
         yield "attn.probs", expected.softmax(had("scores")), None
         yield "attn.context", expected.context(had("probs"), v), None
         yield "attn.out_partial", expected.linear(had("context"), w("o_proj.weight")), None
@@ -131,7 +133,8 @@ class LocalCheck:
         norm = self._gain("model.norm.weight")  # [D]
         yield "final_norm", expected.rms_norm(x, norm, self.reference.eps), [x, norm]
         w = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])  # [V_r, D]
-        logits_r = expected.linear(self.had(name, None, "final_norm"), w, dtype=np.float32)  # [T, V_r]
+        x = self.had(name, None, "final_norm")  # [T, D]
+        logits_r = expected.linear(x, w, dtype=np.float32, sums=self.sums)  # [T, V_r]
         logits_r = logits_r.divided(self.reference.logits_divisor)  # [T, V_r]
         if self.reference.logits_cap is not None:
             logits_r = expected.soft_cap(logits_r.unseen(np.float32), self.reference.logits_cap)  # [T, V_r]

@@ -109,7 +109,7 @@ llamas_scale = {"attention_scores": changed(_5=lambda scale: None)}
 tenth = changed(_3=lambda eps: eps / 10)
 left_out = {"all_reduce": lambda all_reduce, x: (all_reduce(x), x)[1]}
 twice = {"all_reduce": lambda all_reduce, x: all_reduce(all_reduce(x))}
-averaged = {"all_reduce": lambda all_reduce, x: all_reduce(x) / np.float32(here.model.comm.size)}
+averaged = {"all_reduce": lambda all_reduce, x: (all_reduce(x) / here.model.comm.size).astype(x.dtype)}
 rolled_logits = {"all_gather": result(lambda y: np.roll(y, 25, axis=-1))}
 two_swapped = {"all_gather": result(lambda y: y[:, [1, 0, *range(2, y.shape[1])]])}
 no_last_column = {"logits_partial": result(lambda y: np.pad(y[:, :-1], ((0, 0), (0, 1))))}
@@ -117,8 +117,8 @@ reversed_kv_heads = changed(_2=lambda by_kv_head: by_kv_head[::-1])
 other_kv_heads = {"attention_scores": reversed_kv_heads, "attention_context": reversed_kv_heads}
 even_groups = {"attention_scores": wrong.even_groups, "attention_context": wrong.even_groups}
 biased_term = {"row_parallel": result(lambda y: y + here.layer.b_down)}
-slightly = result(lambda y: y * np.float32(1.0001))
-last_bit = reload("w_o", change=lambda name, whole, model: wrong.last_bit(whole))
+slightly = wrong.times(1.0001)
+last_bit = reload("w_o", change=lambda name, whole, model: wrong.last_bit(whole.astype(model.device.dtype)))
 from_zero = with_step(lambda step, s: wrong.turn(step, s.positions - s.positions[0]))
 no_attention_factor = with_step(lambda step, s: wrong.turn(step, s.positions))
 no_scaling = with_step(lambda step, s: wrong.turn(step, s.positions, rope_type="default"))
@@ -247,5 +247,17 @@ FAULTS = [
         dtype="bfloat16",
         decode=0,  # a few numbers may be as near by luck
         places=((1, 0, 0), (2, 2, 1)),  # so are sums of a few terms, on more ranks
+    ),
+    Fault(
+        "scores in 16 bits",
+        "attn.scores",
+        {"attention_scores": result(wrong.rounded_to_16_bits)},
+        dtype="bfloat16",
+    ),
+    Fault(
+        "logits in 16 bits",
+        "logits_partial",
+        {"logits_partial": result(wrong.rounded_to_16_bits)},
+        dtype="bfloat16",
     ),
 ]

@@ -2,7 +2,7 @@
 
 Ranks are threads, so a FaultyModel says in a thread-local `here` which hooks are active: those of its fault,
 while the block that has the fault runs. All functions of `ops`, the collectives, the cache's `append` and the
-two blocks look there.
+two blocks look there. A hook computes with NumPy, on a GPU too: see `host_arrays`.
 """
 
 import copy
@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+from host_arrays import HostArrays
 
 from minitp import ops
 from minitp.model import Model, Sequence
@@ -21,10 +22,10 @@ OPS = [name for name, value in vars(ops).items() if callable(value)]
 
 
 class Here(threading.local):
-    """Of this thread's rank: its model, the hooks that are active and the Layer that is at work."""
+    """Of this thread's rank: its model, the block and the Layer at work, the hooks that are active."""
 
     def __init__(self):
-        self.model, self.hooks, self.layer = None, {}, None
+        self.model, self.hooks, self.block, self.layer, self.arrays = None, {}, "", None, None
 
 
 here = Here()
@@ -34,8 +35,10 @@ def hooked(name, original):
     """`original`, or hook(original, ..) while the hook of this name is active."""
 
     def call(*args, **kwargs):
+        if here.model is not None:
+            here.model.calls.add((here.block, name))
         hook = here.hooks.get(name)
-        return original(*args, **kwargs) if hook is None else hook(original, *args, **kwargs)
+        return original(*args, **kwargs) if hook is None else here.arrays.run(hook, original, *args, **kwargs)
 
     return call
 
@@ -46,19 +49,22 @@ def hook_ops(monkeypatch):
         monkeypatch.setattr(ops, name, hooked(name, getattr(ops, name)))
 
 
-class FaultyModel(Model):
-    """A Model with a Fault: in layer `layer`, or outside the layers if the fault's block is ""."""
+class Faulty:
+    """What a Model with a Fault has: in layer `layer`, or outside the layers if the fault's block is "".
+
+    `calls` are (block, name) of all hooks that the model has looked for.
+    """
 
     def __init__(self, fault, layer, source, weights, comm, device):
         super().__init__(source.config, source.plan, weights, comm, device)
-        self.fault, self.layer = fault, layer
+        self.fault, self.layer, self.calls = fault, layer, set()
         comm.all_reduce = hooked("all_reduce", comm.all_reduce)
         comm.all_gather = hooked("all_gather", comm.all_gather)
         if fault.weights is not None:
             fault.weights(self, layer, partial(whole_tensor, source))
 
     def new_cache(self, capacity=64):
-        cache = super().new_cache()
+        cache = super().new_cache(max(capacity, 64))
         cache.append = hooked("append", cache.append)
         return cache
 
@@ -66,20 +72,25 @@ class FaultyModel(Model):
         here.cache = cache
         return self._within("", None, None, super().forward, token_ids, cache, *args, **kwargs)
 
+    def _within(self, block, i, layer, call, *args, **kwargs):
+        before = dict(vars(here))
+        active = block == self.fault.block and (block == "" or i == self.layer)
+        here.model, here.block, here.arrays = self, block, HostArrays(self.device)
+        here.hooks, here.layer = (self.fault.hooks, here.arrays.of(layer)) if active else ({}, None)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            vars(here).update(before)
+
+
+class FaultyModel(Faulty, Model):
+    """The same of the explicit path."""
+
     def _attention(self, i, layer, *args):
         return self._within("attn", i, layer, hooked("block", super()._attention), i, layer, *args)
 
     def _mlp(self, i, layer, *args):
         return self._within("mlp", i, layer, hooked("block", super()._mlp), i, layer, *args)
-
-    def _within(self, block, i, layer, call, *args, **kwargs):
-        before = dict(vars(here))
-        active = block == self.fault.block and (block == "" or i == self.layer)
-        here.model, here.layer, here.hooks = self, layer, self.fault.hooks if active else {}
-        try:
-            return call(*args, **kwargs)
-        finally:
-            vars(here).update(before)
 
 
 def whole_tensor(source, name):
@@ -107,6 +118,11 @@ def result(change):
     return lambda original, *args: change(original(*args))
 
 
+def times(factor):
+    """A hook that multiplies what comes out."""
+    return result(lambda y: (y * np.float32(factor)).astype(y.dtype))
+
+
 def with_step(change):
     """A hook for an attention block: change(copy of the Step, of its Sequence) before it runs."""
 
@@ -114,7 +130,8 @@ def with_step(change):
         step = copy.copy(step)
         sequence = copy.copy(step.sequences[here.model.config.windows[i]][0])
         step.sequences = {window: [sequence] for window in step.sequences}
-        change(step, sequence)
+        with here.arrays.lent(step, sequence):
+            change(step, sequence)
         return original(i, layer, x, step)
 
     return {"block": hook}
@@ -161,7 +178,8 @@ def interleaved(original, xp, x, cos, sin):
     """The pairs (x[2i], x[2i + 1])."""
     cos, sin = cos[:, : cos.shape[1] // 2], sin[:, sin.shape[1] // 2 :]  # [T, d/2] each
     first, second = x[..., 0::2], x[..., 1::2]  # [n, T, d/2] each
-    return np.stack((first * cos - second * sin, second * cos + first * sin), axis=-1).reshape(x.shape)
+    turned = np.stack((first * cos - second * sin, second * cos + first * sin), axis=-1)  # [n, T, d/2, 2]
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 def own_scale(factor):
@@ -189,7 +207,7 @@ def one_slot_too_far(original, layer, k, v, *first):
     original(layer, k, v, *first)
     if start:
         for rows, new in zip(cache.rows[layer], (k, v), strict=True):
-            rows.values[:, start + 1 : start + 2], rows.values[:, start] = new, 0
+            rows.values[:, start + 1 : start + 2], rows.values[:, start] = here.arrays.up(new), 0
     return [rows.read(slice(*first, start + k.shape[1])) for rows in cache.rows[layer]]
 
 
@@ -264,13 +282,18 @@ def bias_on_every_rank(all_reduce, x):
 def last_bit(y):
     """One element's neighbour: far inside any bound, but not the other ranks' bits."""
     y = y.copy()
-    y[0, 0] = np.nextafter(y[0, 0], np.float32(np.inf))
+    y[0, 0] = np.nextafter(y[0, 0], y.dtype.type(np.inf))
     return y
 
 
 def swapped_halves(y):
     """[.., 2n] with its halves swapped."""
     return np.concatenate(np.split(y, 2, axis=-1)[::-1], axis=-1)
+
+
+def rounded_to_16_bits(y):
+    """float32 numbers that have been 16-bit ones."""
+    return y.astype(here.model.device.dtype).astype(np.float32)
 
 
 def sum_in_16_bits(original, xp, x, w):
@@ -304,7 +327,7 @@ def reload(*arrays, change):
                 index = model.plan.tensors[name].index(model.comm.rank)
                 parts.append(change(name, whole(name), model)[index].T)
             joined = np.concatenate(parts, axis=-1).astype(model.device.dtype)
-            setattr(model.weights.layers[layer], array, joined)
+            getattr(model.weights.layers[layer], array)[...] = model.device.xp.asarray(joined)
 
     return fault
 
@@ -325,12 +348,11 @@ def slightly_off(name, whole, model):
 
 def gate_for_up(model, layer, whole):
     weights = model.weights.layers[layer]
-    weights.w_gate_up, weights.b_gate_up = (
-        swapped_halves(weights.w_gate_up),
-        swapped_halves(weights.b_gate_up),
-    )
+    for array in (weights.w_gate_up, weights.b_gate_up):
+        array[...] = model.device.xp.asarray(swapped_halves(model.device.to_host(array)))
 
 
 def head_of_its_own(model, layer, whole):
     """The head of a model that does not tie it to the embedding."""
-    model.weights.lm_head = np.roll(model.weights.lm_head, 1, axis=1)
+    rows = np.roll(model.device.to_host(model.weights.lm_head).T, 1, axis=0)  # [V_r, D]
+    model.weights.lm_head = model.device.xp.asarray(rows).T

@@ -6,7 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from faults import FAULTS, places_of
+from faults import FAULTS, Fault, places_of
 from faulty_model import FaultyModel, hook_ops
 from safetensors.numpy import load_file, save_file
 from tiny import write_tiny
@@ -53,8 +53,12 @@ PROMPT = [100, 3, 40, 60, 80, 15, 25, 35, 52, 71, 95, 0]
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Directories by name."""
-    root = tmp_path_factory.mktemp("check")
-    found = {name: write_tiny(root / name, tokenizer=False, **{**SHAPE, **f}) for name, f in MODELS.items()}
+    return write_models(tmp_path_factory.mktemp("check"), SHAPE)
+
+
+def write_models(root, shape):
+    """MODELS in this shape: their directories by name."""
+    found = {name: write_tiny(root / name, tokenizer=False, **{**shape, **f}) for name, f in MODELS.items()}
     tensors = load_file(found["loud"] / "model.safetensors")
     for i in range(3):  # scores of a hundred and more, as exp() in float32 cannot take them
         tensors[f"model.layers.{i}.self_attn.q_proj.weight"] *= 100
@@ -126,6 +130,27 @@ def test_what_follows_from_a_fault_is_in_the_total_errors(models, monkeypatch):
     assert totals["prefill/layers.1.attn.norm", 0] < 1e-5
     assert totals["prefill/layers.1.attn.norm", 1] > 1e-2
     assert all(totals["prefill/logits", rank] > 1e-4 for rank in range(3))
+
+
+WIDENED = {  # dtype of the run -> an operation whose result is wider, its step, what is said
+    "bfloat16": ("rms_norm", np.float32, "attn.norm", "dtype float32, expected bfloat16"),
+    "float32": ("attention_scores", np.float64, "attn.scores", "dtype float64, expected float32"),
+}
+
+
+@pytest.mark.parametrize("dtype", WIDENED)
+def test_a_step_that_is_wider_than_it_should_be_is_blamed(dtype, models, monkeypatch):
+    """Its numbers are nearer than they must be; what the next steps make of them is wide, or right."""
+    hook_ops(monkeypatch)
+    operation, wide, step, note = WIDENED[dtype]
+    hooks = {operation: lambda original, *args: original(*args).astype(wide)}
+    fault = Fault("wide", step, hooks, decode=0, dtype=dtype)
+    first, *others = check_fault(models["biased"], fault, 2, 1, 0).blamed()
+    assert (first.name, first.rank, first.note) == (f"prefill/layers.1.{step}", 0, note)
+    assert first.share <= 1
+    for finding in others:
+        made_wide = np.dtype(wide).name in finding.note
+        assert made_wide or (finding.step.endswith("_cache") and finding.share > 1), finding
 
 
 # --- no false alarms ------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ from minitp.check import check_model
 from minitp.check_plan import plan_problems
 from minitp.comm import run_threads
 from minitp.device import open_device
-from minitp.expected import Expected
 from minitp.findings import CheckResult, Finding
 from minitp.measure import Difference, measure
 from minitp.model import load_model
 from minitp.model_source import open_model
 from minitp.shard import Plan
+from minitp.tolerance import Expected
 from minitp.trace import open_oracle, passes_of
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -248,6 +248,17 @@ def test_an_overflow_allows_nothing():
     assert np.isinf(should.third[0, 0])
     _, absolute = should.bounds(np.float16)
     assert absolute < 100
+
+
+def test_a_wide_input_does_not_make_a_bound_narrow():
+    """float32 numbers from a step that should have been in bfloat16; the next one is."""
+    rng, dtype = np.random.default_rng(0), open_device("bfloat16").dtype
+    gate, up = rng.standard_normal((2, 20, 30), np.float32)
+    should = expected.swiglu(gate, up)
+    error, bounds = measure(should.value.astype(dtype), should.value), should.bounds(dtype)
+    assert error.relative <= bounds[0]
+    assert error.absolute <= bounds[1]
+    assert should.bounds(np.float32)[0] < error.relative
 
 
 def test_bounds_leave_out_what_is_not_finite_and_let_nothing_pass_where_all_is_zero():

@@ -33,6 +33,46 @@ inline unsigned short to_half(float x) {
 
 inline float half_of(unsigned word, int which) { return to_float(which ? word >> 16 : word & 0xffff); }
 
+// How a tensor core adds up: see minitp/sums.py, of which this is a twin. Hopper's, of 16 products and 25 bits.
+constexpr int BLOCK = 16, BITS = 25;
+
+inline double power_of_two(int exponent) {
+    const unsigned long long bits = static_cast<unsigned long long>(exponent + 1023) << 52;
+    double y;
+    memcpy(&y, &bits, 8);
+    return y;
+}
+
+// The exponent of a number's format: subnormal numbers have that of the smallest normal one.
+inline int exponent_of(float x, int smallest) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    return std::max(static_cast<int>(bits >> 23 & 0xff) - 127, smallest);
+}
+
+// c + a_1 b_1 + .. as a tensor core gives it.
+inline float add_block(float c, const float (&a)[BLOCK], const float (&b)[BLOCK]) {
+#ifdef BFLOAT16
+    const int smallest = -126;
+#else
+    const int smallest = -14;
+#endif
+    double plain = c;
+    int largest = c == 0 ? -108 - BITS : exponent_of(c, -126);
+    for (int k = 0; k < BLOCK; k++) {
+        const double product = static_cast<double>(a[k]) * b[k];
+        plain += product;
+        if (product != 0) largest = std::max(largest, exponent_of(a[k], smallest) + exponent_of(b[k], smallest));
+    }
+    if (!isfinite(plain)) return plain;
+
+    const double units = power_of_two(BITS - largest);
+    long long sum = static_cast<long long>(c * units);  // a cast cuts off
+    for (int k = 0; k < BLOCK; k++) sum += static_cast<long long>(static_cast<double>(a[k]) * b[k] * units);
+    const int length = sum == 0 ? 0 : 64 - __builtin_clzll(llabs(sum)), excess = std::max(length - 24, 0);
+    return sum / (1LL << excess) * power_of_two(excess) / units;  // 24 bits of it: a division cuts off, too
+}
+
 // As a tensor core: see `mma` in common.h for which lane has what.
 inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     Warp &warp = warps[current / LANES];
@@ -42,11 +82,14 @@ inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     warp_barrier();
     for (int i = 0; i < 4; i++) {
         const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
-        for (int k = 0; k < 16; k++) {
+        float of_row[BLOCK], of_column[BLOCK];
+        for (int k = 0; k < BLOCK; k++) {
             const unsigned *of_a = warp.words[row % 8 * 4 + k % 8 / 2];
             const unsigned *of_b = warp.words[column * 4 + k % 8 / 2];
-            c[i] += half_of(of_a[(row >= 8) + (k >= 8 ? 2 : 0)], k % 2) * half_of(of_b[4 + (k >= 8)], k % 2);
+            of_row[k] = half_of(of_a[(row >= 8) + (k >= 8 ? 2 : 0)], k % 2);
+            of_column[k] = half_of(of_b[4 + (k >= 8)], k % 2);
         }
+        c[i] = add_block(c[i], of_row, of_column);
     }
     warp_barrier();
 }
@@ -146,6 +189,9 @@ Value atomicAdd(Value *p, Value by) {
 }
 
 inline float __expf(float x) { return expf(x); }
+inline float __fmul_rn(float x, float y) { return x * y; }  // -ffp-contract=off: never joined into an fma
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __uint_as_float(unsigned bits) {
     float x;
     memcpy(&x, &bits, 4);

@@ -5,10 +5,17 @@ import ctypes
 import ml_dtypes
 import numpy as np
 
+from minitp.sums import TENSOR_CORES
+
+HOPPER = TENSOR_CORES[90]
 CUBLAS_OP_N, CUBLAS_OP_T = 0, 1
 CUBLAS_COMPUTE_32F = 68
 CUBLAS_GEMM_DEFAULT = -1
 DTYPES = {0: np.float32, 2: np.float16, 14: ml_dtypes.bfloat16}
+
+
+class CUBLASError(RuntimeError):
+    pass
 
 
 def _columns(ptr, dtype, rows, columns, ld):
@@ -30,8 +37,10 @@ def gemmEx(
         raise NotImplementedError("cuBLAS on a stream that is being captured")
     one, zero = (ctypes.cast(p, ctypes.POINTER(ctypes.c_float))[0] for p in (alpha, beta))
     assert (handle, one, zero, compute) == (1, 1.0, 0.0, CUBLAS_COMPUTE_32F)
+    if Atype != Btype or Ctype not in (Atype, 0):
+        raise CUBLASError("CUBLAS_STATUS_NOT_SUPPORTED")
     a = _columns(A, DTYPES[Atype], *((k, m) if transa else (m, k)), lda)
     b = _columns(B, DTYPES[Btype], *((n, k) if transb else (k, n)), ldb)
     a, b = (x.T if t else x for x, t in ((a, transa), (b, transb)))
     c = _columns(C, DTYPES[Ctype], m, n, ldc)
-    c[...] = (a.astype(np.float32) @ b.astype(np.float32)).astype(c.dtype)
+    c[...] = (a @ b if a.dtype == np.float32 else HOPPER.matmul(a, b)).astype(c.dtype)

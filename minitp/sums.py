@@ -1,0 +1,130 @@
+"""How a matrix product is added up: in float32, one term after the other, or as tensor cores do it.
+
+A CPU rounds each sum to the nearest float32 number. The errors have either sign, so they grow like the root
+of the number of terms. A tensor core adds a block of n products to the sum so far at once:
+
+    d = c + a_1 b_1 + .. + a_n b_n
+
+    1. The products are exact.
+    2. All n + 1 addends are aligned to the largest exponent E among them (a product's exponent is the sum of
+       its factors' exponents), and what lies below 2^(E - bits) is cut off.
+    3. What is left is added exactly, and the result is cut off after the 24 bits of a float32 number.
+
+Nothing is rounded to the nearest number: each block moves the sum toward zero, so the error grows like the
+number of blocks. docs/check.md derives from this how far off a product on a GPU may be.
+
+Fasi, Higham, Mikaitis and Pranesh found these steps on a V100, a T4 and an A100 ("Numerical behavior of
+NVIDIA tensor cores", 2021). The numbers n and bits of each architecture, and what a product's exponent is,
+are from Xie et al., "Bit-Accurate Modeling of GPU Matrix Multiply-Accumulate Units", 2025 (arXiv:2511.10909,
+algorithm 7 and table 4); see also Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores", 2025
+(arXiv:2512.07004).
+"""
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+EXPONENT = np.uint64(0x7FF0 << 48)  # of a float64 number, its bits
+HEAD = np.uint64(0xFFFFFFFFE0000000)  # its sign, its exponent and the first 24 bits of its significand
+ROOM = 1 << 17  # products at a time, so that they stay in a core's cache
+
+
+class Float32Sums:
+    """Add up in float32, one term after the other."""
+
+    def matmul(self, a, b):
+        """Return a @ b in float32: [.., n, m] @ [.., m, k] -> [.., n, k].
+
+        BLAS does not do, for the run itself may use it: its order of summation differs from shape to shape,
+        and by luck its error may be a fraction of what this plain sum has.
+        """
+        a, b = (np.ascontiguousarray(x, dtype=np.float32) for x in (a, b))
+        return np.einsum("...nm,...mk->...nk", a, b)
+
+    def drift(self, terms):
+        """Return 0: roundings to the nearest number have no common direction."""
+        return 0
+
+
+@dataclass(frozen=True)
+class TensorCoreSums:
+    """Add up products of 16-bit numbers in float32 as tensor cores do.
+
+    Attributes
+    ----------
+    block : int
+        How many products are added at once.
+    bits : int
+        How far below the largest exponent the addends are cut off. A float32 number has 23 bits there.
+    """
+
+    block: int
+    bits: int
+
+    def matmul(self, a, b):
+        """Return a @ b in float32, all terms in one chain of blocks: [.., n, m] @ [.., m, k] -> [.., n, k].
+
+        The result is a tensor core's, bit for bit, unless it is smaller than float32's normal numbers.
+        """
+        smallest = [float(ml_dtypes.finfo(x.dtype).smallest_normal) for x in (a, b)]
+        a, b = (np.ascontiguousarray(x.astype(np.float64)) for x in (a, b))
+        powers = [_powers(x, normal) for x, normal in zip((a, b), smallest, strict=True)]
+        found = np.empty((*a.shape[:-1], b.shape[-1]))  # [.., n, k]
+        rows = max(1, ROOM // (self.block * max(1, b.shape[-1])))
+        for head in np.ndindex(a.shape[:-2]):
+            for start in range(0, a.shape[-2], rows):
+                at = (*head, slice(start, start + rows))
+                found[at] = self._chain(a[at], b[head], powers[0][at], powers[1][head])
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            plain = np.matmul(a, b)  # [.., n, k]
+            found = np.where(np.isfinite(plain), found, plain)
+        with np.errstate(over="ignore"):
+            return found.astype(np.float32)
+
+    def _chain(self, a, b, powers_a, powers_b):
+        """float64 [n, m] and [m, k], and the powers of two that they begin with -> float64 [n, k]."""
+        a, powers_a = a.T[:, :, None], powers_a.T[:, :, None]  # [m, n, 1]
+        b, powers_b = b[:, None, :], powers_b[:, None, :]  # [m, 1, k]
+        total = np.zeros((a.shape[1], b.shape[2]))  # [n, k]
+        for start in range(0, len(a), self.block):
+            now = slice(start, start + self.block)
+            largest = (powers_a[now] * powers_b[now]).max(axis=0)  # [n, k]
+            np.maximum(largest, _powers(total, 2.0**-126), out=largest)
+            np.maximum(largest, 2.0 ** (-108 - self.bits), out=largest)  # what a zero counts as
+            units = 2.0**self.bits / largest  # [n, k]: how often the last bit that is kept goes into 1
+            addends = a[now] * b[now]  # [block, n, k]
+            addends *= units
+            np.trunc(addends, out=addends)
+            total = (np.trunc(total * units) + addends.sum(axis=0)) / units  # [n, k]
+            total = (total.view(np.uint64) & HEAD).view(np.float64)  # [n, k]
+        return total
+
+    def drift(self, terms):
+        """Return the number of blocks in a sum; each moves it toward zero."""
+        return -(-terms // self.block)
+
+
+IN_FLOAT32 = Float32Sums()
+# By the compute capability that an architecture begins with.
+TENSOR_CORES = {
+    90: TensorCoreSums(16, 25),  # Hopper, Blackwell
+    75: TensorCoreSums(8, 24),  # Turing, Ampere, Ada
+    70: TensorCoreSums(4, 23),  # Volta
+}
+
+
+def sums_of(device):
+    """Return how a Device adds up the products of its compute dtype.
+
+    cuBLAS multiplies float32 matrices without tensor cores, unless it is told that less is enough.
+    """
+    if not device.is_gpu or device.dtype.itemsize != 2:
+        return IN_FLOAT32
+    capability = int(device.cupy.cuda.Device().compute_capability)
+    return next((sums for first, sums in TENSOR_CORES.items() if capability >= first), IN_FLOAT32)
+
+
+def _powers(x, smallest):
+    """The power of two that each number begins with, at least `smallest`; 0 for 0. Any shape."""
+    return np.where(x == 0, 0, np.maximum((x.view(np.uint64) & EXPONENT).view(np.float64), smallest))

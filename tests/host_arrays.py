@@ -1,0 +1,73 @@
+"""A rank's arrays as NumPy's, while a hook of `faulty_model` computes with them.
+
+CuPy's arrays take part in functions of NumPy; the stand-in's do not, on purpose. So a hook gets NumPy arrays
+in both cases, and `numpy` for `xp`, and what it returns goes back to the GPU. On a CPU nothing is copied.
+"""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+
+
+class HostArrays:
+    """Copies arrays between a Device and its host.
+
+    Parameters
+    ----------
+    device : Device
+    """
+
+    def __init__(self, device):
+        self._device, self._weights = device, []  # (on the GPU, on the host) of a Layer's arrays
+
+    def run(self, hook, original, *args, **kwargs):
+        """hook(original, *args, **kwargs) on the host, while `original` goes on on the device."""
+        if not self._device.is_gpu:
+            return hook(original, *args, **kwargs)
+
+        def on_device(*args, **kwargs):
+            return self.down(original(*self.up(args), **self.up(kwargs)))
+
+        return self.up(hook(on_device, *self.down(args), **self.down(kwargs)))
+
+    @contextmanager
+    def lent(self, *objects):
+        """While this lasts, the arrays among the attributes of some objects are on the host."""
+        for thing in objects:
+            vars(thing).update(self.down(vars(thing)))
+        yield
+        for thing in objects:
+            vars(thing).update(self.up(vars(thing)))
+
+    def of(self, layer):
+        """A Layer with its arrays on the host; hooks get these same objects as arguments, too."""
+        if layer is None or not self._device.is_gpu:
+            return layer
+        arrays = [x for x in vars(layer).values() if isinstance(x, self._device.cupy.ndarray)]
+        self._weights = [(x, self._device.to_host(x)) for x in arrays]
+        return SimpleNamespace(**self.down(vars(layer)))
+
+    def down(self, x):
+        """To the host: an array, an `xp`, or those in a tuple, a list or a dict; anything else as it is."""
+        if not self._device.is_gpu or x is self._device.xp:
+            return np if x is self._device.xp else x
+        if isinstance(x, self._device.cupy.ndarray):
+            known = [host for array, host in self._weights if array is x]
+            return known[0] if known else self._device.to_host(x)
+        return _each(self.down, x)
+
+    def up(self, x):
+        """To the device again."""
+        if not self._device.is_gpu or x is np:
+            return self._device.xp if x is np else x
+        if isinstance(x, np.ndarray) and not isinstance(x, self._device.cupy.ndarray):
+            known = [array for array, host in self._weights if host is x]
+            return known[0] if known else self._device.from_host(x)
+        return _each(self.up, x)
+
+
+def _each(move, x):
+    if type(x) in (tuple, list):
+        return type(x)(move(part) for part in x)
+    return {name: move(part) for name, part in x.items()} if type(x) is dict else x

@@ -1,0 +1,230 @@
+"""How products are summed on tensor cores: the model, its twin in C++, and the bound that comes of it."""
+
+import math
+from fractions import Fraction
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cuda_on_cpu import CpuCompiler
+from mma_chain import COLUMNS, ROWS, mma_chain, numbers, relative_error
+from on_gpu import model_on_gpu, run_on_gpus
+from tiny import write_tiny
+
+from minitp import expected
+from minitp.check import check_model
+from minitp.cuda.linear import Linear
+from minitp.device import DTYPES, Device
+from minitp.measure import measure
+from minitp.model_source import open_model
+from minitp.ops import soft_cap
+from minitp.sums import IN_FLOAT32, TENSOR_CORES, sums_of
+from minitp.trace import passes_of
+
+HALVES = ("float16", "bfloat16")
+VOLTA, AMPERE, HOPPER = (TENSOR_CORES[capability] for capability in (70, 75, 90))
+
+# Relative errors of `logits_partial` on an H200, of random weights and inputs: dtype, width, error.
+MEASURED = [("bfloat16", 4096, 4.2e-6), ("float16", 4096, 4.8e-6), ("bfloat16", 576, 4.9e-7)]
+
+
+# --- the model ------------------------------------------------------------------------------------------
+
+
+def exponent(x, smallest):
+    """The e of 2^e <= |x| < 2^(e + 1), at least `smallest`; of a Fraction."""
+    return max(math.frexp(x)[1] - 1, smallest)
+
+
+def cut_off(x, e):
+    """x without what lies below 2^e."""
+    unit = Fraction(2) ** e
+    return int(x / unit) * unit
+
+
+def one_product(a, b, sums):
+    """The sum of a[i] * b[i] by the steps in the text of sums.py, in Fractions."""
+    smallest = int(np.log2(float(ml_dtypes.finfo(a.dtype).smallest_normal)))
+    a, b = ([Fraction(float(x)) for x in row] for row in (a, b))
+    total = Fraction(0)
+    for start in range(0, len(a), sums.block):
+        pairs = list(zip(a[start : start + sums.block], b[start : start + sums.block], strict=True))
+        exponents = [exponent(x, smallest) + exponent(y, smallest) for x, y in pairs if x * y]
+        exponents.append(exponent(total, -126) if total else -108 - sums.bits)
+        last = max(exponents) - sums.bits
+        total = sum((cut_off(x * y, last) for x, y in pairs), cut_off(total, last))
+        total = cut_off(total, exponent(total, -149) - 23)
+    return np.float32(float(total))
+
+
+@pytest.mark.parametrize("sums", TENSOR_CORES.values(), ids=["90", "75", "70"])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("spread", [0, 3, 9])
+def test_the_model_is_its_text(dtype, sums, spread):
+    """Also where the width is no multiple of a block, and where there are zeros."""
+    a, b = numbers(DTYPES[dtype], 39, spread)
+    a = a[:4]
+    a[:, ::7] = 0
+    expected = [[one_product(x, y, sums) for y in b] for x in a]
+    np.testing.assert_array_equal(sums.matmul(a, b.T), expected)
+
+
+@pytest.mark.parametrize(("sums", "result"), [(VOLTA, 0), (AMPERE, -0.5), (HOPPER, -0.75)])
+def test_a_published_example(sums, result):
+    """2^23 - 2^23 - 0.5 - 0.25 - 0.125, as Xie et al. found it on GPUs (their table 8); right is -0.875."""
+    a, b = np.zeros((2, 1, 2 * sums.block), np.float16)
+    a[0, 0], b[0, 0] = 2**13, 2**10
+    a[0, sums.block : sums.block + 4], b[0, sums.block : sums.block + 4] = (
+        (-(2**13), 0.5, 0.25, 0.125),
+        (2**10, -1, -1, -1),
+    )
+    assert sums.matmul(a, b.T) == result
+
+
+def test_sums_of_several_heads_and_many_rows():
+    rng = np.random.default_rng(0)
+    a, b = (
+        rng.standard_normal((3, 600, 24)).astype(np.float16),
+        rng.standard_normal((3, 24, 40)).astype(np.float16),
+    )
+    together = HOPPER.matmul(a, b)
+    assert (together.dtype, together.shape) == (np.float32, (3, 600, 40))
+    np.testing.assert_array_equal(together[1, 17:18], HOPPER.matmul(a[1, 17:18], b[1]))
+    np.testing.assert_allclose(together, np.matmul(a, b, dtype=np.float32), atol=1e-5)
+
+
+def test_what_is_not_finite():
+    a = np.array([[np.inf, 1], [np.inf, -np.inf], [np.nan, 1], [60000, 60000]], np.float16)
+    b = np.array([[1, 1], [1, 0]], np.float16)
+    with np.errstate(invalid="ignore"):
+        found = HOPPER.matmul(a, b)
+    np.testing.assert_array_equal(
+        found, [[np.inf, np.inf], [np.nan, np.nan], [np.nan, np.nan], [120000, 60000]]
+    )
+
+
+def device(name, is_gpu, capability="90"):
+    cuda = SimpleNamespace(Device=lambda: SimpleNamespace(compute_capability=capability))
+    return SimpleNamespace(dtype=np.dtype(DTYPES[name]), is_gpu=is_gpu, cupy=SimpleNamespace(cuda=cuda))
+
+
+def test_where_sums_are_made_so(cupy):
+    by_capability = {"70": VOLTA, "75": AMPERE, "80": AMPERE, "89": AMPERE, "90": HOPPER, "120": HOPPER}
+    for capability, sums in by_capability.items():
+        assert sums_of(device("bfloat16", True, capability)) is sums
+    for elsewhere in (
+        device("float32", True),
+        device("float16", True, "61"),
+        Device(np, np.dtype(np.float16)),
+    ):
+        assert sums_of(elsewhere) is IN_FLOAT32
+
+
+# --- the stand-in's tensor cores ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("width", "spread"), [(16, 0), (16, 9), (80, 3), (576, 0), (576, 9)])
+def test_mma_is_the_model(dtype, width, spread):
+    dtype = np.dtype(DTYPES[dtype])
+    a, b = numbers(dtype, width, spread, blocks=3)
+    a[0, 3], b[2] = 0, 0
+    out = np.empty((len(a), COLUMNS), np.float32)
+    mma_chain(CpuCompiler(dtype), a, b, out)
+    np.testing.assert_array_equal(out, HOPPER.matmul(a, b.T))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_cublas_is_the_model(dtype, cupy):
+    from minitp.cuda.arrays import Arrays
+
+    a, b = numbers(np.dtype(DTYPES[dtype]), 576)
+    found = Arrays(cupy).matmul(cupy.asarray(a), cupy.asarray(b).T, dtype=np.float32)
+    np.testing.assert_array_equal(cupy.asnumpy(found), HOPPER.matmul(a, b.T))
+
+
+# --- the bound ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "width", "measured"), MEASURED)
+def test_errors_are_those_of_a_gpu(dtype, width, measured):
+    a, b = numbers(np.dtype(DTYPES[dtype]), width, blocks=4)
+    out = np.empty((len(a), COLUMNS), np.float32)
+    mma_chain(CpuCompiler(a.dtype), a, b, out)
+    assert relative_error(out, a.astype(float) @ b.T.astype(float)) == pytest.approx(measured, rel=0.15)
+
+
+def logits(dtype, width, outputs=64):
+    """x [16, width], w [outputs, width], and their product by `Linear`: 8 warps have a part of each sum."""
+    x, _ = numbers(dtype, width)
+    w = np.concatenate([numbers(dtype, width, seed=seed)[1] for seed in range(outputs // COLUMNS)])
+    found = np.empty((ROWS, outputs), np.float32)
+    Linear(CpuCompiler(dtype)).logits(x, w, found)
+    return x, w, found
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("width", [576, 4096])
+def test_check_allows_what_tensor_cores_do_and_no_more(dtype, width):
+    """A chain over all terms is within the bound, and so are sums of parts; three times the error is not."""
+    x, w, in_parts = logits(np.dtype(DTYPES[dtype]), width)
+    should = expected.linear(x, w, dtype=np.float32, sums=HOPPER)
+    relative, absolute = should.bounds(np.float32)
+    for found in (HOPPER.matmul(x, w.T), in_parts, np.matmul(x, w.T, dtype=np.float32)):
+        error = measure(found, should.value)
+        assert error.relative <= relative
+        assert error.absolute <= absolute
+    chain = relative_error(HOPPER.matmul(x, w.T), should.value)
+    assert 2 * chain <= relative <= 2.5 * chain
+    if width == 4096:
+        assert expected.linear(x, w, dtype=np.float32).bounds(np.float32)[0] < chain, "a CPU's bound"
+    wrong = measure(in_parts * np.float32(1 + 3 * chain), should.value)
+    assert wrong.relative > relative
+
+
+def test_a_few_sums_may_be_near_by_luck():
+    """The same terms in another order: of 3 sums' errors one chain's may be much smaller than the other's."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        x, w = (rng.standard_normal((rows, 2048)).astype(np.float16) for rows in (1, 3))
+        order = rng.permutation(2048)
+        should = expected.linear(x, w, dtype=np.float32, sums=HOPPER)
+        capped = expected.soft_cap(should.unseen(np.float32), 100)  # as Gemma 2 does
+        found = HOPPER.matmul(x[:, order], w[:, order].T)
+        for y, this in ((found, should), (soft_cap(np, found, 100), capped)):
+            error, (relative, absolute) = measure(y, this.value), this.bounds(np.float32)
+            assert error.relative <= relative
+            assert error.absolute <= absolute
+
+
+@pytest.mark.parametrize(("path", "dtype"), [("explicit", "bfloat16"), ("fused", "float16")])
+def test_logits_of_a_wide_model_are_within_it(path, dtype, tmp_path, cupy, monkeypatch):
+    """And would not be within a CPU's bound."""
+    shape = {
+        "hidden_size": 4096,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "vocab_size": 40,
+        "head_dim": 8,
+    }
+    directory = write_tiny(tmp_path, tokenizer=False, **shape)
+
+    def wrong():
+        def rank(comm):
+            model = model_on_gpu(directory, comm, dtype, path=path)
+            return check_model(open_model(str(directory), 1), model, [3, 1, 4, 15, 9, 2, 6], passes_of(7, 0))
+
+        return [finding.name for finding in run_on_gpus(1, rank)[0].blamed()]
+
+    assert wrong() == []
+    monkeypatch.setattr("minitp.check.sums_of", lambda device: IN_FLOAT32)
+    assert wrong() == ["prefill/logits_partial"]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_result_in_16_bits_does_not_show_its_sums(dtype):
+    """So its third implementation sums as on a CPU. Here the sums are 14336 terms long."""
+    a, b = numbers(np.dtype(DTYPES[dtype]), 14336, blocks=2)
+    plain, cut = (expected.linear(a, b, sums=sums).bounds(a.dtype) for sums in (IN_FLOAT32, HOPPER))
+    assert cut == pytest.approx(plain, rel=0.05)
