@@ -34,22 +34,22 @@ def generate(model, prompt_ids, request, use_cache=True):
     comm = model.comm
     ids = list(prompt_ids)
     check_prompt(ids, model.config, model.config.max_position_embeddings)
-    cache = model.new_cache(comm.broadcast(request.positions if comm.rank == 0 else None))
-    logits = prefill(model, cache, ids)  # [V]
-    if model.fused and use_cache and comm.broadcast(request.params.logprobs is None if request else None):
-        yield from generate_ahead(model, cache, logits, request)
-        return
-    while True:
-        token, last = comm.broadcast(request.take(logits) if comm.rank == 0 else None)
-        yield token
-        if last:
+    with model.sequence_cache(comm.broadcast(request.positions if comm.rank == 0 else None)) as cache:
+        logits = prefill(model, cache, ids)  # [V]
+        if model.fused and use_cache and comm.broadcast(request.params.logprobs is None if request else None):
+            yield from generate_ahead(model, cache, logits, request)
             return
-        ids.append(token)
-        if use_cache:
-            logits = host_logits(model, model.forward([token], cache, logits_at=slice(-1, None)))[0]  # [V]
-        else:
-            cache = model.new_cache(len(ids))
-            logits = prefill(model, cache, ids)  # [V]
+        while True:
+            token, last = comm.broadcast(request.take(logits) if comm.rank == 0 else None)
+            yield token
+            if last:
+                return
+            ids.append(token)
+            if use_cache:
+                logits = model.forward([token], cache, logits_at=slice(-1, None))  # [1, V]
+                logits = host_logits(model, logits)[0]  # [V]
+            else:
+                logits = prefill(model, model.new_cache(len(ids)), ids)  # [V]
 
 
 def generate_ahead(model, cache, logits, request):

@@ -11,6 +11,8 @@ Between two collectives (the right-hand column) every rank works alone; `x`, the
 bits on all ranks. Whoever wants to see the steps passes a `record`, which gets them by the names of `steps`.
 """
 
+from contextlib import contextmanager
+
 from minitp import ops
 from minitp.errors import InputError
 from minitp.kv_cache import BlockPool, KVCache
@@ -68,6 +70,11 @@ class Model:
     def new_cache(self, capacity=64):
         """An empty KV cache for one sequence, of `capacity` positions and more if need be."""
         return KVCache(*self._cache_shape(), capacity=capacity, kv_dtype=self.kv_dtype)
+
+    @contextmanager
+    def sequence_cache(self, capacity):
+        """Lend an empty cache for one sequence to a `with` block; the next sequence may get its memory."""
+        yield self.new_cache(capacity)
 
     def new_pool(self, blocks, block_size=16):
         """Memory for the paged caches of many sequences, `blocks` times `block_size` positions in all."""

@@ -45,15 +45,17 @@ def test_figures_are_those_of_the_shapes(tiny, tp, transport, dtype):
     assert result["as_rank"] is None
     limits, decode, prefill = result["limits"], result["decode"], result["prefill"]
     assert limits["bytes_per_token"] == 2 * (MATRICES + LM_HEAD)
-    assert limits["bandwidth_gb_per_s"] == limits["copy_gb_per_s"] > 0
+    assert limits["bandwidth_gb_per_s"] == limits["read_gb_per_s"] > 0
+    assert limits["copy_gb_per_s"] > 0
     assert limits["matrix_rows"] == 20
     sizes = [one["bytes"] for one in limits["all_reduce"]]
     assert sizes == ([] if tp == 1 else [4, 64, 4096, 65536, 1 << 20])
     assert decode["bytes_per_token"] == 2 * (MATRICES + LM_HEAD + POSITION * 24)
     gigabytes = decode["bytes_per_token"] * decode["tokens_per_s"]["median"] / 1e9
     assert decode["gb_per_s"]["median"] == pytest.approx(gigabytes)
-    share = decode["gb_per_s"]["median"] / limits["copy_gb_per_s"]
-    assert decode["share_of_copy"]["median"] == pytest.approx(share)
+    for what in ("read", "copy"):
+        share = decode["gb_per_s"]["median"] / limits[f"{what}_gb_per_s"]
+        assert decode[f"share_of_{what.replace('read', 'reads')}"]["median"] == pytest.approx(share)
     flops = 2 * (20 * MATRICES + LM_HEAD)
     rate = flops / prefill["ttft_s"]["max"] / limits["matrix_gflop_per_s"] / 1e9
     assert prefill["share_of_matrix_rate"]["min"] == pytest.approx(rate)
@@ -63,7 +65,7 @@ def test_figures_are_those_of_the_shapes(tiny, tp, transport, dtype):
         assert all(n > weights for n, weights in zip(held, result["weight_bytes_per_rank"], strict=True))
     assert result["loading"]["file_gb_per_s"] > 0
     text = "\n".join(lines(result))
-    for words in ("of the copy's bandwidth", "linear swiglu", "as one graph", "on the GPU"):
+    for words in ("of the memory's speed", "linear swiglu", "as one graph", "on the GPU"):
         assert words in text
 
 
@@ -112,12 +114,12 @@ def test_a_profile_of_what_has_no_kernels_is_refused(tiny):
 
 def test_the_limit_is_the_longer_of_reading_and_computing(cupy, tiny):
     limits = GpuLimits(model_on_gpu(tiny, place_ranks(OneOfMany(0, 1), "cuda")))
-    limits.copy, limits.rate = 1e9, 1e30
+    limits.reads, limits.rate = 1e9, 1e30
     token = 2 * (MATRICES + LM_HEAD + 10 * POSITION)
     prompt = 2 * (MATRICES + 16 * POSITION)  # which gets no logits
     passes = [([(1, 10)], 1), ([(16, 16)], 0)]
     assert limits.seconds(passes) == pytest.approx((token + prompt) / 1e9)
-    limits.copy, limits.rate = 1e30, 1e9
+    limits.reads, limits.rate = 1e30, 1e9
     assert limits.seconds(passes) == pytest.approx(2 * (17 * MATRICES + LM_HEAD) / 1e9)
 
 

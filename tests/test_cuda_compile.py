@@ -28,6 +28,7 @@ VARIANTS = {
         {"TOKEN_TILES": 4, "PAIR_TILES": 2},
         {"TOKEN_TILES": 8, "PAIR_TILES": 2},
     ],
+    "read_memory.cu": [{}],
     "rms_norm.cu": [{}],
     "sample.cu": [{}],
 }

@@ -32,11 +32,15 @@ class PeerSums:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "transport", "a_layer", "beside"),
-    [(1, "nccl", 5, 4), (2, "nccl", 9, 8), (4, "nccl", 9, 8), (2, "peer", 7, 8), (4, "peer", 7, 8)],
+    ("ranks", "transport", "sequences", "a_layer", "beside"),
+    [
+        (1, "nccl", 1, 5, 4),  # norms inside the products
+        (1, "nccl", 2, 7, 5),
+        *((ranks, "nccl", sequences, 9, 8) for ranks in (2, 4) for sequences in (1, 2)),
+        *((ranks, "peer", sequences, 7, 8) for ranks in (2, 4) for sequences in (1, 2)),
+    ],
 )
-@pytest.mark.parametrize("sequences", [1, 2])
-def test_launches_of_a_step(model_directory, monkeypatch, ranks, transport, a_layer, beside, sequences):
+def test_launches_of_a_step(model_directory, monkeypatch, ranks, transport, sequences, a_layer, beside):
     def run(comm):
         model = model_on_gpu(model_directory, comm)
         model.connect()

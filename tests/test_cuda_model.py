@@ -270,12 +270,13 @@ FAULTS = {  # the file in minitp/cuda, what it changes there, ranks, and the ste
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_wrong_kernel_is_blamed(models, monkeypatch, name):
+def test_a_wrong_kernel_is_blamed(models, monkeypatch, name, dtype):
     file, kind, method, change, tp, steps = FAULTS[name]
     kind = getattr(importlib.import_module(f"minitp.cuda.{file}"), kind)
     with_arguments(monkeypatch, kind, method, change)
-    found = [name for name, _ in blamed(check(models["uneven", "float16"], tp, "float16", "fused", decode=1))]
+    found = [name for name, _ in blamed(check(models["uneven", dtype], tp, dtype, "fused", decode=1))]
     assert list(dict.fromkeys(found))[: len(steps)] == steps
 
 
@@ -442,7 +443,7 @@ def test_a_step_is_captured_once_and_the_host_reads_no_logits(speaking, plain_to
     captured, begin = [], cupy.cuda.Stream.begin_capture
     monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", lambda stream: captured.append(begin(stream)))
     copied, asnumpy = [], cupy.asnumpy
-    monkeypatch.setattr(cupy, "asnumpy", lambda a: copied.append(a.shape) or asnumpy(a))
+    monkeypatch.setattr(cupy, "asnumpy", lambda a, **options: copied.append(a.shape) or asnumpy(a, **options))
 
     def rank(comm):
         model = model_on_gpu(speaking, comm, path="fused")
@@ -452,6 +453,27 @@ def test_a_step_is_captured_once_and_the_host_reads_no_logits(speaking, plain_to
     run_on_gpus(1, rank)
     assert len(captured) == 1
     assert copied == [(1, 258)], "the prompt's"
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_next_sequence_goes_through_the_captured_step(speaking, plain_tokens, cupy, monkeypatch, tp):
+    """Until one does not fit into the memory that the last one had."""
+    captured, begin = [], cupy.cuda.Stream.begin_capture
+    monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", lambda stream: captured.append(begin(stream)))
+    monkeypatch.setattr("minitp.cuda.fused.KEPT_BLOCKS", 3)
+
+    def rank(comm):
+        model, found = model_on_gpu(speaking, comm, path="fused"), []
+        for new_tokens, captures in ((8, 1), (20, 1), (44, 2), (8, 2)):  # 3 blocks are 48 positions
+            params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+            found.append(list(generate(model, PROMPT, Request(params, (), PROMPT, len(PROMPT) + new_tokens))))
+            assert len(captured) == captures or tp > 1
+        return found
+
+    for found in run_on_gpus(tp, rank):
+        assert found[0] == found[3] == found[1][:8] == found[2][:8]
+        assert [len(tokens) for tokens in found] == [8, 20, 44, 8]
+    assert len(captured) == 2 * tp
 
 
 def test_ranks_that_choose_differently_are_found_out(speaking, plain_tokens, monkeypatch):
@@ -528,7 +550,7 @@ def test_each_request_as_if_alone(quick, cupy, monkeypatch, tp, count, blocks, l
     assert tokens == expected
     assert scheduler.allocator.available == blocks
     assert set(pool.steps) == batches
-    assert set(captured.values()) == {count + len(batches)}, "those alone have a pool each"
+    assert set(captured.values()) == {1 + len(batches)}, "those alone follow each other in one pool"
     assert (scheduler.preempted > 0) == (blocks == 5)
     assert (scheduler.load()["reused_tokens"] > 0) == (bool(limits) or blocks == 5)
 

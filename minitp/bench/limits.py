@@ -1,7 +1,7 @@
 """What a model's passes cannot do without, and so what they take at least; the same for CPUs and GPUs.
 
 cpu_limits    a pass takes at least as long as its bare matrix products, which are run
-gpu_limits    a pass takes at least as long as its bytes at a copy's speed, and its products at cuBLAS's rate
+gpu_limits    a pass takes at least as long as reading its bytes, and as its products at cuBLAS's rate
 """
 
 ALL_REDUCE_BYTES = (4, 4 << 10, 64 << 10, 1 << 20)

@@ -127,7 +127,9 @@ def speeds(runs, model, limits, job):
         "rounds": len(runs),
     }
     if model.device.is_gpu:
-        found["decode"]["share_of_copy"] = spread(limits.share_of_copy(keys, run.decode_s) for run in runs)
+        shares = [limits.shares_of_bandwidth(keys, run.decode_s) for run in runs]
+        found["decode"]["share_of_reads"] = spread(of_reads for of_reads, _ in shares)
+        found["decode"]["share_of_copy"] = spread(of_copy for _, of_copy in shares)
         found["prefill"]["share_of_matrix_rate"] = spread(
             limits.share_of_matrix_rate(job.prompt_tokens, run.ttft_s) for run in runs
         )
@@ -150,6 +152,8 @@ def profiles(model, prompt, job):
 def context_sweep(model, limits, job, progress):
     """Prefill and decode at ever longer contexts."""
     points = []
+    if model.fused:  # captures a step over a pool that is large enough for all
+        timed_run(model, limits, random_prompt(model.config, job.points[-1]), job.new_tokens)
     for context in job.points:
         prompt = random_prompt(model.config, context)
         runs = []

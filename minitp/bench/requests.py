@@ -9,42 +9,54 @@ from minitp.generate import generate
 
 
 def measure_requests(model, limits, job, progress):
-    """New tokens a second of job.requests requests, in three ways; medians of the rounds."""
-    each, tokens = job.prompt_tokens, job.requests * job.new_tokens
-    ids = random_prompt(model.config, job.requests * each)
-    prompts = [ids[start : start + each] for start in range(0, len(ids), each)]
+    """New tokens a second of job.requests requests, in three ways; medians of the rounds.
+
+    All rounds go through one engine, as everything does in a server. Each round has prompts of its own,
+    because the engine would not compute again what it has seen before.
+    """
+    tokens = job.requests * job.new_tokens
+    recorded = Recorded(model)
+    blocks = job.requests * -(-(job.prompt_tokens + job.new_tokens) // BLOCK_SIZE)
+    engine = Engine(recorded, blocks, BLOCK_SIZE, max_sequences=job.requests)
     seconds = {"together": [], "one_by_one": [], "limit": []}
+    if model.fused:  # captures the steps of all batches that will come
+        serve(engine, request_prompts(model, job, job.rounds), job.new_tokens)
+        one_by_one(model, request_prompts(model, job, job.rounds)[:1], job.new_tokens)
     for n in range(job.rounds):
         progress(f"round {n + 1} of {job.rounds}")
-        served, steps = serve(model, prompts, job.new_tokens)
-        seconds["together"].append(served)
-        seconds["limit"].append(limits.seconds(steps))
+        prompts = request_prompts(model, job, n)
+        recorded.steps.clear()
+        seconds["together"].append(serve(engine, prompts, job.new_tokens))
+        seconds["limit"].append(limits.seconds(recorded.steps))
         seconds["one_by_one"].append(one_by_one(model, prompts, job.new_tokens))
     pairs = list(zip(*seconds.values(), strict=True))
     return {
         "count": job.requests,
         "prompt_tokens": job.prompt_tokens,
         "new_tokens": job.new_tokens,
-        "steps": len(steps),
+        "steps": len(recorded.steps),
         **{f"{name}_tokens_per_s": tokens / median(values) for name, values in seconds.items()},
         "times_one_by_one": median(single / served for served, single, _ in pairs),
         "share_of_limit": median(limit / served for served, _, limit in pairs),
     }
 
 
-def serve(model, prompts, new_tokens):
-    """Seconds of all requests at once, and their steps: [(tokens, keys) of each sequence] and logit rows."""
-    comm = model.comm
-    blocks = len(prompts) * -(-(len(prompts[0]) + new_tokens) // BLOCK_SIZE)
-    recorded = Recorded(model)
-    engine = Engine(recorded, blocks, BLOCK_SIZE, max_sequences=len(prompts))
+def request_prompts(model, job, seed):
+    """The prompts of a round: for each request a list of token ids."""
+    ids = random_prompt(model.config, job.requests * job.prompt_tokens, seed)
+    return [ids[start : start + job.prompt_tokens] for start in range(0, len(ids), job.prompt_tokens)]
+
+
+def serve(engine, prompts, new_tokens):
+    """Seconds of all requests at once."""
+    comm = engine.model.comm
     if comm.rank == 0:
         for prompt in prompts:
             engine.add(request_of(prompt, new_tokens))
     comm.exchange(None)
     started = perf_counter()
     engine.run()
-    return comm.broadcast(perf_counter() - started), recorded.steps
+    return comm.broadcast(perf_counter() - started)
 
 
 class Recorded:

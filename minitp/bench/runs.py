@@ -7,7 +7,7 @@ import numpy as np
 
 from minitp.generate import Request, generate
 from minitp.kv_cache import PagedCache
-from minitp.model import chunks, prefill
+from minitp.model import chunks, host_logits, prefill
 from minitp.sampling import SamplingParams
 
 BLOCK_SIZE = 16  # of paged caches
@@ -36,9 +36,9 @@ class Run:
     all_reduce_shares: list
 
 
-def random_prompt(config, tokens):
-    """Token ids [tokens] of a text that says nothing; always the same."""
-    return np.random.default_rng(0).integers(0, config.vocab_size, tokens).tolist()
+def random_prompt(config, tokens, seed=0):
+    """Token ids [tokens] of a text that says nothing; of one seed always the same."""
+    return np.random.default_rng(seed).integers(0, config.vocab_size, tokens).tolist()
 
 
 def request_of(prompt, new_tokens):
@@ -94,7 +94,7 @@ def timed_batch(model, prompt, sequences, steps):
 
     def step():
         parts = [([token], cache) for token, cache in zip(tokens, caches, strict=True)]
-        logits = model.forward_batch(parts, logits_at=slice(None))  # [sequences, V]
+        logits = host_logits(model, model.forward_batch(parts, logits_at=slice(None)))  # [sequences, V]
         return comm.broadcast(logits.argmax(axis=-1).tolist() if comm.rank == 0 else None)
 
     if model.fused:

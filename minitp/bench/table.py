@@ -43,7 +43,8 @@ def limit_lines(result):
     if "copy_gb_per_s" in found:
         rate = f"{found['matrix_gflop_per_s'] / 1e3:.1f} TFLOP/s"
         rows = [
-            ("copy", f"{speed}, read and written on the GPU; a token's weights are {weights}"),
+            ("memory", f"{speed}, reading; a token's weights are {weights}"),
+            ("copy", f"{found['copy_gb_per_s']:.1f} GB/s, read and written on the GPU"),
             ("matrix rate", f"{rate}, by cuBLAS, of {counted(found['matrix_rows'], 'row')}"),
         ]
     else:
@@ -99,13 +100,13 @@ def cpu_speed_lines(_, decode):
 
 
 def gpu_speed_lines(prefill, decode):
-    """The same beside what the GPU copies and multiplies."""
-    copy, rate = decode["share_of_copy"]["median"], prefill["share_of_matrix_rate"]["median"]
+    """The same beside what the GPU reads and multiplies."""
+    share, rate = decode["share_of_reads"]["median"], prefill["share_of_matrix_rate"]["median"]
     reading, reduces = decode["gb_per_s"]["median"], decode["all_reduce_share_per_rank"][0]
     collectives = f"; all-reduces, by their time alone, are {reduces:.0%} of a token" if reduces else ""
     return [
-        "limit: what is read at the copy's speed, or the products at the matrix rate, whichever takes longer",
-        f"decoding reads {reading:.1f} GB/s, {copy:.1%} of the copy's bandwidth{collectives}",
+        "limit: reading at the memory's speed, or the products at the matrix rate, whichever takes longer",
+        f"decoding reads {reading:.1f} GB/s, {share:.1%} of the memory's speed{collectives}",
         f"the prompt's products with the weights go at {rate:.1%} of the matrix rate",
     ]
 

@@ -23,9 +23,10 @@ extern "C" __global__ void cache_write(Half *qkv, const float *cos, const float 
         if (head < heads + kv_heads) {
             for (int j = 0; j < 4; j++) {
                 const float c = cos[token * HALF + column + j], s = sin[token * HALF + column + j];
-                const float x = to_float(low.at[j]), y = to_float(high.at[j]);
-                low.at[j] = to_half(x * c - y * s);
-                high.at[j] = to_half(y * c + x * s);
+                float x = to_float(low.at[j]), y = to_float(high.at[j]);
+                turn(x, y, c, s);
+                low.at[j] = to_half(x);
+                high.at[j] = to_half(y);
             }
         }
         Half *to = from;

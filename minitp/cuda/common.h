@@ -78,14 +78,15 @@ __device__ inline unsigned pair(Half first, Half second) {  // two neighbours of
     return y;
 }
 
-// Weights are read once a step: past L1, so that they push nothing out of it. Zero where there is nothing, by
-// a predicate: a `?:` around the load may end in a copy of what it returns, and so in a wait for it.
+// Weights are read once a step: past L1, so that they push nothing out of it, and into L2 by 128 bytes, which is
+// what the rest of the warp asks for next. Zero where there is nothing, by a predicate: a `?:` around the load may
+// end in a copy of what it returns, and so in a wait for it.
 __device__ inline uint4 load_once(const uint4 *p, bool there) {
     uint4 x = {};
     asm volatile("{\n"
                  ".reg .pred there;\n"
                  "setp.ne.u32 there, %5, 0;\n"
-                 "@there ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 "@there ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n"
                  "}"
                  : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
                  : "l"(p), "r"(static_cast<unsigned>(there)));
@@ -150,6 +151,14 @@ __device__ inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned
 
 // x, rounded to 16 bits and back: where the explicit operation rounds, the kernel does too.
 __device__ inline float rounded(float x) { return to_float(to_half(x)); }
+
+// Turn a pair by its angle, as ops.apply_rope does. Each product is rounded before the sum, which the compiler would
+// otherwise join into one fma: the results have the same bits as those of operations one after the other.
+__device__ inline void turn(float &first, float &second, float cosine, float sine) {
+    const float unturned = first;
+    first = __fsub_rn(__fmul_rn(first, cosine), __fmul_rn(second, sine));
+    second = __fadd_rn(__fmul_rn(second, cosine), __fmul_rn(unturned, sine));
+}
 
 template <class Value>
 __device__ inline Value warp_sum(Value x) {  // the same on all lanes

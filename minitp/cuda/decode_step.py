@@ -1,12 +1,13 @@
 """One token of each of some sequences through the fused kernels: the step that a CUDA graph holds.
 
     begin_step       tokens -> x, and each one's angles and place in the cache
-    per layer        with one rank                        with several
+    per layer        one sequence on one rank             several sequences or ranks
       linear.qkv     norm, q k v, RoPE, cache             rms_norm, then the same without the norm
       attention      all heads, split over the keys       the same
-      linear         w_o and + residual                   w_o; all-reduce; rms_norm with + residual
-      linear.swiglu  norm, gate up, SwiGLU                the same without the norm
-      linear         w_down and + residual                w_down; all-reduce
+      linear         w_o and + residual                   the same; with several ranks w_o, all-reduce, and
+                                                          + residual in the next rms_norm
+      linear.swiglu  norm, gate up, SwiGLU                rms_norm, then the same without the norm
+      linear         w_down and + residual                as w_o
     linear.logits    [norm,] this rank's vocabulary; all-gather, join_columns
     sample, end_step the next tokens, where the device chooses them; lengths + 1
 
@@ -231,7 +232,7 @@ class DecodeStep:
 
     def _record_attention(self, i, record):
         """What attention had and gave, of the first sequence."""
-        length, size = int(self.seen[0]), self.pool.block_size
+        length, size = int(self.model.device.to_host(self.seen)[0]), self.pool.block_size
         first = max(0, length - (self.model.config.windows[0] or length))
         positions = self.model.device.xp.arange(first, length)  # [W]
         places = rows_of_positions(self.block_table[0], positions, size)  # [W]

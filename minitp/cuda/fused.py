@@ -1,5 +1,7 @@
 """The model through the fused kernels: the same steps as `model.Model`, in fewer launches."""
 
+from contextlib import contextmanager
+
 import numpy as np
 
 from minitp import ops
@@ -11,6 +13,7 @@ from minitp.kv_cache import BlockPool, PagedCache
 from minitp.model import Model, joined
 
 BLOCK_SIZE = 16
+KEPT_BLOCKS = 64  # a kept pool has a multiple of so many: a somewhat longer sequence finds room in it
 LARGEST_HEAD = 256
 
 
@@ -68,6 +71,7 @@ class FusedModel(Model):
     def __init__(self, *parts, **options):
         super().__init__(*parts, **options)
         self.kernels = Kernels(self)
+        self._kept_pool = None  # of the last sequence_cache
 
     def connect(self):
         self.comm.reserve(self.kernels.compiler, self.config.hidden_size)
@@ -76,6 +80,23 @@ class FusedModel(Model):
         """An empty cache for one sequence of up to `capacity` positions."""
         blocks = -(-capacity // BLOCK_SIZE)
         return PagedCache(self.new_pool(blocks, BLOCK_SIZE), list(range(blocks)))
+
+    @contextmanager
+    def sequence_cache(self, capacity):
+        """As Model.sequence_cache. The pool is kept, and with it the step that has been captured over it.
+
+        A capture takes as long as some twenty tokens. All ranks enter and leave these blocks alike, so either
+        all of them capture a step or none.
+        """
+        pool, self._kept_pool = self._kept_pool, None  # nobody else gets it before the end of the block
+        blocks = -(-capacity // BLOCK_SIZE)
+        if pool is None or pool.blocks < blocks:
+            pool = None  # gone before there is another
+            pool = self.new_pool(-(-blocks // KEPT_BLOCKS) * KEPT_BLOCKS)
+        try:
+            yield PagedCache(pool, list(range(blocks)))
+        finally:
+            self._kept_pool = pool
 
     def new_pool(self, blocks, block_size=BLOCK_SIZE):
         return Pool(*self._cache_shape(), blocks, block_size)

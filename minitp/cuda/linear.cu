@@ -9,8 +9,8 @@
 // x         [tokens, width]    width is a multiple of 8; padding columns are zero in x and in weight
 // weight    [outputs, width]   an output's weights lie behind one another
 // bias      [outputs] or null
-// norm      [width]            with -DNORM: x, without padding, is ops.rms_norm'ed first, with this weight;
-//                              at most 8 tokens
+// norm      [width]            with -DNORM: x, one token without padding, is ops.rms_norm'ed first, with this
+//                              weight; every block does so, which for more tokens would take longer than a launch
 //
 // Macros: TOKEN_TILES, each of 8 tokens; PAIR_TILES, see below; NORM.
 //
@@ -25,8 +25,8 @@
 // A block has PAIR_TILES, and all blocks read all of x, from the L2 cache: tokens / (16 PAIR_TILES) bytes for
 // one of weight. So it is two for many tokens; for few it is one, as there are more blocks to share out then.
 // The 8 warps of a block add up their sums in a fixed order. Neither a warp's columns nor their order depends
-// on the macros, so a token's output is the same bits whatever tokens lie beside it. (With NORM the sum of
-// squares has another order than in rms_norm.cu.)
+// on the macros, so a token's output is the same bits whatever tokens lie beside it. (So are a norm's: a row is
+// summed here as in rms_norm.cu.)
 
 #include "common.h"
 
@@ -56,43 +56,31 @@ struct Input {
 
 #ifdef NORM
 
-// ops.rms_norm of all rows, to shared memory. Their stride there, 64 bytes more than a multiple of 128, puts
-// what 8 lanes read of two rows into different banks.
+// ops.rms_norm of the only row, to shared memory.
 __device__ Input input_of(const Product &p) {
-    __shared__ float squares[TOKENS][WARPS];
+    __shared__ float room[WARP];
     DYNAMIC_SHARED(Half, normed);
-    const int stride = (p.width + 63) / 64 * 64 + 32, vectors = p.width / 8;
+    const Half8 *const x8 = reinterpret_cast<const Half8 *>(p.x);
     const Half8 *const norm8 = reinterpret_cast<const Half8 *>(p.norm);
+    Half8 *const normed8 = reinterpret_cast<Half8 *>(normed);
 
-    for (int token = 0; token < p.tokens; token++) {
-        const Half8 *const x8 = reinterpret_cast<const Half8 *>(p.x + token * p.width);
-        Half8 *const normed8 = reinterpret_cast<Half8 *>(normed + token * stride);
-        float sum = 0;
-        for (int i = threadIdx.x; i < vectors; i += THREADS) {
-            const Half8 values = x8[i];
-            normed8[i] = values;  // read again by this thread only, below
-            for (int j = 0; j < 8; j++) sum += to_float(values.at[j]) * to_float(values.at[j]);
+    float squares = 0;
+    for (int i = threadIdx.x; i < p.width / 8; i += THREADS) {
+        const Half8 values = x8[i];
+        normed8[i] = values;  // read again by this thread only, below
+        for (int j = 0; j < 8; j++) squares += to_float(values.at[j]) * to_float(values.at[j]);
+    }
+    const float rms = sqrtf(block_sum(squares, room) / p.width + p.eps);
+    for (int i = threadIdx.x; i < p.width / 8; i += THREADS) {
+        const Half8 values = normed8[i], weights = norm8[i];
+        Half8 result;
+        for (int j = 0; j < 8; j++) {
+            result.at[j] = to_half(rounded(to_float(values.at[j]) / rms) * to_float(weights.at[j]));
         }
-        sum = warp_sum(sum);
-        if (threadIdx.x % WARP == 0) squares[token][threadIdx.x / WARP] = sum;
+        normed8[i] = result;
     }
     __syncthreads();
-    for (int token = 0; token < p.tokens; token++) {
-        Half8 *const normed8 = reinterpret_cast<Half8 *>(normed + token * stride);
-        float sum = 0;
-        for (int warp = 0; warp < WARPS; warp++) sum += squares[token][warp];
-        const float rms = sqrtf(sum / p.width + p.eps);
-        for (int i = threadIdx.x; i < vectors; i += THREADS) {
-            const Half8 values = normed8[i], weights = norm8[i];
-            Half8 result;
-            for (int j = 0; j < 8; j++) {
-                result.at[j] = to_half(rounded(to_float(values.at[j]) / rms) * to_float(weights.at[j]));
-            }
-            normed8[i] = result;
-        }
-    }
-    __syncthreads();
-    return {normed, stride};
+    return {normed, p.width};
 }
 
 #else
@@ -256,9 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         float left = rounded(with_bias(first, bias, rows.first));
         float right = rounded(with_bias(second, bias, rows.second));
         if (head < heads + kv_heads) {
-            const float c = cos[token * half + i], s = sin[token * half + i], unturned = left;
-            left = left * c - right * s;
-            right = right * c + unturned * s;
+            turn(left, right, cos[token * half + i], sin[token * half + i]);
         }
         Half *to = q + (token * heads + head) * head_dim;
         if (head >= heads) {
