@@ -1,10 +1,10 @@
 """What machines can do: memory, bandwidth, matrix rate and links, each figure with its source.
 
 Figures of GPUs are those of NVIDIA's datasheets: memory in GB of 10^9 bytes, matrix rates dense (half of what
-is printed "with sparsity") and with float32 sums.
+is printed "with sparsity") and with float32 sums. The bandwidth of an H100 and an H200 was measured.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Hardware:
     efficiency : Efficiency
     reserve_bytes : float
         That a rank takes beside weights and cache.
+    limit_source, expected_source : str
+        Where the figures come from, and those of `efficiency`; for people.
     cores : int or None
         Of a CPU, whose ranks share the figures above. None: each rank has a GPU of its own.
     """
@@ -86,6 +88,8 @@ class Hardware:
     link: Link
     efficiency: Efficiency
     reserve_bytes: float
+    limit_source: str
+    expected_source: str
     cores: int | None = None
 
 
@@ -104,6 +108,17 @@ GPU_SOURCES = (
     "link's bandwidth: as NCCL on H100"
 )
 
+# minitp's own, on one H100 and one H200, 2026-11-27 (docs/performance.md): Mistral 7B in bfloat16. A token
+# takes as long as reading its bytes and 26 µs a layer, and each sequence of a batch of up to 32 takes 2.2 µs
+# a layer more. A prompt of 2048 went at 54% of the datasheet's matrix rate, where cuBLAS alone reached 77%.
+# No collective has run between GPUs: those figures are the ones above.
+HOPPER_EFFICIENCY = Efficiency(matrix=0.54, link=0.82, latency=1.4, layer_s=26e-6, sequence_s=2.2e-6)
+HOPPER_SOURCES = (
+    "26 µs a layer for small kernels and 2.2 more for each sequence, 54% of the matrix rate: minitp's own "
+    "runs on one GPU, docs/performance.md; collectives that take 1.4 times their lone latency: as gpt-fast "
+    "on A100; 82% of the link's bandwidth: as NCCL on H100"
+)
+
 # Measured on two cores (docs/performance.md). A decode step of the demo model at TP=2: 2.1 ms of small
 # operations over 30 layers, and 1.0 ms of collectives, three times as long as they take alone. Batches of 8
 # to 96 say how much of the former comes anew with each sequence. Prefill: 80% are products. Bare products of
@@ -116,6 +131,8 @@ CPU_SOURCES = (
     "operations and 50 more for each sequence; collectives that take three times their lone latency: "
     "minitp's own runs, docs/performance.md"
 )
+
+PRODUCTS = "the bandwidth and matrix rate that products of the model's shapes reached just now on all cores"
 
 # Latencies: NCCL's own model of a tree of low latency (src/graph/tuning.cc, 2.28: a base of 6.8 µs; hops of
 # 0.6 over NVLink, 1.0 over PCIe, 5.0 over a network). For 8 GPUs over NVLink it says 15 µs; for messages of 8
@@ -141,6 +158,10 @@ GPUS_PER_NODE = 8
 SHARED_MEMORY_HOP_S = 2.7e-6
 
 
+DATASHEET = "bandwidth and matrix rate of the datasheet"
+READ = "the bandwidth that a kernel reaches which only reads, matrix rate of the datasheet"
+
+
 def _gpu(name, title, memory_gb, gb_per_s, tflops_16_bit, tflops_float32, link):
     rates = {
         "bfloat16": tflops_16_bit * 1e12,
@@ -148,7 +169,13 @@ def _gpu(name, title, memory_gb, gb_per_s, tflops_16_bit, tflops_float32, link):
         "float32": tflops_float32 * 1e12,
     }
     # 1 GB: the CUDA context, NCCL's buffers, cuBLAS's workspace and the activations of a pass (assumed).
-    return Hardware(name, title, memory_gb * 1e9, gb_per_s * 1e9, rates, link, GPU_EFFICIENCY, 1e9)
+    sources = DATASHEET, GPU_SOURCES
+    return Hardware(name, title, memory_gb * 1e9, gb_per_s * 1e9, rates, link, GPU_EFFICIENCY, 1e9, *sources)
+
+
+def _measured(gpu):
+    """The same GPU, whose bandwidth is measured, with what minitp reaches on it."""
+    return replace(gpu, efficiency=HOPPER_EFFICIENCY, limit_source=READ, expected_source=HOPPER_SOURCES)
 
 
 GPUS = {
@@ -156,10 +183,10 @@ GPUS = {
     for gpu in (
         # HGX B200 datasheet, a GPU's share of eight: 180 GB, 8 TB/s, 2.25 PFLOP/s, 75 TFLOP/s in float32
         _gpu("b200", "B200 SXM, 180 GB", 180, 8000, 2250, 75, NVLINK_5),
-        # H200 datasheet, SXM: 141 GB, 4.8 TB/s, 1979 TFLOP/s with sparsity, 67 in float32
-        _gpu("h200", "H200 SXM, 141 GB", 141, 4800, 989, 67, NVLINK_4),
-        # H100 datasheet, SXM: 80 GB, 3.35 TB/s, 1979 TFLOP/s with sparsity, 67 in float32
-        _gpu("h100", "H100 SXM, 80 GB", 80, 3350, 989, 67, NVLINK_4),
+        # H200 datasheet, SXM: 141 GB, 4.8 TB/s (read: 4.62), 1979 TFLOP/s with sparsity, 67 in float32
+        _measured(_gpu("h200", "H200 SXM, 141 GB", 141, 4620, 989, 67, NVLINK_4)),
+        # H100 datasheet, SXM: 80 GB, 3.35 TB/s (read: 3.19), 1979 TFLOP/s with sparsity, 67 in float32
+        _measured(_gpu("h100", "H100 SXM, 80 GB", 80, 3190, 989, 67, NVLINK_4)),
         # A100 datasheet, SXM: 80 GB, 2039 GB/s and 40 GB, 1555 GB/s; 312 TFLOP/s, 19.5 in float32
         _gpu("a100", "A100 SXM, 80 GB", 80, 2039, 312, 19.5, NVLINK_3),
         _gpu("a100-40gb", "A100 SXM, 40 GB", 40, 1555, 312, 19.5, NVLINK_3),
@@ -181,5 +208,6 @@ def cpu(cores, memory_bytes, memory_bytes_per_s, flops_per_s):
     title = f"this machine, {cores} core{'s' if cores > 1 else ''}, {memory_bytes / 1e9:.0f} GB"
     # 0.2 GB: Python and the libraries in each rank (weights.Loader).
     return Hardware(
-        "cpu", title, memory_bytes, memory_bytes_per_s, flops_per_s, link, CPU_EFFICIENCY, 0.2e9, cores
+        *("cpu", title, memory_bytes, memory_bytes_per_s, flops_per_s, link, CPU_EFFICIENCY, 0.2e9),
+        *(PRODUCTS, CPU_SOURCES, cores),
     )

@@ -437,6 +437,20 @@ def test_gpt_fast_on_a100(model):
 def test_a_small_model_on_h100():
     """vLLM and SGLang reach at most half of the bandwidth with Llama-3.2-1B (Spector et al., 2025)."""
     config = llama(2048, 8192, 16, 32, 8, 128256, head_dim=64, tie_word_embeddings=True)
-    found = estimate(config, H100, Spread(1, 1), "bfloat16", Job(256, 32))
+    theirs = dataclasses.replace(H100, memory_bytes_per_s=3.35e12, efficiency=A100.efficiency)
+    found = estimate(config, theirs, Spread(1, 1), "bfloat16", Job(256, 32))
     share = found.decode_expected_tokens_per_s / found.decode_limit_tokens_per_s
     assert share == pytest.approx(0.5, rel=0.1)
+
+
+# tokens/s of Mistral 7B in bfloat16 with 512 tokens in the cache, by sequences at once: docs/performance.md
+MEASURED = {"h100": {1: 186.5, 8: 1284, 32: 4018}, "h200": {1: 254.5, 8: 1681, 32: 4711}}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_minitp_on_a_gpu(name):
+    for batch, measured in MEASURED[name].items():
+        found = estimate(MISTRAL, GPUS[name], Spread(1, 1), "bfloat16", Job(4096, 512, batch))
+        assert found.batch_expected_tokens_per_s == pytest.approx(measured, rel=0.05), batch
+    prompt = estimate(MISTRAL, GPUS[name], Spread(1, 1), "bfloat16", Job(4096, 2048))
+    assert prompt.prefill_expected_s == pytest.approx(0.056, rel=0.05)

@@ -194,7 +194,7 @@ def test_json_says_everything(fixed, capsys):
     for note in result["notes"]:
         assert note in joined(text).replace(" - ", " ")
     assert "7.24 billion parameters in 32 layers, 14.48 GB in bfloat16" in joined(text)
-    for source in ("gpt-fast", "FlashAttention-2", "InfiniBand", "NCCL"):
+    for source in ("minitp's own runs", "gpt-fast", "InfiniBand", "NCCL"):
         assert source in text, "where the figures come from"
 
 

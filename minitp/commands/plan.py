@@ -8,7 +8,7 @@ from minitp.bench.this_machine import measure_cpu
 from minitp.commands.plan_text import text
 from minitp.errors import InputError
 from minitp.estimate import ITEM_BYTES, Job, Spread, cache_bytes, estimate, smallest_tp
-from minitp.hardware import CPU_SOURCES, GPU_SOURCES, GPUS, GPUS_PER_NODE, NETWORK
+from minitp.hardware import GPUS, GPUS_PER_NODE, NETWORK
 from minitp.model_source import open_config
 from minitp.output import write_out
 from minitp.shard import make_plan
@@ -148,17 +148,13 @@ def notes(config, hardware, result, left_out):
         f"tokens/s: a token behind {behind} in the cache of each sequence; in collectives: of the time "
         "of one sequence's token."
     )
+    limit = f"limit: {hardware.limit_source}, and "
     if on_cpu:
-        found.append(
-            "limit: the bandwidth and matrix rate that products of the model's shapes reached just now on "
-            "all cores, and the latency of the collectives. More ranks than cores share these."
-        )
+        found.append(f"{limit}the latency of the collectives. More ranks than cores share these.")
     else:
-        found.append(
-            "limit: bandwidth and matrix rate of the datasheet, and NCCL's latency of the collectives over "
-            f"{hardware.link.name}; between nodes {NETWORK.name}."
-        )
-    found.append(f"expected: {CPU_SOURCES if on_cpu else GPU_SOURCES}.")
+        link = f"{hardware.link.name}; between nodes {NETWORK.name}"
+        found.append(f"{limit}NCCL's latency of the collectives over {link}.")
+    found.append(f"expected: {hardware.expected_source}.")
     found += [
         f"config.json has a field {name!r} that minitp does not know; if it changes shapes, this is wrong."
         for name in config.unread
