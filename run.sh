@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ./run.sh "The capital of France is"     sets up, fetches the demo model, streams text from four ranks
 # ./run.sh test [PYTEST ARGUMENTS]        sets up, runs the tests
-# ./run.sh gpu                            tests, checks and measures on this machine's GPU, within 8 minutes
+# ./run.sh gpu [--only PART] [--budget S]  tests, checks and measures on this machine's GPU, within 8 minutes
 # ./run.sh setup                          only sets up
 # ./run.sh generate ... --tp 2            any minitp command with its arguments (see ./run.sh --help)
 set -euo pipefail
@@ -93,9 +93,16 @@ case ${1:-} in
         cd "$root" && exec "$python" -m pytest "$@"
         ;;
     gpu)
-        # MINITP_PYTHON is an interpreter that has all packages: then nothing is installed.
-        if [ -n "${MINITP_PYTHON:-}" ]; then python=$MINITP_PYTHON; else setup test; fi
-        cd "$root" && PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" benchmarks/gpu.py
+        shift
+        # MINITP_PYTHON is an interpreter that has all packages: then nothing is installed or fetched.
+        if [ -n "${MINITP_PYTHON:-}" ]; then
+            python=$MINITP_PYTHON
+        else
+            setup test
+            PIP_RETRIES=1 PIP_TIMEOUT=10 "$python" -m minitp shard --tp 1 >/dev/null ||
+                say "without the demo model its checks are skipped"
+        fi
+        cd "$root" && PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" benchmarks/gpu.py "$@"
         ;;
     *)
         setup "$1"

@@ -1,21 +1,72 @@
-"""Steps of benchmarks/gpu.py that are no minitp command."""
+"""Steps of benchmarks/gpu.py that are no minitp command: nccl, loading, goldens PATH DTYPE [FAMILY ..]."""
 
 import json
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from minitp.errors import one_line
 from minitp.random_weights import random_config
 
 LAYERS = 6  # of Mistral 7B: 3.1 GB
+GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "goldens"
+DECODED = 2
+
+
+def goldens(path, dtype, *names):
+    """Do `minitp check` of each family's small checkpoint in tests/goldens, all in this process.
+
+    The exit code is 1 if a family is wrong, or if none of them takes the path.
+    """
+    from minitp.comm import Alone
+    from minitp.places import place_ranks
+
+    comm, found = place_ranks(Alone(), "cuda"), {}
+    for name in names or sorted(folder.parent.name for folder in GOLDENS.glob("*/config.json")):
+        try:
+            found[name], said = check_family(GOLDENS / name, comm, path, dtype)
+        except Exception as error:  # the other families go on
+            found[name], said = "wrong", one_line(error)
+        print(f"{name}: {said}", flush=True)
+    wrong, count = [name for name in found if found[name] == "wrong"], Counter(found.values())
+    if wrong:
+        sys.exit(f"wrong: {len(wrong)} of {len(found)} families: {', '.join(wrong)}")
+    if not count["right"]:
+        sys.exit(f"none of {len(found)} families takes the {path} path")
+    others = f"; not on the {path} path: {count['other']}" if count["other"] else ""
+    print(f"right: {count['right']} of {len(found)} families{others}")
+
+
+def check_family(folder, comm, path, dtype):
+    """Return "right" or "wrong", or "other" if the path does not take this family; and a line on that."""
+    from minitp.check import check_model
+    from minitp.commands.check import verdict
+    from minitp.cuda.fused import unfit
+    from minitp.cuda.gpu import with_dtype
+    from minitp.model import load_model
+    from minitp.model_source import open_model
+    from minitp.trace import passes_of
+
+    source = open_model(str(folder), 1)
+    device = with_dtype(comm.gpu, dtype, source.config.dtype)
+    reason = unfit(source.config, source.plan, device, "auto") if path == "fused" else None
+    if reason is not None:
+        return "other", f"not on the fused path: {reason}"
+    model = load_model(source, comm, device, path=path)
+    model.connect()
+    with np.load(folder / "golden.npz") as golden:
+        prompt = golden["prompt"].tolist()
+    result = check_model(source, model, prompt, passes_of(len(prompt), DECODED))
+    return "right" if result.ok else "wrong", verdict(source, result)
 
 
 def nccl():
-    """NCCL's calls with a single rank: an all-reduce and an all-gather give back what they got."""
+    """Call NCCL with a single rank: an all-reduce and an all-gather give back what they got."""
     from minitp.comm import Alone
     from minitp.cuda.nccl import NcclComm, load_nccl
     from minitp.places import place_ranks
@@ -33,7 +84,7 @@ def nccl():
 
 
 def loading(name="mistral-7b", layers=LAYERS):
-    """`minitp bench` of a model in a file, for how fast it is loaded."""
+    """Run `minitp bench` of a model in a file, for how fast it is loaded."""
     with tempfile.TemporaryDirectory(prefix="minitp-loading-") as folder:
         write_model(Path(folder), random_config(name) | {"num_hidden_layers": layers})
         command = [sys.executable, "-m", "minitp", "bench", "--model", folder, "--device", "cuda", "--json"]
@@ -46,7 +97,7 @@ def loading(name="mistral-7b", layers=LAYERS):
 
 
 def write_model(folder, fields):
-    """A model's directory with bfloat16 weights that look random."""
+    """Write a model's directory with bfloat16 weights that look random."""
     from safetensors.numpy import save_file
 
     from minitp.bench.tiled import TiledWeights
@@ -61,4 +112,7 @@ def write_model(folder, fields):
     (folder / "config.json").write_text(json.dumps(fields))
 
 
-PARTS = {"nccl": nccl, "loading": loading}
+PARTS = {"goldens": goldens, "nccl": nccl, "loading": loading}
+
+if __name__ == "__main__":
+    PARTS[sys.argv[1]](*sys.argv[2:])

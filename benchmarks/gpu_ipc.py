@@ -1,0 +1,148 @@
+"""Four processes on one GPU that sum through each other's memory: all_reduce.cu over CUDA IPC, against NumPy.
+
+`--comm peer` needs a GPU for each rank. What it asks of CUDA is the same on one GPU: memory that other
+processes open by its handle, and kernels that wait for flags which those of other processes set. Kernels of
+several processes take turns on one GPU, some milliseconds each, so a sum is slow here, and there are few.
+"""
+
+import multiprocessing
+import sys
+import time
+from contextlib import contextmanager
+
+import ml_dtypes
+import numpy as np
+
+from minitp import ops
+from minitp.cuda.all_reduce import AllReduce, region_bytes
+from minitp.cuda.compiler import Compiler
+from minitp.cuda.gpu import open_gpu
+
+RANKS, ROWS, WIDTH, CALLS = 4, 3, 576, 20
+DTYPES = (np.float16, ml_dtypes.bfloat16)
+EPS = 1e-5
+PATIENCE_S = 30.0
+END_S = 5.0  # from the end of the first process to that of the last
+LATE_S = 0.02
+
+
+def main():
+    """Run the processes; return 1 if one of them fails, which has said why itself."""
+    spawn = multiprocessing.get_context("spawn")  # a fork could not use CUDA
+    pipes = [spawn.Pipe() for _ in range(RANKS)]
+    processes = [
+        spawn.Process(target=work, args=(rank, end), daemon=True) for rank, (_, end) in enumerate(pipes)
+    ]
+    for process, (_, end) in zip(processes, pipes, strict=True):
+        process.start()
+        end.close()  # so that the end of the process is seen here
+    try:
+        while True:
+            values = [pipe.recv() for pipe, _ in pipes]
+            for pipe, _ in pipes:
+                pipe.send(values)
+    except (EOFError, ConnectionError):
+        pass  # a process has ended
+    deadline = time.monotonic() + END_S
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    if any(process.exitcode != 0 for process in processes):
+        return 1
+    dtypes = " and ".join(np.dtype(dtype).name for dtype in DTYPES)
+    print(f"{CALLS} sums, and {CALLS} with the norm, of {RANKS} processes are NumPy's in {dtypes}")
+    return 0
+
+
+def work(rank, pipe):
+    """One process: make all sums, and compare them with NumPy's."""
+
+    def exchange(value):
+        """Return the values that all processes have given."""
+        pipe.send(value)
+        return pipe.recv()
+
+    gpu = open_gpu()
+    for dtype in DTYPES:
+        for check in (check_sums, check_norms):
+            with shared_regions(gpu, rank, exchange) as regions:
+                calls, missing = gpu.cupy.zeros(ROWS, np.uint64), gpu.cupy.zeros(1, np.int32)
+                compiler = Compiler(gpu.cupy, np.dtype(dtype))
+                reduce = AllReduce(compiler, rank, regions, calls, missing, WIDTH, PATIENCE_S)
+                check(gpu, rank, reduce, dtype)
+                late = int(gpu.to_host(missing)[0])
+                assert late == 0, f"rank {rank} waited for rank {late - 1} in vain"
+
+
+@contextmanager
+def shared_regions(gpu, rank, exchange):
+    """Yield the addresses of all processes' regions as this one sees them, uint64 [ranks] on the GPU."""
+    runtime, nbytes = gpu.cupy.cuda.runtime, region_bytes(RANKS, ROWS, WIDTH)
+    mine = runtime.malloc(nbytes)
+    runtime.memsetAsync(mine, 0, nbytes, gpu.stream.ptr)
+    gpu.stream.synchronize()
+    handles = exchange(runtime.ipcGetMemHandle(mine))
+    seen = [mine if r == rank else runtime.ipcOpenMemHandle(handle) for r, handle in enumerate(handles)]
+    yield gpu.from_host(np.array(seen, np.uint64))
+    gpu.stream.synchronize()
+    exchange(None)  # nobody reads any more
+    for r, region in enumerate(seen):
+        if r != rank:
+            runtime.ipcCloseMemHandle(region)
+    exchange(None)
+    runtime.free(mine)
+
+
+def check_sums(gpu, rank, reduce, dtype):
+    """Make sums one after another, one process after another being late; all have NumPy's bits."""
+    partial, expected = drawn(dtype)
+    given = [gpu.from_host(one[rank]) for one in partial]
+    out = [gpu.cupy.empty((ROWS, WIDTH), dtype) for _ in range(CALLS)]
+    for call in range(CALLS):
+        be_late(rank, call)
+        reduce(given[call], out[call])
+    for call in range(CALLS):
+        np.testing.assert_array_equal(bits(gpu.to_host(out[call])), bits(expected[call]))
+
+
+def check_norms(gpu, rank, reduce, dtype):
+    """The same with the residual and the norm, each of which goes on from the one before."""
+    partial, sums = drawn(dtype)
+    x, weight, bias = np.random.default_rng(1).normal(size=(3, WIDTH)).astype(dtype)
+    x = np.tile(x, (ROWS, 1))  # [T, D]
+    residual, on_gpu = gpu.from_host(x), [gpu.from_host(array) for array in (weight, bias)]
+    given = [gpu.from_host(one[rank]) for one in partial]
+    out = [gpu.cupy.empty((ROWS, WIDTH), dtype) for _ in range(CALLS)]
+    for call in range(CALLS):
+        be_late(rank, call)
+        reduce.add_and_norm(given[call], residual, on_gpu[0], out[call], EPS, bias=on_gpu[1])
+    for call in range(CALLS):
+        x = x + (sums[call] + bias)
+        found, expected = (
+            a.astype(np.float32) for a in (gpu.to_host(out[call]), ops.rms_norm(np, x, weight, EPS))
+        )
+        # The squares are summed in another order, so a value near a tie may be rounded to the other side.
+        np.testing.assert_allclose(found, expected, rtol=2 * float(ml_dtypes.finfo(dtype).eps))
+    np.testing.assert_array_equal(bits(gpu.to_host(residual)), bits(x))
+
+
+def drawn(dtype):
+    """Return partial sums [calls, ranks, T, D], the same in all processes, and their sums [calls, T, D]."""
+    partial = np.random.default_rng(0).normal(size=(CALLS, RANKS, ROWS, WIDTH)).astype(dtype)
+    total = partial[:, 0].astype(np.float32)
+    for rank in range(1, RANKS):
+        total += partial[:, rank].astype(np.float32)
+    return partial, total.astype(dtype)
+
+
+def be_late(rank, call):
+    """Have the others wait for this rank in some of the calls."""
+    if call % RANKS == rank:
+        time.sleep(LATE_S)
+
+
+def bits(x):
+    return x.view(np.uint16)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
