@@ -8,7 +8,7 @@ from pathlib import Path
 from gpu_steps import Step
 
 from minitp.demo import NAME, cache_directory
-from minitp.errors import MinitpError
+from minitp.errors import MinitpError, one_line
 from minitp.job import find_mpirun
 
 MODEL = "random:mistral-7b"
@@ -51,9 +51,9 @@ def checks():
         command = minitp("check", "The capital of France is", "--tp", 1, "--path", path, "--dtype", "float16")
         wanted.append(Check(f"check demo, {path}, float16", command, 120, no_demo))
     shared = ["--model", "random:smollm2-135m", "--layers", 4, "--tp", 4, "--share-gpu"]
-    for transport in ("nccl", "mpi"):
+    for transport, reason in (("nccl", no_shared_nccl), ("mpi", no_mpirun)):
         command = minitp("check", *ids, *shared, "--path", "fused", "--comm", transport)
-        wanted.append(Check(f"four ranks on one GPU, {transport}", command, 120, no_mpirun))
+        wanted.append(Check(f"four ranks on one GPU, {transport}", command, 120, reason))
     wanted.append(Check("four processes on one GPU, peer memory", script("gpu_ipc.py"), 60))
     wanted.append(Check("NCCL, one rank", script("gpu_parts.py", "nccl"), 60))
     return wanted
@@ -110,6 +110,19 @@ def no_mpirun():
     except MinitpError:
         return "no mpirun found; MINITP_MPICH=WHEEL gives one, see docs/troubleshooting.md"
     return missing("mpi4py")()
+
+
+def no_shared_nccl():
+    """Return why several ranks cannot share a GPU through NCCL here, or None."""
+    from minitp.cuda.nccl import SHARES_GPUS, load_nccl
+
+    try:
+        version = load_nccl().get_version()
+    except MinitpError as error:
+        return one_line(error)
+    if version < SHARES_GPUS:
+        return f"NCCL {version} does not let several ranks share a GPU; from {SHARES_GPUS} on it does"
+    return no_mpirun()
 
 
 def no_demo():

@@ -111,8 +111,16 @@ class _Rank:
 
     def check_locally(self, progress):
         """All steps against what should have come of their inputs, block by block."""
-        inputs = self.weights, self.had, self.token_ids, self.passes, self.sums
-        check = LocalCheck(self.reference, self.plan, self.comm, *inputs)
+        check = LocalCheck(
+            self.reference,
+            self.plan,
+            self.comm,
+            weights=self.weights,
+            had=self.had,
+            token_ids=self.token_ids,
+            passes=self.passes,
+            sums=self.sums,
+        )
         for this in self.passes:
             self._judge(this, None, check.before(this))
         for i in range(self.plan.layers):

@@ -21,12 +21,12 @@ BLOCK = 1 << 22  # weights in float64 at a time
 
 
 def exactly(value):
-    """Nothing but this: for copies and gathers."""
+    """Expect exactly this value, for copies and gathers."""
     return Expected(value)
 
 
 def rms_norm(x, weight, eps):
-    """[T, D], [D] -> [T, D]"""
+    """Expect the RMSNorm of x [T, D] with a weight [D]: [T, D]."""
     given = x
     x, x3 = both(x)  # [T, D] each
     value = oracle_ops.rms_norm(x, weight, eps)  # [T, D]
@@ -36,7 +36,7 @@ def rms_norm(x, weight, eps):
 
 
 def linear(x, weight, bias=None, dtype=None, sums=IN_FLOAT32):
-    """x W^T + b: [T, in], [out, in], [out] -> [T, out] in `dtype`, None for that of `x`."""
+    """Expect x W^T + b: [T, in], [out, in], [out] -> [T, out] in `dtype`, None for that of `x`."""
     given = x
     x, x3 = both(x)  # [T, in] each
     shape = (len(x), len(weight))
@@ -51,11 +51,14 @@ def linear(x, weight, bias=None, dtype=None, sums=IN_FLOAT32):
         third[:, out] = rounded(sums.matmul(x3, w.T) + b.astype(np.float32), dtype or x3.dtype)
         scale[:, out] = squares @ np.square(w.T, dtype=np.float64) + np.square(b, dtype=np.float64)
     terms = weight.shape[1]
-    return Expected(value, third, np.sqrt(scale), terms=terms, drift=sums.drift(terms)).of(given)
+    return Expected(value, third, np.sqrt(scale), terms=terms, blocks=sums.blocks(terms)).of(given)
 
 
 def rope(x, positions, inverse_frequencies, factor):
-    """[n, T, d], int [T], float64 [d/2], number -> [n, T, d]. The third's angles are float32, as all are."""
+    """Expect x [n, T, d] turned by the angles of positions int [T], frequencies float64 [d/2]: [n, T, d].
+
+    The third implementation's angles are float32, as they are everywhere.
+    """
     given = x
     x, x3 = both(x)  # [n, T, d] each
     value = oracle_ops.rope(x, positions, inverse_frequencies, factor)  # [n, T, d]
@@ -72,14 +75,14 @@ def rope(x, positions, inverse_frequencies, factor):
 
 
 def scaled(x, factor):
-    """x times a number that is rounded to the dtype of x first, any shape."""
+    """Expect x times a number that is rounded to the dtype of x first, any shape."""
     value = x.astype(np.float64) * factor
     third = x.astype(np.float32) * np.asarray(factor).astype(x.dtype).astype(np.float32)
     return Expected(value, rounded(third, x.dtype), np.abs(value))
 
 
 def soft_cap(x, cap):
-    """cap tanh(x / cap) of float32, any shape."""
+    """Expect cap tanh(x / cap) of float32, any shape."""
     given = x
     x, x3 = both(x)
     value, cap32 = oracle_ops.soft_cap(x, cap), np.float32(cap)
@@ -88,7 +91,9 @@ def soft_cap(x, cap):
 
 
 def scores(q, k, mask, root, cap=None, sums=IN_FLOAT32):
-    """[H_r, T, d], each head's keys [H_r, S, d], bool [T, S] -> float32 [H_r, T, S], -inf where not seen.
+    """Expect the scores of q [H_r, T, d] and each head's keys [H_r, S, d]: float32 [H_r, T, S].
+
+    They are -inf where the mask, bool [T, S], says no.
 
     Products are divided by `root`, and then within `cap`, if there is one.
     """
@@ -104,11 +109,11 @@ def scores(q, k, mask, root, cap=None, sums=IN_FLOAT32):
     squares = np.matmul(np.square(q, dtype=np.float64), np.square(k, dtype=np.float64).transpose(0, 2, 1))
     scale = np.sqrt(squares) / root  # [H_r, T, S]
     terms = q.shape[-1]
-    return Expected(value, third.astype(np.float64), scale, terms=terms, drift=sums.drift(terms))
+    return Expected(value, third.astype(np.float64), scale, terms=terms, blocks=sums.blocks(terms))
 
 
 def softmax(x):
-    """float32 [H_r, T, S] -> float32 [H_r, T, S]"""
+    """Expect the softmax over the last axis of float32 [H_r, T, S], in float32."""
     given = x
     x, x3 = both(x)  # [H_r, T, S] each
     value = oracle_ops.softmax(x)  # [H_r, T, S]
@@ -121,7 +126,7 @@ def softmax(x):
 
 
 def context(probs, v):
-    """float32 [H_r, T, S], each head's values [H_r, S, d] -> [T, H_r * d]"""
+    """Expect the context: float32 probabilities [H_r, T, S], each head's values [H_r, S, d] -> [T, H_r d]."""
     given = probs
     probs, probs3 = both(probs)  # [H_r, T, S] each
     value = oracle_ops.context(probs, v)  # [T, H_r * d]
@@ -132,7 +137,7 @@ def context(probs, v):
 
 
 def geglu(gate, up):
-    """[T, F_r] twice -> [T, F_r]"""
+    """Expect gelu(gate) * up: [T, F_r] twice -> [T, F_r]."""
     value = oracle_ops.geglu(gate, up)  # [T, F_r]
     g, u = gate.astype(np.float32), up.astype(np.float32)  # [T, F_r] each
     cube = np.float32(0.044715) * g * g * g  # [T, F_r]
@@ -143,7 +148,7 @@ def geglu(gate, up):
 
 
 def swiglu(gate, up):
-    """[T, F_r] twice -> [T, F_r]"""
+    """Expect silu(gate) * up: [T, F_r] twice -> [T, F_r]."""
     given = gate, up
     (gate, gate3), (up, up3) = both(gate), both(up)  # [T, F_r] each
     value = oracle_ops.swiglu(gate, up)  # [T, F_r]
@@ -154,7 +159,10 @@ def swiglu(gate, up):
 
 
 def experts_act(x, chosen, gates, ups):
-    """[T, D], bool [T, E], each expert's [F_r, D] twice -> [T, X, F_r]. Gates and ups are not seen."""
+    """Expect SwiGLU of a token's experts: [T, D], bool [T, E], each expert's [F_r, D] twice -> [T, X, F_r].
+
+    What comes of the gates and the ups is not seen.
+    """
     shape = (len(x), int(chosen[0].sum()), len(gates[0]))
     value, third, scale = np.empty(shape), np.empty(shape), np.empty(shape)  # [T, X, F_r] each
     places = np.cumsum(chosen, axis=1) - 1  # [T, E]
@@ -172,7 +180,7 @@ def experts_act(x, chosen, gates, ups):
 
 
 def experts_sum(acts, shares, downs):
-    """[T, X, F_r], float64 [T, E], each expert's [D, F_r] -> [T, D]"""
+    """Expect the weighted sum: [T, X, F_r], shares float64 [T, E], each expert's [D, F_r] -> [T, D]."""
     shape = (len(acts), len(downs[0]))
     value, third, squares = np.zeros(shape), np.zeros(shape, np.float32), np.zeros(shape)  # [T, D] each
     places = np.cumsum(shares > 0, axis=1) - 1  # [T, E]
@@ -188,7 +196,7 @@ def experts_sum(acts, shares, downs):
 
 
 def total(parts, bias=None):
-    """The sum of the ranks' [T, D], and a bias [D] once: [T, D]. 16-bit terms are summed in float32.
+    """Expect the sum of the ranks' [T, D], and a bias [D] once: [T, D]. 16-bit terms are summed in float32.
 
     The third rounds the sum as an all-reduce must, before the bias comes to it.
     """
@@ -205,7 +213,7 @@ def total(parts, bias=None):
 
 
 def add(x, y, multiplier=1):
-    """x + multiplier y, of one shape. The third rounds the product before it is added."""
+    """Expect x + multiplier y, of one shape. The third rounds the product before it is added."""
     given = x, y
     (x, x3), (y, y3) = both(x), both(y)
     value = x.astype(np.float64) + multiplier * y.astype(np.float64)

@@ -66,7 +66,7 @@ class Hardware:
         As `--gpu` takes it, and for people.
     memory_bytes : float
     memory_bytes_per_s : float
-        Read through products of one row.
+        Read: by products of one row on a CPU; of a GPU from the datasheet, or by a kernel that only reads.
     flops_per_s : dict
         By dtype: additions and multiplications in products of many rows.
     link : Link
@@ -108,15 +108,17 @@ GPU_SOURCES = (
     "link's bandwidth: as NCCL on H100"
 )
 
-# minitp's own, on one H100 and one H200, 2026-11-27 (docs/performance.md): Mistral 7B in bfloat16. A token
-# takes as long as reading its bytes and 26 µs a layer, and each sequence of a batch of up to 32 takes 2.2 µs
-# a layer more. A prompt of 2048 went at 54% of the datasheet's matrix rate, where cuBLAS alone reached 77%.
-# No collective has run between GPUs: those figures are the ones above.
-HOPPER_EFFICIENCY = Efficiency(matrix=0.54, link=0.82, latency=1.4, layer_s=26e-6, sequence_s=2.2e-6)
+# minitp's own, on one H100 and one H200, 2026-11-27 (docs/performance.md): Mistral 7B in bfloat16, 1 to 32
+# sequences of 512 tokens. A step takes as long as reading its bytes, and for each layer 26 µs and 2.2 µs for
+# each sequence. A prompt of 2048 went at 54% of the datasheet's matrix rate, attention's products counted and
+# the layers' 26 µs apart; cuBLAS alone reached 77%. No collective has run between GPUs: those are as above.
+HOPPER_EFFICIENCY = Efficiency(
+    memory=1.0, matrix=0.54, link=0.82, latency=1.4, layer_s=26e-6, sequence_s=2.2e-6
+)
 HOPPER_SOURCES = (
     "26 µs a layer for small kernels and 2.2 more for each sequence, 54% of the matrix rate: minitp's own "
-    "runs on one GPU, docs/performance.md; collectives that take 1.4 times their lone latency: as gpt-fast "
-    "on A100; 82% of the link's bandwidth: as NCCL on H100"
+    "runs of up to 32 sequences on one GPU, docs/performance.md; collectives that take 1.4 times their lone "
+    "latency: as gpt-fast on A100; 82% of the link's bandwidth: as NCCL on H100"
 )
 
 # Measured on two cores (docs/performance.md). A decode step of the demo model at TP=2: 2.1 ms of small
@@ -159,7 +161,7 @@ SHARED_MEMORY_HOP_S = 2.7e-6
 
 
 DATASHEET = "bandwidth and matrix rate of the datasheet"
-READ = "the bandwidth that a kernel reaches which only reads, matrix rate of the datasheet"
+READ = "the bandwidth of a kernel that only reads, the datasheet's matrix rate"
 
 
 def _gpu(name, title, memory_gb, gb_per_s, tflops_16_bit, tflops_float32, link):

@@ -57,8 +57,16 @@ def place_ranks(comm, device, transport="auto", share_gpu=False):
         return LocalComm(comm, gpu)
     shared = any(comm.exchange(local_rank >= gpu.gpus))
     if shared and comm.rank == 0:
-        print("minitp: warning: several ranks share a GPU: as right as ever, and slow", file=sys.stderr)
-    if transport in ("mpi", "shm") or (shared and not all(comm.exchange(allow_shared_gpu()))):
+        print("minitp: warning: several ranks share a GPU: results are correct but slow", file=sys.stderr)
+    if transport in ("mpi", "shm"):
+        return StagedComm(comm, gpu)
+    if shared and not all(comm.exchange(allow_shared_gpu())):
+        with comm.agreed():
+            if transport in ON_GPUS:
+                raise InputError(
+                    f"--comm {transport}: NCCL lets several ranks share a GPU from version 2.30 on, and this "
+                    "is an older one; leave --comm out, or use --comm mpi"
+                )
         return StagedComm(comm, gpu)
     reach = peers_reach_each_other(comm, gpu, local_rank)
     with comm.agreed():

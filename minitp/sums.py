@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 
 EXPONENT = np.uint64(0x7FF0 << 48)  # of a float64 number, its bits
-HEAD = np.uint64(0xFFFFFFFFE0000000)  # its sign, its exponent and the first 24 bits of its significand
+HEAD_BITS = np.uint64(0xFFFFFFFFE0000000)  # its sign, its exponent and the first 24 bits of its significand
 ROOM = 1 << 17  # products at a time, so that they stay in a core's cache
 
 
@@ -36,13 +36,13 @@ class Float32Sums:
     def matmul(self, a, b):
         """Return a @ b in float32: [.., n, m] @ [.., m, k] -> [.., n, k].
 
-        BLAS does not do, for the run itself may use it: its order of summation differs from shape to shape,
-        and by luck its error may be a fraction of what this plain sum has.
+        BLAS is not used, because the run itself may use it: its order of summation differs from shape to
+        shape, and by luck its error may be a fraction of what this plain sum has.
         """
         a, b = (np.ascontiguousarray(x, dtype=np.float32) for x in (a, b))
         return np.einsum("...nm,...mk->...nk", a, b)
 
-    def drift(self, terms):
+    def blocks(self, terms):
         """Return 0: roundings to the nearest number have no common direction."""
         return 0
 
@@ -76,37 +76,37 @@ class TensorCoreSums:
             for start in range(0, a.shape[-2], rows):
                 at = (*head, slice(start, start + rows))
                 found[at] = self._chain(a[at], b[head], powers[0][at], powers[1][head])
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):  # NaN and infinities go through as in any sum
             plain = np.matmul(a, b)  # [.., n, k]
             found = np.where(np.isfinite(plain), found, plain)
         with np.errstate(over="ignore"):
             return found.astype(np.float32)
 
     def _chain(self, a, b, powers_a, powers_b):
-        """float64 [n, m] and [m, k], and the powers of two that they begin with -> float64 [n, k]."""
+        """Return a @ b of float64 [n, m] and [m, k], given the powers of two that they begin with: [n, k]."""
         a, powers_a = a.T[:, :, None], powers_a.T[:, :, None]  # [m, n, 1]
         b, powers_b = b[:, None, :], powers_b[:, None, :]  # [m, 1, k]
         total = np.zeros((a.shape[1], b.shape[2]))  # [n, k]
         for start in range(0, len(a), self.block):
-            now = slice(start, start + self.block)
-            largest = (powers_a[now] * powers_b[now]).max(axis=0)  # [n, k]
+            block = slice(start, start + self.block)
+            largest = (powers_a[block] * powers_b[block]).max(axis=0)  # [n, k]
             np.maximum(largest, _powers(total, 2.0**-126), out=largest)
-            np.maximum(largest, 2.0 ** (-108 - self.bits), out=largest)  # what a zero counts as
-            units = 2.0**self.bits / largest  # [n, k]: how often the last bit that is kept goes into 1
-            addends = a[now] * b[now]  # [block, n, k]
+            np.maximum(largest, 2.0 ** (-108 - self.bits), out=largest)  # for a block of zeros alone
+            units = 2.0**self.bits / largest  # [n, k]: 1 / the last bit that is kept
+            addends = a[block] * b[block]  # [block, n, k]
             addends *= units
             np.trunc(addends, out=addends)
             total = (np.trunc(total * units) + addends.sum(axis=0)) / units  # [n, k]
-            total = (total.view(np.uint64) & HEAD).view(np.float64)  # [n, k]
+            total = (total.view(np.uint64) & HEAD_BITS).view(np.float64)  # [n, k]
         return total
 
-    def drift(self, terms):
+    def blocks(self, terms):
         """Return the number of blocks in a sum; each moves it toward zero."""
         return -(-terms // self.block)
 
 
 IN_FLOAT32 = Float32Sums()
-# By the compute capability that an architecture begins with.
+# By the compute capability that an architecture begins with, the newest first.
 TENSOR_CORES = {
     90: TensorCoreSums(16, 25),  # Hopper, Blackwell
     75: TensorCoreSums(8, 24),  # Turing, Ampere, Ada
@@ -126,5 +126,5 @@ def sums_of(device):
 
 
 def _powers(x, smallest):
-    """The power of two that each number begins with, at least `smallest`; 0 for 0. Any shape."""
+    """Return the power of two that each number begins with, at least `smallest`; 0 for 0. Any shape."""
     return np.where(x == 0, 0, np.maximum((x.view(np.uint64) & EXPONENT).view(np.float64), smallest))

@@ -1,8 +1,8 @@
 """How far off a step may be: the bound that comes with the value that it should have.
 
 The oracle computes an operation in float64, and a third implementation does the same formula with its result
-rounded to the dtype at hand and sums in float32. That is the least that can be asked for in this dtype, and
-an engine may be twice as far off (after flash-attention's tests):
+rounded to the dtype at hand and sums in float32. Its error is the smallest that can be expected in this
+dtype, and an engine may be twice as far off (after flash-attention's tests):
 
     ||x - value||  <=  2 ||third - value||  +  s ||scale|| / sqrt(samples)
     max|x - value| <=  2 max|third - value| +  s max(scale)
@@ -43,9 +43,10 @@ class Unseen:
     third : array
         The third implementation's, in the run's dtype.
     roundings : float
-        Of it and of what it came from, in units of 1: two roundoffs each, and the drift of their sums.
+        The relative roundings of this value and of the Unseen values that it came from, added up: two
+        roundoffs each, and one for each block of their sums.
     samples : float
-        The fewest of them.
+        The fewest samples among them.
     """
 
     value: np.ndarray
@@ -69,8 +70,8 @@ class Expected:
     ----------
     terms : int
         In the sum that makes a number.
-    drift : int
-        That sum's blocks on a tensor core, 0 elsewhere: see `TensorCoreSums.drift`.
+    blocks : int
+        That sum's blocks on a tensor core, 0 elsewhere: see `TensorCoreSums.blocks`.
     common : tuple of int
         Axes along which numbers have much of their error in common, and count as one sample.
     roundings, samples : float
@@ -81,13 +82,16 @@ class Expected:
     third: np.ndarray | None = None
     scale: np.ndarray | None = None
     terms: int = 1
-    drift: int = 0
+    blocks: int = 0
     common: tuple = ()
     roundings: float = 0.0
     samples: float = 1.0
 
     def bounds(self, dtype, repeats=1):
-        """The largest relative and absolute error allowed in `dtype`, if each token comes so often."""
+        """Return the largest relative and absolute error allowed in `dtype`.
+
+        Each token occurs `repeats` times on average.
+        """
         if self.third is None:
             return 0.0, 0.0
         third = rounded(self.third, dtype)  # already so, unless an input was wider than `dtype`
@@ -96,7 +100,7 @@ class Expected:
         if size == 0:
             return 0.0, 0.0
         off = third[finite] - self.value[finite]
-        slack = 2 * _roundoff(dtype) + _roundoff(np.float32) * (self.terms**0.5 + self.drift)
+        slack = 2 * _roundoff(dtype) + _roundoff(np.float32) * (self.terms**0.5 + self.blocks)
         squares = np.square(self.scale, where=finite, out=np.zeros_like(self.scale))
         samples = max(1, _participation(squares.sum(axis=self.common)) / repeats)
         luck = slack / samples**0.5 + self.roundings / max(1, self.samples / repeats) ** 0.5
@@ -105,14 +109,14 @@ class Expected:
         return float(relative), float(largest)
 
     def unseen(self, dtype):
-        """This as an input of the next operation, if the run has not shown what it had in `dtype`."""
+        """Return this as an Unseen input of the next operation, which the run had in `dtype`."""
         samples = _participation(np.square(self.scale).sum(axis=self.common))
         samples = min(samples, self.samples) if self.roundings else samples
-        roundings = self.roundings + 2 * _roundoff(dtype) + _roundoff(np.float32) * self.drift
+        roundings = self.roundings + 2 * _roundoff(dtype) + _roundoff(np.float32) * self.blocks
         return Unseen(self.value, self.third.astype(dtype), roundings, samples)
 
     def of(self, *inputs):
-        """The same, with what the Unseen among its inputs add."""
+        """Return a copy that includes the roundings of the Unseen among its inputs."""
         unseen = [x for x in inputs if isinstance(x, Unseen)]
         if not unseen:
             return self
@@ -120,13 +124,13 @@ class Expected:
         return replace(self, roundings=roundings, samples=samples)
 
     def divided(self, divisor):
-        """The same of float32 numbers that are divided by this one."""
+        """Return what is expected of the numbers after a division by `divisor` in float32."""
         value, scale = self.value / divisor, self.scale / divisor
         third = self.third.astype(np.float32) / np.float32(divisor)
         return replace(self, value=value, third=third.astype(np.float64), scale=scale)
 
     def as_heads(self, head_dim):
-        """[T, n * d] as [n, T, d]."""
+        """Return a copy whose arrays are [n, T, d] instead of [T, n * d]."""
 
         def split(x):
             return x.reshape(len(x), -1, head_dim).transpose(1, 0, 2)
@@ -135,7 +139,7 @@ class Expected:
 
 
 def _participation(squares):
-    """(sum x)^2 / sum x^2: how many numbers make up the sum. [..] -> float"""
+    """Return (sum x)^2 / sum x^2, which says how many numbers make up the sum. [..] -> float"""
     total = squares.sum()
     return float(total**2 / np.square(squares).sum()) if total else 1.0
 
@@ -145,6 +149,6 @@ def _roundoff(dtype):
 
 
 def rounded(x, dtype):
-    """x, rounded to the dtype, in float64, in which errors are measured. Overflow gives inf, quietly."""
+    """Return x rounded to the dtype, as float64, in which errors are measured. Overflow gives inf."""
     with np.errstate(over="ignore"):
         return x.astype(dtype).astype(np.float64)

@@ -438,7 +438,15 @@ def test_ranks_that_share_a_gpu(cupy, monkeypatch, capfd, version, expected):
     for name in ("NCCL_MULTI_RANK_GPU_ENABLE", "NCCL_NVLS_ENABLE", "NCCL_MAX_CTAS"):
         monkeypatch.setenv(name, "")
     assert places(3, share_gpu=True) == [expected] * 3
-    assert capfd.readouterr().err.count("minitp: warning: several ranks share a GPU") == 1
+    assert (
+        capfd.readouterr().err.count("minitp: warning: several ranks share a GPU: results are correct") == 1
+    )
+    assert places(3, "mpi", share_gpu=True) == ["StagedComm"] * 3
+    if version < 23000:
+        with pytest.raises(
+            AgreedError, match=r"--comm nccl: NCCL lets several ranks .* from version 2.30 on"
+        ):
+            places(3, "nccl", share_gpu=True)
     assert os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] == ("1" if version == 23000 else "")
 
 

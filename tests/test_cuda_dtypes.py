@@ -216,7 +216,7 @@ def test_a_cache_keeps_the_dtype(cupy, half, kv_dtype):
 
 
 def test_a_widened_stream_is_refused_at_the_first_product(tmp_path, monkeypatch):
-    """So was it written once: nothing ran in bfloat16 on a GPU."""
+    """This is how the code once was: nothing ran in bfloat16 on a GPU."""
 
     def embed_partial(xp, token_ids, table, first_row):
         local = token_ids - first_row

@@ -1,8 +1,10 @@
 """The model on GPUs: the fused path against the explicit one, and what is generated and served through it."""
 
+import gc
 import importlib
 import random
 import threading
+import weakref
 from collections import Counter
 
 import ml_dtypes
@@ -474,6 +476,30 @@ def test_the_next_sequence_goes_through_the_captured_step(speaking, plain_tokens
         assert found[0] == found[3] == found[1][:8] == found[2][:8]
         assert [len(tokens) for tokens in found] == [8, 20, 44, 8]
     assert len(captured) == 2 * tp
+
+
+def test_memory_that_is_too_small_is_freed_before_more_is_taken(speaking, plain_tokens, monkeypatch):
+    monkeypatch.setattr("minitp.cuda.fused.KEPT_BLOCKS", 1)
+
+    def rank(comm):
+        model, pools, left = model_on_gpu(speaking, comm, path="fused"), [], []
+        new_pool = model.new_pool
+
+        def watched(*size):
+            left.extend(pool() for pool in pools)
+            pool = new_pool(*size)
+            pools.append(weakref.ref(pool))
+            return pool
+
+        model.new_pool = watched
+        gc.disable()  # what is left to it comes too late for a GPU's memory
+        for new_tokens in (8, 40):
+            params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+            list(generate(model, PROMPT, Request(params, (), PROMPT, len(PROMPT) + new_tokens)))
+        gc.enable()
+        return left
+
+    assert run_on_gpus(1, rank) == [[None]]
 
 
 def test_ranks_that_choose_differently_are_found_out(speaking, plain_tokens, monkeypatch):

@@ -158,7 +158,7 @@ def check_refusal_of(running, message):
 def test_ranks_that_share_a_gpu(model, expected):
     argv = hello(model, "--json", "--share-gpu")
     code, out, err = through_front(argv, 2, **ENVIRONMENT, STAND_IN_GPUS="1").end(START_S)
-    assert (code, err) == (0, "minitp: warning: several ranks share a GPU: as right as ever, and slow\n")
+    assert (code, err) == (0, "minitp: warning: several ranks share a GPU: results are correct but slow\n")
     assert json.loads(out)["token_ids"] == expected
 
 
@@ -183,7 +183,7 @@ def test_no_cupy(model, without_cupy, ranks):
     code, out, err = through_front(hello(model), ranks, **without_cupy).end(START_S)
     assert (code, out) == (3, "")
     assert err.startswith(
-        "minitp: rank 0 failed: --device cuda wants CuPy: pip install 'minitp[cuda12]' (or "
+        "minitp: rank 0 failed: --device cuda needs CuPy: pip install 'minitp[cuda12]' (or "
     )
     assert err.count("\n") == 1
 

@@ -69,7 +69,7 @@ def blamed(directory, tp):
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_stream_that_is_only_used_is_lost_and_its_work_comes_late(tiny, cupy, monkeypatch, tp):
-    """So was it written once: `check` found garbage in steps that a copy or NCCL makes, on a GPU only."""
+    """This is how the code once was: on a GPU `check` found garbage in steps that a copy or NCCL makes."""
     monkeypatch.setattr(Gpu, "to_host", lambda self, array: self.cupy.asnumpy(array))
     monkeypatch.setattr(cupy.cuda.Stream, "__enter__", cupy.cuda.Stream.use)
     assert {"embed", "attn.out"} <= {*blamed(tiny, tp)}

@@ -57,7 +57,7 @@ def test_every_page_is_read():
 @pytest.mark.parametrize("block", every_block(HERE))
 def test_it_prints_that(block, tmp_path):
     demo_directory()
-    if "wants CuPy" in block and importlib.util.find_spec("cupy"):
+    if "needs CuPy" in block and importlib.util.find_spec("cupy"):
         pytest.skip("CuPy is here")
     for command, expected in commands(block):
         check(["bash", "-c", command], expected, tmp_path, env=environment())

@@ -444,7 +444,7 @@ def test_a_small_model_on_h100():
 
 
 # tokens/s of Mistral 7B in bfloat16 with 512 tokens in the cache, by sequences at once: docs/performance.md
-MEASURED = {"h100": {1: 186.5, 8: 1284, 32: 4018}, "h200": {1: 254.5, 8: 1681, 32: 4711}}
+MEASURED = {"h100": {1: 179.4, 8: 1284, 32: 4022}, "h200": {1: 247.2, 8: 1681, 32: 4711}}
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -1,4 +1,4 @@
-"""Many requests at once, beside the same ones one after another and the limit of their steps."""
+"""Measure many requests at once, compared with the same ones one by one and the limit of their steps."""
 
 from statistics import median
 from time import perf_counter

@@ -100,7 +100,7 @@ def cpu_speed_lines(_, decode):
 
 
 def gpu_speed_lines(prefill, decode):
-    """The same beside what the GPU reads and multiplies."""
+    """Return the lines that compare the speeds with what the GPU reads and multiplies."""
     share, rate = decode["share_of_reads"]["median"], prefill["share_of_matrix_rate"]["median"]
     reading, reduces = decode["gb_per_s"]["median"], decode["all_reduce_share_per_rank"][0]
     collectives = f"; all-reduces, by their time alone, are {reduces:.0%} of a token" if reduces else ""

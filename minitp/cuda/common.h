@@ -78,9 +78,9 @@ __device__ inline unsigned pair(Half first, Half second) {  // two neighbours of
     return y;
 }
 
-// Weights are read once a step: past L1, so that they push nothing out of it, and into L2 by 128 bytes, which is
-// what the rest of the warp asks for next. Zero where there is nothing, by a predicate: a `?:` around the load may
-// end in a copy of what it returns, and so in a wait for it.
+// Weights are read once a step: past L1, so that they push nothing out of it, and into L2 by 128 bytes: in linear.cu
+// a warp takes 64 of them, and the next warp of the block the others. Zero where there is nothing, by a predicate: a
+// `?:` around the load may end in a copy of what it returns, and so in a wait for it.
 __device__ inline uint4 load_once(const uint4 *p, bool there) {
     uint4 x = {};
     asm volatile("{\n"

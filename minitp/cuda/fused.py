@@ -24,7 +24,10 @@ def unfit(config, plan, device, kv_dtype):
     if kv_dtype not in ("auto", device.dtype.name):
         return f"its kernels read a cache of {device.dtype.name}, not of {kv_dtype}"
     if config.head_dim % 8 or config.head_dim > LARGEST_HEAD or config.hidden_size % 8:
-        return f"head_dim {config.head_dim} and hidden_size {config.hidden_size} must be multiples of 8"
+        return (
+            f"head_dim {config.head_dim} and hidden_size {config.hidden_size} must be multiples of 8, and "
+            f"head_dim at most {LARGEST_HEAD}"
+        )
     if any(start == stop for start, stop in plan.ffn_ranges):
         return f"{config.intermediate_size} FFN columns are too few for {plan.tp} ranks"
     if config.rope.attention_factor != 1:
@@ -33,7 +36,7 @@ def unfit(config, plan, device, kv_dtype):
         "experts": config.num_local_experts,
         "a norm of q and k": config.qk_norm,
         "norms that multiply with 1 + weight": config.norm_plus_one,
-        "norms behind the blocks": config.post_norms,
+        "norms after the blocks": config.post_norms,
         "scaled embeddings": config.embedding_multiplier != 1,
         "a residual_multiplier": config.residual_multiplier != 1,
         "logits_scaling": config.logits_scaling != 1,
@@ -91,7 +94,9 @@ class FusedModel(Model):
         pool, self._kept_pool = self._kept_pool, None  # nobody else gets it before the end of the block
         blocks = -(-capacity // BLOCK_SIZE)
         if pool is None or pool.blocks < blocks:
-            pool = None  # gone before there is another
+            if pool is not None:
+                pool.steps.clear()  # they refer to the pool: now its memory is freed, before more is taken
+            pool = None
             pool = self.new_pool(-(-blocks // KEPT_BLOCKS) * KEPT_BLOCKS)
         try:
             yield PagedCache(pool, list(range(blocks)))

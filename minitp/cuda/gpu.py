@@ -48,8 +48,8 @@ class Gpu(Device):
     def to_host(self, array):
         """Copy an array of this GPU to the host, after everything that the rank's stream was given before.
 
-        `cupy.ndarray.get` of an array with gaps makes one without on a stream that it enters and leaves; so
-        that is made before, on the rank's stream.
+        `cupy.ndarray.get` of an array that is not contiguous enters and leaves a stream to copy it. So the
+        contiguous copy is made here first, on the rank's stream.
 
         Raises
         ------
@@ -100,7 +100,7 @@ def open_gpu(local_rank=0, share=False):
         there = "is 1" if gpus == 1 else f"are {gpus}"
         raise InputError(
             f"--device cuda: rank {local_rank} of this host has no GPU, there {there}; use --tp {gpus}, "
-            "or --share-gpu to see that it is right (and slow), or --device cpu"
+            "or --share-gpu (results are correct but slow), or --device cpu"
         )
     cupy.cuda.Device(local_rank % gpus).use()  # before anything is allocated
     stream = cupy.cuda.Stream(non_blocking=True)
@@ -124,7 +124,7 @@ def find_cupy():
 
         gpus = cupy.cuda.runtime.getDeviceCount()
     except ImportError as error:
-        raise RankError(f"--device cuda wants CuPy: {EXTRA}; {one_line(error)[:80]}") from error
+        raise RankError(f"--device cuda needs CuPy: {EXTRA}; {one_line(error)[:80]}") from error
     except RuntimeError as error:  # CuPy's CUDARuntimeError
         raise RankError(f"--device cuda: CUDA finds no GPU: {one_line(error)[:100]}") from error
     if gpus == 0:
@@ -148,7 +148,7 @@ class Uploads:
     def copy(self, rows, out):
         """`rows`, a NumPy array [n, m], to `out` [n, >= m] on the GPU, rounded to its dtype, padded with 0.
 
-        The rows of `out` must lie behind one another.
+        The rows of `out` must be contiguous.
         """
         cuda, width = self._gpu.cupy.cuda, rows.shape[1]
         if width == 0:

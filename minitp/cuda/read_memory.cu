@@ -1,7 +1,8 @@
 // read_memory: nothing but loads, as linear.cu makes them, for how fast a GPU's memory can be read.
 //
 //   data  unsigned [gridDim.x * THREADS * LOADS * 4]
-//   out   unsigned [gridDim.x]     of each block the sum of its words: so that no load can be left out
+//   out   unsigned [gridDim.x]     for each block the sum, over its loads of 16 bytes, of the xor of their four
+//                                  words: so that no load can be left out
 //
 // A block reads one piece of LOADS times 16 bytes a thread, and makes room for the next: on an H100 that is some
 // 3% faster than blocks that stay and go over several pieces.

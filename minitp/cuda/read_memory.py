@@ -2,8 +2,8 @@
 
 import numpy as np
 
-THREADS = 256
-PIECE = THREADS * 2 * 16  # bytes that a block reads
+THREADS, LOADS = 256, 2  # of a block, and of a thread: as in read_memory.cu
+PIECE = THREADS * LOADS * 16  # bytes that a block reads
 
 
 class ReadMemory:
@@ -19,8 +19,8 @@ class ReadMemory:
 
     def __init__(self, compiler, xp, nbytes):
         self._kernel = compiler.kernel("read_memory.cu", "read_memory")
-        self.sums = xp.zeros(nbytes // PIECE, dtype=np.uint32)  # of each piece its words
+        self.sums = xp.zeros(nbytes // PIECE, dtype=np.uint32)  # see read_memory.cu
 
     def __call__(self, data):
-        """`data` is uint32 [n] of so many bytes."""
+        """Launch the kernel over `data`, uint32 [n] of `nbytes` bytes."""
         self._kernel((len(self.sums),), (THREADS,), (data, self.sums))

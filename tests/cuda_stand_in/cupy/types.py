@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 TABLES = json.loads(Path(__file__).with_name("types.json").read_text())["types"]
-OTHER_NAMES = {"divide": "true_divide", "abs": "absolute", "amax": "max", "amin": "min"}  # NumPy's -> CuPy's
+OTHER_NAMES = {"divide": "true_divide", "abs": "absolute"}  # NumPy's -> CuPy's
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -36,7 +36,7 @@ def weakly_typed(inputs):
 
 
 def number_dtype(number, common):
-    """That of a Python number among arrays of the dtype `common`; None: there are none."""
+    """Return the dtype that a Python number takes among arrays of dtype `common`; None if there are none."""
     if isinstance(number, bool):
         return np.dtype(bool)
     if common is None or common == np.bool_:

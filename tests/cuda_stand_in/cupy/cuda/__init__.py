@@ -1,4 +1,4 @@
-"""Of `cupy.cuda` what minitp uses; the streams are in `stream`."""
+"""The part of `cupy.cuda` that minitp uses; the streams are in `stream`."""
 
 from types import SimpleNamespace
 

@@ -40,9 +40,9 @@ class Stream:
         back_to_entered()
 
     def give(self, work, pointers=()):
-        """Do this now, or later; or, while a graph is captured, whenever that is launched.
+        """Run `work` now if this stream is current, later if not; during a capture, add it to the graph.
 
-        What lies at `pointers` is kept until it is done.
+        What lies at `pointers` is kept until the work is done.
         """
         from .. import memory_at
 
