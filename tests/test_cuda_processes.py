@@ -144,8 +144,8 @@ def test_serve(model, expected):
 def test_more_ranks_than_gpus(model, start):
     check_refusal_of(
         start(hello(model), 3, **ENVIRONMENT, STAND_IN_GPUS="2"),
-        "--device cuda: rank 2 of this host has no GPU, there are 2; use --tp 2, or --share-gpu to see that "
-        "it is right (and slow), or --device cpu",
+        "--device cuda: rank 2 of this host has no GPU, there are 2; use --tp 2, or --share-gpu (results are "
+        "correct but slow), or --device cpu",
     )
 
 
