@@ -94,6 +94,9 @@ case ${1:-} in
         ;;
     gpu)
         shift
+        # What is given from another folder stays what it is there.
+        case ${MINITP_MPICH:-} in "" | /*) ;; *) export MINITP_MPICH=$PWD/$MINITP_MPICH ;; esac
+        case ${MINITP_PYTHON:-} in /* | "") ;; */*) MINITP_PYTHON=$PWD/$MINITP_PYTHON ;; esac
         # MINITP_PYTHON is an interpreter that has all packages: then nothing is installed or fetched.
         if [ -n "${MINITP_PYTHON:-}" ]; then
             python=$MINITP_PYTHON

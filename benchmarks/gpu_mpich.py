@@ -45,7 +45,7 @@ def mpich_variables(given, folder):
 def unpacked(given, folder):
     """Return the folder in the wheel that has mpirun in its `bin` and the libraries in its `lib`."""
     wheels = [given] if given.suffix == ".whl" else sorted(given.glob("mpich-*.whl"))
-    if wheels and wheels[-1].is_file():
+    if wheels and zipfile.is_zipfile(wheels[-1]):
         with zipfile.ZipFile(wheels[-1]) as archive:
             archive.extractall(folder)
         given = folder

@@ -125,6 +125,8 @@ class Runner:
                 end_group(process)
                 return False
             time.sleep(LOOK_S)
+        with suppress(ProcessLookupError):  # what it has left running would disturb the next
+            os.killpg(process.pid, signal.SIGKILL)
         return True
 
 

@@ -15,7 +15,7 @@ from minitp.tokenizer import TextStream
 
 
 def generate(model, prompt_ids, request, use_cache=True):
-    """Yield the new tokens, on every rank.
+    """Yield the new tokens, on every rank. All ranks must go on, or close the generator, at the same place.
 
     Parameters
     ----------

@@ -74,10 +74,16 @@ def test_a_window_of_which_a_tile_has_nothing():
     check(F16, 64, 0, (1,), 256, window=1)  # here a tile is 16 keys, and a block has 64 tokens
 
 
-@pytest.mark.parametrize(("dtype", "head_dim"), [(F16, 8), (BF16, 24), (F16, 128), (BF16, 128)])
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "tokens"),
+    [
+        *((dtype, d, n) for dtype, d in ((F16, 8), (BF16, 24), (F16, 128), (BF16, 128)) for n in (1, 5)),
+        # So many numbers that an fma in place of a rounded product would show: one in 10,000 of float16.
+        *((dtype, 128, 300) for dtype in (F16, BF16)),
+    ],
+)
 def test_cache_write(dtype, head_dim, tokens):
-    heads, kv_heads, capacity = 3, 2, 12
+    heads, kv_heads, capacity = 3, 2, tokens + 7
     draw = np.random.default_rng(head_dim)
     qkv = draw.normal(size=(tokens, (heads + 2 * kv_heads) * head_dim)).astype(dtype)  # [n, (H + 2K) d]
     angles = draw.uniform(0, 100, size=(tokens, head_dim // 2)).astype(np.float32)  # [n, d/2]

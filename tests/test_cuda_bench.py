@@ -11,8 +11,10 @@ from on_gpu import ENVIRONMENT, model_on_gpu, run_on_gpus
 
 from minitp.bench.gpu_limits import GpuLimits
 from minitp.bench.gpu_profile import gpu_profile
+from minitp.bench.measure import measure
 from minitp.bench.table import lines
 from minitp.comm import OneOfMany
+from minitp.commands.bench import Job
 from minitp.cuda.comm import LocalComm
 from minitp.model_source import open_model
 from minitp.places import place_ranks
@@ -30,6 +32,24 @@ def bench(*argv):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", [{}, {"requests": 2}, {"sweep": "context", "points": (8, 20)}])
+def test_nothing_is_captured_in_what_is_timed(tiny, cupy, monkeypatch, kind):
+    """All captures come before the first round, also where the new tokens need blocks of their own."""
+    captured, begin, rounds = [], cupy.cuda.Stream.begin_capture, []
+    monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", lambda stream: captured.append(begin(stream)))
+    monkeypatch.setattr("minitp.cuda.fused.KEPT_BLOCKS", 1)
+    job = Job(prompt_tokens=20, new_tokens=20, rounds=2, profile=False, **{"sweep": None, **kind})
+
+    def rank(comm):
+        model, source = model_on_gpu(tiny, comm), open_model(str(tiny), 1)
+        measure(model, source, job, 1.0, lambda words: "round" in words and rounds.append(len(captured)))
+
+    run_on_gpus(1, rank)
+    assert len(rounds) >= 2
+    assert rounds[0] > 0
+    assert {len(captured)} == set(rounds)
 
 
 @pytest.mark.mpi

@@ -154,6 +154,25 @@ def test_qkv(dtype, head_dim, heads, kv_heads, tokens):
     assert np.isnan(np.delete(caches, written, axis=2)).all()
 
 
+def test_queries_are_turned_to_the_bits_of_the_operation(dtype):
+    """An fma in place of a rounded product would change one number in 10,000 of float16."""
+    draw = Draw(dtype, 5)
+    tokens, heads, head_dim, width = 64, 6, 128, 40
+    x, weight = draw(tokens, width), draw.weight((heads + 2) * head_dim, width)
+    cos, sin = ops.rope_cos_sin(np, np.arange(tokens), np.linspace(1, 0.01, head_dim // 2, dtype=np.float32))
+    half_cos, half_sin = (np.ascontiguousarray(table[:, head_dim // 2 :]) for table in (cos, sin))
+    y, q = canary(draw, tokens, (heads + 2) * head_dim), canary(draw, tokens, heads, head_dim)
+    keys, values = canary(draw, 1, tokens, head_dim), canary(draw, 1, tokens, head_dim)
+    slot = np.arange(tokens, dtype=np.int32)
+    LINEAR[dtype].store(x, weight, y)
+    LINEAR[dtype].qkv(x, weight, q, keys, values, slot, half_cos, half_sin, heads, 1, head_dim)
+    qk, v = ops.split_heads(np, y, heads, 1)
+    turned = ops.apply_rope(np, qk, cos, sin)
+    np.testing.assert_array_equal(q.transpose(1, 0, 2), turned[:heads])
+    np.testing.assert_array_equal(keys, turned[heads:])
+    np.testing.assert_array_equal(values, v)
+
+
 def test_a_tokens_output_does_not_depend_on_the_tokens_beside_it(dtype):
     draw = Draw(dtype, 1)
     x, weight = draw(MAX_TOKENS, 1304), draw.weight(24, 1304)

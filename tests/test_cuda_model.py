@@ -478,6 +478,28 @@ def test_the_next_sequence_goes_through_the_captured_step(speaking, plain_tokens
     assert len(captured) == 2 * tp
 
 
+def test_sequences_at_the_same_time_have_memory_of_their_own(speaking, plain_tokens):
+    """Of two generators in turn one gets the kept pool; it is given back when one is left in the middle."""
+
+    def rank(comm):
+        model, found = model_on_gpu(speaking, comm, path="fused"), []
+
+        def begin(prompt):
+            params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+            return generate(model, prompt, Request(params, (), prompt, len(prompt) + 8))
+
+        alone = [list(begin(prompt)) for prompt in (PROMPT, PROMPT[::-1])]
+        found = list(zip(*(begin(prompt) for prompt in (PROMPT, PROMPT[::-1])), strict=True))
+        left = begin(PROMPT)
+        next(left)
+        left.close()
+        return alone, [list(tokens) for tokens in zip(*found, strict=True)], model._kept_pool is not None
+
+    alone, together, kept = run_on_gpus(1, rank)[0]
+    assert together == alone
+    assert kept
+
+
 def test_memory_that_is_too_small_is_freed_before_more_is_taken(speaking, plain_tokens, monkeypatch):
     monkeypatch.setattr("minitp.cuda.fused.KEPT_BLOCKS", 1)
 

@@ -222,6 +222,31 @@ def test_logits_of_a_wide_model_are_within_it(path, dtype, tmp_path, cupy, monke
     assert wrong() == ["prefill/logits_partial"]
 
 
+@pytest.mark.parametrize(("dtype", "sums"), [("bfloat16", HOPPER), ("float32", IN_FLOAT32)])
+def test_scores_and_logits_are_summed_as_on_the_device(tiny, cupy, monkeypatch, dtype, sums):
+    """Their errors differ little where few terms are added, so no bound tells."""
+    given, scores, linear = [], expected.scores, expected.linear
+
+    def noted(*arguments):
+        given.append(arguments[-1])
+        return scores(*arguments)
+
+    def noted_logits(*arguments, **options):
+        if options.get("dtype") == np.float32:
+            given.append(options["sums"])
+        return linear(*arguments, **options)
+
+    monkeypatch.setattr(expected, "scores", noted)
+    monkeypatch.setattr(expected, "linear", noted_logits)
+
+    def rank(comm):
+        model = model_on_gpu(tiny, comm, dtype, path="explicit")
+        return check_model(open_model(str(tiny), 1), model, [3, 1, 4], passes_of(3, 0)).ok
+
+    assert run_on_gpus(1, rank) == [True]
+    assert given == [sums] * 3, "of two layers' scores and the logits"
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_result_in_16_bits_does_not_show_its_sums(dtype):
     """So its third implementation sums as on a CPU. Here the sums are 14336 terms long."""

@@ -48,7 +48,8 @@ def measure(model, source, job, load_s, progress):
     else:
         runs = []
         prompt = random_prompt(model.config, job.prompt_tokens)
-        timed_run(model, limits, prompt, 2)  # warms up
+        # Warms up. On a GPU as long as the rounds: their step is captured over a pool that has room for them.
+        timed_run(model, limits, prompt, job.new_tokens if model.fused else 2)
         for n in range(job.rounds):
             progress(f"round {n + 1} of {job.rounds}")
             runs.append(timed_run(model, limits, prompt, job.new_tokens))

@@ -57,9 +57,11 @@ class Bench:
             if value < least:
                 raise InputError(f"{option} {value}: expected {least} or more")
         context = context_length(source.config, args.max_context)
-        if args.sweep != "context" and prompt_tokens + new_tokens > context:
+        needed = prompt_tokens + new_tokens + (args.sweep == "batch")  # its first step warms up
+        if args.sweep != "context" and needed > context:
             raise InputError(
-                f"--prompt-tokens {prompt_tokens} and {new_tokens} new ones exceed the context of {context}"
+                f"--prompt-tokens {prompt_tokens} and {needed - prompt_tokens} new ones exceed the context "
+                f"of {context}"
             )
         check_plot(args)
         points = ()

@@ -73,8 +73,9 @@ class Gpu(Device):
         current = self.cupy.cuda.get_current_stream()
         if current.ptr != self.stream.ptr:
             raise RankError(
-                f"CuPy's current stream ({current.ptr:#x}) is not this rank's ({self.stream.ptr:#x}): "
-                "something has called use() of another one; choose a stream only in a `with` block"
+                f"CuPy's current stream ({current.ptr:#x}) is not this rank's ({self.stream.ptr:#x}): a GPU "
+                "must be used in the thread that opened it, no other may be opened there later, and other "
+                "streams chosen only in a `with` block"
             )
 
 
