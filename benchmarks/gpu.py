@@ -1,4 +1,4 @@
-"""What a machine with a GPU can say about minitp, in less than eight minutes.
+"""Test, check and measure minitp on this machine's GPU, in less than eight minutes.
 
     ./run.sh gpu [--only checks|speed|peers] [--budget SECONDS]
 

@@ -1,7 +1,8 @@
-"""What each operation should give for the inputs that a rank really had, with the bound of `tolerance`.
+"""Compute what each operation should give for the inputs that a rank really had.
 
 Each function here computes an operation twice: by the oracle in float64, and by a third implementation, the
-same formula with its result rounded to the dtype at hand and sums in float32.
+same formula with its result rounded to the dtype at hand and sums in float32. `tolerance` makes the bound of
+these two.
 
 Products whose result stays in float32 are summed as the device does it, `sums` (see sums.py). A result that
 is rounded to 16 bits does not show how it was summed: the third implementation then sums as on a CPU.

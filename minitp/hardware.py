@@ -176,7 +176,7 @@ def _gpu(name, title, memory_gb, gb_per_s, tflops_16_bit, tflops_float32, link):
 
 
 def _measured(gpu):
-    """The same GPU, whose bandwidth is measured, with what minitp reaches on it."""
+    """Return the same GPU as one whose bandwidth was read, with the efficiency of minitp's own runs."""
     return replace(gpu, efficiency=HOPPER_EFFICIENCY, limit_source=READ, expected_source=HOPPER_SOURCES)
 
 

@@ -2,8 +2,6 @@
 
 import math
 
-import numpy as np
-
 from minitp.model import host_logits
 
 CHUNK = 128  # positions whose logits, float32 [128, V], are held at a time
@@ -26,16 +24,17 @@ def perplexity(model, token_ids, context, progress=lambda tokens: None):
         cache = model.new_cache(len(window))
         for at in range(0, len(window), CHUNK):
             logits = model.forward(window[at : at + CHUNK], cache, logits_at=slice(None))  # [n, V]
-            total -= sum_log_likelihood(host_logits(model, logits), window[at + 1 : at + 1 + CHUNK])
+            found = sum_log_likelihood(model.device.xp, logits, window[at + 1 : at + 1 + CHUNK])
+            total -= host_logits(model, found).item()
             progress(len(logits))
         scored += len(window) - 1
     return math.exp(total / scored), scored
 
 
-def sum_log_likelihood(logits, targets):
-    """Sum over i of log softmax(logits[i])[targets[i]]; logits float32 [n, V], at most n targets."""
+def sum_log_likelihood(xp, logits, targets):
+    """Sum log softmax(logits[i])[targets[i]] over i; logits float32 [n, V], at most n targets; one number."""
     count = len(targets)
-    logits = logits[:count].astype(np.float64)  # [count, V]
+    logits = logits[:count].astype(xp.float64)  # [count, V]
     top = logits.max(axis=-1, keepdims=True)  # [count, 1]
-    log_sum = np.log(np.exp(logits - top).sum(axis=-1)) + top[:, 0]  # [count]
-    return float((logits[np.arange(count), targets] - log_sum).sum())
+    log_sum = xp.log(xp.exp(logits - top).sum(axis=-1)) + top[:, 0]  # [count]
+    return (logits[xp.arange(count), xp.asarray(targets, dtype=int)] - log_sum).sum()

@@ -22,6 +22,7 @@ from minitp.errors import InputError, RankError
 from minitp.generate import Request, generate
 from minitp.model import Model, host_logits, load_model
 from minitp.model_source import open_model
+from minitp.perplexity import perplexity
 from minitp.sampling import SamplingParams
 from minitp.steps import step_names
 from minitp.trace import Recorder, passes_of
@@ -498,6 +499,17 @@ def test_sequences_at_the_same_time_have_memory_of_their_own(speaking, plain_tok
     alone, together, kept = run_on_gpus(1, rank)[0]
     assert together == alone
     assert kept
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_perplexity_is_the_cpus(speaking, dtype):
+    """Its logarithm is of the size of logits, whose errors are a few roundings of that size."""
+    text = (PROMPT * 3)[:30]
+    expected = perplexity(model_on_cpu(speaking, Alone(), dtype), text, 20)
+    found = run_on_gpus(1, lambda comm: perplexity(model_on_gpu(speaking, comm, dtype), text, 20))[0]
+    assert found[1] == expected[1] == 28
+    tolerance = 4 * float(ml_dtypes.finfo(np.dtype(dtype)).eps)
+    assert np.log(found[0]) == pytest.approx(np.log(expected[0]), rel=tolerance)
 
 
 def test_memory_that_is_too_small_is_freed_before_more_is_taken(speaking, plain_tokens, monkeypatch):

@@ -9,7 +9,7 @@ state, and it is less, for memory is slower when reads and writes take turns.
 import numpy as np
 
 from minitp.bench.limits import ALL_REDUCE_BYTES, Limits, token_bytes, total_elements
-from minitp.cuda.comm import LocalComm
+from minitp.cuda.comm import LocalComm, copy
 from minitp.cuda.compiler import Compiler
 from minitp.cuda.read_memory import PIECE, ReadMemory
 
@@ -77,7 +77,7 @@ class GpuLimits(Limits):
         return [reductions * self.all_reduce_s / decode_s] * len(runs[0].all_reduce_shares)
 
     def shares_of_bandwidth(self, keys, decode_s):
-        """What a token reads in that time, as shares of the reads' bandwidth and of the copy's."""
+        """Return what a token reads in that time as shares of the reads' bandwidth and of the copy's."""
         speed = token_bytes(self.model.comm, self, keys) / decode_s
         return speed / self.reads, speed / self.copy
 
@@ -114,10 +114,7 @@ class Timer:
 
     def copy(self):
         """Copy it to the other one."""
-        source, target = self._arrays
-        runtime, stream = self.gpu.cupy.cuda.runtime, self.gpu.stream
-        kind = runtime.memcpyDeviceToDevice
-        runtime.memcpyAsync(target.data.ptr, source.data.ptr, source.nbytes, kind, stream.ptr)
+        copy(self.gpu, *self._arrays)
 
     def copy_rate(self):
         """Bytes a second, those read and those written."""

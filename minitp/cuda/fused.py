@@ -86,17 +86,17 @@ class FusedModel(Model):
 
     @contextmanager
     def sequence_cache(self, capacity):
-        """As Model.sequence_cache. The pool is kept, and with it the step that has been captured over it.
+        """Lend a cache as Model.sequence_cache does, and keep its pool with the step captured over it.
 
         A capture takes as long as some twenty tokens. All ranks enter and leave these blocks alike, so either
         all of them capture a step or none.
         """
         pool, self._kept_pool = self._kept_pool, None  # nobody else gets it before the end of the block
         blocks = -(-capacity // BLOCK_SIZE)
-        if pool is None or pool.blocks < blocks:
-            if pool is not None:
-                pool.steps.clear()  # they refer to the pool: now its memory is freed, before more is taken
+        if pool is not None and pool.blocks < blocks:
+            pool.steps.clear()  # they refer to the pool: now its memory is freed, before more is taken
             pool = None
+        if pool is None:
             pool = self.new_pool(-(-blocks // KEPT_BLOCKS) * KEPT_BLOCKS)
         try:
             yield PagedCache(pool, list(range(blocks)))
