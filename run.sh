@@ -89,7 +89,7 @@ case ${1:-} in
     test)
         shift
         setup test
-        "$python" -c 'from minitp.demo import demo_directory; demo_directory()'
+        "$python" -c 'from minitp.loading.demo import demo_directory; demo_directory()'
         cd "$root" && exec "$python" -m pytest "$@"
         ;;
     gpu)

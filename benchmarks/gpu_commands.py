@@ -7,9 +7,9 @@ from pathlib import Path
 
 from gpu_steps import Step
 
-from minitp.demo import NAME, cache_directory
 from minitp.errors import MinitpError, one_line
-from minitp.job import find_mpirun
+from minitp.launch.supervisor import find_mpirun
+from minitp.loading.demo import NAME, cache_directory
 
 MODEL = "random:mistral-7b"
 GPU_TESTS = ("gpu", "gpu_kernels", "gpu_tensor_cores")

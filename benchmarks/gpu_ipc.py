@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 
 from minitp import ops
-from minitp.cuda.all_reduce import AllReduce, region_bytes
 from minitp.cuda.compiler import Compiler
 from minitp.cuda.gpu import open_gpu
+from minitp.cuda.kernels.all_reduce import AllReduce, region_bytes
 
 RANKS, ROWS, WIDTH, CALLS = 4, 3, 576, 20
 DTYPES = (np.float16, ml_dtypes.bfloat16)

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 from minitp.errors import InputError
-from minitp.job import find_mpirun
+from minitp.launch.supervisor import find_mpirun
 
 VARIABLE = "MINITP_MPICH"
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from minitp.errors import one_line
-from minitp.random_weights import random_config
+from minitp.loading.random_weights import random_config
 
 LAYERS = 6  # of Mistral 7B: 3.1 GB
 GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "goldens"
@@ -23,10 +23,10 @@ def goldens(path, dtype, *names):
 
     The exit code is 1 if a family is wrong, or if none of them takes the path.
     """
-    from minitp.comm import Alone
-    from minitp.places import place_ranks
+    from minitp.comm.single import Alone
+    from minitp.launch.transport import select_comm
 
-    comm, found = place_ranks(Alone(), "cuda"), {}
+    comm, found = select_comm(Alone(), "cuda"), {}
     for name in names or sorted(folder.parent.name for folder in GOLDENS.glob("*/config.json")):
         try:
             found[name], said = check_family(GOLDENS / name, comm, path, dtype)
@@ -44,13 +44,13 @@ def goldens(path, dtype, *names):
 
 def check_family(folder, comm, path, dtype):
     """Return "right" or "wrong", or "other" if the path does not take this family; and a line on that."""
-    from minitp.check import check_model
-    from minitp.commands.check import verdict
+    from minitp.check.run import check_model
+    from minitp.cli.check import verdict
     from minitp.cuda.fused import unfit
     from minitp.cuda.gpu import with_dtype
-    from minitp.model import load_model
-    from minitp.model_source import open_model
-    from minitp.trace import passes_of
+    from minitp.load import load_model
+    from minitp.loading.source import open_model
+    from minitp.trace.record import passes_of
 
     source = open_model(str(folder), 1)
     device = with_dtype(comm.gpu, dtype, source.config.dtype)
@@ -67,11 +67,11 @@ def check_family(folder, comm, path, dtype):
 
 def nccl():
     """Call NCCL with a single rank: an all-reduce and an all-gather give back what they got."""
-    from minitp.comm import Alone
+    from minitp.comm.single import Alone
     from minitp.cuda.nccl import NcclComm, load_nccl
-    from minitp.places import place_ranks
+    from minitp.launch.transport import select_comm
 
-    gpu = place_ranks(Alone(), "cuda").gpu
+    gpu = select_comm(Alone(), "cuda").gpu
     comm = NcclComm(Alone(), gpu)
     for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
         x = np.arange(24).reshape(3, 8).astype(dtype)
@@ -100,8 +100,8 @@ def write_model(folder, fields):
     """Write a model's directory with bfloat16 weights that look random."""
     from safetensors.numpy import save_file
 
-    from minitp.bench.tiled import TiledWeights
-    from minitp.config import parse_config
+    from minitp.bench.fake_weights import TiledWeights
+    from minitp.loading.config import parse_config
     from minitp.shard import make_plan
 
     plan = make_plan(parse_config(fields, "a model"), 1)

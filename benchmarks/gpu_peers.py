@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 import transformers
 
-from minitp.random_weights import random_config
+from minitp.loading.random_weights import random_config
 
 ROUNDS = 5
 WARM_UP = 3  # compiles, then captures its graphs

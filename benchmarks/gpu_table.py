@@ -2,7 +2,7 @@
 
 from gpu_commands import CONTEXT
 
-from minitp.table import aligned
+from minitp.util.format import aligned
 
 # Of an all-reduce of 8 KiB over NVLink, TP=4 on H100s, in one kernel: reported in sglang's pull request 2904.
 PUBLISHED_US = (3.7, 4.8)

@@ -25,8 +25,8 @@ from datetime import date
 from pathlib import Path
 from time import perf_counter
 
-from minitp.demo import cache_directory, demo_directory, fetch_gguf
-from minitp.environment import cores
+from minitp.loading.demo import cache_directory, demo_directory, fetch_gguf
+from minitp.util.environment import cores
 
 TEXT = [504, 3575, 282, 4649, 314]  # "The capital of France is"
 NEEDS = {"transformers": ("torch", "transformers"), "llama.cpp": ("cyllama", "gguf")}

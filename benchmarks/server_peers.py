@@ -21,7 +21,7 @@ from time import perf_counter, sleep
 import httpx
 from peers import gguf_file
 
-from minitp.environment import cores
+from minitp.util.environment import cores
 
 URL = re.compile(r"(http://[0-9.]+:[0-9]+)")
 VOCABULARY = 49152

@@ -16,22 +16,23 @@ import traceback
 from dataclasses import dataclass
 from time import perf_counter
 
-from minitp import environment
+from minitp.util import environment
 
 WORLD = environment.world_size(os.environ)  # None without mpirun or srun: one rank
 environment.limit_blas_threads(os.environ, environment.local_ranks(os.environ, WORLD or 1))
 
 import numpy as np  # noqa: E402
 
-from minitp.comm import Alone, Comm  # noqa: E402
+from minitp.check.difference import measure  # noqa: E402
+from minitp.comm.base import Comm  # noqa: E402
+from minitp.comm.mpi import MpiComm  # noqa: E402
+from minitp.comm.single import Alone  # noqa: E402
 from minitp.device import Device, open_device  # noqa: E402
 from minitp.errors import AgreedError, InputError, MinitpError, RankError  # noqa: E402
-from minitp.measure import measure  # noqa: E402
-from minitp.model_source import RANDOM, ModelSource, open_model  # noqa: E402
-from minitp.mpi_comm import MpiComm  # noqa: E402
-from minitp.output import prepare_streams, write_out  # noqa: E402
-from minitp.random_weights import MODELS  # noqa: E402
-from minitp.several_hosts import through_shared_memory  # noqa: E402
+from minitp.launch.transport import select_host_comm  # noqa: E402
+from minitp.loading.random_weights import MODELS  # noqa: E402
+from minitp.loading.source import RANDOM, ModelSource, open_model  # noqa: E402
+from minitp.util.stdout import prepare_streams, write_out  # noqa: E402
 
 TOKENS = 32
 REPEATS = 5
@@ -142,7 +143,7 @@ def run(example):
     try:
         comm = Alone() if WORLD is None else MpiComm(expected=WORLD)
         if WORLD is not None:
-            comm = through_shared_memory(comm)
+            comm = select_host_comm(comm)
         with comm.agreed():
             source = chosen_model(comm.size)
         example(Here(comm, open_device("float32"), source))

@@ -18,8 +18,10 @@ from dataclasses import replace
 
 import common
 
-from minitp import ops, oracle_ops
-from minitp.random_weights import RandomWeights
+from minitp import ops
+from minitp.loading.random_weights import RandomWeights
+from minitp.oracle import ops as oracle_ops
+from minitp.rope import rope_inverse_frequencies
 from minitp.shard import make_plan
 
 
@@ -37,7 +39,7 @@ class Attention:
         # [D, (H_r + 2 K_r) d]: the columns of this rank's q heads, then of its k heads, then v
         self.w_qkv = here.matrix(*[f"{self.layer}.{part}_proj.weight" for part in "qkv"])
         self.w_o = here.matrix(f"{self.layer}.o_proj.weight")  # [H_r d, D]: the rows that go with its heads
-        frequencies = ops.rope_inverse_frequencies(config.rope, config.head_dim)
+        frequencies = rope_inverse_frequencies(config.rope, config.head_dim)
         self.frequencies = xp.asarray(frequencies, dtype=xp.float32)  # [d/2]
 
     def __call__(self, x):

@@ -18,7 +18,8 @@ TinyLlama's (MODEL=tinyllama-1.1b).
 
 import common
 
-from minitp import ops, oracle_ops
+from minitp import ops
+from minitp.oracle import ops as oracle_ops
 
 
 class FeedForward:

@@ -19,8 +19,8 @@ import common
 from tp_transformer_block import Block
 
 from minitp import ops
+from minitp.loading.weights import EMBED, FINAL_NORM, LM_HEAD, shard_nbytes
 from minitp.oracle import Oracle
-from minitp.weights import EMBED, FINAL_NORM, LM_HEAD, shard_nbytes
 
 
 class FullModel:

@@ -17,7 +17,8 @@ from time import perf_counter
 
 import common
 
-from minitp.model import load_model, prefill
+from minitp.generate import prefill
+from minitp.load import load_model
 from minitp.oracle import Oracle
 
 NEW = 16  # tokens

@@ -20,7 +20,8 @@ import tp_generate
 from tp_generate import NEW, check, choose, collect
 
 from minitp.errors import AgreedError
-from minitp.model import load_model, prefill
+from minitp.generate import prefill
+from minitp.load import load_model
 
 
 def generate(model, prompt, cache):

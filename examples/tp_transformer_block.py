@@ -21,7 +21,8 @@ import common
 from tp_attention import Attention
 from tp_ffn import FeedForward
 
-from minitp import ops, oracle_ops
+from minitp import ops
+from minitp.oracle import ops as oracle_ops
 
 
 class Block:

@@ -4,12 +4,12 @@ import importlib
 import os
 import sys
 
-from minitp.environment import share_cores
+from minitp.util.environment import share_cores
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "SamplingParams"]
 
-_HOMES = {"LLM": "minitp.llm", "Completion": "minitp.completion", "SamplingParams": "minitp.sampling"}
+_HOMES = {"LLM": "minitp.llm", "Completion": "minitp.engine.completion", "SamplingParams": "minitp.sampling"}
 
 
 def __getattr__(name):

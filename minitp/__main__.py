@@ -2,6 +2,6 @@
 
 import sys
 
-from minitp.cli import main
+from minitp.cli.main import main
 
 sys.exit(main())

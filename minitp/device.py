@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from minitp.environment import memory
+from minitp.util.environment import memory
 
 CACHE_SHARE = 0.25  # of a host's memory
 LINE_BYTES = 64  # of a CPU's cache, and more than a load of a GPU takes

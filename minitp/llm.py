@@ -10,19 +10,18 @@ import os
 import queue
 import weakref
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import cached_property, partial
 
 from tqdm.auto import tqdm
 
-from minitp import environment
-from minitp.arguments import parser
-from minitp.commands import warn_of_unread_fields
-from minitp.commands.ranks import Ranks
-from minitp.completion import Completion, is_tokens, sampling
-from minitp.engine.ranks import JoinedRanks, StartedRanks
+from minitp.engine.client import JoinedRanks, StartedRanks, join_world
+from minitp.engine.completion import Completion, is_tokens, sampling
+from minitp.engine.options import EngineOptions, option
 from minitp.errors import InputError
-from minitp.generate import check_prompt
-from minitp.model_source import open_model
+from minitp.loading.source import open_model, warn_of_unread_fields
+from minitp.request import check_prompt, context_length
+from minitp.util import environment
 
 
 class LLM:
@@ -41,11 +40,8 @@ class LLM:
         A directory, a Hugging Face id, "smollm2", or "random:NAME".
     tp : int or str
         Ranks: a number, or "auto", the physical cores up to 4. Inside mpirun its world.
-    device, dtype, kv_dtype, comm, share_gpu, layers, max_context, cache_tokens, block_size, \
-    max_tokens_per_step, max_sequences
-        As the options of `minitp serve`.
-    verbose : bool
-        Show in the end what the ranks have written.
+    **options
+        The other fields of engine.options.EngineOptions: dtype, max_context, ..
     on_end : callable
         Called, in another thread, if the ranks end without having been told to: with the RankError.
 
@@ -62,22 +58,21 @@ class LLM:
         if a rank does not come up
     """
 
-    def __init__(self, model="smollm2", tp="auto", *, verbose=False, on_end=lambda error: None, **options):
+    def __init__(self, model="smollm2", tp="auto", *, on_end=lambda error: None, **options):
         world = environment.world_size(os.environ)
         if world is not None and environment.env_rank(os.environ) != 0:
-            raise SystemExit(join(model, tp, options, world))
-        argv = rank_arguments(model, tp, options)
-        args = parser().parse_args(argv)
-        size = world or environment.ranks_wanted(args.tp, default=None)
+            raise SystemExit(serve_rank_0(model, tp, options, world))
+        options = options_of(model, tp, options)
+        size = world or environment.ranks_wanted(options.tp, default=None)
         if world is None:  # else the ranks do that together
-            self.source = open_model(args.model, size, args.layers)
-            Ranks.prepare(args, self.source)
+            self.source = open_model(options.model, size, options.layers)
+            context_length(self.source.config, options.max_context)
             warn_of_unread_fields(self.source)
-        with loading_bar(args.model) as show:
+        with loading_bar(options.model) as show:
             if world is None:
-                self._ranks = StartedRanks(argv, size, verbose, on_loading=show, on_end=on_end)
+                self._ranks = StartedRanks(options, size, on_loading=show, on_end=on_end)
             else:
-                self._ranks = JoinedRanks(args, world, on_loading=show, on_end=on_end)
+                self._ranks = JoinedRanks(options, world, on_loading=show, on_end=on_end)
             self._close = weakref.finalize(self, self._ranks.close)
             try:
                 self._ranks.started.wait()
@@ -89,7 +84,7 @@ class LLM:
             raise self._ranks.error
         self.description = self._ranks.description
         if world is not None:
-            self.source = open_model(args.model, size, args.layers)
+            self.source = open_model(options.model, size, options.layers)
         self.tokenizer = self.source.tokenizer()
 
     def __enter__(self):
@@ -259,36 +254,23 @@ class LLM:
         return self.tokenizer
 
 
-def open_llm(args, tp, **more):
-    """The LLM that a command's options ask for; those of `minitp ranks` that it lacks keep their defaults."""
-    options = vars(parser().parse_args(["ranks"])).keys() - {"command", "model", "tp", "verbose"}
-    given = {name: value for name, value in vars(args).items() if name in options}
-    return LLM(args.model, tp, verbose=args.verbose, **given, **more)
-
-
-def join(model, tp, options, world):
-    """Serve rank 0 of a user's mpirun, where the script goes on; the exit code."""
-    from minitp.worker import run_in_world
-
+def serve_rank_0(model, tp, options, world):
+    """Be one of the other ranks of a user's mpirun, while the script goes on in rank 0; the exit code."""
     try:
-        args = parser().parse_args(rank_arguments(model, tp, options))
+        options = options_of(model, tp, options)
     except InputError as error:
         return error.exit_code  # rank 0 says it
-    return run_in_world(args, world)
+    return join_world(options, world)
 
 
-def rank_arguments(model, tp, options):
-    """The command line of `minitp ranks`."""
-    argv = ["ranks", "--model", str(model), "--tp", str(tp)]
-    known = vars(parser().parse_args(argv))
-    for name, value in options.items():
+def options_of(model, tp, options):
+    """EngineOptions from what LLM was given, None meaning the default; InputError for a name that is none."""
+    known = [field.name for field in fields(EngineOptions)]
+    for name in options:
         if name not in known:
-            raise InputError(f"unrecognized arguments: --{name.replace('_', '-')}")
-        if value is True:
-            argv.append(f"--{name.replace('_', '-')}")
-        elif value is not None and value is not False:
-            argv += [f"--{name.replace('_', '-')}", str(value)]
-    return argv
+            raise InputError(f"unrecognized arguments: {option(name)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    return EngineOptions(str(model), str(tp), **given)
 
 
 @contextmanager

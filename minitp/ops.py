@@ -2,10 +2,11 @@
 
 `xp` is the array module, `numpy` or `cupy`; nothing here knows which. Shape letters, here and everywhere:
 
-    T tokens of this step    S keys that attention reads    D hidden    d head_dim    V vocabulary
-    H query heads            K key/value heads              F FFN columns
-    G query heads that share a KV head                      n any number of rows or heads
-    E experts                       X experts that a token goes through
+    T tokens of this step    D hidden              d head_dim            V vocabulary
+    H query heads            K key/value heads     G query heads that share a KV head
+    S keys that attention reads: all so far, or those within the sliding window
+    F FFN columns            E experts             X experts that a token goes through
+    B sequences of a decoding step on a GPU        n any number of rows or heads
     H_r, K_r, F_r, V_r: the part of them that this rank holds
 
 Weights lie `[in, out]`, so a projection reads `x @ w`. Norms, RoPE and softmax compute in float32 whatever
@@ -128,54 +129,6 @@ def soft_cap(xp, x, cap):
 
 
 # --- rotary position embedding --------------------------------------------------------------------------
-
-
-def rope_inverse_frequencies(rope, head_dim):
-    """The angle that each pair of dimensions turns by per position, as a list of head_dim / 2 floats.
-
-    default   theta^(-2i / d)                                   (Su et al., RoFormer, 2021, section 3.2.2)
-    linear    the same, divided by `factor`                     (Chen et al., Position Interpolation, 2023)
-    llama3    waves longer than the original context are stretched by `factor`, short ones are kept, and
-              between the two it changes over smoothly          (Llama 3.1's reference code)
-    yarn      the same idea with a ramp over the pairs          (Peng et al., YaRN, 2023, section 3.2)
-    longrope  each divided by a number of its own               (Ding et al., LongRoPE, 2024, section 3)
-    """
-    plain = [rope.rope_theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    if rope.rope_type == "default":
-        return plain
-    if rope.rope_type == "linear":
-        return [f / rope.factor for f in plain]
-    if rope.rope_type == "longrope":
-        return [f / divisor for f, divisor in zip(plain, rope.short_factor, strict=True)]
-    if rope.rope_type == "yarn":
-        return yarn_inverse_frequencies(rope, plain)
-    scaled = []
-    for f in plain:
-        turns = rope.original_max_position_embeddings * f / (2 * math.pi)  # over the original context
-        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        keep = min(max(keep, 0.0), 1.0)
-        scaled.append(keep * f + (1 - keep) * f / rope.factor)
-    return scaled
-
-
-def yarn_inverse_frequencies(rope, plain):
-    """Pairs that turn more than `beta_fast` times over the original context keep their frequency, those that
-    turn less than `beta_slow` times are divided by `factor`, and between the two pairs there is a ramp.
-
-    `plain` are the d/2 frequencies without scaling. (Peng et al., YaRN, 2023, section 3.2.)
-    """
-    length, count = rope.original_max_position_embeddings, len(plain)
-
-    def pair(turns):  # that turns so often, as a real number
-        return count * math.log(length / (turns * 2 * math.pi)) / math.log(rope.rope_theta)
-
-    first, last = pair(rope.beta_fast), pair(rope.beta_slow)
-    if rope.truncate:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, 2 * count - 1)
-    last = last + 0.001 if first == last else last  # a step
-    ramp = [min(max((i - first) / (last - first), 0.0), 1.0) for i in range(count)]
-    return [f / rope.factor * r + f * (1 - r) for f, r in zip(plain, ramp, strict=True)]
 
 
 def rope_cos_sin(xp, positions, inverse_frequencies, attention_factor=1.0):
@@ -328,58 +281,3 @@ def geglu(xp, gate_up):
     up = gate_up[:, columns:].astype(xp.float32, copy=False)  # [T, F_r]
     inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate)  # [T, F_r]
     return (gate / 2 * (1 + xp.tanh(inner)) * up).astype(gate_up.dtype, copy=False)  # [T, F_r]
-
-
-# --- mixture of experts ---------------------------------------------------------------------------------
-
-
-def route(xp, logits, per_token):
-    """Which experts each token goes through, and with which weights they count.
-
-    Those with the largest logits, the first of equals, weighted by the softmax over these alone: the same as
-    normalising their shares of the softmax over all. (Jiang et al., Mixtral of Experts, 2024, section 2.1.)
-
-    Parameters
-    ----------
-    logits : [T, E]
-    per_token : int
-        X, at most E.
-
-    Returns
-    -------
-    int [T, X], in ascending order, and float32 [T, X]
-    """
-    logits = logits.astype(xp.float32, copy=False)  # [T, E]
-    left, experts = logits, xp.arange(logits.shape[1])  # [T, E], [E]
-    for _ in range(per_token):
-        best = xp.argmax(left, axis=-1)[:, None] == experts[None, :]  # [T, E]
-        left = xp.where(best, -xp.inf, left)  # [T, E]
-    chosen = xp.nonzero(left != logits)[1].reshape(-1, per_token)  # [T, X]
-    rows = xp.arange(logits.shape[0])[:, None]  # [T, 1]
-    return chosen, softmax(xp, logits[rows, chosen])  # [T, X], [T, X]
-
-
-def experts_act(xp, x, chosen, w_gate_up):
-    """SwiGLU of this rank's FFN columns, for each token those of its experts.
-
-    `x` [T, D], `chosen` int [T, X] from `route`, `w_gate_up` [D, 2 F_r] of each expert; returns [T, X, F_r].
-    """
-    acts = xp.empty((*chosen.shape, w_gate_up[0].shape[1] // 2), dtype=x.dtype)  # [T, X, F_r]
-    for expert, w_r in enumerate(w_gate_up):
-        rows, places = xp.nonzero(chosen == expert)  # [n], [n]
-        acts[rows, places] = swiglu(xp, column_parallel(xp, x[rows], w_r))  # [n, F_r]
-    return acts  # [T, X, F_r]
-
-
-def experts_partial(xp, acts, chosen, weights, w_down):
-    """This rank's term of the weighted sum of the experts' outputs: an all-reduce must follow.
-
-    `acts` [T, X, F_r], `chosen` int [T, X] and `weights` float32 [T, X] from `route`, `w_down` [F_r, D] of
-    each expert; returns [T, D] in the dtype of `acts`, summed in float32 and rounded once.
-    """
-    total = xp.zeros((acts.shape[0], w_down[0].shape[1]), dtype=xp.float32)  # [T, D]
-    for expert, w_r in enumerate(w_down):
-        rows, places = xp.nonzero(chosen == expert)  # [n], [n]; no row twice
-        out = xp.matmul(acts[rows, places], w_r, dtype=xp.float32)  # [n, D]
-        total[rows] += weights[rows, places][:, None] * out  # [n, D]
-    return total.astype(acts.dtype, copy=False)  # [T, D]

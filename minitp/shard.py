@@ -1,4 +1,4 @@
-"""The sharding plan: one table that says which rows or columns of each tensor a rank holds.
+"""The sharding plan: which rows or columns of each tensor a rank holds.
 
 A transformer layer is two pairs of matrices, and each pair is split the same way:
 
@@ -13,66 +13,15 @@ a pair costs one all-reduce: the sum on the right. (Shoeybi et al., Megatron-LM,
 Drawn here as they are used, [in, out]; in a checkpoint they lie [out, in], so that a column of w is a row
 of the file's tensor.
 
-So of every tensor at most one dimension is split, and the table below needs no column for it: it is the one
-in capitals that is not `D`, the hidden size. A tensor with no such dimension is on every rank.
+Which tensor is split how is said in `tensors`: column, row, or replicated. Here that becomes a Plan: which
+heads, columns and rows each rank has.
 """
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from minitp.errors import InputError
-
-# Checkpoint tensor names with their shapes as they lie in the file: [out, in] for a projection.
-#   V vocabulary   D hidden   Hd query heads * head_dim   Kd key/value heads * head_dim
-#   F FFN columns   d head_dim   e experts
-MODEL_TENSORS = {
-    "model.embed_tokens.weight": ("V", "D"),
-    "model.norm.weight": ("D",),
-    "lm_head.weight": ("V", "D"),
-}
-LAYER_TENSORS = {
-    "input_layernorm.weight": ("D",),
-    "self_attn.q_proj.weight": ("Hd", "D"),
-    "self_attn.k_proj.weight": ("Kd", "D"),
-    "self_attn.v_proj.weight": ("Kd", "D"),
-    "self_attn.o_proj.weight": ("D", "Hd"),
-    "post_attention_layernorm.weight": ("D",),
-    "mlp.gate_proj.weight": ("F", "D"),
-    "mlp.up_proj.weight": ("F", "D"),
-    "mlp.down_proj.weight": ("D", "F"),
-}
-QKV_BIASES = {
-    "self_attn.q_proj.bias": ("Hd",),
-    "self_attn.k_proj.bias": ("Kd",),
-    "self_attn.v_proj.bias": ("Kd",),
-}
-QK_NORMS = {
-    "self_attn.q_norm.weight": ("d",),
-    "self_attn.k_norm.weight": ("d",),
-}
-O_BIAS = {"self_attn.o_proj.bias": ("D",)}
-POST_NORMS = {  # beside these post_attention_layernorm is behind attention, too
-    "pre_feedforward_layernorm.weight": ("D",),
-    "post_feedforward_layernorm.weight": ("D",),
-}
-MIXTURE = {  # in place of the mlp's tensors
-    "block_sparse_moe.gate.weight": ("e", "D"),
-}
-EXPERT = {  # each of them under block_sparse_moe.experts.{n}: gate, down and up, split as in a dense model
-    "w1.weight": ("F", "D"),
-    "w2.weight": ("D", "F"),
-    "w3.weight": ("F", "D"),
-}
-# Tensors that some checkpoints keep one below the other in a single one.
-JOINED = {
-    "self_attn.qkv_proj.weight": [f"self_attn.{part}_proj.weight" for part in "qkv"],
-    "mlp.gate_up_proj.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-}
-MLP_BIASES = {
-    "mlp.gate_proj.bias": ("F",),
-    "mlp.up_proj.bias": ("F",),
-    "mlp.down_proj.bias": ("D",),
-}
+from minitp.tensors import JOINED, tensor_table
 
 
 @dataclass(frozen=True)
@@ -142,9 +91,8 @@ class Plan:
         """
         start, stop = self.head_ranges[rank]
         kv_start, kv_stop = self.kv_head_ranges[rank]
-        per_kv_head = (
-            self.head_ranges[-1][1] // self.kv_head_ranges[-1][1]
-        )  # H / K: where the last ranges end
+        # Where the last ranges end: H / K.
+        per_kv_head = self.head_ranges[-1][1] // self.kv_head_ranges[-1][1]
         return [
             (max(start, kv * per_kv_head) - start, min(stop, (kv + 1) * per_kv_head) - start)
             for kv in range(kv_start, kv_stop)
@@ -192,17 +140,17 @@ def make_plan(config, tp):
     sizes = {
         "D": config.hidden_size,
         "d": d,
-        "e": config.num_local_experts,
+        "E": config.num_local_experts,
         "V": config.vocab_size,
         "Hd": config.num_attention_heads * d,
         "Kd": config.num_key_value_heads * d,
         "F": config.intermediate_size,
     }
     tensors = {}
-    for name, dims in tensor_table(config).items():
-        axis = next((i for i, dim in enumerate(dims) if dim in ranges), None)
-        shape = tuple(sizes[dim] for dim in dims)
-        tensors[name] = TensorShard(name, shape, axis, () if axis is None else ranges[dims[axis]])
+    for name, split in tensor_table(config).items():
+        shape = tuple(sizes[letter] for letter in split.shape)
+        shared = () if split.axis is None else ranges[split.shape[split.axis]]
+        tensors[name] = TensorShard(name, shape, split.axis, shared)
     if config.joined_projections:
         _place_in_joined(tensors, config.num_hidden_layers)
     return Plan(tp, config.num_hidden_layers, heads, kv_heads, ffn, vocab, tensors, config.num_local_experts)
@@ -216,28 +164,3 @@ def _place_in_joined(tensors, layers):
             for name in (f"model.layers.{i}.{part}" for part in parts):
                 tensors[name] = replace(tensors[name], part_of=f"model.layers.{i}.{joined}", first_row=row)
                 row += tensors[name].shape[0]
-
-
-def tensor_table(config):
-    """Every tensor of the model with its shape in letters; what JOINED has together is listed apart."""
-    layer = dict(LAYER_TENSORS)
-    if config.qkv_bias:
-        layer |= QKV_BIASES
-    if config.o_bias:
-        layer |= O_BIAS
-    if config.qk_norm:
-        layer |= QK_NORMS
-    if config.post_norms:
-        layer |= POST_NORMS
-    if config.num_local_experts:
-        layer = {name: dims for name, dims in layer.items() if not name.startswith("mlp.")} | MIXTURE
-    for n in range(config.num_local_experts):
-        layer |= {f"block_sparse_moe.experts.{n}.{name}": dims for name, dims in EXPERT.items()}
-    if config.mlp_bias:
-        layer |= MLP_BIASES
-    table = dict(MODEL_TENSORS)
-    if config.tie_word_embeddings:
-        del table["lm_head.weight"]
-    for i in range(config.num_hidden_layers):
-        table |= {f"model.layers.{i}.{name}": dims for name, dims in layer.items()}
-    return table

@@ -7,10 +7,10 @@ from on_gpu import stand_in
 from refusal import check_refusal
 from tiny import write_tiny
 
-from minitp.cli import main
-from minitp.comm import Alone
-from minitp.job import Job
-from minitp.places import place_ranks
+from minitp.cli.main import main
+from minitp.comm.single import Alone
+from minitp.launch.supervisor import Job
+from minitp.launch.transport import select_comm
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,7 +35,7 @@ def cupy():
 @pytest.fixture(scope="module")
 def comm():
     """The only rank's, on a real GPU."""
-    return place_ranks(Alone(), "cuda")
+    return select_comm(Alone(), "cuda")
 
 
 @pytest.fixture

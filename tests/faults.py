@@ -11,7 +11,7 @@ import faulty_model as wrong
 import numpy as np
 from faulty_model import changed, here, reload, result, with_step
 
-from minitp.steps import full_name
+from minitp.trace.names import full_name
 
 # (tp, layer, rank): a fault is tried on the first rank of the first layer, on the last of the last, and on
 # one of the others in turn.
@@ -192,8 +192,8 @@ FAULTS = [
     Fault("gate and up swapped", "mlp.act", {"swiglu": changed(_1=wrong.swapped_halves)}),
     Fault("gate and up mixed up", "mlp.gate mlp.up", {"column_parallel": result(wrong.swapped_halves)}),
     Fault("no activation", "mlp.act", {"swiglu": lambda swiglu, xp, y: np.split(y, 2, axis=-1)[1]}),
-    Fault("residual added twice", "attn.residual", wrong.residual(lambda x, out: x + out)),
-    Fault("residual left out", "mlp.residual", wrong.residual(lambda x, out: out - x)),
+    Fault("residual added twice", "attn.residual", wrong.stream(lambda x: 2 * x)),
+    Fault("residual left out", "mlp.residual", wrong.stream(lambda x: 0 * x)),
     # what only some families have
     Fault("q and k not normalised", "attn.q_norm attn.k_norm", no_head_norm, model="normed"),
     Fault("attention factor left out", ROPES, no_attention_factor, model="yarn"),

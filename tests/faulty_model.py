@@ -13,12 +13,13 @@ from functools import partial
 import numpy as np
 from host_arrays import HostArrays
 
-from minitp import ops
+from minitp import moe, ops
+from minitp.loading.weights import LAYER_PARTS
 from minitp.model import Model, Sequence
+from minitp.rope import rope_inverse_frequencies
 from minitp.shard import split_evenly
-from minitp.weights import LAYER_PARTS
 
-OPS = [name for name, value in vars(ops).items() if callable(value)]
+OPS = [(module, name) for module in (ops, moe) for name, value in vars(module).items() if callable(value)]
 
 
 class Here(threading.local):
@@ -44,9 +45,9 @@ def hooked(name, original):
 
 
 def hook_ops(monkeypatch):
-    """From here on the functions of `ops` look for hooks, those that call one another too."""
-    for name in OPS:
-        monkeypatch.setattr(ops, name, hooked(name, getattr(ops, name)))
+    """From here on the functions of `ops` and `moe` look for hooks, those that call one another too."""
+    for module, name in OPS:
+        monkeypatch.setattr(module, name, hooked(name, getattr(module, name)))
 
 
 class Faulty:
@@ -91,6 +92,9 @@ class FaultyModel(Faulty, Model):
 
     def _mlp(self, i, layer, *args):
         return self._within("mlp", i, layer, hooked("block", super()._mlp), i, layer, *args)
+
+    def _all_reduce_and_add(self, x, *args):
+        return hooked("add", super()._all_reduce_and_add)(x, *args)
 
 
 def whole_tensor(source, name):
@@ -140,7 +144,7 @@ def with_step(change):
 def turn(step, positions, **rope):
     """Angles for these positions, with some of the RoPE parameters changed."""
     config = here.model.config
-    frequencies = ops.rope_inverse_frequencies(replace(config.rope, **rope), config.head_dim)
+    frequencies = rope_inverse_frequencies(replace(config.rope, **rope), config.head_dim)
     step.cos, step.sin = ops.rope_cos_sin(np, positions, np.float32(frequencies))
 
 
@@ -304,13 +308,9 @@ def sum_in_16_bits(original, xp, x, w):
     return total
 
 
-def residual(change):
-    """Hooks: what is added to the stream x is change(x, output of the block)."""
-
-    def hook(original, i, layer, x, *args):
-        return change(x, original(i, layer, x, *args))
-
-    return {"block": hook}
+def stream(change):
+    """Hooks: a block's output is added to change(x) and not to the stream x."""
+    return {"add": lambda original, x, *args: original(change(x), *args)}
 
 
 # --- weights --------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ import signal
 import sys
 import time
 
-from minitp import cli, waiting
-from minitp.environment import env_rank
+from minitp.cli import main as cli
+from minitp.comm import wait
+from minitp.util.environment import env_rank
 
 FORWARD_CALL = 5
 
@@ -53,8 +54,8 @@ def plant(kind, place):
         sys.modules["ml_dtypes"] = None
         return
     from minitp.cuda.decode_step import DecodeStep
+    from minitp.loading.weights import Loader
     from minitp.model import Model
-    from minitp.weights import Loader
 
     if kind == "spoil":
         load = Loader.load
@@ -88,8 +89,8 @@ def spoilt(weights):
 if __name__ == "__main__":
     what, where, rank = os.environ["MINITP_TEST_FAULT"].split()
     if "MINITP_TEST_LOST_S" in os.environ:
-        waiting.LOST_S = float(os.environ["MINITP_TEST_LOST_S"])
-        waiting.LATE_S = waiting.LOST_S / 2
+        wait.LOST_S = float(os.environ["MINITP_TEST_LOST_S"])
+        wait.LATE_S = wait.LOST_S / 2
     if what == "stick":
         from minitp.cuda.nccl import NcclComm
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from minitp.demo import demo_directory
+from minitp.loading.demo import demo_directory
 
 HERE = Path(__file__).parent
 

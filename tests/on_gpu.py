@@ -9,9 +9,9 @@ from pathlib import Path
 from cuda_on_cpu import built_in
 
 from minitp.comm import run_threads
-from minitp.model import load_model
-from minitp.model_source import open_model
-from minitp.places import place_ranks
+from minitp.launch.transport import select_comm
+from minitp.load import load_model
+from minitp.loading.source import open_model
 
 STAND_IN = Path(__file__).with_name("cuda_stand_in")
 MODULES = ("cupy", "cupy_backends", "cupyx")
@@ -45,7 +45,7 @@ def run_on_gpus(ranks, function, transport="nccl"):
     """function(comm) on so many ranks, each with a GPU of its own; their results in rank order."""
 
     def rank(host):
-        comm = place_ranks(host, "cuda", transport)
+        comm = select_comm(host, "cuda", transport)
         result = function(comm)
         comm.close()
         return result

@@ -7,9 +7,9 @@ import random
 import sys
 from pathlib import Path
 
-from minitp import steps
-from minitp.report import write_report
+from minitp.report.page import write_report
 from minitp.shard import split_evenly
+from minitp.trace import names as steps
 
 HOSTILE = (
     "</script><img src=x onerror=\"document.title='broken'\"><!-- <script> ' \" & \u2028 \u2029 "
@@ -18,7 +18,7 @@ HOSTILE = (
 
 
 def kind_of(step):
-    """As in minitp.steps, without a plan."""
+    """As in minitp.trace.names, without a plan."""
     if step in steps.PARTIAL:
         return "partial"
     letters = (steps.BEFORE | steps.LAYER | steps.AFTER)[step].split()

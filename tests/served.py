@@ -9,11 +9,12 @@ from openai import OpenAI
 from test_processes import Running
 from tiny import write_tiny
 
-from minitp.comm import Alone
+from minitp.comm.single import Alone
 from minitp.device import open_device
-from minitp.generate import Request, generate
-from minitp.model import load_model
-from minitp.model_source import open_model
+from minitp.generate import generate
+from minitp.load import load_model
+from minitp.loading.source import open_model
+from minitp.request import Request
 from minitp.sampling import SamplingParams
 
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"

@@ -6,8 +6,8 @@ from tiny import write_tiny
 
 from minitp.comm import run_threads
 from minitp.device import open_device
-from minitp.model import load_model
-from minitp.model_source import open_model
+from minitp.load import load_model
+from minitp.loading.source import open_model
 
 # Of the largest logit. One BLAS product of many rows sums in another order than one of few, and each of the
 # 2 layers' sums of at most 48 terms may differ by some units of 2^-24.

@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 from tiny import write_tiny
 
-from minitp.bench.cpu_limits import BareProducts, all_reduce_seconds
-from minitp.bench.limits import total_elements
+from minitp.bench.cpu_roofline import BareProducts, all_reduce_seconds
+from minitp.bench.fake_weights import TiledWeights
 from minitp.bench.plot import plot
+from minitp.bench.roofline import total_elements
 from minitp.bench.runs import StepTimer, keys_read, profile, timed_batch, timed_run
 from minitp.bench.table import lines
-from minitp.bench.tiled import TiledWeights
-from minitp.comm import Alone, OneOfMany, run_threads
-from minitp.commands.bench import contexts
+from minitp.cli.bench import contexts
+from minitp.comm import run_threads
+from minitp.comm.single import Alone, OneOfMany
 from minitp.device import Device
-from minitp.model import load_model
-from minitp.model_source import open_model
-from minitp.steps import step_names
+from minitp.load import load_model
+from minitp.loading.source import open_model
+from minitp.trace.names import step_names
+from minitp.trace.record import ObservedSteps
 
 SHAPES = {
     "plain": {},
@@ -97,9 +99,10 @@ def test_a_share_has_the_shapes_of_its_rank(tmp_path, tp):
 
     def first_partial(model):
         found = []
-        record = lambda block=None, layer=None, /, **arrays: found.append(arrays)  # noqa: E731
+        steps = ObservedSteps(lambda *step: found.append(step))
+        record = lambda *_: steps  # noqa: E731
         logits = model.forward([1, 2, 3], model.new_cache(), logits_at=slice(None), record=record)
-        return found[0]["embed_partial"], [{n: a.shape for n, a in f.items()} for f in found], logits.shape
+        return found[0][1], [(step, array.shape) for step, array in found], logits.shape
 
     def in_company(comm):
         return first_partial(load_model(source, comm, Device(np, np.dtype(np.float32))))
@@ -117,14 +120,15 @@ def test_a_timer_charges_each_step_with_its_own_time():
     for _ in range(2):
         timer.start()
         time.sleep(0.02)
-        timer("attn", 0, norm=None)
-        timer("attn", 1, q=None, k=None)
+        timer("attn", 0).norm = None
+        second = timer("attn", 1)
+        second.q, second.k = None, None
         time.sleep(0.06)
-        timer(final_norm=None)
+        timer().final_norm = None
         time.sleep(0.1)  # between passes
-    assert list(timer.seconds) == ["attn.norm", "attn.q k", "final_norm"]
+    assert list(timer.seconds) == ["attn.norm", "attn.q k v", "final_norm"]
     assert 0.04 <= timer.seconds["attn.norm"] < 0.09
-    assert timer.seconds["attn.q k"] < 0.02
+    assert timer.seconds["attn.q k v"] < 0.02
     assert 0.12 <= timer.seconds["final_norm"] < 0.19
 
 

@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from test_processes import END_S, START_S, Running
 from tiny import byte_tokens, write_tiny
 
-from minitp import LLM, SamplingParams, job
-from minitp.commands.chat import Conversation, message
+from minitp import LLM, SamplingParams
+from minitp.cli.chat import Conversation, message
+from minitp.launch import supervisor
 
 pytestmark = pytest.mark.mpi
 
@@ -133,7 +134,7 @@ def test_what_is_stopped_before_its_first_word_is_forgotten(llm, monkeypatch):
 # --- through a pipe -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("beginning", [CHAT, [job.find_mpirun(), "-n", "2", *CHAT]])
+@pytest.mark.parametrize("beginning", [CHAT, [supervisor.find_mpirun(), "-n", "2", *CHAT]])
 def test_each_line_of_a_pipe_is_a_message(llm, beginning):
     """A command too; blank lines are none."""
     argv = [*beginning, "--model", llm.source.name, "--tp", "2", "-n", "10", "--system", SYSTEM["content"]]

@@ -6,9 +6,9 @@ from datetime import datetime
 
 import pytest
 
-from minitp.chat_template import ChatTemplate, load_chat_template
-from minitp.demo import demo_directory
 from minitp.errors import InputError
+from minitp.loading.demo import demo_directory
+from minitp.text.chat_template import ChatTemplate, load_chat_template
 
 HI = [{"role": "user", "content": "Hi"}]
 TALK = [

@@ -11,15 +11,15 @@ from faulty_model import FaultyModel, hook_ops
 from safetensors.numpy import load_file, save_file
 from tiny import write_tiny
 
-from minitp import random_weights
-from minitp.check import check_model
+from minitp.check.run import check_model
 from minitp.comm import run_threads
 from minitp.device import open_device
-from minitp.model import load_model
-from minitp.model_source import open_model
-from minitp.steps import AFTER, BEFORE, LAYER, step_names
-from minitp.trace import passes_of
-from minitp.weights import Loader
+from minitp.load import load_model
+from minitp.loading import random_weights
+from minitp.loading.source import open_model
+from minitp.loading.weights import Loader
+from minitp.trace.names import AFTER, BEFORE, LAYER, step_names
+from minitp.trace.record import passes_of
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))

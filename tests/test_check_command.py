@@ -15,8 +15,8 @@ FAULTY_WORKER = str(Path(__file__).with_name("faulty_worker.py"))
 FAULTY_FRONT = [  # the command with such ranks
     sys.executable,
     "-c",
-    "import sys\nfrom minitp import cli\n"
-    f"sys.exit(cli.main(sys.argv[1:], worker=[sys.executable, {FAULTY_WORKER!r}]))",
+    "import sys\nfrom minitp.cli.main import main\n"
+    f"sys.exit(main(sys.argv[1:], worker=[sys.executable, {FAULTY_WORKER!r}]))",
 ]
 
 

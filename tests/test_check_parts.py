@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 from tiny import write_tiny
 
-from minitp import expected
-from minitp.check import check_model
-from minitp.check_plan import plan_problems
+from minitp.check import expected
+from minitp.check.difference import Difference, measure
+from minitp.check.plan import plan_problems
+from minitp.check.result import CheckResult, Finding
+from minitp.check.run import check_model
+from minitp.check.tolerance import Expected
 from minitp.comm import run_threads
 from minitp.device import open_device
-from minitp.findings import CheckResult, Finding
-from minitp.measure import Difference, measure
-from minitp.model import load_model
-from minitp.model_source import open_model
+from minitp.load import load_model
+from minitp.loading.source import open_model
 from minitp.shard import Plan
-from minitp.tolerance import Expected
-from minitp.trace import open_oracle, passes_of
+from minitp.trace.record import passes_of
+from minitp.trace.reference import open_oracle
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))

@@ -10,13 +10,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import CONFIG, write_tiny
 
-from minitp.config import parse_config, read_config
 from minitp.device import open_device
 from minitp.errors import InputError
-from minitp.model_source import open_model
+from minitp.loading.config import parse_config, read_config
+from minitp.loading.random_weights import BLOCK, RandomWeights
+from minitp.loading.source import open_model
+from minitp.loading.weights import Loader
 from minitp.oracle import Oracle
-from minitp.random_weights import BLOCK, RandomWeights
-from minitp.weights import Loader
 
 MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

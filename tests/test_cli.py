@@ -9,14 +9,16 @@ import pytest
 from refusal import check_refusal
 from tiny import BOS, write_tiny
 
-from minitp import environment
-from minitp.cli import main
+from minitp.cli.main import main
 from minitp.comm import run_threads
 from minitp.device import open_device
-from minitp.generate import Request, generate
-from minitp.model import Model, load_model
-from minitp.model_source import open_model
+from minitp.generate import generate
+from minitp.load import load_model
+from minitp.loading.source import open_model
+from minitp.model import Model
+from minitp.request import Request
 from minitp.sampling import SamplingParams
+from minitp.util import environment
 
 COMMAND = [sys.executable, "-m", "minitp"]
 BUFFERED = {
@@ -348,7 +350,7 @@ def test_help_is_quick(argv):
         "heavy = 'numpy mpi4py tokenizers safetensors huggingface_hub ml_dtypes tqdm'.split()\n"
         "found = lambda: [name for name in heavy if name in sys.modules]\n"
         "atexit.register(lambda: print('loaded:', *found(), file=sys.stderr))\n"
-        "from minitp.cli import main\n"
+        "from minitp.cli.main import main\n"
         "main(sys.argv[1:])"
     )
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=60)

@@ -12,11 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import write_tiny
 
-from minitp import oracle_ops
-from minitp.cli import main
-from minitp.compare import compare_files
-from minitp.dumps import open_dump
-from minitp.layouts import layouts
+from minitp.cli.main import main
+from minitp.compare.files import open_dump
+from minitp.compare.layouts import layouts
+from minitp.compare.run import compare_files
+from minitp.oracle import ops as oracle_ops
 
 TRACE = "prefill/layers.{}.{}"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from minitp.cli import main
-from minitp.compare import TOLERANCES
-from minitp.steps import AFTER, BEFORE, LAYER
+from minitp.cli.main import main
+from minitp.compare.run import TOLERANCES
+from minitp.trace.names import AFTER, BEFORE, LAYER
 
 PAGE = Path(__file__).resolve().parents[1].joinpath("docs", "compare.md").read_text(encoding="utf-8")
 STEPS = BEFORE | {f"layers.{{i}}.{step}": letters for step, letters in LAYER.items()} | AFTER

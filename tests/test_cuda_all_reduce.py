@@ -10,8 +10,8 @@ import pytest
 from cuda_on_cpu import CpuCompiler
 
 from minitp import ops
-from minitp.comm import _sum_in_rank_order
-from minitp.cuda.all_reduce import AllReduce, region_bytes
+from minitp.comm.base import _sum_in_rank_order
+from minitp.cuda.kernels.all_reduce import AllReduce, region_bytes
 
 DTYPES = (np.float16, ml_dtypes.bfloat16)
 EPS = 1e-5

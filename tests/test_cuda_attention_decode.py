@@ -6,7 +6,7 @@ import pytest
 from cuda_on_cpu import CpuCompiler
 
 from minitp import ops
-from minitp.cuda.attention_decode import AttentionDecode
+from minitp.cuda.kernels.attention_decode import AttentionDecode
 
 F16, BF16 = np.float16, ml_dtypes.bfloat16
 DTYPES = (F16, BF16)

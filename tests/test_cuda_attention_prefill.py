@@ -6,8 +6,8 @@ import pytest
 from cuda_on_cpu import CpuCompiler
 
 from minitp import ops
-from minitp.cuda.attention_prefill import AttentionPrefill
-from minitp.cuda.cache_write import CacheWrite
+from minitp.cuda.kernels.attention_prefill import AttentionPrefill
+from minitp.cuda.kernels.cache_write import CacheWrite
 
 F16, BF16 = np.float16, ml_dtypes.bfloat16
 DTYPES = (F16, BF16)

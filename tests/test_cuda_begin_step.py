@@ -6,7 +6,7 @@ import pytest
 from cuda_on_cpu import CpuCompiler
 
 from minitp import ops
-from minitp.cuda.begin_step import BeginStep
+from minitp.cuda.kernels.begin_step import BeginStep
 
 DTYPES = (np.float16, ml_dtypes.bfloat16)
 BLOCK_SIZE, MAX_BLOCKS = 16, 8

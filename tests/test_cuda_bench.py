@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from on_gpu import ENVIRONMENT, model_on_gpu, run_on_gpus
 
-from minitp.bench.gpu_limits import GpuLimits
 from minitp.bench.gpu_profile import gpu_profile
+from minitp.bench.gpu_roofline import GpuLimits
 from minitp.bench.measure import measure
 from minitp.bench.table import lines
-from minitp.comm import OneOfMany
-from minitp.commands.bench import Job
+from minitp.cli.bench import Job
+from minitp.comm.single import OneOfMany
 from minitp.cuda.comm import LocalComm
-from minitp.model_source import open_model
-from minitp.places import place_ranks
+from minitp.launch.transport import select_comm
+from minitp.loading.source import open_model
 
 MATRICES = 2 * (32 * 64 + 32 * 32 + 3 * 32 * 48)  # elements of both layers of the tiny model
 LM_HEAD = 258 * 32
@@ -133,7 +133,7 @@ def test_a_profile_of_what_has_no_kernels_is_refused(tiny):
 
 
 def test_the_limit_is_the_longer_of_reading_and_computing(cupy, tiny):
-    limits = GpuLimits(model_on_gpu(tiny, place_ranks(OneOfMany(0, 1), "cuda")))
+    limits = GpuLimits(model_on_gpu(tiny, select_comm(OneOfMany(0, 1), "cuda")))
     limits.reads, limits.rate = 1e9, 1e30
     token = 2 * (MATRICES + LM_HEAD + 10 * POSITION)
     prompt = 2 * (MATRICES + 16 * POSITION)  # which gets no logits
@@ -164,4 +164,4 @@ def test_a_profile_has_every_launch(cupy, tiny, ranks):
 
 
 def test_a_share_of_the_first_rank_waits_for_nobody(cupy):
-    assert isinstance(place_ranks(OneOfMany(0, 4), "cuda"), LocalComm)
+    assert isinstance(select_comm(OneOfMany(0, 4), "cuda"), LocalComm)

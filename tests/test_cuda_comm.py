@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from on_gpu import run_on_gpus
 
-from minitp.comm import Alone, OneOfMany, ThreadComm, run_threads
+from minitp.comm import run_threads
+from minitp.comm.single import Alone, OneOfMany
+from minitp.comm.threads import ThreadComm
 from minitp.errors import AgreedError, InputError, RankError
-from minitp.places import place_ranks
+from minitp.launch.transport import select_comm
 
 pytestmark = pytest.mark.usefixtures("cupy")
 
@@ -117,7 +119,7 @@ def test_ranks_stay_on_streams_and_gpus_of_their_own():
 @pytest.mark.parametrize("host", [Alone(), OneOfMany(0, 4), OneOfMany(2, 4)])
 def test_a_rank_without_others(host):
     """One of many throws its own part in for everybody's."""
-    comm = place_ranks(host, "cuda")
+    comm = select_comm(host, "cuda")
     x = comm.gpu.from_host(np.ones((2, 3), np.float16))
     assert (comm.rank, comm.size, comm.share) == (0, host.size, host.share)
     assert comm.gpu.to_host(comm.all_reduce(x)).tolist() == [[1] * 3] * 2
@@ -399,7 +401,7 @@ def test_nobody_on_another_host_is_taken_for_late(monkeypatch):
 
 def places(ranks, transport="auto", share_gpu=False):
     def rank(host):
-        comm = place_ranks(host, "cuda", transport, share_gpu)
+        comm = select_comm(host, "cuda", transport, share_gpu)
         all_reduce(comm)
         comm.close()
         return type(comm).__name__

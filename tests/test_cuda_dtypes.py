@@ -16,8 +16,9 @@ from on_gpu import STAND_IN, model_on_gpu, run_on_gpus
 from tiny import write_tiny
 
 import minitp
-from minitp import ops
-from minitp.kv_cache import BlockPool, KVCache, PagedCache
+from minitp import moe, ops
+from minitp.kv_cache import KVCache
+from minitp.paged_cache import BlockPool, PagedCache
 
 pytestmark = pytest.mark.usefixtures("cupy")
 
@@ -47,6 +48,7 @@ OPERATORS = {
     ast.FloorDiv: "floor_divide", ast.Mod: "remainder", ast.Lt: "less", ast.LtE: "less_equal",
     ast.Gt: "greater", ast.GtE: "greater_equal", ast.Eq: "equal", ast.NotEq: "not_equal",
 }  # fmt: skip
+EXPLICIT = ("ops", "moe", "model", "kv_cache", "paged_cache")  # what computes with xp alone
 REDUCTIONS = {"sum", "max", "min", "argmax"}
 
 
@@ -57,10 +59,10 @@ def called():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and owner(node) in ("xp", "cupy", "_cupy"):
                 functions.add(node.attr)
-            on_arrays = path.stem in ("ops", "model", "kv_cache", "fused", "decode_step", "comm")
+            on_arrays = path.stem in (*EXPLICIT, "fused", "decode_step", "comm")
             if on_arrays and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 methods.add(node.func.attr)
-            if path.stem in ("ops", "model", "kv_cache"):
+            if path.stem in EXPLICIT:
                 operators |= {
                     OPERATORS.get(type(one)) for one in [getattr(node, "op", None), *getattr(node, "ops", [])]
                 }
@@ -77,6 +79,14 @@ def test_every_function_that_is_called_is_known():
     functions, _, _ = called()
     assert {"where", "matmul", "zeros", "exp"} <= functions
     assert functions - ANY_DTYPE - OWN - set(TABLES) - {"abs"} == set()
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_the_explicit_path_knows_no_numpy(name):
+    """So it runs wherever `xp` is."""
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert names & {"np", "numpy", "cupy"} == set()
 
 
 def test_what_is_called_has_loops_for_16_bits():
@@ -147,7 +157,7 @@ RESULTS = {  # of each operation, one for each array
     "experts_act": [STREAM],
     "experts_partial": [STREAM],
 }
-NO_ARRAYS = {"rope_inverse_frequencies", "yarn_inverse_frequencies"}
+OPERATIONS = dict(inspect.getmembers(ops, inspect.isfunction) + inspect.getmembers(moe, inspect.isfunction))
 
 
 def calls(xp, half):
@@ -182,8 +192,7 @@ def calls(xp, half):
 
 
 def test_every_operation_is_here():
-    found = {name for name, _ in inspect.getmembers(ops, inspect.isfunction)}
-    assert found == set(RESULTS) | NO_ARRAYS
+    assert OPERATIONS.keys() == RESULTS.keys()
 
 
 @pytest.fixture
@@ -199,7 +208,7 @@ def test_an_operation_keeps_the_dtype(cupy, half, name):
 
     xp, expected = Arrays(cupy), [half(1).dtype.name if x == STREAM else x for x in RESULTS[name]]
     for arguments in calls(xp, half)[name]:
-        found = getattr(ops, name)(xp, *arguments)
+        found = OPERATIONS[name](xp, *arguments)
         found = found if isinstance(found, tuple) else (found,)
         assert [array.dtype.name for array in found] == expected
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from on_gpu import model_on_gpu, run_on_gpus
 
-from minitp.check import check_model
-from minitp.model_source import open_model
-from minitp.trace import passes_of
+from minitp.check.run import check_model
+from minitp.loading.source import open_model
+from minitp.trace.record import passes_of
 
 pytestmark = pytest.mark.usefixtures("cupy")
 

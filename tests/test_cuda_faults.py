@@ -12,12 +12,12 @@ from faulty_model import Faulty, FaultyModel, changed, hook_ops, times
 from on_gpu import run_on_gpus
 from test_check import MODELS, PROMPT, SHAPE, blame, write_models
 
-from minitp.check import check_model
+from minitp.check.run import check_model
 from minitp.cuda.fused import FusedModel, unfit
 from minitp.device import open_device
-from minitp.model import load_model
-from minitp.model_source import open_model
-from minitp.trace import passes_of
+from minitp.load import load_model
+from minitp.loading.source import open_model
+from minitp.trace.record import passes_of
 
 pytestmark = pytest.mark.usefixtures("cupy")
 

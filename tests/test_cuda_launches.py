@@ -4,7 +4,7 @@ import pytest
 from on_gpu import model_on_gpu, run_on_gpus
 from tiny import write_tiny
 
-from minitp.model import prefill
+from minitp.generate import prefill
 
 pytestmark = pytest.mark.usefixtures("cupy")
 

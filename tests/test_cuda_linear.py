@@ -6,8 +6,8 @@ import pytest
 from cuda_on_cpu import CpuCompiler
 
 from minitp import ops
-from minitp.cuda.linear import MAX_TOKENS, Linear
-from minitp.cuda.rms_norm import RmsNorm
+from minitp.cuda.kernels.linear import MAX_TOKENS, Linear
+from minitp.cuda.kernels.rms_norm import RmsNorm
 
 DTYPES = (np.float16, ml_dtypes.bfloat16)
 LINEAR = {dtype: Linear(CpuCompiler(dtype)) for dtype in DTYPES}

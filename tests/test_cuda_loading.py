@@ -12,8 +12,8 @@ from tiny import write_tiny
 from minitp.cuda.loader import PACK, GpuLoader, padded
 from minitp.device import open_device
 from minitp.errors import InputError
-from minitp.model_source import open_model
-from minitp.weights import LAYER_PARTS, Loader, named_slices, shard_nbytes
+from minitp.loading.source import open_model
+from minitp.loading.weights import LAYER_PARTS, Loader, named_slices, shard_nbytes
 
 pytestmark = pytest.mark.usefixtures("cupy")
 

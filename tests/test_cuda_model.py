@@ -15,17 +15,19 @@ from safetensors.numpy import load_file, save_file
 from test_engine import alone, served
 from tiny import write_tiny
 
-from minitp.check import check_model
-from minitp.comm import Alone
+from minitp.check.run import check_model
+from minitp.cli.perplexity import perplexity
+from minitp.comm.single import Alone
 from minitp.device import open_device
 from minitp.errors import InputError, RankError
-from minitp.generate import Request, generate
-from minitp.model import Model, host_logits, load_model
-from minitp.model_source import open_model
-from minitp.perplexity import perplexity
+from minitp.generate import generate, host_logits
+from minitp.load import load_model
+from minitp.loading.source import open_model
+from minitp.model import Model
+from minitp.request import Request
 from minitp.sampling import SamplingParams
-from minitp.steps import step_names
-from minitp.trace import Recorder, passes_of
+from minitp.trace.names import step_names
+from minitp.trace.record import Recorder, passes_of
 
 pytestmark = pytest.mark.usefixtures("cupy")
 
@@ -163,7 +165,7 @@ def test_what_the_fused_path_shows(models, shape, tp):
         model = model_on_gpu(directory, comm, path="fused")
         names = {f"{name}/{step}" for name in ("prefill", "decode") for step in inside}
         shown = []
-        record = Recorder(model.device, names, lambda steps: shown.extend(steps))
+        record = Recorder(model.device, names, lambda name, array: shown.append(name))
         cache = model.new_cache(16)
         for record.pass_name, ids in (("prefill", PROMPT), ("decode", [5])):
             model.forward(ids, cache, slice(None), record)
@@ -277,14 +279,14 @@ FAULTS = {  # the file in minitp/cuda, what it changes there, ranks, and the ste
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_wrong_kernel_is_blamed(models, monkeypatch, name, dtype):
     file, kind, method, change, tp, steps = FAULTS[name]
-    kind = getattr(importlib.import_module(f"minitp.cuda.{file}"), kind)
+    kind = getattr(importlib.import_module(f"minitp.cuda.kernels.{file}"), kind)
     with_arguments(monkeypatch, kind, method, change)
     found = [name for name, _ in blamed(check(models["uneven", dtype], tp, dtype, "fused", decode=1))]
     assert list(dict.fromkeys(found))[: len(steps)] == steps
 
 
 def test_a_wrong_kernel_is_blamed_on_its_rank(models, monkeypatch):
-    from minitp.cuda.attention_decode import AttentionDecode
+    from minitp.cuda.kernels.attention_decode import AttentionDecode
 
     with_arguments(monkeypatch, AttentionDecode, "__call__", replaced(4, lambda seen: seen - 1), rank=2)
     found = blamed(check(models["uneven", "float16"], 4, "float16", "fused", decode=1))

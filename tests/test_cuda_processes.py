@@ -24,12 +24,14 @@ from test_processes import (
 )
 from tiny import write_tiny
 
-from minitp import LLM, SamplingParams, cli
-from minitp.comm import Alone
+from minitp import LLM, SamplingParams
+from minitp.cli import main as cli
+from minitp.comm.single import Alone
 from minitp.device import open_device
-from minitp.generate import Request, generate
-from minitp.model import load_model
-from minitp.model_source import open_model
+from minitp.generate import generate
+from minitp.load import load_model
+from minitp.loading.source import open_model
+from minitp.request import Request
 
 pytestmark = pytest.mark.mpi
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from cuda_on_cpu import CpuCompiler
 
-from minitp.cuda.read_memory import PIECE, ReadMemory
+from minitp.cuda.kernels.read_memory import PIECE, ReadMemory
 
 
 @pytest.mark.parametrize("pieces", [1, 11])

@@ -6,7 +6,7 @@ import pytest
 from cuda_on_cpu import CpuCompiler
 
 from minitp import ops
-from minitp.cuda.rms_norm import RmsNorm
+from minitp.cuda.kernels.rms_norm import RmsNorm
 
 DTYPES = (np.float16, ml_dtypes.bfloat16)
 

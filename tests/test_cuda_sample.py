@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cuda_on_cpu import CpuCompiler
 
-from minitp.cuda.sample import Sample
+from minitp.cuda.kernels.sample import Sample
 from minitp.sampling import Sampler, SamplingParams, token_probabilities
 
 CLOSE = 1e-12  # to a boundary between two tokens: sums of doubles in another order may fall on its other side

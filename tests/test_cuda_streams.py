@@ -8,13 +8,13 @@ import pytest
 from on_gpu import model_on_gpu, run_on_gpus
 
 import minitp
-from minitp.check import check_model
-from minitp.comm import Alone
+from minitp.check.run import check_model
+from minitp.comm.single import Alone
 from minitp.cuda.gpu import Gpu, open_gpu
 from minitp.errors import RankError
-from minitp.model_source import open_model
-from minitp.places import place_ranks
-from minitp.trace import passes_of
+from minitp.launch.transport import select_comm
+from minitp.loading.source import open_model
+from minitp.trace.record import passes_of
 
 pytestmark = pytest.mark.usefixtures("cupy")
 
@@ -101,7 +101,7 @@ def test_another_current_stream_is_refused(cupy, way):
 
 
 def test_what_comes_to_the_host_waits_for_the_stream_and_has_no_gaps(cupy):
-    gpu = place_ranks(Alone(), "cuda").gpu
+    gpu = select_comm(Alone(), "cuda").gpu
     array = cupy.arange(6, dtype=np.float32).reshape(2, 3)
     found = gpu.to_host(array.T)
     assert found.flags.c_contiguous

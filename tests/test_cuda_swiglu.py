@@ -6,8 +6,8 @@ import pytest
 from cuda_on_cpu import CpuCompiler
 
 from minitp import ops
-from minitp.cuda.join_columns import JoinColumns
-from minitp.cuda.swiglu import Swiglu
+from minitp.cuda.kernels.join_columns import JoinColumns
+from minitp.cuda.kernels.swiglu import Swiglu
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(np.float16, 2**-10), (ml_dtypes.bfloat16, 2**-7)])

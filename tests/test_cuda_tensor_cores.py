@@ -12,15 +12,15 @@ from mma_chain import COLUMNS, ROWS, mma_chain, numbers, relative_error
 from on_gpu import model_on_gpu, run_on_gpus
 from tiny import write_tiny
 
-from minitp import expected
-from minitp.check import check_model
-from minitp.cuda.linear import Linear
+from minitp.check import expected
+from minitp.check.difference import measure
+from minitp.check.run import check_model
+from minitp.check.sums import IN_FLOAT32, TENSOR_CORES, sums_of
+from minitp.cuda.kernels.linear import Linear
 from minitp.device import DTYPES, Device
-from minitp.measure import measure
-from minitp.model_source import open_model
+from minitp.loading.source import open_model
 from minitp.ops import soft_cap
-from minitp.sums import IN_FLOAT32, TENSOR_CORES, sums_of
-from minitp.trace import passes_of
+from minitp.trace.record import passes_of
 
 HALVES = ("float16", "bfloat16")
 VOLTA, AMPERE, HOPPER = (TENSOR_CORES[capability] for capability in (70, 75, 90))
@@ -218,7 +218,7 @@ def test_logits_of_a_wide_model_are_within_it(path, dtype, tmp_path, cupy, monke
         return [finding.name for finding in run_on_gpus(1, rank)[0].blamed()]
 
     assert wrong() == []
-    monkeypatch.setattr("minitp.check.sums_of", lambda device: IN_FLOAT32)
+    monkeypatch.setattr("minitp.check.run.sums_of", lambda device: IN_FLOAT32)
     assert wrong() == ["prefill/logits_partial"]
 
 

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from minitp.cli.perplexity import perplexity
 from minitp.comm import run_threads
-from minitp.demo import demo_directory
 from minitp.device import open_device
-from minitp.generate import Request, generate
+from minitp.generate import generate
+from minitp.loading.demo import demo_directory
+from minitp.loading.source import open_model
+from minitp.loading.weights import Loader
 from minitp.model import Model
-from minitp.model_source import open_model
-from minitp.perplexity import perplexity
+from minitp.request import Request
 from minitp.sampling import SamplingParams
-from minitp.tokenizer import TextStream
-from minitp.weights import Loader
+from minitp.text.tokenizer import TextStream
 
 HERE = Path(__file__).parent
 TP = 2

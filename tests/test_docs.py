@@ -13,8 +13,8 @@ import pytest
 import slurm_hosts
 from doc_commands import DOCS, blocks, check_printed, commands
 
-from minitp.arguments import parser
-from minitp.demo import demo_directory
+from minitp.cli.arguments import parser
+from minitp.loading.demo import demo_directory
 
 ROOT = DOCS.parent
 HERE = {"guide": 4, "troubleshooting": 7, "check": 1, "performance": 1}  # page -> console blocks

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from tiny import write_tiny
 
-from minitp.comm import Alone, run_threads
+from minitp.comm import run_threads
+from minitp.comm.single import Alone
 from minitp.device import open_device
-from minitp.engine.blocks import BlockAllocator, block_keys
+from minitp.engine.blocks import BlockAllocator
 from minitp.engine.engine import Engine
+from minitp.engine.prefix_cache import block_keys
 from minitp.errors import InputError
-from minitp.generate import Request, generate
-from minitp.model import load_model
-from minitp.model_source import open_model
+from minitp.generate import generate
+from minitp.load import load_model
+from minitp.loading.source import open_model
+from minitp.request import Request
 from minitp.sampling import SamplingParams
 
 CONTEXT = 512
@@ -49,9 +52,8 @@ def check_blocks(scheduler):
     """The books are right: every block is empty, left, or used as often as block tables have it."""
     allocator = scheduler.allocator
     users = Counter(block for s in scheduler.running for block in s.block_table)
-    assert [users[block] for block in range(allocator.blocks)] == allocator._users
-    unused = [block for block in range(allocator.blocks) if not users[block]]
-    assert sorted([*allocator._empty, *allocator._left]) == unused
+    assert [users[block] for block in range(allocator.blocks)] == allocator.users
+    assert allocator.available == allocator.users.count(0)
     assert all(not s.block_table for s in scheduler.waiting)
     numbers = [s.number for s in [*scheduler.running, *scheduler.waiting]]
     assert numbers == sorted(numbers), "somebody has overtaken"
@@ -219,7 +221,7 @@ def test_sizes_that_are_none_are_refused(tmp_path, name):
 
 def test_a_long_prompt_has_few_scores_in_each_step(tmp_path, monkeypatch):
     """As in `prefill`: 4 heads, and no more than 2000 scores at once."""
-    monkeypatch.setattr("minitp.model.SCORES", 4 * 512 * 4)
+    monkeypatch.setattr("minitp.generate.SCORES", 4 * 512 * 4)
     model = tiny_model(tmp_path)
     engine = Engine(model, 40, 16)
     expected = alone(model, requests(1, seed=7, longest=300)[0])
@@ -252,7 +254,7 @@ def test_the_block_left_longest_ago_is_evicted_first():
     allocator = BlockAllocator(blocks=3, block_size=2)
     first, second, third = allocator.take(3)
     for block, key in ((first, b"1"), (second, b"2"), (third, b"3")):
-        allocator.remember(block, key)
+        allocator.prefixes.remember(block, key)
     allocator.release([second])
     allocator.release([first, third])  # a prefix: its end goes before its beginning
     assert allocator.take(4) is None
@@ -266,7 +268,7 @@ def test_the_block_left_longest_ago_is_evicted_first():
 def test_a_shared_block_is_free_when_its_last_user_leaves():
     allocator = BlockAllocator(blocks=2, block_size=2)
     (block,) = allocator.take(1)
-    allocator.remember(block, b"k")
+    allocator.prefixes.remember(block, b"k")
     assert allocator.find([b"k"]) == [block]
     allocator.release([block])
     assert allocator.available == 1
@@ -277,8 +279,8 @@ def test_a_shared_block_is_free_when_its_last_user_leaves():
 def test_of_two_blocks_with_the_same_content_one_is_remembered():
     allocator = BlockAllocator(blocks=2, block_size=2)
     a, b = allocator.take(2)
-    allocator.remember(a, b"k")
-    allocator.remember(b, b"k")
+    allocator.prefixes.remember(a, b"k")
+    allocator.prefixes.remember(b, b"k")
     allocator.release([b])
     assert allocator.take(1) == [b]
     allocator.release([a])
@@ -302,7 +304,7 @@ def test_books_against_a_plain_list(seed):
                 content[block] = bytes([n % 256])
                 if rng.random() < 0.7:
                     content[block] = str(rng.integers(6)).encode()
-                    allocator.remember(block, content[block])
+                    allocator.prefixes.remember(block, content[block])
         elif action == 1:
             keys = [str(k).encode() for k in rng.integers(6, size=3)]
             blocks = allocator.find(keys)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from tiny import CONFIG, write_tiny
 
-from minitp.comm import Alone, run_threads
-from minitp.config import parse_config
+from minitp.comm import run_threads
+from minitp.comm.single import Alone
 from minitp.device import open_device
-from minitp.estimate import (
+from minitp.estimate.estimate import (
     Job,
     Pass,
     Spread,
@@ -26,11 +26,13 @@ from minitp.estimate import (
     smallest_tp,
     weight_bytes,
 )
-from minitp.hardware import GPU_EFFICIENCY, GPUS, LIMIT, Efficiency, cpu
-from minitp.model import Sequence, load_model
-from minitp.model_source import open_config, open_model
+from minitp.estimate.hardware import GPU_EFFICIENCY, GPUS, LIMIT, Efficiency, cpu
+from minitp.load import load_model
+from minitp.loading.config import parse_config
+from minitp.loading.source import open_config, open_model
+from minitp.loading.weights import shard_nbytes
+from minitp.model import Sequence
 from minitp.shard import make_plan
-from minitp.weights import shard_nbytes
 
 TINY = parse_config(CONFIG, "tiny")  # D 32, F 48, V 258, 2 layers, 4 query and 2 KV heads of 8
 WINDOWED = dataclasses.replace(TINY, sliding_window=3)

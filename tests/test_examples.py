@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minitp.job import OPEN_MPI, find_mpirun
+from minitp.launch.supervisor import OPEN_MPI, find_mpirun
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MODEL = "smollm2-135m"  # small, and uneven over four ranks: 9 query heads, 3 KV heads
@@ -28,7 +28,7 @@ LADDER = [
 # Runs the example argv[1] with another all-reduce. `real` is the right sum, `mine` what this rank has.
 TAMPERED = """
 import runpy, sys
-from minitp.mpi_comm import MpiComm
+from minitp.comm.mpi import MpiComm
 true = MpiComm.all_reduce
 def all_reduce(self, mine):
     real = true(self, mine)

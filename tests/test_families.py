@@ -12,20 +12,22 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import CONFIG
 
-from minitp import model, ops, oracle_ops
+from minitp import moe, ops
 from minitp.bench.runs import keys_read
-from minitp.cli import main
+from minitp.cli.main import main
 from minitp.comm import run_threads
-from minitp.commands import warn_of_unread_fields
-from minitp.config import parse_config
 from minitp.cuda.fused import unfit
 from minitp.device import open_device
 from minitp.errors import InputError
-from minitp.estimate import Pass, rank_work
-from minitp.model_source import open_model
+from minitp.estimate.estimate import Pass, rank_work
+from minitp.generate import largest_pass
+from minitp.load import load_model
+from minitp.loading.config import parse_config
+from minitp.loading.export import write_shards
+from minitp.loading.source import open_model, warn_of_unread_fields
 from minitp.oracle import Oracle
+from minitp.oracle import ops as oracle_ops
 from minitp.shard import make_plan
-from minitp.shard_files import write_shards
 
 GOLDENS = Path(__file__).parent / "goldens"
 QKV = "model.layers.1.self_attn.qkv_proj.weight"
@@ -302,8 +304,8 @@ def test_layers_of_gemma_have_a_window_in_turn():
 def test_a_pass_is_as_short_as_the_layer_without_a_window_needs(monkeypatch):
     config = parse_config({**CONFIG, **GEMMA2, "sliding_window": 7, "max_position_embeddings": 8192}, "here")
     model_ = SimpleNamespace(config=config, plan=make_plan(config, 1), fused=False, prefill_chunk=512)
-    monkeypatch.setattr(model, "SCORES", 4 * 4 * 10_000)
-    assert model.largest_pass(model_, past=9488) == 4  # of four heads and 9488 + 512 keys
+    monkeypatch.setattr("minitp.generate.SCORES", 4 * 4 * 10_000)
+    assert largest_pass(model_, past=9488) == 4  # of four heads and 9488 + 512 keys
     assert keys_read(model_, stop=100, tokens=1) == (7 + 100) // 2
 
 
@@ -325,7 +327,7 @@ def test_what_gemma_assumes_and_what_it_does_not_support():
 
 def test_gemmas_embeddings_are_multiplied_by_a_number_of_their_dtype():
     source, device = open_model(str(GOLDENS / "gemma2"), 1), open_device("bfloat16")
-    (found,) = run_threads(1, lambda comm: model.load_model(source, comm, device).embedding_multiplier)
+    (found,) = run_threads(1, lambda comm: load_model(source, comm, device).embedding_multiplier)
     assert found == float(ml_dtypes.bfloat16(math.sqrt(42))) != math.sqrt(42)
 
 
@@ -375,7 +377,7 @@ def test_more_experts_a_token_than_there_are():
 
 
 def test_of_equal_logits_the_first_are_chosen():
-    chosen, shares = ops.route(np, np.zeros((2, 5), np.float32), 2)
+    chosen, shares = moe.route(np, np.zeros((2, 5), np.float32), 2)
     assert chosen.tolist() == [[0, 1], [0, 1]]
     np.testing.assert_array_equal(shares, 0.5)
     assert oracle_ops.route(np.zeros((1, 5)), 2).tolist() == [[0.5, 0.5, 0, 0, 0]]
@@ -383,7 +385,7 @@ def test_of_equal_logits_the_first_are_chosen():
 
 def test_shares_of_experts_that_are_nearly_nothing_are_chosen_all_the_same():
     """e^-200 is 0 in float32, and the choice must not go by it."""
-    chosen, shares = ops.route(np, np.array([[-200, -400, 0, -300]], np.float32), 2)
+    chosen, shares = moe.route(np, np.array([[-200, -400, 0, -300]], np.float32), 2)
     assert (chosen.tolist(), shares.tolist()) == ([[0, 2]], [[0.0, 1.0]])
 
 

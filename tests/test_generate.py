@@ -11,15 +11,18 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as RawTokenizer
 
 from minitp import ops
-from minitp.comm import Alone, run_threads
+from minitp.cli.perplexity import perplexity
+from minitp.comm import run_threads
+from minitp.comm.single import Alone
 from minitp.device import open_device
 from minitp.errors import InputError
-from minitp.generate import Request, StopStrings, check_prompt, context_length, generate
-from minitp.model import load_model, prefill
-from minitp.model_source import open_model
-from minitp.perplexity import perplexity
+from minitp.generate import generate, prefill
+from minitp.load import load_model
+from minitp.loading.source import open_model
+from minitp.request import Request, check_prompt, context_length
 from minitp.sampling import Sampler, SamplingParams, token_probabilities
-from minitp.tokenizer import REPLACEMENT, TextStream, Tokenizer, load_tokenizer
+from minitp.text.stop_strings import StopStrings
+from minitp.text.tokenizer import REPLACEMENT, TextStream, Tokenizer, load_tokenizer
 
 VOCABULARY = 258
 
@@ -590,7 +593,7 @@ def test_a_pass_of_a_long_prompt_has_few_scores(tmp_path, monkeypatch):
         return prefill(model, model.new_cache(), ids, 100), sizes, model.plan.head_ranges
 
     whole = run_threads(3, on_ranks)
-    monkeypatch.setattr("minitp.model.SCORES", 4096)
+    monkeypatch.setattr("minitp.generate.SCORES", 4096)
     for (logits, sizes, heads), (expected, _, _) in zip(run_threads(3, on_ranks), whole, strict=True):
         np.testing.assert_allclose(logits, expected, atol=1e-4)
         most = max(stop - start for start, stop in heads)

@@ -11,14 +11,14 @@ import pytest
 from gguf_files import gguf_name, write_gguf
 
 from minitp import LLM
-from minitp.cli import main
-from minitp.commands.serve import served_name
-from minitp.config import read_json
-from minitp.demo import cache_directory, fetch_gguf
+from minitp.cli.main import main
+from minitp.cli.serve import served_name
 from minitp.errors import InputError
-from minitp.gguf_model import GgufModel
-from minitp.model_source import open_config, open_model
-from minitp.oracle_gguf import gguf_tensor
+from minitp.loading.config import read_json
+from minitp.loading.demo import cache_directory, fetch_gguf
+from minitp.loading.gguf.model import GgufModel
+from minitp.loading.source import open_config, open_model
+from minitp.oracle.gguf import gguf_tensor
 from minitp.shard import make_plan
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"]
@@ -392,7 +392,7 @@ def test_no_such_file(folder, refused):
 
 
 def test_without_the_gguf_library(plain_file, refused, monkeypatch):
-    for module in [name for name in sys.modules if name.startswith("minitp.gguf")]:
+    for module in [name for name in sys.modules if name.startswith("minitp.loading.gguf")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "pip install 'minitp[gguf]'" in refused("generate", "hi", "--model", plain_file)

@@ -7,9 +7,9 @@ import pytest
 from gguf_files import CONTROL, NORMAL, write_gguf
 from tiny import byte_tokens
 
-from minitp.gguf_tokenizer import PATTERNS, make_tokenizer
-from minitp.model_source import open_model
-from minitp.tokenizer import TextStream, Tokenizer
+from minitp.loading.gguf.tokenizer import PATTERNS, make_tokenizer
+from minitp.loading.source import open_model
+from minitp.text.tokenizer import TextStream, Tokenizer
 
 TEXTS = [
     "",

@@ -8,12 +8,13 @@ import pytest
 
 from minitp.comm import run_threads
 from minitp.device import open_device
-from minitp.generate import Request, generate
+from minitp.generate import generate
+from minitp.loading.source import open_model
+from minitp.loading.weights import Loader
 from minitp.model import Model
-from minitp.model_source import open_model
+from minitp.request import Request
 from minitp.sampling import SamplingParams
-from minitp.tokenizer import load_tokenizer
-from minitp.weights import Loader
+from minitp.text.tokenizer import load_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/golden.npz"))

@@ -9,15 +9,16 @@ from on_gpu import STAND_IN
 from real_gpu import HALVES, NEEDS_GPU, drawn, same_each_time
 from tiny import write_tiny
 
-from minitp.bench.tiled import TiledWeights
-from minitp.comm import Alone
+from minitp.bench.fake_weights import TiledWeights
+from minitp.comm.single import Alone
 from minitp.device import DTYPES
 from minitp.errors import MinitpError
-from minitp.generate import Request, generate
-from minitp.model import host_logits, load_model
-from minitp.model_source import open_model
+from minitp.generate import generate, host_logits
+from minitp.load import load_model
+from minitp.loading.source import open_model
+from minitp.loading.weights import named_slices
+from minitp.request import Request
 from minitp.sampling import SamplingParams
-from minitp.weights import named_slices
 
 pytestmark = NEEDS_GPU
 

@@ -15,7 +15,7 @@ from on_gpu import ENVIRONMENT
 
 from minitp import ops
 from minitp.errors import InputError
-from minitp.job import find_mpirun
+from minitp.launch.supervisor import find_mpirun
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {"gpu": "A GPU 80GB", "date": "2030-01-02", "versions": {"cupy": "14.2.0"}}
@@ -42,7 +42,7 @@ def all_steps(gpu):
 
 
 def test_every_step_is_a_command_that_there_is(gpu):
-    from minitp.cli import parser
+    from minitp.cli.main import parser
 
     for step in all_steps(gpu):
         command = [str(part) for part in step.command]

@@ -56,7 +56,7 @@ def test_products_are_summed_in_float32(gpu, name, shapes):
 @pytest.mark.parametrize("shapes", [SMALL, MISTRAL], ids=["small", "mistral"])
 @pytest.mark.parametrize("tokens", [1, 3, 8, 17, 64])
 def test_linear(gpu, compiler, shapes, tokens):
-    from minitp.cuda.linear import Linear
+    from minitp.cuda.kernels.linear import Linear
 
     linear, cupy, dtype = Linear(compiler), gpu.cupy, compiler.dtype
     for outputs, width in shapes:
@@ -92,7 +92,7 @@ def test_linear(gpu, compiler, shapes, tokens):
 @pytest.mark.parametrize(("heads", "kv_heads", "length"), [(4, 2, 70), (32, 8, 4095), (8, 2, 513)])
 @pytest.mark.parametrize("window", [None, 64])
 def test_attention_decode(gpu, compiler, heads, kv_heads, length, window):
-    from minitp.cuda.attention_decode import AttentionDecode
+    from minitp.cuda.kernels.attention_decode import AttentionDecode
 
     size, head_dim, dtype = 16, 128, compiler.dtype
     group, blocks = heads // kv_heads, -(-length // size)
@@ -122,8 +122,8 @@ def test_attention_decode(gpu, compiler, heads, kv_heads, length, window):
 
 @pytest.mark.parametrize("width", [40, 4096])
 def test_all_reduce_of_one_rank(gpu, compiler, width):
-    from minitp.cuda.all_reduce import AllReduce, region_bytes
-    from minitp.cuda.rms_norm import RmsNorm
+    from minitp.cuda.kernels.all_reduce import AllReduce, region_bytes
+    from minitp.cuda.kernels.rms_norm import RmsNorm
 
     cupy, rows, dtype = gpu.cupy, 4, compiler.dtype
     region = cupy.zeros(region_bytes(1, rows, width), np.uint8)

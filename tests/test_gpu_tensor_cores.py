@@ -9,10 +9,10 @@ import pytest
 from mma_chain import COLUMNS, mma_chain, numbers, relative_error
 from real_gpu import HALVES, NEEDS_GPU
 
-from minitp import expected
+from minitp.check import expected
+from minitp.check.difference import measure
+from minitp.check.sums import TensorCoreSums, sums_of
 from minitp.cuda.gpu import with_dtype
-from minitp.measure import measure
-from minitp.sums import TensorCoreSums, sums_of
 
 pytestmark = NEEDS_GPU
 
@@ -56,7 +56,7 @@ def capability(gpu):
 @pytest.mark.parametrize("tokens", [1, 7, 64])
 def test_float32_results_are_within_the_bound(half_gpu, width, tokens):
     """By cuBLAS, in shapes of prompts and of scores, and by the kernel of a decoding step."""
-    from minitp.cuda.linear import Linear
+    from minitp.cuda.kernels.linear import Linear
 
     rng, dtype = np.random.default_rng([width, tokens]), half_gpu.dtype
     x = rng.standard_normal((tokens, width)).astype(dtype)

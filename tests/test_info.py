@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from minitp import __version__, info, info_text
-from minitp.cli import main
-from minitp.environment import BLAS_THREADS
+from minitp import __version__
+from minitp.cli import info, info_text
+from minitp.cli.main import main
 from minitp.errors import RankError
+from minitp.util.environment import BLAS_THREADS
 
 STAND_IN = Path(__file__).with_name("cuda_stand_in")
 BROKEN = {
@@ -41,7 +42,7 @@ def test_what_there_is():
     import mpi4py
     import numpy as np
 
-    assert found["minitp"] == {"version": __version__, "path": str(Path(info.__file__).parent)}
+    assert found["minitp"] == {"version": __version__, "path": str(Path(info.__file__).parent.parent)}
     assert found["python"]["executable"] == sys.executable
     assert found["numpy"]["version"] == np.__version__
     assert found["numpy"]["blas"]

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from tiny import write_tiny
 
-from minitp.comm import Alone, run_threads
+from minitp.comm import run_threads
+from minitp.comm.single import Alone
 from minitp.device import open_device
-from minitp.kv_cache import BlockPool, KVCache, PagedCache
-from minitp.model import load_model
-from minitp.model_source import open_model
+from minitp.kv_cache import KVCache
+from minitp.load import load_model
+from minitp.loading.source import open_model
+from minitp.paged_cache import BlockPool, PagedCache
 
 SHAPES = {
     "plain": {},

@@ -14,11 +14,13 @@ import pytest
 from tiny import BOS, EOS, byte_tokenizer, write_tiny
 
 from minitp import LLM, Completion, SamplingParams
-from minitp.comm import Alone, run_threads
+from minitp.comm import run_threads
+from minitp.comm.single import Alone
 from minitp.device import open_device
-from minitp.generate import Request, generate
-from minitp.model import load_model
-from minitp.model_source import open_model
+from minitp.generate import generate
+from minitp.load import load_model
+from minitp.loading.source import open_model
+from minitp.request import Request
 
 TP = 2
 CONTEXT = 400  # of the model that most tests share, whose cache has room for one such sequence

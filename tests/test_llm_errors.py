@@ -11,9 +11,10 @@ from safetensors.numpy import load_file, save_file
 from test_llm import END_S, LONG, alone, wait_until
 from tiny import write_tiny
 
-from minitp import LLM, SamplingParams, environment
+from minitp import LLM, SamplingParams
 from minitp import llm as llm_module
 from minitp.errors import InputError, RankError
+from minitp.util import environment
 
 CONTEXT = 64
 

@@ -13,21 +13,23 @@ import pytest
 from test_processes import END_S, FAULTY_WORKER, START_S, Running
 from tiny import write_tiny
 
-from minitp import job
-from minitp.comm import Alone
+from minitp.comm.single import Alone
 from minitp.device import open_device
-from minitp.generate import Request, generate
-from minitp.model import load_model
-from minitp.model_source import open_model
+from minitp.generate import generate
+from minitp.launch import supervisor
+from minitp.load import load_model
+from minitp.loading.source import open_model
+from minitp.request import Request
 from minitp.sampling import SamplingParams
 
 pytestmark = pytest.mark.mpi
 
 BEGINNING = f"""
 import gc, os, sys, threading, time
-from minitp import LLM, SamplingParams, launch
+from minitp import LLM, SamplingParams
+from minitp.launch.run import WORKER
 if "MINITP_TEST_FAULT" in os.environ:
-    launch.WORKER[:] = {FAULTY_WORKER!r}
+    WORKER[:] = {FAULTY_WORKER!r}
 MODEL, LONG = sys.argv[1], SamplingParams(max_new_tokens=400_000, ignore_eos=True)
 
 def start(tp=2, **options):
@@ -54,7 +56,7 @@ def plain(script, model, *arguments, **variables):
 
 
 def under_mpirun(script, model, ranks=2):
-    return run(job.find_mpirun(), "-n", ranks, sys.executable, "-c", BEGINNING + script, model)
+    return run(supervisor.find_mpirun(), "-n", ranks, sys.executable, "-c", BEGINNING + script, model)
 
 
 @pytest.fixture(autouse=True)

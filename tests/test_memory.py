@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from minitp import cli, device
+from minitp import device
+from minitp.cli import load_model as loading
+from minitp.cli import main as cli
 from minitp.comm import run_threads
-from minitp.commands import loading
 from minitp.errors import AgreedError
 
 TP = 4
@@ -57,8 +58,8 @@ SLICE_BYTES = 4 * HIDDEN * FFN // TP
 RANK = """
 import sys
 from minitp.device import open_device
-from minitp.model_source import open_model
-from minitp.weights import Loader
+from minitp.loading.source import open_model
+from minitp.loading.weights import Loader
 
 source = open_model(sys.argv[1], int(sys.argv[3]))
 weights = Loader(source.plan, int(sys.argv[2]), source.tensors, open_device("float32")).load()
@@ -157,7 +158,7 @@ def test_weights_that_are_more_than_the_memory(command, monkeypatch, capsys):
 @pytest.mark.parametrize(("room", "fits"), [(500, False), (799, False), (800, True)])
 def test_ranks_in_one_place_share_its_room(monkeypatch, room, fits):
     """Of three ranks two are in a place where theirs must fit together."""
-    monkeypatch.setattr(loading, "shard_nbytes", lambda plan, rank, device: 400)
+    monkeypatch.setattr("minitp.load.shard_nbytes", lambda plan, rank, device: 400)
     source = SimpleNamespace(name="model", plan=None)
 
     def rank(comm):

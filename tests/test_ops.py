@@ -4,16 +4,16 @@ Bounds are worked out, not tuned: u(dtype) is half the distance from 1 to the ne
 of one rounding. The oracle gets the very numbers the operation got, so only the operation's roundings count.
 """
 
-import inspect
 import math
 
 import ml_dtypes
 import numpy as np
 import pytest
-from strict_xp import StrictArray, StrictXp, to_device, to_host
 
-from minitp import ops, oracle_ops
-from minitp.config import parse_config
+from minitp import ops
+from minitp.loading.config import parse_config
+from minitp.oracle import ops as oracle_ops
+from minitp.rope import rope_inverse_frequencies
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
@@ -193,7 +193,7 @@ def rope_config(rope, head_dim):
 
 def inverse_frequencies(rope, head_dim):
     config = parse_config(rope_config(rope, head_dim), "config.json")
-    return ops.rope_inverse_frequencies(config.rope, config.head_dim)
+    return rope_inverse_frequencies(config.rope, config.head_dim)
 
 
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
@@ -381,130 +381,3 @@ def test_swiglu_far_out(dtype):
 def test_swiglu_at_plus_and_minus_a_thousand():
     gate = np.array([[1e3, -1e3, 1e3, -1e3]], np.float32)
     check_swiglu(gate, np.array([[1e3, 1e3, -1e3, -1e3]], np.float32), np.dtype(np.float32))
-
-
-# --- the same operations where NumPy is not -------------------------------------------------------------
-
-
-def takes_xp(function):
-    return inspect.isfunction(function) and "xp" in inspect.signature(function).parameters
-
-
-OPS = [name for name, _ in inspect.getmembers(ops, takes_xp) if not name.startswith("_")]
-
-
-CHOSEN = np.array([[0, 2], [1, 2], [0, 2]])  # of four experts, one of which nobody has chosen
-
-
-def strict_calls(dtype):
-    """For each operation the arguments of a few calls, as NumPy arrays and Python values."""
-    rng = np.random.default_rng(5)
-
-    def array(*shape):
-        return draw(rng, shape, dtype)
-
-    token_ids, positions = np.array([0, 5, 2, 7]), np.arange(3, 7)
-    cos, sin = draw(rng, (4, 6)), draw(rng, (4, 6))
-    mask = oracle_ops.causal_mask(positions, np.arange(1, 7), 3)
-    scores = np.where(mask, draw(rng, (2, 4, 6)), np.float32(-np.inf))
-    q, k, v = array(3, 4, 6), array(2, 6, 6), array(2, 6, 6)
-    groups = [(0, 1), (1, 3)]
-    return {
-        "embed_partial": [(token_ids, array(4, 6), 2), (token_ids[:1], array(8, 6), 0)],
-        "rms_norm": [(array(4, 6), array(6), 1e-5)],
-        "matmul": [(array(4, 6), array(6, 3))],
-        "column_parallel": [(array(4, 6), array(6, 3)), (array(4, 6), array(6, 3), array(3))],
-        "row_parallel": [(array(4, 6), array(6, 5)), (array(4, 0), array(0, 5))],
-        "logits_partial": [(array(1, 6), array(6, 9)), (array(1, 6), array(6, 9), 3.0, 8.0)],
-        "rope_cos_sin": [(positions, draw(rng, 3))],
-        "apply_rope": [(q, cos, sin)],
-        "split_heads": [(array(4, 42), 3, 2)],
-        "causal_mask": [(positions, 0, 7), (positions, 1, 7, 3)],
-        "attention_scores": [(q, k, groups), (q, k, groups, mask), (q, k, groups, mask, 0.3, 2.0)],
-        "softmax": [(scores,)],
-        "attention_context": [(np.exp(scores), v, [(0, 1), (1, 2)])],
-        "route": [(array(4, 5), 2), (array(1, 3), 3)],
-        "experts_act": [(array(3, 6), CHOSEN, [array(6, 10) for _ in range(4)])],
-        "experts_partial": [(array(3, 2, 5), CHOSEN, draw(rng, (3, 2)), [array(5, 6) for _ in range(4)])],
-        "scaled": [(array(4, 6), 0.22), (array(4, 6), 1.0)],
-        "rms_norm_plus_one": [(array(4, 6), array(6), 1e-5)],
-        "soft_cap": [(scores, 2.0)],
-        "geglu": [(array(4, 10),), (array(4, 0),)],
-        "swiglu": [(array(4, 10),), (array(4, 0),)],
-    }
-
-
-def test_there_is_a_strict_call_of_every_operation():
-    assert sorted(strict_calls(np.float32)) == sorted(OPS)
-
-
-def given_to_device(value):
-    """An array, a list of arrays, or something else as it is."""
-    if isinstance(value, list) and isinstance(value[0], np.ndarray):
-        return [to_device(array) for array in value]
-    return to_device(value) if isinstance(value, np.ndarray) else value
-
-
-@pytest.mark.parametrize("name", OPS)
-@all_dtypes
-def test_operation_uses_only_xp(name, dtype):
-    for arguments in strict_calls(dtype)[name]:
-        operation = getattr(ops, name)
-        on_device = [given_to_device(a) for a in arguments]
-        expected, actual = operation(np, *arguments), operation(StrictXp, *on_device)
-        several = isinstance(expected, tuple)
-        assert isinstance(actual, tuple) == several
-        for a, e in zip(actual if several else [actual], expected if several else [expected], strict=True):
-            assert (to_host(a).dtype, a.shape) == (e.dtype, e.shape)
-            assert to_host(a).tobytes() == e.tobytes()
-
-
-REFUSED = {
-    "a NumPy function of a strict array": lambda s, a: np.exp(s),
-    "np.asarray": lambda s, a: np.asarray(s),
-    "np.concatenate": lambda s, a: np.concatenate([s, s]),
-    "np.sum": lambda s, a: np.sum(s),
-    "assigning into a NumPy array": lambda s, a: a.__setitem__(slice(None), s),
-    "strict + NumPy": lambda s, a: s + a,
-    "NumPy + strict": lambda s, a: a + s,
-    "strict * NumPy scalar": lambda s, a: s * np.float32(2),
-    "NumPy scalar * strict": lambda s, a: np.float32(2) * s,
-    "strict < NumPy": lambda s, a: s < a,
-    "strict += NumPy": lambda s, a: s.__iadd__(a),
-    "an xp function of a NumPy array": lambda s, a: StrictXp.exp(a),
-    "xp.asarray of a NumPy array": lambda s, a: StrictXp.asarray(a),
-    "a tuple with a NumPy array": lambda s, a: StrictXp.concatenate((s, a)),
-    "a NumPy array as keyword": lambda s, a: StrictXp.sum(a=a),
-    "a NumPy index": lambda s, a: s[np.array([0])],
-    "a list as index": lambda s, a: s[[0, 1]],
-    "a NumPy integer in a slice": lambda s, a: s[: np.int64(1)],
-    "assigning a NumPy array": lambda s, a: s.__setitem__(slice(None), a),
-    "float()": lambda s, a: float(s[0]),
-    "int()": lambda s, a: int(s[0]),
-    "if": lambda s, a: bool(s[0]),
-    "iteration": lambda s, a: list(s),
-    "a float64 result": lambda s, a: s.astype(np.float64),
-    "a float64 default": lambda s, a: StrictXp.zeros(3),
-    "a float64 mean of integers": lambda s, a: StrictXp.mean(StrictXp.arange(3)),
-}
-
-
-@pytest.mark.parametrize("attempt", REFUSED.values(), ids=REFUSED)
-def test_the_stand_in_refuses(attempt):
-    array = np.ones(3, np.float32)
-    with pytest.raises(TypeError):
-        attempt(to_device(array), array)
-
-
-def test_the_stand_in_has_no_more_than_it_lists():
-    with pytest.raises(AttributeError):
-        StrictXp.einsum  # noqa: B018
-
-
-def test_the_stand_in_computes():
-    s = to_device(np.array([1, -2, 3], np.float32))
-    s[1:] *= 2
-    total = StrictXp.sum(StrictXp.where(s > 0, s, 0) - 1.5)
-    assert isinstance(total, StrictArray)
-    np.testing.assert_array_equal(to_host(s), [1, -4, 6])
-    assert to_host(total) == 2.5

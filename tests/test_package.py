@@ -56,7 +56,7 @@ def test_what_it_says_of_itself(wheel):
         scripts = archive.read(f"minitp-{__version__}.dist-info/entry_points.txt").decode()
     assert (metadata["Name"], metadata["Version"]) == ("minitp", __version__)
     assert metadata["License"] == "Apache-2.0"
-    assert "minitp = minitp.cli:main" in scripts
+    assert "minitp = minitp.cli.main:main" in scripts
     assert f"## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 

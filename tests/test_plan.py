@@ -15,16 +15,16 @@ from test_estimate import llama
 from test_hub import OWNER_NAME, Hub, run_command
 from tiny import CONFIG, write_tiny
 
-from minitp import environment, table
 from minitp.bench import this_machine
 from minitp.bench.this_machine import sample
-from minitp.cli import main
-from minitp.commands import plan_text
-from minitp.config import parse_config, read_config
-from minitp.demo import demo_directory
-from minitp.estimate import ITEM_BYTES, Estimate, weight_bytes
-from minitp.hardware import GPUS, cpu
-from minitp.model_source import open_config
+from minitp.cli import plan_text
+from minitp.cli.main import main
+from minitp.estimate.estimate import ITEM_BYTES, Estimate, weight_bytes
+from minitp.estimate.hardware import GPUS, cpu
+from minitp.loading.config import parse_config, read_config
+from minitp.loading.demo import demo_directory
+from minitp.loading.source import open_config
+from minitp.util import environment, format
 
 TINY = parse_config(CONFIG, "tiny")
 
@@ -93,7 +93,7 @@ def test_sample_of_a_huge_layer_is_a_share_of_it():
 def test_blas_threads_are_one_while_this_machine_is_measured():
     """Only where NumPy is not there yet can they be set."""
     code = (
-        "import os, sys; from minitp import environment; from minitp.cli import main\n"
+        "import os, sys; from minitp.util import environment; from minitp.cli.main import main\n"
         "assert 'numpy' not in sys.modules\n"
         "main(['plan', '--layers', '1', '--gpu', sys.argv[1], '--json'])\n"
         "print([os.environ.get(name) for name in environment.BLAS_THREADS])"
@@ -113,7 +113,7 @@ def fixed(monkeypatch):
     for name in environment.BLAS_THREADS:
         monkeypatch.setenv(name, "1")
     rates = dict.fromkeys(ITEM_BYTES, 190e9)
-    monkeypatch.setattr("minitp.commands.plan.measure_cpu", lambda config, dtype: cpu(2, 24e9, 43e9, rates))
+    monkeypatch.setattr("minitp.cli.plan.measure_cpu", lambda config, dtype: cpu(2, 24e9, 43e9, rates))
 
 
 def printed(capsys, *argv):
@@ -153,7 +153,7 @@ def test_table_shows_what_json_says(fixed, capsys, argv):
         cells = cells[1:] if asked else cells
         assert cells[:2] == [str(row["tp"]), str(row["nodes"])]
         sizes = (row["weight_bytes_per_rank"], row["kv_cache_bytes_per_token_per_rank"])
-        assert cells[2:6] == " ".join(map(table.size, sizes)).split()
+        assert cells[2:6] == " ".join(map(format.size, sizes)).split()
         assert cells[6:9] == [
             str(row["longest_context_tokens"]),
             row["longest_context_limited_by"],
@@ -283,7 +283,7 @@ def test_output_in_the_readme(capsys):
 
 
 def test_examples_in_docstrings():
-    for module in (table, plan_text):
+    for module in (format, plan_text):
         assert doctest.testmod(module).failed == 0
 
 
@@ -345,7 +345,7 @@ def refused(refused, monkeypatch):
     def never(*_):
         raise AssertionError("this machine was measured")
 
-    monkeypatch.setattr("minitp.commands.plan.measure_cpu", never)
+    monkeypatch.setattr("minitp.cli.plan.measure_cpu", never)
     for name in environment.BLAS_THREADS:
         monkeypatch.setenv(name, "1")
 

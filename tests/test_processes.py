@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 from tiny import write_tiny
 
-from minitp import cli, job
-from minitp.demo import demo_directory
+from minitp.cli import main as cli
 from minitp.errors import RankError
+from minitp.launch import supervisor
+from minitp.loading.demo import demo_directory
 
 pytestmark = pytest.mark.mpi
 
@@ -29,12 +30,14 @@ FRONT = [  # the command; mpirun, the worker and the time to start are as the en
     sys.executable,
     "-c",
     "import os, sys\n"
-    "from minitp import cli, job, launch\n"
+    "from minitp.cli.main import main\n"
+    "from minitp.launch import supervisor\n"
+    "from minitp.launch.run import WORKER\n"
     "mpirun = os.environ.get('MINITP_TEST_MPIRUN')\n"
-    "if mpirun: job.find_mpirun = lambda: mpirun\n"
-    "job.START_LIMIT_S = int(os.environ.get('MINITP_TEST_START_LIMIT_S', job.START_LIMIT_S))\n"
+    "if mpirun: supervisor.find_mpirun = lambda: mpirun\n"
+    "supervisor.START_LIMIT_S = int(os.environ.get('MINITP_TEST_START_LIMIT_S', supervisor.START_LIMIT_S))\n"
     "worker = os.environ.get('MINITP_TEST_WORKER')\n"
-    "sys.exit(cli.main(sys.argv[1:], worker=worker.split('|') if worker else launch.WORKER))",
+    "sys.exit(main(sys.argv[1:], worker=worker.split('|') if worker else WORKER))",
 ]
 MARK = "MINITP_TEST_MARK"
 END_S = 10  # from a fault to the end of the job
@@ -109,7 +112,7 @@ def through_front(argv, ranks=4, **options):
 
 
 def under_mpirun(argv, ranks=4, worker=WORKER, mpirun=None, **variables):
-    return Running([mpirun or job.find_mpirun(), "-n", ranks, *worker, *argv], **variables)
+    return Running([mpirun or supervisor.find_mpirun(), "-n", ranks, *worker, *argv], **variables)
 
 
 def faulty(fault):
@@ -218,7 +221,10 @@ def test_open_mpi(tiny, endless, capsys):
     expected = alone(argv, capsys)["token_ids"]
     front = {**variables, "MINITP_TEST_MPIRUN": mpirun}
     assert result_of(through_front(argv, **front))["token_ids"] == expected
-    assert result_of(under_mpirun(argv, mpirun=mpirun, **job.OPEN_MPI, **variables))["token_ids"] == expected
+    assert (
+        result_of(under_mpirun(argv, mpirun=mpirun, **supervisor.OPEN_MPI, **variables))["token_ids"]
+        == expected
+    )
     check_fault_through_front("kill forward 2", endless, **front)
     check_fault_through_front("raise forward 1", endless, **front)
 
@@ -454,8 +460,8 @@ def test_mpirun_that_fails(endless, tmp_path):
 
 def test_mpirun_that_starts_nothing(endless, tmp_path, monkeypatch, capsys):
     mpirun = script(tmp_path / "mpirun", "import time; time.sleep(600)")
-    monkeypatch.setattr(job, "START_LIMIT_S", 1)
-    monkeypatch.setattr(job, "find_mpirun", lambda: mpirun)
+    monkeypatch.setattr(supervisor, "START_LIMIT_S", 1)
+    monkeypatch.setattr(supervisor, "find_mpirun", lambda: mpirun)
     started = time.monotonic()
     assert cli.main([*map(str, endless), "--tp", "2"]) == 3
     assert time.monotonic() - started < END_S
@@ -466,10 +472,10 @@ def test_rank_says_more_than_its_last_word():
     """A rank whose MPI_Abort returns goes on, and says that it ends."""
     ours, its = socket.socketpair()
     with ours, its, tempfile.TemporaryDirectory() as folder:
-        ranks = job.Job(Path(folder), size=4)
+        ranks = supervisor.Job(Path(folder), size=4)
         its.sendall(b'{"exit": 3, "error": "the cause"}\n{"exit": 3, "error": null}\n')
         with pytest.raises(RankError, match=r"^rank 2 failed: the cause$"):
-            ranks.hear(job.Rank(2, its.fileno(), ours))
+            ranks.hear(supervisor.Rank(2, its.fileno(), ours))
         ranks.end()
 
 

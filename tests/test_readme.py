@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitp.cli import parser
+from minitp.cli.main import parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -20,9 +20,9 @@ from report_data import (
     foreign_names,
 )
 
-from minitp import steps
 from minitp.errors import InputError
-from minitp.report import render, write_report
+from minitp.report.page import render, write_report
+from minitp.trace import names as steps
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome")

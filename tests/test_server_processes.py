@@ -15,7 +15,7 @@ import pytest
 from served import Served, write_chatty
 from test_server import metric
 
-from minitp import job
+from minitp.launch import supervisor
 
 pytestmark = pytest.mark.mpi
 LONG = {"model": "long", "prompt": "Hello", "max_tokens": 50_000, "extra_body": {"ignore_eos": True}}
@@ -225,7 +225,7 @@ def test_a_missing_package_is_named(long, refused, monkeypatch):
 
 def test_inside_mpirun(long):
     """Rank 0 serves HTTP, with the rank that mpirun has started beside it."""
-    command = [job.find_mpirun(), "-n", 2, sys.executable, "-m", "minitp"]
+    command = [supervisor.find_mpirun(), "-n", 2, sys.executable, "-m", "minitp"]
     served = Served(long, "--cache-tokens", 1600, command=command)
     assert served.client().completions.create(**SHORT).choices[0].text
     assert any("on 2 ranks" in line for line in served.lines)

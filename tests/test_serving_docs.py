@@ -10,8 +10,8 @@ import httpx
 import pytest
 from served import Served
 
-from minitp.arguments import parser
-from minitp.demo import demo_directory
+from minitp.cli.arguments import parser
+from minitp.loading.demo import demo_directory
 
 pytestmark = pytest.mark.mpi
 DOCS = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")

@@ -19,9 +19,10 @@ IMPATIENT = [  # the command, with seconds in place of the usual times
     sys.executable,
     "-c",
     "import sys\n"
-    "from minitp import cli, waiting\n"
-    "waiting.LATE_S, waiting.LOST_S = 1, 3\n"
-    "sys.exit(cli.main())",
+    "from minitp.cli.main import main\n"
+    "from minitp.comm import wait\n"
+    "wait.LATE_S, wait.LOST_S = 1, 3\n"
+    "sys.exit(main())",
 ]
 ENDLESS = ["generate", "--tokens", "1,2,3", "-n", "900000", "--ignore-eos"]
 
@@ -96,8 +97,8 @@ def test_another_version_on_the_other_host(pair, tiny):
         "import platform, sys\n"
         "import minitp\n"
         "minitp.__version__ = f'of {platform.node()}'\n"
-        "from minitp import cli\n"
-        "sys.exit(cli.main())"
+        "from minitp.cli.main import main\n"
+        "sys.exit(main())"
     )
     worker = [sys.executable, "-c", code, "generate", "Hello", "--model", tiny]
     done = pair[0].run(*MPIRUN, "-n", 3, *worker)
@@ -156,9 +157,9 @@ def test_rank_0_may_be_late(pair, tiny):
 def test_large_objects_may_take_their_time(pair):
     """An exchange may: 300 MB are on their way for longer than another wait would last."""
     code = (
-        "from minitp import waiting\n"
-        "waiting.LOST_S = 0.02\n"
-        "from minitp.mpi_comm import MpiComm\n"
+        "from minitp.comm import wait\n"
+        "wait.LOST_S = 0.02\n"
+        "from minitp.comm.mpi import MpiComm\n"
         "comm = MpiComm()\n"
         "parts = comm.exchange(bytes(300_000_000) if comm.rank == 0 else b'')\n"
         "assert [len(part) for part in parts] == [300_000_000, 0]"
@@ -170,11 +171,11 @@ def test_large_objects_may_take_their_time(pair):
 def test_a_rank_that_does_not_come_to_the_end(pair):
     code = (
         "import time\n"
-        "from minitp import waiting\n"
-        "waiting.LATE_S, waiting.LOST_S = 0.5, 1\n"
-        "from minitp.mpi_comm import MpiComm\n"
-        "from minitp.several_hosts import through_shared_memory\n"
-        "comm = through_shared_memory(MpiComm())\n"
+        "from minitp.comm import wait\n"
+        "wait.LATE_S, wait.LOST_S = 0.5, 1\n"
+        "from minitp.comm.mpi import MpiComm\n"
+        "from minitp.launch.transport import select_host_comm\n"
+        "comm = select_host_comm(MpiComm())\n"
         "comm.exchange(None)\n"
         "if comm.rank == 3: time.sleep(60)\n"
         "try: comm.close()\n"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from minitp.config import parse_config
 from minitp.errors import InputError
+from minitp.loading.config import parse_config
 from minitp.shard import make_plan
 
 HEADS = [(1, 1), (4, 4), (4, 1), (6, 2), (7, 1), (7, 7), (8, 2), (9, 3), (12, 4), (15, 5), (32, 8)]  # H, K

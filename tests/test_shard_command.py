@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import CONFIG, random_tensors, write_tiny
 
-from minitp.cli import main
-from minitp.random_weights import RandomWeights
-from minitp.trace_file import TensorWriter
+from minitp.cli.main import main
+from minitp.loading.random_weights import RandomWeights
+from minitp.loading.safetensors_writer import TensorWriter
 
 UNEVEN = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 41}
 MODELS = {

@@ -6,8 +6,8 @@ import sys
 import pytest
 from tiny import write_tiny
 
-from minitp.job import find_mpirun
-from minitp.shared_memory import SLOT_BYTES
+from minitp.comm.shared_memory import SLOT_BYTES
+from minitp.launch.supervisor import find_mpirun
 
 LIMIT_S = 120
 
@@ -16,15 +16,16 @@ COLLECTIVES = f"""
 import sys, time
 import ml_dtypes
 import numpy as np
-from minitp.mpi_comm import MpiComm
+from minitp.comm.mpi import MpiComm
 from mpi4py import MPI
-from minitp.several_hosts import SeveralHostsComm, through_shared_memory
-from minitp.shared_memory import SharedMemoryComm
+from minitp.comm.hierarchical import SeveralHostsComm
+from minitp.launch.transport import select_host_comm
+from minitp.comm.shared_memory import SharedMemoryComm
 
 mpi, host_of = MpiComm(), [int(host) for host in sys.argv[1]]
 if len(set(host_of)) == 1:
-    comm = through_shared_memory(mpi, "shm")
-    assert type(comm) is SharedMemoryComm and type(through_shared_memory(mpi, "mpi")) is MpiComm
+    comm = select_host_comm(mpi, "shm")
+    assert type(comm) is SharedMemoryComm and type(select_host_comm(mpi, "mpi")) is MpiComm
 else:
     comm = SeveralHostsComm(MPI.COMM_WORLD.Split(host_of[mpi.rank]))
 rng, mine = np.random.default_rng(0), comm.rank

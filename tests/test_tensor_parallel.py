@@ -14,14 +14,15 @@ import pytest
 
 from minitp import ops
 from minitp.comm import run_threads
-from minitp.config import parse_config
 from minitp.device import open_device
 from minitp.errors import AgreedError, InputError, RankError
-from minitp.model import Model, prefill
+from minitp.generate import prefill
+from minitp.loading.config import parse_config
+from minitp.loading.random_weights import RandomWeights
+from minitp.loading.weights import Loader
+from minitp.model import Model
 from minitp.oracle import Oracle
-from minitp.random_weights import RandomWeights
 from minitp.shard import make_plan, split_evenly
-from minitp.weights import Loader
 
 SIZES = range(2, 10)
 

@@ -16,11 +16,13 @@ from minitp import ops
 from minitp.comm import run_threads
 from minitp.device import Device, open_device
 from minitp.errors import InputError
-from minitp.model import load_model
-from minitp.model_source import open_model
+from minitp.load import load_model
+from minitp.loading.source import open_model
 from minitp.oracle import Oracle
-from minitp.steps import AFTER, BEFORE, LAYER, PARTIAL, Kind, layer_steps, split_name, step_names
-from minitp.trace import Recorder, assemble, passes_of, wanted_steps, write_oracle_trace, write_trace
+from minitp.trace.assemble import assemble
+from minitp.trace.names import AFTER, BEFORE, LAYER, PARTIAL, Kind, layer_steps, split_name, step_names
+from minitp.trace.record import Recorder, passes_of, wanted_steps
+from minitp.trace.write import write_oracle_trace, write_trace
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -323,11 +325,11 @@ def test_recording_changes_no_bit_and_without_it_nothing_is_recorded(models, mon
     def logits(comm, recorded):
         model = load_model(source, comm, open_device())
         taken = []
-        record = Recorder(model.device, names, taken.append)
+        record = Recorder(model.device, names, lambda name, array: taken.append(name))
         record.pass_name = "prefill"
         more = {"record": record} if recorded else {}
         result = model.forward(PROMPT, model.new_cache(), logits_at=slice(None), **more)
-        return result.tobytes(), [name for found in taken for name in found]
+        return result.tobytes(), taken
 
     with_record = run_threads(3, lambda comm: logits(comm, recorded=True))
     assert all(sorted(taken) == sorted(names) for _, taken in with_record)

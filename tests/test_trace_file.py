@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from minitp.trace_file import DTYPES, TensorWriter
+from minitp.loading.safetensors_writer import DTYPES, TensorWriter
 
 
 def read(path):

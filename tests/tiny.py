@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from minitp.config import parse_config
+from minitp.loading.config import parse_config
 from minitp.shard import make_plan
 
 BOS, EOS = 256, 257  # token ids; those below are the bytes, in the order of byte_tokens()

@@ -7,7 +7,7 @@ than the step takes as a graph, which is timed beside it.
 
 from contextlib import contextmanager
 
-from minitp.bench.gpu_limits import Timer
+from minitp.bench.gpu_roofline import Timer
 from minitp.cuda.comm import DeviceComm
 from minitp.cuda.compiler import Compiler
 from minitp.cuda.fused import BLOCK_SIZE, FusedModel

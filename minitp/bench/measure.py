@@ -5,9 +5,10 @@ import resource
 from datetime import date
 from statistics import median
 
-from minitp.bench.limits import limits_of, token_bytes
-from minitp.bench.loading import loading
+from minitp.bench.cpu_roofline import BareProducts
+from minitp.bench.load_rate import loading
 from minitp.bench.requests import measure_requests
+from minitp.bench.roofline import token_bytes
 from minitp.bench.runs import (
     bare_decode_seconds,
     keys_read,
@@ -17,8 +18,8 @@ from minitp.bench.runs import (
     timed_batch,
     timed_run,
 )
-from minitp.comm import OneOfMany
-from minitp.environment import BLAS_THREADS, cores, cpu_name
+from minitp.comm.single import OneOfMany
+from minitp.util.environment import BLAS_THREADS, cores, cpu_name
 
 
 def measure(model, source, job, load_s, progress):
@@ -198,3 +199,12 @@ def spread(values):
     """Median, least and most."""
     values = list(values)
     return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def limits_of(model):
+    """The Limits of a model where it is."""
+    if model.device.is_gpu:
+        from minitp.bench.gpu_roofline import GpuLimits
+
+        return GpuLimits(model)
+    return BareProducts(model)

@@ -5,10 +5,11 @@ from time import perf_counter
 
 import numpy as np
 
-from minitp.generate import Request, generate
-from minitp.kv_cache import PagedCache
-from minitp.model import chunks, host_logits, prefill
+from minitp.generate import chunks, generate, host_logits, prefill
+from minitp.paged_cache import PagedCache
+from minitp.request import Request
 from minitp.sampling import SamplingParams
+from minitp.trace.record import ObservedSteps
 
 BLOCK_SIZE = 16  # of paged caches
 
@@ -115,8 +116,13 @@ def new_caches(model, sequences, capacity):
     return [PagedCache(pool, list(range(n * blocks, (n + 1) * blocks))) for n in range(sequences)]
 
 
+# Steps that one operation makes together, for which it is charged once.
+TOGETHER = ("q k v", "q_norm k_norm", "q_rope k_rope", "k_cache v_cache", "gate up")
+ONE_OPERATION = {step: steps for steps in TOGETHER for step in steps.split()}
+
+
 class StepTimer:
-    """A `record` that charges the time since the last step to the steps of this call.
+    """A `record` that charges each step with the time since the last one.
 
     Attributes
     ----------
@@ -133,11 +139,15 @@ class StepTimer:
         """A pass begins now."""
         self._last = perf_counter()
 
-    def __call__(self, block=None, layer=None, /, **arrays):
-        now = perf_counter()
-        name = " ".join(arrays) if block is None else f"{block}." + " ".join(arrays)
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = perf_counter()  # without the time that this took
+    def __call__(self, block=None, layer=None):
+        before = "" if block is None else f"{block}."
+
+        def observe(step, array):
+            now, name = perf_counter(), before + ONE_OPERATION.get(step, step)
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+            self._last = perf_counter()  # without the time that this took
+
+        return ObservedSteps(observe)
 
 
 def profile(model, prompt, steps):

@@ -1,6 +1,6 @@
 """The results of `minitp bench` for people."""
 
-from minitp.table import aligned, counted, size
+from minitp.util.format import aligned, counted, size
 
 PRODUCT, COLLECTIVE = "product", "collective"
 KINDS = {  # of a profile's steps; the others are small operations

@@ -5,15 +5,15 @@ import math
 
 import numpy as np
 
-from minitp import hardware
-from minitp.bench.cpu_limits import BareProducts, bandwidth, matrix_rate
+from minitp.bench.cpu_roofline import BareProducts, bandwidth, matrix_rate
 from minitp.comm import run_threads
 from minitp.device import open_device
-from minitp.environment import cores, memory
-from minitp.estimate import ITEM_BYTES, LAYER, elements
+from minitp.estimate import hardware
+from minitp.estimate.estimate import ITEM_BYTES, LAYER, elements
+from minitp.loading.weights import Loader
 from minitp.model import Model
 from minitp.shard import make_plan
-from minitp.weights import Loader
+from minitp.util.environment import cores, memory
 
 LEAST_BYTES = 256e6  # of weights: beyond the caches, unless the model itself is smaller
 MOST_BYTES = 1e9

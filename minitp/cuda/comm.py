@@ -9,7 +9,7 @@ PeerComm     through memory that the GPUs of a host can all see; in `peer`
 from contextlib import nullcontext
 from time import perf_counter
 
-from minitp.comm import Comm
+from minitp.comm.base import Comm
 
 
 class DeviceComm(Comm):

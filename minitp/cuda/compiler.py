@@ -1,4 +1,4 @@
-"""From the .cu files in this folder to kernels that can be launched."""
+"""From the .cu files in kernels/ to kernels that can be launched."""
 
 from functools import cache
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-HERE = Path(__file__).parent
+SOURCES = Path(__file__).parent / "kernels"
 HEADER = "common.h"
 
 
@@ -50,7 +50,7 @@ class Kernel:
 
 def whole_source(file):
     """A file with its header in it: CuPy would take a kernel from its cache though an include has changed."""
-    text, header = ((HERE / name).read_text(encoding="utf-8") for name in (file, HEADER))
+    text, header = ((SOURCES / name).read_text(encoding="utf-8") for name in (file, HEADER))
     return text.replace(f'#include "{HEADER}"', header)
 
 

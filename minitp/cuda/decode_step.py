@@ -20,10 +20,9 @@ import numpy as np
 
 from minitp.cuda.comm import LocalComm
 from minitp.cuda.loader import padded
-from minitp.kv_cache import rows_of_positions
-from minitp.model import Unrecorded
+from minitp.model import unrecorded
+from minitp.paged_cache import rows_of_positions
 
-UNRECORDED = Unrecorded()
 PADDING = -1  # the length of a row that only fills the batch
 HOST_CHOOSES = -1.0  # the temperature of a row whose next token comes from the host
 
@@ -132,7 +131,7 @@ class DecodeStep:
         self.run()
         return stream.end_capture()
 
-    def run(self, record=UNRECORDED):
+    def run(self, record=unrecorded):
         """Give the step to the GPU, kernel by kernel. `record` sees what the explicit path has too."""
         m, w, linear = self.model, self.model.weights, self.model.kernels.linear
         self._embed(record)
@@ -142,12 +141,12 @@ class DecodeStep:
             self._qkv(i, layer, x, norm)
             keys, values = self._cache(i)
             self._attention(self.q, keys, values, self.block_table, self.seen, self.context)
-            if record is not UNRECORDED:
+            if record is not unrecorded:
                 self._record_attention(i, record)
             pending = self._add(self.context, layer.w_o, layer.b_o, record, ("attn", i))
             x, norm = self._normed(layer.mlp_norm, pending, record, ("mlp", i))
             linear.swiglu(x, rows_of(m, layer.w_gate_up), self.act, layer.b_gate_up, norm)
-            record("mlp", i, act=self.act[:, : layer.w_down.shape[0]])
+            record("mlp", i).act = self.act[:, : layer.w_down.shape[0]]
             pending = self._add(self.act, layer.w_down, layer.b_down, record, ("mlp", i))
         self._logits(pending, record)
         m.kernels.sample(self.logits, self.temperature, self.top_k, self.top_p, self.draw, self.token)
@@ -163,10 +162,10 @@ class DecodeStep:
             rows_of(m, m.weights.embed.T),
         )
         self._begin(*inputs, self.x, self.slot, self.cos, self.sin, self.seen)
-        record(embed_partial=self.x)
+        record().embed_partial = self.x
         if self.comm.size > 1:
             self.comm.reduce_into(self.x, self.x)
-        record(embed=self.x)
+        record().embed = self.x
 
     def _normed(self, weight, pending, record, place):
         """What a product takes: (x, a norm that it makes itself) or (h, None).
@@ -185,9 +184,9 @@ class DecodeStep:
                 rms_norm, self.partial, self.x, weight, self.h, eps, bias, self.out
             )
             if seen and bias is None:
-                record(*origin, out=self.out)
-            record(*origin, residual=self.x)
-        record(*place, **{"norm" if place else "final_norm": self.h})
+                record(*origin).out = self.out
+            record(*origin).residual = self.x
+        setattr(record(*place), "norm" if place else "final_norm", self.h)
         return self.h, None
 
     def _qkv(self, i, layer, x, norm):
@@ -205,10 +204,10 @@ class DecodeStep:
         m, linear = self.model, self.model.kernels.linear
         if self.comm.size == 1:
             linear.residual(y, rows_of(m, w), self.x, bias)
-            record(*place, residual=self.x)
+            record(*place).residual = self.x
             return None
         linear.store(y, rows_of(m, w), self.partial)
-        record(*place, out_partial=self.partial)
+        record(*place).out_partial = self.partial
         return bias, place
 
     def _logits(self, pending, record):
@@ -216,14 +215,14 @@ class DecodeStep:
         x, norm = self._normed(m.weights.final_norm, pending, record, ())
         if self.comm.size == 1:
             m.kernels.linear.logits(x, rows_of(m, m.weights.lm_head), self.logits, norm)
-            record(logits_partial=self.logits)
+            record().logits_partial = self.logits
         else:
             mine = self.logits_r[:, : m.weights.lm_head.shape[1]]  # [B, V_r]
             m.kernels.linear.logits(x, rows_of(m, m.weights.lm_head), mine, norm)
-            record(logits_partial=mine)
+            record().logits_partial = mine
             self.comm.gather_into(self.logits_r, self.gathered)
             m.kernels.join_columns(self.gathered, self.logits)
-        record(logits=self.logits)
+        record().logits = self.logits
 
     def _cache(self, i):
         """Keys and values of a layer, of all sequences: [K_r, slots, d] each."""
@@ -234,11 +233,12 @@ class DecodeStep:
         """What attention had and gave, of the first sequence."""
         length, size = int(self.model.device.to_host(self.seen)[0]), self.pool.block_size
         first = max(0, length - (self.model.config.windows[0] or length))
-        positions = self.model.device.xp.arange(first, length)  # [W]
-        places = rows_of_positions(self.block_table[0], positions, size)  # [W]
-        keys, values = (rows.gather(places) for rows in self.pool.rows[i])  # [K_r, W, d] each
-        record("attn", i, q_rope=self.q.transpose(1, 0, 2), k_rope=keys[:, -1:], v=values[:, -1:])
-        record("attn", i, k_cache=keys, v_cache=values, context=self.context)
+        positions = self.model.device.xp.arange(first, length)  # [S]
+        places = rows_of_positions(self.block_table[0], positions, size)  # [S]
+        keys, values = (rows.gather(places) for rows in self.pool.rows[i])  # [K_r, S, d] each
+        s = record("attn", i)
+        s.q_rope, s.k_rope, s.v = self.q.transpose(1, 0, 2), keys[:, -1:], values[:, -1:]
+        s.k_cache, s.v_cache, s.context = keys, values, self.context
 
 
 def rows_of(model, w):

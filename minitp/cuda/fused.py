@@ -5,12 +5,12 @@ from contextlib import contextmanager
 import numpy as np
 
 from minitp import ops
-from minitp.cuda.decode_step import UNRECORDED, DecodeStep
+from minitp.cuda.decode_step import DecodeStep
 from minitp.cuda.kernels import Kernels
-from minitp.cuda.linear import MAX_TOKENS
+from minitp.cuda.kernels.linear import MAX_TOKENS
 from minitp.cuda.loader import padded
-from minitp.kv_cache import BlockPool, PagedCache
-from minitp.model import Model, joined
+from minitp.model import Model, joined, unrecorded
+from minitp.paged_cache import BlockPool, PagedCache
 
 BLOCK_SIZE = 16
 KEPT_BLOCKS = 64  # a kept pool has a multiple of so many: a somewhat longer sequence finds room in it
@@ -106,7 +106,7 @@ class FusedModel(Model):
     def new_pool(self, blocks, block_size=BLOCK_SIZE):
         return Pool(*self._cache_shape(), blocks, block_size)
 
-    def forward_batch(self, parts, logits_at=None, record=UNRECORDED):
+    def forward_batch(self, parts, logits_at=None, record=unrecorded):
         """As Model.forward_batch; `record` sees the steps that this path has."""
         alone = all(len(ids) == 1 for ids, _ in parts)
         if alone and len(parts) <= MAX_TOKENS and logits_at is not None:
@@ -163,7 +163,7 @@ class FusedModel(Model):
         tokens, caches = [int(ids[0]) for ids, _ in parts], [cache for _, cache in parts]
         step = self.decode_step(caches[0].pool, len(parts))
         step.fill(tokens, [cache.length for cache in caches], [cache.block_table for cache in caches])
-        if record is UNRECORDED:
+        if record is unrecorded:
             step.launch()
         else:
             step.run(record)
@@ -174,38 +174,39 @@ class FusedModel(Model):
         xp, w, kernels, c = self.device.xp, self.weights, self.kernels, self.config
         prompt = Prompt(self, parts)
         partial = ops.embed_partial(xp, prompt.token_ids, w.embed, self.vocab_start)  # [T, D]
-        record(embed_partial=partial)
+        record().embed_partial = partial
         x = self._sum(partial)  # [T, D]
-        record(embed=x)
+        record().embed = x
         h = self.device.cupy.empty(x.shape, x.dtype)  # [T, D]
         addend = bias = None
         for i, layer in enumerate(w.layers):
             kernels.rms_norm(x, layer.attn_norm, h, c.rms_norm_eps, addend, bias)
             if i > 0:
-                record("mlp", i - 1, residual=x)
-            record("attn", i, norm=h)
+                record("mlp", i - 1).residual = x
+            record("attn", i).norm = h
             context = self._prefill_attention(i, layer, h, prompt, record)  # [T, H_r d]
             addend, bias = self._partial("attn", i, context, layer.w_o, layer.b_o, record)
             kernels.rms_norm(x, layer.mlp_norm, h, c.rms_norm_eps, addend, bias)
-            record("attn", i, residual=x)
-            record("mlp", i, norm=h)
+            record("attn", i).residual = x
+            record("mlp", i).norm = h
             gate_up = self._columns(h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
             columns = layer.w_down.shape[0]  # F_r
-            record("mlp", i, gate=gate_up[:, :columns], up=gate_up[:, columns:])
+            s = record("mlp", i)
+            s.gate, s.up = gate_up[:, :columns], gate_up[:, columns:]  # [T, F_r] each
             act = self.device.cupy.empty((len(x), padded(columns)), x.dtype)  # [T, F_r or more]
             kernels.swiglu(gate_up, act)
-            record("mlp", i, act=act[:, :columns])
+            record("mlp", i).act = act[:, :columns]
             addend, bias = self._partial("mlp", i, act[:, :columns], layer.w_down, layer.b_down, record)
         kernels.rms_norm(x, w.final_norm, h, c.rms_norm_eps, addend, bias)
-        record("mlp", len(w.layers) - 1, residual=x)
+        record("mlp", len(w.layers) - 1).residual = x
         if logits_at is None:
             return None
         h = h[logits_at]  # [n, D]
-        record(final_norm=h)
+        record().final_norm = h
         logits_r = ops.logits_partial(xp, h, w.lm_head)  # [n, V_r]
-        record(logits_partial=logits_r)
+        record().logits_partial = logits_r
         logits = self.comm.all_gather(logits_r, self.vocab_widths)  # [n, V]
-        record(logits=logits)
+        record().logits = logits
         return logits
 
     def _columns(self, h, w, bias):
@@ -219,34 +220,37 @@ class FusedModel(Model):
         xp, width = self.device.xp, self.heads * self.config.head_dim
         qkv = self._columns(h, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
         qk, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
-        record("attn", i, q=qk[: self.heads], k=qk[self.heads :], v=v)
+        s = record("attn", i)
+        s.q, s.k, s.v = qk[: self.heads], qk[self.heads :], v  # [H_r, T, d], [K_r, T, d] twice
         keys, values = (rows.values for rows in prompt.pool.rows[i])  # [K_r, slots, d] each
         self.kernels.cache_write(qkv, prompt.cos, prompt.sin, prompt.slots, keys, values)
         context = self.device.cupy.empty((len(h), width), h.dtype)  # [T, H_r d]
         for sequence in prompt.sequences:
             rows = sequence.rows
             prompt.attention(qkv[rows, :width], keys, values, sequence.table, sequence.past, context[rows])
-        if record is not UNRECORDED:
+        if record is not unrecorded:
             self._record_attention(i, qk, prompt, record)
-            record("attn", i, context=context)
+            record("attn", i).context = context
         return context
 
     def _record_attention(self, i, qk, prompt, record):
         """The queries after RoPE, and what attention had, of the only sequence."""
         (sequence,) = prompt.sequences
         first = 0 if self.config.windows[0] is None else max(0, sequence.past - self.config.windows[0] + 1)
-        places = sequence.places[first:]  # [W]
-        keys, values = (rows.gather(places) for rows in prompt.pool.rows[i])  # [K_r, W, d] each
+        places = sequence.places[first:]  # [S]
+        keys, values = (rows.gather(places) for rows in prompt.pool.rows[i])  # [K_r, S, d] each
         new = len(keys[0]) - (sequence.rows.stop - sequence.rows.start)
-        record("attn", i, q_rope=qk[: self.heads], k_rope=keys[:, new:], k_cache=keys, v_cache=values)
+        s = record("attn", i)
+        s.q_rope, s.k_rope = qk[: self.heads], keys[:, new:]  # [H_r, T, d], [K_r, T, d]
+        s.k_cache, s.v_cache = keys, values
 
     def _partial(self, block, i, y, w, bias, record):
         """What is to be added to the stream, [T, D], and its bias."""
         partial = self.device.xp.matmul(y, w)  # [T, D]: the twin of ops.row_parallel, rounded by cuBLAS
-        record(block, i, out_partial=partial)
+        record(block, i).out_partial = partial
         out = self._sum(partial)  # [T, D]
         if bias is None:
-            record(block, i, out=out)
+            record(block, i).out = out
         return out, bias
 
     def _sum(self, partial):

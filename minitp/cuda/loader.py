@@ -3,7 +3,7 @@
 import numpy as np
 
 from minitp.cuda.gpu import Uploads
-from minitp.weights import EMBED, LM_HEAD, Loader
+from minitp.loading.weights import EMBED, LM_HEAD, Loader
 
 PACK = 8  # 16-bit numbers that one load takes
 

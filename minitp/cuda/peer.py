@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from minitp.cuda.all_reduce import AllReduce, region_bytes
-from minitp.cuda.linear import MAX_TOKENS
+from minitp.cuda.kernels.all_reduce import AllReduce, region_bytes
+from minitp.cuda.kernels.linear import MAX_TOKENS
 from minitp.cuda.nccl import PATIENCE_S, NcclComm
 from minitp.errors import RankError
 

@@ -1,86 +1,51 @@
 """Who uses which block of a pool. Rank 0 alone keeps these books; the other ranks get block tables."""
 
-import hashlib
-from collections import OrderedDict
-
-import numpy as np
+from minitp.engine.prefix_cache import PrefixCache
 
 
 class BlockAllocator:
-    """Hands out block numbers, counts their users, and finds blocks again by the tokens that they hold.
-
-    A full block that nobody uses any more keeps its content until its memory is needed: a sequence that
-    begins with the same tokens takes it over and need not compute them. The one that was left longest ago is
-    evicted first.
+    """Hands out block numbers and counts their users; full blocks are shared through a PrefixCache.
 
     Parameters
     ----------
     blocks, block_size : int
+
+    Attributes
+    ----------
+    users : list of int
+        How many sequences use each block.
     """
 
     def __init__(self, blocks, block_size):
         self.blocks, self.block_size = blocks, block_size
+        self.prefixes = PrefixCache()
         self._empty = list(reversed(range(blocks)))
-        self._users = [0] * blocks
-        self._block_of, self._key_of = {}, {}  # of the full blocks that are known by their content
-        self._left = OrderedDict()  # of these, the ones without users; the one left longest ago first
+        self.users = [0] * blocks
 
     @property
     def available(self):
         """Blocks that `take` can still hand out."""
-        return len(self._empty) + len(self._left)
+        return len(self._empty) + len(self.prefixes)
 
     def take(self, count):
         """`count` blocks for one user, contents forgotten; None if there are not so many."""
         if count > self.available:
             return None
-        return [self._take_one() for _ in range(count)]
-
-    def _take_one(self):
-        if self._empty:
-            block = self._empty.pop()
-        else:
-            block, _ = self._left.popitem(last=False)
-            del self._block_of[self._key_of.pop(block)]
-        self._users[block] = 1
-        return block
+        taken = [self._empty.pop() if self._empty else self.prefixes.evict() for _ in range(count)]
+        for block in taken:
+            self.users[block] = 1
+        return taken
 
     def find(self, keys):
         """The blocks known by the first of these keys, one after the other, for one more user of each."""
-        found = []
-        for key in keys:
-            block = self._block_of.get(key)
-            if block is None:
-                break
-            self._left.pop(block, None)
-            self._users[block] += 1
-            found.append(block)
+        found = self.prefixes.find(keys)
+        for block in found:
+            self.users[block] += 1
         return found
-
-    def remember(self, block, key):
-        """From now on `block`, which is full, is found by `key`; unless another block is."""
-        if key not in self._block_of and block not in self._key_of:
-            self._block_of[key], self._key_of[block] = block, key
 
     def release(self, block_table):
         """One user less of each of these blocks."""
         for block in reversed(block_table):  # so that of a prefix the end is evicted before the beginning
-            self._users[block] -= 1
-            if self._users[block]:
-                continue
-            if block in self._key_of:
-                self._left[block] = None
-            else:
+            self.users[block] -= 1
+            if self.users[block] == 0 and not self.prefixes.keep(block):
                 self._empty.append(block)
-
-
-def block_keys(token_ids, block_size, before=()):
-    """Keys of the full blocks of a sequence, each of all tokens up to its end.
-
-    `before` are the keys of its first blocks, which are not computed again.
-    """
-    keys = list(before)
-    for start in range(len(keys) * block_size, len(token_ids) - block_size + 1, block_size):
-        tokens = np.asarray(token_ids[start : start + block_size], np.int64)
-        keys.append(hashlib.sha256((keys[-1] if keys else b"") + tokens.tobytes()).digest())
-    return keys

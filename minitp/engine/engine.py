@@ -3,9 +3,9 @@
 from functools import partial
 
 from minitp.engine.scheduler import Scheduler
-from minitp.generate import check_prompt
-from minitp.kv_cache import PagedCache
-from minitp.model import host_logits, largest_pass
+from minitp.generate import host_logits, largest_pass
+from minitp.paged_cache import PagedCache
+from minitp.request import check_prompt
 
 
 class Engine:

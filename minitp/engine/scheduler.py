@@ -8,7 +8,8 @@ same result.
 
 from dataclasses import dataclass, field
 
-from minitp.engine.blocks import BlockAllocator, block_keys
+from minitp.engine.blocks import BlockAllocator
+from minitp.engine.prefix_cache import block_keys
 from minitp.errors import InputError
 
 
@@ -17,7 +18,7 @@ class Sequence:
     """A request on its way: its tokens, of which the first `computed` are in its blocks."""
 
     number: int  # in the order of arrival
-    request: object  # generate.Request
+    request: object  # request.Request
     token_ids: list
     computed: int = 0
     block_table: list = field(default_factory=list)
@@ -205,7 +206,7 @@ class Scheduler:
         full = sequence.computed // size
         sequence.keys = block_keys(sequence.token_ids[: full * size], size, sequence.keys[:full])
         for block, key in zip(sequence.block_table[:full], sequence.keys, strict=True):
-            self.allocator.remember(block, key)
+            self.allocator.prefixes.remember(block, key)
 
     def _step_plan(self):
         parts, logits_at, rows = [], [], 0

@@ -14,7 +14,7 @@ Rank 0 has a caller: the front, or a thread of its own process. What they say to
 from dataclasses import dataclass
 
 from minitp.errors import InputError
-from minitp.generate import Request
+from minitp.request import Request
 from minitp.sampling import SamplingParams
 
 

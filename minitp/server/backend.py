@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from minitp.engine.ranks import Update
+from minitp.engine.client import Update
 from minitp.errors import MinitpError, RankError
 from minitp.server.body import ApiError
 

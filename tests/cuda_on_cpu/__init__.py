@@ -22,7 +22,7 @@ from minitp.cuda import compiler
 from minitp.cuda.compiler import compile_options
 
 HERE = Path(__file__).parent
-CUDA = HERE.parent.parent / "minitp" / "cuda"
+CUDA = HERE.parent.parent / "minitp" / "cuda" / "kernels"
 KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(([^)]*)\)')
 SCALARS = {
     "int": np.int32,

@@ -33,7 +33,7 @@ inline unsigned short to_half(float x) {
 
 inline float half_of(unsigned word, int which) { return to_float(which ? word >> 16 : word & 0xffff); }
 
-// How a tensor core adds up: see minitp/sums.py, of which this is a twin. Hopper's, of 16 products and 25 bits.
+// How a tensor core adds up: see minitp/check/sums.py, of which this is a twin. Hopper's, of 16 products and 25 bits.
 constexpr int BLOCK = 16, BITS = 25;
 
 inline double power_of_two(int exponent) {

@@ -61,6 +61,10 @@ class ndarray(np.ndarray):
             raise TypeError(f"{ufunc.__name__}.{method} of a CuPy array, with {kwargs}")
         return _operation(ufunc.__name__, ufunc, inputs, out[0] if out else None)
 
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return _wrapped(found) if isinstance(found, np.generic) else found
+
     def __setitem__(self, index, value):
         if isinstance(value, np.ndarray) and not isinstance(value, ndarray):
             raise TypeError(f"Unsupported type {type(value)}")

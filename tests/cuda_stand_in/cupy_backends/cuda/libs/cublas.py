@@ -5,7 +5,7 @@ import ctypes
 import ml_dtypes
 import numpy as np
 
-from minitp.sums import TENSOR_CORES
+from minitp.check.sums import TENSOR_CORES
 
 HOPPER = TENSOR_CORES[90]
 CUBLAS_OP_N, CUBLAS_OP_T = 0, 1

@@ -1,0 +1,134 @@
+"""The limits of a CPU, measured through the very products that a model is made of.
+
+A forward pass cannot take less time than its matrix products: for a few tokens they are bound by reading the
+weights, for many by arithmetic. All ranks measure at the same time, for they share the memory.
+"""
+
+import math
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+
+from minitp.bench.roofline import ALL_REDUCE_BYTES, Limits, total_elements
+from minitp.comm.single import Alone
+
+LEAST_S = 0.2  # of a measurement, or repeat what is measured
+
+
+class BareProducts(Limits):
+    """Only the matrix products of a model, in its own weights: no norm, no RoPE, no softmax, no collective.
+
+    Parameters
+    ----------
+    model : Model
+    """
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.xp = model.device.xp
+        self._ones, self._cache = {}, None
+
+    def measure(self, prompt_tokens):
+        comm = self.model.comm
+        sizes = sorted({*ALL_REDUCE_BYTES, 4 * self.model.config.hidden_size})
+        sizes = [] if isinstance(comm, Alone) else sizes
+        return {
+            "bytes_per_token": total_elements(comm, self) * self.dtype.itemsize,
+            "bandwidth_gb_per_s": bandwidth(comm, self) / 1e9,
+            "matrix_gflop_per_s": matrix_rate(comm, self, min(prompt_tokens, self.model.prefill_chunk)) / 1e9,
+            "all_reduce": [{"bytes": n, "us": 1e6 * all_reduce_seconds(comm, self.xp, n)} for n in sizes],
+        }
+
+    def seconds(self, passes):
+        self.reserve(
+            max(len(parts) for parts, _ in passes), max(keys for parts, _ in passes for _, keys in parts)
+        )
+
+        def run():
+            for parts, logit_rows in passes:
+                self.run(parts, logit_rows)
+
+        return together(self.model.comm, run)
+
+    def collective_shares(self, runs):
+        return [median(shares) for shares in zip(*[run.all_reduce_shares for run in runs], strict=True)]
+
+    def run(self, parts, logit_rows):
+        """A pass of some sequences, of which `logit_rows` positions get logits.
+
+        `parts` are (tokens of this pass, keys that they read) of each sequence.
+        """
+        rows = sum(tokens for tokens, _ in parts)
+        self.reserve(len(parts), max(keys for _, keys in parts))
+        for i, matrices in enumerate(self.layers):
+            for matrix in matrices:
+                self._product(rows, matrix)
+            for (tokens, keys), own in zip(parts, self._cache, strict=False):
+                self._attention(tokens, own[i, :, :, :keys])
+        self._product(logit_rows, self.lm_head)
+
+    def _product(self, rows, matrix):
+        self.xp.matmul(self._row(rows, matrix.shape[0]), matrix, dtype=np.float32)
+
+    def _attention(self, tokens, kv):
+        k, v = kv  # [K_r, S, d] each
+        for n, (start, stop) in enumerate(self.model.query_groups):
+            queries = (stop - start) * tokens
+            self.xp.matmul(self._row(queries, k.shape[2]), k[n].T, dtype=np.float32)
+            self.xp.matmul(self._row(queries, k.shape[1]), v[n], dtype=np.float32)
+
+    def _row(self, *shape):
+        if shape not in self._ones:
+            self._ones[shape] = self.xp.ones(shape, dtype=self.dtype)
+        return self._ones[shape]
+
+    def reserve(self, sequences, keys):
+        """Have keys and values for so many sequences, in memory of each one's own as in a cache."""
+        if self._cache is None or len(self._cache) < sequences or self._cache.shape[4] < keys:
+            model = self.model
+            shape = (sequences, len(self.layers), 2, model.kv_heads, keys, model.config.head_dim)
+            self._cache = self.xp.ones(shape, dtype=self.dtype)  # [sequences, layers, 2, K_r, S, d]
+
+
+def together(comm, function, least_s=LEAST_S):
+    """Seconds that a call of `function` takes when all ranks call it at once, until the last has done.
+
+    It is called as often as takes `least_s`, the same number of times everywhere.
+    """
+    seconds = _timed(comm, function, 1)
+    calls = math.ceil(least_s / seconds) if seconds < least_s else 0
+    return _timed(comm, function, calls) if calls else seconds
+
+
+def _timed(comm, function, calls):
+    comm.exchange(None)
+    _meet(comm)
+    started = perf_counter()
+    for _ in range(calls):
+        function()
+    _meet(comm)
+    return comm.broadcast((perf_counter() - started) / calls)
+
+
+def _meet(comm):
+    """All ranks are here; unlike `exchange` this does not sleep."""
+    comm.all_reduce(np.zeros(1, np.float32))  # [1]
+
+
+def all_reduce_seconds(comm, xp, nbytes, rounds=5):
+    """The median time of an all-reduce of float32 of so many bytes, one after the other."""
+    x = xp.zeros(nbytes // 4, dtype=np.float32)  # [n]
+    return median(together(comm, lambda: comm.all_reduce(x), least_s=0.02) for _ in range(rounds))
+
+
+def bandwidth(comm, products):
+    """Bytes a second that all ranks together read through the products of single tokens."""
+    seconds = together(comm, lambda: products.run([(1, 1)], logit_rows=1))
+    return total_elements(comm, products) * products.dtype.itemsize / seconds
+
+
+def matrix_rate(comm, products, rows):
+    """Multiplications and additions a second of all ranks together, in products of `rows` rows."""
+    seconds = together(comm, lambda: products.run([(rows, 1)], logit_rows=1))
+    return 2 * total_elements(comm, products, rows) / seconds

@@ -1,0 +1,241 @@
+"""`minitp info`: what a bug report needs to say of the machine and what is installed.
+
+It must work where nothing else does. So each part is asked for on its own, and says why if it has no answer;
+MPI and CUDA, which may crash or hang instead of answering, are asked in processes of their own, at the same
+time. This module imports nothing that could be missing.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from minitp import __version__
+from minitp.cli.info_text import text
+from minitp.errors import one_line
+from minitp.launch.supervisor import find_mpirun
+from minitp.loading import demo
+from minitp.util.environment import BLAS_THREADS, cores, cpu_name, memory, physical_cores, world_size
+from minitp.util.stdout import write_out
+
+LIMIT_S = 10  # for an answer
+
+PACKAGES = ("safetensors", "tokenizers", "ml_dtypes", "huggingface_hub", "jinja2", "tqdm", "gguf")
+PACKAGES += ("starlette", "uvicorn", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+
+# Variables that decide how it runs; whole names, or beginnings.
+VARIABLES = (*BLAS_THREADS, "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
+BEGINNINGS = ("NCCL_", "MINITP_", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NUM_NODES")
+BEGINNINGS += ("OMPI_MCA_", "PRTE_MCA_", "MPICH_", "MPIR_CVAR_", "HYDRA_", "I_MPI_", "UCX_", "FI_")  # of MPIs
+SECRET = "MINITP_API_KEY"
+
+# MPIs whose ranks understand each other's mpirun, by what they say of themselves.
+STARTED_ALIKE = {
+    "Open MPI": ("open mpi", "openrte", "open-mpi", "prte"),
+    "MPICH": ("mpich", "hydra", "intel(r) mpi", "mvapich"),
+}
+
+
+def info(args):
+    """Print it; the exit code is 0 whatever is missing."""
+    found = facts()
+    write_out(json.dumps(found) + "\n" if args.json else text(found))
+    return 0
+
+
+def facts():
+    """All there is to say, as a dict for JSON; a part that has no answer is {"error": why}."""
+    probes = {name: attempt(start, name) for name in ("mpi", "cuda", "nvidia_smi")}
+    found = {
+        "minitp": {"version": __version__, "path": str(Path(__file__).parent.parent)},
+        "python": attempt(python),
+        "numpy": attempt(numpy),
+        "packages": attempt(packages),
+        "system": attempt(system),
+        "environment": attempt(variables),
+        "demo_model": attempt(demo_model),
+        "mpirun": attempt(mpirun),
+    }
+    found |= {name: attempt(answer, probe) for name, probe in probes.items()}
+    found["mpirun_matches"] = matches(found["mpi"].get("library"), found["mpirun"].get("says"))
+    return found
+
+
+def attempt(function, *arguments):
+    """What a function returns, or why it does not."""
+    try:
+        return function(*arguments)
+    except Exception as error:  # whatever it is, it belongs into the report
+        return {"error": one_line(error)[:300]}
+
+
+# --- what is asked for here -----------------------------------------------------------------------------
+
+
+def python():
+    return {"version": platform.python_version(), "executable": sys.executable}
+
+
+def numpy():
+    """NumPy and the BLAS that it was built with."""
+    import numpy as np
+
+    config = np.show_config(mode="dicts")
+    blas = config["Build Dependencies"]["blas"]
+    return {
+        "version": np.__version__,
+        "blas": blas.get("name"),
+        "blas_version": blas.get("version"),
+        "simd": config.get("SIMD Extensions", {}).get("found", []),
+    }
+
+
+def packages():
+    """Versions of what minitp uses; None for what is not installed."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def version(name):
+    """Of a package, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def system():
+    return {
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "physical_cores": physical_cores(),
+        "memory_bytes": memory(),
+    }
+
+
+def variables():
+    """Those that are set; of a key only that it is."""
+    names = [name for name in sorted(os.environ) if name in VARIABLES or name.startswith(BEGINNINGS)]
+    found = {name: "(set)" if name == SECRET else os.environ[name] for name in names}
+    world = world_size(os.environ)
+    return found if world is None else found | {"(ranks of this MPI world)": str(world)}
+
+
+def demo_model():
+    """Where the demo model is kept, and its bytes; None before it has been fetched."""
+    path = demo.cache_directory() / demo.NAME
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return {"path": str(path), "bytes": sum(file.stat().st_size for file in files) if files else None}
+
+
+def mpirun():
+    """The mpirun that minitp would use, and the first lines of what it says of itself."""
+    path = find_mpirun()
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=LIMIT_S)
+    said = " ".join((done.stdout or done.stderr).split())
+    return {"path": path, "says": said[:200]}
+
+
+def matches(library, said):
+    """Whether mpi4py's MPI can be started by this mpirun; None if one of them is not known."""
+    kinds = [kind_of(words) for words in (library, said)]
+    return None if None in kinds else kinds[0] == kinds[1]
+
+
+def kind_of(words):
+    """The key of STARTED_ALIKE for an MPI that says `words` of itself, or None."""
+    found = [kind for kind, marks in STARTED_ALIKE.items() if any(m in (words or "").lower() for m in marks)]
+    return found[0] if found else None
+
+
+# --- what is asked for in processes of their own --------------------------------------------------------
+
+
+def start(name):
+    """A process that finds out about `mpi`, `cuda` or `nvidia_smi`, or the error that there is none."""
+    if name == "mpi" and importlib.util.find_spec("mpi4py") is None:
+        return {"error": "mpi4py is not installed: pip install mpi4py"}
+    if name == "cuda" and importlib.util.find_spec("cupy") is None:
+        return {"error": "CuPy is not installed; for NVIDIA GPUs: pip install 'minitp[cuda12]' (or cuda13)"}
+    command = [sys.executable, "-c", f"from minitp.cli.info import tell, {name}; tell({name})"]
+    if name == "nvidia_smi":
+        path = shutil.which("nvidia-smi")
+        if path is None:
+            return {"error": "nvidia-smi is not found"}
+        command = [path, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def answer(probe):
+    """What a process from `start` has found."""
+    if isinstance(probe, dict):
+        return probe
+    try:
+        out, err = probe.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        probe.kill()
+        probe.communicate()
+        return {"error": f"no answer within {LIMIT_S} s"}
+    if probe.returncode:
+        last = (err.strip() or out.strip()).splitlines()[-1:]
+        return {"error": f"ended with code {probe.returncode}: {' '.join(last)[:250]}"}
+    lines = out.strip().splitlines()
+    if probe.args[0] != sys.executable:
+        return {"gpus": lines}  # nvidia-smi's, one a line
+    return json.loads(lines[-1])
+
+
+def tell(function):
+    """In the process: print what a function finds, as the last line."""
+    print("\n" + json.dumps(function()), flush=True)
+    os._exit(0)  # an MPI that is not initialized, or a GPU in trouble, may make an orderly end impossible
+
+
+def mpi():
+    """The MPI library that mpi4py loads; it is not initialized."""
+    import mpi4py
+
+    mpi4py.rc.initialize = mpi4py.rc.finalize = False
+    from mpi4py import MPI
+
+    said = " ".join(MPI.Get_library_version().split())
+    return {"mpi4py": mpi4py.__version__, "library": said[:200]}
+
+
+def cuda():
+    """CuPy, CUDA, NCCL, the GPUs, and which cannot read which other's memory."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    count = attempt(runtime.getDeviceCount)
+    numbers = range(0 if isinstance(count, dict) else count)
+    pairs = [(a, b) for a in numbers for b in numbers if a != b]
+    return {
+        "cupy": cupy.__version__,
+        "driver": attempt(runtime.driverGetVersion),
+        "runtime": attempt(runtime.runtimeGetVersion),
+        "nccl": attempt(nccl_version),
+        "gpus": count if isinstance(count, dict) else [gpu(runtime.getDeviceProperties(n)) for n in numbers],
+        "out_of_reach": attempt(lambda: [pair for pair in pairs if not runtime.deviceCanAccessPeer(*pair)]),
+    }
+
+
+def nccl_version():
+    from cupy.cuda import nccl
+
+    return nccl.get_version()
+
+
+def gpu(properties):
+    """The part of CUDA's properties of a GPU that tells it from others."""
+    return {
+        "name": properties["name"].decode(),
+        "memory_bytes": properties["totalGlobalMem"],
+        "compute_capability": f"{properties['major']}.{properties['minor']}",
+    }

@@ -1,0 +1,30 @@
+"""Loading a model, as the commands show it."""
+
+import sys
+from time import perf_counter
+
+from tqdm import tqdm
+
+from minitp.load import check_room, device_of, load_model
+from minitp.loading.weights import shard_nbytes
+
+
+def load(args, comm, source, path="auto"):
+    """This rank's Model, on a path of `load_model`, and the seconds it took; rank 0 shows its progress."""
+    started = perf_counter()
+    device = device_of(comm, source, args.dtype)
+    check_room(comm, source, device)
+    with (
+        comm.agreed(),
+        tqdm(
+            total=shard_nbytes(source.plan, comm.share, device),
+            desc=f"loading {source.name}, rank {comm.share} of {comm.size}",
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            disable=comm.rank != 0 or not sys.stderr.isatty(),
+        ) as bar,
+    ):
+        model = load_model(source, comm, device, bar.update, getattr(args, "kv_dtype", "auto"), path)
+    model.connect()
+    return model, perf_counter() - started

@@ -1,0 +1,87 @@
+"""`minitp perplexity`: how well a model predicts a given text."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minitp.cli.load_model import load
+from minitp.errors import InputError
+from minitp.generate import host_logits
+from minitp.request import check_vocabulary, context_length
+from minitp.util.stdout import write_out
+
+CHUNK = 128  # positions whose logits, float32 [128, V], are held at a time
+
+
+def prepare(args, source):
+    """Read and check the text; its tokens and the tokens a window."""
+    tokenizer = source.tokenizer()
+    if tokenizer is None:
+        raise InputError(f"{source.name} has no tokenizer.json, and perplexity is of a text")
+    try:
+        text = Path(args.file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{args.file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{args.file}: not UTF-8 text: {error}") from error
+    ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        raise InputError(f"{args.file}: {len(ids)} tokens; perplexity needs at least two")
+    check_vocabulary(ids, source.config)
+    context = context_length(source.config, args.max_context)
+    if context < 2:
+        raise InputError(
+            f"--max-context {context}: a token is scored after at least one other; give 2 or more"
+        )
+    return ids, context
+
+
+def run(args, comm, source, job):
+    """Print the perplexity."""
+    ids, context = job
+    model, _ = load(args, comm, source)
+    hidden = comm.rank != 0 or not sys.stderr.isatty()
+    with tqdm(total=len(ids), desc="perplexity", unit="token", leave=False, disable=hidden) as bar:
+        value, scored = perplexity(model, ids, context, bar.update)
+    if comm.rank == 0:
+        if args.json:
+            write_out(json.dumps({"perplexity": value, "scored_tokens": scored, "tokens": len(ids)}) + "\n")
+        else:
+            write_out(f"perplexity {value:.4f} over {scored} tokens\n")
+    return 0
+
+
+def perplexity(model, token_ids, context, progress=lambda tokens: None):
+    """exp of the mean negative log-likelihood of each token given those before it.
+
+    The text is cut into windows of `context` tokens, each read on its own; the first token of a window has
+    nothing before it and is not scored.
+
+    Returns
+    -------
+    (perplexity, scored) : float, int
+        The same on every rank.
+    """
+    total, scored = 0.0, 0
+    for start in range(0, len(token_ids) - 1, context):
+        window = token_ids[start : start + context]
+        cache = model.new_cache(len(window))
+        for at in range(0, len(window), CHUNK):
+            logits = model.forward(window[at : at + CHUNK], cache, logits_at=slice(None))  # [n, V]
+            found = sum_log_likelihood(model.device.xp, logits, window[at + 1 : at + 1 + CHUNK])
+            total -= host_logits(model, found).item()
+            progress(len(logits))
+        scored += len(window) - 1
+    return math.exp(total / scored), scored
+
+
+def sum_log_likelihood(xp, logits, targets):
+    """Sum log softmax(logits[i])[targets[i]] over i; logits float32 [n, V], at most n targets; one number."""
+    count = len(targets)
+    logits = logits[:count].astype(xp.float64)  # [count, V]
+    top = logits.max(axis=-1, keepdims=True)  # [count, 1]
+    log_sum = xp.log(xp.exp(logits - top).sum(axis=-1)) + top[:, 0]  # [count]
+    return (logits[xp.arange(count), xp.asarray(targets, dtype=int)] - log_sum).sum()

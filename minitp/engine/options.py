@@ -1,0 +1,90 @@
+"""What `LLM` and the commands that serve can be told of their ranks."""
+
+from dataclasses import dataclass
+
+from minitp.errors import InputError
+
+CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "float16", "bfloat16"),
+    "kv_dtype": ("auto", "float16", "int8"),
+    "comm": ("auto", "nccl", "peer", "mpi", "shm"),
+}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which model, on which ranks, and how much of it at once. The command's options have the same names.
+
+    Attributes
+    ----------
+    model : str
+        A directory, a .gguf file, a Hugging Face id, "smollm2", or "random:NAME".
+    tp : str
+        Ranks: a number, or "auto".
+    layers : int or None
+        Only the first so many.
+    device, dtype, kv_dtype, comm : str
+        One of CHOICES.
+    share_gpu : bool
+        Several ranks may use one GPU.
+    max_context : int or None
+        Positions of a sequence; None: as many as the model can.
+    cache_tokens : int or None
+        Positions that all requests may take together; None: what fits.
+    block_size : int
+        Positions of a block of the cache.
+    max_tokens_per_step : int
+        Of all requests together.
+    max_sequences : int
+        That run at the same time.
+    verbose : bool
+        Show in the end what the ranks have written.
+    """
+
+    model: str = "smollm2"
+    tp: str = "auto"
+    layers: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    kv_dtype: str = "auto"
+    comm: str = "auto"
+    share_gpu: bool = False
+    max_context: int | None = None
+    cache_tokens: int | None = None
+    block_size: int = 16
+    max_tokens_per_step: int = 512
+    max_sequences: int = 64
+    verbose: bool = False
+
+    def __post_init__(self):
+        """Refuse values that no model could make right."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"{option(name)} {getattr(self, name)!r}: expected one of {', '.join(choices)}"
+                )
+        for name in (
+            "layers",
+            "max_context",
+            "cache_tokens",
+            "block_size",
+            "max_tokens_per_step",
+            "max_sequences",
+        ):
+            value = getattr(self, name)
+            optional = self.__dataclass_fields__[name].default is None
+            if not (value is None and optional) and (not isinstance(value, int) or isinstance(value, bool)):
+                raise InputError(f"{option(name)} {value!r}: expected a whole number")
+        for name in ("block_size", "max_tokens_per_step", "max_sequences"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{option(name)} {getattr(self, name)}: expected at least 1")
+        if self.cache_tokens is not None and self.cache_tokens < self.block_size:
+            raise InputError(
+                f"--cache-tokens {self.cache_tokens}: expected at least a block, {self.block_size}"
+            )
+
+
+def option(name):
+    """The command's option of a field's name."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,92 @@
+"""What a rank of `LLM`, `minitp chat` or `minitp serve` does: it loads the model, then serves requests."""
+
+from minitp.engine.engine import Engine
+from minitp.engine.service import serve
+from minitp.load import check_room, device_of, load_model, open_source
+from minitp.loading.weights import shard_nbytes
+from minitp.request import Request, context_length
+
+REPORTS = 100  # of how much has been loaded
+
+
+def run_engine(options, comm, caller):
+    """Load the model, then serve the caller of rank 0 until it wants no more; all ranks call this.
+
+    Parameters
+    ----------
+    options : EngineOptions
+    comm : Comm
+    caller : object
+        See `service.serve`.
+
+    Returns
+    -------
+    int
+        The exit code.
+    """
+    source = open_source(comm, options.model, options.layers)
+    with comm.agreed():
+        context_length(source.config, options.max_context)
+    device = device_of(comm, source, options.dtype)
+    check_room(comm, source, device)
+    with comm.agreed():
+        progress = (lambda nbytes: None) if comm.rank else Loading(source, comm, device, caller)
+        model = load_model(source, comm, device, progress, options.kv_dtype)
+    model.connect()
+    fit = device.cache_room(comm.size) // model.new_pool(1, options.block_size).nbytes
+    blocks = blocks_wanted(options, source.config, min(comm.exchange(fit)))
+    context = min(context_length(source.config, options.max_context), blocks * options.block_size)
+    with comm.agreed():
+        sizes = options.block_size, options.max_tokens_per_step, options.max_sequences
+        engine = Engine(model, blocks, *sizes)
+        tokenizer = source.tokenizer() if comm.rank == 0 else None
+    if comm.rank == 0:
+        caller.say({"ready": described(options, engine, context), "load": engine.scheduler.load()})
+
+    def make_request(prompt_ids, params):
+        return Request(params, source.config.eos_token_ids, prompt_ids, context, tokenizer)
+
+    serve(engine, caller, make_request)
+    return 0
+
+
+def blocks_wanted(options, config, fit):
+    """How many blocks every rank has.
+
+    As many as `cache_tokens` fill; else for as many sequences as may run at once, each as long as it may
+    become, but no more than `fit`.
+    """
+    if options.cache_tokens is not None:
+        return options.cache_tokens // options.block_size
+    longest = -(-context_length(config, options.max_context) // options.block_size)
+    return max(1, min(longest * options.max_sequences, fit))
+
+
+class Loading:
+    """Tells the caller now and then how much of rank 0's weights has been loaded."""
+
+    def __init__(self, source, comm, device, caller):
+        self.total, self.caller = shard_nbytes(source.plan, comm.share, device), caller
+        self.done = self.told = 0
+
+    def __call__(self, nbytes):
+        self.done += nbytes
+        if self.done - self.told >= self.total / REPORTS:
+            self.told = self.done
+            self.caller.say({"loading": self.done, "of": self.total})
+
+
+def described(options, engine, context):
+    """What the caller should know of these ranks."""
+    return {
+        "tp": engine.model.comm.size,
+        "dtype": engine.model.device.dtype.name,
+        "kv_dtype": options.kv_dtype,
+        "context": context,
+        "blocks": engine.scheduler.allocator.blocks,
+        "block_size": options.block_size,
+        "max_sequences": options.max_sequences,
+        "max_tokens_per_step": options.max_tokens_per_step,
+        "weight_bytes_per_rank": engine.model.weights.nbytes,
+        "cache_bytes_per_rank": engine.pool.nbytes,
+    }

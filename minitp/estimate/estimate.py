@@ -1,0 +1,295 @@
+"""Does a model fit, and how fast will it be: arithmetic on its config, its sharding plan and the hardware.
+
+A pass takes what its slowest rank needs to read its bytes or to do its arithmetic, whichever is longer (first
+of the projections, then of attention), and the collectives between. (Williams et al., Roofline, 2009; for
+transformers Pope et al., Efficiently Scaling Transformer Inference, 2022.) The same formula, with other
+efficiencies, gives the limit and what is expected.
+"""
+
+import math
+from dataclasses import dataclass
+
+from minitp.estimate.hardware import LIMIT, NETWORK
+from minitp.shard import make_plan
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+LOGIT_BYTES = 4  # float32 in any dtype
+EMBED, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+LAYER = "model.layers."
+
+
+@dataclass(frozen=True)
+class Spread:
+    """`tp` ranks over `nodes`, as evenly as they go."""
+
+    tp: int
+    nodes: int
+
+    @property
+    def per_node(self):
+        """Of the node that has most."""
+        return -(-self.tp // self.nodes)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass of `sequences`: each adds `tokens` to the `past` in its cache, the last gets logits."""
+
+    sequences: int
+    tokens: int
+    past: int
+
+    def keys(self, window):
+        """Positions of a sequence's cache that are read: its own, or what the sliding window reaches."""
+        return min(self.past, (window or math.inf) - 1) + self.tokens
+
+    def pairs(self, window):
+        """(query, key) pairs of a sequence: each token sees itself and those before, within the window."""
+        window = window or self.past + self.tokens
+        whole = min(self.tokens, max(0, window - self.past))  # tokens that see all before them
+        return whole * self.past + whole * (whole + 1) // 2 + (self.tokens - whole) * window
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for: `context` positions for each sequence, a prompt, and a batch (None: what fits)."""
+
+    context: int
+    prompt: int
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One spread of a model over ranks. Times and speeds are None where it does not fit.
+
+    Attributes
+    ----------
+    weight_bytes_per_rank, kv_cache_bytes_per_token_per_rank : int
+        Of the rank that holds most.
+    longest_context_tokens : int
+        Of a single sequence; `longest_context_limited_by` is "memory" or "model".
+    largest_batch : int
+        Sequences of the job's context that fit.
+    fits : bool
+        Weights and the job's batch (one sequence, if it asks for none).
+    batch : int
+        The job's, or the largest that fits.
+    collectives_per_token : int
+    prefill_*_s, decode_*_tokens_per_s : float or None
+        Of one sequence: its prompt, then a token behind it.
+    batch_*_tokens_per_s : float or None
+        Of `batch` sequences together.
+    collective_share_* : float or None
+        Of the decode step of one sequence.
+    """
+
+    tp: int
+    nodes: int
+    weight_bytes_per_rank: int
+    kv_cache_bytes_per_token_per_rank: int
+    longest_context_tokens: int
+    longest_context_limited_by: str
+    largest_batch: int
+    fits: bool
+    batch: int
+    collectives_per_token: int
+    prefill_limit_s: float | None = None
+    prefill_expected_s: float | None = None
+    decode_limit_tokens_per_s: float | None = None
+    decode_expected_tokens_per_s: float | None = None
+    batch_limit_tokens_per_s: float | None = None
+    batch_expected_tokens_per_s: float | None = None
+    collective_share_limit: float | None = None
+    collective_share_expected: float | None = None
+
+
+def elements(plan, rank):
+    """{tensor name: elements} that a rank holds; layer 0's names stand for all layers, which are alike."""
+    counts = {}
+    for name, shard in plan.tensors.items():
+        if not name.startswith(LAYER):
+            counts[name] = math.prod(shard.shape_on(rank))
+        elif name.startswith(f"{LAYER}0."):
+            counts[name] = math.prod(shard.shape_on(rank)) * plan.layers
+    return counts
+
+
+def weight_bytes(plan, rank, dtype):
+    """Bytes of a rank's weights."""
+    return sum(elements(plan, rank).values()) * ITEM_BYTES[dtype]
+
+
+def cache_bytes(config, plan, rank, dtype):
+    """Bytes of the KV cache of one token on a rank: keys and values of its KV heads in all layers."""
+    start, stop = plan.kv_head_ranges[rank]
+    return 2 * config.num_hidden_layers * (stop - start) * config.head_dim * ITEM_BYTES[dtype]
+
+
+def collectives(config, tp):
+    """Of one pass: an all-reduce for the embedding and two a layer, and the all-gather of the logits."""
+    return 2 * config.num_hidden_layers + 2 if tp > 1 else 0
+
+
+def cache_room(config, plan, hardware, dtype):
+    """Tokens whose keys and values fit beside the weights, of all sequences; 0 if not even the weights do."""
+    ranks = range(plan.tp)
+    weights = [weight_bytes(plan, rank, dtype) + hardware.reserve_bytes for rank in ranks]
+    caches = [cache_bytes(config, plan, rank, dtype) for rank in ranks]
+    if hardware.cores is not None:  # one memory for all
+        weights, caches = [sum(weights)], [sum(caches)]
+    rooms = ((hardware.memory_bytes - held) // each for held, each in zip(weights, caches, strict=True))
+    return max(0, int(min(rooms)))
+
+
+def rank_work(config, plan, rank, work, dtype):
+    """What a pass is on one rank: (bytes read, FLOPs) of the projections, and of attention.
+
+    Of an embedding table that is not tied only the tokens' rows are read: nothing, compared with the rest.
+    """
+    held = elements(plan, rank)
+    head = held[LM_HEAD if LM_HEAD in held else EMBED]
+    layers = {name: count for name, count in held.items() if name.startswith(LAYER)}
+    chosen, touched = expert_shares(config, work.sequences * work.tokens)
+    experts = sum(count for name, count in layers.items() if ".experts." in name)
+    read = (sum(layers.values()) - (1 - touched) * experts + held[FINAL_NORM] + head) * ITEM_BYTES[dtype]
+    products = sum(count for name, count in layers.items() if len(plan.tensors[name].shape) == 2)
+    products -= (1 - chosen) * experts
+    flops = 2 * work.sequences * (work.tokens * products + head)
+    cached = sum(map(work.keys, config.windows)) * cache_bytes(config, plan, rank, dtype)
+    cached *= work.sequences / config.num_hidden_layers
+    start, stop = plan.head_ranges[rank]
+    pairs = work.sequences * sum(map(work.pairs, config.windows))
+    attention = 2 * 2 * pairs * (stop - start) * config.head_dim  # a score of d products, and d of its value
+    return (read, flops), (cached, attention)
+
+
+def expert_shares(config, tokens):
+    """Of a mixture's experts: the share that one token goes through, and that `tokens` do, if they choose at
+    random and independently of each other."""
+    if not config.num_local_experts:
+        return 1.0, 1.0
+    chosen = config.num_experts_per_tok / config.num_local_experts
+    return chosen, 1 - (1 - chosen) ** tokens
+
+
+def compute_seconds(config, plan, hardware, work, dtype, efficiency):
+    """Of a pass without its collectives: the slowest rank's."""
+    bytes_per_s, flops_per_s = rates(hardware, plan.tp, dtype, efficiency)
+    both = sum if efficiency.packs and work.sequences * work.tokens > 1 else max
+
+    def seconds(rank):
+        parts = rank_work(config, plan, rank, work, dtype)
+        return sum(both((nbytes / bytes_per_s, flops / flops_per_s)) for nbytes, flops in parts)
+
+    small = config.num_hidden_layers * (efficiency.layer_s + work.sequences * efficiency.sequence_s)
+    turns = 1 if hardware.cores is None else -(-plan.tp // hardware.cores)  # of ranks that share a core
+    return max(map(seconds, range(plan.tp))) + turns * small
+
+
+def rates(hardware, tp, dtype, efficiency):
+    """(bytes, FLOPs) a second of one of `tp` ranks."""
+    bytes_per_s = hardware.memory_bytes_per_s * efficiency.memory
+    flops_per_s = hardware.flops_per_s[dtype] * efficiency.matrix
+    if hardware.cores is None:
+        return bytes_per_s, flops_per_s
+    if tp < hardware.cores:
+        bytes_per_s *= efficiency.threads
+    return bytes_per_s / tp, flops_per_s / tp * cores_used(tp, hardware.cores) / hardware.cores
+
+
+def cores_used(tp, cores):
+    """By ranks that each take an equal number of BLAS threads, at least one."""
+    return tp * (cores // tp) if tp < cores else cores
+
+
+def all_reduce_seconds(hardware, spread, nbytes, efficiency):
+    """Of one all-reduce of `nbytes`; for an all-gather, which moves half, give half of what it gathers.
+
+    GPUs: within each node, then between them (NCCL's tree for the latency, rings for the bytes). CPU: each
+    rank writes its own, reads all, and writes the sum (`comm.Comm.all_reduce`).
+    """
+    per_node, nodes, link = spread.per_node, spread.nodes, hardware.link
+    latency = link.start_s + 2 * (per_node - 1) * link.hop_s
+    latency += 2 * math.ceil(math.log2(nodes)) * NETWORK.hop_s
+    if hardware.cores is not None:
+        transfer = spread.tp * (spread.tp + 2) * nbytes / link.bytes_per_s
+    else:
+        transfer = ring_bytes(per_node, nbytes) / link.bytes_per_s
+        transfer += ring_bytes(nodes, nbytes / per_node) / NETWORK.bytes_per_s
+    return latency * efficiency.latency + transfer / efficiency.link
+
+
+def ring_bytes(ranks, nbytes):
+    """That each rank sends in a ring all-reduce. (Patarasuk and Yuan, Bandwidth optimal all-reduce, 2009.)"""
+    return 2 * (ranks - 1) / ranks * nbytes
+
+
+def collective_seconds(config, hardware, spread, work, dtype, efficiency):
+    """Of all collectives of a pass."""
+    count = collectives(config, spread.tp)
+    if not count:
+        return 0.0
+    stream = work.sequences * work.tokens * config.hidden_size * ITEM_BYTES[dtype]
+    logits = work.sequences * config.vocab_size * LOGIT_BYTES
+    return (count - 1) * all_reduce_seconds(hardware, spread, stream, efficiency) + all_reduce_seconds(
+        hardware, spread, logits / 2, efficiency
+    )
+
+
+def estimate(config, hardware, spread, dtype, job):
+    """The Estimate of a model over `spread`.
+
+    Raises
+    ------
+    InputError
+        if the model has fewer attention heads than that.
+    """
+    plan = make_plan(config, spread.tp)
+    ranks = range(spread.tp)
+    room = cache_room(config, plan, hardware, dtype)
+    model = config.max_position_embeddings
+    largest = room // job.context
+    batch = largest if job.batch is None else job.batch
+    fits = largest >= (job.batch or 1)
+    return Estimate(
+        tp=spread.tp,
+        nodes=spread.nodes,
+        weight_bytes_per_rank=max(weight_bytes(plan, rank, dtype) for rank in ranks),
+        kv_cache_bytes_per_token_per_rank=max(cache_bytes(config, plan, rank, dtype) for rank in ranks),
+        longest_context_tokens=min(room, model),
+        longest_context_limited_by="memory" if room < model else "model",
+        largest_batch=largest,
+        fits=fits,
+        batch=batch,
+        collectives_per_token=collectives(config, spread.tp),
+        **(speeds(config, plan, hardware, spread, dtype, job, batch) if fits else {}),
+    )
+
+
+def speeds(config, plan, hardware, spread, dtype, job, batch):
+    """The fields of an Estimate that are times and speeds."""
+    found = {}
+    for kind, efficiency in (("limit", LIMIT), ("expected", hardware.efficiency)):
+
+        def seconds(work, efficiency=efficiency):
+            between = collective_seconds(config, hardware, spread, work, dtype, efficiency)
+            return compute_seconds(config, plan, hardware, work, dtype, efficiency) + between, between
+
+        prefill, _ = seconds(Pass(1, job.prompt, 0))
+        decode, between = seconds(Pass(1, 1, job.prompt))
+        together, _ = seconds(Pass(batch, 1, job.prompt))
+        found[f"prefill_{kind}_s"] = prefill
+        found[f"decode_{kind}_tokens_per_s"] = 1 / decode
+        found[f"batch_{kind}_tokens_per_s"] = batch / together
+        found[f"collective_share_{kind}"] = between / decode
+    return found
+
+
+def smallest_tp(config, hardware, dtype, job):
+    """The fewest ranks on which the job fits, or None."""
+    sequences = job.batch or 1
+    for tp in range(1, min(config.num_attention_heads, config.vocab_size) + 1):
+        if cache_room(config, make_plan(config, tp), hardware, dtype) >= sequences * job.context:
+            return tp
+    return None

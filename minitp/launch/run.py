@@ -1,0 +1,48 @@
+"""The front: a process outside MPI that starts the ranks of a command and ends when they have ended."""
+
+import signal
+import sys
+from contextlib import contextmanager
+
+from minitp.errors import RankError
+from minitp.launch.supervisor import new_job
+
+WORKER = [sys.executable, "-m", "minitp"]
+
+
+def run_ranks(command, size, verbose=False):
+    """Start `size` ranks of `command`, wait for their end, and return the exit code of the whole job.
+
+    Returns 3, after naming the rank on stderr, if one dies or fails by itself; 130 on Ctrl-C, 143 on SIGTERM.
+    No process of the job is left when this returns.
+    """
+    with new_job(size, verbose, streams=(1, 2)) as job:
+        try:
+            with raised_on_sigterm():
+                job.start(command)
+                return job.watch()
+        except RankError as error:
+            print(f"minitp: {error}", file=sys.stderr)
+            return error.exit_code
+        except Terminated:
+            return 143
+        except KeyboardInterrupt:
+            return 130
+
+
+class Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+@contextmanager
+def raised_on_sigterm():
+    """SIGTERM raises Terminated here, so that the ranks are ended on this way out as well."""
+
+    def raise_terminated(number, frame):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

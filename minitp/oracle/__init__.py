@@ -1,0 +1,10 @@
+"""The reference: a whole transformer in float64 NumPy, one process, that imports nothing else of minitp.
+
+model.py   the forward pass, layer by layer, yielding every step by its name
+ops.py     its operations, written apart from those in `minitp.ops`
+gguf.py    the tensors of a GGUF file, read with the gguf library
+"""
+
+from minitp.oracle.model import Oracle
+
+__all__ = ["Oracle"]

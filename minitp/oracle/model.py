@@ -1,0 +1,335 @@
+"""The same transformer in float64, unsharded: what every other computation is held against.
+
+It is written from the papers' formulas and from the files that define a model (config.json and safetensors),
+and in places goes another way to the same number than `minitp.model`. Its operations are in `ops`, next to
+it; with the rest of minitp it shares nothing. Slow and plain on purpose.
+
+    T tokens    S keys    D hidden    H query heads    K key/value heads    d head_dim
+    F FFN columns    V vocabulary
+
+Weights lie [out, in] as in the checkpoint. All results are float64, whatever the dtype of the inputs.
+"""
+
+import json
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  gives NumPy bfloat16, in which the safetensors library then answers
+import numpy as np
+from safetensors import safe_open
+
+from minitp.oracle.ops import (
+    attention_factor,
+    causal_mask,
+    context,
+    embed,
+    float64,
+    geglu,
+    linear,
+    original_length,
+    rms_norm,
+    rope,
+    rope_inverse_frequencies,
+    route,
+    scores,
+    soft_cap,
+    softmax,
+    swiglu,
+)
+
+# What transformers assumes for a field that config.json leaves out, what each family assumes otherwise, and
+# the fields that a family does not read.
+DEFAULTS = dict(num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6)
+DEFAULTS |= dict(tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
+FAMILY_DEFAULTS = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+}
+FAMILY_DEFAULTS["qwen3"] = FAMILY_DEFAULTS["qwen2"] | {"head_dim": 128}
+FAMILY_DEFAULTS["phi3"] = dict(rms_norm_eps=1e-5, sliding_window=None, max_position_embeddings=4096)
+FAMILY_DEFAULTS["phi3"] |= dict(original_max_position_embeddings=4096)
+FAMILY_DEFAULTS["gemma2"] = dict(num_key_value_heads=4, head_dim=256, sliding_window=4096)
+FAMILY_DEFAULTS["gemma2"] |= dict(tie_word_embeddings=True, query_pre_attn_scalar=256)
+FAMILY_DEFAULTS["gemma2"] |= dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+FAMILY_DEFAULTS["gemma2"] |= dict(hidden_activation="gelu_pytorch_tanh")
+FAMILY_DEFAULTS["mixtral"] = dict(num_key_value_heads=8, sliding_window=None, rms_norm_eps=1e-5)
+FAMILY_DEFAULTS["mixtral"] |= dict(num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6)
+FAMILY_DEFAULTS["granite"] = dict(embedding_multiplier=1, attention_multiplier=1)
+FAMILY_DEFAULTS["granite"] |= dict(residual_multiplier=1, logits_scaling=1)
+NO_BIASES = {"attention_bias": False, "mlp_bias": False}
+NOT_READ = {"llama": {"sliding_window": None}, "mistral": NO_BIASES, "qwen2": NO_BIASES}
+NOT_READ["gemma2"] = {"mlp_bias": False}
+NOT_READ |= {"phi3": NO_BIASES, "mixtral": NO_BIASES}
+NOT_READ["qwen3"] = {"mlp_bias": False}
+NOT_READ["granite"] = {"sliding_window": None}
+
+VOCABULARY_BLOCK = 8192  # rows of the output matrix in float64 at a time
+
+
+class Oracle:
+    """A model of one of the families in FAMILY_DEFAULTS, one layer in memory at a time.
+
+    Parameters
+    ----------
+    config : dict
+        The object in config.json.
+    tensor : callable
+        tensor(name) -> array: a whole tensor under its checkpoint name, in any float dtype; the one of
+        `from_directory` also gives a part of it, tensor(name, tuple of slices).
+    layers : int or None
+        Only the first so many layers.
+
+    Raises
+    ------
+    ValueError
+        for a model type, rope type, activation or number of layers that it does not know; in `steps` for
+        a context that is too long for longrope's short_factor.
+    """
+
+    def __init__(self, config, tensor, layers=None):
+        family = config.get("model_type")
+        if family not in FAMILY_DEFAULTS:
+            raise ValueError(f"model_type {family!r}: expected one of {', '.join(FAMILY_DEFAULTS)}")
+        fields = {**DEFAULTS, **FAMILY_DEFAULTS[family], **config, **NOT_READ[family]}
+        act = fields["hidden_activation" if family == "gemma2" else "hidden_act"]
+        self.activation = "silu" if act == "swish" else act
+        expected = "gelu_pytorch_tanh" if family == "gemma2" else "silu"
+        if self.activation != expected:
+            raise ValueError(f"hidden_act {act!r}: expected {expected}")
+        self.layers = fields["num_hidden_layers"] if layers is None else layers
+        if not 1 <= self.layers <= fields["num_hidden_layers"]:
+            raise ValueError(f"{layers} layers: the model has {fields['num_hidden_layers']}")
+        self.heads = fields["num_attention_heads"]
+        self.kv_heads = fields["num_key_value_heads"] or self.heads
+        self.eps = fields["rms_norm_eps"]
+        self.windows = [sliding_window(family, fields, i) for i in range(self.layers)]
+        self.biased = set()  # projections
+        if fields["attention_bias"]:
+            self.biased |= {"q_proj", "k_proj", "v_proj", "o_proj"}
+        if fields["mlp_bias"]:
+            self.biased |= {"gate_proj", "up_proj", "down_proj"}
+        if family == "qwen2":
+            self.biased = {"q_proj", "k_proj", "v_proj"}
+        self.experts = fields["num_local_experts"] if family == "mixtral" else 0
+        self.experts_per_token = fields["num_experts_per_tok"] if self.experts else 0
+        self.norms_heads = family == "qwen3"
+        self.tied = fields["tie_word_embeddings"]
+        self.hidden_size = fields["hidden_size"]
+        self.intermediate_size = fields["intermediate_size"]
+        self.vocab_size = fields["vocab_size"]
+        self.head_dim = fields["head_dim"] or self.hidden_size // self.heads
+        gemma = family == "gemma2"
+        self.norm_offset = 1 if gemma else 0  # norms multiply with that and the weight
+        self.embedding_scale = np.sqrt(self.hidden_size) if gemma else 1
+        self.score_root = np.sqrt(fields["query_pre_attn_scalar"] if gemma else self.head_dim)
+        self.residual_scale = self.logits_divisor = 1
+        if family == "granite":
+            self.embedding_scale = fields["embedding_multiplier"]
+            self.score_root = 1 / fields["attention_multiplier"]
+            self.residual_scale = fields["residual_multiplier"]
+            self.logits_divisor = fields["logits_scaling"]
+        self.score_cap = fields["attn_logit_softcapping"] if gemma else None
+        self.logits_cap = fields["final_logit_softcapping"] if gemma else None
+        self.mlp_norm = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
+        post_norms = {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+        self.post_norms = post_norms if gemma else {}  # behind each block
+        self.tensor = self._parts_of(tensor) if family == "phi3" else tensor
+        self.inverse_frequencies = rope_inverse_frequencies(fields)  # [d/2]
+        self.attention_factor = attention_factor(fields)
+        scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+        self.longest = original_length(fields, scaling) if "short_factor" in scaling else np.inf
+
+    @classmethod
+    def from_directory(cls, path, layers=None):
+        """The model of a Hugging Face directory: config.json with model.safetensors or its index."""
+        path = Path(path)
+        files = {}  # tensor name -> file name
+        if not (path / "model.safetensors").exists():
+            files = json.loads((path / "model.safetensors.index.json").read_bytes())["weight_map"]
+
+        def tensor(name, index=...):
+            with safe_open(path / files.get(name, "model.safetensors"), framework="np") as file:
+                return file.get_slice(name)[index]
+
+        return cls(json.loads((path / "config.json").read_bytes()), tensor, layers)
+
+    def _parts_of(self, tensor):
+        """`tensor` for a file with q, k and v in one tensor and gate and up in another, a part at a time."""
+        q, kv, ffn = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate_size
+        rows = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
+        rows |= {"gate_proj": (0, ffn), "up_proj": (ffn, 2 * ffn)}
+
+        def part(name, *index):
+            block, _, kind = name.rpartition(".")
+            block, _, projection = block.rpartition(".")
+            if projection not in rows:
+                return tensor(name, *index)
+            joined = "qkv_proj" if block.endswith("self_attn") else "gate_up_proj"
+            return tensor(f"{block}.{joined}.{kind}")[slice(*rows[projection])][index[0] if index else ...]
+
+        return part
+
+    def tensor_shapes(self):
+        """The checkpoint's tensors, as config.json has them: name -> shape. Of joined ones the parts."""
+        hidden, ffn, vocab = self.hidden_size, self.intermediate_size, self.vocab_size
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        outs = {
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": kv,
+            "self_attn.v_proj": kv,
+            "self_attn.o_proj": hidden,
+        }
+        ins = {"self_attn.o_proj": q, "mlp.down_proj": ffn}
+        if not self.experts:
+            outs |= {"mlp.gate_proj": ffn, "mlp.up_proj": ffn, "mlp.down_proj": hidden}
+        shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+        if not self.tied:
+            shapes["lm_head.weight"] = (vocab, hidden)
+        for i in range(self.layers):
+            for norm in {"input_layernorm", self.mlp_norm, *self.post_norms.values()}:
+                shapes[f"model.layers.{i}.{norm}.weight"] = (hidden,)
+            if self.norms_heads:
+                for part in "qk":
+                    shapes[f"model.layers.{i}.self_attn.{part}_norm.weight"] = (self.head_dim,)
+            if self.experts:
+                moe = f"model.layers.{i}.block_sparse_moe"
+                shapes[f"{moe}.gate.weight"] = (self.experts, hidden)
+                for e in range(self.experts):
+                    for part, shape in (("w1", (ffn, hidden)), ("w2", (hidden, ffn)), ("w3", (ffn, hidden))):
+                        shapes[f"{moe}.experts.{e}.{part}.weight"] = shape
+            for part, out in outs.items():
+                shapes[f"model.layers.{i}.{part}.weight"] = (out, ins.get(part, hidden))
+                if part.split(".")[1] in self.biased:
+                    shapes[f"model.layers.{i}.{part}.bias"] = (out,)
+        return shapes
+
+    def logits(self, token_ids):
+        """The logits after each token: int [T] -> [T, V]."""
+        for name, array in self.steps(token_ids):
+            if name == "logits":
+                return array
+
+    def steps(self, token_ids):
+        """Every step of the forward pass, in order, as (name, array).
+
+        Heads are [H, T, d] and [K, T, d], `scores` and `probs` [H, T, T], `context` [T, H * d]; the rest
+        is [T, D], [T, F] (`gate`, `up`, `act`) and [T, V] (`logits`).
+        """
+        if len(token_ids) > self.longest:
+            raise ValueError(f"{len(token_ids)} tokens: longrope's frequencies for more than {self.longest}")
+        positions = np.arange(len(token_ids))  # [T]
+        x = embed(token_ids, self.tensor("model.embed_tokens.weight"))  # [T, D]
+        x *= self.embedding_scale
+        yield "embed", x
+        for i in range(self.layers):
+            x = yield from self._attention(i, x, positions)  # [T, D]
+            x = yield from self._mlp(i, x)  # [T, D]
+        x = self._norm(x, "model.norm")  # [T, D]
+        yield "final_norm", x
+        logits = self._unembed(x) / self.logits_divisor  # [T, V]
+        yield "logits", logits if self.logits_cap is None else soft_cap(logits, self.logits_cap)
+
+    def _attention(self, i, x, positions):
+        """The steps of layer i's attention; the generator's value is the residual [T, D] after it."""
+        step, layer = f"layers.{i}.attn", f"model.layers.{i}"
+        normed = self._norm(x, f"{layer}.input_layernorm")  # [T, D]
+        yield f"{step}.norm", normed
+        heads = {}
+        for part, n in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
+            y = self._project(normed, f"{layer}.self_attn.{part}_proj")  # [T, n * d]
+            heads[part] = np.stack(np.split(y, n, axis=-1))  # [n, T, d]
+            yield f"{step}.{part}", heads[part]
+        for part in "qk":
+            if self.norms_heads:
+                heads[part] = self._norm(
+                    heads[part], f"{layer}.self_attn.{part}_norm"
+                )  # [H, T, d], [K, T, d]
+                yield f"{step}.{part}_norm", heads[part]
+            turned = rope(heads[part], positions, self.inverse_frequencies, self.attention_factor)
+            heads[part] = turned  # [H, T, d], [K, T, d]
+            yield f"{step}.{part}_rope", heads[part]
+        mask = causal_mask(positions, positions, self.windows[i])  # [T, T]
+        masked = scores(heads["q"], heads["k"], mask, self.score_root, self.score_cap)  # [H, T, T]
+        yield f"{step}.scores", masked
+        probs = softmax(masked)  # [H, T, T]
+        yield f"{step}.probs", probs
+        mixed = context(probs, heads["v"])  # [T, H * d]
+        yield f"{step}.context", mixed
+        out = self._project(mixed, f"{layer}.self_attn.o_proj")  # [T, D]
+        return (yield from self._add(i, "attn", x, out))  # [T, D]
+
+    def _mlp(self, i, x):
+        """The steps of layer i's feed-forward part; the generator's value is the residual [T, D] after it."""
+        step, layer = f"layers.{i}.mlp", f"model.layers.{i}"
+        normed = self._norm(x, f"{layer}.{self.mlp_norm}")  # [T, D]
+        yield f"{step}.norm", normed
+        if self.experts:
+            out = yield from self._mixture(step, f"{layer}.block_sparse_moe", normed)  # [T, D]
+        else:
+            out = yield from self._dense(step, layer, normed)  # [T, D]
+        return (yield from self._add(i, "mlp", x, out))  # [T, D]
+
+    def _add(self, i, block, x, out):
+        """The last steps of a block: a norm, if there is one, and the addition; the generator's value.
+
+        Granite adds only a part of what a block gives. (Granite Team, Granite 3.0, 2024.)
+        """
+        step = f"layers.{i}.{block}"
+        yield f"{step}.out", out
+        if self.post_norms:
+            out = self._norm(out, f"model.layers.{i}.{self.post_norms[block]}")  # [T, D]
+            yield f"{step}.post_norm", out
+        x = x + self.residual_scale * out  # [T, D]
+        yield f"{step}.residual", x
+        return x  # [T, D]
+
+    def _norm(self, x, name):
+        """[.., D] -> [.., D]"""
+        return rms_norm(x, float64(self.tensor(f"{name}.weight")) + self.norm_offset, self.eps)
+
+    def _dense(self, step, layer, normed):
+        """The steps from [T, D] to [T, D], which is the generator's value."""
+        gate = self._project(normed, f"{layer}.mlp.gate_proj")  # [T, F]
+        yield f"{step}.gate", gate
+        up = self._project(normed, f"{layer}.mlp.up_proj")  # [T, F]
+        yield f"{step}.up", up
+        act = (swiglu if self.activation == "silu" else geglu)(gate, up)  # [T, F]
+        yield f"{step}.act", act
+        return self._project(act, f"{layer}.mlp.down_proj")  # [T, D]
+
+    def _mixture(self, step, layer, normed):
+        """The same by experts, token by token; step `experts` has those of a token by their numbers."""
+        router = self._project(normed, f"{layer}.gate")  # [T, E]
+        yield f"{step}.router", router
+        shares = route(router, self.experts_per_token)  # [T, E]
+        acts, out = [[] for _ in normed], np.zeros_like(normed)  # X times [F] for each token, [T, D]
+        for e in range(self.experts):
+            w1, w2, w3 = (self.tensor(f"{layer}.experts.{e}.w{n}.weight") for n in (1, 2, 3))
+            for t in np.flatnonzero(shares[:, e]):
+                acts[t].append(swiglu(linear(normed[t], w1), linear(normed[t], w3)))  # [F]
+                out[t] += shares[t, e] * linear(acts[t][-1], w2)  # [D]
+        yield f"{step}.experts", np.array(acts)  # [T, X, F]
+        return out  # [T, D]
+
+    def _project(self, x, name):
+        """[T, in] -> [T, out]"""
+        bias = self.tensor(f"{name}.bias") if name.rpartition(".")[2] in self.biased else None  # [out]
+        return linear(x, self.tensor(f"{name}.weight"), bias)
+
+    def _unembed(self, x):
+        """[T, D] -> [T, V], a block of the vocabulary at a time."""
+        w = self.tensor("model.embed_tokens.weight" if self.tied else "lm_head.weight")  # [V, D]
+        starts = range(0, len(w), VOCABULARY_BLOCK)
+        return np.hstack([linear(x, w[i : i + VOCABULARY_BLOCK]) for i in starts])  # [T, V]
+
+
+def sliding_window(family, fields, layer):
+    """How many keys a query of this layer sees, itself included; None: all."""
+    if family in ("qwen2", "qwen3"):
+        types = fields.get("layer_types")
+        sliding = layer >= fields["max_window_layers"] if types is None else types[layer][0] == "s"
+        return fields["sliding_window"] if fields.get("use_sliding_window") and sliding else None
+    if family == "gemma2":
+        types = fields.get("layer_types") or ["sliding_attention", "full_attention"] * (1 + layer // 2)
+        return fields["sliding_window"] if types[layer] == "sliding_attention" else None
+    return fields["sliding_window"]

@@ -1,0 +1,35 @@
+"""From the ranks' parts of a step to the whole."""
+
+import numpy as np
+
+from minitp.trace.names import WEIGHTS, Kind, kinds, split_name
+
+
+def assemble(kind, parts):
+    """The whole array of a step, from each rank's part in rank order.
+
+    A KV head that several ranks hold is the first one's; partial sums are added in float64.
+    """
+    if kind.kind == "replicated":
+        return parts[0]
+    if kind.kind == "partial":
+        return sum(part.astype(np.float64) for part in parts).astype(parts[0].dtype)
+    shape = list(parts[0].shape)
+    shape[kind.axis] = kind.ranges[-1][1]
+    whole = np.empty(shape, dtype=parts[0].dtype)  # as in the tables of `names`
+    for part, (start, stop) in reversed(list(zip(parts, kind.ranges, strict=True))):
+        whole[(slice(None),) * kind.axis + (slice(start, stop),)] = part
+    return whole
+
+
+def step_kinds(source):
+    """A function: full name -> Kind."""
+    by_step = kinds(source.plan, source.config.head_dim)
+
+    def kind_of(name):
+        if name.startswith(WEIGHTS):
+            shard = source.plan.tensors[name.removeprefix(WEIGHTS)]
+            return Kind("replicated") if shard.axis is None else Kind("sharded", shard.axis, shard.ranges)
+        return by_step[split_name(name)[2]]
+
+    return kind_of

@@ -1,0 +1,90 @@
+"""Recording the steps of a forward pass on a rank."""
+
+from fnmatch import fnmatchcase
+
+from minitp.errors import InputError
+from minitp.trace.names import LARGE, WEIGHTS, full_name, step_names
+
+
+class ObservedSteps:
+    """The place where a block keeps its arrays: observe(step, array) gets each as it is assigned."""
+
+    def __init__(self, observe):
+        object.__setattr__(self, "_observe", observe)
+
+    def __setattr__(self, step, array):
+        object.__setattr__(self, step, array)
+        self._observe(step, array)
+
+
+class Recorder:
+    """Takes a rank's steps from the model and hands on those that are wanted, as NumPy arrays.
+
+    Parameters
+    ----------
+    device : Device
+    wanted : container of str
+        Full names.
+    take : callable
+        take(full name, this rank's array), step by step.
+
+    Attributes
+    ----------
+    pass_name : str
+        Of the pass that runs.
+    """
+
+    def __init__(self, device, wanted, take):
+        self.pass_name = None
+        self._device, self._wanted, self._take = device, wanted, take
+
+    def __call__(self, block=None, layer=None):
+        """The place for steps `layers.{layer}.{block}.NAME`, or just NAME."""
+        before = "" if block is None else f"{block}."
+
+        def observe(step, array):
+            name = full_name(self.pass_name, layer, before + step)
+            if name in self._wanted:
+                self._take(name, self._device.to_host(array))
+
+        return ObservedSteps(observe)
+
+
+def passes_of(tokens, decode):
+    """(name, start, stop) of the passes: `tokens` positions of prefill, then `decode` times one."""
+    later = [(f"decode.{n}", tokens + n - 1, tokens + n) for n in range(1, decode + 1)]
+    return [("prefill", 0, tokens), *later]
+
+
+def wanted_steps(plan, passes, globs=None, oracle=False):
+    """The full names that match one of `globs`, in order; None: all steps but the large ones and the weights.
+
+    Of the `oracle` those that it has: no weights, and nothing of a single rank.
+
+    Raises
+    ------
+    InputError
+        if one of them matches nothing.
+    """
+    steps = [f"{name}/{step}" for name, _, _ in passes for step in step_names(plan)]
+    if oracle:
+        steps = [name for name in steps if not name.endswith("_partial")]
+    if globs is None:
+        return [name for name in steps if not name.endswith(LARGE)]
+    names = [*([] if oracle else [WEIGHTS + name for name in plan.tensors]), *steps]
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            who = "the oracle has no such step" if oracle else "no step of this run is called so"
+            raise InputError(f"--steps {glob!r}: {who}; names are like {names[0]}, {steps[5]}, {steps[-1]}")
+    return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
+
+
+def run_passes(model, token_ids, passes, record):
+    """Run the prompt, then the token that was most probable after each pass; return all that went in."""
+    ids, cache = list(token_ids), model.new_cache(passes[-1][2])
+    for name, start, _ in passes:
+        record.pass_name = name
+        logits = model.forward(ids[start:], cache, logits_at=slice(None), record=record)  # [T, V]
+        last = model.device.to_host(logits[-1])  # [V]
+        ids.append(model.comm.broadcast(int(last.argmax()) if model.comm.rank == 0 else None))
+    return ids[:-1]

@@ -1,0 +1,37 @@
+"""The oracle's own run of a model, cut into the passes and steps of a trace."""
+
+from minitp.oracle import Oracle
+from minitp.trace.names import AFTER, BEFORE, LAYER, full_name, split_name
+
+
+def open_oracle(source):
+    """The Oracle of a ModelSource, reading config.json and the weights for itself."""
+    if source.directory is not None:
+        return Oracle.from_directory(source.directory, source.plan.layers)
+    if source.gguf is not None:
+        from minitp.oracle.gguf import gguf_tensor
+
+        return Oracle(source.fields(), gguf_tensor(source.gguf.file.path), source.plan.layers)
+
+    def tensor(name, index=None):
+        return source.tensors.read(name, index or tuple(slice(0, n) for n in source.tensors.shapes[name]))
+
+    return Oracle(source.fields(), tensor, source.plan.layers)
+
+
+def oracle_steps(oracle, token_ids, passes):
+    """(full name, float64 array) of the oracle's steps for all passes, cut out of one run over all tokens.
+
+    The steps of a layer come for all passes before those of the next layer.
+    """
+    letters = BEFORE | LAYER | AFTER
+    for name, whole in oracle.steps(token_ids):
+        _, layer, step = split_name(name)
+        cached = {"attn.k_rope": "attn.k_cache", "attn.v": "attn.v_cache"}.get(step)
+        for pass_name, start, stop in passes:
+            window = None if layer is None else oracle.windows[layer]
+            first = 0 if window is None else max(0, start - window + 1)
+            cuts = {"T": slice(start, stop), "S": slice(first, stop)}
+            for called in filter(None, (step, cached)):
+                index = tuple(cuts.get(letter, slice(None)) for letter in letters[called].split())
+                yield full_name(pass_name, layer, called), whole[index]
