@@ -9,7 +9,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$root/.venv
 python=$venv/bin/python
-commands=" generate perplexity trace check compare shard plan bench serve chat info "
+commands=" generate perplexity trace check compare shard plan bench serve chat tour info "
 
 say() { printf 'minitp: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 2; }

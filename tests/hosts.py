@@ -8,6 +8,7 @@ runs a command on host-a. Network, processes and shared memory are each host's o
 a cluster shares a file system. Needs Linux, root, and Debian's iproute2 and openssh-server.
 """
 
+import fcntl
 import os
 import shutil
 import signal
@@ -122,8 +123,10 @@ def set_cable(pair, state):
 
 @contextmanager
 def two_hosts():
-    """[host-a, host-b]; all that runs there is killed when the block is left."""
-    with tempfile.TemporaryDirectory(prefix="minitp-hosts-") as folder:
+    """[host-a, host-b]; all that runs there is killed when the block is left. One pair at a time."""
+    lock = open(Path(tempfile.gettempdir(), "minitp-hosts.lock"), "w")  # noqa: SIM115  closed by the block
+    with lock, tempfile.TemporaryDirectory(prefix="minitp-hosts-") as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         write_files(Path(folder))
         hosts = [Host(name, folder) for name in ADDRESSES]
         try:

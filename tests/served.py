@@ -5,8 +5,9 @@ import re
 import sys
 import threading
 
+import httpx
 from openai import OpenAI
-from test_processes import Running
+from running import Running
 from tiny import write_tiny
 
 from minitp.comm.single import Alone
@@ -95,3 +96,10 @@ class Reference:
 def rendered(*messages):
     """What CHAT_TEMPLATE makes of (role, content)."""
     return "".join(f"[{role}]{content}\n" for role, content in messages) + "[assistant]"
+
+
+def metric(server, name):
+    """The value of a metric without labels."""
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    (value,) = (float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+    return value

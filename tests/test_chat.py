@@ -12,8 +12,8 @@ from string import ascii_lowercase
 
 import numpy as np
 import pytest
+from running import END_S, START_S, Running
 from safetensors.numpy import load_file, save_file
-from test_processes import END_S, START_S, Running
 from tiny import byte_tokens, write_tiny
 
 from minitp import LLM, SamplingParams

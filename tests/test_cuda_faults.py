@@ -7,10 +7,10 @@ fault is tried at one place.
 from dataclasses import replace
 
 import pytest
+from check_models import MODELS, PROMPT, SHAPE, blame, write_models
 from faults import FAULTS, Fault, places_of
 from faulty_model import Faulty, FaultyModel, changed, hook_ops, times
 from on_gpu import run_on_gpus
-from test_check import MODELS, PROMPT, SHAPE, blame, write_models
 
 from minitp.check.run import check_model
 from minitp.cuda.fused import FusedModel, unfit

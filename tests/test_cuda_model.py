@@ -10,9 +10,9 @@ from collections import Counter
 import ml_dtypes
 import numpy as np
 import pytest
+from engine_requests import alone, served
 from on_gpu import model_on_gpu, run_on_gpus
 from safetensors.numpy import load_file, save_file
-from test_engine import alone, served
 from tiny import write_tiny
 
 from minitp.check.run import check_model

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from on_gpu import ENVIRONMENT
 from refusal import check_refusal
-from safetensors.numpy import load_file, save_file
-from served import Served
-from test_processes import (
+from running import (
     END_S,
     FAULTY_WORKER,
     START_S,
@@ -22,6 +20,8 @@ from test_processes import (
     through_front,
     under_mpirun,
 )
+from safetensors.numpy import load_file, save_file
+from served import Served
 from tiny import write_tiny
 
 from minitp import LLM, SamplingParams

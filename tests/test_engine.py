@@ -1,10 +1,10 @@
 """Many requests at once: each gets the tokens that it would get alone, and no block is lost."""
 
-import random
 from collections import Counter
 
 import numpy as np
 import pytest
+from engine_requests import CONTEXT, SHAPES, alone, check_blocks, requests, served
 from tiny import write_tiny
 
 from minitp.comm import run_threads
@@ -14,66 +14,10 @@ from minitp.engine.blocks import BlockAllocator
 from minitp.engine.engine import Engine
 from minitp.engine.prefix_cache import block_keys
 from minitp.errors import InputError
-from minitp.generate import generate
 from minitp.load import load_model
 from minitp.loading.source import open_model
 from minitp.request import Request
 from minitp.sampling import SamplingParams
-
-CONTEXT = 512
-SHAPES = {
-    "plain": {},
-    "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6},
-    "uneven": {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48},
-}
-
-
-def requests(count, seed=0, longest=30, most_new=25, prefixes=1):
-    """Of random prompts, some of which begin alike, and lengths."""
-    rng = random.Random(seed)
-    heads = [[rng.randrange(256) for _ in range(20)] for _ in range(prefixes)]
-    found = []
-    for _ in range(count):
-        prompt = [rng.randrange(256) for _ in range(rng.randint(1, longest))]
-        if rng.random() < 0.5:
-            prompt = rng.choice(heads)[: rng.randint(1, 20)] + prompt
-        params = SamplingParams(max_new_tokens=rng.randint(1, most_new), ignore_eos=True)
-        found.append(Request(params, (), prompt, CONTEXT))
-    return found
-
-
-def alone(model, request):
-    """The tokens of the same request by itself."""
-    again = Request(request.params, (), request.prompt_ids, CONTEXT)
-    return list(generate(model, request.prompt_ids, again if model.comm.rank == 0 else None))
-
-
-def check_blocks(scheduler):
-    """The books are right: every block is empty, left, or used as often as block tables have it."""
-    allocator = scheduler.allocator
-    users = Counter(block for s in scheduler.running for block in s.block_table)
-    assert [users[block] for block in range(allocator.blocks)] == allocator.users
-    assert allocator.available == allocator.users.count(0)
-    assert all(not s.block_table for s in scheduler.waiting)
-    numbers = [s.number for s in [*scheduler.running, *scheduler.waiting]]
-    assert numbers == sorted(numbers), "somebody has overtaken"
-
-
-def served(model, wanted, blocks, block_size, later=(), **limits):
-    """Run requests through an Engine; `later` join after some steps. The scheduler, on rank 0."""
-    engine = Engine(model, blocks, block_size, **limits)
-    scheduler = engine.scheduler
-    if scheduler:
-        for request in wanted:
-            engine.add(request)
-    for n in range(10_000):
-        if scheduler and n % 3 == 2 and later:
-            engine.add(later.pop(0))
-        if engine.step() is None:
-            break
-        if scheduler:
-            check_blocks(scheduler)
-    return scheduler
 
 
 @pytest.mark.parametrize(("shape", "tp"), [("plain", 1), ("plain", 3), ("window", 2), ("uneven", 4)])

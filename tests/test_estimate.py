@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from llama_shapes import llama
 from tiny import CONFIG, write_tiny
 
 from minitp.comm import run_threads
@@ -408,12 +409,6 @@ def test_batches_of_the_demo_model_on_two_cores(batch, measured):
     job = Job(1024, 512, batch)
     found = estimate(DEMO, two_cores(45e9, 230e9), Spread(2, 1), "float32", job)
     assert found.batch_expected_tokens_per_s == pytest.approx(measured, rel=0.2)
-
-
-def llama(hidden, ffn, layers, heads, kv_heads, vocabulary, **more):
-    fields = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn, **more}
-    fields |= {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return parse_config(fields | {"vocab_size": vocabulary, "max_position_embeddings": 4096}, "test")
 
 
 # github.com/meta-pytorch/gpt-fast, README: tokens/s in bfloat16 at batch 1 on 1, 2, 4, 8 A100-80GB.

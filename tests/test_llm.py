@@ -6,49 +6,18 @@ import random
 import signal
 import sys
 import threading
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny import BOS, EOS, byte_tokenizer, write_tiny
+from llm_reference import CONTEXT, END_S, LONG, TP, alone, wait_until, write_model
+from tiny import BOS, EOS, byte_tokenizer
 
 from minitp import LLM, Completion, SamplingParams
-from minitp.comm import run_threads
 from minitp.comm.single import Alone
 from minitp.device import open_device
-from minitp.generate import generate
 from minitp.load import load_model
 from minitp.loading.source import open_model
-from minitp.request import Request
-
-TP = 2
-CONTEXT = 400  # of the model that most tests share, whose cache has room for one such sequence
-TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-END_S = 10
-
-
-def write_model(directory, **options):
-    """A tiny model with a chat template."""
-    write_tiny(directory, **options)
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
-    (directory / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
-    return directory
-
-
-def alone(model, wanted, tp=TP, layers=None):
-    """A Request of each (prompt_ids, params), done by itself, in this process and without an engine."""
-    source = open_model(str(model), tp, layers)
-    eos, tokenizer = source.config.eos_token_ids, source.tokenizer()
-    requests = [Request(params, eos, ids, CONTEXT, tokenizer) for ids, params in wanted]
-
-    def rank(comm):
-        model = load_model(source, comm, open_device("float32"))
-        for request in requests:
-            list(generate(model, request.prompt_ids, request if comm.rank == 0 else None))
-
-    run_threads(tp, rank)
-    return requests
 
 
 def check(completions, requests):
@@ -80,16 +49,6 @@ def endless(tmp_path_factory):
     )
     with LLM(directory, tp=1, cache_tokens=500_000) as llm:
         yield llm
-
-
-LONG = SamplingParams(max_new_tokens=400_000, ignore_eos=True)
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + END_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def random_prompts(count, seed=0):

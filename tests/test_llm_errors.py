@@ -7,8 +7,8 @@ import threading
 
 import numpy as np
 import pytest
+from llm_reference import END_S, LONG, alone, wait_until
 from safetensors.numpy import load_file, save_file
-from test_llm import END_S, LONG, alone, wait_until
 from tiny import write_tiny
 
 from minitp import LLM, SamplingParams

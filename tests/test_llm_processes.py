@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_processes import END_S, FAULTY_WORKER, START_S, Running
+from running import END_S, FAULTY_WORKER, START_S, Running
 from tiny import write_tiny
 
 from minitp.comm.single import Alone

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_estimate import llama
-from test_hub import OWNER_NAME, Hub, run_command
+from hub import OWNER_NAME, Hub, run_command
+from llama_shapes import llama
 from tiny import CONFIG, write_tiny
 
 from minitp.bench import this_machine

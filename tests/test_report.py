@@ -7,11 +7,11 @@ asked what it shows.
 import html
 import json
 import re
-import shutil
 import subprocess
 
 import numpy as np
 import pytest
+from chromium import CHROMIUM, needs_chromium
 from report_data import (
     HOSTILE,
     check_data,
@@ -24,8 +24,6 @@ from minitp.errors import InputError
 from minitp.report.page import render, write_report
 from minitp.trace import names as steps
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome")
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
 FLAGS += [
     "--host-resolver-rules=MAP * ~NOTFOUND",

@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from served import Reference, Served, rendered, write_chatty
+from served import Reference, Served, metric, rendered, write_chatty
 
 pytestmark = pytest.mark.mpi
 
@@ -33,13 +33,6 @@ def server(directory):
 @pytest.fixture
 def client(server):
     return server.client()
-
-
-def metric(server, name):
-    """The value of a metric without labels."""
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    (value,) = (float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
-    return value
 
 
 def test_models(client):

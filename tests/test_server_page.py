@@ -12,8 +12,8 @@ import time
 
 import httpx
 import pytest
+from chromium import CHROMIUM, needs_chromium
 from served import Served, write_chatty
-from test_report import CHROMIUM, needs_chromium
 
 from minitp.server.answers import event
 from minitp.server.app import PAGE

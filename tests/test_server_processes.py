@@ -12,8 +12,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from served import Served, write_chatty
-from test_server import metric
+from served import Served, metric, write_chatty
 
 from minitp.launch import supervisor
 

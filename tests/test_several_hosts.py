@@ -7,7 +7,7 @@ from pathlib import Path
 
 import hosts
 import pytest
-from test_processes import alone
+from running import alone
 from tiny import write_tiny
 
 pytestmark = [

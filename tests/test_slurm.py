@@ -6,7 +6,7 @@ import subprocess
 import hosts
 import pytest
 import slurm_hosts
-from test_processes import alone
+from running import alone
 from tiny import write_tiny
 
 pytestmark = [

@@ -8,5 +8,5 @@ inputs.py      prompts, sampling parameters and output files, checked
 load_model.py  loading a model, with its progress shown
 
 One file for each command: generate, trace, check, compare, perplexity, shard, plan (plan_text), bench, serve,
-chat, info (info_text).
+chat, tour, info (info_text).
 """

@@ -12,6 +12,7 @@ from minitp.cli.options import (
     add_prompt,
     add_run,
     add_sampling,
+    token_ids,
 )
 from minitp.engine.options import CHOICES
 from minitp.errors import InputError
@@ -46,6 +47,7 @@ def parser():
         add_plan,
         add_bench,
         add_serve,
+        add_tour,
         add_info,
         add_ranks,
     ):
@@ -237,6 +239,21 @@ def add_serve(commands):
     sub.add_argument("--restart", action="store_true", help="start the ranks anew when one dies")
     add_cache(sub)
     add_run(sub)
+    return sub
+
+
+def add_tour(commands):
+    sub = commands.add_parser(
+        "tour",
+        help="run the one-file story of tensor parallelism",
+        description="Run minitp/tour.py: a plain Llama model on several ranks, in one file to be read. Greedy.",
+    )
+    sub.add_argument("prompt", nargs="?", metavar="PROMPT")
+    sub.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="token ids in place of the prompt")
+    sub.add_argument("-n", "--max-new-tokens", type=int, default=40, metavar="N", help="default 40")
+    sub.add_argument("--model", default="smollm2", help="as for generate; a plain Llama or Mistral")
+    sub.add_argument("--tp", metavar="N", help="ranks; default 4")
+    sub.add_argument("--gpu", action="store_true", help="each rank on a GPU, with NCCL")
     return sub
 
 

@@ -40,6 +40,8 @@ def main(argv=None, worker=WORKER):
             return here(args)
         if args.command in SERVED:
             return served(args)
+        if args.command == "tour":
+            return tour(args)
         if args.command == "ranks":
             return rank_of_engine(args)
         world = environment.world_size(os.environ)
@@ -93,6 +95,14 @@ def served(args):
     from minitp.cli.commands import module_of
 
     return module_of(args.command).run(args, tp)
+
+
+def tour(args):
+    """The one-file story, which starts ranks of its own; in a user's mpirun each rank is one of them."""
+    environment.share_cores(os.environ)
+    from minitp.cli.tour import run
+
+    return run(args, environment.world_size(os.environ) or environment.ranks_wanted(args.tp, DEFAULT_TP))
 
 
 def as_rank(args, world):

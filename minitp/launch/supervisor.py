@@ -66,6 +66,14 @@ def find_mpirun():
     return found
 
 
+def mpi_environment(size):
+    """The variables under which any mpirun starts so many ranks on this host, each with its share of the cores."""
+    environment = {**OPEN_MPI, **os.environ, **THIS_HOST}
+    environment.pop("HYDRA_HOST_FILE", None)
+    limit_blas_threads(environment, size)
+    return environment
+
+
 @contextmanager
 def new_job(size, verbose=False, streams=None):
     """A Job that has ended, and its files gone, when the block is left."""
@@ -118,9 +126,7 @@ class Job:
 
     def start(self, command):
         """Start the ranks, in a session of their own: Ctrl-C on the terminal is for the front to act on."""
-        environment = {**OPEN_MPI, **os.environ, **THIS_HOST, SOCKET_VARIABLE: str(self.folder / "front")}
-        environment.pop("HYDRA_HOST_FILE", None)
-        limit_blas_threads(environment, self.size)
+        environment = {**mpi_environment(self.size), SOCKET_VARIABLE: str(self.folder / "front")}
         environment.setdefault("HF_HUB_OFFLINE", "1")  # what was to be fetched lies in the cache now
         if self.size == 1:
             environment[ALONE_VARIABLE] = "1"

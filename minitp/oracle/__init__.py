@@ -1,7 +1,7 @@
-"""The reference: a whole transformer in float64 NumPy, one process, that imports nothing else of minitp.
+"""The reference: a whole transformer in float64 NumPy, one process, that imports nothing else of this package.
 
 model.py   the forward pass, layer by layer, yielding every step by its name
-ops.py     its operations, written apart from those in `minitp.ops`
+ops.py     its operations, written apart from the model's
 gguf.py    the tensors of a GGUF file, read with the gguf library
 """
 

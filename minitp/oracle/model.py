@@ -1,8 +1,8 @@
 """The same transformer in float64, unsharded: what every other computation is held against.
 
 It is written from the papers' formulas and from the files that define a model (config.json and safetensors),
-and in places goes another way to the same number than `minitp.model`. Its operations are in `ops`, next to
-it; with the rest of minitp it shares nothing. Slow and plain on purpose.
+and in places goes another way to the same number than the model. Its operations are in `ops`, next to
+it; with the rest of the package it shares nothing. Slow and plain on purpose.
 
     T tokens    S keys    D hidden    H query heads    K key/value heads    d head_dim
     F FFN columns    V vocabulary

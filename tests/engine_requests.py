@@ -1,0 +1,66 @@
+"""Requests through an Engine, step by step, and each of them by itself."""
+
+import random
+from collections import Counter
+
+from minitp.engine.engine import Engine
+from minitp.generate import generate
+from minitp.request import Request
+from minitp.sampling import SamplingParams
+
+CONTEXT = 512
+
+
+SHAPES = {
+    "plain": {},
+    "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6},
+    "uneven": {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48},
+}
+
+
+def requests(count, seed=0, longest=30, most_new=25, prefixes=1):
+    """Of random prompts, some of which begin alike, and lengths."""
+    rng = random.Random(seed)
+    heads = [[rng.randrange(256) for _ in range(20)] for _ in range(prefixes)]
+    found = []
+    for _ in range(count):
+        prompt = [rng.randrange(256) for _ in range(rng.randint(1, longest))]
+        if rng.random() < 0.5:
+            prompt = rng.choice(heads)[: rng.randint(1, 20)] + prompt
+        params = SamplingParams(max_new_tokens=rng.randint(1, most_new), ignore_eos=True)
+        found.append(Request(params, (), prompt, CONTEXT))
+    return found
+
+
+def alone(model, request):
+    """The tokens of the same request by itself."""
+    again = Request(request.params, (), request.prompt_ids, CONTEXT)
+    return list(generate(model, request.prompt_ids, again if model.comm.rank == 0 else None))
+
+
+def check_blocks(scheduler):
+    """The books are right: every block is empty, left, or used as often as block tables have it."""
+    allocator = scheduler.allocator
+    users = Counter(block for s in scheduler.running for block in s.block_table)
+    assert [users[block] for block in range(allocator.blocks)] == allocator.users
+    assert allocator.available == allocator.users.count(0)
+    assert all(not s.block_table for s in scheduler.waiting)
+    numbers = [s.number for s in [*scheduler.running, *scheduler.waiting]]
+    assert numbers == sorted(numbers), "somebody has overtaken"
+
+
+def served(model, wanted, blocks, block_size, later=(), **limits):
+    """Run requests through an Engine; `later` join after some steps. The scheduler, on rank 0."""
+    engine = Engine(model, blocks, block_size, **limits)
+    scheduler = engine.scheduler
+    if scheduler:
+        for request in wanted:
+            engine.add(request)
+    for n in range(10_000):
+        if scheduler and n % 3 == 2 and later:
+            engine.add(later.pop(0))
+        if engine.step() is None:
+            break
+        if scheduler:
+            check_blocks(scheduler)
+    return scheduler
