@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ./run.sh "The capital of France is"     sets up, fetches the demo model, streams text from four ranks
-# ./run.sh test [PYTEST ARGUMENTS]        sets up, runs the tests
+# ./run.sh test [--all | ARGUMENTS]       sets up, runs tests: core and rooms; all; or pytest's arguments
+# ./run.sh tour "Once upon a time"        all of tensor parallelism in one file, running
 # ./run.sh gpu [--only PART] [--budget S]  tests, checks and measures on this machine's GPU, within 8 minutes
 # ./run.sh setup                          only sets up
 # ./run.sh generate ... --tp 2            any minitp command with its arguments (see ./run.sh --help)
@@ -81,7 +82,7 @@ setup() {
 }
 
 case ${1:-} in
-    "") sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}" && exit 2 ;;
+    "") sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}" && exit 2 ;;
     setup)
         setup
         say "ready: .venv/bin/minitp --help"
@@ -90,7 +91,11 @@ case ${1:-} in
         shift
         setup test
         "$python" -c 'from minitp.loading.demo import demo_directory; demo_directory()'
-        cd "$root" && exec "$python" -m pytest "$@"
+        case ${1:-} in
+            "") set -- tests/core tests/rooms ;;
+            --all) shift && set -- tests "$@" ;;
+        esac
+        cd "$root" && exec "$python" -m pytest --numprocesses auto --dist loadscope "$@"
         ;;
     gpu)
         shift
@@ -105,7 +110,7 @@ case ${1:-} in
             PIP_RETRIES=1 PIP_TIMEOUT=10 "$python" -m minitp shard --tp 1 >/dev/null ||
                 say "without the demo model its checks are skipped"
         fi
-        cd "$root" && PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" benchmarks/gpu.py "$@"
+        cd "$root" && PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" benchmarks/gpu/run.py "$@"
         ;;
     *)
         setup "$1"

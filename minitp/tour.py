@@ -32,6 +32,7 @@ import io
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -290,6 +291,7 @@ def main(argv=None):
         print(text[len(shown) :])
     except Exception as error:  # the others would wait for this rank for ever
         print(f"minitp tour: rank {world.rank} failed: {error!r}", file=sys.__stderr__, flush=True)
+        time.sleep(0.5)  # until mpirun has passed that on
         world.Abort(3)
 
 

@@ -246,7 +246,7 @@ def add_tour(commands):
     sub = commands.add_parser(
         "tour",
         help="run the one-file story of tensor parallelism",
-        description="Run minitp/tour.py: a plain Llama model on several ranks, in one file to be read. Greedy.",
+        description="Run minitp/tour.py, which is made to be read: a plain Llama model on several ranks.",
     )
     sub.add_argument("prompt", nargs="?", metavar="PROMPT")
     sub.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="token ids in place of the prompt")

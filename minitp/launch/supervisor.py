@@ -67,7 +67,7 @@ def find_mpirun():
 
 
 def mpi_environment(size):
-    """The variables under which any mpirun starts so many ranks on this host, each with its share of the cores."""
+    """Variables for an mpirun of `size` ranks on this host, each with its share of the cores."""
     environment = {**OPEN_MPI, **os.environ, **THIS_HOST}
     environment.pop("HYDRA_HOST_FILE", None)
     limit_blas_threads(environment, size)

@@ -1,4 +1,4 @@
-"""The reference: a whole transformer in float64 NumPy, one process, that imports nothing else of this package.
+"""The reference: a whole transformer in float64 NumPy, which imports nothing else of this package.
 
 model.py   the forward pass, layer by layer, yielding every step by its name
 ops.py     its operations, written apart from the model's

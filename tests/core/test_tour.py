@@ -11,7 +11,8 @@ from unittest import mock
 import numpy as np
 import pytest
 from on_gpu import ENVIRONMENT
-from test_processes import START_S, under_mpirun
+from paths import GOLDENS
+from running import START_S, under_mpirun
 from tiny import write_tiny
 
 from minitp.comm import run_threads
@@ -21,7 +22,6 @@ with mock.patch.dict(os.environ):  # the tour sets the threads of its own proces
     from minitp import tour
 
 TOUR = [sys.executable, "-m", "minitp.tour"]
-GOLDENS = Path(__file__).parent / "goldens"
 UNEVEN = {"vocab_size": 258, "hidden_size": 40, "intermediate_size": 37, "num_hidden_layers": 2}
 UNEVEN |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8, "rms_norm_eps": 1e-3}
 UNEVEN |= {"max_position_embeddings": 20}

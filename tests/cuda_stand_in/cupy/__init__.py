@@ -61,6 +61,9 @@ class ndarray(np.ndarray):
             raise TypeError(f"{ufunc.__name__}.{method} of a CuPy array, with {kwargs}")
         return _operation(ufunc.__name__, ufunc, inputs, out[0] if out else None)
 
+    def __matmul__(self, other):
+        return matmul(self, other)
+
     def __getitem__(self, index):
         found = super().__getitem__(index)
         return _wrapped(found) if isinstance(found, np.generic) else found

@@ -1,0 +1,133 @@
+"""The steps of benchmarks/gpu/run.py: what must be right, what is measured, and what stands next to it."""
+
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+
+from steps import Step
+
+from minitp.errors import MinitpError, one_line
+from minitp.launch.supervisor import find_mpirun
+from minitp.loading.demo import NAME, cache_directory
+
+MODEL = "random:mistral-7b"
+GPU_TESTS = ("real_gpu", "real_gpu_kernels", "real_gpu_tensor_cores")
+# The tests that run kernels on the CPU, and here on the GPU. Those of all_reduce share the host's memory with
+# forked processes, so they cannot run on a GPU; ipc.py takes their place.
+KERNEL_TESTS = (
+    "linear",
+    "attention_decode",
+    "attention_prefill",
+    "begin_step",
+    "read_memory",
+    "rms_norm",
+    "sample",
+    "swiglu",
+)
+GOLDENS = (("explicit", "float32"), ("explicit", "bfloat16"), ("fused", "bfloat16"), ("fused", "float16"))
+IN_16_BITS = [(path, dtype) for dtype in ("bfloat16", "float16") for path in ("explicit", "fused")]
+CONTEXT, NEW_TOKENS, PROMPT = 512, 128, 2048
+Check = partial(Step, required=True)
+
+
+def checks():
+    """Return what must be right, the longest first; these run at the same time, because nothing is timed."""
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    kernels = [f"tests/rooms/cuda/test_{name}.py" for name in KERNEL_TESTS]
+    on_gpu = [f"tests/system/test_{name}.py" for name in GPU_TESTS]
+    wanted = [
+        Check("tests of kernels", [*tests, "-p", "kernels_on_gpu", *kernels], 150, missing("pytest")),
+        Check("tests that need a GPU", [*tests, "-s", "-m", "gpu", *on_gpu], 150, missing("pytest")),
+    ]
+    ids = ["--tokens", "1,2,3,4,5,6,7", "--decode", 2]
+    for path, dtype in [*IN_16_BITS, ("explicit", "float32")]:
+        command = minitp("check", *ids, "--model", MODEL, "--layers", 2, "--tp", 1, "--path", path)
+        wanted.append(Check(f"check Mistral 7B, {path}, {dtype}", [*command, "--dtype", dtype], 150))
+    for path, dtype in GOLDENS:
+        command = script("parts.py", "goldens", path, dtype)
+        wanted.append(Check(f"check every family, {path}, {dtype}", command, 120))
+    for path in ("explicit", "fused"):
+        command = minitp("check", "The capital of France is", "--tp", 1, "--path", path, "--dtype", "float16")
+        wanted.append(Check(f"check demo, {path}, float16", command, 120, no_demo))
+    shared = ["--model", "random:smollm2-135m", "--layers", 4, "--tp", 4, "--share-gpu"]
+    for transport, reason in (("nccl", no_shared_nccl), ("mpi", no_mpirun)):
+        command = minitp("check", *ids, *shared, "--path", "fused", "--comm", transport)
+        wanted.append(Check(f"four ranks on one GPU, {transport}", command, 120, reason))
+    wanted.append(Check("four processes on one GPU, peer memory", script("ipc.py"), 60))
+    wanted.append(Check("NCCL, one rank", script("parts.py", "nccl"), 60))
+    return wanted
+
+
+def measurements():
+    """Return what is timed, one after another, the most wanted first."""
+    decode = ["--prompt-tokens", CONTEXT - NEW_TOKENS // 2, "-n", NEW_TOKENS, "--rounds", 5, "--profile"]
+    prefill = ["--prompt-tokens", PROMPT, "-n", 2, "--rounds", 5]
+    bench = ["bench", "--json", "--model", MODEL, "--dtype", "bfloat16"]
+    share = [*bench, "--as-rank", 0, "--of", 4]
+    few = ["--prompt-tokens", CONTEXT, "-n", 16, "--rounds", 5]
+    batches = ["--sweep", "batch", "--prompt-tokens", CONTEXT - 16, "-n", 16, "--rounds", 1]
+    requests = ["--requests", 16, "--prompt-tokens", 64, "-n", 64, "--rounds", 2]
+    return [
+        Step("decode", minitp(*bench, "--tp", 1, *decode), 80, least_s=20),
+        Step("prefill", minitp(*bench, "--tp", 1, *prefill), 60, least_s=20),
+        Step("rank 0 of 4, decode", minitp(*share, *decode), 60, least_s=10),
+        Step("16 tokens", minitp(*bench, "--tp", 1, *few), 60, least_s=20),
+        Step("16 requests", minitp(*bench, "--tp", 1, *requests), 60, least_s=20),
+        Step("batches", minitp(*bench, "--tp", 1, *batches), 60, least_s=20),
+        Step("loading", script("parts.py", "loading"), 60, least_s=20),
+    ]
+
+
+def peers():
+    """Return what else computes the same, and is timed here too."""
+    sizes = ["--context", CONTEXT, "--new-tokens", NEW_TOKENS, "--prompt", PROMPT]
+    command = script("peers.py", *sizes)
+    return [Step("transformers", command, 170, missing("torch", "transformers"), least_s=60)]
+
+
+def minitp(*argv):
+    return [sys.executable, "-m", "minitp", *map(str, argv), "--device", "cuda"]
+
+
+def script(name, *argv):
+    return [sys.executable, str(Path(__file__).with_name(name)), *map(str, argv)]
+
+
+# --- why a step cannot be run here ----------------------------------------------------------------------
+
+
+def missing(*modules):
+    """Return a function that says which of these modules is missing, or None."""
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    return lambda: f"{' and '.join(absent)} not installed" if absent else None
+
+
+def no_mpirun():
+    """Return why several ranks cannot be started here, or None."""
+    try:
+        find_mpirun()
+    except MinitpError:
+        return "no mpirun found; MINITP_MPICH=WHEEL gives one, see docs/troubleshooting.md"
+    return missing("mpi4py")()
+
+
+def no_shared_nccl():
+    """Return why several ranks cannot share a GPU through NCCL here, or None."""
+    from minitp.cuda.nccl import SHARES_GPUS, load_nccl
+
+    try:
+        version = load_nccl().get_version()
+    except MinitpError as error:
+        return one_line(error)
+    if version < SHARES_GPUS:
+        return f"NCCL {version} does not let several ranks share a GPU; from {SHARES_GPUS} on it does"
+    return no_mpirun()
+
+
+def no_demo():
+    """Return why the demo model cannot be used, or None. Nothing is fetched, so nothing is waited for."""
+    if (cache_directory() / NAME).is_dir():
+        return None
+    without = missing("gguf")()
+    return f"the demo model is not in {cache_directory()}" + (f", and {without}" if without else "")

@@ -1,0 +1,118 @@
+"""Steps of run.py that are no minitp command: nccl, loading, goldens PATH DTYPE [FAMILY ..]."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from minitp.errors import one_line
+from minitp.loading.random_weights import random_config
+
+LAYERS = 6  # of Mistral 7B: 3.1 GB
+GOLDENS = Path(__file__).resolve().parents[2] / "tests" / "goldens"
+DECODED = 2
+
+
+def goldens(path, dtype, *names):
+    """Do `minitp check` of each family's small checkpoint in tests/goldens, all in this process.
+
+    The exit code is 1 if a family is wrong, or if none of them takes the path.
+    """
+    from minitp.comm.single import Alone
+    from minitp.launch.transport import select_comm
+
+    comm, found = select_comm(Alone(), "cuda"), {}
+    for name in names or sorted(folder.parent.name for folder in GOLDENS.glob("*/config.json")):
+        try:
+            found[name], said = check_family(GOLDENS / name, comm, path, dtype)
+        except Exception as error:  # the other families go on
+            found[name], said = "wrong", one_line(error)
+        print(f"{name}: {said}", flush=True)
+    wrong, count = [name for name in found if found[name] == "wrong"], Counter(found.values())
+    if wrong:
+        sys.exit(f"wrong: {len(wrong)} of {len(found)} families: {', '.join(wrong)}")
+    if not count["right"]:
+        sys.exit(f"none of {len(found)} families takes the {path} path")
+    others = f"; not on the {path} path: {count['other']}" if count["other"] else ""
+    print(f"right: {count['right']} of {len(found)} families{others}")
+
+
+def check_family(folder, comm, path, dtype):
+    """Return "right" or "wrong", or "other" if the path does not take this family; and a line on that."""
+    from minitp.check.run import check_model
+    from minitp.cli.check import verdict
+    from minitp.cuda.fused import unfit
+    from minitp.cuda.gpu import with_dtype
+    from minitp.load import load_model
+    from minitp.loading.source import open_model
+    from minitp.trace.record import passes_of
+
+    source = open_model(str(folder), 1)
+    device = with_dtype(comm.gpu, dtype, source.config.dtype)
+    reason = unfit(source.config, source.plan, device, "auto") if path == "fused" else None
+    if reason is not None:
+        return "other", f"not on the fused path: {reason}"
+    model = load_model(source, comm, device, path=path)
+    model.connect()
+    with np.load(folder / "golden.npz") as golden:
+        prompt = golden["prompt"].tolist()
+    result = check_model(source, model, prompt, passes_of(len(prompt), DECODED))
+    return "right" if result.ok else "wrong", verdict(source, result)
+
+
+def nccl():
+    """Call NCCL with a single rank: an all-reduce and an all-gather give back what they got."""
+    from minitp.comm.single import Alone
+    from minitp.cuda.nccl import NcclComm, load_nccl
+    from minitp.launch.transport import select_comm
+
+    gpu = select_comm(Alone(), "cuda").gpu
+    comm = NcclComm(Alone(), gpu)
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        x = np.arange(24).reshape(3, 8).astype(dtype)
+        given = gpu.from_host(x)
+        for found in (comm.all_reduce(given), comm.all_gather(given, [8])):
+            np.testing.assert_array_equal(gpu.to_host(found), x)
+    comm.check()
+    comm.close()
+    print(f"NCCL {load_nccl().get_version()}: all-reduce, all-gather and the end")
+
+
+def loading(name="mistral-7b", layers=LAYERS):
+    """Run `minitp bench` of a model in a file, for how fast it is loaded."""
+    with tempfile.TemporaryDirectory(prefix="minitp-loading-") as folder:
+        write_model(Path(folder), random_config(name) | {"num_hidden_layers": layers})
+        command = [sys.executable, "-m", "minitp", "bench", "--model", folder, "--device", "cuda", "--json"]
+        sizes = ["--tp", "1", "--rounds", "1", "--prompt-tokens", "8", "-n", "2"]
+        done = subprocess.run([*command, *sizes], capture_output=True, text=True)
+        sys.stderr.write(done.stderr)
+        if done.returncode:
+            sys.exit(done.returncode)
+        print(done.stdout.splitlines()[-1])
+
+
+def write_model(folder, fields):
+    """Write a model's directory with bfloat16 weights that look random."""
+    from safetensors.numpy import save_file
+
+    from minitp.bench.fake_weights import TiledWeights
+    from minitp.loading.config import parse_config
+    from minitp.shard import make_plan
+
+    plan = make_plan(parse_config(fields, "a model"), 1)
+    shapes = {name: shard.shape for name, shard in plan.tensors.items()}
+    weights = TiledWeights(shapes, np.dtype(ml_dtypes.bfloat16))
+    tensors = {name: weights.read(name, shard.index(0)) for name, shard in plan.tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+PARTS = {"goldens": goldens, "nccl": nccl, "loading": loading}
+
+if __name__ == "__main__":
+    PARTS[sys.argv[1]](*sys.argv[2:])

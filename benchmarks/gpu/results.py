@@ -1,0 +1,58 @@
+"""The file and the folder that a run of benchmarks/gpu/run.py leaves."""
+
+import json
+import os
+from pathlib import Path
+from threading import Lock
+
+from steps import slug
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+class Results:
+    """benchmarks/results/<gpu>-<date>.json, and next to it a folder with the output of each step.
+
+    The file is written again after each step, so that it holds what is done, however the run ends. Several
+    runs on one day make one file: a step's newest outcome replaces the older one, unless it was skipped now.
+
+    Parameters
+    ----------
+    facts : dict
+        The machine and the day; the newest run's are kept.
+    names : list of str
+        The names of all steps that there are, in the order in which they are shown.
+    folder : Path
+
+    Attributes
+    ----------
+    path, outputs : Path
+        The file and the folder.
+    """
+
+    def __init__(self, facts, names, folder=RESULTS):
+        name = f"{slug(facts['gpu'])}-{facts['date']}"
+        self.facts, self.path, self.outputs = facts, folder / f"{name}.json", folder / name
+        self.outputs.mkdir(parents=True, exist_ok=True)
+        self._names, self._lock = names, Lock()
+        earlier = json.loads(self.path.read_text())["steps"] if self.path.exists() else []
+        self._found = {one["name"]: one for one in earlier}
+
+    def add(self, outcome):
+        """Put a step's outcome into the file; any thread may call this."""
+        name = outcome["name"]
+        with self._lock:
+            if outcome["status"] != "skipped" or self._found.get(name, outcome)["status"] == "skipped":
+                self._found[name] = outcome
+            self.write()
+
+    def write(self):
+        """Write the file, so that it is never there in part."""
+        partial = self.path.with_suffix(".part")
+        partial.write_text(json.dumps(self.facts | {"steps": self.outcomes()}, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+    def outcomes(self):
+        """The outcomes of all runs of the day, in the order in which they are shown."""
+        places = {name: place for place, name in enumerate(self._names)}
+        return sorted(self._found.values(), key=lambda one: places.get(one["name"], len(places)))

@@ -1,0 +1,132 @@
+"""What benchmarks/gpu/run.py prints in the end: what is right, then what was measured."""
+
+from commands import CONTEXT
+
+from minitp.util.format import aligned
+
+# Of an all-reduce of 8 KiB over NVLink, TP=4 on H100s, in one kernel: reported in sglang's pull request 2904.
+PUBLISHED_US = (3.7, 4.8)
+WIDEST = 160
+
+
+def table(facts, outcomes):
+    """The lines of the table.
+
+    Parameters
+    ----------
+    facts : dict
+        The machine and the day.
+    outcomes : list of dict
+        From `steps.Runner`.
+    """
+    found = {one["name"]: one["result"] for one in outcomes if one["status"] == "ok" and one["result"]}
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    rows = [
+        (
+            one["at"],
+            one["name"],
+            one["status"],
+            f"{one['seconds']:.0f} s",
+            "" if one["result"] else one["said"],
+        )
+        for one in outcomes
+    ]
+    lines = [f"{facts['gpu']}, {facts['date']}; {versions}", ""]
+    if rows:
+        lines += aligned(rows, "<<<><")
+    figures = [row for name, tell in FIGURES.items() if name in found for row in tell(found[name], found)]
+    if figures:
+        lines += ["", *aligned([("", "", "share"), *figures], "<<<")]
+    return [line[:WIDEST] for line in lines]
+
+
+def of_decode(result, _):
+    limits, decode = result["limits"], result["decode"]
+    graph_s = result["profile"]["graph_us"] / 1e6
+    of_graph = decode["bytes_per_token"] / graph_s / 1e9 / limits["read_gb_per_s"]
+    launches = result["profile"]["launches"]
+    return [
+        ("reads of the GPU's memory", f"{limits['read_gb_per_s']:.0f} GB/s", ""),
+        ("copy on the GPU, read and written", f"{limits['copy_gb_per_s']:.0f} GB/s", ""),
+        (f"decode, context {CONTEXT}, one GPU", *speed(decode)),
+        (
+            f"  its graph alone, {launches} launches",
+            f"{1e3 * graph_s:.2f} ms",
+            f"{of_graph:.1%} of the reads",
+        ),
+    ]
+
+
+def speed(decode):
+    """Tokens a second, and how much of the memory's speed in reading they take."""
+    share = decode["share_of_reads"]["median"]
+    return f"{decode['tokens_per_s']['median']:.1f} tokens/s", f"{share:.1%} of the reads"
+
+
+def of_prefill(result, _):
+    prefill, rate = result["prefill"], result["limits"]["matrix_gflop_per_s"]
+    share = f"{prefill['share_of_matrix_rate']['median']:.1%} of the matrix rate"
+    rows = [("cuBLAS, 16 bits, the prompt's shapes", f"{rate / 1e3:.0f} TFLOP/s", "")]
+    tokens = f"{prefill['tokens_per_s']['median']:.0f} tokens/s"
+    return [*rows, (f"prompt of {prefill['prompt_tokens']} tokens, one GPU", tokens, share)]
+
+
+def of_share(result, _):
+    """One rank's time, and with the all-reduces of a token as others have measured one."""
+    reductions, own_s = 2 * result["layers"] + 1, 1 / result["decode"]["tokens_per_s"]["median"]
+    least, most = (1 / (own_s + reductions * us / 1e6) for us in reversed(PUBLISHED_US))
+    published = f"{PUBLISHED_US[0]} to {PUBLISHED_US[1]} us published for each"
+    return [
+        ("decode, rank 0's share of TP=4 alone", *speed(result["decode"])),
+        (f"  with {reductions} all-reduces, not run here", f"{least:.0f} to {most:.0f} tokens/s", published),
+    ]
+
+
+def of_few(result, _):
+    decode = result["decode"]
+    return [(f"  {decode['new_tokens']} tokens of each of {result['rounds']} calls", *speed(decode))]
+
+
+def of_requests(result, _):
+    found = result["requests"]
+    sizes = f"{found['count']} requests of {found['prompt_tokens']} + {found['new_tokens']} tokens at once"
+    rate, share = found["together_tokens_per_s"], found["share_of_limit"]
+    return [(sizes, f"{rate:.0f} tokens/s", f"{share:.0%} of their steps' limit")]
+
+
+def of_batches(result, _):
+    points = result["sweep"]["points"]
+    steps = ", ".join(f"{one['batch']}: {1e3 * one['step_s']:.2f}" for one in points)
+    return [("a step of so many sequences, ms", steps, "")]
+
+
+def of_loading(result, _):
+    found = result["loading"]
+    share = found["gb_per_s"] / found["file_gb_per_s"]
+    return [("loading from a file", f"{found['gb_per_s']:.1f} GB/s", f"{share:.0%} of reading that file")]
+
+
+def of_transformers(result, found):
+    rows = []
+    for name in ("decode", "prefill"):
+        theirs = result[f"{name}_tokens_per_s"]
+        comparison = ""
+        if name in found:
+            times = found[name][name]["tokens_per_s"]["median"] / theirs
+            comparison = f"minitp is {times:.2f} times as fast"
+        compiled = "static cache, torch.compile" if name == "decode" else "eager"
+        rows.append((f"transformers {name}, {compiled}", f"{theirs:.1f} tokens/s", comparison))
+    return rows
+
+
+# The name of a step: a function of its result and of those of all steps, by name, that returns rows.
+FIGURES = {
+    "decode": of_decode,
+    "prefill": of_prefill,
+    "rank 0 of 4, decode": of_share,
+    "16 tokens": of_few,
+    "16 requests": of_requests,
+    "batches": of_batches,
+    "loading": of_loading,
+    "transformers": of_transformers,
+}

@@ -1,0 +1,298 @@
+"""The parts of `check`: the plan, how differences are measured and bounded, and who is blamed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from paths import GOLDENS
+from tiny import write_tiny
+
+from minitp.check import expected
+from minitp.check.difference import Difference, measure
+from minitp.check.plan import plan_problems
+from minitp.check.result import CheckResult, Finding
+from minitp.check.run import check_model
+from minitp.check.tolerance import Expected
+from minitp.comm import run_threads
+from minitp.device import open_device
+from minitp.load import load_model
+from minitp.loading.source import open_model
+from minitp.shard import Plan
+from minitp.trace.record import passes_of
+from minitp.trace.reference import open_oracle
+
+NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
+DTYPES = ("float32", "float16", "bfloat16")
+
+# Nothing divides: 9 query heads on 3 KV heads, 37 FFN columns, 101 tokens.
+SHAPE = {"vocab_size": 101, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 6}
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """The directory of a model."""
+    return write_tiny(tmp_path_factory.mktemp("parts") / "uneven", tokenizer=False, **SHAPE)
+
+
+# --- the plan -------------------------------------------------------------------------------------------
+
+
+def plan_of(directory, tp):
+    source = open_model(str(directory), tp)
+    return source, source.plan
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plan_of_every_family_is_right_at_any_tp(name):
+    source, _ = plan_of(GOLDENS / name, 1)
+    for tp in range(1, source.config.num_attention_heads + 1):
+        source, plan = plan_of(GOLDENS / name, tp)
+        assert plan_problems(open_oracle(source), plan) == []
+
+
+class CrossedGroups(Plan):
+    """Rank 2's two query heads read each the KV head of the other."""
+
+    def query_groups(self, rank):
+        return [(1, 2), (0, 1)] if rank == 2 else super().query_groups(rank)
+
+
+class OneGroup(Plan):
+    """Rank 2's first query head reads both of its KV heads, and the second none."""
+
+    def query_groups(self, rank):
+        return [(0, 1), (0, 1)] if rank == 2 else super().query_groups(rank)
+
+
+def with_ranges(what, rank, start, stop):
+    """A change of a plan: `what`_ranges of one rank."""
+
+    def change(plan):
+        ranges = list(getattr(plan, f"{what}_ranges"))
+        ranges[rank] = (start, stop)
+        return replace(plan, **{f"{what}_ranges": tuple(ranges)})
+
+    return change
+
+
+def with_tensor(name, **changes):
+    def change(plan):
+        return replace(plan, tensors={**plan.tensors, name: replace(plan.tensors[name], **changes)})
+
+    return change
+
+
+def without(name):
+    return lambda plan: replace(plan, tensors={n: s for n, s in plan.tensors.items() if n != name})
+
+
+Q_PROJ, O_PROJ, UP = (
+    f"model.layers.1.{name}.weight" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
+)
+SHARES = ((0, 10), (10, 19), (19, 28), (28, 37))  # of the FFN columns over four ranks
+# Heads 0-2, 3-4, 5-6, 7-8 and KV heads 0, 1, 1-2, 2: what is changed, and (rank, how the problem begins).
+PLANS = {
+    "heads twice": (with_ranges("head", 1, 2, 5), (1, "heads 2 to 5, expected to begin at 3")),
+    "a head left out": (with_ranges("head", 1, 4, 5), (1, "heads 4 to 5, expected to begin at 3")),
+    "too few heads": (with_ranges("head", 3, 7, 8), (3, "heads end at 8, and there are 9")),
+    "a share too few": (
+        lambda plan: replace(plan, ffn_ranges=plan.ffn_ranges[:3]),
+        ("all", "ffn: 3 ranges for 4 ranks"),
+    ),
+    "heads of three ranks": (
+        lambda plan: replace(plan, head_ranges=plan.head_ranges[:3]),
+        ("all", "heads: 3 ranges for 4 ranks"),
+    ),
+    "columns twice": (with_ranges("ffn", 2, 18, 28), (2, "ffn 18 to 28, expected to begin at 19")),
+    "the remainder forgotten": (with_ranges("vocab", 3, 76, 100), (3, "vocab end at 100, and there are 101")),
+    "backwards": (with_ranges("vocab", 1, 26, 20), (1, "vocab 26 to 20")),
+    "the neighbour's KV head": (
+        with_ranges("kv_head", 1, 2, 3),
+        (1, "KV heads 2 to 3, but its query heads read [1]"),
+    ),
+    "a KV head too few": (
+        with_ranges("kv_head", 2, 1, 2),
+        (2, "KV heads 1 to 2, but its query heads read [1, 2]"),
+    ),
+    "a KV head too many": (
+        with_ranges("kv_head", 1, 0, 2),
+        (1, "KV heads 0 to 2, but its query heads read [1]"),
+    ),
+    "one head in two groups": (lambda plan: OneGroup(**vars(plan)), (2, "")),
+    "crossed groups": (
+        lambda plan: CrossedGroups(**vars(plan)),
+        (2, "query head 5 reads KV head 2, expected 1"),
+    ),
+    "a tensor left out": (without(UP), ("all", f"tensor {UP} is not in the plan")),
+    "a shape": (with_tensor(UP, shape=(37, 21)), ("all", f"tensor {UP}: shape (37, 21), expected (37, 20)")),
+    "the other axis": (
+        with_tensor(O_PROJ, axis=0),
+        ("all", f"tensor {O_PROJ} is split along axis 0, expected 1"),
+    ),
+    "not split": (
+        with_tensor(O_PROJ, axis=None, ranges=()),
+        ("all", f"tensor {O_PROJ} is split along axis None"),
+    ),
+    "columns of another rank": (
+        with_tensor(UP, ranges=SHARES[1:] + SHARES[:1]),
+        (0, f"tensor {UP}: 10 to 19"),
+    ),
+    "half a head": (
+        with_tensor(Q_PROJ, ranges=((0, 15), (15, 30), (30, 42), (42, 54))),
+        (0, f"tensor {Q_PROJ}: 0 to 15, expected (0, 18)"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), PLANS.values(), ids=PLANS)
+def test_a_wrong_plan_is_refused(change, expected, uneven):
+    source, plan = plan_of(uneven, 4)
+    problems = plan_problems(open_oracle(source), change(plan))
+    rank, beginning = expected
+    assert [text for who, text in problems if who == rank and text.startswith(beginning)], problems
+
+
+def test_a_wrong_plan_is_all_that_is_said(uneven):
+    source, plan = plan_of(uneven, 4)
+    wrong = replace(source, plan=with_tensor(UP, axis=None, ranges=())(plan))
+
+    def run(comm):
+        return check_model(wrong, load_model(source, comm, open_device()), [1, 2, 3], passes_of(3, 0))
+
+    for result in run_threads(4, run):
+        assert [who for who, _ in result.problems] == ["all"]
+        assert not result.ok
+        assert (result.findings, result.blamed()) == ([], [])
+
+
+# --- the pieces -----------------------------------------------------------------------------------------
+
+
+def test_measure_says_how_far_and_where():
+    expected = np.array([[3.0, 0.0], [4.0, 12.0]])  # of length 13
+    found = measure(np.array([[3.0, 0.5], [2.8, 12.0]]), expected)
+    assert found.relative == pytest.approx(1.3 / 13)
+    assert found.absolute == pytest.approx(1.2)
+    assert found.index == (1, 0)
+    assert [place for place, _, _ in found.worst[:2]] == [(1, 0), (0, 1)]
+    assert found.worst[0][1:] == (pytest.approx(2.8), 4.0)
+    assert "at [1, 0] it is 2.8, expected 4" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "relative", "absolute"),
+    [
+        ([1, 2], [1, 2], 0, 0),
+        ([0, 0], [0, 0], 0, 0),
+        ([1e-9], [0], np.inf, 1e-9),
+        ([-np.inf, 2], [-np.inf, 2], 0, 0),
+        ([-np.inf, 3], [-np.inf, 2], 0.5, 1),
+        ([1, -np.inf], [1, 2], np.inf, np.inf),
+        ([1, 2], [1, -np.inf], np.inf, np.inf),
+        ([1, np.inf], [1, -np.inf], np.inf, np.inf),
+        ([np.nan, 2], [1, 2], np.inf, np.inf),
+        ([], [], 0, 0),
+        (5, 4, 0.25, 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_measure_of_odd_numbers(value, expected, relative, absolute, dtype):
+    found = measure(np.array(value, open_device(dtype).dtype), np.array(expected, np.float64))
+    # 1e-9 is not a number of every dtype: to three digits in bfloat16, and zero in float16.
+    if dtype == "float16" and absolute == 1e-9:
+        relative = absolute = 0
+    assert (found.relative, found.absolute) == (relative, pytest.approx(absolute, rel=2**-8))
+
+
+def test_the_bound_of_a_large_array_is_twice_the_third_implementation():
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((64, 200)), rng.standard_normal((300, 200))
+    for dtype in DTYPES:
+        dtype = open_device(dtype).dtype
+        should = expected.linear(x.astype(dtype), w.astype(dtype))
+        third = measure(should.third, should.value)
+        relative, absolute = should.bounds(dtype)
+        # Of 19200 errors the norm is known to a hundredth; the slack for luck is to be no more than a tenth.
+        assert 2 * third.relative <= relative <= 2.2 * third.relative
+        # For the largest error the slack is one sum's own, of some 2 roundings of the largest number.
+        assert 2 * third.absolute <= absolute <= 6 * third.absolute
+
+
+def test_a_product_that_is_a_single_large_number_has_a_single_error():
+    """As hidden states of real models are. By luck the third implementation's may be next to nothing."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        x, w = rng.standard_normal((1, 384), np.float32), rng.standard_normal((576, 384), np.float32) / 20
+        x[0, 7], w[300, 7] = 1000, 10
+        should = expected.linear(x, w)
+        found, (relative, absolute) = measure(x @ w.T, should.value), should.bounds(np.float32)
+        assert found.relative <= relative
+        assert found.absolute <= absolute
+
+
+def test_rows_that_are_alike_are_no_more_samples():
+    """All have the same error, of two roundings here, which in 8 numbers may well be twice that of one."""
+    rng, dtype = np.random.default_rng(0), open_device("bfloat16").dtype
+    for _ in range(300):
+        row, w, bias = rng.standard_normal((1, 20)), rng.standard_normal((8, 20)), rng.standard_normal(8)
+        x, w, bias = (a.astype(dtype) for a in (np.repeat(row, 24, axis=0), w, bias))
+        should = expected.linear(x, w, bias)
+        product = (x.astype(np.float32) @ w.T.astype(np.float32)).astype(dtype)
+        assert measure(product + bias, should.value).relative <= should.bounds(dtype, repeats=24)[0]
+
+
+def test_an_overflow_allows_nothing():
+    x = np.full((1, 100), 30, np.float16)
+    should = expected.linear(x, np.concatenate((x, x / 30)))  # 90000, which float16 has not, and 3000
+    assert np.isinf(should.third[0, 0])
+    _, absolute = should.bounds(np.float16)
+    assert absolute < 100
+
+
+def test_a_wide_input_does_not_make_a_bound_narrow():
+    """float32 numbers from a step that should have been in bfloat16; the next one is."""
+    rng, dtype = np.random.default_rng(0), open_device("bfloat16").dtype
+    gate, up = rng.standard_normal((2, 20, 30), np.float32)
+    should = expected.swiglu(gate, up)
+    error, bounds = measure(should.value.astype(dtype), should.value), should.bounds(dtype)
+    assert error.relative <= bounds[0]
+    assert error.absolute <= bounds[1]
+    assert should.bounds(np.float32)[0] < error.relative
+
+
+def test_bounds_leave_out_what_is_not_finite_and_let_nothing_pass_where_all_is_zero():
+    should = Expected(np.array([1.0, -np.inf]), np.array([1.25, -np.inf]), np.array([0.0, 1.0]))
+    assert should.bounds(np.float32) == pytest.approx((0.5, 0.5), rel=1e-5)
+    assert Expected(np.zeros(2), np.zeros(2), np.zeros(2)).bounds(np.float32) == (0, 0)
+    assert expected.exactly(np.ones(2)).bounds(np.float32) == (0, 0)
+
+
+def finding(step, rank, share=0.5, note=""):
+    return Finding("prefill", 0, step, rank, "replicated", Difference(share, 0.0, []), (1.0, 1.0), note=note)
+
+
+def test_a_finding_is_wrong_from_its_bound_on():
+    assert finding("mlp.out", 0, 1).ok
+    assert not finding("mlp.out", 0, 1.01).ok
+    assert not finding("mlp.out", 0, 0, note="shape").ok
+    exact = replace(finding("embed", 0, 0), bounds=(0.0, 0.0))
+    assert exact.ok
+    assert replace(exact, local=Difference(0.0, 1e-30, [])).share == np.inf
+    assert replace(exact, local=None).share == np.inf
+    assert replace(exact, local=Difference(0.0, 0.0, []), bounds=(0.0, 1.0)).ok
+
+
+def test_a_collective_that_is_wrong_everywhere_is_blamed_once():
+    def blamed(*findings):
+        result = CheckResult(list(findings), [], [], [], tp=3)
+        return [(finding.name, finding.rank) for finding in result.blamed()]
+
+    name = "prefill/layers.0."
+    everywhere = [finding("mlp.out", rank, 9) for rank in range(3)]
+    assert blamed(finding("mlp.act", 1, 2), *everywhere) == [(f"{name}mlp.act", 1), (f"{name}mlp.out", "all")]
+    assert blamed(*everywhere[:2], finding("mlp.out", 2)) == [(f"{name}mlp.out", 0), (f"{name}mlp.out", 1)]
+    not_collective = [finding("mlp.act", rank, 9) for rank in range(3)]
+    assert blamed(*not_collective) == [(f"{name}mlp.act", rank) for rank in range(3)]
+    assert blamed(finding("mlp.act", 0)) == []
+    assert not CheckResult([], [(0, "the plan")], [], [], tp=1).ok

@@ -1,0 +1,74 @@
+"""docs/compare.md: its names are the steps', and its worked example does what it says."""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from paths import DOCS
+
+from minitp.cli.main import main
+from minitp.compare.run import TOLERANCES
+from minitp.trace.names import AFTER, BEFORE, LAYER
+
+PAGE = (DOCS / "compare.md").read_text(encoding="utf-8")
+STEPS = BEFORE | {f"layers.{{i}}.{step}": letters for step, letters in LAYER.items()} | AFTER
+MISSING = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def test_the_table_of_names_is_that_of_the_steps():
+    rows = re.findall(r"^\| `([^`]+)` \| \[([^]]+)\] \|", PAGE, re.MULTILINE)
+    assert {name: letters.replace(",", "") for name, letters in rows} == STEPS
+    assert [name for name, _ in rows] == list(STEPS), "in the order in which they happen"
+
+
+def test_the_examples_names_are_steps():
+    named = re.findall(
+        r"""keep(?:_\w+)?\([^"\n]*f?"([^"]+)"\)|keep\(f?"([^"]+)",""", "".join(blocks("python"))
+    )
+    names = {(first or second).replace("{at}", "layers.{i}") for first, second in named}
+    assert len(names) == 20
+    assert names <= set(STEPS)
+
+
+def test_the_tolerances_are_those_of_the_code():
+    rows = re.findall(r"^\| ([a-z0-9, ]+) \| ([0-9]e-[0-9]) \|", PAGE, re.MULTILINE)
+    assert {name: float(value) for names, value in rows for name in names.split(", ")} == TOLERANCES
+
+
+def masked(line):
+    """Without what may differ between two machines: numbers, and the widths of columns."""
+    return re.sub(r"-?\d[\d.]*(e[-+]\d+)?|inf", "#", " ".join(line.split()))
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+def test_the_worked_example(tmp_path, monkeypatch, capsys):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    script = "\n".join(blocks("python"))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for block in blocks("console"):
+        for command, expected in re.findall(r"^\$ minitp (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+            if "DIR" in command:
+                continue
+            ran.append((shlex.split(command)[0], main(shlex.split(command))))
+            printed = iter(map(masked, capsys.readouterr().out.splitlines()))
+            for line in expected.splitlines():
+                assert line == "..." or masked(line) in printed, line
+    assert ran == [("trace", 0), ("compare", 0), ("compare", 1)]

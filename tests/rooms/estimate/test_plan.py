@@ -1,0 +1,371 @@
+"""`minitp plan`: the measurement of this machine, and what the command makes of the estimates."""
+
+import dataclasses
+import doctest
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+from hub import OWNER_NAME, Hub, run_command
+from llama_shapes import llama
+from paths import ROOT
+from tiny import CONFIG, write_tiny
+
+from minitp.bench import this_machine
+from minitp.bench.this_machine import sample
+from minitp.cli import plan_text
+from minitp.cli.main import main
+from minitp.estimate.estimate import ITEM_BYTES, Estimate, weight_bytes
+from minitp.estimate.hardware import GPUS, cpu
+from minitp.loading.config import parse_config, read_config
+from minitp.loading.demo import demo_directory
+from minitp.loading.source import open_config
+from minitp.util import environment, format
+
+TINY = parse_config(CONFIG, "tiny")
+
+# --- this machine ---------------------------------------------------------------------------------------
+
+
+def test_real_measurement():
+    """What any machine reaches; how near to real runs that leads is in docs/performance.md."""
+    argv = [
+        "plan",
+        "--tp",
+        "1",
+        "--layers",
+        "10",
+        "--json",
+    ]  # a process of its own: BLAS threads are set there
+    done = subprocess.run(
+        [sys.executable, "-m", "minitp", *argv], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    machine, row = result["hardware"], result["estimates"][0]
+    assert machine["cores"] == environment.cores()
+    assert 1e8 < machine["memory_bytes_per_s"] < 1e13
+    assert 1e9 < machine["flops_per_s"] < 1e15
+    assert machine["memory_bytes"] == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    decode_bytes = result["weight_bytes"] + 513 * result["kv_cache_bytes_per_token"]
+    limit = row["decode_limit_tokens_per_s"]
+    assert limit == pytest.approx(machine["memory_bytes_per_s"] / decode_bytes, rel=0.01)
+    assert row["decode_expected_tokens_per_s"] < limit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_measurement_of_few_heads(monkeypatch, dtype):
+    """Four heads on what seem to be eight cores: four threads measure, and arithmetic is scaled up."""
+    seen = []
+    monkeypatch.setattr(this_machine, "cores", lambda: 8)
+    monkeypatch.setattr(this_machine, "bandwidth", lambda comm, products: seen.append(comm.size) or 7e9)
+    monkeypatch.setattr(this_machine, "matrix_rate", lambda comm, products, rows: 5e9)
+    machine = this_machine.measure_cpu(TINY, dtype)
+    assert seen == [4] * 4
+    assert (machine.cores, machine.memory_bytes_per_s) == (8, 7e9)
+    assert machine.flops_per_s == {dtype: 10e9}
+
+
+@pytest.mark.parametrize(("model", "layers"), [("smollm2", 18), ("random:mistral-7b", 1)])
+def test_sample_is_beyond_the_caches_and_quickly_made(model, layers):
+    config = open_config(model)
+    part, plan = sample(config, "float32", 2)
+    assert part.num_hidden_layers == layers
+    assert plan.tp == 2
+    held = sum(weight_bytes(plan, rank, "float32") for rank in range(2))
+    assert 256e6 < held < 1.1e9
+    assert (part.hidden_size, part.intermediate_size) == (config.hidden_size, config.intermediate_size)
+
+
+def test_sample_of_a_huge_layer_is_a_share_of_it():
+    huge = llama(16384, 53248, 126, 128, 8, 128256)
+    _, plan = sample(huge, "float32", 2)
+    assert plan.tp == 32
+    assert 256e6 < sum(weight_bytes(plan, rank, "float32") for rank in range(2)) < 1.1e9
+    part, _ = sample(TINY, "float32", 2)
+    assert part.num_hidden_layers == 2, "a small model lies in the caches when it runs, too"
+
+
+def test_blas_threads_are_one_while_this_machine_is_measured():
+    """Only where NumPy is not there yet can they be set."""
+    code = (
+        "import os, sys; from minitp.util import environment; from minitp.cli.main import main\n"
+        "assert 'numpy' not in sys.modules\n"
+        "main(['plan', '--layers', '1', '--gpu', sys.argv[1], '--json'])\n"
+        "print([os.environ.get(name) for name in environment.BLAS_THREADS])"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in environment.BLAS_THREADS}
+    for name, threads in (("cpu", "1"), ("h100", None)):
+        done = subprocess.run([sys.executable, "-c", code, name], env=clean, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == str([threads] * 4), done.stderr
+
+
+# --- the command ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    """--gpu cpu in this process, on a machine that is always the same."""
+    for name in environment.BLAS_THREADS:
+        monkeypatch.setenv(name, "1")
+    rates = dict.fromkeys(ITEM_BYTES, 190e9)
+    monkeypatch.setattr("minitp.cli.plan.measure_cpu", lambda config, dtype: cpu(2, 24e9, 43e9, rates))
+
+
+def printed(capsys, *argv):
+    """Both forms of a result: the JSON object, and the text."""
+    assert main(["plan", *map(str, argv), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert main(["plan", *map(str, argv)]) == 0
+    return json.loads(out), capsys.readouterr().out
+
+
+def joined(text):
+    return " ".join(text.split())
+
+
+EXAMPLES = {
+    "demo": ["--tp", 2],
+    "not a usual size": ["--model", "random:mistral-7b", "--gpu", "a100-40gb", "--tp", 5],
+    "nodes": ["--model", "random:mistral-7b", "--gpu", "h200", "--tp", 8, "--nodes", 4],
+    "some do not fit": ["--model", "random:llama-3-8b", "--gpu", "rtx-4090", "--batch", 24, "--tp", 1],
+    "nothing fits": ["--model", "random:mistral-7b", "--gpu", "cpu"],
+    "long": ["--model", "random:mistral-7b", "--gpu", "b200", "--context", 32768, "--prompt-tokens", 32000],
+}
+
+
+@pytest.mark.parametrize("argv", EXAMPLES.values(), ids=EXAMPLES)
+def test_table_shows_what_json_says(fixed, capsys, argv):
+    result, text = printed(capsys, *argv)
+    assert max(map(len, text.splitlines())) <= 110
+    blocks = [block.splitlines() for block in text.rstrip().split("\n\n")]
+    rows = result["estimates"]
+    memory = [line.split() for line in blocks[2][2:]]
+    assert len(memory) == len(rows)
+    for cells, row in zip(memory, rows, strict=True):
+        asked = (row["tp"], row["nodes"]) == (result["tp"], result["nodes"])
+        assert (cells[0] == ">") == asked
+        cells = cells[1:] if asked else cells
+        assert cells[:2] == [str(row["tp"]), str(row["nodes"])]
+        sizes = (row["weight_bytes_per_rank"], row["kv_cache_bytes_per_token_per_rank"])
+        assert cells[2:6] == " ".join(map(format.size, sizes)).split()
+        assert cells[6:9] == [
+            str(row["longest_context_tokens"]),
+            row["longest_context_limited_by"],
+            str(row["largest_batch"]),
+        ]
+        smallest = result["smallest_tp_that_fits"]
+        refusal = "does not fit" + (f"; TP={smallest} does" if smallest else "")
+        assert " ".join(cells[9:]) == ("" if row["fits"] else refusal)
+    fitting = [row for row in rows if row["fits"]]
+    assert len(blocks) == (5 if fitting else 4)
+    if not fitting:
+        return
+    speed = [line.replace(">", " ").split() for line in blocks[3][2:]]
+    assert len(speed) == len(fitting)
+    for cells, row in zip(speed, fitting, strict=True):
+        texts = [str(row["tp"]), str(row["nodes"])]
+        texts += [plan_text.duration(row[f"prefill_{kind}_s"]) for kind in ("limit", "expected")]
+        texts += [plan_text.rounded(row[f"decode_{kind}_tokens_per_s"]) for kind in ("limit", "expected")]
+        texts += [str(row["batch"])]
+        texts += [plan_text.rounded(row[f"batch_{kind}_tokens_per_s"]) for kind in ("limit", "expected")]
+        texts += [f"{row[f'collective_share_{kind}']:.0%}" for kind in ("limit", "expected")]
+        assert cells == " ".join(texts).split()
+
+
+def test_json_says_everything(fixed, capsys):
+    result, text = printed(capsys, "--model", "random:mistral-7b", "--gpu", "h100", "--tp", 4)
+    assert (result["model"], result["dtype"], result["layers"]) == ("random:mistral-7b", "bfloat16", 32)
+    assert result["parameters"] == 7241732096
+    assert result["weight_bytes"] == 2 * result["parameters"]
+    assert result["kv_cache_bytes_per_token"] == 2 * 32 * 8 * 128 * 2
+    assert (result["model_context_tokens"], result["sliding_window_tokens"]) == (32768, 4096)
+    assert (result["context_tokens"], result["prompt_tokens"], result["batch"]) == (4096, 512, None)
+    assert result["hardware"]["flops_per_s"] == 989e12
+    assert result["hardware"]["link"]["name"] == "NVLink 4"
+    assert {key for row in result["estimates"] for key in row} == {
+        field.name for field in dataclasses.fields(Estimate)
+    }
+    for note in result["notes"]:
+        assert note in joined(text).replace(" - ", " ")
+    assert "7.24 billion parameters in 32 layers, 14.48 GB in bfloat16" in joined(text)
+    for source in ("minitp's own runs", "gpt-fast", "InfiniBand", "NCCL"):
+        assert source in text, "where the figures come from"
+
+
+def test_rows(fixed, capsys):
+    def sizes(*argv):
+        result, text = printed(capsys, *argv)
+        return [(row["tp"], row["nodes"]) for row in result["estimates"]], joined(text)
+
+    one_node, more = [(1, 1), (2, 1), (4, 1), (8, 1)], [(16, 2), (32, 4)]
+    mistral = ["--model", "random:mistral-7b", "--gpu", "h100"]
+    assert sizes(*mistral)[0] == one_node + more
+    assert sizes(*mistral, "--tp", 12)[0] == [*one_node, (12, 2), *more]
+    assert sizes(*mistral, "--tp", 16, "--nodes", 4)[0] == [*one_node, (16, 2), (16, 4), (32, 4)]
+    assert sizes("--model", "random:tinyllama-1.1b")[0] == one_node, "a CPU is one node"
+    rows, text = sizes("--gpu", "h100", "--tp", 9)
+    assert rows == [*one_node, (9, 2)]
+    assert "TP=16 and 32 left out: the model has 9 attention heads." in text
+
+
+def test_answer(fixed, capsys):
+    llama = ["--model", "random:llama-3-8b", "--gpu", "rtx-4090"]
+    result, text = printed(capsys, *llama, "--tp", 1)
+    speed = plan_text.rounded(result["estimates"][0]["decode_expected_tokens_per_s"])
+    assert "TP=1 fits with 1 sequence of 4096 tokens; expect " in joined(text)
+    assert f"then {speed} tokens/s." in joined(text)
+    _, text = printed(capsys, *llama, "--tp", 1, "--batch", 13)
+    refusal = "TP=1 does not fit with 13 sequences of 4096 tokens; the smallest TP that does is 2."
+    assert refusal in joined(text)
+    _, text = printed(capsys, "--model", "random:mistral-7b", "--tp", 2)
+    assert "TP=2 does not fit with 1 sequence of 4096 tokens; nor does any other TP." in joined(text)
+    _, text = printed(capsys, "--model", "random:mistral-7b", "--gpu", "h100", "--tp", 16)
+    assert "TP=16 over 2 nodes fits" in joined(text)
+
+
+def test_dtype_is_the_hardware_s_unless_asked_for(fixed, capsys, tmp_path):
+    def dtype(*argv):
+        result, _ = printed(capsys, *argv)
+        assert result["weight_bytes"] == result["parameters"] * ITEM_BYTES[result["dtype"]]
+        return result["dtype"]
+
+    directory = tmp_path / "model"  # in float32
+    write_tiny(directory)
+    assert dtype() == "float32"
+    assert dtype("--gpu", "h100") == "float16", "as the demo is stored"
+    assert dtype("--gpu", "h100", "--model", "random:mistral-7b") == "bfloat16"
+    assert dtype("--gpu", "h100", "--model", directory) == "bfloat16"
+    assert dtype("--gpu", "h100", "--model", directory, "--dtype", "float32") == "float32"
+    assert dtype("--dtype", "float16") == "float16"
+
+
+def test_short_contexts(capsys, tmp_path):
+    """The defaults shrink to what the model can do."""
+    directory = write_tiny(tmp_path / "model", max_position_embeddings=100)
+    result, _ = printed(capsys, "--gpu", "h100", "--model", directory)
+    assert (result["context_tokens"], result["prompt_tokens"]) == (100, 99)
+
+
+def test_layers(capsys):
+    few, _ = printed(capsys, "--gpu", "h100", "--model", "random:mistral-7b", "--layers", 3)
+    assert few["layers"] == 3
+    assert few["estimates"][1]["collectives_per_token"] == 8
+
+
+def test_config_json_is_enough(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "novelty": 3}))
+    result, text = printed(capsys, "--gpu", "h100", "--model", tmp_path, "--tp", 3)
+    assert result["parameters"] == 32032
+    assert "config.json has a field 'novelty' that minitp does not know" in joined(text)
+
+
+def test_the_demo_needs_no_download(capsys, tmp_path, monkeypatch):
+    """Its shapes are known; they are those of its config.json."""
+    kept = read_config(demo_directory())
+    assert dataclasses.replace(open_config("smollm2"), eos_token_ids=kept.eos_token_ids) == kept
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    result, _ = printed(capsys, "--gpu", "h100")
+    assert result["parameters"] == 134515008
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_in_the_readme(capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    argv, output = re.search(r"```console\n\$ minitp (plan .*)\n((?s:.*?))```", readme).groups()
+    assert main(argv.split()) == 0
+    assert capsys.readouterr().out == output
+
+
+def test_examples_in_docstrings():
+    for module in (format, plan_text):
+        assert doctest.testmod(module).failed == 0
+
+
+# --- Hugging Face ids -----------------------------------------------------------------------------------
+
+
+def test_hub_id(tmp_path):
+    """Only config.json is fetched, and then kept."""
+    files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": b"large", "README.md": b""}
+    hub = Hub(files)
+    argv = ["plan", "--gpu", "h100", "--model", OWNER_NAME, "--json"]
+    try:
+        first = run_command(tmp_path / "home", hub.address, *argv)
+        assert (first.returncode, first.stderr) == (0, "")
+        assert json.loads(first.stdout)["parameters"] == 32032
+        assert hub.fetched() == ["config.json"]
+        hub.requests.clear()
+        offline = run_command(tmp_path / "home", hub.address, *argv, HF_HUB_OFFLINE="1")
+        assert offline.stdout == first.stdout
+        nothing = run_command(tmp_path / "empty", hub.address, *argv, HF_HUB_OFFLINE="1")
+        assert (nothing.returncode, nothing.stdout, nothing.stderr.count("\n")) == (2, "", 1)
+        assert f"minitp: --model {OWNER_NAME}: " in nothing.stderr
+        assert "not to be had from the Hugging Face hub" in nothing.stderr
+        assert hub.requests == []
+    finally:
+        hub.close()
+    down = run_command(tmp_path / "home", hub.address, *argv)
+    assert down.stdout == first.stdout, "the hub may also just be down"
+
+
+# --- what is refused ------------------------------------------------------------------------------------
+
+REFUSED = {
+    "unknown gpu": (["--gpu", "h300"], "invalid choice: 'h300' (choose from "),
+    "unknown dtype": (["--dtype", "int8"], "invalid choice: 'int8'"),
+    "tp too large": (["--tp", 5], "--tp 5: this model has 4 attention heads"),
+    "tp too large for a cpu": (["--gpu", "cpu", "--tp", 5], "--tp 5: this model has 4 attention heads"),
+    "tp no number": (["--tp", "many"], "--tp many: expected a number"),
+    "tp 0": (["--tp", 0], "--tp 0: expected at least 1"),
+    "layers": (["--layers", 3], "has 2 layers; give 1 to that"),
+    "context 1": (["--context", 1], "--context 1: this model's context is 512 tokens; give 2 to that"),
+    "context too long": (["--context", 513], "--context 513: this model's context is 512"),
+    "prompt 0": (["--prompt-tokens", 0], "--prompt-tokens 0: a prompt and one more token must fit"),
+    "prompt fills it": (["--context", 64, "--prompt-tokens", 64], "must fit --context 64; give 1 to 63"),
+    "auto of a GPU": (["--tp", "auto", "--gpu", "h100"], "--tp auto goes by this machine's cores"),
+    "batch 0": (["--batch", 0], "--batch 0: expected at least 1 sequence"),
+    "nodes 0": (["--nodes", 0], "--nodes 0: --tp 4 ranks can be over 1 to 4 nodes"),
+    "more nodes than ranks": (["--tp", 2, "--nodes", 3], "--nodes 3: --tp 2 ranks can be over 1 to 2"),
+    "nodes of a cpu": (["--gpu", "cpu", "--nodes", 1], "--nodes 1: --gpu cpu is this machine alone"),
+    "no such model": (["--model", "/nowhere"], "--model /nowhere: no such directory"),
+    "no such shapes": (["--model", "random:gpt-5"], "random:gpt-5: no such shapes; choose from"),
+}
+
+
+@pytest.fixture
+def refused(refused, monkeypatch):
+    """Of this command, which must measure nothing."""
+
+    def never(*_):
+        raise AssertionError("this machine was measured")
+
+    monkeypatch.setattr("minitp.cli.plan.measure_cpu", never)
+    for name in environment.BLAS_THREADS:
+        monkeypatch.setenv(name, "1")
+
+    return partial(refused, "plan")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_options(refused, tiny, case):
+    argv, expected = REFUSED[case]
+    gpu = [] if "--gpu" in argv else ["--gpu", "h100"]
+    assert expected in refused("--model", tiny, *gpu, *argv)
+
+
+def test_choices_are_listed(refused):
+    line = refused("--gpu", "h300")
+    for name in ("cpu", *GPUS):
+        assert re.search(rf"\b{name}\b", line)
+
+
+def test_directory_without_a_config(refused, tmp_path):
+    assert "config.json: no such file" in refused("--gpu", "h100", "--model", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    assert "model_type 'mamba'" in refused("--gpu", "h100", "--model", tmp_path)

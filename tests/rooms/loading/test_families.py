@@ -1,0 +1,463 @@
+"""What is special to a family, beyond the numbers that tests/goldens hold for each of them."""
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from paths import GOLDENS
+from safetensors.numpy import load_file, save_file
+from tiny import CONFIG
+
+from minitp import moe, ops
+from minitp.bench.runs import keys_read
+from minitp.cli.main import main
+from minitp.comm import run_threads
+from minitp.cuda.fused import unfit
+from minitp.device import open_device
+from minitp.errors import InputError
+from minitp.estimate.estimate import Pass, rank_work
+from minitp.generate import largest_pass
+from minitp.load import load_model
+from minitp.loading.config import parse_config
+from minitp.loading.export import write_shards
+from minitp.loading.source import open_model, warn_of_unread_fields
+from minitp.oracle import Oracle
+from minitp.oracle import ops as oracle_ops
+from minitp.shard import make_plan
+
+QKV = "model.layers.1.self_attn.qkv_proj.weight"
+GEMMA2 = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+GRANITE = {"model_type": "granite", "architectures": ["GraniteForCausalLM"]}
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+PHI3 = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+
+
+def copied(name, directory, change):
+    """The directory of a golden's model, after change(tensors)."""
+    shutil.copytree(GOLDENS / name, directory)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    return str(directory)
+
+
+# --- config.json as it is published ---------------------------------------------------------------------
+
+SIZES = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "attention_dropout": 0.0}
+SIZES |= {"vocab_size": 32000, "use_cache": True, "transformers_version": "4.43.1", "torch_dtype": "bfloat16"}
+PUBLISHED = {
+    "Qwen2.5-0.5B": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 24,
+        "model_type": "qwen2",
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": True,
+        "use_mrope": False,
+        "use_sliding_window": False,
+    },
+    "Qwen3-0.6B": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+    "Mistral-Nemo": {
+        "architectures": ["MistralForCausalLM"],
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 131072,
+    },
+    "Phi-3-mini-128k": {
+        "architectures": ["Phi3ForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+        "attention_bias": False,
+        "embd_pdrop": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "model_type": "phi3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "original_max_position_embeddings": 4096,
+        "pad_token_id": 32000,
+        "resid_pdrop": 0.0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [64.0] * 48},
+        "rope_theta": 10000.0,
+        "sliding_window": 262144,
+        "tie_word_embeddings": False,
+    },
+    "Mixtral-8x7B": {
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mixtral",
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+    },
+    "gemma-2-9b": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "attention_bias": False,
+        "attn_logit_softcapping": 50.0,
+        "cache_implementation": "hybrid",
+        "final_logit_softcapping": 30.0,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 8192,
+        "model_type": "gemma2",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 42,
+        "num_key_value_heads": 8,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "sliding_window_size": 4096,
+    },
+    "granite-3.1-8b": {
+        "architectures": ["GraniteForCausalLM"],
+        "attention_bias": False,
+        "attention_multiplier": 0.0078125,
+        "embedding_multiplier": 12.0,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 12800,
+        "logits_scaling": 16.0,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "granite",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "pad_token_id": 0,
+        "residual_multiplier": 0.22,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": 49155,
+    },
+}
+PARAMETERS = {
+    "granite-3.1-8b": 8.17e9,
+    "Mistral-Nemo": 12.25e9,
+    "Mixtral-8x7B": 46.70e9,
+    "Phi-3-mini-128k": 3.82e9,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read_completely(name):
+    config = parse_config({**SIZES, **PUBLISHED[name]}, name)
+    assert config.unread == ()
+    Oracle({**SIZES, **PUBLISHED[name]}, None)  # which has its own reading of it
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_plan_has_as_many_parameters_as_the_model(name):
+    """The sizes are those that the models are known by."""
+    plan = make_plan(parse_config({**SIZES, **PUBLISHED[name]}, name), 1)
+    found = sum(np.prod(shard.shape) for shard in plan.tensors.values())
+    assert found == pytest.approx(PARAMETERS[name], rel=2e-3)
+
+
+# --- which path -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("tinyllama", None),
+        ("mixtral", "experts"),
+        ("gemma2", "1 + weight"),
+        ("granite", "scaled embeddings"),
+        ("phi3-longrope", "longrope"),
+        ("qwen2-window", "one sliding window"),
+        ("qwen3", "norm of q and k"),
+        ("qwen3-yarn", "yarn"),
+    ],
+)
+def test_the_fused_path_refuses_what_its_kernels_cannot_do(name, reason):
+    fields = json.loads((GOLDENS / name / "config.json").read_text())
+    config = parse_config({**fields, "hidden_size": 64, "head_dim": 8}, name)
+    device = SimpleNamespace(dtype=np.dtype(np.float16))
+    found = unfit(config, make_plan(config, 1), device, "auto")
+    assert found is None if reason is None else reason in found
+
+
+def test_the_fused_path_names_each_multiplier():
+    def reason(**fields):
+        fields = {"attention_multiplier": 8**-0.5} | fields
+        config = parse_config({**CONFIG, **GRANITE, **fields}, "here")
+        return unfit(config, make_plan(config, 1), SimpleNamespace(dtype=np.dtype(np.float16)), "auto")
+
+    assert reason() is None  # with all of them as in a Llama
+    assert "scaled embeddings" in reason(embedding_multiplier=12.0)
+    assert "another scale of the scores" in reason(attention_multiplier=0.25)
+    assert "residual_multiplier" in reason(residual_multiplier=0.22)
+    assert "logits_scaling" in reason(logits_scaling=8.0)
+
+
+# --- Granite --------------------------------------------------------------------------------------------
+
+
+def test_what_granite_assumes_and_what_it_does_not_support():
+    config = parse_config({**CONFIG, **GRANITE}, "here")
+    assert (config.embedding_multiplier, config.attention_multiplier) == (1, 1)
+    assert (config.residual_multiplier, config.logits_scaling) == (1, 1)
+    for fields, words in (
+        ({"residual_multiplier": -0.22}, r"residual_multiplier is -0\.22, expected a positive number"),
+        ({"logits_scaling": 0}, "logits_scaling is 0, expected a positive number"),
+        ({"attention_multiplier": None}, "attention_multiplier is missing"),
+    ):
+        with pytest.raises(InputError, match=words):
+            parse_config({**CONFIG, **GRANITE, **fields}, "here")
+
+
+def test_a_llama_has_no_multipliers():
+    """They are named as unknown, and neither side computes with them."""
+    fields = {**CONFIG, "embedding_multiplier": 12.0, "attention_multiplier": 1, "logits_scaling": 8.0}
+    config, reference = parse_config({**fields, "residual_multiplier": 0.22}, "here"), Oracle(fields, None)
+    assert sorted(config.unread) == sorted({"residual_multiplier", *fields} - {*CONFIG})
+    assert config.attention_multiplier == pytest.approx(1 / reference.score_root, rel=1e-15)
+    assert config.embedding_multiplier == reference.embedding_scale == 1
+    assert config.residual_multiplier == reference.residual_scale == 1
+    assert config.logits_scaling == reference.logits_divisor == 1
+
+
+def test_scaled_rounds_once():
+    """0.22 is off by 1 in 800 in bfloat16, and so would all be that a layer adds."""
+    x = np.arange(1, 100).astype(ml_dtypes.bfloat16)
+    expected = (np.float64(x) * 0.22).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(ops.scaled(np, x, 0.22), expected)
+    assert (expected != x * ml_dtypes.bfloat16(0.22)).any()
+    assert ops.scaled(np, x, 1.0) is x
+
+
+# --- Gemma ----------------------------------------------------------------------------------------------
+
+
+def test_layers_of_gemma_have_a_window_in_turn():
+    fields = {**CONFIG, **GEMMA2, "num_hidden_layers": 3, "sliding_window": 7}
+    assert parse_config(fields, "here").windows == [7, None, 7]
+    assert Oracle(fields, None).windows == [7, None, 7]
+    listed = {**fields, "layer_types": ["full_attention", "full_attention", "sliding_attention"]}
+    assert parse_config(listed, "here").windows == Oracle(listed, None).windows == [None, None, 7]
+
+
+def test_a_pass_is_as_short_as_the_layer_without_a_window_needs(monkeypatch):
+    config = parse_config({**CONFIG, **GEMMA2, "sliding_window": 7, "max_position_embeddings": 8192}, "here")
+    model_ = SimpleNamespace(config=config, plan=make_plan(config, 1), fused=False, prefill_chunk=512)
+    monkeypatch.setattr("minitp.generate.SCORES", 4 * 4 * 10_000)
+    assert largest_pass(model_, past=9488) == 4  # of four heads and 9488 + 512 keys
+    assert keys_read(model_, stop=100, tokens=1) == (7 + 100) // 2
+
+
+def test_what_gemma_assumes_and_what_it_does_not_support():
+    config = parse_config({**CONFIG, **GEMMA2}, "here")
+    assert config.hidden_act == "gelu_pytorch_tanh"
+    assert (config.tie_word_embeddings, config.head_dim) == (True, 256)
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
+    uncapped = parse_config({**CONFIG, **GEMMA2, "attn_logit_softcapping": None}, "here")
+    assert uncapped.attn_logit_softcapping is None
+    for fields, words in (
+        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu', expected 'gelu_pytorch_tanh'"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0, expected a positive number"),
+    ):
+        with pytest.raises(InputError, match=words):
+            parse_config({**CONFIG, **GEMMA2, **fields}, "here")
+
+
+def test_gemmas_embeddings_are_multiplied_by_a_number_of_their_dtype():
+    source, device = open_model(str(GOLDENS / "gemma2"), 1), open_device("bfloat16")
+    (found,) = run_threads(1, lambda comm: load_model(source, comm, device).embedding_multiplier)
+    assert found == float(ml_dtypes.bfloat16(math.sqrt(42))) != math.sqrt(42)
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_soft_cap(cap):
+    x = np.array([-1e4, -3.0, -1e-3, 0.0, 0.2, 5.0, 1e4])
+    np.testing.assert_allclose(oracle_ops.soft_cap(x, cap), cap * np.tanh(x / cap), rtol=0, atol=1e-14 * cap)
+    # tanh is good to an ulp or two, its argument to half a one, and near 0 so is what comes out.
+    np.testing.assert_allclose(ops.soft_cap(np, np.float32(x), cap), oracle_ops.soft_cap(x, cap), rtol=4e-7)
+
+
+def test_geglu():
+    """Values of the erf form, of which the tanh form is an approximation to within 5e-4."""
+    x = np.linspace(-6, 6, 49)
+    exact = [v / 2 * (1 + math.erf(v / math.sqrt(2))) for v in x]
+    np.testing.assert_allclose(oracle_ops.geglu(x, np.ones(49)), exact, rtol=0, atol=5e-4)
+    gate_up = np.float32(np.stack((x, np.full(49, 2.0)), axis=1))  # [T, 2]
+    expected = oracle_ops.geglu(gate_up[:, :1], gate_up[:, 1:])
+    # 1 + tanh has the roundings of 1, and is multiplied by x / 2 and 2.
+    np.testing.assert_allclose(ops.geglu(np, gate_up), expected, rtol=4e-7, atol=6 * 2**-23)
+
+
+# --- what is said at start ------------------------------------------------------------------------------
+
+
+def test_longrope_says_where_it_ends(capsys):
+    warn_of_unread_fields(open_model(str(GOLDENS / "phi3-longrope"), 1))
+    assert (
+        "'longrope' is supported up to its original context, which ends at 64 tokens"
+        in capsys.readouterr().err
+    )
+    warn_of_unread_fields(open_model(str(GOLDENS / "phi3"), 1))
+    assert capsys.readouterr().err == ""
+
+
+def test_plan_says_which_layers_have_a_window(capsys):
+    assert main(["plan", "--model", str(GOLDENS / "gemma2"), "--gpu", "h100", "--tp", "2"]) == 0
+    assert "reads the last 7 in 2 of 3 layers." in " ".join(capsys.readouterr().out.split())
+
+
+# --- experts --------------------------------------------------------------------------------------------
+
+
+def test_more_experts_a_token_than_there_are():
+    with pytest.raises(InputError, match="num_experts_per_tok is 3, expected at most num_local_experts, 2"):
+        parse_config({**CONFIG, **MIXTRAL, "num_local_experts": 2, "num_experts_per_tok": 3}, "here")
+
+
+def test_of_equal_logits_the_first_are_chosen():
+    chosen, shares = moe.route(np, np.zeros((2, 5), np.float32), 2)
+    assert chosen.tolist() == [[0, 1], [0, 1]]
+    np.testing.assert_array_equal(shares, 0.5)
+    assert oracle_ops.route(np.zeros((1, 5)), 2).tolist() == [[0.5, 0.5, 0, 0, 0]]
+
+
+def test_shares_of_experts_that_are_nearly_nothing_are_chosen_all_the_same():
+    """e^-200 is 0 in float32, and the choice must not go by it."""
+    chosen, shares = moe.route(np, np.array([[-200, -400, 0, -300]], np.float32), 2)
+    assert (chosen.tolist(), shares.tolist()) == ([[0, 2]], [[0.0, 1.0]])
+
+
+def test_a_token_reads_its_own_experts_and_many_tokens_all_of_them():
+    config = parse_config({**CONFIG, **MIXTRAL, "num_local_experts": 8}, "here")
+    plan, layers, expert = make_plan(config, 1), CONFIG["num_hidden_layers"], 3 * 32 * 48
+
+    def read(tokens):
+        return rank_work(config, plan, 0, Pass(tokens, 1, 0), "float32")[0]
+
+    everything = 4 * (sum(np.prod(shard.shape) for shard in plan.tensors.values()) - 258 * 32)
+    assert read(1)[0] == everything - 4 * layers * 6 * expert
+    assert read(10**6)[0] == everything
+    assert read(1)[1] == 2 * (read(1)[0] / 4 - (2 * layers + 1) * 32)  # a product and a sum for each weight
+
+
+# --- joined tensors -------------------------------------------------------------------------------------
+
+
+def test_a_missing_joined_tensor_is_named(tmp_path):
+    directory = copied("phi3-longrope", tmp_path / "model", lambda tensors: tensors.pop(QKV))
+    with pytest.raises(InputError, match=rf"{QKV} is missing, expected shape \[96, 48\]"):
+        open_model(directory, 2)
+
+
+def test_a_joined_tensor_of_another_shape_is_refused(tmp_path):
+    def without_v(tensors):
+        tensors[QKV] = tensors[QKV][:72].copy()
+
+    directory = copied("phi3-longrope", tmp_path / "model", without_v)
+    with pytest.raises(InputError, match=rf"{QKV} has shape \[72, 48\], expected \[96, 48\]"):
+        open_model(directory, 2)
+
+
+def test_separate_tensors_are_not_taken_for_joined_ones(tmp_path):
+    def separate(tensors):
+        q, k, v = np.split(tensors.pop(QKV), [48, 72])
+        for part, rows in zip("qkv", (q, k, v), strict=True):
+            tensors[QKV.replace("qkv", part)] = rows.copy()
+
+    directory = copied("phi3-longrope", tmp_path / "model", separate)
+    with pytest.raises(InputError, match=f"{QKV} is missing"):
+        open_model(directory, 2)
+
+
+@pytest.mark.parametrize("tp", [1, 4, 6])
+def test_shards_of_joined_tensors_put_together_are_the_file(tp, tmp_path):
+    """By plan.json: each part's ranges, and where in which of the file's tensors it was."""
+    write_shards(tmp_path, open_model(str(GOLDENS / "phi3-longrope"), tp))
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    ranks = [load_file(tmp_path / f"rank{r}.safetensors") for r in range(tp)]
+    file = load_file(GOLDENS / "phi3-longrope" / "model.safetensors")
+    rebuilt = {name: np.zeros_like(array) for name, array in file.items()}
+    for name, entry in plan["tensors"].items():
+        first = entry.get("first_row", 0)
+        whole = rebuilt[entry.get("part_of", name)][first : first + entry["shape"][0]]
+        for tensors, (start, stop) in zip(ranks, entry["ranges"] or [(0, None)] * tp, strict=True):
+            whole[(slice(None),) * (entry["axis"] or 0) + (slice(start, stop),)] = tensors[name]
+    for name, array in file.items():
+        np.testing.assert_array_equal(rebuilt[name], array, err_msg=name)
+
+
+def test_some_layers_of_a_joined_checkpoint():
+    assert open_model(str(GOLDENS / "phi3-longrope"), 2, layers=1).plan.layers == 1
+
+
+@pytest.mark.parametrize("called", ["su", "yarn", "longrope"])
+def test_what_phi3_calls_longrope(called):
+    scaling = {"type": called, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = parse_config({**CONFIG, **PHI3, "rope_scaling": scaling}, "here")
+    assert (config.rope.rope_type, config.rope.original_max_position_embeddings) == ("longrope", 4096)
+
+
+def test_a_phi_that_turns_a_part_of_each_head_is_refused():
+    with pytest.raises(InputError, match=r"partial_rotary_factor is 0\.75"):
+        parse_config({**CONFIG, **PHI3, "partial_rotary_factor": 0.75}, "here")

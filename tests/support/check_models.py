@@ -1,0 +1,67 @@
+"""The models that `check` is tried on, and whom it blames."""
+
+from paths import GOLDENS
+from safetensors.numpy import load_file, save_file
+from tiny import write_tiny
+
+NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
+
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+# Nothing divides: 9 query heads on 3 KV heads, 37 FFN columns, 101 tokens.
+SHAPE = {"vocab_size": 101, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 3}
+
+
+SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 6, "max_position_embeddings": 64}
+
+
+SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+GEMMA = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": 10}
+
+
+GEMMA |= {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0, "sliding_window": 5}
+
+
+GRANITE = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "attention_bias": True}
+
+
+GRANITE |= {"embedding_multiplier": 3.0, "attention_multiplier": 0.1}
+
+
+GRANITE |= {"residual_multiplier": 0.22, "logits_scaling": 7.0}
+
+
+MODELS = {
+    "gemma": GEMMA,
+    "granite": GRANITE,
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "scaled": {"rope_scaling": {**SCALING, "original_max_position_embeddings": 32}},
+    "mixture": {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}},
+    "loud": {},
+    "normed": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+    "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5},
+}
+
+
+# A token of each rank's share of the vocabulary, the first and the last row among them.
+PROMPT = [100, 3, 40, 60, 80, 15, 25, 35, 52, 71, 95, 0]
+
+
+def write_models(root, shape):
+    """MODELS in this shape: their directories by name."""
+    found = {name: write_tiny(root / name, tokenizer=False, **{**shape, **f}) for name, f in MODELS.items()}
+    tensors = load_file(found["loud"] / "model.safetensors")
+    for i in range(3):  # scores of a hundred and more, as exp() in float32 cannot take them
+        tensors[f"model.layers.{i}.self_attn.q_proj.weight"] *= 100
+    save_file(tensors, found["loud"] / "model.safetensors")
+    return found
+
+
+def blame(result):
+    return [(finding.name, finding.rank) for finding in result.blamed()]

@@ -1,0 +1,42 @@
+"""benchmarks/gpu/run.py with steps that take no time; test_gpu_steps starts it in place of the real one.
+
+    python gpu_benchmark.py FOLDER [OPTIONS OF gpu.py]
+
+The file and the outputs go to FOLDER. The long steps print the number of their process and then wait for as
+many seconds as the variable WAIT_S says; the figure that is measured is FIGURE.
+"""
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from paths import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
+
+import run
+from steps import Step
+
+
+def python(text):
+    return [sys.executable, "-c", text]
+
+
+def steps(group):
+    wait = f"import os, time; print(os.getpid(), flush=True); time.sleep({os.environ.get('WAIT_S', 0)})"
+    figure = f"print('{{\"figure\": {os.environ.get('FIGURE', 'null')}}}')"
+    return {
+        "checks": [
+            Step("tests", python("print('12 passed')"), 20, required=True),
+            Step("check, long", python(wait), 20, required=True),
+        ],
+        "speed": [Step("figure", python(figure), 20), Step("long figure", python(wait), 20, least_s=5)],
+        "peers": [Step("peer", python("1/0"), 20, lambda: "no peer here")],
+    }[group]
+
+
+run.GROUPS = {group: partial(steps, group) for group in run.GROUPS}
+run.Results = partial(run.Results, folder=Path(sys.argv.pop(1)))
+if __name__ == "__main__":
+    sys.exit(run.main())

@@ -1,0 +1,270 @@
+"""What benchmarks/gpu runs, on the stand-in for CuPy: commands, parts, table, reasons to skip a step."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from on_gpu import ENVIRONMENT
+from paths import ROOT
+
+from minitp import ops
+from minitp.errors import InputError
+from minitp.launch.supervisor import find_mpirun
+
+FACTS = {"gpu": "A GPU 80GB", "date": "2030-01-02", "versions": {"cupy": "14.2.0"}}
+MODULES = ("commands", "mpich", "parts", "results", "steps", "table")
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """The modules of benchmarks/gpu."""
+    sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    sys.path.remove(str(ROOT / "benchmarks" / "gpu"))
+
+
+def python(text):
+    return [sys.executable, "-c", text]
+
+
+def all_steps(gpu):
+    return [*gpu.commands.checks(), *gpu.commands.measurements(), *gpu.commands.peers()]
+
+
+# --- the steps ------------------------------------------------------------------------------------------
+
+
+def test_every_step_is_a_command_that_there_is(gpu):
+    from minitp.cli.main import parser
+
+    for step in all_steps(gpu):
+        command = [str(part) for part in step.command]
+        if command[1:3] == ["-m", "minitp"]:
+            parser().parse_args(command[3:])
+        elif command[1:3] == ["-m", "pytest"]:
+            assert all((ROOT / file).exists() for file in command if file.startswith("tests/"))
+        else:
+            assert Path(command[1]).exists()
+            assert not command[1].endswith("parts.py") or command[2] in gpu.parts.PARTS
+        assert step.least_s < step.limit_s <= 200
+    slugs = [gpu.steps.slug(step.name) for step in all_steps(gpu)]
+    assert len(set(slugs)) == len(slugs)
+
+
+def test_what_must_be_right_is_required(gpu):
+    assert all(step.required for step in gpu.commands.checks())
+    assert not any(step.required for step in [*gpu.commands.measurements(), *gpu.commands.peers()])
+
+
+def test_every_test_for_a_gpu_runs_there(gpu):
+    """So does every test of a kernel, but for two that have twins there: ipc, test_gpu_tensor_cores."""
+    tests = {path.stem.removeprefix("test_"): path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    assert {name for name, text in tests.items() if "\npytestmark = NEEDS_GPU" in text} == set(
+        gpu.commands.GPU_TESTS
+    )
+    kernels = {name for name, text in tests.items() if "\nfrom cuda_on_cpu import CpuCompiler" in text}
+    expected = {"all_reduce", "tensor_cores", *gpu.commands.KERNEL_TESTS}
+    assert kernels == {f"cuda_{name}" for name in expected}
+
+
+def test_tests_of_kernels_run_through_cupy():
+    tests = "tests/rooms/cuda/test_linear.py::test_a_norm_inside_has_the_bits_of_one_apart"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), ENVIRONMENT["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "kernels_on_gpu", tests],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_reasons(gpu, monkeypatch):
+    assert gpu.commands.missing("json")() is None
+    assert gpu.commands.missing("json", "no_such_package")() == "no_such_package not installed"
+    assert gpu.commands.no_mpirun() is None
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert gpu.commands.no_mpirun().startswith("no mpirun found; MINITP_MPICH=WHEEL ")
+
+
+def test_without_the_demo_model_nothing_is_fetched(gpu, tmp_path, monkeypatch):
+    def no_process(*_, **__):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", no_process)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "minitp"
+    assert gpu.commands.no_demo() == f"the demo model is not in {folder}"
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else there(name))
+    assert gpu.commands.no_demo() == f"the demo model is not in {folder}, and gguf not installed"
+    (folder / gpu.commands.NAME).mkdir(parents=True)
+    assert gpu.commands.no_demo() is None
+
+
+# --- mpirun from a wheel --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    """A wheel of mpich's form, in a folder of its own."""
+    path = tmp_path / "wheels" / "mpich-5.0.2-py3-none-any.whl"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("bin/mpirun", "bin/hydra_pmi_proxy"):
+            archive.writestr(f"mpich-5.0.2.data/data/{name}", "#!/bin/sh\necho this is ${0##*/}\n")
+        archive.writestr("mpich-5.0.2.data/data/lib/libmpi.so.12", "")
+    return path
+
+
+@pytest.mark.parametrize("form", ["wheel", "folder", "unpacked"])
+def test_mpirun_comes_from_a_wheel(gpu, wheel, tmp_path, monkeypatch, form):
+    given = {"wheel": wheel, "folder": wheel.parent, "unpacked": tmp_path / "by hand"}[form]
+    if form == "unpacked":
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(given)
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    monkeypatch.chdir(tmp_path)
+    gpu.mpich.use_mpich(os.path.relpath(given), tmp_path / "unpacked")
+    data = (given if form == "unpacked" else tmp_path / "unpacked") / "mpich-5.0.2.data" / "data"
+    assert Path(os.environ["PATH"].split(os.pathsep)[0]) == data / "bin"
+    assert find_mpirun() == str(data / "bin" / "mpirun")
+    assert (os.environ["LD_LIBRARY_PATH"], os.environ["MPI4PY_MPIABI"]) == (str(data / "lib"), "mpich")
+    for name in ("mpirun", "hydra_pmi_proxy"):
+        said = subprocess.run([data / "bin" / name], capture_output=True, text=True, check=True).stdout
+        assert said == f"this is {name}\n"
+
+
+def test_an_mpirun_that_would_be_taken_instead_is_named(gpu, wheel, tmp_path, monkeypatch):
+    mpirun = tmp_path / "python" / "mpirun"
+    mpirun.parent.mkdir()
+    mpirun.touch()
+    monkeypatch.setattr(sys, "executable", str(mpirun.with_name("python")))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(InputError, match=f"{mpirun} stands next to this Python"):
+        gpu.mpich.use_mpich(str(wheel), tmp_path / "unpacked")
+
+
+# --- the parts ------------------------------------------------------------------------------------------
+
+
+def part(name, *argv, **variables):
+    """(exit code, lines of stdout and stderr)"""
+    paths = os.pathsep.join([str(ROOT), ENVIRONMENT["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / name, *argv],
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": paths, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_families_on_the_fused_path(gpu):
+    code, lines = part("parts.py", "goldens", "fused", "float16", "gemma2", "tinyllama")
+    assert code == 0
+    assert re.fullmatch(r"gemma2: not on the fused path: .*", lines[0])
+    assert re.fullmatch(r"tinyllama: all steps within bounds for all 2 layers \(\d+ arrays .*", lines[1])
+    assert lines[2:] == ["right: 1 of 2 families; not on the fused path: 1"]
+
+
+def test_no_family_on_the_fused_path_is_a_failure(gpu):
+    code, lines = part("parts.py", "goldens", "fused", "float16", "gemma2")
+    assert (code, lines[1:]) == (1, ["none of 1 families takes the fused path"])
+
+
+@pytest.mark.usefixtures("cupy")
+def test_a_family_that_is_wrong_is_a_failure_and_the_others_go_on(gpu, capsys, monkeypatch):
+    right = ops.soft_cap
+    monkeypatch.setattr(ops, "soft_cap", lambda xp, x, cap: right(xp, x, cap) * np.float32(1.01))
+    with pytest.raises(SystemExit, match="wrong: 2 of 3 families: nowhere, gemma2"):
+        gpu.parts.goldens("explicit", "float32", "nowhere", "gemma2", "tinyllama")
+    nowhere, gemma2, tinyllama = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"nowhere: .*: no such directory.*", nowhere)
+    assert re.match(r"gemma2: first wrong step: prefill/layers.0.attn.scores, layer 0, rank 0: ", gemma2)
+    assert re.match(r"tinyllama: all steps within bounds ", tinyllama)
+
+
+def test_four_processes_on_one_gpu():
+    code, lines = part("ipc.py", STAND_IN_GPUS="1")
+    said = "20 sums, and 20 with the norm, of 4 processes are NumPy's in float16 and bfloat16"
+    assert (code, lines) == (0, [said])
+
+
+# --- the table ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.mpi
+def test_table_and_file(gpu, tiny, tmp_path, monkeypatch):
+    """Real steps in small: their figures are found under the names that the table wants."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    commands, step = gpu.commands, gpu.steps.Step
+    bench = ["bench", "--json", "--model", tiny, "--prompt-tokens", 8, "-n", 4, "--rounds", 1]
+    shared = ["check", "--tokens", "1,2,3", "--model", tiny, "--tp", 4, "--share-gpu", "--path", "fused"]
+    wanted = [
+        step("NCCL, one rank", commands.script("parts.py", "nccl"), 60),
+        step("decode", commands.minitp(*bench, "--tp", 1, "--profile"), 60),
+        step("prefill", commands.minitp(*bench, "--tp", 1), 60),
+        step("rank 0 of 4, decode", commands.minitp(*bench, "--as-rank", 0, "--of", 4), 60),
+        step("16 tokens", commands.minitp(*bench, "--tp", 1), 60),
+        step("16 requests", commands.minitp(*bench, "--tp", 1, "--requests", 2), 60),
+        step("batches", python(
+            "print('{\"sweep\": {\"points\": [{\"batch\": 1, \"step_s\": 0.0042}]}}')"), 20),
+        step("loading", commands.minitp(*bench, "--tp", 1), 60),
+        step("four ranks on one GPU", commands.minitp(*shared, "--comm", "nccl"), 60, commands.no_mpirun),
+        step("transformers", python(
+            "print('{\"decode_tokens_per_s\": 2.0, \"prefill_tokens_per_s\": 3.0}')"), 20),
+        step("a failure", python("1/0"), 20),
+    ]  # fmt: skip
+    monkeypatch.setenv("STAND_IN_GPUS", "1")
+    results = gpu.results.Results(FACTS, [one.name for one in reversed(wanted)], tmp_path / "results")
+    outcomes = gpu.steps.Runner(results.outputs, 300, results.add).run(wanted)
+    assert [one["status"] for one in outcomes] == ["ok"] * 10 + ["failed"]
+    text = "\n".join(gpu.table.table(FACTS, outcomes))
+    for words in (
+        "A GPU 80GB, 2030-01-02; cupy 14.2.0",
+        "exit code 1: ZeroDivisionError",
+        "reads of the GPU's memory",
+        "of the reads",
+        "of the matrix rate",
+        "14 launches",
+        "with 5 all-reduces, not run here",
+        "4 tokens of each of 1 calls",
+        "2 requests of 8 + 4 tokens at once",
+        "of their steps' limit",
+        "1: 4.20",
+        "of reading that file",
+        "times as fast",
+    ):
+        assert words in text
+    assert results.path.name == "a-gpu-80gb-2030-01-02.json"
+    assert results.outcomes() == outcomes[::-1]
+    again = gpu.results.Results(FACTS, [], tmp_path / "results")
+    assert again.outcomes() == outcomes[::-1]
+    assert again.outcomes()[-2]["result"]["profile"]["launches"] == 14
+
+
+def test_the_table_of_nothing(gpu):
+    assert gpu.table.table(FACTS, []) == ["A GPU 80GB, 2030-01-02; cupy 14.2.0", ""]
+    outcome = {
+        "name": "decode",
+        "status": "failed",
+        "at": "12:30",
+        "seconds": 1.0,
+        "said": "no",
+        "result": None,
+    }
+    assert gpu.table.table(FACTS, [outcome])[-1].split() == ["12:30", "decode", "failed", "1", "s", "no"]

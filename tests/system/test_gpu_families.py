@@ -1,0 +1,51 @@
+"""Every family of the goldens through `check` in bfloat16, on the GPUs of the stand-in."""
+
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from on_gpu import model_on_gpu, run_on_gpus
+from paths import GOLDENS
+
+from minitp.check.run import check_model
+from minitp.loading.source import open_model
+from minitp.trace.record import passes_of
+
+pytestmark = pytest.mark.usefixtures("cupy")
+
+NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
+# Those whose operations and sizes all have kernels; `unfit` says what the others lack.
+FUSED = {"llama-bias", "llama1", "mistral-nemo", "mistral-v01", "mistral-v03", "text", "tinyllama"}
+PROMPT = [3, 40, 60, 80, 15]
+
+
+def checked(name, path):
+    """The kind of model, and what is blamed, at TP=2."""
+    source = open_model(str(GOLDENS / name), 2)
+
+    def rank(comm):
+        model = model_on_gpu(GOLDENS / name, comm, "bfloat16", path=path)
+        result = check_model(source, model, PROMPT, passes_of(len(PROMPT), 1))
+        return type(model).__name__, [(one.name, one.rank, one.note) for one in result.blamed()]
+
+    return run_on_gpus(2, rank)[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_explicit_operations(name):
+    assert checked(name, "explicit") == ("Model", [])
+
+
+@pytest.mark.parametrize("name", sorted(FUSED))
+def test_the_kernels(name):
+    assert checked(name, "fused") == ("FusedModel", [])
+
+
+def test_the_families_with_kernels():
+    from minitp.cuda.fused import unfit
+
+    device = SimpleNamespace(dtype=np.dtype(ml_dtypes.bfloat16))
+    sources = {name: open_model(str(GOLDENS / name), 2) for name in NAMES}
+    fit = {name for name, one in sources.items() if unfit(one.config, one.plan, device, "auto") is None}
+    assert fit == FUSED

@@ -1,0 +1,202 @@
+"""How benchmarks/gpu runs its steps, whatever they are: in time, to the end or a signal, into one file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from on_gpu import ENVIRONMENT
+from paths import GPU_BENCHMARK as GPU
+from paths import ROOT
+
+
+@pytest.fixture(scope="module")
+def steps():
+    """The module steps."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import steps
+
+    yield steps
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def python(text):
+    return [sys.executable, "-c", text]
+
+
+# --- one step -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_steps_end_in_their_own_ways(steps, tmp_path, monkeypatch, together):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    wanted = [
+        steps.Step("fine", python("print('first'); print('12 passed')"), 20),
+        steps.Step("object", python("import sys; print('{\"a\": 1}'); print('bye', file=sys.stderr)"), 20),
+        steps.Step("bad", python("import sys; print('out'); print('why', file=sys.stderr); sys.exit(3)"), 20),
+        steps.Step("slow, very", python("import time; print('begun'); time.sleep(20)"), 1),
+        steps.Step("elsewhere", python("1/0"), 20, lambda: "no such thing here"),
+    ]
+    done = []
+    outcomes = steps.Runner(tmp_path, 60, done.append).run(wanted, together)
+    found = {one["name"]: (one["status"], one["said"], one["result"]) for one in outcomes}
+    assert found == {
+        "fine": ("ok", "12 passed", None),
+        "object": ("ok", "bye", {"a": 1}),
+        "bad": ("failed", "exit code 3: why", None),
+        "slow, very": ("failed", "took longer than 1 s", None),
+        "elsewhere": ("skipped", "no such thing here", None),
+    }
+    assert sorted(done, key=lambda one: one["name"]) == sorted(outcomes, key=lambda one: one["name"])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "fine.txt": "first\n12 passed\n",
+        "object.txt": '{"a": 1}\nbye\n',
+        "bad.txt": "out\nwhy\n",
+        "slow-very.txt": "begun\n",
+    }
+
+
+@pytest.mark.parametrize(("required", "status"), [(True, "failed"), (False, "skipped")])
+def test_a_step_for_which_too_little_time_is_left(steps, tmp_path, required, status):
+    """A check that was not made is not as good as one that was; a figure is only missing."""
+    sleep = python("import time; time.sleep(60)")
+    wanted = [
+        steps.Step("cut", sleep, 20, required=required),
+        steps.Step("late", sleep, 20, required=required),
+    ]
+    outcomes = steps.Runner(tmp_path, 1.1, lambda outcome: None).run(wanted)
+    said = ["stopped after 1 s: no time was left for it", "no time was left for it"]
+    assert [(one["status"], one["said"]) for one in outcomes] == [(status, text) for text in said]
+
+
+def test_a_step_is_not_begun_with_less_time_than_it_needs(steps, tmp_path):
+    wanted = [steps.Step("long", python("1/0"), 80, least_s=30), steps.Step("short", python(""), 20)]
+    outcomes = steps.Runner(tmp_path, 15, lambda outcome: None).run(wanted)
+    assert [(one["status"], one["said"]) for one in outcomes] == [
+        ("skipped", "no time was left for it"),
+        ("ok", ""),
+    ]
+
+
+def test_as_many_at_a_time_as_there_are_cores(steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "cores", lambda: 2)
+    text = (
+        "import json, os, time; begun = time.time(); time.sleep(0.2); "
+        "print(json.dumps([begun, time.time(), os.environ['OPENBLAS_NUM_THREADS']]))"
+    )
+    wanted = [steps.Step(f"step {n}", python(text), 20) for n in range(5)]
+    outcomes = steps.Runner(tmp_path, 60, lambda outcome: None).run(wanted, together=True)
+    times = [json.loads(one["said"]) for one in outcomes]
+    at_once = [sum(begun <= start < ended for begun, ended, _ in times) for start, _, _ in times]
+    assert max(at_once) == 2
+    assert {threads for _, _, threads in times} == {"2"}
+
+
+# --- a run ----------------------------------------------------------------------------------------------
+
+
+def start(folder, *options, **variables):
+    return subprocess.Popen(
+        [*GPU, str(folder), *options],
+        env={**os.environ, **ENVIRONMENT, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(folder, *options, **variables):
+    """(exit code, stdout)"""
+    process = start(folder, *options, **variables)
+    out, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    return process.returncode, out
+
+
+def written(folder):
+    """name -> status of the steps in the only file, in order."""
+    (path,) = folder.glob("*.json")
+    return {one["name"]: one["status"] for one in json.loads(path.read_text())["steps"]}
+
+
+def test_two_runs_of_parts_make_one_file(tmp_path):
+    """A new outcome replaces an old one, but not if the step was skipped now."""
+    code, out = run(tmp_path, "--only", "speed", FIGURE="1")
+    assert (code, written(tmp_path)) == (0, {"figure": "ok", "long figure": "ok"})
+    assert "12 passed" not in out
+    code, out = run(tmp_path, "--only", "checks")
+    every = {"tests": "ok", "check, long": "ok", "figure": "ok", "long figure": "ok"}
+    assert (code, list(written(tmp_path).items())) == (0, list(every.items()))
+    assert [word in out for word in ("12 passed", "figure  ", "peer")] == [True, True, False]
+    code, _ = run(tmp_path, "--only", "speed", "--budget", "4", FIGURE="2")
+    assert (code, written(tmp_path)) == (0, every)
+    (path,), (outputs,) = tmp_path.glob("*.json"), [one for one in tmp_path.iterdir() if one.is_dir()]
+    assert path.stem == outputs.name
+    assert outputs.name.startswith("a-stand-in-for-a-gpu-2")
+    assert json.loads(path.read_text())["steps"][2]["result"] == {"figure": 2}
+    assert {one.stem for one in outputs.iterdir()} == {"tests", "check-long", "figure", "long-figure"}
+    code, out = run(tmp_path, "--budget", "1.5", WAIT_S="20")
+    assert (code, written(tmp_path)) == (1, every | {"check, long": "failed", "peer": "skipped"})
+    assert "no peer here" in out
+
+
+@pytest.mark.parametrize(
+    ("number", "group", "expected"),
+    [
+        (signal.SIGINT, "checks", {"tests": "ok", "check, long": "failed"}),
+        (signal.SIGTERM, "speed", {"figure": "ok", "long figure": "skipped"}),
+    ],
+)
+def test_a_signal_ends_the_steps_and_the_table_comes(tmp_path, number, group, expected):
+    process = start(tmp_path, "--only", group, WAIT_S="15")
+    until(lambda: ['"ok"' in path.read_text() for path in tmp_path.glob("*.json")])
+    (pid,) = until(lambda: [path.read_text().strip() for path in tmp_path.glob("*/*long*.txt")])
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=4)  # SIGKILL would come later
+    assert process.returncode == 128 + number
+    assert written(tmp_path) == expected
+    for name, status in expected.items():
+        (line,) = [line for line in out.splitlines() if f"  {name}  " in line]
+        assert status in line
+        assert ("interrupted" in line) == (status != "ok")
+    assert out.splitlines()[-1].startswith("written: ")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
+
+
+def until(function, seconds=10):
+    """What function() returns, once that is a list of one or more true values."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = function()
+        if found and all(found):
+            return found
+        time.sleep(0.05)
+    return pytest.fail("it has not come")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_run_sh_hands_its_arguments_on(number):
+    options = [["--only", "nothing"], ["--budget", "0"]][number]
+    done = subprocess.run(
+        [ROOT / "run.sh", "gpu", *options],
+        env={**os.environ, **ENVIRONMENT, "MINITP_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 2
+    assert f"{options[0]}: invalid" in done.stderr
+
+
+def test_a_wheel_that_is_not_there_ends_it_at_once(tmp_path):
+    process = start(tmp_path, MINITP_MPICH="/nowhere/mpich.whl")
+    assert process.communicate(timeout=60) == (
+        "",
+        "minitp: MINITP_MPICH=/nowhere/mpich.whl: expected an mpich wheel, a folder that holds one, or an "
+        "unpacked one\n",
+    )
+    assert process.returncode == 2

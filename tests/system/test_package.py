@@ -1,0 +1,77 @@
+"""The wheel: it builds, holds all that minitp reads, and runs from where it is installed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from minitp import __version__
+
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+
+
+def finished(command, **options):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, for building leaves its files behind."""
+    copy = tmp_path_factory.mktemp("package") / "source"
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        copy.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "minitp", copy / "minitp", ignore=shutil.ignore_patterns("__pycache__"))
+    finished([*PIP, "wheel", "--no-deps", "--wheel-dir", str(copy.parent), str(copy)])
+    (found,) = copy.parent.glob("*.whl")
+    return found
+
+
+def test_it_holds_every_file(wheel):
+    here = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "minitp").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {Path(name).suffix for name in here} >= {".py", ".cu", ".h", ".html", ".css", ".js"}
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    about = f"minitp-{__version__}.dist-info/"
+    assert {name for name in names if not name.startswith(about)} == here
+    assert {about + "METADATA", about + "entry_points.txt", about + "licenses/LICENSE"} <= names
+
+
+def test_what_it_says_of_itself(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = message_from_bytes(archive.read(f"minitp-{__version__}.dist-info/METADATA"))
+        scripts = archive.read(f"minitp-{__version__}.dist-info/entry_points.txt").decode()
+    assert (metadata["Name"], metadata["Version"]) == ("minitp", __version__)
+    assert metadata["License"] == "Apache-2.0"
+    assert "minitp = minitp.cli.main:main" in scripts
+    assert f"## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_it_runs_where_it_is_installed(wheel, tmp_path):
+    site = tmp_path / "site"
+    finished([*PIP, "install", "--no-deps", "--target", str(site), str(wheel)])
+    how = dict(cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)})
+    command = [sys.executable, "-m", "minitp"]
+    about = json.loads(finished([*command, "info", "--json"], **how))["minitp"]
+    assert about == {"version": __version__, "path": str(site / "minitp")}
+    model = ["--model", "random:smollm2-135m", "--layers", "1", "--tp", "1"]
+    out = finished([*command, "generate", "--tokens", "1,2", "-n", "3", "--json", *model], **how)
+    assert len(json.loads(out)["token_ids"]) == 3
+
+
+def test_the_version_stands_in_one_place():
+    assert "attr: minitp.__version__" in (ROOT / "setup.cfg").read_text()
+    assert "version" not in (ROOT / "pyproject.toml").read_text().replace("target-version", "")

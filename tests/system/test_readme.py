@@ -1,0 +1,55 @@
+"""What README.md and run.sh promise is what there is."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+
+from minitp.cli.main import parser
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def command_parsers():
+    """The parser of each minitp command, by name."""
+    actions = parser()._subparsers._group_actions
+    shown = {action.dest for action in actions[0]._choices_actions}  # those with a help
+    return {name: parser for name, parser in actions[0].choices.items() if name in shown}
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_python_examples_run(number):
+    done = subprocess.run([sys.executable, "-c", PYTHON_BLOCKS[number]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if number < 2:
+        assert done.stdout.startswith(" Paris.\n")
+    assert len(PYTHON_BLOCKS) == 3
+
+
+def test_every_command_is_in_the_table_and_known_to_run_sh():
+    passed_on = re.search(r'^commands="([^"]*)"', (ROOT / "run.sh").read_text(), re.MULTILINE)[1].split()
+    for name in command_parsers():
+        assert f"| `minitp {name} " in README
+        assert name in passed_on, f"run.sh would take {name} for a prompt"
+
+
+def test_every_option_is_in_the_readme_and_every_option_of_the_readme_exists():
+    real = {o for p in command_parsers().values() for o in p._option_string_actions if o.startswith("--")}
+    # Not there: those named by their short form.
+    real -= {"--help", "--max-new-tokens", "--verbose", "--output"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert named == real
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README
+
+
+def test_files_that_the_readme_links_to_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert len(links) > 5
+    for link in links:
+        assert (ROOT / link).exists(), link

@@ -1,0 +1,218 @@
+"""Ranks on two hosts, namespaces of this machine: the same tokens, and an end to whatever goes wrong."""
+
+import json
+import re
+import sys
+
+import hosts
+import pytest
+from paths import FAULTY_WORKER
+from running import alone
+from tiny import write_tiny
+
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.skipif(bool(hosts.missing()), reason=str(hosts.missing())),
+]
+MPIRUN = ["mpirun", "-hosts", "host-a,host-b"]
+IMPATIENT = [  # the command, with seconds in place of the usual times
+    sys.executable,
+    "-c",
+    "import sys\n"
+    "from minitp.cli.main import main\n"
+    "from minitp.comm import wait\n"
+    "wait.LATE_S, wait.LOST_S = 1, 3\n"
+    "sys.exit(main())",
+]
+ENDLESS = ["generate", "--tokens", "1,2,3", "-n", "900000", "--ignore-eos"]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with hosts.two_hosts() as pair:
+        yield pair
+
+
+@pytest.fixture
+def endless(tmp_path):
+    """Arguments of a run that goes on for minutes."""
+    model = write_tiny(tmp_path / "endless", tokenizer=False, max_position_embeddings=1_000_000)
+    return [*ENDLESS, "--model", model]
+
+
+def run_both(first, argv, *options, ranks=4):
+    done = first.run(*MPIRUN, *options, "-n", ranks, "minitp", *argv)
+    return done.returncode, done.stdout, done.stderr
+
+
+# Of four ranks two are on each host; of three, in turn, ranks 0 and 2 on host-a; a block of two first.
+@pytest.mark.parametrize(("ranks", "options"), [(4, []), (3, []), (3, ["-ppn", "2"]), (2, [])])
+@pytest.mark.parametrize("transport", ["auto", "mpi"])
+def test_the_same_tokens(pair, tiny, capsys, ranks, options, transport):
+    argv = ["generate", "Hello", "-n", "12", "--json", "--comm", transport, "--model", tiny]
+    code, out, err = run_both(pair[0], argv, *options, ranks=ranks)
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["token_ids"], found["stats"]["tp"]) == (alone(argv, capsys)["token_ids"], ranks)
+
+
+def test_every_rank_is_checked(pair, tiny):
+    code, out, err = run_both(pair[0], ["check", "Hello", "--model", tiny], ranks=3)
+    assert (code, err) == (0, "")
+    assert re.search(r"all steps within bounds .* on 3 ranks\)\n$", out)
+
+
+def test_shared_memory_alone_will_not_do(pair, tiny):
+    argv = ["generate", "Hello", "--model", tiny, "--comm", "shm"]
+    code, _, err = run_both(pair[0], argv, ranks=2)
+    assert code == 2
+    assert err == "minitp: --comm shm: every rank is on a host of its own; use --comm mpi\n"
+
+
+@pytest.mark.parametrize("part", ["config", "weights"])
+def test_another_model_on_the_other_host(pair, tmp_path, part):
+    here = write_tiny(tmp_path / "here")
+    other = {"config": {"rms_norm_eps": 1e-3}, "weights": {"seed": 1}}[part]
+    there = write_tiny(tmp_path / "there", **other)
+    with pair[1].seeing(there, here):
+        code, out, err = run_both(pair[0], ["generate", "Hello", "--model", here], ranks=3)
+    assert (code, out) == (2, "")
+    assert err == (
+        f"minitp: --model {here}: rank 1 on host-b finds another model than rank 0 on host-a (in {part}); "
+        "give all hosts the same files\n"
+    )
+
+
+def test_no_model_on_the_other_host(pair, tmp_path):
+    model, empty = write_tiny(tmp_path / "model"), tmp_path / "empty"
+    empty.mkdir()
+    with pair[1].seeing(empty, model):
+        code, out, err = run_both(pair[0], ["generate", "Hello", "--model", model], ranks=2)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(f"minitp: {model}/config.json.*\n", err)
+
+
+def test_another_version_on_the_other_host(pair, tiny):
+    code = (
+        "import platform, sys\n"
+        "import minitp\n"
+        "minitp.__version__ = f'of {platform.node()}'\n"
+        "from minitp.cli.main import main\n"
+        "sys.exit(main())"
+    )
+    worker = [sys.executable, "-c", code, "generate", "Hello", "--model", tiny]
+    done = pair[0].run(*MPIRUN, "-n", 3, *worker)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.fullmatch(
+        r"minitp: rank 0 \(pid \d+ on host-a\) has minitp of host-a and rank 1 \(pid \d+ on host-b\) "
+        r"of host-b; install the same on all hosts\n",
+        done.stderr,
+    )
+
+
+def started(pair, argv):
+    """A run of four ranks on both hosts that has begun to write tokens."""
+    return hosts.started(pair[0].inside(*MPIRUN, "-n", 4, *IMPATIENT, *argv))
+
+
+def test_a_killed_rank_ends_all(pair, endless):
+    running = started(pair, endless)
+    pair[1].run("pkill", "-KILL", "-n", "-f", "900000", check=True)
+    code, err = hosts.ended(running, within=10)
+    assert code in (9, 255)  # mpirun's own, as are the words, which vary: there is no front
+    assert err
+    for host in pair:
+        host.check_nothing_runs("900000")
+
+
+def test_a_stopped_rank_is_named_and_ends_all(pair, endless):
+    running = started(pair, endless)
+    pid = pair[1].run("pgrep", "-n", "-f", "900000", check=True).stdout.strip()
+    pair[1].run("kill", "-STOP", pid, check=True)
+    code, err = hosts.ended(running, within=15)
+    assert code == 3
+    rank = next(rank for rank in (1, 3) if f"rank {rank} (pid {pid} on host-b)" in err)
+    # Rank 1 collects what host-b has: so rank 0 waits for rank 1, and rank 1 knows for whom.
+    assert "has waited 1 s for rank 1 " in err
+    assert "minitp: rank 0 on host-a failed: waited 3 s for rank 1 " in err
+    if rank == 3:
+        assert f"on host-b) has waited 1 s for rank 3 (pid {pid} on host-b)\n" in err
+    for host in pair:
+        host.check_nothing_runs("900000")
+
+
+def test_rank_0_may_be_late(pair, tiny):
+    """Then some wait for it by way of others, upon whom they do not give up either."""
+    fault = ["-genv", "MINITP_TEST_FAULT", "lag forward 0", "-genv", "MINITP_TEST_LOST_S", "1"]
+    worker = FAULTY_WORKER
+    argv = ["generate", "Hello", "-n", "8", "--ignore-eos", "--json", "--model", tiny]
+    done = pair[0].run(*MPIRUN, *fault, "-n", 4, *worker, *argv)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["token_ids"]) == 8
+    # Ranks 1 and 3 are on host-b, where rank 1 collects what is of all: rank 3 cannot know why it is late.
+    assert re.search(r"rank 3 \(pid \d+ on host-b\) has waited 0.5 s for rank 1 ", done.stderr)
+    assert "for rank 0" not in done.stderr
+
+
+def test_large_objects_may_take_their_time(pair):
+    """An exchange may: 300 MB are on their way for longer than another wait would last."""
+    code = (
+        "from minitp.comm import wait\n"
+        "wait.LOST_S = 0.02\n"
+        "from minitp.comm.mpi import MpiComm\n"
+        "comm = MpiComm()\n"
+        "parts = comm.exchange(bytes(300_000_000) if comm.rank == 0 else b'')\n"
+        "assert [len(part) for part in parts] == [300_000_000, 0]"
+    )
+    done = pair[0].run(*MPIRUN, "-n", 2, sys.executable, "-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_rank_that_does_not_come_to_the_end(pair):
+    code = (
+        "import time\n"
+        "from minitp.comm import wait\n"
+        "wait.LATE_S, wait.LOST_S = 0.5, 1\n"
+        "from minitp.comm.mpi import MpiComm\n"
+        "from minitp.launch.transport import select_host_comm\n"
+        "comm = select_host_comm(MpiComm())\n"
+        "comm.exchange(None)\n"
+        "if comm.rank == 3: time.sleep(60)\n"
+        "try: comm.close()\n"
+        "except Exception as error:\n"
+        "    print(error, flush=True)\n"
+        "    comm.abort(3)"
+    )
+    done = pair[0].run(*MPIRUN, "-n", 4, sys.executable, "-c", code, timeout=20)
+    assert done.returncode == 3
+    assert re.match(r"waited 1 s for rank 3 \(pid \d+ on host-b\): it, or a rank", done.stdout)
+
+
+def test_a_cut_cable_ends_it(pair, endless):
+    running = started(pair, endless)
+    hosts.set_cable(pair, "down")
+    try:
+        code, err = hosts.ended(running, within=15)
+        pair[0].check_nothing_runs("900000")
+    finally:
+        hosts.set_cable(pair, "up")
+    assert code == 3
+    assert "minitp: rank 0 on host-a failed: waited 3 s for rank 1 (pid " in err
+    pair[1].check_nothing_runs("900000")  # once the cable is back
+
+
+def test_the_wrong_interface(pair, tiny):
+    """Both hosts have a network of one name and address that reaches nobody, as Docker makes them."""
+    argv = ["generate", "Hello", "-n", "4", "--model", tiny]
+    add = "ip link add docker0 type veth peer name inner; ip addr add 172.17.0.1/16 dev docker0"
+    for host in pair:
+        host.run("bash", "-c", f"{add}; ip link set docker0 up; ip link set inner up", check=True)
+    try:
+        wrong, right = (
+            run_both(pair[0], argv, "-genv", "UCX_NET_DEVICES", name, ranks=2) for name in ("docker0", "eth0")
+        )
+    finally:
+        for host in pair:
+            host.run("ip", "link", "delete", "docker0", check=True)
+    assert (wrong[0], "Destination is unreachable" in wrong[2]) == (15, True)
+    assert (right[0], right[2]) == (0, "")
