@@ -145,7 +145,7 @@ class Model:
             s.q_norm = self._norm(s.q, layer.q_norm)  # [H_r, T, d]
             s.k_norm = self._norm(s.k, layer.k_norm)  # [K_r, T, d]
             qk = xp.concatenate((s.q_norm, s.k_norm))  # [H_r + K_r, T, d]
-        qk = ops.apply_rope(xp, qk, step.cos, step.sin)  # [H_r + K_r, T, d]
+        qk = ops.apply_rope(xp, qk, *step.angles(i))  # [H_r + K_r, T, d]
         s.q_rope, s.k_rope = qk[:heads], qk[heads:]  # [H_r, T, d], [K_r, T, d]
         sequences = step.sequences[self.config.windows[i]]
         contexts = [self._attend(i, s.q_rope, s.k_rope, s.v, one, step.record) for one in sequences]
@@ -214,7 +214,7 @@ class Step:
     """
 
     def __init__(self, xp, parts, inverse_frequencies, config, record):
-        self.record = record
+        self.xp, self.record = xp, record
         self.sequences, start = {window: [] for window in config.windows}, 0
         for ids, cache in parts:
             for window, sequences in self.sequences.items():
@@ -223,6 +223,14 @@ class Step:
         positions = joined(xp, [s.positions for s in self.sequences[config.windows[0]]])  # [T]
         factor = config.rope.attention_factor
         self.cos, self.sin = ops.rope_cos_sin(xp, positions, inverse_frequencies, factor)  # [T, d] each
+        self.layers_without_rope = config.layers_without_rope
+
+    def angles(self, layer):
+        """Cosines and sines of a layer's RoPE, [T, d] each; in one that has none nothing is turned."""
+        if layer in self.layers_without_rope:
+            xp = self.xp
+            return xp.ones_like(self.cos), xp.zeros_like(self.sin)  # [T, d] each
+        return self.cos, self.sin  # [T, d] each
 
 
 class Sequence:

@@ -55,6 +55,7 @@ del GEMMA2["hidden_act"]  # hidden_activation is gelu_pytorch_tanh by itself
 MIXTRAL = {**LLAMA, "model_type": "mixtral"}
 PHI3 = {**LLAMA, "model_type": "phi3", "pad_token_id": 0}
 QWEN3 = {**QWEN2, "model_type": "qwen3"}
+SMOLLM3 = {**LLAMA, "model_type": "smollm3", "num_hidden_layers": 3, "pad_token_id": 0}
 GRANITE = {**LLAMA, "model_type": "granite"}
 
 # NAME: the fields of config.json, and what else is special. "by hand" are the older spellings, written as
@@ -206,6 +207,17 @@ VARIANTS = {
         | {"head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 9}
         | {"layer_types": ["full_attention", "sliding_attention"], "tie_word_embeddings": False}
         | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    },
+    "smollm3": {  # the second layer has no RoPE
+        "config": SMOLLM3
+        | {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1, "no_rope_layers": [1, 0, 1]}
+        | {"attention_bias": True, "dtype": "bfloat16"},
+    },
+    "smollm3-window": {  # by the interval: the second again, which alone has a window; tied, as nothing is said
+        "by_hand": True,
+        "config": {name: value for name, value in SMOLLM3.items() if name != "tie_word_embeddings"}
+        | {"hidden_size": 48, "num_attention_heads": 8, "no_rope_layer_interval": 2, "mlp_bias": True}
+        | {"use_sliding_window": True, "sliding_window": 7, "torch_dtype": "float16"},
     },
     "granite": {  # the published multipliers, but for that of the scores
         "config": GRANITE

@@ -71,6 +71,8 @@ class LocalCheck:
                 yield f"attn.{made}", expected.rms_norm(had(part), norm, self.reference.eps), None
             angles = self.reference.inverse_frequencies, self.reference.attention_factor  # [d/2], one number
             turned = expected.rope(had(made), positions, *angles)  # [n, T, d]
+            if not self.reference.turns[i]:
+                turned = expected.exactly(had(made))  # [n, T, d]
             yield f"attn.{part}_rope", turned, None
         yield from self._cache(i, this)
         k, v = (had(part)[self.kv_of_head] for part in ("k_cache", "v_cache"))  # [H_r, S, d] each

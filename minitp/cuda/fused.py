@@ -1,5 +1,6 @@
 """The model through the fused kernels: the same steps as `model.Model`, in fewer launches."""
 
+import dataclasses
 from contextlib import contextmanager
 
 import numpy as np
@@ -32,21 +33,10 @@ def unfit(config, plan, device, kv_dtype):
         return f"{config.intermediate_size} FFN columns are too few for {plan.tp} ranks"
     if config.rope.attention_factor != 1:
         return f"its kernels turn q and k without a factor, and config.json gives {config.rope.rope_type} one"
-    without_kernels = {
-        "experts": config.num_local_experts,
-        "a norm of q and k": config.qk_norm,
-        "norms that multiply with 1 + weight": config.norm_plus_one,
-        "norms after the blocks": config.post_norms,
-        "scaled embeddings": config.embedding_multiplier != 1,
-        "a residual_multiplier": config.residual_multiplier != 1,
-        "logits_scaling": config.logits_scaling != 1,
-        "soft caps": config.attn_logit_softcapping or config.final_logit_softcapping,
-        "another scale of the scores": config.attention_multiplier != config.head_dim**-0.5,
-        f"hidden_act {config.hidden_act}": config.hidden_act != "silu",
-    }
-    for what, wanted in without_kernels.items():
-        if wanted:
-            return f"it has no kernels for {what}"
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if "words" in field.metadata and value != field.default:
+            return f"it has no kernels for {field.metadata['words'].format(value)}"
     if len(set(config.windows)) > 1:
         return "its kernels have one sliding window for all layers"
     return None

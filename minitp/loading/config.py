@@ -39,6 +39,15 @@ GELU = "gelu_pytorch_tanh"
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+def option(plain, words):
+    """A field in which families differ: `plain` is Llama's value, `words` name what another one asks for.
+
+    A family's row in FAMILIES says where the value comes from. By these words `cuda.fused` refuses what it
+    has no kernels for.
+    """
+    return dataclasses.field(default=plain, metadata={"words": words})
+
+
 @dataclass(frozen=True)
 class Config:
     """The fields of config.json that the forward pass and generation read."""
@@ -54,27 +63,28 @@ class Config:
     rms_norm_eps: float
     rope: Rope
     max_position_embeddings: int
-    sliding_window: int | None
-    full_attention_layers: frozenset  # those that see everything in spite of sliding_window
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    num_local_experts: int  # 0 where the feed-forward part is a single one
-    num_experts_per_tok: int
-    hidden_act: str  # silu, or GELU
-    norm_plus_one: bool  # norms multiply with 1 + weight
-    post_norms: bool  # a norm behind each block, too, before the addition
-    embedding_multiplier: float  # embeddings are multiplied with it; Gemma's is the root of hidden_size
-    attention_multiplier: float  # scores are; Gemma's is 1 over the root of query_pre_attn_scalar
-    residual_multiplier: float  # what attention and mlp add to the stream is
-    logits_scaling: float  # logits are divided by it
-    attn_logit_softcapping: float | None
-    final_logit_softcapping: float | None
-    joined_projections: bool  # the file has q, k and v in one tensor, and gate and up in another
-    qk_norm: bool  # a norm on each head of q and of k
     eos_token_ids: tuple
     dtype: str
+    tie_word_embeddings: bool = False
+    joined_projections: bool = False  # the file has q, k and v in one tensor, and gate and up in another
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    full_attention_layers: frozenset = frozenset()  # those that see everything in spite of sliding_window
+    num_experts_per_tok: int = 0
+    num_local_experts: int = option(0, "experts")
+    qk_norm: bool = option(False, "a norm of q and k")
+    norm_plus_one: bool = option(False, "norms that multiply with 1 + weight")
+    post_norms: bool = option(False, "norms after the blocks")  # before the addition
+    embedding_multiplier: float = option(1.0, "scaled embeddings")
+    attention_multiplier: float = option(None, "another scale of the scores")  # None: 1 / sqrt(head_dim)
+    residual_multiplier: float = option(1.0, "a residual_multiplier")  # of what a block adds to the stream
+    logits_scaling: float = option(1.0, "logits_scaling")  # logits are divided by it
+    attn_logit_softcapping: float | None = option(None, "soft caps")
+    final_logit_softcapping: float | None = option(None, "soft caps")
+    layers_without_rope: frozenset = option(frozenset(), "layers without RoPE")
+    hidden_act: str = option("silu", "hidden_act {}")  # or GELU
     unread: tuple = ()  # fields that nothing here knows, for a warning
 
     @cached_property
@@ -175,17 +185,9 @@ class Reader:
             self.refuse(name, value, "a positive number" if kind is float else "a positive integer")
         return kind(value)
 
-    def family_number(self, name):
-        """A positive number, or None where there is none or the family reads none."""
-        present = name in self.family_reads and self.get(name) is not None
-        return self.number(name, float) if present else None
-
-    def family_multiplier(self, name, otherwise=1.0):
-        """A positive number, or `otherwise` where the family reads none."""
-        return self.number(name, float) if name in self.family_reads else otherwise
-
-    def family_flag(self, name):
-        return name in self.family_reads and self.flag(name)
+    def optional_number(self, name):
+        """A positive number, or None where it is null or absent."""
+        return None if self.get(name) is None else self.number(name, float)
 
     def flag(self, name):
         value = self.get(name, False)
@@ -212,10 +214,6 @@ class Reader:
         if rope.rope_type == "longrope":  # has other frequencies beyond that, to which nothing switches
             longest = min(longest, rope.original_max_position_embeddings)
         window, full_attention_layers = self.windows()
-        attention_bias = self.family_flag("attention_bias")
-        experts, per_token = self.experts()
-        embedding_multiplier = math.sqrt(hidden) if "scaled_embeddings" in self.always else 1.0
-        attention_multiplier = (self.family_number("query_pre_attn_scalar") or head_dim) ** -0.5
         return Config(
             model_type=self.get("model_type"),
             vocab_size=self.number("vocab_size", int),
@@ -231,26 +229,45 @@ class Reader:
             sliding_window=window,
             full_attention_layers=full_attention_layers,
             tie_word_embeddings=self.flag("tie_word_embeddings"),
-            qkv_bias=attention_bias or "qkv_bias" in self.always,
-            o_bias=attention_bias,
-            mlp_bias=self.family_flag("mlp_bias"),
-            num_local_experts=experts,
-            num_experts_per_tok=per_token,
             hidden_act=self.activation(),
-            norm_plus_one="norm_plus_one" in self.always,
-            post_norms="post_norms" in self.always,
-            embedding_multiplier=self.family_multiplier("embedding_multiplier", embedding_multiplier),
-            attention_multiplier=self.family_multiplier("attention_multiplier", attention_multiplier),
-            residual_multiplier=self.family_multiplier("residual_multiplier"),
-            logits_scaling=self.family_multiplier("logits_scaling"),
-            attn_logit_softcapping=self.family_number("attn_logit_softcapping"),
-            final_logit_softcapping=self.family_number("final_logit_softcapping"),
-            joined_projections="joined_projections" in self.always,
-            qk_norm="qk_norm" in self.always,
+            **self.options(hidden, head_dim),
             eos_token_ids=self.eos(),
             dtype=dtype,
             unread=self.unread(),
         )
+
+    def options(self, hidden, head_dim):
+        """The fields in which families differ, as far as the family's row says that it has them."""
+        found = {}
+        for field in dataclasses.fields(Config):
+            name = field.name
+            if name in self.always:
+                found[name] = True
+            elif name in self.family_reads and field.type in READERS:
+                found[name] = READERS[field.type](self, name)
+        if "attention_bias" in self.family_reads and self.flag("attention_bias"):
+            found |= {"qkv_bias": True, "o_bias": True}
+        if "scaled_embeddings" in self.always:
+            found["embedding_multiplier"] = math.sqrt(hidden)
+        if "query_pre_attn_scalar" in self.family_reads:
+            found["attention_multiplier"] = self.number("query_pre_attn_scalar", float) ** -0.5
+        if found.get("attention_multiplier") == head_dim**-0.5:
+            del found["attention_multiplier"]
+        if "num_local_experts" in self.family_reads:
+            found["num_local_experts"], found["num_experts_per_tok"] = self.experts()
+        if "no_rope_layers" in self.family_reads:
+            found["layers_without_rope"] = self.layers_without_rope()
+        return found
+
+    def layers_without_rope(self):
+        """From `no_rope_layers`, which has a 1 for each layer with RoPE, or each `no_rope_layer_interval`th."""
+        layers, turns = range(self.number("num_hidden_layers", int)), self.get("no_rope_layers")
+        interval = self.number("no_rope_layer_interval", int)
+        if turns is None:
+            turns = [(i + 1) % interval != 0 for i in layers]
+        if not isinstance(turns, list) or len(turns) < len(layers) or any(t not in (0, 1) for t in turns):
+            self.refuse("no_rope_layers", turns, f"a list of {len(layers)}, each 0 or 1")
+        return frozenset(i for i in layers if not turns[i])
 
     def windows(self):
         """sliding_window, and the layers that it does not concern.
@@ -281,6 +298,8 @@ class Reader:
         types = self.get("layer_types")
         if types is None and "alternating_windows" in self.always:
             return frozenset(layers[1::2])
+        if types is None and "no_rope_layers" in self.family_reads:
+            return frozenset(layers) - self.layers_without_rope()
         if types is None:
             return frozenset(layers[: self.count("max_window_layers")])
         known = ("full_attention", "sliding_attention")
@@ -300,8 +319,6 @@ class Reader:
 
     def experts(self):
         """How many there are, and how many of them a token goes through."""
-        if "num_local_experts" not in self.family_reads:
-            return 0, 0
         experts, per_token = (self.number(n, int) for n in ("num_local_experts", "num_experts_per_tok"))
         if per_token > experts:
             self.refuse("num_experts_per_tok", per_token, f"at most num_local_experts, {experts}")
@@ -325,3 +342,10 @@ class Reader:
             elif name not in self.read and name not in NO_MATHS and value not in (None, False, [], {}):
                 unknown.append(name)
         return tuple(unknown)
+
+
+READERS = {  # of a field that is called the same in config.json, by its type
+    bool: Reader.flag,
+    float: lambda reader, name: reader.number(name, float),
+    float | None: Reader.optional_number,
+}

@@ -27,6 +27,24 @@ FAMILIES = {
         "defaults": {**QWEN_DEFAULTS, "head_dim": 128},
         "always": ("qk_norm",),
     },
+    "smollm3": {
+        "architecture": "SmolLM3ForCausalLM",
+        "reads": (
+            "attention_bias",
+            "mlp_bias",
+            "no_rope_layers",
+            "use_sliding_window",
+            "sliding_window",
+            "layer_types",
+        ),
+        "defaults": {
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "no_rope_layer_interval": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+        },
+    },
     "gemma2": {
         "architecture": "Gemma2ForCausalLM",
         "reads": (

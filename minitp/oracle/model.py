@@ -54,6 +54,8 @@ FAMILY_DEFAULTS["gemma2"] |= dict(attn_logit_softcapping=50.0, final_logit_softc
 FAMILY_DEFAULTS["gemma2"] |= dict(hidden_activation="gelu_pytorch_tanh")
 FAMILY_DEFAULTS["mixtral"] = dict(num_key_value_heads=8, sliding_window=None, rms_norm_eps=1e-5)
 FAMILY_DEFAULTS["mixtral"] |= dict(num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6)
+FAMILY_DEFAULTS["smollm3"] = dict(num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True)
+FAMILY_DEFAULTS["smollm3"] |= dict(sliding_window=None, no_rope_layers=None, no_rope_layer_interval=4)
 FAMILY_DEFAULTS["granite"] = dict(embedding_multiplier=1, attention_multiplier=1)
 FAMILY_DEFAULTS["granite"] |= dict(residual_multiplier=1, logits_scaling=1)
 NO_BIASES = {"attention_bias": False, "mlp_bias": False}
@@ -61,6 +63,7 @@ NOT_READ = {"llama": {"sliding_window": None}, "mistral": NO_BIASES, "qwen2": NO
 NOT_READ["gemma2"] = {"mlp_bias": False}
 NOT_READ |= {"phi3": NO_BIASES, "mixtral": NO_BIASES}
 NOT_READ["qwen3"] = {"mlp_bias": False}
+NOT_READ["smollm3"] = {}
 NOT_READ["granite"] = {"sliding_window": None}
 
 VOCABULARY_BLOCK = 8192  # rows of the output matrix in float64 at a time
@@ -103,6 +106,7 @@ class Oracle:
         self.kv_heads = fields["num_key_value_heads"] or self.heads
         self.eps = fields["rms_norm_eps"]
         self.windows = [sliding_window(family, fields, i) for i in range(self.layers)]
+        self.turns = [has_rope(family, fields, i) for i in range(self.layers)]
         self.biased = set()  # projections
         if fields["attention_bias"]:
             self.biased |= {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -245,8 +249,9 @@ class Oracle:
                     heads[part], f"{layer}.self_attn.{part}_norm"
                 )  # [H, T, d], [K, T, d]
                 yield f"{step}.{part}_norm", heads[part]
-            turned = rope(heads[part], positions, self.inverse_frequencies, self.attention_factor)
-            heads[part] = turned  # [H, T, d], [K, T, d]
+            if self.turns[i]:
+                turned = rope(heads[part], positions, self.inverse_frequencies, self.attention_factor)
+                heads[part] = turned  # [H, T, d], [K, T, d]
             yield f"{step}.{part}_rope", heads[part]
         mask = causal_mask(positions, positions, self.windows[i])  # [T, T]
         masked = scores(heads["q"], heads["k"], mask, self.score_root, self.score_cap)  # [H, T, T]
@@ -323,12 +328,26 @@ class Oracle:
         return np.hstack([linear(x, w[i : i + VOCABULARY_BLOCK]) for i in starts])  # [T, V]
 
 
+def has_rope(family, fields, layer):
+    """Whether a layer turns its queries and keys; every fourth of SmolLM3's does not, if nothing else is said."""
+    if family != "smollm3":
+        return True
+    listed, interval = fields["no_rope_layers"], fields["no_rope_layer_interval"]
+    return (layer + 1) % interval > 0 if listed is None else listed[layer] == 1
+
+
 def sliding_window(family, fields, layer):
     """How many keys a query of this layer sees, itself included; None: all."""
     if family in ("qwen2", "qwen3"):
         types = fields.get("layer_types")
         sliding = layer >= fields["max_window_layers"] if types is None else types[layer][0] == "s"
         return fields["sliding_window"] if fields.get("use_sliding_window") and sliding else None
+    if family == "smollm3" and not fields.get("use_sliding_window"):
+        return None
+    if family == "smollm3" and fields.get("layer_types") is None:
+        return None if has_rope(family, fields, layer) else fields["sliding_window"]
+    if family == "smollm3":
+        return fields["sliding_window"] if fields["layer_types"][layer] == "sliding_attention" else None
     if family == "gemma2":
         types = fields.get("layer_types") or ["sliding_attention", "full_attention"] * (1 + layer // 2)
         return fields["sliding_window"] if types[layer] == "sliding_attention" else None

@@ -44,6 +44,11 @@ MODELS = {
     "mixture": {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}},
     "loud": {},
+    "unturned": {
+        "model_type": "smollm3",
+        "architectures": ["SmolLM3ForCausalLM"],
+        "no_rope_layers": [0, 0, 0],
+    },
     "normed": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
     "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5},
 }

@@ -120,6 +120,7 @@ biased_term = {"row_parallel": result(lambda y: y + here.layer.b_down)}
 slightly = wrong.times(1.0001)
 last_bit = reload("w_o", change=lambda name, whole, model: wrong.last_bit(whole.astype(model.device.dtype)))
 from_zero = with_step(lambda step, s: wrong.turn(step, s.positions - s.positions[0]))
+always_turned = with_step(lambda step, s: setattr(step, "layers_without_rope", frozenset()))
 no_attention_factor = with_step(lambda step, s: wrong.turn(step, s.positions))
 no_scaling = with_step(lambda step, s: wrong.turn(step, s.positions, rope_type="default"))
 qkv_one_on = reload("w_qkv", "b_qkv", change=wrong.one_column_on)
@@ -260,4 +261,5 @@ FAULTS = [
         {"logits_partial": result(wrong.rounded_to_16_bits)},
         dtype="bfloat16",
     ),
+    Fault("RoPE in a layer without", ROPES, always_turned, model="unturned"),
 ]

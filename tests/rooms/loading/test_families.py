@@ -169,6 +169,28 @@ PUBLISHED = {
         "sliding_window": 4096,
         "sliding_window_size": 4096,
     },
+    "SmolLM3-3B": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 65536,
+        "mlp_bias": False,
+        "model_type": "smollm3",
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 1, 1, 0] * 9,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 4,
+        "pad_token_id": 128004,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 5000000.0,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "vocab_size": 128256,
+    },
     "granite-3.1-8b": {
         "architectures": ["GraniteForCausalLM"],
         "attention_bias": False,
@@ -198,6 +220,7 @@ PARAMETERS = {
     "Mistral-Nemo": 12.25e9,
     "Mixtral-8x7B": 46.70e9,
     "Phi-3-mini-128k": 3.82e9,
+    "SmolLM3-3B": 3.08e9,
 }
 
 
@@ -230,6 +253,7 @@ def test_the_plan_has_as_many_parameters_as_the_model(name):
         ("qwen2-window", "one sliding window"),
         ("qwen3", "norm of q and k"),
         ("qwen3-yarn", "yarn"),
+        ("smollm3", "layers without RoPE"),
     ],
 )
 def test_the_fused_path_refuses_what_its_kernels_cannot_do(name, reason):
@@ -274,7 +298,8 @@ def test_a_llama_has_no_multipliers():
     fields = {**CONFIG, "embedding_multiplier": 12.0, "attention_multiplier": 1, "logits_scaling": 8.0}
     config, reference = parse_config({**fields, "residual_multiplier": 0.22}, "here"), Oracle(fields, None)
     assert sorted(config.unread) == sorted({"residual_multiplier", *fields} - {*CONFIG})
-    assert config.attention_multiplier == pytest.approx(1 / reference.score_root, rel=1e-15)
+    assert config.attention_multiplier is None
+    assert reference.score_root**2 == pytest.approx(CONFIG["hidden_size"] / CONFIG["num_attention_heads"])
     assert config.embedding_multiplier == reference.embedding_scale == 1
     assert config.residual_multiplier == reference.residual_scale == 1
     assert config.logits_scaling == reference.logits_divisor == 1
