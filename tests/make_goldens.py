@@ -213,7 +213,7 @@ VARIANTS = {
         | {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1, "no_rope_layers": [1, 0, 1]}
         | {"attention_bias": True, "dtype": "bfloat16"},
     },
-    "smollm3-window": {  # by the interval: the second again, which alone has a window; tied, as nothing is said
+    "smollm3-window": {  # by the interval: the second again, which alone has a window; tied by default
         "by_hand": True,
         "config": {name: value for name, value in SMOLLM3.items() if name != "tie_word_embeddings"}
         | {"hidden_size": 48, "num_attention_heads": 8, "no_rope_layer_interval": 2, "mlp_bias": True}

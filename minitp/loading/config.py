@@ -260,7 +260,7 @@ class Reader:
         return found
 
     def layers_without_rope(self):
-        """From `no_rope_layers`, which has a 1 for each layer with RoPE, or each `no_rope_layer_interval`th."""
+        """From `no_rope_layers`, a 1 for each layer with RoPE; or every `no_rope_layer_interval`th layer."""
         layers, turns = range(self.number("num_hidden_layers", int)), self.get("no_rope_layers")
         interval = self.number("no_rope_layer_interval", int)
         if turns is None:

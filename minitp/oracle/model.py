@@ -329,7 +329,7 @@ class Oracle:
 
 
 def has_rope(family, fields, layer):
-    """Whether a layer turns its queries and keys; every fourth of SmolLM3's does not, if nothing else is said."""
+    """Whether a layer turns its queries and keys; by default every fourth of SmolLM3's does not."""
     if family != "smollm3":
         return True
     listed, interval = fields["no_rope_layers"], fields["no_rope_layer_interval"]
@@ -338,16 +338,15 @@ def has_rope(family, fields, layer):
 
 def sliding_window(family, fields, layer):
     """How many keys a query of this layer sees, itself included; None: all."""
-    if family in ("qwen2", "qwen3"):
+    if family in ("qwen2", "qwen3", "smollm3"):
         types = fields.get("layer_types")
-        sliding = layer >= fields["max_window_layers"] if types is None else types[layer][0] == "s"
+        if types is not None:
+            sliding = types[layer][0] == "s"
+        elif family == "smollm3":
+            sliding = not has_rope(family, fields, layer)
+        else:
+            sliding = layer >= fields["max_window_layers"]
         return fields["sliding_window"] if fields.get("use_sliding_window") and sliding else None
-    if family == "smollm3" and not fields.get("use_sliding_window"):
-        return None
-    if family == "smollm3" and fields.get("layer_types") is None:
-        return None if has_rope(family, fields, layer) else fields["sliding_window"]
-    if family == "smollm3":
-        return fields["sliding_window"] if fields["layer_types"][layer] == "sliding_attention" else None
     if family == "gemma2":
         types = fields.get("layer_types") or ["sliding_attention", "full_attention"] * (1 + layer // 2)
         return fields["sliding_window"] if types[layer] == "sliding_attention" else None

@@ -17,7 +17,7 @@ from minitp.cli.arguments import parser
 from minitp.loading.demo import demo_directory
 
 ROOT = DOCS.parent
-HERE = {"guide": 4, "troubleshooting": 7, "check": 1, "performance": 1}  # page -> console blocks
+HERE = {"guide": 5, "troubleshooting": 7, "check": 1, "performance": 1}  # page -> console blocks
 FROM_A_CHECKOUT = {"adding-a-family": 8}
 ON_TWO_HOSTS = {"several-nodes": 9}
 ELSEWHERE = {"serving": 2, "compare": 3}  # in test_serving_docs and test_compare_docs
@@ -71,7 +71,7 @@ def test_it_prints_that_in_a_checkout(block):
         pytest.skip("makes goldens, with torch and transformers in an environment of its own")
     for command, expected in commands(block):
         if "-m pytest" in command:
-            command, expected = f"{command} --collect-only -q", "...tests/test_...py: ..."
+            command, expected = f"{command} --collect-only -q", "tests/...py: ..."
         check(["bash", "-c", command], expected or "...", ROOT, env=environment())
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from on_gpu import ENVIRONMENT
-from paths import ROOT
+from paths import ROOT, SUPPORT
 
 from minitp import ops
 from minitp.errors import InputError
@@ -64,19 +64,20 @@ def test_what_must_be_right_is_required(gpu):
 
 
 def test_every_test_for_a_gpu_runs_there(gpu):
-    """So does every test of a kernel, but for two that have twins there: ipc, test_gpu_tensor_cores."""
-    tests = {path.stem.removeprefix("test_"): path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
-    assert {name for name, text in tests.items() if "\npytestmark = NEEDS_GPU" in text} == set(
-        gpu.commands.GPU_TESTS
-    )
+    """So does every test of a kernel, but for two that have twins there: ipc, test_real_gpu_tensor_cores."""
+    tests = {
+        path.stem.removeprefix("test_"): path.read_text() for path in (ROOT / "tests").rglob("test_*.py")
+    }
+    on_gpu = {name for name, text in tests.items() if "\npytestmark = NEEDS_GPU" in text}
+    assert on_gpu == set(gpu.commands.GPU_TESTS)
     kernels = {name for name, text in tests.items() if "\nfrom cuda_on_cpu import CpuCompiler" in text}
     expected = {"all_reduce", "tensor_cores", *gpu.commands.KERNEL_TESTS}
-    assert kernels == {f"cuda_{name}" for name in expected}
+    assert kernels == expected
 
 
 def test_tests_of_kernels_run_through_cupy():
     tests = "tests/rooms/cuda/test_linear.py::test_a_norm_inside_has_the_bits_of_one_apart"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), ENVIRONMENT["PYTHONPATH"]])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(SUPPORT), ENVIRONMENT["PYTHONPATH"]])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "kernels_on_gpu", tests],
         cwd=ROOT,
@@ -162,7 +163,7 @@ def part(name, *argv, **variables):
     """(exit code, lines of stdout and stderr)"""
     paths = os.pathsep.join([str(ROOT), ENVIRONMENT["PYTHONPATH"]])
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / name, *argv],
+        [sys.executable, ROOT / "benchmarks" / "gpu" / name, *argv],
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": paths, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

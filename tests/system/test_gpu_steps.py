@@ -16,11 +16,11 @@ from paths import ROOT
 @pytest.fixture(scope="module")
 def steps():
     """The module steps."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+    sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
     import steps
 
     yield steps
-    sys.path.remove(str(ROOT / "benchmarks"))
+    sys.path.remove(str(ROOT / "benchmarks" / "gpu"))
 
 
 def python(text):
