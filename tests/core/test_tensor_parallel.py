@@ -11,6 +11,7 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 import pytest
+from tiny import UNEVEN
 
 from minitp import ops
 from minitp.comm import run_threads
@@ -108,15 +109,12 @@ def test_a_column_parallel_and_a_row_parallel_product_need_one_sum():
 
 # --- the whole model ------------------------------------------------------------------------------------
 
-# Nothing divides: 9 query heads on 3 KV heads, 37 FFN columns, 101 tokens, and H * d is not D.
-SHAPE = {"vocab_size": 101, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 2}
-SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 6, "max_position_embeddings": 64}
-LLAMA = {"model_type": "llama", **SHAPE, "attention_bias": True, "mlp_bias": True}
+LLAMA = {"model_type": "llama", **UNEVEN, "attention_bias": True, "mlp_bias": True}
 MODELS = {
     "llama": LLAMA,
     "tied": {**LLAMA, "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False},
     "few columns": {**LLAMA, "intermediate_size": 3, "num_key_value_heads": 1},
-    "window": {"model_type": "mistral", **SHAPE, "sliding_window": 5},
+    "window": {"model_type": "mistral", **UNEVEN, "sliding_window": 5},
 }
 every_model = pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 TOKENS = [int(token) for token in np.random.default_rng(3).integers(0, 101, 14)]

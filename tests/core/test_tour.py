@@ -13,7 +13,7 @@ import pytest
 from on_gpu import ENVIRONMENT
 from paths import GOLDENS
 from running import START_S, under_mpirun
-from tiny import write_tiny
+from tiny import UNEVEN, write_tiny
 
 from minitp.comm import run_threads
 from minitp.oracle import Oracle
@@ -22,9 +22,7 @@ with mock.patch.dict(os.environ):  # the tour sets the threads of its own proces
     from minitp import tour
 
 TOUR = [sys.executable, "-m", "minitp.tour"]
-UNEVEN = {"vocab_size": 258, "hidden_size": 40, "intermediate_size": 37, "num_hidden_layers": 2}
-UNEVEN |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8, "rms_norm_eps": 1e-3}
-UNEVEN |= {"max_position_embeddings": 20}
+SHAPE = UNEVEN | {"vocab_size": 258, "rms_norm_eps": 1e-3, "max_position_embeddings": 20}
 golden_names = pytest.mark.parametrize("name", ["llama2", "tinyllama", "mistral-v02", "mistral-v03"])
 
 # Some hundred float32 roundings of 6e-8 each, in logits up to 10, come to 1e-5. A head, a position or a term
@@ -121,7 +119,7 @@ def test_logits(name, size):
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
     """Nine query heads on three KV heads, and numbers that nothing divides."""
-    return write_tiny(tmp_path_factory.mktemp("models") / "uneven", **UNEVEN)
+    return write_tiny(tmp_path_factory.mktemp("models") / "uneven", **SHAPE)
 
 
 @pytest.mark.parametrize("size", range(1, 10))

@@ -2,7 +2,7 @@
 
 from paths import GOLDENS
 from safetensors.numpy import load_file, save_file
-from tiny import write_tiny
+from tiny import UNEVEN, write_tiny
 
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
 
@@ -10,31 +10,14 @@ NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-# Nothing divides: 9 query heads on 3 KV heads, 37 FFN columns, 101 tokens.
-SHAPE = {"vocab_size": 101, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 3}
-
-
-SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 6, "max_position_embeddings": 64}
-
+SHAPE = UNEVEN | {"num_hidden_layers": 3}
 
 SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-
-
 GEMMA = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": 10}
-
-
 GEMMA |= {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0, "sliding_window": 5}
-
-
 GRANITE = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "attention_bias": True}
-
-
 GRANITE |= {"embedding_multiplier": 3.0, "attention_multiplier": 0.1}
-
-
 GRANITE |= {"residual_multiplier": 0.22, "logits_scaling": 7.0}
-
-
 MODELS = {
     "gemma": GEMMA,
     "granite": GRANITE,

@@ -28,6 +28,9 @@ CONFIG = {
     "eos_token_id": EOS,
     "torch_dtype": "float32",
 }
+# Nothing divides: 9 query heads on 3 KV heads, 37 FFN columns, 101 tokens, and H * d is not D.
+UNEVEN = {"vocab_size": 101, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 2}
+UNEVEN |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 6, "max_position_embeddings": 64}
 
 
 def write_tiny(directory, tokenizer=True, bos=False, seed=0, **config_overrides):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from on_gpu import model_on_gpu, run_on_gpus
 from safetensors.numpy import load_file, save_file
-from tiny import write_tiny
+from tiny import UNEVEN, write_tiny
 
 from minitp.cuda.loader import PACK, GpuLoader, padded
 from minitp.device import open_device
@@ -18,9 +18,6 @@ from minitp.loading.weights import LAYER_PARTS, Loader, named_slices, shard_nbyt
 pytestmark = pytest.mark.usefixtures("cupy")
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-# Nothing divides, not by the ranks and not by 8: 9 heads of 6 on 3 KV heads, 37 FFN columns, 101 tokens.
-SHAPE = {"vocab_size": 101, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 2}
-SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 6, "max_position_embeddings": 64}
 MODELS = {
     "plain": {},
     "biased": {"attention_bias": True, "mlp_bias": True},
@@ -29,7 +26,7 @@ MODELS = {
 
 
 def write_model(directory, dtype="float32", **fields):
-    write_tiny(directory, tokenizer=False, **{**SHAPE, **fields})
+    write_tiny(directory, tokenizer=False, **{**UNEVEN, **fields})
     path = directory / "model.safetensors"
     save_file({name: x.astype(DTYPES[dtype]) for name, x in load_file(path).items()}, path)
     return directory
@@ -160,7 +157,7 @@ def test_no_more_on_the_gpu_than_the_shard(tmp_path, cupy, monkeypatch, name, st
         return weights.nbytes, rows, watched
 
     ((nbytes, rows, watched),) = run_on_gpus(1, rank)
-    assert nbytes <= sum(watched.allocated) < nbytes + 16 * (rows + SHAPE["vocab_size"])
+    assert nbytes <= sum(watched.allocated) < nbytes + 16 * (rows + UNEVEN["vocab_size"])
     assert max(watched.uploaded) <= 2 * (9 + 3 + 3) * 6, "vectors alone go without pinned memory"
 
 
@@ -186,7 +183,7 @@ def test_copies_are_of_16_bits_and_from_pinned_memory(tmp_path, cupy, monkeypatc
     assert len(starts) == 2
     assert [src for src, _, _ in copies] == [starts[(n + 1) % 2] for n in range(len(copies))]
     assert {kind for _, _, kind in copies} == {cupy.cuda.runtime.memcpyHostToDevice}
-    vectors = (1 + 2 * SHAPE["num_hidden_layers"]) * 2 * SHAPE["hidden_size"]
+    vectors = (1 + 2 * UNEVEN["num_hidden_layers"]) * 2 * UNEVEN["hidden_size"]
     names = open_model(str(directory), 1).plan.tensors.values()
     matrices = sum(2 * shard.shape[0] * padded(shard.shape[1]) for shard in names if len(shard.shape) == 2)
     assert sum(nbytes for _, nbytes, _ in copies) == matrices
@@ -239,7 +236,7 @@ def test_no_copy_on_the_host_but_a_slice(tmp_path, monkeypatch, dtype):
         tracemalloc.stop()
         return peak
 
-    slice_bytes = 2 * 20_000 * SHAPE["hidden_size"]
+    slice_bytes = 2 * 20_000 * UNEVEN["hidden_size"]
     assert run_on_gpus(1, rank)[0] < 1.3 * slice_bytes
 
 

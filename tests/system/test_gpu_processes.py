@@ -22,7 +22,7 @@ from running import (
 )
 from safetensors.numpy import load_file, save_file
 from served import Served
-from tiny import write_tiny
+from tiny import UNEVEN, write_tiny
 
 from minitp import LLM, SamplingParams
 from minitp.cli import main as cli
@@ -35,8 +35,7 @@ from minitp.request import Request
 
 pytestmark = pytest.mark.mpi
 
-SHAPE = {"vocab_size": 258, "hidden_size": 40, "intermediate_size": 37, "num_hidden_layers": 1}
-SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
+SHAPE = UNEVEN | {"vocab_size": 258, "hidden_size": 40, "head_dim": 8, "num_hidden_layers": 1}
 NEW = 12
 
 
@@ -82,7 +81,7 @@ def hello(model, *options):
 def endless(tmp_path_factory):
     """Arguments of a run that prints token after token for minutes."""
     directory = tmp_path_factory.mktemp("models") / "endless"
-    write_tiny(directory, tokenizer=False, **SHAPE, max_position_embeddings=20_000)
+    write_tiny(directory, tokenizer=False, **SHAPE | {"max_position_embeddings": 20_000})
     argv = ["generate", "--tokens", "1,2,3", "--model", directory, "-n", 19_000, "--ignore-eos"]
     return [*argv, "--device", "cuda", "--dtype", "float16"]
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from paths import GOLDENS
-from tiny import write_tiny
+from tiny import UNEVEN, write_tiny
 
 from minitp.check import expected
 from minitp.check.difference import Difference, measure
@@ -24,15 +24,11 @@ from minitp.trace.reference import open_oracle
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
 DTYPES = ("float32", "float16", "bfloat16")
 
-# Nothing divides: 9 query heads on 3 KV heads, 37 FFN columns, 101 tokens.
-SHAPE = {"vocab_size": 101, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 2}
-SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 6}
-
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
     """The directory of a model."""
-    return write_tiny(tmp_path_factory.mktemp("parts") / "uneven", tokenizer=False, **SHAPE)
+    return write_tiny(tmp_path_factory.mktemp("parts") / "uneven", tokenizer=False, **UNEVEN)
 
 
 # --- the plan -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 import pytest
 from paths import FAULTY_WORKER
 from safetensors import safe_open
-from tiny import write_tiny
+from tiny import UNEVEN, write_tiny
 
 COMMAND = [sys.executable, "-m", "minitp"]
 FAULTY_FRONT = [  # the command with such ranks
@@ -21,8 +21,7 @@ FAULTY_FRONT = [  # the command with such ranks
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
     """A model of nine query heads on three KV heads."""
-    fields = dict(num_attention_heads=9, num_key_value_heads=3, hidden_size=36, intermediate_size=50)
-    return write_tiny(tmp_path_factory.mktemp("models") / "uneven", **fields)
+    return write_tiny(tmp_path_factory.mktemp("models") / "uneven", **UNEVEN | {"vocab_size": 258})
 
 
 def run(*argv, command=COMMAND, **variables):

@@ -10,7 +10,7 @@ import pytest
 from paths import GOLDENS
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from tiny import write_tiny
+from tiny import UNEVEN, write_tiny
 
 from minitp import ops
 from minitp.comm import run_threads
@@ -24,9 +24,6 @@ from minitp.trace.names import AFTER, BEFORE, LAYER, PARTIAL, Kind, layer_steps,
 from minitp.trace.record import Recorder, passes_of, wanted_steps
 from minitp.trace.write import write_oracle_trace, write_trace
 
-# Nothing divides: 9 query heads on 3 KV heads, 37 FFN columns, 101 tokens; of four ranks two hold KV head 1.
-SHAPE = {"vocab_size": 101, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 2}
-SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 6, "max_position_embeddings": 64}
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4}
 PROMPT = [100, 3, 40, 60, 80, 15, 25]
 ALL = ["*"]
@@ -41,7 +38,7 @@ CLOSE = {"rtol": 0, "atol": 2e-5}
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     families = {"llama": {"attention_bias": True, "mlp_bias": True}, "mistral": MISTRAL}
-    return {name: write_tiny(root / name, tokenizer=False, **{**SHAPE, **f}) for name, f in families.items()}
+    return {name: write_tiny(root / name, tokenizer=False, **{**UNEVEN, **f}) for name, f in families.items()}
 
 
 def read(path):
