@@ -2,6 +2,7 @@
 
 source.py              --model: a directory, a GGUF file, a Hugging Face id, the demo, random:NAME
 config.py              config.json, checked: one Config for all families
+config_reader.py       its fields, one by one
 families.py            what the families differ in, as a table
 rope_config.py         the part of config.json about rotary position embedding
 checkpoint.py          the tensors of safetensors files, read slice by slice

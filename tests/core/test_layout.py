@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from paths import TESTS
 
 import minitp
 
@@ -99,6 +100,15 @@ def test_the_core_path_is_short_enough_to_be_read():
     """What is between a prompt and its text, the way of a token: an hour's reading."""
     lines = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8").count("\n") for name in CORE}
     assert sum(lines.values()) < 1200, lines
+
+
+def test_no_test_file_imports_another():
+    """What they share is in tests/support."""
+    for path in TESTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            assert not [name for name in names if name.startswith("test_")], path
 
 
 def test_the_walk_would_see_what_it_looks_for():

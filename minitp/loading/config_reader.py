@@ -1,0 +1,244 @@
+"""Taking the fields of a config.json out of it one by one, each checked, so that none is overlooked."""
+
+import math
+
+from minitp.errors import InputError
+from minitp.loading.rope_config import read_rope
+
+# Fields that would change the maths, with the only value for which the maths here is right.
+ONLY_VALUE = {
+    "rope_interleaved": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    "is_decoder": True,
+    "add_cross_attention": False,
+    "use_bidirectional_attention": False,
+}
+
+# Fields that say nothing about the forward pass.
+NO_MATHS = {
+    "_name_or_path", "_attn_implementation", "architectures", "model_type", "transformers_version",
+    "transformers.js_config", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp",
+    "unsloth_version", "unsloth_fixed", "is_llama_config", "pad_token_id", "unk_token_id", "return_dict",
+    "output_hidden_states", "output_attentions", "torchscript", "use_bfloat16", "chunk_size_feed_forward",
+    "problem_type", "id2label", "label2id", "name_or_path", "auto_map", "attn_implementation", "sep_token_id",
+    "decoder_start_token_id", "max_length", "min_length", "do_sample", "num_beams", "temperature", "top_k",
+    "top_p", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences",
+    "cache_implementation", "sliding_window_size", "resid_pdrop", "embd_pdrop", "output_router_logits",
+    "router_aux_loss_coef", "router_jitter_noise",
+}  # fmt: skip
+
+GELU = "gelu_pytorch_tanh"
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Reader:
+    """Takes fields out of config.json one by one, so that what is left over is known.
+
+    Parameters
+    ----------
+    fields : dict
+        The object in config.json, with the family's defaults.
+    family : dict
+        A row of FAMILIES.
+    where : str
+        Names the file in errors.
+    types : dict
+        The type of each field of Config: by it are read those options that the family's row has.
+    """
+
+    def __init__(self, fields, family, where, types):
+        self.fields = fields
+        self.family_reads = family["reads"]
+        self.always = family.get("always", ())
+        self.rope_aliases = family.get("rope_aliases", {})
+        self.where, self.types = where, types
+        self.read = set()
+
+    def get(self, name, default=None):
+        self.read.add(name)
+        value = self.fields.get(name)
+        return default if value is None else value
+
+    def refuse(self, name, value, expected):
+        raise InputError(f"{self.where}: {name} is {value!r}, expected {expected}")
+
+    def count(self, name):
+        """An integer that may be 0."""
+        value = self.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            self.refuse(name, value, "an integer, 0 or more")
+        return value
+
+    def number(self, name, kind, default=None):
+        value = self.get(name, default)
+        if value is None:
+            raise InputError(f"{self.where}: {name} is missing")
+        right_type = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+        if not right_type or not value > 0:
+            self.refuse(name, value, "a positive number" if kind is float else "a positive integer")
+        return kind(value)
+
+    def optional_number(self, name):
+        """A positive number, or None where it is null or absent."""
+        return None if self.get(name) is None else self.number(name, float)
+
+    def flag(self, name):
+        value = self.get(name, False)
+        if not isinstance(value, bool):
+            self.refuse(name, value, "true or false")
+        return value
+
+    def values(self):
+        """The fields of a Config."""
+        heads = self.number("num_attention_heads", int)
+        kv_heads = self.number("num_key_value_heads", int, heads)
+        hidden = self.number("hidden_size", int)
+        if heads % kv_heads:
+            self.refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads, {heads}")
+        if self.get("head_dim") is None and hidden % heads:
+            self.refuse("hidden_size", hidden, f"a multiple of num_attention_heads, {heads}, or a head_dim")
+        head_dim = self.number("head_dim", int, hidden // heads)
+        if head_dim % 2:
+            self.refuse("head_dim", head_dim, "an even number (RoPE turns pairs)")
+        dtype = self.get("dtype") or self.get("torch_dtype") or "float32"
+        if dtype not in DTYPES:
+            self.refuse("dtype", dtype, "one of " + ", ".join(DTYPES))
+        longest = self.number("max_position_embeddings", int)
+        rope = read_rope(self, head_dim, longest)
+        if rope.rope_type == "longrope":  # has other frequencies beyond that, to which nothing switches
+            longest = min(longest, rope.original_max_position_embeddings)
+        window, full_attention_layers = self.windows()
+        return dict(
+            model_type=self.get("model_type"),
+            vocab_size=self.number("vocab_size", int),
+            hidden_size=hidden,
+            intermediate_size=self.number("intermediate_size", int),
+            num_hidden_layers=self.number("num_hidden_layers", int),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=self.number("rms_norm_eps", float, 1e-6),
+            rope=rope,
+            max_position_embeddings=longest,
+            sliding_window=window,
+            full_attention_layers=full_attention_layers,
+            tie_word_embeddings=self.flag("tie_word_embeddings"),
+            hidden_act=self.activation(),
+            **self.options(hidden, head_dim),
+            eos_token_ids=self.eos(),
+            dtype=dtype,
+            unread=self.unread(),
+        )
+
+    def options(self, hidden, head_dim):
+        """The fields in which families differ, as far as the family's row says that it has them."""
+        found = {name: True for name in self.always if name in self.types}
+        for name, kind in self.types.items():
+            if name in self.family_reads and kind in READERS:
+                found[name] = READERS[kind](self, name)
+        if "attention_bias" in self.family_reads and self.flag("attention_bias"):
+            found |= {"qkv_bias": True, "o_bias": True}
+        if "scaled_embeddings" in self.always:
+            found["embedding_multiplier"] = math.sqrt(hidden)
+        if "query_pre_attn_scalar" in self.family_reads:
+            found["attention_multiplier"] = self.number("query_pre_attn_scalar", float) ** -0.5
+        if found.get("attention_multiplier") == head_dim**-0.5:
+            del found["attention_multiplier"]
+        if "num_local_experts" in self.family_reads:
+            found["num_local_experts"], found["num_experts_per_tok"] = self.experts()
+        if "no_rope_layers" in self.family_reads:
+            found["layers_without_rope"] = self.layers_without_rope()
+        return found
+
+    def layers_without_rope(self):
+        """From `no_rope_layers`, a 1 for each layer with RoPE; or every `no_rope_layer_interval`th layer."""
+        layers, turns = range(self.number("num_hidden_layers", int)), self.get("no_rope_layers")
+        interval = self.number("no_rope_layer_interval", int)
+        if turns is None:
+            turns = [(i + 1) % interval != 0 for i in layers]
+        if not isinstance(turns, list) or len(turns) < len(layers) or any(t not in (0, 1) for t in turns):
+            self.refuse("no_rope_layers", turns, f"a list of {len(layers)}, each 0 or 1")
+        return frozenset(i for i in layers if not turns[i])
+
+    def windows(self):
+        """sliding_window, and the layers that it does not concern.
+
+        Qwen's count only with `use_sliding_window`, and from layer `max_window_layers` on.
+        """
+        if "use_sliding_window" in self.family_reads:
+            switched_on = self.flag("use_sliding_window")
+            self.read |= {"sliding_window", "max_window_layers", "layer_types"}
+            if not switched_on:
+                if "sliding_attention" in (self.get("layer_types") or ()):
+                    self.refuse("layer_types", self.get("layer_types"), "use_sliding_window true with these")
+                return None, frozenset()
+        elif "sliding_window" not in self.family_reads:
+            return None, frozenset()
+        if self.get("sliding_window") is None:
+            return None, frozenset()
+        window, full_attention_layers = self.number("sliding_window", int), self.full_attention_layers()
+        if len(full_attention_layers) == self.number("num_hidden_layers", int):
+            return None, frozenset()
+        return window, full_attention_layers
+
+    def full_attention_layers(self):
+        """From `layer_types`, or where that is absent by the family's rule."""
+        layers = range(self.number("num_hidden_layers", int))
+        if "layer_types" not in self.family_reads:
+            return frozenset()
+        types = self.get("layer_types")
+        if types is None and "alternating_windows" in self.always:
+            return frozenset(layers[1::2])
+        if types is None and "no_rope_layers" in self.family_reads:
+            return frozenset(layers) - self.layers_without_rope()
+        if types is None:
+            return frozenset(layers[: self.count("max_window_layers")])
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != len(layers) or any(t not in known for t in types):
+            self.refuse("layer_types", types, f"a list of {len(layers)}, each one of {', '.join(known)}")
+        return frozenset(i for i in layers if types[i] == "full_attention")
+
+    def activation(self):
+        """`hidden_act`, or Gemma's `hidden_activation`, beside which `hidden_act` does not count."""
+        self.read.add("hidden_act")
+        gemma = "hidden_activation" in self.family_reads
+        name, choices = ("hidden_activation", (GELU,)) if gemma else ("hidden_act", ("silu", "swish"))
+        value = self.get(name, choices[0])
+        if value not in choices:
+            self.refuse(name, value, f"{choices[0]!r}")
+        return choices[0]
+
+    def experts(self):
+        """How many there are, and how many of them a token goes through."""
+        experts, per_token = (self.number(n, int) for n in ("num_local_experts", "num_experts_per_tok"))
+        if per_token > experts:
+            self.refuse("num_experts_per_tok", per_token, f"at most num_local_experts, {experts}")
+        return experts, per_token
+
+    def eos(self):
+        value = self.get("eos_token_id", [])
+        self.read.add("bos_token_id")  # the tokenizer knows when to put it in front
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and i >= 0 for i in ids):
+            self.refuse("eos_token_id", value, "a token id or a list of them")
+        return tuple(ids)
+
+    def unread(self):
+        """Refuse fields that change the maths; return those that nobody here knows."""
+        unknown = []
+        for name, value in self.fields.items():
+            if name in ONLY_VALUE:
+                if value is not None and value != ONLY_VALUE[name]:
+                    self.refuse(name, value, f"{ONLY_VALUE[name]!r}: nothing else is supported")
+            elif name not in self.read and name not in NO_MATHS and value not in (None, False, [], {}):
+                unknown.append(name)
+        return tuple(unknown)
+
+
+READERS = {  # of a field that is called the same in config.json, by its type
+    bool: Reader.flag,
+    float: lambda reader, name: reader.number(name, float),
+    float | None: Reader.optional_number,
+}
