@@ -1,7 +1,8 @@
 """Generation: prefill the prompt, then one token a step, all ranks together.
 
 Rank 0 alone looks at the logits and decides; the others learn the token from its broadcast, so the ranks
-never disagree about what comes next.
+never disagree about what comes next. On the fused GPU path every rank's GPU chooses, from the same logits and
+by the same draws, and a choice that is not rank 0's is an error.
 """
 
 from minitp.errors import RankError
@@ -14,7 +15,8 @@ def prefill(model, cache, token_ids, chunk=None):
     """Run a prompt through in passes of at most `chunk` tokens; return the last logits [V], on the host."""
     for start, stop in chunks(model, len(token_ids), chunk):
         last = stop == len(token_ids)
-        logits = model.forward(token_ids[start:stop], cache, logits_at=slice(-1, None) if last else None)
+        logits_at = slice(-1, None) if last else None
+        logits = model.forward(token_ids[start:stop], cache, logits_at)  # [1, V] or None
     return host_logits(model, logits)[0]
 
 
@@ -28,9 +30,9 @@ def chunks(model, tokens, chunk=None):
 
 
 def largest_pass(model, past, chunk=None):
-    """How many tokens of a sequence a pass may take behind `past` of them: few enough SCORES, if it has any.
+    """How many tokens a pass may take after `past` of them, so that [H_r, T, S] stays below SCORES.
 
-    `chunk` is the most of them; None: the model's own.
+    `chunk` is the most of them; None: the model's own. The fused path keeps no scores.
     """
     chunk = model.prefill_chunk if chunk is None else chunk
     if model.fused:

@@ -11,16 +11,16 @@ x @ w can be split in two ways (Shoeybi et al., Megatron-LM, 2019, section 3):
     x @ w = [ x @ w_0 | x @ w_1 ]                   x @ w = x_0 @ w_0 + x_1 @ w_1
     Every rank computes its own columns.            Every rank computes a term; an all-reduce adds them.
 
-The columns that a rank gets from the first are just those that it needs for the second, so a pair needs one
-all-reduce. What happens in between treats each column or each head by itself. A layer is two such pairs:
+The columns that a rank gets from the first are exactly those that it needs for the second: so a pair needs
+one all-reduce. What happens in between treats each column or each head by itself. A layer is two such pairs:
 
     token ids -> embedding, each rank having a part of the vocabulary                all-reduce
       per layer: norm -> q, k, v -> RoPE -> KV cache -> attention -> o               all-reduce, + x
                  norm -> gate, up -> SwiGLU -> down                                  all-reduce, + x
       norm -> logits, each rank having a part of the vocabulary                      all-gather
-      rank 0 chooses the next token                                                  broadcast
+      the next token, the one that rank 0 chooses                                    broadcast
 
-The shape of every array stands next to it. Everything is float32, and weights are [in, out].
+The shape of every array is noted next to it. Everything is float32, and weights are [in, out].
 
     T tokens of this pass   S tokens so far, these included   D hidden   d head_dim   V vocabulary
     H query heads   K key/value heads   F FFN columns   H_r, K_r, F_r, V_r: those of this rank
@@ -36,7 +36,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-# The ranks of a host share its cores, which NumPy must know before it is imported. (Only MPICH counts them.)
+# The ranks share the cores, which NumPy must know before it is imported. MPICH says how many; else take 4.
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() // int(os.getenv("MPI_LOCALNRANKS", "4")) or 1))
 import numpy as np
 from safetensors import safe_open
@@ -55,12 +55,12 @@ def load_model(directory, config, ranks):
     """Return this rank's part of the model. In the files a projection is [out, in], the transpose of w."""
     H, K, d = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     counts = H, config["intermediate_size"], config["vocab_size"]
-    heads, ffn, vocab = (split_evenly(n, ranks.size, ranks.rank) for n in counts)  # H_r, F_r and V_r of them
+    heads, ffn, vocab = (split_evenly(n, ranks.size, ranks.rank) for n in counts)  # H_r, F_r, V_r long
     # H / K query heads read the same KV head. A rank holds those that its own query heads read, so two ranks
     # may hold the same one: computing it twice is cheaper than sending it from one to the other.
     read_heads = [head * K // H for head in range(heads.start, heads.stop)]  # [H_r]: of each query head
     q, kv = slice(heads.start * d, heads.stop * d), slice(read_heads[0] * d, (read_heads[-1] + 1) * d)
-    index = directory / "model.safetensors.index.json"  # if there are several files: which has which tensor
+    index = directory / "model.safetensors.index.json"  # of a sharded checkpoint: which file has which tensor
     files = json.loads(index.read_text())["weight_map"] if index.exists() else {}
 
     def read(name, *part):
@@ -90,7 +90,7 @@ def load_model(directory, config, ranks):
     model.layers = [layer(f"model.layers.{i}.") for i in range(config["num_hidden_layers"])]
     model.final_norm = read("model.norm.weight")  # [D]
     model.embed = read("model.embed_tokens.weight", vocab)  # [V_r, D]
-    tied = config.get("tie_word_embeddings")  # then one matrix does for both ends
+    tied = config.get("tie_word_embeddings")  # then one matrix serves both ends
     model.lm_head = model.embed.T if tied else column_parallel("lm_head.weight", vocab)  # [D, V_r]
     return model
 
@@ -111,25 +111,25 @@ def read_slice(file, name, part):
 
 # --- 2. Collectives: here, and only here, arrays go from rank to rank ---
 class MpiRanks:
-    """The ranks with NumPy arrays, which meet in MPI."""
+    """The ranks with NumPy arrays, which communicate through MPI."""
 
     def __init__(self, world):
         self.world, self.rank, self.size = world, world.Get_rank(), world.Get_size()
         self.xp, self.to_host = np, np.asarray
 
     def all_reduce(self, x):
-        """Return the sum of x over the ranks; it has the same shape on all of them."""
+        """Return the sum of x over the ranks. MPI recommends, but does not promise, the same bits on all."""
         total = np.empty_like(x)  # as x
         self.world.Allreduce(x, total)
         return total
 
     def all_gather(self, part):
-        """Return all ranks' parts, one after another, on the host: that is where a token is chosen."""
+        """Return all parts, whose lengths differ, one after another on the host, where a token is chosen."""
         return np.concatenate(self.world.allgather(self.to_host(part)))  # [sum of the lengths]
 
 
 class NcclRanks(MpiRanks):
-    """The ranks with CuPy arrays, each on its GPU, which meet in NCCL on a stream of the rank's own."""
+    """The ranks with CuPy arrays, each on its GPU, which communicate through NCCL."""
 
     def __init__(self, world):
         import cupy
@@ -143,7 +143,7 @@ class NcclRanks(MpiRanks):
 
     @functools.cached_property
     def communicator(self):
-        """NCCL's own object. The ranks find each other by an id that rank 0 makes and MPI sends."""
+        """NCCL's own object, made when all ranks are ready: by an id that rank 0 makes and MPI sends."""
         unique_id = self.world.bcast(self.nccl.get_unique_id() if self.rank == 0 else None)
         return self.nccl.NcclCommunicator(self.size, unique_id, self.rank)
 
@@ -156,7 +156,7 @@ class NcclRanks(MpiRanks):
 # --- 3. The model: each layer is two pairs, column-parallel and then row-parallel ---
 def rms_norm(xp, x, weight, eps):
     """Divide each row by its root mean square. (Zhang and Sennrich, RMSNorm, 2019.)"""
-    return x / xp.sqrt((x * x).sum(axis=-1, keepdims=True) / x.shape[-1] + eps) * weight  # [T, D]
+    return x / xp.sqrt((x * x).sum(axis=-1, keepdims=True) / x.shape[-1] + eps) * weight  # as x, [.., D]
 
 
 def rope(xp, x, cos, sin):
@@ -170,7 +170,7 @@ def attention(xp, model, layer, x, start, keys, values, cos, sin):
     T, d, S = len(x), model.config["head_dim"], start + len(x)
     h = rms_norm(xp, x, layer.attn_norm, model.config["rms_norm_eps"])  # [T, D]
     q, k, v = h @ layer.w_q, h @ layer.w_k, h @ layer.w_v  # [T, H_r d], [T, K_r d], [T, K_r d]
-    q, k, v = (y.reshape(T, -1, d).transpose(1, 0, 2) for y in (q, k, v))  # [H_r, T, d], then [K_r, T, d]
+    q, k, v = (y.reshape(T, -1, d).transpose(1, 0, 2) for y in (q, k, v))  # [H_r, T, d], 2x [K_r, T, d]
     # Heads do not mix before the output projection, so a rank caches keys and values of its own heads only.
     keys[:, start:S], values[:, start:S] = rope(xp, k, cos, sin), v  # [K_r, T, d], [K_r, T, d]
     k, v = keys[model.kv_of_head, :S], values[model.kv_of_head, :S]  # [H_r, S, d], [H_r, S, d]
@@ -200,7 +200,7 @@ def forward(model, ranks, token_ids, start, cache):
     x = ranks.all_reduce(model.embed[xp.where(here, row, 0)] * here[:, None])  # [T, D]
     for layer, (keys, values) in zip(model.layers, cache, strict=True):
         x = x + ranks.all_reduce(attention(xp, model, layer, x, start, keys, values, cos, sin))  # [T, D]
-        x = x + ranks.all_reduce(feed_forward(xp, model, layer, x))  # [T, D], the same on all ranks
+        x = x + ranks.all_reduce(feed_forward(xp, model, layer, x))  # [T, D]
     x = rms_norm(xp, x[-1], model.final_norm, config["rms_norm_eps"])  # [D]
     return ranks.all_gather(x @ model.lm_head)  # [V]
 
@@ -212,7 +212,7 @@ def generate(model, ranks, prompt_ids, count):
     start, token_ids = 0, prompt_ids
     for _ in range(count):
         logits = forward(model, ranks, token_ids, start, cache)  # [V]
-        # Rank 0 chooses for all: ranks with different tokens would add up terms of different texts.
+        # Rank 0's choice counts: if last bits differed, ranks could add up terms of different texts.
         token = ranks.world.bcast(int(np.argmax(logits)))
         yield token
         if token in model.config["eos_token_id"]:
@@ -229,18 +229,18 @@ PLAIN |= dict.fromkeys(("attention_bias", "mlp_bias", "rope_interleaved", "quant
 
 
 def read_config(directory):
-    """Return config.json with what absent fields mean; refuse a model that is more than a plain Llama."""
+    """Return config.json with its defaults. PLAIN has what is right; 0, false and null are as absent."""
     fields = json.loads((directory / "config.json").read_text())
     config = DEFAULTS | ({"sliding_window": 4096} if fields.get("model_type") == "mistral" else {}) | fields
     config |= config.get("rope_parameters") or {}  # where newer files have rope_theta
     for field, plain in PLAIN.items():
         if (value := config.get(field) or None) not in plain:
-            raise ValueError(f"config.json: {field} {value!r} is left out in the tour; use `minitp generate`")
+            raise ValueError(f"config.json: {field} {value!r} is not in the tour; use `minitp generate`")
     config["num_key_value_heads"] = config.get("num_key_value_heads") or config["num_attention_heads"]
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     generation = directory / "generation_config.json"
     eos = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
-    config["eos_token_id"] = np.ravel(config["eos_token_id"] if eos is None else eos).tolist()
+    config["eos_token_id"] = np.ravel(config["eos_token_id"] if eos is None else eos).tolist()  # one or more
     return config
 
 
@@ -260,9 +260,10 @@ def prepare(argv, world):
         raise ValueError(f"a rank needs a head: use at most {config['num_attention_heads']} ranks")
     tokenizer = None if args.tokens else Tokenizer.from_str((args.model / "tokenizer.json").read_text())
     prompt_ids = tokenizer.encode(args.prompt).ids if tokenizer else list(map(int, args.tokens.split(",")))
-    count = min(args.max_new_tokens, config["max_position_embeddings"] - len(prompt_ids))
-    if not prompt_ids or count < 1 or not all(0 <= token < config["vocab_size"] for token in prompt_ids):
-        raise ValueError(f"this model cannot take {len(prompt_ids)} such tokens and then {count} new ones")
+    V, limit = config["vocab_size"], config["max_position_embeddings"]
+    count = min(args.max_new_tokens, limit - len(prompt_ids))
+    if not prompt_ids or count < 1 or not all(0 <= token < V for token in prompt_ids):
+        raise ValueError(f"expected 1 to {limit - 1} prompt tokens from 0 to {V - 1}, and at least 1 new one")
     ranks = NcclRanks(world) if args.gpu else MpiRanks(world)
     return load_model(args.model, config, ranks), ranks, tokenizer, prompt_ids, count
 
@@ -278,7 +279,7 @@ def main(argv=None):
         model, ranks, tokenizer, prompt_ids, count = prepare(argv, world)
     except Exception as error:
         problem = " ".join(str(error).split()) or repr(error)
-    if problems := [text for text in world.allgather(problem) if text]:  # on any rank: all leave
+    if problems := [text for text in world.allgather(problem) if text]:  # of any rank: then all leave
         print(f"minitp tour: {problems[0]}", file=sys.stderr)
         return 2
     try:

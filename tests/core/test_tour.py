@@ -216,7 +216,7 @@ def test_models_that_are_more_than_a_plain_llama(tiny, tmp_path):
         if field == "rope_parameters":
             field, value = list(value.items())[1]
         field, value = ("sliding_window", 4096) if value == "mistral" else (field, value)
-        assert line.endswith(f"config.json: {field} {value!r} is left out in the tour; use `minitp generate`")
+        assert line.endswith(f"config.json: {field} {value!r} is not in the tour; use `minitp generate`")
 
 
 @pytest.mark.mpi
@@ -227,10 +227,10 @@ def test_other_refusals(tiny, tmp_path):
         "nowhere": ["Hello", "--model", tmp_path / "nowhere"],
         "llama2/tokenizer.json": ["Hello", "--model", GOLDENS / "llama2"],
         "no-weights/model.safetensors": ["--tokens", "1,2", "--model", tmp_path / "no-weights"],
-        "2 such tokens": ["--tokens", "1,258", "--model", tiny],
+        "prompt tokens from 0 to 257": ["--tokens", "1,258", "--model", tiny],
         "'two'": ["--tokens", "1,two", "--model", tiny],
-        "0 new ones": ["--tokens", "1,2", "--model", tiny, "-n", "0"],
-        "0 such tokens": ["", "--model", tiny],
+        "at least 1 new one": ["--tokens", "1,2", "--model", tiny, "-n", "0"],
+        "expected 1 to 511 prompt tokens": ["", "--model", tiny],
     }
     lines = refusals(cases.values())
     for line, part in zip(lines, cases, strict=True):
