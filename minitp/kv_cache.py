@@ -13,8 +13,8 @@ class KVCache:
     """One sequence's keys and values on one rank.
 
     The memory is reserved for `capacity` positions at once. On a CPU that costs address space only: the
-    system gives memory, page by page, to what has been written, so it grows with the sequence. A sequence that
-    outgrows its capacity gets half as much again, and is copied there.
+    system gives memory, page by page, to what has been written, so it grows with the sequence. A sequence
+    that outgrows its capacity gets half as much again, and is copied there.
 
     `append` a step's keys and values in every layer, then `advance` once:
 

@@ -205,7 +205,7 @@ class LLM:
             From `encode` or `encode_chat`.
         params : SamplingParams
         listener : callable
-            Gets each engine.ranks.Update, in another thread; it must not wait.
+            Gets each engine.client.Update, in another thread; it must not wait.
 
         Returns
         -------

@@ -8,8 +8,9 @@
       -> norm -> logits of this rank's vocabulary rows                             all-gather
 
 Between two collectives (the right-hand column) every rank works alone; `x`, the residual stream, is the same
-bits on all ranks. The steps have names, those in `trace.names`: `record(block, layer)` gives the place where
-a block keeps its arrays, and whoever passes another `record` sees each of them as it is assigned.
+bits on all ranks. The arrays of a block have names, those in `trace.names`, and are kept in a place `s` that
+`record(block, layer)` gives: `s.q = ..` is an ordinary assignment to a plain namespace. Only if another
+`record` is passed does its place also hand the array on (`trace.record.Recorder`).
 """
 
 from contextlib import contextmanager
@@ -34,14 +35,14 @@ class Model:
     config : Config
     plan : Plan
     weights : Weights
-        This rank's, from `weights.Loader`.
+        This rank's, from `loading.weights.Loader`.
     comm : Comm
     device : Device
     kv_dtype : str
         How its caches keep keys and values: auto (the compute dtype), float16 or int8.
     """
 
-    fused = False  # whether several steps may be one operation, whose inner ones nobody sees
+    fused = False  # True where several steps run as one kernel, so that the inner ones are not seen
     prefill_chunk = 512  # prompt tokens a pass, at most
 
     def __init__(self, config, plan, weights, comm, device, kv_dtype="auto"):
@@ -62,8 +63,8 @@ class Model:
         # What else the families differ in.
         self.norm = ops.rms_norm_plus_one if config.norm_plus_one else ops.rms_norm
         self.activate = ops.swiglu if config.hidden_act == "silu" else ops.geglu
-        self.score_options = config.attention_multiplier, config.attn_logit_softcapping
-        self.logit_options = config.final_logit_softcapping, config.logits_scaling
+        self.score_options = dict(scale=config.attention_multiplier, softcap=config.attn_logit_softcapping)
+        self.logit_options = dict(softcap=config.final_logit_softcapping, scaling=config.logits_scaling)
         frequencies = rope_inverse_frequencies(config.rope, config.head_dim)
         self.inverse_frequencies = device.xp.asarray(frequencies, dtype=device.xp.float32)  # [d/2]
 
@@ -94,7 +95,7 @@ class Model:
     def forward_batch(self, parts, logits_at=None, record=unrecorded):
         """Run the next tokens of some sequences; prefill and decode are this same function.
 
-        The tokens of all sequences lie behind one another, so that every projection is one product of T rows.
+        The tokens of all sequences are concatenated, so that every projection is one product of T rows.
         Only attention goes sequence by sequence, for each has keys of its own.
 
         Parameters
@@ -106,7 +107,7 @@ class Model:
             Which of these T positions get logits: slice(-1, None) to generate, slice(None) for perplexity,
             None to only fill the cache.
         record : callable
-            record(block, layer) -> an object: what is assigned to it are this rank's parts of the steps; see
+            record(block, layer) -> an object, to which this rank's part of each step is assigned; see
             `trace.record.Recorder`. Of several sequences the steps of `_attend` come one after another.
 
         Returns
@@ -115,28 +116,28 @@ class Model:
         """
         xp, w = self.device.xp, self.weights
         token_ids = joined(xp, [xp.asarray(ids) for ids, _ in parts])  # [T]
-        step = Step(xp, parts, self.inverse_frequencies, self.config, record)
+        ctx = ForwardContext(xp, parts, self.inverse_frequencies, self.config, record)
 
         s = record()
         partial = ops.embed_partial(xp, token_ids, w.embed, self.vocab_start)  # [T, D]
         s.embed_partial = ops.scaled(xp, partial, self.embedding_multiplier)  # [T, D]
         s.embed = x = self.comm.all_reduce(s.embed_partial)  # [T, D]
         for i, layer in enumerate(w.layers):
-            x = self._attention(i, layer, x, step)  # [T, D]
-            x = self._mlp(i, layer, x, step)  # [T, D]
+            x = self._attention(i, layer, x, ctx)  # [T, D]
+            x = self._mlp(i, layer, x, ctx)  # [T, D]
         for ids, cache in parts:
             cache.advance(len(ids))
         if logits_at is None:
             return None
         s.final_norm = self._norm(x[logits_at], w.final_norm)  # [n, D]
-        s.logits_partial = ops.logits_partial(xp, s.final_norm, w.lm_head, *self.logit_options)  # [n, V_r]
+        s.logits_partial = ops.logits_partial(xp, s.final_norm, w.lm_head, **self.logit_options)  # [n, V_r]
         s.logits = self.comm.all_gather(s.logits_partial, self.vocab_widths)  # [n, V]
         return s.logits
 
-    def _attention(self, i, layer, x, step):
+    def _attention(self, i, layer, x, ctx):
         """x + attention of norm(x): [T, D] -> [T, D]. This rank computes its own heads."""
         xp, heads = self.device.xp, self.heads
-        s = step.record("attn", i)
+        s = ctx.record("attn", i)
         s.norm = self._norm(x, layer.attn_norm)  # [T, D]
         qkv = ops.column_parallel(xp, s.norm, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
         qk, s.v = ops.split_heads(xp, qkv, heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
@@ -145,10 +146,10 @@ class Model:
             s.q_norm = self._norm(s.q, layer.q_norm)  # [H_r, T, d]
             s.k_norm = self._norm(s.k, layer.k_norm)  # [K_r, T, d]
             qk = xp.concatenate((s.q_norm, s.k_norm))  # [H_r + K_r, T, d]
-        qk = ops.apply_rope(xp, qk, *step.angles(i))  # [H_r + K_r, T, d]
+        qk = ops.apply_rope(xp, qk, *ctx.angles(i))  # [H_r + K_r, T, d]
         s.q_rope, s.k_rope = qk[:heads], qk[heads:]  # [H_r, T, d], [K_r, T, d]
-        sequences = step.sequences[self.config.windows[i]]
-        contexts = [self._attend(i, s.q_rope, s.k_rope, s.v, one, step.record) for one in sequences]
+        sequences = ctx.sequences[self.config.windows[i]]
+        contexts = [self._attend(i, s.q_rope, s.k_rope, s.v, one, ctx.record) for one in sequences]
         context = joined(xp, contexts)  # [T, H_r d]
         s.out_partial = ops.row_parallel(xp, context, layer.w_o)  # [T, D]
         return self._all_reduce_and_add(x, s, layer.b_o, layer.attn_post_norm)  # [T, D]
@@ -158,15 +159,17 @@ class Model:
         xp, rows, s = self.device.xp, sequence.rows, record("attn", i)
         cached = sequence.cache.append(i, k[:, rows], v[:, rows], sequence.first_key)
         s.k_cache, s.v_cache = cached  # [K_r, S, d] each
-        options = sequence.mask, *self.score_options
-        s.scores = ops.attention_scores(xp, q[:, rows], s.k_cache, self.query_groups, *options)  # [H_r, n, S]
+        options = dict(mask=sequence.mask, **self.score_options)
+        s.scores = ops.attention_scores(
+            xp, q[:, rows], s.k_cache, self.query_groups, **options
+        )  # [H_r, n, S]
         s.probs = ops.softmax(xp, s.scores)  # [H_r, n, S]
         s.context = ops.attention_context(xp, s.probs, s.v_cache, self.query_groups)  # [n, H_r d]
         return s.context
 
-    def _mlp(self, i, layer, x, step):
+    def _mlp(self, i, layer, x, ctx):
         """x + mlp of norm(x): [T, D] -> [T, D]. This rank computes its own FFN columns."""
-        s = step.record("mlp", i)
+        s = ctx.record("mlp", i)
         s.norm = self._norm(x, layer.mlp_norm)  # [T, D]
         s.out_partial = (self._experts if layer.experts else self._dense)(layer, s)  # [T, D]
         return self._all_reduce_and_add(x, s, layer.b_down, layer.mlp_post_norm)  # [T, D]
@@ -207,7 +210,7 @@ class Model:
         return self.norm(self.device.xp, x, weight, self.config.rms_norm_eps)
 
 
-class Step:
+class ForwardContext:
     """What all layers of one forward pass share: the angles of its positions and what each may see.
 
     `sequences` has a list of Sequence for each window that some layer has; most models have only one.
@@ -240,7 +243,7 @@ class Sequence:
         self.rows, self.cache = rows, cache
         past, total = cache.length, cache.length + rows.stop - rows.start
         self.positions = xp.arange(past, total)  # [n]
-        # The oldest key that any query of this step sees; with a window the scores stay that small.
+        # The oldest key that any query of this pass sees; with a window the scores stay that small.
         self.first_key = 0 if window is None else max(0, past - window + 1)
         # A single query sees all keys from there on, so decoding needs no mask.
         self.mask = None
@@ -249,5 +252,5 @@ class Sequence:
 
 
 def joined(xp, arrays):
-    """The arrays [n, ..] behind one another; a single one as it is."""
+    """Concatenate arrays [n, ..]; a single one is returned as it is."""
     return arrays[0] if len(arrays) == 1 else xp.concatenate(arrays)

@@ -2,7 +2,7 @@
 
 `xp` is the array module, `numpy` or `cupy`; nothing here knows which. Shape letters, here and everywhere:
 
-    T tokens of this step    D hidden              d head_dim            V vocabulary
+    T tokens of this pass    D hidden              d head_dim            V vocabulary
     H query heads            K key/value heads     G query heads that share a KV head
     S keys that attention reads: all so far, or those within the sliding window
     F FFN columns            E experts             X experts that a token goes through

@@ -39,7 +39,7 @@ class PagedCache:
 
     def __init__(self, pool, block_table, length=0):
         self.pool, self.block_table, self.length = pool, block_table, length
-        self._places = None  # of this step: (its first position, rows that are written, rows that are read)
+        self._places = None  # of this pass: (its first position, rows that are written, rows that are read)
 
     def append(self, layer, k, v, first=0):
         """As KVCache.append; what it returns is a copy."""

@@ -1,4 +1,4 @@
-"""From the logits of one position to the next token. Only rank 0 samples."""
+"""From the logits of one position to the next token: on rank 0, or alike on all GPUs of the fused path."""
 
 import secrets
 from dataclasses import dataclass

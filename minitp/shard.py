@@ -91,7 +91,7 @@ class Plan:
         """
         start, stop = self.head_ranges[rank]
         kv_start, kv_stop = self.kv_head_ranges[rank]
-        # Where the last ranges end: H / K.
+        # The last ranges end at H and at K.
         per_kv_head = self.head_ranges[-1][1] // self.kv_head_ranges[-1][1]
         return [
             (max(start, kv * per_kv_head) - start, min(stop, (kv + 1) * per_kv_head) - start)

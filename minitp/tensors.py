@@ -38,7 +38,7 @@ def replicated(*shape):
 
 
 MODEL_TENSORS = {
-    "model.embed_tokens.weight": column("V", "D"),
+    "model.embed_tokens.weight": column("V", "D"),  # its rows, one a token of the vocabulary
     "model.norm.weight": replicated("D"),
     "lm_head.weight": column("V", "D"),
 }

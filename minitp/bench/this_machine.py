@@ -1,4 +1,4 @@
-"""This machine as `hardware.Hardware`: what its cores read and compute, measured in about a second."""
+"""This machine as an `estimate.hardware.Hardware`: what its cores read and compute, measured in a second."""
 
 import dataclasses
 import math

@@ -41,7 +41,7 @@ def check_model(source, model, token_ids, passes, progress=lambda layers: None):
     model : Model
     token_ids : list of int
     passes : list of (name, start, stop)
-        From `trace.passes_of`.
+        From `trace.record.passes_of`.
     progress : callable
         Gets the number of layers done since the last call; twice as many in all as the model has.
     """

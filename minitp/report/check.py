@@ -7,7 +7,7 @@ from minitp.util.format import counted
 
 
 def report_data(source, dtype, result, verdict, prompt=None):
-    """What `report.render` takes.
+    """What `report.page.render` takes.
 
     Parameters
     ----------

@@ -4,7 +4,7 @@ from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
 
 
 def report_data(a_path, b_path, comparison, verdict):
-    """What `report.render` takes.
+    """What `report.page.render` takes.
 
     Parameters
     ----------

@@ -128,7 +128,7 @@ def times(factor):
 
 
 def with_step(change):
-    """A hook for an attention block: change(copy of the Step, of its Sequence) before it runs."""
+    """A hook for an attention block: change(copy of the ForwardContext, of its Sequence) before it runs."""
 
     def hook(original, i, layer, x, step):
         step = copy.copy(step)

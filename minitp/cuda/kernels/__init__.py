@@ -1,4 +1,10 @@
-"""All kernels of a model, compiled for its shapes."""
+"""The kernels of a model, each a .cu with a Python file of the same name, compiled for the model's shapes.
+
+A token:        begin_step, linear (all products), attention_decode, sample; with several ranks all_reduce
+A prompt:       rms_norm, cache_write, attention_prefill, swiglu
+Several ranks:  join_columns, which puts gathered logits side by side
+bench:          read_memory
+"""
 
 from functools import cached_property
 

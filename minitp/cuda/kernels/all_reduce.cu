@@ -1,4 +1,4 @@
-// all_reduce: the sum over all ranks of a host, the twin of comm._sum_in_rank_order, through memory that all
+// all_reduce: the sum over all ranks of a host, the twin of comm.base._sum_in_rank_order, through memory that all
 // their GPUs can see. all_reduce_norm: the same, then the bias, the residual addition and ops.rms_norm.
 //
 //   rank 0's region             rank 1's region

@@ -120,7 +120,7 @@ def llama3_scaling(file, fields, original):
     """The parameters from which the factors in the file come, or an InputError if they come from others.
 
     A pair's angle is divided by its factor: 1 for short wavelengths, `factor` for long ones, and between
-    these as `ops.rope_frequencies` has it.
+    these as `rope.rope_inverse_frequencies` has it.
     """
     count = fields["head_dim"] // 2
     if file.tensors[ROPE_FACTORS].shape != (count,):

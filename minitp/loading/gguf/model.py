@@ -5,7 +5,7 @@ Nothing is converted on disk: a rank reads the blocks of its own rows and column
 - Names. See NAMES; `output` is missing where embeddings are tied.
 - RoPE. GGUF turns neighbours (2i, 2i + 1) of a head, Hugging Face the halves (i, i + d/2), so the rows of q
   and k lie in another order, which `read` puts back.
-- RoPE scaling. Llama 3's factors are a tensor, instead of the parameters they come from (`gguf_config`).
+- RoPE scaling. Llama 3's factors are a tensor, instead of the parameters they come from (`gguf.config`).
 """
 
 import json
