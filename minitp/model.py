@@ -231,8 +231,8 @@ class ForwardContext:
     def angles(self, layer):
         """Cosines and sines of a layer's RoPE, [T, d] each; in one that has none nothing is turned."""
         if layer in self.layers_without_rope:
-            xp = self.xp
-            return xp.ones_like(self.cos), xp.zeros_like(self.sin)  # [T, d] each
+            still = self.xp.zeros(self.cos.shape, dtype=self.cos.dtype)  # [T, d]
+            return still + 1, still  # [T, d] each
         return self.cos, self.sin  # [T, d] each
 
 

@@ -517,10 +517,10 @@ def test_long_generation_across_the_window(tmp_path, monkeypatch):
     model = long_model(tmp_path / "windowed", WINDOW)
     keys_read, cache_bytes, scores = [], [], ops.attention_scores
 
-    def counting(xp, q, k, *rest):
+    def counting(xp, q, k, *rest, **options):
         if q.shape[1] == 1:
             keys_read.append(k.shape[1])
-        return scores(xp, q, k, *rest)
+        return scores(xp, q, k, *rest, **options)
 
     monkeypatch.setattr(ops, "attention_scores", counting)
     caches = []

@@ -6,6 +6,7 @@ two blocks look there. A hook computes with NumPy, on a GPU too: see `host_array
 """
 
 import copy
+import inspect
 import threading
 from dataclasses import replace
 from functools import partial
@@ -39,7 +40,10 @@ def hooked(name, original):
         if here.model is not None:
             here.model.calls.add((here.block, name))
         hook = here.hooks.get(name)
-        return original(*args, **kwargs) if hook is None else here.arrays.run(hook, original, *args, **kwargs)
+        if hook is None:
+            return original(*args, **kwargs)
+        args = inspect.signature(original).bind(*args, **kwargs).args  # by their place, as hooks change them
+        return here.arrays.run(hook, original, *args)
 
     return call
 
