@@ -11,7 +11,7 @@ from minitp.bench.fake_weights import TiledWeights
 from minitp.bench.measure import measure
 from minitp.bench.table import lines
 from minitp.cli.inputs import check_output
-from minitp.cli.load_model import load
+from minitp.cli.load_progress import load
 from minitp.errors import InputError
 from minitp.load import device_of
 from minitp.request import context_length

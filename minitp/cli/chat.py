@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from time import perf_counter
 
 from minitp.cli.inputs import sampling_params
-from minitp.cli.options import llm_options
+from minitp.cli.shared_options import llm_options
 from minitp.engine.completion import Completion
 from minitp.errors import ContextError, InputError
 from minitp.launch.run import Terminated, raised_on_sigterm

@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from minitp.check.run import check_model
 from minitp.cli.inputs import check_output, passes_wanted, prompt_tokens
-from minitp.cli.load_model import load
+from minitp.cli.load_progress import load
 from minitp.report.check import report_data
 from minitp.report.page import write_report
 from minitp.trace.names import AFTER, BEFORE, LAYER

@@ -5,7 +5,7 @@ import sys
 from time import perf_counter
 
 from minitp.cli.inputs import prompt_tokens, sampling_params
-from minitp.cli.load_model import load
+from minitp.cli.load_progress import load
 from minitp.errors import InputError
 from minitp.generate import generate
 from minitp.request import Request, check_prompt, context_length

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 
-from minitp.cli.arguments import parser
+from minitp.cli.options import parser
 from minitp.engine.options import EngineOptions
 from minitp.errors import InputError, MinitpError, RankError
 from minitp.launch.run import WORKER, run_ranks
@@ -88,7 +88,7 @@ def served(args):
     world = environment.world_size(os.environ)
     tp = world or environment.ranks_wanted(args.tp, DEFAULT_TP)
     if environment.env_rank(os.environ) != 0:
-        from minitp.cli.options import llm_options
+        from minitp.cli.shared_options import llm_options
         from minitp.llm import LLM
 
         LLM(**llm_options(args, tp))  # ends this process

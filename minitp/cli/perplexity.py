@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minitp.cli.load_model import load
+from minitp.cli.load_progress import load
 from minitp.errors import InputError
 from minitp.generate import host_logits
 from minitp.request import check_vocabulary, context_length

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from minitp.cli.options import llm_options
+from minitp.cli.shared_options import llm_options
 from minitp.errors import InputError
 from minitp.llm import LLM
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from minitp.cli.inputs import check_output, passes_wanted, prompt_tokens
-from minitp.cli.load_model import load
+from minitp.cli.load_progress import load
 from minitp.errors import InputError
 from minitp.trace.record import wanted_steps
 from minitp.trace.write import write_oracle_trace, write_trace

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from minitp import device
-from minitp.cli import load_model as loading
+from minitp.cli import load_progress as loading
 from minitp.cli import main as cli
 from minitp.comm import run_threads
 from minitp.errors import AgreedError
