@@ -140,8 +140,8 @@ class Model:
         s = ctx.record("attn", i)
         s.norm = self._norm(x, layer.attn_norm)  # [T, D]
         qkv = ops.column_parallel(xp, s.norm, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
-        qk, s.v = ops.split_heads(xp, qkv, heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
-        s.q, s.k = qk[:heads], qk[heads:]  # [H_r, T, d], [K_r, T, d]
+        qk, v = ops.split_heads(xp, qkv, heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
+        s.q, s.k, s.v = qk[:heads], qk[heads:], v  # [H_r, T, d], [K_r, T, d], [K_r, T, d]
         if layer.q_norm is not None:
             s.q_norm = self._norm(s.q, layer.q_norm)  # [H_r, T, d]
             s.k_norm = self._norm(s.k, layer.k_norm)  # [K_r, T, d]

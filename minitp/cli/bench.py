@@ -40,6 +40,8 @@ class Job:
 
 def prepare(args, source):
     """Check the options; the Job."""
+    if source.config.num_local_experts:
+        raise InputError(f"{source.name} is a mixture of experts, for which bench has no limits yet")
     refuse_pairs(args)
     sweep = args.sweep is not None
     prompt_tokens = PROMPT_TOKENS if args.prompt_tokens is None else args.prompt_tokens

@@ -93,8 +93,17 @@ def served(args):
 
         LLM(**llm_options(args, tp))  # ends this process
     from minitp.cli.commands import module_of
+    from minitp.engine.client import JOINED
 
-    return module_of(args.command).run(args, tp)
+    try:
+        return module_of(args.command).run(args, tp)
+    except InputError as error:
+        if world is None or JOINED in os.environ:
+            raise
+        print(f"minitp: {error}", file=sys.stderr, flush=True)
+        from minitp.comm.mpi import MpiComm
+
+        MpiComm(expected=world).abort(error.exit_code)  # the others wait for rank 0 to join them
 
 
 def tour(args):
@@ -139,7 +148,10 @@ def rank_of_engine(args):
     """One of the ranks that LLM, chat and serve start."""
     if SOCKET_VARIABLE not in os.environ:
         raise InputError("minitp ranks is what LLM, chat and serve start; start one of these")
-    options = EngineOptions(**json.loads(args.options))
+    try:
+        options = EngineOptions(**json.loads(args.options))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"minitp ranks: {error}") from error
     world = environment.world_size(os.environ)
     environment.share_cores(os.environ)
     from minitp.engine.client import join_world, run_alone_for_caller

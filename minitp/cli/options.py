@@ -271,5 +271,5 @@ def add_info(commands):
 def add_ranks(commands):
     """What LLM, chat and serve start; without `help` it does not appear among the commands."""
     sub = commands.add_parser("ranks", description="Ranks that serve LLM, chat or serve, which start them.")
-    sub.add_argument("options", metavar="JSON", help="the fields of EngineOptions")
+    sub.add_argument("options", nargs="?", metavar="JSON", help="the fields of EngineOptions")
     return sub

@@ -1,6 +1,7 @@
 """What `LLM` and the commands that serve can be told of their ranks."""
 
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, fields
 
 from minitp.errors import InputError
 
@@ -58,24 +59,18 @@ class EngineOptions:
     verbose: bool = False
 
     def __post_init__(self):
-        """Refuse values that no model could make right."""
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise InputError(
-                    f"{option(name)} {getattr(self, name)!r}: expected one of {', '.join(choices)}"
-                )
-        for name in (
-            "layers",
-            "max_context",
-            "cache_tokens",
-            "block_size",
-            "max_tokens_per_step",
-            "max_sequences",
-        ):
-            value = getattr(self, name)
-            optional = self.__dataclass_fields__[name].default is None
-            if not (value is None and optional) and (not isinstance(value, int) or isinstance(value, bool)):
-                raise InputError(f"{option(name)} {value!r}: expected a whole number")
+        """Refuse values that no model could make right; NumPy's numbers and numbers as text become int."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if field.name in CHOICES:
+                value = one_of(CHOICES[field.name], field.name, value)
+            elif field.type is bool:
+                value = flag(field.name, value)
+            elif field.type in (int, int | None):
+                value = whole_number(field.name, value)
+            object.__setattr__(self, field.name, value)
         for name in ("block_size", "max_tokens_per_step", "max_sequences"):
             if getattr(self, name) < 1:
                 raise InputError(f"{option(name)} {getattr(self, name)}: expected at least 1")
@@ -83,6 +78,30 @@ class EngineOptions:
             raise InputError(
                 f"--cache-tokens {self.cache_tokens}: expected at least a block, {self.block_size}"
             )
+
+
+def one_of(choices, name, value):
+    """A value that is one of some texts, or reads like it, as NumPy's dtypes do."""
+    if str(value) not in choices:
+        raise InputError(f"{option(name)} {value!r}: expected one of {', '.join(choices)}")
+    return str(value)
+
+
+def flag(name, value):
+    """True or False, Python's or NumPy's."""
+    if type(value).__name__ != "bool":
+        raise InputError(f"{option(name)} {value!r}: expected True or False")
+    return bool(value)
+
+
+def whole_number(name, value):
+    """An integer, Python's or NumPy's, or written as text."""
+    try:
+        if type(value).__name__ == "bool":
+            raise TypeError
+        return int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{option(name)} {value!r}: expected a whole number") from None
 
 
 def option(name):

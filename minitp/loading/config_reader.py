@@ -155,8 +155,8 @@ class Reader:
     def layers_without_rope(self):
         """From `no_rope_layers`, a 1 for each layer with RoPE; or every `no_rope_layer_interval`th layer."""
         layers, turns = range(self.number("num_hidden_layers", int)), self.get("no_rope_layers")
-        interval = self.number("no_rope_layer_interval", int)
         if turns is None:
+            interval = self.number("no_rope_layer_interval", int)
             turns = [(i + 1) % interval != 0 for i in layers]
         if not isinstance(turns, list) or len(turns) < len(layers) or any(t not in (0, 1) for t in turns):
             self.refuse("no_rope_layers", turns, f"a list of {len(layers)}, each 0 or 1")
@@ -171,7 +171,8 @@ class Reader:
             switched_on = self.flag("use_sliding_window")
             self.read |= {"sliding_window", "max_window_layers", "layer_types"}
             if not switched_on:
-                if "sliding_attention" in (self.get("layer_types") or ()):
+                types = self.get("layer_types", [])
+                if not isinstance(types, list) or "sliding_attention" in types:
                     self.refuse("layer_types", self.get("layer_types"), "use_sliding_window true with these")
                 return None, frozenset()
         elif "sliding_window" not in self.family_reads:

@@ -113,6 +113,8 @@ def _check(reader, rope_type, name, value, head_dim):
             reader.refuse(called, value, f"a list of {head_dim // 2} positive numbers")
     elif not positive(value):
         reader.refuse(called, value, "a positive number")
+    elif name == ORIGINAL and value <= 1:  # its logarithm is divided by
+        reader.refuse(called, value, "more than 1")
 
 
 def _attention_factor(rope_type, values, longest):

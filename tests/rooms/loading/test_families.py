@@ -486,3 +486,38 @@ def test_what_phi3_calls_longrope(called):
 def test_a_phi_that_turns_a_part_of_each_head_is_refused():
     with pytest.raises(InputError, match=r"partial_rotary_factor is 0\.75"):
         parse_config({**CONFIG, **PHI3, "partial_rotary_factor": 0.75}, "here")
+
+
+SMOLLM3 = {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "without"),
+    [
+        ({}, {3}),
+        ({"no_rope_layer_interval": 2}, {1, 3}),
+        ({"no_rope_layer_interval": 1}, {0, 1, 2, 3}),
+        ({"no_rope_layers": [1, 0, 1, 1, 0], "no_rope_layer_interval": None}, {1}),
+    ],
+)
+def test_layers_without_rope(fields, without):
+    fields = {**CONFIG, **SMOLLM3, **fields}
+    assert parse_config(fields, "here").layers_without_rope == without
+    assert Oracle(fields, None).turns == [i not in without for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"no_rope_layers": [1, 0, 1]}, "no_rope_layers is [1, 0, 1], expected a list of 4, each 0 or 1"),
+        ({"no_rope_layers": [1, 0, 1, 2]}, "no_rope_layers is [1, 0, 1, 2], expected"),
+        ({"no_rope_layers": 3}, "no_rope_layers is 3, expected"),
+        ({"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0, expected a positive integer"),
+        ({"layer_types": 5}, "layer_types is 5, expected"),
+        ({"mlp_bias": "yes"}, "mlp_bias is 'yes', expected true or false"),
+    ],
+)
+def test_a_smollm3_whose_layers_are_not_told_is_refused(fields, words):
+    with pytest.raises(InputError) as caught:
+        parse_config({**CONFIG, **SMOLLM3, **fields}, "here")
+    assert words in str(caught.value)

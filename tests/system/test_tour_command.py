@@ -1,0 +1,89 @@
+"""`minitp tour`: what it refuses, and how it ends when nobody reads any more, or at Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from paths import GOLDENS
+from running import START_S, Running, under_mpirun
+from tiny import write_tiny
+
+pytestmark = pytest.mark.mpi
+
+COMMAND = [sys.executable, "-m", "minitp", "tour"]
+LONG = ["--tokens", "1,2,3", "-n", "400000"]
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """A model that goes on for minutes if it is let."""
+    directory = tmp_path_factory.mktemp("models") / "endless"
+    return write_tiny(directory, tokenizer=False, max_position_embeddings=1_000_000, eos_token_id=None)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_it_ends_quietly_when_nobody_reads_any_more(endless, ranks):
+    running = Running([*COMMAND, *LONG, "--model", endless, "--tp", ranks])
+    running.wait_for_output()
+    running.process.stdout.close()
+    running.process.stdout = None
+    assert running.end(START_S) == (0, "", "")
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ctrl_c(endless, ranks):
+    running = Running([*COMMAND, *LONG, "--model", endless, "--tp", ranks])
+    running.wait_for_output()
+    os.kill(running.process.pid, signal.SIGINT)
+    code, _, err = running.end(START_S)
+    assert (code, err) == (130, "")
+
+
+def test_the_exit_code_of_the_ranks_is_that_of_the_command():
+    code, out, err = Running([*COMMAND, "--tokens", "1,2", "--model", GOLDENS / "qwen3", "--tp", 2]).end(
+        START_S
+    )
+    assert (code, out) == (2, "")
+    assert err == "minitp tour: config.json: model_type 'qwen3' is not in the tour; use `minitp generate`\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["Hello", "--tokens", "1,2"], "tour needs either a PROMPT or --tokens 1,2,3"),
+        (["Hello", "--tp", "10"], "--tp 10: this model has 9 attention heads"),
+        (["Hello", "--model", "random:smollm2-135m"], "the tour reads a Hugging Face directory"),
+        (["Hello", "--model", GOLDENS / "llama2"], "has no tokenizer.json; give --tokens 1,2,3"),
+    ],
+)
+def test_what_is_refused_before_ranks_are_started(argv, words):
+    done = subprocess.run([*COMMAND, *map(str, argv)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert words in done.stderr
+
+
+def test_a_number_of_ranks_that_contradicts_the_world():
+    code, out, err = under_mpirun(["tour", "Hello", "--tp", "4"], ranks=2).end(START_S)
+    assert (code, out) == (2, "")
+    assert "--tp 4 contradicts the MPI world of 2 ranks" in err
+
+
+def test_threads_are_shared_among_the_ranks():
+    code = "import os, minitp.tour; print(os.environ['OMP_NUM_THREADS'])"
+    kept = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    for ranks, threads in ((1, os.cpu_count()), (10_000, 1)):
+        environment = kept | {"MPI_LOCALNRANKS": str(ranks)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stdout == f"{threads}\n"
+
+
+def test_a_conversation_that_cannot_begin_ends_all_ranks_of_a_user_s_mpirun():
+    """Rank 0 refuses while the others wait for it to join them."""
+    started = time.monotonic()
+    code, out, err = under_mpirun(["chat", "--max-context", "0"], ranks=2).end(START_S)
+    assert (code, out) == (2, "")
+    assert err.startswith("minitp: --max-context 0: ")
+    assert time.monotonic() - started < START_S / 2
