@@ -155,6 +155,7 @@ class Reader:
     def layers_without_rope(self):
         """From `no_rope_layers`, a 1 for each layer with RoPE; or every `no_rope_layer_interval`th layer."""
         layers, turns = range(self.number("num_hidden_layers", int)), self.get("no_rope_layers")
+        self.read.add("no_rope_layer_interval")  # which does not count if the layers are listed
         if turns is None:
             interval = self.number("no_rope_layer_interval", int)
             turns = [(i + 1) % interval != 0 for i in layers]
