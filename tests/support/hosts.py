@@ -10,6 +10,7 @@ a cluster shares a file system. Needs Linux, root, and Debian's iproute2 and ope
 
 import fcntl
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from pathlib import Path
 ADDRESSES = {"host-a": "10.99.0.1", "host-b": "10.99.0.2"}
 SSHD = "/usr/sbin/sshd"  # not in everybody's PATH; it wants to be called by its whole name
 START_S = 10
+FIRST_OUTPUT_S = 60
 NAMESPACES = ["--net", "--uts", "--mount", "--ipc", "--pid", "--mount-proc"]
 
 START_HOST = f"""
@@ -96,8 +98,11 @@ class Host:
 
 
 def started(words):
-    """A command line that runs, and has begun to write."""
+    """A command line that runs, and has begun to write, within FIRST_OUTPUT_S."""
     running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if not select.select([running.stdout], [], [], FIRST_OUTPUT_S)[0]:
+        running.kill()
+        raise AssertionError(f"no output after {FIRST_OUTPUT_S} s: {running.communicate()[1]}")
     assert running.stdout.read(1)
     return running
 

@@ -86,6 +86,7 @@ def first_host():
 
 
 @pytest.mark.mpi
+@pytest.mark.hosts
 @pytest.mark.skipif(bool(slurm_hosts.missing()), reason=str(slurm_hosts.missing()))
 @pytest.mark.parametrize("block", every_block(ON_TWO_HOSTS))
 def test_it_prints_that_on_two_hosts(block, first_host, tmp_path):

@@ -12,6 +12,7 @@ from tiny import write_tiny
 
 pytestmark = [
     pytest.mark.mpi,
+    pytest.mark.hosts,
     pytest.mark.skipif(bool(hosts.missing()), reason=str(hosts.missing())),
 ]
 MPIRUN = ["mpirun", "-hosts", "host-a,host-b"]

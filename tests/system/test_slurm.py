@@ -11,6 +11,7 @@ from tiny import write_tiny
 
 pytestmark = [
     pytest.mark.mpi,
+    pytest.mark.hosts,
     pytest.mark.skipif(bool(slurm_hosts.missing()), reason=str(slurm_hosts.missing())),
 ]
 TASKS = ["-N", "2", "-n", "4", "-O"]
