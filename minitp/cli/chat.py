@@ -85,7 +85,7 @@ def at_terminal(conversation):
                 note(HELP)
             elif command == "/reset":
                 conversation.reset()
-                note("[the conversation begins anew]")
+                note("[conversation reset]")
             elif command.startswith("/"):
                 note(f"{command.split()[0]} is no command; /help lists them")
             elif command:

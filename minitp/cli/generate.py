@@ -19,7 +19,7 @@ def prepare(args, source):
     if args.stop or args.tokens is not None:  # else the prompt has shown that there is one, and sound
         tokenizer = source.tokenizer()
         if args.stop and tokenizer is None:
-            raise InputError(f"--stop wants text, and {source.name} has no tokenizer.json")
+            raise InputError(f"--stop needs text, and {source.name} has no tokenizer.json")
     context = context_length(source.config, args.max_context)
     check_prompt(ids, source.config, context)
     return ids, context

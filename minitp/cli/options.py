@@ -236,7 +236,7 @@ def add_serve(commands):
     sub.add_argument(
         "--drain-timeout", type=float, default=30, metavar="S", help="seconds after SIGTERM; default 30"
     )
-    sub.add_argument("--restart", action="store_true", help="start the ranks anew when one dies")
+    sub.add_argument("--restart", action="store_true", help="start the ranks again when one dies")
     add_cache(sub)
     add_run(sub)
     return sub

@@ -16,7 +16,7 @@ def refuse_on_cpus(transport, share_gpu):
     if transport in ("nccl", "peer"):
         raise InputError(f"--comm {transport} is for GPUs; leave it out, or give --device cuda")
     if share_gpu:
-        raise InputError("--share-gpu wants GPUs; leave it out, or give --device cuda")
+        raise InputError("--share-gpu needs GPUs; leave it out, or give --device cuda")
 
 
 def open_rank_gpu(comm, share_gpu):

@@ -54,7 +54,7 @@ class Checkpoint:
         else:
             raise InputError(
                 f"{directory}: neither model.safetensors nor model.safetensors.index.json; "
-                "--model wants a Hugging Face directory with safetensors files"
+                "--model needs a Hugging Face directory with safetensors files"
             )
 
     def _read_index(self, index):

@@ -100,7 +100,7 @@ def read_json(path):
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        wanted = "; --model wants a Hugging Face model directory" if Path(path).name == "config.json" else ""
+        wanted = "; --model needs a Hugging Face model directory" if Path(path).name == "config.json" else ""
         raise InputError(f"{path}: no such file{wanted}") from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or too deep or long for Python
         raise InputError(f"{path}: not valid JSON: {error}") from error

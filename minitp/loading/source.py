@@ -209,7 +209,7 @@ def _download(hub_id, files):
     except Exception as error:  # the hub client raises those of its HTTP library, which changes
         reason = " ".join(str(error).split())
         raise InputError(
-            f"--model {hub_id}: no such directory here, and not to be had from the Hugging Face hub: "
+            f"--model {hub_id}: no such directory here, and the download from the Hugging Face Hub failed: "
             f"{type(error).__name__}: {reason[:300]}"
         ) from error
 

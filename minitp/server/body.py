@@ -194,7 +194,7 @@ def chat_request(body):
     """An Asked, of the body of /v1/chat/completions."""
     body = checked(body, COMMON | CHAT, required=("model", "messages"))
     if "top_logprobs" in body and not body.get("logprobs"):
-        raise ApiError(400, "top_logprobs wants logprobs: true", "top_logprobs")
+        raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     logprobs = body.get("top_logprobs", 0) if body.get("logprobs") else None
     most = body.get("max_completion_tokens", body.get("max_tokens"))
     messages = [message(value, place) for place, value in enumerate(body["messages"])]

@@ -72,7 +72,7 @@ class Load:
         backend, llm = self._backend, self._backend.llm
         yield gauge("minitp_ready", "Whether requests are taken", backend.state == "ready")
         yield CounterMetricFamily(
-            "minitp_rank_restarts", "Times the ranks were started anew", backend.restarts
+            "minitp_rank_restarts", "Times the ranks were started again", backend.restarts
         )
         if llm is None:
             return

@@ -201,7 +201,7 @@ def test_auto_takes_the_cpu_where_no_gpu_is(model, without_cupy):
     [
         (["--comm", "nccl"], "--comm nccl is for GPUs; leave it out, or give --device cuda"),
         (["--comm", "peer"], "--comm peer is for GPUs; leave it out, or give --device cuda"),
-        (["--share-gpu"], "--share-gpu wants GPUs; leave it out, or give --device cuda"),
+        (["--share-gpu"], "--share-gpu needs GPUs; leave it out, or give --device cuda"),
     ],
 )
 def test_what_is_for_gpus_alone(model, capsys, options, message):

@@ -99,7 +99,7 @@ class GgufFile:
 
     def _read_header(self):
         if self._bytes[:4] != b"GGUF":
-            raise InputError(f"{self.path}: not a GGUF file; --model wants a directory or a .gguf file")
+            raise InputError(f"{self.path}: not a GGUF file; --model needs a directory or a .gguf file")
         self._at = 4
         version = self._number("I")
         if version not in VERSIONS:

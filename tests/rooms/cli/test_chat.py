@@ -248,7 +248,7 @@ def test_a_conversation_in_a_terminal(start, tmp_path):
     count, answer = ask("Hi")
     assert count == prompt_length("Hi")
     assert ask("Ho")[0] == prompt_length("Hi", answer, "Ho"), "what was said before Ctrl-C counts"
-    said = {"/reset": "begins anew", "/help": "/reset  forget", "/what is it": "/what is no command;"}
+    said = {"/reset": "conversation reset", "/help": "/reset  forget", "/what is it": "/what is no command;"}
     for command, reply in said.items():
         terminal.type(f"{command}\n")
         assert reply in terminal.prompt()

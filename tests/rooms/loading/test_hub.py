@@ -7,6 +7,8 @@ from hub import COMMIT, OWNER_NAME, UNWANTED, WANTED, Hub, run_minitp
 from safetensors.numpy import load_file, save_file
 from tiny import write_tiny
 
+FAILED = "the download from the Hugging Face Hub failed"
+
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
@@ -84,19 +86,19 @@ def test_ranks_share_one_download(repository, hub, tmp_path):
 
 def test_offline_without_a_cache(hub, tmp_path):
     done = run_minitp(tmp_path, hub.address, "--model", OWNER_NAME, HF_HUB_OFFLINE="1")
-    check_refusal(done, "not to be had from the Hugging Face hub")
+    check_refusal(done, FAILED)
     assert hub.requests == []
 
 
 def test_hub_that_is_down(hub, tmp_path):
     hub.close()
-    check_refusal(run_minitp(tmp_path, hub.address, "--model", OWNER_NAME), "not to be had")
+    check_refusal(run_minitp(tmp_path, hub.address, "--model", OWNER_NAME), FAILED)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_hub_that_refuses(hub, tmp_path, status):
     hub.status = status
-    check_refusal(run_minitp(tmp_path, hub.address, "--model", OWNER_NAME), "not to be had", str(status))
+    check_refusal(run_minitp(tmp_path, hub.address, "--model", OWNER_NAME), FAILED, str(status))
 
 
 def test_repository_without_safetensors(repository, tmp_path):

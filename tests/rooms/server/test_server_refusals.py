@@ -73,7 +73,7 @@ BAD_FIELDS = {
     "stop empty": (CHAT, {"stop": [""]}, 400, "stop", "not empty"),
     "seed below": (CHAT, {"seed": -1}, 400, "seed", "from 0"),
     "logprobs number": (CHAT, {"logprobs": 3}, 400, "logprobs", "expected true or false"),
-    "top_logprobs": (CHAT, {"top_logprobs": 3}, 400, "top_logprobs", "wants logprobs: true"),
+    "top_logprobs": (CHAT, {"top_logprobs": 3}, 400, "top_logprobs", "needs logprobs: true"),
     "unknown field": (CHAT, {"temprature": 1}, 400, "temprature", "unknown parameter 'temprature'"),
     "penalty": (CHAT, {"presence_penalty": 0.5}, 400, "presence_penalty", "not supported by minitp"),
     "tools": (CHAT, {"tools": [{"type": "function"}]}, 400, "tools", "not supported by minitp"),
