@@ -217,7 +217,7 @@ class ForwardContext:
     """
 
     def __init__(self, xp, parts, inverse_frequencies, config, record):
-        self.xp, self.record = xp, record
+        self.record = record
         self.sequences, start = {window: [] for window in config.windows}, 0
         for ids, cache in parts:
             for window, sequences in self.sequences.items():
@@ -227,13 +227,13 @@ class ForwardContext:
         factor = config.rope.attention_factor
         self.cos, self.sin = ops.rope_cos_sin(xp, positions, inverse_frequencies, factor)  # [T, d] each
         self.layers_without_rope = config.layers_without_rope
+        if self.layers_without_rope:
+            still = xp.zeros(self.cos.shape, dtype=self.cos.dtype)  # [T, d]
+            self.no_angles = still + 1, still  # [T, d] each
 
     def angles(self, layer):
         """Cosines and sines of a layer's RoPE, [T, d] each; in one that has none nothing is turned."""
-        if layer in self.layers_without_rope:
-            still = self.xp.zeros(self.cos.shape, dtype=self.cos.dtype)  # [T, d]
-            return still + 1, still  # [T, d] each
-        return self.cos, self.sin  # [T, d] each
+        return self.no_angles if layer in self.layers_without_rope else (self.cos, self.sin)  # [T, d] each
 
 
 class Sequence:

@@ -1,4 +1,4 @@
-"""What each command does: a module a command, imported when it is needed, for most of a start is imports.
+"""Find and run the module of each command, imported when it is needed: most of a start is imports.
 
 A module for ranks has `prepare(args, source)`, which refuses what can be found wrong and returns what `run`
 needs, and `run(args, comm, source, job)`, on every rank. The others have `run(args, tp)`, for one process.
@@ -7,8 +7,6 @@ Both return the exit code.
 
 from minitp.load import open_source
 from minitp.loading.source import open_model, warn_of_unread_fields
-
-WITH_RANKS = ("generate", "trace", "check", "perplexity", "bench")
 
 
 def module_of(command):

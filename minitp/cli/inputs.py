@@ -15,10 +15,15 @@ def prompt_tokens(args, source):
         raise InputError(f"{args.command} needs either a PROMPT or --tokens 1,2,3")
     if args.tokens is not None:
         return args.tokens
+    return tokenizer_of(source).encode(args.prompt)
+
+
+def tokenizer_of(source):
+    """The Tokenizer of a ModelSource; InputError if it has none."""
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise InputError(f"{source.name} has no tokenizer.json; give --tokens 1,2,3 in place of the prompt")
-    return tokenizer.encode(args.prompt)
+    return tokenizer
 
 
 def sampling_params(args):

@@ -134,7 +134,7 @@ def alone(args):
 
 
 def work_of(args):
-    """What a rank does for a command, as `launch.rank` wants it: imported when MPI is there."""
+    """Return a rank's work on a command for `launch.rank`; it is imported when MPI is there."""
 
     def work(comm, caller):
         from minitp.cli.commands import run_on_rank

@@ -123,6 +123,6 @@ def token_ids(text):
 
 
 def llm_options(args, tp):
-    """What a command's arguments say of the LLM that it starts; a command has some of the options."""
+    """Return the parameters of the LLM that a command starts; options that it does not have are None."""
     given = {field.name: getattr(args, field.name, None) for field in fields(EngineOptions)}
     return {**given, "tp": tp}

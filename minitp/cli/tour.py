@@ -6,18 +6,20 @@ import signal
 import subprocess
 import sys
 
+from minitp.cli.inputs import tokenizer_of
 from minitp.errors import InputError
+from minitp.launch.run import Terminated, raised_on_sigterm
 from minitp.launch.supervisor import find_mpirun, mpi_environment
 from minitp.loading.source import open_model
-from minitp.util.environment import ranks_wanted, world_size
+from minitp.util.environment import check_world, world_size
 from minitp.util.stdout import write_out
 
 
 def run(args, tp):
     """Run the tour on `tp` ranks under mpirun; or be one of them, where a user's mpirun has started this."""
     world = world_size(os.environ)
-    if world is not None and ranks_wanted(args.tp, default=world) != world:
-        raise InputError(f"--tp {args.tp} contradicts the MPI world of {world} ranks; leave --tp out")
+    if world is not None:
+        check_world(args.tp, world)
     argv = tour_arguments(args, tp)
     if world is not None:
         from minitp import tour
@@ -30,14 +32,14 @@ def run(args, tp):
 
 
 def tour_arguments(args, tp):
-    """What the tour takes: the directory of a model that may be called in other ways here."""
+    """Return the tour's own arguments: a model may have other names here, and is a directory there."""
     if args.prompt is not None and args.tokens is not None:
         raise InputError("tour needs either a PROMPT or --tokens 1,2,3")
     source = open_model(args.model, tp)
     if source.directory is None:
         raise InputError(f"--model {args.model}: the tour reads a Hugging Face directory; give one")
-    if args.tokens is None and source.tokenizer() is None:
-        raise InputError(f"{source.name} has no tokenizer.json; give --tokens 1,2,3 in place of the prompt")
+    if args.tokens is None:
+        tokenizer_of(source)
     if args.gpu:
         from minitp.cuda.gpu import find_cupy
 
@@ -57,10 +59,13 @@ def pass_on(command, environment):
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
     ) as process:
         try:
-            while data := process.stdout.read1():
-                if not write_out(text.decode(data)):
-                    return 0
-            return process.wait()
+            with raised_on_sigterm():
+                while data := process.stdout.read1():
+                    if not write_out(text.decode(data)):
+                        return 0
+                return process.wait()
+        except Terminated:
+            return 143
         finally:  # also on Ctrl-C, which is for this process to act on
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # at SIGTERM mpirun would have much to say

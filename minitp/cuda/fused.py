@@ -185,7 +185,7 @@ class FusedModel(Model):
             s.gate, s.up = gate_up[:, :columns], gate_up[:, columns:]  # [T, F_r] each
             act = self.device.cupy.empty((len(x), padded(columns)), x.dtype)  # [T, F_r or more]
             kernels.swiglu(gate_up, act)
-            record("mlp", i).act = act[:, :columns]
+            s.act = act[:, :columns]  # [T, F_r]
             addend, bias = self._partial("mlp", i, act[:, :columns], layer.w_down, layer.b_down, record)
         kernels.rms_norm(x, w.final_norm, h, c.rms_norm_eps, addend, bias)
         record("mlp", len(w.layers) - 1).residual = x

@@ -245,7 +245,7 @@ def join_world(options, world, caller=None):
 
 
 def run_alone_for_caller(options):
-    """The same of a single rank, which needs no MPI."""
+    """Be the only rank, which needs no MPI; returns the exit code."""
     from minitp.comm.single import Alone
     from minitp.launch.rank import run_alone
 
@@ -253,7 +253,7 @@ def run_alone_for_caller(options):
 
 
 def work_of(options):
-    """What such a rank does: as `launch.rank` wants it, importing NumPy when MPI is there."""
+    """Return the work of such a rank for `launch.rank`; NumPy is imported when MPI is there."""
 
     def work(comm, caller):
         from minitp.engine.run import run_engine

@@ -1,4 +1,4 @@
-"""What `LLM` and the commands that serve can be told of their ranks."""
+"""The options of the ranks that `LLM`, `minitp chat` and `minitp serve` start."""
 
 import operator
 from dataclasses import dataclass, fields

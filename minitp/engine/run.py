@@ -1,4 +1,4 @@
-"""What a rank of `LLM`, `minitp chat` or `minitp serve` does: it loads the model, then serves requests."""
+"""Run a rank of `LLM`, `minitp chat` or `minitp serve`: load the model, then serve requests."""
 
 from minitp.engine.engine import Engine
 from minitp.engine.service import serve

@@ -5,6 +5,8 @@ import sys
 from minitp.errors import InputError
 from minitp.util.environment import gpus
 
+ON_GPUS = ("nccl", "peer")  # of --comm
+
 
 def on_gpus(comm, device):
     """Whether the ranks compute on GPUs, as --device says: auto is yes if every rank's host has one."""
@@ -13,14 +15,14 @@ def on_gpus(comm, device):
 
 def refuse_on_cpus(transport, share_gpu):
     """Refuse the options that are for GPUs."""
-    if transport in ("nccl", "peer"):
+    if transport in ON_GPUS:
         raise InputError(f"--comm {transport} is for GPUs; leave it out, or give --device cuda")
     if share_gpu:
         raise InputError("--share-gpu needs GPUs; leave it out, or give --device cuda")
 
 
-def open_rank_gpu(comm, share_gpu):
-    """This rank's GPU, the one whose number is its own among the ranks of its host; all ranks call it.
+def open_rank_gpu(comm, local_rank, share_gpu):
+    """Open this rank's GPU, whose number is the rank's own among those of its host; all ranks call it.
 
     Returns
     -------
@@ -34,7 +36,7 @@ def open_rank_gpu(comm, share_gpu):
     """
     from minitp.cuda.gpu import open_gpu
 
-    local_rank, gpu = comm.local_rank(), None
+    gpu = None
     with comm.agreed():
         gpu = open_gpu(local_rank, share_gpu)
     shared = any(comm.exchange(local_rank >= gpu.gpus))

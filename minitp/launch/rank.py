@@ -16,8 +16,8 @@ import threading
 import traceback
 from contextlib import contextmanager, suppress
 
-from minitp.errors import AgreedError, InputError, RankError, one_line
-from minitp.util.environment import SOCKET_VARIABLE, env_rank, ranks_wanted
+from minitp.errors import AgreedError, RankError, one_line
+from minitp.util.environment import SOCKET_VARIABLE, check_world, env_rank
 
 
 def run_alone(work, options, comm, serving=False):
@@ -72,15 +72,12 @@ def run_in_world(work, options, world, caller=None, serving=False):
         with _told_if_slow():
             comm = MpiComm(expected=world)  # first: without it there is no way to end the others
         try:
-            from minitp.launch.transport import ON_GPUS, select_comm, select_host_comm
+            from minitp.launch.transport import select_comm, select_host_comm
 
             with _told_if_slow():
-                comm = select_host_comm(comm, "auto" if options.comm in ON_GPUS else options.comm)
+                comm = select_host_comm(comm, options.comm)
             with comm.agreed():
-                if options.tp != "auto" and ranks_wanted(options.tp, default=world) != world:
-                    raise InputError(
-                        f"--tp {options.tp} contradicts the MPI world of {world} ranks; leave --tp out"
-                    )
+                check_world(options.tp, world)
             comm = select_comm(comm, options.device, options.comm, options.share_gpu)
             code = work(comm, caller)
         except AgreedError as error:

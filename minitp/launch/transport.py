@@ -9,9 +9,7 @@ peer                                                  small sums in the GPUs' ow
 """
 
 from minitp.errors import InputError
-from minitp.launch.devices import on_gpus, open_rank_gpu, refuse_on_cpus
-
-ON_GPUS = ("nccl", "peer")
+from minitp.launch.devices import ON_GPUS, on_gpus, open_rank_gpu, refuse_on_cpus
 
 
 def select_host_comm(comm, transport="auto"):
@@ -21,7 +19,7 @@ def select_host_comm(comm, transport="auto"):
     ----------
     comm : MpiComm
     transport : str
-        As --comm.
+        As --comm; nccl and peer are of GPUs, and auto between their hosts.
 
     Raises
     ------
@@ -77,7 +75,8 @@ def select_comm(comm, device, transport="auto", share_gpu=False):
     from minitp.cuda.nccl import NcclComm, allow_shared_gpu
     from minitp.cuda.peer import PeerComm, peers_reach_each_other
 
-    gpu, shared = open_rank_gpu(comm, share_gpu)
+    local_rank = comm.local_rank()
+    gpu, shared = open_rank_gpu(comm, local_rank, share_gpu)
     if isinstance(comm, Alone):
         return LocalComm(comm, gpu)
     if transport in ("mpi", "shm"):
@@ -90,7 +89,7 @@ def select_comm(comm, device, transport="auto", share_gpu=False):
                     "is an older one; leave --comm out, or use --comm mpi"
                 )
         return StagedComm(comm, gpu)
-    reach = peers_reach_each_other(comm, gpu, comm.local_rank())
+    reach = peers_reach_each_other(comm, gpu, local_rank)
     with comm.agreed():
         if transport == "peer" and not reach:
             raise InputError("--comm peer: the GPUs cannot all read each other's memory; use --comm nccl")

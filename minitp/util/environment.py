@@ -68,6 +68,12 @@ def ranks_wanted(tp, default):
     return int(tp)
 
 
+def check_world(tp, world):
+    """Refuse a --tp that is not the number of ranks which mpirun or srun has started; auto is any number."""
+    if tp != "auto" and ranks_wanted(tp, default=world) != world:
+        raise InputError(f"--tp {tp} contradicts the MPI world of {world} ranks; leave --tp out")
+
+
 def gpus():
     """NVIDIA GPUs of this host that CuPy could use; without asking CuPy, which takes a second."""
     if importlib.util.find_spec("cupy") is None:

@@ -34,12 +34,13 @@ def test_it_ends_quietly_when_nobody_reads_any_more(endless, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_ctrl_c(endless, ranks):
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_quietly(endless, ranks, number, expected):
     running = Running([*COMMAND, *LONG, "--model", endless, "--tp", ranks])
     running.wait_for_output()
-    os.kill(running.process.pid, signal.SIGINT)
+    os.kill(running.process.pid, number)
     code, _, err = running.end(START_S)
-    assert (code, err) == (130, "")
+    assert (code, err) == (expected, "")
 
 
 def test_the_exit_code_of_the_ranks_is_that_of_the_command():
@@ -69,6 +70,12 @@ def test_a_number_of_ranks_that_contradicts_the_world():
     code, out, err = under_mpirun(["tour", "Hello", "--tp", "4"], ranks=2).end(START_S)
     assert (code, out) == (2, "")
     assert "--tp 4 contradicts the MPI world of 2 ranks" in err
+
+
+def test_auto_is_the_world_that_there_is():
+    argv = ["tour", "--tokens", "1,2,3", "-n", "2", "--model", GOLDENS / "llama2", "--tp", "auto"]
+    code, out, err = under_mpirun(argv, ranks=3).end(START_S)
+    assert (code, len(out.split()), err) == (0, 2, "")
 
 
 def test_threads_are_shared_among_the_ranks():
