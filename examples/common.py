@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 from minitp.check.difference import measure  # noqa: E402
 from minitp.comm.base import Comm  # noqa: E402
 from minitp.comm.mpi import MpiComm  # noqa: E402
-from minitp.comm.single import Alone  # noqa: E402
+from minitp.comm.single import SingleRank  # noqa: E402
 from minitp.device import Device, open_device  # noqa: E402
 from minitp.errors import AgreedError, InputError, MinitpError, RankError  # noqa: E402
 from minitp.launch.transport import select_host_comm  # noqa: E402
@@ -54,7 +54,7 @@ class Here:
 
     def say_each(self, text):
         """Rank 0 prints a line of each rank."""
-        for rank, line in enumerate(self.comm.exchange(text)):
+        for rank, line in enumerate(self.comm.allgather_object(text)):
             self.say(f"     rank {rank}: {line}")
 
     def part(self, name):
@@ -93,7 +93,7 @@ class Here:
         right = expected() if self.comm.rank == 0 else None
         self.comm.agree()  # the others wait here, asleep: in `broadcast` they would keep the oracle's cores
         right = self.comm.broadcast(right)
-        found = self.comm.exchange(measure(self.device.to_host(value), right))
+        found = self.comm.allgather_object(measure(self.device.to_host(value), right))
         worst = max(found, key=lambda difference: difference.relative)
         bound = 2**-24 * terms**0.5 * products
         self.say(
@@ -141,7 +141,7 @@ def run(example):
     prepare_streams()
     comm = None
     try:
-        comm = Alone() if WORLD is None else MpiComm(expected=WORLD)
+        comm = SingleRank() if WORLD is None else MpiComm(expected=WORLD)
         if WORLD is not None:
             comm = select_host_comm(comm)
         with comm.agreed():

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from minitp.util.environment import share_cores
+from minitp.util.environment import divide_cores
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "SamplingParams"]
@@ -17,5 +17,5 @@ def __getattr__(name):
     if name not in _HOMES:
         raise AttributeError(f"module 'minitp' has no attribute {name!r}")
     if "numpy" not in sys.modules:  # whose BLAS decides about threads when it is imported
-        share_cores(os.environ)
+        divide_cores(os.environ)
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -75,7 +75,7 @@ def generate(model, prompt_ids, request, use_cache=True):
             yield from generate_ahead(model, cache, logits, request)
             return
         while True:
-            token, last = comm.broadcast(request.take(logits) if comm.rank == 0 else None)
+            token, last = comm.broadcast(request.sample(logits) if comm.rank == 0 else None)
             yield token
             if last:
                 return
@@ -94,7 +94,7 @@ def generate_ahead(model, cache, logits, request):
     """
     comm, job = model.comm, None
     if comm.rank == 0:
-        token, last = request.take(logits)
+        token, last = request.sample(logits)
         steps = request.positions - len(request.prompt_ids) - 1
         job = token, last, request.params, request.sampler.draws(0 if last else steps)
     token, last, params, draws = comm.broadcast(job)
@@ -102,7 +102,7 @@ def generate_ahead(model, cache, logits, request):
     if last:
         return
     for chosen in model.decode_ahead(cache, token, params, draws):
-        token, last = comm.broadcast((chosen, request.accept(chosen)) if comm.rank == 0 else None)
+        token, last = comm.broadcast((chosen, request.append_token(chosen)) if comm.rank == 0 else None)
         if token != chosen:
             raise RankError(f"rank {comm.rank} chose token {chosen} and rank 0 {token}: their GPUs disagree")
         yield token

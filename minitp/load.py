@@ -27,7 +27,7 @@ def open_source(comm, name, layers=None):
         if comm.rank != 0:
             source = open_model(name, comm.size, layers)
         fingerprint = source.fingerprint()
-    first, *others = comm.exchange(fingerprint)
+    first, *others = comm.allgather_object(fingerprint)
     with comm.agreed():
         for rank, other in enumerate(others, start=1):
             parts = [part for part in first if first[part] != other[part]]
@@ -53,8 +53,8 @@ def device_of(comm, source, dtype="auto"):
 def check_room(comm, source, device):
     """AgreedError on all ranks if those in one place have no room for their weights; all ranks call this."""
     where, room = device.weights_room()
-    need = shard_nbytes(source.plan, comm.share, device)
-    needs = [nbytes for place, nbytes in comm.exchange((where, need)) if place == where]
+    need = shard_nbytes(source.plan, comm.shard_rank, device)
+    needs = [nbytes for place, nbytes in comm.allgather_object((where, need)) if place == where]
     with comm.agreed():
         if sum(needs) > room:
             raise InputError(
@@ -83,7 +83,7 @@ def load_model(source, comm, device, progress=lambda nbytes: None, kv_dtype="aut
     InputError
         if the path cannot be had.
     """
-    given = source.plan, comm.share, source.tensors, device, progress
+    given = source.plan, comm.shard_rank, source.tensors, device, progress
     if not device.is_gpu:
         if path == "fused":
             raise InputError("--path fused is made of kernels for GPUs; leave it out, or give --device cuda")

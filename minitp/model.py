@@ -52,11 +52,11 @@ class Model:
         self.comm = comm
         self.device = device
         self.kv_dtype = kv_dtype
-        start, stop = plan.head_ranges[comm.share]
-        kv_start, kv_stop = plan.kv_head_ranges[comm.share]
+        start, stop = plan.head_ranges[comm.shard_rank]
+        kv_start, kv_stop = plan.kv_head_ranges[comm.shard_rank]
         self.heads, self.kv_heads = stop - start, kv_stop - kv_start  # H_r, K_r
-        self.query_groups = plan.query_groups(comm.share)
-        self.vocab_start = plan.vocab_ranges[comm.share][0]
+        self.query_groups = plan.query_groups(comm.shard_rank)
+        self.vocab_start = plan.vocab_ranges[comm.shard_rank][0]
         self.vocab_widths = [stop - start for start, stop in plan.vocab_ranges]
         # Rounded to the dtype as Hugging Face's Gemma does; Granite's published ones lose nothing by it.
         self.embedding_multiplier = float(device.dtype.type(config.embedding_multiplier))
@@ -156,13 +156,11 @@ class Model:
 
     def _attend(self, i, q, k, v, sequence, record):
         """Attention of one sequence's n tokens: of q [H_r, T, d], k, v [K_r, T, d] -> context [n, H_r d]."""
-        xp, rows, s = self.device.xp, sequence.rows, record("attn", i)
-        cached = sequence.cache.append(i, k[:, rows], v[:, rows], sequence.first_key)
+        xp, at, s = self.device.xp, sequence.tokens, record("attn", i)
+        cached = sequence.cache.append(i, k[:, at], v[:, at], sequence.first_key)
         s.k_cache, s.v_cache = cached  # [K_r, S, d] each
         options = dict(mask=sequence.mask, **self.score_options)
-        s.scores = ops.attention_scores(
-            xp, q[:, rows], s.k_cache, self.query_groups, **options
-        )  # [H_r, n, S]
+        s.scores = ops.attention_scores(xp, q[:, at], s.k_cache, self.query_groups, **options)  # [H_r, n, S]
         s.probs = ops.softmax(xp, s.scores)  # [H_r, n, S]
         s.context = ops.attention_context(xp, s.probs, s.v_cache, self.query_groups)  # [n, H_r d]
         return s.context
@@ -213,7 +211,7 @@ class Model:
 class ForwardContext:
     """What all layers of one forward pass share: the angles of its positions and what each may see.
 
-    `sequences` has a list of Sequence for each window that some layer has; most models have only one.
+    `sequences` has a list of SequenceSlice for each window that some layer has; most models have only one.
     """
 
     def __init__(self, xp, parts, inverse_frequencies, config, record):
@@ -221,7 +219,7 @@ class ForwardContext:
         self.sequences, start = {window: [] for window in config.windows}, 0
         for ids, cache in parts:
             for window, sequences in self.sequences.items():
-                sequences.append(Sequence(xp, slice(start, start + len(ids)), cache, window))
+                sequences.append(SequenceSlice(xp, slice(start, start + len(ids)), cache, window))
             start += len(ids)
         positions = joined(xp, [s.positions for s in self.sequences[config.windows[0]]])  # [T]
         factor = config.rope.attention_factor
@@ -236,12 +234,12 @@ class ForwardContext:
         return self.no_angles if layer in self.layers_without_rope else (self.cos, self.sin)  # [T, d] each
 
 
-class Sequence:
+class SequenceSlice:
     """One sequence's part of a forward pass: its rows among the T tokens, its cache and what they may see."""
 
-    def __init__(self, xp, rows, cache, window):
-        self.rows, self.cache = rows, cache
-        past, total = cache.length, cache.length + rows.stop - rows.start
+    def __init__(self, xp, tokens, cache, window):
+        self.tokens, self.cache = tokens, cache
+        past, total = cache.length, cache.length + tokens.stop - tokens.start
         self.positions = xp.arange(past, total)  # [n]
         # The oldest key that any query of this pass sees; with a window the scores stay that small.
         self.first_key = 0 if window is None else max(0, past - window + 1)

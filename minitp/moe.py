@@ -41,8 +41,8 @@ def experts_act(xp, x, chosen, w_gate_up):
     """
     acts = xp.empty((*chosen.shape, w_gate_up[0].shape[1] // 2), dtype=x.dtype)  # [T, X, F_r]
     for expert, w_r in enumerate(w_gate_up):
-        rows, places = xp.nonzero(chosen == expert)  # [n], [n]
-        acts[rows, places] = ops.swiglu(xp, ops.column_parallel(xp, x[rows], w_r))  # [n, F_r]
+        rows, nth = xp.nonzero(chosen == expert)  # [n], [n]
+        acts[rows, nth] = ops.swiglu(xp, ops.column_parallel(xp, x[rows], w_r))  # [n, F_r]
     return acts  # [T, X, F_r]
 
 
@@ -54,7 +54,7 @@ def experts_partial(xp, acts, chosen, weights, w_down):
     """
     total = xp.zeros((acts.shape[0], w_down[0].shape[1]), dtype=xp.float32)  # [T, D]
     for expert, w_r in enumerate(w_down):
-        rows, places = xp.nonzero(chosen == expert)  # [n], [n]; no row twice
-        out = xp.matmul(acts[rows, places], w_r, dtype=xp.float32)  # [n, D]
-        total[rows] += weights[rows, places][:, None] * out  # [n, D]
+        rows, nth = xp.nonzero(chosen == expert)  # [n], [n]; no row twice
+        out = xp.matmul(acts[rows, nth], w_r, dtype=xp.float32)  # [n, D]
+        total[rows] += weights[rows, nth][:, None] * out  # [n, D]
     return total.astype(acts.dtype, copy=False)  # [T, D]

@@ -3,7 +3,7 @@
 (Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention, 2023, section 4.)
 """
 
-from minitp.kv_cache import make_rows
+from minitp.kv_cache import make_storage
 
 
 class BlockPool:
@@ -14,12 +14,12 @@ class BlockPool:
 
     def __init__(self, xp, dtype, layers, kv_heads, head_dim, blocks, block_size=16, kv_dtype="auto"):
         self.xp, self.block_size = xp, block_size
-        self.rows = make_rows(xp, dtype, layers, (kv_heads, blocks * block_size, head_dim), kv_dtype)
+        self.storage = make_storage(xp, dtype, layers, (kv_heads, blocks * block_size, head_dim), kv_dtype)
 
     @property
     def nbytes(self):
         """Bytes reserved on this rank."""
-        return sum(rows.nbytes for pair in self.rows for rows in pair)
+        return sum(stored.nbytes for pair in self.storage for stored in pair)
 
 
 class PagedCache:
@@ -39,32 +39,32 @@ class PagedCache:
 
     def __init__(self, pool, block_table, length=0):
         self.pool, self.block_table, self.length = pool, block_table, length
-        self._places = None  # of this pass: (its first position, rows that are written, rows that are read)
+        self._slots = None  # of this pass: (its first position, rows that are written, rows that are read)
 
     def append(self, layer, k, v, first=0):
         """As KVCache.append; what it returns is a copy."""
-        if self._places is None or self._places[0] != self.length:
+        if self._slots is None or self._slots[0] != self.length:
             stop = self.length + k.shape[1]
-            self._places = self.length, self.places(self.length, stop), self.places(first, stop)
-        _, new, read = self._places
-        pair = self.pool.rows[layer]
-        for rows, x in zip(pair, (k, v), strict=True):
-            rows.write(new, x)
+            self._slots = self.length, self.slots(self.length, stop), self.slots(first, stop)
+        _, new, read = self._slots
+        pair = self.pool.storage[layer]
+        for stored, x in zip(pair, (k, v), strict=True):
+            stored.write(new, x)
         return pair[0].gather(read), pair[1].gather(read)  # [K_r, S, d] each
 
     def advance(self, tokens):
         """The step of `tokens` positions is complete in every layer."""
         self.length += tokens
 
-    def places(self, start, stop):
+    def slots(self, start, stop):
         """The pool's rows of positions start .. stop - 1: int [stop - start]."""
         size = self.pool.block_size
         if stop > len(self.block_table) * size:
             raise IndexError(f"position {stop - 1} in {len(self.block_table)} blocks of {size}")
         xp = self.pool.xp
-        return rows_of_positions(xp.asarray(self.block_table), xp.arange(start, stop), size)  # [n]
+        return slot_mapping(xp.asarray(self.block_table), xp.arange(start, stop), size)  # [n]
 
 
-def rows_of_positions(block_table, positions, block_size):
+def slot_mapping(block_table, positions, block_size):
     """The pool's rows of positions int [n], for a block table int [blocks]: int [n]."""
     return block_table[positions // block_size] * block_size + positions % block_size  # [n]

@@ -56,14 +56,14 @@ class Request:
         self._stream = TextStream(self.tokenizer, self.prompt_ids) if self.tokenizer else None
         self._stops = StopStrings(self.params.stop)
 
-    def take(self, logits):
+    def sample(self, logits):
         """The next token from logits [V], and whether it is the last."""
         token = self.sampler.choose(logits)
         if self.params.logprobs is not None:
             self.logprobs.append(token_logprobs(logits, token, self.params.logprobs))
-        return token, self.accept(token)
+        return token, self.append_token(token)
 
-    def accept(self, token):
+    def append_token(self, token):
         """Take this as the next token; returns whether it is the last."""
         self.token_ids.append(token)
         self.times.append(perf_counter())

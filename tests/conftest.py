@@ -8,8 +8,8 @@ from refusal import check_refusal
 from tiny import write_tiny
 
 from minitp.cli.main import main
-from minitp.comm.single import Alone
-from minitp.launch.supervisor import Job
+from minitp.comm.single import SingleRank
+from minitp.launch.supervisor import RankProcesses
 from minitp.launch.transport import select_comm
 
 
@@ -35,7 +35,7 @@ def cupy():
 @pytest.fixture(scope="module")
 def comm():
     """The only rank's, on a real GPU."""
-    return select_comm(Alone(), "cuda")
+    return select_comm(SingleRank(), "cuda")
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def refused(capsys, monkeypatch):
     def no_ranks(*_, **__):
         raise AssertionError("ranks were started")
 
-    monkeypatch.setattr(Job, "start", no_ranks)
+    monkeypatch.setattr(RankProcesses, "start", no_ranks)
 
     def run(*argv):
         code = main([str(argument) for argument in argv])

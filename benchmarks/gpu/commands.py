@@ -19,7 +19,7 @@ KERNEL_TESTS = (
     "linear",
     "attention_decode",
     "attention_prefill",
-    "begin_step",
+    "begin_decode",
     "read_memory",
     "rms_norm",
     "sample",

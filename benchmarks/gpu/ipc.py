@@ -56,7 +56,7 @@ def main():
 def work(rank, pipe):
     """One process: make all sums, and compare them with NumPy's."""
 
-    def exchange(value):
+    def allgather_object(value):
         """Return the values that all processes have given."""
         pipe.send(value)
         return pipe.recv()
@@ -64,7 +64,7 @@ def work(rank, pipe):
     gpu = open_gpu()
     for dtype in DTYPES:
         for check in (check_sums, check_norms):
-            with shared_regions(gpu, rank, exchange) as regions:
+            with shared_regions(gpu, rank, allgather_object) as regions:
                 calls, missing = gpu.cupy.zeros(ROWS, np.uint64), gpu.cupy.zeros(1, np.int32)
                 compiler = Compiler(gpu.cupy, np.dtype(dtype))
                 reduce = AllReduce(compiler, rank, regions, calls, missing, WIDTH, PATIENCE_S)
@@ -74,21 +74,21 @@ def work(rank, pipe):
 
 
 @contextmanager
-def shared_regions(gpu, rank, exchange):
+def shared_regions(gpu, rank, allgather_object):
     """Yield the addresses of all processes' regions as this one sees them, uint64 [ranks] on the GPU."""
     runtime, nbytes = gpu.cupy.cuda.runtime, region_bytes(RANKS, ROWS, WIDTH)
     mine = runtime.malloc(nbytes)
     runtime.memsetAsync(mine, 0, nbytes, gpu.stream.ptr)
     gpu.stream.synchronize()
-    handles = exchange(runtime.ipcGetMemHandle(mine))
+    handles = allgather_object(runtime.ipcGetMemHandle(mine))
     seen = [mine if r == rank else runtime.ipcOpenMemHandle(handle) for r, handle in enumerate(handles)]
     yield gpu.from_host(np.array(seen, np.uint64))
     gpu.stream.synchronize()
-    exchange(None)  # nobody reads any more
+    allgather_object(None)  # nobody reads any more
     for r, region in enumerate(seen):
         if r != rank:
             runtime.ipcCloseMemHandle(region)
-    exchange(None)
+    allgather_object(None)
     runtime.free(mine)
 
 

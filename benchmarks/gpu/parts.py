@@ -23,10 +23,10 @@ def goldens(path, dtype, *names):
 
     The exit code is 1 if a family is wrong, or if none of them takes the path.
     """
-    from minitp.comm.single import Alone
+    from minitp.comm.single import SingleRank
     from minitp.launch.transport import select_comm
 
-    comm, found = select_comm(Alone(), "cuda"), {}
+    comm, found = select_comm(SingleRank(), "cuda"), {}
     for name in names or sorted(folder.parent.name for folder in GOLDENS.glob("*/config.json")):
         try:
             found[name], said = check_family(GOLDENS / name, comm, path, dtype)
@@ -67,12 +67,12 @@ def check_family(folder, comm, path, dtype):
 
 def nccl():
     """Call NCCL with a single rank: an all-reduce and an all-gather give back what they got."""
-    from minitp.comm.single import Alone
+    from minitp.comm.single import SingleRank
     from minitp.cuda.nccl import NcclComm, load_nccl
     from minitp.launch.transport import select_comm
 
-    gpu = select_comm(Alone(), "cuda").gpu
-    comm = NcclComm(Alone(), gpu)
+    gpu = select_comm(SingleRank(), "cuda").gpu
+    comm = NcclComm(SingleRank(), gpu)
     for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
         x = np.arange(24).reshape(3, 8).astype(dtype)
         given = gpu.from_host(x)

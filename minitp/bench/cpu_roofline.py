@@ -10,13 +10,13 @@ from time import perf_counter
 
 import numpy as np
 
-from minitp.bench.roofline import ALL_REDUCE_BYTES, Limits, total_elements
-from minitp.comm.single import Alone
+from minitp.bench.roofline import ALL_REDUCE_BYTES, Roofline, total_elements
+from minitp.comm.single import SingleRank
 
 LEAST_S = 0.2  # of a measurement, or repeat what is measured
 
 
-class BareProducts(Limits):
+class BareProducts(Roofline):
     """Only the matrix products of a model, in its own weights: no norm, no RoPE, no softmax, no collective.
 
     Parameters
@@ -32,7 +32,7 @@ class BareProducts(Limits):
     def measure(self, prompt_tokens):
         comm = self.model.comm
         sizes = sorted({*ALL_REDUCE_BYTES, 4 * self.model.config.hidden_size})
-        sizes = [] if isinstance(comm, Alone) else sizes
+        sizes = [] if isinstance(comm, SingleRank) else sizes
         return {
             "bytes_per_token": total_elements(comm, self) * self.dtype.itemsize,
             "bandwidth_gb_per_s": bandwidth(comm, self) / 1e9,
@@ -102,7 +102,7 @@ def together(comm, function, least_s=LEAST_S):
 
 
 def _timed(comm, function, calls):
-    comm.exchange(None)
+    comm.allgather_object(None)
     _meet(comm)
     started = perf_counter()
     for _ in range(calls):
@@ -112,7 +112,7 @@ def _timed(comm, function, calls):
 
 
 def _meet(comm):
-    """All ranks are here; unlike `exchange` this does not sleep."""
+    """All ranks are here; unlike `allgather_object` this does not sleep."""
     comm.all_reduce(np.zeros(1, np.float32))  # [1]
 
 

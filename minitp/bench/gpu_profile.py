@@ -45,13 +45,13 @@ def gpu_profile(model, keys):
 
 
 def ready_step(model, keys):
-    """A DecodeStep for one sequence of that many keys, all zeros, which chooses its tokens itself."""
+    """A DecodeGraph for one sequence of that many keys, all zeros, which chooses its tokens itself."""
     blocks = -(-(keys + 16 * REPLAYS) // BLOCK_SIZE)
     pool = model.new_pool(blocks, BLOCK_SIZE)
-    for pair in pool.rows:
+    for pair in pool.storage:
         for rows in pair:
             rows.values.fill(0)
-    step = model.decode_step(pool, 1)
+    step = model.decode_graph(pool, 1)
     step.fill([1], [keys - 1], [range(blocks)])
     step.temperature.fill(0.0)
     return step

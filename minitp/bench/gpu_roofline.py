@@ -8,7 +8,7 @@ state, and it is less, for memory is slower when reads and writes take turns.
 
 import numpy as np
 
-from minitp.bench.roofline import ALL_REDUCE_BYTES, Limits, token_bytes, total_elements
+from minitp.bench.roofline import ALL_REDUCE_BYTES, Roofline, token_bytes, total_elements
 from minitp.cuda.comm import LocalComm, copy
 from minitp.cuda.compiler import Compiler
 from minitp.cuda.kernels.read_memory import PIECE, ReadMemory
@@ -20,7 +20,7 @@ ALL_REDUCES = 32  # timed together
 MOST_ROWS = 4096  # of the products that measure arithmetic
 
 
-class GpuLimits(Limits):
+class GpuRoofline(Roofline):
     """The limits of the ranks' GPUs.
 
     Attributes
@@ -38,13 +38,13 @@ class GpuLimits(Limits):
     def measure(self, prompt_tokens):
         model, comm = self.model, self.model.comm
         timer, rows = Timer(model.device), min(prompt_tokens, MOST_ROWS)
-        comm.exchange(None)
-        self.reads = sum(comm.exchange(timer.read_rate()))
-        self.copy = sum(comm.exchange(timer.copy_rate()))
-        self.rate = sum(comm.exchange(matrix_rate(timer, self.layers, rows, model.device)))
+        comm.allgather_object(None)
+        self.reads = sum(comm.allgather_object(timer.read_rate()))
+        self.copy = sum(comm.allgather_object(timer.copy_rate()))
+        self.rate = sum(comm.allgather_object(matrix_rate(timer, self.layers, rows, model.device)))
         token = model.config.hidden_size * self.dtype.itemsize
         sizes = [] if isinstance(comm, LocalComm) else sorted({*ALL_REDUCE_BYTES, token})
-        seconds = {n: max(comm.exchange(all_reduce_seconds(timer, model, n))) for n in sizes}
+        seconds = {n: max(comm.allgather_object(all_reduce_seconds(timer, model, n))) for n in sizes}
         self.all_reduce_s = seconds.get(token, 0.0)
         del timer
         model.device.cupy.get_default_memory_pool().free_all_blocks()  # what the model takes is seen later
@@ -66,7 +66,7 @@ class GpuLimits(Limits):
             read = self.weight_elements(1, min(logit_rows, 1)) * self.dtype.itemsize
             read += sum(self.cache_bytes(keys) for _, keys in parts)
             flops = 2 * self.weight_elements(rows, logit_rows)
-            read, flops = map(sum, zip(*comm.exchange((read, flops)), strict=True))
+            read, flops = map(sum, zip(*comm.allgather_object((read, flops)), strict=True))
             found += max(read / self.reads, flops / self.rate)
         return found
 

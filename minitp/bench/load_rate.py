@@ -12,13 +12,13 @@ def loading(model, source, load_s):
     The file is read by all ranks at once, as it was for loading, so it comes from the page cache.
     """
     comm = model.comm
-    weights = sum(comm.exchange(model.weights.nbytes))
-    slowest = max(comm.exchange(load_s))
+    weights = sum(comm.allgather_object(model.weights.nbytes))
+    slowest = max(comm.allgather_object(load_s))
     found = {"seconds": slowest, "gb_per_s": weights / slowest / 1e9, "file_gb_per_s": None}
     files = sorted({info.file for info in getattr(source.tensors, "tensors", {}).values()})
-    comm.exchange(None)
+    comm.allgather_object(None)
     if files:
-        found["file_gb_per_s"] = sum(comm.exchange(read_rate(files[0]))) / 1e9
+        found["file_gb_per_s"] = sum(comm.allgather_object(read_rate(files[0]))) / 1e9
     return found
 
 

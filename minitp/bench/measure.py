@@ -5,9 +5,9 @@ import resource
 from datetime import date
 from statistics import median
 
+from minitp.bench.concurrency import measure_requests
 from minitp.bench.cpu_roofline import BareProducts
 from minitp.bench.load_rate import loading
-from minitp.bench.requests import measure_requests
 from minitp.bench.roofline import token_bytes
 from minitp.bench.runs import (
     bare_decode_seconds,
@@ -18,7 +18,7 @@ from minitp.bench.runs import (
     timed_batch,
     timed_run,
 )
-from minitp.comm.single import OneOfMany
+from minitp.comm.single import ShardOnly
 from minitp.util.environment import BLAS_THREADS, cores, cpu_name
 
 
@@ -75,12 +75,12 @@ def surroundings(model, source):
         "layers": model.config.num_hidden_layers,
         "tp": model.comm.size,
         "device": "cuda" if model.device.is_gpu else "cpu",
-        "as_rank": model.comm.share if isinstance(host, OneOfMany) else None,
+        "as_rank": model.comm.shard_rank if isinstance(host, ShardOnly) else None,
         "dtype": model.device.dtype.name,
         "kv_dtype": model.kv_dtype,
         "comm": type(model.comm).__name__,
         "blas_threads_per_rank": int(threads) if threads.isdigit() else None,
-        "weight_bytes_per_rank": model.comm.exchange(model.weights.nbytes),
+        "weight_bytes_per_rank": model.comm.allgather_object(model.weights.nbytes),
     }
 
 
@@ -94,13 +94,15 @@ def memory(model):
     """Bytes on each rank: its process's own now, and with mapped files at most; of the GPU's the same two."""
     comm, peak = model.comm, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {
-        "private_bytes_per_rank": comm.exchange(private_bytes()),
-        "peak_bytes_per_rank": comm.exchange(peak),
+        "private_bytes_per_rank": comm.allgather_object(private_bytes()),
+        "peak_bytes_per_rank": comm.allgather_object(peak),
     }
     if model.device.is_gpu:
         pool = model.device.cupy.get_default_memory_pool()
-        found["device_bytes_per_rank"] = comm.exchange(pool.used_bytes())
-        found["device_peak_bytes_per_rank"] = comm.exchange(pool.total_bytes())  # it gives nothing back
+        found["device_bytes_per_rank"] = comm.allgather_object(pool.used_bytes())
+        found["device_peak_bytes_per_rank"] = comm.allgather_object(
+            pool.total_bytes()
+        )  # it gives nothing back
     return found
 
 
@@ -144,7 +146,7 @@ def profiles(model, prompt, job):
         from minitp.bench.gpu_profile import gpu_profile
 
         return gpu_profile(model, keys_read(model, job.prompt_tokens + job.new_tokens // 2, 1))
-    every = model.comm.exchange(profile(model, prompt, job.new_tokens))
+    every = model.comm.allgather_object(profile(model, prompt, job.new_tokens))
     return {
         name: {step: sum(rank[i][step] for rank in every) / len(every) for step in every[0][i]}
         for i, name in enumerate(("prefill_s", "decode_s"))
@@ -202,9 +204,9 @@ def spread(values):
 
 
 def limits_of(model):
-    """The Limits of a model where it is."""
+    """The Roofline of a model where it is."""
     if model.device.is_gpu:
-        from minitp.bench.gpu_roofline import GpuLimits
+        from minitp.bench.gpu_roofline import GpuRoofline
 
-        return GpuLimits(model)
+        return GpuRoofline(model)
     return BareProducts(model)

@@ -7,7 +7,7 @@ gpu_limits    a pass takes at least as long as reading its bytes, and as its pro
 ALL_REDUCE_BYTES = (4, 4 << 10, 64 << 10, 1 << 20)
 
 
-class Limits:
+class Roofline:
     """What a model reads and multiplies, and the limit that follows from it.
 
     A pass is a pair (parts, logit_rows): `parts` are (tokens of this pass, keys that they read) of each
@@ -47,9 +47,11 @@ class Limits:
 
 def total_elements(comm, limits, rows=1):
     """Elements that a pass multiplies `rows` rows by, and one row for logits, on all ranks together."""
-    return sum(comm.exchange(limits.weight_elements(rows)))
+    return sum(comm.allgather_object(limits.weight_elements(rows)))
 
 
 def token_bytes(comm, limits, keys):
     """Weights and keys and values that a token reads on all ranks together."""
-    return total_elements(comm, limits) * limits.dtype.itemsize + sum(comm.exchange(limits.cache_bytes(keys)))
+    return total_elements(comm, limits) * limits.dtype.itemsize + sum(
+        comm.allgather_object(limits.cache_bytes(keys))
+    )

@@ -54,14 +54,14 @@ def timed_run(model, limits, prompt, new_tokens):
     bare_prefill = bare_prefill_seconds(model, limits, len(prompt))
     bare_decode = bare_decode_seconds(model, limits, 1, len(prompt) + new_tokens // 2)
     request = request_of(prompt, new_tokens) if comm.rank == 0 else None
-    comm.exchange(None)
+    comm.allgather_object(None)
     started = first = None
     for _ in generate(model, prompt, request):
         if first is None:
             started, first = perf_counter(), comm.seconds
     share = (comm.seconds - first) / (perf_counter() - started)
     ttft, rate = comm.broadcast((request.ttft_s, request.decode_tokens_per_s) if comm.rank == 0 else None)
-    return Run(ttft, 1 / rate, bare_prefill, bare_decode, comm.exchange(share))
+    return Run(ttft, 1 / rate, bare_prefill, bare_decode, comm.allgather_object(share))
 
 
 def bare_prefill_seconds(model, limits, tokens):
@@ -100,7 +100,7 @@ def timed_batch(model, prompt, sequences, steps):
 
     if model.fused:
         tokens = step()  # the first one is captured
-    comm.exchange(None)
+    comm.allgather_object(None)
     started = perf_counter()
     for _ in range(steps):
         tokens = step()
@@ -156,7 +156,7 @@ def profile(model, prompt, steps):
     prompts = [prompt[start:stop] for start, stop in chunks(model, len(prompt))]
     for passes in (prompts, [[token] for token in prompt[:1] * steps]):
         timer = StepTimer()
-        model.comm.exchange(None)
+        model.comm.allgather_object(None)
         for ids in passes:
             timer.start()
             model.forward(ids, cache, logits_at=slice(-1, None), record=timer)

@@ -45,7 +45,7 @@ def measure_cpu(config, dtype):
     device = open_device(dtype)
 
     def rank(comm):
-        weights = Loader(plan, comm.share, Constant(), device).load()
+        weights = Loader(plan, comm.shard_rank, Constant(), device).load()
         products = BareProducts(Model(part, plan, weights, comm, device))
         return bandwidth(comm, products), matrix_rate(comm, products, ROWS)
 

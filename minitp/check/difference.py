@@ -1,25 +1,25 @@
-"""How far one array is from another."""
+"""The difference between two arrays, as a relative and an absolute error."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-WORST = 3  # elements that are named
+WORST = 3  # elements that a Difference names
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What `measure` finds.
+    """The difference between an array and its expected value.
 
     Attributes
     ----------
     relative : float
-        ||value - expected|| / ||expected||, over the elements that are finite in both. inf if just one is
-        NaN, or infinite where the other is not; and if `expected` is zero and `value` is not.
+        ||value - expected|| / ||expected||, over the elements that are finite in both. inf if an element is
+        NaN or infinite in one array only, or if `expected` is zero and `value` is not.
     absolute : float
-        The largest |value - expected|; inf as above.
+        The largest |value - expected|; inf in the same cases.
     worst : list of (index, value, expected)
-        The elements that are farthest off, the farthest first.
+        The elements with the largest differences, the largest first.
     """
 
     relative: float
@@ -28,7 +28,7 @@ class Difference:
 
     @property
     def index(self):
-        """Where `absolute` is: a tuple of int."""
+        """The index of the largest difference, a tuple of int."""
         return self.worst[0][0]
 
     def __str__(self):
@@ -39,8 +39,8 @@ class Difference:
         return f"relative error {self.relative:.2g}; at [{place}] it is {value:.6g}, expected {expected:.6g}"
 
 
-def measure(value, expected):
-    """The Difference of two arrays of one shape; infinities and NaN must be in the same places."""
+def difference_of(value, expected):
+    """Return the Difference of two arrays of one shape; NaN and infinities must be at the same indices."""
     value, expected = (np.asarray(x).astype(np.float64) for x in (value, expected))
     if value.size == 0:
         return Difference(0.0, 0.0, [])
@@ -49,13 +49,13 @@ def measure(value, expected):
     apart = np.abs(np.where(finite, value, 0) - np.where(finite, expected, 0))
     apart = np.where(finite | same, apart, np.inf)
     flat = apart.reshape(-1)
-    places = np.flatnonzero(np.isinf(flat))[:WORST]
-    if not len(places):
-        places = np.argpartition(-flat, min(WORST, flat.size) - 1)[:WORST]
-        places = sorted(places, key=lambda place: (-flat[place], place))
+    farthest = np.flatnonzero(np.isinf(flat))[:WORST]
+    if not len(farthest):
+        farthest = np.argpartition(-flat, min(WORST, flat.size) - 1)[:WORST]
+        farthest = sorted(farthest, key=lambda i: (-flat[i], i))
     worst = []
-    for place in places:
-        index = tuple(int(i) for i in np.unravel_index(place, apart.shape))
+    for i in farthest:
+        index = tuple(int(n) for n in np.unravel_index(i, apart.shape))
         worst.append((index, float(value[index]), float(expected[index])))
     with np.errstate(over="ignore"):
         size, off = np.linalg.norm(expected[finite]), np.linalg.norm(apart)

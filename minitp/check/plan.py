@@ -1,9 +1,9 @@
-"""Whether a sharding plan is right, derived from config.json alone."""
+"""The check of a sharding plan, derived from config.json alone."""
 
 import re
 
-# Tensor names -> the split axis in the file, and what it is split by: heads, key/value heads, FFN columns
-# or vocabulary rows.
+# Tensor names -> the split axis in the file, and the units it is split in: heads, key/value heads, FFN
+# columns or vocabulary rows.
 SPLIT = {
     "block_sparse_moe.experts.*.w1.weight": (0, "ffn"),
     "block_sparse_moe.experts.*.w2.weight": (1, "ffn"),
@@ -26,12 +26,12 @@ SPLIT = {
 
 
 def plan_problems(oracle, plan):
-    """What is wrong with a plan: a list of (rank or "all", one line), empty if nothing is.
+    """Return the faults of a plan, a list of (rank or "all", one line).
 
     Parameters
     ----------
     oracle : Oracle
-        Which has read config.json for itself.
+        An oracle of the same config.json, which it read by itself.
     plan : Plan
     """
     problems = []
@@ -45,7 +45,7 @@ def plan_problems(oracle, plan):
         if len(ranges) != plan.tp:
             problems.append(("all", f"{what}: {len(ranges)} ranges for {plan.tp} ranks"))
     if problems:
-        return problems  # the rest goes by rank
+        return problems  # the other checks go rank by rank
     for what, (count, ranges) in runs.items():
         problems += _not_covered_once(what, count, ranges)
     problems += _wrong_kv_heads(oracle, plan)
@@ -54,7 +54,7 @@ def plan_problems(oracle, plan):
 
 
 def _not_covered_once(what, count, ranges):
-    """Runs that overlap or leave a gap."""
+    """Return the ranges that overlap or leave a gap."""
     problems, expected = [], 0
     for rank, (start, stop) in enumerate(ranges):
         if start != expected or stop < start:
@@ -66,7 +66,7 @@ def _not_covered_once(what, count, ranges):
 
 
 def _wrong_kv_heads(oracle, plan):
-    """Query heads that would not find their KV head (h // (H / K)), and KV heads that nobody reads."""
+    """Return the query heads that miss their KV head, h // (H / K), and the KV heads that none reads."""
     problems = []
     group = oracle.heads // oracle.kv_heads
     for rank in range(plan.tp):
@@ -92,7 +92,7 @@ def _wrong_kv_heads(oracle, plan):
 
 
 def _wrong_tensors(oracle, plan):
-    """Tensors whose split is not that of the heads, columns or rows that they make."""
+    """Return the tensors that are not split like the heads, columns or rows that they compute."""
     d = oracle.head_dim
 
     def times_d(ranges):

@@ -1,8 +1,8 @@
-"""The oracle's operations on the inputs that a rank really had, step by step.
+"""Replay: the oracle's operations, step by step, on the inputs that a rank recorded.
 
-One method a block; each yields (step, Expected, given): what the step should be, and for steps that all ranks
-hold alike the arrays that it comes from, [] if it comes from all ranks. Ranks with the same `given` must have
-the same bits.
+There is one method for each part of a forward pass. Each yields (step, Expected, inputs). `inputs` is None
+for a step that differs between ranks. For a replicated step it holds the arrays that the step is computed
+from, or [] if it is computed from all ranks' arrays: ranks with the same inputs must have the same bits.
 """
 
 import numpy as np
@@ -11,36 +11,37 @@ from minitp.check import expected
 from minitp.oracle import ops as oracle_ops
 
 
-class LocalCheck:
-    """One rank's inputs, and what should have come of them.
+class Replay:
+    """The expected values of one rank's steps.
 
     Parameters
     ----------
     reference : Oracle
-        Of it only what config.json says: eps, windows, RoPE frequencies, head counts.
+        Only what config.json says is used: eps, windows, RoPE frequencies, head counts.
     plan : Plan
     comm : Comm
-        For the partial sums of the other ranks. All ranks go through the blocks in the same order.
+        Gives the partial sums of the other ranks. All ranks call the methods in the same order.
     weights : dict of str to array
-        This rank's slices by checkpoint name, as they lie in the file.
-    had : callable
-        had(pass name, layer, step) -> this rank's array.
+        This rank's slices by checkpoint name, [out, in] as in the file.
+    recorded : callable
+        recorded(pass name, layer, step) -> this rank's array, or NotRecorded.
     token_ids : list of int
     passes : list of (name, start, stop)
     sums : Float32Sums or TensorCoreSums
         How this rank's device adds up products that stay in float32.
     """
 
-    def __init__(self, reference, plan, comm, weights, had, token_ids, passes, sums):
-        self.reference, self.plan, self.comm, self.weights, self.had = reference, plan, comm, weights, had
+    def __init__(self, reference, plan, comm, weights, recorded, token_ids, passes, sums):
+        self.reference, self.plan, self.comm = reference, plan, comm
+        self.weights, self.recorded = weights, recorded
         self.token_ids, self.passes, self.sums = token_ids, passes, sums
         group = reference.heads // reference.kv_heads
         first_kv = plan.kv_head_ranges[comm.rank][0]
         self.kv_of_head = [h // group - first_kv for h in range(*plan.head_ranges[comm.rank])]  # [H_r]
 
-    def before(self, this):
-        """The embedding in the pass `this`, one of `passes`."""
-        name, start, stop = this
+    def before(self, pass_):
+        """Yield the embedding of `pass_`, one of `passes`."""
+        name, start, stop = pass_
         first, last = self.plan.vocab_ranges[self.comm.rank]
         table = self.weights["model.embed_tokens.weight"]  # [V_r, D]
         rows = np.zeros((stop - start, table.shape[1]), table.dtype)  # [T, D]
@@ -51,56 +52,57 @@ class LocalCheck:
             yield "embed_partial", expected.exactly(rows), None
         else:
             yield "embed_partial", expected.scaled(rows, self.reference.embedding_scale), None
-        yield "embed", expected.total(self.comm.exchange(self.had(name, None, "embed_partial"))), []
+        parts = self.comm.allgather_object(self.recorded(name, None, "embed_partial"))  # [T, D] of each rank
+        yield "embed", expected.total(parts), []
 
-    def attention(self, i, this):
-        """Layer i's attention."""
-        name, start, stop = this
-        had, w = self._had(name, i, "attn"), self._weights(i, "self_attn")
+    def attention(self, i, pass_):
+        """Yield the steps of layer i's attention."""
+        name, start, stop = pass_
+        s, w = self._steps(name, i, "attn"), self._weights(i, "self_attn")
         x = self._stream(name, i)  # [T, D]
         norm = self._gain(f"model.layers.{i}.input_layernorm.weight")  # [D]
         yield "attn.norm", expected.rms_norm(x, norm, self.reference.eps), [x, norm]
         for part in "qkv":
-            y = expected.linear(had("norm"), w(f"{part}_proj.weight"), w(f"{part}_proj.bias"))  # [T, n * d]
+            y = expected.linear(s("norm"), w(f"{part}_proj.weight"), w(f"{part}_proj.bias"))  # [T, n * d]
             yield f"attn.{part}", y.as_heads(self.reference.head_dim), None  # [n, T, d]
         positions = np.arange(start, stop)  # [T]
         for part in "qk":
             made, norm = part, w(f"{part}_norm.weight")  # [d], or None
             if norm is not None:
                 made = f"{part}_norm"
-                yield f"attn.{made}", expected.rms_norm(had(part), norm, self.reference.eps), None
+                yield f"attn.{made}", expected.rms_norm(s(part), norm, self.reference.eps), None
             angles = self.reference.inverse_frequencies, self.reference.attention_factor  # [d/2], one number
-            turned = expected.rope(had(made), positions, *angles)  # [n, T, d]
+            turned = expected.rope(s(made), positions, *angles)  # [n, T, d]
             if not self.reference.turns[i]:
-                turned = expected.exactly(had(made))  # [n, T, d]
+                turned = expected.exactly(s(made))  # [n, T, d]
             yield f"attn.{part}_rope", turned, None
-        yield from self._cache(i, this)
-        k, v = (had(part)[self.kv_of_head] for part in ("k_cache", "v_cache"))  # [H_r, S, d] each
+        yield from self._cache(i, pass_)
+        k, v = (s(part)[self.kv_of_head] for part in ("k_cache", "v_cache"))  # [H_r, S, d] each
         keys = np.arange(stop - k.shape[1], stop)  # [S]
         mask = oracle_ops.causal_mask(positions, keys, self.reference.windows[i])  # [T, S]
         root, cap = self.reference.score_root, self.reference.score_cap
-        yield "attn.scores", expected.scores(had("q_rope"), k, mask, root, cap, self.sums), None
-        yield "attn.probs", expected.softmax(had("scores")), None
-        yield "attn.context", expected.context(had("probs"), v), None
-        yield "attn.out_partial", expected.linear(had("context"), w("o_proj.weight")), None
+        yield "attn.scores", expected.scores(s("q_rope"), k, mask, root, cap, self.sums), None
+        yield "attn.probs", expected.softmax(s("scores")), None
+        yield "attn.context", expected.context(s("probs"), v), None
+        yield "attn.out_partial", expected.linear(s("context"), w("o_proj.weight")), None
         yield from self._sum(name, i, "attn", x, w("o_proj.bias"))
 
-    def _cache(self, i, this):
-        """What attention read: the last rows of what all passes so far have made, as far as the window."""
-        name, start, stop = this
+    def _cache(self, i, pass_):
+        """Yield the keys and values that attention read: those of all passes so far, within the window."""
+        name, start, stop = pass_
         window = self.reference.windows[i]
         needed = stop if window is None else min(stop, stop - start + window - 1)  # keys that a query sees
-        until = self.passes[: self.passes.index(this) + 1]
+        until = self.passes[: self.passes.index(pass_) + 1]
         for cached, made in (("attn.k_cache", "attn.k_rope"), ("attn.v_cache", "attn.v")):
-            rows = [self.had(earlier, i, made) for earlier, _, _ in until]  # [K_r, T, d] of each pass
-            read = max(needed, self.had(name, i, cached).shape[1])
+            rows = [self.recorded(earlier, i, made) for earlier, _, _ in until]  # [K_r, T, d] of each pass
+            read = max(needed, self.recorded(name, i, cached).shape[1])
             yield cached, expected.exactly(np.concatenate(rows, axis=1)[:, -read:]), None  # [K_r, S, d]
 
-    def mlp(self, i, this):
-        """Layer i's feed-forward part."""
-        name = this[0]
+    def mlp(self, i, pass_):
+        """Yield the steps of layer i's feed-forward block."""
+        name = pass_[0]
         bias = self.weights.get(f"model.layers.{i}.mlp.down_proj.bias")  # [D], or None
-        x = self.had(name, i, "attn.residual")  # [T, D]
+        x = self.recorded(name, i, "attn.residual")  # [T, D]
         norm = self._gain(f"model.layers.{i}.{self.reference.mlp_norm}.weight")  # [D]
         yield "mlp.norm", expected.rms_norm(x, norm, self.reference.eps), [x, norm]
         if self.reference.experts:
@@ -110,64 +112,68 @@ class LocalCheck:
         yield from self._sum(name, i, "mlp", x, bias)
 
     def _dense(self, name, i):
-        """Between the norm and the sum, where the feed-forward part is a single one."""
-        had, w = self._had(name, i, "mlp"), self._weights(i, "mlp")
+        """Yield the steps between the norm and the all-reduce of a dense feed-forward block."""
+        s, w = self._steps(name, i, "mlp"), self._weights(i, "mlp")
         for part in ("gate", "up"):
-            y = expected.linear(had("norm"), w(f"{part}_proj.weight"), w(f"{part}_proj.bias"))  # [T, F_r]
+            y = expected.linear(s("norm"), w(f"{part}_proj.weight"), w(f"{part}_proj.bias"))  # [T, F_r]
             yield f"mlp.{part}", y, None
         activate = {"silu": expected.swiglu, "gelu_pytorch_tanh": expected.geglu}[self.reference.activation]
-        yield "mlp.act", activate(had("gate"), had("up")), None
-        yield "mlp.out_partial", expected.linear(had("act"), w("down_proj.weight")), None
+        yield "mlp.act", activate(s("gate"), s("up")), None
+        yield "mlp.out_partial", expected.linear(s("act"), w("down_proj.weight")), None
 
     def _experts(self, name, i):
-        """The same of a mixture, with the experts that this rank's own router has chosen."""
-        had, w = self._had(name, i, "mlp"), self._weights(i, "block_sparse_moe")
+        """Yield the same steps of a mixture, for the experts that this rank's router chose."""
+        s, w = self._steps(name, i, "mlp"), self._weights(i, "block_sparse_moe")
         gate = w("gate.weight")  # [E, D]
-        yield "mlp.router", expected.linear(had("norm"), gate), [had("norm"), gate]
+        yield "mlp.router", expected.linear(s("norm"), gate), [s("norm"), gate]
         parts = {n: [w(f"experts.{e}.w{n}.weight") for e in range(len(gate))] for n in (1, 2, 3)}
-        shares = oracle_ops.route(had("router"), self.reference.experts_per_token)  # [T, E]
-        yield "mlp.experts", expected.experts_act(had("norm"), shares > 0, parts[1], parts[3]), None
-        yield "mlp.out_partial", expected.experts_sum(had("experts"), shares, parts[2]), None
+        chosen = oracle_ops.route(s("router"), self.reference.experts_per_token)  # [T, E]: weights, or 0
+        yield "mlp.experts", expected.experts_act(s("norm"), chosen > 0, parts[1], parts[3]), None
+        yield "mlp.out_partial", expected.experts_sum(s("experts"), chosen, parts[2]), None
 
-    def after(self, this):
-        """The last norm and the logits."""
-        name = this[0]
+    def after(self, pass_):
+        """Yield the last norm and the logits."""
+        name = pass_[0]
         x = self._stream(name, self.plan.layers)  # [T, D]
         norm = self._gain("model.norm.weight")  # [D]
         yield "final_norm", expected.rms_norm(x, norm, self.reference.eps), [x, norm]
         w = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])  # [V_r, D]
-        x = self.had(name, None, "final_norm")  # [T, D]
+        x = self.recorded(name, None, "final_norm")  # [T, D]
         logits_r = expected.linear(x, w, dtype=np.float32, sums=self.sums)  # [T, V_r]
         logits_r = logits_r.divided(self.reference.logits_divisor)  # [T, V_r]
         if self.reference.logits_cap is not None:
-            logits_r = expected.soft_cap(logits_r.unseen(np.float32), self.reference.logits_cap)  # [T, V_r]
+            hidden = logits_r.not_recorded(np.float32)  # [T, V_r]
+            logits_r = expected.soft_cap(hidden, self.reference.logits_cap)  # [T, V_r]
         yield "logits_partial", logits_r, None
-        parts = self.comm.exchange(self.had(name, None, "logits_partial"))  # [T, V_r] of each rank
+        mine = self.recorded(name, None, "logits_partial")  # [T, V_r]
+        parts = self.comm.allgather_object(mine)  # [T, V_r] of each rank
         yield "logits", expected.exactly(np.concatenate(parts, axis=-1)), []
 
     def _sum(self, name, i, block, x, bias):
-        """The all-reduce, with the bias once, and the addition to the stream."""
-        parts = self.comm.exchange(self.had(name, i, f"{block}.out_partial"))  # [T, D] of each rank
+        """Yield the all-reduce, the bias, which is added once, and the addition to the residual stream."""
+        mine = self.recorded(name, i, f"{block}.out_partial")  # [T, D]
+        parts = self.comm.allgather_object(mine)  # [T, D] of each rank
         yield f"{block}.out", expected.total(parts, bias), [] if bias is None else [bias]
-        out = self.had(name, i, f"{block}.out")  # [T, D]
+        out = self.recorded(name, i, f"{block}.out")  # [T, D]
         if self.reference.post_norms:
             norm = self._gain(f"model.layers.{i}.{self.reference.post_norms[block]}.weight")  # [D]
             yield f"{block}.post_norm", expected.rms_norm(out, norm, self.reference.eps), [out, norm]
-            out = self.had(name, i, f"{block}.post_norm")  # [T, D]
+            out = self.recorded(name, i, f"{block}.post_norm")  # [T, D]
         yield f"{block}.residual", expected.add(x, out, self.reference.residual_scale), [x, out]
 
     def _gain(self, name):
-        """What a norm multiplies with, [D]."""
+        """Return the factors of a norm, [D]."""
         weight = self.weights[name]  # [D]
         return weight if self.reference.norm_offset == 0 else weight.astype(np.float64) + 1
 
     def _stream(self, name, i):
-        """The residual stream before layer i: [T, D]."""
-        return self.had(name, None, "embed") if i == 0 else self.had(name, i - 1, "mlp.residual")
+        """Return the residual stream before layer i: [T, D]."""
+        return self.recorded(name, None, "embed") if i == 0 else self.recorded(name, i - 1, "mlp.residual")
 
-    def _had(self, name, i, block):
-        return lambda step: self.had(name, i, f"{block}.{step}")
+    def _steps(self, name, i, block):
+        """Return a lookup of steps by name: s("norm") is what this rank recorded in this block."""
+        return lambda step: self.recorded(name, i, f"{block}.{step}")
 
     def _weights(self, i, block):
-        """w("q_proj.bias") is the array, None where the model has none."""
+        """Return a lookup of weights by the end of their name: w("q_proj.bias") is the array, or None."""
         return lambda part: self.weights.get(f"model.layers.{i}.{block}.{part}")

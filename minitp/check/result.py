@@ -1,18 +1,18 @@
-"""What a check finds out: a line for each step on each rank, and who is to blame."""
+"""The result of a check: a finding for each step on each rank, and the ones to blame."""
 
 from dataclasses import dataclass, replace
 
 from minitp.check.difference import Difference
 from minitp.trace.names import full_name
 
-# Steps whose value comes from all ranks at once: wrong on all, they are nobody's own fault.
+# Steps computed from all ranks at once: one that is wrong on all ranks is no single rank's fault.
 COLLECTIVE = ("embed", "attn.out", "mlp.out", "logits")
 ALL = "all"
 
 
 @dataclass
 class Finding:
-    """One step on one rank.
+    """The finding about one step on one rank.
 
     Attributes
     ----------
@@ -27,11 +27,11 @@ class Finding:
     local : Difference or None
         None for an array of a wrong shape.
     bounds : (float, float)
-        What `local` may have: relative, absolute.
+        The largest relative and absolute error allowed in `local`.
     total : Difference or None
-        None where the oracle has no such step.
+        None if the oracle has no such step.
     note : str
-        What else is wrong.
+        Anything else that is wrong, such as a shape or a dtype.
     """
 
     pass_name: str
@@ -46,14 +46,14 @@ class Finding:
 
     @property
     def name(self):
-        """The step's full name."""
+        """The step's full name, such as `decode.1/layers.3.attn.q`."""
         if self.pass_name == "weights":
             return f"weights/{self.step}"
         return full_name(self.pass_name, self.layer, self.step)
 
     @property
-    def share(self):
-        """The local error as a share of its bound, the relative or the absolute one; above 1 is wrong."""
+    def ratio(self):
+        """The local error over its bound, relative or absolute, whichever is larger; above 1 is wrong."""
         if self.local is None:
             return float("inf")
         pairs = zip((self.local.relative, self.local.absolute), self.bounds, strict=True)
@@ -61,21 +61,21 @@ class Finding:
 
     @property
     def ok(self):
-        return self.share <= 1 and not self.note
+        return self.ratio <= 1 and not self.note
 
 
 @dataclass
 class CheckResult:
-    """All that a check has found.
+    """All findings of a check.
 
     Attributes
     ----------
     findings : list of Finding
-        Ordered by the time at which the step happens, then by rank.
+        In the order of the run, then by rank.
     problems : list of (rank or "all", str)
-        Of the plan.
+        Faults of the sharding plan.
     token_ids : list of int
-        All that went in.
+        All tokens of the run.
     passes : list of (name, start, stop)
     tp : int
     """
@@ -91,7 +91,7 @@ class CheckResult:
         return not self.problems and all(finding.ok for finding in self.findings)
 
     def blamed(self):
-        """The findings that are out of bounds, in order; a collective that is so on all ranks counts once."""
+        """Return the findings out of bounds, in order; a collective wrong on all ranks counts once."""
         wrong = [finding for finding in self.findings if not finding.ok]
         ranks = {}
         for finding in wrong:

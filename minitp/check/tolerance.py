@@ -1,29 +1,52 @@
-"""How far off a step may be: the bound that comes with the value that it should have.
+"""Tolerance: how far a recorded array may be from the value that it should have.
 
-The oracle computes an operation in float64, and a third implementation does the same formula with its result
-rounded to the dtype at hand and sums in float32. Its error is the smallest that can be expected in this
-dtype, and an engine may be twice as far off (after flash-attention's tests):
+Symbols, for one array of a run:
 
-    ||x - value||  <=  2 ||third - value||  +  s ||scale|| / sqrt(samples)
-    max|x - value| <=  2 max|third - value| +  s max(scale)
+    x   what the rank recorded
+    y   the expected value: the oracle's operation, in float64, on the inputs that the rank recorded
+    r   the low-precision reference: the same formula with sums in float32, rounded to the dtype of x
+    c   the scale, a number per element: the root of the sum of the squares of the terms that are added up
+    m   the number of terms in a sum
+    b   the number of blocks in which a tensor core adds these terms; 0 on a CPU
+    n   the number of samples: elements whose errors are independent
+    u   the unit roundoff of the dtype of x: 2^-24 (float32), 2^-11 (float16), 2^-8 (bfloat16); u32 = 2^-24
+    s   the error of one sum in units of c: 2 u + u32 (sqrt(m) + b)
 
-The second term is there because an error measured on few numbers may be small by luck. `scale` is, for each
-number, the size that its sum would have if the signs of its terms were random: rounding errors are in
-proportion to it, even where the terms cancel. `s` is the error of one such sum in these units: a rounding or
-two of the result and a random walk of `terms` roundings in float32, 2 u + u32 sqrt(terms), with u the unit
-roundoff of the result's dtype (2^-24, 2^-11, 2^-8 for float32, float16, bfloat16). On tensor cores it has one
-part more, u32 times the number of blocks of terms, for each block moves the sum toward zero. A norm over
-`samples` independent errors is known to 1 / sqrt(samples) of that, so for arrays of some size only the factor
-of two remains.
+The two bounds, of which x must meet both:
 
-The numbers in an array are not all samples. A few that are far larger than the rest make the norm by
-themselves (in a hidden state one may be ten times all others together), so samples = (sum scale^2)^2 /
-sum scale^4, which is the number of elements if all are of one size. And rows of the same token are much
-alike, and so are their errors: this is divided by how often a token comes on average.
+    ||x - y||   <=  2 ||r - y||   + s ||c|| / sqrt(n)
+    max|x - y|  <=  2 max|r - y|  + s max(c)
 
-Where a run fuses operations, an input may be Unseen: then the oracle's chain and the third implementation's
-each go on from what they had there, so that the bound grows with the roundings on the way; and the second
-term comes once more for the Unseen, with its own roundings and samples: its luck is its own.
+The first term is the rule of flash-attention's tests: r has the error that this dtype makes unavoidable, and
+x may have twice as much. The second term is needed where there are few elements, for then ||r - y|| may be
+small by luck. Its size s c is what rounding errors are proportional to, even where the terms of a sum cancel:
+one or two roundings of the result (2 u), a random walk of m roundings in float32 (u32 sqrt(m)), and on tensor
+cores a rounding per block, all of them toward zero (u32 b). The norm of n independent errors is known up to 1
+/ sqrt(n) of that, so for large arrays only the factor of two remains.
+
+Not every element is a sample. A few elements that are far larger than the rest make up the norm by
+themselves, so n = (sum c^2)^2 / (sum c^4), which is the number of elements if all are of one size. And
+positions with the same token are nearly equal, and so are their errors: n is divided by how often a token
+occurs on average.
+
+A worked example, a product of four terms in float16 (u = 4.9e-4):
+
+    x_in = [1, -2, 0.5, 3]       W = [[0.3, 0.7, 0.2, 0.9], [0.1, 0.2, 0.3, 0.4], [-0.5, 0.6, 0.1, 0.2]]
+
+    y = [1.69934, 1.04980, -1.05035]             ||y|| = 2.257
+    r = [1.69922, 1.04980, -1.05078]             ||r - y|| = 4.4e-4
+    c = [3.058, 1.277, 1.433]                    ||c|| = 3.610: the terms 0.3, -1.4, 0.1 and 2.7 make 3.058
+    m = 4, b = 0, s = 9.8e-4, n = 1.8            the first element outweighs the other two
+
+    relative bound: (2 * 4.4e-4 + 9.8e-4 * 3.610 / sqrt(1.8)) / 2.257 = 1.6e-3
+
+An engine that rounds every partial sum to float16 gets [1.69824, 1.04980, -1.05078]. Its relative error is
+5.2e-4, a third of the bound. An engine that leaves out the smallest term of the first element, 0.1, gets
+1.59924 there. Its relative error is 4.4e-2, which is 28 times the bound.
+
+A fused kernel does not record its inner steps. Such an input is a NotRecorded: y and r each continue from
+their own value of it, so that 2 ||r - y|| includes the roundings on the way, and the second term is added a
+second time with the roundings and samples of that input, for its errors have a luck of their own.
 """
 
 from dataclasses import dataclass, replace
@@ -33,53 +56,60 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Unseen:
-    """An input that the run did not show.
+class NotRecorded:
+    """An input that the run did not record, because a fused kernel keeps it to itself.
 
     Attributes
     ----------
     value : float64 array
-        The oracle's.
-    third : array
-        The third implementation's, in the run's dtype.
+        y: the oracle's value of it.
+    low_precision_reference : array
+        r: the low-precision reference's value, in the run's dtype.
     roundings : float
-        The relative roundings of this value and of the Unseen values that it came from, added up: two
-        roundoffs each, and one for each block of their sums.
+        The relative roundings of this value and of the NotRecorded inputs behind it, added up: two roundoffs
+        each, and one for each block of their sums.
     samples : float
-        The fewest samples among them.
+        The smallest number of samples among them.
     """
 
     value: np.ndarray
-    third: np.ndarray
+    low_precision_reference: np.ndarray
     roundings: float
     samples: float
 
 
 def both(x):
-    """An input as (the oracle's, the third implementation's); one that was seen is the same for both."""
-    return (x.value, x.third) if isinstance(x, Unseen) else (x, x)
+    """Return an input as (y, r), the values for the oracle and for the low-precision reference.
+
+    They differ only if the input was not recorded.
+    """
+    return (x.value, x.low_precision_reference) if isinstance(x, NotRecorded) else (x, x)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """The oracle's `value`, the `third` implementation's, and the `scale` (see above): float64, one shape.
-
-    With `third` None the value must be met exactly, bit for bit.
+    """The expected value of a step, with all that its bounds are computed from.
 
     Attributes
     ----------
+    value : float64 array
+        y, from the oracle.
+    low_precision_reference : float64 array or None
+        r, of the same shape. None: the recorded array must equal `value` bit for bit.
+    scale : float64 array or None
+        c, of the same shape.
     terms : int
-        In the sum that makes a number.
+        m, the number of terms in the sum that makes an element.
     blocks : int
-        That sum's blocks on a tensor core, 0 elsewhere: see `TensorCoreSums.blocks`.
+        b, the blocks of that sum on a tensor core, 0 elsewhere: see `TensorCoreSums.blocks`.
     common : tuple of int
-        Axes along which numbers have much of their error in common, and count as one sample.
+        Axes along which the elements share most of their error, so that together they are one sample.
     roundings, samples : float
-        Those of its Unseen inputs together.
+        Those of its NotRecorded inputs together.
     """
 
     value: np.ndarray
-    third: np.ndarray | None = None
+    low_precision_reference: np.ndarray | None = None
     scale: np.ndarray | None = None
     terms: int = 1
     blocks: int = 0
@@ -88,58 +118,57 @@ class Expected:
     samples: float = 1.0
 
     def bounds(self, dtype, repeats=1):
-        """Return the largest relative and absolute error allowed in `dtype`.
+        """Return the largest relative and the largest absolute error allowed in `dtype`.
 
         Each token occurs `repeats` times on average.
         """
-        if self.third is None:
+        if self.low_precision_reference is None:
             return 0.0, 0.0
-        third = rounded(self.third, dtype)  # already so, unless an input was wider than `dtype`
-        finite = np.isfinite(self.value) & np.isfinite(third)  # an overflow allows nothing
-        size = np.linalg.norm(self.value[finite])
-        if size == 0:
+        y, r = self.value, rounded(self.low_precision_reference, dtype)
+        finite = np.isfinite(y) & np.isfinite(r)  # an overflow widens no bound
+        norm_y = np.linalg.norm(y[finite])
+        if norm_y == 0:
             return 0.0, 0.0
-        off = third[finite] - self.value[finite]
-        slack = 2 * _roundoff(dtype) + _roundoff(np.float32) * (self.terms**0.5 + self.blocks)
-        squares = np.square(self.scale, where=finite, out=np.zeros_like(self.scale))
-        samples = max(1, _participation(squares.sum(axis=self.common)) / repeats)
-        luck = slack / samples**0.5 + self.roundings / max(1, self.samples / repeats) ** 0.5
-        relative = (2 * np.linalg.norm(off) + luck * squares.sum() ** 0.5) / size
-        largest = 2 * np.max(np.abs(off)) + (slack + self.roundings) * np.max(squares) ** 0.5
+        off = np.abs(r[finite] - y[finite])
+        s = 2 * _roundoff(dtype) + _roundoff(np.float32) * (self.terms**0.5 + self.blocks)
+        c2 = np.square(self.scale, where=finite, out=np.zeros_like(self.scale))
+        n = max(1, _participation(c2.sum(axis=self.common)) / repeats)
+        luck = s / n**0.5 + self.roundings / max(1, self.samples / repeats) ** 0.5
+        relative = (2 * np.linalg.norm(off) + luck * c2.sum() ** 0.5) / norm_y
+        largest = 2 * np.max(off) + (s + self.roundings) * np.max(c2) ** 0.5
         return float(relative), float(largest)
 
-    def unseen(self, dtype):
-        """Return this as an Unseen input of the next operation, which the run had in `dtype`."""
+    def not_recorded(self, dtype):
+        """Return this value as a NotRecorded input of the next operation; the run computed it in `dtype`."""
         samples = _participation(np.square(self.scale).sum(axis=self.common))
         samples = min(samples, self.samples) if self.roundings else samples
         roundings = self.roundings + 2 * _roundoff(dtype) + _roundoff(np.float32) * self.blocks
-        return Unseen(self.value, self.third.astype(dtype), roundings, samples)
+        return NotRecorded(self.value, self.low_precision_reference.astype(dtype), roundings, samples)
 
     def of(self, *inputs):
-        """Return a copy that includes the roundings of the Unseen among its inputs."""
-        unseen = [x for x in inputs if isinstance(x, Unseen)]
-        if not unseen:
+        """Return a copy that includes the roundings of the NotRecorded arrays among its inputs."""
+        hidden = [x for x in inputs if isinstance(x, NotRecorded)]
+        if not hidden:
             return self
-        roundings, samples = sum(x.roundings for x in unseen), min(x.samples for x in unseen)
+        roundings, samples = sum(x.roundings for x in hidden), min(x.samples for x in hidden)
         return replace(self, roundings=roundings, samples=samples)
 
     def divided(self, divisor):
-        """Return what is expected of the numbers after a division by `divisor` in float32."""
-        value, scale = self.value / divisor, self.scale / divisor
-        third = self.third.astype(np.float32) / np.float32(divisor)
-        return replace(self, value=value, third=third.astype(np.float64), scale=scale)
+        """Return what is expected after a division by `divisor` in float32."""
+        r = self.low_precision_reference.astype(np.float32) / np.float32(divisor)
+        return self._with_arrays(self.value / divisor, r.astype(np.float64), self.scale / divisor)
 
     def as_heads(self, head_dim):
         """Return a copy whose arrays are [n, T, d] instead of [T, n * d]."""
+        arrays = self.value, self.low_precision_reference, self.scale
+        return self._with_arrays(*(x.reshape(len(x), -1, head_dim).transpose(1, 0, 2) for x in arrays))
 
-        def split(x):
-            return x.reshape(len(x), -1, head_dim).transpose(1, 0, 2)
-
-        return replace(self, value=split(self.value), third=split(self.third), scale=split(self.scale))
+    def _with_arrays(self, value, low_precision_reference, scale):
+        return replace(self, value=value, low_precision_reference=low_precision_reference, scale=scale)
 
 
 def _participation(squares):
-    """Return (sum x)^2 / sum x^2, which says how many numbers make up the sum. [..] -> float"""
+    """Return (sum q)^2 / sum q^2, the number of elements that make up the sum: [..] -> float."""
     total = squares.sum()
     return float(total**2 / np.square(squares).sum()) if total else 1.0
 
@@ -149,6 +178,6 @@ def _roundoff(dtype):
 
 
 def rounded(x, dtype):
-    """Return x rounded to the dtype, as float64, in which errors are measured. Overflow gives inf."""
+    """Round x to the dtype and return it as float64, in which errors are measured. Overflow gives inf."""
     with np.errstate(over="ignore"):
         return x.astype(dtype).astype(np.float64)

@@ -60,7 +60,7 @@ def table(result):
     """A line for each kind of step and each layer; or the wrong steps alone, if there are, worst first."""
     if result.problems:
         return [f"plan, rank {rank}: {text}" for rank, text in result.problems]
-    wrong = sorted(result.blamed(), key=lambda finding: -finding.share)
+    wrong = sorted(result.blamed(), key=lambda finding: -finding.ratio)
     if wrong:
         rows = [(f.name, *errors(f), f"rank {f.rank}", total([f])) for f in wrong[:LINES]]
         more = [f"and {len(wrong) - LINES} more"] if len(wrong) > LINES else []
@@ -75,8 +75,8 @@ def table(result):
     for name, findings in groups.items():
         if not findings:  # inside a fused operation
             continue
-        worst = max(findings, key=lambda finding: finding.share)
-        where = f"{worst.name} rank {worst.rank}" if worst.share else ""
+        worst = max(findings, key=lambda finding: finding.ratio)
+        where = f"{worst.name} rank {worst.rank}" if worst.ratio else ""
         rows.append((name, *errors(worst), where, total(findings)))
     return aligned([HEADER, *rows], SIDES)
 
@@ -84,7 +84,7 @@ def table(result):
 def errors(finding):
     """A finding's local error, what is allowed, and the one as a share of the other."""
     allowed = number(finding.bounds[0]) if finding.bounds[0] else "exact"
-    share = f"{finding.share:.0%}" if finding.share < 1000 else "> 1000"
+    share = f"{finding.ratio:.0%}" if finding.ratio < 1000 else "> 1000"
     return number(finding.local.relative) if finding.local else "-", allowed, share
 
 
@@ -111,7 +111,7 @@ def verdict(source, result):
     first = result.blamed()[0]
     layer = "" if first.layer is None else f", layer {first.layer}"
     reasons = [first.note] if first.note else []
-    if first.local is not None and first.share > 1:
+    if first.local is not None and first.ratio > 1:
         relative, absolute = first.bounds
         allowed = f"allowed {relative:.2g}, {absolute:.2g} absolute" if relative else "it must be exact"
         reasons.append(f"{first.local}; {allowed}")

@@ -17,8 +17,8 @@ def load(args, comm, source, path="auto"):
     with (
         comm.agreed(),
         tqdm(
-            total=shard_nbytes(source.plan, comm.share, device),
-            desc=f"loading {source.name}, rank {comm.share} of {comm.size}",
+            total=shard_nbytes(source.plan, comm.shard_rank, device),
+            desc=f"loading {source.name}, rank {comm.shard_rank} of {comm.size}",
             unit="B",
             unit_scale=True,
             leave=False,

@@ -84,7 +84,7 @@ def here(args):
 
 def served(args):
     """A command that starts ranks and talks with them; in a user's mpirun rank 0 does, with the others."""
-    environment.share_cores(os.environ)
+    environment.divide_cores(os.environ)
     world = environment.world_size(os.environ)
     tp = world or environment.ranks_wanted(args.tp, DEFAULT_TP)
     if environment.env_rank(os.environ) != 0:
@@ -108,7 +108,7 @@ def served(args):
 
 def tour(args):
     """The one-file story, which starts ranks of its own; in a user's mpirun each rank is one of them."""
-    environment.share_cores(os.environ)
+    environment.divide_cores(os.environ)
     from minitp.cli.tour import run
 
     return run(args, environment.world_size(os.environ) or environment.ranks_wanted(args.tp, DEFAULT_TP))
@@ -116,7 +116,7 @@ def tour(args):
 
 def as_rank(args, world):
     """One rank of a world that mpirun or srun has started: the launcher's, or the user's own."""
-    environment.share_cores(os.environ)
+    environment.divide_cores(os.environ)
     from minitp.launch.rank import run_in_world
 
     return run_in_world(work_of(args), args, world)
@@ -127,10 +127,10 @@ def alone(args):
     share = getattr(args, "as_rank", None)
     if share is not None:
         environment.limit_blas_threads(os.environ, args.of)
-    from minitp.comm.single import Alone, OneOfMany
+    from minitp.comm.single import ShardOnly, SingleRank
     from minitp.launch.rank import run_alone
 
-    return run_alone(work_of(args), args, Alone() if share is None else OneOfMany(share, args.of))
+    return run_alone(work_of(args), args, SingleRank() if share is None else ShardOnly(share, args.of))
 
 
 def work_of(args):
@@ -153,7 +153,7 @@ def rank_of_engine(args):
     except (TypeError, ValueError) as error:
         raise InputError(f"minitp ranks: {error}") from error
     world = environment.world_size(os.environ)
-    environment.share_cores(os.environ)
+    environment.divide_cores(os.environ)
     from minitp.engine.client import join_world, run_alone_for_caller
 
     if world is not None:

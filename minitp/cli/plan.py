@@ -7,7 +7,7 @@ from math import prod
 from minitp.bench.this_machine import measure_cpu
 from minitp.cli.plan_text import text
 from minitp.errors import InputError
-from minitp.estimate.estimate import ITEM_BYTES, Job, Spread, cache_bytes, estimate, smallest_tp
+from minitp.estimate.estimate import ITEM_BYTES, Spread, Workload, cache_bytes, estimate, smallest_tp
 from minitp.estimate.hardware import GPUS, GPUS_PER_NODE, NETWORK
 from minitp.loading.source import open_config
 from minitp.shard import make_plan
@@ -24,7 +24,7 @@ def run(args, tp):
         raise InputError(f"--tp auto goes by this machine's cores; for --gpu {args.gpu} say how many: --tp N")
     config = open_config(args.model, args.layers)
     make_plan(config, tp)  # refuses a tp that is too large
-    job, asked = read_job(args, config), read_spread(args, tp)
+    workload, asked = read_job(args, config), read_spread(args, tp)
     dtype = choose_dtype(args, config)
     hardware = measure_cpu(config, dtype) if args.gpu == "cpu" else GPUS[args.gpu]
     spreads, left_out = choose_spreads(config, hardware, asked)
@@ -32,13 +32,13 @@ def run(args, tp):
         "model": args.model,
         **model_facts(config, dtype),
         "hardware": hardware_facts(hardware, dtype),
-        "context_tokens": job.context,
-        "prompt_tokens": job.prompt,
-        "batch": job.batch,
+        "context_tokens": workload.context,
+        "prompt_tokens": workload.prompt,
+        "batch": workload.batch,
         "tp": asked.tp,
         "nodes": asked.nodes,
-        "smallest_tp_that_fits": smallest_tp(config, hardware, dtype, job),
-        "estimates": [asdict(estimate(config, hardware, spread, dtype, job)) for spread in spreads],
+        "smallest_tp_that_fits": smallest_tp(config, hardware, dtype, workload),
+        "estimates": [asdict(estimate(config, hardware, spread, dtype, workload)) for spread in spreads],
     }
     result["notes"] = notes(config, hardware, result, left_out)
     write_out(json.dumps(result) + "\n" if args.json else text(result))
@@ -46,7 +46,7 @@ def run(args, tp):
 
 
 def read_job(args, config):
-    """The Job that the arguments ask for."""
+    """The Workload that the arguments ask for."""
     longest = config.max_position_embeddings
     context = min(CONTEXT, longest) if args.context is None else args.context
     if not 2 <= context <= longest:
@@ -59,7 +59,7 @@ def read_job(args, config):
         )
     if args.batch is not None and args.batch < 1:
         raise InputError(f"--batch {args.batch}: expected at least 1 sequence")
-    return Job(context, prompt, args.batch)
+    return Workload(context, prompt, args.batch)
 
 
 def read_spread(args, tp):

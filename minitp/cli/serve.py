@@ -13,7 +13,7 @@ from minitp.llm import LLM
 def run(args, tp):
     """Serve a model over HTTP until SIGTERM or Ctrl-C; the exit code."""
     try:
-        from minitp.server.backend import Limits
+        from minitp.server.backend import AdmissionLimits
         from minitp.server.run import listen, serve_forever
     except ImportError as error:
         raise InputError(
@@ -33,7 +33,7 @@ def run(args, tp):
 
     return serve_forever(
         start,
-        Limits(args.max_sequences + args.max_queue, args.request_timeout),
+        AdmissionLimits(args.max_sequences + args.max_queue, args.request_timeout),
         served_name(args.model),
         listener,
         api_key=api_key,

@@ -4,7 +4,7 @@
     all_gather   rank 0 [a]  rank 1 [b]   ->  [a | b] on both
 
 Data (arrays of activations) goes through these two, control (small Python objects) through `broadcast`,
-`exchange` and `agree`. Every rank calls the same ones in the same order, on the error path too:
+`allgather_object` and `agree`. Every rank calls the same ones in the same order, on the error path too:
 a phase that may fail on one rank ends in `agree`, and then all of them leave together.
 
 The sum of an all-reduce depends on the order of its terms. Here every rank gets all the terms and adds them
@@ -28,8 +28,8 @@ class Comm:
     Attributes
     ----------
     rank, size : int
-    share : int
-        The rank whose part of the model is computed here: this one, but for OneOfMany.
+    shard_rank : int
+        The rank whose shard of the model is computed here: `rank`, except in ShardOnly.
     seconds : float
         Time this rank has spent in `all_reduce` and `all_gather`, waiting included.
     """
@@ -37,13 +37,13 @@ class Comm:
     def __init__(self, rank, size):
         self.rank = rank
         self.size = size
-        self.share = rank
+        self.shard_rank = rank
         self.seconds = 0.0
 
     def all_reduce(self, x):
         """The sum over all ranks of `x` (same shape everywhere), the same bits on each. A new array."""
         started = perf_counter()
-        total = self._exchange_arrays(x, [x.size] * self.size, _sum_in_rank_order).reshape(x.shape)
+        total = self._gather_and_combine(x, [x.size] * self.size, _sum_in_rank_order).reshape(x.shape)
         self.seconds += perf_counter() - started
         return total
 
@@ -55,7 +55,7 @@ class Comm:
         def join(parts):
             return np.concatenate([p.reshape(rows, -1) for p in parts], axis=-1)  # [T, sum(widths)]
 
-        joined = self._exchange_arrays(x, [rows * width for width in widths], join)
+        joined = self._gather_and_combine(x, [rows * width for width in widths], join)
         self.seconds += perf_counter() - started
         return joined
 
@@ -63,7 +63,7 @@ class Comm:
         """Rank 0's `value`, on every rank; what the others pass is ignored. Any picklable object."""
         raise NotImplementedError
 
-    def exchange(self, value):
+    def allgather_object(self, value):
         """[rank 0's value, rank 1's, ..] on every rank; any picklable objects."""
         raise NotImplementedError
 
@@ -79,7 +79,7 @@ class Comm:
         mine = None
         if error is not None:
             mine = (getattr(error, "exit_code", RankError.exit_code), one_line(error))
-        failed = [(rank, *e) for rank, e in enumerate(self.exchange(mine)) if e is not None]
+        failed = [(rank, *e) for rank, e in enumerate(self.allgather_object(mine)) if e is not None]
         if failed:
             rank, exit_code, message = failed[0]
             if exit_code != InputError.exit_code:
@@ -114,7 +114,7 @@ class Comm:
     def close(self):
         """Leave in good order; all ranks call it, when nothing more is to be exchanged."""
 
-    def _exchange_arrays(self, x, sizes, combine):
+    def _gather_and_combine(self, x, sizes, combine):
         """combine(parts): parts[r] is rank r's array, flat, of sizes[r] elements.
 
         `combine` must return a new array, for the parts may be the other ranks' own.

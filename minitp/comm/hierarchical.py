@@ -15,7 +15,7 @@ from minitp.comm.mpi import MpiComm
 from minitp.comm.shared_memory import SharedMemoryComm
 
 
-class SeveralHostsComm(MpiComm):
+class HierarchicalComm(MpiComm):
     """Ranks as MPI processes of several hosts, of which some have more than one.
 
     Parameters
@@ -43,14 +43,14 @@ class SeveralHostsComm(MpiComm):
             value = self._between.broadcast(value)
         return self._within.broadcast(value)
 
-    def _exchange_arrays(self, x, sizes, combine):
-        own = self._within._exchange_arrays(x, [sizes[rank] for rank in self._mine], np.concatenate)
+    def _gather_and_combine(self, x, sizes, combine):
+        own = self._within._gather_and_combine(x, [sizes[rank] for rank in self._mine], np.concatenate)
         lengths = [sum(sizes[rank] for rank in host) for host in self._hosts]
         everyone = np.empty(0, x.dtype)
         if self._between:
-            everyone = self._between._exchange_arrays(own, lengths, np.concatenate)
+            everyone = self._between._gather_and_combine(own, lengths, np.concatenate)
         lengths = [sum(lengths)] + [0] * (self._within.size - 1)
-        everyone = self._within._exchange_arrays(everyone, lengths, np.concatenate)
+        everyone = self._within._gather_and_combine(everyone, lengths, np.concatenate)
         by_host = [rank for host in self._hosts for rank in host]
         starts = np.cumsum([sizes[rank] for rank in by_host])[:-1]
         parts = dict(zip(by_host, np.split(everyone, starts), strict=True))

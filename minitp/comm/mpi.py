@@ -19,7 +19,7 @@ import numpy as np
 
 from minitp import __version__
 from minitp.comm.base import Comm
-from minitp.comm.wait import Wait
+from minitp.comm.wait import Backoff
 from minitp.errors import RankError, one_line
 
 LAST_WORDS_S = 0.3  # for mpirun to pass on what a rank has said: it may abort first
@@ -91,7 +91,7 @@ class MpiComm(Comm):
         self._complete(self._start_sending(value))
         return value
 
-    def exchange(self, value):
+    def allgather_object(self, value):
         return self._exchange(value, patient=True)
 
     def close(self):
@@ -110,16 +110,16 @@ class MpiComm(Comm):
         os._exit(exit_code)  # MPICH's Abort may return
 
     def new_wait(self, late, patient=False):
-        """A Wait of this rank for the ranks late() of this Comm."""
+        """A Backoff of this rank for the ranks late() of this Comm."""
 
         def names():
             late_ones = [self._processes[rank] for rank in late()]
             return [str(process) for process in late_ones if process.rank != 0]
 
         me = self._processes[self.rank]
-        return Wait(str(me), names, gives_up=me.rank == 0, patient=patient)
+        return Backoff(str(me), names, gives_up=me.rank == 0, patient=patient)
 
-    def _exchange_arrays(self, x, sizes, combine):
+    def _gather_and_combine(self, x, sizes, combine):
         parts = [np.empty(size, x.dtype) for size in sizes]
         parts[self.rank][:] = x.reshape(-1)
         mine = self._bytes(parts[self.rank])
@@ -129,7 +129,7 @@ class MpiComm(Comm):
         return combine(parts)
 
     def _exchange(self, value, patient):
-        """As `exchange`; if it is not patient, rank 0 gives up."""
+        """As `allgather_object`; if it is not patient, rank 0 gives up."""
         sending = self._start_sending(value)
         values = [value if r == self.rank else self._receive(r, patient) for r in range(self.size)]
         self._complete(sending, patient)

@@ -25,8 +25,8 @@ LENGTH_BYTES = 8  # before an object
 class SharedMemoryComm(MpiComm):
     """Ranks as MPI processes of one host.
 
-    `all_reduce`, `all_gather` and `broadcast` go through shared memory; `exchange` waits asleep, as in
-    MpiComm. Measured beside MPI in docs/performance.md.
+    `all_reduce`, `all_gather` and `broadcast` go through shared memory; `allgather_object` sleeps while it
+    waits, as in MpiComm. Measured beside MPI in docs/performance.md.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class SharedMemoryComm(MpiComm):
             found.append(self._meet()[0][:missing].tobytes())
         return pickle.loads(b"".join(found)) if self.rank else value
 
-    def _exchange_arrays(self, x, sizes, combine):
+    def _gather_and_combine(self, x, sizes, combine):
         flat = np.ascontiguousarray(x).reshape(-1)
         room = SLOT_BYTES // x.dtype.itemsize
         if max(sizes) <= room:

@@ -1,12 +1,12 @@
-"""One rank: there is nobody to exchange anything with."""
+"""A world of one rank, in which every collective is the identity."""
 
 import numpy as np
 
 from minitp.comm.base import Comm
 
 
-class Alone(Comm):
-    """One rank: every collective is the identity."""
+class SingleRank(Comm):
+    """The only rank of a world of one."""
 
     def __init__(self):
         super().__init__(rank=0, size=1)
@@ -15,25 +15,25 @@ class Alone(Comm):
         return value
 
     def abort(self, exit_code):
-        """Nobody waits: the error that led here goes on."""
+        """Do nothing: no other rank waits, so the error that led here ends the process."""
 
-    def _exchange_arrays(self, x, sizes, combine):
+    def _gather_and_combine(self, x, sizes, combine):
         return combine([x.reshape(-1)])
 
-    def exchange(self, value):
+    def allgather_object(self, value):
         return [value]
 
 
-class OneOfMany(Alone):
-    """The only rank, which computes the share of one of `size` ranks: for benchmarks.
+class ShardOnly(SingleRank):
+    """A single process that computes one rank's shard of a world of `size` ranks, for benchmarks.
 
-    Nobody else is there, so every sum is its own term and every gathering its own part repeated. What comes
-    of it is wrong, and takes as long as that rank needs between the collectives.
+    The other ranks do not exist, so a sum is this rank's own term and a gathered array is this rank's part
+    repeated. The results are wrong, and they take as long as that rank takes between its collectives.
     """
 
-    def __init__(self, share, size):
+    def __init__(self, shard_rank, size):
         super().__init__()
-        self.share, self.size = share, size
+        self.shard_rank, self.size = shard_rank, size
 
-    def _exchange_arrays(self, x, sizes, combine):
+    def _gather_and_combine(self, x, sizes, combine):
         return combine([np.resize(x, size) for size in sizes])

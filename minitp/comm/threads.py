@@ -3,7 +3,7 @@
 import threading
 
 from minitp.comm.base import Comm
-from minitp.comm.single import Alone
+from minitp.comm.single import SingleRank
 from minitp.errors import RankError
 
 
@@ -25,10 +25,10 @@ class ThreadComm(Comm):
     def abort(self, exit_code):
         self._barrier.abort()
 
-    def _exchange_arrays(self, x, sizes, combine):
+    def _gather_and_combine(self, x, sizes, combine):
         return self._meet("an exchange of arrays", x.reshape(-1), combine)
 
-    def exchange(self, value):
+    def allgather_object(self, value):
         return self._meet("an exchange of objects", value, list)
 
     def _meet(self, where, value, use):
@@ -61,7 +61,7 @@ def run_threads(size, function):
     [3.0, 3.0, 3.0]
     """
     if size == 1:
-        return [function(Alone())]
+        return [function(SingleRank())]
     barrier, slots = threading.Barrier(size), [None] * size
     comms = [ThreadComm(rank, size, barrier, slots) for rank in range(size)]
     results, errors = [None] * size, [None] * size

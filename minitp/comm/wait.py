@@ -23,7 +23,7 @@ LOST_S = 60.0
 LONGEST_LOOK_S = 1.0  # what a look counts at most: the whole job may have been stopped, and go on
 
 
-class Wait:
+class Backoff:
     """One wait of one rank.
 
     Parameters

@@ -30,7 +30,7 @@ def diagnose(name, letters, a, b, tolerance, facts=None):
     a, b : float64, of one shape
     tolerance : float
         Relative.
-    facts : Facts or None
+    facts : TraceMetadata or None
         Of A's trace, if it is one of ours.
     """
     if not (np.isfinite(a).all() and np.isfinite(b).all() and a.any() and b.any()):

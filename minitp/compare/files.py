@@ -32,7 +32,7 @@ class Entry:
     dtype: str
 
 
-class Dump:
+class TensorFile:
     """A file of named arrays. Opening it reads headers only.
 
     Attributes
@@ -64,7 +64,7 @@ class Dump:
         raise NotImplementedError
 
 
-class SafetensorsDump(Dump):
+class SafetensorsFile(TensorFile):
     """A safetensors file."""
 
     def __init__(self, path):
@@ -85,7 +85,7 @@ class SafetensorsDump(Dump):
         return self._file.get_tensor(name)
 
 
-class NpzDump(Dump):
+class NpzFile(TensorFile):
     """What numpy.savez or savez_compressed has written."""
 
     def __init__(self, path):
@@ -109,7 +109,7 @@ class NpzDump(Dump):
 
 
 def open_dump(path):
-    """The Dump in a file, which is told by what is in it, not by its name.
+    """The TensorFile in a file, which is told by what is in it, not by its name.
 
     Raises
     ------
@@ -119,7 +119,7 @@ def open_dump(path):
     try:
         with open(path, "rb") as file:
             start = file.read(4)
-        dump = (NpzDump if start in ZIPS else SafetensorsDump)(path)
+        dump = (NpzFile if start in ZIPS else SafetensorsFile)(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (*BROKEN, SafetensorError) as error:

@@ -17,7 +17,7 @@ SHOWN = 3  # names in an error
 
 
 @dataclass(frozen=True)
-class Facts:
+class TraceMetadata:
     """What the metadata of a trace of ours says, as far as it concerns a comparison."""
 
     fields: dict  # the object in config.json
@@ -29,7 +29,7 @@ class Facts:
 
 
 def read_facts(dump):
-    """The Facts of a trace of ours, None for a file of somebody else."""
+    """The TraceMetadata of a trace of ours, None for a file of somebody else."""
     if dump.metadata.get("format") != FORMAT:
         return None
     try:
@@ -37,7 +37,7 @@ def read_facts(dump):
         passes = {name: (start, stop) for name, start, stop in text["passes"]}
         config = parse_config(text["config"], f"{dump.path}: its config")
         layers = int(dump.metadata.get("layers", config.num_hidden_layers))
-        return Facts(text["config"], config, text["tp"], layers, text["token_ids"], passes)
+        return TraceMetadata(text["config"], config, text["tp"], layers, text["token_ids"], passes)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{dump.path}: says it is {FORMAT}, but its metadata is broken: {error!r}"
@@ -45,7 +45,7 @@ def read_facts(dump):
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Exclusions:
     """Names that are not to be compared, though both may have them; `remarks` say why."""
 
     patterns: tuple = ()
@@ -56,7 +56,7 @@ class LeftOut:
 
 
 def what_to_leave_out(a, b, a_facts, b_facts):
-    """The LeftOut of two dumps, if both are traces of ours.
+    """The Exclusions of two dumps, if both are traces of ours.
 
     That is passes after the first token that differs, which the two runs chose for themselves, and the ranks'
     own pieces if there are not as many ranks.
@@ -67,7 +67,7 @@ def what_to_leave_out(a, b, a_facts, b_facts):
         if the two are of different models, or of different prompts.
     """
     if a_facts is None or b_facts is None:
-        return LeftOut()
+        return Exclusions()
     for field in dataclasses.fields(Config):
         ours, theirs = getattr(a_facts.config, field.name), getattr(b_facts.config, field.name)
         if ours != theirs and field.name not in MAY_DIFFER:
@@ -93,7 +93,7 @@ def what_to_leave_out(a, b, a_facts, b_facts):
             remarks.append(f"from {name} on nothing is compared: the tokens are others; {difference}")
         if parted:
             patterns.append(rf"(rank\d+/)?{re.escape(name)}/")
-    return LeftOut(tuple(patterns), tuple(remarks))
+    return Exclusions(tuple(patterns), tuple(remarks))
 
 
 def _other_tokens(a, b, name):
@@ -112,10 +112,10 @@ def match(a, b, mapped, left_out):
 
     Parameters
     ----------
-    a, b : Dump
+    a, b : TensorFile
     mapped : dict of str to str
         From `read_map`; other names are looked for under the same name.
-    left_out : LeftOut
+    left_out : Exclusions
     """
     in_file = {name: number for number, name in enumerate(a.entries)}
     names = sorted(a.entries, key=lambda name: (*_when(name), in_file[name]))

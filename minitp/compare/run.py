@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from minitp.check.difference import measure
+from minitp.check.difference import difference_of
 from minitp.compare.diagnosis import diagnose
 from minitp.compare.files import open_dump
 from minitp.compare.layouts import layouts
@@ -23,7 +23,7 @@ DIAGNOSED = 20  # departing steps that are looked at more closely: the first one
 
 
 @dataclass(frozen=True)
-class Step:
+class StepDifference:
     """How B's array of a step departs from A's.
 
     Attributes
@@ -153,7 +153,7 @@ def _layouts(a, name, b, partner):
         called = "" if partner == name else f" (there {partner})"
         raise InputError(
             f"{name}: shape {list(a_shape)} in {a.path} cannot match {list(b_shape)} in {b.path}{called}; "
-            "are they of the same model and tokens? Dump all positions and heads, or leave it out"
+            "are they of the same model and tokens? TensorFile all positions and heads, or leave it out"
         )
     return found
 
@@ -165,11 +165,11 @@ def letters_of(name):
 
 
 def _step(name, partner, a, b, found, tolerance):
-    """The Step of two float64 arrays, and the Layout in which it was measured."""
+    """The StepDifference of two float64 arrays, and the Layout in which it was measured."""
     best = None
     for layout in found:
         expected, value = _masked_alike(name, a, layout.view(b))
-        error = measure(value, expected)
+        error = difference_of(value, expected)
         # The likelier one, unless another is clearly nearer.
         if best is None or error.relative < best[0].relative / 2:
             best = error, _note(expected, value), layout
@@ -178,7 +178,9 @@ def _step(name, partner, a, b, found, tolerance):
     error, note, layout = best
     note = "; ".join(filter(None, (layout.text, note)))
     worst = tuple((index, ours, theirs) for index, theirs, ours in error.worst)
-    return Step(name, partner, error.relative, error.absolute, worst, tolerance, layout.text, note), layout
+    return StepDifference(
+        name, partner, error.relative, error.absolute, worst, tolerance, layout.text, note
+    ), layout
 
 
 def _masked_alike(name, a, b):

@@ -9,5 +9,5 @@ peer.py          small sums through the GPUs' own memory
 compiler.py      .cu files to kernels
 kernels/         each .cu with a Python file of the same name that launches it
 fused.py         the model made of them
-decode_step.py   one token of each sequence, as a captured graph
+decode_graph.py   one token of each sequence, as a captured graph
 """

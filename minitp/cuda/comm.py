@@ -31,8 +31,8 @@ class DeviceComm(Comm):
 
     def __init__(self, host, gpu):
         super().__init__(host.rank, host.size)
-        self.share, self.host, self.gpu = host.share, host, gpu
-        self.broadcast, self.exchange, self.name = host.broadcast, host.exchange, host.name
+        self.shard_rank, self.host, self.gpu = host.shard_rank, host, gpu
+        self.broadcast, self.allgather_object, self.name = host.broadcast, host.allgather_object, host.name
 
     def reduce_into(self, x, out):
         """The sum over all ranks of `x`, the same bits on each, into `out`, of one shape, without gaps."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from minitp import ops
-from minitp.cuda.decode_step import DecodeStep
+from minitp.cuda.decode_graph import DecodeGraph
 from minitp.cuda.kernels import Kernels
 from minitp.cuda.kernels.linear import MAX_TOKENS
 from minitp.cuda.loader import padded
@@ -47,14 +47,14 @@ class Pool(BlockPool):
 
     def __init__(self, *shape, **options):
         super().__init__(*shape, **options)
-        self.blocks = self.rows[0][0].capacity // self.block_size
-        self.steps = {}  # batch -> DecodeStep
+        self.blocks = self.storage[0][0].capacity // self.block_size
+        self.graphs = {}  # batch -> DecodeGraph
 
 
 class FusedModel(Model):
     """One rank of a tensor-parallel transformer on a GPU, in 16 bits; the twin of Model.
 
-    Steps of one token a sequence go through a captured graph (`decode_step`), others (prompts) through
+    Steps of one token a sequence go through a captured graph (`decode_graph`), others (prompts) through
     cuBLAS and kernels for the rest. All caches are paged.
     """
 
@@ -84,7 +84,7 @@ class FusedModel(Model):
         pool, self._kept_pool = self._kept_pool, None  # nobody else gets it before the end of the block
         blocks = -(-capacity // BLOCK_SIZE)
         if pool is not None and pool.blocks < blocks:
-            pool.steps.clear()  # they refer to the pool: now its memory is freed, before more is taken
+            pool.graphs.clear()  # they refer to the pool: now its memory is freed, before more is taken
             pool = None
         if pool is None:
             pool = self.new_pool(-(-blocks // KEPT_BLOCKS) * KEPT_BLOCKS)
@@ -119,15 +119,15 @@ class FusedModel(Model):
         draws : float64 [n]
             Uniform, from 0 to 1.
         """
-        step, ahead = self.decode_step(cache.pool, 1), TokensAhead(self.device)
-        step.fill([token], [cache.length], [cache.block_table])
-        step.choose(params)
+        graph, ahead = self.decode_graph(cache.pool, 1), TokensAhead(self.device)
+        graph.fill([token], [cache.length], [cache.block_table])
+        graph.choose(params)
         for count, draw in enumerate(draws):
             if params.temperature > 0:
-                step.draw.fill(draw)
-            step.launch()
+                graph.draw.fill(draw)
+            graph.launch()
             cache.advance(1)
-            ahead.copy(step.token)
+            ahead.copy(graph.token)
             if count > 0:
                 yield self._token(ahead)
         if len(draws):
@@ -138,26 +138,26 @@ class FusedModel(Model):
         self.comm.check()
         return token
 
-    def decode_step(self, pool, sequences):
-        """The DecodeStep of a pool for so many sequences, or the next power of two: so few are captured."""
+    def decode_graph(self, pool, sequences):
+        """The DecodeGraph of a pool for so many sequences, or the next power of two: so few are captured."""
         batch = 1
         while batch < sequences:
             batch *= 2
-        if batch not in pool.steps:
+        if batch not in pool.graphs:
             context = min(self.config.max_position_embeddings, pool.blocks * pool.block_size)
-            pool.steps[batch] = DecodeStep(self, pool, batch, -(-context // pool.block_size))
-        return pool.steps[batch]
+            pool.graphs[batch] = DecodeGraph(self, pool, batch, -(-context // pool.block_size))
+        return pool.graphs[batch]
 
     def _decode(self, parts, record):
         """Logits [n, V] of a token of each of n sequences; they hold until the next step."""
         tokens, caches = [int(ids[0]) for ids, _ in parts], [cache for _, cache in parts]
-        step = self.decode_step(caches[0].pool, len(parts))
-        step.fill(tokens, [cache.length for cache in caches], [cache.block_table for cache in caches])
+        graph = self.decode_graph(caches[0].pool, len(parts))
+        graph.fill(tokens, [cache.length for cache in caches], [cache.block_table for cache in caches])
         if record is unrecorded:
-            step.launch()
+            graph.launch()
         else:
-            step.run(record)
-        return step.logits[: len(parts)]
+            graph.run(record)
+        return graph.logits[: len(parts)]
 
     def _prefill(self, parts, logits_at, record):
         """Logits [n, V] of the rows `logits_at`, or None."""
@@ -212,12 +212,12 @@ class FusedModel(Model):
         qk, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
         s = record("attn", i)
         s.q, s.k, s.v = qk[: self.heads], qk[self.heads :], v  # [H_r, T, d], [K_r, T, d] twice
-        keys, values = (rows.values for rows in prompt.pool.rows[i])  # [K_r, slots, d] each
+        keys, values = (stored.values for stored in prompt.pool.storage[i])  # [K_r, slots, d] each
         self.kernels.cache_write(qkv, prompt.cos, prompt.sin, prompt.slots, keys, values)
         context = self.device.cupy.empty((len(h), width), h.dtype)  # [T, H_r d]
         for sequence in prompt.sequences:
-            rows = sequence.rows
-            prompt.attention(qkv[rows, :width], keys, values, sequence.table, sequence.past, context[rows])
+            at = sequence.tokens
+            prompt.attention(qkv[at, :width], keys, values, sequence.table, sequence.past, context[at])
         if record is not unrecorded:
             self._record_attention(i, qk, prompt, record)
             record("attn", i).context = context
@@ -227,9 +227,9 @@ class FusedModel(Model):
         """The queries after RoPE, and what attention had, of the only sequence."""
         (sequence,) = prompt.sequences
         first = 0 if self.config.windows[0] is None else max(0, sequence.past - self.config.windows[0] + 1)
-        places = sequence.places[first:]  # [S]
-        keys, values = (rows.gather(places) for rows in prompt.pool.rows[i])  # [K_r, S, d] each
-        new = len(keys[0]) - (sequence.rows.stop - sequence.rows.start)
+        slots = sequence.slots[first:]  # [S]
+        keys, values = (stored.gather(slots) for stored in prompt.pool.storage[i])  # [K_r, S, d] each
+        new = len(keys[0]) - (sequence.tokens.stop - sequence.tokens.start)
         s = record("attn", i)
         s.q_rope, s.k_rope = qk[: self.heads], keys[:, new:]  # [H_r, T, d], [K_r, T, d]
         s.k_cache, s.v_cache = keys, values
@@ -248,7 +248,7 @@ class FusedModel(Model):
 
 
 class TokensAhead:
-    """Tokens on their way to the host, in two places of pinned memory in turn."""
+    """Tokens on their way to the host, in two slots of pinned memory in turn."""
 
     def __init__(self, gpu):
         import cupyx
@@ -274,7 +274,7 @@ class TokensAhead:
 
 
 class Prompt:
-    """What all layers of a prefill share: the tokens of some sequences, their angles, their places."""
+    """What all layers of a prefill share: the tokens of some sequences, their angles, their slots."""
 
     def __init__(self, model, parts):
         xp, self.pool = model.device.xp, parts[0][1].pool
@@ -283,8 +283,8 @@ class Prompt:
         for ids, cache in parts:
             self.sequences.append(PromptSequence(xp, slice(start, start + len(ids)), cache))
             start += len(ids)
-        positions = joined(xp, [xp.arange(s.past, len(s.places)) for s in self.sequences])  # [T]
-        self.slots = joined(xp, [s.places[s.past :] for s in self.sequences]).astype(np.int32)  # [T]
+        positions = joined(xp, [xp.arange(s.past, len(s.slots)) for s in self.sequences])  # [T]
+        self.slots = joined(xp, [s.slots[s.past :] for s in self.sequences]).astype(np.int32)  # [T]
         cos, sin = ops.rope_cos_sin(xp, positions, model.inverse_frequencies)  # [T, d] each
         half = cos.shape[1] // 2
         self.cos, self.sin = (
@@ -296,7 +296,7 @@ class Prompt:
 class PromptSequence:
     """One sequence's part of it: its rows among the T tokens, and where its positions lie in the pool."""
 
-    def __init__(self, xp, rows, cache):
-        self.rows, self.past = rows, cache.length
-        self.places = cache.places(0, self.past + rows.stop - rows.start)  # [past + n]
+    def __init__(self, xp, tokens, cache):
+        self.tokens, self.past = tokens, cache.length
+        self.slots = cache.slots(0, self.past + tokens.stop - tokens.start)  # [past + n]
         self.table = xp.asarray(cache.block_table, dtype=np.int32)  # [blocks]

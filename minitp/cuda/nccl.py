@@ -210,11 +210,11 @@ def shared_counts(host):
             os.write(descriptor, bytes(8 * host.size))
             os.close(descriptor)
     path = host.broadcast(path)
-    here = all(host.exchange(os.path.exists(path)))
+    here = all(host.allgather_object(os.path.exists(path)))
     counts = np.memmap(path, np.int64, "r+") if here else np.full(host.size, np.iinfo(np.int64).max)
     if not here:
         counts[host.rank] = 0
-    host.exchange(None)  # all have it open
+    host.allgather_object(None)  # all have it open
     with host.agreed():  # before any goes on and may fail
         if host.rank == 0:
             os.unlink(path)

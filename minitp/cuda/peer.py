@@ -45,7 +45,7 @@ class PeerComm(NcclComm):
             )
             self.gpu.stream.synchronize()
             handle = cupy.cuda.runtime.ipcGetMemHandle(self._region)
-        handles = self.host.exchange(handle)
+        handles = self.host.allgather_object(handle)
         with self.host.agreed():
             self._opened = [
                 self._region if rank == self.rank else cupy.cuda.runtime.ipcOpenMemHandle(one)
@@ -93,12 +93,12 @@ class PeerComm(NcclComm):
 
     def close(self):
         self.gpu.stream.synchronize()
-        self.host.exchange(None)  # nobody reads any more
+        self.host.allgather_object(None)  # nobody reads any more
         runtime = self.gpu.cupy.cuda.runtime
         for rank, region in enumerate(self._opened or []):
             if rank != self.rank:
                 runtime.ipcCloseMemHandle(region)
-        self.host.exchange(None)
+        self.host.allgather_object(None)
         if self._opened:
             runtime.free(self._region)
         super().close()
@@ -110,7 +110,7 @@ class PeerComm(NcclComm):
         """Whether sums of one row are at least as fast so as through NCCL, by the slowest rank."""
         peer = self._timed(lambda: self._peer(x, x))
         nccl = self._timed(lambda: NcclComm.reduce_into(self, x, x))
-        return max(self.host.exchange(peer)) <= max(self.host.exchange(nccl))
+        return max(self.host.allgather_object(peer)) <= max(self.host.allgather_object(nccl))
 
     def _timed(self, reduce):
         """Milliseconds of TRIALS of them, after one."""
@@ -128,8 +128,8 @@ class PeerComm(NcclComm):
 def peers_reach_each_other(host, gpu, local_rank):
     """Whether every GPU of these ranks can read the memory of every other; all ranks call it."""
     runtime, mine = gpu.cupy.cuda.runtime, gpu.cupy.cuda.Device().id
-    node = host.exchange((mine, local_rank))
+    node = host.allgather_object((mine, local_rank))
     one_host = len({local for _, local in node}) == host.size  # else numbers come twice
     own_gpu = len({device for device, _ in node}) == host.size
     reach = all(device == mine or runtime.deviceCanAccessPeer(mine, device) for device, _ in node)
-    return all(host.exchange(bool(one_host and own_gpu and reach)))
+    return all(host.allgather_object(bool(one_host and own_gpu and reach)))

@@ -1,10 +1,10 @@
-"""Who uses which block of a pool. Rank 0 alone keeps these books; the other ranks get block tables."""
+"""Allocation of the pool's blocks. Rank 0 alone keeps these books; the other ranks receive block tables."""
 
 from minitp.engine.prefix_cache import PrefixCache
 
 
 class BlockAllocator:
-    """Hands out block numbers and counts their users; full blocks are shared through a PrefixCache.
+    """An allocator of block numbers that counts references; full blocks are shared through a PrefixCache.
 
     Parameters
     ----------
@@ -12,40 +12,42 @@ class BlockAllocator:
 
     Attributes
     ----------
-    users : list of int
-        How many sequences use each block.
+    ref_count : list of int
+        The number of sequences that use each block.
     """
 
     def __init__(self, blocks, block_size):
         self.blocks, self.block_size = blocks, block_size
         self.prefixes = PrefixCache()
-        self._empty = list(reversed(range(blocks)))
-        self.users = [0] * blocks
+        self._free_blocks = list(reversed(range(blocks)))
+        self.ref_count = [0] * blocks
 
     @property
-    def available(self):
-        """Blocks that `take` can still hand out."""
-        return len(self._empty) + len(self.prefixes)
+    def num_free_blocks(self):
+        """The number of blocks that `allocate` can still return."""
+        return len(self._free_blocks) + len(self.prefixes)
 
-    def take(self, count):
-        """`count` blocks for one user, contents forgotten; None if there are not so many."""
-        if count > self.available:
+    def allocate(self, count):
+        """Return `count` blocks with one reference each, or None if too few are free."""
+        if count > self.num_free_blocks:
             return None
-        taken = [self._empty.pop() if self._empty else self.prefixes.evict() for _ in range(count)]
-        for block in taken:
-            self.users[block] = 1
-        return taken
+        blocks = [
+            self._free_blocks.pop() if self._free_blocks else self.prefixes.evict() for _ in range(count)
+        ]
+        for block in blocks:
+            self.ref_count[block] = 1
+        return blocks
 
-    def find(self, keys):
-        """The blocks known by the first of these keys, one after the other, for one more user of each."""
-        found = self.prefixes.find(keys)
-        for block in found:
-            self.users[block] += 1
-        return found
+    def lookup(self, keys):
+        """Return the cached blocks of the longest known prefix of `keys`, each with one more reference."""
+        cached = self.prefixes.lookup(keys)
+        for block in cached:
+            self.ref_count[block] += 1
+        return cached
 
-    def release(self, block_table):
-        """One user less of each of these blocks."""
-        for block in reversed(block_table):  # so that of a prefix the end is evicted before the beginning
-            self.users[block] -= 1
-            if self.users[block] == 0 and not self.prefixes.keep(block):
-                self._empty.append(block)
+    def free(self, block_table):
+        """Drop one reference to each of these blocks."""
+        for block in reversed(block_table):  # so that the end of a prefix is evicted before its beginning
+            self.ref_count[block] -= 1
+            if self.ref_count[block] == 0 and not self.prefixes.make_evictable(block):
+                self._free_blocks.append(block)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 
 from minitp.errors import InputError, MinitpError, RankError
 from minitp.launch.run import WORKER
-from minitp.launch.supervisor import new_job
+from minitp.launch.supervisor import rank_processes
 
 CLOSE_LIMIT_S = 10  # for ranks to leave by themselves
 JOINED = "MINITP_JOINED"  # in the environment of a process that has joined the ranks of its mpirun
@@ -161,7 +161,7 @@ class StartedRanks(Ranks):
     def __init__(self, options, size, worker=WORKER, **callbacks):
         super().__init__(**callbacks)
         with ExitStack() as stack:
-            self._job = stack.enter_context(new_job(size, options.verbose))
+            self._job = stack.enter_context(rank_processes(size, options.verbose))
             self._job.on_message = self._hear
             self._job.start([*worker, "ranks", json.dumps(asdict(options))])
             self._stack = stack.pop_all()
@@ -246,10 +246,10 @@ def join_world(options, world, caller=None):
 
 def run_alone_for_caller(options):
     """Be the only rank, which needs no MPI; returns the exit code."""
-    from minitp.comm.single import Alone
+    from minitp.comm.single import SingleRank
     from minitp.launch.rank import run_alone
 
-    return run_alone(work_of(options), options, Alone(), serving=True)
+    return run_alone(work_of(options), options, SingleRank(), serving=True)
 
 
 def work_of(options):

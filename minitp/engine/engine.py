@@ -1,4 +1,4 @@
-"""The step of many requests that all ranks run together."""
+"""One rank's part in running many requests: forward passes over the batches that rank 0 schedules."""
 
 from functools import partial
 
@@ -9,20 +9,20 @@ from minitp.request import check_prompt
 
 
 class Engine:
-    """One rank's part in serving many requests.
+    """A rank's part in serving many requests.
 
     Parameters
     ----------
     model : Model
     blocks, block_size : int
-        Of the pool.
+        The size of the pool.
     max_tokens_per_step, max_sequences : int
-        Tokens that go through the model at once, and sequences that run at the same time.
+        The most tokens in one forward pass, and the most sequences that run at the same time.
 
     Attributes
     ----------
     scheduler : Scheduler
-        On rank 0; None on the others.
+        None on all ranks but rank 0.
     """
 
     def __init__(self, model, blocks, block_size=16, max_tokens_per_step=512, max_sequences=64):
@@ -34,47 +34,47 @@ class Engine:
         self._caches = {}  # sequence number -> PagedCache
 
     def add(self, request):
-        """On rank 0: a request joins as soon as there is room.
+        """Queue a request, on rank 0.
 
         Raises
         ------
         InputError
-            if the model cannot take its prompt, or it could not run even alone.
+            if the model cannot take its prompt, or the pool could not hold it even alone.
         """
         check_prompt(request.prompt_ids, self.model.config, request.max_context)
         self.scheduler.add(request)
 
-    def step(self):
-        """Run the scheduler's next step, on all ranks.
+    def run_batch(self):
+        """Run the next batch that the scheduler chooses; all ranks call this.
 
         Returns
         -------
         list of Request or None
-            On rank 0 those that have got a token. None, on all ranks, if there was nothing to do.
+            The requests that got a token, on rank 0; None, on all ranks, if there was nothing to do.
         """
         comm = self.model.comm
-        plan = comm.broadcast(self.scheduler.plan() if comm.rank == 0 else None)
-        if plan is None:
+        batch = comm.broadcast(self.scheduler.schedule() if comm.rank == 0 else None)
+        if batch is None:
             return None
-        logits = self._run(plan)
-        return self.scheduler.commit(plan, logits) if comm.rank == 0 else []
+        logits = self._forward(batch)
+        return self.scheduler.commit(batch, logits) if comm.rank == 0 else []
 
     def run(self):
-        """Steps until all requests are done."""
-        while self.step() is not None:
+        """Run batches until all requests are done."""
+        while self.run_batch() is not None:
             pass
 
-    def _run(self, plan):
-        """float32 [len(plan.logits_at), V], or None if no sequence has come to its last token."""
-        for number in plan.end:
-            self._caches.pop(number, None)  # it may have left before its first step
-        for number, block_table, length in plan.begin:
+    def _forward(self, batch):
+        """Return the logits float32 [len(batch.logits_at), V], or None if no sequence gets a token."""
+        for number in batch.finished:
+            self._caches.pop(number, None)  # a sequence may finish before its first batch
+        for number, block_table, length in batch.started:
             self._caches[number] = PagedCache(self.pool, list(block_table), length)
         parts = []
-        for number, tokens, blocks in plan.parts:
+        for number, tokens, blocks in batch.chunks:
             cache = self._caches[number]
             cache.block_table += blocks
             parts.append((tokens, cache))
-        logits_at = self.model.device.xp.asarray(plan.logits_at) if plan.logits_at else None
+        logits_at = self.model.device.xp.asarray(batch.logits_at) if batch.logits_at else None
         logits = self.model.forward_batch(parts, logits_at=logits_at)
         return None if logits is None else host_logits(self.model, logits)

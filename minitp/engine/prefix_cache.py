@@ -1,4 +1,4 @@
-"""Prefix caching: full blocks of the cache, found again by the tokens that they hold."""
+"""Prefix caching: full blocks of the KV cache, looked up by the tokens that they hold."""
 
 import hashlib
 from collections import OrderedDict
@@ -7,54 +7,54 @@ import numpy as np
 
 
 class PrefixCache:
-    """Which full blocks hold which tokens, those included that nobody uses any more.
+    """An index of the full blocks by their tokens, including blocks that no sequence uses any more.
 
-    A sequence that begins with the same tokens takes such blocks over and need not compute them. A block
-    without users keeps its content until its memory is needed; the one left longest ago is evicted first.
+    A sequence that begins with the same tokens reuses such blocks instead of computing them again. An unused
+    block keeps its content until its memory is needed; the least recently used one is evicted first.
     """
 
     def __init__(self):
         self._block_of, self._key_of = {}, {}
-        self._left = OrderedDict()  # blocks without users; the one left longest ago first
+        self._evictable = OrderedDict()  # unused blocks, the least recently used first
 
     def __len__(self):
-        """Blocks that can be evicted."""
-        return len(self._left)
+        """Return the number of blocks that can be evicted."""
+        return len(self._evictable)
 
-    def find(self, keys):
-        """The blocks known by the first of these keys, one after the other, up to one that is not known."""
-        found = []
+    def lookup(self, keys):
+        """Return the blocks of `keys`, in order, up to the first key that is not cached."""
+        cached = []
         for key in keys:
             block = self._block_of.get(key)
             if block is None:
                 break
-            self._left.pop(block, None)
-            found.append(block)
-        return found
+            self._evictable.pop(block, None)
+            cached.append(block)
+        return cached
 
-    def remember(self, block, key):
-        """From now on `block`, which is full, is found by `key`; unless another block is."""
+    def register(self, block, key):
+        """Let `lookup` return the full block `block` for `key`, unless another block already has that key."""
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key], self._key_of[block] = block, key
 
-    def keep(self, block):
-        """Whether a block whose last user has left is kept for what it holds."""
+    def make_evictable(self, block):
+        """Keep the content of a block without references; return False if the block is not registered."""
         if block not in self._key_of:
             return False
-        self._left[block] = None
+        self._evictable[block] = None
         return True
 
     def evict(self):
-        """The block that was left longest ago, its content forgotten."""
-        block, _ = self._left.popitem(last=False)
+        """Forget the content of the least recently used block and return it."""
+        block, _ = self._evictable.popitem(last=False)
         del self._block_of[self._key_of.pop(block)]
         return block
 
 
 def block_keys(token_ids, block_size, before=()):
-    """Keys of the full blocks of a sequence, each of all tokens up to its end.
+    """Return a key for each full block of a sequence, a hash of all tokens up to the block's end.
 
-    `before` are the keys of its first blocks, which are not computed again.
+    `before` holds the keys of its first blocks, which are not computed again.
     """
     keys = list(before)
     for start in range(len(keys) * block_size, len(token_ids) - block_size + 1, block_size):

@@ -34,7 +34,7 @@ def run_engine(options, comm, caller):
         model = load_model(source, comm, device, progress, options.kv_dtype)
     model.connect()
     fit = device.cache_room(comm.size) // model.new_pool(1, options.block_size).nbytes
-    blocks = blocks_wanted(options, source.config, min(comm.exchange(fit)))
+    blocks = blocks_wanted(options, source.config, min(comm.allgather_object(fit)))
     context = min(context_length(source.config, options.max_context), blocks * options.block_size)
     with comm.agreed():
         sizes = options.block_size, options.max_tokens_per_step, options.max_sequences
@@ -66,7 +66,7 @@ class Loading:
     """Tells the caller now and then how much of rank 0's weights has been loaded."""
 
     def __init__(self, source, comm, device, caller):
-        self.total, self.caller = shard_nbytes(source.plan, comm.share, device), caller
+        self.total, self.caller = shard_nbytes(source.plan, comm.shard_rank, device), caller
         self.done = self.told = 0
 
     def __call__(self, nbytes):

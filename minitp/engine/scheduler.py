@@ -1,9 +1,9 @@
-"""What the next step computes: rank 0 decides it, and all ranks get it as a StepPlan.
+"""Scheduling: rank 0 chooses the tokens of the next forward pass and sends all ranks a ScheduledBatch.
 
-Sequences that decode go first, one token each, oldest first; then those whose prompt is not through yet, in
-chunks, as many tokens as the step may still have; then new ones. When blocks run out, the youngest sequence
-gives its own back and waits: it begins anew later, with what it has generated as a part of its prompt, to the
-same result.
+Sequences that are decoding come first, one token each, the oldest first. Then come running sequences whose
+prompt is not finished, in chunks of as many tokens as the batch has left, and then new ones. When no block is
+free, the youngest sequence is preempted: its blocks are freed and it waits. Later it starts again with the
+tokens that it has generated as part of its prompt, which leads to the same result.
 """
 
 from dataclasses import dataclass, field
@@ -15,55 +15,56 @@ from minitp.errors import InputError
 
 @dataclass(eq=False)
 class Sequence:
-    """A request on its way: its tokens, of which the first `computed` are in its blocks."""
+    """A request that is waiting or running, with its tokens and blocks."""
 
     number: int  # in the order of arrival
     request: object  # request.Request
     token_ids: list
-    computed: int = 0
+    num_computed_tokens: int = 0  # the first tokens, whose keys and values are in its blocks
     block_table: list = field(default_factory=list)
-    keys: list = field(default_factory=list)  # of its full blocks
+    block_keys: list = field(default_factory=list)  # one for each full block
 
     @property
-    def missing(self):
-        """Tokens that are not computed; more than one: its prompt is not through."""
-        return len(self.token_ids) - self.computed
+    def num_uncomputed_tokens(self):
+        """The number of tokens still to compute; above one while the prompt is not finished."""
+        return len(self.token_ids) - self.num_computed_tokens
 
 
 @dataclass
-class StepPlan:
-    """One step, for every rank.
+class ScheduledBatch:
+    """The work of one forward pass, the same on every rank.
 
     Attributes
     ----------
-    parts : list of (number, tokens, new_blocks)
-        Of each sequence the tokens that go through the model, and the blocks that it gets for them.
-    begin : list of (number, block_table, length)
-        Sequences that join, with the blocks of others that they begin with.
-    end : list of int
-        Sequences that have left since the last step.
+    chunks : list of (number, tokens, new_blocks)
+        For each sequence, the tokens that go through the model and the blocks allocated for them.
+    started : list of (number, block_table, length)
+        Sequences that start running, with the cached blocks that they reuse.
+    finished : list of int
+        Sequences that have stopped running since the last batch.
     logits_at : list of int
-        Rows, among all tokens of the step, of the last tokens of those sequences that go on.
+        Rows, among all tokens of the batch, of the last token of each sequence that gets a new token.
     """
 
-    parts: list
-    begin: list
-    end: list
+    chunks: list
+    started: list
+    finished: list
     logits_at: list
 
 
 class Scheduler:
-    """Decides the steps of many requests.
+    """A scheduler of many requests over one pool of blocks.
 
     Parameters
     ----------
     blocks, block_size : int
-        Of every rank's pool.
+        The size of every rank's pool.
     max_tokens_per_step : int
+        The most tokens in one batch.
     max_sequences : int
-        That run at the same time.
+        The most sequences that run at the same time.
     largest_pass : callable
-        How many tokens of one sequence a step may take behind so many that are computed.
+        largest_pass(n): the most tokens that one sequence may compute in a batch after its first n.
 
     Raises
     ------
@@ -79,13 +80,14 @@ class Scheduler:
         self.largest_pass = largest_pass
         self.allocator = BlockAllocator(blocks, block_size)
         self.max_tokens_per_step, self.max_sequences = max_tokens_per_step, max_sequences
-        self.waiting, self.running = [], []  # each from the oldest to the youngest
-        self.preempted = 0  # how often a sequence had to give its blocks back
-        self.reused_tokens = 0  # that were there, in blocks of others, when a sequence began
-        self._arrived, self._ended, self._begun, self._planned = 0, [], [], {}
+        self.waiting, self.running = [], []  # sequences, from the oldest to the youngest
+        self.num_preempted = 0
+        self.num_reused_tokens = 0  # found in cached blocks when a sequence started
+        self._arrived, self._started, self._finished = 0, [], []
+        self._scheduled = {}  # sequence number -> (sequence, number of tokens, new blocks)
 
     def add(self, request):
-        """A request joins as soon as there is room; InputError if it could not run even alone."""
+        """Queue a request; raise InputError if the pool could not hold it even alone."""
         room = self.allocator.blocks * self.allocator.block_size
         if request.positions > room:
             raise InputError(
@@ -96,126 +98,125 @@ class Scheduler:
         self._arrived += 1
 
     def remove(self, request):
-        """A request that nobody wants any more; its blocks are free at once."""
+        """Drop a request that is no longer needed and free its blocks."""
         for sequence in [s for s in self.running if s.request is request]:
-            self._leave(sequence)
+            self._stop(sequence)
         self.waiting = [s for s in self.waiting if s.request is not request]
 
     @property
     def busy(self):
-        """Whether any request is on its way."""
+        """True while any request is waiting or running."""
         return bool(self.running or self.waiting)
 
     def load(self):
-        """How busy it is: requests, blocks, and what has been done since the beginning."""
+        """Return the current load (requests, blocks) and the counts since the start, by name."""
         return {
             "running": len(self.running),
             "waiting": len(self.waiting),
-            "blocks_in_use": self.allocator.blocks - self.allocator.available,
-            "preempted": self.preempted,
-            "reused_tokens": self.reused_tokens,
+            "blocks_in_use": self.allocator.blocks - self.allocator.num_free_blocks,
+            "preempted": self.num_preempted,
+            "reused_tokens": self.num_reused_tokens,
         }
 
-    def plan(self):
-        """The next StepPlan; None if there is nothing to do."""
-        self._planned = {}
-        decoding = [s for s in self.running if s.missing == 1]
-        for sequence in decoding + [s for s in self.running if s.missing > 1]:
-            if sequence in self.running:  # else it has given its blocks to an older one
-                self._give(sequence)
+    def schedule(self):
+        """Return the next ScheduledBatch, or None if there is nothing to do."""
+        self._scheduled = {}
+        decoding = [s for s in self.running if s.num_uncomputed_tokens == 1]
+        for sequence in decoding + [s for s in self.running if s.num_uncomputed_tokens > 1]:
+            if sequence in self.running:  # an older sequence may have preempted it
+                self._schedule_tokens(sequence)
         self._admit()
-        if not self._planned:
+        if not self._scheduled:
             return None
-        return self._step_plan()
+        return self._batch()
 
-    def commit(self, plan, logits):
-        """What came of `plan`: logits [len(plan.logits_at), V], a row for each sequence that goes on.
+    def commit(self, batch, logits):
+        """Add the next token to each sequence that has logits: [len(batch.logits_at), V].
 
-        Returns the requests of these sequences; each has a token more.
+        Returns
+        -------
+        list of Request
+            The requests that got a token.
         """
-        rows, took = iter(logits if plan.logits_at else []), []
-        for number, tokens, _ in plan.parts:
-            sequence = self._planned[number][0]
-            sequence.computed += len(tokens)
-            self._remember(sequence)
-            if sequence.missing:
+        rows, advanced = iter(logits if batch.logits_at else []), []
+        for number, tokens, _ in batch.chunks:
+            sequence = self._scheduled[number][0]
+            sequence.num_computed_tokens += len(tokens)
+            self._register_full_blocks(sequence)
+            if sequence.num_uncomputed_tokens:
                 continue
-            token, last = sequence.request.take(next(rows))
+            token, last = sequence.request.sample(next(rows))
             sequence.token_ids.append(token)
-            took.append(sequence.request)
+            advanced.append(sequence.request)
             if last:
-                self._leave(sequence)
-        return took
+                self._stop(sequence)
+        return advanced
 
-    def _room(self):
-        """Tokens that this step may still have."""
-        return self.max_tokens_per_step - sum(tokens for _, tokens, _ in self._planned.values())
+    def _tokens_left(self):
+        return self.max_tokens_per_step - sum(tokens for _, tokens, _ in self._scheduled.values())
 
-    def _give(self, sequence):
-        """Plan as many of its tokens as this step may have, with blocks from the youngest if need be."""
-        tokens = min(sequence.missing, self._room(), self.largest_pass(sequence.computed))
+    def _schedule_tokens(self, sequence):
+        """Schedule as many tokens of a sequence as fit, preempting the youngest sequences for blocks."""
+        done = sequence.num_computed_tokens
+        tokens = min(sequence.num_uncomputed_tokens, self._tokens_left(), self.largest_pass(done))
         if tokens == 0:
             return
-        size = self.allocator.block_size
-        while True:
-            needed = -(-(sequence.computed + tokens) // size) - len(sequence.block_table)
-            blocks = self.allocator.take(needed)
-            if blocks is not None:
-                break
+        needed = -(-(done + tokens) // self.allocator.block_size) - len(sequence.block_table)
+        while (blocks := self.allocator.allocate(needed)) is None:
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is sequence:
                 return
         sequence.block_table += blocks
-        self._planned[sequence.number] = sequence, tokens, blocks
+        self._scheduled[sequence.number] = sequence, tokens, blocks
 
     def _admit(self):
-        """Let the oldest of those who wait join, while there are tokens, and blocks for the whole prompt."""
-        while self.waiting and self._room() and len(self.running) < self.max_sequences:
+        """Start the oldest waiting sequences while tokens are left, and blocks for their whole prompt."""
+        while self.waiting and self._tokens_left() and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             size = self.allocator.block_size
-            sequence.keys = block_keys(sequence.token_ids, size, sequence.keys)
-            # The last token is computed in any case, for its logits.
-            shared = self.allocator.find(sequence.keys[: (len(sequence.token_ids) - 1) // size])
-            needed = -(-len(sequence.token_ids) // size) - len(shared)
-            if needed > self.allocator.available:
-                self.allocator.release(shared)
+            sequence.block_keys = block_keys(sequence.token_ids, size, sequence.block_keys)
+            # The last token is always computed, for its logits.
+            cached = self.allocator.lookup(sequence.block_keys[: (len(sequence.token_ids) - 1) // size])
+            needed = -(-len(sequence.token_ids) // size) - len(cached)
+            if needed > self.allocator.num_free_blocks:
+                self.allocator.free(cached)
                 return
-            sequence.block_table, sequence.computed = shared, len(shared) * size
-            self._begun.append((sequence.number, list(shared), sequence.computed))
-            self.reused_tokens += sequence.computed
+            sequence.block_table, sequence.num_computed_tokens = cached, len(cached) * size
+            self._started.append((sequence.number, list(cached), sequence.num_computed_tokens))
+            self.num_reused_tokens += sequence.num_computed_tokens
             self.waiting.pop(0)
             self.running.append(sequence)
-            self._give(sequence)
+            self._schedule_tokens(sequence)
 
     def _preempt(self, sequence):
-        """Its blocks are taken; it waits before all others."""
-        self.preempted += 1
-        self._leave(sequence)
-        self._planned.pop(sequence.number, None)
+        """Free its blocks and put it at the front of the queue."""
+        self.num_preempted += 1
+        self._stop(sequence)
+        self._scheduled.pop(sequence.number, None)
         self.waiting.insert(0, Sequence(sequence.number, sequence.request, sequence.token_ids))
 
-    def _leave(self, sequence):
+    def _stop(self, sequence):
         self.running.remove(sequence)
-        self.allocator.release(sequence.block_table)
-        self._ended.append(sequence.number)
+        self.allocator.free(sequence.block_table)
+        self._finished.append(sequence.number)
 
-    def _remember(self, sequence):
-        """Its full blocks may serve others from now on."""
+    def _register_full_blocks(self, sequence):
+        """Let later sequences find the full blocks of this one."""
         size = self.allocator.block_size
-        full = sequence.computed // size
-        sequence.keys = block_keys(sequence.token_ids[: full * size], size, sequence.keys[:full])
-        for block, key in zip(sequence.block_table[:full], sequence.keys, strict=True):
-            self.allocator.prefixes.remember(block, key)
+        full = sequence.num_computed_tokens // size
+        sequence.block_keys = block_keys(sequence.token_ids[: full * size], size, sequence.block_keys[:full])
+        for block, key in zip(sequence.block_table[:full], sequence.block_keys, strict=True):
+            self.allocator.prefixes.register(block, key)
 
-    def _step_plan(self):
-        parts, logits_at, rows = [], [], 0
-        for number, (sequence, tokens, blocks) in self._planned.items():
-            stop = sequence.computed + tokens
-            parts.append((number, sequence.token_ids[sequence.computed : stop], blocks))
+    def _batch(self):
+        chunks, logits_at, rows = [], [], 0
+        for number, (sequence, tokens, blocks) in self._scheduled.items():
+            stop = sequence.num_computed_tokens + tokens
+            chunks.append((number, sequence.token_ids[sequence.num_computed_tokens : stop], blocks))
             rows += tokens
             if stop == len(sequence.token_ids):
                 logits_at.append(rows - 1)
-        plan = StepPlan(parts, self._begun, self._ended, logits_at)
-        self._begun, self._ended = [], []
-        return plan
+        batch = ScheduledBatch(chunks, self._started, self._finished, logits_at)
+        self._started, self._finished = [], []
+        return batch

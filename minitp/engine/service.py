@@ -1,14 +1,14 @@
-"""What ranks do that serve somebody: they step while there are requests, and sleep while there are none.
+"""The loop of ranks that serve a caller: they run batches while there are requests, and sleep otherwise.
 
-Rank 0 has a caller: the front, or a thread of its own process. What they say to each other are plain objects:
+The caller of rank 0 is the supervisor, or a thread of rank 0's own process. They exchange plain objects:
 
-    to rank 0     {"add": 7, "prompt_ids": [..], "params": {..}}    a request, by a number of the caller's
-                  {"drop": 7}                                       nobody wants it any more
-                  {"close": true}                                   the ranks are to leave
-    from rank 0   {"loading": n, "of": m}                           bytes of weights, on the way
-                  {"failed": "..", "exit_code": 2}                  all ranks leave, and why
-                  {"ready": {..}, "load": {..}}                     from now on requests are served
-                  {"updates": [[7, {..}], ..], "load": {..}}        what has come of requests; how busy it is
+    to rank 0     {"add": 7, "prompt_ids": [..], "params": {..}}    a request, under the caller's number
+                  {"drop": 7}                                       cancel this request
+                  {"close": true}                                   end the ranks
+    from rank 0   {"loading": n, "of": m}                           bytes of weights loaded so far
+                  {"failed": "..", "exit_code": 2}                  all ranks are ending, and the reason
+                  {"ready": {..}, "load": {..}}                     requests are served from now on
+                  {"updates": [[7, {..}], ..], "load": {..}}        new output of requests; the load
 """
 
 from dataclasses import dataclass
@@ -19,28 +19,28 @@ from minitp.sampling import SamplingParams
 
 
 def serve(engine, caller, make_request):
-    """Serve a caller until it wants no more; all ranks call this.
+    """Serve a caller until it sends "close"; all ranks call this.
 
     Parameters
     ----------
     engine : Engine
     caller : object
-        On rank 0: its `inbox` is a queue of what it says, and `say` tells it something.
+        On rank 0: `inbox` is a queue of its messages, and `say` sends it one.
     make_request : callable
-        A Request from its prompt's token ids and SamplingParams.
+        make_request(prompt_ids, params) -> Request.
     """
     comm = engine.model.comm
-    desk = Desk(engine, caller, make_request) if comm.rank == 0 else None
-    while comm.exchange(desk.wait() if desk else None)[0]:  # waits asleep
-        while (took := engine.step()) is not None:
-            if desk:
-                desk.tell(took)
-                desk.take_messages()
+    loop = RequestLoop(engine, caller, make_request) if comm.rank == 0 else None
+    while comm.allgather_object(loop.wait() if loop else None)[0]:  # the others sleep
+        while (advanced := engine.run_batch()) is not None:
+            if loop:
+                loop.report(advanced)
+                loop.handle_messages()
 
 
 @dataclass(eq=False)
-class Asked:
-    """A request, and how much of what came of it has been told."""
+class TrackedRequest:
+    """A request and the amount of its output that the caller has been sent."""
 
     number: int
     request: Request
@@ -48,73 +48,73 @@ class Asked:
     text: int = 0
 
 
-class Desk:
-    """Where rank 0 takes requests and tells what comes of them."""
+class RequestLoop:
+    """Rank 0's end of the conversation: it accepts requests and sends their output."""
 
     def __init__(self, engine, caller, make_request):
         self.engine, self.caller, self.make_request = engine, caller, make_request
         self.closed = False
-        self._by_number, self._by_request = {}, {}  # number, id(request) -> Asked
+        self._by_number, self._by_request = {}, {}  # number, id(request) -> TrackedRequest
         self._load = None
 
     def wait(self):
-        """Sleep until there is something to do. False if the ranks are to leave."""
-        self.take_messages()
+        """Sleep until there is work. Return False when the caller has closed."""
+        self.handle_messages()
         while not (self.closed or self.engine.scheduler.busy):
-            self._take(self.caller.inbox.get())
-            self.take_messages()
+            self._handle(self.caller.inbox.get())
+            self.handle_messages()
         return not self.closed
 
-    def take_messages(self):
-        """Do what the caller has said meanwhile."""
+    def handle_messages(self):
+        """Handle the messages that have arrived and report the load."""
         while not self.caller.inbox.empty():
-            self._take(self.caller.inbox.get())
-        self.tell([])
+            self._handle(self.caller.inbox.get())
+        self.report([])
 
-    def tell(self, took):
-        """Tell the caller what is new: of the requests that have a token more, and of the load."""
-        updates = [self._update(self._by_request[id(request)]) for request in took]
+    def report(self, advanced):
+        """Send the caller the new output of these requests, and the load if it has changed."""
+        updates = [self._update(self._by_request[id(request)]) for request in advanced]
         load = self.engine.scheduler.load()
         if updates or load != self._load:
             self._load = load
             self.caller.say({"updates": updates, "load": load})
 
-    def _take(self, message):
+    def _handle(self, message):
         if "add" in message:
             self._add(message["add"], message["prompt_ids"], message["params"])
         elif "drop" in message:
-            if message["drop"] in self._by_number:  # it may have come to its end by itself
+            if message["drop"] in self._by_number:  # it may have finished already
                 self._remove(self._by_number[message["drop"]])
         else:
             self.closed = True
-            for asked in list(self._by_number.values()):
-                self._remove(asked)
+            for tracked in list(self._by_number.values()):
+                self._remove(tracked)
 
     def _add(self, number, prompt_ids, params):
         try:
-            asked = Asked(number, self.make_request(prompt_ids, SamplingParams(**params)))
-            self.engine.add(asked.request)
+            tracked = TrackedRequest(number, self.make_request(prompt_ids, SamplingParams(**params)))
+            self.engine.add(tracked.request)
         except InputError as error:
             self.caller.say({"updates": [[number, {"error": str(error)}]]})
             return
-        self._by_number[number] = self._by_request[id(asked.request)] = asked
+        self._by_number[number] = self._by_request[id(tracked.request)] = tracked
 
-    def _remove(self, asked):
-        self.engine.scheduler.remove(asked.request)
-        self._forget(asked)
+    def _remove(self, tracked):
+        self.engine.scheduler.remove(tracked.request)
+        self._forget(tracked)
 
-    def _forget(self, asked):
-        del self._by_number[asked.number], self._by_request[id(asked.request)]
+    def _forget(self, tracked):
+        del self._by_number[tracked.number], self._by_request[id(tracked.request)]
 
-    def _update(self, asked):
-        request = asked.request
+    def _update(self, tracked):
+        request = tracked.request
         update = {
-            "token_ids": request.token_ids[asked.tokens :],
-            "text": request.text[asked.text :],
-            "logprobs": request.logprobs[asked.tokens :],
+            "token_ids": request.token_ids[tracked.tokens :],
+            "text": request.text[tracked.text :],
+            "logprobs": request.logprobs[tracked.tokens :],
             "finish_reason": request.finish_reason,
         }
-        asked.tokens, asked.text = len(request.token_ids), len(request.text)
+        tracked.tokens, tracked.text = len(request.token_ids), len(request.text)
         if request.finish_reason is not None:
-            self._forget(asked)
-        return [asked.number, update]
+            self._forget(tracked)
+        return [tracked.number, update]

@@ -51,7 +51,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What is asked for: `context` positions for each sequence, a prompt, and a batch (None: what fits)."""
 
     context: int
@@ -70,11 +70,11 @@ class Estimate:
     longest_context_tokens : int
         Of a single sequence; `longest_context_limited_by` is "memory" or "model".
     largest_batch : int
-        Sequences of the job's context that fit.
+        Sequences of the workload's context that fit.
     fits : bool
-        Weights and the job's batch (one sequence, if it asks for none).
+        Weights and the workload's batch (one sequence, if it asks for none).
     batch : int
-        The job's, or the largest that fits.
+        The workload's, or the largest that fits.
     collectives_per_token : int
     prefill_*_s, decode_*_tokens_per_s : float or None
         Of one sequence: its prompt, then a token behind it.
@@ -237,7 +237,7 @@ def collective_seconds(config, hardware, spread, work, dtype, efficiency):
     )
 
 
-def estimate(config, hardware, spread, dtype, job):
+def estimate(config, hardware, spread, dtype, workload):
     """The Estimate of a model over `spread`.
 
     Raises
@@ -249,9 +249,9 @@ def estimate(config, hardware, spread, dtype, job):
     ranks = range(spread.tp)
     room = cache_room(config, plan, hardware, dtype)
     model = config.max_position_embeddings
-    largest = room // job.context
-    batch = largest if job.batch is None else job.batch
-    fits = largest >= (job.batch or 1)
+    largest = room // workload.context
+    batch = largest if workload.batch is None else workload.batch
+    fits = largest >= (workload.batch or 1)
     return Estimate(
         tp=spread.tp,
         nodes=spread.nodes,
@@ -263,11 +263,11 @@ def estimate(config, hardware, spread, dtype, job):
         fits=fits,
         batch=batch,
         collectives_per_token=collectives(config, spread.tp),
-        **(speeds(config, plan, hardware, spread, dtype, job, batch) if fits else {}),
+        **(speeds(config, plan, hardware, spread, dtype, workload, batch) if fits else {}),
     )
 
 
-def speeds(config, plan, hardware, spread, dtype, job, batch):
+def speeds(config, plan, hardware, spread, dtype, workload, batch):
     """The fields of an Estimate that are times and speeds."""
     found = {}
     for kind, efficiency in (("limit", LIMIT), ("expected", hardware.efficiency)):
@@ -276,9 +276,9 @@ def speeds(config, plan, hardware, spread, dtype, job, batch):
             between = collective_seconds(config, hardware, spread, work, dtype, efficiency)
             return compute_seconds(config, plan, hardware, work, dtype, efficiency) + between, between
 
-        prefill, _ = seconds(Pass(1, job.prompt, 0))
-        decode, between = seconds(Pass(1, 1, job.prompt))
-        together, _ = seconds(Pass(batch, 1, job.prompt))
+        prefill, _ = seconds(Pass(1, workload.prompt, 0))
+        decode, between = seconds(Pass(1, 1, workload.prompt))
+        together, _ = seconds(Pass(batch, 1, workload.prompt))
         found[f"prefill_{kind}_s"] = prefill
         found[f"decode_{kind}_tokens_per_s"] = 1 / decode
         found[f"batch_{kind}_tokens_per_s"] = batch / together
@@ -286,10 +286,10 @@ def speeds(config, plan, hardware, spread, dtype, job, batch):
     return found
 
 
-def smallest_tp(config, hardware, dtype, job):
-    """The fewest ranks on which the job fits, or None."""
-    sequences = job.batch or 1
+def smallest_tp(config, hardware, dtype, workload):
+    """The fewest ranks on which the workload fits, or None."""
+    sequences = workload.batch or 1
     for tp in range(1, min(config.num_attention_heads, config.vocab_size) + 1):
-        if cache_room(config, make_plan(config, tp), hardware, dtype) >= sequences * job.context:
+        if cache_room(config, make_plan(config, tp), hardware, dtype) >= sequences * workload.context:
             return tp
     return None

@@ -10,7 +10,7 @@ ON_GPUS = ("nccl", "peer")  # of --comm
 
 def on_gpus(comm, device):
     """Whether the ranks compute on GPUs, as --device says: auto is yes if every rank's host has one."""
-    return device == "cuda" or (device == "auto" and all(comm.exchange(gpus() > 0)))
+    return device == "cuda" or (device == "auto" and all(comm.allgather_object(gpus() > 0)))
 
 
 def refuse_on_cpus(transport, share_gpu):
@@ -39,7 +39,7 @@ def open_rank_gpu(comm, local_rank, share_gpu):
     gpu = None
     with comm.agreed():
         gpu = open_gpu(local_rank, share_gpu)
-    shared = any(comm.exchange(local_rank >= gpu.gpus))
+    shared = any(comm.allgather_object(local_rank >= gpu.gpus))
     if shared and comm.rank == 0:
         print("minitp: warning: several ranks share a GPU: results are correct but slow", file=sys.stderr)
     return gpu, shared

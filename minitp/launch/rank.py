@@ -36,17 +36,17 @@ def run_alone(work, options, comm, serving=False):
     """
     from minitp.launch.transport import select_comm
 
-    front = _front()
-    caller = front if serving else None
+    supervisor = _supervisor_link()
+    caller = supervisor if serving else None
     try:
         comm = select_comm(comm, options.device, options.comm, options.share_gpu)
-        code = work(comm, front)
+        code = work(comm, supervisor)
     except AgreedError as error:
         code = _leave_together(error, options, comm, caller)
     except Exception as error:
-        return _leave_alone(error, options, comm, front)
-    if front is not None:
-        front.end(code)
+        return _leave_alone(error, options, comm, supervisor)
+    if supervisor is not None:
+        supervisor.end(code)
     return code
 
 
@@ -60,10 +60,10 @@ def run_in_world(work, options, world, caller=None, serving=False):
     world : int
         The number of ranks that the launcher says it started.
     caller : object
-        Whom rank 0 serves if there is no front; see `engine.service`.
+        Whom rank 0 serves if there is no supervisor; see `engine.service`.
     """
-    front = _front()
-    caller = front or caller
+    supervisor = _supervisor_link()
+    caller = supervisor or caller
     comm = None
     try:
         faulthandler.enable()
@@ -84,14 +84,14 @@ def run_in_world(work, options, world, caller=None, serving=False):
             code = _leave_together(error, options, comm, caller if serving else None)
         comm.close()  # all ranks get here, or none
     except BaseException as error:
-        code = _leave_alone(error, options, comm, front)
-    if front is not None:
-        front.end(code)
+        code = _leave_alone(error, options, comm, supervisor)
+    if supervisor is not None:
+        supervisor.end(code)
     return code
 
 
-def _front():
-    return Front(os.environ[SOCKET_VARIABLE]) if SOCKET_VARIABLE in os.environ else None
+def _supervisor_link():
+    return SupervisorLink(os.environ[SOCKET_VARIABLE]) if SOCKET_VARIABLE in os.environ else None
 
 
 @contextmanager
@@ -120,12 +120,12 @@ def _leave_together(error, options, comm, caller):
     return error.exit_code
 
 
-def _leave_alone(error, options, comm, front):
+def _leave_alone(error, options, comm, supervisor):
     """This rank fails while the others may wait for it: say why, and end the whole job."""
     code = 130 if isinstance(error, KeyboardInterrupt) else RankError.exit_code
     _show_traceback(error, options)
-    if front is not None:
-        front.end(code, one_line(error))
+    if supervisor is not None:
+        supervisor.end(code, one_line(error))
     elif code != 130 and (comm is not None or env_rank(os.environ) == 0):
         who = f"{comm.name(comm.rank)} failed: " if comm is not None else ""
         print(f"minitp: {who}{one_line(error)}", file=sys.stderr, flush=True)
@@ -142,20 +142,20 @@ def _show_traceback(error, options):
 def _high_number():
     """A number for a descriptor that lies above all others.
 
-    Linux closes a killed process's highest descriptors first. So the front hears of the death before mpirun,
-    whose connection has a low number, and which then kills the other ranks.
+    Linux closes a killed process's highest descriptors first, so the supervisor hears of the death before
+    mpirun does, whose connection has a low number and which then kills the other ranks.
     """
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 512 if most == resource.RLIM_INFINITY else min(512, most - 8)
 
 
-class Front:
-    """A rank's connection to the front that started it; see `supervisor` for what goes over it.
+class SupervisorLink:
+    """A rank's connection to the supervisor that started it; see `supervisor` for what goes over it.
 
     Attributes
     ----------
     inbox : queue.SimpleQueue
-        Of what the front says, to rank 0.
+        Of what the supervisor says, to rank 0.
     """
 
     def __init__(self, path):
@@ -174,14 +174,14 @@ class Front:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self):
-        """When the front dies its end closes, and then this rank ends too."""
+        """When the supervisor dies its end closes, and then this rank ends too."""
         with suppress(ConnectionResetError):
             for line in self._socket.makefile("rb"):
                 self.inbox.put(json.loads(line))
         os.kill(os.getpid(), signal.SIGKILL)
 
     def say(self, message):
-        """Send the front an object."""
+        """Send the supervisor an object."""
         self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def end(self, exit_code, error=None):

@@ -5,7 +5,7 @@ import sys
 from contextlib import contextmanager
 
 from minitp.errors import RankError
-from minitp.launch.supervisor import new_job
+from minitp.launch.supervisor import rank_processes
 
 WORKER = [sys.executable, "-m", "minitp"]
 
@@ -16,7 +16,7 @@ def run_ranks(command, size, verbose=False):
     Returns 3, after naming the rank on stderr, if one dies or fails by itself; 130 on Ctrl-C, 143 on SIGTERM.
     No process of the job is left when this returns.
     """
-    with new_job(size, verbose, streams=(1, 2)) as job:
+    with rank_processes(size, verbose, streams=(1, 2)) as job:
         try:
             with raised_on_sigterm():
                 job.start(command)

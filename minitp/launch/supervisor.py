@@ -75,13 +75,13 @@ def mpi_environment(size):
 
 
 @contextmanager
-def new_job(size, verbose=False, streams=None):
-    """A Job that has ended, and its files gone, when the block is left."""
+def rank_processes(size, verbose=False, streams=None):
+    """A RankProcesses that has ended, and its files gone, when the block is left."""
     parent = tempfile.gettempdir()
     if len(parent) > LONGEST_PARENT:
         parent = "/tmp"
     with tempfile.TemporaryDirectory(prefix="minitp-", dir=parent, ignore_cleanup_errors=True) as folder:
-        job = Job(Path(folder), size, verbose, streams)
+        job = RankProcesses(Path(folder), size, verbose, streams)
         try:
             yield job
         finally:
@@ -98,7 +98,7 @@ class Rank:
         self.telling = threading.Lock()  # held while something is sent to it
 
 
-class Job:
+class RankProcesses:
     """mpirun and its ranks; or the one rank, which needs no mpirun.
 
     Parameters

@@ -30,15 +30,15 @@ def select_host_comm(comm, transport="auto"):
         return comm
     from mpi4py import MPI
 
-    from minitp.comm.hierarchical import SeveralHostsComm
+    from minitp.comm.hierarchical import HierarchicalComm
     from minitp.comm.shared_memory import SharedMemoryComm
 
     node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    most = max(comm.exchange(node.size))
+    most = max(comm.allgather_object(node.size))
     if node.size == comm.size:
         return SharedMemoryComm(node)
     if most > 1:
-        return SeveralHostsComm(node)
+        return HierarchicalComm(node)
     if transport == "shm":
         comm.agree(InputError("--comm shm: every rank is on a host of its own; use --comm mpi"))
     return comm
@@ -70,18 +70,18 @@ def select_comm(comm, device, transport="auto", share_gpu=False):
         with comm.agreed():
             refuse_on_cpus(transport, share_gpu)
         return comm
-    from minitp.comm.single import Alone
+    from minitp.comm.single import SingleRank
     from minitp.cuda.comm import LocalComm, StagedComm
     from minitp.cuda.nccl import NcclComm, allow_shared_gpu
     from minitp.cuda.peer import PeerComm, peers_reach_each_other
 
     local_rank = comm.local_rank()
     gpu, shared = open_rank_gpu(comm, local_rank, share_gpu)
-    if isinstance(comm, Alone):
+    if isinstance(comm, SingleRank):
         return LocalComm(comm, gpu)
     if transport in ("mpi", "shm"):
         return StagedComm(comm, gpu)
-    if shared and not all(comm.exchange(allow_shared_gpu())):
+    if shared and not all(comm.allgather_object(allow_shared_gpu())):
         with comm.agreed():
             if transport in ON_GPUS:
                 raise InputError(

@@ -12,9 +12,9 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from minitp.errors import ContextError, InputError
-from minitp.server.answers import ChatAnswer, CompletionAnswer, event
 from minitp.server.backend import in_thread
-from minitp.server.body import ApiError, chat_request, completion_request, read_json
+from minitp.server.requests import ApiError, chat_request, completion_request, read_json
+from minitp.server.responses import ChatAnswer, CompletionAnswer, event
 
 LARGEST_BODY = 8 << 20  # bytes
 BODY_SECONDS = 60  # for it to arrive

@@ -9,13 +9,13 @@ from functools import partial
 
 from minitp.engine.client import Update
 from minitp.errors import MinitpError, RankError
-from minitp.server.body import ApiError
+from minitp.server.requests import ApiError
 
 RETRY_AFTER = {"Retry-After": "5"}  # seconds
 
 
 @dataclass(frozen=True)
-class Limits:
+class AdmissionLimits:
     """What clients may take.
 
     Attributes
@@ -37,7 +37,7 @@ class Backend:
     ----------
     start : callable
         Makes the LLM, in minutes perhaps: start(on_end).
-    limits : Limits
+    limits : AdmissionLimits
     restart : bool
         Start it anew when its ranks have died.
 

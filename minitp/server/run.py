@@ -38,7 +38,7 @@ def serve_forever(start, limits, model, listener, *, api_key, restart, drain_sec
     ----------
     start : callable
         See Backend.
-    limits : Limits
+    limits : AdmissionLimits
     model : str
         The name by which clients ask for it.
     listener : socket

@@ -105,7 +105,7 @@ def cpu_name():
     return names[0] if names else platform.machine()
 
 
-def share_cores(environment):
+def divide_cores(environment):
     """In a world of MPI, limit this rank's BLAS to its share of the host; see limit_blas_threads."""
     world = world_size(environment)
     if world is not None:

@@ -113,10 +113,10 @@ def test_a_step_that_is_wider_than_it_should_be_is_blamed(dtype, models, monkeyp
     fault = Fault("wide", step, hooks, decode=0, dtype=dtype)
     first, *others = check_fault(models["biased"], fault, 2, 1, 0).blamed()
     assert (first.name, first.rank, first.note) == (f"prefill/layers.1.{step}", 0, note)
-    assert first.share <= 1
+    assert first.ratio <= 1
     for finding in others:
         made_wide = np.dtype(wide).name in finding.note
-        assert made_wide or (finding.step.endswith("_cache") and finding.share > 1), finding
+        assert made_wide or (finding.step.endswith("_cache") and finding.ratio > 1), finding
 
 
 # --- no false alarms ------------------------------------------------------------------------------------

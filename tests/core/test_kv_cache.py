@@ -10,7 +10,7 @@ import pytest
 from tiny import write_tiny
 
 from minitp.comm import run_threads
-from minitp.comm.single import Alone
+from minitp.comm.single import SingleRank
 from minitp.device import open_device
 from minitp.kv_cache import KVCache
 from minitp.load import load_model
@@ -71,7 +71,7 @@ def test_a_model_with_paged_caches(tmp_path, shape, tp, block_size):
     def rank(comm):
         model = load_model(source, comm, open_device("float32"))
         pool = model.new_pool(blocks=90, block_size=block_size)
-        for pair in pool.rows[0]:
+        for pair in pool.storage[0]:
             pair.values[:] = 55  # what a block held before must not matter
         free = np.random.default_rng(0).permutation(90).tolist()
         paged, contiguous = [PagedCache(pool, []) for _ in LENGTHS], [model.new_cache() for _ in LENGTHS]
@@ -93,16 +93,16 @@ def test_a_model_with_paged_caches(tmp_path, shape, tp, block_size):
 
 def test_shared_blocks_hold_what_the_first_sequence_wrote(tmp_path):
     """A second sequence begins with two full blocks of the first, and goes on in its own."""
-    model = load_model(open_model(str(write_tiny(tmp_path)), 1), Alone(), open_device("float32"))
+    model = load_model(open_model(str(write_tiny(tmp_path)), 1), SingleRank(), open_device("float32"))
     pool, ids = model.new_pool(blocks=8, block_size=4), list(range(40, 54))
     model.forward(ids[:11], PagedCache(pool, [5, 2, 7]))
-    before = [rows.values.copy() for pair in pool.rows for rows in pair]
+    before = [rows.values.copy() for pair in pool.storage for rows in pair]
     second = PagedCache(pool, [5, 2, 0, 1], length=8)
     logits = model.forward(ids[8:], second, logits_at=slice(None))
     whole = model.forward(ids, model.new_cache(), logits_at=slice(8, None))
     # The first 8 went through products of other row counts, which sum in another order: see test_batch.
     np.testing.assert_allclose(logits, whole, rtol=CLOSE, atol=CLOSE * np.abs(whole).max())
-    for rows, was in zip((rows for pair in pool.rows for rows in pair), before, strict=True):
+    for rows, was in zip((rows for pair in pool.storage for rows in pair), before, strict=True):
         for block in (5, 2, 7):
             here = slice(4 * block, 4 * block + 4)
             assert np.array_equal(rows.values[:, here], was[:, here], equal_nan=True)

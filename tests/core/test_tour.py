@@ -40,7 +40,7 @@ class ThreadRanks:
         self.all_reduce, self.world = comm.all_reduce, SimpleNamespace(bcast=comm.broadcast)
 
     def all_gather(self, part):
-        return np.concatenate(self.comm.exchange(part))
+        return np.concatenate(self.comm.allgather_object(part))
 
 
 def on_ranks(directory, size, function):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from minitp import ops
 from minitp.cli.perplexity import perplexity
 from minitp.comm import run_threads
-from minitp.comm.single import Alone
+from minitp.comm.single import SingleRank
 from minitp.device import open_device
 from minitp.errors import InputError
 from minitp.generate import generate, prefill
@@ -28,7 +28,7 @@ VOCABULARY = 258
 
 
 def open_tiny(directory, comm=None):
-    comm = comm or Alone()
+    comm = comm or SingleRank()
     return load_model(open_model(str(directory), comm.size), comm, open_device())
 
 
@@ -359,7 +359,7 @@ def drive(tokens, tokenizer=None, prompt=(1, 2, 3), max_context=512, eos=(EOS,),
     for i, token in enumerate(tokens):
         logits = np.zeros(VOCABULARY, dtype=np.float32)
         logits[token] = 1
-        taken, last = request.take(logits)
+        taken, last = request.sample(logits)
         assert taken == token
         assert last == (request.finish_reason is not None)
         if last:

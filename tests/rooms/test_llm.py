@@ -14,7 +14,7 @@ from llm_reference import CONTEXT, END_S, LONG, TP, alone, wait_until, write_mod
 from tiny import BOS, EOS, byte_tokenizer
 
 from minitp import LLM, Completion, SamplingParams
-from minitp.comm.single import Alone
+from minitp.comm.single import SingleRank
 from minitp.device import open_device
 from minitp.load import load_model
 from minitp.loading.source import open_model
@@ -132,7 +132,7 @@ def test_a_text_ends_before_a_stop_string(llm, form):
 def test_logprobs_are_those_of_the_models_softmax(llm, model):
     completion = llm.generate("Hello", max_new_tokens=8, temperature=2.0, seed=1, logprobs=3)
     tokens = [*ids("Hello"), *completion.token_ids]
-    whole = load_model(open_model(str(model), 1), Alone(), open_device("float32"))
+    whole = load_model(open_model(str(model), 1), SingleRank(), open_device("float32"))
     logits = whole.forward(tokens, whole.new_cache(), logits_at=slice(None)).astype(np.float64)
     logprobs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))[len(ids("Hello")) - 1 : -1]
     assert len(completion.logprobs) == 8

@@ -42,8 +42,8 @@ def check_blocks(scheduler):
     """The books are right: every block is empty, left, or used as often as block tables have it."""
     allocator = scheduler.allocator
     users = Counter(block for s in scheduler.running for block in s.block_table)
-    assert [users[block] for block in range(allocator.blocks)] == allocator.users
-    assert allocator.available == allocator.users.count(0)
+    assert [users[block] for block in range(allocator.blocks)] == allocator.ref_count
+    assert allocator.num_free_blocks == allocator.ref_count.count(0)
     assert all(not s.block_table for s in scheduler.waiting)
     numbers = [s.number for s in [*scheduler.running, *scheduler.waiting]]
     assert numbers == sorted(numbers), "somebody has overtaken"
@@ -59,7 +59,7 @@ def served(model, wanted, blocks, block_size, later=(), **limits):
     for n in range(10_000):
         if scheduler and n % 3 == 2 and later:
             engine.add(later.pop(0))
-        if engine.step() is None:
+        if engine.run_batch() is None:
             break
         if scheduler:
             check_blocks(scheduler)

@@ -16,7 +16,7 @@ from host_arrays import HostArrays
 
 from minitp import moe, ops
 from minitp.loading.weights import LAYER_PARTS
-from minitp.model import Model, Sequence
+from minitp.model import Model, SequenceSlice
 from minitp.rope import rope_inverse_frequencies
 from minitp.shard import split_evenly
 
@@ -132,7 +132,7 @@ def times(factor):
 
 
 def with_step(change):
-    """A hook for an attention block: change(copy of the ForwardContext, of its Sequence) before it runs."""
+    """A hook for an attention block: change(copy of the ForwardContext and SequenceSlice) before it runs."""
 
     def hook(original, i, layer, x, step):
         step = copy.copy(step)
@@ -167,7 +167,7 @@ def other_window(by):
     """A window that is so much longer."""
 
     def change(step, sequence):
-        other = Sequence(np, sequence.rows, sequence.cache, here.model.config.sliding_window + by)
+        other = SequenceSlice(np, sequence.tokens, sequence.cache, here.model.config.sliding_window + by)
         sequence.mask, sequence.first_key = other.mask, other.first_key
 
     return with_step(change)
@@ -214,9 +214,9 @@ def one_slot_too_far(original, layer, k, v, *first):
     cache, start = here.cache, here.cache.length
     original(layer, k, v, *first)
     if start:
-        for rows, new in zip(cache.rows[layer], (k, v), strict=True):
+        for rows, new in zip(cache.storage[layer], (k, v), strict=True):
             rows.values[:, start + 1 : start + 2], rows.values[:, start] = here.arrays.up(new), 0
-    return [rows.read(slice(*first, start + k.shape[1])) for rows in cache.rows[layer]]
+    return [rows.read(slice(*first, start + k.shape[1])) for rows in cache.storage[layer]]
 
 
 def stale(which):
@@ -236,7 +236,7 @@ def stale(which):
 def other_layer(original, layer, k, v, first):
     """The values of the layer before, which is not the first."""
     k, v = original(layer, k, v, first)
-    return k, here.cache.rows[layer - 1][1].read(slice(first, first + v.shape[1]))
+    return k, here.cache.storage[layer - 1][1].read(slice(first, first + v.shape[1]))
 
 
 weight_alone = {"rms_norm_plus_one": lambda norm, xp, *args: ops.rms_norm(xp, *args)}

@@ -53,7 +53,7 @@ def plant(kind, place):
     if place == "importing":
         sys.modules["ml_dtypes"] = None
         return
-    from minitp.cuda.decode_step import DecodeStep
+    from minitp.cuda.decode_graph import DecodeGraph
     from minitp.loading.weights import Loader
     from minitp.model import Model
 
@@ -65,7 +65,7 @@ def plant(kind, place):
         "loading": (Loader, "load", 1),
         "forward": (Model, "forward", FORWARD_CALL),
         "batch": (Model, "forward_batch", FORWARD_CALL),
-        "launch": (DecodeStep, "launch", FORWARD_CALL),
+        "launch": (DecodeGraph, "launch", FORWARD_CALL),
     }[place]
     right = getattr(owner, name)
     calls = 0

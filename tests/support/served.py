@@ -10,7 +10,7 @@ from openai import OpenAI
 from running import Running
 from tiny import write_tiny
 
-from minitp.comm.single import Alone
+from minitp.comm.single import SingleRank
 from minitp.device import open_device
 from minitp.generate import generate
 from minitp.load import load_model
@@ -71,7 +71,7 @@ class Reference:
 
     def __init__(self, directory):
         self.source = open_model(str(directory), 1)
-        self.model = load_model(self.source, Alone(), open_device("float32"))
+        self.model = load_model(self.source, SingleRank(), open_device("float32"))
         self.tokenizer = self.source.tokenizer()
 
     def request(self, prompt, **params):

@@ -10,11 +10,11 @@ import pytest
 from on_gpu import ENVIRONMENT, model_on_gpu, run_on_gpus
 
 from minitp.bench.gpu_profile import gpu_profile
-from minitp.bench.gpu_roofline import GpuLimits
+from minitp.bench.gpu_roofline import GpuRoofline
 from minitp.bench.measure import measure
 from minitp.bench.table import lines
 from minitp.cli.bench import Job
-from minitp.comm.single import OneOfMany
+from minitp.comm.single import ShardOnly
 from minitp.cuda.comm import LocalComm
 from minitp.launch.transport import select_comm
 from minitp.loading.source import open_model
@@ -133,7 +133,7 @@ def test_a_profile_of_what_has_no_kernels_is_refused(tiny):
 
 
 def test_the_limit_is_the_longer_of_reading_and_computing(cupy, tiny):
-    limits = GpuLimits(model_on_gpu(tiny, select_comm(OneOfMany(0, 1), "cuda")))
+    limits = GpuRoofline(model_on_gpu(tiny, select_comm(ShardOnly(0, 1), "cuda")))
     limits.reads, limits.rate = 1e9, 1e30
     token = 2 * (MATRICES + LM_HEAD + 10 * POSITION)
     prompt = 2 * (MATRICES + 16 * POSITION)  # which gets no logits
@@ -150,7 +150,7 @@ def test_a_profile_has_every_launch(cupy, tiny, ranks):
     assert all(one == found[0] for one in found)
     kernels = {one["name"]: one for one in found[0]["kernels"]}
     counts = {name: one["count"] for name, one in kernels.items()}
-    common = {"begin_step": 1, "sample": 1, "end_step": 1, "linear logits": 1}
+    common = {"begin_decode": 1, "sample": 1, "end_decode": 1, "linear logits": 1}
     common |= dict.fromkeys(["linear qkv", "attention_decode", "linear swiglu"], 2)
     if ranks == 1:
         assert counts == common | {"linear residual": 4}
@@ -164,4 +164,4 @@ def test_a_profile_has_every_launch(cupy, tiny, ranks):
 
 
 def test_a_share_of_the_first_rank_waits_for_nobody(cupy):
-    assert isinstance(select_comm(OneOfMany(0, 4), "cuda"), LocalComm)
+    assert isinstance(select_comm(ShardOnly(0, 4), "cuda"), LocalComm)

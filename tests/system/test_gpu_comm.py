@@ -11,7 +11,7 @@ import pytest
 from on_gpu import run_on_gpus
 
 from minitp.comm import run_threads
-from minitp.comm.single import Alone, OneOfMany
+from minitp.comm.single import ShardOnly, SingleRank
 from minitp.comm.threads import ThreadComm
 from minitp.errors import AgreedError, InputError, RankError
 from minitp.launch.transport import select_comm
@@ -66,7 +66,7 @@ def test_calls_in_order():
         comm.all_gather(gpu.from_host(numbers("float32", comm.rank, (2, 1 + comm.rank))), [1, 2, 3, 4])
         comm.all_reduce(gpu.from_host(numbers("bfloat16", comm.rank, (8,))))
         comm.broadcast("objects go through the hosts")
-        comm.exchange(comm.rank)
+        comm.allgather_object(comm.rank)
         return comm._communicator.calls
 
     expected = [("allReduce", 15, 6), ("allGather", 2 * 4, 7), ("allReduce", 8, 9)]
@@ -116,12 +116,12 @@ def test_ranks_stay_on_streams_and_gpus_of_their_own():
     assert len(set(streams)) == RANKS
 
 
-@pytest.mark.parametrize("host", [Alone(), OneOfMany(0, 4), OneOfMany(2, 4)])
+@pytest.mark.parametrize("host", [SingleRank(), ShardOnly(0, 4), ShardOnly(2, 4)])
 def test_a_rank_without_others(host):
     """One of many throws its own part in for everybody's."""
     comm = select_comm(host, "cuda")
     x = comm.gpu.from_host(np.ones((2, 3), np.float16))
-    assert (comm.rank, comm.size, comm.share) == (0, host.size, host.share)
+    assert (comm.rank, comm.size, comm.shard_rank) == (0, host.size, host.shard_rank)
     assert comm.gpu.to_host(comm.all_reduce(x)).tolist() == [[1] * 3] * 2
     assert comm.all_gather(x, [3] * comm.size).shape == (2, 3 * comm.size)
     comm.close()
@@ -232,7 +232,7 @@ def test_a_rank_that_does_not_come_is_named(cupy):
 
     def rank(comm):
         all_reduce(comm)
-        comm.exchange(None)
+        comm.allgather_object(None)
         try:
             if comm.rank != 2:
                 all_reduce(comm)
@@ -311,10 +311,10 @@ def test_an_error_of_which_only_the_watchdog_hears(cupy, monkeypatch):
         raise cupy.cuda.nccl.NcclError(6, "NCCL_ERROR_REMOTE_ERROR: remote process exited")
 
     def rank(comm):
-        comm.exchange(None)
+        comm.allgather_object(None)
         monkeypatch.setattr(cupy.cuda.nccl.NcclCommunicator, "check_async_error", fail)
         comm._watchdog._thread.join(SOON_S)
-        comm.exchange(None)
+        comm.allgather_object(None)
         all_reduce(comm)
 
     monkeypatch.setattr("minitp.cuda.nccl.LAST_RESORT_S", 0.1)
@@ -374,7 +374,7 @@ def test_counts_are_seen_by_all_ranks_of_a_host():
     def rank(comm):
         counts = shared_counts(comm)
         counts[comm.rank] = 10 + comm.rank
-        comm.exchange(None)
+        comm.allgather_object(None)
         return counts.tolist(), counts.filename
 
     found = run_threads(3, rank)

@@ -59,7 +59,7 @@ def called():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and owner(node) in ("xp", "cupy", "_cupy"):
                 functions.add(node.attr)
-            on_arrays = path.stem in (*EXPLICIT, "fused", "decode_step", "comm")
+            on_arrays = path.stem in (*EXPLICIT, "fused", "decode_graph", "comm")
             if on_arrays and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 methods.add(node.func.attr)
             if path.stem in EXPLICIT:

@@ -91,7 +91,7 @@ def check(directory, fault, place, dtype, path):
     def run(comm):
         device = with_dtype(comm.gpu, dtype, source.config.dtype)
         if fault.everywhere or comm.rank == rank:
-            weights = GpuLoader(source.plan, comm.share, source.tensors, device).load()
+            weights = GpuLoader(source.plan, comm.shard_rank, source.tensors, device).load()
             model = KINDS[path](fault, layer, source, weights, comm, device)
         else:
             model = load_model(source, comm, device, path=path)

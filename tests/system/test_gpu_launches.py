@@ -50,7 +50,7 @@ def test_launches_of_a_step(model_directory, monkeypatch, ranks, transport, sequ
             cache.pool, cache.block_table = pool, [row]
             prefill(model, cache, [1, 2, 3])
         model.forward_batch([([4], cache) for cache in caches], logits_at=slice(None))
-        return len(pool.steps[sequences]._graph.launches)
+        return len(pool.graphs[sequences]._graph.launches)
 
     monkeypatch.setattr("minitp.cuda.peer.AllReduce", PeerSums)
     assert run_on_gpus(ranks, run, transport) == [a_layer * LAYERS + beside] * ranks

@@ -17,7 +17,7 @@ from tiny import write_tiny
 
 from minitp.check.run import check_model
 from minitp.cli.perplexity import perplexity
-from minitp.comm.single import Alone
+from minitp.comm.single import SingleRank
 from minitp.device import open_device
 from minitp.errors import InputError, RankError
 from minitp.generate import generate, host_logits
@@ -101,8 +101,8 @@ def test_logits(models, shape, dtype, tp):
     twice that leaves room for chance, for a step of one token has 101 logits with much error in common.
     """
     directory = models[shape, dtype]
-    exact = logits_in_chunks(model_on_cpu(directory, Alone(), "float32"))
-    explicit = logits_in_chunks(model_on_cpu(directory, Alone(), dtype))
+    exact = logits_in_chunks(model_on_cpu(directory, SingleRank(), "float32"))
+    explicit = logits_in_chunks(model_on_cpu(directory, SingleRank(), dtype))
     ranks = run_on_gpus(tp, lambda comm: logits_in_chunks(model_on_gpu(directory, comm, dtype, path="fused")))
     for found in ranks[1:]:
         assert all((a == b).all() for a, b in zip(found, ranks[0], strict=True))
@@ -249,11 +249,11 @@ FAULTS = {  # the file in minitp/cuda, what it changes there, ranks, and the ste
         ["decode.1/logits"],
     ),
     "the embedding of a token": (
-        "begin_step", "BeginStep", "__call__", replaced(4, lambda table: table[1:]), 1,
+        "begin_decode", "BeginDecode", "__call__", replaced(4, lambda table: table[1:]), 1,
         ["decode.1/embed_partial"],
     ),
     "positions": (
-        "begin_step", "BeginStep", "__call__", replaced(3, lambda frequencies: 2 * frequencies), 1,
+        "begin_decode", "BeginDecode", "__call__", replaced(3, lambda frequencies: 2 * frequencies), 1,
         ["decode.1/layers.0.attn.q_rope", "decode.1/layers.0.attn.k_rope"],
     ),
     "a place in the cache": (
@@ -364,7 +364,7 @@ def plain_tokens(speaking):
     """What it says after LETTERS, if nothing ends it."""
     params = SamplingParams(max_new_tokens=14, ignore_eos=True)
     return list(
-        generate(model_on_cpu(speaking, Alone(), "float16"), LETTERS, Request(params, (), LETTERS, 64))
+        generate(model_on_cpu(speaking, SingleRank(), "float16"), LETTERS, Request(params, (), LETTERS, 64))
     )
 
 
@@ -399,7 +399,7 @@ def spoken(model, directory, plain, case):
 def test_generation(speaking, plain_tokens, name, tp):
     """The same as through the explicit path on a CPU, however it ends; every rank yields the tokens."""
     tokens, request, pieces = spoken(
-        model_on_cpu(speaking, Alone(), "float16"), speaking, plain_tokens, ENDS[name]
+        model_on_cpu(speaking, SingleRank(), "float16"), speaking, plain_tokens, ENDS[name]
     )
 
     def rank(comm):
@@ -417,7 +417,7 @@ def test_generation(speaking, plain_tokens, name, tp):
 
 
 def test_the_ends_are_what_their_names_say(speaking, plain_tokens):
-    model = model_on_cpu(speaking, Alone(), "float16")
+    model = model_on_cpu(speaking, SingleRank(), "float16")
     found = {name: spoken(model, speaking, plain_tokens, case)[1] for name, case in ENDS.items()}
     reasons = {name: (request.finish_reason, len(request.token_ids)) for name, request in found.items()}
     assert reasons["the context is full"] == ("length", 9)
@@ -507,7 +507,7 @@ def test_sequences_at_the_same_time_have_memory_of_their_own(speaking, plain_tok
 def test_perplexity_is_the_cpus(speaking, dtype):
     """Its logarithm is of the size of logits, whose errors are a few roundings of that size."""
     text = (PROMPT * 3)[:30]
-    expected = perplexity(model_on_cpu(speaking, Alone(), dtype), text, 20)
+    expected = perplexity(model_on_cpu(speaking, SingleRank(), dtype), text, 20)
     found = run_on_gpus(1, lambda comm: perplexity(model_on_gpu(speaking, comm, dtype), text, 20))[0]
     assert found[1] == expected[1] == 28
     tolerance = 4 * float(ml_dtypes.finfo(np.dtype(dtype)).eps)
@@ -610,10 +610,10 @@ def test_each_request_as_if_alone(quick, cupy, monkeypatch, tp, count, blocks, l
     monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", count_capture)
     tokens, expected, scheduler, pool = run_on_gpus(tp, rank)[0]
     assert tokens == expected
-    assert scheduler.allocator.available == blocks
-    assert set(pool.steps) == batches
+    assert scheduler.allocator.num_free_blocks == blocks
+    assert set(pool.graphs) == batches
     assert set(captured.values()) == {1 + len(batches)}, "those alone follow each other in one pool"
-    assert (scheduler.preempted > 0) == (blocks == 5)
+    assert (scheduler.num_preempted > 0) == (blocks == 5)
     assert (scheduler.load()["reused_tokens"] > 0) == (bool(limits) or blocks == 5)
 
 
@@ -635,7 +635,7 @@ def test_a_batch_that_no_kernel_takes_goes_as_a_prompt(quick, monkeypatch):
 
     tokens, expected, _, pool = run_on_gpus(1, rank)[0]
     assert tokens == expected
-    assert max(pool.steps) <= 2
+    assert max(pool.graphs) <= 2
 
 
 # --- what the fused path does not take -------------------------------------------------------------------
@@ -664,7 +664,7 @@ def test_unfit_models_take_the_explicit_path(tmp_path, fields, dtype, kv_dtype, 
         assert type(model) is Model
         return list(generate(model, PROMPT, Request(params, (), PROMPT, 64)))
 
-    cpu = load_model(open_model(str(directory), 1), Alone(), open_device(dtype), kv_dtype=kv_dtype)
+    cpu = load_model(open_model(str(directory), 1), SingleRank(), open_device(dtype), kv_dtype=kv_dtype)
     expected = list(generate(cpu, PROMPT, Request(params, (), PROMPT, 64)))
     assert run_on_gpus(2, rank) == [expected] * 2
 

@@ -26,7 +26,7 @@ from tiny import UNEVEN, write_tiny
 
 from minitp import LLM, SamplingParams
 from minitp.cli import main as cli
-from minitp.comm.single import Alone
+from minitp.comm.single import SingleRank
 from minitp.device import open_device
 from minitp.generate import generate
 from minitp.load import load_model
@@ -58,7 +58,7 @@ def on_cpu(model, prompt, **params):
     source = open_model(str(model), 1)
     ids = source.tokenizer().encode(prompt)
     request = Request(SamplingParams(**params), (), ids, 100, source.tokenizer())
-    return list(generate(load_model(source, Alone(), open_device("float16")), ids, request))
+    return list(generate(load_model(source, SingleRank(), open_device("float16")), ids, request))
 
 
 def hello(model, *options):

@@ -9,7 +9,7 @@ from on_gpu import model_on_gpu, run_on_gpus
 
 import minitp
 from minitp.check.run import check_model
-from minitp.comm.single import Alone
+from minitp.comm.single import SingleRank
 from minitp.cuda.gpu import Gpu, open_gpu
 from minitp.errors import RankError
 from minitp.launch.transport import select_comm
@@ -101,7 +101,7 @@ def test_another_current_stream_is_refused(cupy, way):
 
 
 def test_what_comes_to_the_host_waits_for_the_stream_and_has_no_gaps(cupy):
-    gpu = select_comm(Alone(), "cuda").gpu
+    gpu = select_comm(SingleRank(), "cuda").gpu
     array = cupy.arange(6, dtype=np.float32).reshape(2, 3)
     found = gpu.to_host(array.T)
     assert found.flags.c_contiguous

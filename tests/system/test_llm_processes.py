@@ -13,7 +13,7 @@ import pytest
 from running import END_S, FAULTY_WORKER, START_S, Running
 from tiny import write_tiny
 
-from minitp.comm.single import Alone
+from minitp.comm.single import SingleRank
 from minitp.device import open_device
 from minitp.generate import generate
 from minitp.launch import supervisor
@@ -97,7 +97,7 @@ def greedy(model, prompt, count):
     """The tokens that should come, in this process."""
     source = open_model(str(model), 1)
     request = Request(SamplingParams(max_new_tokens=count), source.config.eos_token_ids, prompt, 512)
-    return list(generate(load_model(source, Alone(), open_device("float32")), prompt, request))
+    return list(generate(load_model(source, SingleRank(), open_device("float32")), prompt, request))
 
 
 # --- with mpirun and without ----------------------------------------------------------------------------

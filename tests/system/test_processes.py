@@ -375,7 +375,7 @@ def test_rank_says_more_than_its_last_word():
     """A rank whose MPI_Abort returns goes on, and says that it ends."""
     ours, its = socket.socketpair()
     with ours, its, tempfile.TemporaryDirectory() as folder:
-        ranks = supervisor.Job(Path(folder), size=4)
+        ranks = supervisor.RankProcesses(Path(folder), size=4)
         its.sendall(b'{"exit": 3, "error": "the cause"}\n{"exit": 3, "error": null}\n')
         with pytest.raises(RankError, match=r"^rank 2 failed: the cause$"):
             ranks.hear(supervisor.Rank(2, its.fileno(), ours))

@@ -10,7 +10,7 @@ from real_gpu import HALVES, NEEDS_GPU, drawn, same_each_time
 from tiny import write_tiny
 
 from minitp.bench.fake_weights import TiledWeights
-from minitp.comm.single import Alone
+from minitp.comm.single import SingleRank
 from minitp.device import DTYPES
 from minitp.errors import MinitpError
 from minitp.generate import generate, host_logits
@@ -70,11 +70,11 @@ def test_the_fused_path_is_the_explicit_one(comm, source, dtype):
 def test_a_graph_gives_what_its_launches_give(comm, source, dtype, batch):
     (model,) = models(comm, source, dtype, "fused")
     pool = model.new_pool(batch * 4)
-    for pair in pool.rows:
+    for pair in pool.storage:
         for rows in pair:
             rows.values.fill(0.25)
     tables = [list(range(4 * n, 4 * n + 4)) for n in range(batch)]
-    step = model.decode_step(pool, batch)
+    step = model.decode_graph(pool, batch)
 
     def run(way):
         step.fill(some_tokens(source, batch), [40 + n for n in range(batch)], tables)
@@ -126,7 +126,7 @@ def test_nccl_of_one_rank(gpu):
         load_nccl()
     except MinitpError as error:
         pytest.skip(str(error))
-    nccl = NcclComm(Alone(), gpu)
+    nccl = NcclComm(SingleRank(), gpu)
     for dtype in DTYPES.values():
         x = drawn(gpu, dtype, 3, 40)
         np.testing.assert_array_equal(gpu.to_host(nccl.all_reduce(x)), gpu.to_host(x))

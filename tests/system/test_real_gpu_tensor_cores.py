@@ -10,7 +10,7 @@ from mma_chain import COLUMNS, mma_chain, numbers, relative_error
 from real_gpu import HALVES, NEEDS_GPU
 
 from minitp.check import expected
-from minitp.check.difference import measure
+from minitp.check.difference import difference_of
 from minitp.check.sums import TensorCoreSums, sums_of
 from minitp.cuda.gpu import with_dtype
 
@@ -73,7 +73,7 @@ def test_float32_results_are_within_the_bound(half_gpu, width, tokens):
     relative, absolute = should.bounds(np.float32)
     chain, lines, wrong = sums.matmul(x, w.T), [], False
     for name, found in results.items():
-        error = measure(found, should.value)
+        error = difference_of(found, should.value)
         lines.append(
             f"  {name}: error {error.relative:.2e}, allowed {relative:.2e}; at most {error.absolute:.2e}, "
             f"allowed {absolute:.2e}; {(found == chain).mean():.0%} of the numbers are those of one chain"
@@ -92,7 +92,7 @@ def test_a_result_in_16_bits_is_within_the_bound_of_a_cpu(half_gpu):
     on_gpu = [half_gpu.from_host(array) for array in (x, w)]
     found = half_gpu.to_host(half_gpu.xp.matmul(on_gpu[0], on_gpu[1].T))
     should = expected.linear(x, w)
-    error, (relative, absolute) = measure(found, should.value), should.bounds(dtype)
+    error, (relative, absolute) = difference_of(found, should.value), should.bounds(dtype)
     print(f"\n{dtype}, 14336 terms: error {error.relative:.2e}, allowed {relative:.2e}")
     assert error.relative <= relative
     assert error.absolute <= absolute

@@ -15,9 +15,9 @@ import pytest
 from chromium import CHROMIUM, needs_chromium
 from served import Served, write_chatty
 
-from minitp.server.answers import event
 from minitp.server.app import PAGE
-from minitp.server.body import ApiError
+from minitp.server.requests import ApiError
+from minitp.server.responses import event
 
 pytestmark = pytest.mark.mpi
 

@@ -162,7 +162,7 @@ def test_large_objects_may_take_their_time(pair):
         "wait.LOST_S = 0.02\n"
         "from minitp.comm.mpi import MpiComm\n"
         "comm = MpiComm()\n"
-        "parts = comm.exchange(bytes(300_000_000) if comm.rank == 0 else b'')\n"
+        "parts = comm.allgather_object(bytes(300_000_000) if comm.rank == 0 else b'')\n"
         "assert [len(part) for part in parts] == [300_000_000, 0]"
     )
     done = pair[0].run(*MPIRUN, "-n", 2, sys.executable, "-c", code)
@@ -177,7 +177,7 @@ def test_a_rank_that_does_not_come_to_the_end(pair):
         "from minitp.comm.mpi import MpiComm\n"
         "from minitp.launch.transport import select_host_comm\n"
         "comm = select_host_comm(MpiComm())\n"
-        "comm.exchange(None)\n"
+        "comm.allgather_object(None)\n"
         "if comm.rank == 3: time.sleep(60)\n"
         "try: comm.close()\n"
         "except Exception as error:\n"

@@ -1,6 +1,6 @@
 """The kernels of a model, each a .cu with a Python file of the same name, compiled for the model's shapes.
 
-A token:        begin_step, linear (all products), attention_decode, sample; with several ranks all_reduce
+A token:        begin_decode, linear (all products), attention_decode, sample; with several ranks all_reduce
 A prompt:       rms_norm, cache_write, attention_prefill, swiglu
 Several ranks:  join_columns, which puts gathered logits side by side
 bench:          read_memory
@@ -11,7 +11,7 @@ from functools import cached_property
 from minitp.cuda.compiler import Compiler
 from minitp.cuda.kernels.attention_decode import AttentionDecode
 from minitp.cuda.kernels.attention_prefill import AttentionPrefill
-from minitp.cuda.kernels.begin_step import BeginStep
+from minitp.cuda.kernels.begin_decode import BeginDecode
 from minitp.cuda.kernels.cache_write import CacheWrite
 from minitp.cuda.kernels.join_columns import JoinColumns
 from minitp.cuda.kernels.linear import Linear
@@ -24,7 +24,7 @@ class Kernels:
     """The kernels of one rank's model, compiled, or found in CuPy's cache.
 
     Those of a prompt are compiled here, while nobody waits for this rank; those of a decoding step depend on
-    the batch, see `DecodeStep`.
+    the batch, see `DecodeGraph`.
 
     Parameters
     ----------
@@ -50,9 +50,9 @@ class Kernels:
     def sample(self):
         return Sample(self.compiler)
 
-    def begin_step(self, block_size):
+    def begin_decode(self, block_size):
         """For caches of such blocks."""
-        return BeginStep(self.compiler, block_size, self._model.vocab_start)
+        return BeginDecode(self.compiler, block_size, self._model.vocab_start)
 
     def attention_prefill(self, block_size):
         """For caches of such blocks."""

@@ -18,7 +18,7 @@ from minitp.bench.runs import StepTimer, keys_read, profile, timed_batch, timed_
 from minitp.bench.table import lines
 from minitp.cli.bench import contexts
 from minitp.comm import run_threads
-from minitp.comm.single import Alone, OneOfMany
+from minitp.comm.single import ShardOnly, SingleRank
 from minitp.device import Device
 from minitp.load import load_model
 from minitp.loading.source import open_model
@@ -60,7 +60,7 @@ def counted_model(directory, tp, comm, **shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bare_products_are_those_of_the_model(tmp_path, shape, tp):
     """The same shapes as often, for a prompt, for a token, and for one token each of two sequences."""
-    model = counted_model(tmp_path, tp, OneOfMany(tp - 1, tp), **SHAPES[shape])
+    model = counted_model(tmp_path, tp, ShardOnly(tp - 1, tp), **SHAPES[shape])
     products, shapes = BareProducts(model), model.device.xp.shapes
     caches = [model.new_cache(), model.new_cache()]
     last = slice(-1, None)
@@ -82,19 +82,19 @@ def test_bare_products_are_those_of_the_model(tmp_path, shape, tp):
 
 
 def test_bytes_of_a_pass_are_those_of_the_matrices(tmp_path):
-    model = counted_model(tmp_path, 1, Alone())
+    model = counted_model(tmp_path, 1, SingleRank())
     products = BareProducts(model)
     products.run([(1, 1)], logit_rows=1)
     of_weights = [shapes for shapes in model.device.xp.shapes if shapes[0][0] == 1 and shapes[1][0] >= 32]
     counts = model.device.xp.shapes
     elements = sum(b[0] * b[1] * counts[a, b] for a, b in of_weights)
-    assert total_elements(Alone(), products) == elements
+    assert total_elements(SingleRank(), products) == elements
     assert products.cache_bytes(10) == 4 * 2 * 2 * 2 * 10 * 8  # layers, k and v, KV heads, keys, head_dim
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_a_share_has_the_shapes_of_its_rank(tmp_path, tp):
-    """OneOfMany computes what the rank computes in company, from the same weights up to the first sum."""
+    """ShardOnly computes what the rank computes in company, from the same weights up to the first sum."""
     source = open_model(str(write_tiny(tmp_path)), tp)
 
     def first_partial(model):
@@ -108,7 +108,7 @@ def test_a_share_has_the_shapes_of_its_rank(tmp_path, tp):
         return first_partial(load_model(source, comm, Device(np, np.dtype(np.float32))))
 
     for rank, (partial, shapes, whole) in enumerate(run_threads(tp, in_company)):
-        alone = load_model(source, OneOfMany(rank, tp), Device(np, np.dtype(np.float32)))
+        alone = load_model(source, ShardOnly(rank, tp), Device(np, np.dtype(np.float32)))
         own_partial, own_shapes, own_whole = first_partial(alone)
         assert np.array_equal(own_partial, partial)
         assert own_shapes == shapes
@@ -133,7 +133,7 @@ def test_a_timer_charges_each_step_with_its_own_time():
 
 
 def test_a_profile_has_every_step_once(tmp_path):
-    model = counted_model(tmp_path, 1, Alone())
+    model = counted_model(tmp_path, 1, SingleRank())
     for seconds in profile(model, [1, 2, 3, 4], steps=3):
         named = []
         for step in seconds:
@@ -173,7 +173,7 @@ def test_a_run_counts_only_its_own_time(tmp_path):
 
 
 def test_a_batch_step_decodes_every_sequence(tmp_path):
-    model = counted_model(tmp_path, 1, Alone())
+    model = counted_model(tmp_path, 1, SingleRank())
     model.device.xp.shapes.clear()
     assert timed_batch(model, [1, 2, 3], sequences=3, steps=4) > 0
     gate_up = model.weights.layers[0].w_gate_up.shape

@@ -8,7 +8,7 @@ from paths import GOLDENS
 from tiny import UNEVEN, write_tiny
 
 from minitp.check import expected
-from minitp.check.difference import Difference, measure
+from minitp.check.difference import Difference, difference_of
 from minitp.check.plan import plan_problems
 from minitp.check.result import CheckResult, Finding
 from minitp.check.run import check_model
@@ -167,7 +167,7 @@ def test_a_wrong_plan_is_all_that_is_said(uneven):
 
 def test_measure_says_how_far_and_where():
     expected = np.array([[3.0, 0.0], [4.0, 12.0]])  # of length 13
-    found = measure(np.array([[3.0, 0.5], [2.8, 12.0]]), expected)
+    found = difference_of(np.array([[3.0, 0.5], [2.8, 12.0]]), expected)
     assert found.relative == pytest.approx(1.3 / 13)
     assert found.absolute == pytest.approx(1.2)
     assert found.index == (1, 0)
@@ -194,7 +194,7 @@ def test_measure_says_how_far_and_where():
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_measure_of_odd_numbers(value, expected, relative, absolute, dtype):
-    found = measure(np.array(value, open_device(dtype).dtype), np.array(expected, np.float64))
+    found = difference_of(np.array(value, open_device(dtype).dtype), np.array(expected, np.float64))
     # 1e-9 is not a number of every dtype: to three digits in bfloat16, and zero in float16.
     if dtype == "float16" and absolute == 1e-9:
         relative = absolute = 0
@@ -207,7 +207,7 @@ def test_the_bound_of_a_large_array_is_twice_the_third_implementation():
     for dtype in DTYPES:
         dtype = open_device(dtype).dtype
         should = expected.linear(x.astype(dtype), w.astype(dtype))
-        third = measure(should.third, should.value)
+        third = difference_of(should.low_precision_reference, should.value)
         relative, absolute = should.bounds(dtype)
         # Of 19200 errors the norm is known to a hundredth; the slack for luck is to be no more than a tenth.
         assert 2 * third.relative <= relative <= 2.2 * third.relative
@@ -222,7 +222,7 @@ def test_a_product_that_is_a_single_large_number_has_a_single_error():
         x, w = rng.standard_normal((1, 384), np.float32), rng.standard_normal((576, 384), np.float32) / 20
         x[0, 7], w[300, 7] = 1000, 10
         should = expected.linear(x, w)
-        found, (relative, absolute) = measure(x @ w.T, should.value), should.bounds(np.float32)
+        found, (relative, absolute) = difference_of(x @ w.T, should.value), should.bounds(np.float32)
         assert found.relative <= relative
         assert found.absolute <= absolute
 
@@ -235,13 +235,13 @@ def test_rows_that_are_alike_are_no_more_samples():
         x, w, bias = (a.astype(dtype) for a in (np.repeat(row, 24, axis=0), w, bias))
         should = expected.linear(x, w, bias)
         product = (x.astype(np.float32) @ w.T.astype(np.float32)).astype(dtype)
-        assert measure(product + bias, should.value).relative <= should.bounds(dtype, repeats=24)[0]
+        assert difference_of(product + bias, should.value).relative <= should.bounds(dtype, repeats=24)[0]
 
 
 def test_an_overflow_allows_nothing():
     x = np.full((1, 100), 30, np.float16)
     should = expected.linear(x, np.concatenate((x, x / 30)))  # 90000, which float16 has not, and 3000
-    assert np.isinf(should.third[0, 0])
+    assert np.isinf(should.low_precision_reference[0, 0])
     _, absolute = should.bounds(np.float16)
     assert absolute < 100
 
@@ -251,7 +251,7 @@ def test_a_wide_input_does_not_make_a_bound_narrow():
     rng, dtype = np.random.default_rng(0), open_device("bfloat16").dtype
     gate, up = rng.standard_normal((2, 20, 30), np.float32)
     should = expected.swiglu(gate, up)
-    error, bounds = measure(should.value.astype(dtype), should.value), should.bounds(dtype)
+    error, bounds = difference_of(should.value.astype(dtype), should.value), should.bounds(dtype)
     assert error.relative <= bounds[0]
     assert error.absolute <= bounds[1]
     assert should.bounds(np.float32)[0] < error.relative
@@ -274,8 +274,8 @@ def test_a_finding_is_wrong_from_its_bound_on():
     assert not finding("mlp.out", 0, 0, note="shape").ok
     exact = replace(finding("embed", 0, 0), bounds=(0.0, 0.0))
     assert exact.ok
-    assert replace(exact, local=Difference(0.0, 1e-30, [])).share == np.inf
-    assert replace(exact, local=None).share == np.inf
+    assert replace(exact, local=Difference(0.0, 1e-30, [])).ratio == np.inf
+    assert replace(exact, local=None).ratio == np.inf
     assert replace(exact, local=Difference(0.0, 0.0, []), bounds=(0.0, 1.0)).ok
 
 

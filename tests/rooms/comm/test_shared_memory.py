@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from minitp.comm.mpi import MpiComm
 from mpi4py import MPI
-from minitp.comm.hierarchical import SeveralHostsComm
+from minitp.comm.hierarchical import HierarchicalComm
 from minitp.launch.transport import select_host_comm
 from minitp.comm.shared_memory import SharedMemoryComm
 
@@ -27,7 +27,7 @@ if len(set(host_of)) == 1:
     comm = select_host_comm(mpi, "shm")
     assert type(comm) is SharedMemoryComm and type(select_host_comm(mpi, "mpi")) is MpiComm
 else:
-    comm = SeveralHostsComm(MPI.COMM_WORLD.Split(host_of[mpi.rank]))
+    comm = HierarchicalComm(MPI.COMM_WORLD.Split(host_of[mpi.rank]))
 rng, mine = np.random.default_rng(0), comm.rank
 SLOT = {SLOT_BYTES}
 for n in (1, 7, SLOT // 4, SLOT // 4 + 1, 5 * SLOT // 8, 0):
@@ -44,7 +44,7 @@ for widths in ([3, 2, 2, 2], [0, 1, 0, 5], [SLOT // 8, 1, SLOT // 4 + 3, 2]):
     assert (comm.all_gather(parts[mine], widths) == np.concatenate(parts, axis=-1)).all(), widths
 for value in (None, (5, False), "x" * (SLOT - 8), "y" * SLOT, b"z" * (3 * SLOT + 1), list(range(300_000))):
     assert comm.broadcast(value if mine == 0 else "ignored") == value
-    assert comm.exchange(mine) == list(range(comm.size))
+    assert comm.allgather_object(mine) == list(range(comm.size))
 for i in range(8_000):  # far more meetings than slots, with no other wait between them
     x = np.full(5, 1 + i * comm.size + mine, np.float64)
     assert comm.all_reduce(x)[4] == sum(1 + i * comm.size + r for r in range(comm.size)), i

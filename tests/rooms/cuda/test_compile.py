@@ -19,7 +19,7 @@ VARIANTS = {
     "all_reduce.cu": [{"RANKS": 2}, {"RANKS": 8}],
     "attention_decode.cu": PAGED,
     "attention_prefill.cu": PAGED,
-    "begin_step.cu": [{}],
+    "begin_decode.cu": [{}],
     "cache_write.cu": [{"HEAD_DIM": 128}],
     "linear.cu": [
         {"TOKEN_TILES": 1, "PAIR_TILES": 1},

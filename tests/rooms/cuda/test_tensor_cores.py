@@ -13,7 +13,7 @@ from on_gpu import model_on_gpu, run_on_gpus
 from tiny import write_tiny
 
 from minitp.check import expected
-from minitp.check.difference import measure
+from minitp.check.difference import difference_of
 from minitp.check.run import check_model
 from minitp.check.sums import IN_FLOAT32, TENSOR_CORES, sums_of
 from minitp.cuda.kernels.linear import Linear
@@ -172,14 +172,14 @@ def test_check_allows_what_tensor_cores_do_and_no_more(dtype, width):
     should = expected.linear(x, w, dtype=np.float32, sums=HOPPER)
     relative, absolute = should.bounds(np.float32)
     for found in (HOPPER.matmul(x, w.T), in_parts, np.matmul(x, w.T, dtype=np.float32)):
-        error = measure(found, should.value)
+        error = difference_of(found, should.value)
         assert error.relative <= relative
         assert error.absolute <= absolute
     chain = relative_error(HOPPER.matmul(x, w.T), should.value)
     assert 2 * chain <= relative <= 2.5 * chain
     if width == 4096:
         assert expected.linear(x, w, dtype=np.float32).bounds(np.float32)[0] < chain, "a CPU's bound"
-    wrong = measure(in_parts * np.float32(1 + 3 * chain), should.value)
+    wrong = difference_of(in_parts * np.float32(1 + 3 * chain), should.value)
     assert wrong.relative > relative
 
 
@@ -190,10 +190,10 @@ def test_a_few_sums_may_be_near_by_luck():
         x, w = (rng.standard_normal((rows, 2048)).astype(np.float16) for rows in (1, 3))
         order = rng.permutation(2048)
         should = expected.linear(x, w, dtype=np.float32, sums=HOPPER)
-        capped = expected.soft_cap(should.unseen(np.float32), 100)  # as Gemma 2 does
+        capped = expected.soft_cap(should.not_recorded(np.float32), 100)  # as Gemma 2 does
         found = HOPPER.matmul(x[:, order], w[:, order].T)
         for y, this in ((found, should), (soft_cap(np, found, 100), capped)):
-            error, (relative, absolute) = measure(y, this.value), this.bounds(np.float32)
+            error, (relative, absolute) = difference_of(y, this.value), this.bounds(np.float32)
             assert error.relative <= relative
             assert error.absolute <= absolute
 

@@ -8,7 +8,7 @@ from engine_requests import CONTEXT, SHAPES, alone, check_blocks, requests, serv
 from tiny import write_tiny
 
 from minitp.comm import run_threads
-from minitp.comm.single import Alone
+from minitp.comm.single import SingleRank
 from minitp.device import open_device
 from minitp.engine.blocks import BlockAllocator
 from minitp.engine.engine import Engine
@@ -48,16 +48,16 @@ def test_each_request_as_if_alone(tmp_path, shape, tp, blocks, block_size, limit
 
 
 def tiny_model(tmp_path):
-    return load_model(open_model(str(write_tiny(tmp_path)), 1), Alone(), open_device("float32"))
+    return load_model(open_model(str(write_tiny(tmp_path)), 1), SingleRank(), open_device("float32"))
 
 
 def test_blocks_run_out_and_all_come_back(tmp_path):
     model, wanted = tiny_model(tmp_path), requests(10, seed=3)
     expected = [alone(model, request) for request in wanted]
     scheduler = served(model, wanted, blocks=20, block_size=4)
-    assert scheduler.preempted > 0
+    assert scheduler.num_preempted > 0
     assert [request.token_ids for request in wanted] == expected
-    assert scheduler.allocator.available == 20
+    assert scheduler.allocator.num_free_blocks == 20
     assert (scheduler.running, scheduler.waiting) == ([], [])
 
 
@@ -68,10 +68,10 @@ def test_a_step_has_no_more_tokens_than_allowed_and_decodes_everybody(tmp_path):
     scheduler = engine.scheduler
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
     quick, long = (Request(params, (), prompt, CONTEXT) for prompt in ([1, 2, 3], list(range(60))))
-    sizes, plan = [], scheduler.plan
-    scheduler.plan = lambda: (lambda p: sizes.append(p and [len(t) for _, t, _ in p.parts]) or p)(plan())
+    sizes, plan = [], scheduler.schedule
+    scheduler.schedule = lambda: (lambda p: sizes.append(p and [len(t) for _, t, _ in p.chunks]) or p)(plan())
     engine.add(quick)
-    engine.step()
+    engine.run_batch()
     engine.add(long)
     engine.run()
     assert sizes == [[3], *[[1, 9]] * 6, [1, 6], *[[1, 1]] * 4, *[[1]] * 7, None]
@@ -89,7 +89,7 @@ def test_a_known_beginning_is_not_computed_again(tmp_path):
     )
     same = [Request(params, (), list(range(19)), CONTEXT) for _ in range(3)]
     engine.add(same[0])
-    engine.step()
+    engine.run_batch()
     engine.add(same[1])
     engine.run()
     engine.add(same[2])
@@ -105,18 +105,18 @@ def test_a_removed_request_frees_its_blocks_at_once(tmp_path):
     scheduler = engine.scheduler
     for request in wanted:
         engine.add(request)
-    engine.step()
-    before = scheduler.allocator.available
+    engine.run_batch()
+    before = scheduler.allocator.num_free_blocks
     scheduler.remove(wanted[1])  # runs
-    assert scheduler.allocator.available > before
+    assert scheduler.allocator.num_free_blocks > before
     check_blocks(scheduler)
     scheduler.remove(wanted[3])  # waits
     engine.run()
     assert [len(request.token_ids) for request in wanted][3] == 0
     assert [wanted[n].token_ids for n in (0, 2)] == [expected[n] for n in (0, 2)]
-    assert scheduler.allocator.available == 100
+    assert scheduler.allocator.num_free_blocks == 100
     engine.add(requests(1)[0])
-    engine.step()
+    engine.run_batch()
     assert len(engine._caches) == 1, "those that left are forgotten"
 
 
@@ -131,8 +131,8 @@ def test_the_same_prompt_again(tmp_path, length):
         request = Request(params, (), list(range(50, 50 + length)), CONTEXT)
         engine.add(request)
         for _ in range(5):
-            assert engine.step() is not None
-        assert engine.step() is None
+            assert engine.run_batch() is not None
+        assert engine.run_batch() is None
         results.append(request.token_ids)
     assert results[0] == results[1]
 
@@ -196,39 +196,39 @@ def test_keys_say_all_that_comes_before():
 
 def test_the_block_left_longest_ago_is_evicted_first():
     allocator = BlockAllocator(blocks=3, block_size=2)
-    first, second, third = allocator.take(3)
+    first, second, third = allocator.allocate(3)
     for block, key in ((first, b"1"), (second, b"2"), (third, b"3")):
-        allocator.prefixes.remember(block, key)
-    allocator.release([second])
-    allocator.release([first, third])  # a prefix: its end goes before its beginning
-    assert allocator.take(4) is None
-    assert allocator.find([b"2"]) == [second]  # in use again
-    assert allocator.take(1) == [third]
-    assert allocator.find([b"3"]) == []
-    assert allocator.find([b"1", b"3"]) == [first]
-    assert allocator.available == 0
+        allocator.prefixes.register(block, key)
+    allocator.free([second])
+    allocator.free([first, third])  # a prefix: its end goes before its beginning
+    assert allocator.allocate(4) is None
+    assert allocator.lookup([b"2"]) == [second]  # in use again
+    assert allocator.allocate(1) == [third]
+    assert allocator.lookup([b"3"]) == []
+    assert allocator.lookup([b"1", b"3"]) == [first]
+    assert allocator.num_free_blocks == 0
 
 
 def test_a_shared_block_is_free_when_its_last_user_leaves():
     allocator = BlockAllocator(blocks=2, block_size=2)
-    (block,) = allocator.take(1)
-    allocator.prefixes.remember(block, b"k")
-    assert allocator.find([b"k"]) == [block]
-    allocator.release([block])
-    assert allocator.available == 1
-    allocator.release([block])
-    assert allocator.available == 2
+    (block,) = allocator.allocate(1)
+    allocator.prefixes.register(block, b"k")
+    assert allocator.lookup([b"k"]) == [block]
+    allocator.free([block])
+    assert allocator.num_free_blocks == 1
+    allocator.free([block])
+    assert allocator.num_free_blocks == 2
 
 
 def test_of_two_blocks_with_the_same_content_one_is_remembered():
     allocator = BlockAllocator(blocks=2, block_size=2)
-    a, b = allocator.take(2)
-    allocator.prefixes.remember(a, b"k")
-    allocator.prefixes.remember(b, b"k")
-    allocator.release([b])
-    assert allocator.take(1) == [b]
-    allocator.release([a])
-    assert allocator.find([b"k"]) == [a]
+    a, b = allocator.allocate(2)
+    allocator.prefixes.register(a, b"k")
+    allocator.prefixes.register(b, b"k")
+    allocator.free([b])
+    assert allocator.allocate(1) == [b]
+    allocator.free([a])
+    assert allocator.lookup([b"k"]) == [a]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -240,7 +240,7 @@ def test_books_against_a_plain_list(seed):
     for n in range(2000):
         action = rng.integers(3)
         if action == 0:
-            blocks = allocator.take(int(rng.integers(1, 4)))
+            blocks = allocator.allocate(int(rng.integers(1, 4)))
             if blocks is None:
                 continue
             for block in blocks:
@@ -248,18 +248,18 @@ def test_books_against_a_plain_list(seed):
                 content[block] = bytes([n % 256])
                 if rng.random() < 0.7:
                     content[block] = str(rng.integers(6)).encode()
-                    allocator.prefixes.remember(block, content[block])
+                    allocator.prefixes.register(block, content[block])
         elif action == 1:
             keys = [str(k).encode() for k in rng.integers(6, size=3)]
-            blocks = allocator.find(keys)
+            blocks = allocator.lookup(keys)
             assert [content[block] for block in blocks] == keys[: len(blocks)]
         elif held:
             blocks = held.pop(int(rng.integers(len(held))))
             users.subtract(blocks)
-            allocator.release(blocks)
+            allocator.free(blocks)
             continue
         else:
             continue
         users.update(blocks)
         held.append(blocks)
-        assert allocator.available == sum(users[block] == 0 for block in range(9))
+        assert allocator.num_free_blocks == sum(users[block] == 0 for block in range(9))

@@ -12,7 +12,7 @@ from minitp.cli.shared_options import llm_options
 from minitp.engine.client import StartedRanks
 from minitp.engine.options import EngineOptions
 from minitp.errors import InputError
-from minitp.launch.supervisor import Job
+from minitp.launch.supervisor import RankProcesses
 
 OTHER = EngineOptions(
     model="somewhere",
@@ -44,7 +44,7 @@ def test_ranks_are_started_with_all_of_them(monkeypatch):
         started.append(command)
         raise InputError("as far as this test goes")
 
-    monkeypatch.setattr(Job, "start", start)
+    monkeypatch.setattr(RankProcesses, "start", start)
     with pytest.raises(InputError):
         StartedRanks(OTHER, 3)
     args = parser().parse_args(started[0][-2:])

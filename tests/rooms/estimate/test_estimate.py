@@ -9,12 +9,12 @@ from llama_shapes import llama
 from tiny import CONFIG, write_tiny
 
 from minitp.comm import run_threads
-from minitp.comm.single import Alone
+from minitp.comm.single import SingleRank
 from minitp.device import open_device
 from minitp.estimate.estimate import (
-    Job,
     Pass,
     Spread,
+    Workload,
     all_reduce_seconds,
     cache_bytes,
     cache_room,
@@ -32,14 +32,14 @@ from minitp.load import load_model
 from minitp.loading.config import parse_config
 from minitp.loading.source import open_config, open_model
 from minitp.loading.weights import shard_nbytes
-from minitp.model import Sequence
+from minitp.model import SequenceSlice
 from minitp.shard import make_plan
 
 TINY = parse_config(CONFIG, "tiny")  # D 32, F 48, V 258, 2 layers, 4 query and 2 KV heads of 8
 WINDOWED = dataclasses.replace(TINY, sliding_window=3)
 DEMO = open_config("smollm2")
 MISTRAL = open_config("random:mistral-7b")
-JOB = Job(context=4096, prompt=512)
+WORKLOAD = Workload(context=4096, prompt=512)
 H100, A100 = GPUS["h100"], GPUS["a100"]
 
 # Of one layer, not split: norms 2 x 32, q and o 32 x 32, k and v 16 x 32, gate, up and down 48 x 32.
@@ -82,7 +82,7 @@ def test_cache_by_hand():
 
 def test_uneven_heads_follow_the_plan():
     """Nine query heads on three KV heads over four ranks: rank 0 has three heads, rank 2 two KV heads."""
-    found = estimate(DEMO, two_cores(), Spread(4, 1), "float32", JOB)
+    found = estimate(DEMO, two_cores(), Spread(4, 1), "float32", WORKLOAD)
     plan = make_plan(DEMO, 4)
     assert found.weight_bytes_per_rank == weight_bytes(plan, 0, "float32")
     assert found.weight_bytes_per_rank > weight_bytes(plan, 3, "float32")
@@ -143,11 +143,11 @@ def test_sliding_window_bounds_what_is_read():
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7])
 def test_keys_and_pairs_are_those_of_the_model(window):
-    """`model.Sequence` decides which keys a pass reads, and its mask which of them each token sees."""
+    """`model.SequenceSlice` decides which keys a pass reads, and its mask which of them each token sees."""
     for past in (0, 1, 2, 6, 12):
         for tokens in (1, 2, 5):
             work = Pass(1, tokens, past)
-            real = Sequence(np, slice(0, tokens), SimpleNamespace(length=past), window)
+            real = SequenceSlice(np, slice(0, tokens), SimpleNamespace(length=past), window)
             keys = past + tokens - real.first_key
             seen = keys if real.mask is None else int(np.sum(real.mask))
             assert (work.keys(window), work.pairs(window)) == (keys, seen), (past, tokens)
@@ -156,14 +156,14 @@ def test_keys_and_pairs_are_those_of_the_model(window):
 def test_collectives_are_those_of_the_model(tiny):
     """The embedding, attention and MLP of each layer, the logits."""
     source, calls = open_model(str(tiny), 1), []
-    model = load_model(source, Alone(), open_device())
+    model = load_model(source, SingleRank(), open_device())
     for name in ("all_reduce", "all_gather"):
         real = getattr(model.comm, name)
         setattr(model.comm, name, lambda *args, real=real: calls.append(real) or real(*args))
     model.forward([1], model.new_cache(), logits_at=slice(-1, None))
     assert collectives(source.config, 2) == len(calls) == 2 * 2 + 2
     assert collectives(source.config, 1) == 0
-    assert estimate(MISTRAL, H100, Spread(4, 1), "bfloat16", JOB).collectives_per_token == 66
+    assert estimate(MISTRAL, H100, Spread(4, 1), "bfloat16", WORKLOAD).collectives_per_token == 66
 
 
 # --- what fits ------------------------------------------------------------------------------------------
@@ -191,20 +191,22 @@ def test_ranks_of_a_cpu_share_its_memory():
 def test_longest_context_is_the_memory_s_or_the_model_s():
     plan = make_plan(TINY, 1)
     weights, each = weight_bytes(plan, 0, "bfloat16"), cache_bytes(TINY, plan, 0, "bfloat16")
-    job = Job(context=100, prompt=10)
-    little = estimate(TINY, gpu(memory_bytes=weights + 250 * each), Spread(1, 1), "bfloat16", job)
+    workload = Workload(context=100, prompt=10)
+    little = estimate(TINY, gpu(memory_bytes=weights + 250 * each), Spread(1, 1), "bfloat16", workload)
     assert (little.longest_context_tokens, little.longest_context_limited_by) == (250, "memory")
     assert (little.largest_batch, little.batch, little.fits) == (2, 2, True)
-    much = estimate(TINY, gpu(memory_bytes=weights + 1000 * each), Spread(1, 1), "bfloat16", job)
+    much = estimate(TINY, gpu(memory_bytes=weights + 1000 * each), Spread(1, 1), "bfloat16", workload)
     assert (much.longest_context_tokens, much.longest_context_limited_by) == (512, "model")
     assert much.largest_batch == 10
 
 
 def test_what_does_not_fit_has_no_speed():
-    job = dataclasses.replace(JOB, batch=13)
+    workload = dataclasses.replace(WORKLOAD, batch=13)
     for batch, fits in ((12, True), (13, False)):
-        job = dataclasses.replace(JOB, batch=batch)
-        found = estimate(open_config("random:llama-3-8b"), GPUS["rtx-4090"], Spread(1, 1), "bfloat16", job)
+        workload = dataclasses.replace(WORKLOAD, batch=batch)
+        found = estimate(
+            open_config("random:llama-3-8b"), GPUS["rtx-4090"], Spread(1, 1), "bfloat16", workload
+        )
         assert (found.fits, found.largest_batch, found.batch) == (fits, 12, batch)
         for name, value in dataclasses.asdict(found).items():
             if name.endswith(("_s", "_limit", "_expected")):
@@ -212,14 +214,14 @@ def test_what_does_not_fit_has_no_speed():
 
 
 def test_smallest_tp():
-    assert smallest_tp(MISTRAL, H100, "bfloat16", JOB) == 1
-    assert smallest_tp(MISTRAL, GPUS["rtx-4090"], "float32", JOB) == 2
-    assert smallest_tp(MISTRAL, gpu(memory_bytes=6e9), "bfloat16", JOB) == 3, "no power of two needed"
-    assert smallest_tp(MISTRAL, gpu(memory_bytes=1e8), "bfloat16", JOB) is None
-    assert smallest_tp(MISTRAL, two_cores(), "float32", JOB) is None, "all ranks share 24 GB"
-    many = dataclasses.replace(JOB, batch=12)
+    assert smallest_tp(MISTRAL, H100, "bfloat16", WORKLOAD) == 1
+    assert smallest_tp(MISTRAL, GPUS["rtx-4090"], "float32", WORKLOAD) == 2
+    assert smallest_tp(MISTRAL, gpu(memory_bytes=6e9), "bfloat16", WORKLOAD) == 3, "no power of two needed"
+    assert smallest_tp(MISTRAL, gpu(memory_bytes=1e8), "bfloat16", WORKLOAD) is None
+    assert smallest_tp(MISTRAL, two_cores(), "float32", WORKLOAD) is None, "all ranks share 24 GB"
+    many = dataclasses.replace(WORKLOAD, batch=12)
     assert smallest_tp(open_config("random:llama-3-8b"), GPUS["rtx-4090"], "bfloat16", many) == 1
-    more = dataclasses.replace(JOB, batch=13)
+    more = dataclasses.replace(WORKLOAD, batch=13)
     assert smallest_tp(open_config("random:llama-3-8b"), GPUS["rtx-4090"], "bfloat16", more) == 2
 
 
@@ -324,7 +326,7 @@ def test_collectives_of_a_pass_by_hand():
 
 def test_share_of_the_collectives():
     spread = Spread(4, 1)
-    found = estimate(MISTRAL, H100, spread, "bfloat16", JOB)
+    found = estimate(MISTRAL, H100, spread, "bfloat16", WORKLOAD)
     decode = Pass(1, 1, 512)
     for efficiency, share, speed in (
         (LIMIT, found.collective_share_limit, found.decode_limit_tokens_per_s),
@@ -341,10 +343,10 @@ MODELS = ["random:mistral-7b", "random:llama-3-8b", "random:tinyllama-1.1b", "sm
 def test_what_physics_says(model):
     """The expected never beats the limit, and more of anything is never slower."""
     config = open_config(model)
-    job = Job(2048, 512)
+    workload = Workload(2048, 512)
 
-    def at(hardware, tp=1, nodes=1, job=job, config=config):
-        return estimate(config, hardware, Spread(tp, nodes), "bfloat16", job)
+    def at(hardware, tp=1, nodes=1, workload=workload, config=config):
+        return estimate(config, hardware, Spread(tp, nodes), "bfloat16", workload)
 
     for hardware in GPUS.values():
         for tp, nodes in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (9, 2)):
@@ -363,11 +365,13 @@ def test_what_physics_says(model):
     assert speeds == sorted(speeds), "only latency keeps more ranks from being faster"
     weights = [at(H100, tp).weight_bytes_per_rank for tp in (1, 2, 3, 4, 8)]
     assert weights == sorted(weights, reverse=True)
-    assert at(H100, job=Job(1024, 512)).largest_batch >= 2 * at(H100).largest_batch
-    longer = at(H100, job=Job(2048, 1024))
+    assert at(H100, workload=Workload(1024, 512)).largest_batch >= 2 * at(H100).largest_batch
+    longer = at(H100, workload=Workload(2048, 1024))
     assert longer.decode_limit_tokens_per_s < at(H100).decode_limit_tokens_per_s
     assert longer.prefill_limit_s > at(H100).prefill_limit_s
-    totals = [at(H100, job=Job(2048, 512, batch)).batch_limit_tokens_per_s for batch in (1, 2, 8, 32)]
+    totals = [
+        at(H100, workload=Workload(2048, 512, batch)).batch_limit_tokens_per_s for batch in (1, 2, 8, 32)
+    ]
     assert totals == sorted(totals)
     fewer = at(H100, config=config.with_layers(2, "test"))
     assert fewer.decode_limit_tokens_per_s > at(H100).decode_limit_tokens_per_s
@@ -380,7 +384,7 @@ def test_what_physics_says(model):
 @pytest.mark.parametrize(("tp", "measured"), [(1, 58), (2, 65), (4, 50)])
 def test_decoding_the_demo_model_on_two_cores(bytes_per_s, tp, measured):
     """docs/performance.md, whose runs have some 50 tokens in the cache."""
-    found = estimate(DEMO, two_cores(bytes_per_s), Spread(tp, 1), "float32", Job(4096, 50))
+    found = estimate(DEMO, two_cores(bytes_per_s), Spread(tp, 1), "float32", Workload(4096, 50))
     assert found.decode_expected_tokens_per_s == pytest.approx(measured, rel=0.15)
 
 
@@ -392,22 +396,22 @@ def test_collectives_of_the_demo_model_on_two_cores():
 
 
 def test_prefill_of_the_demo_model_on_two_cores():
-    found = estimate(DEMO, two_cores(), Spread(2, 1), "float32", JOB)
+    found = estimate(DEMO, two_cores(), Spread(2, 1), "float32", WORKLOAD)
     assert found.prefill_expected_s == pytest.approx(0.65, rel=0.3)
 
 
 def test_tinyllama_on_two_cores():
     """Its bare products ran at 10.1 tokens a second, at 41.8 GB/s."""
     config = open_config("random:tinyllama-1.1b")
-    found = estimate(config, two_cores(41.8e9), Spread(2, 1), "float32", Job(2048, 20))
+    found = estimate(config, two_cores(41.8e9), Spread(2, 1), "float32", Workload(2048, 20))
     assert found.decode_limit_tokens_per_s == pytest.approx(10.1, rel=0.02)
     assert found.decode_expected_tokens_per_s == pytest.approx(9.5, rel=0.1)
 
 
 @pytest.mark.parametrize(("batch", "measured"), [(1, 63), (8, 166), (32, 236), (96, 267)])
 def test_batches_of_the_demo_model_on_two_cores(batch, measured):
-    job = Job(1024, 512, batch)
-    found = estimate(DEMO, two_cores(45e9, 230e9), Spread(2, 1), "float32", job)
+    workload = Workload(1024, 512, batch)
+    found = estimate(DEMO, two_cores(45e9, 230e9), Spread(2, 1), "float32", workload)
     assert found.batch_expected_tokens_per_s == pytest.approx(measured, rel=0.2)
 
 
@@ -424,7 +428,7 @@ GPT_FAST = {
 def test_gpt_fast_on_a100(model):
     config, measured = GPT_FAST[model]
     for tp, tokens_per_s in measured.items():
-        found = estimate(config, A100, Spread(tp, 1), "bfloat16", Job(64, 5))
+        found = estimate(config, A100, Spread(tp, 1), "bfloat16", Workload(64, 5))
         # The one outlier: of the same model four GPUs are 2.3 times as fast as two.
         near = 0.27 if (model, tp) == ("Llama-3.1-70B", 2) else 0.09
         assert found.decode_expected_tokens_per_s == pytest.approx(tokens_per_s, rel=near), tp
@@ -435,7 +439,7 @@ def test_a_small_model_on_h100():
     """vLLM and SGLang reach at most half of the bandwidth with Llama-3.2-1B (Spector et al., 2025)."""
     config = llama(2048, 8192, 16, 32, 8, 128256, head_dim=64, tie_word_embeddings=True)
     theirs = dataclasses.replace(H100, memory_bytes_per_s=3.35e12, efficiency=A100.efficiency)
-    found = estimate(config, theirs, Spread(1, 1), "bfloat16", Job(256, 32))
+    found = estimate(config, theirs, Spread(1, 1), "bfloat16", Workload(256, 32))
     share = found.decode_expected_tokens_per_s / found.decode_limit_tokens_per_s
     assert share == pytest.approx(0.5, rel=0.1)
 
@@ -447,7 +451,7 @@ MEASURED = {"h100": {1: 179.4, 8: 1284, 32: 4022}, "h200": {1: 247.2, 8: 1681, 3
 @pytest.mark.parametrize("name", MEASURED)
 def test_minitp_on_a_gpu(name):
     for batch, measured in MEASURED[name].items():
-        found = estimate(MISTRAL, GPUS[name], Spread(1, 1), "bfloat16", Job(4096, 512, batch))
+        found = estimate(MISTRAL, GPUS[name], Spread(1, 1), "bfloat16", Workload(4096, 512, batch))
         assert found.batch_expected_tokens_per_s == pytest.approx(measured, rel=0.05), batch
-    prompt = estimate(MISTRAL, GPUS[name], Spread(1, 1), "bfloat16", Job(4096, 2048))
+    prompt = estimate(MISTRAL, GPUS[name], Spread(1, 1), "bfloat16", Workload(4096, 2048))
     assert prompt.prefill_expected_s == pytest.approx(0.056, rel=0.05)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from served import Served, write_chatty
 from tiny import write_tiny
 
-from minitp.server.body import CHAT as CHAT_FIELDS
-from minitp.server.body import COMMON, COMPLETION, NOTHING
+from minitp.server.requests import CHAT as CHAT_FIELDS
+from minitp.server.requests import COMMON, COMPLETION, NOTHING
 
 pytestmark = pytest.mark.mpi
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

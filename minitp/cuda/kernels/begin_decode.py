@@ -1,11 +1,11 @@
-"""Launches begin_step.cu: what a decode step does before its first layer and after its last."""
+"""Launches begin_decode.cu: what a decode step does before its first layer and after its last."""
 
 import numpy as np
 
 THREADS = 256
 
 
-class BeginStep:
+class BeginDecode:
     """Embed the tokens, and find their angles and their places in the cache, by what is on the device.
 
     Parameters
@@ -18,8 +18,8 @@ class BeginStep:
     """
 
     def __init__(self, compiler, block_size, first_row):
-        self._begin = compiler.kernel("begin_step.cu", "begin_step")
-        self._end = compiler.kernel("begin_step.cu", "end_step")
+        self._begin = compiler.kernel("begin_decode.cu", "begin_decode")
+        self._end = compiler.kernel("begin_decode.cu", "end_decode")
         self._block_size, self._first_row = block_size, first_row
 
     def __call__(

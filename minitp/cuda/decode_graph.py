@@ -1,6 +1,6 @@
 """One token of each of some sequences through the fused kernels: the step that a CUDA graph holds.
 
-    begin_step       tokens -> x, and each one's angles and place in the cache
+    begin_decode       tokens -> x, and each one's angles and place in the cache
     per layer        one sequence on one rank             several sequences or ranks
       linear.qkv     norm, q k v, RoPE, cache             rms_norm, then the same without the norm
       attention      all heads, split over the keys       the same
@@ -9,7 +9,7 @@
       linear.swiglu  norm, gate up, SwiGLU                rms_norm, then the same without the norm
       linear         w_down and + residual                as w_o
     linear.logits    [norm,] this rank's vocabulary; all-gather, join_columns
-    sample, end_step the next tokens, where the device chooses them; lengths + 1
+    sample, end_decode the next tokens, where the device chooses them; lengths + 1
 
 Everything that changes from step to step (tokens, lengths, block tables) is read from memory on the GPU, and
 all memory is allocated before: so a step is captured once for each batch size and launched again for every
@@ -21,13 +21,13 @@ import numpy as np
 from minitp.cuda.comm import LocalComm
 from minitp.cuda.loader import padded
 from minitp.model import unrecorded
-from minitp.paged_cache import rows_of_positions
+from minitp.paged_cache import slot_mapping
 
 PADDING = -1  # the length of a row that only fills the batch
 HOST_CHOOSES = -1.0  # the temperature of a row whose next token comes from the host
 
 
-class DecodeStep:
+class DecodeGraph:
     """A decoding step of `batch` rows over one pool.
 
     Parameters
@@ -51,7 +51,7 @@ class DecodeStep:
         c, device = model.config, model.device
         self.comm = model.comm
         kernels, cupy = model.kernels, device.cupy
-        self._begin = kernels.begin_step(pool.block_size)
+        self._begin = kernels.begin_decode(pool.block_size)
         self._attention = kernels.attention_decode(pool.block_size, batch, most_blocks * pool.block_size)
 
         def half(*shape):
@@ -115,15 +115,15 @@ class DecodeStep:
         """
         comm, state = self.comm, self._state.copy()
         if comm.rank != 0:
-            comm.exchange(None)
+            comm.allgather_object(None)
         self.comm = LocalComm(comm, self.model.device)
         self.fill([], [], [])
         self.run()
         self.comm = comm
         if comm.rank == 0:
-            comm.exchange(None)
+            comm.allgather_object(None)
         self._state[...] = state
-        comm.exchange(None)
+        comm.allgather_object(None)
 
     def _captured(self):
         stream = self.model.device.stream
@@ -226,7 +226,7 @@ class DecodeStep:
 
     def _cache(self, i):
         """Keys and values of a layer, of all sequences: [K_r, slots, d] each."""
-        keys, values = self.pool.rows[i]
+        keys, values = self.pool.storage[i]
         return keys.values, values.values
 
     def _record_attention(self, i, record):
@@ -234,8 +234,8 @@ class DecodeStep:
         length, size = int(self.model.device.to_host(self.seen)[0]), self.pool.block_size
         first = max(0, length - (self.model.config.windows[0] or length))
         positions = self.model.device.xp.arange(first, length)  # [S]
-        places = rows_of_positions(self.block_table[0], positions, size)  # [S]
-        keys, values = (rows.gather(places) for rows in self.pool.rows[i])  # [K_r, S, d] each
+        slots = slot_mapping(self.block_table[0], positions, size)  # [S]
+        keys, values = (stored.gather(slots) for stored in self.pool.storage[i])  # [K_r, S, d] each
         s = record("attn", i)
         s.q_rope, s.k_rope, s.v = self.q.transpose(1, 0, 2), keys[:, -1:], values[:, -1:]
         s.k_cache, s.v_cache, s.context = keys, values, self.context

@@ -1,5 +1,5 @@
-// begin_step: what a decode step of B sequences needs before its first layer; the twin of ops.embed_partial,
-// ops.rope_cos_sin and PagedCache's places. end_step: every sequence has become a token longer.
+// begin_decode: what a decode step of B sequences needs before its first layer; the twin of ops.embed_partial,
+// ops.rope_cos_sin and PagedCache's places. end_decode: every sequence has become a token longer.
 //
 // A block takes a sequence b, with p = lengths[b] keys in the cache: its new token's position.
 //   token, lengths int [B]                  lengths -1: a row that pads the batch to the size of a graph
@@ -15,7 +15,7 @@
 
 #include "common.h"
 
-extern "C" __global__ void begin_step(const int *token, const int *lengths, const int *block_table,
+extern "C" __global__ void begin_decode(const int *token, const int *lengths, const int *block_table,
                                       const float *inverse_frequencies, const Half *table, Half *x, int *slot,
                                       float *cosines, float *sines, int *seen, int max_blocks, int block_size,
                                       int first_row, int rows, int stride, int width, int half_dim) {
@@ -47,7 +47,7 @@ extern "C" __global__ void begin_step(const int *token, const int *lengths, cons
 }
 
 // lengths int [B], as above. One thread for a sequence.
-extern "C" __global__ void end_step(int *lengths, int sequences) {
+extern "C" __global__ void end_decode(int *lengths, int sequences) {
     const int sequence = blockIdx.x * blockDim.x + threadIdx.x;
     if (sequence < sequences && lengths[sequence] >= 0) lengths[sequence]++;
 }

@@ -27,7 +27,7 @@ class Answer:
 
     Parameters
     ----------
-    asked : body.Asked
+    asked : requests.ApiRequest
     prompt_tokens : int
         Of all prompts.
     choices : int

@@ -53,7 +53,7 @@ def serve(engine, prompts, new_tokens):
     if comm.rank == 0:
         for prompt in prompts:
             engine.add(request_of(prompt, new_tokens))
-    comm.exchange(None)
+    comm.allgather_object(None)
     started = perf_counter()
     engine.run()
     return comm.broadcast(perf_counter() - started)
@@ -80,7 +80,7 @@ class Recorded:
 def one_by_one(model, prompts, new_tokens):
     """Seconds of the same requests one after another."""
     comm = model.comm
-    comm.exchange(None)
+    comm.allgather_object(None)
     started = perf_counter()
     for prompt in prompts:
         for _ in generate(model, prompt, request_of(prompt, new_tokens) if comm.rank == 0 else None):

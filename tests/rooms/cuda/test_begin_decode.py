@@ -1,4 +1,4 @@
-"""begin_step.cu, its body run on the CPU, against the explicit operations."""
+"""begin_decode.cu, its body run on the CPU, against the explicit operations."""
 
 import ml_dtypes
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from cuda_on_cpu import CpuCompiler
 
 from minitp import ops
-from minitp.cuda.kernels.begin_step import BeginStep
+from minitp.cuda.kernels.begin_decode import BeginDecode
 
 DTYPES = (np.float16, ml_dtypes.bfloat16)
 BLOCK_SIZE, MAX_BLOCKS = 16, 8
@@ -23,7 +23,7 @@ def begin(dtype, token, lengths, table, width, half_dim, first_row):
     slot, seen = np.full((2, sequences), -99, np.int32)  # [B] each
     cosines, sines = np.full((2, sequences, half_dim), np.nan, np.float32)  # [B, d/2] each
     outputs = (x, slot, cosines, sines, seen)
-    kernel = BeginStep(CpuCompiler(dtype), BLOCK_SIZE, first_row)
+    kernel = BeginDecode(CpuCompiler(dtype), BLOCK_SIZE, first_row)
     kernel(np.int32(token), np.int32(lengths), block_table, frequencies, table, *outputs)
     return block_table, frequencies, outputs
 
@@ -45,8 +45,8 @@ def test_begin_step(dtype, width, stride, half_dim, first_row):
     expected = ops.embed_partial(np, token, table[:, :width], first_row)  # [B, D]
     expected[~real] = 0
     np.testing.assert_array_equal(x, expected)
-    places = block_table[np.arange(len(token)), lengths // BLOCK_SIZE] * BLOCK_SIZE + lengths % BLOCK_SIZE
-    np.testing.assert_array_equal(slot, np.where(real, places, -1))
+    slots = block_table[np.arange(len(token)), lengths // BLOCK_SIZE] * BLOCK_SIZE + lengths % BLOCK_SIZE
+    np.testing.assert_array_equal(slot, np.where(real, slots, -1))
     np.testing.assert_array_equal(seen, np.where(real, lengths + 1, 0))
     cos, sin = ops.rope_cos_sin(np, np.maximum(lengths, 0), frequencies)  # [B, d] each, signed
     # The same angles to the bit, but two libraries' functions: an ulp or two of 1.
@@ -71,7 +71,7 @@ def test_angles_far_out():
     block_table = np.zeros((2, 131072 // BLOCK_SIZE), np.int32)
     x, ints = np.empty((2, 8), np.float16), np.empty((2, 2), np.int32)
     cosines, sines = np.full((2, 2, half_dim), np.nan, np.float32)
-    kernel = BeginStep(CpuCompiler(np.float16), BLOCK_SIZE, 0)
+    kernel = BeginDecode(CpuCompiler(np.float16), BLOCK_SIZE, 0)
     kernel(
         np.int32([1, 2]),
         np.int32(lengths),
@@ -95,6 +95,6 @@ def test_end_step(sequences):
     lengths[::3] = PADDING
     expected = np.where(lengths < 0, PADDING, lengths + 1)
     guarded = np.append(lengths, np.int32(7))  # one more that is not its own
-    BeginStep(CpuCompiler(np.float16), BLOCK_SIZE, 0).end(guarded[:-1])
+    BeginDecode(CpuCompiler(np.float16), BLOCK_SIZE, 0).end(guarded[:-1])
     np.testing.assert_array_equal(guarded[:-1], expected)
     assert guarded[-1] == 7

@@ -38,7 +38,7 @@ class ApiError(Exception):
 
 
 @dataclass
-class Asked:
+class ApiRequest:
     """A request, checked as far as it can be without the model.
 
     Attributes
@@ -183,22 +183,22 @@ def refuse_constant(name):
 
 
 def completion_request(body):
-    """An Asked, of the body of /v1/completions."""
+    """An ApiRequest, of the body of /v1/completions."""
     body = checked(body, COMMON | COMPLETION, required=("model", "prompt"))
     prompt = body["prompt"]
     prompts = [prompt] if is_text(prompt) or is_tokens(prompt) else prompt
-    return asked(body, body.get("max_tokens"), 16, body.get("logprobs"), prompts=prompts)
+    return _api_request(body, body.get("max_tokens"), 16, body.get("logprobs"), prompts=prompts)
 
 
 def chat_request(body):
-    """An Asked, of the body of /v1/chat/completions."""
+    """An ApiRequest, of the body of /v1/chat/completions."""
     body = checked(body, COMMON | CHAT, required=("model", "messages"))
     if "top_logprobs" in body and not body.get("logprobs"):
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     logprobs = body.get("top_logprobs", 0) if body.get("logprobs") else None
     most = body.get("max_completion_tokens", body.get("max_tokens"))
     messages = [message(value, place) for place, value in enumerate(body["messages"])]
-    return asked(body, most, None, logprobs, messages=messages)
+    return _api_request(body, most, None, logprobs, messages=messages)
 
 
 def checked(body, fields, required):
@@ -240,7 +240,7 @@ def is_text_part(part):
     return isinstance(part, dict) and part.get("type") == "text" and is_text(part.get("text"))
 
 
-def asked(body, max_tokens, usual_tokens, logprobs, **what):
+def _api_request(body, max_tokens, usual_tokens, logprobs, **what):
     """What both kinds of request have in common."""
     params = SamplingParams(  # the fields have been checked: it refuses none
         temperature=body.get("temperature", 1.0),
@@ -252,7 +252,7 @@ def asked(body, max_tokens, usual_tokens, logprobs, **what):
         logprobs=logprobs,
     )
     usage = body.get("stream_options", {}).get("include_usage", False)
-    return Asked(
+    return ApiRequest(
         model=body["model"],
         params=params,
         max_tokens=max_tokens,
