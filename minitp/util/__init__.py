@@ -1,1 +1,1 @@
-"""What has no better home: the machine and the launcher (environment), stdout, numbers and tables as text."""
+"""Small helpers: the machine and the launcher (environment), stdout, text (format), suggestions (suggest)."""

@@ -1,0 +1,87 @@
+"""Suggestions for names that a user has mistyped, or knows from another tool."""
+
+from difflib import get_close_matches
+
+# Names in vLLM, llama.cpp, Transformers and the OpenAI API -> minitp's name; None: minitp has no such option.
+ALIASES = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "n_predict": "max_new_tokens",
+    "num_predict": "max_new_tokens",
+    "temp": "temperature",
+    "tensor_parallel": "tp",
+    "tensor_parallel_size": "tp",
+    "tp_size": "tp",
+    "num_gpus": "tp",
+    "max_model_len": "max_context",
+    "ctx_size": "max_context",
+    "n_ctx": "max_context",
+    "context_length": "max_context",
+    "max_num_seqs": "max_sequences",
+    "max_num_batched_tokens": "max_tokens_per_step",
+    "kv_cache_dtype": "kv_dtype",
+    "cache_dtype": "kv_dtype",
+    "model_path": "model",
+    "model_name_or_path": "model",
+    "torch_dtype": "dtype",
+    "precision": "dtype",
+    "backend": "comm",
+    "num_layers": "layers",
+    "random_seed": "seed",
+    "stop_sequences": "stop",
+    "stop_strings": "stop",
+    "eos": "ignore_eos",
+    "no_cache": "no_kv_cache",
+    "gpu_memory_utilization": None,
+    "n_gpu_layers": None,
+    "pipeline_parallel_size": None,
+    "quantization": None,
+    "run": "generate",
+    "complete": "generate",
+    "server": "serve",
+    "benchmark": "bench",
+    "diff": "compare",
+    "verify": "check",
+    "dump": "trace",
+    "convert": "shard",
+    "version": "info",
+    "ppl": "perplexity",
+}
+CUTOFF = 0.72  # similarity from 0 to 1: lower ones suggest unrelated names
+
+
+def did_you_mean(word, candidates, aliases=ALIASES):
+    """Return the candidate that `word` most likely stands for, or None.
+
+    Dashes and underscores are alike, so `--max-tokens` and `max_tokens` find the same name.
+
+    Parameters
+    ----------
+    word : str
+        The name that is not known.
+    candidates : iterable of str
+        The names that are, as the user may write them.
+    aliases : dict
+        Names in other tools -> the name here, or None if there is no such thing, both with underscores.
+
+    >>> did_you_mean("--temprature", ["--temperature", "--top-p"])
+    '--temperature'
+    >>> did_you_mean("max_tokens", ["max_new_tokens", "max_context"])
+    'max_new_tokens'
+    """
+    plain = _plain(word)
+    known = {_plain(candidate): candidate for candidate in candidates}
+    if plain in known:
+        return known[plain]
+    if plain in aliases and aliases[plain] is None:
+        return None
+    if aliases.get(plain) in known:
+        return known[aliases[plain]]
+    longer = [name for name in known if len(plain) > 1 and name.startswith(plain)]
+    close = longer if len(longer) == 1 else get_close_matches(plain, known, n=1, cutoff=CUTOFF)
+    return known[close[0]] if close else None
+
+
+def _plain(name):
+    return name.lstrip("-").replace("-", "_").lower()
