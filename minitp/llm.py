@@ -6,65 +6,106 @@ with LLM("smollm2", tp=2) as llm:
     print(llm.generate("The capital of France is", max_new_tokens=20).text)
 """
 
+from __future__ import annotations
+
 import os
 import queue
 import weakref
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import cached_property, partial
+from typing import TYPE_CHECKING, NoReturn
 
 from tqdm.auto import tqdm
 
 from minitp.engine.client import JoinedRanks, StartedRanks, join_world
 from minitp.engine.completion import Completion, is_tokens, sampling
-from minitp.engine.options import EngineOptions, option
-from minitp.errors import InputError
+from minitp.engine.options import options_from
+from minitp.errors import InputError, RankError
 from minitp.loading.source import open_model, warn_of_unread_fields
 from minitp.request import check_prompt, context_length
 from minitp.util import environment
+from minitp.util.format import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from typing_extensions import Unpack
+
+    from minitp.engine.client import Update
+    from minitp.sampling import SamplingFields, SamplingParams
+    from minitp.text.chat_template import ChatTemplate
+
+    Prompt = str | Sequence[int]
+    Messages = str | list[dict[str, str]]
 
 
 class LLM:
-    """A model that is loaded once and then serves prompts, many at a time.
+    """A model that is loaded once and then serves many prompts at a time.
 
-    Outside MPI it starts the ranks, watches them, and ends them with itself: on leaving its `with` block,
-    when it is collected, and when the process ends, however it does. Inside mpirun it joins them: rank 0's
-    script goes on and drives all of them; on the other ranks the call does not return, they serve rank 0 and
-    leave when it is through. So the same script does the same thing in both places, once.
+    Outside MPI it starts the ranks and watches them. They end with it: when its `with` block is left, when it
+    is garbage-collected, and when the process ends for any reason. Inside mpirun it joins the ranks: the
+    script continues on rank 0, which drives all of them, and on the other ranks the call does not return;
+    they serve rank 0 and exit when it is done. So the same script does its work once in both places.
 
-    It may be used from several threads.
+    It is safe to use from several threads.
 
     Parameters
     ----------
-    model : str
-        A directory, a Hugging Face id, "smollm2", or "random:NAME".
+    model : str or Path
+        A directory, a .gguf file, a Hugging Face id, "smollm2", or "random:NAME".
     tp : int or str
-        Ranks: a number, or "auto", the physical cores up to 4. Inside mpirun its world.
-    **options
-        The other fields of engine.options.EngineOptions: dtype, max_context, ..
+        The number of ranks, or "auto": a rank per GPU, else per physical core up to 4; in mpirun its world.
+    layers, device, dtype, kv_dtype, comm, share_gpu, max_context, cache_tokens, block_size
+        As in `engine.options.EngineOptions`, and so are the next three.
+    max_tokens_per_step, max_sequences, verbose
     on_end : callable
-        Called, in another thread, if the ranks end without having been told to: with the RankError.
+        on_end(RankError) is called, in another thread, if the ranks end without having been told to.
 
     Attributes
     ----------
     description : dict
-        What has been started: tp, dtype, context (positions of a prompt and its continuation), blocks, ..
+        The ranks as started: tp, dtype, context (positions of a prompt and its continuation), blocks, ..
 
     Raises
     ------
     InputError
-        if a parameter, or the model, is not right
+        if a parameter or the model is wrong
     RankError
-        if a rank does not come up
+        if a rank fails to start
     """
 
-    def __init__(self, model="smollm2", tp="auto", *, on_end=lambda error: None, **options):
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "smollm2",
+        tp: int | str = "auto",
+        *,
+        layers: int | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        kv_dtype: str = "auto",
+        comm: str = "auto",
+        share_gpu: bool = False,
+        max_context: int | None = None,
+        cache_tokens: int | None = None,
+        block_size: int = 16,
+        max_tokens_per_step: int = 512,
+        max_sequences: int = 64,
+        verbose: bool = False,
+        on_end: Callable[[RankError], object] = lambda error: None,
+        **unknown: NoReturn,
+    ) -> None:
+        given = dict(
+            model=model, tp=tp, layers=layers, device=device, dtype=dtype, kv_dtype=kv_dtype, comm=comm
+        )
+        given |= dict(share_gpu=share_gpu, max_context=max_context, cache_tokens=cache_tokens)
+        given |= dict(block_size=block_size, max_tokens_per_step=max_tokens_per_step)
+        given |= dict(max_sequences=max_sequences, verbose=verbose, **unknown)
         world = environment.world_size(os.environ)
         if world is not None and environment.env_rank(os.environ) != 0:
-            raise SystemExit(serve_rank_0(model, tp, options, world))
-        options = options_of(model, tp, options)
+            raise SystemExit(_serve_rank_0(given, world))
+        options = options_from("LLM", given)
         size = world or environment.ranks_wanted(options.tp, default=None)
-        if world is None:  # else the ranks do that together
+        if world is None:  # inside mpirun the ranks check the model together
             self.source = open_model(options.model, size, options.layers)
             context_length(self.source.config, options.max_context)
             warn_of_unread_fields(self.source)
@@ -87,39 +128,54 @@ class LLM:
             self.source = open_model(options.model, size, options.layers)
         self.tokenizer = self.source.tokenizer()
 
-    def __enter__(self):
+    def __repr__(self) -> str:
+        state = "closed" if not self._close.alive else "failed" if self.error else "ready"
+        shown = self.description
+        return (
+            f"<LLM {self.source.name}: {counted(shown['tp'], 'rank')}, {shown['dtype']}, context "
+            f"{shown['context']}, {state}>"
+        )
+
+    def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self):
-        """End the ranks; returns when they have ended. What is still asked of them raises a RankError."""
+    def close(self) -> None:
+        """End the ranks and wait until they have ended; requests still running raise a RankError."""
         self._close()
 
     @property
-    def error(self):
-        """What has ended the ranks; None while they live."""
+    def error(self) -> RankError | None:
+        """The error that ended the ranks, or None while they run."""
         return self._ranks.error
 
     @property
-    def load(self):
-        """How busy the ranks are: running and waiting requests, blocks_in_use, preempted, reused_tokens."""
+    def load(self) -> dict[str, int]:
+        """The load of the ranks: running and waiting requests, blocks_in_use, preempted, reused_tokens."""
         return self._ranks.load
 
-    def generate(self, prompts, params=None, *, progress=True, **options):
-        """Continue a prompt, or many at a time.
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+        **options: Unpack[SamplingFields],
+    ) -> Completion | list[Completion]:
+        """Continue one prompt, or many at a time.
 
         Parameters
         ----------
         prompts : str, list of int, or a list of these
-            Texts, or token ids.
+            Texts or token ids.
         params : SamplingParams or list of SamplingParams, optional
-            For all prompts, or one for each.
+            One for all prompts, or one for each.
         progress : bool
-            Of several prompts, show on a terminal how many are done.
+            With several prompts, show on a terminal how many are done.
         **options
-            Fields of SamplingParams that differ from `params`.
+            Fields of SamplingParams, which override those of `params`.
 
         Returns
         -------
@@ -128,7 +184,7 @@ class LLM:
         Raises
         ------
         InputError
-            if a prompt or a parameter is not right; nothing is computed then
+            if a prompt or a parameter is wrong; then nothing is computed
         RankError
             if a rank dies
         """
@@ -143,7 +199,7 @@ class LLM:
             (self.encode(prompt), sampling(p, options)) for prompt, p in zip(prompts, each, strict=True)
         ]
         completions = [Completion(ids) for ids, _ in wanted]
-        disable = None if progress and many else True  # None: unless it is no terminal
+        disable = None if progress and many else True  # None: only if stderr is no terminal
         with tqdm(total=len(prompts), unit="prompt", disable=disable) as bar:
             for n, update in self._updates(wanted):
                 completions[n].add(update)
@@ -151,32 +207,38 @@ class LLM:
                     bar.update()
         return completions if many else completions[0]
 
-    def stream(self, prompt, params=None, **options):
-        """An iterator over the pieces of a prompt's continuation, each as soon as it is there.
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[SamplingFields]
+    ) -> Iterator[str]:
+        """Return an iterator over the pieces of a prompt's continuation, as they are generated.
 
-        Whoever stops iterating stops the request. Parameters and errors as of `generate`.
+        Closing the iterator stops the request. Parameters and errors are as in `generate`.
         """
         return self._pieces(self.encode(prompt), sampling(params, options))
 
-    def chat(self, messages, params=None, **options):
-        """The model's answer to a conversation: a Completion.
+    def chat(
+        self, messages: Messages, params: SamplingParams | None = None, **options: Unpack[SamplingFields]
+    ) -> Completion:
+        """Answer a conversation.
 
         Parameters
         ----------
         messages : str or list of dict
-            What the user says, or all that has been said: {"role": "user", "content": ".."} and so on.
+            A user's message, or the whole conversation: {"role": "user", "content": ".."} and so on.
         params : SamplingParams, optional
-            Without, and without max_new_tokens, the answer may take all of the context.
+            Without it and without max_new_tokens, the answer may fill the context.
         """
         ids, params = self._conversation(messages, params, options)
         return self.generate(ids, params)
 
-    def stream_chat(self, messages, params=None, **options):
-        """`chat` as an iterator over the pieces of the answer."""
+    def stream_chat(
+        self, messages: Messages, params: SamplingParams | None = None, **options: Unpack[SamplingFields]
+    ) -> Iterator[str]:
+        """Return an iterator over the pieces of an answer; parameters are as in `chat`."""
         return self._pieces(*self._conversation(messages, params, options))
 
-    def encode(self, prompt):
-        """The token ids of a prompt, checked; it may be token ids already."""
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt, which may be token ids already, and check them."""
         if isinstance(prompt, str):
             prompt = self._known_tokenizer().encode(prompt)
         elif not isinstance(prompt, list | tuple) or not is_tokens(prompt):
@@ -186,18 +248,20 @@ class LLM:
         check_prompt(ids, self.source.config, self.description["context"])
         return ids
 
-    def encode_chat(self, messages):
-        """The token ids of a conversation, as the model's template writes it."""
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the token ids of a conversation, rendered by the model's chat template."""
         text = self.chat_template.render(messages)
         return self.encode(self._known_tokenizer().encode(text, add_special_tokens=False))
 
     @cached_property
-    def chat_template(self):
-        """The model's ChatTemplate; InputError if it has none."""
+    def chat_template(self) -> ChatTemplate:
+        """The model's ChatTemplate; reading it raises an InputError if the model has none."""
         return self.source.chat_template()
 
-    def submit(self, prompt_ids, params, listener):
-        """Send a request and return at once: what `generate`, `stream` and the server are made of.
+    def submit(
+        self, prompt_ids: list[int], params: SamplingParams, listener: Callable[[Update], object]
+    ) -> Callable[[], None]:
+        """Send a request and return at once; `generate`, `stream` and the server are built on this.
 
         Parameters
         ----------
@@ -205,17 +269,17 @@ class LLM:
             From `encode` or `encode_chat`.
         params : SamplingParams
         listener : callable
-            Gets each engine.client.Update, in another thread; it must not wait.
+            listener(engine.client.Update) is called in another thread with each update; it must not block.
 
         Returns
         -------
         callable
-            That stops the request; its blocks are free within a step.
+            A function that cancels the request, whose blocks are then free after the current batch.
         """
         return partial(self._ranks.drop, self._ranks.add(prompt_ids, params, listener))
 
     def _updates(self, wanted):
-        """(n, Update) of each (prompt_ids, params) as they come, until all are done."""
+        """Yield (n, Update) for the n-th (prompt_ids, params) as updates arrive, until all are done."""
         updates, stops = queue.SimpleQueue(), []
         try:
             for n, (ids, params) in enumerate(wanted):
@@ -254,28 +318,18 @@ class LLM:
         return self.tokenizer
 
 
-def serve_rank_0(model, tp, options, world):
-    """Be one of the other ranks of a user's mpirun, while the script goes on in rank 0; the exit code."""
+def _serve_rank_0(given, world):
+    """Serve rank 0's script, on another rank of a user's mpirun; return the exit code."""
     try:
-        options = options_of(model, tp, options)
+        options = options_from("LLM", given)
     except InputError as error:
-        return error.exit_code  # rank 0 says it
+        return error.exit_code  # rank 0 prints the error
     return join_world(options, world)
-
-
-def options_of(model, tp, options):
-    """EngineOptions from what LLM was given, None meaning the default; InputError for a name that is none."""
-    known = [field.name for field in fields(EngineOptions)]
-    for name in options:
-        if name not in known:
-            raise InputError(f"unrecognized arguments: {option(name)}")
-    given = {name: value for name, value in options.items() if value is not None}
-    return EngineOptions(str(model), str(tp), **given)
 
 
 @contextmanager
 def loading_bar(name):
-    """Shows on a terminal how much of the weights has been loaded: what it yields gets (bytes, of all)."""
+    """Show a progress bar of loading on a terminal; yield a function of (bytes done, bytes in all)."""
     with tqdm(desc=f"loading {name}", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
         def show(done, total):

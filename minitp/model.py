@@ -13,13 +13,23 @@ bits on all ranks. The arrays of a block have names, those in `trace.names`, and
 `record` is passed does its place also hand the array on (`trace.record.Recorder`).
 """
 
+from __future__ import annotations
+
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from minitp import moe, ops
 from minitp.kv_cache import KVCache
 from minitp.paged_cache import BlockPool
 from minitp.rope import rope_inverse_frequencies
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from minitp.paged_cache import PagedCache
+
+    Array = Any  # numpy.ndarray, or cupy.ndarray on a GPU
 
 
 def unrecorded(block=None, layer=None):
@@ -88,11 +98,25 @@ class Model:
         device, c = self.device, self.config
         return device.xp, device.dtype, c.num_hidden_layers, self.kv_heads, c.head_dim
 
-    def forward(self, token_ids, cache, logits_at=None, record=unrecorded):
-        """Run the next tokens of one sequence, [T] int: `forward_batch` of that one alone."""
+    def forward(
+        self,
+        token_ids: Sequence[int],
+        cache: KVCache | PagedCache,
+        logits_at: slice | Array | None = slice(None),
+        record: Callable = unrecorded,
+    ) -> Array | None:
+        """Run the next tokens of one sequence, int [T], and return their logits, float32 [T, V].
+
+        This is `forward_batch` for a single sequence; its parameters are explained there.
+        """
         return self.forward_batch([(token_ids, cache)], logits_at, record)
 
-    def forward_batch(self, parts, logits_at=None, record=unrecorded):
+    def forward_batch(
+        self,
+        parts: list[tuple[Sequence[int], KVCache | PagedCache]],
+        logits_at: slice | Array | None = slice(None),
+        record: Callable = unrecorded,
+    ) -> Array | None:
         """Run the next tokens of some sequences; prefill and decode are this same function.
 
         The tokens of all sequences are concatenated, so that every projection is one product of T rows.
@@ -104,7 +128,7 @@ class Model:
             For each sequence its next tokens, int [n], and its KVCache. They follow the `cache.length` tokens
             of before, and are added to the cache. T is the sum of all n.
         logits_at : slice or int array or None
-            Which of these T positions get logits: slice(-1, None) to generate, slice(None) for perplexity,
+            The positions among these T that get logits: slice(None) for all, slice(-1, None) to generate,
             None to only fill the cache.
         record : callable
             record(block, layer) -> an object, to which this rank's part of each step is assigned; see

@@ -3,10 +3,12 @@
 import secrets
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import TypedDict
 
 import numpy as np
 
 from minitp.errors import ParameterError
+from minitp.util.suggest import refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,14 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    stop: tuple = ()
+    stop: tuple[str, ...] | str = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+
+    def __new__(cls, *args: object, **fields: object) -> "SamplingParams":
+        """Refuse a name that is no field, with the likely one."""
+        refuse_unknown(cls.__name__, fields, list(cls.__dataclass_fields__))
+        return super().__new__(cls)
 
     def __post_init__(self):
         if isinstance(self.stop, str):
@@ -64,6 +71,19 @@ class SamplingParams:
         is_flag = isinstance(value, bool) and types is not bool  # True is an int, but no count
         if is_flag or not isinstance(value, types) or not right(value):
             raise ParameterError(name, value, expected)
+
+
+class SamplingFields(TypedDict, total=False):
+    """The fields of SamplingParams as keyword arguments, for the annotations of `LLM`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+    stop: tuple[str, ...] | str
+    ignore_eos: bool
+    logprobs: int | None
 
 
 def all_texts(values):

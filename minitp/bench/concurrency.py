@@ -68,7 +68,7 @@ class Recorded:
         self.config, self.plan = model.config, model.plan
         self.fused, self.prefill_chunk = model.fused, model.prefill_chunk
 
-    def forward_batch(self, parts, logits_at=None):
+    def forward_batch(self, parts, logits_at=slice(None)):
         """As Model.forward_batch."""
         shapes = [
             (len(ids), keys_read(self.model, cache.length + len(ids), len(ids))) for ids, cache in parts

@@ -96,7 +96,7 @@ class FusedModel(Model):
     def new_pool(self, blocks, block_size=BLOCK_SIZE):
         return Pool(*self._cache_shape(), blocks, block_size)
 
-    def forward_batch(self, parts, logits_at=None, record=unrecorded):
+    def forward_batch(self, parts, logits_at=slice(None), record=unrecorded):
         """As Model.forward_batch; `record` sees the steps that this path has."""
         alone = all(len(ids) == 1 for ids, _ in parts)
         if alone and len(parts) <= MAX_TOKENS and logits_at is not None:

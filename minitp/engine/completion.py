@@ -1,54 +1,59 @@
-"""What goes into an LLM and what comes out: prompts, how to sample, and completions."""
+"""The input and output of an LLM: prompts, sampling parameters and completions."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 from minitp.errors import InputError
 from minitp.sampling import SamplingParams
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from minitp.engine.client import Update
+
 
 @dataclass
 class Completion:
-    """What a model has made of a prompt.
+    """A prompt with its continuation.
 
     Attributes
     ----------
     prompt_token_ids : list of int
     token_ids : list of int
-        The new tokens, an end-of-text token included.
+        The new tokens, including an end-of-text token.
     text : str
         Their text, without special tokens and cut before a stop string. Empty if the model has no tokenizer.
     finish_reason : str
         "stop" (end of text, or a stop string) or "length".
     logprobs : list of (float, list of (int, float))
-        With SamplingParams(logprobs=N), for each new token the logarithm of its probability, and the N most
-        probable tokens with theirs.
+        With SamplingParams(logprobs=N): the log-probability of each new token, and the N most probable tokens
+        with theirs.
     """
 
-    prompt_token_ids: list
-    token_ids: list = field(default_factory=list)
+    prompt_token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
-    logprobs: list = field(default_factory=list)
+    logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
 
-    def add(self, update):
-        """Put what is new behind what there is."""
+    def add(self, update: Update) -> None:
+        """Append new output."""
         self.token_ids += update.token_ids
         self.text += update.text
         self.logprobs += update.logprobs
         self.finish_reason = update.finish_reason
 
 
-def sampling(params, options):
-    """SamplingParams, with fields that differ."""
+def sampling(params: SamplingParams | None, options: dict[str, object]) -> SamplingParams:
+    """Return SamplingParams with the fields in `options` replaced."""
     if params is not None and not isinstance(params, SamplingParams):
         raise InputError(f"params {params!r:.50}: expected SamplingParams")
-    try:
-        return replace(params or SamplingParams(), **options)
-    except TypeError as error:
-        raise InputError(f"{error}: SamplingParams has no such field") from error
+    return replace(params or SamplingParams(), **options)
 
 
-def is_tokens(prompt):
-    """Whether this is one prompt of token ids, not a list of prompts."""
+def is_tokens(prompt: Sequence[object]) -> bool:
+    """Return True for one prompt of token ids, False for a list of prompts."""
     return len(prompt) > 0 and all(isinstance(token, Integral) for token in prompt)

@@ -4,6 +4,7 @@ import operator
 from dataclasses import dataclass, fields
 
 from minitp.errors import InputError
+from minitp.util.suggest import refuse_unknown
 
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
@@ -78,6 +79,20 @@ class EngineOptions:
             raise InputError(
                 f"--cache-tokens {self.cache_tokens}: expected at least a block, {self.block_size}"
             )
+
+
+def options_from(owner, given):
+    """Return EngineOptions from the parameters of `owner` by name; None means the default.
+
+    Raises
+    ------
+    InputError
+        if there is no such parameter, or it cannot have that value.
+    """
+    refuse_unknown(owner, given, [field.name for field in fields(EngineOptions)])
+    as_text = ("model", "tp")  # may also be a Path and an int
+    given = {name: value for name, value in given.items() if value is not None}
+    return EngineOptions(**{name: str(value) if name in as_text else value for name, value in given.items()})
 
 
 def one_of(choices, name, value):

@@ -2,6 +2,8 @@
 
 from difflib import get_close_matches
 
+from minitp.errors import InputError
+
 # Names in vLLM, llama.cpp, Transformers and the OpenAI API -> minitp's name; None: minitp has no such option.
 ALIASES = {
     "max_tokens": "max_new_tokens",
@@ -81,6 +83,15 @@ def did_you_mean(word, candidates, aliases=ALIASES):
     longer = [name for name in known if len(plain) > 1 and name.startswith(plain)]
     close = longer if len(longer) == 1 else get_close_matches(plain, known, n=1, cutoff=CUTOFF)
     return known[close[0]] if close else None
+
+
+def refuse_unknown(owner, given, known):
+    """Raise InputError if `given` has a name that `owner` does not know, with the likely one."""
+    for name in given:
+        if name not in known:
+            likely = did_you_mean(name, known)
+            hint = f"did you mean {likely}?" if likely else f"it has {', '.join(known)}"
+            raise InputError(f"{owner} has no parameter {name}; {hint}")
 
 
 def _plain(name):

@@ -1,9 +1,9 @@
 """The project's words: a docstring can be read in a tooltip, and no class name or odd phrase appears twice.
 
 The rule for a docstring's first line: it is a sentence or an imperative that makes sense without the name
-beside it. So it ends in a period, and its first word is a verb in the imperative, an article or the like, or a
-noun, all listed in tests/support/first_words.txt, or a piece of code in backticks. Add a word to the list when
-a docstring needs it. A word like "What", "Of", "Its" or "Returns" never belongs there.
+next to it. So it ends in a period, and its first word is a verb in the imperative, an article or a noun, all
+listed in tests/support/first_words.txt, or a piece of code in backticks. Add a word to the list when a
+docstring needs it. A word like "What", "Of", "Its" or "Returns" never belongs there.
 """
 
 import ast

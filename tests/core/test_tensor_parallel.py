@@ -207,7 +207,7 @@ def test_prefill_in_chunks_returns_the_last_logits(name, chunk):
 def test_logits_only_where_they_are_asked_for():
     def rank_part(comm):
         model = make_model(LLAMA, comm)
-        nothing = model.forward(TOKENS, model.new_cache())
+        nothing = model.forward(TOKENS, model.new_cache(), logits_at=None)
         some = model.forward(TOKENS, model.new_cache(), logits_at=np.array([2, 5]))
         return nothing, some
 

@@ -100,7 +100,7 @@ def test_a_prompt_that_is_none_is_refused(idle, prompt, words):
         ({"temperature": -1}, "temperature -1: expected 0 or a positive number"),
         ({"top_p": 2}, "top_p 2: expected above 0 and at most 1"),
         ({"stop": 5}, "stop 5: expected strings that are not empty"),
-        ({"max_tokens": 5}, "'max_tokens': SamplingParams has no such field"),
+        ({"max_tokens": 5}, "SamplingParams has no parameter max_tokens; did you mean max_new_tokens?"),
         ({"params": {"temperature": 1.0}}, "{'temperature': 1.0}"),
         ({"params": "greedy"}, "'greedy'"),
     ],
@@ -140,8 +140,8 @@ def test_random_weights_take_token_ids_and_say_why_no_text():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_batch": 4}, "--max-batch"),
-        ({"layer": 1}, "--layer"),
+        ({"max_batch": 4}, "no parameter max_batch"),
+        ({"layer": 1}, "no parameter layer; did you mean layers?"),
         ({"tp": 0}, "--tp 0: expected at least 1 rank"),
         ({"tp": 5}, "--tp 5: this model has 4 attention heads"),
         ({"tp": 1.5}, "--tp 1.5: expected a number of ranks, or auto"),
