@@ -1,5 +1,5 @@
 // ---- a drawing of one layer: which step feeds which, and where the ranks exchange arrays ----
-const LANES = 6, ROW = 22, BOX = 17, WIDE = 190, RAIL = 9, EDGE = 22;  // lanes across; sizes in CSS pixels
+const LANES = 6, ROW = 23, BOX = 18, WIDE = 190, RAIL = 9, EDGE = 22;  // lanes across; sizes in CSS pixels
 const one = step => [[step, 0, LANES]];
 const side = (...steps) => steps.map((step, i) => [step, i * LANES / steps.length, (i + 1) * LANES / steps.length]);
 const meeting = name => [[null, 0, LANES, name]];
@@ -29,14 +29,14 @@ function placeOfStep(step) {
 function strip(x, y, width) {  // a split array: a piece in each rank's color
   const pieces = Math.min(data.tp ?? 1, 16);
   return pieces < 2 ? '' : range(pieces).map(rank => s('rect', { class: 'piece', x: x + rank * width / pieces, y, width: width / pieces - 1,
-    height: 3, style: `fill:${rankColor(rank)}` }));
+    height: 2.5, style: `fill:${rankColor(rank)}` }));
 }
 function drawBox(step, x, y, width) {
   const kind = kinds.get(step), short = step.slice(step.indexOf('.') + 1);
   const group = s('g', { class: `step ${kind ?? ''}`, 'data-step': step, onclick: () => show(placeOfStep(step)) },
     s('rect', { x, y, width, height: BOX, rx: 3 }),
-    kind === 'sharded' ? strip(x + 2, y + BOX - 4.5, width - 4) : '',
-    s('text', { x: x + width / 2, y: y + (kind === 'sharded' ? 11 : 12.5), 'text-anchor': 'middle' }, short));
+    kind === 'sharded' ? strip(x + 2, y + BOX - 3.5, width - 4) : '',
+    s('text', { x: x + width / 2, y: y + (kind === 'sharded' ? 11 : 13), 'text-anchor': 'middle' }, short));
   group.addEventListener('pointermove', event => tip(event, [step, ...explanation(step)].join('\n')));
   group.addEventListener('pointerleave', () => tip());
   boxes.set(step, group);
@@ -57,7 +57,7 @@ function drawBlock(name, top) {  // a block's elements, the y below them, and wh
       }
       last.fill(item, from, to);
       if (meets) drawn.push(s('rect', { class: 'meets', x: 1, y, width: WIDE - 2, height: BOX, rx: BOX / 2 }),
-        s('text', { class: 'meets', x: WIDE / 2, y: y + 12.5, 'text-anchor': 'middle' }, `${meets}: all ranks`));
+        s('text', { class: 'meets', x: WIDE / 2, y: y + 13, 'text-anchor': 'middle' }, `${meets}: all ranks`));
       else drawn.push(drawBox(step, x, y, width));
       if (/norm$/.test(step) && row === lines[0]) joins.push({ y: y + BOX / 2, reads: true });
       if (/residual$|^embed$/.test(step)) joins.push({ y: y + BOX / 2, reads: step === 'embed' });

@@ -178,7 +178,9 @@ def test_on_a_phone_the_numbers_are_a_sheet_that_opens_and_closes(drive):
     script = """
       const height = () => Math.round(one('#detail').getBoundingClientRect().height), seen = {};
       seen.start = height();
-      one('.fold').click(); seen.open = height(); seen.expanded = one('.fold').getAttribute('aria-expanded');
+      one('.fold').click(); seen.open = height();
+      seen.inside = one('#detail').getBoundingClientRect().bottom <= view.innerHeight;
+      seen.expanded = one('.fold').getAttribute('aria-expanded');
       one('[data-row="3"][data-col="3"]').click(); seen.kept = height() > 100;
       one('.fold').click(); seen.folded = height();
       one('.close').click(); seen.closed = height();
@@ -189,6 +191,7 @@ def test_on_a_phone_the_numbers_are_a_sheet_that_opens_and_closes(drive):
     (phone,) = drive(script, data, width=400)
     assert phone["start"] == phone["folded"] == phone["again"] <= 64
     assert phone["open"] > 200
+    assert phone["inside"]
     assert (phone["expanded"], phone["kept"], phone["closed"], phone["hint"]) == ("true", True, 0, True)
     (desk,) = drive(script.replace("one('.close').click();", ""), data)
     assert desk["start"] == desk["open"] > 300
