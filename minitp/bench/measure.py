@@ -168,8 +168,10 @@ def context_sweep(model, limits, job, progress):
             {
                 "context": context,
                 "ttft_s": median(run.ttft_s for run in runs),
+                "ttft_s_range": extremes(run.ttft_s for run in runs),
                 "limit_ttft_s": median(run.bare_prefill_s for run in runs),
                 "tokens_per_s": median(1 / run.decode_s for run in runs),
+                "tokens_per_s_range": extremes(1 / run.decode_s for run in runs),
                 "limit_tokens_per_s": median(1 / run.bare_decode_s for run in runs),
             }
         )
@@ -190,7 +192,9 @@ def batch_sweep(model, limits, job, progress):
             {
                 "batch": batch,
                 "step_s": median(steps),
+                "step_s_range": extremes(steps),
                 "tokens_per_s": batch / median(steps),
+                "tokens_per_s_range": extremes(batch / step for step in steps),
                 "limit_tokens_per_s": batch / median(bare),
             }
         )
@@ -201,6 +205,12 @@ def spread(values):
     """Median, least and most."""
     values = list(values)
     return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def extremes(values):
+    """Return the least and the largest value, as a list for JSON."""
+    values = list(values)
+    return [min(values), max(values)]
 
 
 def limits_of(model):

@@ -4,6 +4,7 @@ import sys
 
 from tqdm import tqdm
 
+from minitp.bench.measure import gpu_name
 from minitp.check.run import check_model
 from minitp.cli.inputs import check_output, passes_wanted, prompt_tokens
 from minitp.cli.load_progress import load
@@ -40,7 +41,9 @@ def run(args, comm, source, job):
         write_out("\n".join([title(source, model, result), "", *table(result), "", said]) + "\n")
     with comm.agreed():
         if comm.rank == 0 and args.report is not None:
-            write_report(args.report, report_data(source, model.device.dtype, result, said, args.prompt))
+            gpu = gpu_name(model.device) if model.device.is_gpu else None
+            data = report_data(source, model.device.dtype, result, said, args.prompt, gpu)
+            write_report(args.report, data)
             write_out(f"report: {args.report}\n")
     return 0 if result.ok else 1
 

@@ -1,24 +1,28 @@
-"""The result of a check as the data of a report's page."""
+"""The data of the page that `minitp check --report` writes."""
 
 import re
 
+from minitp.report.steps import explain
 from minitp.trace.names import AFTER, BEFORE, layer_steps
+from minitp.util import this_run
 from minitp.util.format import counted
 
 
-def report_data(source, dtype, result, verdict, prompt=None):
-    """What `report.page.render` takes.
+def report_data(source, dtype, result, verdict, prompt=None, gpu=None):
+    """Return the result of a check as `report.page.render` takes it.
 
     Parameters
     ----------
     source : ModelSource
     dtype : numpy.dtype
-        Of the run.
+        The compute dtype of the run.
     result : CheckResult
     verdict : str
         One line.
     prompt : str or None
-        None if tokens were given.
+        None if the run was given token ids.
+    gpu : str or None
+        The name of the GPU, if the ranks computed on GPUs.
     """
     plan = source.plan
     tokens = " ".join(map(str, result.token_ids))
@@ -37,6 +41,7 @@ def report_data(source, dtype, result, verdict, prompt=None):
             *([["prompt", prompt]] if prompt is not None else []),
             ["token ids", tokens],
             ["weights", _weights(result)],
+            *map(list, this_run.facts("check", plan.tp, gpu)),
         ],
         "problems": [
             *[f"plan, rank {rank}: {text}" for rank, text in result.problems],
@@ -50,6 +55,7 @@ def report_data(source, dtype, result, verdict, prompt=None):
         "after": list(AFTER),
         "cells": [_cell(finding, names.index(finding.pass_name)) for finding in shown],
         "blamed": next((i for i, finding in enumerate(shown) if not finding.ok), None),
+        "explained": explain([*BEFORE, *layer_steps(plan), *AFTER], source.config),
         "plan": _plan(source),
     }
 
@@ -85,7 +91,7 @@ def _error(difference):
 
 
 def _plan(source):
-    """The plan in plain numbers; tensors that all layers have are one entry."""
+    """Return the plan in plain numbers, with one entry for a tensor that every layer has."""
     plan, config = source.plan, source.config
     tensors = {}
     for name, shard in plan.tensors.items():

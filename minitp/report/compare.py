@@ -1,10 +1,12 @@
-"""The result of a comparison as the data of a report's page."""
+"""The data of the page that `minitp compare --report` writes."""
 
+from minitp.report.steps import explain
 from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
+from minitp.util import this_run
 
 
 def report_data(a_path, b_path, comparison, verdict):
-    """What `report.page.render` takes.
+    """Return the result of a comparison as `report.page.render` takes it.
 
     Parameters
     ----------
@@ -13,7 +15,7 @@ def report_data(a_path, b_path, comparison, verdict):
     verdict : str
         One line.
     """
-    places = [_place(step.name) for step in comparison.steps]  # (pass, layer, step) each
+    places = [_place(step.name) for step in comparison.steps]  # (pass, layer, step) of each
     passes = list(dict.fromkeys(name for name, _, _ in places if name is not None)) or ["prefill"]
     foreign = [step for name, _, step in places if name is None]
     layers = [layer for _, layer, _ in places if layer is not None]
@@ -33,6 +35,7 @@ def report_data(a_path, b_path, comparison, verdict):
             ["tolerance", f"{comparison.tolerance:g} {comparison.why}"],
             ["only in A", str(len(comparison.only_a))],
             ["only in B", str(len(comparison.only_b))],
+            *map(list, this_run.facts("compare")),
         ],
         "problems": list(comparison.remarks),
         "passes": passes,
@@ -43,12 +46,13 @@ def report_data(a_path, b_path, comparison, verdict):
         "after": [step for step in AFTER if step in found],
         "cells": cells,
         "blamed": next((i for i, cell in enumerate(cells) if not cell["ok"]), None),
+        "explained": explain(filter(found.__contains__, BEFORE | LAYER | AFTER), per_rank=False),
         "plan": None,
     }
 
 
 def _place(name):
-    """The pass, layer and step of one of our names; somebody else's are steps of their own, in no pass."""
+    """Return (pass, layer, step) for a name of minitp's, and (None, None, name) for any other name."""
     pass_name, layer, step = split_name(name)
     if step in (LAYER if layer is not None else BEFORE | AFTER):
         return pass_name or "prefill", layer, step
@@ -56,7 +60,7 @@ def _place(name):
 
 
 def _cell(step, pass_number, layer, called):
-    farthest = {}  # of an empty array nothing
+    farthest = {}  # an empty array has no farthest element
     if step.worst:
         farthest = {"index": list(step.index), "value": step.b_value, "expected": step.a_value}
     return {

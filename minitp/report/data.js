@@ -36,10 +36,10 @@ const plural = (n, one) => `${count(n)} ${one}${n === 1 ? '' : 's'}`;
 // ---- the data ----
 const data = JSON.parse($('data').textContent);
 const comparing = data.command === 'compare', fault = comparing ? 'departing' : 'wrong';
-const first = data.before.length, behind = first + data.layers, rows = behind + data.after.length;
+const first = data.before.length, end = first + data.layers, rows = end + data.after.length;
 const columns = Math.max(1, data.steps.length);
-const isWide = row => row < first || row >= behind;
-const stepOf = (row, col) => !isWide(row) ? data.steps[col] : row < first ? data.before[row] : data.after[row - behind];
+const isWide = row => row < first || row >= end;
+const stepOf = (row, col) => !isWide(row) ? data.steps[col] : row < first ? data.before[row] : data.after[row - end];
 const nameOf = (row, col) => isWide(row) ? stepOf(row, col) : `layers.${row - first}.${stepOf(row, col)}`;
 const fullName = at => (data.passes[at.pass] ? data.passes[at.pass] + '/' : '') + nameOf(at.row, at.col);
 const rankName = rank => rank === null ? (data.tp ? 'all ranks' : '') : `rank ${rank}`;
@@ -47,7 +47,7 @@ const rankName = rank => rank === null ? (data.tp ? 'all ranks' : '') : `rank ${
 function openError(packed) {
   if (!packed) return null;
   const [relative, bound, absolute, absoluteBound, index] = packed.map(real);
-  // The share of the bound that is nearer; 0 of 0 is none of it, anything else of 0 is infinitely much.
+  // The larger share of the two bounds; an error of 0 is no share of any bound, and any other error exceeds a bound of 0.
   const shares = [[relative, bound], [absolute, absoluteBound]].filter(pair => !pair.includes(null))
     .map(([error, most]) => error === 0 ? 0 : error / most);
   const share = shares.length ? Math.max(...shares) : null;
@@ -58,7 +58,7 @@ const cells = data.cells.map(([pass, row, col, rank, kind, ok, local, total, wor
   cell.bounded = cell.local ?? (cell.total?.bound != null ? cell.total : null);  // the error that has the bound
   return cell;
 });
-// Where a step comes in the run; of the ranks, which do it at the same time, the first first.
+// The position of a cell in the run; ranks do a step at the same time, so they follow by number.
 const order = ({ pass, row, col, rank }) => ((pass * rows + row) * columns + (isWide(row) ? 0 : col)) * (data.tp ?? 1) + (rank ?? 0);
 const wrong = cells.filter(cell => !cell.ok).sort((a, b) => order(a) - order(b));
 const modes = [
@@ -69,16 +69,17 @@ const modes = [
 ].filter(mode => cells.some(cell => mode.of(cell) !== null));
 if (!modes.length) modes.push({ id: 'share', label: 'Within bounds', of: () => null });
 
-function decades(of, widest, highest) {  // the range of a scale: all but the smallest few, and not too wide
+function decades(of, widest) {  // the range of a log scale: all but the smallest few values, and not too wide
   const sizes = cells.map(of).filter(x => x > 0 && x < Infinity).sort((a, b) => a - b);
   if (!sizes.length) return [-widest, 0];
-  const high = highest ?? Math.min(2, Math.ceil(Math.log10(sizes.at(-1))));
+  const high = Math.min(2, Math.ceil(Math.log10(sizes.at(-1))));
   return [clamp(Math.floor(Math.log10(sizes[Math.floor(sizes.length / 50)])), high - widest, high - 1), high];
 }
-const ranges = { share: decades(cell => cell.bounded?.share, 3, 0), total: decades(cell => cell.total?.relative, 10) };
-const inks = { share: [0.58, 0.82], total: [0.5, 0.65] };  // from where text on the ramp turns: on dark, on light
+const totals = decades(cell => cell.total?.relative, 10);
+const CALM = 0.6, WARM = 0.8;  // shares of the bound: below the first nothing is near it, and above the second the color warms
+const INKS = [0.5, 0.65];  // places on the ramp of total errors where text turns: on dark, on light
 
-// Views: each rank by itself, and, of several ranks, the worst of them step by step.
+// Views: each rank alone and, if there are several, the worst rank of each step.
 const range = n => Array.from({ length: n }, (_, i) => i);
 const views = data.tp ? range(data.tp).map(rank => ({ rank, label: String(rank) })) : [{ rank: null, label: '' }];
 if (data.tp > 1) views.unshift({ rank: 'worst', label: 'worst' });
@@ -87,7 +88,7 @@ function severity(cell, mode) {  // any wrong step is worse than any right one; 
   const size = mode.of(cell) ?? -1;
   return (cell.ok || mode.id === 'total' ? 0 : 1e6) + (Number.isNaN(size) ? Infinity : size);
 }
-function arrange(mode) {  // for each pass and view, the cell in each place of the map (or -1)
+function arrange(mode) {  // for each pass and view, the number of the cell at each place of the map, or -1
   const grids = data.passes.map(() => views.map(() => new Int32Array(rows * columns).fill(-1)));
   cells.forEach((cell, i) => views.forEach((view, v) => {
     const grid = grids[cell.pass][v], place = cell.row * columns + cell.col;
@@ -103,15 +104,16 @@ function cellAt(at) {
   return cells[grid?.[at.row * columns + (isWide(at.row) ? 0 : at.col)] ?? -1];
 }
 
-function tone(cell, mode) {  // how a cell is drawn: its class, its place on the ramp, and the number it stands for
+function tone(cell, mode) {  // how a cell is drawn: its class, its place on the ramp, and its number
   if (!cell) return { look: 'none', t: 0, size: null };
   const size = mode.of(cell);
   if (mode.id === 'share' && !cell.ok) return { look: 'bad', t: 1, size };
   if (size === null) return { look: 'none', t: 0, size };
   if (!Number.isFinite(size)) return { look: 'bad', t: 1, size };
   if (mode.id === 'share' && cell.bounded.bound === 0) return { look: 'exact', t: 0, size };
-  const [low, high] = ranges[mode.id];
-  const t = size > 0 ? clamp((Math.log10(size) - low) / (high - low), 0, 1) : 0;
+  if (mode.id === 'share' && cell.ok)
+    return size > WARM ? { look: 'warm', t: (size - WARM) / (1 - WARM), size } : { look: '', t: size / WARM, size };
+  const [low, high] = totals, t = size > 0 ? clamp((Math.log10(size) - low) / (high - low), 0, 1) : 0;
   return { look: cell.ok ? '' : 'marked', t, size };
 }
 
@@ -128,5 +130,6 @@ function show(changes, focus = false) {
   if (state.mode !== before.mode) { drawModes(); drawLegend(); drawThumbs(); }
   if (['mode', 'pass', 'view'].some(key => state[key] !== before[key])) { paintMap(); drawGrowth(); }
   markSelection(before, focus);
+  markLayer();
   drawDetail();
 }

@@ -1,20 +1,4 @@
-// ---- the head ----
-function drawHead() {
-  $('command').textContent = `minitp ${data.command}`;
-  $('title').textContent = document.title = data.title;
-  $('verdict').classList.toggle('failed', !data.ok);
-  $('verdict').append(h('b', {}, icon(data.ok), data.ok ? 'Passed' : 'Failed'), h('span', {}, h('bdi', {}, data.verdict)));
-  $('problems').hidden = !data.problems?.length;
-  $('problems').append(...(data.problems ?? []).map(line => h('li', {}, h('bdi', {}, line))));
-  $('facts').append(...(data.facts ?? []).map(([key, value]) => h('div', {}, h('dt', {}, h('bdi', {}, key)), h('dd', {},
-    value.length <= 160 ? h('bdi', {}, value)
-      : h('details', {}, h('summary', {}, h('bdi', {}, value.slice(0, 120), '…')), h('bdi', {}, value))))));
-  $('errors-title').textContent = data.layers ? 'Every step' : 'Every tensor';
-  if (cells.length) $('summary').append(`${plural(cells.length, 'comparison')}, ${count(wrong.length)} out of bounds.`);
-  const where = cells.length && !wrong.length && closest.bounded?.share > 0;
-  if (where) $('summary').append(` Closest to its bound, at ${brief(closest.bounded.share)} of it: `,
-    h('span', { class: 'name' }, h('bdi', {}, fullName(closest))), closest.rank === null ? '.' : ` on rank ${closest.rank}.`);
-}
+// ---- the choice of colors and their legend ----
 function drawModes() {
   $('modes').hidden = modes.length < 2;
   $('modes').replaceChildren(...modes.map(mode => {
@@ -22,18 +6,19 @@ function drawModes() {
     return h('label', {}, h('input', { type: 'radio', name: 'mode', value: mode.id, checked, onchange }), h('span', {}, mode.label));
   }));
 }
+function scaleTicks() {  // [place from 0 to 1, text]: a share of the bound is linear, a total error logarithmic
+  if (state.mode.id === 'share') return [[0, '0'], [CALM, CALM], [WARM, WARM], [1, comparing ? 'tolerance' : 'bound']];
+  const [low, high] = totals, every = Math.ceil((high - low) / 5);
+  return range(Math.floor((high - low) / every) + 1).map(i => [i * every / (high - low), `1e${low + i * every}`]);
+}
 function drawLegend() {
   root.dataset.mode = state.mode.id;
-  const [low, high] = ranges[state.mode.id], every = Math.ceil((high - low) / 5);
-  const share = state.mode.id === 'share', part = share && high - low === 1 ? [Math.log10(2), Math.log10(5)] : [];
-  const ticks = [...range(Math.floor((high - low) / every) + 1).map(i => low + i * every), ...part.map(d => low + d)];
-  const name = d => !share ? `1e${d}` : d < 0 ? String(+(10 ** d).toPrecision(1)) : comparing ? 'tolerance' : 'bound';
-  const place = d => `left:${100 * (d - low) / (high - low)}%`;
+  const share = state.mode.id === 'share';
   const swatch = (look, text) => h('span', { class: 'swatch' }, h('i', { class: `cell ${look}` }), text);
   $('legend').replaceChildren(...[
-    h('div', { class: 'scale' }, h('i'), h('div', {}, ticks.map(d => h('span', { style: place(d) }, name(d))))),
+    h('div', { class: 'scale' }, h('i', {}, share ? h('b', { class: 'warm' }) : ''), h('div', {}, scaleTicks().map(([at, text]) => h('span', { style: `left:${100 * at}%` }, text)))),
     swatch(share ? 'bad' : 'marked', 'out of bounds'),
-    share && cells.some(cell => cell.bounded?.bound === 0) ? swatch('exact', 'exact, as it must be') : null,
+    share && cells.some(cell => cell.bounded?.bound === 0) ? swatch('exact', 'exact, as required') : null,
     swatch('none', share || comparing ? 'not recorded' : 'none'),
     guilty ? swatch('blamed', `first ${fault} step`) : null].filter(Boolean));
 }
@@ -58,7 +43,7 @@ function makeThumb(pass, view) {
     'data-pass': pass, 'data-view': view, 'aria-pressed': pass === state.pass && view === state.view ? 'true' : 'false',
     onclick: () => show({ pass, view }) }, canvas, h('span', { class: wrongs ? 'wrong' : '' }, wrongs ? `✕ ${wrongs}` : '✓'));
 }
-let ramp = null;  // the colours of the ramp as the canvas wants them; null when the theme or the mode has changed
+let ramp = null;  // the colors of the ramp as the canvas needs them; null when the theme or the mode has changed
 function readRamp() {
   const probe = h('i', { class: 'cell', hidden: '' });
   document.body.append(probe);
@@ -67,9 +52,10 @@ function readRamp() {
     probe.style.setProperty('--t', t);
     return getComputedStyle(probe).backgroundColor;
   };
-  const colours = { steps: range(33).map(i => read('', i / 32)), bad: read('bad', 0), exact: read('exact', 0) };
+  const shades = look => range(33).map(i => read(look, i / 32));
+  const colors = { '': shades(''), marked: shades('marked'), warm: shades('warm'), bad: read('bad', 0), exact: read('exact', 0) };
   probe.remove();
-  return { ...colours, mode: state.mode };
+  return { ...colors, mode: state.mode };
 }
 function paintThumb(canvas, pass, view) {
   if (ramp?.mode !== state.mode) ramp = readRamp();
@@ -78,40 +64,38 @@ function paintThumb(canvas, pass, view) {
   for (let row = 0; row < rows; row++) for (let col = 0; col < (isWide(row) ? 1 : columns); col++) {
     const cell = cells[grid[row * columns + col]], { look, t } = tone(cell, state.mode);
     if (look === 'none') continue;
-    if (look) late.push([row, col, look === 'exact' ? ramp.exact : ramp.bad, look !== 'exact']);
-    context.fillStyle = ramp.steps[Math.round(t * 32)];
+    if (look === 'bad' || look === 'marked') late.push([row, col]);
+    context.fillStyle = look === 'exact' ? ramp.exact : ramp[look === 'bad' ? '' : look][Math.round(t * 32)];
     context.fillRect(col * 3, row * 3, isWide(row) ? canvas.width : 3, 3);
   }
-  for (const [row, col, colour, bad] of late) {  // wrong ones larger than they are, or one would not see them
-    const [x, y] = bad ? [canvas.width / 24, canvas.height / 16] : [0, 0];
-    context.fillStyle = colour;
-    context.fillRect(col * 3 - x, row * 3 - y, (isWide(row) ? canvas.width : 3) + 2 * x, 3 + 2 * y);
-  }
+  const [x, y] = [canvas.width / 24, canvas.height / 16];  // wrong steps are drawn larger, or they would be too small to see
+  context.fillStyle = ramp.bad;
+  for (const [row, col] of late) context.fillRect(col * 3 - x, row * 3 - y, (isWide(row) ? canvas.width : 3) + 2 * x, 3 + 2 * y);
 }
 
 // ---- the map ----
-const places = [], rowHeads = [], columnHeads = [];  // its table cells, places[row][column], and its headings
-function makeHead() {  // the names of the steps, and above them what their names begin with: attn, mlp
+const places = [], rowHeads = [], columnHeads = [];  // the map's cells, places[row][column], and its headings
+function makeHead() {  // the names of the steps, and above them their blocks: attn, mlp
   const groups = [];
   for (const step of data.steps) {
     const name = step.includes('.') ? step.slice(0, step.indexOf('.')) : '';
     if (groups.at(-1)?.name === name) groups.at(-1).size++; else groups.push({ name, size: 1 });
   }
   const short = step => groups.length > 1 ? step.slice(step.indexOf('.') + 1) : step;
-  columnHeads.push(...data.steps.map(step => h('th', { scope: 'col' }, h('span', {}, short(step)))));
+  columnHeads.push(...data.steps.map(step => h('th', { scope: 'col', 'data-step': step }, h('span', {}, short(step)))));
   const above = groups.map(({ name, size }) => h('th', { class: 'group', colspan: size, scope: 'colgroup' }, name));
   return h('thead', {}, groups.length > 1 ? h('tr', {}, h('td'), above) : null,
     h('tr', {}, h('th', { scope: 'col' }, h('span', {}, 'layer')), columnHeads));
 }
 function makeRow(row) {
   const wide = isWide(row), layer = row - first, colspan = wide ? columns : null;
-  const rare = data.layers > 40 && layer % 5 ? 'dense' : null;  // where rows are thin, every fifth has its number
+  const rare = data.layers > 40 && layer % 5 ? 'dense' : null;  // in thin rows only every fifth layer has its number
   rowHeads.push(h('th', wide ? {} : { scope: 'row', 'aria-label': `layer ${layer}`, class: rare }, wide ? '' : layer));
   places.push(range(wide ? 1 : columns).map(col => h('td', { tabindex: -1, 'data-row': row, 'data-col': col, colspan })));
   return h('tr', {}, data.layers ? rowHeads[row] : null, places[row]);
 }
 function buildMap() {
-  const widths = data.layers ? [34, ...data.steps.map(() => 26)].map(w => h('col', { style: `width:${w}px` })) : [];
+  const widths = data.layers ? ['layers', ...data.steps.map(() => 'steps')].map(name => h('col', { class: name })) : [];
   const attributes = { role: 'grid', 'aria-label': 'Errors, layers by steps', class: data.layers ? null : 'list' };
   const table = h('table', attributes, h('colgroup', {}, widths), data.layers ? makeHead() : null, h('tbody', {}, range(rows).map(makeRow)));
   table.style.setProperty('--row', data.layers > 48 ? '13px' : '19px');
@@ -123,14 +107,14 @@ function buildMap() {
   table.addEventListener('click', event => { if (pick(event)) show(pick(event), true); });
   table.addEventListener('keydown', moveByKey);
   table.addEventListener('pointermove', event => {
-    const at = event.pointerType === 'touch' ? null : pick(event);
-    if (at) tip(event, describe(at)); else tip();
+    const mouse = event.pointerType !== 'touch', at = mouse ? pick(event) : null, step = event.target.closest('th')?.dataset.step;
+    if (at) tip(event, describe(at)); else if (mouse && step) tip(event, [step, ...explanation(step)].join('\n')); else tip();
   });
   table.addEventListener('pointerleave', () => tip());
   $('map').replaceChildren(table);
 }
 function paintMap() {
-  const [deep, deepest] = inks[state.mode.id];
+  const [deep, deepest] = state.mode.id === 'total' ? INKS : [1, 1];
   for (let row = 0; row < rows; row++) for (let col = 0; col < places[row].length; col++) {
     const td = places[row][col], cell = cellAt({ ...state, row, col }), { look, t, size } = tone(cell, state.mode);
     const onRamp = look === '' || look === 'marked';
@@ -163,17 +147,18 @@ function moveByKey(event) {
   const move = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
   if (!move || event.altKey || event.ctrlKey || event.metaKey) return;
   event.preventDefault();
-  const row = clamp(state.row + move[0], 0, rows - 1);  // the column is kept on the way through a wide row
+  const row = clamp(state.row + move[0], 0, rows - 1);  // a wide row keeps the column
   show({ row, col: isWide(state.row) ? state.col : clamp(state.col + move[1], 0, columns - 1) }, true);
 }
 function describe(place) {
   const at = { ...state, ...place }, cell = cellAt(at);
-  if (!cell) return `${fullName(at)}\nnot recorded`;
+  const said = explanation(stepOf(at.row, at.col));
+  if (!cell) return [fullName(at), 'not recorded', ...said].join('\n');
   const error = cell.bounded, lines = [`${fullName(at)}  ${rankName(cell.rank)}`];
   const bound = error && error.bound !== null ? `, bound ${brief(error.bound)}` : '';
   if (error) lines.push(`${comparing ? 'difference' : 'local error'} ${brief(error.relative)}${bound}`);
   if (cell.total && cell.total !== error) lines.push(`total error ${brief(cell.total.relative)}`);
-  return lines.concat(cell.ok ? [] : ['✕ out of bounds']).join('\n');
+  return lines.concat(cell.ok ? [] : ['✕ out of bounds'], said).join('\n');
 }
 function tip(event, text) {
   const box = $('tip');

@@ -1,9 +1,9 @@
 """The result of `check` or `compare` as one HTML page that needs no network and no other file.
 
-The page is `page.html` beside this file, with the style, the scripts and the data, as JSON, written into it.
-Everything in the data may come from elsewhere (a prompt, the names in somebody's dump, NaN out of a broken
-kernel), so nothing of it is trusted: the JSON holds no character that could end its <script>, NaN and
-infinities travel as strings, and the page's own policy forbids it to fetch anything.
+The style, the scripts and the data, as JSON, are written into `page.html`. The data is not trusted, because
+prompts and the names in a dump are someone else's text, and a broken kernel may produce NaN. So the JSON has
+no character that could end its <script>, NaN and infinities are written as strings, and the page's content
+security policy forbids it to fetch anything.
 """
 
 import html
@@ -17,13 +17,22 @@ from pathlib import Path
 from minitp.errors import InputError
 from minitp.trace import names as steps
 
-SCRIPTS = ("data.js", "map.js", "details.js", "plan.js", "start.js")  # in the order in which they run
-ERROR_DIGITS, VALUE_DIGITS = 3, 9  # significant ones; 9 tell any two float32 apart
-MARKUP = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}  # in JSON these occur in strings only
+SCRIPTS = (
+    "data.js",
+    "head.js",
+    "map.js",
+    "details.js",
+    "layer.js",
+    "growth.js",
+    "plan.js",
+    "start.js",
+)  # as they run
+ERROR_DIGITS, VALUE_DIGITS = 3, 9  # significant digits; 9 of them tell any two float32 apart
+MARKUP = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}  # in JSON these characters occur only in strings
 
 
 def write_report(path, data):
-    """Write the page for `data` (see `render`) to `path`, or leave what is there untouched.
+    """Write the page for `data` (see `render`) to `path`; on failure an existing file stays as it was.
 
     Raises
     ------
@@ -32,18 +41,18 @@ def write_report(path, data):
     """
     path = Path(path)
     page = render(data)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        beside.write_text(page, encoding="utf-8", newline="\n")
-        os.replace(beside, path)
+        partial.write_text(page, encoding="utf-8", newline="\n")
+        os.replace(partial, path)
     except OSError as error:
         raise InputError(f"{path}: cannot write the report: {error.strerror}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def render(data):
-    """The page as text; what comes from `data` is ASCII only.
+    """Return the page as text, with everything from `data` in ASCII.
 
     Parameters
     ----------
@@ -52,15 +61,16 @@ def render(data):
         ok : bool
         facts : list of (str, str); problems : list of str
         passes : list of str, in order
-        tp : int, or None where there are no ranks (`compare`)
+        tp : int, or None if there are no ranks (`compare`)
         layers : int
-        before, steps, after : lists of the names of the steps before, within and behind the layers
+        before, steps, after : lists of the names of the steps before, within and after the layers
         cells : list of dict, one for each step of a pass on a rank: pass (index), layer (or None), step, rank
-            (or None for all), kind, ok, and local, total, worst, note. `local` and `total` are None or dicts
-            of relative, bound, absolute, absolute_bound, index, value, expected, of which any may be missing;
-            `worst` is a list of (index, value, expected); where it is empty the local error's own element, or
-            the total one's, stands in. A step that was not recorded has no cell.
+            (or None for all), kind, ok, local, total, worst, note. `local` and `total` are None or dicts with
+            relative, bound, absolute, absolute_bound, index, value, expected; any of these may be missing.
+            `worst` is a list of (index, value, expected); if it is empty, the element of the local error, or
+            else of the total error, replaces it. A step that was not recorded has no cell.
         blamed : index into cells, or None
+        explained : dict of step to [shape, formula, operation, sentence], see `report.steps`
         plan : None or the sharding plan in plain numbers
 
     Raises
@@ -74,8 +84,10 @@ def render(data):
     text = json.dumps(_plain(packed), allow_nan=False, separators=(",", ":")).translate(MARKUP)
     verdict = f"{'Passed' if data['ok'] else 'Failed'}: {data['verdict']}"
     fill = {"title": _escape(data["title"]), "verdict": _escape(verdict), "data": text}
+    fill["command"] = data["command"]
     fill |= {"style": _part("style.css"), "script": "\n".join(map(_part, SCRIPTS))}
-    return re.sub(r"@@([a-z]+)@@", lambda match: fill[match[1]], _part("page.html"))  # once: not within data
+    # In one pass, because the data may contain such marks, too.
+    return re.sub(r"@@([a-z]+)@@", lambda match: fill[match[1]], _part("page.html"))
 
 
 def _part(name):
@@ -83,10 +95,10 @@ def _part(name):
 
 
 def _pack_cells(data):
-    """The cells as short lists, since there may be tens of thousands of them.
+    """Return the cells as short lists, because there may be tens of thousands of them.
 
-    [pass, row, column, rank, kind, ok, local, total, worst, note], where the rows are the steps before the
-    layers, the layers, and the steps behind them.
+    Each is [pass, row, column, rank, kind, ok, local, total, worst, note]. The rows are the steps before the
+    layers, the layers, and the steps after them.
     """
     before, after = len(data["before"]), len(data["before"]) + data["layers"]
     place = {(None, name): (row, 0) for row, name in enumerate(data["before"])}
@@ -101,7 +113,7 @@ def _pack_cells(data):
             row, column = place[layer, step]
         else:
             raise ValueError(f"the report has no place for the step {step!r}, layer {layer}")
-        rank = None if isinstance(cell["rank"], str) else cell["rank"]  # "all": none of them in particular
+        rank = None if isinstance(cell["rank"], str) else cell["rank"]  # "all" is no rank in particular
         own = cell["local"] or cell["total"] or {}
         worst = cell["worst"]
         if not worst and "index" in own:
@@ -114,7 +126,7 @@ def _pack_cells(data):
 
 
 def _pack_error(error):
-    """[relative, bound, absolute, absolute_bound, index]."""
+    """Return an error as [relative, bound, absolute, absolute_bound, index]."""
     if error is None:
         return None
     sizes = [_short(error.get(k), ERROR_DIGITS) for k in ("relative", "bound", "absolute", "absolute_bound")]
@@ -122,7 +134,7 @@ def _pack_error(error):
 
 
 def _short(number, digits):
-    """A number of any numeric type as a float with so many significant digits; None stays None."""
+    """Round a number of any numeric type to a float of `digits` significant digits; None stays None."""
     if number is None:
         return None
     number = float(number)
@@ -130,7 +142,7 @@ def _short(number, digits):
 
 
 def _plain(value):
-    """`value` as JSON can hold it: NumPy's scalars and arrays, tuples, NaN and infinities replaced."""
+    """Return `value` with all that JSON lacks replaced: NumPy types, tuples, NaN and infinities."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -145,5 +157,5 @@ def _plain(value):
 
 
 def _escape(text):
-    """Text for HTML, ASCII only; a lone surrogate becomes a reference that browsers show as U+FFFD."""
+    """Escape text for HTML, in ASCII; browsers show the reference to a lone surrogate as U+FFFD."""
     return html.escape(text).encode("ascii", "xmlcharrefreplace").decode()

@@ -1,16 +1,16 @@
 // ---- the sharding plan ----
-const COLOURS = '#77aadd #eedd88 #44bb99 #ffaabb #99ddff #bbcc33 #ee8866 #c9b6e4 #dddddd'.split(' ');  // after P. Tol
-const rankColour = rank => COLOURS[rank % COLOURS.length];
+const COLORS = '#77aadd #eedd88 #44bb99 #ffaabb #99ddff #bbcc33 #ee8866 #c9b6e4 #dddddd'.split(' ');  // after P. Tol
+const rankColor = rank => COLORS[rank % COLORS.length];
 const lengths = ranges => ranges.map(([start, stop]) => stop - start);
 const sum = numbers => numbers.reduce((a, b) => a + b, 0);
 const bytes = n => n >= 1e9 ? `${(n / 1e9).toFixed(1)} GB` : `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} MB`;
 const note = (x, y, text, attributes) => s('text', { x, y, ...attributes }, text);
 
-function box(rank, x, y, width, text, hint) {  // one rank's part of something, with its number where there is room
-  return [s('rect', { class: 'box', x, y, width: Math.max(width, 0.5), height: 26, rx: 5, fill: rankColour(rank) }, s('title', {}, hint)),
+function box(rank, x, y, width, text, hint) {  // one rank's part, with its number if there is room
+  return [s('rect', { class: 'box', x, y, width: Math.max(width, 0.5), height: 26, rx: 5, fill: rankColor(rank) }, s('title', {}, hint)),
     note(x + width / 2, y + 17, text.length * 7 < width ? text : '', { class: 'on', 'text-anchor': 'middle', 'pointer-events': 'none' })];
 }
-function bar(width, y, name, parts, label, hint) {  // the parts of a whole, as long as they are large
+function bar(width, y, name, parts, label, hint) {  // parts of a whole, each as long as its share
   let from = 0;
   return [note(0, y + 12, name, { class: 'soft' }), ...parts.flatMap((part, rank) => {
     const x = from;
@@ -22,7 +22,7 @@ function holdersOf(plan) {  // for each KV head, the ranks that hold it
   const of = kv => plan.kv_head_ranges.flatMap(([start, stop], rank) => kv >= start && kv < stop ? [rank] : []);
   return range(plan.kv_heads).map(of);
 }
-function drawHeads(plan, width, gap) {  // query heads above, KV heads below, and who reads whom
+function drawHeads(plan, width, gap) {  // query heads above, KV heads below, and a line from each query head to its KV head
   const sizes = lengths(plan.head_ranges).map(n => Math.max(1, n)), unit = (width - (plan.tp - 1) * gap) / sum(sizes);
   const holders = holdersOf(plan), last = new Map(), lines = [], boxes = [];
   let left = 0;
@@ -66,19 +66,24 @@ function drawPlan() {
   const shared = holdersOf(plan).flatMap((ranks, kv) => ranks.length > 1 ? [`${kv} on ranks ${ranks.join(', ')}`] : []);
   const which = shared.length > 8 ? `${shared.length} of ${plan.kv_heads} are held more than once` : shared.join('; ');
   $('copies').textContent = !shared.length ? '' :
-    `Dashed lines join the copies of a KV head that several ranks hold, since query heads on each of them read it: ${which}.`;
-  $('plan-what').textContent = (plan.tp > 1 ? 'Colours are ranks.' : 'One rank holds everything.')
+    `Dashed lines join the copies of a KV head that several ranks hold because their query heads read it: ${which}.`;
+  $('plan-what').textContent = (plan.tp > 1 ? 'Colors are ranks.' : 'One rank holds everything.')
     + ' A line leads from each query head to the KV head that it reads.';
+}
+function hintAtScrolling() {
+  const box = $('tensors').parentNode;
+  $('tensors-hint').hidden = box.scrollWidth <= box.clientWidth + 1;
 }
 function drawTensors() {
   const plan = data.plan, ranks = range(plan?.tp ?? 0);
   if (!plan?.tensors?.length) return;
-  const swatch = rank => h('i', { style: `background:${rankColour(rank)}` });
-  const head = headings(['tensor', 'of these', 'shape', 'split axis', ...ranks.map(rank => [swatch(rank), `rank ${rank}`])]);
+  const swatch = rank => h('i', { style: `background:${rankColor(rank)}` });
+  const head = headings(['tensor', 'count', 'shape', 'split axis', ...ranks.map(rank => [swatch(rank), `rank ${rank}`])]);
   const lines = plan.tensors.map(({ name, count, shape, axis, ranges, replicated }) => {
     const whole = replicated || axis === null, part = rank => whole ? 'all' : ranges[rank]?.join(':') ?? '–';
     return h('tr', {}, td(name, { class: 'name' }), td(count), td(shape.join(' × ')), td(whole ? '–' : axis),
       ranks.map(rank => td(part(rank), { class: whole ? 'soft' : null })));
   });
   $('tensors').append(head, h('tbody', {}, lines));
+  hintAtScrolling();
 }

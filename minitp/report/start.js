@@ -1,7 +1,7 @@
 // ---- light and dark ----
 const prefersDark = matchMedia('(prefers-color-scheme: dark)');
 const isDark = () => (root.style.colorScheme || (prefersDark.matches ? 'dark' : 'light')) === 'dark';
-function setTheme(theme) {  // '' is the system's
+function setTheme(theme) {  // '' follows the system
   root.style.colorScheme = theme;
   ramp = null;
   $('theme').textContent = isDark() ? '☼ Light' : '☾ Dark';
@@ -15,13 +15,16 @@ function followTheme() {
   addEventListener('afterprint', () => setTheme(kept));
 }
 
+const FEW_LAYERS = 8;
 function startMap() {
   const begin = guilty ?? closest;
   Object.assign(state, placeOf(begin), { view: guilty ? viewOf(begin) : 0 });
-  drawModes(); buildMap(); drawLegend(); drawThumbs(); paintMap(); markSelection(state, false); drawDetail(); drawGrowth();
+  drawModes(); buildMap(); drawLegend(); drawThumbs(); paintMap(); markSelection(state, false); drawDetail(); drawLayer(); markLayer();
+  if (data.layers < FEW_LAYERS) $('left').append($('growth-section'));  // a short map leaves room below it
+  drawGrowth();
   const thumbs = document.querySelector('.thumbs'), pressed = document.querySelector('.thumbs [aria-pressed=true]');
   if (pressed) thumbs.scrollTop = pressed.offsetTop - thumbs.offsetTop - 100;
-  const now = placeAt(state), box = $('map');  // on a phone the map scrolls in its own box: bring the step into view
+  const now = placeAt(state), box = $('map');  // on a phone the map scrolls inside its box; show the selected step
   if (now.offsetLeft + 60 > box.clientWidth) box.scrollLeft = now.offsetLeft - box.clientWidth / 2;
   if (now.offsetTop + 60 > box.clientHeight) box.scrollTop = now.offsetTop - box.clientHeight / 2;
 }
@@ -29,10 +32,15 @@ function start() {
   $('head').hidden = $('main').hidden = false;
   drawHead(); followTheme(); setTheme('');
   if (cells.length) startMap();
-  else $('errors-section').hidden = $('growth-section').hidden = true;  // the plan was wrong, and nothing ran
+  else $('errors-section').hidden = $('growth-section').hidden = true;  // the plan is wrong, so nothing was run
   drawPlan(); drawTensors();
   let width = innerWidth;
-  addEventListener('resize', () => { if (innerWidth !== width) { width = innerWidth; if (cells.length) drawGrowth(); drawPlan(); } });
+  addEventListener('resize', () => {
+    if (innerWidth === width) return;
+    width = innerWidth;
+    if (cells.length) { drawGrowth(); $('detail').hidden = false; }
+    drawPlan(); hintAtScrolling();
+  });
   root.dataset.ready = Math.round(performance.now());
 }
 start();

@@ -1,4 +1,4 @@
-"""Made-up results of `check` and `compare` for the tests of the report, and for looking at it.
+"""Synthetic results of `check` and `compare`, for the tests of the report and for looking at it.
 
 `python tests/support/report_data.py DIRECTORY` writes a page of each.
 """
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from minitp.report.page import write_report
+from minitp.report.steps import explain
 from minitp.shard import split_evenly
 from minitp.trace import names as steps
 
@@ -18,7 +19,7 @@ HOSTILE = (
 
 
 def kind_of(step):
-    """As in minitp.trace.names, without a plan."""
+    """Return the kind of a step as in minitp.trace.names, without a plan."""
     if step in steps.PARTIAL:
         return "partial"
     letters = (steps.BEFORE | steps.LAYER | steps.AFTER)[step].split()
@@ -30,7 +31,7 @@ def kind_of(step):
 
 
 def made_error(rng, relative, bound=None):
-    """The entries of one error, with an element that has it."""
+    """Return the entries of one error, with an element that has this error."""
     expected = rng.gauss(0, 1)
     error = {
         "relative": relative,
@@ -42,7 +43,7 @@ def made_error(rng, relative, bound=None):
 
 
 def made_plan(tp, heads=9, kv_heads=3, ffn=1536, vocab=49152, head_dim=64, layers=30):
-    """The plan of a model, in plain numbers."""
+    """Return the plan of a model in plain numbers."""
     head_ranges = split_evenly(heads, tp)
     group = heads // kv_heads
     kv_ranges = [(start // group, (stop - 1) // group + 1) for start, stop in head_ranges]
@@ -88,7 +89,7 @@ def made_plan(tp, heads=9, kv_heads=3, ffn=1536, vocab=49152, head_dim=64, layer
 
 
 def check_data(tp=4, layers=30, passes=3, fault=None, **sizes):
-    """The result of a check; `fault` is (pass, layer, step, rank) of a step that goes wrong, or None."""
+    """Return the result of a check; `fault` is None or (pass, layer, step, rank) of a wrong step."""
     rng = random.Random(0)
     every = [(None, s) for s in steps.BEFORE]
     every += [(i, s) for i in range(layers) for s in steps.LAYER] + [(None, s) for s in steps.AFTER]
@@ -136,6 +137,9 @@ def check_data(tp=4, layers=30, passes=3, fault=None, **sizes):
                 ["comm", "mpi"],
             ),
             *(["prompt", "The capital of France is"], ["token ids", "504 3575 282 4649 314"]),
+            ["command", f"minitp check 'The capital of France is' --tp {tp} --report check.html"],
+            ["machine", "AMD EPYC 7B13, 8 cores, Linux x86_64"],
+            *(["minitp", "0.1.0"], ["date", "2026-11-28"]),
         ],
         "problems": [],
         "passes": names,
@@ -146,12 +150,13 @@ def check_data(tp=4, layers=30, passes=3, fault=None, **sizes):
         "after": list(steps.AFTER),
         "cells": cells,
         "blamed": blamed,
+        "explained": explain([*steps.BEFORE, *steps.LAYER, *steps.AFTER]),
         "plan": made_plan(tp, layers=layers, **sizes),
     }
 
 
 def compare_data(names, passes=("",), wrong=()):
-    """The result of a comparison of two dumps with these names, no layers; those in `wrong` differ."""
+    """Return the result of comparing two dumps without layers; the names in `wrong` differ."""
     rng = random.Random(1)
     cells = []
     for passed in range(len(passes)):
@@ -184,8 +189,8 @@ def compare_data(names, passes=("",), wrong=()):
 
 
 def compare_layers_data(layers=12):
-    """The result of a comparison of two traces, with layers and without ranks, half of the steps missing."""
-    data = check_data(tp=1, layers=layers, passes=2, fault=(1, 7, "attn.k_rope", 0))
+    """Return the result of comparing two traces in which some steps are missing."""
+    data = check_data(tp=1, layers=layers, passes=2, fault=(1, min(7, layers - 1), "attn.k_rope", 0))
     left_out = ("attn.scores", "attn.probs", "attn.q_rope", "mlp.act", "logits_partial", "embed_partial")
     data["cells"] = [cell for cell in data["cells"] if cell["step"] not in left_out]
     for i, cell in enumerate(data["cells"]):
@@ -195,12 +200,12 @@ def compare_layers_data(layers=12):
         if not cell["ok"] and data["blamed"] is not None:
             data |= {"blamed": None, "first": i}
     data["blamed"] = data.pop("first")
-    verdict = "first step that differs: decode.1/layers.7.attn.k_rope"
+    verdict = f"first step that differs: decode.1/layers.{min(7, layers - 1)}.attn.k_rope"
     return data | {"command": "compare", "title": "a against b", "verdict": verdict, "tp": None, "plan": None}
 
 
 def foreign_names(count=24):
-    """Names such as another engine might give its dumps."""
+    """Return names that another engine might use in its dumps."""
     return [
         "tok_embeddings.out",
         *(f"block{i // 3:02d}/{['qkv', 'o', 'ffn'][i % 3]}" for i in range(count)),

@@ -1,7 +1,7 @@
 """The chat page in a headless Chromium, in front of a real server: what it shows, sends and stops.
 
-The browser is driven by its DevTools protocol. Answers that a healthy server does not give come from a fetch
-of the test's own.
+Chromium is driven through the DevTools protocol. Answers that a healthy server does not give come from a
+fetch that the test replaces.
 """
 
 import json
@@ -24,22 +24,22 @@ pytestmark = pytest.mark.mpi
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
 FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-pipe"]
 WAIT_S = 15
-SHIFT = 8  # among the modifiers of a key
+SHIFT = 8  # bit of the Shift key in the modifiers
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"><b>bold</b>\n  & &amp; \u202e"
 
 
 class Browser:
-    """A Chromium with one page, driven by JSON objects, each ended by a zero byte."""
+    """A Chromium with one page, driven by JSON objects, each terminated by a zero byte."""
 
     def __init__(self, profile):
-        # It reads from descriptor 3 and writes to 4, which are made of its stdin and stdout.
+        # Chromium reads from descriptor 3 and writes to 4; the shell makes them from stdin and stdout.
         command = ["/bin/sh", "-c", 'exec "$@" 3<&0 4>&1 </dev/null >&2', "sh", CHROMIUM, *FLAGS]
         command += [f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
         )
         self._unread, self._sent, self._session = b"", 0, {}
-        self.complaints = []  # of the console
+        self.complaints = []  # messages of the console
         (target,) = [t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"]
         attached = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         self._session = {"sessionId": attached["sessionId"]}
@@ -47,7 +47,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method, **params):
-        """A command's result; what is heard meanwhile is kept if it is a complaint."""
+        """Return the result of a command; complaints that arrive meanwhile are kept."""
         self._sent += 1
         command = {"id": self._sent, "method": method, "params": params, **self._session}
         self._process.stdin.write(json.dumps(command).encode() + b"\0")
@@ -71,13 +71,13 @@ class Browser:
         return json.loads(message)
 
     def run(self, expression):
-        """The value of an expression in the page."""
+        """Return the value of an expression in the page."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def wait(self, expression):
-        """Return once it is true."""
+        """Return once the expression is true."""
         deadline = time.monotonic() + WAIT_S
         while not self.run(expression):
             assert time.monotonic() < deadline, f"not {expression}:\n{self.run('document.body.innerText')}"
@@ -96,7 +96,7 @@ class Browser:
         return self.run(f"[...document.querySelectorAll({json.dumps(selector)})].map(one => one.textContent)")
 
     def wait_for(self, selector, start):
-        """Return once there is such an element, and its text begins like this."""
+        """Return once the text of such an element begins with `start`."""
         self.wait(
             f"document.querySelector({json.dumps(selector)})?.textContent.startsWith({json.dumps(start)})"
         )
@@ -130,7 +130,7 @@ class Browser:
         self.wait("document.querySelector('#stop').hidden")
 
     def fake(self, path, status, body):
-        """From now on the page gets this answer from a path, in chunks of one byte."""
+        """Answer the page's requests to `path` with this body, in chunks of one byte."""
         self.run(
             f"window.fakes = {{ ...window.fakes, [{json.dumps(path)}]: [{status}, {list(body.encode())}] }}"
         )
@@ -179,7 +179,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, server):
-    """The page, opened anew, with answers that are the same each time."""
+    """The page, opened again, with temperature 0 so that answers repeat."""
     browser.resize(1400, 900)
     browser.open(server.url)
     browser.wait_for("#state", "ready")
@@ -188,7 +188,7 @@ def page(browser, server):
 
 
 def asked(server, *contents, **more):
-    """What the API answers to a conversation: the user's first, the model's, the user's again, ..."""
+    """Return the API's answer to a conversation: user, model, user, ..."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
     body = {"model": "chatty", "messages": messages, "temperature": 0, **more}
     return httpx.post(f"{server.url}/v1/chat/completions", json=body).json()
@@ -204,13 +204,13 @@ def running(server):
 
 
 def piece(text):
-    """A server-sent event with a part of an answer."""
+    """Return a server-sent event with a part of an answer."""
     choice = {"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
     return event(json.dumps({"choices": [choice], "usage": None}, ensure_ascii=False))
 
 
 def answer_of(*texts):
-    """The events of an answer in pieces."""
+    """Return the events of an answer in pieces."""
     usage = {"prompt_tokens": 5, "completion_tokens": len(texts), "total_tokens": 5 + len(texts)}
     return "".join(map(piece, texts)) + event({"choices": [], "usage": usage}) + event("[DONE]")
 
@@ -231,7 +231,7 @@ def test_the_model_and_the_server_are_named(browser, server):
 
 
 @needs_chromium
-def test_a_conversation_is_that_of_the_api(page, server):
+def test_a_conversation_equals_that_of_the_api(page, server):
     first = asked(server, "Hello\nthere", max_tokens=24)
     second = asked(server, "Hello\nthere", text_of(first), "And then?", max_tokens=24)
     page.fill("#most", "24")
@@ -247,7 +247,7 @@ def test_a_conversation_is_that_of_the_api(page, server):
     for told, answer in zip(page.texts(".told"), (first, second), strict=True):
         of_prompt = answer["usage"]["prompt_tokens"]
         assert re.fullmatch(
-            rf"\d+\.\d tokens/s\s· 24 tokens after a prompt of {of_prompt}\s· the first after \d+\.\d+ s"
+            rf"24 tokens\s· \d+\.\d tok/s\s· first token \d+\.\d+ s\s· prompt {of_prompt}"
             r"\s· cut off at max tokens",
             told,
         )
@@ -255,7 +255,7 @@ def test_a_conversation_is_that_of_the_api(page, server):
     page.wait("!document.querySelector('article')")
     page.send("Hello\nthere")
     page.wait_for_answer()
-    assert page.texts(".assistant .text") == [text_of(first)]  # what was said before has been forgotten
+    assert page.texts(".assistant .text") == [text_of(first)]  # the earlier messages were not sent
     assert page.complaints == []
 
 
@@ -278,7 +278,7 @@ def test_the_temperature_is_sent(page):
         "stream_options": {"include_usage": True},
     }
     page.run("sent = null")
-    page.fill("#temperature", "3")  # the browser says what is wrong with it
+    page.fill("#temperature", "3")  # the browser refuses the value
     page.send("Hello")
     page.fill("#temperature", "0")
     page.fill("#most", "")
@@ -293,12 +293,12 @@ def test_the_temperature_is_sent(page):
 @pytest.mark.parametrize("button", ["#stop", "#new"])
 def test_an_answer_is_shown_as_it_comes_until_it_is_stopped(page, server, button):
     page.send("Hello")
-    page.wait("/pieces\\/s.* pieces.*first after/.test(document.querySelector('.told')?.textContent)")
+    page.wait("/\\d tokens?.* tok\\/s.*first token/.test(document.querySelector('.told')?.textContent)")
     early = page.text(".assistant .text")
     assert early
     page.wait(f"document.querySelector('.assistant .text').textContent.length > {len(early)}")
     assert running(server) == 1
-    page.send("not yet")  # stays in the box
+    page.send("not yet")  # a message that stays in the box
     assert len(page.texts("article")) == 2
     page.click(button)
     page.wait_for_answer()
@@ -311,12 +311,12 @@ def test_an_answer_is_shown_as_it_comes_until_it_is_stopped(page, server, button
         assert page.text(".told").startswith("stopped")
         assert page.text(".assistant .text").startswith(early)
     page.wait(f"document.querySelectorAll('article').length === {2 if button == '#stop' else 0}")
-    assert page.texts(".error") == [""]  # that of the key
+    assert page.texts(".error") == [""]  # the empty error of the key form
     assert page.complaints == []
 
 
 @needs_chromium
-def test_it_scrolls_along_but_not_away(page):
+def test_the_log_follows_the_answer_unless_the_reader_scrolled_up(page):
     page.resize(360, 400)
     page.send("Hello")
     page.wait("log.scrollHeight > log.clientHeight + 100")
@@ -342,7 +342,7 @@ def test_no_text_is_html_or_too_wide(page, width):
     assert page.run("document.querySelectorAll('img, b, #log script').length") == 0
     assert page.run("document.title") == "chatty · minitp"
     assert page.run("Math.max(document.documentElement.scrollWidth, log.scrollWidth)") <= width
-    assert page.run("document.querySelector('.user .text').innerText") == HOSTILE + "x" * 500  # lines and all
+    assert page.run("document.querySelector('.user .text').innerText") == HOSTILE + "x" * 500  # and lines
     for selector in ("#new", "#send", "#most", ".user", ".assistant"):
         box = page.run(f"document.querySelector('{selector}').getBoundingClientRect().toJSON()")
         assert box["left"] >= 0, selector
@@ -352,7 +352,7 @@ def test_no_text_is_html_or_too_wide(page, width):
 
 
 @needs_chromium
-def test_what_is_refused_is_not_lost(page, server):
+def test_a_refused_message_goes_back_into_the_box(page, server):
     page.fill("#most", "200000")
     page.send("Hello")
     page.wait_for("#log > .error", "Error: ")
@@ -384,13 +384,13 @@ def test_an_error_in_the_middle_of_an_answer(page):
 
 
 @needs_chromium
-def test_how_the_server_is(page):
+def test_the_state_of_the_server_is_shown(page):
     def fake_health(status):
         page.fake("health", 503, json.dumps({"status": status}))
 
     fake_health("loading")
-    page.wait_for("#state", "loading")  # it asks by itself
-    page.run("for (let timer = 0; timer < 10_000; timer++) clearTimeout(timer)")  # and no more
+    page.wait_for("#state", "loading")  # the page polls
+    page.run("for (let timer = 0; timer < 10_000; timer++) clearTimeout(timer)")  # stops the polling
     fake_health("draining")
     page.run("look()")
     assert page.text("#state") == "shutting down"
@@ -398,11 +398,11 @@ def test_how_the_server_is(page):
     page.fake(CHAT, 503, json.dumps(ApiError(503, "a rank has died; the server is ending").object()))
     page.send("Hello")
     page.wait_for("#log > .error", "Error: a rank has died; the server is ending")
-    page.wait("state.textContent === 'a rank has died'")  # at once, for it soon says nothing any more
+    page.wait("state.textContent === 'a rank has died'")  # at once, because the server ends soon
 
 
 @needs_chromium
-def test_the_key_is_asked_for_and_the_end_is_seen(browser, directory):
+def test_the_key_is_asked_for_and_the_end_of_the_server_is_shown(browser, directory):
     server = Served(directory, "--api-key", "sesame")
     browser.open(server.url)
     browser.wait_for("#state", "ready")
@@ -415,16 +415,16 @@ def test_the_key_is_asked_for_and_the_end_is_seen(browser, directory):
     browser.press_enter()
     browser.wait_for("#model", "chatty")
     assert not browser.is_shown("#key-form")
-    browser.open(server.url)  # it is still known
+    browser.open(server.url)  # the key is still known
     browser.wait_for("#model", "chatty")
     assert not browser.is_shown("#key-form")
     browser.fill("#most", "3")
     browser.send("Hello")
     browser.wait_for_answer()
-    assert "3 tokens after a prompt of" in browser.text(".told")
+    assert browser.text(".told").startswith("3 tokens\u00a0· ")
     server.stop()
     browser.send("Anybody there?")
-    browser.wait_for("#log > .error", "Error: the server is not reachable")
+    browser.wait_for("#log > .error", "Error: the server cannot be reached")
     browser.wait_for("#state", "not reachable")
     assert browser.value("#box") == "Anybody there?"
     assert len(browser.texts("article")) == 2

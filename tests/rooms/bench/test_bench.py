@@ -1,6 +1,7 @@
 """`minitp bench`: what it holds the model against are the model's own products, and its figures agree."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import write_tiny
 
+import minitp
 from minitp.bench.cpu_roofline import BareProducts, all_reduce_seconds
 from minitp.bench.fake_weights import TiledWeights
 from minitp.bench.plot import plot
@@ -260,22 +262,45 @@ def test_a_sweep_and_its_picture(tiny, tmp_path, over, suffix):
     assert [p[over] for p in points] == ([32, 64, 84] if over == "context" else [1, 2, 4, 8, 16, 32])
     for p in points:
         assert 0 < p["tokens_per_s"] < p["limit_tokens_per_s"]
+        for name in ("tokens_per_s", "ttft_s" if over == "context" else "step_s"):
+            assert p[f"{name}_range"][0] <= p[name] <= p[f"{name}_range"][1]
     content = picture.read_bytes()
     assert content.startswith(b"\x89PNG") if suffix == ".png" else b"<svg" in content[:1000]
     text = "\n".join(lines(result))
     assert all(f"{p['tokens_per_s']:.1f}" in text for p in points)
 
 
+SWEEP = [
+    {"context": 2**n, "ttft_s": n, "limit_ttft_s": 1, "tokens_per_s": 9, "limit_tokens_per_s": 10}
+    for n in range(5, 8)
+]  # fmt: skip
+
+
+def svg_of(points, path):
+    surroundings = {"model": "a model", "dtype": "float32", "tp": 2, "machine": "a machine"}
+    plot(surroundings | {"sweep": {"over": "context", "points": points}}, str(path))
+    return path.read_text()
+
+
 def test_a_picture_has_every_point(tmp_path):
     """In an SVG each marker is one <use>; nothing else here is drawn so."""
-    few = [{"context": 2**n, "ttft_s": n, "limit_ttft_s": 1, "tokens_per_s": 9, "limit_tokens_per_s": 10}
-           for n in range(5, 8)]  # fmt: skip
-    surroundings = {"model": "a model", "dtype": "float32", "tp": 2, "machine": "a machine"}
-    counts = []
-    for points in (few[:1], few):
-        plot(surroundings | {"sweep": {"over": "context", "points": points}}, str(tmp_path / "x.svg"))
-        counts.append((tmp_path / "x.svg").read_text().count("<use "))
+    counts = [svg_of(points, tmp_path / "x.svg").count("<use ") for points in (SWEEP[:1], SWEEP)]
     assert counts[1] > counts[0]
+
+
+def test_a_picture_has_the_range_the_labels_and_the_origin_of_the_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["minitp", "bench", "--sweep", "context", "--tp", "2"])
+    plain = svg_of(SWEEP, tmp_path / "x.svg")
+    ranges = {"tokens_per_s_range": [8, 9.5], "ttft_s_range": [1, 9]}
+    banded = svg_of([point | ranges for point in SWEEP], tmp_path / "x.svg")
+    assert banded.count("FillBetween") == plain.count("FillBetween") + 2
+    said = re.findall(r"<text[^>]*>([^<]*)</text>", banded)
+    for text in ("a model on 2 ranks, float32", "minitp", "limit", "seconds, logarithmic"):
+        assert text in said
+    origin = "\n".join(said)
+    assert re.search(rf"a machine · 20\d\d-\d\d-\d\d · minitp {re.escape(minitp.__version__)}", origin)
+    assert "minitp bench --sweep context --tp 2" in origin
+    assert "legend" not in banded
 
 
 @pytest.mark.mpi

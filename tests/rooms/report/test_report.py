@@ -1,17 +1,14 @@
-"""The report: one page that fetches nothing, shows every step, and survives whatever strings it is given.
+"""The report: one page that fetches nothing, shows every step, and survives hostile strings.
 
-The page is looked at in a headless Chromium: it is put into a frame of a given width, driven by events, and
-asked what it shows.
+`drive`, in conftest.py, shows pages in a headless Chromium.
 """
 
-import html
 import json
 import re
-import subprocess
 
 import numpy as np
 import pytest
-from chromium import CHROMIUM, needs_chromium
+from chromium import needs_chromium
 from report_data import (
     HOSTILE,
     check_data,
@@ -24,65 +21,9 @@ from minitp.errors import InputError
 from minitp.report.page import render, write_report
 from minitp.trace import names as steps
 
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
-FLAGS += [
-    "--host-resolver-rules=MAP * ~NOTFOUND",
-    "--enable-logging=stderr",
-    "--disable-dev-shm-usage",
-    "--hide-scrollbars",
-]
-
-HARNESS = """<!doctype html><meta charset="utf-8">
-%s
-<pre id="out"></pre>
-<script>
-  const drive = (page, view) => { %s };
-  const tried = frame => {
-    try { return drive(frame.contentDocument, frame.contentWindow); }
-    catch (error) { return String(error.stack); }
-  };
-  addEventListener('load', () => {
-    const results = [...document.querySelectorAll('iframe')].map(tried);
-    document.getElementById('out').textContent = JSON.stringify(results);
-  });
-</script>"""
-HELPERS = """
-  const one = selector => page.querySelector(selector), text = selector => one(selector).textContent;
-  const all = selector => [...page.querySelectorAll(selector)], count = selector => all(selector).length;
-  const send = (target, Kind, type, more) => target.dispatchEvent(new Kind(type, { bubbles: true, ...more }));
-  const press = key => send(page.activeElement, view.KeyboardEvent, 'keydown', { key });
-  const colour = selector => view.getComputedStyle(one(selector)).backgroundColor;
-  const state = () => ({
-    error: page.documentElement.dataset.error ?? null, ready: 'ready' in page.documentElement.dataset,
-    name: one('#detail h2')?.textContent, cells: count('#map td.cell'), bad: count('#map td.bad'),
-  });
-"""
-
-
-@pytest.fixture
-def drive(tmp_path):
-    """Show pages of data side by side, run a script's body in each, and return what each gives back."""
-
-    def run(script, *datas, width=1280):
-        frame = f'<iframe style="border:0" width="{width}" height="844" srcdoc="%s"></iframe>'
-        frames = [frame % html.escape(render(data)) for data in datas]
-        page = tmp_path / "page.html"
-        page.write_text(HARNESS % ("\n".join(frames), HELPERS + script), encoding="utf-8")
-        flags = [*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
-        done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, timeout=60)
-        complaints = [line for line in done.stderr.decode().splitlines() if "CONSOLE" in line]
-        assert complaints == []
-        out = re.search(r'<pre id="out">(.*)</pre>', done.stdout.decode(), re.DOTALL)
-        results = json.loads(html.unescape(out[1]))
-        for result in results:
-            assert not isinstance(result, str), result  # an exception
-        return results
-
-    return run
-
 
 def hostile_data():
-    """A page where every string that can come from elsewhere is hostile."""
+    """The data of a page in which every foreign string is hostile."""
     data = compare_data([HOSTILE, "x" * 300, *foreign_names(3)], passes=(HOSTILE,), wrong=[HOSTILE])
     data |= {"title": HOSTILE, "verdict": HOSTILE, "problems": [HOSTILE], "facts": [[HOSTILE, HOSTILE]]}
     data["facts"] += [["prompt", HOSTILE * 20], ["long", "y" * 150]]
@@ -92,7 +33,7 @@ def hostile_data():
 
 
 def json_of(page):
-    """What the page holds as data, read strictly."""
+    """Return the data in a page, parsed strictly."""
 
     def refuse(constant):
         raise ValueError(constant)
@@ -162,9 +103,9 @@ def test_nothing_is_wider_than_a_phone(drive):
 
 
 @needs_chromium
-def test_it_answers_to_keys_clicks_and_the_pointer(drive):
+def test_keys_clicks_and_the_pointer(drive):
     data = check_data(layers=5, passes=2, fault=(1, 3, "attn.k_cache", 2))
-    data["cells"][7] |= {"ok": False}  # prefill, embed, rank 3: a second wrong one
+    data["cells"][7] |= {"ok": False}  # prefill, embed, rank 3: a second wrong step
     script = """
       const seen = {}, name = () => text('#detail h2');
       one('#map [aria-selected]').focus();
@@ -222,7 +163,7 @@ def test_it_answers_to_keys_clicks_and_the_pointer(drive):
 def test_the_plan_is_drawn(drive):
     data = check_data(layers=2, passes=1)
     broken = check_data(layers=2, passes=1)
-    broken["plan"]["kv_head_ranges"][2] = (1, 2)  # its query head 6 reads KV head 2
+    broken["plan"]["kv_head_ranges"][2] = (1, 2)  # query head 6 of rank 2 reads KV head 2
     script = """return { error: state().error, boxes: count('#drawing .box'), reads: count('#drawing .reads'),
         lost: count('#drawing .lost'), copies: count('#drawing .twice'), said: text('#copies'),
         rows: count('#tensors tbody tr'), table: text('#tensors'), lines: count('#growth .curve') };"""
@@ -262,7 +203,7 @@ def test_hostile_strings_stay_strings(drive):
 
 
 @needs_chromium
-def test_what_is_no_number_is_shown_and_wrong(drive):
+def test_nan_and_infinities_are_shown_as_wrong(drive):
     data = check_data(tp=1, layers=2, passes=1, fault=(0, 1, "attn.scores", 0))
     nan, inf = float("nan"), float("inf")
     cell = data["cells"][data["blamed"]]
@@ -286,7 +227,7 @@ def test_the_page_fetches_nothing():
     assert re.findall(r"""(?:src|href|action)\s*=|@import|url\(|\bimport\b|fetch\(|XMLHttp""", page) == []
     assert set(re.findall(r"https?://[^'\"\s]*", page)) == {
         "http://www.w3.org/2000/svg"
-    }  # a name, not a place
+    }  # the name of a namespace, which is not fetched
 
 
 def test_the_data_cannot_end_its_script():
@@ -304,7 +245,7 @@ def test_the_verdict_is_there_without_javascript():
     assert re.search(r"<noscript>.*<h1>&lt;b&gt;</h1><p>Passed: all &amp; &#55296;</p>.*</noscript>", page)
 
 
-def test_numpy_numbers_and_errors_that_are_not_numbers():
+def test_numpy_numbers_nan_and_infinities_are_packed():
     data = check_data(tp=1, layers=1, passes=1)
     error = {
         "relative": np.float32(0.1),

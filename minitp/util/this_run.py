@@ -1,0 +1,48 @@
+"""Facts about this run of the command: its version and date, its machine, and the line that repeats it."""
+
+import platform
+import shlex
+import sys
+from datetime import date
+
+import minitp
+from minitp.util.environment import cores, cpu_name
+from minitp.util.format import counted
+
+
+def facts(command, tp=None, gpu=None):
+    """Return (name, text) pairs that a reader needs to judge and repeat the run.
+
+    Parameters
+    ----------
+    command : str
+        The subcommand that is running: check, compare or bench.
+    tp : int or None
+        The number of ranks, where the command has ranks.
+    gpu : str or None
+        The GPU's name, if the ranks compute on GPUs.
+    """
+    line = command_line(command, tp)
+    system = f"{counted(cores(), 'core')}, {platform.system()} {platform.machine()}"
+    return [
+        *([("command", line)] if line else []),
+        ("machine", ", ".join(filter(None, (gpu, cpu_name(), system)))),
+        ("minitp", minitp.__version__),
+        ("date", date.today().isoformat()),
+    ]
+
+
+def command_line(command, tp=None, argv=None):
+    """Return the shell command that repeats this run, or "" if another program called minitp.
+
+    `--tp` is added where it was left out, because its default depends on the machine.
+
+    >>> command_line("check", 2, ["check", "Once upon a time"])
+    "minitp check 'Once upon a time' --tp 2"
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] != [command]:
+        return ""
+    if tp is not None and not any(word == "--tp" or word.startswith("--tp=") for word in argv):
+        argv = [*argv, "--tp", str(tp)]
+    return shlex.join(["minitp", *argv])
