@@ -1,9 +1,9 @@
-r"""Tensor-parallel inference of a Llama model: the whole story in one file, written to be read top to bottom.
+r"""Tensor-parallel inference of a Llama model in a single file, written to be read from top to bottom.
 
-    mpirun -n 4 python -m minitp.tour "Once upon a time"        (with --gpu each rank uses a GPU)
+    mpirun -n 4 python -m minitp.tour "Once upon a time"        (with --gpu, each rank uses a GPU)
 
-N processes, called ranks, compute one model together, and each holds about 1/N of every matrix. A product
-x @ w can be split in two ways (Shoeybi et al., Megatron-LM, 2019, section 3):
+N processes, called ranks, compute one model together. Each holds about 1/N of every matrix. A product x @ w
+can be split in two ways (Shoeybi et al., Megatron-LM, 2019, section 3):
 
     column-parallel                                 row-parallel
     w = [ w_0 | w_1 ]                               w = [ w_0 ]      x = [ x_0 | x_1 ]
@@ -11,19 +11,19 @@ x @ w can be split in two ways (Shoeybi et al., Megatron-LM, 2019, section 3):
     x @ w = [ x @ w_0 | x @ w_1 ]                   x @ w = x_0 @ w_0 + x_1 @ w_1
     Every rank computes its own columns.            Every rank computes a term; an all-reduce adds them.
 
-The columns that a rank gets from the first are exactly those that it needs for the second: so a pair needs
-one all-reduce. What happens in between treats each column or each head by itself. A layer is two such pairs:
+In this order, the columns that a rank computes in the first product are its input for the second, because
+operations in between treat every column or head separately. A layer has two such pairs and two all-reduces:
 
-    token ids -> embedding, each rank having a part of the vocabulary                all-reduce
+    token ids -> embedding, each rank has a part of the vocabulary                   all-reduce
       per layer: norm -> q, k, v -> RoPE -> KV cache -> attention -> o               all-reduce, + x
                  norm -> gate, up -> SwiGLU -> down                                  all-reduce, + x
-      norm -> logits, each rank having a part of the vocabulary                      all-gather
-      the next token, the one that rank 0 chooses                                    broadcast
+      norm -> logits, each rank has a part of the vocabulary                         all-gather
+      next token, chosen by rank 0                                                   broadcast
 
 The shape of every array is noted next to it. Everything is float32, and weights are [in, out].
 
-    T tokens of this pass   S tokens so far, these included   D hidden   d head_dim   V vocabulary
-    H query heads   K key/value heads   F FFN columns   H_r, K_r, F_r, V_r: those of this rank
+    T tokens of this pass   S tokens so far, including these   D hidden   d head_dim   V vocabulary
+    H query heads   K key/value heads   F FFN columns   H_r, K_r, F_r, V_r: the part of this rank
 """
 
 import argparse
@@ -36,7 +36,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-# The ranks share the cores, which NumPy must know before it is imported. MPICH says how many; else take 4.
+# The ranks share the cores. NumPy reads this on import. MPICH gives the number of ranks; else assume 4.
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() // int(os.getenv("MPI_LOCALNRANKS", "4")) or 1))
 import numpy as np
 from safetensors import safe_open
@@ -45,7 +45,7 @@ from tokenizers import Tokenizer
 
 # --- 1. The split and the weights: each rank reads its own slices and nothing else ---
 def split_evenly(n, size, rank):
-    """Return this rank's run of n things: of 9 heads, 4 ranks get 3, 2, 2 and 2."""
+    """Return the slice of n items that this rank holds: of 9 heads, 4 ranks get 3, 2, 2 and 2."""
     length, longer = divmod(n, size)
     start = rank * length + min(rank, longer)
     return slice(start, start + length + (rank < longer))
@@ -56,11 +56,11 @@ def load_model(directory, config, ranks):
     H, K, d = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     counts = H, config["intermediate_size"], config["vocab_size"]
     heads, ffn, vocab = (split_evenly(n, ranks.size, ranks.rank) for n in counts)  # H_r, F_r, V_r long
-    # H / K query heads read the same KV head. A rank holds those that its own query heads read, so two ranks
-    # may hold the same one: computing it twice is cheaper than sending it from one to the other.
-    read_heads = [head * K // H for head in range(heads.start, heads.stop)]  # [H_r]: of each query head
+    # H / K query heads read the same KV head. A rank holds the KV heads that its own query heads read, so two
+    # ranks may hold the same one: computing it twice is cheaper than sending it from one to the other.
+    read_heads = [head * K // H for head in range(heads.start, heads.stop)]  # [H_r]: the KV head of each
     q, kv = slice(heads.start * d, heads.stop * d), slice(read_heads[0] * d, (read_heads[-1] + 1) * d)
-    index = directory / "model.safetensors.index.json"  # of a sharded checkpoint: which file has which tensor
+    index = directory / "model.safetensors.index.json"  # there if the model has several files
     files = json.loads(index.read_text())["weight_map"] if index.exists() else {}
 
     def read(name, *part):
@@ -90,28 +90,28 @@ def load_model(directory, config, ranks):
     model.layers = [layer(f"model.layers.{i}.") for i in range(config["num_hidden_layers"])]
     model.final_norm = read("model.norm.weight")  # [D]
     model.embed = read("model.embed_tokens.weight", vocab)  # [V_r, D]
-    tied = config.get("tie_word_embeddings")  # then one matrix serves both ends
+    tied = config.get("tie_word_embeddings")  # then one matrix serves as both
     model.lm_head = model.embed.T if tied else column_parallel("lm_head.weight", vocab)  # [D, V_r]
     return model
 
 
 def read_slice(file, name, part):
-    """Return a slice of a tensor, in float32; nothing else of it is read."""
+    """Return a slice of a tensor in float32, without reading the rest of the tensor."""
     with safe_open(file, "np") as tensors:
         tensor = tensors.get_slice(name)
         if tensor.get_dtype() != "BF16":
-            return tensor[part or slice(None)].astype(np.float32)  # as the slice
-    # NumPy has no bfloat16, which is the upper half of a float32. So read its bits where the header says.
+            return tensor[part or slice(None)].astype(np.float32)  # shape of the slice
+    # NumPy has no bfloat16. It is the upper half of a float32, so read the bits at the header's offsets.
     raw = np.memmap(file, np.uint8, "r")  # [bytes]
-    first = 8 + int(raw[:8].view(np.uint64)[0])  # after the header and its length
+    first = 8 + int(raw[:8].view(np.uint64)[0])  # the first byte after the header
     start, stop = json.loads(raw[8:first].tobytes())[name]["data_offsets"]
-    bits = raw[first:][start:stop].view(np.uint16).reshape(tensor.get_shape())[part]  # as the slice
-    return (bits.astype(np.uint32) << 16).view(np.float32)  # as the slice
+    bits = raw[first:][start:stop].view(np.uint16).reshape(tensor.get_shape())[part]  # shape of the slice
+    return (bits.astype(np.uint32) << 16).view(np.float32)  # shape of the slice
 
 
-# --- 2. Collectives: here, and only here, arrays go from rank to rank ---
+# --- 2. Collectives: the only place where arrays are sent from rank to rank ---
 class MpiRanks:
-    """The ranks with NumPy arrays, which communicate through MPI."""
+    """Ranks that compute with NumPy and communicate through MPI."""
 
     def __init__(self, world):
         self.world, self.rank, self.size = world, world.Get_rank(), world.Get_size()
@@ -119,17 +119,17 @@ class MpiRanks:
 
     def all_reduce(self, x):
         """Return the sum of x over the ranks. MPI recommends, but does not promise, the same bits on all."""
-        total = np.empty_like(x)  # as x
+        total = np.empty_like(x)  # shape of x
         self.world.Allreduce(x, total)
         return total
 
     def all_gather(self, part):
-        """Return all parts, whose lengths differ, one after another on the host, where a token is chosen."""
+        """Return the parts of all ranks, which may differ in length, concatenated on the host."""
         return np.concatenate(self.world.allgather(self.to_host(part)))  # [sum of the lengths]
 
 
 class NcclRanks(MpiRanks):
-    """The ranks with CuPy arrays, each on its GPU, which communicate through NCCL."""
+    """Ranks that compute with CuPy, each on a GPU, and communicate through NCCL."""
 
     def __init__(self, world):
         import cupy
@@ -137,36 +137,36 @@ class NcclRanks(MpiRanks):
 
         super().__init__(world)
         cupy.cuda.Device(self.rank % cupy.cuda.runtime.getDeviceCount()).use()
-        self.stream = cupy.cuda.Stream(non_blocking=True).use()  # all its work, in order
+        self.stream = cupy.cuda.Stream(non_blocking=True).use()  # runs everything in order
         self.xp, self.to_host, self.nccl = cupy, cupy.asnumpy, nccl
         self.kind, self.sum = nccl.NCCL_FLOAT32, nccl.NCCL_SUM
 
     @functools.cached_property
     def communicator(self):
-        """NCCL's own object, made when all ranks are ready: by an id that rank 0 makes and MPI sends."""
+        """The NCCL communicator, created on first use from an id that rank 0 makes and MPI broadcasts."""
         unique_id = self.world.bcast(self.nccl.get_unique_id() if self.rank == 0 else None)
         return self.nccl.NcclCommunicator(self.size, unique_id, self.rank)
 
     def all_reduce(self, x):
-        total = self.xp.empty_like(x)  # as x
+        total = self.xp.empty_like(x)  # shape of x
         self.communicator.allReduce(x.data.ptr, total.data.ptr, x.size, self.kind, self.sum, self.stream.ptr)
         return total
 
 
 # --- 3. The model: each layer is two pairs, column-parallel and then row-parallel ---
 def rms_norm(xp, x, weight, eps):
-    """Divide each row by its root mean square. (Zhang and Sennrich, RMSNorm, 2019.)"""
-    return x / xp.sqrt((x * x).sum(axis=-1, keepdims=True) / x.shape[-1] + eps) * weight  # as x, [.., D]
+    """Divide each row by its root mean square, times weight. (Zhang and Sennrich, RMSNorm, 2019.)"""
+    return x / xp.sqrt((x * x).sum(axis=-1, keepdims=True) / x.shape[-1] + eps) * weight  # as x: [.., D]
 
 
 def rope(xp, x, cos, sin):
-    """Turn each pair (x[i], x[i + d/2]) by the angle of its position. (Su et al., RoFormer, 2021.)"""
+    """Rotate each pair (x[i], x[i + d/2]) by the angle of its position. (Su et al., RoFormer, 2021.)"""
     a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]  # [heads, T, d/2], [heads, T, d/2]
     return xp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1)  # [heads, T, d]
 
 
 def attention(xp, model, layer, x, start, keys, values, cos, sin):
-    """Return this rank's term of attention's output: what its own heads contribute to the sum."""
+    """Return this rank's term of the attention output: what its own heads contribute to the sum."""
     T, d, S = len(x), model.config["head_dim"], start + len(x)
     h = rms_norm(xp, x, layer.attn_norm, model.config["rms_norm_eps"])  # [T, D]
     q, k, v = h @ layer.w_q, h @ layer.w_k, h @ layer.w_v  # [T, H_r d], [T, K_r d], [T, K_r d]
@@ -174,7 +174,7 @@ def attention(xp, model, layer, x, start, keys, values, cos, sin):
     # Heads do not mix before the output projection, so a rank caches keys and values of its own heads only.
     keys[:, start:S], values[:, start:S] = rope(xp, k, cos, sin), v  # [K_r, T, d], [K_r, T, d]
     k, v = keys[model.kv_of_head, :S], values[model.kv_of_head, :S]  # [H_r, S, d], [H_r, S, d]
-    seen = xp.arange(S) <= xp.arange(start, S)[:, None]  # [T, S]: no token sees a later one
+    seen = xp.arange(S) <= xp.arange(start, S)[:, None]  # [T, S]: a token sees no later one
     scores = xp.where(seen, rope(xp, q, cos, sin) @ k.transpose(0, 2, 1) / d**0.5, -np.inf)  # [H_r, T, S]
     weights = xp.exp(scores - scores.max(axis=-1, keepdims=True))  # [H_r, T, S]: at most 1, no overflow
     context = weights / weights.sum(axis=-1, keepdims=True) @ v  # [H_r, T, d]
@@ -182,19 +182,19 @@ def attention(xp, model, layer, x, start, keys, values, cos, sin):
 
 
 def feed_forward(xp, model, layer, x):
-    """Return this rank's term of SwiGLU's output. (Shazeer, 2020; with the -80 exp cannot overflow.)"""
+    """Return this rank's term of the output of SwiGLU. (Shazeer, 2020; -80 keeps exp from overflowing.)"""
     h = rms_norm(xp, x, layer.mlp_norm, model.config["rms_norm_eps"])  # [T, D]
     gate, up = h @ layer.w_gate, h @ layer.w_up  # [T, F_r], [T, F_r]
     return (gate / (1 + xp.exp(-xp.maximum(gate, -80))) * up) @ layer.w_down  # [T, F_r] @ [F_r, D] -> [T, D]
 
 
 def forward(model, ranks, token_ids, start, cache):
-    """Return the logits [V] after these tokens, a prompt or a new one, which follow `start` cached ones."""
+    """Return the logits [V] after these tokens (a prompt, or a new one), which follow `start` cached ones."""
     xp, config, d = ranks.xp, model.config, model.config["head_dim"]
     positions = np.arange(start, start + len(token_ids))  # [T]
     angles = positions[:, None] * config["rope_theta"] ** (-np.arange(0, d, 2) / d)  # [T, d/2]
     cos, sin = xp.asarray(np.cos(angles), np.float32), xp.asarray(np.sin(angles), np.float32)  # [T, d/2] each
-    # One rank has a token's row of the embedding; the others put zeros in its place, so the sum is the row.
+    # Only one rank has a token's row of the embedding. The others use zeros, so the sum is that row.
     row = xp.asarray(token_ids) - model.first_token  # [T]
     here = (row >= 0) & (row < len(model.embed))  # [T]
     x = ranks.all_reduce(model.embed[xp.where(here, row, 0)] * here[:, None])  # [T, D]
@@ -212,7 +212,7 @@ def generate(model, ranks, prompt_ids, count):
     start, token_ids = 0, prompt_ids
     for _ in range(count):
         logits = forward(model, ranks, token_ids, start, cache)  # [V]
-        # Rank 0's choice counts: if last bits differed, ranks could add up terms of different texts.
+        # Rank 0 chooses for all: if last bits differed, the ranks might continue with different texts.
         token = ranks.world.bcast(int(np.argmax(logits)))
         yield token
         if token in model.config["eos_token_id"]:
@@ -220,7 +220,7 @@ def generate(model, ranks, prompt_ids, count):
         start, token_ids = start + len(token_ids), [token]
 
 
-# --- 4. The command: what it takes, what it refuses, and how all ranks leave together ---
+# --- 4. The command: its arguments, what it refuses, and how all ranks exit together ---
 DEMO = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitp" / "smollm2-135m-instruct-q4_1"
 DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "eos_token_id": []}
 PLAIN = {"model_type": ("llama", "mistral"), "hidden_act": (None, "silu"), "rope_type": (None, "default")}
@@ -229,10 +229,10 @@ PLAIN |= dict.fromkeys(("attention_bias", "mlp_bias", "rope_interleaved", "quant
 
 
 def read_config(directory):
-    """Return config.json with its defaults. PLAIN has what is right; 0, false and null are as absent."""
+    """Return config.json with defaults. Only values in PLAIN are allowed; 0, false and null mean absent."""
     fields = json.loads((directory / "config.json").read_text())
     config = DEFAULTS | ({"sliding_window": 4096} if fields.get("model_type") == "mistral" else {}) | fields
-    config |= config.get("rope_parameters") or {}  # where newer files have rope_theta
+    config |= config.get("rope_parameters") or {}  # newer files have rope_theta there
     for field, plain in PLAIN.items():
         if (value := config.get(field) or None) not in plain:
             raise ValueError(f"config.json: {field} {value!r} is not in the tour; use `minitp generate`")
@@ -245,7 +245,7 @@ def read_config(directory):
 
 
 def prepare(argv, world):
-    """Return all that a rank needs to generate; an exception says what is wrong."""
+    """Return everything that a rank needs to generate. Raise an exception if something is wrong."""
     parser = argparse.ArgumentParser(prog="minitp tour", description="Tensor parallelism in one file.")
     parser.add_argument("prompt", nargs="?", default="Once upon a time")
     parser.add_argument("--tokens", metavar="1,2,3", help="token ids in place of the prompt")
@@ -269,30 +269,30 @@ def prepare(argv, world):
 
 
 def main(argv=None):
-    """Run the command on this rank and return its exit code, None if all is well."""
+    """Run the command on this rank and return its exit code, or None on success."""
     from mpi4py import MPI
 
     world, problem, new_ids, shown = MPI.COMM_WORLD, None, [], ""
     if world.rank > 0:
-        sys.stdout = sys.stderr = io.StringIO()  # rank 0 speaks for all
+        sys.stdout = sys.stderr = io.StringIO()  # only rank 0 prints
     try:
         model, ranks, tokenizer, prompt_ids, count = prepare(argv, world)
     except Exception as error:
         problem = " ".join(str(error).split()) or repr(error)
-    if problems := [text for text in world.allgather(problem) if text]:  # of any rank: then all leave
+    if problems := [text for text in world.allgather(problem) if text]:  # on any rank: all exit
         print(f"minitp tour: {problems[0]}", file=sys.stderr)
         return 2
     try:
         for token in generate(model, ranks, prompt_ids, count):
             new_ids.append(token)
             text = tokenizer.decode(prompt_ids + new_ids) if tokenizer else " ".join(map(str, new_ids))
-            if not text.endswith("\ufffd"):  # which stands for half a character
+            if not text.endswith("\ufffd"):  # part of a character
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
         print(text[len(shown) :])
-    except Exception as error:  # the others would wait for this rank for ever
+    except Exception as error:  # the other ranks would wait forever
         print(f"minitp tour: rank {world.rank} failed: {error!r}", file=sys.__stderr__, flush=True)
-        time.sleep(0.5)  # until mpirun has passed that on
+        time.sleep(0.5)  # lets mpirun forward the message
         world.Abort(3)
 
 
