@@ -1,12 +1,12 @@
-"""What the examples share: the ranks, a model's shapes and random weights, the oracle's verdict, the clock.
+"""Code shared by the examples: ranks, shapes and random weights, comparison with the oracle, timing.
 
-Import it first: it shares the cores among the ranks, which numpy heeds only if it is imported afterwards.
-Two environment variables choose the shapes; nothing is downloaded:
+Import this module first: it divides the cores among the ranks, which has no effect on an already imported
+NumPy. Two environment variables choose the shapes; nothing is downloaded:
 
     MODEL    mistral-7b (default), llama-3-8b, tinyllama-1.1b or smollm2-135m
-    LAYERS   how many layers the examples of a whole model have (default 2)
+    LAYERS   number of layers in the examples with a whole model (default 2)
 
-Exit codes: 0 fine, 1 the error against the oracle is too large, 2 bad input, 3 a rank failed.
+Exit codes: 0 success, 1 the difference from the oracle is too large, 2 bad input, 3 a rank failed.
 """
 
 import os
@@ -41,57 +41,57 @@ SCRIPT = os.path.basename(sys.argv[0])
 
 @dataclass(frozen=True)
 class Here:
-    """This rank: whom it meets, where it computes, and the model of which it holds a part."""
+    """This rank: its communicator, its device, and the model of which it holds a part."""
 
     comm: Comm
     device: Device
     source: ModelSource
 
     def say(self, text):
-        """Rank 0 prints a line."""
+        """Print a line on rank 0."""
         if self.comm.rank == 0:
             write_out(text + "\n")
 
     def say_each(self, text):
-        """Rank 0 prints a line of each rank."""
+        """Print each rank's line on rank 0."""
         for rank, line in enumerate(self.comm.allgather_object(text)):
             self.say(f"     rank {rank}: {line}")
 
     def part(self, name):
-        """This rank's slice of a tensor, as it lies in a checkpoint: [out_r, in], [out, in_r] or [n]."""
+        """Return this rank's slice of a tensor, as in a checkpoint: [out_r, in], [out, in_r] or [n]."""
         index = self.source.plan.tensors[name].index(self.comm.rank)
         return self.device.xp.asarray(self.source.tensors.read(name, index), dtype=self.device.dtype)
 
     def matrix(self, *names):
-        """This rank's slices of these tensors, turned and side by side: `w` [in, sum of out] for x @ w."""
+        """Return this rank's slices of these tensors, transposed and joined: w [in, sum of out] for x @ w."""
         slices = [self.part(name).T for name in names]  # [in, out] each
         columns = sum(w.shape[1] for w in slices)
         joined = self.device.xp.empty((slices[0].shape[0], columns), dtype=self.device.dtype)
-        return self.device.xp.concatenate(slices, axis=1, out=joined)  # [in, sum of out], row after row
+        return self.device.xp.concatenate(slices, axis=1, out=joined)  # [in, sum of out], in C order
 
     def whole(self, name):
-        """All of a tensor, for the oracle: [out, in] or [n]."""
+        """Return a whole tensor, for the oracle: [out, in] or [n]."""
         shape = self.source.plan.tensors[name].shape
         return self.source.tensors.read(name, tuple(slice(0, n) for n in shape))
 
     def hidden_states(self):
-        """What layer 0 might read, [T, D]: normal random numbers, the same on every rank."""
+        """Return input for a layer [T, D]: normal random numbers, the same on every rank."""
         drawn = np.random.default_rng(0).standard_normal((TOKENS, self.source.config.hidden_size))
         return self.device.xp.asarray(drawn, dtype=self.device.dtype)
 
     def token_ids(self):
-        """A prompt of T random tokens, the same on every rank."""
+        """Return a prompt of T random tokens, the same on every rank."""
         return np.random.default_rng(0).integers(self.source.config.vocab_size, size=TOKENS).tolist()
 
     def check(self, value, expected, terms, products):
-        """Hold every rank's `value` against expected(), which rank 0 asks of the float64 oracle.
+        """Compare every rank's `value` with expected(), which rank 0 computes with the float64 oracle.
 
-        Each addition in float32 rounds by up to 2^-24. Over a sum of `terms` numbers these errors walk at
-        random, to 2^-24 sqrt(terms) of its size, and each of `products` sums in a row adds as much. A sum
-        that lacks one rank's part is off by 1 / sqrt(ranks) or so.
+        Each addition in float32 has a relative rounding error of up to 2^-24. Over a sum of `terms` numbers,
+        the errors are a random walk, about 2^-24 sqrt(terms) of the sum, and each of `products` consecutive
+        sums adds as much. A sum that lacks the term of one rank has an error of about 1 / sqrt(ranks).
         """
         right = expected() if self.comm.rank == 0 else None
-        self.comm.agree()  # the others wait here, asleep: in `broadcast` they would keep the oracle's cores
+        self.comm.agree()  # the others sleep here; in `broadcast` they would occupy the oracle's cores
         right = self.comm.broadcast(right)
         found = self.comm.allgather_object(measure(self.device.to_host(value), right))
         worst = max(found, key=lambda difference: difference.relative)
@@ -105,13 +105,13 @@ class Here:
             raise AgreedError(f"not what the oracle has: on rank {rank} {worst}, allowed {bound:.1e}", 1)
 
     def time(self, function):
-        """Print how long function() takes when all ranks call it at once: the median of several times."""
+        """Print the median time that function() takes when all ranks call it at once."""
         function()  # warms up
-        self.comm.agree()  # all start together
+        self.comm.agree()  # so that all ranks start at the same time
         before, seconds = self.comm.seconds, []
         for _ in range(REPEATS):
             started = perf_counter()
-            self.device.to_host(function())  # to the host, for a GPU is not done when the call returns
+            self.device.to_host(function())  # a GPU is not done when the call returns
             seconds.append(perf_counter() - started)
         share = (self.comm.seconds - before) / sum(seconds)
         self.say(
@@ -120,18 +120,18 @@ class Here:
         )
 
     def machine(self):
-        """What a time was measured on."""
+        """Return a description of the ranks and devices on which a time was measured."""
         ranks = "1 rank" if self.comm.size == 1 else f"{self.comm.size} ranks"
         return f"{ranks} on {'this CPU' if self.device.xp is np else 'a GPU each'}"
 
 
 def shape(array):
-    """For a line of text: "[32, 4096]"."""
+    """Return an array's shape as text: "[32, 4096]"."""
     return str(list(array.shape))
 
 
 def span(bounds):
-    """For a line of text: (0, 8) is "0..7"."""
+    """Return a range as text: (0, 8) is "0..7"."""
     start, stop = bounds
     return f"{start}..{stop - 1}" if stop - start > 1 else str(start)
 
@@ -148,12 +148,12 @@ def run(example):
             source = chosen_model(comm.size)
         example(Here(comm, open_device("float32"), source))
         comm.close()
-    except AgreedError as error:  # every rank has got it
+    except AgreedError as error:  # raised on every rank
         if comm.rank == 0:
             print(f"{SCRIPT}: {error}", file=sys.stderr)
         comm.close()
         sys.exit(error.exit_code)
-    except Exception as error:  # on this rank alone: the others may be waiting for it
+    except Exception as error:  # raised on this rank only; the others may be waiting for it
         if not isinstance(error, MinitpError):
             traceback.print_exc()
         elif comm is not None or environment.env_rank(os.environ) == 0:
@@ -164,7 +164,7 @@ def run(example):
 
 
 def chosen_model(tp):
-    """The ModelSource that MODEL and LAYERS ask for."""
+    """Return the ModelSource chosen by MODEL and LAYERS."""
     name, layers = os.environ.get("MODEL", "mistral-7b"), os.environ.get("LAYERS", "2")
     if name not in MODELS:
         raise InputError(f"MODEL={name}: no such shapes; choose from {', '.join(MODELS)}")

@@ -1,15 +1,15 @@
-"""Attention on several ranks: each computes its own heads, and one all-reduce joins them.
+"""Attention on several ranks: each rank computes its own heads, and one all-reduce combines them.
 
     x [T, D], the same everywhere      rank 0      rank 1      rank 2      rank 3
     q, k, v = x @ w_qkv             |  heads    |  heads    |  heads    |  heads    |  columns of w_qkv
     RoPE                            |  q, k     |  q, k     |  q, k     |  q, k     |
-    softmax(q k^T / sqrt(d)) v      |  own      |  own      |  own      |  own      |  nobody waits
+    softmax(q k^T / sqrt(d)) v      |  own      |  own      |  own      |  own      |  no communication
     context_r @ w_o                 |  rows     |  rows     |  rows     |  rows     |  a partial sum each
                                           +===========+== all-reduce =+===========+    the sum, everywhere
 
-No head looks at another one, so heads are what attention is cut into. In multi-head attention (MHA) each
-query head has a KV head of its own. In grouped-query attention (GQA) several share one, and a rank holds the
-KV heads that its query heads read. This runs both, in the same shapes but for that.
+Heads do not depend on each other, so attention is split by heads. In multi-head attention (MHA), each query
+head has its own KV head. In grouped-query attention (GQA), several query heads share one, and a rank holds
+the KV heads that its query heads read. This example runs both, with otherwise equal shapes.
 
     mpirun -n 4 python examples/tp_attention.py        (MODEL=tinyllama-1.1b for other shapes)
 """
@@ -26,7 +26,7 @@ from minitp.shard import make_plan
 
 
 class Attention:
-    """This rank's share of the attention of one layer; `layer` is "model.layers.0" or the like."""
+    """This rank's part of the attention of one layer; `layer` is "model.layers.0", for example."""
 
     def __init__(self, here, layer):
         self.here = here
@@ -35,35 +35,35 @@ class Attention:
         start, stop = plan.head_ranges[here.comm.rank]
         kv_start, kv_stop = plan.kv_head_ranges[here.comm.rank]
         self.heads, self.kv_heads = stop - start, kv_stop - kv_start  # H_r, K_r
-        self.query_groups = plan.query_groups(here.comm.rank)  # for each KV head the query heads that read it
+        self.query_groups = plan.query_groups(here.comm.rank)  # per KV head, the query heads that read it
         # [D, (H_r + 2 K_r) d]: the columns of this rank's q heads, then of its k heads, then v
         self.w_qkv = here.matrix(*[f"{self.layer}.{part}_proj.weight" for part in "qkv"])
-        self.w_o = here.matrix(f"{self.layer}.o_proj.weight")  # [H_r d, D]: the rows that go with its heads
+        self.w_o = here.matrix(f"{self.layer}.o_proj.weight")  # [H_r d, D]: the rows of its heads
         frequencies = rope_inverse_frequencies(config.rope, config.head_dim)
         self.frequencies = xp.asarray(frequencies, dtype=xp.float32)  # [d/2]
 
     def __call__(self, x):
-        """[T, D] -> [T, D], both the same on every rank."""
+        """Compute attention, [T, D] -> [T, D]; both are the same on every rank."""
         xp, window = self.here.device.xp, self.here.source.config.sliding_window
-        # 1. Column-parallel: x is here, and so are the columns of this rank's heads.
+        # 1. Column-parallel: this rank has all of x, and the columns of its own heads.
         qkv = ops.column_parallel(xp, x, self.w_qkv)  # [T, (H_r + 2 K_r) d]
         qk, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
-        # 2. RoPE turns each q and k by an angle that tells its position.
+        # 2. RoPE rotates each q and k by an angle that depends on its position.
         positions = xp.arange(len(x))  # [T]
         cos, sin = ops.rope_cos_sin(xp, positions, self.frequencies)  # [T, d] each
         qk = ops.apply_rope(xp, qk, cos, sin)  # [H_r + K_r, T, d]
         q, k = qk[: self.heads], qk[self.heads :]  # [H_r, T, d], [K_r, T, d]
-        # 3. Each head by itself: which earlier tokens matter, and the mean of their values.
+        # 3. Each head separately: weights of the earlier tokens, and the weighted mean of their values.
         mask = ops.causal_mask(xp, positions, 0, len(x), window)  # [T, T]
         scores = ops.attention_scores(xp, q, k, self.query_groups, mask)  # [H_r, T, T]
         probs = ops.softmax(xp, scores)  # [H_r, T, T]
         context = ops.attention_context(xp, probs, v, self.query_groups)  # [T, H_r d]
-        # 4. Row-parallel: context @ w_o is a sum over all heads. This is the part of it over ours.
+        # 4. Row-parallel: context @ w_o is a sum over all heads. This is the part over this rank's heads.
         partial = ops.row_parallel(xp, context, self.w_o)  # [T, D]
         return self.here.comm.all_reduce(partial)  # [T, D]
 
     def expected(self, x):
-        """The same by the oracle, all heads at once in float64: [T, D] -> [T, D]."""
+        """Compute the same with the oracle, all heads at once in float64: [T, D] -> [T, D]."""
         config, positions = self.here.source.config, range(len(x))
         frequencies = oracle_ops.rope_inverse_frequencies(self.here.source.fields())  # [d/2]
         heads = {}
@@ -77,14 +77,14 @@ class Attention:
 
 
 def example(here):
-    """GQA as the model has it, then MHA."""
+    """Run GQA, as the model has it, then MHA."""
     show(here, "grouped-query attention")
     here.say("")
     show(replace(here, source=multi_head(here.source)), "multi-head attention")
 
 
 def show(here, kind):
-    """One kind of attention: explained, checked, timed."""
+    """Explain, check and time one kind of attention."""
     config, plan, rank = here.source.config, here.source.plan, here.comm.rank
     attention, x = Attention(here, "model.layers.0"), here.hidden_states()  # x [T, D]
     H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -93,19 +93,19 @@ def show(here, kind):
     query, kv = common.span(plan.head_ranges[rank]), common.span(plan.kv_head_ranges[rank])
     here.say_each(f"query heads {query}, KV heads {kv}: w_qkv {common.shape(attention.w_qkv)}")
     h_r, k_r, w_o = attention.heads, attention.kv_heads, attention.w_o
-    here.say(f"  2. RoPE on rank 0: q [{h_r}, {len(x)}, {d}] and k [{k_r}, {len(x)}, {d}] turn by position")
+    here.say(f"  2. RoPE on rank 0: rotates q [{h_r}, {len(x)}, {d}] and k [{k_r}, {len(x)}, {d}]")
     here.say(f"  3. softmax(q k^T / sqrt(d)) v, head by head; on rank 0: context [{len(x)}, {h_r * d}]")
-    here.say("  4. context @ w_o: each rank has the rows of its own heads, and gets a partial sum")
+    here.say("  4. context @ w_o: each rank has the rows of its own heads and computes a partial sum")
     here.say(f"     rank 0: [{len(x)}, {h_r * d}] @ {common.shape(w_o)}")
     here.say(f"     all-reduce: {common.shape(x)}, the same on every rank")
-    # Four sums in a row: q k v, scores, context, output; the longest has D terms.
+    # Four consecutive sums: q k v, scores, context, output. The longest has D terms.
     on_host = here.device.to_host(x)  # [T, D]
     here.check(attention(x), lambda: attention.expected(on_host), terms=config.hidden_size, products=4)
     here.time(lambda: attention(x))
 
 
 def multi_head(source):
-    """The same model with a KV head for each query head."""
+    """Return the same model with one KV head for each query head."""
     config = replace(source.config, num_key_value_heads=source.config.num_attention_heads)
     plan = make_plan(config, source.plan.tp)
     shapes = {name: shard.shape for name, shard in plan.tensors.items()}

@@ -1,18 +1,18 @@
-"""A whole layer on several ranks: attention and feed-forward part, two all-reduces.
+"""A whole layer on several ranks: attention, the feed-forward block, and two all-reduces.
 
     x [T, D], the same everywhere      rank 0      rank 1      rank 2      rank 3
-    norm                            |  all of x |  all of x |  all of x |  all of x |  every rank alike
+    norm                            |  all of x |  all of x |  all of x |  all of x |  the same on all ranks
     attention                       |  heads    |  heads    |  heads    |  heads    |  see tp_attention.py
                                           +===========+== all-reduce =+===========+
-    x = x + attention               |  all of x |  all of x |  all of x |  all of x |  every rank alike
+    x = x + attention               |  all of x |  all of x |  all of x |  all of x |  the same on all ranks
     norm                            |  all of x |  all of x |  all of x |  all of x |
-    feed-forward part               |  columns  |  columns  |  columns  |  columns  |  see tp_ffn.py
+    feed-forward block              |  columns  |  columns  |  columns  |  columns  |  see tp_ffn.py
                                           +===========+== all-reduce =+===========+
-    x = x + feed-forward part       |  all of x |  all of x |  all of x |  all of x |  every rank alike
+    x = x + feed-forward block      |  all of x |  all of x |  all of x |  all of x |  the same on all ranks
 
-The residual stream `x` is the same on every rank, bit for bit, because an all-reduce gives all of them the
-same sum. So norms and additions need no communication: every rank does them all. That is T D operations
-each, beside the T D F / ranks of a product, and cheaper than to share them and meet once more.
+The residual stream `x` is bit for bit the same on every rank, because an all-reduce gives all ranks the same
+sum. So norms and additions need no communication: every rank computes all of them. That is T D operations
+each, compared with T D F / ranks for a product, and cheaper than splitting them and communicating once more.
 
     mpirun -n 4 python examples/tp_transformer_block.py        (MODEL=tinyllama-1.1b for other shapes)
 """
@@ -26,7 +26,7 @@ from minitp.oracle import ops as oracle_ops
 
 
 class Block:
-    """This rank's share of one layer; `layer` is "model.layers.0" or the like."""
+    """This rank's part of one layer; `layer` is "model.layers.0", for example."""
 
     def __init__(self, here, layer):
         self.here = here
@@ -36,17 +36,17 @@ class Block:
         self.ffn = FeedForward(here, layer)
 
     def __call__(self, x):
-        """[T, D] -> [T, D], both the same on every rank."""
+        """Compute the layer, [T, D] -> [T, D]; both are the same on every rank."""
         xp, eps = self.here.device.xp, self.here.source.config.rms_norm_eps
         # 1. and 2.
         h = ops.rms_norm(xp, x, self.attention_norm, eps)  # [T, D]
-        x = x + self.attention(h)  # [T, D]; in it the first all-reduce
+        x = x + self.attention(h)  # [T, D]; includes the first all-reduce
         # 3. and 4.
         h = ops.rms_norm(xp, x, self.ffn_norm, eps)  # [T, D]
-        return x + self.ffn(h)  # [T, D]; in it the second
+        return x + self.ffn(h)  # [T, D]; includes the second all-reduce
 
     def expected(self, x):
-        """The same by the oracle, in float64: [T, D] -> [T, D]."""
+        """Compute the same with the oracle, in float64: [T, D] -> [T, D]."""
         eps = self.here.source.config.rms_norm_eps
         attention_norm, ffn_norm = (self.here.whole(name) for name in self.norms)  # [D] each
         x = x + self.attention.expected(oracle_ops.rms_norm(x, attention_norm, eps))  # [T, D]
@@ -54,19 +54,19 @@ class Block:
 
 
 def example(here):
-    """Explained, checked, timed."""
+    """Explain, check and time the layer."""
     block, x = Block(here, "model.layers.0"), here.hidden_states()  # x [T, D]
     attention, ffn = block.attention, block.ffn
     matrices = [attention.w_qkv, attention.w_o, ffn.w_gate_up, ffn.w_down]
     nbytes = sum(w.nbytes for w in [*matrices, block.attention_norm, block.ffn_norm])
     here.say(f"one layer of {here.source.name}: w_qkv, w_o, w_gate_up, w_down, and two norms")
     here.say_each(f"{', '.join(map(common.shape, matrices))}: {nbytes / 1e6:.1f} MB")
-    here.say(f"  1. norm of all {common.shape(x)}, on every rank alike")
-    here.say("  2. attention over the rank's own heads; all-reduce; x = x + the sum, on every rank alike")
+    here.say(f"  1. norm of all {common.shape(x)}, the same on all ranks")
+    here.say("  2. attention over the rank's own heads; all-reduce; x = x + the sum, the same on all ranks")
     here.say("  3. norm again")
-    here.say("  4. feed-forward part over its own columns; all-reduce; x = x + the sum")
+    here.say("  4. feed-forward block over its own columns; all-reduce; x = x + the sum")
     on_host = here.device.to_host(x)  # [T, D]
-    # Six sums in a row: q k v, scores, context, output, gate and up, down; the longest has F terms.
+    # Six consecutive sums: q k v, scores, context, output, gate and up, down. The longest has F terms.
     terms = here.source.config.intermediate_size
     here.check(block(x), lambda: block.expected(on_host), terms, products=6)
     here.time(lambda: block(x))
