@@ -93,7 +93,7 @@ def show(here, kind):
     query, kv = common.span(plan.head_ranges[rank]), common.span(plan.kv_head_ranges[rank])
     here.say_each(f"query heads {query}, KV heads {kv}: w_qkv {common.shape(attention.w_qkv)}")
     h_r, k_r, w_o = attention.heads, attention.kv_heads, attention.w_o
-    here.say(f"  2. RoPE on rank 0: rotates q [{h_r}, {len(x)}, {d}] and k [{k_r}, {len(x)}, {d}]")
+    here.say(f"  2. RoPE: rank 0 rotates q [{h_r}, {len(x)}, {d}] and k [{k_r}, {len(x)}, {d}]")
     here.say(f"  3. softmax(q k^T / sqrt(d)) v, head by head; on rank 0: context [{len(x)}, {h_r * d}]")
     here.say("  4. context @ w_o: each rank has the rows of its own heads and computes a partial sum")
     here.say(f"     rank 0: [{len(x)}, {h_r * d}] @ {common.shape(w_o)}")
