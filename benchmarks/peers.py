@@ -1,16 +1,16 @@
-"""minitp beside transformers and llama.cpp: same weights, prompt and number of tokens, in alternating runs.
+"""Compare minitp with transformers and llama.cpp: same weights, same prompt, alternating runs.
 
     python benchmarks/peers.py [--tp 1 2 4] [--tokens 100] [--rounds 3] [--prompt-tokens 5] [-o FILE.json]
 
-Each run is a process of its own on all cores of this machine. Decode speed is tokens a second after the first
-one; prefill is the time to the first token of a prompt of so many tokens, from within the process and after a
-warm-up where the engine has one. Engines that are not installed are left out and named:
+Each run is a separate process that uses all cores of this machine. Decode speed is tokens per second after
+the first one. Prefill is the time to the first token, measured within the process and after a warm-up if the
+engine has one. Engines that are not installed are skipped, with a message:
 
 - `transformers` (pip install torch transformers), float32
 - `llama.cpp f32` (pip install cyllama gguf), the shipped GGUF file dequantized to float32
-- `llama.cpp q4_1`, that file as it is shipped: a quarter of the bytes, for orientation
+- `llama.cpp q4_1`, that file as it is shipped: a quarter of the bytes, for comparison
 
-minitp's weights are the same ones, rounded to float16 and computed in float32.
+minitp uses the same weights, rounded to float16, and computes in float32.
 """
 
 import argparse
@@ -33,14 +33,14 @@ NEEDS = {"transformers": ("torch", "transformers"), "llama.cpp": ("cyllama", "gg
 
 
 def main():
-    """Run all in turn, print medians and ratios."""
+    """Run the engines in turn; print medians and ratios."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4])
     arguments.add_argument("--tokens", type=int, default=100)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--prompt-tokens", type=int, default=len(TEXT))
     arguments.add_argument("-o", metavar="FILE.json")
-    arguments.add_argument("--engine", help=argparse.SUPPRESS)  # this process is one run of it
+    arguments.add_argument("--engine", help=argparse.SUPPRESS)  # makes this process a single run
     args = arguments.parse_args()
     prompt = [TEXT[i % len(TEXT)] for i in range(args.prompt_tokens)]
     if args.engine:
@@ -59,19 +59,19 @@ def main():
 
 
 def installed():
-    """The peers that can be run here."""
+    """Return the names of the peers that are installed."""
     found = []
     for engine in ENGINES:
         missing = [p for p in NEEDS[engine.split()[0]] if importlib.util.find_spec(p) is None]
         if missing:
-            print(f"without {engine}: {' and '.join(missing)} not installed", file=sys.stderr)
+            print(f"skipping {engine}: {' and '.join(missing)} not installed", file=sys.stderr)
         else:
             found.append(engine)
     return found
 
 
 def measure(name, prompt, args):
-    """One run: {"decode": tokens a second, "prefill": seconds}."""
+    """Run an engine once; return {"decode": tokens per second, "prefill": seconds}."""
     if not name.startswith("minitp"):
         this = [sys.executable, __file__, "--engine", name, "--tokens", str(args.tokens)]
         return json.loads(run([*this, "--prompt-tokens", str(len(prompt))]).splitlines()[-1])
@@ -82,7 +82,7 @@ def measure(name, prompt, args):
 
 
 def run(command):
-    """Standard output of a command that must succeed; of a failure, what it said."""
+    """Return a command's standard output; exit with its standard error if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command[:6])} .. failed:\n{done.stderr[-2000:]}")
@@ -90,7 +90,7 @@ def run(command):
 
 
 def transformers(prompt, tokens):
-    """Greedy decoding by Hugging Face transformers."""
+    """Measure greedy decoding with Hugging Face transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -105,7 +105,7 @@ def transformers(prompt, tokens):
 
 
 def llama_cpp(prompt, tokens, dequantized):
-    """Greedy decoding by llama.cpp through its C interface."""
+    """Measure greedy decoding with llama.cpp, called through its C interface."""
     from cyllama.llama import llama_cpp as native
 
     parameters = native.LlamaModelParams()
@@ -130,7 +130,7 @@ def llama_cpp(prompt, tokens, dequantized):
 
 
 def gguf_file(dequantized):
-    """The demo model as a GGUF file, kept beside the demo model."""
+    """Return the path of the demo model as a GGUF file, which is kept next to the demo model."""
     folder = cache_directory() / "peers"
     folder.mkdir(parents=True, exist_ok=True)
     shipped, whole = folder / "model.gguf", folder / "model-f32.gguf"
@@ -142,7 +142,7 @@ def gguf_file(dequantized):
 
 
 def dequantize(shipped, whole):
-    """The same GGUF file with all tensors in float32."""
+    """Write the same GGUF file with all tensors in float32."""
     import gguf
 
     reader = gguf.GGUFReader(shipped)
@@ -169,7 +169,7 @@ ENGINES = {
 
 
 def table(figures):
-    """Medians and spread, and each minitp run's ratio to each peer's run beside it."""
+    """Print medians and ranges, and the median ratio of minitp to each peer within a round."""
     peers = [name for name in figures if not name.startswith("minitp")]
     print(f"{'':16}{'tokens/s':>9}{'min':>7}{'max':>7}{'prefill':>10}", *[f"{'/ ' + p:>17}" for p in peers])
     for name, runs in figures.items():

@@ -1,11 +1,11 @@
-"""Many requests at once, over HTTP: `minitp serve` beside llama.cpp's server, on the same float32 weights.
+"""Compare `minitp serve` with llama.cpp's server: many requests at once over HTTP, the same float32 weights.
 
     python benchmarks/server_peers.py [--requests 16] [--prompt-tokens 64] [--tokens 64] [--tp 2] [--rounds 3]
 
-All requests are sent at the same moment, as random token ids to /v1/completions, and the time runs until the
-last answer is there: new tokens a second of all together. Both servers are up at once and take turns, each
-asleep while the other is asked; each has a slot for every request, and all cores. Wants minitp[serve],
-an mpirun, httpx, xllamacpp (llama.cpp's server in a wheel) and gguf.
+All requests are sent at the same time to /v1/completions, as random token ids, and the time is taken until
+the last response is complete. The result is new tokens per second over all requests. Both servers run at the
+same time and take turns; each is idle while the other is measured. Each has a slot for every request and uses
+all cores. Needs minitp[serve], an mpirun, httpx, xllamacpp (llama.cpp's server in a wheel) and gguf.
 """
 
 import argparse
@@ -28,14 +28,14 @@ VOCABULARY = 49152
 
 
 def main():
-    """Run both in turn; print medians and the ratio."""
+    """Measure both servers in turn; print medians and the ratio."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--requests", type=int, default=16)
     arguments.add_argument("--prompt-tokens", type=int, default=64)
     arguments.add_argument("--tokens", type=int, default=64)
     arguments.add_argument("--tp", type=int, default=2)
     arguments.add_argument("--rounds", type=int, default=3)
-    arguments.add_argument("--llama-cpp", action="store_true", help=argparse.SUPPRESS)  # this is its server
+    arguments.add_argument("--llama-cpp", action="store_true", help=argparse.SUPPRESS)  # runs its server
     args = arguments.parse_args()
     if args.llama_cpp:
         return llama_cpp(args.requests, args.prompt_tokens + args.tokens)
@@ -60,19 +60,19 @@ def main():
 
 
 def start(command):
-    """A server's process and its address, once it says it."""
+    """Start a server; return its process and its address, once it has printed it."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     last = ""
     for line in process.stderr:
         last = line
         if found := URL.search(line):
-            threading.Thread(target=process.stderr.read, daemon=True).start()  # or it would fill up
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # keeps the pipe empty
             return process, found[1]
-    sys.exit(f"{' '.join(command[:4])} has ended with code {process.wait()}: {last.strip()}")
+    sys.exit(f"{' '.join(command[:4])} exited with code {process.wait()}: {last.strip()}")
 
 
 async def ask_all(url, args, seed):
-    """New tokens a second of all requests together."""
+    """Send all requests; return new tokens per second over all of them."""
     draw = random.Random(seed)
     prompts = [[draw.randrange(VOCABULARY) for _ in range(args.prompt_tokens)] for _ in range(args.requests)]
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None)) as client:
@@ -84,14 +84,14 @@ async def ask_all(url, args, seed):
 
 
 async def ask(client, url, prompt, tokens):
-    """How many tokens came of a prompt."""
+    """Send one request; return the number of new tokens."""
     body = {"model": "smollm2", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     answer = await client.post(f"{url}/v1/completions", json=body)
     return answer.raise_for_status().json()["usage"]["completion_tokens"]
 
 
 def llama_cpp(requests, positions):
-    """llama.cpp's server with so many slots, until it is ended."""
+    """Run llama.cpp's server with a slot for each request, until the process is ended."""
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()

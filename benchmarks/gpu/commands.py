@@ -1,4 +1,4 @@
-"""The steps of benchmarks/gpu/run.py: what must be right, what is measured, and what stands next to it."""
+"""The steps of benchmarks/gpu/run.py: checks, measurements, and peers for comparison."""
 
 import importlib.util
 import sys
@@ -13,8 +13,8 @@ from minitp.loading.demo import NAME, cache_directory
 
 MODEL = "random:mistral-7b"
 GPU_TESTS = ("real_gpu", "real_gpu_kernels", "real_gpu_tensor_cores")
-# The tests that run kernels on the CPU, and here on the GPU. Those of all_reduce share the host's memory with
-# forked processes, so they cannot run on a GPU; ipc.py takes their place.
+# Tests that run kernels on the CPU; here they run on the GPU. The tests of all_reduce share the host's memory
+# with forked processes, so they cannot run on a GPU; ipc.py replaces them.
 KERNEL_TESTS = (
     "linear",
     "attention_decode",
@@ -32,7 +32,7 @@ Check = partial(Step, required=True)
 
 
 def checks():
-    """Return what must be right, the longest first; these run at the same time, because nothing is timed."""
+    """Return the checks, the longest first. They run at the same time, because nothing is timed."""
     tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     kernels = [f"tests/rooms/cuda/test_{name}.py" for name in KERNEL_TESTS]
     on_gpu = [f"tests/system/test_{name}.py" for name in GPU_TESTS]
@@ -60,7 +60,7 @@ def checks():
 
 
 def measurements():
-    """Return what is timed, one after another, the most wanted first."""
+    """Return the measurements, the most important first. They run one after another."""
     decode = ["--prompt-tokens", CONTEXT - NEW_TOKENS // 2, "-n", NEW_TOKENS, "--rounds", 5, "--profile"]
     prefill = ["--prompt-tokens", PROMPT, "-n", 2, "--rounds", 5]
     bench = ["bench", "--json", "--model", MODEL, "--dtype", "bfloat16"]
@@ -80,7 +80,7 @@ def measurements():
 
 
 def peers():
-    """Return what else computes the same, and is timed here too."""
+    """Return the measurements of other engines that compute the same."""
     sizes = ["--context", CONTEXT, "--new-tokens", NEW_TOKENS, "--prompt", PROMPT]
     command = script("peers.py", *sizes)
     return [Step("transformers", command, 170, missing("torch", "transformers"), least_s=60)]
@@ -94,17 +94,17 @@ def script(name, *argv):
     return [sys.executable, str(Path(__file__).with_name(name)), *map(str, argv)]
 
 
-# --- why a step cannot be run here ----------------------------------------------------------------------
+# --- reasons to skip a step -----------------------------------------------------------------------------
 
 
 def missing(*modules):
-    """Return a function that says which of these modules is missing, or None."""
+    """Return a function that returns which of these modules are missing, as text, or None."""
     absent = [name for name in modules if importlib.util.find_spec(name) is None]
     return lambda: f"{' and '.join(absent)} not installed" if absent else None
 
 
 def no_mpirun():
-    """Return why several ranks cannot be started here, or None."""
+    """Return why several ranks cannot be started on this machine, or None."""
     try:
         find_mpirun()
     except MinitpError:
@@ -113,7 +113,7 @@ def no_mpirun():
 
 
 def no_shared_nccl():
-    """Return why several ranks cannot share a GPU through NCCL here, or None."""
+    """Return why several ranks cannot share a GPU through NCCL on this machine, or None."""
     from minitp.cuda.nccl import SHARES_GPUS, load_nccl
 
     try:
@@ -121,12 +121,12 @@ def no_shared_nccl():
     except MinitpError as error:
         return one_line(error)
     if version < SHARES_GPUS:
-        return f"NCCL {version} does not let several ranks share a GPU; from {SHARES_GPUS} on it does"
+        return f"NCCL {version} does not let several ranks share a GPU; {SHARES_GPUS} and later do"
     return no_mpirun()
 
 
 def no_demo():
-    """Return why the demo model cannot be used, or None. Nothing is fetched, so nothing is waited for."""
+    """Return why the demo model cannot be used, or None. Nothing is downloaded."""
     if (cache_directory() / NAME).is_dir():
         return None
     without = missing("gguf")()

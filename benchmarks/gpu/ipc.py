@@ -1,8 +1,9 @@
-"""Four processes on one GPU that sum through each other's memory: all_reduce.cu over CUDA IPC, against NumPy.
+"""Compare all_reduce.cu over CUDA IPC, with four processes that share one GPU, with NumPy's sums.
 
-`--comm peer` needs a GPU for each rank. What it asks of CUDA is the same on one GPU: memory that other
-processes open by its handle, and kernels that wait for flags which those of other processes set. Kernels of
-several processes take turns on one GPU, some milliseconds each, so a sum is slow here, and there are few.
+`--comm peer` needs a GPU for each rank. What it uses of CUDA can be tested on one GPU: memory that other
+processes open by its handle, and kernels that wait for flags set by kernels of other processes. On one GPU,
+the kernels of several processes take turns of some milliseconds each, so a sum is slow, and only a few are
+made.
 """
 
 import multiprocessing
@@ -22,20 +23,20 @@ RANKS, ROWS, WIDTH, CALLS = 4, 3, 576, 20
 DTYPES = (np.float16, ml_dtypes.bfloat16)
 EPS = 1e-5
 PATIENCE_S = 30.0
-END_S = 5.0  # from the end of the first process to that of the last
+END_S = 5.0  # between the end of the first process and that of the last
 LATE_S = 0.02
 
 
 def main():
-    """Run the processes; return 1 if one of them fails, which has said why itself."""
-    spawn = multiprocessing.get_context("spawn")  # a fork could not use CUDA
+    """Run the processes; return 1 if one of them fails. It prints the reason itself."""
+    spawn = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     pipes = [spawn.Pipe() for _ in range(RANKS)]
     processes = [
         spawn.Process(target=work, args=(rank, end), daemon=True) for rank, (_, end) in enumerate(pipes)
     ]
     for process, (_, end) in zip(processes, pipes, strict=True):
         process.start()
-        end.close()  # so that the end of the process is seen here
+        end.close()  # so that this process notices when the other one ends
     try:
         while True:
             values = [pipe.recv() for pipe, _ in pipes]
@@ -49,15 +50,15 @@ def main():
     if any(process.exitcode != 0 for process in processes):
         return 1
     dtypes = " and ".join(np.dtype(dtype).name for dtype in DTYPES)
-    print(f"{CALLS} sums, and {CALLS} with the norm, of {RANKS} processes are NumPy's in {dtypes}")
+    print(f"{CALLS} sums, and {CALLS} with the norm, of {RANKS} processes are equal to NumPy's in {dtypes}")
     return 0
 
 
 def work(rank, pipe):
-    """One process: make all sums, and compare them with NumPy's."""
+    """Run one process: make all sums and compare them with NumPy's."""
 
     def allgather_object(value):
-        """Return the values that all processes have given."""
+        """Return the values of all processes, by rank."""
         pipe.send(value)
         return pipe.recv()
 
@@ -70,12 +71,12 @@ def work(rank, pipe):
                 reduce = AllReduce(compiler, rank, regions, calls, missing, WIDTH, PATIENCE_S)
                 check(gpu, rank, reduce, dtype)
                 late = int(gpu.to_host(missing)[0])
-                assert late == 0, f"rank {rank} waited for rank {late - 1} in vain"
+                assert late == 0, f"rank {rank} waited in vain for rank {late - 1}"
 
 
 @contextmanager
-def shared_regions(gpu, rank, allgather_object):
-    """Yield the addresses of all processes' regions as this one sees them, uint64 [ranks] on the GPU."""
+def shared_regions(gpu, rank, exchange):
+    """Yield the addresses of all processes' regions in this process, uint64 [ranks] on the GPU."""
     runtime, nbytes = gpu.cupy.cuda.runtime, region_bytes(RANKS, ROWS, WIDTH)
     mine = runtime.malloc(nbytes)
     runtime.memsetAsync(mine, 0, nbytes, gpu.stream.ptr)
@@ -84,7 +85,7 @@ def shared_regions(gpu, rank, allgather_object):
     seen = [mine if r == rank else runtime.ipcOpenMemHandle(handle) for r, handle in enumerate(handles)]
     yield gpu.from_host(np.array(seen, np.uint64))
     gpu.stream.synchronize()
-    allgather_object(None)  # nobody reads any more
+    allgather_object(None)  # all processes have finished reading
     for r, region in enumerate(seen):
         if r != rank:
             runtime.ipcCloseMemHandle(region)
@@ -93,7 +94,7 @@ def shared_regions(gpu, rank, allgather_object):
 
 
 def check_sums(gpu, rank, reduce, dtype):
-    """Make sums one after another, one process after another being late; all have NumPy's bits."""
+    """Check that consecutive sums have NumPy's bits, while each process in turn is late."""
     partial, expected = drawn(dtype)
     given = [gpu.from_host(one[rank]) for one in partial]
     out = [gpu.cupy.empty((ROWS, WIDTH), dtype) for _ in range(CALLS)]
@@ -105,7 +106,7 @@ def check_sums(gpu, rank, reduce, dtype):
 
 
 def check_norms(gpu, rank, reduce, dtype):
-    """The same with the residual and the norm, each of which goes on from the one before."""
+    """Check the same with the residual and the norm; each call continues with the residual of the last."""
     partial, sums = drawn(dtype)
     x, weight, bias = np.random.default_rng(1).normal(size=(3, WIDTH)).astype(dtype)
     x = np.tile(x, (ROWS, 1))  # [T, D]
@@ -135,7 +136,7 @@ def drawn(dtype):
 
 
 def be_late(rank, call):
-    """Have the others wait for this rank in some of the calls."""
+    """Make the other ranks wait for this one in some of the calls."""
     if call % RANKS == rank:
         time.sleep(LATE_S)
 

@@ -1,6 +1,7 @@
-"""mpirun from an mpich wheel, for a machine on which nothing can be installed.
+"""Use mpirun from an MPICH wheel, on a machine where nothing can be installed.
 
-MINITP_MPICH names the wheel (`pip download --no-deps mpich`), or a folder that holds it, packed or unpacked.
+MINITP_MPICH names the wheel (`pip download --no-deps mpich`), or a folder that contains it, packed or
+unpacked.
 """
 
 import os
@@ -14,7 +15,7 @@ VARIABLE = "MINITP_MPICH"
 
 
 def mpich_variables(given, folder):
-    """Return the environment variables with which mpirun is that of the wheel, and so is mpi4py's library.
+    """Return the environment variables that select the wheel's mpirun, and its library for mpi4py.
 
     Parameters
     ----------
@@ -26,11 +27,11 @@ def mpich_variables(given, folder):
     Raises
     ------
     InputError
-        if there is no mpirun in it.
+        if the wheel contains no mpirun.
     """
     data = unpacked(Path(given).resolve(), Path(folder))
     for program in (data / "bin").iterdir():
-        if not os.access(program, os.X_OK):  # zipfile does not keep that
+        if not os.access(program, os.X_OK):  # zipfile does not preserve permissions
             program.chmod(0o755)
     before = {
         name: [os.environ[name]] if os.environ.get(name) else [] for name in ("PATH", "LD_LIBRARY_PATH")
@@ -43,7 +44,7 @@ def mpich_variables(given, folder):
 
 
 def unpacked(given, folder):
-    """Return the folder in the wheel that has mpirun in its `bin` and the libraries in its `lib`."""
+    """Return the folder of the wheel that contains `bin` with mpirun and `lib` with the libraries."""
     wheels = [given] if given.suffix == ".whl" else sorted(given.glob("mpich-*.whl"))
     if wheels and zipfile.is_zipfile(wheels[-1]):
         with zipfile.ZipFile(wheels[-1]) as archive:
@@ -57,12 +58,12 @@ def unpacked(given, folder):
 
 
 def use_mpich(given, folder):
-    """Set these variables, for all processes that are started from here.
+    """Set these variables for this process and all processes that it starts.
 
     Raises
     ------
     InputError
-        as `mpich_variables` does, or if another mpirun stands next to this Python, which minitp would take.
+        as `mpich_variables` does, or if there is another mpirun next to this Python, which minitp would use.
     """
     os.environ.update(mpich_variables(given, folder))
     found = Path(find_mpirun())

@@ -1,4 +1,4 @@
-"""Steps of run.py that are no minitp command: nccl, loading, goldens PATH DTYPE [FAMILY ..]."""
+"""Steps of run.py that are not minitp commands: nccl, loading, goldens PATH DTYPE [FAMILY ..]."""
 
 import json
 import subprocess
@@ -13,15 +13,15 @@ import numpy as np
 from minitp.errors import one_line
 from minitp.loading.random_weights import random_config
 
-LAYERS = 6  # of Mistral 7B: 3.1 GB
+LAYERS = 6  # 3.1 GB in Mistral 7B's shapes
 GOLDENS = Path(__file__).resolve().parents[2] / "tests" / "goldens"
 DECODED = 2
 
 
 def goldens(path, dtype, *names):
-    """Do `minitp check` of each family's small checkpoint in tests/goldens, all in this process.
+    """Run `minitp check` on each family's small checkpoint in tests/goldens, all in this process.
 
-    The exit code is 1 if a family is wrong, or if none of them takes the path.
+    The exit code is 1 if a family is wrong, or if the path supports none of them.
     """
     from minitp.comm.single import SingleRank
     from minitp.launch.transport import select_comm
@@ -43,7 +43,7 @@ def goldens(path, dtype, *names):
 
 
 def check_family(folder, comm, path, dtype):
-    """Return "right" or "wrong", or "other" if the path does not take this family; and a line on that."""
+    """Return "right", "wrong" or "other" (not supported by the path), and a line that explains it."""
     from minitp.check.run import check_model
     from minitp.cli.check import verdict
     from minitp.cuda.fused import unfit
@@ -66,7 +66,7 @@ def check_family(folder, comm, path, dtype):
 
 
 def nccl():
-    """Call NCCL with a single rank: an all-reduce and an all-gather give back what they got."""
+    """Check with a single rank that NCCL's all-reduce and all-gather return their input."""
     from minitp.comm.single import SingleRank
     from minitp.cuda.nccl import NcclComm, load_nccl
     from minitp.launch.transport import select_comm
@@ -80,11 +80,11 @@ def nccl():
             np.testing.assert_array_equal(gpu.to_host(found), x)
     comm.check()
     comm.close()
-    print(f"NCCL {load_nccl().get_version()}: all-reduce, all-gather and the end")
+    print(f"NCCL {load_nccl().get_version()}: all-reduce, all-gather and close")
 
 
 def loading(name="mistral-7b", layers=LAYERS):
-    """Run `minitp bench` of a model in a file, for how fast it is loaded."""
+    """Run `minitp bench` with a model in a file, to measure how fast it is loaded."""
     with tempfile.TemporaryDirectory(prefix="minitp-loading-") as folder:
         write_model(Path(folder), random_config(name) | {"num_hidden_layers": layers})
         command = [sys.executable, "-m", "minitp", "bench", "--model", folder, "--device", "cuda", "--json"]
@@ -97,7 +97,7 @@ def loading(name="mistral-7b", layers=LAYERS):
 
 
 def write_model(folder, fields):
-    """Write a model's directory with bfloat16 weights that look random."""
+    """Write a model directory with bfloat16 weights that look random."""
     from safetensors.numpy import save_file
 
     from minitp.bench.fake_weights import TiledWeights

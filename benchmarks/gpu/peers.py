@@ -1,9 +1,9 @@
-"""transformers on a GPU in Mistral 7B's shapes: a static cache, the decoding step through torch.compile.
+"""Measure transformers on a GPU in Mistral 7B's shapes, with a static cache and torch.compile for decoding.
 
     python benchmarks/gpu/peers.py [--context 512] [--new-tokens 128] [--prompt 2048]
 
-Prints one JSON object. The weights are random and made on the GPU. Decoding is timed around the middle of
-`--context`: what a continuation of n tokens takes longer than one of two.
+Prints one JSON object. The weights are random and created on the GPU. The time of decoding is the difference
+between a continuation of n tokens and one of two tokens, with n tokens around position `--context`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name, default in (("--context", 512), ("--new-tokens", 128), ("--prompt", 2048)):
         arguments.add_argument(name, type=int, default=default)
-    arguments.add_argument("--model", default="mistral-7b", help="as after random:")
+    arguments.add_argument("--model", default="mistral-7b", help="a name as in --model random:NAME")
     arguments.add_argument("--layers", type=int)
     arguments.add_argument("--device", default="cuda")
     args = arguments.parse_args()
@@ -32,7 +32,7 @@ def main():
     fields["num_hidden_layers"] = args.layers or fields["num_hidden_layers"]
     model = make_model(fields, args.device)
     start, steps = args.context - args.new_tokens // 2, []
-    for new_tokens in (args.new_tokens, 2) * WARM_UP:  # the longer one first: its cache is used again
+    for new_tokens in (args.new_tokens, 2) * WARM_UP:  # the longer one first, so that its cache is reused
         timed(model, start, new_tokens)
     for _ in range(ROUNDS):
         first, whole = timed(model, start, 2), timed(model, start, args.new_tokens)
@@ -51,7 +51,7 @@ def main():
 
 
 def make_model(fields, device):
-    """A causal language model in bfloat16 on the device, its weights drawn there."""
+    """Return a causal language model in bfloat16 on the device, with random weights."""
     config = transformers.AutoConfig.for_model(**{k: v for k, v in fields.items() if k != "torch_dtype"})
     torch.manual_seed(0)
     default = torch.get_default_dtype()
@@ -59,13 +59,13 @@ def make_model(fields, device):
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config)
     torch.set_default_dtype(default)
-    model.generation_config.eos_token_id = None  # it goes on to the end
+    model.generation_config.eos_token_id = None  # so that it never stops early
     return model.eval()
 
 
 @torch.inference_mode()
 def timed(model, prompt, new_tokens):
-    """Seconds that `generate` takes for so many tokens after so many; with a static cache it compiles."""
+    """Return the seconds that `generate` takes, with a static cache, for which it compiles the model."""
     device = model.device
     ids = torch.randint(0, model.config.vocab_size, (1, prompt), device=device)
     options = {"max_new_tokens": new_tokens, "do_sample": False, "cache_implementation": "static"}

@@ -1,4 +1,4 @@
-"""The file and the folder that a run of benchmarks/gpu/run.py leaves."""
+"""The result file and the output folder of benchmarks/gpu/run.py."""
 
 import json
 import os
@@ -11,17 +11,18 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 class Results:
-    """benchmarks/results/<gpu>-<date>.json, and next to it a folder with the output of each step.
+    """The file benchmarks/results/<gpu>-<date>.json, and a folder next to it with the output of each step.
 
-    The file is written again after each step, so that it holds what is done, however the run ends. Several
-    runs on one day make one file: a step's newest outcome replaces the older one, unless it was skipped now.
+    The file is rewritten after each step, so it contains everything that was done, however the run ends.
+    Several runs on the same day share one file: a step's newest outcome replaces the older one, unless the
+    step was skipped this time.
 
     Parameters
     ----------
     facts : dict
-        The machine and the day; the newest run's are kept.
+        The machine and the date; those of the newest run are kept.
     names : list of str
-        The names of all steps that there are, in the order in which they are shown.
+        The names of all steps, in the order in which they are shown.
     folder : Path
 
     Attributes
@@ -39,7 +40,7 @@ class Results:
         self._found = {one["name"]: one for one in earlier}
 
     def add(self, outcome):
-        """Put a step's outcome into the file; any thread may call this."""
+        """Add a step's outcome to the file; any thread may call this."""
         name = outcome["name"]
         with self._lock:
             if outcome["status"] != "skipped" or self._found.get(name, outcome)["status"] == "skipped":
@@ -47,12 +48,12 @@ class Results:
             self.write()
 
     def write(self):
-        """Write the file, so that it is never there in part."""
+        """Write the file atomically."""
         partial = self.path.with_suffix(".part")
         partial.write_text(json.dumps(self.facts | {"steps": self.outcomes()}, indent=1) + "\n")
         os.replace(partial, self.path)
 
     def outcomes(self):
-        """The outcomes of all runs of the day, in the order in which they are shown."""
+        """Return the outcomes of all runs of the day, in the order in which they are shown."""
         places = {name: place for place, name in enumerate(self._names)}
         return sorted(self._found.values(), key=lambda one: places.get(one["name"], len(places)))

@@ -2,18 +2,18 @@
 
     ./run.sh gpu [--only checks|speed|peers] [--budget SECONDS]
 
-First come the checks, as many at a time as there are cores: the tests that need a GPU, the tests of kernels
-run there, `check` of every family, of the demo model and of two layers in Mistral 7B's shapes, NCCL with one
-rank, four ranks that share the GPU. Then minitp's speed, one thing at a time: decoding and a prompt in
-Mistral 7B's shapes, one rank's share of TP=4 alone, loading from a file. Last the peers: transformers on the
-same card. `--only` runs one of the three. Each step is a process with a time limit; if it fails, the others
-go on.
+There are three groups of steps. The checks run in parallel, one per core: the tests that need a GPU, the
+tests of the kernels (here on the GPU), `check` of every family, of the demo model and of two layers in
+Mistral 7B's shapes, NCCL with one rank, and four ranks that share the GPU. Then the speed of minitp is
+measured, one step at a time: decoding and a prompt in Mistral 7B's shapes, one rank of TP=4 alone, and
+loading from a file. The last group is the peers: transformers on the same GPU. `--only` runs one of the
+groups. Each step is a process with a time limit; if it fails, the others are still run.
 
-A table comes last, after Ctrl-C or SIGTERM as well. benchmarks/results/<gpu>-<date>.json has all steps of the
-day, and the folder of the same name has what each of them wrote.
+A table is printed at the end, also after Ctrl-C or SIGTERM. benchmarks/results/<gpu>-<date>.json has all
+steps of the day, and the folder of the same name has their output.
 
-    MINITP_PYTHON=python3   a Python that has all packages: nothing is installed or fetched
-    MINITP_MPICH=WHEEL      mpirun from an mpich wheel, or from a folder; see docs/troubleshooting.md
+    MINITP_PYTHON=python3   a Python that has all packages: nothing is installed or downloaded
+    MINITP_MPICH=WHEEL      mpirun from an MPICH wheel or a folder; see docs/troubleshooting.md
 """
 
 import argparse
@@ -40,9 +40,9 @@ PACKAGES = ("numpy", "ml_dtypes", "torch", "transformers", "mpi4py")
 
 
 def main():
-    """Run the steps.
+    """Run the steps and return the exit code.
 
-    Returns 1 if one of them failed, and 128 + the number of the signal if one has ended the run.
+    It is 1 if a step failed, and 128 + the signal's number if a signal ended the run.
     """
     args = arguments().parse_args()
     with tempfile.TemporaryDirectory(prefix="minitp-gpu-") as folder:
@@ -69,23 +69,23 @@ def main():
 
 
 def arguments():
-    """Return the parser of the command line."""
+    """Return the command-line parser."""
     parser = argparse.ArgumentParser(
         prog="./run.sh gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--only", choices=GROUPS, help="one of the three instead of all")
+    parser.add_argument("--only", choices=GROUPS, help="run only this group of steps")
     parser.add_argument(
         "--budget",
         type=seconds,
         default=BUDGET_S,
         metavar="SECONDS",
-        help=f"for all steps together; what comes too late is not run; default {BUDGET_S:g}",
+        help=f"time for all steps together; steps that do not fit are skipped; default {BUDGET_S:g}",
     )
     return parser
 
 
 def seconds(text):
-    """Return the number in a text; it must be above 0."""
+    """Parse a positive, finite number."""
     number = float(text)
     if not 0 < number < float("inf"):
         raise ValueError(text)
@@ -93,7 +93,7 @@ def seconds(text):
 
 
 def surroundings(cupy):
-    """Return the machine and the versions on which all this runs, and the day."""
+    """Return the machine, the versions of the packages, and the date."""
     runtime, versions = cupy.cuda.runtime, {}
     for name in PACKAGES:
         if importlib.util.find_spec(name) is not None:

@@ -1,4 +1,4 @@
-"""The steps of a benchmark: processes with a time limit. If one fails, the others go on."""
+"""The steps of a benchmark: processes with a time limit. If one fails, the others are still run."""
 
 import json
 import os
@@ -18,21 +18,21 @@ from minitp.util.environment import cores
 ROOT = Path(__file__).resolve().parents[2]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 LOOK_S = 0.05
-END_S = 5.0  # for a step to end its own processes, once it has been told to
+END_S = 5.0  # for a step to end its own processes after SIGTERM
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command and how long it may take.
+    """A command with a time limit.
 
     Attributes
     ----------
     reason : callable
-        Returns why the step cannot be run here, or None.
+        Returns why the step cannot be run on this machine, or None.
     least_s : float
-        The step is not begun with less time than this.
+        The step is not started if less time than this is left.
     required : bool
-        The step shows that something is right, so without it the whole has failed.
+        The step is a check: if it is interrupted or time runs out, it counts as failed, not as skipped.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Step:
 
 
 class Runner:
-    """Runs steps until its time is up or a signal comes.
+    """A runner of steps that stops when its time is up or when it gets a signal.
 
     Parameters
     ----------
@@ -53,14 +53,14 @@ class Runner:
     seconds : float
         The time for all steps together.
     done : callable
-        Gets each outcome as soon as there is one, from any thread. An outcome is a dict: name, status (ok,
-        failed or skipped), `at` which time of the day it began, seconds, its last line, and that line as JSON
-        if it is JSON.
+        Called with each outcome as soon as there is one, from any thread. An outcome is a dict with the keys
+        name, status (ok, failed or skipped), at (the time of day at which it started), seconds, said (its
+        last line of output) and result (its last JSON object, or None).
 
     Attributes
     ----------
     signal : int or None
-        The signal that has ended the run.
+        The signal that ended the run.
     """
 
     def __init__(self, folder, seconds, done):
@@ -69,15 +69,15 @@ class Runner:
         self.signal = None
 
     def interrupt(self, number, frame=None):
-        """End all steps soon. This is a handler of signals."""
+        """End all steps soon; a signal handler."""
         self.signal = number
 
     def run(self, steps, together=False):
-        """Run steps one after another, or as many at a time as there are cores; return their outcomes."""
+        """Run steps one after another, or in parallel, one per core; return their outcomes."""
         if not together or not steps:
             return [self._run(step) for step in steps]
         workers = min(cores(), len(steps))
-        threads = dict.fromkeys(THREAD_VARIABLES, str(max(2, cores() // workers)))  # of each step
+        threads = dict.fromkeys(THREAD_VARIABLES, str(max(2, cores() // workers)))  # per step
         with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(lambda step: self._run(step, threads), steps))
 
@@ -86,7 +86,7 @@ class Runner:
         status, said, result = self._outcome(step, variables or {})
         seconds = round(time.monotonic() - started, 1)
         why = "" if status == "ok" else f": {said}"
-        sys.stderr.write(f"{step.name}: {status}, {seconds:.0f} s{why}\n")  # in one piece: steps end together
+        sys.stderr.write(f"{step.name}: {status}, {seconds:.0f} s{why}\n")  # in one write: steps end together
         outcome = {"name": step.name, "status": status, "at": at, "seconds": seconds}
         outcome |= {"said": said, "result": result}
         self._done(outcome)
@@ -118,23 +118,23 @@ class Runner:
         return "ok", last_line(text), last_object(text)
 
     def _wait(self, process, limit_s):
-        """Return whether the process has ended by itself; if not, it is ended."""
+        """Wait for the process and end it after the time limit; return whether it ended by itself."""
         end = time.monotonic() + limit_s
         while process.poll() is None:
             if self.signal is not None or time.monotonic() > end:
                 end_group(process)
                 return False
             time.sleep(LOOK_S)
-        with suppress(ProcessLookupError):  # what it has left running would disturb the next
+        with suppress(ProcessLookupError):  # leftover processes would disturb the next step
             os.killpg(process.pid, signal.SIGKILL)
         return True
 
 
 def start(step, output, variables):
-    """Return the step's process, the leader of a group of its own; it writes everything to `output`."""
+    """Start the step's process in a new process group; all its output goes to `output`."""
     paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH")]
     variables = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    variables["PYTHONUNBUFFERED"] = "1"  # stdout and stderr in the order in which they were written
+    variables["PYTHONUNBUFFERED"] = "1"  # keeps stdout and stderr in order
     return subprocess.Popen(
         [str(part) for part in step.command],
         cwd=ROOT,
@@ -147,7 +147,7 @@ def start(step, output, variables):
 
 
 def end_group(process):
-    """End a process and its group, politely first: the front of a minitp command then ends its ranks."""
+    """End a process and its group, first with SIGTERM, on which the launcher of minitp ends its ranks."""
     os.killpg(process.pid, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(END_S)
@@ -157,18 +157,18 @@ def end_group(process):
 
 
 def slug(name):
-    """The name as a part of a file's name: `check demo, fused` becomes `check-demo-fused`."""
+    """Return a name in a form fit for file names: `check demo, fused` becomes `check-demo-fused`."""
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def last_line(text, most=300):
-    """The last line that is not empty."""
+    """Return the last line that is not empty."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:most] if lines else ""
 
 
 def last_object(text):
-    """The JSON object that the last line beginning with a brace holds, or None."""
+    """Return the JSON object in the last line that starts with a brace, or None."""
     lines = [line for line in text.splitlines() if line.startswith("{")]
     with suppress(IndexError, ValueError):
         return json.JSONDecoder().raw_decode(lines[-1])[0]

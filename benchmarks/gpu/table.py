@@ -1,23 +1,23 @@
-"""What benchmarks/gpu/run.py prints in the end: what is right, then what was measured."""
+"""The table that benchmarks/gpu/run.py prints at the end: the outcomes, then the measurements."""
 
 from commands import CONTEXT
 
 from minitp.util.format import aligned
 
-# Of an all-reduce of 8 KiB over NVLink, TP=4 on H100s, in one kernel: reported in sglang's pull request 2904.
+# Time of an all-reduce of 8 KiB over NVLink, TP=4 on H100s, in one kernel: reported in SGLang's PR 2904.
 PUBLISHED_US = (3.7, 4.8)
 WIDEST = 160
 
 
 def table(facts, outcomes):
-    """The lines of the table.
+    """Return the lines of the table.
 
     Parameters
     ----------
     facts : dict
-        The machine and the day.
+        The machine and the date.
     outcomes : list of dict
-        From `steps.Runner`.
+        The outcomes of `steps.Runner`.
     """
     found = {one["name"]: one["result"] for one in outcomes if one["status"] == "ok" and one["result"]}
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
@@ -58,7 +58,7 @@ def of_decode(result, _):
 
 
 def speed(decode):
-    """Tokens a second, and how much of the memory's speed in reading they take."""
+    """Return tokens/s, and the share of the memory's read bandwidth that they use."""
     share = decode["share_of_reads"]["median"]
     return f"{decode['tokens_per_s']['median']:.1f} tokens/s", f"{share:.1%} of the reads"
 
@@ -72,12 +72,12 @@ def of_prefill(result, _):
 
 
 def of_share(result, _):
-    """One rank's time, and with the all-reduces of a token as others have measured one."""
+    """Return one rank's speed, and an estimate that adds all-reduces as published by others."""
     reductions, own_s = 2 * result["layers"] + 1, 1 / result["decode"]["tokens_per_s"]["median"]
     least, most = (1 / (own_s + reductions * us / 1e6) for us in reversed(PUBLISHED_US))
     published = f"{PUBLISHED_US[0]} to {PUBLISHED_US[1]} us published for each"
     return [
-        ("decode, rank 0's share of TP=4 alone", *speed(result["decode"])),
+        ("decode, rank 0 of TP=4 alone", *speed(result["decode"])),
         (f"  with {reductions} all-reduces, not run here", f"{least:.0f} to {most:.0f} tokens/s", published),
     ]
 
@@ -97,7 +97,7 @@ def of_requests(result, _):
 def of_batches(result, _):
     points = result["sweep"]["points"]
     steps = ", ".join(f"{one['batch']}: {1e3 * one['step_s']:.2f}" for one in points)
-    return [("a step of so many sequences, ms", steps, "")]
+    return [("ms per engine step, by sequences", steps, "")]
 
 
 def of_loading(result, _):
@@ -119,7 +119,7 @@ def of_transformers(result, found):
     return rows
 
 
-# The name of a step: a function of its result and of those of all steps, by name, that returns rows.
+# By name of a step: a function of its result and of the results of all steps that returns rows.
 FIGURES = {
     "decode": of_decode,
     "prefill": of_prefill,

@@ -200,7 +200,7 @@ def test_a_family_that_is_wrong_is_a_failure_and_the_others_go_on(gpu, capsys, m
 
 def test_four_processes_on_one_gpu():
     code, lines = part("ipc.py", STAND_IN_GPUS="1")
-    said = "20 sums, and 20 with the norm, of 4 processes are NumPy's in float16 and bfloat16"
+    said = "20 sums, and 20 with the norm, of 4 processes are equal to NumPy's in float16 and bfloat16"
     assert (code, lines) == (0, [said])
 
 
