@@ -75,7 +75,7 @@ def work(rank, pipe):
 
 
 @contextmanager
-def shared_regions(gpu, rank, exchange):
+def shared_regions(gpu, rank, allgather_object):
     """Yield the addresses of all processes' regions in this process, uint64 [ranks] on the GPU."""
     runtime, nbytes = gpu.cupy.cuda.runtime, region_bytes(RANKS, ROWS, WIDTH)
     mine = runtime.malloc(nbytes)
