@@ -1,4 +1,4 @@
-"""Code shared by the examples: ranks, shapes and random weights, comparison with the oracle, timing.
+"""The code that the examples share: ranks, shapes, random weights, comparison with the oracle, timing.
 
 Import this module first: it divides the cores among the ranks, which has no effect on an already imported
 NumPy. Two environment variables choose the shapes; nothing is downloaded:
@@ -23,7 +23,7 @@ environment.limit_blas_threads(os.environ, environment.local_ranks(os.environ, W
 
 import numpy as np  # noqa: E402
 
-from minitp.check.difference import measure  # noqa: E402
+from minitp.check.difference import difference_of  # noqa: E402
 from minitp.comm.base import Comm  # noqa: E402
 from minitp.comm.mpi import MpiComm  # noqa: E402
 from minitp.comm.single import SingleRank  # noqa: E402
@@ -41,7 +41,7 @@ SCRIPT = os.path.basename(sys.argv[0])
 
 @dataclass(frozen=True)
 class Here:
-    """This rank: its communicator, its device, and the model of which it holds a part."""
+    """A rank: its communicator, its device, and the model of which it holds a part."""
 
     comm: Comm
     device: Device
@@ -93,7 +93,7 @@ class Here:
         right = expected() if self.comm.rank == 0 else None
         self.comm.agree()  # the others sleep here; in `broadcast` they would occupy the oracle's cores
         right = self.comm.broadcast(right)
-        found = self.comm.allgather_object(measure(self.device.to_host(value), right))
+        found = self.comm.allgather_object(difference_of(self.device.to_host(value), right))
         worst = max(found, key=lambda difference: difference.relative)
         bound = 2**-24 * terms**0.5 * products
         self.say(

@@ -26,7 +26,7 @@ from minitp.shard import make_plan
 
 
 class Attention:
-    """This rank's part of the attention of one layer; `layer` is "model.layers.0", for example."""
+    """One rank's part of the attention of one layer; `layer` is "model.layers.0", for example."""
 
     def __init__(self, here, layer):
         self.here = here

@@ -24,7 +24,7 @@ from minitp.oracle import Oracle
 
 
 class FullModel:
-    """This rank's part of a model."""
+    """One rank's part of a model."""
 
     def __init__(self, here):
         self.here = here

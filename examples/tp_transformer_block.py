@@ -26,7 +26,7 @@ from minitp.oracle import ops as oracle_ops
 
 
 class Block:
-    """This rank's part of one layer; `layer` is "model.layers.0", for example."""
+    """One rank's part of one layer; `layer` is "model.layers.0", for example."""
 
     def __init__(self, here, layer):
         self.here = here

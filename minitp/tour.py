@@ -1,4 +1,4 @@
-r"""Tensor-parallel inference of a Llama model in a single file, written to be read from top to bottom.
+r"""Run a Llama model tensor-parallel: the whole story in one file, to be read from top to bottom.
 
     mpirun -n 4 python -m minitp.tour "Once upon a time"        (with --gpu, each rank uses a GPU)
 
@@ -155,12 +155,12 @@ class NcclRanks(MpiRanks):
 
 # --- 3. The model: each layer is two pairs, column-parallel and then row-parallel ---
 def rms_norm(xp, x, weight, eps):
-    """Divide each row by its root mean square, times weight. (Zhang and Sennrich, RMSNorm, 2019.)"""
+    """Divide each row by its root mean square, times weight (Zhang and Sennrich, RMSNorm, 2019)."""
     return x / xp.sqrt((x * x).sum(axis=-1, keepdims=True) / x.shape[-1] + eps) * weight  # as x: [.., D]
 
 
 def rope(xp, x, cos, sin):
-    """Rotate each pair (x[i], x[i + d/2]) by the angle of its position. (Su et al., RoFormer, 2021.)"""
+    """Rotate each pair (x[i], x[i + d/2]) by the angle of its position (Su et al., RoFormer, 2021)."""
     a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]  # [heads, T, d/2], [heads, T, d/2]
     return xp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1)  # [heads, T, d]
 
@@ -182,7 +182,7 @@ def attention(xp, model, layer, x, start, keys, values, cos, sin):
 
 
 def feed_forward(xp, model, layer, x):
-    """Return this rank's term of the output of SwiGLU. (Shazeer, 2020; -80 keeps exp from overflowing.)"""
+    """Return this rank's term of SwiGLU's output (Shazeer, 2020). The -80 keeps exp from overflowing."""
     h = rms_norm(xp, x, layer.mlp_norm, model.config["rms_norm_eps"])  # [T, D]
     gate, up = h @ layer.w_gate, h @ layer.w_up  # [T, F_r], [T, F_r]
     return (gate / (1 + xp.exp(-xp.maximum(gate, -80))) * up) @ layer.w_down  # [T, F_r] @ [F_r, D] -> [T, D]
