@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 from hub import OWNER_NAME, Hub, run_command
 from llama_shapes import llama
-from paths import ROOT
+from paths import DOCS
 from tiny import CONFIG, write_tiny
 
 from minitp.bench import this_machine
@@ -275,9 +275,9 @@ def test_the_demo_needs_no_download(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_output_in_the_readme(capsys):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    argv, output = re.search(r"```console\n\$ minitp (plan .*)\n((?s:.*?))```", readme).groups()
+def test_output_in_the_docs(capsys):
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    argv, output = re.search(r"```console\n\$ minitp (plan .*)\n((?s:.*?))```", page).groups()
     assert main(argv.split()) == 0
     assert capsys.readouterr().out == output
 
