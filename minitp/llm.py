@@ -21,6 +21,7 @@ from minitp.engine.client import JoinedRanks, StartedRanks, join_world
 from minitp.engine.completion import Completion, is_tokens, sampling
 from minitp.engine.options import options_from
 from minitp.errors import InputError, RankError
+from minitp.launch.run import ranks_to_start
 from minitp.loading.source import open_model, warn_of_unread_fields
 from minitp.request import check_prompt, context_length
 from minitp.util import environment
@@ -104,7 +105,7 @@ class LLM:
         if world is not None and environment.env_rank(os.environ) != 0:
             raise SystemExit(_serve_rank_0(given, world))
         options = options_from("LLM", given)
-        size = world or environment.ranks_wanted(options.tp, default=None)
+        size = world or ranks_to_start(options.tp, options.device, options.model, options.layers)
         if world is None:  # inside mpirun the ranks check the model together
             self.source = open_model(options.model, size, options.layers)
             context_length(self.source.config, options.max_context)

@@ -1,12 +1,13 @@
 """The `minitp` command.
 
-main.py             reads the options and starts ranks, or is one
-options.py          every command with its options and their help
-shared_options.py   the options that several commands share
-commands.py         what a command does, before ranks are started and on each of them
-inputs.py           prompts, sampling parameters and output files, checked
-load_progress.py    loading a model, with its progress shown
+main.py        parses the arguments, runs the command, turns errors into exit codes
+arguments.py   the parser: groups of options, examples, what it says of a mistake
+commands.py    the table of all commands
+command.py     the form of a command, and the three ways to run one
+options.py     the options that several commands share
 
-One file for each command: generate, trace, check, compare, perplexity, shard, plan (plan_text), bench, serve,
-chat, tour, info (info_text).
+One file for each command has its options, help and behavior: generate, chat (terminal, conversation), serve,
+check, trace, compare, perplexity, shard (shard_text), plan (plan_result, plan_text), bench, tour,
+info (info_text), and ranks, which is internal. They share inputs.py (prompts and files, checked),
+load_progress.py and color.py.
 """

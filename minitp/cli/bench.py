@@ -1,33 +1,28 @@
-"""`minitp bench`."""
+"""`minitp bench`: measure the machine's limits, and how close the model comes to them."""
 
 import importlib.util
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 
-from tqdm import tqdm
-
-from minitp.bench.fake_weights import TiledWeights
-from minitp.bench.measure import measure
-from minitp.bench.table import lines
-from minitp.cli.inputs import check_output
-from minitp.cli.load_progress import load
+from minitp.cli.command import OnRanks
+from minitp.cli.options import add_json, add_run
 from minitp.errors import InputError
-from minitp.load import device_of
-from minitp.request import context_length
+from minitp.util.environment import limit_blas_threads, world_size
 from minitp.util.stdout import write_out
 
 PLOTS = (".png", ".svg")
 BATCHES = (1, 2, 4, 8, 16, 32)
 FIRST_CONTEXT, LAST_CONTEXT = 32, 2048
 PROMPT_TOKENS = 128
-# New tokens and rounds: of one length, and at each point of a sweep.
+# New tokens and rounds: at one length, and at each point of a sweep.
 NEW_TOKENS, ROUNDS = (64, 16), (5, 3)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be measured."""
+    """The measurements to make."""
 
     prompt_tokens: int
     new_tokens: int
@@ -35,68 +30,164 @@ class Job:
     profile: bool
     sweep: str | None
     requests: int | None = None
-    points: tuple = ()  # of the sweep
+    points: tuple = ()  # lengths or batch sizes of the sweep
 
 
-def prepare(args, source):
-    """Check the options; the Job."""
-    if source.config.num_local_experts:
-        raise InputError(f"{source.name} is a mixture of experts, for which bench has no limits yet")
-    refuse_pairs(args)
-    sweep = args.sweep is not None
-    prompt_tokens = PROMPT_TOKENS if args.prompt_tokens is None else args.prompt_tokens
-    new_tokens = NEW_TOKENS[sweep] if args.max_new_tokens is None else args.max_new_tokens
-    rounds = ROUNDS[sweep] if args.rounds is None else args.rounds
-    for option, value, least in (
-        ("--prompt-tokens", prompt_tokens, 1),
-        ("--max-new-tokens", new_tokens, 2),
-        ("--rounds", rounds, 1),
-        ("--requests", 1 if args.requests is None else args.requests, 1),
-    ):
-        if value < least:
-            raise InputError(f"{option} {value}: expected {least} or more")
-    context = context_length(source.config, args.max_context)
-    needed = prompt_tokens + new_tokens + (args.sweep == "batch")  # its first step warms up
-    if args.sweep != "context" and needed > context:
-        raise InputError(
-            f"--prompt-tokens {prompt_tokens} and {needed - prompt_tokens} new ones exceed the context "
-            f"of {context}"
+class Bench(OnRanks):
+    """The command."""
+
+    name = "bench"
+    summary = "measure speed against the machine's limits"
+    description = (
+        "Measure the memory bandwidth, matrix rate and all-reduce time of this machine, then prefill and "
+        "decode, each as a share of its limit."
+    )
+    examples = (
+        ("minitp bench --tp 2 --profile", "two ranks, with the time of each step"),
+        ("minitp bench --sweep context --plot sweep.png", "speed at several lengths, drawn"),
+        ("minitp bench --model random:mistral-7b --as-rank 0 --of 4", "one rank's share of a large model"),
+    )
+
+    def add_options(self, parser):
+        group = parser.groups["measurement"]
+        for option, what in (
+            ("--prompt-tokens", f"length of the prompt, random tokens (default: {PROMPT_TOKENS})"),
+            (
+                "--rounds",
+                f"repetitions of each measurement (default: {ROUNDS[0]}; sweep: {ROUNDS[1]})",
+            ),
+            ("--requests", "instead: N requests together, and one after another (default: one sequence)"),
+        ):
+            group.add_argument(option, type=int, metavar="N", help=what)
+        group.add_argument(
+            "-n",
+            "--max-new-tokens",
+            type=int,
+            metavar="N",
+            help=f"tokens to decode (default: {NEW_TOKENS[0]}; sweep: {NEW_TOKENS[1]})",
         )
-    check_plot(args)
-    points = ()
-    if args.sweep == "batch":
-        points = BATCHES
-    elif args.sweep == "context":
-        points = contexts(context if args.max_context else min(context, LAST_CONTEXT), new_tokens)
-    return Job(prompt_tokens, new_tokens, rounds, args.profile, args.sweep, args.requests, points)
+        group.add_argument("--profile", action="store_true", help="also show the time of each step")
+        group.add_argument(
+            "--sweep",
+            choices=["context", "batch"],
+            help="instead: several context lengths, or several batch sizes (default: no sweep)",
+        )
+        group.add_argument(
+            "--max-context",
+            type=int,
+            metavar="N",
+            help=f"longest context; a sweep goes up to it (default: the model's; sweep: {LAST_CONTEXT})",
+        )
+        group.add_argument(
+            "--as-rank",
+            type=int,
+            metavar="R",
+            help="run only rank R's share of --of N ranks, without the others (default: all ranks)",
+        )
+        group.add_argument("--of", type=int, metavar="N", help="number of ranks that --as-rank is one of")
+        add_run(parser)
+        add_json(parser)
+        parser.groups["output"].add_argument(
+            "--plot", metavar="FILE", help="draw the sweep as a .png or .svg file (default: no plot)"
+        )
+
+    def start(self, args, rank_command):
+        """Run as the other commands on ranks do, or as the rank of --as-rank without the others."""
+        if args.as_rank is None and args.of is None:
+            return super().start(args, rank_command)
+        check_share(args)
+        limit_blas_threads(os.environ, args.of)
+        from minitp.comm.single import ShardOnly
+        from minitp.launch.rank import run_alone
+
+        return run_alone(self.work(args), args, ShardOnly(args.as_rank, args.of))
+
+    def prepare(self, args, source):
+        """Return the Job."""
+        from minitp.request import context_length
+
+        if source.config.num_local_experts:
+            raise InputError(f"{source.name} is a mixture of experts, for which bench has no limits yet")
+        refuse_pairs(args)
+        sweep = args.sweep is not None
+        prompt_tokens = PROMPT_TOKENS if args.prompt_tokens is None else args.prompt_tokens
+        new_tokens = NEW_TOKENS[sweep] if args.max_new_tokens is None else args.max_new_tokens
+        rounds = ROUNDS[sweep] if args.rounds is None else args.rounds
+        for option, value, least in (
+            ("--prompt-tokens", prompt_tokens, 1),
+            ("--max-new-tokens", new_tokens, 2),
+            ("--rounds", rounds, 1),
+            ("--requests", 1 if args.requests is None else args.requests, 1),
+        ):
+            if value < least:
+                raise InputError(f"{option} {value}: expected {least} or more")
+        context = context_length(source.config, args.max_context)
+        needed = prompt_tokens + new_tokens + (args.sweep == "batch")  # a batch warms up with one token
+        if args.sweep != "context" and needed > context:
+            raise InputError(
+                f"--prompt-tokens {prompt_tokens} and {needed - prompt_tokens} new ones exceed the context "
+                f"of {context}"
+            )
+        check_plot(args)
+        points = ()
+        if args.sweep == "batch":
+            points = BATCHES
+        elif args.sweep == "context":
+            points = contexts(context if args.max_context else min(context, LAST_CONTEXT), new_tokens)
+        return Job(prompt_tokens, new_tokens, rounds, args.profile, args.sweep, args.requests, points)
+
+    def run(self, args, comm, source, prepared):
+        """Measure, and print a table or one JSON object."""
+        from tqdm import tqdm
+
+        from minitp.bench.measure import measure
+        from minitp.bench.table import lines
+
+        model, load_s = load_bench_model(args, comm, source)
+        with comm.agreed():
+            if prepared.profile and model.device.is_gpu and not model.fused:
+                raise InputError(
+                    f"--profile needs the fused path on a GPU, which does not support "
+                    f"{model.device.dtype.name} with --kv-dtype {model.kv_dtype}; leave one of them out"
+                )
+        hidden = comm.rank != 0 or not sys.stderr.isatty()
+        with tqdm(bar_format="measuring: {desc}", leave=False, disable=hidden) as bar:
+            result = measure(model, source, prepared, load_s, bar.set_description_str)
+        if comm.rank == 0:
+            if args.plot:
+                from minitp.bench.plot import plot
+
+                plot(result, args.plot)
+            write_out(json.dumps(result) + "\n" if args.json else "\n".join(lines(result)) + "\n")
+        return 0
 
 
-def run(args, comm, source, job):
-    """Measure, and print a table or one JSON object."""
+def load_bench_model(args, comm, source):
+    """Return this rank's Model and the seconds that loading it took."""
+    from minitp.bench.fake_weights import TiledWeights
+    from minitp.cli.load_progress import load
+    from minitp.load import device_of
+
     if source.directory is None:  # of random weights only the shapes matter here
         tiled = TiledWeights(source.tensors.shapes, device_of(comm, source, args.dtype).dtype)
         source = replace(source, tensors=tiled)
-    model, load_s = load(args, comm, source)
-    with comm.agreed():
-        if job.profile and model.device.is_gpu and not model.fused:
-            raise InputError(
-                f"--profile is of the fused path on a GPU, which does not take {model.device.dtype.name} "
-                f"with --kv-dtype {model.kv_dtype}; leave one of them out"
-            )
-    hidden = comm.rank != 0 or not sys.stderr.isatty()
-    with tqdm(bar_format="measuring: {desc}", leave=False, disable=hidden) as bar:
-        result = measure(model, source, job, load_s, bar.set_description_str)
-    if comm.rank == 0:
-        if args.plot:
-            from minitp.bench.plot import plot
+    return load(args, comm, source)
 
-            plot(result, args.plot)
-        write_out(json.dumps(result) + "\n" if args.json else "\n".join(lines(result)) + "\n")
-    return 0
+
+def check_share(args):
+    """Refuse an --as-rank that is not a rank of --of ranks, or that runs with other ranks."""
+    if args.as_rank is None or args.of is None:
+        raise InputError("--as-rank R and --of N go together: rank R's share of N ranks")
+    if args.of < 1:
+        raise InputError(f"--of {args.of}: expected at least 1 rank")
+    if not 0 <= args.as_rank < args.of:
+        raise InputError(f"--as-rank {args.as_rank} --of {args.of}: expected a rank from 0 to {args.of - 1}")
+    if args.tp != "auto" or world_size(os.environ) is not None:
+        raise InputError("--as-rank runs alone: leave out --tp, and mpirun")
 
 
 def refuse_pairs(args):
-    """Options of which one would leave the other without effect."""
+    """Refuse two options of which one would leave the other without effect."""
     given = {
         "--sweep": args.sweep is not None,
         "--requests": args.requests is not None,
@@ -115,9 +206,11 @@ def refuse_pairs(args):
 
 
 def contexts(last, new_tokens):
-    """Lengths that double up to `last`, and leave room for the new tokens."""
+    """Return lengths that double up to `last`, less the room for the new tokens."""
     if last <= new_tokens:
-        raise InputError(f"a context of {last}, and the sweep decodes {new_tokens} tokens at each; give more")
+        raise InputError(
+            f"a context of {last} has no room for the {new_tokens} tokens that the sweep decodes; give more"
+        )
     found, length = [], FIRST_CONTEXT
     while length < last - new_tokens:
         found.append(length)
@@ -126,13 +219,15 @@ def contexts(last, new_tokens):
 
 
 def check_plot(args):
-    """Refuse early what could not be drawn in the end."""
+    """Refuse a plot that could not be drawn or written in the end."""
     if args.plot is None:
         return
     if args.sweep is None:
-        raise InputError(f"--plot {args.plot}: there is something to draw only with --sweep")
+        raise InputError(f"--plot {args.plot}: only a sweep can be drawn; add --sweep context or batch")
     if not args.plot.endswith(PLOTS):
         raise InputError(f"--plot {args.plot}: expected a name that ends in {' or '.join(PLOTS)}")
+    from minitp.cli.inputs import check_output
+
     check_output(args.plot, args.plot[-4:])
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib: pip install 'minitp[plot]'")

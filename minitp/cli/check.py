@@ -1,55 +1,94 @@
-"""`minitp check`."""
+"""`minitp check`: compare every step of every rank with the oracle."""
 
 import sys
 
-from tqdm import tqdm
-
-from minitp.bench.measure import gpu_name
-from minitp.check.run import check_model
-from minitp.cli.inputs import check_output, passes_wanted, prompt_tokens
-from minitp.cli.load_progress import load
-from minitp.report.check import report_data
-from minitp.report.page import write_report
+from minitp.cli.color import judged
+from minitp.cli.command import OnRanks
+from minitp.cli.options import add_decode, add_device, add_model, add_prompt, add_report
 from minitp.trace.names import AFTER, BEFORE, LAYER
 from minitp.util.format import aligned, counted
 from minitp.util.stdout import write_out
 
-LINES = 20  # of wrong steps that are shown
+LINES = 20  # wrong steps that are shown
+NEAR = 0.8  # a layer whose error is above this share of its bound is always shown
 HEADER = ("step", "local error", "allowed", "share", "worst at", "total error")
 SIDES = "<>>><>"
 
 
-def prepare(args, source):
-    """Check the options and the prompt; its tokens and the passes."""
-    ids = prompt_tokens(args, source)
-    if args.report is not None:
-        check_output(args.report, ".html")
-    return ids, passes_wanted(args, source, ids)
+class Check(OnRanks):
+    """The command."""
 
+    name = "check"
+    inputs = "PROMPT"
+    summary = "check every step of every rank against a float64 reference"
+    description = (
+        "Run a prompt and compare every intermediate array of every rank with the float64 oracle. The exit "
+        "code is 1 if one is out of bounds, and the last line names the first wrong step, layer and rank."
+    )
+    examples = (
+        ('minitp check "The capital of France is" --tp 4', "check the demo model on four ranks"),
+        (
+            'minitp check "Once upon a time" --tp 2 --device cuda --path fused --report check.html',
+            "check the GPU kernels, and write a page that shows every step",
+        ),
+    )
+    verbose = "show a row for each layer, Python tracebacks, and what every rank wrote to stderr"
 
-def run(args, comm, source, job):
-    """Print the table and the verdict; 1 if a step is wrong."""
-    ids, passes = job
-    model, _ = load(args, comm, source, args.path)
-    hidden = comm.rank != 0 or not sys.stderr.isatty()
-    with tqdm(
-        total=2 * source.plan.layers, desc="checking", unit="layer", leave=False, disable=hidden
-    ) as bar:
-        result = check_model(source, model, ids, passes, bar.update)
-    if comm.rank == 0:
-        said = verdict(source, result)
-        write_out("\n".join([title(source, model, result), "", *table(result), "", said]) + "\n")
-    with comm.agreed():
-        if comm.rank == 0 and args.report is not None:
-            gpu = gpu_name(model.device) if model.device.is_gpu else None
-            data = report_data(source, model.device.dtype, result, said, args.prompt, gpu)
-            write_report(args.report, data)
-            write_out(f"report: {args.report}\n")
-    return 0 if result.ok else 1
+    def add_options(self, parser):
+        add_prompt(parser)
+        add_decode(parser, default=2)
+        parser.groups["steps"].add_argument(
+            "--path",
+            choices=["explicit", "fused"],
+            default="explicit",
+            help="explicit: one operation after the other; fused: the GPU kernels, at the steps that they "
+            "have (default: explicit)",
+        )
+        add_model(parser)
+        add_device(parser)
+        add_report(parser)
+
+    def prepare(self, args, source):
+        """Return the prompt's tokens and the passes."""
+        from minitp.cli.inputs import check_output, passes_wanted, prompt_tokens
+
+        ids = prompt_tokens(args, source)
+        if args.report is not None:
+            check_output(args.report, ".html")
+        return ids, passes_wanted(args, source, ids)
+
+    def run(self, args, comm, source, prepared):
+        """Print the table and the verdict; the exit code is 1 if a step is wrong."""
+        from tqdm import tqdm
+
+        from minitp.bench.measure import gpu_name
+        from minitp.check.run import check_model
+        from minitp.cli.load_progress import load
+        from minitp.report.check import report_data
+        from minitp.report.page import write_report
+
+        ids, passes = prepared
+        model, _ = load(args, comm, source, args.path)
+        hidden = comm.rank != 0 or not sys.stderr.isatty()
+        with tqdm(
+            total=2 * source.plan.layers, desc="checking", unit="layer", leave=False, disable=hidden
+        ) as bar:
+            result = check_model(source, model, ids, passes, bar.update)
+        if comm.rank == 0:
+            said = verdict(source, result)
+            lines = [title(source, model, result), "", *table(result, args.verbose), ""]
+            write_out("\n".join([*lines, judged(said, result.ok, sys.stdout)]) + "\n")
+        with comm.agreed():
+            if comm.rank == 0 and args.report is not None:
+                gpu = gpu_name(model.device) if model.device.is_gpu else None
+                data = report_data(source, model.device.dtype, result, said, args.prompt, gpu)
+                write_report(args.report, data)
+                write_out(f"report: {args.report}\n")
+        return 0 if result.ok else 1
 
 
 def title(source, model, result):
-    """What has been run."""
+    """Return a line on what has been run."""
     tokens = len(result.token_ids)
     decoded = len(result.passes) - 1
     ranks = counted(model.comm.size, "rank")
@@ -59,8 +98,11 @@ def title(source, model, result):
     )
 
 
-def table(result):
-    """A line for each kind of step and each layer; or the wrong steps alone, if there are, worst first."""
+def table(result, every_layer=True):
+    """Return the table: the wrong steps alone, worst first, or else a row for each step and for each layer.
+
+    Without `every_layer` the layers that are far from their bounds are only counted.
+    """
     if result.problems:
         return [f"plan, rank {rank}: {text}" for rank, text in result.problems]
     wrong = sorted(result.blamed(), key=lambda finding: -finding.ratio)
@@ -68,31 +110,47 @@ def table(result):
         rows = [(f.name, *errors(f), f"rank {f.rank}", total([f])) for f in wrong[:LINES]]
         more = [f"and {len(wrong) - LINES} more"] if len(wrong) > LINES else []
         return aligned([HEADER, *rows], SIDES) + more
-    groups = {step: [] for step in ("weights", *BEFORE, *LAYER, *AFTER)}
-    groups |= {f"layer {layer}": [] for layer in range(1 + max(f.layer or 0 for f in result.findings))}
+    steps = {step: [] for step in ("weights", *BEFORE, *LAYER, *AFTER)}
+    layers = {f"layer {layer}": [] for layer in range(1 + max(f.layer or 0 for f in result.findings))}
     for finding in result.findings:
-        groups["weights" if finding.pass_name == "weights" else finding.step].append(finding)
+        steps["weights" if finding.pass_name == "weights" else finding.step].append(finding)
         if finding.layer is not None:
-            groups[f"layer {finding.layer}"].append(finding)
-    rows = []
-    for name, findings in groups.items():
-        if not findings:  # inside a fused operation
-            continue
-        worst = max(findings, key=lambda finding: finding.ratio)
-        where = f"{worst.name} rank {worst.rank}" if worst.ratio else ""
-        rows.append((name, *errors(worst), where, total(findings)))
-    return aligned([HEADER, *rows], SIDES)
+            layers[f"layer {finding.layer}"].append(finding)
+    # A step without findings is inside a fused operation.
+    rows = [row(name, findings) for name, findings in steps.items() if findings]
+    shown = {
+        name: findings
+        for name, findings in layers.items()
+        if findings and (every_layer or max(finding.ratio for finding in findings) > NEAR)
+    }
+    rows += [row(name, findings) for name, findings in shown.items()]
+    return aligned([HEADER, *rows], SIDES) + not_shown(len(layers) - len(shown), len(shown))
+
+
+def row(name, findings):
+    """Return a row of the table: the worst of some findings."""
+    worst = max(findings, key=lambda finding: finding.ratio)
+    where = f"{worst.name} rank {worst.rank}" if worst.ratio else ""
+    return name, *errors(worst), where, total(findings)
+
+
+def not_shown(hidden, shown):
+    """Return the line on layers that have no row."""
+    if not hidden:
+        return []
+    which = f"the other {counted(hidden, 'layer')}" if shown else counted(hidden, "layer")
+    return ["", f"{which}: at most {NEAR:.0%} of the error allowed; -v shows a row for each"]
 
 
 def errors(finding):
-    """A finding's local error, what is allowed, and the one as a share of the other."""
+    """Return a finding's local error, the error allowed, and their ratio, as text."""
     allowed = number(finding.bounds[0]) if finding.bounds[0] else "exact"
     share = f"{finding.ratio:.0%}" if finding.ratio < 1000 else "> 1000"
     return number(finding.local.relative) if finding.local else "-", allowed, share
 
 
 def total(findings):
-    """The largest total error."""
+    """Return the largest total error, as text."""
     totals = [finding.total.relative for finding in findings if finding.total is not None]
     return number(max(totals)) if totals else ""
 
@@ -102,7 +160,7 @@ def number(x):
 
 
 def verdict(source, result):
-    """The last line: all is well, or who is to blame."""
+    """Return the last line: that all steps are within bounds, or the first wrong one."""
     if result.problems:
         rank, text = result.problems[0]
         return f"first wrong step: the plan, rank {rank}: {text}"

@@ -1,55 +1,97 @@
-"""`minitp generate`."""
+"""`minitp generate`: stream the continuation of a prompt."""
 
 import json
 import sys
 from time import perf_counter
 
-from minitp.cli.inputs import prompt_tokens, sampling_params
-from minitp.cli.load_progress import load
+from minitp.cli.color import dimmed
+from minitp.cli.command import OnRanks
+from minitp.cli.options import add_json, add_max_context, add_prompt, add_run, add_sampling
 from minitp.errors import InputError
-from minitp.generate import generate
-from minitp.request import Request, check_prompt, context_length
+from minitp.util.format import counted
 from minitp.util.stdout import write_out
 
 
-def prepare(args, source):
-    """Check the options and the prompt; the prompt's tokens and the context length."""
-    sampling_params(args)
-    ids = prompt_tokens(args, source)
-    if args.stop or args.tokens is not None:  # else the prompt has shown that there is one, and sound
-        tokenizer = source.tokenizer()
-        if args.stop and tokenizer is None:
-            raise InputError(f"--stop needs text, and {source.name} has no tokenizer.json")
-    context = context_length(source.config, args.max_context)
-    check_prompt(ids, source.config, context)
-    return ids, context
+class Generate(OnRanks):
+    """The command."""
 
+    name = "generate"
+    inputs = "PROMPT"
+    summary = "continue a prompt"
+    description = (
+        "Print the continuation of a prompt, token by token. On a terminal the prompt itself is shown first, "
+        "dimmed."
+    )
+    examples = (
+        ('minitp generate "Once upon a time" -n 40 --tp 2', "40 tokens from the demo model on two ranks"),
+        (
+            'minitp generate "Once upon a time" --model ./Mistral-7B-v0.1 --temperature 0.8 --seed 1 --stats',
+            "random but repeatable text from a checkpoint, with times and sizes on stderr",
+        ),
+    )
 
-def run(args, comm, source, job):
-    """Stream the text, or print one JSON object."""
-    ids, context = job
-    model, load_s = load(args, comm, source)
-    request = None
-    if comm.rank == 0:
-        request = Request(
-            params=sampling_params(args),
-            eos_token_ids=source.config.eos_token_ids,
-            prompt_ids=ids,
-            max_context=context,
-            tokenizer=source.tokenizer(),
-            emit=(lambda piece: True) if args.json else write_out,
+    def add_options(self, parser):
+        add_prompt(parser)
+        add_sampling(parser, max_new_tokens=100)
+        add_run(parser)
+        add_max_context(parser)
+        parser.groups["model"].add_argument(
+            "--no-kv-cache",
+            action="store_true",
+            help="recompute the whole sequence for each token (default: keep keys and values)",
         )
-    comm.seconds, started = 0.0, perf_counter()
-    for _ in generate(model, ids, request, use_cache=not args.no_kv_cache):
-        pass
-    if comm.rank == 0:
-        comm_share = comm.seconds / (perf_counter() - started)
-        report(args, request, statistics(request, model, comm_share, load_s))
-    return 0
+        add_json(parser)
+        parser.groups["output"].add_argument(
+            "--stats", action="store_true", help="print times and sizes to stderr"
+        )
+
+    def prepare(self, args, source):
+        """Return the prompt's tokens and the context length."""
+        from minitp.cli.inputs import prompt_tokens, sampling_params
+        from minitp.request import check_prompt, context_length
+
+        sampling_params(args)
+        ids = prompt_tokens(args, source)
+        if args.stop or args.tokens is not None:  # with a PROMPT alone its encoding has read the tokenizer
+            tokenizer = source.tokenizer()
+            if args.stop and tokenizer is None:
+                raise InputError(f"--stop needs text, and {source.name} has no tokenizer.json")
+        context = context_length(source.config, args.max_context)
+        check_prompt(ids, source.config, context)
+        return ids, context
+
+    def run(self, args, comm, source, prepared):
+        """Stream the text, or print one JSON object."""
+        from minitp.cli.inputs import sampling_params
+        from minitp.cli.load_progress import load
+        from minitp.generate import generate
+        from minitp.request import Request
+
+        ids, context = prepared
+        model, load_s = load(args, comm, source)
+        request = None
+        if comm.rank == 0:
+            request = Request(
+                params=sampling_params(args),
+                eos_token_ids=source.config.eos_token_ids,
+                prompt_ids=ids,
+                max_context=context,
+                tokenizer=source.tokenizer(),
+                emit=(lambda piece: True) if args.json else write_out,
+            )
+            if args.prompt and not args.json and sys.stdout.isatty():
+                write_out(dimmed(args.prompt, sys.stdout))
+        comm.seconds, started = 0.0, perf_counter()
+        for _ in generate(model, ids, request, use_cache=not args.no_kv_cache):
+            pass
+        if comm.rank == 0:
+            comm_share = comm.seconds / (perf_counter() - started)
+            report(args, request, statistics(request, model, comm_share, load_s))
+        return 0
 
 
 def statistics(request, model, comm_share, load_s):
-    """What --stats and --json tell of a run; `comm_share` of the time was spent in collectives on rank 0."""
+    """Return the statistics of a run; `comm_share` is the share of rank 0's time in collectives."""
     return {
         "tp": model.comm.size,
         "dtype": model.device.dtype.name,
@@ -63,7 +105,7 @@ def statistics(request, model, comm_share, load_s):
 
 
 def report(args, request, stats):
-    """The end of a generation: a last newline, or the JSON object; and the statistics."""
+    """Print the end of a generation: a last newline or the JSON object, and the statistics."""
     if args.json:
         result = {
             "prompt_token_ids": request.prompt_ids,
@@ -80,12 +122,12 @@ def report(args, request, stats):
 
 
 def statistics_text(request, stats):
-    """The same for people, three lines."""
+    """Return the statistics as three lines of text."""
     speed = stats["decode_tokens_per_s"]
     after = f", {speed:.1f} tokens/s after the first" if speed else ""
     megabytes = stats["weight_bytes_per_rank"] / 1e6
     return (
-        f"{stats['tp']} ranks, {stats['dtype']}, {megabytes:.1f} MB of weights on rank 0, "
+        f"{counted(stats['tp'], 'rank')}, {stats['dtype']}, {megabytes:.1f} MB of weights on rank 0, "
         f"loaded in {stats['load_s']:.2f} s\n"
         f"{len(request.prompt_ids)} prompt tokens, first new token after {stats['ttft_s']:.3f} s\n"
         f"{len(request.token_ids)} new tokens{after}; {stats['comm_share']:.0%} of the time in collectives"

@@ -1,8 +1,8 @@
-"""`minitp info`: what a bug report needs to say of the machine and what is installed.
+"""`minitp info`: versions and hardware, for a bug report.
 
-It must work where nothing else does. So each part is asked for on its own, and says why if it has no answer;
-MPI and CUDA, which may crash or hang instead of answering, are asked in processes of their own, at the same
-time. This module imports nothing that could be missing.
+It must work where nothing else does. So each part is found independently, and says why if it has no answer.
+MPI and CUDA may crash or hang instead of answering: separate processes ask them, at the same time. This
+module imports nothing that could be missing.
 """
 
 import importlib.metadata
@@ -16,40 +16,56 @@ import sys
 from pathlib import Path
 
 from minitp import __version__
+from minitp.cli.command import OneProcess
 from minitp.cli.info_text import text
+from minitp.cli.options import add_json
 from minitp.errors import one_line
 from minitp.launch.supervisor import find_mpirun
 from minitp.loading import demo
 from minitp.util.environment import BLAS_THREADS, cores, cpu_name, memory, physical_cores, world_size
 from minitp.util.stdout import write_out
 
-LIMIT_S = 10  # for an answer
+LIMIT_S = 10  # seconds that a separate process has for its answer
 
 PACKAGES = ("safetensors", "tokenizers", "ml_dtypes", "huggingface_hub", "jinja2", "tqdm", "gguf")
 PACKAGES += ("starlette", "uvicorn", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 
-# Variables that decide how it runs; whole names, or beginnings.
+# Environment variables that affect a run: whole names, or beginnings.
 VARIABLES = (*BLAS_THREADS, "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
 BEGINNINGS = ("NCCL_", "MINITP_", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NUM_NODES")
-BEGINNINGS += ("OMPI_MCA_", "PRTE_MCA_", "MPICH_", "MPIR_CVAR_", "HYDRA_", "I_MPI_", "UCX_", "FI_")  # of MPIs
+BEGINNINGS += ("OMPI_MCA_", "PRTE_MCA_", "MPICH_", "MPIR_CVAR_", "HYDRA_", "I_MPI_", "UCX_", "FI_")  # MPIs'
 SECRET = "MINITP_API_KEY"
 
-# MPIs whose ranks understand each other's mpirun, by what they say of themselves.
+# MPIs that can start each other's ranks, by words in their version texts.
 STARTED_ALIKE = {
     "Open MPI": ("open mpi", "openrte", "open-mpi", "prte"),
     "MPICH": ("mpich", "hydra", "intel(r) mpi", "mvapich"),
 }
 
 
-def info(args):
-    """Print it; the exit code is 0 whatever is missing."""
-    found = facts()
-    write_out(json.dumps(found) + "\n" if args.json else text(found))
-    return 0
+class Info(OneProcess):
+    """The command."""
+
+    name = "info"
+    summary = "show versions and hardware, for a bug report"
+    description = (
+        "Show what is installed and what the machine has: MPI, BLAS, CuPy, NCCL, GPUs, cores, environment "
+        "variables. It starts no ranks, and says what is missing instead of failing."
+    )
+    examples = (("minitp info --json", "the same as JSON"),)
+
+    def add_options(self, parser):
+        add_json(parser)
+
+    def run(self, args):
+        """Print the facts; the exit code is 0 whatever is missing."""
+        found = facts()
+        write_out(json.dumps(found) + "\n" if args.json else text(found))
+        return 0
 
 
 def facts():
-    """All there is to say, as a dict for JSON; a part that has no answer is {"error": why}."""
+    """Return all facts as a dict for JSON; a part without an answer is {"error": why}."""
     probes = {name: attempt(start, name) for name in ("mpi", "cuda", "nvidia_smi")}
     found = {
         "minitp": {"version": __version__, "path": str(Path(__file__).parent.parent)},
@@ -67,22 +83,23 @@ def facts():
 
 
 def attempt(function, *arguments):
-    """What a function returns, or why it does not."""
+    """Return what a function returns, or {"error": why} if it raises."""
     try:
         return function(*arguments)
-    except Exception as error:  # whatever it is, it belongs into the report
+    except Exception as error:  # any error belongs in the report
         return {"error": one_line(error)[:300]}
 
 
-# --- what is asked for here -----------------------------------------------------------------------------
+# --- questions that this process answers ------------------------------------------------------------------
 
 
 def python():
+    """Return the version and path of this Python."""
     return {"version": platform.python_version(), "executable": sys.executable}
 
 
 def numpy():
-    """NumPy and the BLAS that it was built with."""
+    """Return the versions of NumPy and of the BLAS that it was built with."""
     import numpy as np
 
     config = np.show_config(mode="dicts")
@@ -96,12 +113,12 @@ def numpy():
 
 
 def packages():
-    """Versions of what minitp uses; None for what is not installed."""
+    """Return the versions of the packages that minitp uses; None for one that is not installed."""
     return {name: version(name) for name in PACKAGES}
 
 
 def version(name):
-    """Of a package, or None."""
+    """Return the version of a package, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -109,6 +126,7 @@ def version(name):
 
 
 def system():
+    """Return the platform, the processor, its cores and the memory."""
     return {
         "platform": platform.platform(),
         "machine": platform.machine(),
@@ -120,7 +138,7 @@ def system():
 
 
 def variables():
-    """Those that are set; of a key only that it is."""
+    """Return the variables that are set; of the API key only that it is set."""
     names = [name for name in sorted(os.environ) if name in VARIABLES or name.startswith(BEGINNINGS)]
     found = {name: "(set)" if name == SECRET else os.environ[name] for name in names}
     world = world_size(os.environ)
@@ -128,14 +146,14 @@ def variables():
 
 
 def demo_model():
-    """Where the demo model is kept, and its bytes; None before it has been fetched."""
+    """Return the demo model's directory and its bytes, None before it has been fetched."""
     path = demo.cache_directory() / demo.NAME
     files = [file for file in path.rglob("*") if file.is_file()]
     return {"path": str(path), "bytes": sum(file.stat().st_size for file in files) if files else None}
 
 
 def mpirun():
-    """The mpirun that minitp would use, and the first lines of what it says of itself."""
+    """Return the mpirun that minitp would use, and the beginning of its own version text."""
     path = find_mpirun()
     done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=LIMIT_S)
     said = " ".join((done.stdout or done.stderr).split())
@@ -143,22 +161,22 @@ def mpirun():
 
 
 def matches(library, said):
-    """Whether mpi4py's MPI can be started by this mpirun; None if one of them is not known."""
+    """Return whether this mpirun can start ranks of mpi4py's MPI; None if one of them is not known."""
     kinds = [kind_of(words) for words in (library, said)]
     return None if None in kinds else kinds[0] == kinds[1]
 
 
 def kind_of(words):
-    """The key of STARTED_ALIKE for an MPI that says `words` of itself, or None."""
+    """Return the key of STARTED_ALIKE for an MPI with this version text, or None."""
     found = [kind for kind, marks in STARTED_ALIKE.items() if any(m in (words or "").lower() for m in marks)]
     return found[0] if found else None
 
 
-# --- what is asked for in processes of their own --------------------------------------------------------
+# --- questions that separate processes answer -------------------------------------------------------------
 
 
 def start(name):
-    """A process that finds out about `mpi`, `cuda` or `nvidia_smi`, or the error that there is none."""
+    """Start a process that asks about `mpi`, `cuda` or `nvidia_smi`; or return why that is impossible."""
     if name == "mpi" and importlib.util.find_spec("mpi4py") is None:
         return {"error": "mpi4py is not installed: pip install mpi4py"}
     if name == "cuda" and importlib.util.find_spec("cupy") is None:
@@ -173,7 +191,7 @@ def start(name):
 
 
 def answer(probe):
-    """What a process from `start` has found."""
+    """Return the answer of a process from `start`."""
     if isinstance(probe, dict):
         return probe
     try:
@@ -187,18 +205,18 @@ def answer(probe):
         return {"error": f"ended with code {probe.returncode}: {' '.join(last)[:250]}"}
     lines = out.strip().splitlines()
     if probe.args[0] != sys.executable:
-        return {"gpus": lines}  # nvidia-smi's, one a line
+        return {"gpus": lines}  # one per line of nvidia-smi
     return json.loads(lines[-1])
 
 
 def tell(function):
-    """In the process: print what a function finds, as the last line."""
+    """Print what a function finds, as the last line of the process."""
     print("\n" + json.dumps(function()), flush=True)
-    os._exit(0)  # an MPI that is not initialized, or a GPU in trouble, may make an orderly end impossible
+    os._exit(0)  # an uninitialized MPI or a failing GPU may hang an orderly exit
 
 
 def mpi():
-    """The MPI library that mpi4py loads; it is not initialized."""
+    """Return the MPI library that mpi4py loads; it is not initialized."""
     import mpi4py
 
     mpi4py.rc.initialize = mpi4py.rc.finalize = False
@@ -209,7 +227,7 @@ def mpi():
 
 
 def cuda():
-    """CuPy, CUDA, NCCL, the GPUs, and which cannot read which other's memory."""
+    """Return CuPy, CUDA, NCCL, the GPUs, and the pairs of which one cannot read the other's memory."""
     import cupy
 
     runtime = cupy.cuda.runtime
@@ -227,13 +245,14 @@ def cuda():
 
 
 def nccl_version():
+    """Return the version of the NCCL that CuPy finds."""
     from cupy.cuda import nccl
 
     return nccl.get_version()
 
 
 def gpu(properties):
-    """The part of CUDA's properties of a GPU that tells it from others."""
+    """Return the properties of a GPU that identify its model."""
     return {
         "name": properties["name"].decode(),
         "memory_bytes": properties["totalGlobalMem"],

@@ -1,4 +1,4 @@
-"""What `minitp info` has found, as lines for people."""
+"""The facts of `minitp info` as text."""
 
 import re
 
@@ -12,7 +12,7 @@ MATCH = {
 
 
 def text(found):
-    """The dict of `info.facts` as text; a part without an answer says why."""
+    """Return the dict of `info.facts` as text; a part without an answer says why."""
     rows = [
         ("minitp", "{version}, in {path}".format(**found["minitp"])),
         ("Python", or_error(found["python"], "{version}, {executable}".format_map)),
@@ -36,27 +36,29 @@ def text(found):
 
 
 def or_error(part, words):
-    """`words(part)`, or why the part is not known."""
+    """Return `words(part)`, or why the part is not known."""
     return part["error"] if isinstance(part, dict) and "error" in part else words(part)
 
 
 def entries(part, between=" "):
-    """Names and values, one after the other."""
+    """Return names and values in one line."""
     return ", ".join(f"{name}{between}{value or 'not installed'}" for name, value in part.items())
 
 
 def numpy(part):
+    """Return the versions of NumPy and its BLAS, and the SIMD instructions that it uses."""
     simd = " ".join(part["simd"]) or "none beyond the baseline"
     return f"{part['version']}; BLAS: {part['blas']} {part['blas_version']}; SIMD: {simd}"
 
 
 def cpu(part):
+    """Return the processor, its cores and the memory."""
     cores = f"{counted(part['cores'], 'core')} to use, {part['physical_cores']} physical"
     return f"{part['cpu']}, {cores}, {size(part['memory_bytes'])}"
 
 
 def short(said):
-    """An MPI's words up to its version.
+    """Return an MPI's version text up to the version number.
 
     >>> short("MPICH Version: 4.1 MPICH Release date: .."), short("mpirun (Open MPI) 4.1.4 Report bugs to ..")
     ('MPICH Version: 4.1', 'mpirun (Open MPI) 4.1.4')
@@ -66,6 +68,7 @@ def short(said):
 
 
 def cupy(part):
+    """Return the versions of CuPy, CUDA and NCCL."""
     versions = [
         f"{name} {or_error(part[key], str)}"
         for name, key in (("CUDA driver", "driver"), ("runtime", "runtime"), ("NCCL", "nccl"))
@@ -74,7 +77,7 @@ def cupy(part):
 
 
 def gpus(part):
-    """The GPUs, and whether each reads the others' memory."""
+    """Return the GPUs, and whether each can read the others' memory."""
 
     def list_them(found):
         return "; ".join(f"{g['name']} ({g['compute_capability']}, {size(g['memory_bytes'])})" for g in found)
@@ -87,6 +90,7 @@ def gpus(part):
 
 
 def demo_model(part):
+    """Return where the demo model is, and its size."""
     if part["bytes"] is None:
         return f"not fetched yet; it will be kept in {part['path']}"
     return f"{part['path']}, {size(part['bytes'])}"

@@ -1,4 +1,4 @@
-"""What several commands take: a prompt or tokens in its place, how to sample, passes, a file to write."""
+"""Inputs that several commands check: the prompt, sampling parameters, passes, files to write."""
 
 import tempfile
 from pathlib import Path
@@ -10,7 +10,7 @@ from minitp.trace.record import passes_of
 
 
 def prompt_tokens(args, source):
-    """The token ids of PROMPT or --tokens."""
+    """Return the token ids of PROMPT or --tokens."""
     if (args.prompt is None) == (args.tokens is None):
         raise InputError(f"{args.command} needs either a PROMPT or --tokens 1,2,3")
     if args.tokens is not None:
@@ -19,15 +19,15 @@ def prompt_tokens(args, source):
 
 
 def tokenizer_of(source):
-    """The Tokenizer of a ModelSource; InputError if it has none."""
+    """Return the Tokenizer of a ModelSource; InputError if it has none."""
     tokenizer = source.tokenizer()
     if tokenizer is None:
-        raise InputError(f"{source.name} has no tokenizer.json; give --tokens 1,2,3 in place of the prompt")
+        raise InputError(f"{source.name} has no tokenizer.json; give --tokens 1,2,3 instead of a prompt")
     return tokenizer
 
 
 def sampling_params(args):
-    """What the options say of how a continuation is chosen and when it ends."""
+    """Return the SamplingParams that the options give."""
     try:
         return SamplingParams(
             max_new_tokens=args.max_new_tokens,
@@ -44,7 +44,7 @@ def sampling_params(args):
 
 
 def passes_wanted(args, source, token_ids):
-    """The passes of the prompt and --decode, refused if the model's context cannot hold them."""
+    """Return the passes of the prompt and --decode; refuse them if the model's context cannot hold them."""
     if args.decode < 0:
         raise InputError(f"--decode {args.decode}: expected 0 or more")
     if not token_ids:
@@ -59,14 +59,16 @@ def passes_wanted(args, source, token_ids):
 
 
 def check_output(name, suffix):
-    """Refuse early a file that could not be written in the end."""
+    """Refuse a file that could not be written in the end."""
     path = Path(name)
     if path.suffix != suffix:
         raise InputError(f"{name}: expected a name that ends in {suffix}")
     try:
         if path.is_dir():
             raise IsADirectoryError
-        with tempfile.TemporaryFile(dir=path.parent):  # to ask for permission is not enough, as root has all
+        with tempfile.TemporaryFile(
+            dir=path.parent
+        ):  # root has all permissions, so asking for them is not enough
             pass
     except OSError as error:
-        raise InputError(f"{name}: cannot be written there; give a file in a directory that can") from error
+        raise InputError(f"{name}: cannot be written; give a file name in a writable directory") from error

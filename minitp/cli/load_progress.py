@@ -1,4 +1,4 @@
-"""Loading a model, as the commands show it."""
+"""Loading a model with a progress bar."""
 
 import sys
 from time import perf_counter
@@ -10,7 +10,7 @@ from minitp.loading.weights import shard_nbytes
 
 
 def load(args, comm, source, path="auto"):
-    """This rank's Model, on a path of `load_model`, and the seconds it took; rank 0 shows its progress."""
+    """Return this rank's Model and the seconds that loading took; `path` is as in `load_model`."""
     started = perf_counter()
     device = device_of(comm, source, args.dtype)
     check_room(comm, source, device)

@@ -5,66 +5,95 @@ import math
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
-from minitp.cli.load_progress import load
+from minitp.cli.command import OnRanks
+from minitp.cli.options import add_json, add_run
 from minitp.errors import InputError
-from minitp.generate import host_logits
-from minitp.request import check_vocabulary, context_length
 from minitp.util.stdout import write_out
 
 CHUNK = 128  # positions whose logits, float32 [128, V], are held at a time
 
 
-def prepare(args, source):
-    """Read and check the text; its tokens and the tokens a window."""
-    tokenizer = source.tokenizer()
-    if tokenizer is None:
-        raise InputError(f"{source.name} has no tokenizer.json, and perplexity is of a text")
-    try:
-        text = Path(args.file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{args.file}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{args.file}: not UTF-8 text: {error}") from error
-    ids = tokenizer.encode(text)
-    if len(ids) < 2:
-        raise InputError(f"{args.file}: {len(ids)} tokens; perplexity needs at least two")
-    check_vocabulary(ids, source.config)
-    context = context_length(source.config, args.max_context)
-    if context < 2:
-        raise InputError(
-            f"--max-context {context}: a token is scored after at least one other; give 2 or more"
+class Perplexity(OnRanks):
+    """The command."""
+
+    name = "perplexity"
+    inputs = "FILE"
+    summary = "measure a text's perplexity"
+    description = (
+        "Print exp of the mean negative log-likelihood of a text's tokens, computed in windows of the "
+        "model's context."
+    )
+    examples = (
+        ("minitp perplexity text.txt --max-context 512", "windows of 512 tokens"),
+        ("minitp perplexity text.txt --kv-dtype int8", "the cost of a quantized KV cache"),
+    )
+
+    def add_options(self, parser):
+        parser.groups["input"].add_argument("file", metavar="FILE", help="a text file in UTF-8")
+        add_run(parser)
+        parser.groups["model"].add_argument(
+            "--max-context",
+            type=int,
+            metavar="N",
+            help="tokens per window (default: the model's context length)",
         )
-    return ids, context
+        add_json(parser)
 
+    def prepare(self, args, source):
+        """Return the text's tokens and the tokens per window."""
+        from minitp.request import check_vocabulary, context_length
 
-def run(args, comm, source, job):
-    """Print the perplexity."""
-    ids, context = job
-    model, _ = load(args, comm, source)
-    hidden = comm.rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=len(ids), desc="perplexity", unit="token", leave=False, disable=hidden) as bar:
-        value, scored = perplexity(model, ids, context, bar.update)
-    if comm.rank == 0:
-        if args.json:
-            write_out(json.dumps({"perplexity": value, "scored_tokens": scored, "tokens": len(ids)}) + "\n")
-        else:
-            write_out(f"perplexity {value:.4f} over {scored} tokens\n")
-    return 0
+        tokenizer = source.tokenizer()
+        if tokenizer is None:
+            raise InputError(f"{source.name} has no tokenizer.json, which perplexity needs to read a text")
+        try:
+            text = Path(args.file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{args.file}: cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{args.file}: not UTF-8 text: {error}") from error
+        ids = tokenizer.encode(text)
+        if len(ids) < 2:
+            raise InputError(f"{args.file}: {len(ids)} tokens; perplexity needs at least two")
+        check_vocabulary(ids, source.config)
+        context = context_length(source.config, args.max_context)
+        if context < 2:
+            raise InputError(
+                f"--max-context {context}: a token is scored after at least one other; give 2 or more"
+            )
+        return ids, context
+
+    def run(self, args, comm, source, prepared):
+        """Print the perplexity."""
+        from tqdm import tqdm
+
+        from minitp.cli.load_progress import load
+
+        ids, context = prepared
+        model, _ = load(args, comm, source)
+        hidden = comm.rank != 0 or not sys.stderr.isatty()
+        with tqdm(total=len(ids), desc="perplexity", unit="token", leave=False, disable=hidden) as bar:
+            value, scored = perplexity(model, ids, context, bar.update)
+        if comm.rank == 0:
+            result = {"perplexity": value, "scored_tokens": scored, "tokens": len(ids)}
+            text = f"perplexity {value:.4f} over {scored} tokens"
+            write_out((json.dumps(result) if args.json else text) + "\n")
+        return 0
 
 
 def perplexity(model, token_ids, context, progress=lambda tokens: None):
-    """exp of the mean negative log-likelihood of each token given those before it.
+    """Return exp of the mean negative log-likelihood of each token given those before it.
 
-    The text is cut into windows of `context` tokens, each read on its own; the first token of a window has
-    nothing before it and is not scored.
+    The text is cut into independent windows of `context` tokens; the first token of a window has no
+    predecessor and is not scored.
 
     Returns
     -------
     (perplexity, scored) : float, int
         The same on every rank.
     """
+    from minitp.generate import host_logits
+
     total, scored = 0.0, 0
     for start in range(0, len(token_ids) - 1, context):
         window = token_ids[start : start + context]
@@ -79,7 +108,7 @@ def perplexity(model, token_ids, context, progress=lambda tokens: None):
 
 
 def sum_log_likelihood(xp, logits, targets):
-    """Sum log softmax(logits[i])[targets[i]] over i; logits float32 [n, V], at most n targets; one number."""
+    """Return the sum of log softmax(logits[i])[targets[i]] over i; logits [n, V], at most n targets."""
     count = len(targets)
     logits = logits[:count].astype(xp.float64)  # [count, V]
     top = logits.max(axis=-1, keepdims=True)  # [count, 1]

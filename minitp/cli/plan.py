@@ -1,52 +1,82 @@
-"""`minitp plan`: will it fit, and how fast will it be."""
+"""`minitp plan`: does a model fit, and how fast will it be?"""
 
 import json
-from dataclasses import asdict
-from math import prod
+import os
 
-from minitp.bench.this_machine import measure_cpu
-from minitp.cli.plan_text import text
+from minitp.cli.command import OneProcess
+from minitp.cli.options import add_dtype, add_json, add_model
 from minitp.errors import InputError
-from minitp.estimate.estimate import ITEM_BYTES, Spread, Workload, cache_bytes, estimate, smallest_tp
-from minitp.estimate.hardware import GPUS, GPUS_PER_NODE, NETWORK
-from minitp.loading.source import open_config
-from minitp.shard import make_plan
-from minitp.util.format import counted, size
+from minitp.estimate.hardware import GPUS, GPUS_PER_NODE
+from minitp.util.environment import BLAS_THREADS
 from minitp.util.stdout import write_out
 
-ONE_NODE, MORE_NODES = (1, 2, 4, 8), (16, 32)  # the TP that are always shown
 CONTEXT, PROMPT = 4096, 512
+TP = (
+    "number of ranks of the row that is marked; auto: the fewest that fit, or with --gpu cpu as many as "
+    "minitp generate starts on this machine (default: auto)"
+)
 
 
-def run(args, tp):
-    """Print what fits and what speed to expect."""
-    if args.tp == "auto" and args.gpu != "cpu":
-        raise InputError(f"--tp auto goes by this machine's cores; for --gpu {args.gpu} say how many: --tp N")
-    config = open_config(args.model, args.layers)
-    make_plan(config, tp)  # refuses a tp that is too large
-    workload, asked = read_job(args, config), read_spread(args, tp)
-    dtype = choose_dtype(args, config)
-    hardware = measure_cpu(config, dtype) if args.gpu == "cpu" else GPUS[args.gpu]
-    spreads, left_out = choose_spreads(config, hardware, asked)
-    result = {
-        "model": args.model,
-        **model_facts(config, dtype),
-        "hardware": hardware_facts(hardware, dtype),
-        "context_tokens": workload.context,
-        "prompt_tokens": workload.prompt,
-        "batch": workload.batch,
-        "tp": asked.tp,
-        "nodes": asked.nodes,
-        "smallest_tp_that_fits": smallest_tp(config, hardware, dtype, workload),
-        "estimates": [asdict(estimate(config, hardware, spread, dtype, workload)) for spread in spreads],
-    }
-    result["notes"] = notes(config, hardware, result, left_out)
-    write_out(json.dumps(result) + "\n" if args.json else text(result))
-    return 0
+class Plan(OneProcess):
+    """The command."""
+
+    name = "plan"
+    summary = "predict whether a model fits, and how fast it will be"
+    description = (
+        "Print memory per rank and predicted speed at several numbers of ranks, from config.json and the "
+        "figures of the hardware. No weights are read, and no GPU is needed."
+    )
+    examples = (
+        ("minitp plan --model mistralai/Mistral-7B-v0.1 --gpu h100", "how many H100 the model needs"),
+        ("minitp plan --model random:llama-3-8b --gpu a100 --tp 2 --context 8192", "two A100, 8192 tokens"),
+    )
+
+    def add_options(self, parser):
+        group = parser.groups["estimate"]
+        group.add_argument(
+            "--gpu",
+            choices=["cpu", *GPUS],
+            default="cpu",
+            help="the hardware; cpu: this machine, measured for a second (default: cpu)",
+        )
+        group.add_argument(
+            "--nodes",
+            type=int,
+            metavar="N",
+            help=f"machines that the ranks are spread over (default: one for each {GPUS_PER_NODE} GPUs)",
+        )
+        for option, what in (
+            ("--context", f"tokens of a sequence, prompt included (default: {CONTEXT}, or the model's)"),
+            ("--prompt-tokens", f"tokens of its prompt (default: {PROMPT})"),
+            ("--batch", "sequences at once (default: as many as fit)"),
+        ):
+            group.add_argument(option, type=int, metavar="N", help=what)
+        add_model(parser, TP)
+        add_dtype(parser)
+        add_json(parser)
+
+    def start(self, args, rank_command):
+        """Run in one process; a measurement has a thread on each core, so BLAS must not start more."""
+        if args.gpu == "cpu":
+            os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))
+        return super().start(args, rank_command)
+
+    def run(self, args):
+        """Print what fits and what speed to expect."""
+        from minitp.cli.plan_result import predict
+        from minitp.cli.plan_text import text
+        from minitp.loading.source import open_config
+
+        config = open_config(args.model, args.layers)
+        result = predict(args, config, read_workload(args, config))
+        write_out(json.dumps(result) + "\n" if args.json else text(result))
+        return 0
 
 
-def read_job(args, config):
-    """The Workload that the arguments ask for."""
+def read_workload(args, config):
+    """Return the Workload that the arguments ask for."""
+    from minitp.estimate.estimate import Workload
+
     longest = config.max_position_embeddings
     context = min(CONTEXT, longest) if args.context is None else args.context
     if not 2 <= context <= longest:
@@ -60,103 +90,3 @@ def read_job(args, config):
     if args.batch is not None and args.batch < 1:
         raise InputError(f"--batch {args.batch}: expected at least 1 sequence")
     return Workload(context, prompt, args.batch)
-
-
-def read_spread(args, tp):
-    """The Spread that the arguments ask for."""
-    if args.gpu == "cpu":
-        if args.nodes is not None:
-            raise InputError(f"--nodes {args.nodes}: --gpu cpu is this machine alone; name a GPU")
-        return Spread(tp, 1)
-    nodes = -(-tp // GPUS_PER_NODE) if args.nodes is None else args.nodes
-    if not 1 <= nodes <= tp:
-        raise InputError(f"--nodes {nodes}: --tp {tp} ranks can be over 1 to {tp} nodes")
-    return Spread(tp, nodes)
-
-
-def choose_dtype(args, config):
-    """What the weights are computed in: as the checkpoint says if it is one of 16 bits, on a CPU float32."""
-    if args.dtype != "auto":
-        return args.dtype
-    if args.gpu == "cpu":
-        return "float32"
-    return config.dtype if ITEM_BYTES[config.dtype] == 2 else "bfloat16"
-
-
-def choose_spreads(config, hardware, asked):
-    """The Spreads to show, and the sizes left out for want of attention heads."""
-    usual = [Spread(tp, 1) for tp in ONE_NODE]
-    if hardware.cores is None:
-        usual += [Spread(tp, tp // GPUS_PER_NODE) for tp in MORE_NODES]
-    shown = {spread for spread in usual if spread.tp <= config.num_attention_heads} | {asked}
-    left_out = [spread.tp for spread in usual if spread.tp > config.num_attention_heads]
-    return sorted(shown, key=lambda spread: (spread.tp, spread.nodes)), left_out
-
-
-def model_facts(config, dtype):
-    """What the model is, of its own and unsharded."""
-    whole = make_plan(config, 1)
-    parameters = sum(prod(tensor.shape) for tensor in whole.tensors.values())
-    return {
-        "layers": config.num_hidden_layers,
-        "parameters": parameters,
-        "dtype": dtype,
-        "weight_bytes": parameters * ITEM_BYTES[dtype],
-        "kv_cache_bytes_per_token": cache_bytes(config, whole, 0, dtype),
-        "model_context_tokens": config.max_position_embeddings,
-        "sliding_window_tokens": config.sliding_window,
-    }
-
-
-def hardware_facts(hardware, dtype):
-    """The figures that the estimates are made from."""
-    return {
-        "name": hardware.name,
-        "title": hardware.title,
-        "cores": hardware.cores,
-        "memory_bytes": hardware.memory_bytes,
-        "reserve_bytes_per_rank": hardware.reserve_bytes,
-        "memory_bytes_per_s": hardware.memory_bytes_per_s,
-        "flops_per_s": hardware.flops_per_s[dtype],
-        "link": asdict(hardware.link),
-        "network": None if hardware.cores is not None else asdict(NETWORK),
-        "efficiency": asdict(hardware.efficiency),
-    }
-
-
-def notes(config, hardware, result, left_out):
-    """What the figures mean and what is assumed, a sentence or two each."""
-    on_cpu, found = hardware.cores is not None, []
-    if left_out:
-        sizes = " and ".join(map(str, left_out)) if len(left_out) < 3 else f"{left_out[0]} and more"
-        found.append(f"TP={sizes} left out: the model has {config.num_attention_heads} attention heads.")
-    held = size(hardware.reserve_bytes)
-    if on_cpu:
-        found.append(f"Memory: the ranks share the machine's; {held} for each is set aside for Python.")
-    else:
-        found.append(
-            f"Memory: a GPU's datasheet figure; {held} of it is set aside for CUDA, NCCL and activations."
-        )
-    windowed = sum(window is not None for window in config.windows)
-    if windowed:
-        some = f" in {windowed} of {len(config.windows)} layers" if windowed < len(config.windows) else ""
-        found.append(
-            f"The cache holds every position; of these decoding reads the last {config.sliding_window}{some}."
-        )
-    behind = counted(result["prompt_tokens"], "token")
-    found.append(
-        f"tokens/s: a token behind {behind} in the cache of each sequence; in collectives: of the time "
-        "of one sequence's token."
-    )
-    limit = f"limit: {hardware.limit_source}, and "
-    if on_cpu:
-        found.append(f"{limit}the latency of the collectives. More ranks than cores share these.")
-    else:
-        link = f"{hardware.link.name}; between nodes {NETWORK.name}"
-        found.append(f"{limit}NCCL's latency of the collectives over {link}.")
-    found.append(f"expected: {hardware.expected_source}.")
-    found += [
-        f"config.json has a field {name!r} that minitp does not know; if it changes shapes, this is wrong."
-        for name in config.unread
-    ]
-    return found

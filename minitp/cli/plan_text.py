@@ -1,14 +1,14 @@
-"""The result of `minitp plan` for people."""
+"""The result of `minitp plan` as text."""
 
 import textwrap
 
 from minitp.util.format import aligned, counted, size
 
-WIDTH = 100  # of sentences; the tables are as wide as they must be
+WIDTH = 100  # columns of sentences; tables are as wide as they need to be
 
 
 def text(result):
-    """All of it, as one text."""
+    """Return the dict of `plan_result.predict` as text."""
     parts = [
         [line for sentence in head(result) for line in wrapped(sentence)],
         wrapped(answer(result)),
@@ -20,7 +20,7 @@ def text(result):
 
 
 def wrapped(sentence, mark=""):
-    """A sentence as lines."""
+    """Return a sentence as lines."""
     indent = " " * len(mark)
     return textwrap.wrap(
         sentence, WIDTH, initial_indent=mark, subsequent_indent=indent, break_on_hyphens=False
@@ -28,7 +28,7 @@ def wrapped(sentence, mark=""):
 
 
 def head(result):
-    """The model, and the machine."""
+    """Return the sentences on the model and on the machine."""
     machine = result["hardware"]
     rate, bandwidth = machine["flops_per_s"], machine["memory_bytes_per_s"]
     layers, cache = counted(result["layers"], "layer"), size(result["kv_cache_bytes_per_token"])
@@ -42,7 +42,7 @@ def head(result):
 
 
 def answer(result):
-    """In a sentence: does what was asked for fit, and what speed is to be expected."""
+    """Return the answer in a sentence: whether the marked row fits, and the speed to expect."""
     row = next(r for r in result["estimates"] if (r["tp"], r["nodes"]) == (result["tp"], result["nodes"]))
     load = f"{counted(result['batch'] or 1, 'sequence')} of {result['context_tokens']} tokens"
     place = f"TP={row['tp']}" + (f" over {row['nodes']} nodes" if row["nodes"] > 1 else "")
@@ -58,7 +58,7 @@ def answer(result):
 
 
 def memory_lines(result):
-    """The table of what a rank holds, and what fits beside it."""
+    """Return the table of what a rank holds, and what fits next to it."""
     smallest = result["smallest_tp_that_fits"]
     too_large = "does not fit" + (f"; TP={smallest} does" if smallest else "")
     rows = [
@@ -81,7 +81,7 @@ def memory_lines(result):
 
 
 def speed_lines(result):
-    """The table of times and speeds, each as the limit and as expected."""
+    """Return the table of times and speeds, each as the limit and as expected."""
     titles = (f"prefill of {result['prompt_tokens']}", "tokens/s of one", "tokens/s in all", "in collectives")
     prefill, one, together, collectives = (f"{title:^18}" for title in titles)
     kinds = pair("limit", "expected")
@@ -106,7 +106,7 @@ def speed_lines(result):
 
 
 def pair(limit, expected):
-    """Two columns under one title.
+    """Return two columns under one title.
 
     >>> pair("12.5", "9.4")
     '    12.5       9.4'
@@ -115,13 +115,13 @@ def pair(limit, expected):
 
 
 def labels(result, row):
-    """The first columns: a mark at what was asked for, TP and nodes."""
+    """Return the first columns of a row: a mark at the TP and nodes that were asked for, and both numbers."""
     asked = (row["tp"], row["nodes"]) == (result["tp"], result["nodes"])
     return ">" if asked else "", str(row["tp"]), str(row["nodes"])
 
 
 def amount(number):
-    """A large number in words.
+    """Return a large number in words.
 
     >>> amount(7241732096), amount(134515008), amount(20736)
     ('7.24 billion', '134.5 million', '20736')
@@ -132,7 +132,7 @@ def amount(number):
 
 
 def rounded(number):
-    """To three digits, or whole.
+    """Format a number with three significant digits, or as a whole number.
 
     >>> rounded(12345.6), rounded(104.94), rounded(65), rounded(0.2312)
     ('12346', '105', '65.0', '0.231')
@@ -141,7 +141,7 @@ def rounded(number):
 
 
 def duration(seconds):
-    """Seconds as text.
+    """Return seconds as text.
 
     >>> duration(75.2), duration(0.6543), duration(0.00432)
     ('75.2 s', '0.654 s', '4.32 ms')

@@ -1,50 +1,155 @@
-"""`minitp serve`."""
+"""`minitp serve`: an OpenAI-compatible HTTP server."""
 
 import ipaddress
 import os
 import sys
 from pathlib import Path
 
-from minitp.cli.shared_options import llm_options
+from minitp.cli.command import Caller
+from minitp.cli.options import add_max_context, add_run, llm_options
 from minitp.errors import InputError
-from minitp.llm import LLM
+from minitp.util.format import counted
 
 
-def run(args, tp):
-    """Serve a model over HTTP until SIGTERM or Ctrl-C; the exit code."""
-    try:
-        from minitp.server.backend import AdmissionLimits
-        from minitp.server.run import listen, serve_forever
-    except ImportError as error:
-        raise InputError(
-            f"minitp serve needs the package {error.name!r}: pip install 'minitp[serve]'"
-        ) from error
-    check(args)
-    api_key = args.api_key or os.environ.get("MINITP_API_KEY")
-    listener = listen(args.host, args.port)
-    host, port = listener.getsockname()[:2]
-    if not ipaddress.ip_address(host).is_loopback and not api_key:
-        print(f"minitp: warning: {host} is not only this machine, and there is no --api-key", file=sys.stderr)
+class Serve(Caller):
+    """The command."""
 
-    def start(on_end):
-        llm = LLM(**llm_options(args, tp), on_end=on_end)
-        print(ready_line(llm, host, port), file=sys.stderr, flush=True)
-        return llm
+    name = "serve"
+    summary = "serve a model over HTTP, compatible with OpenAI's API"
+    description = (
+        "Serve a model over HTTP until SIGTERM or Ctrl-C: /v1/completions, /v1/chat/completions, /metrics, "
+        "and a chat page at /."
+    )
+    examples = (
+        ("minitp serve --port 8000", "serve the demo model to this machine"),
+        (
+            "minitp serve --model ./Mistral-7B-Instruct-v0.3 --host 0.0.0.0 --tp 4 --max-sequences 32",
+            "serve four ranks to the network; set MINITP_API_KEY first",
+        ),
+    )
 
-    return serve_forever(
-        start,
-        AdmissionLimits(args.max_sequences + args.max_queue, args.request_timeout),
-        served_name(args.model),
-        listener,
-        api_key=api_key,
-        restart=args.restart,
-        drain_seconds=args.drain_timeout,
-        verbose=args.verbose,
+    def add_options(self, parser):
+        add_server(parser)
+        add_batching(parser)
+        add_run(parser)
+        add_max_context(parser)
+
+    def run(self, args, tp):
+        """Serve a model over HTTP until SIGTERM or Ctrl-C."""
+        try:
+            from minitp.server.backend import AdmissionLimits
+            from minitp.server.run import listen, serve_forever
+        except ImportError as error:
+            raise InputError(
+                f"minitp serve needs the package {error.name!r}: pip install 'minitp[serve]'"
+            ) from error
+        from minitp.llm import LLM
+
+        check(args)
+        api_key = args.api_key or os.environ.get("MINITP_API_KEY")
+        listener = listen(args.host, args.port)
+        host, port = listener.getsockname()[:2]
+        if not ipaddress.ip_address(host).is_loopback and not api_key:
+            print(
+                f"minitp: warning: {host} is reachable from other machines, and there is no --api-key",
+                file=sys.stderr,
+            )
+
+        def start(on_end):
+            llm = LLM(**llm_options(args, tp), on_end=on_end)
+            print(ready_line(llm, host, port), file=sys.stderr, flush=True)
+            return llm
+
+        return serve_forever(
+            start,
+            AdmissionLimits(args.max_sequences + args.max_queue, args.request_timeout),
+            served_name(args.model),
+            listener,
+            api_key=api_key,
+            restart=args.restart,
+            drain_seconds=args.drain_timeout,
+            verbose=args.verbose,
+        )
+
+
+def add_server(parser):
+    """Add the options of the HTTP server."""
+    group = parser.groups["server"]
+    group.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="NAME",
+        help="address to listen on; 0.0.0.0: all of this machine's (default: 127.0.0.1, this machine only)",
+    )
+    group.add_argument(
+        "--port",
+        type=int,
+        default=8000,
+        metavar="N",
+        help="port; 0: any free one (default: 8000)",
+    )
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="key that clients must send; or set MINITP_API_KEY, which `ps` does not show (default: no key)",
+    )
+    group.add_argument(
+        "--max-queue",
+        type=int,
+        default=256,
+        metavar="N",
+        help="most requests that wait; further ones get status 429 (default: 256)",
+    )
+    group.add_argument(
+        "--request-timeout",
+        type=float,
+        default=600,
+        metavar="S",
+        help="most seconds for an answer (default: 600)",
+    )
+    group.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=30,
+        metavar="S",
+        help="after SIGTERM, seconds for unfinished answers (default: 30)",
+    )
+    group.add_argument(
+        "--restart", action="store_true", help="start the ranks again if one dies (default: exit)"
+    )
+
+
+def add_batching(parser):
+    """Add the options of how many requests run at once, and what they may use."""
+    group = parser.groups["batching"]
+    group.add_argument(
+        "--max-sequences",
+        type=int,
+        default=64,
+        metavar="N",
+        help="most requests at once (default: 64)",
+    )
+    group.add_argument(
+        "--max-tokens-per-step",
+        type=int,
+        default=512,
+        metavar="N",
+        help="most tokens computed in one engine step, over all requests (default: 512)",
+    )
+    group.add_argument(
+        "--cache-tokens",
+        type=int,
+        metavar="N",
+        help="size of the KV cache in tokens, over all requests (default: what fits in a quarter of the "
+        "memory, or in most of a GPU's free memory)",
+    )
+    group.add_argument(
+        "--block-size", type=int, default=16, metavar="N", help="tokens per KV-cache block (default: 16)"
     )
 
 
 def check(args):
-    """Refuse what cannot be."""
+    """Refuse numbers out of range."""
     if not 0 <= args.port < 1 << 16:  # getaddrinfo would take it modulo that
         raise InputError(f"--port {args.port}: expected a number from 0 to 65535")
     for name, least in (("max_queue", 0), ("request_timeout", 1), ("drain_timeout", 0)):
@@ -54,15 +159,17 @@ def check(args):
 
 
 def served_name(model):
-    """How clients call the model: of a directory or file its last part."""
+    """Return the model's name for clients: the last part of a directory's or file's path."""
     return Path(model).resolve().name if os.path.exists(model) else model
 
 
 def ready_line(llm, host, port):
+    """Return the line that says what is served, and where."""
     about = llm.description
     address = f"[{host}]" if ":" in host else host
     return (
-        f"minitp: {llm.source.name} on {about['tp']} ranks, {about['dtype']}, at http://{address}:{port}/v1 "
+        f"minitp: {llm.source.name} on {counted(about['tp'], 'rank')}, {about['dtype']}, "
+        f"at http://{address}:{port}/v1 "
         f"(context {about['context']}, cache of {about['blocks'] * about['block_size']} tokens); "
-        f"a page to chat: http://{address}:{port}/"
+        f"chat page: http://{address}:{port}/"
     )

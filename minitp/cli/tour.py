@@ -1,4 +1,4 @@
-"""`minitp tour`: the story in one file, running. `minitp.tour` itself knows nothing of this package."""
+"""`minitp tour`: run the one-file story. `minitp.tour` itself knows nothing of this package."""
 
 import codecs
 import os
@@ -6,35 +6,77 @@ import signal
 import subprocess
 import sys
 
-from minitp.cli.inputs import tokenizer_of
+from minitp.cli.command import Command
+from minitp.cli.options import TP, add_prompt
 from minitp.errors import InputError
-from minitp.launch.run import Terminated, raised_on_sigterm
+from minitp.launch.run import Terminated, raised_on_sigterm, ranks_to_start
 from minitp.launch.supervisor import find_mpirun, mpi_environment
-from minitp.loading.source import open_model
-from minitp.util.environment import check_world, world_size
+from minitp.util.environment import check_world, divide_cores, world_size
 from minitp.util.stdout import write_out
 
 
-def run(args, tp):
-    """Run the tour on `tp` ranks under mpirun; or be one of them, where a user's mpirun has started this."""
-    world = world_size(os.environ)
-    if world is not None:
-        check_world(args.tp, world)
-    argv = tour_arguments(args, tp)
-    if world is not None:
-        from minitp import tour
+class Tour(Command):
+    """The command."""
 
-        return tour.main(argv)
-    command = [sys.executable, "-m", "minitp.tour", *argv]
-    if tp > 1:
-        command = [find_mpirun(), "-n", str(tp), *command]
-    return pass_on(command, mpi_environment(tp))
+    name = "tour"
+    inputs = "PROMPT"
+    summary = "run tour.py, tensor parallelism in one file"
+    description = (
+        "Run minitp/tour.py, which explains tensor parallelism in 300 lines: a plain Llama model on several "
+        "ranks, greedily decoded."
+    )
+    examples = (
+        ('minitp tour "Once upon a time" --tp 4', "the demo model on four ranks"),
+        ("minitp tour --tokens 1,2,3 --model ./llama -n 20", "another Llama or Mistral checkpoint"),
+    )
+
+    def add_options(self, parser):
+        add_prompt(parser)
+        parser.groups["sampling"].add_argument(
+            "-n",
+            "--max-new-tokens",
+            type=int,
+            default=40,
+            metavar="N",
+            help="most tokens to generate (default: 40)",
+        )
+        parser.groups["model"].add_argument(
+            "--model",
+            default="smollm2",
+            help="smollm2, or a directory or Hugging Face id of a Llama or Mistral model (default: smollm2)",
+        )
+        group = parser.groups["ranks"]
+        group.add_argument("--tp", default="auto", metavar="N", help=TP)
+        group.add_argument(
+            "--gpu",
+            action="store_true",
+            help="use a GPU per rank, and NCCL (default: CPUs, and MPI)",
+        )
+
+    def start(self, args, rank_command):
+        """Run the tour under mpirun; or be one of its ranks, if a user's mpirun has started this process."""
+        divide_cores(os.environ)
+        world = world_size(os.environ)
+        if world is not None:
+            check_world(args.tp, world)
+            argv = tour_arguments(args, world)
+            from minitp import tour
+
+            return tour.main(argv)
+        tp = ranks_to_start(args.tp, "cuda" if args.gpu else "cpu", args.model)
+        command = [sys.executable, "-m", "minitp.tour", *tour_arguments(args, tp)]
+        if tp > 1:
+            command = [find_mpirun(), "-n", str(tp), *command]
+        return pass_on(command, mpi_environment(tp))
 
 
 def tour_arguments(args, tp):
-    """Return the tour's own arguments: a model may have other names here, and is a directory there."""
+    """Return the arguments of `minitp.tour`, whose model is always a directory."""
     if args.prompt is not None and args.tokens is not None:
         raise InputError("tour needs either a PROMPT or --tokens 1,2,3")
+    from minitp.cli.inputs import tokenizer_of
+    from minitp.loading.source import open_model
+
     source = open_model(args.model, tp)
     if source.directory is None:
         raise InputError(f"--model {args.model}: the tour reads a Hugging Face directory; give one")
@@ -53,7 +95,7 @@ def tour_arguments(args, tp):
 
 
 def pass_on(command, environment):
-    """Run a command and write its output as it comes; its exit code, or 0 if nobody reads any more."""
+    """Run a command, write its output as it comes, and return its exit code; 0 if no one reads the output."""
     text = codecs.getincrementaldecoder("utf-8")()
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
@@ -66,6 +108,6 @@ def pass_on(command, environment):
                 return process.wait()
         except Terminated:
             return 143
-        finally:  # also on Ctrl-C, which is for this process to act on
+        finally:  # also on Ctrl-C, which only this process gets
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # at SIGTERM mpirun would have much to say
+                os.killpg(process.pid, signal.SIGKILL)  # at SIGTERM mpirun would print its own report

@@ -1,40 +1,90 @@
-"""`minitp trace`."""
+"""`minitp trace`: write the steps of a forward pass to a file."""
 
 from pathlib import Path
 
-from minitp.cli.inputs import check_output, passes_wanted, prompt_tokens
-from minitp.cli.load_progress import load
+from minitp.cli.command import OnRanks
+from minitp.cli.options import add_decode, add_device, add_model, add_prompt
 from minitp.errors import InputError
-from minitp.trace.record import wanted_steps
-from minitp.trace.write import write_oracle_trace, write_trace
 from minitp.util.format import counted
 from minitp.util.stdout import write_out
 
 
-def prepare(args, source):
-    """Check the options and the prompt; its tokens, the passes, and the names of the steps to write."""
-    ids = prompt_tokens(args, source)
-    passes = passes_wanted(args, source, ids)
-    check_output(args.output, ".safetensors")
-    if args.oracle and args.per_rank:
-        raise InputError("--oracle and --per-rank: the oracle has no ranks; leave one of them out")
-    return ids, passes, wanted_steps(source.plan, passes, args.steps, args.oracle)
+class Trace(OnRanks):
+    """The command."""
 
+    name = "trace"
+    inputs = "PROMPT -o FILE"
+    summary = "write every intermediate array of a forward pass to a file"
+    description = (
+        "Run a prompt and write its steps, the named intermediate arrays of the forward pass, assembled over "
+        "the ranks, to a safetensors file."
+    )
+    examples = (
+        ('minitp trace "Once upon a time" --tp 2 -o steps.safetensors', "every step of the demo model"),
+        (
+            "minitp trace \"Once upon a time\" --oracle --steps 'prefill/layers.0.*' -o layer0.safetensors",
+            "the first layer in float64, as a reference for your own engine",
+        ),
+    )
 
-def run(args, comm, source, job):
-    """Write the file; say where it is and how large."""
-    ids, passes, wanted = job
-    path = Path(args.output)
-    if args.oracle:
-        with comm.agreed():
-            if comm.rank == 0:
-                write_oracle_trace(path, source, ids, passes, wanted)
-    else:
-        model, _ = load(args, comm, source, "explicit")
-        write_trace(path, source, model, ids, passes, wanted, args.per_rank)
-    if comm.rank == 0:
-        who = "the oracle, float64" if args.oracle else counted(comm.size, "rank")
-        megabytes = path.stat().st_size / 1e6
-        tokens = len(ids) + args.decode
-        write_out(f"{path}: {tokens} tokens through {source.name} on {who}, {megabytes:.1f} MB\n")
-    return 0
+    def add_options(self, parser):
+        add_prompt(parser)
+        add_decode(parser, default=0)
+        group = parser.groups["steps"]
+        group.add_argument(
+            "--steps",
+            action="append",
+            metavar="GLOB",
+            help="write only these steps, as in 'prefill/layers.0.*'; repeatable (default: all but scores "
+            "and probs)",
+        )
+        group.add_argument(
+            "--per-rank", action="store_true", help="also write each rank's own pieces, as rank{r}/..."
+        )
+        group.add_argument(
+            "--oracle",
+            action="store_true",
+            help="write the steps of the float64 oracle instead; it runs in one process",
+        )
+        add_model(parser)
+        add_device(parser)
+        parser.groups["output"].add_argument(
+            "-o", "--output", required=True, metavar="FILE", help="the .safetensors file to write (required)"
+        )
+
+    def ranks(self, args):
+        """Return the number of ranks to start; the oracle has one."""
+        return 1 if args.oracle else super().ranks(args)
+
+    def prepare(self, args, source):
+        """Return the prompt's tokens, the passes, and the names of the steps to write."""
+        from minitp.cli.inputs import check_output, passes_wanted, prompt_tokens
+        from minitp.trace.record import wanted_steps
+
+        ids = prompt_tokens(args, source)
+        passes = passes_wanted(args, source, ids)
+        check_output(args.output, ".safetensors")
+        if args.oracle and args.per_rank:
+            raise InputError("--oracle and --per-rank: the oracle has no ranks; leave one of them out")
+        return ids, passes, wanted_steps(source.plan, passes, args.steps, args.oracle)
+
+    def run(self, args, comm, source, prepared):
+        """Write the file, and print its name and size."""
+        from minitp.cli.load_progress import load
+        from minitp.trace.write import write_oracle_trace, write_trace
+
+        ids, passes, wanted = prepared
+        path = Path(args.output)
+        if args.oracle:
+            with comm.agreed():
+                if comm.rank == 0:
+                    write_oracle_trace(path, source, ids, passes, wanted)
+        else:
+            model, _ = load(args, comm, source, "explicit")
+            write_trace(path, source, model, ids, passes, wanted, args.per_rank)
+        if comm.rank == 0:
+            who = "the oracle, float64" if args.oracle else counted(comm.size, "rank")
+            megabytes = path.stat().st_size / 1e6
+            tokens = len(ids) + args.decode
+            write_out(f"{path}: {tokens} tokens through {source.name} on {who}, {megabytes:.1f} MB\n")
+        return 0

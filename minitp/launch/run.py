@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from minitp.errors import RankError
 from minitp.launch.supervisor import rank_processes
+from minitp.util.environment import ranks_wanted
 
 WORKER = [sys.executable, "-m", "minitp"]
 
@@ -28,6 +29,23 @@ def run_ranks(command, size, verbose=False):
             return 143
         except KeyboardInterrupt:
             return 130
+
+
+def ranks_to_start(tp, device, model, layers=None):
+    """Return the number of ranks that --tp asks for; "auto" is at most one rank per attention head.
+
+    Parameters
+    ----------
+    tp, device, model, layers
+        The values of these options.
+    """
+    size = ranks_wanted(tp, device)
+    if tp != "auto" or size == 1:
+        return size
+    from minitp.loading.source import open_config  # imports numpy
+
+    config = open_config(model, layers)
+    return min(size, config.num_attention_heads, config.vocab_size)
 
 
 class Terminated(BaseException):

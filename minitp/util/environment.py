@@ -55,12 +55,13 @@ def memory():
     return machine if limit == "max" else min(machine, int(limit))
 
 
-def ranks_wanted(tp, default):
-    """The number of ranks that --tp asks for: a number, auto (GPUs; else cores up to 4), or None."""
-    if tp is None:
-        return default
+def ranks_wanted(tp, device="auto"):
+    """Return the number of ranks that --tp asks for.
+
+    "auto" is a rank per GPU, unless --device says cpu, and without GPUs a rank per physical core, up to 4.
+    """
     if tp == "auto":
-        return gpus() or min(physical_cores(), 4)
+        return (device != "cpu" and gpus()) or min(physical_cores(), 4)
     if not re.fullmatch("-?[0-9]{1,9}", tp):
         raise InputError(f"--tp {tp}: expected a number of ranks, or auto")
     if int(tp) < 1:
@@ -70,7 +71,7 @@ def ranks_wanted(tp, default):
 
 def check_world(tp, world):
     """Refuse a --tp that is not the number of ranks which mpirun or srun has started; auto is any number."""
-    if tp != "auto" and ranks_wanted(tp, default=world) != world:
+    if tp != "auto" and ranks_wanted(tp) != world:
         raise InputError(f"--tp {tp} contradicts the MPI world of {world} ranks; leave --tp out")
 
 

@@ -13,7 +13,7 @@ import pytest
 import slurm_hosts
 from doc_commands import DOCS, blocks, check_printed, commands
 
-from minitp.cli.options import parser
+from minitp.cli.arguments import parser
 from minitp.loading.demo import demo_directory
 
 ROOT = DOCS.parent

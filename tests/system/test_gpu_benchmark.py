@@ -42,7 +42,7 @@ def all_steps(gpu):
 
 
 def test_every_step_is_a_command_that_there_is(gpu):
-    from minitp.cli.main import parser
+    from minitp.cli.arguments import parser
 
     for step in all_steps(gpu):
         command = [str(part) for part in step.command]

@@ -304,7 +304,7 @@ def test_bad_usage_under_mpirun_is_said_once(tiny):
     code, out, err = under_mpirun(["generate", "hi", "--model", tiny, "--nope"], ranks=2).end(START_S)
     assert code == 2
     assert out == ""
-    assert err.count("minitp: unrecognized arguments: --nope") == 1
+    assert err.count("minitp: unrecognized option --nope") == 1
 
 
 # --- an mpirun that is missing, another's, or broken ----------------------------------------------------

@@ -7,7 +7,7 @@ import sys
 import pytest
 from paths import ROOT
 
-from minitp.cli.main import parser
+from minitp.cli.arguments import parser
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

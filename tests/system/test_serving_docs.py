@@ -10,7 +10,7 @@ import pytest
 from paths import DOCS
 from served import Served
 
-from minitp.cli.options import parser
+from minitp.cli.arguments import parser
 from minitp.loading.demo import demo_directory
 
 pytestmark = pytest.mark.mpi

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import byte_tokens, write_tiny
 
 from minitp import LLM, SamplingParams
-from minitp.cli.chat import Conversation, message
+from minitp.cli.conversation import Conversation, message
 from minitp.launch import supervisor
 
 pytestmark = pytest.mark.mpi
@@ -248,7 +248,11 @@ def test_a_conversation_in_a_terminal(start, tmp_path):
     count, answer = ask("Hi")
     assert count == prompt_length("Hi")
     assert ask("Ho")[0] == prompt_length("Hi", answer, "Ho"), "what was said before Ctrl-C counts"
-    said = {"/reset": "conversation reset", "/help": "/reset  forget", "/what is it": "/what is no command;"}
+    said = {
+        "/reset": "conversation reset",
+        "/help": "/reset  forget",
+        "/what is it": "/what is not a",
+    }
     for command, reply in said.items():
         terminal.type(f"{command}\n")
         assert reply in terminal.prompt()

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from paths import FAULTY_WORKER
 from safetensors import safe_open
 from tiny import UNEVEN, write_tiny
+
+from minitp.cli.check import table
 
 COMMAND = [sys.executable, "-m", "minitp"]
 FAULTY_FRONT = [  # the command with such ranks
@@ -43,9 +46,37 @@ def test_the_demo_model_on_four_ranks():
     assert lines[0].startswith("smollm2 on 4 ranks, float32: a prompt of 5 tokens and 2 decoded ones")
     # 273 tensors less the tied lm_head on each rank; 2 + 30 * 21 + 3 steps in three passes.
     assert lines[-1] == f"all steps within bounds for all 30 layers ({4 * (272 + 3 * 635)} arrays on 4 ranks)"
-    named = {line.split("  ")[0] for line in lines[3:-2]}
-    assert {"weights", "attn.scores", "attn.k_cache", "mlp.act", "logits", "layer 0", "layer 29"} <= named
-    assert len(named) == 1 + 26 + 30
+    named = {line.split("  ")[0] for line in lines[3 : lines.index("", 3)]}
+    assert {"weights", "attn.scores", "attn.k_cache", "mlp.act", "logits"} <= named
+    assert len(named) == 1 + 26
+    assert lines[-3] == "30 layers: at most 80% of the error allowed; -v shows a row for each"
+
+
+@pytest.mark.mpi
+def test_verbose_has_a_row_for_each_layer(tiny):
+    code, out, err = run("check", "hello", "--model", tiny, "--tp", 2, "-v")
+    assert (code, err) == (0, ""), err
+    assert [line.split("  ")[0] for line in out.splitlines()[-4:-2]] == ["layer 0", "layer 1"]
+    assert "-v shows" not in out
+
+
+def test_layers_near_their_bounds_always_have_a_row():
+    worst = [0.2, 0.81, 0.5]
+    findings = [
+        SimpleNamespace(
+            pass_name="prefill", step="attn.q", layer=i, rank=0, name=f"layers.{i}", ratio=ratio,
+            bounds=(1e-6, 0), local=None, total=None,
+        )
+        for i, ratio in enumerate(worst)
+    ]  # fmt: skip
+    result = SimpleNamespace(problems=[], blamed=list, findings=findings)
+    text = "\n".join(table(result, every_layer=False))
+    assert "layer 1 " in text
+    assert "layer 0 " not in text
+    assert text.endswith("the other 2 layers: at most 80% of the error allowed; -v shows a row for each")
+    text = "\n".join(table(result, every_layer=True))
+    assert all(f"layer {i} " in text for i in range(3))
+    assert "-v" not in text
 
 
 @pytest.mark.mpi
@@ -122,7 +153,7 @@ def test_a_file_that_cannot_be_written(refused, tiny, tmp_path, option, name):
 def test_a_directory_in_the_files_place(refused, tiny, tmp_path):
     path = tmp_path / "there.safetensors"
     path.mkdir()
-    assert f"{path}: cannot be written there" in refused("trace", "a", "--model", tiny, "-o", path)
+    assert f"{path}: cannot be written; " in refused("trace", "a", "--model", tiny, "-o", path)
 
 
 def test_steps_that_match_nothing(refused, tiny, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -9,16 +11,20 @@ import pytest
 from refusal import check_refusal
 from tiny import BOS, write_tiny
 
+from minitp.cli.arguments import GROUPS, parser
+from minitp.cli.commands import COMMANDS
 from minitp.cli.main import main
 from minitp.comm import run_threads
 from minitp.device import open_device
 from minitp.generate import generate
+from minitp.launch.run import ranks_to_start
 from minitp.load import load_model
 from minitp.loading.source import open_model
 from minitp.model import Model
 from minitp.request import Request
 from minitp.sampling import SamplingParams
 from minitp.util import environment
+from minitp.util.suggest import ALIASES
 
 COMMAND = [sys.executable, "-m", "minitp"]
 BUFFERED = {
@@ -61,7 +67,10 @@ BAD_GENERATE = {
     "tokens with a gap": (["--tokens", "1,,2"], "expected numbers and commas"),
     "prompt and tokens": (["hi", "--tokens", "1,2"], "either a PROMPT or --tokens"),
     "neither prompt nor tokens": ([], "either a PROMPT or --tokens"),
-    "two prompts": (["The", "capital"], "unrecognized arguments: capital"),
+    "two prompts": (
+        ["The", "capital"],
+        "unexpected argument 'capital'; put a text of several",
+    ),
     "no new tokens": (["hi", "-n", "0"], "--max-new-tokens 0: expected at least 1"),
     "negative new tokens": (["hi", "-n", "-3"], "--max-new-tokens -3: expected at least 1"),
     "new tokens not a number": (["hi", "-n", "many"], "invalid int value: 'many'"),
@@ -83,7 +92,10 @@ BAD_GENERATE = {
     "layers 0": (["hi", "--layers", "0"], "--layers 0"),
     "layers negative": (["hi", "--layers", "-1"], "--layers -1"),
     "layers too many": (["hi", "--layers", "3"], "has 2 layers; give 1 to that"),
-    "unknown option": (["hi", "--no-such-option"], "unrecognized arguments: --no-such-option"),
+    "unknown option": (
+        ["hi", "--no-such-option"],
+        "unrecognized option --no-such-option (see",
+    ),
     "option without its value": (["hi", "--seed"], "argument --seed: expected one argument"),
     "unknown dtype": (["hi", "--dtype", "int4"], "invalid choice: 'int4'"),
     "unknown device": (["hi", "--device", "abacus"], "invalid choice: 'abacus'"),
@@ -130,26 +142,113 @@ def test_bos_makes_an_empty_prompt_possible(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ([], "the following arguments are required: COMMAND"),
-        (["sing"], "invalid choice: 'sing'"),
-        (["--no-such-option"], "--no-such-option"),
+        ([], 'no command given; try minitp generate "Once upon a time"'),
+        (["sing"], "unknown command 'sing' (see minitp --help)"),
+        (["generat", "hi"], "unknown command 'generat'; did you mean generate?"),
+        (["Once upon a time"], "unknown command 'Once upon a time'; did you mean generate?"),
+        (["run", "hi"], "did you mean generate?"),
+        (["--no-such-option"], "unrecognized option --no-such-option (see minitp --help)"),
+        (["--no-such-option", "generate"], "unrecognized option --no-such-option (see minitp --help)"),
+        (["--versoin"], "unrecognized option --versoin; did you mean --version?"),
         (["perplexity"], "the following arguments are required: FILE"),
     ],
 )
 def test_bad_command(refused, argv, expected):
     line = refused(*argv)
     assert "--help" in line
-    if argv != ["--no-such-option"]:  # argparse misses the command first
-        assert expected in line
+    assert expected in line
+    assert "ranks" not in line, "an internal command"
 
 
-def test_auto_takes_up_to_four_ranks(monkeypatch):
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (
+            ["generate", "hi", "--max-tokens", "5"],
+            "--max-tokens; did you mean --max-new-tokens? (see",
+        ),
+        (["generate", "--temprature=1", "hi"], "--temprature; did you mean --temperature?"),
+        (["generate", "hi", "--tensor-parallel-size", "2"], "--tensor-parallel-size; did you mean --tp?"),
+        (["serve", "--max-model-len", "9"], "--max-model-len; did you mean --max-context?"),
+        (["serve", "--gpu-memory-utilization", "1"], "--gpu-memory-utilization (see minitp serve --help)"),
+        (["trace", "hi", "--outptu", "x"], "--outptu; did you mean --output?"),  # before "-o is required"
+        (["generate", "hi", "-x"], "-x (see minitp generate --help)"),
+        # Abbreviations are refused, also those that are clear: they may stop being clear.
+        (["generate", "hi", "--max", "5"], "--max (see minitp generate --help)"),
+        (["generate", "hi", "--max-c", "5"], "--max-c; did you mean --max-context?"),
+        (["generate", "hi", "--temp", "0"], "--temp; did you mean --temperature?"),
+    ],
+)
+def test_an_option_that_does_not_exist(refused, argv, expected):
+    assert refused(*argv).startswith(f"minitp: unrecognized option {expected}")
+
+
+def test_words_that_only_look_like_options_are_prompts(tiny, capsys):
+    argv = ["generate", "-n", "1", "--model", str(tiny), "--tp", "1", "--json"]
+    for words in (["--tokens are words"], ["--", "--nope"]):
+        assert main([*argv, *words]) == 0
+        assert json.loads(capsys.readouterr().out)["prompt_token_ids"]
+
+
+def test_aliases_stand_for_what_there_is():
+    names = set(COMMANDS)
+    for sub in parser().commands.values():
+        names |= {name[2:].replace("-", "_") for name in sub._option_string_actions if len(name) > 2}
+    assert set(filter(None, ALIASES.values())) <= names
+    assert not names & set(ALIASES), "a name that exists needs no alias"
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "ranks"])
+def test_help_of_a_command_is_whole(name, capsys):
+    """Every option is in a known group with a help that says its default, and the examples are valid."""
+    sub = parser().commands[name]
+    command = COMMANDS[name]
+    assert command.summary
+    assert command.summary[0].islower()
+    assert command.description.endswith(".")
+    assert command.examples
+    for line, what in command.examples:
+        words = shlex.split(line.partition(" < ")[0])
+        assert parser().parse_args(words[1:]).command == name
+        assert what
+    for action in sub._actions:
+        assert action.help, action.option_strings
+        is_flag = action.nargs == 0 and action.option_strings
+        if (
+            action.option_strings
+            and not is_flag
+            and not action.required
+            and action.dest not in ("of", "tokens")
+        ):
+            assert "(default: " in action.help, action.option_strings
+    with pytest.raises(SystemExit):
+        parser().parse_args([name, "--help"])
+    text = capsys.readouterr().out
+    titles = re.findall(r"^([a-z ]+):$", text, re.MULTILINE)
+    assert [title for title in titles if not title.startswith("example")] == [
+        title for title in GROUPS if title in titles
+    ]
+
+
+def test_auto_is_the_gpus_or_else_up_to_four_cores(monkeypatch):
+    monkeypatch.setattr(environment, "gpus", lambda: 0)
     monkeypatch.setattr(environment, "physical_cores", lambda: 2)
-    assert environment.ranks_wanted("auto", 3) == 2
+    assert environment.ranks_wanted("auto") == 2
     monkeypatch.setattr(environment, "physical_cores", lambda: 64)
-    assert environment.ranks_wanted("auto", 3) == 4
-    assert environment.ranks_wanted(None, 3) == 3
-    assert environment.ranks_wanted("7", 3) == 7
+    assert environment.ranks_wanted("auto") == 4
+    assert environment.ranks_wanted("7") == 7
+    monkeypatch.setattr(environment, "gpus", lambda: 8)
+    assert [environment.ranks_wanted("auto", device) for device in ("auto", "cuda", "cpu")] == [8, 8, 4]
+
+
+def test_auto_is_at_most_a_rank_for_each_head(monkeypatch, tiny):
+    monkeypatch.setattr(environment, "gpus", lambda: 0)
+    monkeypatch.setattr(environment, "physical_cores", lambda: 64)
+    assert ranks_to_start("auto", "auto", str(tiny)) == 4
+    monkeypatch.setattr(environment, "gpus", lambda: 8)
+    assert ranks_to_start("auto", "auto", str(tiny)) == 4, "the model has 4 heads"
+    assert ranks_to_start("auto", "auto", "random:mistral-7b") == 8
+    assert ranks_to_start("9", "auto", str(tiny)) == 9, "a number is checked with the model, and refused"
 
 
 @pytest.mark.parametrize(
@@ -326,7 +425,7 @@ def test_refusals_of_the_real_command(tiny, tmp_path):
         (["generate", "", "--model", tiny], b"the prompt is empty"),
         (["generate", "hi", "--model", tmp_path / "missing", "--tp", "1"], b"no such directory"),
         (["generate", "hi", "--model", tiny, "--tp", "nine"], b"--tp nine: expected a number of ranks"),
-        (["generate", "hi", "--nope"], b"unrecognized arguments: --nope"),
+        (["generate", "hi", "--nope"], b"unrecognized option --nope"),
     ]:
         done = run_command(*argv)
         check_refusal(done.returncode, done.stdout.decode(), done.stderr.decode())

@@ -7,8 +7,8 @@ from dataclasses import asdict, fields
 import numpy as np
 import pytest
 
-from minitp.cli.options import parser
-from minitp.cli.shared_options import llm_options
+from minitp.cli.arguments import parser
+from minitp.cli.options import llm_options
 from minitp.engine.client import StartedRanks
 from minitp.engine.options import EngineOptions
 from minitp.errors import InputError

@@ -113,7 +113,7 @@ def fixed(monkeypatch):
     for name in environment.BLAS_THREADS:
         monkeypatch.setenv(name, "1")
     rates = dict.fromkeys(ITEM_BYTES, 190e9)
-    monkeypatch.setattr("minitp.cli.plan.measure_cpu", lambda config, dtype: cpu(2, 24e9, 43e9, rates))
+    monkeypatch.setattr("minitp.cli.plan_result.measure_cpu", lambda config, dtype: cpu(2, 24e9, 43e9, rates))
 
 
 def printed(capsys, *argv):
@@ -314,6 +314,21 @@ def test_hub_id(tmp_path):
     assert down.stdout == first.stdout, "the hub may also just be down"
 
 
+def test_without_tp_the_fewest_ranks_that_fit_are_marked(fixed, capsys, monkeypatch):
+    large = ["--model", "random:llama-3-8b", "--gpu", "rtx-4090"]
+    result, text = printed(capsys, *large, "--batch", 24)
+    assert result["tp"] == result["smallest_tp_that_fits"] > 1
+    assert f"TP={result['tp']} fits with 24 sequences" in joined(text)
+    result, _ = printed(capsys, *large, "--nodes", 3)
+    assert (result["tp"], result["nodes"]) == (3, 3), "a rank on each node at least"
+    result, text = printed(capsys, *large, "--batch", 10_000)
+    assert (result["tp"], result["smallest_tp_that_fits"]) == (8, None)
+    assert "nor does any other TP" in joined(text)
+    monkeypatch.setattr(environment, "physical_cores", lambda: 3)
+    result, _ = printed(capsys, "--model", "random:tinyllama-1.1b")
+    assert result["tp"] == 3, "on this machine what generate would start"
+
+
 # --- what is refused ------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -328,9 +343,8 @@ REFUSED = {
     "context too long": (["--context", 513], "--context 513: this model's context is 512"),
     "prompt 0": (["--prompt-tokens", 0], "--prompt-tokens 0: a prompt and one more token must fit"),
     "prompt fills it": (["--context", 64, "--prompt-tokens", 64], "must fit --context 64; give 1 to 63"),
-    "auto of a GPU": (["--tp", "auto", "--gpu", "h100"], "--tp auto goes by this machine's cores"),
     "batch 0": (["--batch", 0], "--batch 0: expected at least 1 sequence"),
-    "nodes 0": (["--nodes", 0], "--nodes 0: --tp 4 ranks can be over 1 to 4 nodes"),
+    "nodes 0": (["--tp", 4, "--nodes", 0], "--nodes 0: --tp 4 ranks can be over 1 to 4 nodes"),
     "more nodes than ranks": (["--tp", 2, "--nodes", 3], "--nodes 3: --tp 2 ranks can be over 1 to 2"),
     "nodes of a cpu": (["--gpu", "cpu", "--nodes", 1], "--nodes 1: --gpu cpu is this machine alone"),
     "no such model": (["--model", "/nowhere"], "--model /nowhere: no such directory"),
@@ -345,7 +359,7 @@ def refused(refused, monkeypatch):
     def never(*_):
         raise AssertionError("this machine was measured")
 
-    monkeypatch.setattr("minitp.cli.plan.measure_cpu", never)
+    monkeypatch.setattr("minitp.cli.plan_result.measure_cpu", never)
     for name in environment.BLAS_THREADS:
         monkeypatch.setenv(name, "1")
 

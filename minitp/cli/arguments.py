@@ -1,0 +1,152 @@
+"""The command line as a whole: a parser made of `commands.COMMANDS`, and what it says of a mistake."""
+
+import argparse
+import textwrap
+from itertools import takewhile
+
+from minitp import __version__
+from minitp.cli.commands import COMMANDS, SECTIONS
+from minitp.errors import InputError
+from minitp.util.stdout import write_out
+from minitp.util.suggest import did_you_mean
+
+GROUPS = (
+    "input",
+    "server",
+    "sampling",
+    "steps",
+    "comparison",
+    "estimate",
+    "measurement",
+    "batching",
+    "model",
+    "ranks",
+    "output",
+    "general",
+)
+WIDTH = 78  # columns of a description
+DESCRIPTION = "Tensor-parallel LLM inference in NumPy and MPI, with every step checkable against a reference."
+EXAMPLES = (
+    ('minitp generate "Once upon a time"', "continue a text with the demo model"),
+    ('minitp check "Once upon a time" --tp 4', "check every step of four ranks against float64"),
+    ("minitp plan --model random:mistral-7b --gpu h100", "see whether a model fits, and how fast it will be"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser with its options in GROUPS, which says in one line what is wrong with a command line.
+
+    Attributes
+    ----------
+    groups : dict
+        Title -> argparse group. A group without options is not shown.
+    """
+
+    def __init__(self, *, examples=(), **options):
+        super().__init__(
+            epilog=examples_text(examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False,
+            allow_abbrev=False,  # an abbreviation in a script may mean another option after an update
+            **options,
+        )
+        self.groups = {title: self.add_argument_group(title) for title in GROUPS}
+        self.groups["general"].add_argument("-h", "--help", action="help", help="show this help and exit")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse options that do not exist before argparse misses others that are required."""
+        for word in self.own_words(args):
+            option = word.partition("=")[0]
+            if word.startswith("--") and " " not in word and option not in self._option_string_actions:
+                self.refuse_option(option)
+        return super().parse_known_args(args, namespace)
+
+    def own_words(self, args):
+        """Return the arguments among which this parser's options are: what follows `--` is not read."""
+        return takewhile(lambda word: word != "--", args)
+
+    def refuse_option(self, option):
+        """Raise InputError for an option that this command does not have."""
+        meant = did_you_mean(option, [name for name in self._option_string_actions if len(name) > 2])
+        question = f"; did you mean {meant}?" if meant else ""
+        self.error(f"unrecognized option {option}{question}")
+
+    def error(self, message):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+    def _print_message(self, message, file=None):
+        """Print help or the version, quietly if no one reads it."""
+        write_out(message)
+
+
+class CommandLine(Parser):
+    """The parser of the whole command line."""
+
+    def __init__(self):
+        super().__init__(
+            prog="minitp",
+            usage="%(prog)s COMMAND [options]",
+            description=f"{DESCRIPTION}\n\n{commands_text()}",
+            examples=EXAMPLES,
+        )
+        self.groups["general"].add_argument(
+            "--version", action="version", version=f"minitp {__version__}", help="show the version and exit"
+        )
+        self.commands = {}
+        found = self.add_subparsers(
+            dest="command", metavar="COMMAND", help=argparse.SUPPRESS, parser_class=Parser
+        )
+        for name, command in COMMANDS.items():
+            sub = found.add_parser(
+                name,
+                prog=f"minitp {name}",
+                usage=" ".join(filter(None, ("%(prog)s", command.inputs, "[options]"))),
+                description=textwrap.fill(command.description, WIDTH),
+                examples=command.examples,
+            )
+            command.add_options(sub)
+            sub.groups["general"].add_argument("-v", "--verbose", action="store_true", help=command.verbose)
+            self.commands[name] = sub
+
+    def own_words(self, args):
+        """Return the arguments before the command."""
+        return takewhile(lambda word: word.startswith("-"), args)
+
+    def parse_args(self, args=None, namespace=None):
+        """Return the options of a command line; InputError for anything that is wrong with it."""
+        name = next((word for word in args if not word.startswith("-")), None)
+        if name is not None and name not in COMMANDS:
+            shown = [command.name for commands in SECTIONS.values() for command in commands]
+            meant = "generate" if " " in name else did_you_mean(name, shown)
+            self.error(f"unknown command {name!r}" + (f"; did you mean {meant}?" if meant else ""))
+        found, unknown = self.parse_known_args(args, namespace)
+        if found.command is None:
+            self.error('no command given; try minitp generate "Once upon a time"')
+        if unknown:
+            sub = self.commands[found.command]
+            if unknown[0].startswith("-"):
+                sub.refuse_option(unknown[0])
+            sub.error(f"unexpected argument {unknown[0]!r}; put a text of several words in quotes")
+        return found
+
+
+def commands_text():
+    """Return the list of commands for `minitp --help`."""
+    sections = [
+        [f"{title}:", *(f"  {command.name:<12}{command.summary}" for command in commands)]
+        for title, commands in SECTIONS.items()
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def examples_text(examples):
+    """Return worked command lines as the end of a help text."""
+    if not examples:
+        return None
+    lines = [f"  {line}\n      {what}" for line, what in examples]
+    return "\n".join(["examples:" if len(examples) > 1 else "example:", *lines])
+
+
+def parser():
+    """Return the parser of the whole command line."""
+    return CommandLine()

@@ -1,0 +1,117 @@
+"""A conversation with a model: its messages, and streaming the next answer."""
+
+import queue
+import sys
+from time import perf_counter
+
+from minitp.engine.completion import Completion
+from minitp.errors import ContextError, InputError
+from minitp.util.stdout import write_out
+
+ROOM = 4  # an answer may use at least 1 / ROOM of the context
+
+
+def message(role, content):
+    """Return a message of a conversation."""
+    return {"role": role, "content": content}
+
+
+def note(text):
+    """Print a line that is not the model's."""
+    print(text, file=sys.stderr)
+
+
+class Conversation:
+    """A conversation: what the user and the model have said so far.
+
+    Parameters
+    ----------
+    llm : LLM
+    params : SamplingParams
+    opening : list of dict
+        The system's message, if there is one; it is never dropped.
+    stats : bool
+        Print after each answer how fast it was.
+    """
+
+    def __init__(self, llm, params, opening, stats):
+        self.llm, self.params, self.opening, self.stats = llm, params, opening, stats
+        self._updates = queue.SimpleQueue()  # updates of the current answer
+        self.reset()
+
+    def reset(self):
+        """Forget what has been said."""
+        self.messages, self.has_outgrown = [], False
+
+    def say(self, text):
+        """Stream the answer to a message, or refuse it; return False if no one reads the output."""
+        self._updates = queue.SimpleQueue()
+        try:
+            messages, ids = self.within_context([*self.messages, message("user", text)])
+            answer, times = Completion(ids), [perf_counter()]
+            for update in self._updates_of(ids):
+                times.append(perf_counter())
+                answer.add(update)
+                if not write_out(update.text):
+                    return False
+        except InputError as error:
+            note(f"minitp: {error}")
+            return True
+        if answer.text or answer.finish_reason:  # otherwise it was stopped before its first word
+            self.messages = [*messages, message("assistant", answer.text)]
+        is_read = write_out("\n")
+        self._remark(answer, times)
+        return is_read
+
+    def interrupt(self):
+        """Stop the current answer; signal handlers may call this."""
+        self._updates.put(None)
+
+    def within_context(self, messages):
+        """Return the messages that leave an answer room, and their token ids.
+
+        The oldest are dropped, and then down to half of the context: all that follows must be recomputed.
+        """
+        context = self.llm.description["context"]
+        most = context - min(context // ROOM, self.params.max_new_tokens)
+        kept = messages
+        while True:
+            try:
+                ids = self.llm.encode_chat([*self.opening, *kept])
+                if len(ids) <= most or len(kept) == 1:
+                    break
+            except ContextError:
+                if len(kept) == 1:
+                    raise
+            kept, most = kept[2:], context // 2
+        if len(kept) < len(messages) and not self.has_outgrown:
+            self.has_outgrown = True
+            note(f"[the conversation has outgrown its context of {context} tokens; the oldest are dropped]")
+        return kept, ids
+
+    def _updates_of(self, ids):
+        """Yield the updates of an answer, up to its end or an `interrupt`."""
+        stop = self.llm.submit(ids, self.params, self._updates.put)
+        try:
+            while (update := self._updates.get()) is not None:
+                if update.error is not None:
+                    raise update.error
+                yield update
+                if update.finish_reason is not None:
+                    return
+        finally:
+            stop()
+
+    def _remark(self, answer, times):
+        """Note that an answer is cut off, and with --stats how fast it was."""
+        new = len(answer.token_ids)
+        if answer.finish_reason == "length" and new == self.params.max_new_tokens:
+            note(f"[cut at {new} tokens; -n allows more]")
+        elif answer.finish_reason == "length":
+            note(f"[cut at {new} tokens: the context is full]")
+        if self.stats and new:
+            speed = f", {(new - 1) / (times[-1] - times[1]):.1f} tokens/s after the first" if new > 1 else ""
+            note(
+                f"[{len(answer.prompt_token_ids)} prompt tokens, first new token after "
+                f"{times[1] - times[0]:.3f} s; {new} new tokens{speed}]"
+            )

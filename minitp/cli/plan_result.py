@@ -1,0 +1,144 @@
+"""The result of `minitp plan`: a dict for JSON, which `plan_text` turns into text."""
+
+from dataclasses import asdict
+from math import prod
+
+from minitp.bench.this_machine import measure_cpu
+from minitp.errors import InputError
+from minitp.estimate.estimate import ITEM_BYTES, Spread, cache_bytes, estimate, smallest_tp
+from minitp.estimate.hardware import GPUS, GPUS_PER_NODE, NETWORK
+from minitp.launch.run import ranks_to_start
+from minitp.shard import make_plan
+from minitp.util.environment import ranks_wanted
+from minitp.util.format import counted, size
+
+ONE_NODE, MORE_NODES = (1, 2, 4, 8), (16, 32)  # the TP that are always shown
+
+
+def predict(args, config, workload):
+    """Return what fits and what speed to expect, for a Workload with a model's Config."""
+    dtype = choose_dtype(args, config)
+    asked = read_spread(args, config, dtype, workload)
+    make_plan(config, asked.tp)  # refuses more ranks than attention heads
+    hardware = measure_cpu(config, dtype) if args.gpu == "cpu" else GPUS[args.gpu]
+    spreads, left_out = choose_spreads(config, hardware, asked)
+    result = {
+        "model": args.model,
+        **model_facts(config, dtype),
+        "hardware": hardware_facts(hardware, dtype),
+        "context_tokens": workload.context,
+        "prompt_tokens": workload.prompt,
+        "batch": workload.batch,
+        "tp": asked.tp,
+        "nodes": asked.nodes,
+        "smallest_tp_that_fits": smallest_tp(config, hardware, dtype, workload),
+        "estimates": [asdict(estimate(config, hardware, spread, dtype, workload)) for spread in spreads],
+    }
+    result["notes"] = notes(config, hardware, result, left_out)
+    return result
+
+
+def read_spread(args, config, dtype, workload):
+    """Return the Spread that --tp and --nodes ask for."""
+    if args.gpu == "cpu":
+        if args.nodes is not None:
+            raise InputError(f"--nodes {args.nodes}: --gpu cpu is this machine alone; name a GPU")
+        return Spread(ranks_to_start(args.tp, "cpu", args.model, args.layers), 1)
+    if args.tp == "auto":
+        heads = config.num_attention_heads
+        fits = smallest_tp(config, GPUS[args.gpu], dtype, workload) or min(GPUS_PER_NODE, heads)
+        tp = max(fits, min(args.nodes or 1, heads))
+    else:
+        tp = ranks_wanted(args.tp)
+    nodes = -(-tp // GPUS_PER_NODE) if args.nodes is None else args.nodes
+    if not 1 <= nodes <= tp:
+        raise InputError(f"--nodes {nodes}: --tp {tp} ranks can be over 1 to {tp} nodes")
+    return Spread(tp, nodes)
+
+
+def choose_dtype(args, config):
+    """Return the dtype of the weights; auto is float32 on CPUs, on GPUs the checkpoint's 16-bit dtype."""
+    if args.dtype != "auto":
+        return args.dtype
+    if args.gpu == "cpu":
+        return "float32"
+    return config.dtype if ITEM_BYTES[config.dtype] == 2 else "bfloat16"
+
+
+def choose_spreads(config, hardware, asked):
+    """Return the Spreads to show, and the sizes for which the model has too few attention heads."""
+    usual = [Spread(tp, 1) for tp in ONE_NODE]
+    if hardware.cores is None:
+        usual += [Spread(tp, tp // GPUS_PER_NODE) for tp in MORE_NODES]
+    shown = {spread for spread in usual if spread.tp <= config.num_attention_heads} | {asked}
+    left_out = [spread.tp for spread in usual if spread.tp > config.num_attention_heads]
+    return sorted(shown, key=lambda spread: (spread.tp, spread.nodes)), left_out
+
+
+def model_facts(config, dtype):
+    """Return the facts of the unsharded model."""
+    whole = make_plan(config, 1)
+    parameters = sum(prod(tensor.shape) for tensor in whole.tensors.values())
+    return {
+        "layers": config.num_hidden_layers,
+        "parameters": parameters,
+        "dtype": dtype,
+        "weight_bytes": parameters * ITEM_BYTES[dtype],
+        "kv_cache_bytes_per_token": cache_bytes(config, whole, 0, dtype),
+        "model_context_tokens": config.max_position_embeddings,
+        "sliding_window_tokens": config.sliding_window,
+    }
+
+
+def hardware_facts(hardware, dtype):
+    """Return the figures that the estimates are made from."""
+    return {
+        "name": hardware.name,
+        "title": hardware.title,
+        "cores": hardware.cores,
+        "memory_bytes": hardware.memory_bytes,
+        "reserve_bytes_per_rank": hardware.reserve_bytes,
+        "memory_bytes_per_s": hardware.memory_bytes_per_s,
+        "flops_per_s": hardware.flops_per_s[dtype],
+        "link": asdict(hardware.link),
+        "network": None if hardware.cores is not None else asdict(NETWORK),
+        "efficiency": asdict(hardware.efficiency),
+    }
+
+
+def notes(config, hardware, result, left_out):
+    """Return what the figures mean and what they assume, a sentence or two each."""
+    on_cpu, found = hardware.cores is not None, []
+    if left_out:
+        sizes = " and ".join(map(str, left_out)) if len(left_out) < 3 else f"{left_out[0]} and more"
+        found.append(f"TP={sizes} left out: the model has {config.num_attention_heads} attention heads.")
+    held = size(hardware.reserve_bytes)
+    if on_cpu:
+        found.append(f"Memory: the ranks share the machine's; {held} for each is set aside for Python.")
+    else:
+        found.append(
+            f"Memory: a GPU's datasheet figure; {held} of it is set aside for CUDA, NCCL and activations."
+        )
+    windowed = sum(window is not None for window in config.windows)
+    if windowed:
+        some = f" in {windowed} of {len(config.windows)} layers" if windowed < len(config.windows) else ""
+        found.append(
+            f"The cache holds every position; of these decoding reads the last {config.sliding_window}{some}."
+        )
+    behind = counted(result["prompt_tokens"], "token")
+    found.append(
+        f"tokens/s: a token behind {behind} in the cache of each sequence; in collectives: of the time "
+        "of one sequence's token."
+    )
+    limit = f"limit: {hardware.limit_source}, and "
+    if on_cpu:
+        found.append(f"{limit}the latency of the collectives. More ranks than cores share these.")
+    else:
+        link = f"{hardware.link.name}; between nodes {NETWORK.name}"
+        found.append(f"{limit}NCCL's latency of the collectives over {link}.")
+    found.append(f"expected: {hardware.expected_source}.")
+    found += [
+        f"config.json has a field {name!r} that minitp does not know; if it changes shapes, this is wrong."
+        for name in config.unread
+    ]
+    return found

@@ -1,0 +1,41 @@
+"""`minitp ranks`: the ranks that `LLM`, `minitp chat` and `minitp serve` start. Internal."""
+
+import json
+import os
+
+from minitp.cli.command import Command, refuse_unknown_mpi
+from minitp.engine.options import EngineOptions
+from minitp.errors import InputError
+from minitp.util import environment
+from minitp.util.environment import ALONE_VARIABLE, SOCKET_VARIABLE
+
+
+class Ranks(Command):
+    """The command, which --help does not list."""
+
+    name = "ranks"
+    inputs = "JSON"
+    description = "One of the ranks that LLM, minitp chat and minitp serve start. Internal."
+
+    def add_options(self, parser):
+        parser.groups["input"].add_argument(
+            "options", nargs="?", metavar="JSON", help="the fields of EngineOptions"
+        )
+
+    def start(self, args, rank_command):
+        """Be one of the ranks."""
+        if SOCKET_VARIABLE not in os.environ:
+            raise InputError("minitp ranks is internal: LLM, chat and serve start it; use one of these")
+        try:
+            options = EngineOptions(**json.loads(args.options))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"minitp ranks: {error}") from error
+        world = environment.world_size(os.environ)
+        environment.divide_cores(os.environ)
+        from minitp.engine.client import join_world, run_alone_for_caller
+
+        if world is not None:
+            return join_world(options, world)
+        if ALONE_VARIABLE not in os.environ:
+            refuse_unknown_mpi()
+        return run_alone_for_caller(options)
