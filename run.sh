@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# ./run.sh "The capital of France is"     sets up, fetches the demo model, streams text from four ranks
-# ./run.sh test [--all | ARGUMENTS]       sets up, runs tests: core and rooms; all; or pytest's arguments
-# ./run.sh tour "Once upon a time"        all of tensor parallelism in one file, running
-# ./run.sh gpu [--only PART] [--budget S]  tests, checks and measures on this machine's GPU, within 8 minutes
-# ./run.sh setup                          only sets up
-# ./run.sh generate ... --tp 2            any minitp command with its arguments (see ./run.sh --help)
+# ./run.sh "The capital of France is"      set up, download the demo model, continue the text on several ranks
+# ./run.sh tour "Once upon a time"         set up, run all of tensor parallelism in one file
+# ./run.sh generate "Hi" --tp 2 --stats    set up, run any minitp command (./run.sh --help lists them)
+# ./run.sh test [--all | ARGUMENTS]        set up, run the tests of core and rooms; or all; or pytest with ARGUMENTS
+# ./run.sh gpu [--only PART] [--budget S]  test, check and measure this machine's GPU, within 8 minutes
+# ./run.sh setup                           only set up: .venv with Python packages, and an MPI if there is none
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -82,7 +82,7 @@ setup() {
 }
 
 case ${1:-} in
-    "") sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}" && exit 2 ;;
+    "") { echo "usage:" && sed -n '2,7s/^# /  /p' "${BASH_SOURCE[0]}"; } >&2 && exit 2 ;;
     setup)
         setup
         say "ready: .venv/bin/minitp --help"

@@ -106,8 +106,8 @@ def add_dtype(parser):
         "--dtype",
         choices=CHOICES["dtype"],
         default="auto",
-        help="number format of weights and products; auto: float32 on CPUs, the checkpoint's 16-bit format "
-        "on GPUs (default: auto)",
+        help="number format of weights and products; auto: float32 on CPUs; on GPUs the checkpoint's "
+        "16-bit format, or else bfloat16 (default: auto)",
     )
 
 

@@ -129,7 +129,7 @@ def test_a_profile_of_what_has_no_kernels_is_refused(tiny):
         env={**os.environ, **ENVIRONMENT},
     )
     assert done.returncode == 2
-    assert "--profile is of the fused path" in done.stderr
+    assert "--profile needs the fused path" in done.stderr
 
 
 def test_the_limit_is_the_longer_of_reading_and_computing(cupy, tiny):

@@ -99,7 +99,7 @@ def test_the_oldest_is_left_out_of_a_long_conversation(llm, monkeypatch, capsys)
         kept = [number for number in numbers if number in sent[-1]]
         assert kept == numbers[count - sent[-1].count("[user]") : count]
     assert 3 <= len({prompt[23:26] for prompt in sent}) <= 7
-    assert capsys.readouterr().err.count("[the conversation outgrows the context of 300 tokens") == 1
+    assert capsys.readouterr().err.count("[the conversation has outgrown its context of 300 tokens") == 1
 
 
 def test_a_message_that_is_too_long_is_refused_and_the_conversation_goes_on(llm, capsys):
