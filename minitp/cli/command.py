@@ -57,6 +57,8 @@ class Command:
 class OneProcess(Command):
     """A command without ranks. If a user's mpirun starts it all the same, only rank 0 runs it."""
 
+    verbose = "no effect on this command, which starts no ranks"
+
     def start(self, args, rank_command):
         return self.run(args) if environment.env_rank(os.environ) == 0 else 0
 

@@ -28,7 +28,7 @@ class Compare(OneProcess):
         ("minitp compare minitp.safetensors mine.npz", "compare your engine's arrays with a minitp trace"),
         (
             "minitp compare a.safetensors b.npz --map names.json --report difference.html",
-            "rename; report",
+            "other names in B; a report",
         ),
     )
 

@@ -20,8 +20,8 @@ class Perplexity(OnRanks):
     inputs = "FILE"
     summary = "measure a text's perplexity"
     description = (
-        "Print exp of the mean negative log-likelihood of a text's tokens, computed in windows of the "
-        "model's context."
+        "Print a text's perplexity: exp of the mean negative log-likelihood of its tokens, in windows "
+        "of the model's context."
     )
     examples = (
         ("minitp perplexity text.txt --max-context 512", "windows of 512 tokens"),

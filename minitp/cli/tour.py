@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from minitp.cli.command import Command
-from minitp.cli.options import TP, add_prompt
+from minitp.cli.options import add_prompt
 from minitp.errors import InputError
 from minitp.launch.run import Terminated, raised_on_sigterm, ranks_to_start
 from minitp.launch.supervisor import find_mpirun, mpi_environment
@@ -30,6 +30,8 @@ class Tour(Command):
         ("minitp tour --tokens 1,2,3 --model ./llama -n 20", "another Llama or Mistral checkpoint"),
     )
 
+    verbose = "no effect on this command"
+
     def add_options(self, parser):
         add_prompt(parser)
         parser.groups["sampling"].add_argument(
@@ -46,7 +48,13 @@ class Tour(Command):
             help="smollm2, or a directory or Hugging Face id of a Llama or Mistral model (default: smollm2)",
         )
         group = parser.groups["ranks"]
-        group.add_argument("--tp", default="auto", metavar="N", help=TP)
+        group.add_argument(
+            "--tp",
+            default="auto",
+            metavar="N",
+            help="number of ranks, from 1 to the number of attention heads; auto: one per physical core, up "
+            "to 4, or with --gpu one per GPU (default: auto; under mpirun, its number of processes)",
+        )
         group.add_argument(
             "--gpu",
             action="store_true",

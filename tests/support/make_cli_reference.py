@@ -24,7 +24,7 @@ END = """\
 | option | meaning |
 |---|---|
 | `-h`, `--help` | show the command's options and examples, and exit |
-| `-v`, `--verbose` | show tracebacks and every rank's stderr; with `check` also a row for each layer |
+| `-v`, `--verbose` | show tracebacks and what ranks wrote to stderr; with `check` a row for each layer |
 | `--version` | only without a command: show the version, and exit |
 
 ## Exit codes

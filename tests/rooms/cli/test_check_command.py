@@ -12,6 +12,7 @@ from safetensors import safe_open
 from tiny import UNEVEN, write_tiny
 
 from minitp.cli.check import table
+from minitp.cli.main import main
 
 COMMAND = [sys.executable, "-m", "minitp"]
 FAULTY_FRONT = [  # the command with such ranks
@@ -180,6 +181,17 @@ def test_traces_of_fewer_layers_are_compared_as_far_as_they_go(tiny, tmp_path):
     assert (
         "final_norm, logits_partial, logits are not compared: they come after 1 layers in A and 2 in B" in out
     )
+
+
+def test_the_oracle_runs_in_one_process(tiny, tmp_path, monkeypatch):
+    def no_ranks(*_, **__):
+        raise AssertionError("ranks were started")
+
+    monkeypatch.setattr("minitp.cli.command.run_ranks", no_ranks)
+    argv = ["trace", "a", "--model", str(tiny), "--tp", "4", "-o", str(tmp_path / "a.safetensors")]
+    assert main([*argv, "--oracle"]) == 0
+    with pytest.raises(AssertionError, match="ranks were started"):
+        main(argv)
 
 
 def test_the_oracle_has_no_ranks(refused, tiny, tmp_path):
