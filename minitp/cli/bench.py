@@ -33,8 +33,8 @@ class Job:
     points: tuple = ()  # lengths or batch sizes of the sweep
 
 
-class Bench(OnRanks):
-    """The command."""
+class BenchCommand(OnRanks):
+    """The command `minitp bench`."""
 
     name = "bench"
     summary = "measure speed against the machine's limits"

@@ -11,8 +11,8 @@ from minitp.errors import InputError
 from minitp.launch.run import Terminated, raised_on_sigterm
 
 
-class Chat(Caller):
-    """The command."""
+class ChatCommand(Caller):
+    """The command `minitp chat`."""
 
     name = "chat"
     summary = "talk with a model in the terminal"

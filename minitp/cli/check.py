@@ -15,8 +15,8 @@ HEADER = ("step", "local error", "allowed", "share", "worst at", "total error")
 SIDES = "<>>><>"
 
 
-class Check(OnRanks):
-    """The command."""
+class CheckCommand(OnRanks):
+    """The command `minitp check`."""
 
     name = "check"
     inputs = "PROMPT"

@@ -1,4 +1,4 @@
-"""Colors on a terminal; https://no-color.org says how a user turns them off."""
+"""The colors of text on a terminal; https://no-color.org says how a user turns them off."""
 
 import os
 

@@ -95,7 +95,7 @@ class OnRanks(Command):
         return ranks_to_start(args.tp, args.device, args.model, args.layers)
 
     def run_alone(self, args):
-        """Be the only rank, in this process and without MPI."""
+        """Run the command as the only rank, in this process and without MPI."""
         from minitp.comm.single import SingleRank
         from minitp.launch.rank import run_alone
 

@@ -1,24 +1,24 @@
 """The table of all commands, in the order in which `minitp --help` lists them."""
 
-from minitp.cli.bench import Bench
-from minitp.cli.chat import Chat
-from minitp.cli.check import Check
-from minitp.cli.compare import Compare
-from minitp.cli.generate import Generate
-from minitp.cli.info import Info
-from minitp.cli.perplexity import Perplexity
-from minitp.cli.plan import Plan
-from minitp.cli.ranks import Ranks
-from minitp.cli.serve import Serve
-from minitp.cli.shard import Shard
-from minitp.cli.tour import Tour
-from minitp.cli.trace import Trace
+from minitp.cli.bench import BenchCommand
+from minitp.cli.chat import ChatCommand
+from minitp.cli.check import CheckCommand
+from minitp.cli.compare import CompareCommand
+from minitp.cli.generate import GenerateCommand
+from minitp.cli.info import InfoCommand
+from minitp.cli.perplexity import PerplexityCommand
+from minitp.cli.plan import PlanCommand
+from minitp.cli.ranks import RanksCommand
+from minitp.cli.serve import ServeCommand
+from minitp.cli.shard import ShardCommand
+from minitp.cli.tour import TourCommand
+from minitp.cli.trace import TraceCommand
 
 SECTIONS = {
-    "run a model": (Generate(), Chat(), Serve()),
-    "check and compare": (Check(), Trace(), Compare(), Perplexity()),
-    "plan and measure": (Shard(), Plan(), Bench()),
-    "learn and report": (Tour(), Info()),
+    "run a model": (GenerateCommand(), ChatCommand(), ServeCommand()),
+    "check and compare": (CheckCommand(), TraceCommand(), CompareCommand(), PerplexityCommand()),
+    "plan and measure": (ShardCommand(), PlanCommand(), BenchCommand()),
+    "learn and report": (TourCommand(), InfoCommand()),
 }
-INTERNAL = (Ranks(),)
+INTERNAL = (RanksCommand(),)
 COMMANDS = {command.name: command for section in (*SECTIONS.values(), INTERNAL) for command in section}

@@ -14,8 +14,8 @@ NAMES_SHOWN = 3
 BESIDE = 30  # a longer note gets its own line
 
 
-class Compare(OneProcess):
-    """The command."""
+class CompareCommand(OneProcess):
+    """The command `minitp compare`."""
 
     name = "compare"
     inputs = "A B"

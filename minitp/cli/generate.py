@@ -12,8 +12,8 @@ from minitp.util.format import counted
 from minitp.util.stdout import write_out
 
 
-class Generate(OnRanks):
-    """The command."""
+class GenerateCommand(OnRanks):
+    """The command `minitp generate`."""
 
     name = "generate"
     inputs = "PROMPT"

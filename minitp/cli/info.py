@@ -43,8 +43,8 @@ STARTED_ALIKE = {
 }
 
 
-class Info(OneProcess):
-    """The command."""
+class InfoCommand(OneProcess):
+    """The command `minitp info`."""
 
     name = "info"
     summary = "show versions and hardware, for a bug report"

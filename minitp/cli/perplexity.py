@@ -13,8 +13,8 @@ from minitp.util.stdout import write_out
 CHUNK = 128  # positions whose logits, float32 [128, V], are held at a time
 
 
-class Perplexity(OnRanks):
-    """The command."""
+class PerplexityCommand(OnRanks):
+    """The command `minitp perplexity`."""
 
     name = "perplexity"
     inputs = "FILE"

@@ -1,4 +1,4 @@
-"""`minitp plan`: does a model fit, and how fast will it be?"""
+"""`minitp plan`: predict whether a model fits, and how fast it will be."""
 
 import json
 import os
@@ -17,8 +17,8 @@ TP = (
 )
 
 
-class Plan(OneProcess):
-    """The command."""
+class PlanCommand(OneProcess):
+    """The command `minitp plan`."""
 
     name = "plan"
     summary = "predict whether a model fits, and how fast it will be"

@@ -125,9 +125,9 @@ def notes(config, hardware, result, left_out):
         found.append(
             f"The cache holds every position; of these decoding reads the last {config.sliding_window}{some}."
         )
-    behind = counted(result["prompt_tokens"], "token")
+    prompt = counted(result["prompt_tokens"], "token")
     found.append(
-        f"tokens/s: a token behind {behind} in the cache of each sequence; in collectives: of the time "
+        f"tokens/s: a token after {prompt} in the cache of each sequence; in collectives: share of the time "
         "of one sequence's token."
     )
     limit = f"limit: {hardware.limit_source}, and "

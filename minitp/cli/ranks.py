@@ -10,8 +10,8 @@ from minitp.util import environment
 from minitp.util.environment import ALONE_VARIABLE, SOCKET_VARIABLE
 
 
-class Ranks(Command):
-    """The command, which --help does not list."""
+class RanksCommand(Command):
+    """The command `minitp ranks`, which --help does not list."""
 
     name = "ranks"
     inputs = "JSON"
@@ -23,7 +23,7 @@ class Ranks(Command):
         )
 
     def start(self, args, rank_command):
-        """Be one of the ranks."""
+        """Run one of the ranks, and return its exit code."""
         if SOCKET_VARIABLE not in os.environ:
             raise InputError("minitp ranks is internal: LLM, chat and serve start it; use one of these")
         try:

@@ -11,8 +11,8 @@ from minitp.errors import InputError
 from minitp.util.format import counted
 
 
-class Serve(Caller):
-    """The command."""
+class ServeCommand(Caller):
+    """The command `minitp serve`."""
 
     name = "serve"
     summary = "serve a model over HTTP, compatible with OpenAI's API"

@@ -15,8 +15,8 @@ TP = (
 )
 
 
-class Shard(OneProcess):
-    """The command."""
+class ShardCommand(OneProcess):
+    """The command `minitp shard`."""
 
     name = "shard"
     summary = "show which rank holds what; write a checkpoint file per rank"

@@ -15,8 +15,8 @@ from minitp.util.environment import check_world, divide_cores, world_size
 from minitp.util.stdout import write_out
 
 
-class Tour(Command):
-    """The command."""
+class TourCommand(Command):
+    """The command `minitp tour`."""
 
     name = "tour"
     inputs = "PROMPT"

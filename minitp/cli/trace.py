@@ -9,8 +9,8 @@ from minitp.util.format import counted
 from minitp.util.stdout import write_out
 
 
-class Trace(OnRanks):
-    """The command."""
+class TraceCommand(OnRanks):
+    """The command `minitp trace`."""
 
     name = "trace"
     inputs = "PROMPT -o FILE"

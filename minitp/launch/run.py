@@ -1,4 +1,4 @@
-"""The front: a process outside MPI that starts the ranks of a command and ends when they have ended."""
+"""The launcher: a process outside MPI that starts the ranks of a command and ends when they have ended."""
 
 import signal
 import sys
@@ -49,12 +49,12 @@ def ranks_to_start(tp, device, model, layers=None):
 
 
 class Terminated(BaseException):
-    """SIGTERM has come."""
+    """The exception that SIGTERM raises within `raised_on_sigterm`."""
 
 
 @contextmanager
 def raised_on_sigterm():
-    """SIGTERM raises Terminated here, so that the ranks are ended on this way out as well."""
+    """Let SIGTERM raise Terminated within the block, so that the ranks are ended then, too."""
 
     def raise_terminated(number, frame):
         raise Terminated

@@ -1,1 +1,1 @@
-"""Small helpers: the machine and the launcher (environment), stdout, text (format), suggestions (suggest)."""
+"""The smaller helpers: environment (the machine and the launcher), stdout, format (text), suggest (typos)."""

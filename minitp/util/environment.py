@@ -1,4 +1,4 @@
-"""What the launcher and the machine say before numpy and MPI are there: ranks, cores, threads."""
+"""The facts that are known before numpy and MPI are imported: ranks, cores, threads."""
 
 import importlib.util
 import os
@@ -24,13 +24,13 @@ def world_size(environment):
 
 
 def env_rank(environment):
-    """This process's rank before MPI has been asked."""
+    """Return this process's rank, from the launcher's variables."""
     names = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
     return next((int(environment[name]) for name in names if name in environment), 0)
 
 
 def local_ranks(environment, world):
-    """How many of the ranks share this host."""
+    """Return the number of ranks on this host."""
     names = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
     return next((int(environment[name]) for name in names if name in environment), world)
 
@@ -76,7 +76,7 @@ def check_world(tp, world):
 
 
 def gpus():
-    """NVIDIA GPUs of this host that CuPy could use; without asking CuPy, which takes a second."""
+    """Return the number of GPUs that CuPy could use, without importing CuPy, which takes a second."""
     if importlib.util.find_spec("cupy") is None:
         return 0
     there = len(glob("/dev/nvidia[0-9]*")) or int(os.path.exists("/dev/dxg"))  # the latter under WSL
@@ -97,7 +97,7 @@ def physical_cores():
 
 
 def cpu_name():
-    """What the processor calls itself."""
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -107,7 +107,7 @@ def cpu_name():
 
 
 def divide_cores(environment):
-    """In a world of MPI, limit this rank's BLAS to its share of the host; see limit_blas_threads."""
+    """Limit this rank's BLAS threads to its share of the host's cores, if this process is an MPI rank."""
     world = world_size(environment)
     if world is not None:
         limit_blas_threads(environment, local_ranks(environment, world))

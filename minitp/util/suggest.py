@@ -1,4 +1,4 @@
-"""Suggestions for names that a user has mistyped, or knows from another tool."""
+"""The suggestion for a name that a user has mistyped, or knows from another tool."""
 
 from difflib import get_close_matches
 

@@ -15,13 +15,13 @@ RUN_SH = (ROOT / "run.sh").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_python_examples_run(number):
-    done = subprocess.run([sys.executable, "-c", PYTHON_BLOCKS[number]], capture_output=True, text=True)
+@pytest.mark.parametrize("block", PYTHON_BLOCKS)
+def test_python_examples_run(block):
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    if number < 2:
+    if "print" in block:
         assert done.stdout.startswith(" Paris.\n")
-    assert len(PYTHON_BLOCKS) == 3
+    assert len(PYTHON_BLOCKS) > 1
 
 
 def test_run_sh_knows_every_command():

@@ -66,7 +66,7 @@ def talk(llm, opening=(), **params):
 
 
 def answers(llm, said, opening=()):
-    """What the model answers to each thing said, knowing all that was said before; a line each."""
+    """Return the model's answers to the messages of a conversation, a line each."""
     messages = list(opening)
     for text in said:
         messages.append(message("user", text))
@@ -87,7 +87,7 @@ def test_each_answer_is_to_all_that_has_been_said(llm, capsys, opening):
 
 
 def test_the_oldest_is_left_out_of_a_long_conversation(llm, monkeypatch, capsys):
-    """Never the system message; and much at once, so that most of the time the beginning stays."""
+    """The system message stays; much is dropped at once, so that the beginning changes rarely."""
     sent, submit, text_of = [], llm.submit, llm.tokenizer.decode
     monkeypatch.setattr(llm, "submit", lambda ids, *more: sent.append(text_of(ids)) or submit(ids, *more))
     conversation = talk(llm, [SYSTEM], max_new_tokens=20)
@@ -196,7 +196,7 @@ class Terminal(Running):
         os.write(self.ours, keys.encode())
 
     def until(self, text):
-        """What has appeared before `text`, which is waited for."""
+        """Wait for `text`, and return what has appeared before it."""
         deadline = time.monotonic() + START_S / 4
         while text not in self.seen:
             ready = select.select([self.ours], [], [], max(0, deadline - time.monotonic()))[0]

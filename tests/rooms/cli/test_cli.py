@@ -444,7 +444,7 @@ def test_argument_that_is_not_utf8(tiny, how):
 
 @pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["--version"]])
 def test_help_is_quick(argv):
-    """Without numpy and all that brings it."""
+    """The help needs neither numpy nor anything that imports it."""
     code = (
         "import sys, atexit\n"
         "heavy = 'numpy mpi4py tokenizers safetensors huggingface_hub ml_dtypes tqdm'.split()\n"

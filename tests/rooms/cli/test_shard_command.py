@@ -127,7 +127,7 @@ def test_plan_json_says_what_else_there_is_to_know(tmp_path):
 
 
 def test_random_model(tmp_path, capsys):
-    """In float32, as its values are drawn."""
+    """The weights of a random model are written in float32, as they are drawn."""
     argv = ["--model", "random:smollm2-135m", "--layers", 1, "--tp", 5]
     assert shard(*argv, "-o", tmp_path / "deep" / "out") == 0
     found = put_together(tmp_path / "deep" / "out")
@@ -144,7 +144,7 @@ def test_random_model(tmp_path, capsys):
 
 
 def table(capsys, *argv):
-    """What is printed, and the ranks' lines as lists of words."""
+    """Return the printed text, and the ranks' lines as lists of words."""
     assert shard(*argv) == 0
     text = capsys.readouterr().out
     ranks = text[text.index("rank  heads") :].splitlines()[1:]
@@ -152,7 +152,7 @@ def table(capsys, *argv):
 
 
 def joined(text):
-    """Without the breaks of its lines."""
+    """Return a text without its line breaks."""
     return " ".join(text.split())
 
 
@@ -297,7 +297,7 @@ def test_tied_embeddings_beside_another_lm_head(refused, tmp_path, capsys):
 
 
 def test_a_broken_run_leaves_no_half_file(tiny, tmp_path, monkeypatch):
-    """Nor a plan.json of an earlier run beside files of this one."""
+    """A plan.json of an earlier run does not stay next to files of this one."""
     assert shard("--model", tiny, "--tp", 2, "-o", tmp_path) == 0
     write, count = TensorWriter.write, 0
 

@@ -1,4 +1,4 @@
-"""Which name a mistyped or foreign one stands for."""
+"""The name that a mistyped or foreign one stands for."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What `generate` and `check` show on a terminal and not in a pipe: the prompt, and colors."""
+"""The output on a terminal that a pipe does not get: the prompt of `generate`, and colors."""
 
 import os
 import pty
