@@ -1,15 +1,15 @@
-"""From what the user calls a model to the arrays that a rank holds.
+"""Model loading: from the name that the user gives to the arrays that a rank holds.
 
 source.py              --model: a directory, a GGUF file, a Hugging Face id, the demo, random:NAME
 config.py              config.json, checked: one Config for all families
-config_reader.py       its fields, one by one
-families.py            what the families differ in, as a table
+config_reader.py       the checks of its fields, one by one
+families.py            the differences between families, as a table
 rope_config.py         the part of config.json about rotary position embedding
 checkpoint.py          the tensors of safetensors files, read slice by slice
-weights.py             this rank's slices, in the layout in which `model` multiplies by them
+weights.py             a rank's slices, in the layout in which `model` multiplies by them
 random_weights.py      weights drawn from a counter, for true shapes without a file
-demo.py                the demo model, fetched once
+demo.py                the demo model, downloaded once
 gguf/                  GGUF files: their tensors, their metadata as a config, their tokenizer
 export.py              rank{r}.safetensors for another engine
-safetensors_writer.py  a safetensors file written tensor by tensor
+safetensors_writer.py  safetensors files written tensor by tensor
 """

@@ -1,10 +1,10 @@
-"""Hugging Face checkpoint directories: which tensor lies in which file, checked before anything is loaded."""
+"""A Hugging Face checkpoint directory: where each tensor lies, checked before anything is loaded."""
 
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  registers bfloat16, in which the safetensors library then answers
+import ml_dtypes  # noqa: F401  registers bfloat16, which the safetensors library can then return
 from safetensors import SafetensorError, safe_open
 
 from minitp.errors import InputError
@@ -12,13 +12,16 @@ from minitp.loading.config import read_json
 
 DTYPES = ("F32", "F16", "BF16")
 
-# Tensors that older checkpoints carry and that say nothing which config.json does not.
+# Older checkpoints carry these tensors; they only repeat what config.json says.
 REDUNDANT = "self_attn.rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor's place: its file, dtype (safetensors' name), shape; of a part, from which row of what."""
+    """The file, dtype (safetensors' name) and shape of one tensor.
+
+    A part of a joined tensor also has the joined tensor's name, `part_of`, and its own first row there.
+    """
 
     file: Path
     dtype: str
@@ -30,7 +33,7 @@ class TensorInfo:
 class Checkpoint:
     """The tensors of a directory: `model.safetensors`, or several files with `model.safetensors.index.json`.
 
-    Opening reads headers only. `read` returns one slice of one tensor and touches nothing else of it.
+    Opening it reads only headers. `read` reads one slice of one tensor and nothing else.
 
     Attributes
     ----------
@@ -39,12 +42,13 @@ class Checkpoint:
     Raises
     ------
     InputError
-        if a file is missing, truncated or no safetensors file, or does not hold what the index says.
+        if a file is missing, truncated or not a safetensors file, or if a tensor of the index is not in
+        its file.
     """
 
     def __init__(self, directory):
         self.directory = Path(directory)
-        self._open_files = threading.local()  # ranks may be threads, and a file handle is one thread's
+        self._open_files = threading.local()  # file handles of each thread, because ranks may be threads
         single = self.directory / "model.safetensors"
         index = self.directory / "model.safetensors.index.json"
         if single.exists():
@@ -53,28 +57,28 @@ class Checkpoint:
             self.tensors = self._read_index(index)
         else:
             raise InputError(
-                f"{directory}: neither model.safetensors nor model.safetensors.index.json; "
+                f"{directory} has neither model.safetensors nor model.safetensors.index.json; "
                 "--model needs a Hugging Face directory with safetensors files"
             )
 
     def _read_index(self, index):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise InputError(f"{index}: expected an object of file names under 'weight_map'")
+            raise InputError(f"{index}: expected an object of file names by tensor under 'weight_map'")
         tensors = {}
         for name in sorted(set(weight_map.values())):
             header = _read_header(self.directory / name)
             for tensor in (tensor for tensor, file in weight_map.items() if file == name):
                 if tensor not in header:
                     raise InputError(
-                        f"{self.directory / name}: tensor {tensor} is missing; {index.name} puts it here"
+                        f"{self.directory / name}: tensor {tensor} is missing, but {index.name} lists it"
                     )
-            # A file may hold a tensor that the index does not name, or names in another file.
+            # A file may hold a tensor that the index does not name or lists in another file.
             tensors |= {t: info for t, info in header.items() if weight_map.get(t, name) == name}
         return tensors
 
     def split_joined(self, plan):
-        """From here on the parts of joined tensors go by the names that they have in the plan."""
+        """Give the parts of joined tensors the names that they have in the plan."""
         joined = {}
         for shard in plan.tensors.values():
             if shard.part_of is not None:
@@ -84,11 +88,11 @@ class Checkpoint:
             self._expect(name, shape)
             info = self.tensors.pop(name)
             for part in parts:
-                place = {"part_of": name, "first_row": part.first_row}
-                self.tensors[part.name] = replace(info, shape=part.shape, **place)
+                location = {"part_of": name, "first_row": part.first_row}
+                self.tensors[part.name] = replace(info, shape=part.shape, **location)
 
     def _expect(self, name, shape):
-        """Refuse a checkpoint that lacks a tensor, or has it in another shape."""
+        """Refuse a checkpoint that lacks a tensor or has it in another shape."""
         info = self.tensors.get(name)
         if info is None:
             raise InputError(f"{self.directory}: tensor {name} is missing, expected shape {list(shape)}")
@@ -98,9 +102,9 @@ class Checkpoint:
             )
 
     def check(self, plan, layers_in_file):
-        """Refuse a checkpoint that lacks a tensor of the plan, has one in another shape, or one too many.
+        """Refuse a checkpoint in which a tensor is missing, misshapen, of the wrong dtype or unexpected.
 
-        `layers_in_file` is the number of layers that config.json gives, for a plan of fewer.
+        `layers_in_file` is the number of layers in config.json; the plan may have fewer.
         """
         for name, shard in plan.tensors.items():
             self._expect(name, shard.shape)
@@ -113,14 +117,14 @@ class Checkpoint:
         for name, info in self.tensors.items():
             if name in plan.tensors or name.endswith(REDUNDANT) or name.startswith(skipped):
                 continue
-            if name == "lm_head.weight":  # tied, yet in the file: loading holds the two against each other
+            if name == "lm_head.weight":  # a copy of tied embeddings; loading compares the two
                 continue
             raise InputError(
-                f"{info.file}: tensor {name} is not part of this model; config.json asks for no such"
+                f"{info.file}: tensor {name} is not part of the model that config.json describes"
             )
 
     def read(self, name, index):
-        """One slice of a tensor, in the dtype of the file. `index` is a tuple of slices."""
+        """Read one slice of a tensor, in the file's dtype; `index` is a tuple of slices."""
         info = self.tensors[name]
         if 0 in [s.stop - s.start for s in index]:
             index = tuple(slice(0, 0) for _ in index)
@@ -148,6 +152,6 @@ def _read_header(path):
                 tensors[name] = TensorInfo(path, piece.get_dtype(), tuple(piece.get_shape()))
             return tensors
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file, though the index names it") from None
+        raise InputError(f"{path}: no such file, although the index names it") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: truncated, or not a safetensors file: {error}") from error

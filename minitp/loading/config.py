@@ -1,4 +1,4 @@
-"""What a model's config.json says, under Hugging Face's own names, and nothing silently ignored."""
+"""A model's configuration: the fields of config.json under Hugging Face's names, none silently ignored."""
 
 import dataclasses
 import json
@@ -13,10 +13,10 @@ from minitp.loading.rope_config import Rope
 
 
 def option(plain, words):
-    """A field in which families differ: `plain` is Llama's value, `words` name what another one asks for.
+    """Define a field in which families differ.
 
-    A family's row in FAMILIES says where the value comes from. By these words `cuda.fused` refuses what it
-    has no kernels for.
+    `plain` is Llama's value, and a family's row in FAMILIES says where another value comes from. `words`
+    describe other values, for the message in which `cuda.fused` says that it has no kernels for them.
     """
     return dataclasses.field(default=plain, metadata={"words": words})
 
@@ -39,40 +39,41 @@ class Config:
     eos_token_ids: tuple
     dtype: str
     tie_word_embeddings: bool = False
-    joined_projections: bool = False  # the file has q, k and v in one tensor, and gate and up in another
+    joined_projections: bool = False  # q, k and v are one tensor in the file, gate and up another
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
-    full_attention_layers: frozenset = frozenset()  # those that see everything in spite of sliding_window
+    full_attention_layers: frozenset = frozenset()  # layers without the sliding window
     num_experts_per_tok: int = 0
     num_local_experts: int = option(0, "experts")
-    qk_norm: bool = option(False, "a norm of q and k")
-    norm_plus_one: bool = option(False, "norms that multiply with 1 + weight")
-    post_norms: bool = option(False, "norms after the blocks")  # before the addition
+    qk_norm: bool = option(False, "QK norm")
+    norm_plus_one: bool = option(False, "norms that multiply by 1 + weight")
+    post_norms: bool = option(False, "norms after the blocks")  # before the residual addition
     embedding_multiplier: float = option(1.0, "scaled embeddings")
     attention_multiplier: float = option(None, "another scale of the scores")  # None: 1 / sqrt(head_dim)
-    residual_multiplier: float = option(1.0, "a residual_multiplier")  # of what a block adds to the stream
-    logits_scaling: float = option(1.0, "logits_scaling")  # logits are divided by it
+    residual_multiplier: float = option(1.0, "a residual_multiplier")  # scales a block's output
+    logits_scaling: float = option(1.0, "logits_scaling")  # divides the logits
     attn_logit_softcapping: float | None = option(None, "soft caps")
     final_logit_softcapping: float | None = option(None, "soft caps")
     layers_without_rope: frozenset = option(frozenset(), "layers without RoPE")
-    hidden_act: str = option("silu", "hidden_act {}")  # or GELU
-    unread: tuple = ()  # fields that nothing here knows, for a warning
+    hidden_act: str = option("silu", "hidden_act {}")  # or gelu_pytorch_tanh
+    unread: tuple = ()  # unknown fields, for a warning
 
     @cached_property
     def windows(self):
-        """The sliding window of each layer, None where it sees everything."""
+        """The sliding window of each layer; None for full attention."""
         layers = range(self.num_hidden_layers)
         return [None if i in self.full_attention_layers else self.sliding_window for i in layers]
 
     def with_layers(self, layers, where):
-        """The same model cut to its first `layers` layers (None: all of them)."""
+        """Return the same model cut to its first `layers` layers (None: all of them)."""
         if layers is None:
             return self
         if not 1 <= layers <= self.num_hidden_layers:
             raise InputError(
-                f"--layers {layers}: {where} has {self.num_hidden_layers} layers; give 1 to that"
+                f"--layers {layers}: {where} has {self.num_hidden_layers} layers; "
+                f"choose from 1 to {self.num_hidden_layers}"
             )
         return dataclasses.replace(self, num_hidden_layers=layers)
 
@@ -96,13 +97,13 @@ def read_config(directory):
 
 
 def read_json(path):
-    """The object in a JSON file, or an InputError that says what is wrong with it."""
+    """Return the object in a JSON file, or raise an InputError that says what is wrong with the file."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        wanted = "; --model needs a Hugging Face model directory" if Path(path).name == "config.json" else ""
-        raise InputError(f"{path}: no such file{wanted}") from None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or too deep or long for Python
+        hint = "; --model needs a Hugging Face model directory" if Path(path).name == "config.json" else ""
+        raise InputError(f"{path}: no such file{hint}") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply for Python
         raise InputError(f"{path}: not valid JSON: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
@@ -112,7 +113,7 @@ def read_json(path):
 
 
 def parse_config(fields, where):
-    """A Config from the fields of a config.json; `where` names it in errors."""
+    """Return the Config for the fields of a config.json; `where` names the file in errors."""
     family = FAMILIES.get(str(fields.get("model_type")))
     if family is None or fields.get("architectures") not in (None, [family["architecture"]]):
         known = ", ".join(f"{name} ({f['architecture']})" for name, f in FAMILIES.items())

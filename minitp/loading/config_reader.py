@@ -1,11 +1,11 @@
-"""Taking the fields of a config.json out of it one by one, each checked, so that none is overlooked."""
+"""A reader that checks the fields of a config.json one by one, so that none is overlooked."""
 
 import math
 
 from minitp.errors import InputError
 from minitp.loading.rope_config import read_rope
 
-# Fields that would change the maths, with the only value for which the maths here is right.
+# Fields that would change the computation, with the only value that is supported.
 ONLY_VALUE = {
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
@@ -15,7 +15,7 @@ ONLY_VALUE = {
     "use_bidirectional_attention": False,
 }
 
-# Fields that say nothing about the forward pass.
+# Fields that do not affect the forward pass.
 NO_MATHS = {
     "_name_or_path", "_attn_implementation", "architectures", "model_type", "transformers_version",
     "transformers.js_config", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp",
@@ -34,7 +34,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 class Reader:
-    """Takes fields out of config.json one by one, so that what is left over is known.
+    """A reader of config.json that notes which fields have been read, and so knows the rest.
 
     Parameters
     ----------
@@ -43,9 +43,9 @@ class Reader:
     family : dict
         A row of FAMILIES.
     where : str
-        Names the file in errors.
+        The file's name in errors.
     types : dict
-        The type of each field of Config: by it are read those options that the family's row has.
+        The type of each field of Config. An option that the family has is read as its type says.
     """
 
     def __init__(self, fields, family, where, types):
@@ -65,7 +65,7 @@ class Reader:
         raise InputError(f"{self.where}: {name} is {value!r}, expected {expected}")
 
     def count(self, name):
-        """An integer that may be 0."""
+        """Return a field that must be an integer of at least 0."""
         value = self.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             self.refuse(name, value, "an integer, 0 or more")
@@ -81,7 +81,7 @@ class Reader:
         return kind(value)
 
     def optional_number(self, name):
-        """A positive number, or None where it is null or absent."""
+        """Return a field that must be a positive number, or None if it is null or absent."""
         return None if self.get(name) is None else self.number(name, float)
 
     def flag(self, name):
@@ -91,7 +91,7 @@ class Reader:
         return value
 
     def values(self):
-        """The fields of a Config."""
+        """Return the fields of a Config, by name."""
         heads = self.number("num_attention_heads", int)
         kv_heads = self.number("num_key_value_heads", int, heads)
         hidden = self.number("hidden_size", int)
@@ -101,13 +101,13 @@ class Reader:
             self.refuse("hidden_size", hidden, f"a multiple of num_attention_heads, {heads}, or a head_dim")
         head_dim = self.number("head_dim", int, hidden // heads)
         if head_dim % 2:
-            self.refuse("head_dim", head_dim, "an even number (RoPE turns pairs)")
+            self.refuse("head_dim", head_dim, "an even number (RoPE rotates pairs)")
         dtype = self.get("dtype") or self.get("torch_dtype") or "float32"
         if dtype not in DTYPES:
             self.refuse("dtype", dtype, "one of " + ", ".join(DTYPES))
         longest = self.number("max_position_embeddings", int)
         rope = read_rope(self, head_dim, longest)
-        if rope.rope_type == "longrope":  # has other frequencies beyond that, to which nothing switches
+        if rope.rope_type == "longrope":  # the frequencies for longer contexts are not supported
             longest = min(longest, rope.original_max_position_embeddings)
         window, full_attention_layers = self.windows()
         return dict(
@@ -133,7 +133,7 @@ class Reader:
         )
 
     def options(self, hidden, head_dim):
-        """The fields in which families differ, as far as the family's row says that it has them."""
+        """Return the fields in which families differ, as far as the family's row has them."""
         found = {name: True for name in self.always if name in self.types}
         for name, kind in self.types.items():
             if name in self.family_reads and kind in READERS:
@@ -153,20 +153,25 @@ class Reader:
         return found
 
     def layers_without_rope(self):
-        """From `no_rope_layers`, a 1 for each layer with RoPE; or every `no_rope_layer_interval`th layer."""
-        layers, turns = range(self.number("num_hidden_layers", int)), self.get("no_rope_layers")
-        self.read.add("no_rope_layer_interval")  # which does not count if the layers are listed
-        if turns is None:
+        """Return the indices of the layers without RoPE.
+
+        `no_rope_layers` has a 1 for each layer with RoPE, despite its name. If it is absent, every
+        `no_rope_layer_interval`th layer has no RoPE.
+        """
+        layers, has_rope = range(self.number("num_hidden_layers", int)), self.get("no_rope_layers")
+        self.read.add("no_rope_layer_interval")  # ignored if the layers are listed
+        if has_rope is None:
             interval = self.number("no_rope_layer_interval", int)
-            turns = [(i + 1) % interval != 0 for i in layers]
-        if not isinstance(turns, list) or len(turns) < len(layers) or any(t not in (0, 1) for t in turns):
-            self.refuse("no_rope_layers", turns, f"a list of {len(layers)}, each 0 or 1")
-        return frozenset(i for i in layers if not turns[i])
+            has_rope = [(i + 1) % interval != 0 for i in layers]
+        is_list = isinstance(has_rope, list) and len(has_rope) >= len(layers)
+        if not is_list or any(entry not in (0, 1) for entry in has_rope):
+            self.refuse("no_rope_layers", has_rope, f"a list of {len(layers)}, each 0 or 1")
+        return frozenset(i for i in layers if not has_rope[i])
 
     def windows(self):
-        """sliding_window, and the layers that it does not concern.
+        """Return sliding_window, and the indices of the layers without it.
 
-        Qwen's count only with `use_sliding_window`, and from layer `max_window_layers` on.
+        Qwen's window applies only with `use_sliding_window`, and only from layer `max_window_layers` on.
         """
         if "use_sliding_window" in self.family_reads:
             switched_on = self.flag("use_sliding_window")
@@ -174,7 +179,8 @@ class Reader:
             if not switched_on:
                 types = self.get("layer_types", [])
                 if not isinstance(types, list) or "sliding_attention" in types:
-                    self.refuse("layer_types", self.get("layer_types"), "use_sliding_window true with these")
+                    expected = "a list without sliding_attention unless use_sliding_window is true"
+                    self.refuse("layer_types", self.get("layer_types"), expected)
                 return None, frozenset()
         elif "sliding_window" not in self.family_reads:
             return None, frozenset()
@@ -186,7 +192,7 @@ class Reader:
         return window, full_attention_layers
 
     def full_attention_layers(self):
-        """From `layer_types`, or where that is absent by the family's rule."""
+        """Return the layers with full attention, by `layer_types` or else by the family's rule."""
         layers = range(self.number("num_hidden_layers", int))
         if "layer_types" not in self.family_reads:
             return frozenset()
@@ -199,11 +205,11 @@ class Reader:
             return frozenset(layers[: self.count("max_window_layers")])
         known = ("full_attention", "sliding_attention")
         if not isinstance(types, list) or len(types) != len(layers) or any(t not in known for t in types):
-            self.refuse("layer_types", types, f"a list of {len(layers)}, each one of {', '.join(known)}")
+            self.refuse("layer_types", types, f"a list of {len(layers)}, each {' or '.join(known)}")
         return frozenset(i for i in layers if types[i] == "full_attention")
 
     def activation(self):
-        """`hidden_act`, or Gemma's `hidden_activation`, beside which `hidden_act` does not count."""
+        """Return the activation: `hidden_act`, or in Gemma `hidden_activation`, which overrides it."""
         self.read.add("hidden_act")
         gemma = "hidden_activation" in self.family_reads
         name, choices = ("hidden_activation", (GELU,)) if gemma else ("hidden_act", ("silu", "swish"))
@@ -213,7 +219,7 @@ class Reader:
         return choices[0]
 
     def experts(self):
-        """How many there are, and how many of them a token goes through."""
+        """Return the number of experts, and how many of them process each token."""
         experts, per_token = (self.number(n, int) for n in ("num_local_experts", "num_experts_per_tok"))
         if per_token > experts:
             self.refuse("num_experts_per_tok", per_token, f"at most num_local_experts, {experts}")
@@ -221,25 +227,26 @@ class Reader:
 
     def eos(self):
         value = self.get("eos_token_id", [])
-        self.read.add("bos_token_id")  # the tokenizer knows when to put it in front
+        self.read.add("bos_token_id")  # known, but the tokenizer decides when to add it
         ids = value if isinstance(value, list) else [value]
         if not all(isinstance(i, int) and i >= 0 for i in ids):
             self.refuse("eos_token_id", value, "a token id or a list of them")
         return tuple(ids)
 
     def unread(self):
-        """Refuse fields that change the maths; return those that nobody here knows."""
+        """Refuse unsupported values of fields that affect the computation; return the unknown fields."""
         unknown = []
         for name, value in self.fields.items():
             if name in ONLY_VALUE:
                 if value is not None and value != ONLY_VALUE[name]:
-                    self.refuse(name, value, f"{ONLY_VALUE[name]!r}: nothing else is supported")
+                    self.refuse(name, value, f"{ONLY_VALUE[name]!r}, the only supported value")
             elif name not in self.read and name not in NO_MATHS and value not in (None, False, [], {}):
                 unknown.append(name)
         return tuple(unknown)
 
 
-READERS = {  # of a field that is called the same in config.json, by its type
+# How to read an option whose name in config.json is that of the Config field, by its type.
+READERS = {
     bool: Reader.flag,
     float: lambda reader, name: reader.number(name, float),
     float | None: Reader.optional_number,

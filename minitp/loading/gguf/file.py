@@ -9,8 +9,8 @@ The format (docs/gguf.md of ggml), all numbers little-endian:
     padding to a multiple of general.alignment, then the tensors' data
 
 Dimensions come innermost first. A quantized tensor's rows are divided into blocks of 32 or 256 numbers, each
-block a few bytes; the `gguf` library turns blocks into numbers. It could read the header too, but takes
-2 seconds for the 100 000 strings of a small vocabulary where this takes 0.1, and every rank has to.
+block a few bytes; the `gguf` library dequantizes the blocks. It could read the header too, but takes 2
+seconds for the 100,000 strings of a small vocabulary where this module takes 0.1, and every rank reads it.
 """
 
 import mmap
@@ -28,16 +28,16 @@ from minitp.errors import InputError
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # unless general.alignment says otherwise
 
-# Metadata types: the code, and struct's letter for it.
+# Metadata types: code -> struct's format letter.
 NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
-FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # stored as they are
+FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # not quantized
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor's place: type (F16, Q4_K, ..), shape (outermost first) and where its bytes begin."""
+    """The type (F16, Q4_K, ..), shape (outermost first) and first byte of one tensor."""
 
     type: gguf.GGMLQuantizationType
     shape: tuple
@@ -45,7 +45,7 @@ class GgufTensor:
 
     @property
     def block(self):
-        """(numbers, bytes) of a block."""
+        """The size of a block, as (numbers, bytes)."""
         return gguf.GGML_QUANT_SIZES[self.type]
 
     @property
@@ -59,12 +59,12 @@ class GgufTensor:
 
     @property
     def dtype(self):
-        """safetensors' name of the dtype in which it is read: its own, or F32 for a quantized one."""
+        """The dtype that reading yields (safetensors' name): the tensor's own, or F32 if it is quantized."""
         return self.type.name if self.type.name in FLOATS else "F32"
 
 
 class GgufFile:
-    """A file that has been opened: its header is read and checked, its tensors are mapped.
+    """An open GGUF file: its header is read and checked, its tensors are memory-mapped.
 
     Parameters
     ----------
@@ -78,8 +78,8 @@ class GgufFile:
     Raises
     ------
     InputError
-        if there is no such file, it is no GGUF file, truncated, a part of several, or holds a tensor of a
-        type that cannot be dequantized.
+        if the file does not exist, is not a GGUF file, is truncated, is one part of several, or has a tensor
+        of a type that cannot be dequantized.
     """
 
     def __init__(self, path):
@@ -89,7 +89,7 @@ class GgufFile:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise InputError(f"{path}: no such file") from None
-        except (OSError, ValueError) as error:  # ValueError: it is empty
+        except (OSError, ValueError) as error:  # ValueError: the file is empty
             raise InputError(f"{path}: cannot be read: {error}") from error
         try:
             self._read_header()
@@ -103,23 +103,23 @@ class GgufFile:
         self._at = 4
         version = self._number("I")
         if version not in VERSIONS:
-            why = "of another byte order" if version & 0xFFFF == 0 else f"of version {version}"
-            raise InputError(f"{self.path}: a GGUF file {why}; expected little-endian, version 2 or 3")
+            kind = "is big-endian" if version & 0xFFFF == 0 else f"has version {version}"
+            raise InputError(f"{self.path}: this GGUF file {kind}; expected little-endian, version 2 or 3")
         tensors, entries = self._number("Q"), self._number("Q")
         self.metadata = {}
         for _ in range(entries):
             key = self._string()
             self.metadata[key] = self._value(self._number("I"))
-        found = {}
+        raw = {}  # name -> type, shape, offset in the data
         for _ in range(tensors):
             name, dimensions = self._string(), self._number("I")
             if not 1 <= dimensions <= 4:
                 raise ValueError(f"tensor {name} has {dimensions} dimensions")
             shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
-            found[name] = (self._type(name, self._number("I")), shape, self._number("Q"))
+            raw[name] = (self._type(name, self._number("I")), shape, self._number("Q"))
         alignment = self.metadata.get("general.alignment", ALIGNMENT)
         data = -(-self._at // alignment) * alignment
-        self.tensors = {name: GgufTensor(t, shape, data + at) for name, (t, shape, at) in found.items()}
+        self.tensors = {name: GgufTensor(t, shape, data + at) for name, (t, shape, at) in raw.items()}
 
     def _number(self, letter):
         layout = struct.Struct("<" + letter)
@@ -131,7 +131,7 @@ class GgufFile:
         length = self._number("Q")
         text = self._bytes[self._at : self._at + length]
         if len(text) < length:
-            raise IndexError(f"a string of {length} bytes at {self._at}")
+            raise IndexError(f"a string of {length} bytes begins at byte {self._at}")
         self._at += length
         return text.decode("utf-8")
 
@@ -150,7 +150,7 @@ class GgufFile:
 
     def _letter(self, kind):
         if kind not in NUMBERS:
-            raise InputError(f"{self.path}: a metadata value of type {kind}, which no GGUF file has")
+            raise InputError(f"{self.path}: damaged: a metadata value is of type {kind}, which is unknown")
         return NUMBERS[kind]
 
     def _type(self, name, code):
@@ -174,22 +174,22 @@ class GgufFile:
             except NotImplementedError:
                 raise InputError(
                     f"{self.path}: has tensors of type {kind.name}, which the gguf package cannot "
-                    "dequantize; give one in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"
+                    "dequantize; use a file in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"
                 ) from None
         for name, tensor in self.tensors.items():
             if tensor.shape[-1] % tensor.block[0]:
                 raise InputError(
                     f"{self.path}: tensor {name} has rows of {tensor.shape[-1]}, expected a multiple of "
-                    f"{tensor.block[0]}, a block of {tensor.type.name}"
+                    f"{tensor.block[0]}, the block size of {tensor.type.name}"
                 )
             if tensor.start + tensor.nbytes > len(self._bytes):
                 raise InputError(
                     f"{self.path}: truncated: tensor {name} ends at byte {tensor.start + tensor.nbytes}, "
-                    f"the file at {len(self._bytes)}"
+                    f"but the file at byte {len(self._bytes)}; download it again"
                 )
 
     def read(self, name, rows, columns):
-        """A part of a matrix (of a vector: of a matrix of one row), as numbers.
+        """Read a part of a matrix as numbers; a vector counts as a matrix of one row.
 
         Only the blocks that hold the columns are read and dequantized.
 
@@ -197,24 +197,23 @@ class GgufFile:
         ----------
         name : str
         rows : slice or array of int
-            The latter in any order.
+            The rows to read; an array may list them in any order.
         columns : slice
 
         Returns
         -------
         array [rows, columns]
-            float32 of a quantized tensor, else in the tensor's dtype.
+            In float32 for a quantized tensor, else in the tensor's dtype.
         """
         tensor, (numbers, nbytes) = self.tensors[name], self.tensors[name].block
         packed = np.frombuffer(self._bytes, np.uint8, tensor.nbytes, tensor.start)  # [all bytes]
         first, last = columns.start // numbers, -(-columns.stop // numbers)  # blocks
-        packed = packed.reshape(-1, tensor.row_bytes)[:, first * nbytes : last * nbytes][
-            rows
-        ]  # [rows, bytes]
+        packed = packed.reshape(-1, tensor.row_bytes)[:, first * nbytes : last * nbytes]
+        packed = packed[rows]  # [rows, bytes]
         if tensor.type.name in FLOATS:
             return packed.view(FLOATS[tensor.type.name])  # [rows, columns]
         if 0 in packed.shape:
             return np.empty((len(packed), columns.stop - columns.start), np.float32)
-        values = gguf.quants.dequantize(packed, tensor.type)  # float32 [rows, those of the blocks]
+        values = gguf.quants.dequantize(packed, tensor.type)  # float32 [rows, columns of the blocks]
         start = columns.start - first * numbers
         return values[:, start : start + columns.stop - columns.start]  # [rows, columns]

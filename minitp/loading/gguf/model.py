@@ -1,11 +1,12 @@
-"""A GGUF file of the llama architecture as if it were a Hugging Face directory: config, tensors, tokenizer.
+"""A GGUF file of the llama architecture, read like a Hugging Face directory: config, tensors, tokenizer.
 
-Nothing is converted on disk: a rank reads the blocks of its own rows and columns. GGUF differs in three ways:
+Nothing is converted on disk: a rank reads the blocks of its own rows and columns. GGUF differs from Hugging
+Face's files in three ways:
 
-- Names. See NAMES; `output` is missing where embeddings are tied.
-- RoPE. GGUF turns neighbours (2i, 2i + 1) of a head, Hugging Face the halves (i, i + d/2), so the rows of q
-  and k lie in another order, which `read` puts back.
-- RoPE scaling. Llama 3's factors are a tensor, instead of the parameters they come from (`gguf.config`).
+- Names: see NAMES. `output` is missing if the embeddings are tied.
+- RoPE: GGUF rotates pairs (2i, 2i + 1) of a head, Hugging Face pairs (i, i + d/2), so the rows of q and k
+  are in another order. `read` restores Hugging Face's order.
+- RoPE scaling: GGUF stores Llama 3's factors as a tensor; `gguf.config` recovers the parameters.
 """
 
 import json
@@ -37,19 +38,19 @@ NAMES = {
 
 
 class GgufModel:
-    """A file that has been opened and understood.
+    """A GGUF file that has been opened and checked.
 
     Attributes
     ----------
     fields : dict
-        What config.json would have.
+        The fields of the equivalent config.json.
     tensors : GgufCheckpoint
 
     Raises
     ------
     InputError
-        if it cannot be read, or is of another architecture than llama, a mixture of experts, or its RoPE is
-        scaled in a way that is not supported.
+        if the file cannot be read, its architecture is not llama, it is a mixture of experts, or its RoPE
+        scaling is not supported.
     """
 
     def __init__(self, path):
@@ -58,21 +59,21 @@ class GgufModel:
         self.tensors = GgufCheckpoint(self.file, self.fields)
 
     def tokenizer(self):
-        """A tokenizers.Tokenizer, or None if the file has none."""
+        """Return a tokenizers.Tokenizer, or None if the file has none."""
         return make_tokenizer(self.file.metadata, self.file.path)
 
     def tokenizer_fields(self):
-        """What tokenizer_config.json would have: the chat template and the tokens that it writes."""
+        """Return the fields of a tokenizer_config.json: the chat template and the tokens that it uses."""
         metadata = self.file.metadata
         tokens = metadata.get("tokenizer.ggml.tokens", [])
-        found = {"chat_template": metadata.get("tokenizer.chat_template")}
+        fields = {"chat_template": metadata.get("tokenizer.chat_template")}
         for name in ("bos", "eos"):
             number = metadata.get(f"tokenizer.ggml.{name}_token_id")
-            found[f"{name}_token"] = tokens[number] if number is not None and number < len(tokens) else None
-        return found
+            fields[f"{name}_token"] = tokens[number] if number is not None and number < len(tokens) else None
+        return fields
 
     def write_directory(self, directory):
-        """Write it as a Hugging Face directory, tensors in float16; it must exist."""
+        """Write the model as a Hugging Face directory, tensors in float16; `directory` must exist."""
         tensors = {}
         for name, info in self.tensors.tensors.items():
             whole = self.tensors.read(name, tuple(slice(0, n) for n in info.shape))
@@ -86,45 +87,46 @@ class GgufModel:
 
 
 class GgufCheckpoint(Checkpoint):
-    """The tensors of a GGUF file under Hugging Face's names and in its order of rows.
+    """The tensors of a GGUF file under Hugging Face's names, with rows in Hugging Face's order.
 
     Parameters
     ----------
     file : GgufFile
     fields : dict
-        From `make_fields`.
+        The result of `make_fields`.
     """
 
     def __init__(self, file, fields):
         self.directory, self._file = file.path, file
         names = {name: hugging_face_name(name, file.path) for name in file.tensors if name != ROPE_FACTORS}
-        self._names = {there: here for here, there in names.items()}
+        self._names = {name: gguf_name for gguf_name, name in names.items()}
         self.tensors = {
-            there: TensorInfo(file.path, file.tensors[here].dtype, file.tensors[here].shape)
-            for here, there in names.items()
+            name: TensorInfo(file.path, file.tensors[gguf_name].dtype, file.tensors[gguf_name].shape)
+            for gguf_name, name in names.items()
         }
         self._head_dim = fields["head_dim"]
 
     def read(self, name, index):
-        """One slice of a tensor, as Checkpoint.read; of a quantized one in float32."""
-        here, (*rows, columns) = self._names[name], index
-        turned = re.search(r"\.self_attn\.[qk]_proj\.", name)
+        """Read one slice of a tensor as Checkpoint.read does; a quantized tensor comes in float32."""
+        gguf_name, (*rows, columns) = self._names[name], index
+        reordered = re.search(r"\.self_attn\.[qk]_proj\.", name)
         if not rows:  # a vector, which the file has as a matrix of one row
             columns = np.arange(columns.start, columns.stop)  # [n]
-            whole = self._file.read(here, slice(0, 1), slice(0, self.tensors[name].shape[0]))[0]  # [all]
-            return whole[paired(columns, self._head_dim) if turned else columns]  # [n]
+            length = self.tensors[name].shape[0]
+            whole = self._file.read(gguf_name, slice(0, 1), slice(0, length))[0]  # [length]
+            return whole[gguf_rows(columns, self._head_dim) if reordered else columns]  # [n]
         rows = rows[0]
-        if turned:
-            rows = paired(np.arange(rows.start, rows.stop), self._head_dim)  # [n]
-        return self._file.read(here, rows, columns)  # [n, m]
+        if reordered:
+            rows = gguf_rows(np.arange(rows.start, rows.stop), self._head_dim)  # [n]
+        return self._file.read(gguf_name, rows, columns)  # [n, m]
 
 
-def paired(rows, head_dim):
-    """Where GGUF has the rows of q or k that Hugging Face has at `rows`: int [n] -> int [n].
+def gguf_rows(rows, head_dim):
+    """Return the rows at which GGUF has Hugging Face's `rows` of q or k: int [n] -> int [n].
 
-    Row i + j d/2 of a head (j = 0: first half, 1: second) is half j of pair i: row 2 i + j.
+    Row i + j d/2 of a head (pair i, half j) is row 2 i + j in GGUF.
 
-    >>> paired(np.arange(8), 4)
+    >>> gguf_rows(np.arange(8), 4)
     array([0, 2, 1, 3, 4, 6, 5, 7])
     """
     head, row = np.divmod(rows, head_dim)  # [n] each
@@ -133,14 +135,14 @@ def paired(rows, head_dim):
 
 
 def hugging_face_name(name, where):
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
-    found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if found is None or found[2] not in NAMES:
-        raise InputError(f"{where}: tensor {name} is none that a Llama model has; it is not supported")
-    prefix = "" if found[1] is None else f"model.layers.{found[1]}."
-    return f"{prefix}{NAMES[found[2]]}.{found[3]}"
+    """Translate a name: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if match is None or match[2] not in NAMES:
+        raise InputError(f"{where}: tensor {name} is not supported: a Llama model has no such tensor")
+    prefix = "" if match[1] is None else f"model.layers.{match[1]}."
+    return f"{prefix}{NAMES[match[2]]}.{match[3]}"
 
 
 def write_json(path, value):
-    """One JSON object, readable."""
+    """Write a JSON object, indented."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,28 +7,28 @@ from minitp.errors import InputError, one_line
 # tokenizer.ggml.token_type
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
-# How byte-level BPE cuts a text before it merges, by tokenizer.ggml.pre: the patterns of the models' own
-# tokenizer.json. None: GPT-2's, which the library knows.
+# How byte-level BPE splits a text before merging, by tokenizer.ggml.pre. The patterns are those of the
+# models' tokenizer.json; None stands for GPT-2's, which the library has.
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PATTERNS = {
     "gpt-2": None,
-    "smollm": None,  # each digit on its own
+    "smollm": None,  # and each digit is split off
     "llama-bpe": LLAMA_3,
     "qwen2": LLAMA_3.replace("{1,3}", ""),
 }
-WHOLE_WORDS_FIRST = ("llama-bpe",)  # a word of the vocabulary is one token, whatever the merges say
+WHOLE_WORDS_FIRST = ("llama-bpe",)  # a word in the vocabulary is one token, even if no merges lead to it
 
 
 def make_tokenizer(metadata, where):
-    """The tokenizers.Tokenizer of a file's metadata, or None if it has none; `where` is for errors.
+    """Return the tokenizers.Tokenizer of a file's metadata, or None; `where` names the file in errors.
 
     Raises
     ------
     InputError
-        if it is neither byte-level BPE with a known way to cut words nor SentencePiece's BPE.
+        if it is neither byte-level BPE with a known way to split words nor SentencePiece's BPE.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind in (None, "none", "no_vocab"):
@@ -41,33 +41,33 @@ def make_tokenizer(metadata, where):
     try:
         tokenizer = sentencepiece_bpe(metadata) if kind == "llama" else byte_level_bpe(metadata, pre)
         add_special_tokens(tokenizer, metadata)
-        surround(tokenizer, metadata, bos=kind == "llama" or pre == "llama-bpe")
-    except Exception as error:  # what is missing or does not fit; the library raises plain Exception
-        raise InputError(f"{where}: no tokenizer can be made of its metadata: {one_line(error)}") from error
+        add_bos_and_eos(tokenizer, metadata, bos=kind == "llama" or pre == "llama-bpe")
+    except Exception as error:  # an entry is missing or does not fit; the library raises plain Exception
+        raise InputError(f"{where}: cannot build a tokenizer from its metadata: {one_line(error)}") from error
     return tokenizer
 
 
 def byte_level_bpe(metadata, pre):
-    """GPT-2's tokenizer (Radford et al., 2019, section 2.2): bytes are characters, merged by a list."""
+    """Build GPT-2's tokenizer, which merges bytes by a list (Radford et al., 2019, section 2.2)."""
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", [])]
     whole = pre in WHOLE_WORDS_FIRST
     tokenizer = Tokenizer(models.BPE(vocabulary(metadata), merges, ignore_merges=whole))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=PATTERNS[pre] is None)
-    steps = [byte_level]
+    stages = [byte_level]
     if pre == "smollm":
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+        stages.insert(0, pre_tokenizers.Digits(individual_digits=True))
     if PATTERNS[pre] is not None:
-        steps.insert(0, pre_tokenizers.Split(Regex(PATTERNS[pre]), behavior="isolated"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        stages.insert(0, pre_tokenizers.Split(Regex(PATTERNS[pre]), behavior="isolated"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(stages)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def sentencepiece_bpe(metadata):
-    """SentencePiece's BPE: pieces have scores, and what is no piece is written in bytes, <0x00> to <0xFF>.
+    """Build SentencePiece's BPE (Kudo and Richardson, SentencePiece, 2018, section 3.1).
 
-    It joins the two neighbours whose union has the highest score, so that a list of merges in the order of
-    scores does the same (Kudo and Richardson, SentencePiece, 2018, section 3.1).
+    It joins the two neighbors whose union has the highest score, which is the same as a list of merges in the
+    order of scores. Text that no piece covers is written in bytes, <0x00> to <0xFF>.
     """
     pieces, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
     numbers = vocabulary(metadata)
@@ -90,12 +90,12 @@ def sentencepiece_bpe(metadata):
 
 
 def vocabulary(metadata):
-    """Token to its number."""
+    """Return a dict from token to id."""
     return {token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])}
 
 
 def add_special_tokens(tokenizer, metadata):
-    """Tokens that are read as a whole wherever they stand; control tokens have no text of their own."""
+    """Add the tokens that are never split; decoding without special tokens omits the control tokens."""
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type", [])
     special = [token for token, type_ in zip(tokens, types, strict=False) if type_ == CONTROL]
@@ -104,10 +104,10 @@ def add_special_tokens(tokenizer, metadata):
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in whole])
 
 
-def surround(tokenizer, metadata, bos):
-    """Have the tokenizer put BOS before a text, and EOS behind it, where the file wants them.
+def add_bos_and_eos(tokenizer, metadata, bos):
+    """Make the tokenizer add BOS before a text and EOS after it, as the file says.
 
-    `bos` is what is done if the file does not say.
+    `bos` says whether to add BOS if the file does not say.
     """
     tokens = metadata["tokenizer.ggml.tokens"]
     template, specials = ["$A"], []

@@ -91,7 +91,7 @@ BAD_GENERATE = {
     ),
     "layers 0": (["hi", "--layers", "0"], "--layers 0"),
     "layers negative": (["hi", "--layers", "-1"], "--layers -1"),
-    "layers too many": (["hi", "--layers", "3"], "has 2 layers; give 1 to that"),
+    "layers too many": (["hi", "--layers", "3"], "has 2 layers; choose from 1 to 2"),
     "unknown option": (
         ["hi", "--no-such-option"],
         "unrecognized option --no-such-option (see",

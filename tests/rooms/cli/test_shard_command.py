@@ -246,11 +246,11 @@ def refused(capsys):
 def test_directories_that_cannot_be_written(refused, tiny, tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("")
-    assert f"-o {file}: no directory can be made" in refused("--model", tiny, "-o", file)
-    assert "no directory can be made" in refused("--model", tiny, "-o", file / "deeper")
-    assert "-o /proc/shards: no directory can be made" in refused("--model", tiny, "-o", "/proc/shards")
+    assert f"-o {file}: cannot create this directory: File exists; choose another" in refused("--model", tiny, "-o", file)
+    assert "cannot create this directory" in refused("--model", tiny, "-o", file / "deeper")
+    assert "-o /proc/shards: cannot create this directory" in refused("--model", tiny, "-o", "/proc/shards")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    assert "you may not write there" in refused("--model", tiny, "-o", tmp_path)
+    assert "no permission to write there" in refused("--model", tiny, "-o", tmp_path)
 
 
 def test_too_little_room(refused, tiny, tmp_path, monkeypatch):
@@ -265,7 +265,7 @@ def test_files_of_more_ranks(refused, tiny, tmp_path, capsys):
     assert shard("--model", tiny, "--tp", 4, "-o", tmp_path) == 0, "the same again is fine"
     capsys.readouterr()
     line = refused("--model", tiny, "--tp", 2, "-o", tmp_path)
-    assert f"{tmp_path / 'rank2.safetensors'}: of a plan for more than 2 ranks" in line
+    assert f"{tmp_path / 'rank2.safetensors'} belongs to a plan for more than 2 ranks" in line
 
 
 def test_no_such_split(refused, tiny, tmp_path):

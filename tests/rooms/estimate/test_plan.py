@@ -338,7 +338,7 @@ REFUSED = {
     "tp too large for a cpu": (["--gpu", "cpu", "--tp", 5], "--tp 5: this model has 4 attention heads"),
     "tp no number": (["--tp", "many"], "--tp many: expected a number"),
     "tp 0": (["--tp", 0], "--tp 0: expected at least 1"),
-    "layers": (["--layers", 3], "has 2 layers; give 1 to that"),
+    "layers": (["--layers", 3], "has 2 layers; choose from 1 to 2"),
     "context 1": (["--context", 1], "--context 1: this model's context is 512 tokens; give 2 to that"),
     "context too long": (["--context", 513], "--context 513: this model's context is 512"),
     "prompt 0": (["--prompt-tokens", 0], "--prompt-tokens 0: a prompt and one more token must fit"),

@@ -1,4 +1,4 @@
-"""Checkpoints and config.json: what is refused, how it is said, and what is accepted; random weights."""
+"""Tests of checkpoints and config.json, of what is refused and in which words, and of random weights."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def directory(tmp_path):
 
 
 def change_tensors(directory, change):
-    """Write model.safetensors anew after change(its tensors as a dict)."""
+    """Rewrite model.safetensors after change(its tensors as a dict)."""
     path = directory / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -46,7 +46,7 @@ def change_tensors(directory, change):
 
 
 def shard_files(directory):
-    """Cut model.safetensors into two files with an index; return the index as an object."""
+    """Split model.safetensors into two files with an index; return the index as an object."""
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -66,14 +66,14 @@ def write_index(directory, index):
 
 
 def load(directory, tp=3, layers=None):
-    """All ranks' Weights, through all the checks."""
+    """Load all ranks' Weights, with all checks."""
     source = open_model(str(directory), tp, layers)
     device = open_device("float32")
     return [Loader(source.plan, rank, source.tensors, device).load() for rank in range(tp)]
 
 
 def assert_refused(call, *words):
-    """An InputError of one line that holds all `words`."""
+    """Check that call() raises an InputError whose message is one line and contains all `words`."""
     with pytest.raises(InputError) as caught:
         call()
     message = str(caught.value)
@@ -84,14 +84,12 @@ def assert_refused(call, *words):
 
 
 def assert_same_weights(all_weights, expected):
-    for weights, those in zip(all_weights, expected, strict=True):
-        np.testing.assert_array_equal(weights.embed, those.embed)
-        np.testing.assert_array_equal(weights.lm_head, those.lm_head)
-        np.testing.assert_array_equal(weights.final_norm, those.final_norm)
-        assert len(weights.layers) == len(those.layers)
-        for layer, that in zip(weights.layers, those.layers, strict=True):
-            for part, values in vars(layer).items():
-                np.testing.assert_array_equal(values, getattr(that, part))
+    for weights, expected_weights in zip(all_weights, expected, strict=True):
+        for array in ("embed", "lm_head", "final_norm"):
+            np.testing.assert_array_equal(getattr(weights, array), getattr(expected_weights, array))
+        for layer, expected_layer in zip(weights.layers, expected_weights.layers, strict=True):
+            for array, values in vars(layer).items():
+                np.testing.assert_array_equal(values, getattr(expected_layer, array))
 
 
 # --- tensors --------------------------------------------------------------------------------------------
@@ -104,7 +102,7 @@ def test_missing_tensor(directory, name):
     assert_refused(lambda: load(directory), directory, name, "missing", f"expected shape {shape}")
 
 
-def test_missing_lm_head_of_a_tied_model_is_right(tmp_path):
+def test_tied_model_needs_no_lm_head(tmp_path):
     write_tiny(tmp_path, tokenizer=False, tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     for weights in load(tmp_path):
@@ -120,9 +118,9 @@ def test_missing_lm_head_of_a_tied_model_is_right(tmp_path):
         "score.weight",
     ],
 )
-def test_superfluous_tensor(directory, name):
+def test_unexpected_tensor(directory, name):
     change_tensors(directory, lambda tensors: tensors.update({name: np.ones(8, np.float32)}))
-    assert_refused(lambda: load(directory), directory / "model.safetensors", name, "not part of this model")
+    assert_refused(lambda: load(directory), directory / "model.safetensors", name, "not part of the model")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +146,7 @@ def test_misshaped_tensor(directory, name, shape, expected):
     ("dtype", "said"),
     [(np.int8, "I8"), (np.int32, "I32"), (np.uint8, "U8"), (np.float64, "F64"), (bool, "BOOL")],
 )
-def test_dtype_that_is_no_weight(directory, dtype, said):
+def test_unsupported_dtype(directory, dtype, said):
     change_tensors(directory, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].astype(dtype)}))
     words = Q_PROJ, f"dtype {said}", "expected one of F32, F16, BF16"
     assert_refused(lambda: load(directory), directory / "model.safetensors", *words)
@@ -177,15 +175,15 @@ def test_redundant_inverse_frequencies_are_accepted(directory):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("fields", [{"attention_bias": True}, MIXTRAL], ids=["biases", "experts"])
 def test_weights_lie_in_one_piece_of_memory(tmp_path, fields, tied, dtype):
-    """Each where a cache line begins, none over another, and all of them counted once."""
+    """Check that each array starts at a cache line, none overlap, and each is counted once."""
     source = open_model(str(write_tiny(tmp_path, tie_word_embeddings=tied, **fields)), 3)
     weights = Loader(source.plan, 1, source.tensors, open_device(dtype)).load()
     arrays = [weights.lm_head, weights.final_norm, *([] if tied else [weights.embed])]
     holders = [holder for layer in weights.layers for holder in (layer, *layer.experts)]
     arrays += [a for holder in holders for a in vars(holder).values() if isinstance(a, np.ndarray)]
-    begins = sorted((array.ctypes.data, array.nbytes) for array in arrays)
-    assert all(begin % 64 == 0 for begin, _ in begins)
-    assert all(begin + n <= after < begin + n + 64 for (begin, n), (after, _) in pairwise(begins))
+    extents = sorted((array.ctypes.data, array.nbytes) for array in arrays)
+    assert all(start % 64 == 0 for start, _ in extents)
+    assert all(start + n <= after < start + n + 64 for (start, n), (after, _) in pairwise(extents))
     assert weights.nbytes == sum(array.nbytes for array in arrays)
     assert np.shares_memory(weights.embed, weights.lm_head) == tied
 
@@ -198,7 +196,7 @@ def test_tied_model_with_the_same_lm_head_in_its_file(tmp_path):
     assert_same_weights(load(tmp_path), expected)
 
 
-@pytest.mark.parametrize("row", [0, 100, 257])  # the first, the second and the third rank's
+@pytest.mark.parametrize("row", [0, 100, 257])  # rows of the first, second and third rank
 def test_tied_model_with_another_lm_head_in_its_file(tmp_path, row):
     write_tiny(tmp_path, tokenizer=False, tie_word_embeddings=True)
 
@@ -218,7 +216,7 @@ def test_tied_model_with_a_misshaped_lm_head_in_its_file(tmp_path):
     assert_refused(lambda: load(tmp_path), tmp_path / "model.safetensors", "lm_head.weight")
 
 
-def test_layers_leaves_out_the_later_ones(directory):
+def test_layers_option_skips_later_layers(directory):
     expected = load(directory)
     for weights in expected:
         del weights.layers[1:]
@@ -227,21 +225,21 @@ def test_layers_leaves_out_the_later_ones(directory):
     assert_refused(lambda: load(directory, layers=2), Q_PROJ)
 
 
-def test_layers_still_refuses_what_no_layer_has(directory):
+def test_layers_option_still_refuses_layers_beyond_the_config(directory):
     name = "model.layers.2.mlp.up_proj.weight"
     change_tensors(directory, lambda tensors: tensors.update({name: np.ones((48, 32), np.float32)}))
     assert_refused(lambda: load(directory, layers=1), name)
 
 
 @pytest.mark.parametrize("layers", [0, 3, -1])
-def test_layers_that_the_model_has_not(directory, layers):
+def test_layers_out_of_range(directory, layers):
     assert_refused(lambda: load(directory, layers=layers), f"--layers {layers}", directory, "has 2 layers")
 
 
 # --- files ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])  # bytes of the file: none, .., half, all but one
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])  # bytes to keep: none, .., half, all but one
 def test_truncated_file(directory, keep):
     path = directory / "model.safetensors"
     content = path.read_bytes()
@@ -249,7 +247,7 @@ def test_truncated_file(directory, keep):
     assert_refused(lambda: load(directory), path, "truncated")
 
 
-def test_file_with_bytes_too_many(directory):
+def test_file_with_trailing_bytes(directory):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes() + b"more")
     assert_refused(lambda: load(directory), path)
@@ -264,7 +262,7 @@ def test_file_with_bytes_too_many(directory):
         bytes(range(256)) * 8,
     ],
 )
-def test_no_safetensors_file(directory, content):
+def test_file_of_another_format(directory, content):
     path = directory / "model.safetensors"
     path.write_bytes(content)
     assert_refused(lambda: load(directory), path, "not a safetensors file")
@@ -277,7 +275,7 @@ def test_directory_in_place_of_the_file(directory):
     assert_refused(lambda: load(directory), path)
 
 
-def test_no_weights_at_all(directory):
+def test_no_weights(directory):
     (directory / "model.safetensors").unlink()
     (directory / "pytorch_model.bin").write_bytes(b"pickle")
     assert_refused(lambda: load(directory), directory, "model.safetensors", "model.safetensors.index.json")
@@ -289,14 +287,14 @@ def test_several_files(directory):
     assert_same_weights(load(directory), expected)
 
 
-def test_missing_file_of_an_index(directory):
+def test_indexed_file_is_missing(directory):
     shard_files(directory)
     missing = directory / "model-00002-of-00002.safetensors"
     missing.unlink()
     assert_refused(lambda: load(directory), missing, "no such file", "index")
 
 
-def test_index_with_a_tensor_that_its_file_has_not(directory):
+def test_indexed_tensor_is_missing(directory):
     index = shard_files(directory)
     wrong = "model-00002-of-00002.safetensors"
     name = next(tensor for tensor, file in index["weight_map"].items() if file != wrong)
@@ -322,7 +320,7 @@ def test_index_decides_between_two_files_with_the_same_tensor(directory):
     "index",
     [{}, [], {"weight_map": []}, {"weight_map": {Q_PROJ: 3}}, {"weight_map": {Q_PROJ: None}}],
 )
-def test_index_of_another_form(directory, index):
+def test_malformed_index(directory, index):
     shard_files(directory)
     write_index(directory, index)
     assert_refused(lambda: load(directory), directory / "model.safetensors.index.json", "expected")
@@ -347,7 +345,7 @@ def test_broken_config(directory, content):
 @pytest.mark.parametrize(
     ("content", "said"), [("[1]", "list"), ('"llama"', "str"), ("3", "int"), ("null", "NoneType")]
 )
-def test_config_that_is_no_object(directory, content, said):
+def test_config_that_is_not_an_object(directory, content, said):
     (directory / "config.json").write_text(content)
     assert_refused(lambda: load(directory), directory / "config.json", "expected a JSON object", said)
 
@@ -424,7 +422,7 @@ ORIGINAL = {"original_max_position_embeddings": 64}
         ({"rope_theta": "10000"}, ["rope_theta", "'10000'", "positive number"]),
         (MISTRAL | {"sliding_window": 0}, ["sliding_window is 0", "positive integer"]),
         (QWEN2 | {"use_sliding_window": 1}, ["use_sliding_window is 1", "true or false"]),
-        (QWEN2 | {"layer_types": ["sliding_attention"] * 2}, ["layer_types", "use_sliding_window true"]),
+        (QWEN2 | {"layer_types": ["sliding_attention"] * 2}, ["layer_types", "use_sliding_window is true"]),
         (WINDOWED | {"max_window_layers": -1}, ["max_window_layers is -1", "0 or more"]),
         (WINDOWED | {"layer_types": ["full_attention"]}, ["layer_types", "a list of 2"]),
         (WINDOWED | {"layer_types": ["chunked_attention"] * 2}, ["layer_types", "sliding_attention"]),
@@ -450,7 +448,7 @@ def test_unknown_fields_are_listed():
     assert parse_config(CONFIG, "here").unread == ()
 
 
-def test_both_spellings_say_the_same():
+def test_old_and_new_spelling_give_the_same_config():
     old = {**CONFIG, "rope_theta": 5e5, "rope_scaling": LLAMA3 | ORIGINAL}
     old["torch_dtype"] = "bfloat16"
     new = {name: value for name, value in old.items() if not name.startswith(("rope", "torch"))}
@@ -482,17 +480,17 @@ def test_attention_factor(scaling, factor):
 
 
 def test_longrope_ends_at_its_original_context():
-    """Where longer ones begin, which have the other frequencies."""
+    """Check that such a model never reaches the contexts that use the long factors."""
     fields = {**CONFIG, "rope_scaling": LONG}
     assert parse_config(fields, "here").max_position_embeddings == 64
-    longer = {**fields, "original_max_position_embeddings": 128}  # beside rope_scaling it counts
+    longer = {**fields, "original_max_position_embeddings": 128}  # the top-level field comes first
     assert parse_config(longer, "here").max_position_embeddings == 128
     with pytest.raises(ValueError, match="65 tokens: longrope's"):
         Oracle(fields, None).logits([0] * 65)
 
 
-def test_rope_scaling_beside_rope_parameters():
-    """transformers 5 then reads rope_scaling."""
+def test_rope_scaling_overrides_rope_parameters():
+    """Follow transformers 5, which reads rope_scaling if a file has both."""
     fields = {**CONFIG, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     config = parse_config(fields, "here")
@@ -512,10 +510,10 @@ def test_absent_fields_are_as_in_transformers():
     assert parse_config({**bare, **MISTRAL, "sliding_window": None}, "here").sliding_window is None
 
 
-def test_which_layers_of_qwen_have_the_window():
+def test_layers_of_qwen_with_a_window():
     fields = {**CONFIG, **WINDOWED, "sliding_window": 7}
     assert parse_config({**fields, "use_sliding_window": False}, "here").windows == [None, None]
-    assert parse_config(fields, "here").windows == [None, None]  # the first 28 have none
+    assert parse_config(fields, "here").windows == [None, None]  # the first 28 layers have none
     assert parse_config({**fields, "max_window_layers": 0}, "here").windows == [7, 7]
     mixed = parse_config({**fields, "max_window_layers": 1}, "here")
     assert mixed.windows == [None, 7]
@@ -525,7 +523,7 @@ def test_which_layers_of_qwen_have_the_window():
     assert parse_config({**fields, **listed}, "here").unread == ()
 
 
-def test_end_of_text_tokens_of_generation_config_count(directory):
+def test_generation_config_overrides_end_of_text_tokens(directory):
     assert read_config(directory).eos_token_ids == (CONFIG["eos_token_id"],)
     (directory / "generation_config.json").write_text('{"eos_token_id": [5, 0]}')
     assert read_config(directory).eos_token_ids == (5, 0)
@@ -537,9 +535,9 @@ SHAPES = {
     "model.embed_tokens.weight": (500, 96),
     "model.layers.0.self_attn.q_proj.weight": (300, 1000),
     "model.layers.1.self_attn.q_proj.weight": (300, 1000),
-    "model.layers.0.mlp.down_proj.weight": (37, 101),  # neither is a multiple of the generator's 16
+    "model.layers.0.mlp.down_proj.weight": (37, 101),  # neither is a multiple of 16, as the generator draws
     "model.layers.0.mlp.up_proj.weight": (5, 3),
-    "wide.weight": (3, BLOCK + 21),  # a row is more than what is drawn at a time
+    "wide.weight": (3, BLOCK + 21),  # one row is larger than a block
     "tall.weight": (2 * BLOCK // 1600, 1601),  # drawn in several blocks of rows
     "model.norm.weight": (999,),
     "model.layers.0.self_attn.q_proj.bias": (77,),
@@ -566,7 +564,7 @@ def test_slice_of_random_weights(name):
         np.testing.assert_array_equal(random.read(name, index), everything[index])
 
 
-def test_random_weights_of_a_name_are_always_the_same():
+def test_random_weights_depend_only_on_seed_and_name():
     name = "model.layers.0.mlp.down_proj.weight"
     everything = whole(SHAPES[name])
     one = RandomWeights(SHAPES).read(name, everything)
@@ -574,11 +572,11 @@ def test_random_weights_of_a_name_are_always_the_same():
     assert not np.array_equal(RandomWeights(SHAPES, seed=1).read(name, everything), one)
 
 
-def test_random_weights_of_two_names_have_nothing_in_common():
+def test_random_weights_of_two_names_are_uncorrelated():
     names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]
     one, two = [RandomWeights(SHAPES).read(name, whole(SHAPES[name])) for name in names]
     assert abs(np.corrcoef(one.ravel(), two.ravel())[0, 1]) < 0.01  # 5 standard deviations are 0.009
-    rows = np.corrcoef(one)  # neither have the rows of one
+    rows = np.corrcoef(one)  # the rows of one tensor are uncorrelated, too
     assert np.abs(rows - np.eye(len(rows))).max() < 0.2  # 5 standard deviations are 0.16
 
 

@@ -1,4 +1,4 @@
-"""The demo model, fetched on first use, against transformers: perplexity and greedy text; its tokenizer."""
+"""Tests of the demo model (downloaded on first use) against transformers, and of its tokenizer."""
 
 import json
 
@@ -32,20 +32,20 @@ def tokenizer(source):
 
 @pytest.fixture(scope="module")
 def weights(source):
-    """Each rank's."""
+    """The Weights of each rank."""
     device = open_device("float32")
     return [Loader(source.plan, rank, source.tensors, device).load() for rank in range(TP)]
 
 
 def on_ranks(source, weights, function):
-    """[function(model) of rank 0, of rank 1]."""
+    """Return function(model) of each rank."""
     device = open_device("float32")
     return run_threads(
         TP, lambda comm: function(Model(source.config, source.plan, weights[comm.rank], comm, device))
     )
 
 
-def test_perplexity_is_that_of_transformers(source, tokenizer, weights):
+def test_perplexity_matches_transformers(source, tokenizer, weights):
     golden = json.loads((SUPPORT / "perplexity_golden.json").read_text())
     ids = tokenizer.encode((SUPPORT / "perplexity_text.txt").read_text(encoding="utf-8"))
     assert len(ids) == golden["tokens"]
@@ -55,7 +55,7 @@ def test_perplexity_is_that_of_transformers(source, tokenizer, weights):
         assert value == pytest.approx(golden["perplexity"], rel=1e-4)
 
 
-def test_greedy_text_is_that_of_transformers(source, tokenizer, weights):
+def test_greedy_text_matches_transformers(source, tokenizer, weights):
     ids = tokenizer.encode("The capital of France is")
     pieces = []
 
@@ -108,18 +108,18 @@ def test_tokenizer_round_trip(source, tokenizer, text):
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
-def test_streamed_text_is_whole(tokenizer, text):
+def test_streamed_text_has_no_half_characters(tokenizer, text):
     stream = TextStream(tokenizer, tokenizer.encode("Before."))
     pieces = [stream.push(token) for token in tokenizer.encode(text)]
     assert all("\ufffd" not in piece for piece in pieces)
     assert "".join(pieces) + stream.finish() == text
 
 
-def test_digits_are_tokens_of_their_own(tokenizer):
+def test_each_digit_is_a_token(tokenizer):
     assert [tokenizer.decode([i]) for i in tokenizer.encode("2018 07")] == ["2", "0", "1", "8", " ", "0", "7"]
 
 
-def test_special_tokens_are_read_but_not_written(tokenizer):
+def test_special_tokens_are_encoded_but_not_decoded(tokenizer):
     ids = tokenizer.encode("<|im_start|>user\nHi<|im_end|>")
     assert (ids[0], ids[-1]) == (1, 2)
     assert tokenizer.decode(ids) == "user\nHi"

@@ -1,4 +1,4 @@
-"""What is special to a family, beyond the numbers that tests/goldens hold for each of them."""
+"""Tests of what is special to a family, beyond the numbers in tests/goldens."""
 
 import json
 import math
@@ -37,7 +37,7 @@ PHI3 = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
 
 
 def copied(name, directory, change):
-    """The directory of a golden's model, after change(tensors)."""
+    """Copy a golden's model to `directory`, with change(tensors) applied; return the directory."""
     shutil.copytree(GOLDENS / name, directory)
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
@@ -228,18 +228,18 @@ PARAMETERS = {
 def test_published_configs_are_read_completely(name):
     config = parse_config({**SIZES, **PUBLISHED[name]}, name)
     assert config.unread == ()
-    Oracle({**SIZES, **PUBLISHED[name]}, None)  # which has its own reading of it
+    Oracle({**SIZES, **PUBLISHED[name]}, None)  # the oracle has its own reader
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_the_plan_has_as_many_parameters_as_the_model(name):
-    """The sizes are those that the models are known by."""
+def test_parameter_count_of_the_plan(name):
+    """Compare with the published sizes of the models."""
     plan = make_plan(parse_config({**SIZES, **PUBLISHED[name]}, name), 1)
     found = sum(np.prod(shard.shape) for shard in plan.tensors.values())
     assert found == pytest.approx(PARAMETERS[name], rel=2e-3)
 
 
-# --- which path -----------------------------------------------------------------------------------------
+# --- the fused path -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -251,26 +251,26 @@ def test_the_plan_has_as_many_parameters_as_the_model(name):
         ("granite", "scaled embeddings"),
         ("phi3-longrope", "longrope"),
         ("qwen2-window", "one sliding window"),
-        ("qwen3", "norm of q and k"),
+        ("qwen3", "QK norm"),
         ("qwen3-yarn", "yarn"),
         ("smollm3", "layers without RoPE"),
     ],
 )
-def test_the_fused_path_refuses_what_its_kernels_cannot_do(name, reason):
+def test_fused_path_refuses_features_without_kernels(name, reason):
     fields = json.loads((GOLDENS / name / "config.json").read_text())
     config = parse_config({**fields, "hidden_size": 64, "head_dim": 8}, name)
     device = SimpleNamespace(dtype=np.dtype(np.float16))
-    found = unfit(config, make_plan(config, 1), device, "auto")
-    assert found is None if reason is None else reason in found
+    refusal = unfit(config, make_plan(config, 1), device, "auto")
+    assert refusal is None if reason is None else reason in refusal
 
 
-def test_the_fused_path_names_each_multiplier():
+def test_fused_path_names_each_multiplier():
     def reason(**fields):
         fields = {"attention_multiplier": 8**-0.5} | fields
         config = parse_config({**CONFIG, **GRANITE, **fields}, "here")
         return unfit(config, make_plan(config, 1), SimpleNamespace(dtype=np.dtype(np.float16)), "auto")
 
-    assert reason() is None  # with all of them as in a Llama
+    assert reason() is None  # all multipliers have Llama's values
     assert "scaled embeddings" in reason(embedding_multiplier=12.0)
     assert "another scale of the scores" in reason(attention_multiplier=0.25)
     assert "residual_multiplier" in reason(residual_multiplier=0.22)
@@ -280,7 +280,7 @@ def test_the_fused_path_names_each_multiplier():
 # --- Granite --------------------------------------------------------------------------------------------
 
 
-def test_what_granite_assumes_and_what_it_does_not_support():
+def test_defaults_and_refusals_of_granite():
     config = parse_config({**CONFIG, **GRANITE}, "here")
     assert (config.embedding_multiplier, config.attention_multiplier) == (1, 1)
     assert (config.residual_multiplier, config.logits_scaling) == (1, 1)
@@ -293,8 +293,8 @@ def test_what_granite_assumes_and_what_it_does_not_support():
             parse_config({**CONFIG, **GRANITE, **fields}, "here")
 
 
-def test_a_llama_has_no_multipliers():
-    """They are named as unknown, and neither side computes with them."""
+def test_llama_ignores_multipliers():
+    """Check that they are listed as unknown, and that neither the model nor the oracle uses them."""
     fields = {**CONFIG, "embedding_multiplier": 12.0, "attention_multiplier": 1, "logits_scaling": 8.0}
     config, reference = parse_config({**fields, "residual_multiplier": 0.22}, "here"), Oracle(fields, None)
     assert sorted(config.unread) == sorted({"residual_multiplier", *fields} - {*CONFIG})
@@ -306,7 +306,7 @@ def test_a_llama_has_no_multipliers():
 
 
 def test_scaled_rounds_once():
-    """0.22 is off by 1 in 800 in bfloat16, and so would all be that a layer adds."""
+    """Check that the factor is not rounded: in bfloat16, 0.22 is off by 1 in 800."""
     x = np.arange(1, 100).astype(ml_dtypes.bfloat16)
     expected = (np.float64(x) * 0.22).astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(ops.scaled(np, x, 0.22), expected)
@@ -317,7 +317,7 @@ def test_scaled_rounds_once():
 # --- Gemma ----------------------------------------------------------------------------------------------
 
 
-def test_layers_of_gemma_have_a_window_in_turn():
+def test_alternate_layers_of_gemma_have_a_window():
     fields = {**CONFIG, **GEMMA2, "num_hidden_layers": 3, "sliding_window": 7}
     assert parse_config(fields, "here").windows == [7, None, 7]
     assert Oracle(fields, None).windows == [7, None, 7]
@@ -325,15 +325,15 @@ def test_layers_of_gemma_have_a_window_in_turn():
     assert parse_config(listed, "here").windows == Oracle(listed, None).windows == [None, None, 7]
 
 
-def test_a_pass_is_as_short_as_the_layer_without_a_window_needs(monkeypatch):
+def test_layers_without_a_window_limit_the_largest_pass(monkeypatch):
     config = parse_config({**CONFIG, **GEMMA2, "sliding_window": 7, "max_position_embeddings": 8192}, "here")
     model_ = SimpleNamespace(config=config, plan=make_plan(config, 1), fused=False, prefill_chunk=512)
     monkeypatch.setattr("minitp.generate.SCORES", 4 * 4 * 10_000)
-    assert largest_pass(model_, past=9488) == 4  # of four heads and 9488 + 512 keys
+    assert largest_pass(model_, past=9488) == 4  # four heads, 9488 + 512 keys
     assert keys_read(model_, stop=100, tokens=1) == (7 + 100) // 2
 
 
-def test_what_gemma_assumes_and_what_it_does_not_support():
+def test_defaults_and_refusals_of_gemma():
     config = parse_config({**CONFIG, **GEMMA2}, "here")
     assert config.hidden_act == "gelu_pytorch_tanh"
     assert (config.tie_word_embeddings, config.head_dim) == (True, 256)
@@ -349,7 +349,7 @@ def test_what_gemma_assumes_and_what_it_does_not_support():
             parse_config({**CONFIG, **GEMMA2, **fields}, "here")
 
 
-def test_gemmas_embeddings_are_multiplied_by_a_number_of_their_dtype():
+def test_embedding_multiplier_of_gemma_is_rounded_to_the_dtype():
     source, device = open_model(str(GOLDENS / "gemma2"), 1), open_device("bfloat16")
     (found,) = run_threads(1, lambda comm: load_model(source, comm, device).embedding_multiplier)
     assert found == float(ml_dtypes.bfloat16(math.sqrt(42))) != math.sqrt(42)
@@ -359,35 +359,32 @@ def test_gemmas_embeddings_are_multiplied_by_a_number_of_their_dtype():
 def test_soft_cap(cap):
     x = np.array([-1e4, -3.0, -1e-3, 0.0, 0.2, 5.0, 1e4])
     np.testing.assert_allclose(oracle_ops.soft_cap(x, cap), cap * np.tanh(x / cap), rtol=0, atol=1e-14 * cap)
-    # tanh is good to an ulp or two, its argument to half a one, and near 0 so is what comes out.
+    # tanh is accurate to an ulp or two, its argument to half an ulp, and near 0 the error does not grow.
     np.testing.assert_allclose(ops.soft_cap(np, np.float32(x), cap), oracle_ops.soft_cap(x, cap), rtol=4e-7)
 
 
 def test_geglu():
-    """Values of the erf form, of which the tanh form is an approximation to within 5e-4."""
+    """Compare with the erf form, which the tanh form approximates to within 5e-4."""
     x = np.linspace(-6, 6, 49)
     exact = [v / 2 * (1 + math.erf(v / math.sqrt(2))) for v in x]
     np.testing.assert_allclose(oracle_ops.geglu(x, np.ones(49)), exact, rtol=0, atol=5e-4)
     gate_up = np.float32(np.stack((x, np.full(49, 2.0)), axis=1))  # [T, 2]
     expected = oracle_ops.geglu(gate_up[:, :1], gate_up[:, 1:])
-    # 1 + tanh has the roundings of 1, and is multiplied by x / 2 and 2.
+    # 1 + tanh has the rounding error of 1, and is multiplied by x / 2 and 2.
     np.testing.assert_allclose(ops.geglu(np, gate_up), expected, rtol=4e-7, atol=6 * 2**-23)
 
 
-# --- what is said at start ------------------------------------------------------------------------------
+# --- warnings at start ----------------------------------------------------------------------------------
 
 
-def test_longrope_says_where_it_ends(capsys):
+def test_longrope_warns_of_its_context(capsys):
     warn_of_unread_fields(open_model(str(GOLDENS / "phi3-longrope"), 1))
-    assert (
-        "'longrope' is supported up to its original context, which ends at 64 tokens"
-        in capsys.readouterr().err
-    )
+    assert "'longrope' is supported only up to its original context of 64 tokens" in capsys.readouterr().err
     warn_of_unread_fields(open_model(str(GOLDENS / "phi3"), 1))
     assert capsys.readouterr().err == ""
 
 
-def test_plan_says_which_layers_have_a_window(capsys):
+def test_plan_counts_the_layers_with_a_window(capsys):
     assert main(["plan", "--model", str(GOLDENS / "gemma2"), "--gpu", "h100", "--tp", "2"]) == 0
     assert "reads the last 7 in 2 of 3 layers." in " ".join(capsys.readouterr().out.split())
 
@@ -395,25 +392,25 @@ def test_plan_says_which_layers_have_a_window(capsys):
 # --- experts --------------------------------------------------------------------------------------------
 
 
-def test_more_experts_a_token_than_there_are():
+def test_more_experts_per_token_than_experts():
     with pytest.raises(InputError, match="num_experts_per_tok is 3, expected at most num_local_experts, 2"):
         parse_config({**CONFIG, **MIXTRAL, "num_local_experts": 2, "num_experts_per_tok": 3}, "here")
 
 
-def test_of_equal_logits_the_first_are_chosen():
-    chosen, shares = moe.route(np, np.zeros((2, 5), np.float32), 2)
+def test_routing_breaks_ties_by_index():
+    chosen, weights = moe.route(np, np.zeros((2, 5), np.float32), 2)
     assert chosen.tolist() == [[0, 1], [0, 1]]
-    np.testing.assert_array_equal(shares, 0.5)
+    np.testing.assert_array_equal(weights, 0.5)
     assert oracle_ops.route(np.zeros((1, 5)), 2).tolist() == [[0.5, 0.5, 0, 0, 0]]
 
 
-def test_shares_of_experts_that_are_nearly_nothing_are_chosen_all_the_same():
-    """e^-200 is 0 in float32, and the choice must not go by it."""
-    chosen, shares = moe.route(np, np.array([[-200, -400, 0, -300]], np.float32), 2)
-    assert (chosen.tolist(), shares.tolist()) == ([[0, 2]], [[0.0, 1.0]])
+def test_routing_ranks_experts_whose_probability_underflows():
+    """Check that the choice goes by logits: e^-200 is 0 in float32."""
+    chosen, weights = moe.route(np, np.array([[-200, -400, 0, -300]], np.float32), 2)
+    assert (chosen.tolist(), weights.tolist()) == ([[0, 2]], [[0.0, 1.0]])
 
 
-def test_a_token_reads_its_own_experts_and_many_tokens_all_of_them():
+def test_one_token_reads_its_experts_and_many_tokens_read_all():
     config = parse_config({**CONFIG, **MIXTRAL, "num_local_experts": 8}, "here")
     plan, layers, expert = make_plan(config, 1), CONFIG["num_hidden_layers"], 3 * 32 * 48
 
@@ -423,19 +420,19 @@ def test_a_token_reads_its_own_experts_and_many_tokens_all_of_them():
     everything = 4 * (sum(np.prod(shard.shape) for shard in plan.tensors.values()) - 258 * 32)
     assert read(1)[0] == everything - 4 * layers * 6 * expert
     assert read(10**6)[0] == everything
-    assert read(1)[1] == 2 * (read(1)[0] / 4 - (2 * layers + 1) * 32)  # a product and a sum for each weight
+    assert read(1)[1] == 2 * (read(1)[0] / 4 - (2 * layers + 1) * 32)  # 2 operations per weight
 
 
 # --- joined tensors -------------------------------------------------------------------------------------
 
 
-def test_a_missing_joined_tensor_is_named(tmp_path):
+def test_missing_joined_tensor(tmp_path):
     directory = copied("phi3-longrope", tmp_path / "model", lambda tensors: tensors.pop(QKV))
     with pytest.raises(InputError, match=rf"{QKV} is missing, expected shape \[96, 48\]"):
         open_model(directory, 2)
 
 
-def test_a_joined_tensor_of_another_shape_is_refused(tmp_path):
+def test_misshapen_joined_tensor(tmp_path):
     def without_v(tensors):
         tensors[QKV] = tensors[QKV][:72].copy()
 
@@ -444,7 +441,7 @@ def test_a_joined_tensor_of_another_shape_is_refused(tmp_path):
         open_model(directory, 2)
 
 
-def test_separate_tensors_are_not_taken_for_joined_ones(tmp_path):
+def test_separate_tensors_do_not_replace_a_joined_tensor(tmp_path):
     def separate(tensors):
         q, k, v = np.split(tensors.pop(QKV), [48, 72])
         for part, rows in zip("qkv", (q, k, v), strict=True):
@@ -456,8 +453,8 @@ def test_separate_tensors_are_not_taken_for_joined_ones(tmp_path):
 
 
 @pytest.mark.parametrize("tp", [1, 4, 6])
-def test_shards_of_joined_tensors_put_together_are_the_file(tp, tmp_path):
-    """By plan.json: each part's ranges, and where in which of the file's tensors it was."""
+def test_shards_of_joined_tensors_rebuild_the_file(tp, tmp_path):
+    """Rebuild it by plan.json, which has each part's ranges and its location in the file's tensor."""
     write_shards(tmp_path, open_model(str(GOLDENS / "phi3-longrope"), tp))
     plan = json.loads((tmp_path / "plan.json").read_text())
     ranks = [load_file(tmp_path / f"rank{r}.safetensors") for r in range(tp)]
@@ -472,18 +469,18 @@ def test_shards_of_joined_tensors_put_together_are_the_file(tp, tmp_path):
         np.testing.assert_array_equal(rebuilt[name], array, err_msg=name)
 
 
-def test_some_layers_of_a_joined_checkpoint():
+def test_layers_option_with_joined_tensors():
     assert open_model(str(GOLDENS / "phi3-longrope"), 2, layers=1).plan.layers == 1
 
 
-@pytest.mark.parametrize("called", ["su", "yarn", "longrope"])
-def test_what_phi3_calls_longrope(called):
-    scaling = {"type": called, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+@pytest.mark.parametrize("alias", ["su", "yarn", "longrope"])
+def test_names_of_longrope_in_phi3(alias):
+    scaling = {"type": alias, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = parse_config({**CONFIG, **PHI3, "rope_scaling": scaling}, "here")
     assert (config.rope.rope_type, config.rope.original_max_position_embeddings) == ("longrope", 4096)
 
 
-def test_a_phi_that_turns_a_part_of_each_head_is_refused():
+def test_phi_with_partial_rotary_factor_is_refused():
     with pytest.raises(InputError, match=r"partial_rotary_factor is 0\.75"):
         parse_config({**CONFIG, **PHI3, "partial_rotary_factor": 0.75}, "here")
 
@@ -517,7 +514,7 @@ def test_layers_without_rope(fields, without):
         ({"mlp_bias": "yes"}, "mlp_bias is 'yes', expected true or false"),
     ],
 )
-def test_a_smollm3_whose_layers_are_not_told_is_refused(fields, words):
+def test_malformed_layer_lists_of_smollm3_are_refused(fields, words):
     with pytest.raises(InputError) as caught:
         parse_config({**CONFIG, **SMOLLM3, **fields}, "here")
     assert words in str(caught.value)

@@ -1,4 +1,4 @@
-"""GGUF files: what is read of them, by whole tensors and by a rank's slices, and what is refused."""
+"""Tests of GGUF files: reading whole tensors and a rank's slices, and what is refused."""
 
 import json
 import shutil
@@ -9,20 +9,21 @@ import gguf
 import numpy as np
 import pytest
 from gguf_files import gguf_name, write_gguf
+from safetensors.numpy import load_file
 
 from minitp import LLM
 from minitp.cli.main import main
 from minitp.cli.serve import served_name
 from minitp.errors import InputError
-from minitp.loading.config import read_json
 from minitp.loading.demo import cache_directory, fetch_gguf
 from minitp.loading.gguf.model import GgufModel
 from minitp.loading.source import open_config, open_model
+from minitp.oracle import Oracle
 from minitp.oracle.gguf import gguf_tensor
 from minitp.shard import make_plan
 
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"]
-TP = 3  # FFN columns 0:171, 171:342, 342:512, in blocks of 32 or 256
+TP = 3  # FFN columns 0:171, 171:342, 342:512, which cut blocks of 32 or 256
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +33,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain_file(folder):
-    """In float32, so that it is the same model as the directory beside it."""
+    """A file in float32, so that it is the same model as the directory from which it is made."""
     return write_gguf(folder / "plain.gguf")
 
 
 def halves(weight, heads):
-    """Rows of q or k from neighbours to halves: the even rows of a head, then the odd ones."""
+    """Reorder the rows of q or k from pairs to halves: the even rows of a head, then the odd rows."""
     per_head = np.split(weight, heads)
     return np.concatenate([rows[parity::2] for rows in per_head for parity in (0, 1)])
 
@@ -46,10 +47,10 @@ def halves(weight, heads):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_slice_of_every_rank_is_that_of_the_dequantized_tensor(folder, kind):
-    """Bit by bit: both come from the same blocks through the same library."""
+def test_every_slice_equals_that_of_the_dequantized_tensor(folder, kind):
+    """Compare bit by bit: both come from the same blocks through the same library."""
     path = write_gguf(folder / f"{kind}.gguf", kind)
-    source, of_oracle = open_model(str(path), TP), gguf_tensor(path)
+    source, oracle_tensor = open_model(str(path), TP), gguf_tensor(path)
     raw = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     kinds = {tensor.tensor_type.name for tensor in raw.values()}
     assert kinds == {"F32", kind}
@@ -60,7 +61,7 @@ def test_every_slice_of_every_rank_is_that_of_the_dequantized_tensor(folder, kin
             whole = halves(whole, 4 if "q_proj" in name else 2)
         assert np.isfinite(whole).all()
         assert len(np.unique(whole)) > 10
-        assert np.array_equal(of_oracle(name), whole)
+        assert np.array_equal(oracle_tensor(name), whole)
         for rank in range(TP):
             part = source.tensors.read(name, shard.index(rank))
             assert part.dtype.name == {"F16": "float16", "BF16": "bfloat16"}.get(
@@ -69,29 +70,23 @@ def test_every_slice_of_every_rank_is_that_of_the_dequantized_tensor(folder, kin
             assert np.array_equal(part.astype(np.float32), whole[shard.index(rank)]), (name, rank)
 
 
-def test_a_slice_of_nothing(plain_file):
+def test_empty_slices(plain_file):
     tensors = GgufModel(plain_file).tensors
     for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"):
         assert tensors.read(name, (slice(0, 5), slice(7, 7))).shape == (5, 0)
         assert tensors.read(name, (slice(3, 3), slice(0, 40))).shape == (0, 40)
 
 
-def test_biases_of_q_and_k_are_turned_too(folder):
+def test_biases_of_q_and_k_are_reordered_too(folder):
     path = write_gguf(folder / "bias.gguf", attention_bias=True, mlp_bias=True)
-    model, (of_file, _) = GgufModel(path), tensors_of(folder / "bias")
+    model, tensors = GgufModel(path), load_file(folder / "bias" / "model.safetensors")
     assert (model.fields["attention_bias"], model.fields["mlp_bias"]) == (True, True)
-    of_oracle = gguf_tensor(path)
-    for name, weight in of_file.items():
+    oracle_tensor = gguf_tensor(path)
+    for name, weight in tensors.items():
         assert np.array_equal(model.tensors.read(name, tuple(slice(0, n) for n in weight.shape)), weight)
-        assert np.array_equal(of_oracle(name), weight)
+        assert np.array_equal(oracle_tensor(name), weight)
     name = "model.layers.0.self_attn.q_proj.bias"
-    assert np.array_equal(model.tensors.read(name, (slice(70, 140),)), of_file[name][70:140])
-
-
-def tensors_of(directory):
-    from safetensors.numpy import load_file
-
-    return load_file(directory / "model.safetensors"), read_json(directory / "config.json")
+    assert np.array_equal(model.tensors.read(name, (slice(70, 140),)), tensors[name][70:140])
 
 
 # --- the model ------------------------------------------------------------------------------------------
@@ -105,19 +100,19 @@ def tokens_of(capsys, *argv):
 @pytest.mark.parametrize("tied", [False, True])
 def test_same_tokens_as_the_directory(folder, capsys, tied):
     path = write_gguf(folder / f"tied-{tied}.gguf", tie_word_embeddings=tied, seed=3)
-    how = ["--tokens", "5,77,200", "-n", "12", "--tp", "1", "--ignore-eos", "--model"]
-    assert tokens_of(capsys, *how, path) == tokens_of(capsys, *how, path.with_suffix(""))
+    options = ["--tokens", "5,77,200", "-n", "12", "--tp", "1", "--ignore-eos", "--model"]
+    assert tokens_of(capsys, *options, path) == tokens_of(capsys, *options, path.with_suffix(""))
     assert GgufModel(path).fields["tie_word_embeddings"] is tied
 
 
 def test_config(plain_file):
-    source, there = open_model(str(plain_file), 1), open_model(str(plain_file.with_suffix("")), 1)
-    assert source.config == there.config
-    assert open_config(str(plain_file)) == there.config
+    expected = open_model(str(plain_file.with_suffix("")), 1).config
+    assert open_model(str(plain_file), 1).config == expected
+    assert open_config(str(plain_file)) == expected
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q6_K"])
-def test_check_holds_the_ranks_against_the_oracle(folder, capsys, kind):
+def test_check_passes(folder, capsys, kind):
     path = write_gguf(folder / f"check-{kind}.gguf", kind)
     assert main(["check", "--tokens", "5,77,200", "--tp", "1", "--model", str(path)]) == 0
     assert "all steps within bounds" in capsys.readouterr().out
@@ -132,19 +127,13 @@ def test_ranks_as_processes(folder, capfd):
 
 def test_oracle_trace(folder, plain_file, capsys):
     out = folder / "oracle.safetensors"
-    how = ["trace", "--tokens", "5,77,200", "--oracle", "-o", str(out), "--model", str(plain_file)]
-    assert main(how) == 0
-    from safetensors.numpy import load_file
-
-    from minitp.oracle import Oracle
-
+    argv = ["trace", "--tokens", "5,77,200", "--oracle", "-o", str(out), "--model", str(plain_file)]
+    assert main(argv) == 0
     expected = Oracle.from_directory(plain_file.with_suffix("")).logits([5, 77, 200])
     assert np.array_equal(load_file(out)["prefill/logits"], expected)
 
 
-def test_shards_are_those_of_the_directory(folder, plain_file, capsys):
-    from safetensors.numpy import load_file
-
+def test_shards_equal_those_of_the_directory(folder, plain_file, capsys):
     for model, name in ((plain_file, "a"), (plain_file.with_suffix(""), "b")):
         assert main(["shard", "--tp", "3", "-o", str(folder / name), "--model", str(model)]) == 0
     assert "counted, and written, as float32" in capsys.readouterr().out
@@ -162,19 +151,19 @@ def test_dtype_on_gpus(folder, kind, dtype):
     assert GgufModel(path).fields["dtype"] == dtype
 
 
-def test_demo_as_gguf_is_the_demo(capsys, tmp_path):
-    kept = cache_directory() / "tests" / "smollm2.gguf"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(fetch_gguf(tmp_path), kept.with_suffix(".part"))
-        kept.with_suffix(".part").replace(kept)
-    how = ["The capital of France is", "-n", "6", "--tp", "1", "--model"]
-    assert tokens_of(capsys, *how, kept) == tokens_of(capsys, *how, "smollm2")
-    here, there = open_model(str(kept), 2), open_model("smollm2", 2)
+def test_demo_as_gguf_equals_the_demo(capsys, tmp_path):
+    path = cache_directory() / "tests" / "smollm2.gguf"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(fetch_gguf(tmp_path), path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    options = ["The capital of France is", "-n", "6", "--tp", "1", "--model"]
+    assert tokens_of(capsys, *options, path) == tokens_of(capsys, *options, "smollm2")
+    from_file, demo = open_model(str(path), 2), open_model("smollm2", 2)
     messages = [{"role": "user", "content": "Hi"}]
-    assert here.chat_template().render(messages) == there.chat_template().render(messages)
+    assert from_file.chat_template().render(messages) == demo.chat_template().render(messages)
     text = "Zoë's 2018 café\n\n  👍🏽"
-    assert here.tokenizer().encode(text) == there.tokenizer().encode(text)
+    assert from_file.tokenizer().encode(text) == demo.tokenizer().encode(text)
 
 
 # --- config ---------------------------------------------------------------------------------------------
@@ -184,7 +173,7 @@ LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_ma
 
 
 def llama3_factors(scaling, theta=500000.0, head_dim=64):
-    """As convert_hf_to_gguf has them, one by one."""
+    """Return Llama 3's factors, computed one by one as convert_hf_to_gguf does."""
     factors = []
     for i in range(0, head_dim, 2):
         wavelength = 2 * np.pi * theta ** (i / head_dim)
@@ -202,7 +191,7 @@ def llama3_factors(scaling, theta=500000.0, head_dim=64):
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_rope_comes_back_from_its_factors(folder, factor):
+def test_llama3_scaling_is_recovered_from_its_factors(folder, factor):
     scaling = LLAMA3 | {"factor": factor}
     path = write_gguf(
         folder / f"llama3-{factor}.gguf",
@@ -244,7 +233,7 @@ def test_linear_rope(folder):
     assert (rope.rope_type, rope.factor) == ("linear", 4.0)
 
 
-def test_a_head_of_its_own_size(folder):
+def test_head_size_in_metadata(folder):
     def edit(writer, tensors):
         writer.add_key_length(32)
         writer.add_value_length(32)
@@ -254,7 +243,7 @@ def test_a_head_of_its_own_size(folder):
     assert open_model(str(path), 4).config.head_dim == 32
 
 
-def test_all_ends_of_a_text(folder):
+def test_all_end_of_text_tokens(folder):
     path = write_gguf(folder / "ends.gguf", edit=lambda writer, _: writer.add_eot_token_id(9))
     assert open_config(str(path)).eos_token_ids == (257, 9)
 
@@ -276,7 +265,7 @@ def test_chat_template(folder):
 
 
 @pytest.mark.mpi
-def test_chat_through_a_process_of_its_own(folder):
+def test_chat_through_llm(folder):
     def edit(writer, tensors):
         writer.add_chat_template("{{ bos_token }}{{ messages[0].content }}")
 
@@ -286,7 +275,7 @@ def test_chat_through_a_process_of_its_own(folder):
         assert answer.token_ids == llm.generate("<s>Hi", max_new_tokens=4, temperature=0).token_ids
 
 
-def test_served_under_its_last_part(plain_file):
+def test_served_name_is_the_file_name(plain_file):
     assert served_name(str(plain_file)) == "plain.gguf"
 
 
@@ -298,7 +287,7 @@ def test_without_a_chat_template(plain_file, refused):
 
 
 def edits():
-    """What is wrong with a file: a function that makes it so, and what is said."""
+    """Return, by kind of fault, a function that puts the fault into a file, and the expected message."""
     down = "blk.1.ffn_down.weight"
     return {
         "experts": (lambda w, _: w.add_expert_count(8), "a mixture of experts"),
@@ -307,10 +296,10 @@ def edits():
             lambda w, _: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
             "llama.rope.scaling.type 'yarn' is not supported",
         ),
-        "partial rope": (lambda w, _: w.add_rope_dimension_count(32), "expected the size of a head, 64"),
+        "partial rope": (lambda w, _: w.add_rope_dimension_count(32), "expected the head size, 64"),
         "other tensor": (
             lambda _, t: t.update({"blk.0.attn_sub_norm.weight": (np.ones(4, np.float32), "F32")}),
-            "attn_sub_norm.weight is none that a Llama model has",
+            "attn_sub_norm.weight is not supported: a Llama model has no such tensor",
         ),
         "missing": (lambda _, t: t.pop(down), "layers.1.mlp.down_proj.weight is missing"),
         "shape": (
@@ -319,17 +308,17 @@ def edits():
         ),
         "more layers": (
             lambda _, t: t.update({"blk.2.attn_norm.weight": (np.ones(256, np.float32), "F32")}),
-            "llama.block_count is 2, but there are tensors of 3 layers",
+            "llama.block_count is 2, but the file has tensors of 3 layers",
         ),
     }
 
 
-@pytest.mark.parametrize("what", edits())
-def test_refused(folder, refused, what):
-    edit, expected = edits()[what]
+@pytest.mark.parametrize("fault", edits())
+def test_refused(folder, refused, fault):
+    edit, expected = edits()[fault]
     path = write_gguf(folder / "wrong.gguf", edit=edit)
     assert expected in refused("generate", "hi", "--model", path)
-    if what not in ("missing", "shape"):  # of which plan, going by the config, knows nothing
+    if fault not in ("missing", "shape"):  # plan reads only the config
         assert expected in refused("plan", "--model", path, "--gpu", "h100", "--tp", "2")
 
 
@@ -338,7 +327,7 @@ def test_another_architecture(folder, refused):
     assert "architecture 'falcon' is not supported" in refused("generate", "hi", "--model", path)
 
 
-def test_a_type_that_cannot_be_dequantized(folder, refused):
+def test_type_that_cannot_be_dequantized(folder, refused):
     def edit(writer, tensors):
         writer.add_tensor("blk.0.ffn_up.weight", np.ones((512, 256), np.int32))
         del tensors["blk.0.ffn_up.weight"]
@@ -348,7 +337,7 @@ def test_a_type_that_cannot_be_dequantized(folder, refused):
 
 
 def changed(path, start, data):
-    """A copy of a file with other bytes from `start` on."""
+    """Return a copy of a file in which `data` replaces the bytes from `start` on."""
     content = bytearray(path.read_bytes())
     content[start : start + len(data)] = data
     copy = path.with_name("changed.gguf")
@@ -360,17 +349,17 @@ def changed(path, start, data):
     ("start", "data", "expected"),
     [
         (0, b"GGML", "not a GGUF file"),
-        (4, struct.pack("<I", 1), "of version 1"),
-        (4, struct.pack(">I", 3), "of another byte order"),
+        (4, struct.pack("<I", 1), "has version 1"),
+        (4, struct.pack(">I", 3), "is big-endian"),
         (16, struct.pack("<Q", 1 << 40), "truncated, or not a GGUF file"),
         (24, struct.pack("<Q", 1 << 60), "truncated, or not a GGUF file"),
     ],
 )
-def test_a_header_that_is_wrong(plain_file, refused, start, data, expected):
+def test_invalid_header(plain_file, refused, start, data, expected):
     assert expected in refused("generate", "hi", "--model", changed(plain_file, start, data))
 
 
-def test_dimensions_that_are_wrong(plain_file, refused):
+def test_invalid_dimensions(plain_file, refused):
     content = plain_file.read_bytes()
     start = content.index(b"token_embd.weight") + len(b"token_embd.weight")
     for dimensions in (0, 5, 1 << 31):
@@ -398,8 +387,8 @@ def test_without_the_gguf_library(plain_file, refused, monkeypatch):
     assert "pip install 'minitp[gguf]'" in refused("generate", "hi", "--model", plain_file)
 
 
-def test_every_refusal_is_an_input_error(plain_file):
-    """From Python too, where the front does not turn it into a line."""
+def test_refusals_from_python_are_input_errors(plain_file):
+    """Check the exception itself, which the command turns into one line."""
     with pytest.raises(InputError, match="not a GGUF file"):
         open_model(str(changed(plain_file, 0, b"GGML")), 1)
 

@@ -1,4 +1,4 @@
-"""Tokenizers made of a GGUF file's metadata."""
+"""Tests of tokenizers built from a GGUF file's metadata."""
 
 import itertools
 import random
@@ -26,7 +26,7 @@ TEXTS = [
 
 
 def byte_level(pre, merges=(), words=(), **more):
-    """The tokenizer of a vocabulary of the bytes, what merges make, whole words, and two special tokens."""
+    """Build a tokenizer whose vocabulary is the bytes, the merged pairs, `words`, and two special tokens."""
     tokens = [*byte_tokens(), *("".join(pair.split()) for pair in merges), *words, "<s>", "</s>"]
     metadata = {
         "tokenizer.ggml.model": "gpt2",
@@ -61,11 +61,11 @@ def test_byte_level_round_trip(pre, text):
         ("qwen2", ["1", "2", "3", "4", "5", "Ġ", "1", "2"]),
     ],
 )
-def test_numbers_are_cut_as_the_model_was_trained(pre, expected):
+def test_digits_are_split_as_in_training(pre, expected):
     assert pieces(byte_level(pre, ["1 2", "3 4"]), "12345 12") == expected
 
 
-def test_merges_in_their_order():
+def test_merges_apply_in_order():
     assert pieces(byte_level("gpt-2", ["o n", "t o"]), "ton") == ["t", "on"]
     assert pieces(byte_level("gpt-2", ["t o", "o n"]), "ton") == ["to", "n"]
 
@@ -89,7 +89,7 @@ def test_bos_and_eos(pre, more, expected):
     assert byte_level(pre, **more).encode("a").tokens == expected
 
 
-def test_special_tokens_are_read_but_not_written():
+def test_special_tokens_are_encoded_but_not_decoded():
     tokenizer = byte_level("gpt-2")
     assert pieces(tokenizer, "<s>a</s>") == ["<s>", "a", "</s>"]
     assert tokenizer.decode(tokenizer.encode("<s>a</s>").ids) == "a"
@@ -115,8 +115,11 @@ def sentencepiece(words, scores, **more):
 
 
 def best_union_first(text, score_of):
-    """SentencePiece's rule, carried out: join the neighbours whose union has the highest score, the left
-    ones of equals; what is no piece in the end, byte by byte."""
+    """Tokenize by SentencePiece's rule itself.
+
+    Join the neighbors whose union has the highest score, the leftmost of equals. What is no piece in the end
+    becomes bytes.
+    """
     symbols = list("▁" + text.replace(" ", "▁"))
     while True:
         unions = [a + b for a, b in itertools.pairwise(symbols)]
@@ -125,10 +128,10 @@ def best_union_first(text, score_of):
             break
         _, i = min(known)
         symbols[i : i + 2] = [unions[i]]
-    found = []
+    tokens = []
     for symbol in symbols:
-        found += [symbol] if symbol in score_of else [f"<0x{byte:02X}>" for byte in symbol.encode()]
-    return found
+        tokens += [symbol] if symbol in score_of else [f"<0x{byte:02X}>" for byte in symbol.encode()]
+    return tokens
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -150,7 +153,7 @@ def test_sentencepiece_round_trip(text):
     assert tokenizer.decode(ids) == text
     stream = TextStream(tokenizer, tokenizer.encode("hello"))
     streamed = "".join(map(stream.push, tokenizer.encode(" " + text)[1:])) + stream.finish()
-    assert streamed.removeprefix(" ") == " " + text  # two pieces of one text: both begin with a space
+    assert streamed.removeprefix(" ") == " " + text  # the tokenizer prepends a space
 
 
 def test_sentencepiece_without_a_space_in_front():
@@ -169,17 +172,17 @@ def test_sentencepiece_without_a_space_in_front():
         ({"pre": "jais"}, "tokenizer 'gpt2' with tokenizer.ggml.pre 'jais' is not supported"),
         ({"pre": None}, "tokenizer 'gpt2' with tokenizer.ggml.pre None is not supported"),
         ({"model": "bert"}, "tokenizer 'bert' with"),
-        ({"merges": ["a b"]}, "no tokenizer can be made of its metadata"),
-        ({"model": "llama"}, "no tokenizer can be made of its metadata"),
+        ({"merges": ["a b"]}, "cannot build a tokenizer from its metadata"),
+        ({"model": "llama"}, "cannot build a tokenizer from its metadata"),
     ],
 )
-@pytest.mark.parametrize("how", [["hi"], ["--tokens", "1,2"]], ids=["text", "tokens"])
-def test_refused(tmp_path, refused, vocabulary, expected, how):
+@pytest.mark.parametrize("prompt", [["hi"], ["--tokens", "1,2"]], ids=["text", "tokens"])
+def test_refused(tmp_path, refused, vocabulary, expected, prompt):
     path = write_gguf(tmp_path / "x.gguf", vocabulary=vocabulary)
-    assert expected in refused("generate", *how, "--model", path)
+    assert expected in refused("generate", *prompt, "--model", path)
 
 
-def test_a_file_without_a_tokenizer(tmp_path, refused):
+def test_file_without_a_tokenizer(tmp_path, refused):
     path = write_gguf(tmp_path / "x.gguf", vocabulary={"model": "none"})
     assert open_model(str(path), 1).tokenizer() is None
     assert "has no tokenizer" in refused("generate", "hi", "--model", path)

@@ -1,4 +1,4 @@
-"""Hugging Face ids: what is fetched and what is not, from a hub of our own on the loopback interface."""
+"""Tests of Hugging Face ids, with a hub on the loopback interface: which files are downloaded, and when."""
 
 import json
 
@@ -12,7 +12,7 @@ FAILED = "the download from the Hugging Face Hub failed"
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """The files of a model in two pieces, among everything else that such a repository may hold."""
+    """A model's directory, and the files of a repository that holds it among files minitp does not need."""
     directory = write_tiny(tmp_path_factory.mktemp("repository") / "model")
     (directory / "generation_config.json").write_text('{"eos_token_id": [257]}')
     (directory / "tokenizer_config.json").write_text("{}")
@@ -51,8 +51,8 @@ def check_refusal(done, *expected):
         assert text in done.stderr
 
 
-def test_fetched_once_then_kept(repository, hub, tmp_path):
-    """Only what minitp reads is fetched; after that no network is needed."""
+def test_files_are_downloaded_once(repository, hub, tmp_path):
+    """Check that only files that minitp reads are downloaded, and that later runs need no network."""
     by_id = ["--model", OWNER_NAME, "--tp", "1"]
     first = run_minitp(tmp_path, hub.address, *by_id)
     expected = tokens_of(run_minitp(tmp_path, hub.address, "--model", repository[0], "--tp", "1"))
@@ -68,11 +68,11 @@ def test_fetched_once_then_kept(repository, hub, tmp_path):
     hub.requests.clear()
     hub.close()
     assert tokens_of(run_minitp(tmp_path, hub.address, *by_id, HF_HUB_OFFLINE="1")) == expected
-    assert tokens_of(run_minitp(tmp_path, hub.address, *by_id)) == expected, "the hub may also just be down"
+    assert tokens_of(run_minitp(tmp_path, hub.address, *by_id)) == expected, "the hub may be down"
     assert hub.requests == []
 
 
-def test_progress_is_for_terminals(hub, tmp_path):
+def test_no_progress_bar_without_a_terminal(hub, tmp_path):
     done = run_minitp(tmp_path, hub.address, "--model", OWNER_NAME, "--tp", "1")
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -102,7 +102,7 @@ def test_hub_that_refuses(hub, tmp_path, status):
 
 
 def test_repository_without_safetensors(repository, tmp_path):
-    """An older one: what it lacks is said, and the weights in the other format are not fetched."""
+    """Check that the message names the missing files, and that other formats are not downloaded."""
     hub = Hub({name: body for name, body in repository[1].items() if ".safetensors" not in name})
     try:
         done = run_minitp(tmp_path, hub.address, "--model", OWNER_NAME)

@@ -1,4 +1,4 @@
-"""Loading keeps to its word: a rank's private memory never exceeds its shard + one slice + 200 MB."""
+"""Tests of the memory of loading: a rank's private memory never exceeds its shard + one slice + 200 MB."""
 
 import json
 import os
@@ -21,10 +21,10 @@ from minitp.errors import AgreedError
 
 TP = 4
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 2048, 102400, 4096, 32, 4, 64
-ALLOWANCE = 200_000_000  # bytes: Python, numpy and the other libraries, and the buffers of reading
+ALLOWANCE = 200_000_000  # bytes for Python, numpy, the other libraries, and read buffers
 
-# One layer with matrices so large that a rank that read a whole one, even in float16, would be found out:
-# down_proj, the last to be loaded, is 419 MB in the file and 210 MB as a rank's slice in float32.
+# One layer with matrices so large that the test detects a rank that reads a whole one, even in float16:
+# down_proj, which is loaded last, has 419 MB in the file and 210 MB as a rank's slice in float32.
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -50,11 +50,11 @@ SHAPES = {
     "model.layers.0.mlp.up_proj.weight": (FFN, HIDDEN),
     "model.layers.0.mlp.down_proj.weight": (HIDDEN, FFN),
 }
-REPLICATED = 3 * HIDDEN  # the norms; all else divides evenly by TP
+REPLICATED = 3 * HIDDEN  # the norms; everything else divides evenly by TP
 SHARD_BYTES = 4 * ((sum(int(np.prod(shape)) for shape in SHAPES.values()) - REPLICATED) // TP + REPLICATED)
 SLICE_BYTES = 4 * HIDDEN * FFN // TP
 
-# A rank that loads its share, says so, and waits to be let go. Watched from outside, it cannot grow unseen.
+# A rank that loads its shard, reports its size, and waits to be ended. The test samples its memory.
 RANK = """
 import sys
 from minitp.device import open_device
@@ -70,7 +70,7 @@ sys.stdin.read()
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A float16 checkpoint of 1.3 GB, deleted afterwards."""
+    """A float16 checkpoint of 1.3 GB, which is deleted afterwards."""
     directory = tmp_path_factory.mktemp("memory")
     (directory / "config.json").write_text(json.dumps(CONFIG))
     path = directory / "model.safetensors"
@@ -84,7 +84,7 @@ def directory(tmp_path_factory):
 
 
 def write_checkpoint(path):
-    """Random numbers, the same 8 MB again and again."""
+    """Write a checkpoint of random numbers, the same 8 MB repeated."""
     header, start = {}, 0
     for name, shape in SHAPES.items():
         stop = start + 2 * int(np.prod(shape))
@@ -100,7 +100,7 @@ def write_checkpoint(path):
 
 
 def private_bytes(pid):
-    """RssAnon + RssShmem of a process: what is its own, without the pages of mapped files."""
+    """Return RssAnon + RssShmem of a process, which exclude the pages of mapped files."""
     status = Path(f"/proc/{pid}/status").read_text()
     return 1024 * sum(int(kilobytes) for kilobytes in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", status))
 
@@ -114,12 +114,12 @@ def test_peak_memory_of_loading(directory, rank):
     started, peak, samples = time.monotonic(), 0, 0
     with subprocess.Popen(command, env=environment, **pipes) as process:
         os.set_blocking(process.stdout.fileno(), False)
-        said = b""
-        while not said.endswith(b"\n") and process.poll() is None and time.monotonic() < started + 120:
+        output = b""
+        while not output.endswith(b"\n") and process.poll() is None and time.monotonic() < started + 120:
             peak = max(peak, private_bytes(process.pid))
             samples += 1
             time.sleep(0.002)
-            said += process.stdout.read() or b""
+            output += process.stdout.read() or b""
         afterwards = private_bytes(process.pid) if process.poll() is None else 0
         process.kill()
     seconds = time.monotonic() - started
@@ -128,16 +128,16 @@ def test_peak_memory_of_loading(directory, rank):
         f"private memory at most {peak / 1e6:.1f} MB, afterwards {afterwards / 1e6:.1f} MB "
         f"({samples} samples in {seconds:.1f} s)"
     )
-    assert said, "the rank failed, see its stderr"
-    assert int(said) == SHARD_BYTES
+    assert output, "the rank failed, see its stderr"
+    assert int(output) == SHARD_BYTES
     assert samples > 50
     assert SHARD_BYTES < afterwards <= SHARD_BYTES + ALLOWANCE
     assert peak <= SHARD_BYTES + SLICE_BYTES + ALLOWANCE
 
 
 @pytest.mark.parametrize("command", ["generate", "bench"])
-def test_weights_that_are_more_than_the_memory(command, monkeypatch, capsys):
-    """Before any is made: 29 GB take minutes to draw, and the kernel would kill whoever has most."""
+def test_weights_larger_than_the_memory(command, monkeypatch, capsys):
+    """Check that the refusal comes before any weight is drawn: 29 GB take minutes and would be killed."""
     monkeypatch.setattr(device, "memory", lambda: 8_000_000_000)
     argv = [
         "--model",
@@ -156,14 +156,14 @@ def test_weights_that_are_more_than_the_memory(command, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("room", "fits"), [(500, False), (799, False), (800, True)])
-def test_ranks_in_one_place_share_its_room(monkeypatch, room, fits):
-    """Of three ranks two are in a place where theirs must fit together."""
+def test_ranks_on_one_gpu_share_its_memory(monkeypatch, room, fits):
+    """Check that the weights of both ranks on GPU 0 must fit together; the third rank has GPU 1."""
     monkeypatch.setattr("minitp.load.shard_nbytes", lambda plan, rank, device: 400)
     source = SimpleNamespace(name="model", plan=None)
 
     def rank(comm):
-        here = SimpleNamespace(weights_room=lambda: (f"GPU {comm.rank // 2}", room), dtype="float16")
-        loading.check_room(comm, source, here)
+        gpu = SimpleNamespace(weights_room=lambda: (f"GPU {comm.rank // 2}", room), dtype="float16")
+        loading.check_room(comm, source, gpu)
 
     if fits:
         run_threads(3, rank)

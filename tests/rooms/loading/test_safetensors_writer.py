@@ -1,4 +1,4 @@
-"""How a trace's file is written: always whole, in little memory, readable by the safetensors library."""
+"""Tests of TensorWriter: its files are never incomplete, need little memory, and are valid safetensors."""
 
 import json
 import tracemalloc
@@ -12,7 +12,7 @@ from minitp.loading.safetensors_writer import DTYPES, TensorWriter
 
 
 def read(path):
-    """The tensors and the metadata of a file."""
+    """Return the tensors and the metadata of a file."""
     with safe_open(path, framework="np") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
@@ -36,13 +36,13 @@ def test_arrays_of_any_dtype_shape_and_order_are_read_back(dtype, tmp_path):
         np.testing.assert_array_equal(tensors[name], array)
 
 
-def test_a_dtype_that_the_format_lacks_leaves_no_file(tmp_path):
+def test_unsupported_dtype_leaves_no_file(tmp_path):
     with pytest.raises(KeyError, match="complex128"):
         write(tmp_path / "a.safetensors", {"a": np.ones(2), "b": np.ones(2, complex)})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_leaves_the_file_of_before(tmp_path):
+def test_failure_keeps_the_previous_file(tmp_path):
     path = tmp_path / "a.safetensors"
     write(path, {"a": np.ones(2)})
     before = path.read_bytes()
@@ -52,9 +52,9 @@ def test_a_failure_leaves_the_file_of_before(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_header_has_room_for_names_of_any_kind(tmp_path):
+def test_names_of_any_kind_fit_into_the_header(tmp_path):
     names = ["", "x" * 5000, 'quoted "\\" name', "é" * 500, "日本語 🎉", *[f"{i}" for i in range(3000)]]
-    # Shapes and places with as many digits as there may be, as if there were a petabyte before them.
+    # Shapes and offsets with as many digits as possible, as if a petabyte came before them.
     arrays = {name: np.zeros((10**9, 0, 10**9), np.float32) for name in names}
     metadata = {
         "config": json.dumps({"é": "日本語 \u2028 🎉" * 100}, ensure_ascii=False),
@@ -76,13 +76,13 @@ def test_the_header_has_room_for_names_of_any_kind(tmp_path):
     }  # fmt: skip
 
 
-def test_metadata_may_be_long_and_of_any_letters(tmp_path):
+def test_long_metadata_with_any_characters(tmp_path):
     metadata = {"model": "日本語 🎉 é" * 1000, "config": json.dumps({"a": '\\"\u2028' * 1000})}
     write(tmp_path / "a.safetensors", {"a": np.ones(2)}, metadata)
     assert read(tmp_path / "a.safetensors")[1] == metadata
 
 
-def test_less_than_was_announced_is_a_file_too_and_metadata_may_shrink(tmp_path):
+def test_tensors_may_be_omitted_and_metadata_may_shrink(tmp_path):
     path = tmp_path / "a.safetensors"
     with TensorWriter(path, ["a", "b", "c"], {"ids": "[1, 2, 30000]"}) as file:
         file.write("b", np.arange(3))
@@ -93,9 +93,9 @@ def test_less_than_was_announced_is_a_file_too_and_metadata_may_shrink(tmp_path)
     assert tensors["b"].tolist() == [0, 1, 2]
 
 
-def test_a_header_that_does_not_fit_is_an_error_and_no_file(tmp_path):
+def test_header_that_does_not_fit_leaves_no_file(tmp_path):
     with (
-        pytest.raises(ValueError, match="a header of"),
+        pytest.raises(ValueError, match="the header has"),
         TensorWriter(tmp_path / "a.safetensors", ["a"], {"ids": ""}) as file,
     ):
         file.metadata = {"ids": "1, " * 1000}
@@ -112,5 +112,5 @@ def test_memory_stays_bounded_while_a_file_is_written(tmp_path):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 4 * size  # the array at hand and one to spare for the file's buffers, not 64 of them
+    assert peak < 4 * size  # an array and the file's buffers, not 64 arrays
     assert (tmp_path / "a.safetensors").stat().st_size > count * size
