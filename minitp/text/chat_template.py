@@ -1,4 +1,4 @@
-"""Chat messages to a prompt: the Jinja template that comes with a model."""
+"""The chat template of a model, in Jinja, which turns messages into a prompt."""
 
 import json
 from datetime import datetime
@@ -6,61 +6,63 @@ from pathlib import Path
 
 from minitp.errors import InputError, one_line
 
-ROLES = "messages are a list of objects with a role (system, user, assistant) and a content, both strings"
+EXPECTED = "messages must be a list of objects with strings as role (system, user, assistant) and content"
 
 
 def load_chat_template(directory, name):
-    """The ChatTemplate of a model's directory.
+    """Return the ChatTemplate of a model's directory.
 
-    It is a file of its own (chat_template.jinja) or a field of tokenizer_config.json: the template, or
-    several with names, of which "default" is meant.
+    The template is the file chat_template.jinja, or else a field of tokenizer_config.json: one template, or
+    several with names, of which the one named "default" is used.
 
     Raises
     ------
     InputError
-        if there is none, or it is no Jinja template
+        if there is none, or it is not a Jinja template.
     """
-    path, own = Path(directory) / "tokenizer_config.json", Path(directory) / "chat_template.jinja"
+    path, jinja_file = Path(directory) / "tokenizer_config.json", Path(directory) / "chat_template.jinja"
     try:
         fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         template = fields.get("chat_template")
         if isinstance(template, list):
             template = {one["name"]: one["template"] for one in template}.get("default")
-        if own.exists():
-            template = own.read_text(encoding="utf-8")
+        if jinja_file.exists():
+            template = jinja_file.read_text(encoding="utf-8")
     except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise InputError(f"{path.name} or {own.name} of {name} cannot be read: {one_line(error)}") from error
+        raise InputError(
+            f"{path.name} or {jinja_file.name} of {name} cannot be read: {one_line(error)}"
+        ) from error
     if template is not None and not isinstance(template, str):
-        raise InputError(f"{path.name} of {name}: chat_template {template!r:.50}: expected a text")
+        raise InputError(f"{path.name} of {name}: chat_template is {template!r:.50}, expected a string")
     return make_chat_template({**fields, "chat_template": template}, name)
 
 
 def make_chat_template(fields, name):
-    """The ChatTemplate of tokenizer_config.json's fields, in which chat_template is a text or None.
+    """Return the ChatTemplate of tokenizer_config.json's fields; chat_template is a string or None.
 
     Raises
     ------
     InputError
-        if it is None, or no Jinja template
+        if chat_template is None or not a Jinja template.
     """
     template = fields["chat_template"]
     if template is None:
         raise InputError(
-            f"{name} has no chat template: it continues text; ask for a completion, or use a chat model"
+            f"{name} has no chat template, so it cannot chat; ask for a completion, or use a chat model"
         )
     tokens = {key: token_text(fields.get(key)) for key in ("bos_token", "eos_token")}
     return ChatTemplate(template, tokens, name)
 
 
 def token_text(field):
-    """A special token as tokenizer_config.json has it: its text, or an object with that as content."""
+    """Return the text of a special token, which tokenizer_config.json has as a string or an object."""
     return (field.get("content") if isinstance(field, dict) else field) or ""
 
 
 class ChatTemplate:
-    """Renders messages as the model was trained to read them.
+    """A template that renders messages as the model was trained to read them.
 
-    The environment is that of Hugging Face's templates: sandboxed, blocks trimmed, with `raise_exception`
+    Its Jinja environment is that of Hugging Face's library: sandboxed, blocks trimmed, with `raise_exception`
     and `strftime_now`.
     """
 
@@ -84,17 +86,17 @@ class ChatTemplate:
             raise InputError(f"the chat template of {name} is not valid: {one_line(error)}") from error
 
     def render(self, messages):
-        """The prompt of a conversation, up to where the assistant begins to answer.
+        """Return the prompt of a conversation, up to the start of the assistant's answer.
 
         Parameters
         ----------
         messages : list of dict
-            With "role" and "content".
+            Each with "role" and "content".
 
         Raises
         ------
         InputError
-            if they are not of this form, or the template refuses them
+            if the messages do not have this form, or the template refuses them.
         """
         check_messages(messages)
         try:
@@ -105,17 +107,17 @@ class ChatTemplate:
 
 
 def check_messages(messages):
-    """Refuse what is no conversation."""
+    """Refuse messages that do not have the form of a conversation."""
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"{ROLES}; there is none")
+        raise InputError(f"{EXPECTED}; there are none")
     for number, message in enumerate(messages):
         texts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
-            raise InputError(f"{ROLES}; number {number} is not")
+            raise InputError(f"{EXPECTED}; message {number} is not")
 
 
 def refuse(message):
-    """What a template calls that does not accept a conversation."""
+    """Raise the error with which a template refuses a conversation."""
     import jinja2
 
     raise jinja2.TemplateError(message)

@@ -1,8 +1,8 @@
-"""Ending a text at a stop string, though it comes in pieces."""
+"""The end of a text at a stop string, found although the text arrives in pieces."""
 
 
 class StopStrings:
-    """Passes text on up to the first stop string, holding back what may be the beginning of one."""
+    """A filter that passes on text up to the first stop string and holds back what may begin one."""
 
     def __init__(self, stops):
         self._stops = stops
@@ -10,13 +10,13 @@ class StopStrings:
         self.found = False
 
     def push(self, text):
-        """The part of the text so far that is now certain to come before any stop string."""
+        """Add text, and return what is now certain to come before any stop string."""
         if self.found:
             return ""
         self._held += text
-        found = [(self._held.find(stop), stop) for stop in self._stops]
-        ends = [(start + len(stop), start) for start, stop in found if start >= 0]
-        if ends:  # the first to be complete, whatever pieces the text comes in
+        starts = [(self._held.find(stop), stop) for stop in self._stops]
+        ends = [(start + len(stop), start) for start, stop in starts if start >= 0]
+        if ends:  # the stop string that is complete first, however the text was cut into pieces
             self.found = True
             _, cut = min(ends)
         else:
@@ -25,7 +25,7 @@ class StopStrings:
         return certain
 
     def finish(self):
-        """What was held back, once no more text comes."""
+        """Return the text that was held back, after the last of it has been added."""
         rest, self._held = ("" if self.found else self._held), ""
         return rest
 

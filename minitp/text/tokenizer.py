@@ -1,14 +1,14 @@
-"""Text to tokens and back: a tokenizer.json through the `tokenizers` library, and text as it streams."""
+"""Text to tokens and back: a tokenizer.json through the `tokenizers` library, and streamed text."""
 
 from pathlib import Path
 
 from minitp.errors import InputError
 
-REPLACEMENT = "\ufffd"  # what a half character decodes to
+REPLACEMENT = "\ufffd"  # an incomplete character decodes to it
 
 
 def load_tokenizer(directory):
-    """The directory's Tokenizer, or None if it has no tokenizer.json."""
+    """Return the directory's Tokenizer, or None if it has no tokenizer.json."""
     path = Path(directory) / "tokenizer.json"
     if not path.exists():
         return None
@@ -21,7 +21,7 @@ def load_tokenizer(directory):
 
 
 class Tokenizer:
-    """Text to tokens. Special tokens such as BOS are added where the tokenizer's post-processor says so.
+    """A tokenizer that adds special tokens, such as BOS, as its post-processor says.
 
     Parameters
     ----------
@@ -32,62 +32,67 @@ class Tokenizer:
         self._tokenizer = tokenizer
 
     def encode(self, text, add_special_tokens=True):
-        """Token ids of a text; without special tokens if, as a rendered conversation, it has its own."""
+        """Return the token ids of a text.
+
+        A rendered conversation already has its special tokens, so it needs add_special_tokens=False.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(f"the text has half a character at {error.start}, which is no text") from error
+            raise InputError(
+                f"the text has an unpaired surrogate at character {error.start}; use valid Unicode"
+            ) from error
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def token_text(self, token_id):
-        """The text of one token within a text, special ones included.
+        """Return the text of one token within a text, also of a special token.
 
-        Decoded behind itself: at the beginning of a text a tokenizer may drop its space.
+        The token is decoded after a copy of itself: a tokenizer may drop a space at the start of a text.
         """
         once, twice = (self._tokenizer.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
         return twice[len(once) :]
 
     def decode(self, token_ids):
-        """The text of tokens, without the special ones."""
+        """Return the text of tokens, without the special tokens."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
 
 class TextStream:
-    """Turns tokens into text one by one, never handing out half a character.
+    """A stream that turns tokens into text one by one and never returns half a character.
 
-    A character may be spread over several tokens, and how a token reads may depend on the one before it (a
-    leading space is dropped at the start of a text). So the new tokens are decoded together with those of
-    the piece handed out before, which begin with a whole character; the difference is the new text, once it
-    no longer ends in half a character.
+    A character may be spread over several tokens, and a token's text may depend on the token before it (a
+    leading space is dropped at the start of a text). So the new tokens are decoded together with those of the
+    previous piece, which begin with a whole character. The difference is the new text, which is returned once
+    it no longer ends in half a character.
 
     Parameters
     ----------
     tokenizer : Tokenizer
     prompt_ids : list of int
-        What came before; its text is not handed out.
+        The tokens of the prompt, whose text is not returned.
     """
 
     def __init__(self, tokenizer, prompt_ids):
         self._decode = tokenizer.decode
         self._ids = list(prompt_ids)
-        self._known = len(self._ids)  # tokens of _ids whose text has been handed out
+        self._known = len(self._ids)  # tokens of _ids whose text has been returned
 
     def push(self, token_id):
-        """The text that is complete with this token; may be empty."""
+        """Add a token, and return the text that it completes, which may be empty."""
         self._ids.append(token_id)
-        return self._take(final=False)
+        return self._next_piece(final=False)
 
     def finish(self):
-        """The rest, with a replacement character for each one that stayed incomplete."""
-        return self._take(final=True)
+        """Return the rest, with a replacement character for each character that stayed incomplete."""
+        return self._next_piece(final=True)
 
-    def _take(self, final):
+    def _next_piece(self, final):
         before = self._decode(self._ids[: self._known])
         text = self._decode(self._ids)
         if not final and text.endswith(REPLACEMENT):
             return ""
         piece = text[len(before) :]
-        if piece:  # else (special tokens have no text) the earlier ones are still needed
+        if piece:  # otherwise (special tokens have no text) the earlier tokens are still needed
             self._ids = self._ids[self._known :]
         self._known = len(self._ids)
         return piece

@@ -118,7 +118,7 @@ def test_as_many_params_as_prompts(idle):
 
 def test_what_has_no_chat_template_does_not_chat(idle, tiny):
     for call in (idle.chat, idle.stream_chat, idle.encode_chat):
-        words = f"{tiny} has no chat template: it continues text; ask for a completion, or use a chat model"
+        words = f"{tiny} has no chat template, so it cannot chat; ask for a completion, or use a chat model"
         assert refusal(lambda call=call: call([{"role": "user", "content": "Hi"}])) == words
 
 

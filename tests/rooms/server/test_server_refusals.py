@@ -197,7 +197,7 @@ def test_a_body_shorter_than_it_says(server):
 def test_a_model_without_chat_template_completes_and_says_that_it_does_not_chat(tmp_path):
     served = Served(write_tiny(tmp_path / "chatty"), "--tp", 1)
     assert post(served, COMPLETIONS, HI).status_code == 200
-    words = "chatty has no chat template: it continues text; ask for a completion, or use a chat model"
+    words = "chatty has no chat template, so it cannot chat; ask for a completion, or use a chat model"
     assert check_error(post(served, CHAT, TALK), 400, words)["message"] == words
     served.stop()
 

@@ -1,4 +1,4 @@
-"""Conversations as a model's own template writes them, wherever and in whichever form it comes."""
+"""Tests of chat templates: where a model has them, what they may do, and which messages are refused."""
 
 import json
 import re
@@ -23,23 +23,23 @@ def rendered(template, messages=HI, **tokens):
     return ChatTemplate(template, tokens, "a model").render(messages)
 
 
-def template_of(directory, fields=None, own=None):
-    """The ChatTemplate of a directory that holds a tokenizer_config.json, a chat_template.jinja, or both."""
+def template_of(directory, fields=None, jinja=None):
+    """Load the ChatTemplate of a directory with a tokenizer_config.json, a chat_template.jinja, or both."""
     if fields is not None:
         (directory / "tokenizer_config.json").write_text(json.dumps(fields), encoding="utf-8")
-    if own is not None:
-        (directory / "chat_template.jinja").write_text(own, encoding="utf-8")
+    if jinja is not None:
+        (directory / "chat_template.jinja").write_text(jinja, encoding="utf-8")
     return load_chat_template(directory, "a model")
 
 
-# --- where it comes from --------------------------------------------------------------------------------
+# --- where a template lies ------------------------------------------------------------------------------
 
 
 NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "the default"}]
 
 
 @pytest.mark.parametrize(
-    ("fields", "own", "expected"),
+    ("fields", "jinja", "expected"),
     [
         ({"chat_template": "a string"}, None, "a string"),
         ({"chat_template": NAMED}, None, "the default"),
@@ -49,8 +49,8 @@ NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "templat
         ({"chat_template": NAMED}, "a file", "a file"),
     ],
 )
-def test_where_a_template_lies(tmp_path, fields, own, expected):
-    assert template_of(tmp_path, fields, own).render(HI) == expected
+def test_sources_of_a_template(tmp_path, fields, jinja, expected):
+    assert template_of(tmp_path, fields, jinja).render(HI) == expected
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_where_a_template_lies(tmp_path, fields, own, expected):
     [None, {}, {"chat_template": None}, {"chat_template": [NAMED[0]]}, {"chat_template": []}],
     ids=json.dumps,
 )
-def test_a_model_without_a_template_is_said_to_continue_text_only(tmp_path, fields):
-    with pytest.raises(InputError, match=r"^a model has no chat template: .*or use a chat model$"):
+def test_model_without_a_template(tmp_path, fields):
+    with pytest.raises(InputError, match=r"^a model has no chat template, .*or use a chat model$"):
         template_of(tmp_path, fields)
 
 
@@ -76,7 +76,7 @@ def test_special_tokens_as_text_and_as_objects(tmp_path, form):
 
 
 @pytest.mark.parametrize("fields", [{}, {"bos_token": None, "eos_token": None}], ids=json.dumps)
-def test_special_tokens_that_a_model_has_not_are_empty(tmp_path, fields):
+def test_missing_special_tokens_are_empty(tmp_path, fields):
     fields = {**fields, "chat_template": "[{{ bos_token }}{{ eos_token }}{{ bos_token + 'x' }}]"}
     assert template_of(tmp_path, fields).render(HI) == "[x]"
 
@@ -96,8 +96,8 @@ def test_special_tokens_that_a_model_has_not_are_empty(tmp_path, fields):
         ("chat_template.jinja", b"{{ 'x' | no_such_filter }}"),
     ],
 )
-def test_a_broken_template_is_refused_when_it_is_read(tmp_path, file, content):
-    """In one line that says whose or which file it is."""
+def test_broken_template_is_refused_on_loading(tmp_path, file, content):
+    """Check that the message is one line that names the file or the model."""
     (tmp_path / file).write_bytes(content)
     with pytest.raises(InputError) as caught:
         load_chat_template(tmp_path, "a model")
@@ -109,7 +109,7 @@ def test_a_broken_template_is_refused_when_it_is_read(tmp_path, file, content):
 # --- what a template may do -----------------------------------------------------------------------------
 
 
-def test_messages_in_their_order_and_the_beginning_of_an_answer():
+def test_prompt_has_messages_in_order_and_the_start_of_an_answer():
     template = (
         "{% for message in messages %}<{{ message.role }}>{{ message['content'] }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -119,8 +119,8 @@ def test_messages_in_their_order_and_the_beginning_of_an_answer():
     )
 
 
-def test_blocks_take_the_line_that_they_stand_on():
-    """The newline behind a block and the blanks before it, as templates of several lines are written."""
+def test_blocks_are_trimmed():
+    """Check that the newline after a block and the blanks before it are removed."""
     lines = [
         "{% for m in messages %}",
         "    {% if m.role == 'user' %}",
@@ -151,8 +151,8 @@ def test_blocks_take_the_line_that_they_stand_on():
          "4"),
     ],
 )  # fmt: skip
-def test_what_templates_rely_on(template, expected):
-    """As in Hugging Face's library, where JSON is written neither in ASCII nor for HTML."""
+def test_features_that_templates_rely_on(template, expected):
+    """Check features of Hugging Face's library, whose JSON is not escaped for ASCII or HTML."""
     assert rendered(template, TALK) == expected
 
 
@@ -168,7 +168,7 @@ def test_today():
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ raise_exception('roles must\\nalternate') }}", "roles must alternate"),
         ("{{ messages[7].content }}", "no element 7"),
-        ("{{ nobody.name }}", "'nobody' is undefined"),
+        ("{{ unknown.name }}", "'unknown' is undefined"),
         ("{{ messages[0].content + 1 }}", "str"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
@@ -176,7 +176,7 @@ def test_today():
         ("{{ 1 / 0 }}", "division by zero"),
     ],
 )
-def test_a_template_that_fails_refuses_the_messages_and_says_why(template, reason):
+def test_error_of_a_template_names_the_reason(template, reason):
     with pytest.raises(InputError, match="the chat template of a model refuses these messages: ") as caught:
         rendered(template)
     assert reason in str(caught.value)
@@ -187,37 +187,35 @@ def test_a_template_that_fails_refuses_the_messages_and_says_why(template, reaso
 
 
 @pytest.mark.parametrize(
-    ("messages", "which"),
+    ("messages", "fault"),
     [
-        ([], "there is none"),
-        (None, "there is none"),
-        ((), "there is none"),
-        ({"role": "user", "content": "Hi"}, "there is none"),
-        (["Hi"], "number 0 is not"),
-        ([{}], "number 0 is not"),
-        ([{"role": "user"}], "number 0 is not"),
-        ([{"content": "Hi"}], "number 0 is not"),
-        ([{"role": "user", "content": None}], "number 0 is not"),
-        ([{"role": 1, "content": "Hi"}], "number 0 is not"),
-        ([*HI, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "number 1 is not"),
-        ([*TALK, ("user", "Hi")], "number 4 is not"),
+        ([], "there are none"),
+        (None, "there are none"),
+        ((), "there are none"),
+        ({"role": "user", "content": "Hi"}, "there are none"),
+        (["Hi"], "message 0 is not"),
+        ([{}], "message 0 is not"),
+        ([{"role": "user"}], "message 0 is not"),
+        ([{"content": "Hi"}], "message 0 is not"),
+        ([{"role": "user", "content": None}], "message 0 is not"),
+        ([{"role": 1, "content": "Hi"}], "message 0 is not"),
+        ([*HI, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "message 1 is not"),
+        ([*TALK, ("user", "Hi")], "message 4 is not"),
     ],
 )
-def test_messages_of_another_form_are_refused_by_number(messages, which):
+def test_malformed_messages_are_refused_by_number(messages, fault):
     with pytest.raises(InputError) as caught:
         rendered("never rendered", messages)
-    assert str(caught.value).endswith(f"; {which}")
-    assert str(caught.value).startswith(
-        "messages are a list of objects with a role (system, user, assistant)"
-    )
+    assert str(caught.value).endswith(f"; {fault}")
+    assert str(caught.value).startswith("messages must be a list of objects with strings as role")
 
 
-def test_messages_may_be_empty_and_have_more_fields():
+def test_content_may_be_empty_and_messages_may_have_more_fields():
     messages = [{"role": "tool", "content": "", "name": "clock"}]
     assert rendered("{{ messages[0].name }}:{{ messages[0].content }}", messages) == "clock:"
 
 
-def test_the_demo_models_own():
+def test_template_of_the_demo_model():
     template = load_chat_template(demo_directory(), "smollm2")
     assert template.render(TALK) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
