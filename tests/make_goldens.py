@@ -1,20 +1,20 @@
-"""Makes tests/goldens: tiny random checkpoints, with what Hugging Face transformers computes from them.
+"""Make tests/goldens: tiny random checkpoints, and what Hugging Face transformers computes from them.
 
     pip install torch==2.13.0 transformers==5.23.0      (CPU; the versions of the committed data)
     python tests/make_goldens.py [NAME ..]
 
-With the same versions it writes the same bytes again. Each goldens/NAME is a Hugging Face directory, and in
-it golden.npz:
+The same versions write the same bytes. Each goldens/NAME is a Hugging Face directory with a golden.npz:
 
-    prompt        int64 [T]     token ids; T is 24, or what prompt_text takes
-    logits        float32 [T, V] of the prompt, computed in float32 from the stored weights, eager attention
-    continuation  int64 [20]    the greedy one, end-of-text tokens ignored, each step from the whole sequence
-    gap           the smallest distance of a step's two largest logits, in standard deviations of its logits
-    prompt_text, text           of the model with a tokenizer: of the prompt and of the continuation
+    prompt        int64 [T]       token ids; T is 24, or the length of prompt_text
+    logits        float32 [T, V]  of the prompt, computed in float32 from the stored weights, eager attention
+    continuation  int64 [20]      greedy tokens, end-of-text ignored, each computed from the whole sequence
+    gap           the smallest distance between the two largest logits of a new token, in standard deviations
+                  of its logits
+    prompt_text, text             the prompt and the continuation as text, for the model with a tokenizer
 
-Weights are drawn anew until no greedy step is anywhere near a tie, so that a right implementation cannot
-continue otherwise. All is random that a model has: norm weights and biases too, so that one that is left out
-is seen; queries and keys are large enough for attention to prefer some positions over others.
+Weights are redrawn until no greedy choice is near a tie, so a correct implementation must continue with the
+same tokens. Everything is random, norm weights and biases too, so that leaving one out changes the results.
+Queries and keys are large enough for attention to prefer some positions over others.
 """
 
 import json
@@ -32,8 +32,8 @@ from transformers.utils import logging
 GOLDENS = Path(__file__).parent / "goldens"
 PROMPT_TOKENS, NEW_TOKENS = 24, 20
 MIN_GAP = 0.05  # standard deviations; float32 rounding moves a logit by less than 1e-5 of one
-SEEDS = 20000  # tried, at most
-MIN_DISTINCT = 10  # different tokens of a continuation, for a repeated one hides errors
+SEEDS = 20000  # most seeds to try
+MIN_DISTINCT = 10  # different tokens in a continuation, because repetition hides errors
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}  # plain operations
 
 LLAMA = {
@@ -51,15 +51,15 @@ LLAMA = {
 MISTRAL = {**LLAMA, "model_type": "mistral"}
 QWEN2 = {**LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6}
 GEMMA2 = {**LLAMA, "model_type": "gemma2", "tie_word_embeddings": True}
-del GEMMA2["hidden_act"]  # hidden_activation is gelu_pytorch_tanh by itself
+del GEMMA2["hidden_act"]  # hidden_activation defaults to gelu_pytorch_tanh
 MIXTRAL = {**LLAMA, "model_type": "mixtral"}
 PHI3 = {**LLAMA, "model_type": "phi3", "pad_token_id": 0}
 QWEN3 = {**QWEN2, "model_type": "qwen3"}
 SMOLLM3 = {**LLAMA, "model_type": "smollm3", "num_hidden_layers": 3, "pad_token_id": 0}
 GRANITE = {**LLAMA, "model_type": "granite"}
 
-# NAME: the fields of config.json, and what else is special. "by hand" are the older spellings, written as
-# they stand here; the others are written by transformers.
+# NAME -> the fields of config.json, and options. With "by_hand", config.json is written as it stands below,
+# in the older spelling; otherwise transformers writes it.
 VARIANTS = {
     "llama1": {  # multi-head attention, float16, no rope_theta at all
         "by_hand": True,
@@ -103,7 +103,7 @@ VARIANTS = {
         "config": LLAMA
         | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "dtype": "bfloat16"},
     },
-    "smollm2": {  # three query heads a KV head, tied embeddings
+    "smollm2": {  # three query heads per KV head, tied embeddings
         "config": LLAMA
         | {"hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}},
@@ -120,29 +120,29 @@ VARIANTS = {
         | {"vocab_size": 128, "intermediate_size": 48}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
     },
-    "mistral-v03": {  # heads that together are wider than the hidden size
+    "mistral-v03": {  # all heads together are wider than the hidden size
         "config": MISTRAL
         | {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
         | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
     },
-    "qwen2": {  # tied embeddings; all layers see everything, whatever sliding_window says
+    "qwen2": {  # tied embeddings; all layers have full attention, whatever sliding_window says
         "by_hand": True,
         "config": QWEN2
         | {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1, "tie_word_embeddings": True}
         | {"rope_theta": 1000000.0, "use_sliding_window": False, "sliding_window": 5, "max_window_layers": 1}
         | {"torch_dtype": "bfloat16"},
     },
-    "qwen2-window": {  # only the second layer has one
+    "qwen2-window": {  # only the second layer has a window
         "config": QWEN2
         | {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2}
         | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     },
-    "qwen3": {  # norms of q and k, heads that are wider than their share of the hidden size
+    "qwen3": {  # QK norm, heads wider than hidden_size / num_attention_heads
         "config": QWEN3
         | {"hidden_size": 40, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 12}
         | {"tie_word_embeddings": True, "dtype": "bfloat16"},
     },
-    "qwen3-bias": {  # on the output projection too, and a window in the first layer
+    "qwen3-bias": {  # biases, also of the output projection, and a window in the first layer
         "config": QWEN3
         | {"hidden_size": 32, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6}
         | {"attention_bias": True, "use_sliding_window": True, "sliding_window": 6}
@@ -161,7 +161,7 @@ VARIANTS = {
             }
         },
     },
-    "mistral-nemo": {  # heads that together are narrower than the hidden size
+    "mistral-nemo": {  # all heads together are narrower than the hidden size
         "config": MISTRAL
         | {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
         | {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
@@ -189,13 +189,13 @@ VARIANTS = {
         | {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 21}
         | {"num_local_experts": 5, "dtype": "bfloat16"},
     },
-    "mixtral-window": {  # three of four, and no rope_theta
+    "mixtral-window": {  # three of four experts, and no rope_theta
         "by_hand": True,
         "config": MIXTRAL
         | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 10}
         | {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 6},
     },
-    "gemma2": {  # caps that are felt, a window in the first and the third layer
+    "gemma2": {  # caps small enough to change the results, a window in the first and third layer
         "config": GEMMA2
         | {"hidden_size": 42, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
         | {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 7}
@@ -213,19 +213,19 @@ VARIANTS = {
         | {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1, "no_rope_layers": [1, 0, 1]}
         | {"attention_bias": True, "dtype": "bfloat16"},
     },
-    "smollm3-window": {  # by the interval: the second again, which alone has a window; tied by default
+    "smollm3-window": {  # by the interval, only the second layer has no RoPE, but a window; tied by default
         "by_hand": True,
         "config": {name: value for name, value in SMOLLM3.items() if name != "tie_word_embeddings"}
         | {"hidden_size": 48, "num_attention_heads": 8, "no_rope_layer_interval": 2, "mlp_bias": True}
         | {"use_sliding_window": True, "sliding_window": 7, "torch_dtype": "float16"},
     },
-    "granite": {  # the published multipliers, but for that of the scores
+    "granite": {  # the published multipliers, except attention_multiplier
         "config": GRANITE
         | {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3}
         | {"embedding_multiplier": 12.0, "attention_multiplier": 0.25, "residual_multiplier": 0.22}
         | {"logits_scaling": 8.0, "dtype": "bfloat16"},
     },
-    "granite-bias": {  # no attention_multiplier, which is then 1
+    "granite-bias": {  # no attention_multiplier, which defaults to 1
         "by_hand": True,
         "config": GRANITE
         | {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1}
@@ -233,7 +233,7 @@ VARIANTS = {
         | {"embedding_multiplier": 0.3, "residual_multiplier": 1.7, "logits_scaling": 3}
         | {"rope_theta": 500000.0, "torch_dtype": "float32"},
     },
-    "text": {  # a tokenizer; bfloat16; a vocabulary padded beyond it; end-of-text amid the continuation
+    "text": {  # a tokenizer; bfloat16; a padded vocabulary; end-of-text in the middle of the continuation
         "prompt": "The cat and the dog: 12 of them, and 30 more in the house",
         "config": LLAMA
         | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "dtype": "bfloat16"}
@@ -279,16 +279,16 @@ def make(name, variant):
 
 
 def check_config(name, config, fields):
-    """The variant is what its name says, in transformers' own eyes."""
+    """Check that transformers understands a config as the variant intends."""
     rope = config.rope_parameters
-    given = {**(fields.get("rope_scaling") or fields.get("rope_parameters") or {})}
-    assert rope["rope_type"] == given.get("rope_type", given.get("type", "default"))
-    assert rope["rope_theta"] == given.get("rope_theta", fields.get("rope_theta", config.default_theta))
+    scaling = {**(fields.get("rope_scaling") or fields.get("rope_parameters") or {})}
+    assert rope["rope_type"] == scaling.get("rope_type", scaling.get("type", "default"))
+    assert rope["rope_theta"] == scaling.get("rope_theta", fields.get("rope_theta", config.default_theta))
     window = None if fields.get("use_sliding_window") is False else fields.get("sliding_window")
     assert getattr(config, "sliding_window", None) == window
     if name == "mistral-v01":
         assert config.sliding_window < PROMPT_TOKENS
-    if name == "llama3":  # wave lengths in all three bands of the formula
+    if name == "llama3":  # wavelengths in all three bands of the formula
         pairs = range(config.head_dim // 2)
         frequencies = [rope["rope_theta"] ** (-2 * i / config.head_dim) for i in pairs]
         turns = [rope["original_max_position_embeddings"] * f / (2 * math.pi) for f in frequencies]
@@ -298,7 +298,7 @@ def check_config(name, config, fields):
 
 
 def suits(model, seed, dtype, variant, tokenizer):
-    """Give the model the weights of `seed`; whether the continuation is as the tests want it."""
+    """Set the model's weights by `seed`; return whether the continuation is fit for the tests."""
     set_weights(model, seed, dtype, tokenizer)
     prompt = prompt_ids(seed, model.config.vocab_size, variant, tokenizer)
     continuation, gap = greedy(model, prompt, stop_below=MIN_GAP)
@@ -307,12 +307,12 @@ def suits(model, seed, dtype, variant, tokenizer):
     if tokenizer is None:
         return True
     eos = model.config.eos_token_id
-    eos_amid = eos in continuation[8:15] and eos not in continuation[:8]
-    return eos_amid and tokenizer.decode(continuation).isprintable()
+    eos_in_middle = eos in continuation[8:15] and eos not in continuation[:8]
+    return eos_in_middle and tokenizer.decode(continuation).isprintable()
 
 
 def set_weights(model, seed, dtype, tokenizer):
-    """Random weights, rounded to the dtype in which they will be stored."""
+    """Draw random weights, rounded to the dtype in which they will be stored."""
     rng = np.random.default_rng(seed)
     for name, parameter in model.named_parameters():
         values = rng.standard_normal(tuple(parameter.shape))
@@ -321,12 +321,12 @@ def set_weights(model, seed, dtype, tokenizer):
         elif name.endswith("bias"):
             values /= 2
         elif name.startswith(("model.embed_tokens", "lm_head")):
-            if model.config.tie_word_embeddings:  # or every token predicts itself
+            if model.config.tie_word_embeddings:  # otherwise every token predicts itself
                 values /= 8
         else:
             sharp = any(part in name for part in ("q_proj", "k_proj", "qkv_proj"))
             values *= (2.0 if sharp else 1.0) / values.shape[-1] ** 0.5
-        if name.startswith("lm_head") and tokenizer is not None:  # make what cannot be read improbable
+        if name.startswith("lm_head") and tokenizer is not None:  # make unreadable tokens improbable
             for token in range(len(values)):
                 text = tokenizer.decode([token])
                 readable = text and text.isascii() and text.isprintable()
@@ -337,7 +337,7 @@ def set_weights(model, seed, dtype, tokenizer):
 
 
 def prompt_ids(seed, vocab_size, variant, tokenizer):
-    """Random tokens, or those of the variant's text."""
+    """Return random tokens, or those of the variant's text."""
     if tokenizer is None:
         return np.random.default_rng([seed, 1]).integers(0, vocab_size, PROMPT_TOKENS).tolist()
     ids = tokenizer.encode(variant["prompt"]).ids
@@ -347,12 +347,12 @@ def prompt_ids(seed, vocab_size, variant, tokenizer):
 
 @torch.no_grad()
 def logits_of(model, ids):
-    """float32 [T, V]."""
+    """Return the logits of all positions, float32 [T, V]."""
     return model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
 
 
 def greedy(model, prompt, stop_below=0.0):
-    """NEW_TOKENS tokens, end-of-text ignored, and the smallest gap on the way (see the top of this file)."""
+    """Return NEW_TOKENS greedy tokens, end-of-text ignored, and their smallest gap (see the module)."""
     ids, smallest = list(prompt), math.inf
     while len(ids) < len(prompt) + NEW_TOKENS:
         last = logits_of(model, ids)[-1]  # [V]
@@ -365,11 +365,11 @@ def greedy(model, prompt, stop_below=0.0):
 
 
 def golden_of(directory, seed, variant, tokenizer):
-    """The contents of golden.npz, from the files of `directory` alone."""
-    model, found = AutoModelForCausalLM.from_pretrained(
+    """Return the contents of golden.npz, computed from the files of `directory` alone."""
+    model, faults = AutoModelForCausalLM.from_pretrained(
         directory, **EAGER, dtype=torch.float32, output_loading_info=True
     )
-    assert not any(found.values()), found  # missing, unexpected or mismatched keys
+    assert not any(faults.values()), faults  # missing, unexpected or mismatched keys
     model.eval()
     assert model.config._attn_implementation == "eager"
     prompt = prompt_ids(seed, model.config.vocab_size, variant, tokenizer)
@@ -384,7 +384,7 @@ def golden_of(directory, seed, variant, tokenizer):
 
 
 def bpe_tokenizer():
-    """Byte-level BPE: three special tokens, the 256 bytes, and the merges that spell WORDS."""
+    """Return a byte-level BPE with three special tokens, the 256 bytes, and merges that spell WORDS."""
     tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     merges = []
     for word in WORDS:

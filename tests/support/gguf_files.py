@@ -1,4 +1,4 @@
-"""GGUF files for the tests, written with the gguf library as llama.cpp's converter would."""
+"""GGUF files for the tests, written with the gguf library as llama.cpp's converter writes them."""
 
 import gguf
 import numpy as np
@@ -23,12 +23,12 @@ NAMES = {
 }
 NORMAL, CONTROL = 1, 3
 
-# Rows of 256 and 512, for the blocks of K quantizations; three ranks get 171 or 170 columns of the latter.
+# Rows of 256 and 512 suit the blocks of K quantizations; three ranks get 171, 171 and 170 of 512 columns.
 SHAPES = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2)
 
 
 def gguf_name(name):
-    """model.layers.0.self_attn.q_proj.weight -> blk.0.attn_q.weight"""
+    """Translate a name: `model.layers.0.self_attn.q_proj.weight` is `blk.0.attn_q.weight`."""
     part, kind = name.rsplit(".", 1)
     prefix = ""
     if part.startswith("model.layers."):
@@ -38,7 +38,7 @@ def gguf_name(name):
 
 
 def interleaved(weight, heads):
-    """Rows of q or k from halves to neighbours, head by head and pair by pair."""
+    """Reorder the rows of q or k from halves to pairs of neighbors, head by head."""
     out = np.empty_like(weight)
     size = len(weight) // heads
     for head in range(heads):
@@ -49,7 +49,7 @@ def interleaved(weight, heads):
 
 
 def quantized(weight, kind, rng):
-    """The bytes of a matrix; K quantizations, which the library cannot write, are random ones."""
+    """Return a quantized matrix's bytes; random bytes for K quantizations, which the library cannot write."""
     if kind not in ("Q4_K", "Q6_K"):
         return gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
     numbers, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
@@ -60,7 +60,7 @@ def quantized(weight, kind, rng):
 
 
 def add_vocabulary(writer, tokens=None, types=None, merges=(), pre="gpt-2", model="gpt2", **more):
-    """A tokenizer: by default each byte, no merges, <s> (256) and </s> (257)."""
+    """Add a tokenizer: by default the 256 bytes, no merges, <s> (256) and </s> (257)."""
     tokens = [*byte_tokens(), "<s>", "</s>"] if tokens is None else tokens
     writer.add_tokenizer_model(model)
     if pre is not None:
@@ -76,18 +76,18 @@ def add_vocabulary(writer, tokens=None, types=None, merges=(), pre="gpt-2", mode
 
 
 def write_gguf(path, kind="F32", edit=None, architecture="llama", vocabulary=None, **overrides):
-    """Write a tiny model, and beside it, as path.stem, the Hugging Face directory that it comes from.
+    """Write a tiny model, and next to it, as path.stem, the Hugging Face directory from which it is made.
 
     Parameters
     ----------
     kind : str
-        The type of its matrices.
+        The type of the matrices.
     edit : callable, optional
-        edit(writer, tensors): adds metadata, or changes the dict of GGUF name to (array, type).
+        Called as edit(writer, tensors), to add metadata or change `tensors`, GGUF name -> (array, type).
     vocabulary : dict, optional
-        Arguments of `add_vocabulary`.
+        Arguments for `add_vocabulary`.
     overrides
-        Fields of config.json.
+        Fields of config.json that differ from SHAPES.
     """
     directory = write_tiny(path.with_suffix(""), **{**SHAPES, **overrides})
     fields, rng = read_json(directory / "config.json"), np.random.default_rng(1)
@@ -109,9 +109,9 @@ def write_gguf(path, kind="F32", edit=None, architecture="llama", vocabulary=Non
         tensors[gguf_name(name)] = (weight, kind if weight.ndim == 2 else "F32")
     if edit is not None:
         edit(writer, tensors)
-    for name, (weight, kind_of_it) in tensors.items():
-        data = weight if weight.ndim == 1 else quantized(weight, kind_of_it, rng)
-        raw = None if data.dtype == np.float32 else gguf.GGMLQuantizationType[kind_of_it]
+    for name, (weight, tensor_kind) in tensors.items():
+        data = weight if weight.ndim == 1 else quantized(weight, tensor_kind, rng)
+        raw = None if data.dtype == np.float32 else gguf.GGMLQuantizationType[tensor_kind]
         writer.add_tensor(name, data, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

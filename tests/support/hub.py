@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine, and the command that fetches from it."""
+"""A Hugging Face hub on the loopback interface, and minitp commands that download from it."""
 
 import hashlib
 import json
@@ -46,9 +46,9 @@ UNWANTED = {
 
 
 class Hub:
-    """A server that answers as the hub does, for one repository; it notes which files are asked for.
+    """A server that answers as the hub does, for one repository, and records the requests.
 
-    `files` maps paths to bytes. `status` other than 200 is the answer to everything.
+    `files` maps paths to bytes. If `status` is set to another value than 200, it is the answer to everything.
     """
 
     def __init__(self, files):
@@ -79,7 +79,7 @@ class Hub:
         self.server.server_close()
 
     def fetched(self):
-        """The files that were downloaded, each as often as it was."""
+        """Return the files that were downloaded, each once per download."""
         start = f"/{OWNER_NAME}/resolve/{COMMIT}/"
         return sorted(
             path[len(start) :] for method, path in self.requests if method == "GET" and start in path
@@ -91,7 +91,7 @@ class Hub:
         status, body, headers = self.status, b"", {}
         api, resolve = f"/api/models/{OWNER_NAME}", f"/{OWNER_NAME}/resolve/"
         if status != 200:
-            headers["X-Error-Message"] = "as the test wants it"
+            headers["X-Error-Message"] = "an error set by the test"
         elif path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
             siblings = [{"rfilename": name} for name in self.files]
             body = json.dumps({"id": OWNER_NAME, "sha": COMMIT, "siblings": siblings}).encode()
@@ -114,7 +114,7 @@ class Hub:
             request.wfile.write(body)
 
     def entry(self, name):
-        """A file in the listing of the repository."""
+        """Return a file's entry in the listing of the repository."""
         return {"type": "file", "path": name, "size": len(self.files[name]), "oid": etag(self.files[name])}
 
 
@@ -123,12 +123,12 @@ def etag(body):
 
 
 def run_minitp(home, endpoint, *argv, **variables):
-    """A continuation with a hub at `endpoint` and a cache of its own in `home`."""
+    """Run `minitp generate` with a hub at `endpoint` and the hub's cache in `home`."""
     return run_command(home, endpoint, "generate", "Hello", "-n", "8", "--json", *argv, **variables)
 
 
 def run_command(home, endpoint, *argv, **variables):
-    """Any command, likewise."""
+    """Run any minitp command with a hub at `endpoint` and the hub's cache in `home`."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))
     }

@@ -1,4 +1,4 @@
-"""Configs of Llama's family from their shapes."""
+"""Configs of the Llama family, made from shapes."""
 
 from minitp.loading.config import parse_config
 

@@ -1,4 +1,4 @@
-"""Tiny models for the tests: Hugging Face directories with random weights and a tokenizer of single bytes."""
+"""The tiny models of the tests: Hugging Face directories with random weights and a byte tokenizer."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from minitp.loading.config import parse_config
 from minitp.shard import make_plan
 
-BOS, EOS = 256, 257  # token ids; those below are the bytes, in the order of byte_tokens()
+BOS, EOS = 256, 257  # token ids; the lower ids are the bytes, in the order of byte_tokens()
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -28,22 +28,22 @@ CONFIG = {
     "eos_token_id": EOS,
     "torch_dtype": "float32",
 }
-# Nothing divides: 9 query heads on 3 KV heads, 37 FFN columns, 101 tokens, and H * d is not D.
+# Sizes that do not divide evenly: 9 query heads on 3 KV heads, 37 FFN columns, 101 tokens; H * d is not D.
 UNEVEN = {"vocab_size": 101, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 2}
 UNEVEN |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 6, "max_position_embeddings": 64}
 
 
 def write_tiny(directory, tokenizer=True, bos=False, seed=0, **config_overrides):
-    """Write a model into `directory` (made if need be) and return its Path.
+    """Write a model into `directory` (created if needed) and return its Path.
 
     Parameters
     ----------
     tokenizer : bool
-        Whether there is a tokenizer.json: every byte a token, and <s>, </s>.
+        Whether to write a tokenizer.json, with a token for each byte, <s> and </s>.
     bos : bool
-        Whether that one puts <s> in front of a text.
+        Whether the tokenizer adds <s> before a text.
     seed : int
-        Of the weights.
+        The seed of the weights.
     config_overrides
         Fields of config.json that differ from CONFIG.
     """
@@ -58,7 +58,7 @@ def write_tiny(directory, tokenizer=True, bos=False, seed=0, **config_overrides)
 
 
 def random_tensors(fields, seed=0):
-    """Every tensor of a config.json's `fields`: float32, sized so that activations stay near one."""
+    """Return all tensors of a config.json's `fields`: float32, scaled so that activations stay near one."""
     rng = np.random.default_rng(seed)
     plan = make_plan(parse_config(fields, "tiny"), tp=1)
     tensors = {}
@@ -73,12 +73,12 @@ def random_tensors(fields, seed=0):
 
 
 def byte_tokens():
-    """The 256 characters by which byte-level BPE writes the bytes; their places are the token ids."""
+    """Return the 256 characters with which byte-level BPE writes bytes; their indices are the token ids."""
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def byte_tokenizer(bos=False):
-    """Byte-level BPE without merges, so each byte of the text is one token."""
+    """Return a byte-level BPE without merges, so each byte of a text is one token."""
     vocabulary = {token: i for i, token in enumerate(byte_tokens())}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
