@@ -277,7 +277,7 @@ class LLM:
         callable
             A function that cancels the request, whose blocks are then free after the current batch.
         """
-        return partial(self._ranks.drop, self._ranks.add(prompt_ids, params, listener))
+        return partial(self._ranks.abort, self._ranks.add(prompt_ids, params, listener))
 
     def _updates(self, wanted):
         """Yield (n, Update) for the n-th (prompt_ids, params) as updates arrive, until all are done."""

@@ -1,12 +1,12 @@
-"""Many requests at once: they share the steps of one model and the blocks of one pool.
+"""The engine: many requests at once, in shared batches of one model and shared blocks of one pool.
 
-options.py        what the ranks can be told: EngineOptions
-scheduler.py      which tokens go through the model in the next step, and in which blocks; rank 0 alone
-blocks.py         which blocks are free and how many use them; rank 0 alone
-prefix_cache.py   full blocks, found again by the tokens that they hold; rank 0 alone
-engine.py         the step that all ranks run together
-service.py        steps while there are requests, sleep while there are none; what rank 0 and its caller say
-run.py            a rank's work from loading to the last request
-client.py         the other end: ranks that have been started or joined, as their caller sees them
-completion.py     what a caller gets
+options.py        the options of the ranks, EngineOptions
+scheduler.py      the next batch: its tokens and their blocks; only on rank 0
+blocks.py         the free blocks, and the number of sequences that use each block; only on rank 0
+prefix_cache.py   full blocks, looked up by their tokens; only on rank 0
+engine.py         a batch's forward pass, which all ranks run together
+service.py        the loop that runs batches for a caller, and the messages between rank 0 and the caller
+run.py            a rank's work, from loading the model to the last request
+client.py         the caller's side: ranks that it has started or joined
+completion.py     the results that callers get
 """

@@ -1,4 +1,4 @@
-"""Allocation of the pool's blocks. Rank 0 alone keeps these books; the other ranks receive block tables."""
+"""The allocator of the pool's blocks. Only rank 0 has one; the other ranks receive block tables."""
 
 from minitp.engine.prefix_cache import PrefixCache
 
@@ -8,7 +8,7 @@ class BlockAllocator:
 
     Parameters
     ----------
-    blocks, block_size : int
+    num_blocks, block_size : int
 
     Attributes
     ----------
@@ -16,11 +16,11 @@ class BlockAllocator:
         The number of sequences that use each block.
     """
 
-    def __init__(self, blocks, block_size):
-        self.blocks, self.block_size = blocks, block_size
+    def __init__(self, num_blocks, block_size):
+        self.num_blocks, self.block_size = num_blocks, block_size
         self.prefixes = PrefixCache()
-        self._free_blocks = list(reversed(range(blocks)))
-        self.ref_count = [0] * blocks
+        self._free_blocks = list(reversed(range(num_blocks)))
+        self.ref_count = [0] * num_blocks
 
     @property
     def num_free_blocks(self):

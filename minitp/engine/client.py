@@ -1,7 +1,7 @@
-"""Ranks that serve requests, as their caller sees them; what is said to them is in `service`.
+"""Ranks that serve requests, as their caller sees them; the module `service` lists the messages.
 
-StartedRanks   processes of their own, started and watched from here (a plain script, a notebook, a server)
-JoinedRanks    the ranks of the mpirun in which this process is rank 0; the step runs in a thread of it
+StartedRanks   ranks that this process starts and watches (for a plain script, a notebook, a server)
+JoinedRanks    the ranks of an mpirun in which this process is rank 0, whose work runs in a thread
 """
 
 import itertools
@@ -16,24 +16,22 @@ from minitp.errors import InputError, MinitpError, RankError
 from minitp.launch.run import WORKER
 from minitp.launch.supervisor import rank_processes
 
-CLOSE_LIMIT_S = 10  # for ranks to leave by themselves
-JOINED = "MINITP_JOINED"  # in the environment of a process that has joined the ranks of its mpirun
+CLOSE_LIMIT_S = 10  # time for ranks to exit after "close"
+JOINED = "MINITP_JOINED"  # set in the environment of a process that has joined the ranks of its mpirun
 
 
 @dataclass
 class Update:
-    """What is new of a request.
+    """New output of a request.
 
     Attributes
     ----------
-    token_ids : list of int
-    text : str
-    logprobs : list
-        See request.Request.
+    token_ids, text, logprobs
+        The same as for request.Request, but only the new part.
     finish_reason : str or None
-        Of its last update: as of request.Request, or "error".
+        None until the last update; then the same as for request.Request, or "error".
     error : MinitpError or None
-        Why it could not be taken, or came to no end.
+        The reason why the request was refused or could not be finished.
     """
 
     token_ids: list = field(default_factory=list)
@@ -44,61 +42,61 @@ class Update:
 
 
 class Ranks:
-    """Takes requests to rank 0, and to each listener what comes of its own.
+    """Running ranks: sends requests to rank 0 and passes the output of each request to its listener.
 
-    Listeners and callbacks are called in a thread of this object, one after another: they must not wait.
+    Listeners and callbacks are called in a thread of this object, one after another: they must not block.
 
     Parameters
     ----------
     on_loading : callable
-        Gets (bytes of rank 0's weights loaded, all of them) while they are.
+        on_loading(done, total) is called while rank 0 loads its weights, with bytes.
     on_end : callable
-        Called with the MinitpError that ended the ranks, unless they were told to end.
+        on_end(error) is called with the MinitpError that ended the ranks, unless `close` ended them.
 
     Attributes
     ----------
     description : dict or None
-        What the ranks can take, once they are ready; see engine.run.
+        The ranks' settings and sizes, once they are ready; see engine.run.describe.
     load : dict
-        How busy they are; see Scheduler.load.
+        The current load; see Scheduler.load.
     error : MinitpError or None
-        What ended them.
+        The reason why the ranks have ended.
     """
 
     def __init__(self, on_loading=lambda done, total: None, on_end=lambda error: None):
         self.on_loading, self.on_end = on_loading, on_end
         self.description, self.load, self.error = None, {}, None
-        self.started = threading.Event()  # ready, or at an end
+        self.started = threading.Event()  # set when the ranks are ready or have ended
         self.closing = False
         self._numbers, self._listeners, self._lock = itertools.count(), {}, threading.Lock()
-        self._failure = None  # why all ranks are leaving
+        self._failure = None  # the reason why all ranks are exiting, once one is known
 
     def add(self, prompt_ids, params, listener):
-        """Send a request; `listener` gets its Updates. Returns the number by which to `drop` it."""
+        """Send a request, whose Updates go to `listener`; return its number, for `abort`."""
         with self._lock:
             if self.error is not None:
                 raise self.error
             number = next(self._numbers)
             self._listeners[number] = listener
-        self._tell({"add": number, "prompt_ids": prompt_ids, "params": asdict(params)})
+        self._send({"add": number, "prompt_ids": prompt_ids, "params": asdict(params)})
         return number
 
-    def drop(self, number):
-        """Nobody wants this request any more: its listener is forgotten, and its blocks are free at once."""
+    def abort(self, number):
+        """Stop a request and free its blocks, without another Update; ignore a finished request."""
         with self._lock:
-            wanted = self._listeners.pop(number, None) is not None
-        if wanted and self.error is None:
-            self._tell({"drop": number})
+            unfinished = self._listeners.pop(number, None) is not None
+        if unfinished and self.error is None:
+            self._send({"abort": number})
 
     def close(self):
-        """The ranks leave; returns when they have. Requests that are not done get a RankError."""
+        """End the ranks and wait until they have exited; unfinished requests get a RankError."""
         raise NotImplementedError
 
-    def _tell(self, message):
+    def _send(self, message):
         raise NotImplementedError
 
-    def _hear(self, message):
-        """Rank 0 has said something."""
+    def _receive(self, message):
+        """Handle a message from rank 0."""
         if "loading" in message:
             self.on_loading(message["loading"], message["of"])
         elif "failed" in message:
@@ -110,9 +108,9 @@ class Ranks:
         else:
             self.load = message.get("load", self.load)
             for number, update in message["updates"]:
-                self._hand_on(number, update)
+                self._deliver(number, update)
 
-    def _hand_on(self, number, update):
+    def _deliver(self, number, update):
         if "error" in update:
             update = Update(finish_reason="error", error=InputError(update["error"]))
         else:
@@ -122,12 +120,12 @@ class Ranks:
             listener = self._listeners.get(number)
             if update.finish_reason is not None:
                 self._listeners.pop(number, None)
-        if listener is not None:  # else it was dropped meanwhile
+        if listener is not None:  # else the request was aborted in the meantime
             listener(update)
 
-    def _ended(self, code, words=()):
-        """There are no ranks any more: why, if none has said it, their exit code tells."""
-        error = RankError(f"the ranks have left with code {code}", words) if code else None
+    def _record_end(self, code, output=()):
+        """Record why the ranks have ended, by default from their exit code, and notify all listeners."""
+        error = RankError(f"the ranks exited with code {code}", output) if code else None
         with self._lock:
             self.error = self._failure or error or RankError("the ranks have been closed")
             listeners = list(self._listeners.values())
@@ -140,7 +138,7 @@ class Ranks:
 
 
 class StartedRanks(Ranks):
-    """Ranks as processes of their own.
+    """Ranks that this process starts as child processes.
 
     Parameters
     ----------
@@ -148,21 +146,21 @@ class StartedRanks(Ranks):
     size : int
         The number of ranks.
     worker : list of str
-        The command of a rank.
+        The command that each rank runs.
     callbacks
-        As of Ranks.
+        The same as for Ranks.
 
     Raises
     ------
     RankError
-        if they cannot be started
+        if the ranks cannot be started.
     """
 
     def __init__(self, options, size, worker=WORKER, **callbacks):
         super().__init__(**callbacks)
         with ExitStack() as stack:
             self._job = stack.enter_context(rank_processes(size, options.verbose))
-            self._job.on_message = self._hear
+            self._job.on_message = self._receive
             self._job.start([*worker, "ranks", json.dumps(asdict(options))])
             self._stack = stack.pop_all()
         self._thread = threading.Thread(target=self._watch, name="minitp: watches the ranks", daemon=True)
@@ -174,30 +172,30 @@ class StartedRanks(Ranks):
                 code = self._job.watch()
             except RankError as failure:
                 self._failure, code = failure, failure.exit_code
-            self._ended(code, self._job.words_of("rank0"))
+            self._record_end(code, self._job.output_of("rank0"))
 
-    def _tell(self, message):
-        self._job.tell(message)
+    def _send(self, message):
+        self._job.send(message)
 
     def close(self):
-        """As Ranks.close; those that do not leave by themselves are ended."""
+        """End the ranks as Ranks.close does, and kill those that do not exit by themselves."""
         self.closing = True
-        if threading.current_thread() is self._thread:  # in which a caller's LLM may be collected
-            self._job.given_up = True
+        if threading.current_thread() is self._thread:  # an LLM may be garbage-collected in this thread
+            self._job.cancelled = True
             return
         try:
             if self.started.is_set() and self.error is None:
-                self._job.tell({"close": True})
+                self._job.send({"close": True})
                 self._thread.join(CLOSE_LIMIT_S)
-        finally:  # also when Ctrl-C cuts the waiting short
-            self._job.given_up = True
+        finally:  # also if Ctrl-C interrupts the wait
+            self._job.cancelled = True
             self._thread.join()
 
 
 class JoinedRanks(Ranks):
-    """The ranks of an mpirun, in rank 0 of it; the others are in `launch.rank.run_in_world`.
+    """The ranks of an mpirun whose rank 0 is this process; the other ranks are in `join_world`.
 
-    If one fails it ends all of them, this process too, as MPI does.
+    If one rank fails, MPI ends all of them, including this process.
 
     Parameters
     ----------
@@ -205,39 +203,41 @@ class JoinedRanks(Ranks):
     world : int
         The number of ranks.
     callbacks
-        As of Ranks.
+        The same as for Ranks.
     """
 
     def __init__(self, options, world, **callbacks):
         super().__init__(**callbacks)
         if JOINED in os.environ:
-            raise InputError("under mpirun a script has one LLM: the other ranks have left with the first")
+            raise InputError(
+                "a script under mpirun can start only one LLM, since the other ranks exit with the first"
+            )
         os.environ[JOINED] = "1"
         self.inbox = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(options, world), daemon=True)
         self._thread.start()
 
     def _run(self, options, world):
-        self._ended(join_world(options, world, caller=self))
+        self._record_end(join_world(options, world, caller=self))
 
-    def say(self, message):
-        """What rank 0's step says, to those who listen here."""
-        self._hear(message)
+    def send(self, message):
+        """Receive a message that rank 0's work sends to its caller, which is this object."""
+        self._receive(message)
 
-    def _tell(self, message):
+    def _send(self, message):
         self.inbox.put(message)
 
     def close(self):
-        """As Ranks.close."""
+        """End the ranks and wait for them, as Ranks.close does."""
         self.closing = True
         self.inbox.put({"close": True})
         self._thread.join()
 
 
 def join_world(options, world, caller=None):
-    """Be one of the ranks that mpirun has started, of `world`; returns the exit code when they are through.
+    """Run one of the `world` ranks that mpirun has started; return the exit code when they have finished.
 
-    `caller` is whom rank 0 serves, if it was not started by the launcher.
+    `caller` is the object that rank 0 serves, if the launcher has not started the ranks.
     """
     from minitp.launch.rank import run_in_world
 
@@ -245,7 +245,7 @@ def join_world(options, world, caller=None):
 
 
 def run_alone_for_caller(options):
-    """Be the only rank, which needs no MPI; returns the exit code."""
+    """Run the only rank, without MPI; return the exit code."""
     from minitp.comm.single import SingleRank
     from minitp.launch.rank import run_alone
 
@@ -253,7 +253,7 @@ def run_alone_for_caller(options):
 
 
 def work_of(options):
-    """Return the work of such a rank for `launch.rank`; NumPy is imported when MPI is there."""
+    """Return the work of a serving rank, for `launch.rank`; it imports NumPy only after MPI has started."""
 
     def work(comm, caller):
         from minitp.engine.run import run_engine

@@ -9,12 +9,12 @@ from minitp.request import check_prompt
 
 
 class Engine:
-    """A rank's part in serving many requests.
+    """One rank's part in running many requests on a model.
 
     Parameters
     ----------
     model : Model
-    blocks, block_size : int
+    num_blocks, block_size : int
         The size of the pool.
     max_tokens_per_step, max_sequences : int
         The most tokens in one forward pass, and the most sequences that run at the same time.
@@ -22,19 +22,19 @@ class Engine:
     Attributes
     ----------
     scheduler : Scheduler
-        None on all ranks but rank 0.
+        The scheduler on rank 0, None on the other ranks.
     """
 
-    def __init__(self, model, blocks, block_size=16, max_tokens_per_step=512, max_sequences=64):
+    def __init__(self, model, num_blocks, block_size=16, max_tokens_per_step=512, max_sequences=64):
         self.model, self.scheduler = model, None
         if model.comm.rank == 0:
             longest = partial(largest_pass, model)
-            self.scheduler = Scheduler(blocks, block_size, max_tokens_per_step, max_sequences, longest)
-        self.pool = model.new_pool(blocks, block_size)
+            self.scheduler = Scheduler(num_blocks, block_size, max_tokens_per_step, max_sequences, longest)
+        self.pool = model.new_pool(num_blocks, block_size)
         self._caches = {}  # sequence number -> PagedCache
 
     def add(self, request):
-        """Queue a request, on rank 0.
+        """Queue a request; only rank 0 calls this.
 
         Raises
         ------
@@ -45,12 +45,12 @@ class Engine:
         self.scheduler.add(request)
 
     def run_batch(self):
-        """Run the next batch that the scheduler chooses; all ranks call this.
+        """Run the next batch of the scheduler; all ranks call this.
 
         Returns
         -------
         list of Request or None
-            The requests that got a token, on rank 0; None, on all ranks, if there was nothing to do.
+            The requests that got a token (on ranks other than 0 an empty list), or None if there was no work.
         """
         comm = self.model.comm
         batch = comm.broadcast(self.scheduler.schedule() if comm.rank == 0 else None)

@@ -16,32 +16,32 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Which model, on which ranks, and how much of it at once. The command's options have the same names.
+    """The options of an engine: the model, the ranks, and limits. The command's options have the same names.
 
     Attributes
     ----------
     model : str
         A directory, a .gguf file, a Hugging Face id, "smollm2", or "random:NAME".
     tp : str
-        Ranks: a number, or "auto".
+        The number of ranks, or "auto".
     layers : int or None
-        Only the first so many.
+        Load only this many layers, from the first.
     device, dtype, kv_dtype, comm : str
-        One of CHOICES.
+        A value from CHOICES.
     share_gpu : bool
-        Several ranks may use one GPU.
+        Let several ranks use one GPU.
     max_context : int or None
-        Positions of a sequence; None: as many as the model can.
+        The most positions of a sequence; None means the limit of the model.
     cache_tokens : int or None
-        Positions that all requests may take together; None: what fits.
+        Positions in the KV cache for all requests together; None means as many as fit.
     block_size : int
-        Positions of a block of the cache.
+        Positions in a block of the KV cache.
     max_tokens_per_step : int
-        Of all requests together.
+        The most tokens in one batch.
     max_sequences : int
-        That run at the same time.
+        The most sequences that run at the same time.
     verbose : bool
-        Show in the end what the ranks have written.
+        Print the output of all ranks at the end.
     """
 
     model: str = "smollm2"
@@ -60,7 +60,7 @@ class EngineOptions:
     verbose: bool = False
 
     def __post_init__(self):
-        """Refuse values that no model could make right; NumPy's numbers and numbers as text become int."""
+        """Refuse values that are wrong for any model; convert integers given as NumPy numbers or text."""
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None and field.default is None:
@@ -77,7 +77,7 @@ class EngineOptions:
                 raise InputError(f"{option(name)} {getattr(self, name)}: expected at least 1")
         if self.cache_tokens is not None and self.cache_tokens < self.block_size:
             raise InputError(
-                f"--cache-tokens {self.cache_tokens}: expected at least a block, {self.block_size}"
+                f"--cache-tokens {self.cache_tokens}: expected at least one block of {self.block_size}"
             )
 
 
@@ -96,21 +96,21 @@ def options_from(owner, given):
 
 
 def one_of(choices, name, value):
-    """A value that is one of some texts, or reads like it, as NumPy's dtypes do."""
+    """Return str(value), which must be one of `choices`; so a NumPy dtype is accepted as well."""
     if str(value) not in choices:
         raise InputError(f"{option(name)} {value!r}: expected one of {', '.join(choices)}")
     return str(value)
 
 
 def flag(name, value):
-    """True or False, Python's or NumPy's."""
+    """Return Python's bool for a bool of Python or NumPy; refuse anything else."""
     if type(value).__name__ != "bool":
         raise InputError(f"{option(name)} {value!r}: expected True or False")
     return bool(value)
 
 
 def whole_number(name, value):
-    """An integer, Python's or NumPy's, or written as text."""
+    """Return an int for an integer of Python or NumPy, or one written as text; refuse anything else."""
     try:
         if type(value).__name__ == "bool":
             raise TypeError
@@ -120,5 +120,5 @@ def whole_number(name, value):
 
 
 def option(name):
-    """The command's option of a field's name."""
+    """Return the command's option for a field's name."""
     return "--" + name.replace("_", "-")

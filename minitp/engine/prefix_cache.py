@@ -1,4 +1,4 @@
-"""Prefix caching: full blocks of the KV cache, looked up by the tokens that they hold."""
+"""The prefix cache: full blocks of the KV cache, looked up by their tokens and all tokens before them."""
 
 import hashlib
 from collections import OrderedDict
@@ -7,9 +7,9 @@ import numpy as np
 
 
 class PrefixCache:
-    """An index of the full blocks by their tokens, including blocks that no sequence uses any more.
+    """An index of full blocks by key, including blocks that no sequence uses any more.
 
-    A sequence that begins with the same tokens reuses such blocks instead of computing them again. An unused
+    A sequence that begins with the same tokens reuses these blocks instead of computing them again. An unused
     block keeps its content until its memory is needed; the least recently used one is evicted first.
     """
 

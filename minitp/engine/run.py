@@ -6,18 +6,18 @@ from minitp.load import check_room, device_of, load_model, open_source
 from minitp.loading.weights import shard_nbytes
 from minitp.request import Request, context_length
 
-REPORTS = 100  # of how much has been loaded
+PROGRESS_MESSAGES = 100  # most messages while loading
 
 
 def run_engine(options, comm, caller):
-    """Load the model, then serve the caller of rank 0 until it wants no more; all ranks call this.
+    """Load the model, then serve the caller of rank 0 until it sends "close"; all ranks call this.
 
     Parameters
     ----------
     options : EngineOptions
     comm : Comm
     caller : object
-        See `service.serve`.
+        The object that rank 0 serves; see `service.serve`.
 
     Returns
     -------
@@ -30,18 +30,18 @@ def run_engine(options, comm, caller):
     device = device_of(comm, source, options.dtype)
     check_room(comm, source, device)
     with comm.agreed():
-        progress = (lambda nbytes: None) if comm.rank else Loading(source, comm, device, caller)
+        progress = (lambda nbytes: None) if comm.rank else LoadProgress(source, comm, device, caller)
         model = load_model(source, comm, device, progress, options.kv_dtype)
     model.connect()
     fit = device.cache_room(comm.size) // model.new_pool(1, options.block_size).nbytes
-    blocks = blocks_wanted(options, source.config, min(comm.allgather_object(fit)))
-    context = min(context_length(source.config, options.max_context), blocks * options.block_size)
+    num_blocks = blocks_needed(options, source.config, min(comm.allgather_object(fit)))
+    context = min(context_length(source.config, options.max_context), num_blocks * options.block_size)
     with comm.agreed():
         sizes = options.block_size, options.max_tokens_per_step, options.max_sequences
-        engine = Engine(model, blocks, *sizes)
+        engine = Engine(model, num_blocks, *sizes)
         tokenizer = source.tokenizer() if comm.rank == 0 else None
     if comm.rank == 0:
-        caller.say({"ready": described(options, engine, context), "load": engine.scheduler.load()})
+        caller.send({"ready": describe(options, engine, context), "load": engine.scheduler.load()})
 
     def make_request(prompt_ids, params):
         return Request(params, source.config.eos_token_ids, prompt_ids, context, tokenizer)
@@ -50,11 +50,11 @@ def run_engine(options, comm, caller):
     return 0
 
 
-def blocks_wanted(options, config, fit):
-    """How many blocks every rank has.
+def blocks_needed(options, config, fit):
+    """Return the number of blocks of every rank's pool.
 
-    As many as `cache_tokens` fill; else for as many sequences as may run at once, each as long as it may
-    become, but no more than `fit`.
+    With `cache_tokens` the pool has room for that many tokens. Otherwise it has room for `max_sequences`
+    sequences of the largest length, but at most `fit` blocks.
     """
     if options.cache_tokens is not None:
         return options.cache_tokens // options.block_size
@@ -62,28 +62,28 @@ def blocks_wanted(options, config, fit):
     return max(1, min(longest * options.max_sequences, fit))
 
 
-class Loading:
-    """Tells the caller now and then how much of rank 0's weights has been loaded."""
+class LoadProgress:
+    """A counter of loaded bytes that reports rank 0's progress to the caller."""
 
     def __init__(self, source, comm, device, caller):
         self.total, self.caller = shard_nbytes(source.plan, comm.shard_rank, device), caller
-        self.done = self.told = 0
+        self.done = self.reported = 0
 
     def __call__(self, nbytes):
         self.done += nbytes
-        if self.done - self.told >= self.total / REPORTS:
-            self.told = self.done
-            self.caller.say({"loading": self.done, "of": self.total})
+        if self.done - self.reported >= self.total / PROGRESS_MESSAGES:
+            self.reported = self.done
+            self.caller.send({"loading": self.done, "of": self.total})
 
 
-def described(options, engine, context):
-    """What the caller should know of these ranks."""
+def describe(options, engine, context):
+    """Return the settings and sizes of the ranks, for the caller."""
     return {
         "tp": engine.model.comm.size,
         "dtype": engine.model.device.dtype.name,
         "kv_dtype": options.kv_dtype,
         "context": context,
-        "blocks": engine.scheduler.allocator.blocks,
+        "blocks": engine.scheduler.allocator.num_blocks,
         "block_size": options.block_size,
         "max_sequences": options.max_sequences,
         "max_tokens_per_step": options.max_tokens_per_step,

@@ -1,9 +1,9 @@
-"""Scheduling: rank 0 chooses the tokens of the next forward pass and sends all ranks a ScheduledBatch.
+"""The scheduler: rank 0 chooses the tokens of the next forward pass and sends all ranks a ScheduledBatch.
 
 Sequences that are decoding come first, one token each, the oldest first. Then come running sequences whose
-prompt is not finished, in chunks of as many tokens as the batch has left, and then new ones. When no block is
-free, the youngest sequence is preempted: its blocks are freed and it waits. Later it starts again with the
-tokens that it has generated as part of its prompt, which leads to the same result.
+prompt is not finished, with as many tokens as the batch still has room for, and then waiting sequences. When
+no block is free, the youngest sequence is preempted: its blocks are freed, and it waits. Later it starts
+again with its generated tokens as part of the prompt, which gives the same result.
 """
 
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ from minitp.errors import InputError
 class Sequence:
     """A request that is waiting or running, with its tokens and blocks."""
 
-    number: int  # in the order of arrival
+    number: int  # ascending in the order of arrival
     request: object  # request.Request
     token_ids: list
-    num_computed_tokens: int = 0  # the first tokens, whose keys and values are in its blocks
+    num_computed_tokens: int = 0  # tokens from the start whose keys and values are in the blocks
     block_table: list = field(default_factory=list)
-    block_keys: list = field(default_factory=list)  # one for each full block
+    block_keys: list = field(default_factory=list)  # one key for each full block
 
     @property
     def num_uncomputed_tokens(self):
@@ -43,7 +43,7 @@ class ScheduledBatch:
     finished : list of int
         Sequences that have stopped running since the last batch.
     logits_at : list of int
-        Rows, among all tokens of the batch, of the last token of each sequence that gets a new token.
+        Row of the last token of each sequence that gets a new token, among all tokens of the batch.
     """
 
     chunks: list
@@ -57,63 +57,63 @@ class Scheduler:
 
     Parameters
     ----------
-    blocks, block_size : int
+    num_blocks, block_size : int
         The size of every rank's pool.
     max_tokens_per_step : int
         The most tokens in one batch.
     max_sequences : int
         The most sequences that run at the same time.
     largest_pass : callable
-        largest_pass(n): the most tokens that one sequence may compute in a batch after its first n.
+        largest_pass(n) -> the most tokens of one sequence in a batch, if n tokens are computed already.
 
     Raises
     ------
     InputError
-        if one of the numbers is not positive.
+        if a size or limit is not positive.
     """
 
-    def __init__(self, blocks, block_size, max_tokens_per_step, max_sequences, largest_pass):
-        sizes = {"blocks": blocks, "block size": block_size, "tokens per step": max_tokens_per_step}
+    def __init__(self, num_blocks, block_size, max_tokens_per_step, max_sequences, largest_pass):
+        sizes = {"blocks": num_blocks, "block size": block_size, "tokens per step": max_tokens_per_step}
         for name, value in (sizes | {"sequences": max_sequences}).items():
             if value < 1:
                 raise InputError(f"{name}: {value}, expected 1 or more")
         self.largest_pass = largest_pass
-        self.allocator = BlockAllocator(blocks, block_size)
+        self.allocator = BlockAllocator(num_blocks, block_size)
         self.max_tokens_per_step, self.max_sequences = max_tokens_per_step, max_sequences
         self.waiting, self.running = [], []  # sequences, from the oldest to the youngest
         self.num_preempted = 0
-        self.num_reused_tokens = 0  # found in cached blocks when a sequence started
+        self.num_reused_tokens = 0  # tokens found in the prefix cache
         self._arrived, self._started, self._finished = 0, [], []
         self._scheduled = {}  # sequence number -> (sequence, number of tokens, new blocks)
 
     def add(self, request):
         """Queue a request; raise InputError if the pool could not hold it even alone."""
-        room = self.allocator.blocks * self.allocator.block_size
+        room = self.allocator.num_blocks * self.allocator.block_size
         if request.positions > room:
             raise InputError(
-                f"prompt and new tokens may come to {request.positions} positions, too many for a cache of "
-                f"{room}; ask for fewer"
+                f"prompt and new tokens need up to {request.positions} positions, too many for a cache of "
+                f"{room}; ask for fewer new tokens"
             )
         self.waiting.append(Sequence(self._arrived, request, list(request.prompt_ids)))
         self._arrived += 1
 
-    def remove(self, request):
-        """Drop a request that is no longer needed and free its blocks."""
+    def abort(self, request):
+        """Remove a request that is no longer needed and free its blocks."""
         for sequence in [s for s in self.running if s.request is request]:
             self._stop(sequence)
         self.waiting = [s for s in self.waiting if s.request is not request]
 
     @property
     def busy(self):
-        """True while any request is waiting or running."""
+        """Return whether any request is waiting or running."""
         return bool(self.running or self.waiting)
 
     def load(self):
-        """Return the current load (requests, blocks) and the counts since the start, by name."""
+        """Return by name the current numbers of requests and blocks, and the counts since the start."""
         return {
             "running": len(self.running),
             "waiting": len(self.waiting),
-            "blocks_in_use": self.allocator.blocks - self.allocator.num_free_blocks,
+            "blocks_in_use": self.allocator.num_blocks - self.allocator.num_free_blocks,
             "preempted": self.num_preempted,
             "reused_tokens": self.num_reused_tokens,
         }
@@ -171,7 +171,7 @@ class Scheduler:
         self._scheduled[sequence.number] = sequence, tokens, blocks
 
     def _admit(self):
-        """Start the oldest waiting sequences while tokens are left, and blocks for their whole prompt."""
+        """Start the oldest waiting sequences while the batch has room and their whole prompts find blocks."""
         while self.waiting and self._tokens_left() and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             size = self.allocator.block_size
@@ -190,7 +190,7 @@ class Scheduler:
             self._schedule_tokens(sequence)
 
     def _preempt(self, sequence):
-        """Free its blocks and put it at the front of the queue."""
+        """Free the blocks of a sequence and put it at the head of the queue."""
         self.num_preempted += 1
         self._stop(sequence)
         self._scheduled.pop(sequence.number, None)
@@ -202,7 +202,7 @@ class Scheduler:
         self._finished.append(sequence.number)
 
     def _register_full_blocks(self, sequence):
-        """Let later sequences find the full blocks of this one."""
+        """Register full blocks of a sequence in the prefix cache."""
         size = self.allocator.block_size
         full = sequence.num_computed_tokens // size
         sequence.block_keys = block_keys(sequence.token_ids[: full * size], size, sequence.block_keys[:full])

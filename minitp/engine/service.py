@@ -3,7 +3,7 @@
 The caller of rank 0 is the supervisor, or a thread of rank 0's own process. They exchange plain objects:
 
     to rank 0     {"add": 7, "prompt_ids": [..], "params": {..}}    a request, under the caller's number
-                  {"drop": 7}                                       cancel this request
+                  {"abort": 7}                                      abort this request
                   {"close": true}                                   end the ranks
     from rank 0   {"loading": n, "of": m}                           bytes of weights loaded so far
                   {"failed": "..", "exit_code": 2}                  all ranks are ending, and the reason
@@ -25,13 +25,13 @@ def serve(engine, caller, make_request):
     ----------
     engine : Engine
     caller : object
-        On rank 0: `inbox` is a queue of its messages, and `say` sends it one.
+        On rank 0: `inbox` is a queue of its messages, and `send` sends it one.
     make_request : callable
         make_request(prompt_ids, params) -> Request.
     """
     comm = engine.model.comm
     loop = RequestLoop(engine, caller, make_request) if comm.rank == 0 else None
-    while comm.allgather_object(loop.wait() if loop else None)[0]:  # the others sleep
+    while comm.allgather_object(loop.wait() if loop else None)[0]:  # the other ranks sleep in this call
         while (advanced := engine.run_batch()) is not None:
             if loop:
                 loop.report(advanced)
@@ -40,16 +40,16 @@ def serve(engine, caller, make_request):
 
 @dataclass(eq=False)
 class TrackedRequest:
-    """A request and the amount of its output that the caller has been sent."""
+    """A request and the amount of its output that has been sent to the caller."""
 
     number: int
     request: Request
     tokens: int = 0
-    text: int = 0
+    text: int = 0  # characters
 
 
 class RequestLoop:
-    """Rank 0's end of the conversation: it accepts requests and sends their output."""
+    """The messages of rank 0: it accepts the caller's requests and sends their output."""
 
     def __init__(self, engine, caller, make_request):
         self.engine, self.caller, self.make_request = engine, caller, make_request
@@ -58,7 +58,7 @@ class RequestLoop:
         self._load = None
 
     def wait(self):
-        """Sleep until there is work. Return False when the caller has closed."""
+        """Sleep until there is work; return False once the caller has sent "close"."""
         self.handle_messages()
         while not (self.closed or self.engine.scheduler.busy):
             self._handle(self.caller.inbox.get())
@@ -77,30 +77,30 @@ class RequestLoop:
         load = self.engine.scheduler.load()
         if updates or load != self._load:
             self._load = load
-            self.caller.say({"updates": updates, "load": load})
+            self.caller.send({"updates": updates, "load": load})
 
     def _handle(self, message):
         if "add" in message:
             self._add(message["add"], message["prompt_ids"], message["params"])
-        elif "drop" in message:
-            if message["drop"] in self._by_number:  # it may have finished already
-                self._remove(self._by_number[message["drop"]])
+        elif "abort" in message:
+            if message["abort"] in self._by_number:  # the request may have finished already
+                self._abort(self._by_number[message["abort"]])
         else:
             self.closed = True
             for tracked in list(self._by_number.values()):
-                self._remove(tracked)
+                self._abort(tracked)
 
     def _add(self, number, prompt_ids, params):
         try:
             tracked = TrackedRequest(number, self.make_request(prompt_ids, SamplingParams(**params)))
             self.engine.add(tracked.request)
         except InputError as error:
-            self.caller.say({"updates": [[number, {"error": str(error)}]]})
+            self.caller.send({"updates": [[number, {"error": str(error)}]]})
             return
         self._by_number[number] = self._by_request[id(tracked.request)] = tracked
 
-    def _remove(self, tracked):
-        self.engine.scheduler.remove(tracked.request)
+    def _abort(self, tracked):
+        self.engine.scheduler.abort(tracked.request)
         self._forget(tracked)
 
     def _forget(self, tracked):

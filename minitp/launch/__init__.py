@@ -1,8 +1,8 @@
-"""Starting ranks, and being one.
+"""Start ranks, and run as one of them.
 
-run.py          the launcher: starts the ranks of a command and waits for their end
-supervisor.py   the ranks as the launcher has them: started with mpirun, watched, talked to, and ended
-rank.py         a rank's own process, from its start to its exit code
-devices.py      which GPU is whose
-transport.py    what --comm chooses
+run.py          the launcher: start the ranks of a command and wait until they end
+supervisor.py   the ranks as child processes: start them with mpirun, watch them, talk to them, end them
+rank.py         the process of one rank, from its start to its exit code
+devices.py      one GPU for each rank
+transport.py    the Comm that --comm selects
 """

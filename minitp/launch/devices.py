@@ -1,38 +1,39 @@
-"""Which GPU is whose."""
+"""Devices: whether the ranks compute on GPUs, and which GPU each rank opens."""
 
 import sys
 
 from minitp.errors import InputError
 from minitp.util.environment import gpus
 
-ON_GPUS = ("nccl", "peer")  # of --comm
+GPU_TRANSPORTS = ("nccl", "peer")  # values of --comm that need GPUs
 
 
 def on_gpus(comm, device):
-    """Whether the ranks compute on GPUs, as --device says: auto is yes if every rank's host has one."""
+    """Return whether the ranks compute on GPUs; --device auto means yes if every rank's host has one."""
     return device == "cuda" or (device == "auto" and all(comm.allgather_object(gpus() > 0)))
 
 
 def refuse_on_cpus(transport, share_gpu):
-    """Refuse the options that are for GPUs."""
-    if transport in ON_GPUS:
+    """Refuse the options that only make sense on GPUs."""
+    if transport in GPU_TRANSPORTS:
         raise InputError(f"--comm {transport} is for GPUs; leave it out, or give --device cuda")
     if share_gpu:
         raise InputError("--share-gpu needs GPUs; leave it out, or give --device cuda")
 
 
 def open_rank_gpu(comm, local_rank, share_gpu):
-    """Open this rank's GPU, whose number is the rank's own among those of its host; all ranks call it.
+    """Open the GPU whose number is this rank's number on its host; all ranks call this.
 
     Returns
     -------
-    (Gpu, bool)
-        And whether any two ranks share one.
+    gpu : Gpu
+    shared : bool
+        Whether any two ranks share a GPU.
 
     Raises
     ------
     AgreedError
-        on all ranks, if one of them has none, or not one of its own and `share_gpu` is not set.
+        on all ranks, if a rank has no GPU, or would have to share one and `share_gpu` is not set.
     """
     from minitp.cuda.gpu import open_gpu
 

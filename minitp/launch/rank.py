@@ -1,6 +1,7 @@
-"""One rank's process: from its start to its exit code, with a way out for every failure.
+"""The process of one rank, from its start to its exit code, whatever fails.
 
-What brings numpy and the rest is imported inside, so that failing to import is a failure like any other.
+NumPy and all that needs it are imported inside functions, so that a failing import is handled like any other
+failure.
 """
 
 import faulthandler
@@ -21,18 +22,18 @@ from minitp.util.environment import SOCKET_VARIABLE, check_world, env_rank
 
 
 def run_alone(work, options, comm, serving=False):
-    """The single rank of --tp 1, or of --as-rank; returns its exit code.
+    """Run the single rank of --tp 1 or --as-rank; return its exit code.
 
     Parameters
     ----------
     work : callable
-        work(comm, caller) -> exit code: what the rank is there for.
+        work(comm, caller) -> exit code: does the rank's work.
     options : object
-        Its device, comm, share_gpu and verbose are as these options.
+        An object with the options device, comm, share_gpu and verbose as attributes.
     comm : Comm
-        Of one rank.
+        The Comm of the single rank.
     serving : bool
-        The caller is told of a failure; else stderr is.
+        Report a failure to the caller instead of stderr.
     """
     from minitp.launch.transport import select_comm
 
@@ -42,25 +43,25 @@ def run_alone(work, options, comm, serving=False):
         comm = select_comm(comm, options.device, options.comm, options.share_gpu)
         code = work(comm, supervisor)
     except AgreedError as error:
-        code = _leave_together(error, options, comm, caller)
+        code = _exit_together(error, options, comm, caller)
     except Exception as error:
-        return _leave_alone(error, options, comm, supervisor)
+        return _abort(error, options, comm, supervisor)
     if supervisor is not None:
-        supervisor.end(code)
+        supervisor.send_exit(code)
     return code
 
 
 def run_in_world(work, options, world, caller=None, serving=False):
-    """One rank under mpirun or srun; returns its exit code.
+    """Run one of the ranks that mpirun or srun has started; return its exit code.
 
     Parameters
     ----------
     work, options, serving
-        As of `run_alone`; `options` has tp, too.
+        The same as for `run_alone`; `options` also has tp.
     world : int
-        The number of ranks that the launcher says it started.
+        The number of ranks that mpirun or srun says it started.
     caller : object
-        Whom rank 0 serves if there is no supervisor; see `engine.service`.
+        The caller that rank 0 serves if there is no supervisor; see `engine.service`.
     """
     supervisor = _supervisor_link()
     caller = supervisor or caller
@@ -69,24 +70,24 @@ def run_in_world(work, options, world, caller=None, serving=False):
         faulthandler.enable()
         from minitp.comm.mpi import MpiComm
 
-        with _told_if_slow():
-            comm = MpiComm(expected=world)  # first: without it there is no way to end the others
+        with _warned_if_mpi_is_slow():
+            comm = MpiComm(expected=world)  # first, because only MPI can end the other ranks
         try:
             from minitp.launch.transport import select_comm, select_host_comm
 
-            with _told_if_slow():
+            with _warned_if_mpi_is_slow():
                 comm = select_host_comm(comm, options.comm)
             with comm.agreed():
                 check_world(options.tp, world)
             comm = select_comm(comm, options.device, options.comm, options.share_gpu)
             code = work(comm, caller)
         except AgreedError as error:
-            code = _leave_together(error, options, comm, caller if serving else None)
-        comm.close()  # all ranks get here, or none
+            code = _exit_together(error, options, comm, caller if serving else None)
+        comm.close()  # either all ranks get here or none does
     except BaseException as error:
-        code = _leave_alone(error, options, comm, supervisor)
+        code = _abort(error, options, comm, supervisor)
     if supervisor is not None:
-        supervisor.end(code)
+        supervisor.send_exit(code)
     return code
 
 
@@ -95,8 +96,8 @@ def _supervisor_link():
 
 
 @contextmanager
-def _told_if_slow():
-    """While MPI starts, it alone decides how long to wait for ranks that do not come: say that it does."""
+def _warned_if_mpi_is_slow():
+    """Print a line if the block takes long: while MPI starts, no other limit applies to missing ranks."""
     from minitp.comm import wait
 
     text = f"minitp: MPI has not started on all ranks within {wait.LATE_S:g} s"
@@ -110,58 +111,58 @@ def _told_if_slow():
         timer.cancel()
 
 
-def _leave_together(error, options, comm, caller):
-    """All ranks leave: rank 0 says why, and with -v the rank that failed shows where."""
+def _exit_together(error, options, comm, caller):
+    """Report why all ranks exit, on rank 0; with -v the rank that failed prints its traceback."""
     if comm.rank == 0 and caller is not None:
-        caller.say({"failed": str(error), "exit_code": error.exit_code})
+        caller.send({"failed": str(error), "exit_code": error.exit_code})
     elif comm.rank == 0:
         print(f"minitp: {error}", file=sys.stderr)
-    _show_traceback(error.__cause__, options)
+    _print_traceback(error.__cause__, options)
     return error.exit_code
 
 
-def _leave_alone(error, options, comm, supervisor):
-    """This rank fails while the others may wait for it: say why, and end the whole job."""
+def _abort(error, options, comm, supervisor):
+    """Report why this rank failed and end the whole job, since other ranks may be waiting for this one."""
     code = 130 if isinstance(error, KeyboardInterrupt) else RankError.exit_code
-    _show_traceback(error, options)
+    _print_traceback(error, options)
     if supervisor is not None:
-        supervisor.end(code, one_line(error))
+        supervisor.send_exit(code, one_line(error))
     elif code != 130 and (comm is not None or env_rank(os.environ) == 0):
-        who = f"{comm.name(comm.rank)} failed: " if comm is not None else ""
-        print(f"minitp: {who}{one_line(error)}", file=sys.stderr, flush=True)
+        failed = f"{comm.name(comm.rank)} failed: " if comm is not None else ""
+        print(f"minitp: {failed}{one_line(error)}", file=sys.stderr, flush=True)
     if comm is not None:
         comm.abort(code)
     return code
 
 
-def _show_traceback(error, options):
+def _print_traceback(error, options):
     if options.verbose and error is not None:
         traceback.print_exception(error)
 
 
-def _high_number():
-    """A number for a descriptor that lies above all others.
+def _high_descriptor():
+    """Return a number for a file descriptor above those of MPI.
 
-    Linux closes a killed process's highest descriptors first, so the supervisor hears of the death before
-    mpirun does, whose connection has a low number and which then kills the other ranks.
+    Linux closes the highest descriptors of a killed process first. So the supervisor learns of the death
+    before mpirun does, which kills the other ranks then.
     """
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 512 if most == resource.RLIM_INFINITY else min(512, most - 8)
 
 
 class SupervisorLink:
-    """A rank's connection to the supervisor that started it; see `supervisor` for what goes over it.
+    """A rank's connection to its supervisor; the module `supervisor` lists the messages.
 
     Attributes
     ----------
     inbox : queue.SimpleQueue
-        Of what the supervisor says, to rank 0.
+        Messages from the supervisor; only rank 0 gets any.
     """
 
     def __init__(self, path):
         with socket.socket(socket.AF_UNIX) as low:
             self._socket = socket.socket(
-                fileno=fcntl.fcntl(low.fileno(), fcntl.F_DUPFD_CLOEXEC, _high_number())
+                fileno=fcntl.fcntl(low.fileno(), fcntl.F_DUPFD_CLOEXEC, _high_descriptor())
             )
         self._socket.connect(path)
         hello = {"rank": env_rank(os.environ), "pid": os.getpid()}
@@ -174,16 +175,16 @@ class SupervisorLink:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self):
-        """When the supervisor dies its end closes, and then this rank ends too."""
+        """Queue the supervisor's messages; if the connection closes, the supervisor died: end this rank."""
         with suppress(ConnectionResetError):
             for line in self._socket.makefile("rb"):
                 self.inbox.put(json.loads(line))
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def say(self, message):
-        """Send the supervisor an object."""
+    def send(self, message):
+        """Send an object to the supervisor."""
         self._socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def end(self, exit_code, error=None):
-        """This rank's last message."""
-        self.say({"exit": exit_code, "error": error})
+    def send_exit(self, exit_code, error=None):
+        """Send the last message of this rank."""
+        self.send({"exit": exit_code, "error": error})

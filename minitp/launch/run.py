@@ -1,4 +1,4 @@
-"""The launcher: a process outside MPI that starts the ranks of a command and ends when they have ended."""
+"""The launcher: a process outside MPI that starts the ranks of a command and ends after them."""
 
 import signal
 import sys
@@ -12,10 +12,10 @@ WORKER = [sys.executable, "-m", "minitp"]
 
 
 def run_ranks(command, size, verbose=False):
-    """Start `size` ranks of `command`, wait for their end, and return the exit code of the whole job.
+    """Start `size` ranks of `command`, wait until they end, and return the exit code of the job.
 
-    Returns 3, after naming the rank on stderr, if one dies or fails by itself; 130 on Ctrl-C, 143 on SIGTERM.
-    No process of the job is left when this returns.
+    The code is 3 if a rank dies or fails, after a line on stderr that names the rank; 130 on Ctrl-C; 143 on
+    SIGTERM. No process of the job is left when this returns.
     """
     with rank_processes(size, verbose, streams=(1, 2)) as job:
         try:

@@ -1,14 +1,16 @@
-"""The ranks as the front has them: started with mpirun, watched, talked to, and ended.
+"""The supervisor: starts the ranks with mpirun, watches them, exchanges messages with rank 0, and ends them.
 
-Each rank connects to the front's Unix socket as soon as it starts and keeps the connection until it ends.
-So the front knows which process is which rank, and sees at once when one is gone: the connection closes,
-however the process died. What a rank writes goes to a file of its own, the end of which is shown if it dies;
-or, for rank 0, to the front's own stdout and stderr, which the front hands over (as file descriptors), so
-that a terminal is a terminal for rank 0 and nothing has to be copied.
+Each rank connects to the supervisor's Unix socket as soon as it starts and keeps the connection until it
+ends. So the supervisor knows which process is which rank, and notices at once when a process is gone: the
+connection closes, however the process died. Each rank writes its stdout and stderr to its own file, whose
+last lines are shown if the rank dies. Rank 0 may instead get the supervisor's own stdout and stderr, passed
+as file descriptors: if they are a terminal, rank 0 sees a terminal, and nothing has to be copied.
 
-    rank -> front      {"rank": 2, "pid": 4711}        then the descriptors come back
-    rank -> front      {"exit": 0, "error": null}      its last message
-    front <-> rank 0   any other object, a line of JSON each: requests and what comes of them
+    rank -> supervisor      {"rank": 2, "pid": 4711}     the first message, answered with two descriptors
+    rank -> supervisor      {"exit": 0, "error": null}   the last message
+    supervisor <-> rank 0   any other object             requests and their output; see `engine.service`
+
+Each message is one line of JSON.
 """
 
 import json
@@ -28,12 +30,12 @@ from pathlib import Path
 from minitp.errors import RankError
 from minitp.util.environment import ALONE_VARIABLE, SOCKET_VARIABLE, limit_blas_threads
 
-START_LIMIT_S = 60  # until all ranks have connected
+START_LIMIT_S = 60  # time for all ranks to connect
 LONGEST_PARENT = 80  # a Unix socket's path has at most 103 bytes (macOS) or 107 (Linux)
-END_LIMIT_S = 10  # from the last rank's last message to the end of mpirun
+END_LIMIT_S = 10  # time for mpirun to end after the last message of the last rank
 
-# Open MPI refuses root and more ranks than cores unless told; it binds each rank to a core; and its waiting
-# ranks would keep the others' cores. The names differ between version 4 and 5; other MPIs ignore them.
+# By default Open MPI refuses to run as root or with more ranks than cores, binds each rank to a core, and
+# lets waiting ranks keep their cores busy. The names differ between versions 4 and 5; other MPIs ignore them.
 OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -46,7 +48,7 @@ OPEN_MPI = {
     "PRTE_MCA_hwloc_default_binding_policy": "none",
 }
 
-# The front's socket is on this host, and so are its ranks, whatever hosts a batch system has set aside.
+# All ranks must be on this host, where the supervisor's socket is, even if a batch system has allocated more.
 THIS_HOST = {
     "HYDRA_RMK": "user",
     "HYDRA_LAUNCHER": "fork",
@@ -58,16 +60,16 @@ THIS_HOST = {
 
 
 def find_mpirun():
-    """The mpirun beside this Python, whose MPI mpi4py finds as well; else that of the PATH."""
-    beside = Path(sys.executable).parent / "mpirun"
-    found = str(beside) if beside.exists() else shutil.which("mpirun") or shutil.which("mpiexec")
+    """Return the mpirun next to this Python, whose MPI mpi4py also finds, or else the one in the PATH."""
+    adjacent = Path(sys.executable).parent / "mpirun"
+    found = str(adjacent) if adjacent.exists() else shutil.which("mpirun") or shutil.which("mpiexec")
     if found is None:
         raise RankError("no mpirun found: pip install 'minitp[mpi]', or install an MPI, or use --tp 1")
     return found
 
 
 def mpi_environment(size):
-    """Variables for an mpirun of `size` ranks on this host, each with its share of the cores."""
+    """Return the environment for an mpirun of `size` ranks on this host that divide its cores."""
     environment = {**OPEN_MPI, **os.environ, **THIS_HOST}
     environment.pop("HYDRA_HOST_FILE", None)
     limit_blas_threads(environment, size)
@@ -76,7 +78,7 @@ def mpi_environment(size):
 
 @contextmanager
 def rank_processes(size, verbose=False, streams=None):
-    """A RankProcesses that has ended, and its files gone, when the block is left."""
+    """Yield a RankProcesses; when the block is left, end the processes and remove their files."""
     parent = tempfile.gettempdir()
     if len(parent) > LONGEST_PARENT:
         parent = "/tmp"
@@ -89,45 +91,46 @@ def rank_processes(size, verbose=False, streams=None):
 
 
 class Rank:
-    """What the front knows of one rank."""
+    """A rank's process and the connection to it."""
 
     def __init__(self, rank, pid, connection):
         self.rank, self.pid, self.connection = rank, pid, connection
-        self.exit_code = None  # until it says so itself
+        self.exit_code = None  # until the rank's last message
         self.received = b""  # the beginning of a line
-        self.telling = threading.Lock()  # held while something is sent to it
+        self.send_lock = threading.Lock()
 
 
 class RankProcesses:
-    """mpirun and its ranks; or the one rank, which needs no mpirun.
+    """The processes of a job: mpirun and its ranks, or a single rank without mpirun.
 
     Parameters
     ----------
     folder : Path
-        For the socket, and for what the ranks write.
+        A folder for the socket and for the output of the ranks.
     size : int
+        The number of ranks.
     verbose : bool
-        Show in the end what they have written.
+        Print the output of all ranks at the end.
     streams : (int, int) or None
-        The descriptors that rank 0 gets as its stdout and stderr; None: a file, as the others.
+        File descriptors for rank 0's stdout and stderr; with None, rank 0 writes to a file like the others.
     """
 
     def __init__(self, folder, size, verbose=False, streams=None):
         self.folder, self.size, self.verbose, self.streams = folder, size, verbose, streams
         self.ranks = {}
-        self.on_message = None  # gets what rank 0 says, if it says anything
-        self.leader = None  # mpirun, or the only rank
-        self.given_up = False  # set by another thread, it ends `watch`
+        self.on_message = None  # called with each message of rank 0 but the first and the last
+        self.leader = None  # the process of mpirun, or of the only rank
+        self.cancelled = False  # set by another thread to end `watch`
         self.selector = selectors.DefaultSelector()
         self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(str(folder / "front"))
+        self.listener.bind(str(folder / "supervisor"))
         self.listener.listen(size)
         self.selector.register(self.listener, selectors.EVENT_READ)
 
     def start(self, command):
-        """Start the ranks, in a session of their own: Ctrl-C on the terminal is for the front to act on."""
-        environment = {**mpi_environment(self.size), SOCKET_VARIABLE: str(self.folder / "front")}
-        environment.setdefault("HF_HUB_OFFLINE", "1")  # what was to be fetched lies in the cache now
+        """Start the ranks in a new session, so that only the supervisor gets Ctrl-C from the terminal."""
+        environment = {**mpi_environment(self.size), SOCKET_VARIABLE: str(self.folder / "supervisor")}
+        environment.setdefault("HF_HUB_OFFLINE", "1")  # the launcher has downloaded everything already
         if self.size == 1:
             environment[ALONE_VARIABLE] = "1"
         else:
@@ -144,21 +147,21 @@ class RankProcesses:
             )
 
     def watch(self):
-        """Return the job's exit code, once all ranks have given theirs.
+        """Wait until all ranks have sent their exit codes; return that of the job, the highest.
 
         Raises
         ------
         RankError
-            as soon as one has failed, with its last words
+            as soon as a rank fails, with the last lines that the rank wrote.
         """
         started = time.monotonic()
         while len(self.ranks) < self.size or any(rank.exit_code is None for rank in self.ranks.values()):
             for key, _ in self.selector.select(timeout=0.2):
                 if key.fileobj is self.listener:
-                    self.welcome()
+                    self.accept()
                 else:
-                    self.hear(key.data)
-            if self.given_up:
+                    self.receive(key.data)
+            if self.cancelled:
                 return RankError.exit_code
             if len(self.ranks) < self.size:
                 if self.leader.poll() is not None:
@@ -169,52 +172,52 @@ class RankProcesses:
         try:
             self.leader.wait(END_LIMIT_S)
         except subprocess.TimeoutExpired:
-            self.fail(f"mpirun has not ended within {END_LIMIT_S} s of its last rank")
+            self.fail(f"mpirun has not ended within {END_LIMIT_S} s after its last rank")
         return max(rank.exit_code for rank in self.ranks.values())
 
     def fail_to_start(self):
-        """A process has ended while ranks were starting; which was the first, only mpirun may know."""
+        """Raise a RankError for a process that ended during startup; only mpirun may know which one."""
         try:
             code = self.leader.wait(2)
         except subprocess.TimeoutExpired:
-            self.fail("a rank has ended before all had started")
+            self.fail("a rank ended before all ranks had started")
         if self.size == 1:
             self.fail(f"rank 0 ended with code {code} while it was starting")
         self.fail(f"mpirun ended with code {code} before all ranks had started")
 
-    def welcome(self):
-        """A rank has connected: note who it is and give it its stdout and stderr."""
+    def accept(self):
+        """Accept the connection of a rank and send it the descriptors of its stdout and stderr."""
         connection, _ = self.listener.accept()
         connection.settimeout(END_LIMIT_S)
         line = b""
         with suppress(OSError):
             line = connection.makefile("rb").readline()
-        if not line:  # it died in between; mpirun will end, and say why
+        if not line:  # the process has died; mpirun will end and report the reason
             connection.close()
             return
         hello = json.loads(line)
         rank = Rank(hello["rank"], hello["pid"], connection)
-        with open(self.folder / f"rank{rank.rank}", "wb") as words:
-            streams = self.streams if rank.rank == 0 and self.streams else [words.fileno()] * 2
-            with suppress(BrokenPipeError):  # it may have died meanwhile
+        with open(self.folder / f"rank{rank.rank}", "wb") as output:
+            streams = self.streams if rank.rank == 0 and self.streams else [output.fileno()] * 2
+            with suppress(BrokenPipeError):  # the rank may have died in the meantime
                 socket.send_fds(connection, [b"\n"], streams)
-        self.ranks[rank.rank] = rank  # from now on it can be told something
+        self.ranks[rank.rank] = rank  # from now on, messages can be sent to it
         self.selector.register(connection, selectors.EVENT_READ, rank)
 
-    def tell(self, message):
-        """Send rank 0 an object; any thread may, once it has connected. One that is gone hears nothing."""
+    def send(self, message):
+        """Send rank 0 an object, from any thread, once rank 0 has connected; do nothing if rank 0 is gone."""
         rank = self.ranks[0]
-        line = json.dumps(message, default=lambda number: number.item())  # NumPy's
+        line = json.dumps(message, default=lambda number: number.item())  # for NumPy's numbers
         try:
-            with rank.telling:
+            with rank.send_lock:
                 rank.connection.sendall(line.encode() + b"\n")
         except TimeoutError:
-            raise RankError(f"rank 0 (pid {rank.pid}) has taken no message for {END_LIMIT_S} s") from None
+            raise RankError(f"rank 0 (pid {rank.pid}) has read no message for {END_LIMIT_S} s") from None
         except OSError:
-            pass  # it is gone, which `watch` says better
+            pass  # rank 0 is gone, which `watch` reports
 
-    def hear(self, rank):
-        """Take what a rank says; RankError if it has failed or is gone without a last message."""
+    def receive(self, rank):
+        """Handle messages of a rank; raise RankError if it has failed, or ended without a last message."""
         try:
             data = rank.connection.recv(1 << 20)
         except ConnectionResetError:
@@ -224,7 +227,7 @@ class RankProcesses:
             message = json.loads(line)
             if "exit" not in message:
                 self.on_message(message)
-            elif rank.exit_code is None:  # the first is the last that counts
+            elif rank.exit_code is None:  # after an abort another exit message may follow
                 rank.exit_code = message["exit"]
                 if message["error"] is not None:
                     self.fail(f"rank {rank.rank} failed: {message['error']}", rank)
@@ -235,17 +238,17 @@ class RankProcesses:
             if rank.exit_code is None:
                 self.fail(f"rank {rank.rank} (pid {rank.pid}) died: killed, out of memory, or crashed", rank)
 
-    def words_of(self, name):
-        """The lines that "mpirun" or "rank2" has written to its file."""
+    def output_of(self, name):
+        """Return the lines that a process, "mpirun" or "rank2", has written to its file."""
         path = self.folder / name
         return path.read_text(errors="replace").splitlines() if path.exists() else []
 
     def fail(self, message, rank=None):
-        """Raise what went wrong, with the last words of the rank (of mpirun, if it is no rank's failure)."""
-        raise RankError(message, self.words_of(f"rank{rank.rank}" if rank else "mpirun")[-20:])
+        """Raise a RankError with the last lines that the rank wrote, or mpirun if no rank is given."""
+        raise RankError(message, self.output_of(f"rank{rank.rank}" if rank else "mpirun")[-20:])
 
     def end(self):
-        """End whatever still runs: mpirun first, which ends its ranks, then those that it left."""
+        """End all processes: first mpirun, which ends its ranks, then any ranks that remain."""
         if self.leader is not None and self.leader.poll() is None:
             self.leader.terminate()
             try:
@@ -254,16 +257,16 @@ class RankProcesses:
                 self.leader.kill()
                 self.leader.wait()
         for rank in self.ranks.values():
-            if not self.closed(rank):
+            if not self.has_ended(rank):
                 _kill(rank.pid)
             rank.connection.close()
         if self.verbose:
-            self.show_words()
+            self.print_output()
         self.listener.close()
         self.selector.close()
 
-    def closed(self, rank):
-        """Whether a rank's process has ended, which closes its end of the connection."""
+    def has_ended(self, rank):
+        """Return whether a rank's process has ended, which closes its end of the connection."""
         rank.connection.setblocking(False)
         try:
             return rank.connection.recv(1) == b""
@@ -272,14 +275,15 @@ class RankProcesses:
         except OSError:
             return True
 
-    def show_words(self):
+    def print_output(self):
+        """Print all that mpirun and the ranks have written to their files."""
         for name in ["mpirun", *[f"rank{rank}" for rank in range(self.size)]]:
-            for line in self.words_of(name):
+            for line in self.output_of(name):
                 print(f"[{name}] {line}", file=sys.stderr)
 
 
 def warn_of_other_nodes(environment):
-    """Of a batch system's allocation only this host is used."""
+    """Warn if a batch system has allocated several nodes, since all ranks start on this one."""
     nodes = int(environment.get("SLURM_JOB_NUM_NODES", 1))
     if nodes > 1:
         print(
@@ -290,5 +294,5 @@ def warn_of_other_nodes(environment):
 
 
 def _kill(pid):
-    with suppress(ProcessLookupError):  # it may be gone by now
+    with suppress(ProcessLookupError):  # the process may be gone by now
         os.kill(pid, signal.SIGKILL)

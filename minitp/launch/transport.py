@@ -1,30 +1,30 @@
-"""The transport that --comm chooses: between the ranks' hosts, and between their GPUs.
+"""The transport that --comm selects, between the hosts of the ranks and between their GPUs.
 
---comm   on CPUs                                      on GPUs (whose hosts then use auto)
-auto     shm if any two ranks share a host, else mpi  peer if the GPUs reach each other, else nccl
-mpi      messages                                     messages, through the hosts' memory
-shm      shared memory, messages between hosts        shared memory, through the hosts' memory
+--comm   on CPUs                                      on GPUs (their hosts then use auto)
+auto     shm if any two ranks share a host, else mpi  peer if the GPUs can read each other, else nccl
+mpi      MPI messages                                 MPI messages, through host memory
+shm      shared memory, messages between hosts        shared memory, through host memory
 nccl                                                  NCCL
 peer                                                  small sums in the GPUs' own memory, else NCCL
 """
 
 from minitp.errors import InputError
-from minitp.launch.devices import ON_GPUS, on_gpus, open_rank_gpu, refuse_on_cpus
+from minitp.launch.devices import GPU_TRANSPORTS, on_gpus, open_rank_gpu, refuse_on_cpus
 
 
 def select_host_comm(comm, transport="auto"):
-    """The Comm between the hosts of the ranks, who need one for all that is no array; all ranks call it.
+    """Return the Comm between the hosts of the ranks, which carries all Python objects; all ranks call this.
 
     Parameters
     ----------
     comm : MpiComm
     transport : str
-        As --comm; nccl and peer are of GPUs, and auto between their hosts.
+        The value of --comm. With nccl and peer, which connect GPUs, the hosts use auto.
 
     Raises
     ------
     AgreedError
-        on all ranks, if no two of them share a host and `transport` is shm.
+        on all ranks, if `transport` is shm and no two ranks share a host.
     """
     if transport == "mpi":
         return comm
@@ -40,31 +40,31 @@ def select_host_comm(comm, transport="auto"):
     if most > 1:
         return HierarchicalComm(node)
     if transport == "shm":
-        comm.agree(InputError("--comm shm: every rank is on a host of its own; use --comm mpi"))
+        comm.agree(InputError("--comm shm: no two ranks share a host; use --comm mpi"))
     return comm
 
 
 def select_comm(comm, device, transport="auto", share_gpu=False):
-    """The Comm for the arrays of these ranks; all of them call it.
+    """Return the Comm for the arrays of the ranks; all ranks call this.
 
     Parameters
     ----------
     comm : Comm
-        Of their hosts.
+        The Comm between the hosts of the ranks.
     device, transport : str
-        As --device and --comm.
+        The values of --device and --comm.
     share_gpu : bool
-        Several ranks may be on one GPU.
+        Let several ranks use one GPU.
 
     Returns
     -------
     Comm
-        `comm` itself on CPUs; a cuda.comm.DeviceComm, whose `gpu` is this rank's, on GPUs.
+        `comm` itself on CPUs; on GPUs a cuda.comm.DeviceComm, whose `gpu` is this rank's GPU.
 
     Raises
     ------
     AgreedError
-        on all ranks, if one of them has no GPU, or NCCL does not come up.
+        on all ranks, if a rank has no GPU, an option does not fit the devices, or NCCL does not start.
     """
     if not on_gpus(comm, device):
         with comm.agreed():
@@ -83,10 +83,10 @@ def select_comm(comm, device, transport="auto", share_gpu=False):
         return StagedComm(comm, gpu)
     if shared and not all(comm.allgather_object(allow_shared_gpu())):
         with comm.agreed():
-            if transport in ON_GPUS:
+            if transport in GPU_TRANSPORTS:
                 raise InputError(
-                    f"--comm {transport}: NCCL lets several ranks share a GPU from version 2.30 on, and this "
-                    "is an older one; leave --comm out, or use --comm mpi"
+                    f"--comm {transport}: several ranks can share a GPU only with NCCL 2.30 or newer, and "
+                    "this NCCL is older; leave --comm out, or use --comm mpi"
                 )
         return StagedComm(comm, gpu)
     reach = peers_reach_each_other(comm, gpu, local_rank)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minitp.errors import InputError
 
-SOCKET_VARIABLE = "MINITP_FRONT"  # where a rank that the launcher has started finds it
+SOCKET_VARIABLE = "MINITP_SUPERVISOR"  # where a rank that the launcher has started finds it
 ALONE_VARIABLE = "MINITP_ALONE"  # of a single rank of the launcher's, which needs no mpirun
 BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 

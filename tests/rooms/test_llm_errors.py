@@ -148,7 +148,7 @@ def test_random_weights_take_token_ids_and_say_why_no_text():
         ({"dtype": "float8"}, "'float8'"),
         ({"max_context": 513}, "--max-context 513: this model's context is 512 tokens"),
         ({"max_context": 0}, "--max-context 0"),
-        ({"cache_tokens": 15}, "--cache-tokens 15: expected at least a block, 16"),
+        ({"cache_tokens": 15}, "--cache-tokens 15: expected at least one block of 16"),
         ({"cache_tokens": "much"}, "'much'"),
         ({"block_size": 0}, "--block-size 0: expected at least 1"),
         ({"max_sequences": 0}, "--max-sequences 0: expected at least 1"),

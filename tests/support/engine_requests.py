@@ -42,7 +42,7 @@ def check_blocks(scheduler):
     """The books are right: every block is empty, left, or used as often as block tables have it."""
     allocator = scheduler.allocator
     users = Counter(block for s in scheduler.running for block in s.block_table)
-    assert [users[block] for block in range(allocator.blocks)] == allocator.ref_count
+    assert [users[block] for block in range(allocator.num_blocks)] == allocator.ref_count
     assert allocator.num_free_blocks == allocator.ref_count.count(0)
     assert all(not s.block_table for s in scheduler.waiting)
     numbers = [s.number for s in [*scheduler.running, *scheduler.waiting]]

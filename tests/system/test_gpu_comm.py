@@ -446,7 +446,7 @@ def test_ranks_that_share_a_gpu(cupy, monkeypatch, capfd, version, expected):
     assert places(3, "mpi", share_gpu=True) == ["StagedComm"] * 3
     if version < 23000:
         with pytest.raises(
-            AgreedError, match=r"--comm nccl: NCCL lets several ranks .* from version 2.30 on"
+            AgreedError, match=r"--comm nccl: several ranks can share a GPU only with NCCL 2.30"
         ):
             places(3, "nccl", share_gpu=True)
     assert os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] == ("1" if version == 23000 else "")

@@ -146,7 +146,7 @@ def test_an_exception_in_rank_0s_script_ends_everything(model, script):
     ("script", "words"),
     [
         ("LLM('/no/such/model')", "/no/such/model: no such directory"),
-        ("start(cache_tokens=1)", "--cache-tokens 1: expected at least a block"),
+        ("start(cache_tokens=1)", "--cache-tokens 1: expected at least one block"),
         ("start(nope=1)", "LLM has no parameter nope; it has model, tp,"),
         ("start(tp=3)", "--tp 3 contradicts the MPI world of 2 ranks"),
         ("start().generate('')", "the prompt is empty"),

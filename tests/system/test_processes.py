@@ -378,7 +378,7 @@ def test_rank_says_more_than_its_last_word():
         ranks = supervisor.RankProcesses(Path(folder), size=4)
         its.sendall(b'{"exit": 3, "error": "the cause"}\n{"exit": 3, "error": null}\n')
         with pytest.raises(RankError, match=r"^rank 2 failed: the cause$"):
-            ranks.hear(supervisor.Rank(2, its.fileno(), ours))
+            ranks.receive(supervisor.Rank(2, its.fileno(), ours))
         ranks.end()
 
 

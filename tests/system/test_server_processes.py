@@ -205,7 +205,7 @@ def test_a_port_that_is_taken(long, refused):
         (["--request-timeout", "0"], "--request-timeout 0.0: expected 1 or more"),
         (["--max-sequences", "0"], "--max-sequences 0: expected at least 1"),
         (["--block-size", "0"], "--block-size 0: expected at least 1"),
-        (["--cache-tokens", "3"], "--cache-tokens 3: expected at least a block, 16"),
+        (["--cache-tokens", "3"], "--cache-tokens 3: expected at least one block of 16"),
         (["--max-context", "300000"], "--max-context 300000"),
         (["--model", "/no/such/model"], "--model /no/such/model"),
         (["--tp", "99"], "--tp 99"),

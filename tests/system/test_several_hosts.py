@@ -67,7 +67,7 @@ def test_shared_memory_alone_will_not_do(pair, tiny):
     argv = ["generate", "Hello", "--model", tiny, "--comm", "shm"]
     code, _, err = run_both(pair[0], argv, ranks=2)
     assert code == 2
-    assert err == "minitp: --comm shm: every rank is on a host of its own; use --comm mpi\n"
+    assert err == "minitp: --comm shm: no two ranks share a host; use --comm mpi\n"
 
 
 @pytest.mark.parametrize("part", ["config", "weights"])

@@ -107,10 +107,10 @@ def test_a_removed_request_frees_its_blocks_at_once(tmp_path):
         engine.add(request)
     engine.run_batch()
     before = scheduler.allocator.num_free_blocks
-    scheduler.remove(wanted[1])  # runs
+    scheduler.abort(wanted[1])  # runs
     assert scheduler.allocator.num_free_blocks > before
     check_blocks(scheduler)
-    scheduler.remove(wanted[3])  # waits
+    scheduler.abort(wanted[3])  # waits
     engine.run()
     assert [len(request.token_ids) for request in wanted][3] == 0
     assert [wanted[n].token_ids for n in (0, 2)] == [expected[n] for n in (0, 2)]
@@ -147,7 +147,7 @@ def test_the_same_prompt_again(tmp_path, length):
     ],
 )
 def test_a_request_that_could_never_run_is_refused(tmp_path, prompt, new, context, words):
-    engine = Engine(tiny_model(tmp_path), blocks=4, block_size=4)
+    engine = Engine(tiny_model(tmp_path), num_blocks=4, block_size=4)
     params = SamplingParams(max_new_tokens=10, ignore_eos=True)
     engine.add(Request(params, (), [1] * 6, CONTEXT))
     with pytest.raises(InputError, match=words):
@@ -156,9 +156,9 @@ def test_a_request_that_could_never_run_is_refused(tmp_path, prompt, new, contex
     assert not engine.scheduler.waiting
 
 
-@pytest.mark.parametrize("name", ["blocks", "block_size", "max_tokens_per_step", "max_sequences"])
+@pytest.mark.parametrize("name", ["num_blocks", "block_size", "max_tokens_per_step", "max_sequences"])
 def test_sizes_that_are_none_are_refused(tmp_path, name):
-    sizes = {"blocks": 4, "block_size": 4, "max_tokens_per_step": 4, "max_sequences": 4}
+    sizes = {"num_blocks": 4, "block_size": 4, "max_tokens_per_step": 4, "max_sequences": 4}
     with pytest.raises(InputError, match="0, expected 1 or more"):
         Engine(tiny_model(tmp_path), **{**sizes, name: 0})
 
@@ -195,7 +195,7 @@ def test_keys_say_all_that_comes_before():
 
 
 def test_the_block_left_longest_ago_is_evicted_first():
-    allocator = BlockAllocator(blocks=3, block_size=2)
+    allocator = BlockAllocator(num_blocks=3, block_size=2)
     first, second, third = allocator.allocate(3)
     for block, key in ((first, b"1"), (second, b"2"), (third, b"3")):
         allocator.prefixes.register(block, key)
@@ -210,7 +210,7 @@ def test_the_block_left_longest_ago_is_evicted_first():
 
 
 def test_a_shared_block_is_free_when_its_last_user_leaves():
-    allocator = BlockAllocator(blocks=2, block_size=2)
+    allocator = BlockAllocator(num_blocks=2, block_size=2)
     (block,) = allocator.allocate(1)
     allocator.prefixes.register(block, b"k")
     assert allocator.lookup([b"k"]) == [block]
@@ -221,7 +221,7 @@ def test_a_shared_block_is_free_when_its_last_user_leaves():
 
 
 def test_of_two_blocks_with_the_same_content_one_is_remembered():
-    allocator = BlockAllocator(blocks=2, block_size=2)
+    allocator = BlockAllocator(num_blocks=2, block_size=2)
     a, b = allocator.allocate(2)
     allocator.prefixes.register(a, b"k")
     allocator.prefixes.register(b, b"k")
@@ -235,7 +235,7 @@ def test_of_two_blocks_with_the_same_content_one_is_remembered():
 def test_books_against_a_plain_list(seed):
     """Random takes, finds and releases: never one block twice, and what is found holds what was asked for."""
     rng = np.random.default_rng(seed)
-    allocator, content, users = BlockAllocator(blocks=9, block_size=1), {}, Counter()
+    allocator, content, users = BlockAllocator(num_blocks=9, block_size=1), {}, Counter()
     held = []
     for n in range(2000):
         action = rng.integers(3)
