@@ -22,7 +22,7 @@ JOINED = "MINITP_JOINED"  # set in the environment of a process that has joined 
 
 @dataclass
 class Update:
-    """New output of a request.
+    """The new output of a request.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class Update:
 
 
 class Ranks:
-    """Running ranks: sends requests to rank 0 and passes the output of each request to its listener.
+    """A set of ranks: it sends requests to rank 0 and passes the output of each to its listener.
 
     Listeners and callbacks are called in a thread of this object, one after another: they must not block.
 

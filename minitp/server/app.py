@@ -1,4 +1,4 @@
-"""The routes."""
+"""The routes of the server."""
 
 import asyncio
 import hmac
@@ -14,15 +14,15 @@ from starlette.routing import Route
 from minitp.errors import ContextError, InputError
 from minitp.server.backend import in_thread
 from minitp.server.requests import ApiError, chat_request, completion_request, read_json
-from minitp.server.responses import ChatAnswer, CompletionAnswer, event
+from minitp.server.responses import ChatResponse, CompletionResponse, event
 
 LARGEST_BODY = 8 << 20  # bytes
-BODY_SECONDS = 60  # for it to arrive
+BODY_SECONDS = 60  # time for a body to arrive
 PAGE = Path(__file__).with_name("page.html")
 
 
 def make_app(backend, metrics, model, api_key=None):
-    """The application: `model` is the name by which clients ask for it."""
+    """Return the ASGI application; `model` is the name that clients must use for the model."""
     api = Api(backend, metrics, model, api_key)
     routes = [
         Route("/", lambda request: FileResponse(PAGE)),
@@ -33,19 +33,19 @@ def make_app(backend, metrics, model, api_key=None):
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
     ]
-    handlers = {ApiError: refusal, HTTPException: no_such_route, Exception: failure}
+    handlers = {ApiError: refusal, HTTPException: route_error, Exception: unexpected_error}
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
 class Api:
-    """What is behind each route."""
+    """The handlers of the routes."""
 
     def __init__(self, backend, metrics, model, api_key):
         self.backend, self.metrics, self.model, self.api_key = backend, metrics, model, api_key
         self.created = int(time.time())
 
     async def health(self, request):
-        """Whether requests are taken: 200, or 503."""
+        """Respond with 200 if requests are accepted, otherwise with 503."""
         state = self.backend.state
         return JSONResponse({"status": "ok" if state == "ready" else state}, 200 if state == "ready" else 503)
 
@@ -62,52 +62,52 @@ class Api:
         return JSONResponse(self.about_model())
 
     async def completions(self, request):
-        return await self.answer(request, completion_request, CompletionAnswer)
+        return await self.respond(request, completion_request, CompletionResponse)
 
     async def chat(self, request):
-        return await self.answer(request, chat_request, ChatAnswer)
+        return await self.respond(request, chat_request, ChatResponse)
 
-    async def answer(self, request, read, kind):
-        """The answer to a request, whose body `read` reads; whole, or as a stream."""
-        watch = Watch(self.metrics, request.url.path)
+    async def respond(self, request, parse, response_class):
+        """Respond to a request, whose body `parse` turns into an ApiRequest; as a whole or as a stream."""
+        timer = RequestTimer(self.metrics, request.url.path)
         try:
             self.check_key(request)
-            asked = read(read_json(await whole_body(request)))
-            self.check_model(asked.model)
+            api_request = parse(read_json(await read_body(request)))
+            self.check_model(api_request.model)
             llm = self.backend.ready()
-            prompts = await in_thread(lambda: encoded(llm, asked, self.model))
-            running = self.backend.submit(sequences(llm, asked, prompts))
+            prompts = await in_thread(lambda: encode_prompts(llm, api_request, self.model))
+            running = self.backend.submit(make_sequences(llm, api_request, prompts))
         except ApiError as error:
-            watch.end(error.status)
+            timer.finish(error.status)
             raise
         token_text = str if llm.tokenizer is None else llm.tokenizer.token_text
-        answer = kind(asked, sum(map(len, prompts)), len(prompts) * asked.choices, token_text)
-        if asked.stream:
-            return EventStream(running, answer, watch)
-        status = 499  # the client has gone
+        prompt_tokens, choices = sum(map(len, prompts)), len(prompts) * api_request.choices
+        response = response_class(api_request, prompt_tokens, choices, token_text)
+        if api_request.stream:
+            return EventStream(running, response, timer)
+        status = 499  # unless changed below, the client has disconnected
         try:
-            await unless_gone(request, collect(running, answer, watch))
+            await cancel_on_disconnect(request, collect(running, response, timer))
             status = 200
-            return JSONResponse(answer.whole())
+            return JSONResponse(response.whole())
         except ApiError as error:
             status = error.status
             raise
         finally:
             running.stop()
-            watch.end(status, answer)
+            timer.finish(status, response)
 
     def check_key(self, request):
-        """ApiError 401 if a key is wanted and not given."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if self.api_key is not None and not hmac.compare_digest(given, self.api_key.encode()):
+        """Raise ApiError 401 if the server needs a key and the request has not sent it."""
+        sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if self.api_key is not None and not hmac.compare_digest(sent, self.api_key.encode()):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     def check_model(self, name):
-        """ApiError 404 if this is not the model that is served."""
+        """Raise ApiError 404 unless `name` is the model that this server runs."""
         if name != self.model:
-            raise ApiError(
-                404, f"no model {name!r:.200} here; this is {self.model!r}", "model", "model_not_found"
-            )
+            message = f"model {name!r:.200} not found; this server runs {self.model!r}"
+            raise ApiError(404, message, "model", "model_not_found")
 
     def about_model(self):
         about = {"id": self.model, "object": "model", "created": self.created, "owned_by": "minitp"}
@@ -117,128 +117,130 @@ class Api:
 
 
 class EventStream(StreamingResponse):
-    """An answer as server-sent events. However it ends, what is still running is stopped."""
+    """A response as server-sent events. However the stream ends, its unfinished sequences are stopped."""
 
-    def __init__(self, running, answer, watch):
+    def __init__(self, running, response, timer):
         super().__init__(self.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.running, self.answer, self.watch, self.status = running, answer, watch, 499
+        self.running, self.response, self.timer, self.status = running, response, timer, 499
 
     async def __call__(self, scope, receive, send):
         try:
             await super().__call__(scope, receive, send)
         finally:
             self.running.stop()
-            self.watch.end(self.status, self.answer)
+            self.timer.finish(self.status, self.response)
 
     async def events(self):
-        """The events, of which the last is an error object if there was one."""
-        for piece in self.answer.first_pieces():
-            yield event(piece)
+        """Yield the events; after an error, the last event is its error object."""
+        for chunk in self.response.first_chunks():
+            yield event(chunk)
         try:
             async for index, update in self.running:
-                self.watch.note(update)
-                for piece in self.answer.pieces(index, update):
-                    yield event(piece)
+                self.timer.record(update)
+                for chunk in self.response.chunks(index, update):
+                    yield event(chunk)
         except ApiError as error:
             self.status = error.status
             yield event(error.object())
             return
-        for piece in self.answer.last_pieces():
-            yield event(piece)
+        for chunk in self.response.last_chunks():
+            yield event(chunk)
         self.status = 200
         yield event("[DONE]")
 
 
-class Watch:
-    """Takes the times of one request, for the metrics."""
+class RequestTimer:
+    """A timer of one request that feeds the metrics."""
 
     def __init__(self, metrics, route):
         self.metrics, self.route = metrics, route
         self.started, self.first = time.perf_counter(), None
 
-    def note(self, update):
-        """Something has come of it."""
+    def record(self, update):
+        """Record an Update."""
         if self.first is None and update.token_ids:
             self.first = time.perf_counter()
             self.metrics.first_token.observe(self.first - self.started)
 
-    def end(self, status, answer=None):
-        """It has ended; with the answer if it came so far."""
+    def finish(self, status, response=None):
+        """Record the end of the request, with its response if it was accepted."""
         now = time.perf_counter()
         self.metrics.requests.labels(self.route, str(status)).inc()
         self.metrics.seconds.labels(self.route).observe(now - self.started)
-        if answer is None:
+        if response is None:
             return
-        usage = answer.usage()
+        usage = response.usage()
         self.metrics.prompt_tokens.inc(usage["prompt_tokens"])
         self.metrics.new_tokens.inc(usage["completion_tokens"])
-        longest = max(choice.tokens for choice in answer.choices)
+        longest = max(choice.tokens for choice in response.choices)
         if longest > 1 and self.first is not None:
             self.metrics.each_token.observe((now - self.first) / (longest - 1))
 
 
-def encoded(llm, asked, model):
-    """The token ids of each prompt of `model`, as the server calls it."""
+def encode_prompts(llm, api_request, model):
+    """Return the token ids of each prompt; `model` is the model's name in error messages."""
     try:
-        if asked.messages is not None:
-            return [llm.encode_chat(asked.messages)]
-        return [llm.encode(prompt) for prompt in asked.prompts]
+        if api_request.messages is not None:
+            return [llm.encode_chat(api_request.messages)]
+        return [llm.encode(prompt) for prompt in api_request.prompts]
     except InputError as error:
         code = "context_length_exceeded" if isinstance(error, ContextError) else None
-        param = "prompt" if asked.messages is None else "messages"
-        # By the name that clients know: where the model lies is not theirs to read.
+        param = "prompt" if api_request.messages is None else "messages"
+        # Clients must not learn the path of the model.
         message = str(error).replace(str(llm.source.name), model)
         raise ApiError(400, message, param, code) from error
 
 
-def sequences(llm, asked, prompts):
-    """(prompt_ids, SamplingParams) of each choice, prompt after prompt."""
-    found, context = [], llm.description["context"]
+def make_sequences(llm, api_request, prompts):
+    """Return (prompt_ids, SamplingParams) of each choice, prompt after prompt."""
+    sequences, context, max_tokens = [], llm.description["context"], api_request.max_tokens
     for ids in prompts:
         room = context - len(ids)
-        if asked.max_tokens is not None and asked.max_tokens > room:
-            both = f"a prompt of {len(ids)} tokens and max_tokens {asked.max_tokens}"
-            message = f"{both} exceed the context of {context}"
+        if max_tokens is not None and max_tokens > room:
+            message = (
+                f"a prompt of {len(ids)} tokens and max_tokens {max_tokens} exceed the context of {context}"
+            )
             raise ApiError(400, message, "max_tokens", "context_length_exceeded")
-        most = asked.max_tokens or min(room, asked.usual_tokens or room)
-        for choice in range(asked.choices):
-            seed = None if asked.params.seed is None else asked.params.seed + choice
-            found.append((ids, replace(asked.params, max_new_tokens=most, seed=seed)))
-    return found
+        most = max_tokens or min(room, api_request.default_tokens or room)
+        for choice in range(api_request.choices):
+            params = api_request.params
+            seed = None if params.seed is None else params.seed + choice
+            sequences.append((ids, replace(params, max_new_tokens=most, seed=seed)))
+    return sequences
 
 
-async def collect(running, answer, watch):
-    """Put all that comes into the answer."""
+async def collect(running, response, timer):
+    """Add all output to the response."""
     async for index, update in running:
-        watch.note(update)
-        answer.add(index, update)
+        timer.record(update)
+        response.add(index, update)
 
 
-async def unless_gone(request, work):
-    """Await `work`; if the client goes meanwhile, cancel it and raise an ApiError that nobody reads."""
+async def cancel_on_disconnect(request, work):
+    """Run `work` to its end; if the client disconnects before that, cancel it and raise ApiError 499."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(disconnected(request))
+    disconnect = asyncio.ensure_future(wait_for_disconnect(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(499, "the client has gone")
+            raise ApiError(499, "the client has disconnected")
         await task
     finally:
         task.cancel()
-        gone.cancel()
+        disconnect.cancel()
 
 
-async def disconnected(request):
-    """Returns when the client has gone; its body has been read before."""
+async def wait_for_disconnect(request):
+    """Wait until the client disconnects; the request's body must have been read before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def whole_body(request):
-    """The bytes of the body, JSON by its header, in good time and not too many."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"Content-Type {kind!r:.80}: expected application/json")
+async def read_body(request):
+    """Return the bytes of the body; refuse other types than JSON, large bodies and slow ones."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise ApiError(415, f"Content-Type {content_type!r:.80}: expected application/json")
 
     async def read():
         body = bytearray()
@@ -255,20 +257,18 @@ async def whole_body(request):
 
 
 async def refusal(request, error):
-    """An ApiError as its error object."""
+    """Respond to an ApiError with its error object."""
     return JSONResponse(error.object(), error.status, headers=error.headers)
 
 
-async def no_such_route(request, error):
-    """Starlette's 404 and 405 as an error object."""
+async def route_error(request, error):
+    """Respond to Starlette's 404 and 405 with an error object."""
     message = f"{request.method} {request.url.path}: {error.detail}"
     return JSONResponse(
         ApiError(error.status_code, message).object(), error.status_code, headers=error.headers
     )
 
 
-async def failure(request, error):
-    """What nobody expected; uvicorn's log has the traceback."""
-    return JSONResponse(
-        ApiError(500, f"{type(error).__name__} in the server; its log says more").object(), 500
-    )
+async def unexpected_error(request, error):
+    """Respond to any other exception with 500; uvicorn logs the traceback."""
+    return JSONResponse(ApiError(500, f"{type(error).__name__} in the server; see its log").object(), 500)

@@ -1,4 +1,4 @@
-"""The model behind the server: it comes up, is there, or has gone; and who may ask it how much."""
+"""The server's model: its state (loading, ready, draining, failed), its requests and their limits."""
 
 import asyncio
 import sys
@@ -16,14 +16,14 @@ RETRY_AFTER = {"Retry-After": "5"}  # seconds
 
 @dataclass(frozen=True)
 class AdmissionLimits:
-    """What clients may take.
+    """The limits on clients' requests.
 
     Attributes
     ----------
     sequences : int
-        Continuations on their way, running or waiting, of all clients.
+        The most sequences that run or wait at the same time, over all clients.
     seconds : float
-        For an answer.
+        The most time for a response.
     """
 
     sequences: int
@@ -31,15 +31,15 @@ class AdmissionLimits:
 
 
 class Backend:
-    """An LLM as the server sees it.
+    """The LLM of a server, with its state and its unfinished requests.
 
     Parameters
     ----------
     start : callable
-        Makes the LLM, in minutes perhaps: start(on_end).
+        start(on_end) -> LLM; may take minutes.
     limits : AdmissionLimits
     restart : bool
-        Start it anew when its ranks have died.
+        Start the ranks again if one dies.
 
     Attributes
     ----------
@@ -51,16 +51,16 @@ class Backend:
         self._start, self.limits, self._restart = start, limits, restart
         self.state, self.llm = "loading", None
         self.restarts = 0
-        self.running = set()  # Running, of all requests
+        self.running = set()  # the RunningRequest of each unfinished request
 
     async def run(self):
-        """Keep an LLM running; returns the MinitpError when there is none and will be none."""
+        """Keep an LLM running; return the MinitpError that ended it for good."""
         loop = asyncio.get_running_loop()
         while True:
             ended = loop.create_future()
 
             def on_end(error, ended=ended):
-                with suppress(RuntimeError):  # of a loop that has ended
+                with suppress(RuntimeError):  # if the loop has ended
                     loop.call_soon_threadsafe(ended.set_result, error)
 
             try:
@@ -80,98 +80,98 @@ class Backend:
             await in_thread(self.llm.close)
 
     def ready(self):
-        """The LLM; ApiError 503 if it can take nothing now."""
+        """Return the LLM; raise ApiError 503 if it does not accept requests now."""
         if self.state != "ready":
-            words = {
+            messages = {
                 "loading": "the model is loading",
                 "draining": "the server is shutting down",
                 "failed": "a rank has died; the server is ending",
             }
-            raise ApiError(503, words[self.state], code=self.state, headers=RETRY_AFTER)
+            raise ApiError(503, messages[self.state], code=self.state, headers=RETRY_AFTER)
         return self.llm
 
     def submit(self, sequences):
-        """Send (prompt_ids, SamplingParams) each; the Running of them.
+        """Send the sequences, (prompt_ids, SamplingParams) each, to the LLM; return their RunningRequest.
 
         Raises
         ------
         ApiError
-            429 if too many are on their way, 400 if there are more of them than ever may be
+            429 if too many sequences are running or waiting, 400 if the request alone has too many.
         """
         llm, count, most = self.ready(), len(sequences), self.limits.sequences
         if count > most:
             raise ApiError(
-                400, f"{count} continuations in one request; this server takes {most} at a time", "n"
+                400, f"the request asks for {count} sequences; this server allows {most} at a time", "n"
             )
-        already = sum(running.count for running in self.running)
-        if already + count > most:
+        unfinished = sum(running.count for running in self.running)
+        if unfinished + count > most:
             raise ApiError(
                 429,
-                f"the queue is full: {already} continuations are on their way, of at most {most}",
+                f"the queue is full: {unfinished} of at most {most} sequences are running or waiting",
                 code="queue_full",
                 headers=RETRY_AFTER,
             )
-        return Running(self, llm, sequences)
+        return RunningRequest(self, llm, sequences)
 
-    def give_up(self):
-        """End all requests that are not done, with an error."""
+    def abort_all(self):
+        """End all unfinished requests with an error."""
         for running in self.running:
             running.put(0, Update(finish_reason="error", error=RankError("the server is shutting down")))
 
 
-class Running:
-    """Sequences on their way: an iterator over (index, Update). Whoever made it calls `stop` in the end."""
+class RunningRequest:
+    """An iterator over (index, Update) of a request's sequences; call `stop` at the end."""
 
     def __init__(self, backend, llm, sequences):
-        self._backend, self._left, self.count = backend, len(sequences), len(sequences)
+        self._backend, self._unfinished, self.count = backend, len(sequences), len(sequences)
         self._loop, self._updates, self._stops = asyncio.get_running_loop(), asyncio.Queue(), []
-        self._until = self._loop.time() + backend.limits.seconds
+        self._deadline = self._loop.time() + backend.limits.seconds
         backend.running.add(self)
         try:
             for index, (ids, params) in enumerate(sequences):
                 self._stops.append(llm.submit(ids, params, partial(self.put, index)))
         except MinitpError as error:
             self.stop()
-            raise ApiError(503, told(error), code="failed", headers=RETRY_AFTER) from error
+            raise ApiError(503, client_message(error), code="failed", headers=RETRY_AFTER) from error
 
     def put(self, index, update):
-        """Something has come of a sequence; any thread may say so."""
-        with suppress(RuntimeError):  # of a loop that has ended
+        """Queue an Update of a sequence, from any thread."""
+        with suppress(RuntimeError):  # if the loop has ended
             self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
 
     def __aiter__(self):
         return self
 
     async def __anext__(self):
-        if not self._left:
+        if not self._unfinished:
             raise StopAsyncIteration
         try:
-            index, update = await asyncio.wait_for(self._updates.get(), self._until - self._loop.time())
+            index, update = await asyncio.wait_for(self._updates.get(), self._deadline - self._loop.time())
         except asyncio.TimeoutError:
             raise ApiError(
-                504, f"not done within {self._backend.limits.seconds:g} s", code="timeout"
+                504, f"not finished within {self._backend.limits.seconds:g} s", code="timeout"
             ) from None
         if update.error is not None:
-            raise ApiError(500, told(update.error), code="failed")
+            raise ApiError(500, client_message(update.error), code="failed")
         if update.finish_reason is not None:
-            self._left -= 1
+            self._unfinished -= 1
         return index, update
 
     def stop(self):
-        """What is not done yet is dropped, and its blocks are free within a step."""
+        """Stop all unfinished sequences; their blocks are freed within one batch."""
         self._backend.running.discard(self)
         for stop in self._stops:
             stop()
         self._stops = []
 
 
-def told(error):
-    """What a client is told of an error; the last words of a rank are not for it."""
+def client_message(error):
+    """Return an error's message for clients, without the last output of a rank."""
     return getattr(error, "message", str(error))
 
 
 async def in_thread(function):
-    """function() in a thread that ends with the process, whatever it waits for."""
+    """Run function() in a daemon thread, which cannot delay the end of the process; return its result."""
     loop, result = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
     def settle(value, error):
@@ -184,7 +184,7 @@ async def in_thread(function):
             value = function()
         except Exception as failure:
             error = failure
-        with suppress(RuntimeError):  # of a loop that has ended
+        with suppress(RuntimeError):  # if the loop has ended
             loop.call_soon_threadsafe(settle, value, error)
 
     threading.Thread(target=run, daemon=True).start()

@@ -1,7 +1,7 @@
-"""What a client asks for. Every field is known, and of the right type, or the request is refused.
+"""Requests: every field must be known and of the right type, or the request is refused.
 
-Fields of the API that minitp does not have are taken only where they change nothing (`presence_penalty: 0`):
-to pass over them in silence would be to answer another question.
+Fields that minitp does not support are accepted only with values that change nothing (`presence_penalty: 0`).
+If others were ignored, the response would be to a different request.
 """
 
 import json
@@ -17,7 +17,7 @@ LARGEST_SEED = 1 << 64
 
 
 class ApiError(Exception):
-    """An answer that is an error object: {"error": {"message", "type", "param", "code"}}."""
+    """An error response, whose body is {"error": {"message", "type", "param", "code"}}."""
 
     def __init__(self, status, message, param=None, code=None, headers=None):
         super().__init__(message)
@@ -25,7 +25,7 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def object(self):
-        """As the API sends it."""
+        """Return the error object of the API."""
         kinds = {429: "rate_limit_error", 503: "server_error", 504: "server_error", 500: "server_error"}
         return {
             "error": {
@@ -45,24 +45,24 @@ class ApiRequest:
     ----------
     model : str
     prompts : list
-        Of completions: texts or lists of token ids.
+        The prompts of a completion: texts or lists of token ids.
     messages : list of dict or None
-        Of chat.
+        The messages of a chat.
     params : SamplingParams
-        But for `max_new_tokens`: that is `max_tokens`, or what the context leaves.
+        All sampling parameters but `max_new_tokens`, which depends on `max_tokens` and the context.
     max_tokens : int or None
-    usual_tokens : int or None
-        Without `max_tokens`: at most so many.
+    default_tokens : int or None
+        The most tokens if `max_tokens` is None; None means the rest of the context.
     choices : int
-        For each prompt.
+        The number of choices for each prompt.
     stream, usage : bool
-        Send pieces; and in the end a piece with the usage counts.
+        Send a stream of chunks; and at its end a chunk with the token counts.
     """
 
     model: str
     params: SamplingParams
     max_tokens: int | None
-    usual_tokens: int | None
+    default_tokens: int | None
     choices: int
     stream: bool
     usage: bool
@@ -71,13 +71,13 @@ class ApiRequest:
 
 
 class Field(NamedTuple):
-    """A field of the API: what a value must be, in words and as a test."""
+    """A field of the API: a description of its valid values and a test for them."""
 
     expected: str
     test: Callable[[Any], bool]
 
 
-def whole(least, most):
+def whole_number(least, most):
     return Field(f"a whole number from {least} to {most}", lambda x: is_int(x) and least <= x <= most)
 
 
@@ -126,30 +126,28 @@ COMMON = {
             and all(isinstance(flag, bool) for flag in value.values())
         ),
     ),
-    "max_tokens": whole(1, 1 << 31),
-    "n": whole(1, MOST_CHOICES),
+    "max_tokens": whole_number(1, 1 << 31),
+    "n": whole_number(1, MOST_CHOICES),
     "temperature": number(0, 2),
     "top_p": Field("a number above 0, up to 1", lambda x: number(0, 1).test(x) and x > 0),
-    "seed": whole(0, LARGEST_SEED),
-    "stop": Field(f"a string that is not empty, or a list of up to {MOST_STOPS}", is_stop),
-    # of minitp, as other servers have them too
-    "top_k": whole(0, 1 << 31),
+    "seed": whole_number(0, LARGEST_SEED),
+    "stop": Field(f"a non-empty string, or a list of up to {MOST_STOPS}", is_stop),
+    # Not in the API of OpenAI, but common in other servers.
+    "top_k": whole_number(0, 1 << 31),
     "ignore_eos": FLAG,
 }
 COMPLETION = {
-    "prompt": Field(
-        f"a text, a list of token ids, or a list of up to {MOST_CHOICES} texts or of such lists", is_prompt
-    ),
-    "logprobs": whole(0, 20),
+    "prompt": Field(f"a text, a list of token ids, or a list of up to {MOST_CHOICES} of either", is_prompt),
+    "logprobs": whole_number(0, 20),
 }
 CHAT = {
     "messages": Field("a list of messages", lambda value: isinstance(value, list) and bool(value)),
     "max_completion_tokens": COMMON["max_tokens"],
     "logprobs": FLAG,
-    "top_logprobs": whole(0, 20),
+    "top_logprobs": whole_number(0, 20),
 }
-# What minitp does not have, with the values that ask for nothing; and what says nothing of the answer.
-NOTHING = {
+# Fields that minitp does not support, each with the values that change nothing.
+UNSUPPORTED = {
     "frequency_penalty": [0],
     "presence_penalty": [0],
     "logit_bias": [{}],
@@ -163,18 +161,19 @@ NOTHING = {
     "response_format": [{"type": "text"}],
     "modalities": [["text"]],
 }
-REMARKS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+# Fields that never change the response.
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 
 
 def read_json(data):
-    """The object in a request's bytes."""
+    """Return the JSON object in the body of a request."""
     try:
         body = json.loads(data, parse_constant=refuse_constant)
-        json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        json.dumps(body, ensure_ascii=False).encode()  # fails for half a surrogate pair
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(body, dict):
-        raise ApiError(400, "the body is JSON, but no object")
+        raise ApiError(400, "the body is JSON, but not an object")
     return body
 
 
@@ -183,27 +182,27 @@ def refuse_constant(name):
 
 
 def completion_request(body):
-    """An ApiRequest, of the body of /v1/completions."""
-    body = checked(body, COMMON | COMPLETION, required=("model", "prompt"))
+    """Return the ApiRequest of a body of /v1/completions."""
+    body = check_fields(body, COMMON | COMPLETION, required=("model", "prompt"))
     prompt = body["prompt"]
     prompts = [prompt] if is_text(prompt) or is_tokens(prompt) else prompt
     return _api_request(body, body.get("max_tokens"), 16, body.get("logprobs"), prompts=prompts)
 
 
 def chat_request(body):
-    """An ApiRequest, of the body of /v1/chat/completions."""
-    body = checked(body, COMMON | CHAT, required=("model", "messages"))
+    """Return the ApiRequest of a body of /v1/chat/completions."""
+    body = check_fields(body, COMMON | CHAT, required=("model", "messages"))
     if "top_logprobs" in body and not body.get("logprobs"):
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     logprobs = body.get("top_logprobs", 0) if body.get("logprobs") else None
     most = body.get("max_completion_tokens", body.get("max_tokens"))
-    messages = [message(value, place) for place, value in enumerate(body["messages"])]
+    messages = [check_message(value, index) for index, value in enumerate(body["messages"])]
     return _api_request(body, most, None, logprobs, messages=messages)
 
 
-def checked(body, fields, required):
-    """The fields of a body that are not null."""
-    body = {name: value for name, value in body.items() if value is not None and name not in REMARKS}
+def check_fields(body, fields, required):
+    """Return the fields of a body without nulls; raise ApiError 400 for a field that is missing or wrong."""
+    body = {name: value for name, value in body.items() if value is not None and name not in IGNORED}
     for name in required:
         if name not in body:
             raise ApiError(400, f"{name} is missing", name, "missing_required_parameter")
@@ -211,26 +210,26 @@ def checked(body, fields, required):
         if name in fields:
             if not fields[name].test(value):
                 raise ApiError(400, f"{name}: expected {fields[name].expected}", name, "invalid_type")
-        elif name not in NOTHING:
+        elif name not in UNSUPPORTED:
             raise ApiError(400, f"unknown parameter {name!r:.80}", name[:80], "unknown_parameter")
-        elif value not in NOTHING[name]:
+        elif value not in UNSUPPORTED[name]:
             raise ApiError(
                 400, f"{name} is not supported by minitp; leave it out", name, "unsupported_parameter"
             )
     return body
 
 
-def message(value, place):
-    """A message of a conversation, its content as one text."""
+def check_message(value, index):
+    """Return a message of a conversation with its content as one text; refuse other content."""
     content = value.get("content") if isinstance(value, dict) else None
     if isinstance(content, list) and all(is_text_part(part) for part in content):
         content = "".join(part["text"] for part in content)
     if not is_text(content) or not is_text(value.get("role")):
         raise ApiError(
             400,
-            f"messages[{place}]: expected a role, and a content that is a text or a list of texts; minitp "
-            "knows no images, sounds and tools",
-            f"messages[{place}]",
+            f"messages[{index}]: expected a role, and content that is a text or a list of text parts; minitp "
+            "does not support images, audio or tools",
+            f"messages[{index}]",
             "invalid_type",
         )
     return value | {"content": content}
@@ -240,9 +239,9 @@ def is_text_part(part):
     return isinstance(part, dict) and part.get("type") == "text" and is_text(part.get("text"))
 
 
-def _api_request(body, max_tokens, usual_tokens, logprobs, **what):
-    """What both kinds of request have in common."""
-    params = SamplingParams(  # the fields have been checked: it refuses none
+def _api_request(body, max_tokens, default_tokens, logprobs, **prompts_or_messages):
+    """Return an ApiRequest from checked fields, of either route."""
+    params = SamplingParams(
         temperature=body.get("temperature", 1.0),
         top_p=body.get("top_p", 1.0),
         top_k=body.get("top_k", 0),
@@ -256,9 +255,9 @@ def _api_request(body, max_tokens, usual_tokens, logprobs, **what):
         model=body["model"],
         params=params,
         max_tokens=max_tokens,
-        usual_tokens=usual_tokens,
+        default_tokens=default_tokens,
         choices=body.get("n", 1),
         stream=body.get("stream", False),
         usage=usage,
-        **what,
+        **prompts_or_messages,
     )

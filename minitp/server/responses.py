@@ -1,4 +1,4 @@
-"""What a client gets: the objects of the API, as a whole or piece by piece."""
+"""Responses: the objects of the API, whole or in chunks."""
 
 import json
 import time
@@ -7,68 +7,66 @@ from dataclasses import dataclass, field
 
 
 def event(value):
-    """A server-sent event."""
+    """Return a server-sent event with a text or a JSON object."""
     return f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n"
 
 
 @dataclass
 class Choice:
-    """One continuation as it comes."""
+    """One continuation of a prompt, as far as it is known."""
 
     text: str = ""
     tokens: int = 0
-    logprobs: list = field(default_factory=list)  # (token, logprob, top) of each, if asked for
-    offset: int = 0  # of a stream: characters of the tokens in logprobs that have been sent
+    logprobs: list = field(default_factory=list)  # (token, logprob, top) of each token, if requested
+    offset: int = 0  # characters in the tokens whose logprobs have been streamed
     finish_reason: str | None = None
 
 
-class Answer:
-    """The answer to one request; subclasses say how its objects look.
+class ApiResponse:
+    """The response to one request; subclasses define the form of its objects.
 
     Parameters
     ----------
-    asked : requests.ApiRequest
-    prompt_tokens : int
-        Of all prompts.
-    choices : int
-        Of all prompts.
+    request : requests.ApiRequest
+    prompt_tokens, choices : int
+        The number of prompt tokens and of choices, each over all prompts.
     token_text : callable
-        The text of a token id.
+        token_text(token id) -> text.
     """
 
-    prefix = kind = piece_kind = None
+    prefix = kind = chunk_kind = None
 
-    def __init__(self, asked, prompt_tokens, choices, token_text):
-        self.asked, self.prompt_tokens, self.token_text = asked, prompt_tokens, token_text
+    def __init__(self, request, prompt_tokens, choices, token_text):
+        self.request, self.prompt_tokens, self.token_text = request, prompt_tokens, token_text
         self.choices = [Choice() for _ in range(choices)]
         self.head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": asked.model,
+            "model": request.model,
         }
 
     def add(self, index, update):
-        """Put an Update behind what there is; return its (token, logprob, top)."""
+        """Add an Update to a choice; return (token, logprob, top) of each of its tokens with logprobs."""
         choice = self.choices[index]
         choice.text += update.text
         choice.tokens += len(update.token_ids)
         choice.finish_reason = update.finish_reason
-        new = [(token, *told) for token, told in zip(update.token_ids, update.logprobs, strict=False)]
+        new = [(token, *logprob) for token, logprob in zip(update.token_ids, update.logprobs, strict=False)]
         choice.logprobs += new
         return new
 
-    def pieces(self, index, update):
-        """`add` an Update; what a stream gets of it."""
-        new, choice, pieces = self.add(index, update), self.choices[index], []
+    def chunks(self, index, update):
+        """Add an Update to a choice; return its chunks for a stream."""
+        new, choice, chunks = self.add(index, update), self.choices[index], []
         if update.text or new:
-            pieces.append(self.piece(index, update.text, self.logprobs(new, choice.offset), None))
+            chunks.append(self.chunk(index, update.text, self.logprobs(new, choice.offset), None))
         choice.offset += sum(len(self.token_text(token)) for token, *_ in new)
         if update.finish_reason is not None:
-            pieces.append(self.piece(index, "", None, update.finish_reason))
-        return pieces
+            chunks.append(self.chunk(index, "", None, update.finish_reason))
+        return chunks
 
     def usage(self):
-        """The counts of tokens."""
+        """Return the token counts."""
         new = sum(choice.tokens for choice in self.choices)
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -77,7 +75,7 @@ class Answer:
         }
 
     def whole(self):
-        """The object of an answer that is not streamed."""
+        """Return the object of a response that is not streamed."""
         choices = [
             {
                 "index": index,
@@ -89,44 +87,44 @@ class Answer:
         ]
         return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
 
-    def first_pieces(self):
-        """What a stream begins with."""
+    def first_chunks(self):
+        """Return the opening chunks of a stream."""
         return []
 
-    def last_pieces(self):
-        """What it ends with."""
-        if not self.asked.usage:
+    def last_chunks(self):
+        """Return the closing chunks of a stream."""
+        if not self.request.usage:
             return []
-        return [{**self.head, "object": self.piece_kind, "choices": [], "usage": self.usage()}]
+        return [{**self.head, "object": self.chunk_kind, "choices": [], "usage": self.usage()}]
 
-    def piece(self, index, text, logprobs, finish_reason):
-        """A part of a streamed answer."""
+    def chunk(self, index, text, logprobs, finish_reason):
+        """Return a chunk of a streamed response."""
         choice = {
             "index": index,
             **self.delta(text),
             "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
-        usage = {"usage": None} if self.asked.usage else {}
-        return {**self.head, "object": self.piece_kind, "choices": [choice], **usage}
+        usage = {"usage": None} if self.request.usage else {}
+        return {**self.head, "object": self.chunk_kind, "choices": [choice], **usage}
 
     def content(self, text):
-        """A choice's text in a whole answer."""
+        """Return the fields with a choice's text in a whole response."""
         raise NotImplementedError
 
     def delta(self, text):
-        """A choice's text in a piece."""
+        """Return the fields with a choice's text in a chunk."""
         raise NotImplementedError
 
     def logprobs(self, tokens, offset):
-        """The (token, logprob, top) of some tokens, the first of which begins at `offset` of the text."""
+        """Return the logprobs object of (token, logprob, top) triples that begin at `offset` of the text."""
         raise NotImplementedError
 
 
-class CompletionAnswer(Answer):
-    """Of /v1/completions."""
+class CompletionResponse(ApiResponse):
+    """A response of /v1/completions."""
 
-    prefix, kind, piece_kind = "cmpl", "text_completion", "text_completion"
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
     def content(self, text):
         return {"text": text}
@@ -134,26 +132,26 @@ class CompletionAnswer(Answer):
     delta = content
 
     def logprobs(self, tokens, offset):
-        if self.asked.params.logprobs is None:
+        if self.request.params.logprobs is None:
             return None
         texts = [self.token_text(token) for token, _, _ in tokens]
-        ends = [offset + sum(map(len, texts[:n])) for n in range(len(texts))]
+        offsets = [offset + sum(map(len, texts[:n])) for n in range(len(texts))]
         return {
             "tokens": texts,
             "token_logprobs": [logprob for _, logprob, _ in tokens],
             "top_logprobs": [self.by_text(top) for _, _, top in tokens],
-            "text_offset": ends,
+            "text_offset": offsets,
         }
 
     def by_text(self, top):
-        """Of tokens that read alike (parts of characters may) the most probable, which is the first."""
+        """Return {text: logprob}; of tokens with equal text (parts of characters), the most probable."""
         return {self.token_text(token): logprob for token, logprob in reversed(top)}
 
 
-class ChatAnswer(Answer):
-    """Of /v1/chat/completions."""
+class ChatResponse(ApiResponse):
+    """A response of /v1/chat/completions."""
 
-    prefix, kind, piece_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def content(self, text):
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -161,14 +159,14 @@ class ChatAnswer(Answer):
     def delta(self, text):
         return {"delta": {"content": text} if text else {}}
 
-    def first_pieces(self):
-        pieces = [self.piece(index, "", None, None) for index in range(len(self.choices))]
-        for piece in pieces:
-            piece["choices"][0]["delta"] = {"role": "assistant", "content": ""}
-        return pieces
+    def first_chunks(self):
+        chunks = [self.chunk(index, "", None, None) for index in range(len(self.choices))]
+        for chunk in chunks:
+            chunk["choices"][0]["delta"] = {"role": "assistant", "content": ""}
+        return chunks
 
     def logprobs(self, tokens, offset):
-        if self.asked.params.logprobs is None:
+        if self.request.params.logprobs is None:
             return None
         return {
             "content": [
@@ -180,5 +178,5 @@ class ChatAnswer(Answer):
 
     def token(self, token, logprob):
         text = self.token_text(token)
-        whole = "\ufffd" not in text  # else a part of a character, of which the bytes are not known here
+        whole = "\ufffd" not in text  # else a part of a character, whose bytes are not known here
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}

@@ -1,4 +1,4 @@
-"""The server's process: its socket, its signals, and its end."""
+"""The server's process: its socket, its signals, and its exit."""
 
 import asyncio
 import signal
@@ -13,12 +13,12 @@ from minitp.server.app import make_app
 from minitp.server.backend import Backend
 from minitp.server.metrics import Metrics
 
-FAILED_S = 2  # in which /health says that a rank has died, before the process ends
-FORCED_S = 3  # for connections to end, when their streams have been ended
+FAILED_S = 2  # time in which /health reports that a rank has died, before the process exits
+FORCED_S = 3  # time for connections to close after their streams have been ended
 
 
 def listen(host, port):
-    """A socket that listens there; InputError if there is none to be had."""
+    """Return a socket bound to this address; raise InputError if that fails."""
     try:
         address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(address[0], socket.SOCK_STREAM)
@@ -26,29 +26,29 @@ def listen(host, port):
         listener.bind(address[4])
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"--host {host} --port {port}: {reason}; give others") from error
+        raise InputError(f"--host {host} --port {port}: {reason}; choose another") from error
     listener.set_inheritable(False)
     return listener
 
 
 def serve_forever(start, limits, model, listener, *, api_key, restart, drain_seconds, verbose):
-    """Serve until SIGTERM, Ctrl-C, or a rank dies; the exit code.
+    """Serve until SIGTERM, Ctrl-C, or the death of a rank; return the exit code.
 
     Parameters
     ----------
     start : callable
-        See Backend.
+        The function that starts the LLM; see Backend.
     limits : AdmissionLimits
     model : str
-        The name by which clients ask for it.
+        The name that clients must use for the model.
     listener : socket
     api_key : str or None
     restart : bool
-        Start the ranks anew when one dies.
+        Start the ranks again if one dies.
     drain_seconds : float
-        After SIGTERM, for answers that are on their way.
+        The time for unfinished responses after SIGTERM.
     verbose : bool
-        Log requests.
+        Log every request.
     """
     backend = Backend(start, limits, restart)
     app = make_app(backend, Metrics(backend), model, api_key)
@@ -67,7 +67,7 @@ def serve_forever(start, limits, model, listener, *, api_key, restart, drain_sec
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, but for the signals, which `serve` has."""
+    """A uvicorn server that leaves the signals to `serve`."""
 
     @contextmanager
     def capture_signals(self):
@@ -75,17 +75,17 @@ class Server(uvicorn.Server):
 
 
 async def serve(backend, server, listener, drain_seconds):
-    """HTTP and the ranks beside each other, until one of them ends; the exit code."""
+    """Run the HTTP server and the ranks until either of them ends; return the exit code."""
     loop = asyncio.get_running_loop()
 
-    def leave():
-        server.force_exit = server.should_exit  # the second time: at once
+    def shut_down():
+        server.force_exit = server.should_exit  # a second signal ends the server at once
         server.should_exit = True
         backend.state = "draining"
-        loop.call_later(drain_seconds, backend.give_up)
+        loop.call_later(drain_seconds, backend.abort_all)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, leave)
+        loop.add_signal_handler(number, shut_down)
     ranks = asyncio.ensure_future(backend.run())
     http = asyncio.ensure_future(server.serve(sockets=[listener]))
     await asyncio.wait({ranks, http}, return_when=asyncio.FIRST_COMPLETED)

@@ -85,10 +85,10 @@ def test_a_full_queue_is_said(long):
     waiting = threading.Thread(target=lambda: begin(served, max_tokens=3).close())
     waiting.start()
     wait_until(lambda: metric(served, "minitp_sequences_waiting") == 1)
-    with pytest.raises(openai.RateLimitError, match="the queue is full: 2 continuations") as caught:
+    with pytest.raises(openai.RateLimitError, match="the queue is full: 2 of at most 2 sequences") as caught:
         served.client().completions.create(**SHORT)
     assert int(caught.value.response.headers["retry-after"]) > 0
-    with pytest.raises(openai.BadRequestError, match="3 continuations in one request; this server takes 2"):
+    with pytest.raises(openai.BadRequestError, match="asks for 3 sequences; this server allows 2"):
         served.client().completions.create(**SHORT, n=3)
     streams[0].close()
     waiting.join()
@@ -99,11 +99,11 @@ def test_a_full_queue_is_said(long):
 
 def test_an_answer_that_takes_too_long_is_ended(long):
     served = start(long, "--request-timeout", 1)
-    with pytest.raises(openai.InternalServerError, match="not done within 1 s") as caught:
+    with pytest.raises(openai.InternalServerError, match="not finished within 1 s") as caught:
         served.client().completions.create(**LONG)
     assert caught.value.status_code == 504
     pieces = served.client().completions.create(**LONG, stream=True)
-    with pytest.raises(openai.APIError, match="not done within 1 s"):
+    with pytest.raises(openai.APIError, match="not finished within 1 s"):
         list(pieces)
     wait_until(lambda: blocks_in_use(served) == 0)
     served.stop()

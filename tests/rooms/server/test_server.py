@@ -39,7 +39,9 @@ def test_models(client):
     (model,) = client.models.list().data
     assert model.id == "chatty"
     assert client.models.retrieve("chatty").max_model_len == 512
-    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4' here; this is 'chatty'") as caught:
+    with pytest.raises(
+        openai.NotFoundError, match="model 'gpt-4' not found; this server runs 'chatty'"
+    ) as caught:
         client.models.retrieve("gpt-4")
     assert caught.value.code == "model_not_found"
 

@@ -13,7 +13,7 @@ from served import Served, write_chatty
 from tiny import write_tiny
 
 from minitp.server.requests import CHAT as CHAT_FIELDS
-from minitp.server.requests import COMMON, COMPLETION, NOTHING
+from minitp.server.requests import COMMON, COMPLETION, UNSUPPORTED
 
 pytestmark = pytest.mark.mpi
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -47,7 +47,7 @@ def check_error(response, status, words, param=None):
 
 BAD_FIELDS = {
     "no model": (COMPLETIONS, {"model": None}, 400, "model", "model is missing"),
-    "unknown model": (COMPLETIONS, {"model": "gpt-4"}, 404, "model", "no model 'gpt-4' here"),
+    "unknown model": (COMPLETIONS, {"model": "gpt-4"}, 404, "model", "model 'gpt-4' not found"),
     "model no text": (COMPLETIONS, {"model": 4}, 400, "model", "expected the name of a model"),
     "no prompt": (COMPLETIONS, {"prompt": None}, 400, "prompt", "prompt is missing"),
     "empty prompt": (COMPLETIONS, {"prompt": ""}, 400, "prompt", "the prompt is empty"),
@@ -69,8 +69,8 @@ BAD_FIELDS = {
     "n 0": (CHAT, {"n": 0}, 400, "n", "from 1 to 128"),
     "stream text": (CHAT, {"stream": "yes"}, 400, "stream", "expected true or false"),
     "stream_options": (CHAT, {"stream_options": {"x": 1}}, 400, "stream_options", "include_usage"),
-    "stop number": (CHAT, {"stop": 3}, 400, "stop", "expected a string"),
-    "stop empty": (CHAT, {"stop": [""]}, 400, "stop", "not empty"),
+    "stop number": (CHAT, {"stop": 3}, 400, "stop", "expected a non-empty string"),
+    "stop empty": (CHAT, {"stop": [""]}, 400, "stop", "non-empty"),
     "seed below": (CHAT, {"seed": -1}, 400, "seed", "from 0"),
     "logprobs number": (CHAT, {"logprobs": 3}, 400, "logprobs", "expected true or false"),
     "top_logprobs": (CHAT, {"top_logprobs": 3}, 400, "top_logprobs", "needs logprobs: true"),
@@ -79,14 +79,14 @@ BAD_FIELDS = {
     "tools": (CHAT, {"tools": [{"type": "function"}]}, 400, "tools", "not supported by minitp"),
     "echo": (COMPLETIONS, {"echo": True}, 400, "echo", "not supported by minitp"),
     "no messages": (CHAT, {"messages": []}, 400, "messages", "expected a list of messages"),
-    "message a text": (CHAT, {"messages": ["Hi"]}, 400, "messages[0]", "expected a role, and a content"),
+    "message a text": (CHAT, {"messages": ["Hi"]}, 400, "messages[0]", "expected a role, and content"),
     "no role": (CHAT, {"messages": [{"content": "Hi"}]}, 400, "messages[0]", "expected a role"),
     "image": (
         CHAT,
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         400,
         "messages[0]",
-        "knows no images",
+        "does not support images",
     ),
 }
 
@@ -102,7 +102,7 @@ def test_bad_fields(server, case, stream):
 BAD_BODIES = {
     "not JSON": (b"{", 400, "the body is not JSON"),
     "nothing": (b"", 400, "the body is not JSON"),
-    "a list": (b"[]", 400, "but no object"),
+    "a list": (b"[]", 400, "but not an object"),
     "NaN": (b'{"temperature": NaN}', 400, "NaN is not JSON"),
     "not UTF-8": (b'{"prompt": "\xff"}', 400, "the body is not JSON"),
     "half a character": (b'{"prompt": "\\ud800"}', 400, "the body is not JSON"),
@@ -148,7 +148,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=8,
 )
-NAMES = sorted({*COMMON, *COMPLETION, *CHAT_FIELDS, *NOTHING} - {"model"})
+NAMES = sorted({*COMMON, *COMPLETION, *CHAT_FIELDS, *UNSUPPORTED} - {"model"})
 REPEATABLE = {"deadline": None, "derandomize": True, "database": None}
 
 
