@@ -1,4 +1,4 @@
-"""`LLM`: what comes of prompts, alone and many at a time, in pieces, from several threads, and of chats."""
+"""`LLM`: single prompts, many at a time, streams, several threads, and conversations."""
 
 import io
 import os
@@ -21,7 +21,7 @@ from minitp.loading.source import open_model
 
 
 def check(completions, requests):
-    """All have become what they become alone."""
+    """Check that completions equal those of requests that ran alone."""
     expected = [Completion(r.prompt_ids, r.token_ids, r.text, r.finish_reason) for r in requests]
     assert [replace(completion, logprobs=[]) for completion in completions] == expected
 
@@ -43,7 +43,7 @@ def llm(model):
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory):
-    """An LLM that generates for minutes if it is let, and puts <s> before a text."""
+    """An LLM that generates for minutes unless it is stopped, and puts <s> before a text."""
     directory = write_model(
         tmp_path_factory.mktemp("models") / "endless", bos=True, max_position_embeddings=1_000_000
     )
@@ -59,8 +59,8 @@ def random_prompts(count, seed=0):
 # --- one prompt and many --------------------------------------------------------------------------------
 
 
-def test_each_prompt_of_a_full_batch_becomes_what_it_becomes_alone(llm, model):
-    """24 of them, of which 6 run at once and have to give their blocks back to each other."""
+def test_many_prompts_get_the_same_completions_as_alone(llm, model):
+    """Generate from 24 prompts, of which 6 run at once and preempt each other."""
     wanted = [(p, SamplingParams(max_new_tokens=100, ignore_eos=True)) for p in random_prompts(24)]
     completions = llm.generate([p for p, _ in wanted], max_new_tokens=100, ignore_eos=True)
     check(completions, alone(model, wanted))
@@ -68,7 +68,7 @@ def test_each_prompt_of_a_full_batch_becomes_what_it_becomes_alone(llm, model):
     assert (llm.load["running"], llm.load["waiting"], llm.load["blocks_in_use"]) == (0, 0, 0)
 
 
-def test_a_text_becomes_what_its_token_ids_become(llm, model):
+def test_a_text_and_its_token_ids_get_the_same_completion(llm, model):
     expected = alone(model, [(ids("Hello"), SamplingParams(max_new_tokens=20))])
     for prompt in ("Hello", ids("Hello"), tuple(ids("Hello")), [np.int64(token) for token in ids("Hello")]):
         check([llm.generate(prompt, max_new_tokens=20)], expected)
@@ -76,8 +76,8 @@ def test_a_text_becomes_what_its_token_ids_become(llm, model):
     assert llm.generate([]) == []
 
 
-def test_prompts_of_both_kinds_with_params_of_their_own_in_their_order(llm, model):
-    """The first takes longest."""
+def test_texts_and_token_ids_with_different_params_keep_their_order(llm, model):
+    """Generate from four prompts, the first of which takes longest."""
     each = [SamplingParams(max_new_tokens=n) for n in (60, 1, 30, 2)]
     completions = llm.generate(["Hello", ids("Bye"), "H", [7]], each)
     check(completions, alone(model, list(zip([ids("Hello"), ids("Bye"), ids("H"), [7]], each, strict=True))))
@@ -93,7 +93,7 @@ def test_options_override_fields_of_params(llm, model):
     assert params.seed == 3
 
 
-def test_a_seed_gives_the_same_alone_and_beside_others(llm, model):
+def test_a_seed_gives_the_same_text_alone_and_in_a_batch(llm, model):
     wanted = [
         (p, SamplingParams(max_new_tokens=30, temperature=2.0, seed=n)) for n, p in enumerate([[1]] * 8)
     ]
@@ -103,13 +103,13 @@ def test_a_seed_gives_the_same_alone_and_beside_others(llm, model):
     assert len({tuple(r.token_ids) for r in expected}) == 8
 
 
-def test_without_a_seed_each_time_differs(llm):
+def test_without_a_seed_every_text_differs(llm):
     drawn = llm.generate([[1]] * 5, temperature=3.0, max_new_tokens=30)
     assert len({tuple(completion.token_ids) for completion in drawn}) == 5
 
 
 def test_end_of_text(model, tmp_path):
-    """Here a token that greedily follows "Once", the first such token after ten others."""
+    """Make a token that greedily follows "Once", the first new one after ten tokens, an end-of-text token."""
     params = SamplingParams(max_new_tokens=30)
     tokens = alone(model, [(ids("Once"), params)])[0].token_ids
     last = next(n for n in range(10, 30) if tokens[n] not in tokens[:n])
@@ -144,7 +144,7 @@ def test_logprobs_are_those_of_the_models_softmax(llm, model):
         assert [x for _, x in top] == pytest.approx(np.sort(expected)[:-4:-1], abs=1e-4)
 
 
-def test_logprobs_only_if_they_are_wanted(llm):
+def test_logprobs_only_if_they_are_requested(llm):
     assert llm.generate("Hello", max_new_tokens=2).logprobs == []
     assert [top for _, top in llm.generate("Hello", max_new_tokens=2, logprobs=0).logprobs] == [[], []]
 
@@ -187,7 +187,7 @@ def test_a_submitted_request_can_be_stopped(endless):
     assert len(endless.generate([1], max_new_tokens=3).token_ids) == 3
 
 
-def test_ctrl_c_stops_the_request_and_no_more(endless):
+def test_ctrl_c_stops_only_the_request(endless):
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
@@ -197,7 +197,7 @@ def test_ctrl_c_stops_the_request_and_no_more(endless):
 
 
 def test_threads_share_one_llm(llm, model):
-    """Each of 8 generates and streams; nobody gets what is another's."""
+    """Generate and stream in each of 8 threads; each thread gets the text of its own prompt."""
     prompts = random_prompts(8, seed=1)
     params = SamplingParams(max_new_tokens=40)
     found = [None] * 8
@@ -220,7 +220,7 @@ def test_threads_share_one_llm(llm, model):
 # --- conversations --------------------------------------------------------------------------------------
 
 
-def test_a_chat_is_the_continuation_of_the_rendered_conversation(llm, model):
+def test_a_chat_continues_the_rendered_conversation(llm, model):
     prompt = [BOS, *ids("[user]Hi[assistant]")]
     expected = alone(model, [(prompt, SamplingParams(max_new_tokens=CONTEXT))])
     assert llm.encode_chat([{"role": "user", "content": "Hi"}]) == prompt
@@ -229,7 +229,7 @@ def test_a_chat_is_the_continuation_of_the_rendered_conversation(llm, model):
     assert len(expected[0].token_ids) > SamplingParams().max_new_tokens, "it may fill the context"
 
 
-def test_a_chat_takes_params(llm, model):
+def test_a_chat_accepts_params(llm, model):
     prompt, params = [BOS, *ids("[user]Hi[assistant]")], SamplingParams(temperature=1.0, seed=1)
     expected = alone(model, [(prompt, replace(params, max_new_tokens=5)), (prompt, params)])
     check([llm.chat("Hi", temperature=1.0, seed=1, max_new_tokens=5)], expected[:1])
@@ -238,12 +238,12 @@ def test_a_chat_takes_params(llm, model):
 
 
 def test_a_conversation_has_as_many_bos_tokens_as_its_template_writes(endless):
-    """A text gets one from the tokenizer; a conversation would have two."""
+    """Check that the tokenizer adds <s> to a text, but no second one to a conversation."""
     assert endless.encode("Hi") == [BOS, *ids("Hi")]
     assert endless.encode_chat([{"role": "user", "content": "Hi"}]) == [BOS, *ids("[user]Hi[assistant]")]
 
 
-# --- what is shown, and known ---------------------------------------------------------------------------
+# --- progress -------------------------------------------------------------------------------------------
 
 
 class Terminal(io.StringIO):

@@ -1,4 +1,4 @@
-"""Requests through an Engine, step by step, and each of them by itself."""
+"""Requests for tests of the engine, run in batches or alone."""
 
 import random
 from collections import Counter
@@ -19,7 +19,7 @@ SHAPES = {
 
 
 def requests(count, seed=0, longest=30, most_new=25, prefixes=1):
-    """Of random prompts, some of which begin alike, and lengths."""
+    """Return requests with random prompts, some with a common prefix, and random limits."""
     rng = random.Random(seed)
     heads = [[rng.randrange(256) for _ in range(20)] for _ in range(prefixes)]
     found = []
@@ -33,25 +33,25 @@ def requests(count, seed=0, longest=30, most_new=25, prefixes=1):
 
 
 def alone(model, request):
-    """The tokens of the same request by itself."""
+    """Return the tokens of a request that runs alone."""
     again = Request(request.params, (), request.prompt_ids, CONTEXT)
     return list(generate(model, request.prompt_ids, again if model.comm.rank == 0 else None))
 
 
 def check_blocks(scheduler):
-    """The books are right: every block is empty, left, or used as often as block tables have it."""
+    """Check the reference counts against the block tables, and the order of the queues."""
     allocator = scheduler.allocator
     users = Counter(block for s in scheduler.running for block in s.block_table)
     assert [users[block] for block in range(allocator.num_blocks)] == allocator.ref_count
     assert allocator.num_free_blocks == allocator.ref_count.count(0)
     assert all(not s.block_table for s in scheduler.waiting)
     numbers = [s.number for s in [*scheduler.running, *scheduler.waiting]]
-    assert numbers == sorted(numbers), "somebody has overtaken"
+    assert numbers == sorted(numbers), "a younger sequence has overtaken an older one"
 
 
-def served(model, wanted, blocks, block_size, later=(), **limits):
-    """Run requests through an Engine; `later` join after some steps. The scheduler, on rank 0."""
-    engine = Engine(model, blocks, block_size, **limits)
+def run_requests(model, wanted, num_blocks, block_size, later=(), **limits):
+    """Run requests, to which those of `later` are added in the meantime; return the scheduler (on rank 0)."""
+    engine = Engine(model, num_blocks, block_size, **limits)
     scheduler = engine.scheduler
     if scheduler:
         for request in wanted:

@@ -1,11 +1,11 @@
-"""Two hosts on one machine: namespaces joined by a cable, each with a name and an SSH server of its own.
+"""Two hosts on one machine: namespaces joined by a virtual cable, each with its own name and SSH server.
 
     host-a   10.99.0.1  eth0 <----------> eth0  10.99.0.2   host-b
 
     python tests/support/hosts.py mpirun -hosts host-a,host-b -n 4 minitp generate "The capital of France is"
 
-runs a command on host-a. Network, processes and shared memory are each host's own; files are common, as where
-a cluster shares a file system. Needs Linux, root, and Debian's iproute2 and openssh-server.
+runs a command on host-a. The hosts have separate networks, processes and shared memory; they share all files,
+as a cluster with a common file system does. Needs Linux, root, and Debian's iproute2 and openssh-server.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 
 ADDRESSES = {"host-a": "10.99.0.1", "host-b": "10.99.0.2"}
-SSHD = "/usr/sbin/sshd"  # not in everybody's PATH; it wants to be called by its whole name
+SSHD = "/usr/sbin/sshd"  # often not in the PATH; sshd must be started by its absolute path
 START_S = 10
 FIRST_OUTPUT_S = 60
 NAMESPACES = ["--net", "--uts", "--mount", "--ipc", "--pid", "--mount-proc"]
@@ -34,7 +34,7 @@ ip link set lo up
 for place in /run /dev/shm; do mount -t tmpfs none $place; done
 mkdir /run/sshd /run/cgroup
 mount --rbind /sys/fs/cgroup /run/cgroup
-mount -t sysfs none /sys # which shows the interfaces of whoever mounts it
+mount -t sysfs none /sys # a new mount shows the interfaces of this namespace
 mount --rbind /run/cgroup /sys/fs/cgroup
 for file in hosts ssh/ssh_config; do mount --bind "$2/$(basename $file)" /etc/$file; done
 exec {SSHD} -D -e -f "$2/sshd_config" 2>"$2/$1.log"
@@ -43,18 +43,18 @@ exec {SSHD} -D -e -f "$2/sshd_config" 2>"$2/$1.log"
 
 @cache
 def missing():
-    """Why there can be no such hosts here, or None."""
+    """Return why this machine cannot have such hosts, or None."""
     if sys.platform != "linux" or os.geteuid() != 0:
-        return "hosts of one machine want Linux and root"
+        return "several hosts on one machine need Linux and root"
     for program in ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", SSHD):
         if shutil.which(program) is None:
-            return f"hosts of one machine want {program}: apt install iproute2 openssh-server"
+            return f"several hosts on one machine need {program}: apt install iproute2 openssh-server"
     done = subprocess.run(["unshare", "--fork", *NAMESPACES, "true"], capture_output=True, text=True)
-    return f"no namespaces here: {done.stderr.strip()}" if done.returncode else None
+    return f"this machine allows no namespaces: {done.stderr.strip()}" if done.returncode else None
 
 
 class Host:
-    """A host that runs; `pid` is its first process, with which all others end."""
+    """A running host; `pid` is its first process, and all others end with it."""
 
     def __init__(self, name, folder):
         self.name, self.folder = name, folder
@@ -69,7 +69,7 @@ class Host:
         return children.read_text().strip() if children.exists() else ""
 
     def inside(self, *command, cwd=None):
-        """The command line that runs a command in here, with this Python's programs found first."""
+        """Return the command line that runs a command on this host, with this Python first in the PATH."""
         path = f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}"
         words = [str(word) for word in command]
         return ["nsenter", "--all", f"--wdns={cwd or os.getcwd()}", "--target", self.pid, "env", path, *words]
@@ -80,7 +80,7 @@ class Host:
         )
 
     def check_nothing_runs(self, pattern):
-        """Those whose command line has the pattern are gone, or go within seconds; else they are killed."""
+        """Check that within seconds no command line matches the pattern; kill the processes that still do."""
         deadline = time.monotonic() + 5
         while (left := self.run("pgrep", "-fa", pattern).stdout) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -89,7 +89,7 @@ class Host:
 
     @contextmanager
     def seeing(self, other, directory):
-        """A `with` block in which this host finds the files of `other` in a directory."""
+        """Show this host the files of `other` in place of a directory while the block runs."""
         self.run("mount", "--bind", other, directory, check=True)
         try:
             yield
@@ -97,9 +97,9 @@ class Host:
             self.run("umount", directory, check=True)
 
 
-def started(words):
-    """A command line that runs, and has begun to write, within FIRST_OUTPUT_S."""
-    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def started(command):
+    """Start a command and wait up to FIRST_OUTPUT_S for its first output; return the Popen."""
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if not select.select([running.stdout], [], [], FIRST_OUTPUT_S)[0]:
         running.kill()
         raise AssertionError(f"no output after {FIRST_OUTPUT_S} s: {running.communicate()[1]}")
@@ -108,7 +108,7 @@ def started(words):
 
 
 def ended(running, within):
-    """Its exit code and what it wrote to stderr; it is killed if it takes longer."""
+    """Wait for the end and return (exit code, stderr); kill the command if it takes longer."""
     try:
         _, err = running.communicate(timeout=within)
     except subprocess.TimeoutExpired:
@@ -118,7 +118,7 @@ def ended(running, within):
 
 
 def set_cable(pair, state):
-    """Plug it in ("up") or pull it out ("down"); return when both hosts have noticed."""
+    """Connect the cable ("up") or disconnect it ("down"); return when both hosts have noticed."""
     for host in pair:
         host.run("ip", "link", "set", "eth0", state, check=True)
     look = ["cat", "/sys/class/net/eth0/operstate"]
@@ -128,7 +128,7 @@ def set_cable(pair, state):
 
 @contextmanager
 def two_hosts():
-    """[host-a, host-b]; all that runs there is killed when the block is left. One pair at a time."""
+    """Yield [host-a, host-b]; when the block is left, all their processes are killed. One pair at a time."""
     lock = open(Path(tempfile.gettempdir(), "minitp-hosts.lock"), "w")  # noqa: SIM115  closed by the block
     with lock, tempfile.TemporaryDirectory(prefix="minitp-hosts-") as folder:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -149,12 +149,12 @@ def two_hosts():
         finally:
             for host in hosts:
                 with suppress(ProcessLookupError):
-                    os.kill(int(host.pid), signal.SIGKILL)  # the first process, and so the host
+                    os.kill(int(host.pid), signal.SIGKILL)  # the first process, which ends the host
                 host.process.wait()
 
 
 def write_files(folder):
-    """Keys, names and settings that both hosts share, as a cluster's administrator would set them up."""
+    """Write the keys, names and settings that both hosts share, as a cluster's administrator would."""
     for name in ("user_key", "host_key"):
         make_key = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name]
         subprocess.run(make_key, check=True)
@@ -171,7 +171,7 @@ def write_files(folder):
 
 
 def wait_for(look):
-    """What `look` returns once that is true."""
+    """Call `look` until it returns something true; return that."""
     deadline = time.monotonic() + START_S
     while not (found := look()):
         if time.monotonic() > deadline:
@@ -181,10 +181,10 @@ def wait_for(look):
 
 
 def run_as_command(why_not, prepare=lambda pair: ()):
-    """The command line's command, on host-a; `prepare` returns words to go before it."""
+    """Run the command of the command line on host-a, after the words that `prepare` returns."""
     if why_not:
         sys.exit(f"{Path(sys.argv[0]).name}: {why_not}")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that the hosts are taken away
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that the hosts are removed
     with two_hosts() as pair:
         sys.exit(subprocess.run(pair[0].inside(*prepare(pair), *sys.argv[1:])).returncode)
 

@@ -1,4 +1,4 @@
-"""What `LLM` must give: the same prompts by themselves, through the plain model."""
+"""The reference for `LLM`: each prompt alone, without an engine."""
 
 import time
 
@@ -15,7 +15,7 @@ from minitp.request import Request
 TP = 2
 
 
-CONTEXT = 400  # of the model that most tests share, whose cache has room for one such sequence
+CONTEXT = 400  # context of the model that most tests share; its cache has room for one full sequence
 
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
@@ -25,7 +25,7 @@ END_S = 10
 
 
 def write_model(directory, **options):
-    """A tiny model with a chat template."""
+    """Write a tiny model with a chat template."""
     write_tiny(directory, **options)
     (directory / "chat_template.jinja").write_text(TEMPLATE)
     (directory / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
@@ -33,7 +33,7 @@ def write_model(directory, **options):
 
 
 def alone(model, wanted, tp=TP, layers=None):
-    """A Request of each (prompt_ids, params), done by itself, in this process and without an engine."""
+    """Return a finished Request for each (prompt_ids, params), run alone and without an engine."""
     source = open_model(str(model), tp, layers)
     eos, tokenizer = source.config.eos_token_ids, source.tokenizer()
     requests = [Request(params, eos, ids, CONTEXT, tokenizer) for ids, params in wanted]

@@ -1,8 +1,8 @@
-"""What every refusal of bad input looks like."""
+"""A check of how commands refuse bad input."""
 
 
 def check_refusal(code, out, err):
-    """Exit code 2, nothing on stdout, and one line on stderr."""
+    """Check for exit code 2, an empty stdout, and one line on stderr."""
     assert code == 2, err
     assert out == ""
     assert err.startswith("minitp: ")

@@ -1,4 +1,4 @@
-"""Starting the command with all its processes marked, so that a test sees when none is left."""
+"""Commands that tests start, with all processes marked, so that a test sees whether any is left."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from minitp.launch import supervisor
 
 WORKER = [sys.executable, "-m", "minitp"]
 
-
-FRONT = [  # the command; mpirun, the worker and the time to start are as the environment says
+# The minitp command, with mpirun, the worker command and START_LIMIT_S from the environment.
+LAUNCHER = [
     sys.executable,
     "-c",
     "import os, sys\n"
@@ -35,14 +35,9 @@ FRONT = [  # the command; mpirun, the worker and the time to start are as the en
     "sys.exit(main(sys.argv[1:], worker=worker.split('|') if worker else WORKER))",
 ]
 
-
 MARK = "MINITP_TEST_MARK"
-
-
-END_S = 10  # from a fault to the end of the job
-
-
-START_S = 120  # a whole short run, on a machine that has other things to do
+END_S = 10  # time from a fault to the end of the job
+START_S = 120  # time for a whole short run on a busy machine
 
 
 class Running:
@@ -50,25 +45,25 @@ class Running:
 
     def __init__(self, command, stdout=subprocess.PIPE, **variables):
         self.mark = f"{MARK}={uuid.uuid4()}"
-        # Short, for the front's socket lies there; by itself, to see that nothing is left in it.
+        # A short path, because it holds the supervisor's socket; a new folder, to see that it is emptied.
         self.folder = Path(tempfile.mkdtemp(prefix="t-"))
         environment = {**os.environ, **variables, "TMPDIR": str(self.folder)}
         environment[MARK] = self.mark.partition("=")[2]
-        environment.pop("PYTHONUNBUFFERED", None)  # it would hide what stdout keeps back
+        environment.pop("PYTHONUNBUFFERED", None)  # it would hide output that stays in a buffer
         self.process = subprocess.Popen(
             [str(part) for part in command],
             env=environment,
             stdout=stdout,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # a process group of its own, as a shell gives it one
+            start_new_session=True,  # a separate process group, as a shell would create
         )
 
     def wait_for_output(self):
-        """Return once rank 0 has written something: it is generating, then."""
+        """Wait until rank 0 has written something, which means that it is generating."""
         assert os.read(self.process.stdout.fileno(), 1), self.process.stderr.read().decode()
 
     def end(self, within):
-        """Wait for the end; return (exit code, stdout, stderr). Nothing may be left of it."""
+        """Wait for the end, check that no process is left, and return (exit code, stdout, stderr)."""
         try:
             out, err = self.process.communicate(timeout=within)
         except subprocess.TimeoutExpired:
@@ -90,7 +85,7 @@ class Running:
         shutil.rmtree(self.folder)
 
     def processes(self):
-        """pid -> command line of all that run with the mark."""
+        """Return {pid: command line} of all processes with the mark."""
         found = {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -99,7 +94,7 @@ class Running:
                         (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                     )
             except OSError:
-                pass  # it has just ended, or is another user's
+                pass  # the process has just ended, or is another user's
         return found
 
     def kill_all(self):
@@ -108,8 +103,8 @@ class Running:
                 os.kill(pid, signal.SIGKILL)
 
 
-def through_front(argv, ranks=4, **options):
-    return Running([*FRONT, *argv, "--tp", ranks], **options)
+def under_launcher(argv, ranks=4, **options):
+    return Running([*LAUNCHER, *argv, "--tp", ranks], **options)
 
 
 def under_mpirun(argv, ranks=4, worker=WORKER, mpirun=None, **variables):
@@ -121,13 +116,13 @@ def faulty(fault):
 
 
 def result_of(running):
-    """The one JSON object that a run prints."""
+    """Wait for a run and return the JSON object that it printed."""
     code, out, err = running.end(START_S)
     assert (code, err) == (0, "")
     return json.loads(out)
 
 
 def alone(argv, capsys):
-    """The same run without MPI, in this process."""
+    """Run the command without MPI, in this process; return the JSON object that it printed."""
     assert cli.main([*map(str, argv), "--tp", "1"]) == 0
     return json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""`minitp serve` on tiny models, for the tests: started, asked, ended."""
+"""Helpers for tests of `minitp serve`: tiny models, a running server, and the reference without it."""
 
 import json
 import re
@@ -24,7 +24,7 @@ START_S = 60
 
 
 def write_chatty(directory, **config):
-    """A tiny model with a chat template; each byte is a token."""
+    """Write a tiny model with a chat template, in which each byte is a token."""
     write_tiny(directory, **config)
     fields = {"chat_template": CHAT_TEMPLATE, "eos_token": "</s>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(fields))
@@ -32,7 +32,7 @@ def write_chatty(directory, **config):
 
 
 class Served(Running):
-    """A server and what it has written to stderr; `url` once it is ready."""
+    """A running server; `lines` is its stderr so far, and `url` its address."""
 
     def __init__(self, model, *options, command=(sys.executable, "-m", "minitp"), **variables):
         super().__init__([*command, "serve", "--model", model, "--port", 0, *options], **variables)
@@ -49,25 +49,25 @@ class Served(Running):
         self._ready.set()
 
     def client(self, **options):
-        """An OpenAI client of this server, which does not try again by itself."""
+        """Return an OpenAI client of this server that does not retry."""
         return OpenAI(
             base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60} | options
         )
 
     def end_within(self, seconds):
-        """Its exit code; nothing of it is left."""
+        """Wait for the end, check that no process is left, and return the exit code."""
         self.process.wait(seconds)
         self.check_nothing_is_left(within=2)
         return self.process.returncode
 
     def stop(self):
-        """SIGTERM; it must end well."""
+        """Send SIGTERM; check that the server exits with 0."""
         self.process.terminate()
         assert self.end_within(10) == 0, self.lines
 
 
 class Reference:
-    """The same model by itself, in this process."""
+    """A model alone in this process, for comparison."""
 
     def __init__(self, directory):
         self.source = open_model(str(directory), 1)
@@ -75,7 +75,7 @@ class Reference:
         self.tokenizer = self.source.tokenizer()
 
     def request(self, prompt, **params):
-        """A greedy Request that is done; the prompt is a text or token ids."""
+        """Run a Request to its end, greedily by default, and return it; the prompt is a text or token ids."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         config = self.source.config
         request = Request(
@@ -94,12 +94,12 @@ class Reference:
 
 
 def rendered(*messages):
-    """What CHAT_TEMPLATE makes of (role, content)."""
+    """Return the text that CHAT_TEMPLATE makes of (role, content) pairs."""
     return "".join(f"[{role}]{content}\n" for role, content in messages) + "[assistant]"
 
 
 def metric(server, name):
-    """The value of a metric without labels."""
+    """Return the value of a metric without labels."""
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
     (value,) = (float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
     return value

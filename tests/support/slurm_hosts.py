@@ -1,4 +1,4 @@
-"""Slurm on the two hosts of hosts.py: a controller on host-a, a daemon on each.
+"""Slurm on the two hosts of hosts.py: a controller on host-a, and a daemon on each host.
 
     python tests/support/slurm_hosts.py srun --mpi=pmi2 -N 2 -n 4 -O minitp generate "Once upon a time"
 
@@ -35,14 +35,14 @@ munged --force --key-file "$1/munge.key" --log-file $PWD/log --seed-file $PWD/se
 
 
 def missing():
-    """Why there can be no Slurm here, or None."""
+    """Return why this machine cannot run Slurm, or None."""
     programs = ("munged", "slurmctld", "slurmd", "srun", "salloc")
     absent = [program for program in programs if shutil.which(program) is None]
     return hosts.missing() or (f"no {absent[0]}: apt install slurm-wlm munge" if absent else None)
 
 
 def start(pair, folder):
-    """Start it; return the variable by which its commands find it, as `env` takes it."""
+    """Start Slurm; return NAME=VALUE of the variable by which its commands find it."""
     conf, key = Path(folder) / "slurm.conf", Path(folder) / "munge.key"
     conf.write_text(SETTINGS)
     (conf.parent / "cgroup.conf").write_text("CgroupAutomount=no\n")
@@ -53,9 +53,9 @@ def start(pair, folder):
     pair[0].run("slurmctld", "-f", conf, check=True)
     for host in pair:
         host.run("slurmd", "-f", conf, "-N", host.name, check=True)
-    found = f"SLURM_CONF={conf}"
-    hosts.wait_for(lambda: pair[0].run("env", found, "sinfo", "-h", "-o", "%D %T").stdout == "2 idle\n")
-    return found
+    variable = f"SLURM_CONF={conf}"
+    hosts.wait_for(lambda: pair[0].run("env", variable, "sinfo", "-h", "-o", "%D %T").stdout == "2 idle\n")
+    return variable
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections import Counter
 import ml_dtypes
 import numpy as np
 import pytest
-from engine_requests import alone, served
+from engine_requests import alone, run_requests
 from on_gpu import model_on_gpu, run_on_gpus
 from safetensors.numpy import load_file, save_file
 from tiny import write_tiny
@@ -581,7 +581,7 @@ def served_and_alone(model, count, blocks, block_size=16, **limits):
     wanted, pools, new_pool = requests(count), [], model.new_pool
     expected = [alone(model, request) for request in wanted]
     model.new_pool = lambda *size: pools.append(new_pool(*size)) or pools[-1]
-    scheduler = served(model, wanted, blocks, block_size, **limits)
+    scheduler = run_requests(model, wanted, blocks, block_size, **limits)
     return [request.token_ids for request in wanted], expected, scheduler, pools[0]
 
 

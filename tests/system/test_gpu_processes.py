@@ -17,7 +17,7 @@ from running import (
     WORKER,
     Running,
     faulty,
-    through_front,
+    under_launcher,
     under_mpirun,
 )
 from safetensors.numpy import load_file, save_file
@@ -92,9 +92,9 @@ def endless(tmp_path_factory):
 @pytest.mark.parametrize(
     ("start", "ranks", "transport"),
     [
-        (through_front, 1, "auto"),
-        (through_front, 4, "auto"),
-        (through_front, 2, "shm"),
+        (under_launcher, 1, "auto"),
+        (under_launcher, 4, "auto"),
+        (under_launcher, 2, "shm"),
         (under_mpirun, 2, "mpi"),
         (under_mpirun, 3, "nccl"),
     ],
@@ -112,7 +112,7 @@ def test_the_same_tokens(model, expected, start, ranks, transport):
 
 def test_check(model):
     argv = ["check", "Hello", "--model", model, "--device", "cuda", "--path", "fused"]
-    code, out, err = through_front(argv, 3, **ENVIRONMENT).end(START_S)
+    code, out, err = under_launcher(argv, 3, **ENVIRONMENT).end(START_S)
     assert (code, err) == (0, "")
     assert re.search(r"\nall steps within bounds for the 1 layer \(\d+ arrays on \d ranks?\)\n$", out)
 
@@ -141,7 +141,7 @@ def test_serve(model, expected):
 # --- refused --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", [through_front, under_mpirun])
+@pytest.mark.parametrize("start", [under_launcher, under_mpirun])
 def test_more_ranks_than_gpus(model, start):
     check_refusal_of(
         start(hello(model), 3, **ENVIRONMENT, STAND_IN_GPUS="2"),
@@ -158,14 +158,14 @@ def check_refusal_of(running, message):
 
 def test_ranks_that_share_a_gpu(model, expected):
     argv = hello(model, "--json", "--share-gpu")
-    code, out, err = through_front(argv, 2, **ENVIRONMENT, STAND_IN_GPUS="1").end(START_S)
+    code, out, err = under_launcher(argv, 2, **ENVIRONMENT, STAND_IN_GPUS="1").end(START_S)
     assert (code, err) == (0, "minitp: warning: several ranks share a GPU: results are correct but slow\n")
     assert json.loads(out)["token_ids"] == expected
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_no_gpu(model, ranks):
-    code, out, err = through_front(hello(model), ranks, **ENVIRONMENT, STAND_IN_GPUS="0").end(START_S)
+    code, out, err = under_launcher(hello(model), ranks, **ENVIRONMENT, STAND_IN_GPUS="0").end(START_S)
     assert (code, out) == (3, "")
     assert err == (
         "minitp: rank 0 failed: --device cuda: CUDA finds no GPU; nvidia-smi shows what the driver sees\n"
@@ -181,7 +181,7 @@ def without_cupy(tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_no_cupy(model, without_cupy, ranks):
-    code, out, err = through_front(hello(model), ranks, **without_cupy).end(START_S)
+    code, out, err = under_launcher(hello(model), ranks, **without_cupy).end(START_S)
     assert (code, out) == (3, "")
     assert err.startswith(
         "minitp: rank 0 failed: --device cuda needs CuPy: pip install 'minitp[cuda12]' (or "
@@ -191,7 +191,7 @@ def test_no_cupy(model, without_cupy, ranks):
 
 def test_auto_takes_the_cpu_where_no_gpu_is(model, without_cupy):
     argv = ["generate", "Hello", "--model", model, "-n", 2, "--json"]
-    code, out, err = through_front(argv, 1, **without_cupy).end(START_S)
+    code, out, err = under_launcher(argv, 1, **without_cupy).end(START_S)
     assert (code, err) == (0, "")
     assert json.loads(out)["stats"]["dtype"] == "float32"
 
@@ -215,7 +215,7 @@ def test_what_is_for_gpus_alone(model, capsys, options, message):
 def test_a_model_that_the_fused_path_does_not_take(model):
     argv = ["check", "Hello", "--model", model, "--device", "cuda", "--path", "fused", "--dtype", "float32"]
     check_refusal_of(
-        through_front(argv, 2, **ENVIRONMENT),
+        under_launcher(argv, 2, **ENVIRONMENT),
         "--path fused: its kernels compute in 16 bits, not in float32; use --path explicit",
     )
 
@@ -233,7 +233,7 @@ def pid_of(running, rank):
 
 
 def test_a_rank_is_killed(endless):
-    running = through_front(endless, 3, **ENVIRONMENT)
+    running = under_launcher(endless, 3, **ENVIRONMENT)
     running.wait_for_output()
     os.kill(pid_of(running, 1), signal.SIGKILL)
     code, _, err = running.end(END_S)
@@ -243,7 +243,7 @@ def test_a_rank_is_killed(endless):
 
 def test_a_rank_is_stuck(endless):
     """The watchdogs of the others see it; any of them may be the first to say so."""
-    running = through_front([*endless, "--comm", "nccl"], 3, **ENVIRONMENT, **faulty("stick launch 2"))
+    running = under_launcher([*endless, "--comm", "nccl"], 3, **ENVIRONMENT, **faulty("stick launch 2"))
     running.wait_for_output()
     code, _, err = running.end(END_S)
     assert code == 3
@@ -265,7 +265,7 @@ def test_a_rank_raises(endless):
 
 def test_nccl_fails_on_a_rank(model):
     """While the others wait for it inside NCCL."""
-    running = through_front(hello(model), 3, **ENVIRONMENT, STAND_IN_NCCL_FAILS="1")
+    running = under_launcher(hello(model), 3, **ENVIRONMENT, STAND_IN_NCCL_FAILS="1")
     code, out, err = running.end(START_S)
     assert (code, out) == (3, "")
     error = "NcclError: NCCL_ERROR_SYSTEM_ERROR: the stand-in fails"
@@ -273,7 +273,7 @@ def test_nccl_fails_on_a_rank(model):
 
 
 def test_ctrl_c(endless):
-    running = through_front(endless, 2, **ENVIRONMENT)
+    running = under_launcher(endless, 2, **ENVIRONMENT)
     running.wait_for_output()
     os.killpg(running.process.pid, signal.SIGINT)
     code, _, err = running.end(END_S)

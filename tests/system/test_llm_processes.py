@@ -1,4 +1,4 @@
-"""Scripts that use `LLM`: the same thing with and without mpirun, and no process left however they end."""
+"""Scripts that use `LLM`: the same results with and without mpirun, and no process left at any end."""
 
 import os
 import re
@@ -35,14 +35,14 @@ MODEL, LONG = sys.argv[1], SamplingParams(max_new_tokens=400_000, ignore_eos=Tru
 def start(tp=2, **options):
     return LLM(MODEL, **{{"tp": tp, "cache_tokens": 500_000, **options}})
 """
-STARTED = []  # what the test that runs has started
-IDLE_S = 3  # of measuring
-MOST_WHILE_IDLE = 0.02  # of a core
+STARTED = []  # the Running of each script that the current test has started
+IDLE_S = 3  # duration of the measurement
+MOST_WHILE_IDLE = 0.02  # fraction of a core
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """One that goes on for minutes if it is let."""
+    """Write a model that can generate for minutes."""
     return write_tiny(tmp_path_factory.mktemp("models") / "model", max_position_embeddings=1_000_000)
 
 
@@ -60,7 +60,7 @@ def under_mpirun(script, model, ranks=2):
 
 
 @pytest.fixture(autouse=True)
-def _nothing_outlives_a_test_that_fails():
+def _processes_end_with_the_test():
     yield
     while STARTED:
         STARTED.pop().kill_all()
@@ -70,10 +70,10 @@ STARTERS = pytest.mark.parametrize("started", [plain, under_mpirun])
 
 
 def line_of(running):
-    """The next line that the script prints."""
+    """Return the next line that the script prints."""
     descriptor, line = running.process.stdout.fileno(), b""
     while not line.endswith(b"\n"):
-        assert select.select([descriptor], [], [], START_S)[0], "it says nothing"
+        assert select.select([descriptor], [], [], START_S)[0], "the script prints nothing"
         byte = os.read(descriptor, 1)
         assert byte, running.process.stderr.read().decode()
         line += byte
@@ -81,7 +81,7 @@ def line_of(running):
 
 
 def ranks_of(running):
-    """pids of the ranks: under mpirun these are the scripts themselves."""
+    """Return the pids of the ranks, which under mpirun are the scripts themselves."""
     processes = running.processes().items()
     return [pid for pid, line in processes if re.match(r"\S*python", line) and pid != running.process.pid]
 
@@ -94,7 +94,7 @@ def wait_until(condition):
 
 
 def greedy(model, prompt, count):
-    """The tokens that should come, in this process."""
+    """Return the expected tokens, generated in this process."""
     source = open_model(str(model), 1)
     request = Request(SamplingParams(max_new_tokens=count), source.config.eos_token_ids, prompt, 512)
     return list(generate(load_model(source, SingleRank(), open_device("float32")), prompt, request))
@@ -114,7 +114,7 @@ print("the end")
 """
 
 
-def test_a_script_prints_the_same_with_mpirun_and_without_and_once(model):
+def test_a_script_prints_the_same_with_and_without_mpirun_once(model):
     code, out, err = plain(SAME, model).end(START_S)
     assert (code, err) == (0, "")
     assert out.startswith(f"{greedy(model, [1, 2, 3], 20)} ")
@@ -122,7 +122,7 @@ def test_a_script_prints_the_same_with_mpirun_and_without_and_once(model):
     assert under_mpirun(SAME, model).end(START_S) == (0, out, "")
 
 
-def test_a_completion_prints_the_same_with_mpirun_and_without(model):
+def test_a_completion_prints_the_same_with_and_without_mpirun(model):
     script = "print(start().generate([1, 2], max_new_tokens=3, logprobs=2))"
     expected = plain(script, model).end(START_S)
     assert expected[0] == 0
@@ -135,7 +135,7 @@ def test_one_rank_under_mpirun(model):
 
 
 @pytest.mark.parametrize("script", ["with start() as llm: 1 / 0", "llm = start(); 1 / 0"])
-def test_an_exception_in_rank_0s_script_ends_everything(model, script):
+def test_an_exception_in_the_script_of_rank_0_ends_all_ranks(model, script):
     code, out, err = under_mpirun(script, model).end(END_S)
     assert code == 1
     assert err.count("ZeroDivisionError: division by zero\n") == 1
@@ -152,13 +152,13 @@ def test_an_exception_in_rank_0s_script_ends_everything(model, script):
         ("start().generate('')", "the prompt is empty"),
     ],
 )
-def test_what_is_refused_under_mpirun_is_said_once_and_ends_everything(model, script, words):
+def test_bad_input_under_mpirun_is_reported_once_and_ends_all_ranks(model, script, words):
     code, _, err = under_mpirun(script, model).end(END_S)
     assert code != 0
     assert err.count(f"InputError: {words}") + err.count(f"InputError: --model {words}") == 1
 
 
-def test_a_second_llm_under_mpirun_works_or_says_why_not(model):
+def test_a_second_llm_under_mpirun_works_or_is_refused(model):
     script = (
         "for _ in range(2):\n    with start() as llm: print(llm.generate([1], max_new_tokens=3).token_ids)"
     )
@@ -168,7 +168,7 @@ def test_a_second_llm_under_mpirun_works_or_says_why_not(model):
 
 
 @STARTERS
-def test_a_field_that_is_not_known_is_warned_of_once(tmp_path, started):
+def test_one_warning_for_an_unknown_config_field(tmp_path, started):
     model = write_tiny(tmp_path, new_scaling=2.0)
     code, out, err = started("with start(cache_tokens=64) as llm: print('ready')", model).end(START_S)
     assert (code, out) == (0, "ready\n")
@@ -180,7 +180,7 @@ def test_a_field_that_is_not_known_is_warned_of_once(tmp_path, started):
 
 @STARTERS
 @pytest.mark.parametrize("last", ["", "next(llm.stream('Hi', LONG))", "sys.exit()", "del llm"])
-def test_a_script_that_does_not_close_leaves_nothing(model, started, last):
+def test_a_script_that_does_not_close_leaves_no_process(model, started, last):
     script = f"llm = start()\nprint(llm.generate([1, 2, 3], max_new_tokens=4).token_ids)\n{last}"
     assert started(script, model).end(START_S) == (0, f"{greedy(model, [1, 2, 3], 4)}\n", "")
 
@@ -218,7 +218,7 @@ def test_ctrl_c_under_mpirun(model):
     assert running.end(END_S)[0] != 0
 
 
-def test_a_rank_that_is_killed_under_mpirun_ends_everything(model):
+def test_a_killed_rank_under_mpirun_ends_all_ranks(model):
     running = under_mpirun(GENERATING, model)
     rank_0 = int(line_of(running))
     (rank_1,) = set(ranks_of(running)) - {rank_0}
@@ -228,13 +228,13 @@ def test_a_rank_that_is_killed_under_mpirun_ends_everything(model):
 
 @STARTERS
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_script_that_is_killed_leaves_no_process(model, started, number):
+def test_a_killed_script_leaves_no_process(model, started, number):
     running = started(GENERATING, model)
     os.kill(int(line_of(running)), number)
     check_all_end(running)
 
 
-def test_a_script_that_is_killed_while_it_starts_leaves_no_process(model):
+def test_a_script_killed_during_startup_leaves_no_process(model):
     running = plain(STARTING, model, MINITP_TEST_FAULT="lag loading 1")
     line_of(running)
     wait_until(lambda: len(ranks_of(running)) == 2)
@@ -243,7 +243,7 @@ def test_a_script_that_is_killed_while_it_starts_leaves_no_process(model):
 
 
 def check_all_end(running):
-    """But for a folder of temporary files, which nobody was left to remove."""
+    """Check that all processes end; remove the temporary folder that a killed script leaves."""
     running.process.communicate(timeout=END_S)
     wait_until(lambda: not running.processes())
     shutil.rmtree(running.folder)
@@ -268,7 +268,7 @@ except Exception as error:
 
 
 def last_words(running):
-    """The error that the script prints, without its name: what is said of the rank, and what it has said."""
+    """Return the lines of the error that the script prints: the message, then the last lines of the rank."""
     lines = [line_of(running)]
     while not lines[-1].endswith("|"):
         lines.append(line_of(running))
@@ -301,19 +301,19 @@ SAID = {
     ],
 )
 def test_a_rank_that_fails_is_named_and_shows_its_last_words(model, fault, tp):
-    """While it loads and at work. The others end with it; the script goes on."""
+    """Let a rank fail while it loads or serves: the other ranks end, and the script goes on."""
     kind, place, rank = fault.split()
     running = plain(DYING, model, tp, MINITP_TEST_FAULT=fault)
     if place == "batch":
         assert line_of(running) == "started"
     said, *words = last_words(running)
     assert re.fullmatch(SAID[kind].format(rank), said)
-    if fault != "raise loading 1":  # of which all ranks learn, and then they leave in good order
+    if fault != "raise loading 1":  # here all ranks learn of the error and exit in order
         assert words[0] == f"  last words of rank {rank}"
 
 
 def test_a_rank_that_is_killed_while_idle(model):
-    """on_end tells at once; whatever is asked later raises the same."""
+    """Check that on_end is called at once, and that later calls raise the same error."""
     script = (
         "llm = start(on_end=lambda error: print(error, flush=True))\nprint('ready', flush=True)\n"
         "while llm.error is None: time.sleep(0.01)\n"
@@ -339,7 +339,7 @@ def cpu_seconds(pid):
 
 @STARTERS
 def test_idle_ranks_sleep(model, started):
-    """Also after they have worked."""
+    """Measure the CPU time of idle ranks after some work."""
     script = "llm = start()\nllm.generate('Hello')\nprint('idle', flush=True)\ntime.sleep(600)"
     running = started(script, model)
     line_of(running)
@@ -351,4 +351,4 @@ def test_idle_ranks_sleep(model, started):
     used = [cpu_seconds(pid) - then for pid, then in zip(ranks, before, strict=True)]
     running.kill_all()
     running.end(END_S)
-    assert max(used) <= MOST_WHILE_IDLE * IDLE_S + 1 / os.sysconf("SC_CLK_TCK"), "a tick is counted whole"
+    assert max(used) <= MOST_WHILE_IDLE * IDLE_S + 1 / os.sysconf("SC_CLK_TCK"), "one clock tick of tolerance"

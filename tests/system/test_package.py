@@ -1,4 +1,4 @@
-"""The wheel: it builds, holds all that minitp reads, and runs from where it is installed."""
+"""The wheel: it builds, contains all files of minitp, and runs where it is installed."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from minitp import __version__
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
-def finished(command, **options):
+def output_of(command, **options):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -25,32 +25,32 @@ def finished(command, **options):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy, for building leaves its files behind."""
+    """Build the wheel from a copy, because building leaves files in the source folder."""
     copy = tmp_path_factory.mktemp("package") / "source"
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         copy.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, copy)
     shutil.copytree(ROOT / "minitp", copy / "minitp", ignore=shutil.ignore_patterns("__pycache__"))
-    finished([*PIP, "wheel", "--no-deps", "--wheel-dir", str(copy.parent), str(copy)])
+    output_of([*PIP, "wheel", "--no-deps", "--wheel-dir", str(copy.parent), str(copy)])
     (found,) = copy.parent.glob("*.whl")
     return found
 
 
-def test_it_holds_every_file(wheel):
-    here = {
+def test_it_contains_every_file(wheel):
+    expected = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "minitp").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {Path(name).suffix for name in here} >= {".py", ".cu", ".h", ".html", ".css", ".js"}
+    assert {Path(name).suffix for name in expected} >= {".py", ".cu", ".h", ".html", ".css", ".js"}
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     about = f"minitp-{__version__}.dist-info/"
-    assert {name for name in names if not name.startswith(about)} == here
+    assert {name for name in names if not name.startswith(about)} == expected
     assert {about + "METADATA", about + "entry_points.txt", about + "licenses/LICENSE"} <= names
 
 
-def test_what_it_says_of_itself(wheel):
+def test_metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         metadata = message_from_bytes(archive.read(f"minitp-{__version__}.dist-info/METADATA"))
         scripts = archive.read(f"minitp-{__version__}.dist-info/entry_points.txt").decode()
@@ -62,16 +62,16 @@ def test_what_it_says_of_itself(wheel):
 
 def test_it_runs_where_it_is_installed(wheel, tmp_path):
     site = tmp_path / "site"
-    finished([*PIP, "install", "--no-deps", "--target", str(site), str(wheel)])
-    how = dict(cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)})
+    output_of([*PIP, "install", "--no-deps", "--target", str(site), str(wheel)])
+    options = dict(cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)})
     command = [sys.executable, "-m", "minitp"]
-    about = json.loads(finished([*command, "info", "--json"], **how))["minitp"]
+    about = json.loads(output_of([*command, "info", "--json"], **options))["minitp"]
     assert about == {"version": __version__, "path": str(site / "minitp")}
     model = ["--model", "random:smollm2-135m", "--layers", "1", "--tp", "1"]
-    out = finished([*command, "generate", "--tokens", "1,2", "-n", "3", "--json", *model], **how)
+    out = output_of([*command, "generate", "--tokens", "1,2", "-n", "3", "--json", *model], **options)
     assert len(json.loads(out)["token_ids"]) == 3
 
 
-def test_the_version_stands_in_one_place():
+def test_the_version_is_written_in_one_place():
     assert "attr: minitp.__version__" in (ROOT / "setup.cfg").read_text()
     assert "version" not in (ROOT / "pyproject.toml").read_text().replace("target-version", "")

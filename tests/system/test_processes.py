@@ -1,4 +1,4 @@
-"""Real ranks: started both ways, the same tokens; and however one of them ends, so does the whole job."""
+"""Processes of real jobs: both ways to start ranks give the same tokens, and if a rank fails, all end."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from running import (
     alone,
     faulty,
     result_of,
-    through_front,
+    under_launcher,
     under_mpirun,
 )
 from tiny import write_tiny
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.mpi
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory):
-    """Arguments of a run that prints token after token for minutes."""
+    """Return the arguments of a run that prints tokens for minutes."""
     directory = tmp_path_factory.mktemp("models") / "endless"
     write_tiny(directory, tokenizer=False, max_position_embeddings=1_000_000)
     return ["generate", "--tokens", "1,2,3", "--model", directory, "-n", "900000", "--ignore-eos"]
@@ -49,15 +49,15 @@ def endless(tmp_path_factory):
 def test_same_tokens_however_started(tiny, capsys):
     argv = ["generate", "Hello", "--model", tiny, "-n", "24", "--json"]
     expected = alone(argv, capsys)
-    front = result_of(through_front(argv))
+    launcher = result_of(under_launcher(argv))
     mpirun = result_of(under_mpirun([*argv, "--tp", 4]))
-    for result in (front, mpirun):
+    for result in (launcher, mpirun):
         assert result["token_ids"] == expected["token_ids"]
         assert result["text"] == expected["text"]
         assert result["stats"]["tp"] == 4
         assert 0 < result["stats"]["comm_share"] < 1
-        share = result["stats"]["weight_bytes_per_rank"] / expected["stats"]["weight_bytes_per_rank"]
-        assert 0.25 < share < 0.3, "norms are on all ranks, the rest is shared"
+        fraction = result["stats"]["weight_bytes_per_rank"] / expected["stats"]["weight_bytes_per_rank"]
+        assert 0.25 < fraction < 0.3, "norms are replicated, all other weights are sharded"
 
 
 def test_perplexity_is_the_same(tiny, tmp_path, capsys):
@@ -66,7 +66,7 @@ def test_perplexity_is_the_same(tiny, tmp_path, capsys):
     )
     argv = ["perplexity", tmp_path / "text", "--model", tiny, "--json", "--max-context", "50"]
     expected = alone(argv, capsys)
-    found = result_of(through_front(argv, ranks=3))
+    found = result_of(under_launcher(argv, ranks=3))
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
     assert found["scored_tokens"] == expected["scored_tokens"] == 74
 
@@ -74,33 +74,33 @@ def test_perplexity_is_the_same(tiny, tmp_path, capsys):
 def test_demo_model(capsys):
     demo_directory()
     argv = ["generate", "The capital of France is", "--model", "smollm2", "-n", "8", "--json"]
-    front = result_of(through_front(argv))
+    launcher = result_of(under_launcher(argv))
     mpirun = result_of(under_mpirun(argv))
-    assert front["text"].startswith(" Paris.")
-    assert front["token_ids"] == mpirun["token_ids"] == alone(argv, capsys)["token_ids"]
+    assert launcher["text"].startswith(" Paris.")
+    assert launcher["token_ids"] == mpirun["token_ids"] == alone(argv, capsys)["token_ids"]
 
 
 def test_two_jobs_at_once(tiny, capsys):
     prompts = ["Hello", "Goodbye"]
     argvs = [["generate", prompt, "--model", tiny, "-n", "24", "--json"] for prompt in prompts]
-    both = [through_front(argv, ranks=2) for argv in argvs]
+    both = [under_launcher(argv, ranks=2) for argv in argvs]
     texts = [result_of(running)["text"] for running in both]
     assert texts == [alone(argv, capsys)["text"] for argv in argvs]
 
 
-def test_one_job_dies_and_the_other_goes_on(tiny, endless, capsys):
+def test_a_job_survives_the_death_of_another(tiny, endless, capsys):
     argv = ["generate", "Hello", "--model", tiny, "-n", "24", "--json"]
-    dying = through_front(endless, ranks=2, **faulty("kill forward 1"))
-    living = through_front(argv, ranks=2, **faulty("lag forward 1"))
+    dying = under_launcher(endless, ranks=2, **faulty("kill forward 1"))
+    living = under_launcher(argv, ranks=2, **faulty("lag forward 1"))
     assert dying.end(START_S)[0] == 3
     assert result_of(living)["text"] == alone(argv, capsys)["text"]
 
 
 def open_mpi():
-    """An Open MPI's mpirun and the variables that let mpi4py use its library; a skip if there is none."""
+    """Return Open MPI's mpirun and the variables with which mpi4py uses it; skip if it is not installed."""
     names = [shutil.which(name) for name in ("mpirun.openmpi", "mpirun")]
-    beside = [str(path) for path in Path("/opt").glob("*openmpi*/bin/mpirun")]
-    for mpirun in filter(None, [*names, *beside]):
+    installed = [str(path) for path in Path("/opt").glob("*openmpi*/bin/mpirun")]
+    for mpirun in filter(None, [*names, *installed]):
         version = subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout
         if "Open MPI" in version or "Open RTE" in version or "PRRTE" in version:
             break
@@ -115,29 +115,29 @@ def open_mpi():
         )
         if "Open MPI" in done.stdout:
             return mpirun, variables
-    pytest.skip(f"there is {mpirun}, but mpi4py does not find its libmpi.so.40")
+    pytest.skip(f"mpi4py does not find the libmpi.so.40 of {mpirun}")
 
 
 def test_open_mpi(tiny, endless, capsys):
     mpirun, variables = open_mpi()
     argv = ["generate", "Hello", "--model", tiny, "-n", "24", "--json"]
     expected = alone(argv, capsys)["token_ids"]
-    front = {**variables, "MINITP_TEST_MPIRUN": mpirun}
-    assert result_of(through_front(argv, **front))["token_ids"] == expected
+    launcher = {**variables, "MINITP_TEST_MPIRUN": mpirun}
+    assert result_of(under_launcher(argv, **launcher))["token_ids"] == expected
     assert (
         result_of(under_mpirun(argv, mpirun=mpirun, **supervisor.OPEN_MPI, **variables))["token_ids"]
         == expected
     )
-    check_fault_through_front("kill forward 2", endless, **front)
-    check_fault_through_front("raise forward 1", endless, **front)
+    check_fault_under_launcher("kill forward 2", endless, **launcher)
+    check_fault_under_launcher("raise forward 1", endless, **launcher)
 
 
 # --- faults ---------------------------------------------------------------------------------------------
 
 
-def check_fault_through_front(fault, endless, **variables):
+def check_fault_under_launcher(fault, endless, **variables):
     _, place, rank = fault.split()
-    running = through_front(endless, **faulty(fault), **variables)
+    running = under_launcher(endless, **faulty(fault), **variables)
     if place == "forward":
         running.wait_for_output()
     code, _, err = running.end(END_S if place == "forward" else START_S)
@@ -150,20 +150,20 @@ def check_fault_through_front(fault, endless, **variables):
 
 
 def test_rank_is_killed(endless):
-    said, lines = check_fault_through_front("kill forward 2", endless)
+    said, lines = check_fault_under_launcher("kill forward 2", endless)
     assert "died: killed" in said
     assert "(pid " in said
     assert lines == [said, "  last words of rank 2"]
 
 
 def test_rank_0_is_killed(endless):
-    said, lines = check_fault_through_front("kill forward 0", endless)
+    said, lines = check_fault_under_launcher("kill forward 0", endless)
     assert "died: killed" in said
-    assert lines == ["last words of rank 0", said], "rank 0 has written its own to the same place"
+    assert lines == ["last words of rank 0", said], "rank 0 writes to the launcher's stderr"
 
 
 def test_rank_is_stopped(endless):
-    running = through_front(endless, **faulty("stop forward 2"), MINITP_TEST_LOST_S="2")
+    running = under_launcher(endless, **faulty("stop forward 2"), MINITP_TEST_LOST_S="2")
     running.wait_for_output()
     code, _, err = running.end(END_S)
     assert code == 3
@@ -173,9 +173,9 @@ def test_rank_is_stopped(endless):
     assert re.fullmatch(rf"minitp: rank 0 failed: waited 2 s for {who}: it, or a rank .*", lost)
 
 
-def test_nobody_gives_up_on_rank_0(tiny, capsys):
+def test_no_rank_gives_up_on_rank_0(tiny, capsys):
     argv = ["generate", "Hello", "--model", tiny, "-n", "24", "--json"]
-    running = through_front(
+    running = under_launcher(
         [*argv, "--comm", "mpi"], ranks=2, **faulty("lag forward 0"), MINITP_TEST_LOST_S="1"
     )
     code, out, err = running.end(START_S)
@@ -183,28 +183,28 @@ def test_nobody_gives_up_on_rank_0(tiny, capsys):
     assert json.loads(out)["token_ids"] == alone(argv, capsys)["token_ids"]
 
 
-def test_rank_leaves_without_a_word(endless):
-    assert "died" in check_fault_through_front("exit forward 3", endless)[0]
+def test_rank_exits_without_a_message(endless):
+    assert "died" in check_fault_under_launcher("exit forward 3", endless)[0]
 
 
 def test_rank_is_killed_while_loading(endless):
-    assert "died" in check_fault_through_front("kill loading 1", endless)[0]
+    assert "died" in check_fault_under_launcher("kill loading 1", endless)[0]
 
 
 def test_rank_raises(endless):
-    said, lines = check_fault_through_front("raise forward 1", endless)
+    said, lines = check_fault_under_launcher("raise forward 1", endless)
     assert said == "minitp: rank 1 failed: ZeroDivisionError: a fault for the test"
     assert lines[:2] == [said, "  last words of rank 1"]
 
 
 def test_rank_raises_while_loading(endless):
-    said, _ = check_fault_through_front("raise loading 3", endless)
+    said, _ = check_fault_under_launcher("raise loading 3", endless)
     assert said == "minitp: rank 3 failed: ZeroDivisionError: a fault for the test"
 
 
 @pytest.mark.parametrize("place", ["forward", "loading"])
-def test_verbose_shows_where(endless, place):
-    running = through_front([*endless, "-v"], ranks=2, **faulty(f"raise {place} 1"))
+def test_verbose_shows_the_traceback(endless, place):
+    running = under_launcher([*endless, "-v"], ranks=2, **faulty(f"raise {place} 1"))
     code, _, err = running.end(START_S)
     assert code == 3
     assert "Traceback" in err
@@ -212,8 +212,8 @@ def test_verbose_shows_where(endless, place):
 
 
 def test_rank_is_killed_before_it_has_connected(endless):
-    """The front does not know it then: it hears of mpirun's end, or of another rank that mpirun has ended."""
-    code, out, err = through_front(endless, **faulty("kill starting 1")).end(START_S)
+    """Kill a rank before the supervisor knows it: the report names mpirun, or a rank that mpirun ended."""
+    code, out, err = under_launcher(endless, **faulty("kill starting 1")).end(START_S)
     assert (code, out) == (3, "")
     assert re.match(
         r"minitp: (mpirun ended with code [0-9]+ before all ranks had started|rank [0-9] .*)\n", err
@@ -223,8 +223,8 @@ def test_rank_is_killed_before_it_has_connected(endless):
 
 
 def test_rank_does_not_start(endless):
-    """It leaves by itself, which some mpiruns do not mind, and the others wait for it in MPI_Init."""
-    running = through_front(endless, ranks=2, **faulty("exit starting 1"), MINITP_TEST_START_LIMIT_S="4")
+    """Let a rank exit at once: some mpiruns ignore that, and the other ranks wait in MPI_Init."""
+    running = under_launcher(endless, ranks=2, **faulty("exit starting 1"), MINITP_TEST_START_LIMIT_S="4")
     code, _, err = running.end(START_S)
     assert code == 3
     assert re.match(
@@ -234,35 +234,35 @@ def test_rank_does_not_start(endless):
 
 
 def test_rank_lacks_a_package(endless):
-    running = through_front(endless, ranks=2, **faulty("raise importing 1"), MINITP_TEST_START_LIMIT_S="8")
+    running = under_launcher(endless, ranks=2, **faulty("raise importing 1"), MINITP_TEST_START_LIMIT_S="8")
     code, _, err = running.end(START_S)
     assert code == 3
     assert err.startswith("minitp: rank 1 ")
     assert "ml_dtypes" in err
 
 
-def test_rank_that_lags_is_waited_for(tiny, capsys):
+def test_ranks_wait_for_a_slow_rank(tiny, capsys):
     argv = ["generate", "Hello", "--model", tiny, "-n", "24", "--json"]
     expected = alone(argv, capsys)
-    result = result_of(through_front(argv, **faulty("lag forward 2")))
+    result = result_of(under_launcher(argv, **faulty("lag forward 2")))
     assert result["token_ids"] == expected["token_ids"]
-    assert result["stats"]["comm_share"] > 0.5, "rank 0 has waited for three seconds"
+    assert result["stats"]["comm_share"] > 0.5, "rank 0 waited for three seconds"
     assert 23 / result["stats"]["decode_tokens_per_s"] > 3
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_ends_the_job(endless, number, expected):
-    running = through_front(endless)
+    running = under_launcher(endless)
     running.wait_for_output()
-    assert len(running.processes()) >= 6, "the front, mpirun, four ranks"
+    assert len(running.processes()) >= 6, "the launcher, mpirun, four ranks"
     os.killpg(running.process.pid, number)
     code, _, err = running.end(END_S)
     assert code == expected
     assert err == ""
 
 
-def test_front_is_killed(endless):
-    running = through_front(endless)
+def test_launcher_is_killed(endless):
+    running = under_launcher(endless)
     running.wait_for_output()
     assert len(running.processes()) >= 6
     running.process.kill()
@@ -293,21 +293,21 @@ def test_tp_against_the_world(tiny):
     assert "Traceback" not in err
 
 
-def test_bad_input_under_mpirun_is_said_once(tiny):
+def test_bad_input_under_mpirun_is_reported_once(tiny):
     code, out, err = under_mpirun(["generate", "", "--model", tiny], ranks=2).end(START_S)
     assert code == 2
     assert out == ""
     assert err.count("minitp: the prompt is empty") == 1
 
 
-def test_bad_usage_under_mpirun_is_said_once(tiny):
+def test_bad_usage_under_mpirun_is_reported_once(tiny):
     code, out, err = under_mpirun(["generate", "hi", "--model", tiny, "--nope"], ranks=2).end(START_S)
     assert code == 2
     assert out == ""
     assert err.count("minitp: unrecognized option --nope") == 1
 
 
-# --- an mpirun that is missing, another's, or broken ----------------------------------------------------
+# --- a missing, foreign or broken mpirun ----------------------------------------------------------------
 
 
 def script(path, text):
@@ -327,7 +327,7 @@ def test_no_mpirun(tiny, tmp_path, monkeypatch, capsys):
     assert "--tp 1" in captured.err
 
 
-# Starts the ranks as another MPI's mpirun would: each finds itself alone in the world.
+# An mpirun that starts ranks as that of another MPI would: each rank sees a world of one.
 OF_ANOTHER_MPI = """
 import os, subprocess, sys
 size, command = int(sys.argv[2]), sys.argv[3:]
@@ -339,7 +339,7 @@ sys.exit(max(rank.wait() for rank in ranks))
 
 def test_mpirun_of_another_mpi(endless, tmp_path):
     mpirun = script(tmp_path / "mpirun", OF_ANOTHER_MPI)
-    code, out, err = through_front(endless, ranks=2, MINITP_TEST_MPIRUN=mpirun).end(START_S)
+    code, out, err = under_launcher(endless, ranks=2, MINITP_TEST_MPIRUN=mpirun).end(START_S)
     assert code == 3
     assert out == ""
     assert "mpirun started 2 processes but mpi4py sees a world of 1: they belong to different MPIs" in err
@@ -356,7 +356,7 @@ def test_lone_process_of_another_mpi(endless):
 
 def test_mpirun_that_fails(endless, tmp_path):
     mpirun = script(tmp_path / "mpirun", "import sys; sys.exit('not enough slots')")
-    code, out, err = through_front(endless, MINITP_TEST_MPIRUN=mpirun).end(START_S)
+    code, out, err = under_launcher(endless, MINITP_TEST_MPIRUN=mpirun).end(START_S)
     assert (code, out) == (3, "")
     assert err == "minitp: mpirun ended with code 1 before all ranks had started\n  not enough slots\n"
 
@@ -371,8 +371,8 @@ def test_mpirun_that_starts_nothing(endless, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "minitp: ranks [0, 1] have not started within 1 s\n"
 
 
-def test_rank_says_more_than_its_last_word():
-    """A rank whose MPI_Abort returns goes on, and says that it ends."""
+def test_only_the_first_exit_message_of_a_rank_counts():
+    """Send two exit messages, as a rank does whose MPI_Abort returns."""
     ours, its = socket.socketpair()
     with ours, its, tempfile.TemporaryDirectory() as folder:
         ranks = supervisor.RankProcesses(Path(folder), size=4)
@@ -382,7 +382,7 @@ def test_rank_says_more_than_its_last_word():
         ranks.end()
 
 
-# --- odd surroundings of the front ----------------------------------------------------------------------
+# --- the launcher in unusual environments ---------------------------------------------------------------
 
 
 def test_long_path_of_temporary_files(tiny, tmp_path):
@@ -397,18 +397,18 @@ def test_long_path_of_temporary_files(tiny, tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_no_stdout_at_all(tiny):
+def test_closed_stdout(tiny):
     argv = [*WORKER, "generate", "Hello", "--model", str(tiny), "-n", "2", "--tp", "2"]
     done = subprocess.run(["/bin/sh", "-c", 'exec "$@" >&-', "sh", *argv], stderr=subprocess.PIPE)
     assert done.returncode in (0, 3)
     assert done.stderr.count(b"\n") <= 1
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_full_disk(tiny):
     with open("/dev/full", "wb") as full:
         argv = ["generate", "Hello", "--model", tiny, "-n", "2"]
-        code, _, err = through_front(argv, ranks=2, stdout=full).end(START_S / 6)
+        code, _, err = under_launcher(argv, ranks=2, stdout=full).end(START_S / 6)
     assert code == 3
     assert err.count("minitp: ") == 1
     assert "No space left on device" in err

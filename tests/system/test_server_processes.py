@@ -1,4 +1,4 @@
-"""The life of the server: clients that leave, queues that are full, ranks that die, signals."""
+"""The server as a process: clients that disconnect, a full queue, ranks that die, signals."""
 
 import os
 import re
@@ -23,7 +23,7 @@ SHORT = {"model": "long", "prompt": "Hello", "max_tokens": 3}
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
-    """A model that can write for minutes."""
+    """Write a model that can generate for minutes."""
     directory = tmp_path_factory.mktemp("models") / "long"
     return write_chatty(directory, max_position_embeddings=200_000)
 
@@ -35,7 +35,7 @@ def start(model, *options, **more):
 def wait_until(condition, seconds=10):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it has not come about"
+        assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.02)
 
 
@@ -44,7 +44,7 @@ def blocks_in_use(served):
 
 
 def pid_of_rank(served, rank):
-    """By what it says of itself in its environment."""
+    """Return the pid of a rank, found by the variables that mpirun has set."""
     for pid, command in served.processes().items():
         environment = Path(f"/proc/{pid}/environ").read_bytes()
         if "minitp ranks" in command and re.search(rb"\0PMI_RANK=%d\0" % rank, environment):
@@ -53,7 +53,7 @@ def pid_of_rank(served, rank):
 
 
 def begin(served, **more):
-    """A stream of which the first piece is there."""
+    """Open a stream and wait for its first chunk."""
     stream = served.client().completions.create(**LONG | more, stream=True)
     next(iter(stream))
     return stream
@@ -62,24 +62,24 @@ def begin(served, **more):
 # --- clients -----------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_leaves_frees_its_blocks(long):
+def test_blocks_are_freed_when_a_client_disconnects(long):
     served = start(long)
     stream = begin(served)
     assert blocks_in_use(served) > 0
     stream.close()
     wait_until(lambda: blocks_in_use(served) == 0, 5)
 
-    with pytest.raises(openai.APITimeoutError):  # not streamed, and it gives up
+    with pytest.raises(openai.APITimeoutError):  # a request without a stream whose client gives up
         served.client(timeout=1).completions.create(**LONG)
     wait_until(lambda: metric(served, "minitp_sequences_running") == blocks_in_use(served) == 0, 5)
-    left = re.findall(
+    disconnected = re.findall(
         r'minitp_requests_total\{.*status="499"\} (\S+)', httpx.get(f"{served.url}/metrics").text
     )
-    assert left == ["2.0"]
+    assert disconnected == ["2.0"]
     served.stop()
 
 
-def test_a_full_queue_is_said(long):
+def test_a_full_queue_refuses_requests(long):
     served = start(long, "--max-sequences", 1, "--max-queue", 1)
     streams = [begin(served)]
     waiting = threading.Thread(target=lambda: begin(served, max_tokens=3).close())
@@ -97,7 +97,7 @@ def test_a_full_queue_is_said(long):
     served.stop()
 
 
-def test_an_answer_that_takes_too_long_is_ended(long):
+def test_a_request_that_takes_too_long_is_ended(long):
     served = start(long, "--request-timeout", 1)
     with pytest.raises(openai.InternalServerError, match="not finished within 1 s") as caught:
         served.client().completions.create(**LONG)
@@ -109,11 +109,11 @@ def test_an_answer_that_takes_too_long_is_ended(long):
     served.stop()
 
 
-# --- its end -----------------------------------------------------------------------------------------------
+# --- shutdown ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains_and_leaves(long, number):
+def test_a_signal_drains_and_ends_the_server(long, number):
     served = start(long)
     stream = served.client().completions.create(**LONG | {"max_tokens": 400}, stream=True)
     first = next(iter(stream))
@@ -122,11 +122,11 @@ def test_a_signal_drains_and_leaves(long, number):
     with pytest.raises(openai.APIConnectionError):
         served.client().completions.create(**SHORT)
     pieces = [first, *stream]
-    assert pieces[-1].choices[0].finish_reason == "length", "what was on its way has come to its end"
+    assert pieces[-1].choices[0].finish_reason == "length", "a running request is finished"
     assert served.end_within(10) == 0
 
 
-def test_it_does_not_drain_for_ever(long):
+def test_draining_has_a_time_limit(long):
     served = start(long, "--drain-timeout", 1)
     stream = begin(served)
     served.process.terminate()
@@ -160,7 +160,7 @@ def test_a_dead_rank_ends_the_streams_and_the_server(long, rank):
     assert sum(f"minitp: rank {rank} (pid " in line for line in served.lines) == 1
 
 
-def test_restart_starts_the_ranks_anew(long):
+def test_restart_starts_the_ranks_again(long):
     served = start(long, "--restart")
     expected = served.client().completions.create(**SHORT, temperature=0).choices[0].text
     for times in (1, 2):
@@ -176,7 +176,7 @@ def test_restart_starts_the_ranks_anew(long):
     served.stop()
 
 
-def test_the_server_is_killed_and_its_ranks_end(long):
+def test_ranks_end_when_the_server_is_killed(long):
     served = start(long)
     begin(served)
     assert len(served.processes()) >= 4, "the server, mpirun, two ranks"
@@ -185,7 +185,7 @@ def test_the_server_is_killed_and_its_ranks_end(long):
     served.check_nothing_is_left(within=10)
 
 
-# --- its beginning -----------------------------------------------------------------------------------------
+# --- startup -----------------------------------------------------------------------------------------------
 
 
 def test_a_port_that_is_taken(long, refused):
@@ -211,7 +211,7 @@ def test_a_port_that_is_taken(long, refused):
         (["--tp", "99"], "--tp 99"),
     ],
 )
-def test_what_cannot_be_served_is_refused(long, options, words, refused):
+def test_wrong_options_are_refused(long, options, words, refused):
     assert words in refused("serve", "--port", 0, "--model", long, *options)
 
 
@@ -223,7 +223,7 @@ def test_a_missing_package_is_named(long, refused, monkeypatch):
 
 
 def test_inside_mpirun(long):
-    """Rank 0 serves HTTP, with the rank that mpirun has started beside it."""
+    """Start the server with mpirun: rank 0 serves HTTP."""
     command = [supervisor.find_mpirun(), "-n", 2, sys.executable, "-m", "minitp"]
     served = Served(long, "--cache-tokens", 1600, command=command)
     assert served.client().completions.create(**SHORT).choices[0].text

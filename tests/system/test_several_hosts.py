@@ -1,4 +1,4 @@
-"""Ranks on two hosts, namespaces of this machine: the same tokens, and an end to whatever goes wrong."""
+"""Ranks on two hosts, which are namespaces of this machine: the same tokens, and an end after any fault."""
 
 import json
 import re
@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(bool(hosts.missing()), reason=str(hosts.missing())),
 ]
 MPIRUN = ["mpirun", "-hosts", "host-a,host-b"]
-IMPATIENT = [  # the command, with seconds in place of the usual times
+IMPATIENT = [  # the command with limits of a few seconds
     sys.executable,
     "-c",
     "import sys\n"
@@ -36,7 +36,7 @@ def pair():
 
 @pytest.fixture
 def endless(tmp_path):
-    """Arguments of a run that goes on for minutes."""
+    """Return the arguments of a run that takes minutes."""
     model = write_tiny(tmp_path / "endless", tokenizer=False, max_position_embeddings=1_000_000)
     return [*ENDLESS, "--model", model]
 
@@ -46,7 +46,7 @@ def run_both(first, argv, *options, ranks=4):
     return done.returncode, done.stdout, done.stderr
 
 
-# Of four ranks two are on each host; of three, in turn, ranks 0 and 2 on host-a; a block of two first.
+# Four ranks: two on each host. Three ranks: 0 and 2 on host-a by default; 0 and 1 with -ppn 2.
 @pytest.mark.parametrize(("ranks", "options"), [(4, []), (3, []), (3, ["-ppn", "2"]), (2, [])])
 @pytest.mark.parametrize("transport", ["auto", "mpi"])
 def test_the_same_tokens(pair, tiny, capsys, ranks, options, transport):
@@ -57,13 +57,13 @@ def test_the_same_tokens(pair, tiny, capsys, ranks, options, transport):
     assert (found["token_ids"], found["stats"]["tp"]) == (alone(argv, capsys)["token_ids"], ranks)
 
 
-def test_every_rank_is_checked(pair, tiny):
+def test_check_covers_every_rank(pair, tiny):
     code, out, err = run_both(pair[0], ["check", "Hello", "--model", tiny], ranks=3)
     assert (code, err) == (0, "")
     assert re.search(r"all steps within bounds .* on 3 ranks\)\n$", out)
 
 
-def test_shared_memory_alone_will_not_do(pair, tiny):
+def test_shared_memory_needs_a_common_host(pair, tiny):
     argv = ["generate", "Hello", "--model", tiny, "--comm", "shm"]
     code, _, err = run_both(pair[0], argv, ranks=2)
     assert code == 2
@@ -72,14 +72,14 @@ def test_shared_memory_alone_will_not_do(pair, tiny):
 
 @pytest.mark.parametrize("part", ["config", "weights"])
 def test_another_model_on_the_other_host(pair, tmp_path, part):
-    here = write_tiny(tmp_path / "here")
+    model = write_tiny(tmp_path / "model")
     other = {"config": {"rms_norm_eps": 1e-3}, "weights": {"seed": 1}}[part]
-    there = write_tiny(tmp_path / "there", **other)
-    with pair[1].seeing(there, here):
-        code, out, err = run_both(pair[0], ["generate", "Hello", "--model", here], ranks=3)
+    different = write_tiny(tmp_path / "different", **other)
+    with pair[1].seeing(different, model):
+        code, out, err = run_both(pair[0], ["generate", "Hello", "--model", model], ranks=3)
     assert (code, out) == (2, "")
     assert err == (
-        f"minitp: --model {here}: rank 1 on host-b finds another model than rank 0 on host-a (in {part}); "
+        f"minitp: --model {model}: rank 1 on host-b finds another model than rank 0 on host-a (in {part}); "
         "give all hosts the same files\n"
     )
 
@@ -112,7 +112,7 @@ def test_another_version_on_the_other_host(pair, tiny):
 
 
 def started(pair, argv):
-    """A run of four ranks on both hosts that has begun to write tokens."""
+    """Start a run of four ranks on both hosts; wait until it writes tokens."""
     return hosts.started(pair[0].inside(*MPIRUN, "-n", 4, *IMPATIENT, *argv))
 
 
@@ -120,7 +120,7 @@ def test_a_killed_rank_ends_all(pair, endless):
     running = started(pair, endless)
     pair[1].run("pkill", "-KILL", "-n", "-f", "900000", check=True)
     code, err = hosts.ended(running, within=10)
-    assert code in (9, 255)  # mpirun's own, as are the words, which vary: there is no front
+    assert code in (9, 255)  # mpirun sets the code and writes the messages, which vary
     assert err
     for host in pair:
         host.check_nothing_runs("900000")
@@ -133,7 +133,7 @@ def test_a_stopped_rank_is_named_and_ends_all(pair, endless):
     code, err = hosts.ended(running, within=15)
     assert code == 3
     rank = next(rank for rank in (1, 3) if f"rank {rank} (pid {pid} on host-b)" in err)
-    # Rank 1 collects what host-b has: so rank 0 waits for rank 1, and rank 1 knows for whom.
+    # Rank 1 collects for host-b. So rank 0 waits for rank 1, and rank 1 knows which rank is missing.
     assert "has waited 1 s for rank 1 " in err
     assert "minitp: rank 0 on host-a failed: waited 3 s for rank 1 " in err
     if rank == 3:
@@ -143,20 +143,20 @@ def test_a_stopped_rank_is_named_and_ends_all(pair, endless):
 
 
 def test_rank_0_may_be_late(pair, tiny):
-    """Then some wait for it by way of others, upon whom they do not give up either."""
+    """Let rank 0 be late: ranks that wait for it through another rank must not give up either."""
     fault = ["-genv", "MINITP_TEST_FAULT", "lag forward 0", "-genv", "MINITP_TEST_LOST_S", "1"]
     worker = FAULTY_WORKER
     argv = ["generate", "Hello", "-n", "8", "--ignore-eos", "--json", "--model", tiny]
     done = pair[0].run(*MPIRUN, *fault, "-n", 4, *worker, *argv)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["token_ids"]) == 8
-    # Ranks 1 and 3 are on host-b, where rank 1 collects what is of all: rank 3 cannot know why it is late.
+    # Ranks 1 and 3 are on host-b, where rank 1 collects for all: rank 3 cannot know why rank 1 is late.
     assert re.search(r"rank 3 \(pid \d+ on host-b\) has waited 0.5 s for rank 1 ", done.stderr)
     assert "for rank 0" not in done.stderr
 
 
-def test_large_objects_may_take_their_time(pair):
-    """An exchange may: 300 MB are on their way for longer than another wait would last."""
+def test_no_time_limit_for_large_objects(pair):
+    """Gather 300 MB with allgather_object, which takes longer than LOST_S allows for other waits."""
     code = (
         "from minitp.comm import wait\n"
         "wait.LOST_S = 0.02\n"
@@ -169,7 +169,7 @@ def test_large_objects_may_take_their_time(pair):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_rank_that_does_not_come_to_the_end(pair):
+def test_a_rank_that_does_not_reach_the_end(pair):
     code = (
         "import time\n"
         "from minitp.comm import wait\n"
@@ -189,7 +189,7 @@ def test_a_rank_that_does_not_come_to_the_end(pair):
     assert re.match(r"waited 1 s for rank 3 \(pid \d+ on host-b\): it, or a rank", done.stdout)
 
 
-def test_a_cut_cable_ends_it(pair, endless):
+def test_a_cut_cable_ends_the_job(pair, endless):
     running = started(pair, endless)
     hosts.set_cable(pair, "down")
     try:
@@ -199,11 +199,11 @@ def test_a_cut_cable_ends_it(pair, endless):
         hosts.set_cable(pair, "up")
     assert code == 3
     assert "minitp: rank 0 on host-a failed: waited 3 s for rank 1 (pid " in err
-    pair[1].check_nothing_runs("900000")  # once the cable is back
+    pair[1].check_nothing_runs("900000")  # ranks there end once the cable is back
 
 
 def test_the_wrong_interface(pair, tiny):
-    """Both hosts have a network of one name and address that reaches nobody, as Docker makes them."""
+    """Add a network of the same name and address on both hosts that connects to nothing, as Docker does."""
     argv = ["generate", "Hello", "-n", "4", "--model", tiny]
     add = "ip link add docker0 type veth peer name inner; ip addr add 172.17.0.1/16 dev docker0"
     for host in pair:

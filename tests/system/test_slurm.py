@@ -1,4 +1,4 @@
-"""Ranks that a real Slurm starts, on two hosts; and a front in an allocation, whose ranks stay with it."""
+"""Slurm on two hosts: ranks that srun starts, and a launcher whose ranks stay on its own host."""
 
 import json
 import subprocess
@@ -19,11 +19,11 @@ TASKS = ["-N", "2", "-n", "4", "-O"]
 
 class Slurm:
     def __init__(self, pair):
-        self.pair, self.found = pair, slurm_hosts.start(pair, pair[0].folder)
+        self.pair, self.variable = pair, slurm_hosts.start(pair, pair[0].folder)
 
     def inside(self, *command):
-        """The command line on host-a; TMPDIR is not shared by the hosts, as /tmp mostly is not."""
-        return self.pair[0].inside("env", self.found, "TMPDIR=/run", *command)
+        """Return the command line for host-a; as on most clusters, the hosts do not share TMPDIR."""
+        return self.pair[0].inside("env", self.variable, "TMPDIR=/run", *command)
 
     def __call__(self, *command):
         return subprocess.run(self.inside(*command), capture_output=True, text=True, timeout=60)
@@ -49,7 +49,7 @@ def test_the_same_tokens(slurm, argv, capsys, start):
     assert (found["token_ids"], found["stats"]["tp"]) == (alone(argv, capsys)["token_ids"], 4)
 
 
-def test_srun_that_speaks_no_pmi(slurm, argv):
+def test_srun_without_pmi(slurm, argv):
     done = slurm("srun", "--mpi=none", *TASKS, "minitp", *argv)
     assert (done.returncode, done.stdout) == (3, "")
     said = [line for line in done.stderr.splitlines() if line.startswith("minitp: ")]
@@ -58,7 +58,7 @@ def test_srun_that_speaks_no_pmi(slurm, argv):
     assert said[0].endswith("give srun --mpi=pmi2, or another that srun --mpi=list shows")
 
 
-def test_the_ranks_of_a_front_are_on_its_host(slurm, argv, capsys):
+def test_the_launcher_starts_all_ranks_on_its_host(slurm, argv, capsys):
     done = slurm("salloc", *TASKS, "minitp", *argv, "--tp", "4")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["token_ids"] == alone(argv, capsys)["token_ids"]

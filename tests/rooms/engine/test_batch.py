@@ -1,4 +1,4 @@
-"""Several sequences in one forward pass: each gets what it would get alone."""
+"""Batches: a sequence gets the same logits together with others as on its own."""
 
 import numpy as np
 import pytest
@@ -9,9 +9,9 @@ from minitp.device import open_device
 from minitp.load import load_model
 from minitp.loading.source import open_model
 
-# Of the largest logit. One BLAS product of many rows sums in another order than one of few, and each of the
-# 2 layers' sums of at most 48 terms may differ by some units of 2^-24.
-CLOSE = 1e-5
+# Tolerance relative to the largest logit. BLAS sums a product of many rows in another order than one of few
+# rows, and the sums of at most 48 terms in each of the 2 layers may differ by some units of 2^-24.
+TOLERANCE = 1e-5
 
 PROMPTS = [[1, 2, 3], [4], [200, 7, 7, 9, 30, 31, 8], [5, 6]]
 SHAPES = {
@@ -29,15 +29,15 @@ SHAPES = {
 }
 
 
-def logits_of(source, tp, steps):
-    """What rank 0 gets from forward_batch for each of `steps`: a list of (sequence, tokens) each."""
+def logits_of(source, tp, batches):
+    """Return rank 0's logits for each batch, a list of (sequence number, tokens)."""
 
     def rank(comm):
         model = load_model(source, comm, open_device("float32"))
         caches = [model.new_cache() for _ in PROMPTS]
         return [
             model.forward_batch([(tokens, caches[n]) for n, tokens in parts], logits_at=slice(None))
-            for parts in steps
+            for parts in batches
         ]
 
     return run_threads(tp, rank)[0]
@@ -45,18 +45,18 @@ def logits_of(source, tp, steps):
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sequences_together_as_each_alone(tmp_path, shape, tp):
-    """All prompts at once, then a token of each, then a prompt's rest beside a single token."""
+def test_batched_logits_equal_those_of_single_sequences(tmp_path, shape, tp):
+    """Compare a batch of prompts, a batch of decoding sequences, and a batch of both."""
     source = open_model(str(write_tiny(tmp_path, **SHAPES[shape])), tp)
-    together = [
+    batches = [
         list(enumerate(PROMPTS)),
         [(n, [n + 10]) for n in range(4)],
         [(3, [40]), (0, [50, 51, 52]), (2, [60])],
     ]
     rows = [np.split(logits, np.cumsum([len(tokens) for _, tokens in parts])[:-1])
-            for parts, logits in zip(together, logits_of(source, tp, together), strict=True)]  # fmt: skip
-    alone = logits_of(source, tp, [[part] for parts in together for part in parts])
-    together = [logits for step in rows for logits in step]
+            for parts, logits in zip(batches, logits_of(source, tp, batches), strict=True)]  # fmt: skip
+    alone = logits_of(source, tp, [[part] for parts in batches for part in parts])
+    together = [logits for batch in rows for logits in batch]
     assert [x.shape for x in together] == [x.shape for x in alone]
-    for mine, expected in zip(together, alone, strict=True):
-        np.testing.assert_allclose(mine, expected, rtol=CLOSE, atol=CLOSE * np.abs(expected).max())
+    for logits, expected in zip(together, alone, strict=True):
+        np.testing.assert_allclose(logits, expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())

@@ -1,10 +1,10 @@
-"""Many requests at once: each gets the tokens that it would get alone, and no block is lost."""
+"""The engine: each of many requests gets the tokens that it gets alone, and all blocks are freed."""
 
 from collections import Counter
 
 import numpy as np
 import pytest
-from engine_requests import CONTEXT, SHAPES, alone, check_blocks, requests, served
+from engine_requests import CONTEXT, SHAPES, alone, check_blocks, requests, run_requests
 from tiny import write_tiny
 
 from minitp.comm import run_threads
@@ -25,23 +25,23 @@ from minitp.sampling import SamplingParams
     ("blocks", "block_size", "limits"),
     [
         (200, 4, {}),
-        (20, 4, {}),  # room for about one and a half: preemption
+        (20, 4, {}),  # room for about one and a half requests, so some are preempted
         (6, 16, {"max_tokens_per_step": 7}),
         (80, 1, {"max_tokens_per_step": 3, "max_sequences": 2}),
         (40, 16, {"max_tokens_per_step": 16, "max_sequences": 5}),
     ],
 )
-def test_each_request_as_if_alone(tmp_path, shape, tp, blocks, block_size, limits):
-    """Greedy tokens of 12 requests, some of which join later, some with the same beginning."""
+def test_batched_requests_get_the_same_tokens_as_alone(tmp_path, shape, tp, blocks, block_size, limits):
+    """Compare greedy tokens of 12 requests, some of which join later, and some of which share a prefix."""
     source = open_model(str(write_tiny(tmp_path, **SHAPES[shape])), tp)
 
     def rank(comm):
         model = load_model(source, comm, open_device("float32"))
-        wanted, later = requests(8), requests(4, seed=1)
-        everyone = [*wanted, *later]
-        expected = [alone(model, request) for request in everyone]
-        served(model, wanted, blocks, block_size, later, **limits)
-        return expected, [request.token_ids for request in everyone]
+        first, later = requests(8), requests(4, seed=1)
+        both = [*first, *later]
+        expected = [alone(model, request) for request in both]
+        run_requests(model, first, blocks, block_size, later, **limits)
+        return expected, [request.token_ids for request in both]
 
     expected, tokens = run_threads(tp, rank)[0]
     assert tokens == expected
@@ -51,35 +51,41 @@ def tiny_model(tmp_path):
     return load_model(open_model(str(write_tiny(tmp_path)), 1), SingleRank(), open_device("float32"))
 
 
-def test_blocks_run_out_and_all_come_back(tmp_path):
+def test_preemption_changes_no_tokens_and_all_blocks_are_freed(tmp_path):
     model, wanted = tiny_model(tmp_path), requests(10, seed=3)
     expected = [alone(model, request) for request in wanted]
-    scheduler = served(model, wanted, blocks=20, block_size=4)
+    scheduler = run_requests(model, wanted, num_blocks=20, block_size=4)
     assert scheduler.num_preempted > 0
     assert [request.token_ids for request in wanted] == expected
     assert scheduler.allocator.num_free_blocks == 20
     assert (scheduler.running, scheduler.waiting) == ([], [])
 
 
-def test_a_step_has_no_more_tokens_than_allowed_and_decodes_everybody(tmp_path):
-    """While a long prompt goes through in chunks the other sequence gets a token at every step."""
+def test_a_batch_keeps_its_token_limit_and_includes_all_decoding_sequences(tmp_path):
+    """Check that a sequence gets a token from every batch while a long prompt is computed in chunks."""
     model = tiny_model(tmp_path)
     engine = Engine(model, 60, 4, max_tokens_per_step=10)
     scheduler = engine.scheduler
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
-    quick, long = (Request(params, (), prompt, CONTEXT) for prompt in ([1, 2, 3], list(range(60))))
-    sizes, plan = [], scheduler.schedule
-    scheduler.schedule = lambda: (lambda p: sizes.append(p and [len(t) for _, t, _ in p.chunks]) or p)(plan())
-    engine.add(quick)
+    short, long = (Request(params, (), prompt, CONTEXT) for prompt in ([1, 2, 3], list(range(60))))
+    sizes, schedule = [], scheduler.schedule
+
+    def observed_schedule():
+        batch = schedule()
+        sizes.append(batch and [len(tokens) for _, tokens, _ in batch.chunks])
+        return batch
+
+    scheduler.schedule = observed_schedule
+    engine.add(short)
     engine.run_batch()
     engine.add(long)
     engine.run()
     assert sizes == [[3], *[[1, 9]] * 6, [1, 6], *[[1, 1]] * 4, *[[1]] * 7, None]
-    assert [len(quick.token_ids), len(long.token_ids)] == [12, 12]
+    assert [len(short.token_ids), len(long.token_ids)] == [12, 12]
 
 
-def test_a_known_beginning_is_not_computed_again(tmp_path):
-    """Of another request with the same 19 tokens four blocks of four are there, also when it has gone."""
+def test_cached_prefixes_are_not_computed_again(tmp_path):
+    """Send 19 tokens three times: their four blocks of four stay cached when a request has ended."""
     model = tiny_model(tmp_path)
     engine = Engine(model, 40, 4)
     params = SamplingParams(max_new_tokens=3, ignore_eos=True)
@@ -98,7 +104,7 @@ def test_a_known_beginning_is_not_computed_again(tmp_path):
     assert same[0].token_ids == same[1].token_ids == same[2].token_ids
 
 
-def test_a_removed_request_frees_its_blocks_at_once(tmp_path):
+def test_an_aborted_request_frees_its_blocks_at_once(tmp_path):
     model, wanted = tiny_model(tmp_path), requests(4, seed=5, most_new=40)
     expected = [alone(model, request) for request in wanted]
     engine = Engine(model, 100, 4, max_sequences=3)
@@ -107,22 +113,22 @@ def test_a_removed_request_frees_its_blocks_at_once(tmp_path):
         engine.add(request)
     engine.run_batch()
     before = scheduler.allocator.num_free_blocks
-    scheduler.abort(wanted[1])  # runs
+    scheduler.abort(wanted[1])  # a running request
     assert scheduler.allocator.num_free_blocks > before
     check_blocks(scheduler)
-    scheduler.abort(wanted[3])  # waits
+    scheduler.abort(wanted[3])  # a waiting request
     engine.run()
     assert [len(request.token_ids) for request in wanted][3] == 0
     assert [wanted[n].token_ids for n in (0, 2)] == [expected[n] for n in (0, 2)]
     assert scheduler.allocator.num_free_blocks == 100
     engine.add(requests(1)[0])
     engine.run_batch()
-    assert len(engine._caches) == 1, "those that left are forgotten"
+    assert len(engine._caches) == 1, "caches of finished sequences are dropped"
 
 
 @pytest.mark.parametrize("length", [1, 4, 8, 9])
-def test_the_same_prompt_again(tmp_path, length):
-    """Also if it fills its blocks exactly: at least the last token is computed, for its logits."""
+def test_a_repeated_prompt_gets_the_same_tokens(tmp_path, length):
+    """Include prompts that fill their blocks exactly: the last token must be computed, for its logits."""
     model = tiny_model(tmp_path)
     engine = Engine(model, 20, 4)
     params = SamplingParams(max_new_tokens=5, ignore_eos=True)
@@ -157,14 +163,14 @@ def test_a_request_that_could_never_run_is_refused(tmp_path, prompt, new, contex
 
 
 @pytest.mark.parametrize("name", ["num_blocks", "block_size", "max_tokens_per_step", "max_sequences"])
-def test_sizes_that_are_none_are_refused(tmp_path, name):
+def test_sizes_below_one_are_refused(tmp_path, name):
     sizes = {"num_blocks": 4, "block_size": 4, "max_tokens_per_step": 4, "max_sequences": 4}
     with pytest.raises(InputError, match="0, expected 1 or more"):
         Engine(tiny_model(tmp_path), **{**sizes, name: 0})
 
 
-def test_a_long_prompt_has_few_scores_in_each_step(tmp_path, monkeypatch):
-    """As in `prefill`: 4 heads, and no more than 2000 scores at once."""
+def test_chunks_of_a_long_prompt_keep_the_limit_of_attention_scores(tmp_path, monkeypatch):
+    """Check that no pass of a sequence has more scores than SCORES allows, with 4 heads."""
     monkeypatch.setattr("minitp.generate.SCORES", 4 * 512 * 4)
     model = tiny_model(tmp_path)
     engine = Engine(model, 40, 16)
@@ -184,7 +190,7 @@ def test_a_long_prompt_has_few_scores_in_each_step(tmp_path, monkeypatch):
 # --- blocks ---------------------------------------------------------------------------------------------
 
 
-def test_keys_say_all_that_comes_before():
+def test_block_keys_depend_on_all_preceding_tokens():
     a, b = [1, 2, 3, 4, 5, 6, 7], [9, 2, 3, 4, 5, 6, 7, 8, 8]
     keys = block_keys(a, 2)
     assert len(keys) == 3
@@ -194,13 +200,13 @@ def test_keys_say_all_that_comes_before():
     assert block_keys([], 2) == block_keys([1], 2) == []
 
 
-def test_the_block_left_longest_ago_is_evicted_first():
+def test_the_least_recently_used_block_is_evicted_first():
     allocator = BlockAllocator(num_blocks=3, block_size=2)
     first, second, third = allocator.allocate(3)
     for block, key in ((first, b"1"), (second, b"2"), (third, b"3")):
         allocator.prefixes.register(block, key)
     allocator.free([second])
-    allocator.free([first, third])  # a prefix: its end goes before its beginning
+    allocator.free([first, third])  # the end of a prefix is evicted before its beginning
     assert allocator.allocate(4) is None
     assert allocator.lookup([b"2"]) == [second]  # in use again
     assert allocator.allocate(1) == [third]
@@ -209,7 +215,7 @@ def test_the_block_left_longest_ago_is_evicted_first():
     assert allocator.num_free_blocks == 0
 
 
-def test_a_shared_block_is_free_when_its_last_user_leaves():
+def test_a_shared_block_is_free_after_its_last_reference():
     allocator = BlockAllocator(num_blocks=2, block_size=2)
     (block,) = allocator.allocate(1)
     allocator.prefixes.register(block, b"k")
@@ -220,7 +226,7 @@ def test_a_shared_block_is_free_when_its_last_user_leaves():
     assert allocator.num_free_blocks == 2
 
 
-def test_of_two_blocks_with_the_same_content_one_is_remembered():
+def test_only_one_of_two_equal_blocks_is_registered():
     allocator = BlockAllocator(num_blocks=2, block_size=2)
     a, b = allocator.allocate(2)
     allocator.prefixes.register(a, b"k")
@@ -232,11 +238,11 @@ def test_of_two_blocks_with_the_same_content_one_is_remembered():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_books_against_a_plain_list(seed):
-    """Random takes, finds and releases: never one block twice, and what is found holds what was asked for."""
+def test_random_operations_agree_with_a_plain_count(seed):
+    """Allocate, look up and free at random: no block in use is allocated, no lookup finds other content."""
     rng = np.random.default_rng(seed)
     allocator, content, users = BlockAllocator(num_blocks=9, block_size=1), {}, Counter()
-    held = []
+    tables = []
     for n in range(2000):
         action = rng.integers(3)
         if action == 0:
@@ -253,13 +259,13 @@ def test_books_against_a_plain_list(seed):
             keys = [str(k).encode() for k in rng.integers(6, size=3)]
             blocks = allocator.lookup(keys)
             assert [content[block] for block in blocks] == keys[: len(blocks)]
-        elif held:
-            blocks = held.pop(int(rng.integers(len(held))))
+        elif tables:
+            blocks = tables.pop(int(rng.integers(len(tables))))
             users.subtract(blocks)
             allocator.free(blocks)
             continue
         else:
             continue
         users.update(blocks)
-        held.append(blocks)
+        tables.append(blocks)
         assert allocator.num_free_blocks == sum(users[block] == 0 for block in range(9))

@@ -1,4 +1,4 @@
-"""What LLM and the commands say of their ranks reaches the ranks, whole and checked."""
+"""Options of LLM and of the commands: all are checked and reach the ranks."""
 
 import json
 from argparse import Namespace
@@ -32,17 +32,17 @@ OTHER = EngineOptions(
 )
 
 
-def test_every_field_is_other_than_its_default():
+def test_other_changes_the_default_of_every_field():
     assert [field.name for field in fields(OTHER) if getattr(OTHER, field.name) == field.default] == []
 
 
-def test_ranks_are_started_with_all_of_them(monkeypatch):
-    """As `minitp ranks JSON` reads them again."""
+def test_ranks_are_started_with_all_options(monkeypatch):
+    """Parse the options again as `minitp ranks JSON` does."""
     started = []
 
     def start(job, command):
         started.append(command)
-        raise InputError("as far as this test goes")
+        raise InputError("no ranks are started in this test")
 
     monkeypatch.setattr(RankProcesses, "start", start)
     with pytest.raises(InputError):
@@ -51,7 +51,7 @@ def test_ranks_are_started_with_all_of_them(monkeypatch):
     assert EngineOptions(**json.loads(args.options)) == OTHER
 
 
-def test_a_command_hands_on_all_that_it_has():
+def test_a_command_passes_on_all_its_options():
     args = Namespace(**asdict(OTHER), something_else=1)
     assert llm_options(args, "3") == asdict(OTHER)
     serve = parser().parse_args(["serve", "--kv-dtype", "int8", "--layers", "1", "--cache-tokens", "64"])
@@ -71,7 +71,7 @@ def test_a_command_hands_on_all_that_it_has():
         ({"share_gpu": np.bool_(False)}, False),
     ],
 )
-def test_what_reads_like_a_value_is_one(given, kept):
+def test_numpy_values_and_numbers_as_text_are_converted(given, kept):
     (name,) = given
     options = EngineOptions(**given)
     assert type(getattr(options, name)) is type(kept)
@@ -95,7 +95,7 @@ def test_what_reads_like_a_value_is_one(given, kept):
         ({"comm": "pigeons"}, "--comm 'pigeons': expected one of auto, nccl, peer, mpi, shm"),
     ],
 )
-def test_what_is_no_value_is_refused(given, words):
+def test_wrong_values_are_refused(given, words):
     with pytest.raises(InputError) as caught:
         EngineOptions(**given)
     assert str(caught.value) == words

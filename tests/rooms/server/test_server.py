@@ -1,4 +1,4 @@
-"""The server as the openai client sees it: the texts of the model alone, whole and streamed."""
+"""The server through the openai client: it returns the texts of the model alone, whole and streamed."""
 
 import asyncio
 import math
@@ -51,7 +51,7 @@ def test_health(server):
 
 
 @pytest.mark.parametrize("prompt", ["Hello", [72, 101, 108]])
-def test_completion_is_that_of_the_model_alone(client, alone, prompt):
+def test_completion_equals_that_of_the_model_alone(client, alone, prompt):
     expected = alone.request(prompt, max_new_tokens=20)
     answer = client.completions.create(model="chatty", prompt=prompt, max_tokens=20, temperature=0)
     (choice,) = answer.choices
@@ -63,7 +63,7 @@ def test_completion_is_that_of_the_model_alone(client, alone, prompt):
     assert counts == (len(prompt), 20, len(prompt) + 20)
 
 
-def test_several_prompts_and_choices_in_their_order(client, alone):
+def test_several_prompts_and_choices_keep_their_order(client, alone):
     prompts = ["Hello", "Goodbye", "Who"]
     answer = client.completions.create(model="chatty", prompt=prompts, n=2, max_tokens=12, temperature=0)
     expected = [alone.text(prompt, max_new_tokens=12) for prompt in prompts for _ in range(2)]
@@ -73,7 +73,7 @@ def test_several_prompts_and_choices_in_their_order(client, alone):
     assert answer.usage.completion_tokens == 6 * 12
 
 
-def test_completion_without_max_tokens_has_sixteen(client):
+def test_completion_without_max_tokens_has_16_tokens(client):
     answer = client.completions.create(
         model="chatty", prompt="Hi", temperature=0, extra_body={"ignore_eos": True}
     )
@@ -94,7 +94,7 @@ def test_streamed_completion(client, alone):
     *texts, usage = pieces
     assert "".join(piece.choices[0].text for piece in texts) == alone.text("Hello", max_new_tokens=20)
     assert [piece.choices[0].finish_reason for piece in texts] == [None] * (len(texts) - 1) + ["length"]
-    assert len(texts) > 5, "it came piece by piece"
+    assert len(texts) > 5, "the text was streamed in chunks"
     assert (usage.choices, usage.usage.completion_tokens) == ([], 20)
     assert len({piece.id for piece in pieces}) == 1
 
@@ -108,19 +108,19 @@ PROMPT = rendered(("system", "Be brief."), ("user", "What now?"))
 
 def test_chat_is_the_completion_of_the_rendered_conversation(client, alone):
     expected = alone.text(PROMPT, max_new_tokens=20)
-    asked = {"model": "chatty", "messages": CONVERSATION, "max_completion_tokens": 20, "temperature": 0}
-    answer = client.chat.completions.create(**asked)
+    fields = {"model": "chatty", "messages": CONVERSATION, "max_completion_tokens": 20, "temperature": 0}
+    answer = client.chat.completions.create(**fields)
     assert answer.choices[0].message.content == expected
     assert answer.choices[0].message.role == "assistant"
     assert answer.usage.prompt_tokens == len(PROMPT)
-    first, *pieces = client.chat.completions.create(**asked, stream=True)
+    first, *pieces = client.chat.completions.create(**fields, stream=True)
     assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == expected
     assert pieces[-1].choices[0].finish_reason == "length"
     assert all(piece.usage is None for piece in pieces)
 
 
-def test_chat_without_max_tokens_has_the_rest_of_the_context(client):
+def test_chat_without_max_tokens_may_fill_the_context(client):
     answer = client.chat.completions.create(
         model="chatty", messages=CONVERSATION, temperature=0, extra_body={"ignore_eos": True}
     )
@@ -155,25 +155,25 @@ def test_logprobs_are_those_of_the_logits(client, alone):
     cache = alone.model.new_cache(20)
     logits = alone.model.forward([*ids, *tokens], cache, logits_at=slice(len(ids) - 1, -1)).astype(float)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))  # [6, V]
-    asked = {"model": "chatty", "max_tokens": 6, "temperature": 0}
+    fields = {"model": "chatty", "max_tokens": 6, "temperature": 0}
 
-    told = client.completions.create(**asked, prompt="Hello", logprobs=3).choices[0].logprobs
-    np.testing.assert_allclose(told.token_logprobs, logprobs[range(6), tokens], atol=1e-4)  # float32, TP=4
+    reported = client.completions.create(**fields, prompt="Hello", logprobs=3).choices[0].logprobs
+    np.testing.assert_allclose(reported.token_logprobs, logprobs[range(6), tokens], atol=1e-4)  # float32, TP=4
     best = np.sort(logprobs, -1)[:, :-4:-1]
-    for top, expected in zip(told.top_logprobs, best, strict=True):
+    for top, expected in zip(reported.top_logprobs, best, strict=True):
         assert max(top.values()) == pytest.approx(expected[0], abs=1e-4)
         assert min(top.values()) >= expected[2] - 1e-4
-    assert told.text_offset == [sum(map(len, told.tokens[:n])) for n in range(6)]
+    assert reported.text_offset == [sum(map(len, reported.tokens[:n])) for n in range(6)]
 
-    whole = client.chat.completions.create(**asked, messages=CONVERSATION, logprobs=True, top_logprobs=2)
+    whole = client.chat.completions.create(**fields, messages=CONVERSATION, logprobs=True, top_logprobs=2)
     streamed = client.chat.completions.create(
-        **asked, messages=CONVERSATION, logprobs=True, top_logprobs=2, stream=True
+        **fields, messages=CONVERSATION, logprobs=True, top_logprobs=2, stream=True
     )
     pieces = [p.choices[0].logprobs.content for p in streamed if p.choices[0].logprobs]
     content = whole.choices[0].logprobs.content
     assert [t.token for piece in pieces for t in piece] == [t.token for t in content]
     assert all(math.exp(t.logprob) <= 1 and len(t.top_logprobs) == 2 for t in content)
-    assert all(t.top_logprobs[0].logprob == t.logprob for t in content), "greedy takes the best"
+    assert all(t.top_logprobs[0].logprob == t.logprob for t in content), "greedy decoding takes the best"
     assert [t.bytes for t in content if t.bytes] == [list(t.token.encode()) for t in content if t.bytes]
 
 
@@ -193,7 +193,7 @@ def test_metrics_count(server, client):
 
 
 def test_sixty_four_clients_at_once(directory, alone):
-    """On a cache of a quarter of what they want, so that sequences are put back: none is lost or wrong."""
+    """Serve 64 clients with a cache for a quarter of their tokens, so that sequences are preempted."""
     rng = random.Random(0)
     prompts = ["".join(rng.choice("abcdef ") for _ in range(rng.randint(5, 60))) for _ in range(64)]
     prompts = [("One beginning for many. " if n % 3 == 0 else "") + p for n, p in enumerate(prompts)]
@@ -205,26 +205,26 @@ def test_sixty_four_clients_at_once(directory, alone):
     served = Served(directory, "--tp", 2, "--cache-tokens", 1600, "--max-tokens-per-step", 64)
 
     async def one(client, n):
-        asked = {"model": "chatty", "max_tokens": sizes[n], "temperature": 0, "stream": n % 4 < 2}
+        fields = {"model": "chatty", "max_tokens": sizes[n], "temperature": 0, "stream": n % 4 < 2}
         if n % 2:
             messages = [{"role": "user", "content": prompts[n]}]
-            answer = await client.chat.completions.create(**asked, messages=messages)
-            if asked["stream"]:
+            answer = await client.chat.completions.create(**fields, messages=messages)
+            if fields["stream"]:
                 return "".join([piece.choices[0].delta.content or "" async for piece in answer])
             return answer.choices[0].message.content
-        answer = await client.completions.create(**asked, prompt=prompts[n])
-        if asked["stream"]:
+        answer = await client.completions.create(**fields, prompt=prompts[n])
+        if fields["stream"]:
             return "".join([piece.choices[0].text async for piece in answer])
         return answer.choices[0].text
 
-    async def everybody():
+    async def all_answers():
         clients = [
             openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120)
             for _ in prompts
         ]
         return await asyncio.gather(*[one(client, n) for n, client in enumerate(clients)])
 
-    assert asyncio.run(everybody()) == expected
+    assert asyncio.run(all_answers()) == expected
     assert metric(served, "minitp_cache_blocks_in_use") == 0
     assert metric(served, "minitp_sequences_running") == metric(served, "minitp_sequences_waiting") == 0
     assert metric(served, "minitp_preemptions_total") > 0

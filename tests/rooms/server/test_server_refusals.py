@@ -1,4 +1,4 @@
-"""What the server refuses, and that nothing a client sends stops it."""
+"""Requests that the server refuses; nothing that a client sends may stop the server."""
 
 import json
 import socket
@@ -118,23 +118,23 @@ def test_bad_bodies(server, case):
     check_error(post(server, COMPLETIONS, data), status, words)
 
 
-def test_fields_that_ask_for_nothing_are_taken(server):
+def test_unsupported_fields_are_accepted_if_they_change_nothing(server):
     nothing = {"presence_penalty": 0, "logit_bias": {}, "user": "me", "tools": [], "stop": None, "seed": None}
     assert post(server, CHAT, TALK | nothing).status_code == 200
 
 
-def test_other_than_json_is_refused(server):
+def test_other_content_types_than_json_are_refused(server):
     check_error(post(server, CHAT, TALK, **{"Content-Type": "text/plain"}), 415, "expected application/json")
 
 
-def test_routes_and_methods_that_are_not_there(server):
+def test_unknown_routes_and_methods(server):
     check_error(httpx.get(f"{server.url}/v2"), 404, "GET /v2: Not Found")
     response = httpx.get(server.url + CHAT)
     check_error(response, 405, "Method Not Allowed")
     assert response.headers["allow"] == "POST"
 
 
-def test_the_client_raises_what_it_raises_elsewhere(server):
+def test_the_openai_client_raises_its_usual_errors(server):
     client = server.client()
     with pytest.raises(openai.BadRequestError, match="exceed the context") as caught:
         client.completions.create(model="chatty", prompt="Hi", max_tokens=600)
@@ -158,7 +158,7 @@ REPEATABLE = {"deadline": None, "derandomize": True, "database": None}
     fields=st.dictionaries(st.sampled_from(NAMES) | st.text(string.ascii_lowercase), JSON, max_size=4),
 )
 def test_any_fields(server, route, fields):
-    """An answer, or an error object that blames the client; and the server goes on."""
+    """Send arbitrary fields: the server responds, or blames the client with an error object, and goes on."""
     response = post(server, route, (HI if route == COMPLETIONS else TALK) | fields)
     if response.status_code != 200:
         assert 400 <= response.status_code < 500, response.text
@@ -176,7 +176,7 @@ def test_any_bytes(server, data):
 @pytest.mark.parametrize(
     "data", [b"\0\0\0\0\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\n"]
 )
-def test_what_is_no_http(server, data):
+def test_connections_that_do_not_speak_http(server, data):
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(data)
@@ -186,7 +186,7 @@ def test_what_is_no_http(server, data):
     assert post(server, COMPLETIONS, HI).status_code == 200
 
 
-def test_a_body_shorter_than_it_says(server):
+def test_a_body_shorter_than_its_content_length(server):
     host, port = server.url.removeprefix("http://").split(":")
     head = "POST /v1/completions HTTP/1.1|Host: x|Content-Type: application/json|Content-Length: 99||{"
     with socket.create_connection((host, int(port)), timeout=10) as connection:
@@ -194,7 +194,7 @@ def test_a_body_shorter_than_it_says(server):
     assert post(server, COMPLETIONS, HI).status_code == 200
 
 
-def test_a_model_without_chat_template_completes_and_says_that_it_does_not_chat(tmp_path):
+def test_a_model_without_chat_template_completes_and_refuses_to_chat(tmp_path):
     served = Served(write_tiny(tmp_path / "chatty"), "--tp", 1)
     assert post(served, COMPLETIONS, HI).status_code == 200
     words = "chatty has no chat template, so it cannot chat; ask for a completion, or use a chat model"
