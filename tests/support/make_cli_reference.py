@@ -54,7 +54,7 @@ Under your own `mpirun` or `srun` the code is the launcher's, which may be anoth
 | `TMPDIR` | the folder for the ranks' socket and their stderr while a command runs |
 | `PMI_SIZE`, `OMPI_COMM_WORLD_SIZE`, `SLURM_STEP_NUM_TASKS` | set by MPI: this process is a rank |
 
-`MINITP_FRONT`, `MINITP_ALONE` and `MINITP_JOINED` are internal: minitp sets them for its own ranks.
+`MINITP_SUPERVISOR`, `MINITP_ALONE` and `MINITP_JOINED` are internal: minitp sets them for its own ranks.
 """
 
 

@@ -157,13 +157,13 @@ def test_logprobs_are_those_of_the_logits(client, alone):
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))  # [6, V]
     fields = {"model": "chatty", "max_tokens": 6, "temperature": 0}
 
-    reported = client.completions.create(**fields, prompt="Hello", logprobs=3).choices[0].logprobs
-    np.testing.assert_allclose(reported.token_logprobs, logprobs[range(6), tokens], atol=1e-4)  # float32, TP=4
+    scored = client.completions.create(**fields, prompt="Hello", logprobs=3).choices[0].logprobs
+    np.testing.assert_allclose(scored.token_logprobs, logprobs[range(6), tokens], atol=1e-4)  # float32, TP=4
     best = np.sort(logprobs, -1)[:, :-4:-1]
-    for top, expected in zip(reported.top_logprobs, best, strict=True):
+    for top, expected in zip(scored.top_logprobs, best, strict=True):
         assert max(top.values()) == pytest.approx(expected[0], abs=1e-4)
         assert min(top.values()) >= expected[2] - 1e-4
-    assert reported.text_offset == [sum(map(len, reported.tokens[:n])) for n in range(6)]
+    assert scored.text_offset == [sum(map(len, scored.tokens[:n])) for n in range(6)]
 
     whole = client.chat.completions.create(**fields, messages=CONVERSATION, logprobs=True, top_logprobs=2)
     streamed = client.chat.completions.create(
