@@ -593,7 +593,7 @@ def test_a_pass_of_a_long_prompt_has_few_scores(tmp_path, monkeypatch):
         return prefill(model, model.new_cache(), ids, 100), sizes, model.plan.head_ranges
 
     whole = run_threads(3, on_ranks)
-    monkeypatch.setattr("minitp.generate.SCORES", 4096)
+    monkeypatch.setattr("minitp.generate.MAX_SCORES", 4096)
     for (logits, sizes, heads), (expected, _, _) in zip(run_threads(3, on_ranks), whole, strict=True):
         np.testing.assert_allclose(logits, expected, atol=1e-4)
         most = max(stop - start for start, stop in heads)

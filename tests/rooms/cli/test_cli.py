@@ -688,7 +688,7 @@ def test_text_that_the_locale_lacks(tmp_path):
 
 def test_rank_never_becomes_a_front(tiny, monkeypatch, capsys):
     """An mpirun that does not say how many ranks it starts must not make each of them start ranks."""
-    monkeypatch.setenv("MINITP_FRONT", "/nonexistent")
+    monkeypatch.setenv("MINITP_SUPERVISOR", "/nonexistent")
     assert main(["generate", "hi", "--model", str(tiny)]) == 3
     assert "neither PMI_SIZE nor OMPI_COMM_WORLD_SIZE" in capsys.readouterr().err
 

@@ -165,7 +165,7 @@ def test_sizes_that_are_none_are_refused(tmp_path, name):
 
 def test_a_long_prompt_has_few_scores_in_each_step(tmp_path, monkeypatch):
     """As in `prefill`: 4 heads, and no more than 2000 scores at once."""
-    monkeypatch.setattr("minitp.generate.SCORES", 4 * 512 * 4)
+    monkeypatch.setattr("minitp.generate.MAX_SCORES", 4 * 512 * 4)
     model = tiny_model(tmp_path)
     engine = Engine(model, 40, 16)
     expected = alone(model, requests(1, seed=7, longest=300)[0])
