@@ -51,7 +51,7 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __new__(cls, *args: object, **fields: object) -> "SamplingParams":
-        """Refuse a name that is no field, with the likely one."""
+        """Refuse a name that is not a field, and suggest the likely one."""
         refuse_unknown(cls.__name__, fields, list(cls.__dataclass_fields__))
         return super().__new__(cls)
 
