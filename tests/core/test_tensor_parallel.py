@@ -200,9 +200,8 @@ def test_prefill_in_chunks_returns_the_last_logits(name, chunk):
         assert cache.length == len(TOKENS)
         return last
 
-    np.testing.assert_allclose(
-        run_ranks(3, rank_part)[0], on_one_rank(partial(whole_prompt, fields))[-1], **CLOSE
-    )
+    expected = on_one_rank(partial(whole_prompt, fields))[-1]
+    np.testing.assert_allclose(run_ranks(3, rank_part)[0], expected, **CLOSE)
 
 
 def test_logits_only_at_requested_positions():
