@@ -21,7 +21,7 @@ import math
 def embed_partial(xp, token_ids, table, first_row):
     """Look up the embedding rows that this rank holds; rows of tokens on other ranks are zero.
 
-    Each token is on exactly one rank, so the sum over all ranks is the embedding: an all-reduce must follow.
+    Each token's row is on one rank, so the sum over all ranks is the embedding: an all-reduce must follow.
     (Shoeybi et al., Megatron-LM, 2019, section 3.)
 
     Parameters
@@ -115,8 +115,9 @@ def logits_partial(xp, x, w_r, softcap=None, scaling=1.0):
     """Compute this rank's vocabulary columns of the logits; an all-gather must follow.
 
     Despite the name the result is not a term of a sum: the all-gather concatenates the columns of all ranks.
-    `x` is [n, D] and `w_r` [D, V_r]. Returns float32 [n, V_r], because rounding could make two logits equal,
-    divided by `scaling` (Granite Team, Granite 3.0, 2024) and limited by `soft_cap` if `softcap` is given.
+    `x` is [n, D] and `w_r` [D, V_r]; returns [n, V_r], divided by `scaling` (Granite Team, Granite 3.0, 2024)
+    and limited by `soft_cap` if `softcap` is given. The logits stay float32, because rounding them could make
+    two logits equal.
     """
     logits_r = xp.matmul(x, w_r, dtype=xp.float32)  # [n, V_r]
     logits_r = logits_r if scaling == 1 else logits_r / scaling  # [n, V_r]

@@ -170,7 +170,7 @@ def test_nothing_is_blamed_with_other_weights_and_shapes(seed, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_is_blamed_if_all_tokens_are_equal(dtype, models):
-    """Equal rows have equal errors, which do not average out."""
+    """The rows are equal, and so are their errors, which do not average out."""
     for token in range(0, 100, 20):
         assert blame(check(models["biased"], 2, [token] * 12, 2, dtype)) == []
 

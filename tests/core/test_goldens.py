@@ -105,7 +105,7 @@ def test_greedy_continuation_without_cache(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("pieces", [(1, 22, 1), (8, 8, 8), (5, 6, 7, 6)])
 def test_prompt_in_several_passes_gives_the_same_logits(name, pieces):
-    """Later passes read earlier keys from the cache, and their windows move forward."""
+    """The later passes read earlier keys from the cache, and their windows move forward."""
     golden = golden_of(name)
 
     def logits(model, source):

@@ -103,7 +103,7 @@ def test_the_core_path_is_short():
 
 
 def test_no_test_file_imports_another():
-    """Shared helpers belong in tests/support."""
+    """Helpers that test files share are in tests/support."""
     for path in TESTS.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

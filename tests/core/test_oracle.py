@@ -229,7 +229,7 @@ def test_a_later_token_does_not_change_earlier_logits():
 
 
 def test_attention_does_not_reach_beyond_the_window():
-    """Only one layer is run: in a second one, the tokens in the window would carry earlier information."""
+    """The model has one layer: in a second one, the tokens in the window would carry earlier information."""
     one_layer = Oracle({**MISTRAL, "sliding_window": 3}, tiny_tensors().__getitem__, layers=1)
     changed = [9, 9, 9, 9, 9, *TOKENS[5:]]
     # With the same last three tokens the last logits are equal, whatever the earlier tokens are.

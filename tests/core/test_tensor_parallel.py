@@ -181,7 +181,7 @@ def test_the_ranks_agree_with_the_oracle(fields, tp):
 @pytest.mark.parametrize("tp", [1, 4])
 @pytest.mark.parametrize("sizes", [[1] * 14, [3, 3, 3, 3, 2], [7, 7], [9, 1, 1, 3], [13, 1]], ids=str)
 def test_decoding_and_chunked_prefill_match_a_single_pass(fields, tp, sizes):
-    """Later passes read the keys and values of earlier ones from the cache, and the window moves forward."""
+    """The later passes read earlier keys and values from the cache, and the window moves forward."""
     whole = on_one_rank(partial(whole_prompt, fields))
     logits = run_ranks(tp, lambda comm: in_chunks(fields, comm, sizes))
     assert same_bits(logits)

@@ -158,7 +158,7 @@ def test_characters_are_streamed_whole(tokenizer):
 
 
 def test_incomplete_characters_in_the_prompts_last_tokens_are_ignored(tokenizer):
-    """Only the last six tokens of the prompt are decoded, which may begin inside a character."""
+    """The stream decodes only the last six tokens of the prompt, which may begin inside a character."""
     for length in range(1, 12):
         stream = TextStream(tokenizer, byte_ids(("ab" + "好" * length).encode()))
         text = "".join(stream.push(token) for token in byte_ids("好😀x".encode()))

@@ -84,7 +84,7 @@ NO_PROMPT = "expected a text or a list of token ids"
     ],
 )
 def test_an_invalid_prompt_is_refused(idle, prompt, words):
-    """It is refused alone, in a stream, and after a valid prompt in a list, which is not computed either."""
+    """The prompt is refused alone, in a stream, and in a list, whose other prompts are not computed."""
     message = refusal(lambda: idle.generate(prompt))
     assert words in message
     assert len(message) < 150
