@@ -79,8 +79,8 @@ def test_another_model_on_the_other_host(pair, tmp_path, part):
         code, out, err = run_both(pair[0], ["generate", "Hello", "--model", here], ranks=3)
     assert (code, out) == (2, "")
     assert err == (
-        f"minitp: --model {here}: rank 1 on host-b finds a different model than rank 0 on host-a (in {part}); "
-        "give all hosts the same files\n"
+        f"minitp: --model {here}: rank 1 on host-b finds a different model than rank 0 on host-a "
+        f"(in {part}); give all hosts the same files\n"
     )
 
 
