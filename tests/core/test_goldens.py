@@ -56,7 +56,7 @@ def assert_close(got, expected, tolerance):
     assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
 
 
-def test_no_golden_is_missing():
+def test_all_goldens_are_there():
     llama = "llama1 llama2 llama-bias llama3 llama-linear tinyllama smollm2 text"
     mistral = "mistral-v01 mistral-v02 mistral-v03 mistral-nemo"
     qwen = "qwen2 qwen2-window qwen3 qwen3-bias qwen3-yarn"
