@@ -1,4 +1,4 @@
-"""minitp: tensor-parallel LLM inference, written out and checked step by step."""
+"""Tensor-parallel LLM inference, written out and checked step by step."""
 
 import importlib
 import os
@@ -13,9 +13,9 @@ _HOMES = {"LLM": "minitp.llm", "Completion": "minitp.engine.completion", "Sampli
 
 
 def __getattr__(name):
-    """What `from minitp import ..` offers, imported when it is wanted: a command needs little of it."""
+    """Import a public name on first use; a command needs few of them and should start quickly."""
     if name not in _HOMES:
         raise AttributeError(f"module 'minitp' has no attribute {name!r}")
-    if "numpy" not in sys.modules:  # whose BLAS decides about threads when it is imported
+    if "numpy" not in sys.modules:  # NumPy's BLAS fixes its number of threads when it is imported
         divide_cores(os.environ)
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m minitp` is the `minitp` command."""
+"""The entry point of `python -m minitp`, which is the `minitp` command."""
 
 import sys
 

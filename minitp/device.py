@@ -1,4 +1,4 @@
-"""Where a rank computes: the array module and the compute dtype."""
+"""The device that a rank computes on: its array module and its compute dtype."""
 
 import platform
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ import numpy as np
 
 from minitp.util.environment import memory
 
-CACHE_SHARE = 0.25  # of a host's memory
-LINE_BYTES = 64  # of a CPU's cache, and more than a load of a GPU takes
+CACHE_SHARE = 0.25  # the share of a host's memory for all KV caches
+LINE_BYTES = 64  # a CPU's cache line; more than enough alignment for a GPU's widest load
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
 class Device:
-    """A rank's place of work.
+    """The device of a rank.
 
     Attributes
     ----------
     xp : module
-        `numpy`, or on a GPU `cuda.arrays.Arrays`; what `ops` computes with.
+        The array module that `ops` computes with: `numpy`, or `cuda.arrays.Arrays` on a GPU.
     dtype : numpy.dtype
-        Weights and the residual stream.
+        The dtype of the weights and the residual stream.
     """
 
     xp: Any
@@ -31,28 +31,28 @@ class Device:
     is_gpu = False
 
     def to_host(self, array):
-        """A NumPy array of the same numbers; on the CPU it is the array itself."""
+        """Return the array as a NumPy array; on the CPU that is the array itself."""
         return array
 
     def weights_room(self):
-        """(where, bytes): the memory for weights, which all ranks of the same `where` share."""
+        """Return (name, bytes) of the memory for weights; ranks with the same name share that memory."""
         return f"the memory of {platform.node()}", memory()
 
     def cache_room(self, ranks):
-        """Bytes that the keys and values of all sequences may take on one of so many ranks of a host."""
+        """Return the bytes that the KV caches of one rank may use if `ranks` ranks share the host."""
         return int(memory() * CACHE_SHARE / ranks)
 
     def memory(self, nbytes):
-        """uint8 [nbytes] that begins with a cache line: products read it faster than across lines."""
-        room = self.xp.empty(nbytes + LINE_BYTES, dtype=np.uint8)
-        start = -room.ctypes.data % LINE_BYTES
-        return room[start : start + nbytes]
+        """Return memory, uint8 [nbytes], aligned to a cache line, which makes matrix products faster."""
+        padded = self.xp.empty(nbytes + LINE_BYTES, dtype=np.uint8)  # [nbytes + LINE_BYTES]
+        start = -padded.ctypes.data % LINE_BYTES
+        return padded[start : start + nbytes]  # [nbytes]
 
 
 def open_device(dtype="auto"):
-    """The CPU, computing in `dtype`: float32 ("auto"), float16 or bfloat16.
+    """Return the CPU as a Device that computes in `dtype`: float32 ("auto"), float16 or bfloat16.
 
-    NumPy has no 16-bit products: it turns the weights into float32 for each one. That is slow; it is here
-    to see what a 16-bit run does to the numbers.
+    NumPy has no 16-bit matrix product, so it converts the weights to float32 for each one. That is slow; its
+    purpose is to show how a 16-bit run changes the numbers.
     """
     return Device(np, np.dtype(DTYPES["float32" if dtype == "auto" else dtype]))

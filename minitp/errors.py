@@ -1,24 +1,32 @@
-"""The errors a user sees: one line each, and the exit code that goes with them."""
+"""The errors that a user sees: one line each, with an exit code."""
 
 
 class MinitpError(Exception):
-    """Something that ends the command with one line on stderr and `exit_code`."""
+    """An error that ends the command with one line on stderr and with `exit_code`."""
 
     exit_code = 3
 
 
 class InputError(MinitpError):
-    """Bad usage or bad input: the user can mend it. Exit code 2."""
+    """An error in the usage or the input, which the user can correct. Exit code 2."""
 
     exit_code = 2
 
 
 class ParameterError(InputError):
-    """A value that a parameter cannot have; whoever knows how the user spells the parameter may say so.
+    """An invalid value of a parameter.
+
+    A caller that knows the parameter under another name, such as a command-line option, can rephrase the
+    message from the attributes.
 
     Attributes
     ----------
-    name, value, expected
+    name : str
+        The name of the parameter.
+    value : object
+        The invalid value.
+    expected : str
+        A description of the valid values.
     """
 
     def __init__(self, name, value, expected):
@@ -27,18 +35,19 @@ class ParameterError(InputError):
 
 
 class ContextError(InputError):
-    """A prompt leaves the context no room."""
+    """A prompt that leaves no room in the context for a new token. Exit code 2."""
 
 
 class RankError(MinitpError):
-    """A rank, MPI or the device failed. Exit code 3.
+    """A failure of a rank, MPI or the device. Exit code 3.
 
-    Its text is the message, and on lines of their own, indented, the last that the rank has written.
+    The text of the error is the message, followed by the last lines that the rank has written, indented.
 
     Attributes
     ----------
     message : str
     last_words : list of str
+        The last lines that the failed rank has written.
     """
 
     exit_code = 3
@@ -49,9 +58,10 @@ class RankError(MinitpError):
 
 
 class AgreedError(MinitpError):
-    """An error that every rank has learnt in `Comm.agree`, so that all may leave together.
+    """An error that all ranks know of through `Comm.agree`, so that they can exit together.
 
-    Any other exception that escapes a rank may leave its peers waiting in a collective: it aborts the job.
+    Any other exception that a rank does not catch might leave its peers waiting in a collective, so it aborts
+    the whole job.
     """
 
     def __init__(self, message, exit_code):
@@ -60,7 +70,7 @@ class AgreedError(MinitpError):
 
 
 def one_line(error):
-    """The error as one line of text, with its type unless it is one of ours."""
+    """Return an error as one line of text, with its type unless it is a MinitpError."""
     text = " ".join(str(error).split())
     if isinstance(error, MinitpError):
         return text

@@ -1,18 +1,19 @@
-"""Generation: prefill the prompt, then one token a step, all ranks together.
+"""Generation: prefill the prompt, then decode one token per pass, on all ranks together.
 
-Rank 0 alone looks at the logits and decides; the others learn the token from its broadcast, so the ranks
-never disagree about what comes next. On the fused GPU path every rank's GPU chooses, from the same logits and
-by the same draws, and a choice that is not rank 0's is an error.
+Only rank 0 samples from the logits. It broadcasts the token, so the ranks never disagree about what comes
+next. On the fused GPU path the GPU of every rank chooses the token itself, from the same logits and with the
+same random numbers; it is an error if a rank's choice differs from rank 0's.
 """
 
 from minitp.errors import RankError
 from minitp.request import check_prompt
 
-SCORES = 1 << 24  # [H_r, T, S] of a prefill pass, at most: 64 MB, and as much again for what comes of them
+# The most attention scores [H_r, T, S] of a prefill pass: 64 MB, and as much again for the probabilities.
+MAX_SCORES = 1 << 24
 
 
 def prefill(model, cache, token_ids, chunk=None):
-    """Run a prompt through in passes of at most `chunk` tokens; return the last logits [V], on the host."""
+    """Run a prompt through the model in passes of at most `chunk` tokens; return the last logits [V]."""
     for start, stop in chunks(model, len(token_ids), chunk):
         last = stop == len(token_ids)
         logits_at = slice(-1, None) if last else None
@@ -21,7 +22,7 @@ def prefill(model, cache, token_ids, chunk=None):
 
 
 def chunks(model, tokens, chunk=None):
-    """(start, stop) of the passes in which a prompt goes through the model."""
+    """Yield the (start, stop) of each pass in which a prompt goes through the model."""
     start = 0
     while start < tokens:
         stop = min(tokens, start + largest_pass(model, start, chunk))
@@ -30,41 +31,44 @@ def chunks(model, tokens, chunk=None):
 
 
 def largest_pass(model, past, chunk=None):
-    """How many tokens a pass may take after `past` of them, so that [H_r, T, S] stays below SCORES.
+    """Return the most tokens that a pass after `past` positions may have.
 
-    `chunk` is the most of them; None: the model's own. The fused path keeps no scores.
+    This is `chunk` (None: the model's `prefill_chunk`), or fewer if there would be more than MAX_SCORES
+    attention scores. The fused path does not store scores.
     """
     chunk = model.prefill_chunk if chunk is None else chunk
     if model.fused:
         return chunk
-    heads = max(stop - start for start, stop in model.plan.head_ranges)  # of the rank that has most
+    heads = max(stop - start for start, stop in model.plan.head_ranges)  # the largest H_r of all ranks
     keys = max(min(past, window or past) for window in model.config.windows) + chunk
-    return min(chunk, max(1, SCORES // (heads * keys)))
+    return min(chunk, max(1, MAX_SCORES // (heads * keys)))
 
 
 def host_logits(model, logits):
-    """Logits as a NumPy array, which also waits for a GPU; RankError if a collective has failed on it."""
+    """Copy logits to the host, which waits for the GPU; raise RankError if a collective has failed on it."""
     host = model.device.to_host(logits)
     model.comm.check()
     return host
 
 
 def generate(model, prompt_ids, request, use_cache=True):
-    """Yield the new tokens, on every rank. All ranks must go on, or close the generator, at the same place.
+    """Yield the new tokens, on every rank.
+
+    All ranks must take the same number of tokens before they close the generator.
 
     Parameters
     ----------
     model : Model
     prompt_ids : list of int
-    request : Request
-        Decides on rank 0; the other ranks may pass None.
+    request : Request or None
+        The request, on rank 0, which samples and decides when to stop. The other ranks may pass None.
     use_cache : bool
-        False computes the whole sequence anew for each token, the O(n^2) way, to the same tokens.
+        False recomputes the whole sequence for each token. The tokens are the same, for O(n^2) work.
 
     Raises
     ------
     InputError
-        on every rank, if the prompt is empty, fills the context, or has an id outside the vocabulary.
+        On every rank, if the prompt is empty, fills the context, or has an id outside the vocabulary.
     """
     comm = model.comm
     ids = list(prompt_ids)
@@ -88,23 +92,25 @@ def generate(model, prompt_ids, request, use_cache=True):
 
 
 def generate_ahead(model, cache, logits, request):
-    """The same on a GPU that chooses the tokens itself, and begins a step before the last one is looked at.
+    """Yield the new tokens as `generate` does, from a GPU that chooses them without waiting for the host.
 
-    So the GPU never waits for the host. Every rank's GPU chooses from the same logits, by the same draws.
+    The GPU begins the next pass before the host has seen the last token. The GPU of every rank chooses from
+    the same logits with the same random numbers, which rank 0 draws beforehand.
     """
-    comm, job = model.comm, None
+    comm, first = model.comm, None
     if comm.rank == 0:
         token, last = request.sample(logits)
-        steps = request.positions - len(request.prompt_ids) - 1
-        job = token, last, request.params, request.sampler.draws(0 if last else steps)
-    token, last, params, draws = comm.broadcast(job)
+        remaining = request.positions - len(request.prompt_ids) - 1
+        first = token, last, request.params, request.sampler.draws(0 if last else remaining)
+    token, last, params, draws = comm.broadcast(first)
     yield token
     if last:
         return
     for chosen in model.decode_ahead(cache, token, params, draws):
         token, last = comm.broadcast((chosen, request.append_token(chosen)) if comm.rank == 0 else None)
         if token != chosen:
-            raise RankError(f"rank {comm.rank} chose token {chosen} and rank 0 {token}: their GPUs disagree")
+            choices = f"rank {comm.rank} chose token {chosen} and rank 0 chose {token}"
+            raise RankError(f"{choices}: their GPUs disagree")
         yield token
         if last:
             return

@@ -1,22 +1,22 @@
-"""The keys and values of all earlier positions, so that a step computes only its own.
+"""The KV cache: the keys and values of earlier positions, so that a pass computes only those of new tokens.
 
-Every cache has the same small interface: `length`, the positions that it holds; `append`, which puts the keys
-and values of a step behind them and returns what attention reads; `advance`, when a step is complete in all
-layers.
+Every cache has the same small interface: `length`, the number of positions it holds; `append`, which adds
+one layer's keys and values of a pass and returns those that attention reads; and `advance`, which ends a
+pass after all layers have appended.
 
-KVCache is one sequence in memory of its own; `paged_cache` has the one for many that share a pool of blocks.
-How the numbers are kept, in the compute dtype or smaller, is the business of `KVStorage` below both.
+A KVCache holds one sequence in its own memory. Many sequences share a pool of blocks through
+`paged_cache.PagedCache`. Both store their numbers in a `KVStorage`, in the compute dtype or a smaller one.
 """
 
 
 class KVCache:
-    """One sequence's keys and values on one rank.
+    """The keys and values of one sequence on one rank.
 
-    The memory is reserved for `capacity` positions at once. On a CPU that costs address space only: the
-    system gives memory, page by page, to what has been written, so it grows with the sequence. A sequence
-    that outgrows its capacity gets half as much again, and is copied there.
+    Memory for `capacity` positions is reserved at once. On a CPU that costs address space only, because the
+    system provides a page of memory when it is first written, so memory use grows with the sequence. A
+    sequence that outgrows the capacity is copied to memory for half as many positions more.
 
-    `append` a step's keys and values in every layer, then `advance` once:
+    Call `append` for every layer of a pass, then `advance` once:
 
     >>> import numpy as np
     >>> cache = KVCache(np, np.float32, layers=1, kv_heads=2, head_dim=4)
@@ -29,20 +29,20 @@ class KVCache:
     ----------
     xp : module
     dtype : numpy.dtype
-        Of what goes in and comes out.
+        The dtype of the keys and values that `append` takes and returns.
     layers, kv_heads, head_dim : int
     capacity : int
-        Positions.
+        The number of positions to reserve memory for.
     kv_dtype : str
-        How they are kept: auto, as they come; float16; or int8.
+        The dtype in which they are stored: auto (`dtype`), float16 or int8.
     """
 
     def __init__(self, xp, dtype, layers, kv_heads, head_dim, capacity=64, kv_dtype="auto"):
-        self.length = 0  # positions that all layers hold
+        self.length = 0  # positions held by every layer
         self.storage = make_storage(xp, dtype, layers, (kv_heads, capacity, head_dim), kv_dtype)
 
     def append(self, layer, k, v, first=0):
-        """Put `k`, `v` [K_r, n, d] behind the positions so far; return those from `first` on, [K_r, S, d]."""
+        """Append `k`, `v` [K_r, n, d]; return those from position `first` on, [K_r, S, d] each."""
         stop = self.length + k.shape[1]
         pair = self.storage[layer]
         if stop > pair[0].capacity:
@@ -53,7 +53,7 @@ class KVCache:
         return pair[0].read(slice(first, stop)), pair[1].read(slice(first, stop))  # [K_r, S, d] each
 
     def advance(self, tokens):
-        """The step of `tokens` positions is complete in every layer."""
+        """End a pass over `tokens` positions that every layer has appended."""
         self.length += tokens
 
     @property
@@ -63,22 +63,22 @@ class KVCache:
 
 
 def make_storage(xp, dtype, layers, shape, kv_dtype):
-    """For each layer the KVStorage of keys and of values, [K_r, n, d], that --kv-dtype asks for."""
+    """Return [keys, values] for each layer: a KVStorage each, of `shape` [K_r, n, d] and in --kv-dtype."""
     kind = Int8KVStorage if kv_dtype == "int8" else KVStorage
-    kept = dtype if kv_dtype == "auto" else xp.dtype(kv_dtype)
-    return [[kind(xp, shape, dtype, kept) for _ in range(2)] for _ in range(layers)]
+    stored_dtype = dtype if kv_dtype == "auto" else xp.dtype(kv_dtype)
+    return [[kind(xp, shape, dtype, stored_dtype) for _ in range(2)] for _ in range(layers)]
 
 
 class KVStorage:
-    """Keys or values of one layer, [K_r, capacity, d], kept in a dtype of their own."""
+    """The keys or the values of one layer, [K_r, capacity, d], in the dtype in which they are stored."""
 
-    def __init__(self, xp, shape, dtype, kept):
+    def __init__(self, xp, shape, dtype, stored_dtype):
         self.xp, self.dtype = xp, dtype
-        self.values = xp.empty(shape, dtype=kept)  # [K_r, capacity, d]
+        self.values = xp.empty(shape, dtype=stored_dtype)  # [K_r, capacity, d]
 
     @property
     def capacity(self):
-        """Positions."""
+        """The number of positions with reserved memory."""
         return self.values.shape[1]
 
     @property
@@ -87,60 +87,62 @@ class KVStorage:
         return self.values.nbytes
 
     def write(self, slots, x):
-        """Keep x [K_r, n, d] at these positions: a slice, or int [n]."""
-        self.values[:, slots] = x
+        """Store x [K_r, n, d] in these slots, a slice or int [n]."""
+        self.values[:, slots] = x  # [K_r, n, d]
 
     def read(self, slots):
-        """[K_r, n, d] of a slice of positions in the compute dtype; a view if that is what is kept."""
+        """Return a slice of slots in the compute dtype, [K_r, n, d]; a view if that is the stored dtype."""
         return self.values[:, slots].astype(self.dtype, copy=False)  # [K_r, n, d]
 
     def gather(self, slots):
-        """The same of positions int [n], as a copy. (NumPy's take, for its index takes twice as long.)"""
+        """Return a copy of the slots int [n] in the compute dtype, [K_r, n, d]."""
+        # NumPy's `take` needs half the time of an index.
         return self.values.take(slots, axis=1).astype(self.dtype, copy=False)  # [K_r, n, d]
 
     def grown(self, capacity, length):
-        """The first `length` positions in KVStorage of that capacity."""
+        """Return a storage for `capacity` positions with a copy of the first `length` of this one."""
         kv_heads, _, head_dim = self.values.shape
         grown = type(self)(self.xp, (kv_heads, capacity, head_dim), self.dtype, self.values.dtype)
-        grown.values[:, :length] = self.values[:, :length]
+        grown.values[:, :length] = self.values[:, :length]  # [K_r, length, d]
         return grown
 
 
 class Int8KVStorage(KVStorage):
-    """Whole numbers from -127 to 127, and for each position and head the float32 that one of them stands for.
+    """A KVStorage of int8 numbers from -127 to 127, with a float32 scale for each position and head.
 
-    The largest element of a head's key or value becomes 127, so no element is off by more than 1/254 of that.
+    A key or value x of a head is divided by scale = max(abs(x)) / 127 and rounded, so the error of an element
+    is at most scale / 2, which is 1/254 of the largest element.
     """
 
-    def __init__(self, xp, shape, dtype, kept):
-        super().__init__(xp, shape, dtype, kept)
+    def __init__(self, xp, shape, dtype, stored_dtype):
+        super().__init__(xp, shape, dtype, stored_dtype)
         self.scales = xp.empty((*shape[:2], 1), dtype=xp.float32)  # [K_r, capacity, 1]
 
     @property
     def nbytes(self):
-        """Bytes reserved, the scales included."""
+        """Bytes reserved, including the scales."""
         return self.values.nbytes + self.scales.nbytes
 
     def write(self, slots, x):
-        """As in KVStorage."""
+        """Store x [K_r, n, d] in these slots, as KVStorage does."""
         x = x.astype(self.xp.float32, copy=False)  # [K_r, n, d]
         scale = self.xp.abs(x).max(axis=-1, keepdims=True) / 127  # [K_r, n, 1]
-        self.scales[:, slots] = scale
+        self.scales[:, slots] = scale  # [K_r, n, 1]
         scale = self.xp.where(scale > 0, scale, 1)  # [K_r, n, 1]: a head of zeros stays zeros
-        self.values[:, slots] = self.xp.rint(x / scale).astype(self.xp.int8)
+        self.values[:, slots] = self.xp.rint(x / scale).astype(self.xp.int8)  # [K_r, n, d]
 
     def read(self, slots):
-        """As in KVStorage, always a copy."""
+        """Return a copy of these slots in the compute dtype, [K_r, n, d]."""
         values = self.values[:, slots].astype(self.xp.float32)  # [K_r, n, d]
         return (values * self.scales[:, slots]).astype(self.dtype, copy=False)  # [K_r, n, d]
 
     def gather(self, slots):
-        """As in KVStorage."""
+        """Return a copy of the slots int [n] in the compute dtype, [K_r, n, d]."""
         values = self.values.take(slots, axis=1).astype(self.xp.float32)  # [K_r, n, d]
         return (values * self.scales.take(slots, axis=1)).astype(self.dtype, copy=False)  # [K_r, n, d]
 
     def grown(self, capacity, length):
-        """As in KVStorage."""
+        """Return a larger storage as KVStorage does, with the scales."""
         grown = super().grown(capacity, length)
-        grown.scales[:, :length] = self.scales[:, :length]
+        grown.scales[:, :length] = self.scales[:, :length]  # [K_r, length, 1]
         return grown

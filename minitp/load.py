@@ -1,4 +1,4 @@
-"""From a model's name to this rank's Model: the source, the device, the weights, the path."""
+"""The way from a model's name to this rank's Model: open its source, choose the device, load the weights."""
 
 import os
 
@@ -12,15 +12,15 @@ from minitp.util.format import counted, size
 
 
 def open_source(comm, name, layers=None):
-    """The ModelSource of a name, on every rank, and the same one; all ranks call it.
+    """Open the ModelSource of a name on every rank, and check that all ranks found the same model.
 
     Raises
     ------
     AgreedError
-        on all ranks, if one of them cannot open it, or finds another model under that name.
+        On all ranks, if one of them cannot open the source, or finds a different model under that name.
     """
     source = fingerprint = None
-    with comm.agreed():  # rank 0 first, for it may have to download
+    with comm.agreed():  # rank 0 goes first, because it may have to download the model
         if comm.rank == 0:
             source = open_model(name, comm.size, layers)
     with comm.agreed():
@@ -33,16 +33,16 @@ def open_source(comm, name, layers=None):
             parts = [part for part in first if first[part] != other[part]]
             if parts:
                 raise InputError(
-                    f"--model {source.name}: {comm.name(rank)} finds another model than {comm.name(0)} "
+                    f"--model {source.name}: {comm.name(rank)} finds a different model than {comm.name(0)} "
                     f"(in {' and '.join(parts)}); give all hosts the same files"
                 )
-    if comm.rank == 0 and SOCKET_VARIABLE not in os.environ:  # else the launcher has said it
+    if comm.rank == 0 and SOCKET_VARIABLE not in os.environ:  # otherwise the launcher has already warned
         warn_of_unread_fields(source)
     return source
 
 
 def device_of(comm, source, dtype="auto"):
-    """Where this rank computes, in --dtype: on the GPU that `comm` knows of, or on the CPU."""
+    """Return the Device of this rank for --dtype: the GPU of `comm` if it has one, otherwise the CPU."""
     if getattr(comm, "gpu", None) is None:
         return open_device(dtype)
     from minitp.cuda.gpu import with_dtype
@@ -51,10 +51,16 @@ def device_of(comm, source, dtype="auto"):
 
 
 def check_room(comm, source, device):
-    """AgreedError on all ranks if those in one place have no room for their weights; all ranks call this."""
+    """Check that the weights of the ranks fit into the memory that they share; all ranks call this.
+
+    Raises
+    ------
+    AgreedError
+        On all ranks, if the weights of some ranks do not fit.
+    """
     where, room = device.weights_room()
     need = shard_nbytes(source.plan, comm.shard_rank, device)
-    needs = [nbytes for place, nbytes in comm.allgather_object((where, need)) if place == where]
+    needs = [nbytes for other, nbytes in comm.allgather_object((where, need)) if other == where]
     with comm.agreed():
         if sum(needs) > room:
             raise InputError(
@@ -64,7 +70,7 @@ def check_room(comm, source, device):
 
 
 def load_model(source, comm, device, progress=lambda nbytes: None, kv_dtype="auto", path="auto"):
-    """This rank's Model of a ModelSource.
+    """Load this rank's Model from a ModelSource.
 
     Parameters
     ----------
@@ -72,22 +78,22 @@ def load_model(source, comm, device, progress=lambda nbytes: None, kv_dtype="aut
     comm : Comm
     device : Device
     progress : callable
-        Gets the bytes of each array loaded.
+        A function that is called with the number of bytes of each array loaded.
     kv_dtype : str
-        As --kv-dtype.
+        The value of --kv-dtype.
     path : str
-        explicit: through `ops`; fused: through the kernels of `cuda`, on a GPU; auto: fused where it can be.
+        explicit: the operations of `ops`; fused: the kernels of `cuda`, on a GPU; auto: fused if possible.
 
     Raises
     ------
     InputError
-        if the path cannot be had.
+        If `path` is fused and the device or the model does not support it.
     """
-    given = source.plan, comm.shard_rank, source.tensors, device, progress
+    loader_args = source.plan, comm.shard_rank, source.tensors, device, progress
     if not device.is_gpu:
         if path == "fused":
-            raise InputError("--path fused is made of kernels for GPUs; leave it out, or give --device cuda")
-        return Model(source.config, source.plan, Loader(*given).load(), comm, device, kv_dtype)
+            raise InputError("--path fused needs a GPU; leave it out, or add --device cuda")
+        return Model(source.config, source.plan, Loader(*loader_args).load(), comm, device, kv_dtype)
     from minitp.cuda.fused import FusedModel, unfit
     from minitp.cuda.loader import GpuLoader
 
@@ -95,4 +101,4 @@ def load_model(source, comm, device, progress=lambda nbytes: None, kv_dtype="aut
     if path == "fused" and reason is not None:
         raise InputError(f"--path fused: {reason}; use --path explicit")
     kind = Model if path == "explicit" or reason is not None else FusedModel
-    return kind(source.config, source.plan, GpuLoader(*given).load(), comm, device, kv_dtype)
+    return kind(source.config, source.plan, GpuLoader(*loader_args).load(), comm, device, kv_dtype)

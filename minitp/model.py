@@ -1,4 +1,4 @@
-"""The sharded transformer: one rank's share, composed from `ops` and `comm`.
+"""The sharded transformer: one rank's forward pass, composed from `ops` and `comm`.
 
     token ids [T]
       -> embed: this rank's vocabulary rows                                        all-reduce
@@ -7,10 +7,10 @@
                     x + mlp: norm, gate and up columns, SwiGLU, down projection    all-reduce
       -> norm -> logits of this rank's vocabulary rows                             all-gather
 
-Between two collectives (the right-hand column) every rank works alone; `x`, the residual stream, is the same
-bits on all ranks. The arrays of a block have names, those in `trace.names`, and are kept in a place `s` that
-`record(block, layer)` gives: `s.q = ..` is an ordinary assignment to a plain namespace. Only if another
-`record` is passed does its place also hand the array on (`trace.record.Recorder`).
+Between two collectives (the right-hand column) every rank works alone. The residual stream `x` has the same
+bits on all ranks. A block assigns its named arrays, the steps of `trace.names`, to an object `s` from
+`record(block, layer)`. By default `s` is a plain namespace, so `s.q = ..` is an ordinary assignment; the `s`
+of a `trace.record.Recorder` also records the array.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def unrecorded(block=None, layer=None):
-    """The `record` of a run whose steps nobody wants to see: a place for the arrays of a block."""
+    """Return a plain namespace for a block's arrays: the `record` of a run that records nothing."""
     return SimpleNamespace()
 
 
@@ -45,15 +45,15 @@ class Model:
     config : Config
     plan : Plan
     weights : Weights
-        This rank's, from `loading.weights.Loader`.
+        This rank's weights, from `loading.weights.Loader`.
     comm : Comm
     device : Device
     kv_dtype : str
-        How its caches keep keys and values: auto (the compute dtype), float16 or int8.
+        The dtype in which caches store keys and values: auto (the compute dtype), float16 or int8.
     """
 
-    fused = False  # True where several steps run as one kernel, so that the inner ones are not seen
-    prefill_chunk = 512  # prompt tokens a pass, at most
+    fused = False  # True in a subclass that runs several steps as one kernel and cannot record all of them
+    prefill_chunk = 512  # most prompt tokens in a pass
 
     def __init__(self, config, plan, weights, comm, device, kv_dtype="auto"):
         self.config = config
@@ -68,9 +68,9 @@ class Model:
         self.query_groups = plan.query_groups(comm.shard_rank)
         self.vocab_start = plan.vocab_ranges[comm.shard_rank][0]
         self.vocab_widths = [stop - start for start, stop in plan.vocab_ranges]
-        # Rounded to the dtype as Hugging Face's Gemma does; Granite's published ones lose nothing by it.
+        # Rounded to the dtype as in Hugging Face's Gemma; that changes nothing in published Granite models.
         self.embedding_multiplier = float(device.dtype.type(config.embedding_multiplier))
-        # What else the families differ in.
+        # Operations and options that differ between families.
         self.norm = ops.rms_norm_plus_one if config.norm_plus_one else ops.rms_norm
         self.activate = ops.swiglu if config.hidden_act == "silu" else ops.geglu
         self.score_options = dict(scale=config.attention_multiplier, softcap=config.attn_logit_softcapping)
@@ -79,19 +79,19 @@ class Model:
         self.inverse_frequencies = device.xp.asarray(frequencies, dtype=device.xp.float32)  # [d/2]
 
     def connect(self):
-        """What the ranks prepare together; all call it, when the model is loaded on all of them."""
+        """Prepare the communication of a forward pass; all ranks call this after loading the model."""
 
     def new_cache(self, capacity=64):
-        """An empty KV cache for one sequence, of `capacity` positions and more if need be."""
+        """Return an empty KV cache for one sequence of `capacity` positions; it grows if needed."""
         return KVCache(*self._cache_shape(), capacity=capacity, kv_dtype=self.kv_dtype)
 
     @contextmanager
     def sequence_cache(self, capacity):
-        """Lend an empty cache for one sequence to a `with` block; the next sequence may get its memory."""
+        """Yield an empty cache for one sequence to a `with` block; the next sequence may reuse its memory."""
         yield self.new_cache(capacity)
 
     def new_pool(self, blocks, block_size=16):
-        """Memory for the paged caches of many sequences, `blocks` times `block_size` positions in all."""
+        """Return memory for the paged caches of many sequences: `blocks` blocks of `block_size` positions."""
         return BlockPool(*self._cache_shape(), blocks, block_size, kv_dtype=self.kv_dtype)
 
     def _cache_shape(self):
@@ -107,7 +107,7 @@ class Model:
     ) -> Array | None:
         """Run the next tokens of one sequence, int [T], and return their logits, float32 [T, V].
 
-        This is `forward_batch` for a single sequence; its parameters are explained there.
+        See `forward_batch`, which takes several sequences, for the parameters.
         """
         return self.forward_batch([(token_ids, cache)], logits_at, record)
 
@@ -117,26 +117,26 @@ class Model:
         logits_at: slice | Array | None = slice(None),
         record: Callable = unrecorded,
     ) -> Array | None:
-        """Run the next tokens of some sequences; prefill and decode are this same function.
+        """Run the next tokens of one or more sequences; prefill and decode both call this function.
 
         The tokens of all sequences are concatenated, so that every projection is one product of T rows.
-        Only attention goes sequence by sequence, for each has keys of its own.
+        Only attention runs sequence by sequence, because each sequence has its own keys and values.
 
         Parameters
         ----------
         parts : list of (token_ids, cache)
-            For each sequence its next tokens, int [n], and its KVCache. They follow the `cache.length` tokens
-            of before, and are added to the cache. T is the sum of all n.
+            The next tokens of each sequence, int [n], and its KVCache. The tokens come after the
+            `cache.length` positions of the cache, and are added to it. T is the sum of all n.
         logits_at : slice or int array or None
-            The positions among these T that get logits: slice(None) for all, slice(-1, None) to generate,
-            None to only fill the cache.
+            The positions, among these T, that get logits: slice(None) for all of them, slice(-1, None) for
+            the last one, None to fill the cache only.
         record : callable
-            record(block, layer) -> an object, to which this rank's part of each step is assigned; see
-            `trace.record.Recorder`. Of several sequences the steps of `_attend` come one after another.
+            record(block, layer) returns the object to which a block assigns this rank's part of each step;
+            see `trace.record.Recorder`. With several sequences `_attend` assigns its steps once for each.
 
         Returns
         -------
-        float32 [n, V], the same on every rank, or None
+        float32 [n, V] for the n positions of `logits_at`, the same on every rank; or None
         """
         xp, w = self.device.xp, self.weights
         token_ids = joined(xp, [xp.asarray(ids) for ids, _ in parts])  # [T]
@@ -159,7 +159,7 @@ class Model:
         return s.logits
 
     def _attention(self, i, layer, x, ctx):
-        """x + attention of norm(x): [T, D] -> [T, D]. This rank computes its own heads."""
+        """Return x + attention(norm(x)), [T, D] -> [T, D]; this rank computes its own heads."""
         xp, heads = self.device.xp, self.heads
         s = ctx.record("attn", i)
         s.norm = self._norm(x, layer.attn_norm)  # [T, D]
@@ -173,31 +173,32 @@ class Model:
         qk = ops.apply_rope(xp, qk, *ctx.angles(i))  # [H_r + K_r, T, d]
         s.q_rope, s.k_rope = qk[:heads], qk[heads:]  # [H_r, T, d], [K_r, T, d]
         sequences = ctx.sequences[self.config.windows[i]]
-        contexts = [self._attend(i, s.q_rope, s.k_rope, s.v, one, ctx.record) for one in sequences]
+        contexts = [self._attend(i, s.q_rope, s.k_rope, s.v, sequence, ctx.record) for sequence in sequences]
         context = joined(xp, contexts)  # [T, H_r d]
         s.out_partial = ops.row_parallel(xp, context, layer.w_o)  # [T, D]
         return self._all_reduce_and_add(x, s, layer.b_o, layer.attn_post_norm)  # [T, D]
 
     def _attend(self, i, q, k, v, sequence, record):
-        """Attention of one sequence's n tokens: of q [H_r, T, d], k, v [K_r, T, d] -> context [n, H_r d]."""
-        xp, at, s = self.device.xp, sequence.tokens, record("attn", i)
-        cached = sequence.cache.append(i, k[:, at], v[:, at], sequence.first_key)
+        """Compute attention for one sequence's n tokens: q [H_r, T, d], k, v [K_r, T, d] -> [n, H_r d]."""
+        xp, s = self.device.xp, record("attn", i)
+        q, k, v = (x[:, sequence.tokens] for x in (q, k, v))  # [H_r, n, d], [K_r, n, d], [K_r, n, d]
+        cached = sequence.cache.append(i, k, v, sequence.first_key)
         s.k_cache, s.v_cache = cached  # [K_r, S, d] each
         options = dict(mask=sequence.mask, **self.score_options)
-        s.scores = ops.attention_scores(xp, q[:, at], s.k_cache, self.query_groups, **options)  # [H_r, n, S]
+        s.scores = ops.attention_scores(xp, q, s.k_cache, self.query_groups, **options)  # [H_r, n, S]
         s.probs = ops.softmax(xp, s.scores)  # [H_r, n, S]
         s.context = ops.attention_context(xp, s.probs, s.v_cache, self.query_groups)  # [n, H_r d]
         return s.context
 
     def _mlp(self, i, layer, x, ctx):
-        """x + mlp of norm(x): [T, D] -> [T, D]. This rank computes its own FFN columns."""
+        """Return x + mlp(norm(x)), [T, D] -> [T, D]; this rank computes its own FFN columns."""
         s = ctx.record("mlp", i)
         s.norm = self._norm(x, layer.mlp_norm)  # [T, D]
         s.out_partial = (self._experts if layer.experts else self._dense)(layer, s)  # [T, D]
         return self._all_reduce_and_add(x, s, layer.b_down, layer.mlp_post_norm)  # [T, D]
 
     def _dense(self, layer, s):
-        """This rank's term of the block's output, [T, D]: gate and up, their product, down."""
+        """Compute this rank's term of the dense block's output, [T, D]: gate and up, activation, down."""
         xp = self.device.xp
         gate_up = ops.column_parallel(xp, s.norm, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
         half = gate_up.shape[1] // 2  # F_r
@@ -206,18 +207,20 @@ class Model:
         return ops.row_parallel(xp, s.act, layer.w_down)  # [T, D]
 
     def _experts(self, layer, s):
-        """The same of a mixture: all ranks route alike, and hold their FFN columns of every expert."""
+        """Compute this rank's term of a mixture of experts, [T, D]; all ranks route the tokens alike."""
         xp = self.device.xp
         s.router = ops.column_parallel(xp, s.norm, layer.w_router)  # [T, E]
-        chosen, shares = moe.route(xp, s.router, self.config.num_experts_per_tok)  # [T, X], [T, X]
-        s.experts = moe.experts_act(xp, s.norm, chosen, [e.w_gate_up for e in layer.experts])  # [T, X, F_r]
-        return moe.experts_partial(xp, s.experts, chosen, shares, [e.w_down for e in layer.experts])  # [T, D]
+        chosen, weights = moe.route(xp, s.router, self.config.num_experts_per_tok)  # [T, X], [T, X]
+        w_gate_up, w_down = zip(*((e.w_gate_up, e.w_down) for e in layer.experts), strict=True)
+        s.experts = moe.experts_act(xp, s.norm, chosen, w_gate_up)  # [T, X, F_r]
+        return moe.experts_partial(xp, s.experts, chosen, weights, w_down)  # [T, D]
 
     def _all_reduce_and_add(self, x, s, bias, post_norm):
-        """x [T, D] + the sum of all ranks' terms: here the ranks of a block meet, and nowhere else in it.
+        """Sum the terms of all ranks and add them to x [T, D]: the only communication of a block.
 
-        The bias comes after the sum, because in each rank's term it would count once a rank. A norm of the
-        sum, which some families have, is not the sum of norms; so it comes after, too, alike on all ranks.
+        The bias is added after the all-reduce, because it would be counted once per rank if it were part of
+        each term. The norm that some families apply to the output also comes after it, because the norm of a
+        sum is not the sum of the norms. Every rank computes both on the same bits.
         """
         out = self.comm.all_reduce(s.out_partial)  # [T, D]
         s.out = out if bias is None else out + bias  # [T, D]
@@ -228,14 +231,15 @@ class Model:
         return s.residual
 
     def _norm(self, x, weight):
-        """[T, D] and [D] -> [T, D]; or of each head, [n, T, d] and [d] -> [n, T, d]."""
-        return self.norm(self.device.xp, x, weight, self.config.rms_norm_eps)
+        """Normalize x [T, D] with weight [D], or each head of x [n, T, d] with weight [d]."""
+        return self.norm(self.device.xp, x, weight, self.config.rms_norm_eps)  # the shape of x
 
 
 class ForwardContext:
-    """What all layers of one forward pass share: the angles of its positions and what each may see.
+    """The state that all layers of a forward pass share: RoPE angles, and the keys that each position sees.
 
-    `sequences` has a list of SequenceSlice for each window that some layer has; most models have only one.
+    `sequences` maps each window that occurs in the model to a list of SequenceSlice, one per sequence; most
+    models use the same window in all layers.
     """
 
     def __init__(self, xp, parts, inverse_frequencies, config, record):
@@ -250,29 +254,29 @@ class ForwardContext:
         self.cos, self.sin = ops.rope_cos_sin(xp, positions, inverse_frequencies, factor)  # [T, d] each
         self.layers_without_rope = config.layers_without_rope
         if self.layers_without_rope:
-            still = xp.zeros(self.cos.shape, dtype=self.cos.dtype)  # [T, d]
-            self.no_angles = still + 1, still  # [T, d] each
+            zeros = xp.zeros(self.cos.shape, dtype=self.cos.dtype)  # [T, d]
+            self.no_rotation = zeros + 1, zeros  # [T, d] each
 
     def angles(self, layer):
-        """Cosines and sines of a layer's RoPE, [T, d] each; in one that has none nothing is turned."""
-        return self.no_angles if layer in self.layers_without_rope else (self.cos, self.sin)  # [T, d] each
+        """Return the cosines and sines for a layer's RoPE, [T, d] each; 1 and 0 in a layer without RoPE."""
+        return self.no_rotation if layer in self.layers_without_rope else (self.cos, self.sin)  # [T, d] each
 
 
 class SequenceSlice:
-    """One sequence's part of a forward pass: its rows among the T tokens, its cache and what they may see."""
+    """One sequence's part of a forward pass: its rows among the T tokens, its cache and its mask."""
 
     def __init__(self, xp, tokens, cache, window):
         self.tokens, self.cache = tokens, cache
         past, total = cache.length, cache.length + tokens.stop - tokens.start
         self.positions = xp.arange(past, total)  # [n]
-        # The oldest key that any query of this pass sees; with a window the scores stay that small.
+        # The oldest key that a query of this pass sees. With a window, older keys are not even read.
         self.first_key = 0 if window is None else max(0, past - window + 1)
-        # A single query sees all keys from there on, so decoding needs no mask.
+        # A single query sees all keys from first_key on, so decoding needs no mask.
         self.mask = None
         if total - past > 1:
             self.mask = ops.causal_mask(xp, self.positions, self.first_key, total, window)  # [n, S]
 
 
 def joined(xp, arrays):
-    """Concatenate arrays [n, ..]; a single one is returned as it is."""
-    return arrays[0] if len(arrays) == 1 else xp.concatenate(arrays)
+    """Concatenate arrays [n, ..] to [T, ..]; a single array is returned as it is."""
+    return arrays[0] if len(arrays) == 1 else xp.concatenate(arrays)  # [T, ..]

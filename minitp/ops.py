@@ -1,16 +1,16 @@
 """Every operation of the transformer, written out: pure functions of arrays.
 
-`xp` is the array module, `numpy` or `cupy`; nothing here knows which. Shape letters, here and everywhere:
+`xp` is the array module, `numpy` or `cupy`; no function depends on which. The shape letters of the package:
 
-    T tokens of this pass    D hidden              d head_dim            V vocabulary
+    T tokens of this pass    D hidden size         d head_dim            V vocabulary size
     H query heads            K key/value heads     G query heads that share a KV head
     S keys that attention reads: all so far, or those within the sliding window
-    F FFN columns            E experts             X experts that a token goes through
-    B sequences of a decoding step on a GPU        n any number of rows or heads
-    H_r, K_r, F_r, V_r: the part of them that this rank holds
+    F FFN columns            E experts             X experts that each token goes through
+    B sequences of a decode pass on a GPU          n any number of rows or heads
+    H_r, K_r, F_r, V_r: this rank's part of H, K, F, V
 
-Weights lie `[in, out]`, so a projection reads `x @ w`. Norms, RoPE and softmax compute in float32 whatever
-the dtype of `x`, and matrix products sum in float32: that is what a GPU does with 16-bit inputs.
+Weights are stored as `[in, out]`, so a projection is `x @ w`. Norms, RoPE and softmax compute in float32
+whatever the dtype of `x`, and matrix products accumulate in float32, as a GPU does with 16-bit inputs.
 """
 
 import math
@@ -19,49 +19,50 @@ import math
 
 
 def embed_partial(xp, token_ids, table, first_row):
-    """Vocab-parallel gather: the rows that this rank holds, zero for tokens that live on another rank.
+    """Look up the embedding rows that this rank holds; rows of tokens on other ranks are zero.
 
-    The sum over all ranks is the embedding, for just one rank adds something. (Megatron-LM, section 3.)
+    Each token's row is on one rank, so the sum over all ranks is the embedding: an all-reduce must follow.
+    (Shoeybi et al., Megatron-LM, 2019, section 3.)
 
     Parameters
     ----------
     token_ids : int [T]
     table : [V_r, D]
-        This rank's rows of the embedding.
+        This rank's rows of the embedding table.
     first_row : int
-        The token id of its first row.
+        The token id of the first row of `table`.
 
     Returns
     -------
     [T, D] in the dtype of `table`
     """
     local = token_ids - first_row  # [T]
-    here = (local >= 0) & (local < table.shape[0])  # [T]
-    rows = table[xp.where(here, local, 0)]  # [T, D]
-    rows = xp.where(here[:, None], rows, xp.zeros_like(rows))  # [T, D]
-    return rows.astype(table.dtype, copy=False)  # [T, D]: CuPy's `where` gives float32 for bfloat16
+    is_local = (local >= 0) & (local < table.shape[0])  # [T]
+    rows = table[xp.where(is_local, local, 0)]  # [T, D]
+    rows = xp.where(is_local[:, None], rows, xp.zeros_like(rows))  # [T, D]
+    return rows.astype(table.dtype, copy=False)  # [T, D]: CuPy's `where` returns float32 for bfloat16
 
 
 def scaled(xp, x, multiplier):
-    """`x` [T, D] times a number, in float32 and rounded once to the dtype of `x`; for 1 `x` itself.
+    """Multiply `x` [T, D] by a number in float32, and round once to the dtype of `x`.
 
-    Of embeddings (Gemma Team, Gemma 2, 2024) and of what a block adds to the stream (Granite Team, Granite
-    3.0, 2024).
+    Gemma scales its embeddings (Gemma Team, Gemma 2, 2024), and Granite also what each block adds to the
+    residual stream (Granite Team, Granite 3.0, 2024). A multiplier of 1 returns `x` itself.
     """
     if multiplier == 1:
         return x
     return (x.astype(xp.float32, copy=False) * multiplier).astype(x.dtype, copy=False)  # [T, D]
 
 
-# --- normalisation --------------------------------------------------------------------------------------
+# --- normalization --------------------------------------------------------------------------------------
 
 
 def rms_norm(xp, x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last axis. (Zhang and Sennrich, RMSNorm, 2019.)
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last axis.
 
-    `x` is [T, D] and `weight` [D]; returns [T, D] in the dtype of `x`. Or [n, T, d] and [d], for a norm of
-    each head. As in Hugging Face's Llama the normalised value is rounded to that dtype before the weight is
-    applied.
+    `x` is [T, D] and `weight` [D]; returns [T, D] in the dtype of `x`. A norm of each head takes [n, T, d]
+    and [d] instead. As in Hugging Face's Llama, the normalized value is rounded to that dtype before it is
+    multiplied by the weight. (Zhang and Sennrich, RMSNorm, 2019.)
     """
     x32 = x.astype(xp.float32, copy=False)  # [T, D]
     mean_square = (x32 * x32).sum(axis=-1, keepdims=True) / x.shape[-1]  # [T, 1]
@@ -70,9 +71,9 @@ def rms_norm(xp, x, weight, eps):
 
 
 def rms_norm_plus_one(xp, x, weight, eps):
-    """The same times 1 + weight, in float32 and rounded once: Gemma's. (Gemma Team, Gemma 2, 2024.)
+    """Compute Gemma's x / sqrt(mean(x^2) + eps) * (1 + weight) in float32, and round once.
 
-    `x` is [T, D] and `weight` [D]; returns [T, D] in the dtype of `x`.
+    `x` is [T, D] and `weight` [D]; returns [T, D] in the dtype of `x`. (Gemma Team, Gemma 2, 2024.)
     """
     x32 = x.astype(xp.float32, copy=False)  # [T, D]
     mean_square = (x32 * x32).sum(axis=-1, keepdims=True) / x.shape[-1]  # [T, 1]
@@ -84,15 +85,16 @@ def rms_norm_plus_one(xp, x, weight, eps):
 
 
 def matmul(xp, a, b):
-    """a @ b with the sums in float32, rounded once to the dtype of `a`. [n, m] @ [m, k] -> [n, k]."""
-    return xp.matmul(a, b, dtype=xp.float32).astype(a.dtype, copy=False)
+    """Compute a @ b in float32, and round once to the dtype of `a`: [n, m] @ [m, k] -> [n, k]."""
+    return xp.matmul(a, b, dtype=xp.float32).astype(a.dtype, copy=False)  # [n, k]
 
 
 def column_parallel(xp, x, w_r, bias_r=None):
-    """This rank's columns of x @ w + bias, summed in float32 and rounded once: no communication.
+    """Compute this rank's columns of y = x @ w + bias, without communication.
 
-    w = [ w_0 | w_1 | .. ], `x` [T, D] is the same on all ranks, `w_r` [D, n_r], `bias_r` [n_r].
-    Returns [T, n_r].
+    w = [ w_0 | w_1 | .. ] is split by columns, and so is y. `x` [T, D] is the same on all ranks; `w_r`
+    [D, n_r] and `bias_r` [n_r] are this rank's columns. Sums in float32, rounds once, returns [T, n_r].
+    (Shoeybi et al., Megatron-LM, 2019, section 3.)
     """
     y_r = xp.matmul(x, w_r, dtype=xp.float32)  # [T, n_r]
     y_r = y_r if bias_r is None else y_r + bias_r  # [T, n_r]
@@ -100,20 +102,22 @@ def column_parallel(xp, x, w_r, bias_r=None):
 
 
 def row_parallel(xp, x_r, w_r):
-    """This rank's term of the sum  x @ w = x_0 @ w_0 + x_1 @ w_1 + ..: an all-reduce must follow.
+    """Compute this rank's term of x @ w = x_0 @ w_0 + x_1 @ w_1 + ..; an all-reduce must follow.
 
-    `x_r` [T, n_r] are this rank's columns of x, `w_r` [n_r, D] the rows of w that go with them. A bias is
-    not added here: added on each rank it would count once a rank. Returns [T, D].
+    `x_r` [T, n_r] holds this rank's columns of x, and `w_r` [n_r, D] the matching rows of w. Returns [T, D].
+    The bias is added after the all-reduce: added to each term, it would be counted once per rank.
+    (Shoeybi et al., Megatron-LM, 2019, section 3.)
     """
     return matmul(xp, x_r, w_r)  # [T, D]
 
 
 def logits_partial(xp, x, w_r, softcap=None, scaling=1.0):
-    """This rank's vocabulary columns of the logits, kept in float32: rounding would make ties.
+    """Compute this rank's vocabulary columns of the logits; an all-gather must follow.
 
-    Not a term of a sum, in spite of the name: the ranks' columns are put side by side, by an all-gather.
-    `x` is [n, D] and `w_r` [D, V_r]; returns float32 [n, V_r], divided by `scaling` (Granite Team, Granite
-    3.0, 2024) and within `softcap` if there is one.
+    Despite the name the result is not a term of a sum: the all-gather concatenates the columns of all ranks.
+    `x` is [n, D] and `w_r` [D, V_r]; returns [n, V_r], divided by `scaling` (Granite Team, Granite 3.0, 2024)
+    and limited by `soft_cap` if `softcap` is given. The logits stay float32, because rounding them could make
+    two logits equal.
     """
     logits_r = xp.matmul(x, w_r, dtype=xp.float32)  # [n, V_r]
     logits_r = logits_r if scaling == 1 else logits_r / scaling  # [n, V_r]
@@ -121,22 +125,22 @@ def logits_partial(xp, x, w_r, softcap=None, scaling=1.0):
 
 
 def soft_cap(xp, x, cap):
-    """cap * tanh(x / cap): nearly x where that is small, and never beyond -cap and cap.
+    """Compute cap * tanh(x / cap): close to x for small x, and never outside [-cap, cap].
 
-    Any shape. (Bello et al., 2016; Gemma Team, Gemma 2, 2024, section 2.)
+    `x` may have any shape. (Bello et al., 2016; Gemma Team, Gemma 2, 2024, section 2.)
     """
-    return xp.tanh(x / cap) * cap
+    return xp.tanh(x / cap) * cap  # the shape of x
 
 
 # --- rotary position embedding --------------------------------------------------------------------------
 
 
 def rope_cos_sin(xp, positions, inverse_frequencies, attention_factor=1.0):
-    """Cosine and sine of each position's angles, for both halves of a head as `apply_rope` wants them.
+    """Compute the cosines and signed sines of each position's angles, in the form that `apply_rope` takes.
 
-    `positions` int [T] and `inverse_frequencies` float32 [d/2]; returns float32 [T, d] twice: cosines of the
-    d/2 angles and again, sines of them negated and as they are. Both are multiplied by `attention_factor`,
-    so scores grow by its square. (YaRN, section 3.4.)
+    `positions` is int [T] and `inverse_frequencies` float32 [d/2]. Returns cos and sin, float32 [T, d] each:
+    [cos(angles), cos(angles)] and [-sin(angles), sin(angles)]. Both are multiplied by `attention_factor`, so
+    the scores grow by its square. (Peng et al., YaRN, 2023, section 3.4.)
     """
     angles = positions.astype(xp.float32)[:, None] * inverse_frequencies[None, :]  # [T, d/2]
     cos, sin = xp.cos(angles) * attention_factor, xp.sin(angles) * attention_factor  # [T, d/2], [T, d/2]
@@ -144,32 +148,32 @@ def rope_cos_sin(xp, positions, inverse_frequencies, attention_factor=1.0):
 
 
 def apply_rope(xp, x, cos, sin):
-    """Turn the pairs (x[i], x[i + d/2]) of each head by its position's angles.
+    """Rotate the pairs (x[i], x[i + d/2]) of each head by the angles of its position.
 
-        turned[i]       = x[i] * cos[i]       - x[i + d/2] * sin[i]
-        turned[i + d/2] = x[i + d/2] * cos[i] + x[i] * sin[i]
+        rotated[i]       = x[i] * cos(angle[i])       - x[i + d/2] * sin(angle[i])
+        rotated[i + d/2] = x[i + d/2] * cos(angle[i]) + x[i] * sin(angle[i])
 
     This is the half-split ("rotate_half") layout of Hugging Face checkpoints. Meta's original files pair
-    (x[2i], x[2i + 1]) instead: weights for the one with code for the other give fluent-looking garbage.
+    (x[2i], x[2i + 1]) instead. Weights in one layout with code for the other give fluent-looking garbage.
 
-    `x` is [n, T, d] for n heads, `cos` and `sin` [T, d] from `rope_cos_sin`, which have the signs; returns
-    [n, T, d] in the dtype of `x`.
+    `x` is [n, T, d] for n heads; `cos` and `sin` [T, d] come from `rope_cos_sin`, which has put in the signs.
+    Returns [n, T, d] in the dtype of `x`. (Su et al., RoFormer, 2021, section 3.2.2.)
     """
     x32 = x.astype(xp.float32, copy=False)  # [n, T, d]
     half = x.shape[-1] // 2
     partner = xp.concatenate((x32[..., half:], x32[..., :half]), axis=-1)  # [n, T, d]
-    turned = x32 * cos + partner * sin  # [n, T, d]
-    return turned.astype(x.dtype, copy=False)  # [n, T, d]
+    rotated = x32 * cos + partner * sin  # [n, T, d]
+    return rotated.astype(x.dtype, copy=False)  # [n, T, d]
 
 
 # --- attention ------------------------------------------------------------------------------------------
 
 
 def split_heads(xp, qkv, heads, kv_heads):
-    """Views of the joined projection as heads: q and k together [H_r + K_r, T, d], and v [K_r, T, d].
+    """Return views of the joined projection as heads: q and k in one, [H_r + K_r, T, d], and v [K_r, T, d].
 
-    `qkv` is [T, (H_r + 2 K_r) * d], with the columns of all q heads first, then k, then v. Queries and keys
-    stay together because RoPE turns both alike.
+    `qkv` is [T, (H_r + 2 K_r) * d]: the columns of all q heads, then those of k, then those of v. Queries and
+    keys stay together because RoPE rotates both in the same way.
     """
     per_head = qkv.reshape(qkv.shape[0], heads + 2 * kv_heads, -1)  # [T, H_r + 2 K_r, d]
     by_head = per_head.transpose(1, 0, 2)  # [H_r + 2 K_r, T, d]
@@ -177,10 +181,10 @@ def split_heads(xp, qkv, heads, kv_heads):
 
 
 def causal_mask(xp, query_positions, first_key, stop_key, window=None):
-    """Which keys each query may see: bool [T, S] for the keys at positions first_key .. stop_key - 1.
+    """Return which keys each query may see: bool [T, S] for the keys at positions first_key .. stop_key - 1.
 
-    A query at position i sees the keys j <= i, and with a sliding window only the last `window` of these,
-    itself included: i - window < j. (Jiang et al., Mistral 7B, 2023, section 2.)
+    A query at position i sees the keys j <= i. With a sliding window it sees only the last `window` of them,
+    including its own: i - window < j <= i. (Jiang et al., Mistral 7B, 2023, section 2.)
     """
     query = query_positions[:, None]  # [T, 1]
     key = xp.arange(first_key, stop_key)[None, :]  # [1, S]
@@ -189,7 +193,7 @@ def causal_mask(xp, query_positions, first_key, stop_key, window=None):
 
 
 def attention_scores(xp, q, k, query_groups, mask=None, scale=None, softcap=None):
-    """q . k / sqrt(d), and -inf where the mask says no.
+    """Compute the attention scores q . k / sqrt(d), with -inf for each key that the mask hides.
 
     (Vaswani et al., Attention Is All You Need, 2017, section 3.2.1; Ainslie et al., GQA, 2023.)
 
@@ -198,13 +202,14 @@ def attention_scores(xp, q, k, query_groups, mask=None, scale=None, softcap=None
     q : [H_r, T, d]
     k : [K_r, S, d]
     query_groups : list of (start, stop)
-        For each KV head the query heads that read it. The groups may be ragged, so nothing is reshaped to
-        [K_r, G]: the loop goes over KV heads.
-    mask : bool [T, S] or None if everything may be seen
+        The query heads that read each KV head. The groups may differ in size, so q cannot be reshaped to
+        [K_r, G, T, d]; instead the loop goes over the KV heads.
+    mask : bool [T, S] or None
+        The keys that each query may see; None if it may see all of them.
     scale : float or None
-        What else the products are multiplied with than 1 / sqrt(d).
+        The factor that replaces 1 / sqrt(d), if it is given.
     softcap : float or None
-        See `soft_cap`.
+        The `cap` of `soft_cap`, if the scores have one.
 
     Returns
     -------
@@ -216,20 +221,21 @@ def attention_scores(xp, q, k, query_groups, mask=None, scale=None, softcap=None
     for kv_head, (start, stop) in enumerate(query_groups):
         rows = q[start:stop].reshape(-1, d)  # [G * T, d]
         products = xp.matmul(rows, k[kv_head].T, dtype=xp.float32)  # [G * T, S]
-        scores[start:stop] = products.reshape(stop - start, tokens, keys)
+        scores[start:stop] = products.reshape(stop - start, tokens, keys)  # [G, T, S]
     scores *= 1 / math.sqrt(d) if scale is None else scale
     if softcap is not None:
         scores = soft_cap(xp, scores, softcap)  # [H_r, T, S]
     if mask is not None:
-        # Not by adding -inf: a key that is no number must not reach the queries that do not see it.
+        # Overwritten rather than added to: a NaN in a key must not reach the queries that do not see it.
         xp.copyto(scores, -xp.inf, where=~mask)
     return scores  # [H_r, T, S]
 
 
 def softmax(xp, scores):
-    """exp(s - max) / sum, over the last axis. Subtracting the maximum keeps exp from overflowing.
+    """Compute exp(s - max) / sum(exp(s - max)) over the last axis.
 
-    `scores` is float32 [..., S] with at least one finite entry in each row; returns the same shape.
+    Subtracting the maximum keeps exp from overflowing. `scores` is float32 [..., S] with at least one finite
+    entry in each row; returns the same shape.
     """
     weights = scores - scores.max(axis=-1, keepdims=True)  # [..., S]
     xp.exp(weights, out=weights)
@@ -238,10 +244,10 @@ def softmax(xp, scores):
 
 
 def attention_context(xp, probs, v, query_groups):
-    """The mean of the values, weighted by the probabilities.
+    """Compute the mean of the values weighted by the probabilities, for each query.
 
-    `probs` float32 [H_r, T, S] is rounded to the dtype of `v` [K_r, S, d] first; `query_groups` as above.
-    Returns the context of all heads side by side, as the output projection wants it: [T, H_r * d].
+    `probs` float32 [H_r, T, S] is first rounded to the dtype of `v` [K_r, S, d]; `query_groups` is as in
+    `attention_scores`. Returns the heads side by side, [T, H_r * d], as the output projection takes them.
     """
     heads, tokens, keys = probs.shape
     d = v.shape[2]
@@ -250,7 +256,7 @@ def attention_context(xp, probs, v, query_groups):
     for kv_head, (start, stop) in enumerate(query_groups):
         rows = probs[start:stop].reshape(-1, keys)  # [G * T, S]
         means = matmul(xp, rows, v[kv_head])  # [G * T, d]
-        context[start:stop] = means.reshape(stop - start, tokens, d)
+        context[start:stop] = means.reshape(stop - start, tokens, d)  # [G, T, d]
     return context.transpose(1, 0, 2).reshape(tokens, heads * d)  # [T, H_r * d]
 
 
@@ -258,23 +264,24 @@ def attention_context(xp, probs, v, query_groups):
 
 
 def swiglu(xp, gate_up):
-    """silu(gate) * up, with silu(x) = x / (1 + exp(-x)). (Shazeer, GLU Variants, 2020.)
+    """Compute silu(gate) * up, where silu(x) = x / (1 + exp(-x)).
 
-    `gate_up` is [T, 2 F_r], the gate columns first; returns [T, F_r] in the same dtype.
+    `gate_up` is [T, 2 F_r], with the gate columns first; returns [T, F_r] in the same dtype. (Shazeer, GLU
+    Variants Improve Transformer, 2020.)
     """
     columns = gate_up.shape[-1] // 2
     gate = gate_up[:, :columns].astype(xp.float32, copy=False)  # [T, F_r]
     up = gate_up[:, columns:].astype(xp.float32, copy=False)  # [T, F_r]
-    # Below -80 silu is 0 to any float32 sum it enters, and exp(-x) would overflow.
+    # Below -80 silu is too small to change a float32 sum, and below -88 exp(-x) would overflow.
     silu = gate / (1 + xp.exp(-xp.maximum(gate, -80)))  # [T, F_r]
     return (silu * up).astype(gate_up.dtype, copy=False)  # [T, F_r]
 
 
 def geglu(xp, gate_up):
-    """gelu(gate) * up, with gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+    """Compute gelu(gate) * up, where gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
 
-    (Hendrycks and Gimpel, GELU, 2016, section 2; Shazeer, GLU Variants, 2020.) `gate_up` is [T, 2 F_r], the
-    gate columns first; returns [T, F_r] in the same dtype.
+    `gate_up` is [T, 2 F_r], with the gate columns first; returns [T, F_r] in the same dtype. (Hendrycks and
+    Gimpel, GELU, 2016, section 2; Shazeer, GLU Variants Improve Transformer, 2020.)
     """
     columns = gate_up.shape[-1] // 2
     gate = gate_up[:, :columns].astype(xp.float32, copy=False)  # [T, F_r]

@@ -1,4 +1,4 @@
-"""One continuation as it is asked for: its tokens, its text, and why it ended."""
+"""A request for one continuation: its tokens, its text, and the reason why it ended."""
 
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -12,7 +12,7 @@ from minitp.util.format import counted
 
 @dataclass
 class Request:
-    """One continuation as rank 0 sees it: samples, turns tokens into text, knows when to stop.
+    """A continuation on rank 0, which samples tokens, turns them into text, and decides when to stop.
 
     Parameters
     ----------
@@ -20,23 +20,23 @@ class Request:
     eos_token_ids : tuple of int
     prompt_ids : list of int
     max_context : int
-        Positions that prompt and continuation may take together.
+        The most positions that the prompt and the continuation may have together.
     tokenizer : Tokenizer or None
-        None: there is no text, only tokens.
+        The tokenizer that turns tokens into text; None if there is no text, only tokens.
     emit : callable
-        Gets each piece of text (of tokens, if there is no tokenizer) as it is complete. Returns False when
-        nobody reads any more.
+        A function that is called with each complete piece of text, or with each token id as text if there is
+        no tokenizer. It returns False if the output has been closed.
 
     Attributes
     ----------
     token_ids : list of int
-        The new tokens, an end-of-text token included.
+        The new tokens, including an end-of-text token.
     text : str
-        Their text, without special tokens and cut before a stop string.
+        The text of the new tokens, without special tokens and cut before a stop string.
     finish_reason : str or None
-        "stop" (end of text, or a stop string), "length", or "closed": nobody reads any more.
+        "stop" (an end-of-text token or a stop string), "length", or "closed" (the output has been closed).
     logprobs : list of (float, list of (int, float))
-        If the params want them, of each new token; see `sampling.token_logprobs`.
+        The log-probabilities of each new token, if `params` asks for them; see `sampling.token_logprobs`.
     """
 
     params: object
@@ -52,19 +52,19 @@ class Request:
 
     def __post_init__(self):
         self.sampler = Sampler(self.params)
-        self.times = [perf_counter()]  # of the start, then of each token
+        self.times = [perf_counter()]  # times of the start and of each token
         self._stream = TextStream(self.tokenizer, self.prompt_ids) if self.tokenizer else None
         self._stops = StopStrings(self.params.stop)
 
     def sample(self, logits):
-        """The next token from logits [V], and whether it is the last."""
+        """Sample the next token from logits [V]; return it, and whether it is the last one."""
         token = self.sampler.choose(logits)
         if self.params.logprobs is not None:
             self.logprobs.append(token_logprobs(logits, token, self.params.logprobs))
         return token, self.append_token(token)
 
     def append_token(self, token):
-        """Take this as the next token; returns whether it is the last."""
+        """Append the next token and write its text; return whether it is the last one."""
         self.token_ids.append(token)
         self.times.append(perf_counter())
         length = len(self.prompt_ids) + len(self.token_ids)
@@ -77,7 +77,7 @@ class Request:
 
     def _write(self, token):
         if self._stream is None:
-            self._hand_out(f"{token} ")
+            self._emit(f"{token} ")
             return
         piece = self._stops.push(self._stream.push(token))
         if self.finish_reason is not None:
@@ -86,15 +86,15 @@ class Request:
             self.finish_reason = "stop"
         self.text += piece
         if piece:
-            self._hand_out(piece)
+            self._emit(piece)
 
-    def _hand_out(self, piece):
+    def _emit(self, piece):
         if not self.emit(piece):
             self.finish_reason = "closed"
 
     @property
     def positions(self):
-        """How long prompt and continuation may become."""
+        """The most positions that the prompt and the continuation can have together."""
         return min(self.max_context, len(self.prompt_ids) + self.params.max_new_tokens)
 
     @property
@@ -104,23 +104,23 @@ class Request:
 
     @property
     def decode_tokens_per_s(self):
-        """Tokens a second after the first one; None if there is just one."""
-        steps = len(self.token_ids) - 1
-        return steps / (self.times[-1] - self.times[1]) if steps else None
+        """Tokens per second after the first token; None if there is only one token."""
+        decoded = len(self.token_ids) - 1
+        return decoded / (self.times[-1] - self.times[1]) if decoded else None
 
 
 def context_length(config, max_context):
-    """The positions that a sequence may take: the model's own, or fewer with --max-context."""
+    """Return the most positions that a sequence may have: the model's limit, or --max-context if given."""
     limit = config.max_position_embeddings
     if max_context is not None and not 1 <= max_context <= limit:
         raise InputError(
-            f"--max-context {max_context}: this model's context is {limit} tokens; give 1 to that"
+            f"--max-context {max_context}: this model's context is {limit} tokens; give 1 to {limit}"
         )
     return max_context or limit
 
 
 def check_prompt(token_ids, config, context):
-    """Refuse a prompt that the model cannot take, `context` being its context length."""
+    """Refuse a prompt that is empty, leaves no room in `context` positions, or has an unknown token id."""
     if not token_ids:
         raise InputError("the prompt is empty and this model adds no BOS token; give at least one word")
     check_vocabulary(token_ids, config)
@@ -132,7 +132,7 @@ def check_prompt(token_ids, config, context):
 
 
 def check_vocabulary(token_ids, config):
-    """Refuse ids that the embedding has no row for; a tokenizer may know more than the model."""
+    """Refuse token ids without a row in the embedding; a tokenizer may have more tokens than the model."""
     for token in token_ids:
         if not 0 <= token < config.vocab_size:
             raise InputError(f"token id {token} is outside the vocabulary, 0 to {config.vocab_size - 1}")

@@ -1,17 +1,17 @@
-"""The frequencies of rotary position embedding; `ops.apply_rope` turns by them."""
+"""The frequencies of rotary position embedding, which `ops.rope_cos_sin` turns into angles."""
 
 import math
 
 
 def rope_inverse_frequencies(rope, head_dim):
-    """The angle that each pair of dimensions turns by per position, as a list of head_dim / 2 floats.
+    """Return the angle per position that rotates each pair of dimensions, a list of head_dim / 2 floats.
 
     default   theta^(-2i / d)                                   (Su et al., RoFormer, 2021, section 3.2.2)
-    linear    the same, divided by `factor`                     (Chen et al., Position Interpolation, 2023)
-    llama3    waves longer than the original context are stretched by `factor`, short ones are kept, and
-              between the two it changes over smoothly          (Llama 3.1's reference code)
-    yarn      the same idea with a ramp over the pairs          (Peng et al., YaRN, 2023, section 3.2)
-    longrope  each divided by a number of its own               (Ding et al., LongRoPE, 2024, section 3)
+    linear    all frequencies divided by `factor`               (Chen et al., Position Interpolation, 2023)
+    llama3    low frequencies divided by `factor`, high ones kept, and a smooth transition in between, by
+              the rotations over the original context           (Llama 3.1's reference code)
+    yarn      the same idea, with a linear ramp over the pairs  (Peng et al., YaRN, 2023, section 3.2)
+    longrope  each frequency divided by its own factor          (Ding et al., LongRoPE, 2024, section 3)
     """
     plain = [rope.rope_theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     if rope.rope_type == "default":
@@ -24,28 +24,30 @@ def rope_inverse_frequencies(rope, head_dim):
         return yarn_inverse_frequencies(rope, plain)
     scaled = []
     for f in plain:
-        turns = rope.original_max_position_embeddings * f / (2 * math.pi)  # over the original context
-        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        keep = min(max(keep, 0.0), 1.0)
-        scaled.append(keep * f + (1 - keep) * f / rope.factor)
+        rotations = rope.original_max_position_embeddings * f / (2 * math.pi)  # over the original context
+        kept = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        kept = min(max(kept, 0.0), 1.0)
+        scaled.append(kept * f + (1 - kept) * f / rope.factor)
     return scaled
 
 
 def yarn_inverse_frequencies(rope, plain):
-    """Pairs that turn more than `beta_fast` times over the original context keep their frequency, those that
-    turn less than `beta_slow` times are divided by `factor`, and between the two pairs there is a ramp.
+    """Scale the d/2 frequencies `plain` as YaRN does.
 
-    `plain` are the d/2 frequencies without scaling. (Peng et al., YaRN, 2023, section 3.2.)
+    Pairs with more than `beta_fast` rotations over the original context keep their frequency, those with
+    fewer than `beta_slow` have it divided by `factor`, and a linear ramp over the pairs joins the two. (Peng
+    et al., YaRN, 2023, section 3.2.)
     """
     length, count = rope.original_max_position_embeddings, len(plain)
 
-    def pair(turns):  # that turns so often, as a real number
-        return count * math.log(length / (turns * 2 * math.pi)) / math.log(rope.rope_theta)
+    def pair(rotations):
+        """Return the index of the pair with this many rotations, as a real number."""
+        return count * math.log(length / (rotations * 2 * math.pi)) / math.log(rope.rope_theta)
 
     first, last = pair(rope.beta_fast), pair(rope.beta_slow)
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * count - 1)
-    last = last + 0.001 if first == last else last  # a step
+    last = last + 0.001 if first == last else last  # a jump instead of a ramp, without a division by zero
     ramp = [min(max((i - first) / (last - first), 0.0), 1.0) for i in range(count)]
     return [f / rope.factor * r + f * (1 - r) for f, r in zip(plain, ramp, strict=True)]

@@ -1,4 +1,4 @@
-"""From the logits of one position to the next token: on rank 0, or alike on all GPUs of the fused path."""
+"""Sampling: choosing the next token from the logits of one position, on rank 0."""
 
 import secrets
 from dataclasses import dataclass
@@ -13,31 +13,32 @@ from minitp.util.suggest import refuse_unknown
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a continuation is chosen and when it ends.
+    """The parameters that say how the tokens of a continuation are chosen and when it ends.
 
     Attributes
     ----------
     max_new_tokens : int
     temperature : float
-        0 takes the most probable token (greedy); otherwise the logits are divided by it.
+        A number that the logits are divided by. 0 chooses the most probable token (greedy decoding).
     top_k : int
-        Choose among the k most probable tokens only; 0: all.
+        Choose among the k most probable tokens only; 0 for all tokens.
     top_p : float
         Choose among the fewest most probable tokens whose probabilities add up to at least p.
         (Holtzman et al., The Curious Case of Neural Text Degeneration, 2019, section 3.1.)
     seed : int or None
-        The same seed gives the same text at the same number of ranks. None draws a fresh one.
+        The same seed gives the same text with the same number of ranks. None draws a new seed.
     stop : tuple of str
-        The text ends before the first of these. A single string is taken as one of one.
+        The text ends before the first of these strings. A single string counts as a tuple of one.
     ignore_eos : bool
-        Go on after an end-of-text token.
+        Continue after an end-of-text token.
     logprobs : int or None
-        Tell the logarithm of each token's probability, and of so many of the most probable ones beside it: as
-        the model has them, before temperature, top-k and top-p.
+        Return the log-probability of each token, and of this many most probable tokens at its position. They
+        are the model's own, before temperature, top-k and top-p.
 
     Raises
     ------
     ParameterError
+        If a value is invalid.
     """
 
     max_new_tokens: int = 100
@@ -50,7 +51,7 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __new__(cls, *args: object, **fields: object) -> "SamplingParams":
-        """Refuse a name that is no field, with the likely one."""
+        """Refuse a name that is not a field, and suggest the likely one."""
         refuse_unknown(cls.__name__, fields, list(cls.__dataclass_fields__))
         return super().__new__(cls)
 
@@ -62,14 +63,14 @@ class SamplingParams:
         self._check("top_k", Integral, lambda n: n >= 0, "0 (all) or more")
         self._check("top_p", Real, lambda x: 0 < x <= 1, "above 0 and at most 1")
         self._check("seed", Integral | None, lambda n: n is None or n >= 0, "0 or more")
-        self._check("stop", tuple | list, all_texts, "strings that are not empty")
+        self._check("stop", tuple | list, all_nonempty_strings, "strings that are not empty")
         self._check("ignore_eos", bool, lambda _: True, "True or False")
         self._check("logprobs", Integral | None, lambda n: n is None or n >= 0, "None, 0 or more")
 
-    def _check(self, name, types, right, expected):
+    def _check(self, name, types, is_valid, expected):
         value = getattr(self, name)
-        is_flag = isinstance(value, bool) and types is not bool  # True is an int, but no count
-        if is_flag or not isinstance(value, types) or not right(value):
+        is_flag = isinstance(value, bool) and types is not bool  # True is an int, but not a count
+        if is_flag or not isinstance(value, types) or not is_valid(value):
             raise ParameterError(name, value, expected)
 
 
@@ -86,18 +87,18 @@ class SamplingFields(TypedDict, total=False):
     logprobs: int | None
 
 
-def all_texts(values):
-    """Whether all are strings, and none is empty."""
+def all_nonempty_strings(values):
+    """Return True if all values are strings and none of them is empty."""
     return all(isinstance(value, str) and value for value in values)
 
 
 class Sampler:
-    """Draws tokens with one generator, so that a seed fixes the whole continuation.
+    """A sampler with one random generator, so that a seed determines the whole continuation.
 
     Attributes
     ----------
     seed : int or None
-        The seed in use; None when greedy.
+        The seed in use; None for greedy decoding.
     """
 
     def __init__(self, params):
@@ -108,7 +109,7 @@ class Sampler:
             self._generator = np.random.Generator(np.random.PCG64(self.seed))
 
     def choose(self, logits):
-        """A token id from float32 logits [V]."""
+        """Choose a token id from float32 logits [V]."""
         if self._params.temperature == 0:
             return int(np.argmax(logits))
         probs = token_probabilities(logits, self._params)  # [V]
@@ -117,14 +118,14 @@ class Sampler:
         return int(np.searchsorted(cumulative, drawn, side="right"))
 
     def draws(self, count):
-        """The next uniform numbers from 0 to 1, float64 [count], a token each; zeros when greedy."""
+        """Return uniform random numbers in [0, 1) for the next tokens, float64 [count]; zeros if greedy."""
         return np.zeros(count) if self._params.temperature == 0 else self._generator.random(count)
 
 
 def token_probabilities(logits, params):
-    """The probabilities [V] that temperature, top-k and top-p (in this order) leave; float64, sum 1."""
+    """Apply temperature, top-k and top-p, in this order; return the probabilities, float64 [V] with sum 1."""
     below_best = logits.astype(np.float64) - logits.max()  # [V]
-    with np.errstate(over="ignore"):  # a tiny temperature leaves the best token alone: the others are -inf
+    with np.errstate(over="ignore"):  # with a tiny temperature all tokens but the best become -inf
         scaled = below_best / params.temperature  # [V]
     order = np.argsort(-scaled, kind="stable")  # [V], the most probable first; ties by token id
     kept = len(order) if params.top_k == 0 else min(params.top_k, len(order))
@@ -133,14 +134,14 @@ def token_probabilities(logits, params):
     probs /= probs.sum()
     if params.top_p < 1:
         needed = int(np.searchsorted(np.cumsum(probs), params.top_p)) + 1
-        probs = probs[:needed] / probs[:needed].sum()
+        probs = probs[:needed] / probs[:needed].sum()  # [needed]
     result = np.zeros(len(logits))  # [V]
     result[order[: len(probs)]] = probs
     return result
 
 
 def token_logprobs(logits, token, top):
-    """The logarithm of a token's probability, and the `top` most probable tokens with theirs.
+    """Return the log-probability of a token, and the `top` most probable tokens with theirs.
 
     Parameters
     ----------
@@ -150,7 +151,7 @@ def token_logprobs(logits, token, top):
     Returns
     -------
     float, list of (int, float)
-        The most probable first; of equal ones the lower token id.
+        The list has (token id, log-probability) with the most probable first; ties by token id.
     """
     below_best = logits.astype(np.float64) - logits.max()  # [V]
     logprobs = below_best - np.log(np.exp(below_best).sum())  # [V]
@@ -159,7 +160,7 @@ def token_logprobs(logits, token, top):
 
 
 def most_probable(logprobs, count):
-    """The `count` best token ids of [V], best first; ties by token id. Sorts only these, not all of them."""
+    """Return the `count` most probable token ids, best first and ties by id, without sorting all of [V]."""
     least = np.partition(logprobs, -count)[-count]
-    among = np.flatnonzero(logprobs >= least)  # [count or, with ties, more]
-    return among[np.argsort(-logprobs[among], kind="stable")][:count]  # [count]
+    candidates = np.flatnonzero(logprobs >= least)  # [count], or more if there are ties
+    return candidates[np.argsort(-logprobs[candidates], kind="stable")][:count]  # [count]

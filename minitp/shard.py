@@ -5,16 +5,16 @@ A transformer layer is two pairs of matrices, and each pair is split the same wa
     column-parallel                        row-parallel
     w = [ w_0 | w_1 | w_2 | w_3 ]          w = [ w_0 ]      x @ w = x_0 @ w_0     rank 0
     y_r = x @ w_r                              [ w_1 ]            + x_1 @ w_1     rank 1
-    every rank gets its own columns            [ w_2 ]            + x_2 @ w_2     rank 2
-    of y and nobody waits                      [ w_3 ]            + x_3 @ w_3     rank 3
+    every rank computes its own                [ w_2 ]            + x_2 @ w_2     rank 2
+    columns of y; no communication             [ w_3 ]            + x_3 @ w_3     rank 3
 
-The columns that come out of the first (heads, or FFN columns) are just the rows that go into the second, so
-a pair costs one all-reduce: the sum on the right. (Shoeybi et al., Megatron-LM, 2019, section 3.)
-Drawn here as they are used, [in, out]; in a checkpoint they lie [out, in], so that a column of w is a row
-of the file's tensor.
+The columns that a rank computes with the first matrix (heads, or FFN columns) are exactly the inputs of its
+rows of the second one, so a pair needs only one all-reduce: the sum on the right. (Shoeybi et al.,
+Megatron-LM, 2019, section 3.) The matrices are drawn as they are used, [in, out]. A checkpoint stores them as
+[out, in], so a column of w is a row of the tensor in the file.
 
-Which tensor is split how is said in `tensors`: column, row, or replicated. Here that becomes a Plan: which
-heads, columns and rows each rank has.
+`tensors` says how each tensor is split: column, row, or replicated. `make_plan` turns that into a Plan: which
+heads, columns and rows each rank holds.
 """
 
 from dataclasses import dataclass, replace
@@ -26,22 +26,23 @@ from minitp.tensors import JOINED, tensor_table
 
 @dataclass(frozen=True)
 class TensorShard:
-    """How one checkpoint tensor is divided.
+    """The split of one checkpoint tensor over the ranks.
 
     Attributes
     ----------
     name : str
-        Its name in the checkpoint; of a part of a tensor in JOINED the name that it would have by itself.
+        The tensor's name in the checkpoint. A part of a joined tensor has the name that it would have if it
+        were stored by itself; see `tensors.JOINED`.
     shape : tuple of int
-        The whole tensor, as in the file.
+        The shape of the whole tensor, [out, in] as in the file.
     axis : int or None
-        The split axis; None if every rank holds all of it.
+        The axis that is split; None if every rank holds the whole tensor.
     ranges : tuple of (start, stop)
-        What each rank holds along `axis`, in rank order; empty if `axis` is None.
+        The range of `axis` that each rank holds, in rank order; empty if `axis` is None.
     part_of : str or None
-        The file's tensor in which it lies, if that has others too.
+        The name of the joined tensor that contains this one in the file, if there is one.
     first_row : int
-        Where it begins there.
+        The row of the joined tensor at which this one begins.
     """
 
     name: str
@@ -52,24 +53,24 @@ class TensorShard:
     first_row: int = 0
 
     def index(self, rank):
-        """The slices that cut this rank's part out of the whole tensor."""
+        """Return the slices that cut this rank's part out of the whole tensor."""
         whole = [slice(0, n) for n in self.shape]
         if self.axis is not None:
             whole[self.axis] = slice(*self.ranges[rank])
         return tuple(whole)
 
     def shape_on(self, rank):
-        """The shape of this rank's part."""
+        """Return the shape of this rank's part."""
         return tuple(s.stop - s.start for s in self.index(rank))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Who computes what, for `tp` ranks. Each `*_ranges` holds one (start, stop) a rank.
+    """The sharding plan of a model for `tp` ranks: each `*_ranges` has one (start, stop) per rank.
 
-    Query heads, FFN columns and vocabulary rows are dealt out as evenly as they go, each of them once. KV
-    heads follow the query heads: a rank holds those that its own query heads read, so two ranks may both
-    hold one. Nine query heads on three KV heads over four ranks:
+    Query heads, FFN columns and vocabulary rows are split as evenly as possible, and each is on one rank. KV
+    heads follow the query heads: a rank holds the KV heads that its query heads read, so the same KV head may
+    be on several ranks. Nine query heads and three KV heads on four ranks:
 
         query heads   0 1 2 | 3 4 | 5 6 | 7 8
         KV heads        0   |  1  | 1 2 |  2
@@ -82,17 +83,16 @@ class Plan:
     ffn_ranges: tuple
     vocab_ranges: tuple
     tensors: dict  # checkpoint tensor name -> TensorShard
-    experts: int = 0  # in each layer; all ranks hold their columns of every one
+    experts: int = 0  # experts of each layer; every rank holds its FFN columns of each of them
 
     def query_groups(self, rank):
-        """For each KV head on this rank, in order, the (start, stop) of the local query heads that read it.
+        """Return the (start, stop) of the local query heads that read each KV head of this rank, in order.
 
-        Ragged groups are the normal case: in the drawing above rank 2 has [(0, 1), (1, 2)].
+        Groups of different sizes are the normal case. In the example above rank 2 has [(0, 1), (1, 2)].
         """
         start, stop = self.head_ranges[rank]
         kv_start, kv_stop = self.kv_head_ranges[rank]
-        # The last ranges end at H and at K.
-        per_kv_head = self.head_ranges[-1][1] // self.kv_head_ranges[-1][1]
+        per_kv_head = self.head_ranges[-1][1] // self.kv_head_ranges[-1][1]  # H // K
         return [
             (max(start, kv * per_kv_head) - start, min(stop, (kv + 1) * per_kv_head) - start)
             for kv in range(kv_start, kv_stop)
@@ -100,7 +100,7 @@ class Plan:
 
 
 def split_evenly(n, parts):
-    """`n` things in `parts` runs as even as they go: the first n % parts runs hold one more.
+    """Split range(n) into `parts` ranges as evenly as possible; the first n % parts are longer by one.
 
     >>> split_evenly(9, 4)
     ((0, 3), (3, 5), (5, 7), (7, 9))
@@ -111,12 +111,12 @@ def split_evenly(n, parts):
 
 
 def make_plan(config, tp):
-    """The plan of a model for `tp` ranks.
+    """Make the sharding plan of a model for `tp` ranks.
 
     Raises
     ------
     InputError
-        if there are more ranks than attention heads (or than vocabulary rows), naming the sizes that work.
+        If there are more ranks than attention heads or vocabulary rows; the message says which sizes work.
     """
     most = min(config.num_attention_heads, config.vocab_size)
     if not 1 <= tp <= most:
@@ -149,15 +149,15 @@ def make_plan(config, tp):
     tensors = {}
     for name, split in tensor_table(config).items():
         shape = tuple(sizes[letter] for letter in split.shape)
-        shared = () if split.axis is None else ranges[split.shape[split.axis]]
-        tensors[name] = TensorShard(name, shape, split.axis, shared)
+        tensor_ranges = () if split.axis is None else ranges[split.shape[split.axis]]
+        tensors[name] = TensorShard(name, shape, split.axis, tensor_ranges)
     if config.joined_projections:
-        _place_in_joined(tensors, config.num_hidden_layers)
+        _locate_in_joined(tensors, config.num_hidden_layers)
     return Plan(tp, config.num_hidden_layers, heads, kv_heads, ffn, vocab, tensors, config.num_local_experts)
 
 
-def _place_in_joined(tensors, layers):
-    """Say of each part of a tensor in JOINED where in the file it lies."""
+def _locate_in_joined(tensors, layers):
+    """Record where each part of a joined tensor begins in the tensor of the file."""
     for i in range(layers):
         for joined, parts in JOINED.items():
             row = 0

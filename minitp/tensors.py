@@ -1,14 +1,14 @@
-"""Every tensor of a checkpoint, and how it is split over the ranks.
+"""The tensors of a checkpoint, and how each one is split over the ranks.
 
-    column       column-parallel: each rank has its own columns of w, and so its own columns of x @ w
-    row          row-parallel: each rank has its own rows of w, and so a term of the sum x @ w
-    replicated   each rank has all of it
+    column       column-parallel: each rank holds some columns of w, and computes those columns of x @ w
+    row          row-parallel: each rank holds some rows of w, and computes one term of the sum x @ w
+    replicated   each rank holds the whole tensor
 
-A matrix lies [out, in] in a checkpoint, so its columns are the rows of the file (axis 0), and its rows the
-file's columns (axis 1). The letters name the size of each axis, as in the file:
+A checkpoint stores w as [out, in], so the columns of w are the rows of the file's tensor (axis 0), and the
+rows of w are its columns (axis 1). Each axis has the letters of its size, in the order of the file:
 
-    V vocabulary   D hidden   Hd query heads * head_dim   Kd key/value heads * head_dim
-    F FFN columns   d head_dim   E experts
+    V vocabulary size   D hidden size   Hd query heads * head_dim   Kd key/value heads * head_dim
+    F FFN columns       d head_dim      E experts
 """
 
 from dataclasses import dataclass
@@ -16,29 +16,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Split:
-    """The shape of a tensor in letters, and the axis along which the ranks share it (None: all have it)."""
+    """The shape of a tensor in letters, and the axis that is split over the ranks (None: replicated)."""
 
     shape: tuple
     axis: int | None
 
 
 def column(*shape):
-    """Split the columns of a matrix [out, in] by its `out`; or its bias [out]; or a table by its rows."""
+    """Split a matrix [out, in] along `out`, with its bias [out], or the embedding table along its rows."""
     return Split(shape, 0)
 
 
 def row(*shape):
-    """Split the rows of a matrix [out, in] by its `in`."""
+    """Split a matrix [out, in] along `in`."""
     return Split(shape, 1)
 
 
 def replicated(*shape):
-    """Split nothing."""
+    """Hold the whole tensor on every rank."""
     return Split(shape, None)
 
 
 MODEL_TENSORS = {
-    "model.embed_tokens.weight": column("V", "D"),  # its rows, one a token of the vocabulary
+    "model.embed_tokens.weight": column("V", "D"),  # split along its rows, one per token of the vocabulary
     "model.norm.weight": replicated("D"),
     "lm_head.weight": column("V", "D"),
 }
@@ -54,7 +54,7 @@ LAYER_TENSORS = {
     "mlp.down_proj.weight": row("D", "F"),
 }
 
-# What some families add to a layer, by the field of Config that says so.
+# The tensors that some families add to a layer, by the field of Config that turns them on.
 OPTIONAL_TENSORS = {
     "qkv_bias": {
         "self_attn.q_proj.bias": column("Hd"),
@@ -71,19 +71,19 @@ OPTIONAL_TENSORS = {
         "self_attn.q_norm.weight": replicated("d"),
         "self_attn.k_norm.weight": replicated("d"),
     },
-    "post_norms": {  # with these, post_attention_layernorm comes after attention, too
+    "post_norms": {  # here post_attention_layernorm comes after attention, instead of before the mlp
         "pre_feedforward_layernorm.weight": replicated("D"),
         "post_feedforward_layernorm.weight": replicated("D"),
     },
     "num_local_experts": {"block_sparse_moe.gate.weight": replicated("E", "D")},
 }
-# Each expert's gate, down and up, in place of the dense mlp's: under block_sparse_moe.experts.{n}
+# Gate, down and up of each expert, under block_sparse_moe.experts.{n}; they replace those of the dense mlp.
 EXPERT_TENSORS = {
     "w1.weight": column("F", "D"),
     "w2.weight": row("D", "F"),
     "w3.weight": column("F", "D"),
 }
-# Tensors that some checkpoints keep one below the other in a single one.
+# Tensors that some checkpoints store as one, concatenated along `out`.
 JOINED = {
     "self_attn.qkv_proj.weight": [f"self_attn.{part}_proj.weight" for part in "qkv"],
     "mlp.gate_up_proj.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
@@ -91,7 +91,7 @@ JOINED = {
 
 
 def tensor_table(config):
-    """The Split of every tensor of the model by its name; what JOINED has together is listed apart."""
+    """Return the Split of each tensor of the model, by name; the parts of joined tensors have their own."""
     layer = dict(LAYER_TENSORS)
     for option, tensors in OPTIONAL_TENSORS.items():
         if getattr(config, option):

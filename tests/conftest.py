@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures that several test files share."""
 
 import signal
 
@@ -15,13 +15,13 @@ from minitp.launch.transport import select_comm
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c():
-    """Ctrl-C works, here and in what is started: a shell that starts the tests behind an & has it ignored."""
+    """Let Ctrl-C end the tests and the processes that they start, even if a shell started them with &."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The directory of a tiny model with a tokenizer; nobody writes into it."""
+    """The directory of a tiny model with a tokenizer, which no test may change."""
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
@@ -34,7 +34,7 @@ def cupy():
 
 @pytest.fixture(scope="module")
 def comm():
-    """The only rank's, on a real GPU."""
+    """The Comm of a single rank on a real GPU."""
     return select_comm(SingleRank(), "cuda")
 
 
@@ -45,7 +45,7 @@ def gpu(comm):
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
-    """Run the command in this process; it must end with one line on stderr, which is returned."""
+    """Run a command in this process, check that it is refused with one line on stderr, and return it."""
 
     def no_ranks(*_, **__):
         raise AssertionError("ranks were started")

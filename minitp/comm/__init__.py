@@ -1,14 +1,15 @@
-"""How ranks meet: the same collectives over every transport.
+"""Communication between ranks: the same collectives over every transport.
 
-base.py            the collectives: all_reduce, all_gather, broadcast, exchange, agree
+base.py            the collectives: all_reduce, all_gather, broadcast, allgather_object, agree
 single.py          one rank
 threads.py         ranks as threads of one process: `run_threads`
-mpi.py             ranks as MPI processes, by messages
-shared_memory.py   ranks as MPI processes of one host
-hierarchical.py    ranks on several hosts: shared memory within each, messages between them
-wait.py            how a rank waits: without keeping a core, and not for ever
+mpi.py             ranks as MPI processes that send messages
+shared_memory.py   ranks as MPI processes on one host
+hierarchical.py    ranks on several hosts: shared memory within each host, messages between hosts
+wait.py            waiting for other ranks: without occupying a core, and not forever
 
-Ranks on GPUs meet through `cuda`: comm.py, nccl.py, peer.py. What --comm chooses is in `launch/transport.py`.
+The transports between GPUs are in `cuda`: comm.py, nccl.py, peer.py. `launch/transport.py` selects the one
+that --comm asks for.
 """
 
 from minitp.comm.threads import run_threads

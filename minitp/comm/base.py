@@ -1,16 +1,17 @@
-"""How ranks meet: a few collectives, the same behind every transport.
+"""The collectives of a tensor-parallel model, the same for every transport.
 
     all_reduce   rank 0 [a]  rank 1 [b]   ->  [a + b] on both
     all_gather   rank 0 [a]  rank 1 [b]   ->  [a | b] on both
 
-Data (arrays of activations) goes through these two, control (small Python objects) through `broadcast`,
-`allgather_object` and `agree`. Every rank calls the same ones in the same order, on the error path too:
-a phase that may fail on one rank ends in `agree`, and then all of them leave together.
+Arrays of activations go through these two, and small Python objects through `broadcast`, `allgather_object`
+and `agree`. Every rank calls the same collectives in the same order, also after an error: a phase that may
+fail on one rank ends with `agree`, and then all ranks leave together.
 
-The sum of an all-reduce depends on the order of its terms. Here every rank gets all the terms and adds them
-in rank order (16-bit ones in float32), so all ranks hold the same bits, in any dtype and with any MPI.
+A floating-point sum depends on the order of its terms. So in an all-reduce every rank gets all the terms and
+adds them in rank order (16-bit terms in float32); then all ranks hold the same bits, in any dtype and with
+any MPI.
 
-A subclass says how values travel: within one process (single, threads), between MPI processes (mpi,
+A subclass implements the transport: within one process (single, threads), between MPI processes (mpi,
 shared_memory, hierarchical), or between GPUs (cuda.comm, cuda.nccl, cuda.peer).
 """
 
@@ -23,15 +24,15 @@ from minitp.errors import AgreedError, InputError, RankError, one_line
 
 
 class Comm:
-    """What the ranks of a model share. Subclasses say how values travel.
+    """One rank's connection to the other ranks of a model; a subclass implements the transport.
 
     Attributes
     ----------
     rank, size : int
     shard_rank : int
-        The rank whose shard of the model is computed here: `rank`, except in ShardOnly.
+        The rank whose shard of the model this rank computes: `rank`, except in ShardOnly.
     seconds : float
-        Time this rank has spent in `all_reduce` and `all_gather`, waiting included.
+        The time that this rank has spent in `all_reduce` and `all_gather`, including waiting.
     """
 
     def __init__(self, rank, size):
@@ -41,14 +42,14 @@ class Comm:
         self.seconds = 0.0
 
     def all_reduce(self, x):
-        """The sum over all ranks of `x` (same shape everywhere), the same bits on each. A new array."""
+        """Return the sum of `x` over all ranks, a new array with the same shape and the same bits on each."""
         started = perf_counter()
         total = self._gather_and_combine(x, [x.size] * self.size, _sum_in_rank_order).reshape(x.shape)
         self.seconds += perf_counter() - started
         return total
 
     def all_gather(self, x, widths):
-        """The ranks' columns side by side: from `x` [T, widths[rank]] to [T, sum(widths)], on all ranks."""
+        """Concatenate the columns of all ranks, `x` [T, widths[rank]] -> [T, sum(widths)]."""
         started = perf_counter()
         rows = x.shape[0]
 
@@ -60,26 +61,26 @@ class Comm:
         return joined
 
     def broadcast(self, value):
-        """Rank 0's `value`, on every rank; what the others pass is ignored. Any picklable object."""
+        """Return rank 0's `value`, any picklable object, on every rank; the others' values are ignored."""
         raise NotImplementedError
 
     def allgather_object(self, value):
-        """[rank 0's value, rank 1's, ..] on every rank; any picklable objects."""
+        """Return [rank 0's value, rank 1's value, ..] on every rank; the values are any picklable objects."""
         raise NotImplementedError
 
     def agree(self, error=None):
-        """End a phase that may have failed here: every rank passes its exception or None.
+        """End a phase that may have failed: every rank passes its exception, or None.
 
         Raises
         ------
         AgreedError
-            on every rank, if any rank passed an exception: the first one in rank order. Its exit code is 2
-            if it was an InputError, else 3, and then the message names the rank.
+            On every rank, if any rank passed an exception; of several, the first in rank order is raised. The
+            exit code is 2 for an InputError and 3 for any other exception, whose message names the rank.
         """
-        mine = None
+        own = None
         if error is not None:
-            mine = (getattr(error, "exit_code", RankError.exit_code), one_line(error))
-        failed = [(rank, *e) for rank, e in enumerate(self.allgather_object(mine)) if e is not None]
+            own = (getattr(error, "exit_code", RankError.exit_code), one_line(error))
+        failed = [(rank, *e) for rank, e in enumerate(self.allgather_object(own)) if e is not None]
         if failed:
             rank, exit_code, message = failed[0]
             if exit_code != InputError.exit_code:
@@ -88,7 +89,7 @@ class Comm:
 
     @contextmanager
     def agreed(self):
-        """A `with` block that ends in `agree`: if it fails on one rank, it fails on all of them."""
+        """Run a `with` block that ends with `agree`: if it fails on one rank, it fails on all of them."""
         error = None
         try:
             yield
@@ -97,34 +98,34 @@ class Comm:
         self.agree(error)
 
     def name(self, rank):
-        """A rank, as messages name it."""
+        """Return the name of a rank for messages."""
         return f"rank {rank}"
 
     def abort(self, exit_code):
-        """End the whole job from one rank, without the others' consent."""
+        """End the whole job from one rank, without waiting for the others."""
         raise NotImplementedError
 
     def check(self):
-        """Raise RankError if a collective has failed unseen, on a GPU: what came of it is worthless."""
+        """Raise RankError if a collective on a GPU has failed, so that its result must not be used."""
 
     def local_rank(self):
-        """The number of this rank among those of its host; all ranks call it."""
+        """Return the number of this rank among the ranks of its host; all ranks call it."""
         return self.rank
 
     def close(self):
-        """Leave in good order; all ranks call it, when nothing more is to be exchanged."""
+        """Free the resources of the transport; all ranks call it, after their last collective."""
 
     def _gather_and_combine(self, x, sizes, combine):
-        """combine(parts): parts[r] is rank r's array, flat, of sizes[r] elements.
+        """Return combine(parts), where parts[r] is rank r's array, flat, with sizes[r] elements.
 
-        `combine` must return a new array, for the parts may be the other ranks' own.
+        `combine` must return a new array, because the parts may be the other ranks' own arrays.
         """
         raise NotImplementedError
 
 
 def _sum_in_rank_order(parts):
     dtype = parts[0].dtype
-    total = parts[0].astype(np.promote_types(dtype, np.float32))  # 16-bit terms: sum in float32, round once
+    total = parts[0].astype(np.promote_types(dtype, np.float32))  # 16-bit terms are summed in float32
     for part in parts[1:]:
         total += part
-    return total.astype(dtype, copy=False)
+    return total.astype(dtype, copy=False)  # and rounded once

@@ -1,11 +1,11 @@
-"""Ranks as MPI processes: every value goes to every rank as a message of its own.
+"""Ranks as MPI processes, which send each value to each other rank as a separate message.
 
     rank 0  --a-->  rank 1, rank 2
     rank 1  --b-->  rank 0, rank 2
     rank 2  --c-->  rank 0, rank 1
 
-A collective of MPI's would need fewer messages among many ranks, but could not say whom it waits for. Within
-a host shared memory takes over, so those that send here are mostly one a host, and few.
+An MPI collective would need fewer messages among many ranks, but it could not tell which rank it is waiting
+for. Within a host ranks use shared memory instead, so usually only one rank per host sends messages.
 """
 
 import os
@@ -22,13 +22,13 @@ from minitp.comm.base import Comm
 from minitp.comm.wait import Backoff
 from minitp.errors import RankError, one_line
 
-LAST_WORDS_S = 0.3  # for mpirun to pass on what a rank has said: it may abort first
-ARRAY, OBJECT = 1, 2  # tags
+LAST_WORDS_S = 0.3  # time for mpirun to pass on a rank's output before the abort
+ARRAY, OBJECT = 1, 2  # message tags
 
 
 @dataclass(frozen=True)
 class Process:
-    """A rank of the job, and where it runs."""
+    """A rank of the job, with its process id and its host."""
 
     rank: int
     pid: int
@@ -44,15 +44,16 @@ class MpiComm(Comm):
     Parameters
     ----------
     expected : int or None
-        The number of ranks that the launcher says it started. Another world means that mpirun and mpi4py
-        belong to two different MPIs, and that every process would believe itself alone.
+        The number of ranks that the launcher says it started. If MPI finds another number, mpirun and mpi4py
+        belong to two different MPIs, and each process would run as the only rank.
     world : mpi4py.MPI.Comm or None
-        These ranks; None: all that were started.
+        The communicator of the ranks; None for all ranks that were started.
 
     Raises
     ------
     RankError
-        on all ranks, if the world is not the expected one, or ranks have different versions of minitp.
+        On all ranks, if the number of ranks is not the expected one, or if ranks have different versions of
+        minitp.
     """
 
     def __init__(self, expected=None, world=None):
@@ -63,21 +64,21 @@ class MpiComm(Comm):
         self._others = [rank for rank in range(self.size) if rank != self.rank]
         if expected is not None and expected != self.size:
             library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
-            who, way_out = "mpirun", "use the mpirun of that one"
+            launcher, remedy = "mpirun", "use the mpirun of that MPI"
             if "SLURM_STEP_NUM_TASKS" in os.environ and "PMI_SIZE" not in os.environ:
-                who, way_out = "srun", "give srun --mpi=pmi2, or another that srun --mpi=list shows"
+                launcher, remedy = "srun", "use srun --mpi=pmi2, or another type that srun --mpi=list shows"
             raise RankError(
-                f"{who} started {expected} processes but mpi4py sees a world of {self.size}: they belong to "
-                f"different MPIs (mpi4py uses {library}); {way_out}"
+                f"{launcher} started {expected} processes but mpi4py sees a world of {self.size}: "
+                f"they belong to different MPIs (mpi4py uses {library}); {remedy}"
             )
-        me = (__version__, self._job.Get_rank(), os.getpid(), platform.node())
-        everyone = self._world.allgather(me)  # nothing of ours, which another version might not understand
-        self._processes = [Process(*place) for _, *place in everyone]
-        for process, (version, *_) in zip(self._processes, everyone, strict=True):
-            if version != everyone[0][0]:
+        own = (__version__, self._job.Get_rank(), os.getpid(), platform.node())
+        gathered = self._world.allgather(own)  # plain types, which any version of minitp can unpickle
+        self._processes = [Process(*fields) for _, *fields in gathered]
+        for process, (version, *_) in zip(self._processes, gathered, strict=True):
+            if version != gathered[0][0]:
                 raise RankError(
-                    f"{self._processes[0]} has minitp {everyone[0][0]} and {process} {version}; "
-                    "install the same on all hosts"
+                    f"{self._processes[0]} has minitp {gathered[0][0]} and {process} has {version}; "
+                    "install the same version on all hosts"
                 )
 
     def name(self, rank):
@@ -95,7 +96,7 @@ class MpiComm(Comm):
         return self._exchange(value, patient=True)
 
     def close(self):
-        """The last meeting, for what follows is MPI's, which would wait for a rank that does not come."""
+        """Wait for all ranks once more, because MPI_Finalize would wait for a missing one forever."""
         self._exchange(None, patient=False)
 
     def local_rank(self):
@@ -106,42 +107,42 @@ class MpiComm(Comm):
 
     def abort(self, exit_code):
         time.sleep(LAST_WORDS_S)
-        self._job.Abort(exit_code)  # of only a part of it the exit code would be lost
+        self._job.Abort(exit_code)  # the whole job: aborting only `world` would lose the exit code
         os._exit(exit_code)  # MPICH's Abort may return
 
     def new_wait(self, late, patient=False):
-        """A Backoff of this rank for the ranks late() of this Comm."""
+        """Return a Backoff with which this rank waits for the ranks that late() returns."""
 
         def names():
-            late_ones = [self._processes[rank] for rank in late()]
-            return [str(process) for process in late_ones if process.rank != 0]
+            late_processes = [self._processes[rank] for rank in late()]
+            return [str(process) for process in late_processes if process.rank != 0]
 
-        me = self._processes[self.rank]
-        return Backoff(str(me), names, gives_up=me.rank == 0, patient=patient)
+        own = self._processes[self.rank]
+        return Backoff(str(own), names, gives_up=own.rank == 0, patient=patient)
 
     def _gather_and_combine(self, x, sizes, combine):
         parts = [np.empty(size, x.dtype) for size in sizes]
         parts[self.rank][:] = x.reshape(-1)
-        mine = self._bytes(parts[self.rank])
-        under_way = [(r, self._world.Irecv(self._bytes(parts[r]), r, ARRAY)) for r in self._others]
-        under_way += [(r, self._world.Isend(mine, r, ARRAY)) for r in self._others]
-        self._complete(under_way)
+        own = self._bytes(parts[self.rank])
+        pending = [(r, self._world.Irecv(self._bytes(parts[r]), r, ARRAY)) for r in self._others]
+        pending += [(r, self._world.Isend(own, r, ARRAY)) for r in self._others]
+        self._complete(pending)
         return combine(parts)
 
     def _exchange(self, value, patient):
-        """As `allgather_object`; if it is not patient, rank 0 gives up."""
+        """Gather objects as `allgather_object` does; if not `patient`, rank 0 gives up after a minute."""
         sending = self._start_sending(value)
         values = [value if r == self.rank else self._receive(r, patient) for r in range(self.size)]
         self._complete(sending, patient)
         return values
 
     def _start_sending(self, value):
-        """Send an object to all others; (rank, request) of each."""
+        """Start sending an object to all other ranks; return a (rank, request) for each."""
         data = self._bytes(np.frombuffer(pickle.dumps(value), np.uint8))
         return [(r, self._world.Isend(data, r, OBJECT)) for r in self._others]
 
     def _receive(self, source, patient=False):
-        """The next object from a rank."""
+        """Return the next object from a rank."""
         status, wait = self._mpi.Status(), None
         while (message := self._world.Improbe(source, OBJECT, status)) is None:
             wait = wait or self.new_wait(lambda: [source], patient)
@@ -150,24 +151,24 @@ class MpiComm(Comm):
         self._complete([(source, message.Irecv(self._bytes(data)))], patient)
         return pickle.loads(data)
 
-    def _complete(self, under_way, patient=False):
-        """Wait until messages, (rank, request) each, have arrived."""
-        requests, wait = [request for _, request in under_way], None
+    def _complete(self, pending, patient=False):
+        """Wait until all messages are complete; each is a (rank, request)."""
+        requests, wait = [request for _, request in pending], None
         while not self._mpi.Request.Testall(requests):
             wait = wait or self.new_wait(
-                lambda: sorted({r for r, one in under_way if not one.Test()}), patient
+                lambda: sorted({rank for rank, request in pending if not request.Test()}), patient
             )
             wait.pause()
 
     def _bytes(self, x):
-        """An array as MPI takes it: as bytes, for MPI has no bfloat16."""
+        """Return an array as an MPI buffer of bytes, because MPI has no bfloat16."""
         return [x.view(np.uint8), self._mpi.BYTE]
 
 
 def import_mpi():
-    """mpi4py.MPI, or RankError."""
+    """Import mpi4py.MPI; raise RankError if there is no MPI library."""
     try:
-        with warnings.catch_warnings():  # of two different MPIs, on which MpiComm has more to say
+        with warnings.catch_warnings():  # a warning about two different MPIs, which MpiComm explains better
             warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

@@ -1,14 +1,15 @@
-"""Collectives through memory that all ranks of a host can see: no message, no copy, no kernel on the way.
+"""Collectives through memory that all ranks of a host share: one copy in, and no messages.
 
     rank 0                      rank 1
     +-------+-------+--------+  +-------+-------+--------+
-    | slot  | slot  | number |  | slot  | slot  | number |     one MPI window, a segment each
+    | slot  | slot  | number |  | slot  | slot  | number |     one MPI window, one segment per rank
     +-------+-------+--------+  +-------+-------+--------+
 
-In the n-th meeting each rank writes what it has to say into its slot n mod 2, then n into its number, waits
-until all numbers have reached n, and reads all slots. Who writes for meeting n + 2 has seen everybody's
-number reach n + 1, and so knows that everybody has read the slots of meeting n. Hence two slots in turn, and
-a meeting needs no second barrier.
+In the n-th meeting each rank writes its data into its slot n mod 2 and then n into its number, waits until
+all numbers have reached n, and reads all slots.
+
+Two slots per rank are enough, and a meeting needs no second barrier. A rank writes for meeting n + 2 into the
+slot of meeting n only after all numbers have reached n + 1, so all ranks have finished reading that slot.
 """
 
 import pickle
@@ -17,21 +18,21 @@ import numpy as np
 
 from minitp.comm.mpi import MpiComm
 
-SLOT_BYTES = 1 << 21  # more goes in several meetings
-LINE_BYTES = 128  # apart from each other, so that writing a number takes no cache line from somebody else
-LENGTH_BYTES = 8  # before an object
+SLOT_BYTES = 1 << 21  # larger data takes several meetings
+LINE_BYTES = 128  # space for a number, so that it shares no cache line with data of another rank
+LENGTH_BYTES = 8  # the length of a pickled object, written before it
 
 
 class SharedMemoryComm(MpiComm):
-    """Ranks as MPI processes of one host.
+    """Ranks as MPI processes on one host.
 
-    `all_reduce`, `all_gather` and `broadcast` go through shared memory; `allgather_object` sleeps while it
-    waits, as in MpiComm. Measured beside MPI in docs/performance.md.
+    `all_reduce`, `all_gather` and `broadcast` go through shared memory. `allgather_object` sends messages, as
+    in MpiComm, and sleeps while it waits. docs/performance.md compares the times with those of MPI.
 
     Parameters
     ----------
     node : mpi4py.MPI.Comm
-        Ranks of one host.
+        The communicator of the ranks on this host.
     """
 
     def __init__(self, node):
@@ -42,11 +43,11 @@ class SharedMemoryComm(MpiComm):
         self._numbers = [memoryview(s[2 * SLOT_BYTES :]).cast("q") for s in segments]
         self._meetings = 0
         self._numbers[self.rank][0] = 0
-        self._window.Lock_all()  # to be allowed to Sync
+        self._window.Lock_all()  # MPI allows Sync only within a lock
         node.Barrier()
 
     def close(self):
-        """MPICH may hang at the end of a process if a window is left."""
+        """Free the window; MPICH may hang at the end of a process if one is left."""
         super().close()
         self._slots = self._numbers = None
         self._window.Unlock_all()
@@ -60,39 +61,39 @@ class SharedMemoryComm(MpiComm):
             rest = _put(rest, slot[LENGTH_BYTES:])
         first = self._meet()[0]
         missing = int.from_bytes(first[:LENGTH_BYTES].tobytes(), "little")
-        found = [first[LENGTH_BYTES : LENGTH_BYTES + missing].tobytes()]
-        while (missing := missing - len(found[-1])) > 0:
+        pieces = [first[LENGTH_BYTES : LENGTH_BYTES + missing].tobytes()]
+        while (missing := missing - len(pieces[-1])) > 0:
             rest = _put(rest, self._next_slot())
-            found.append(self._meet()[0][:missing].tobytes())
-        return pickle.loads(b"".join(found)) if self.rank else value
+            pieces.append(self._meet()[0][:missing].tobytes())
+        return pickle.loads(b"".join(pieces)) if self.rank else value
 
     def _gather_and_combine(self, x, sizes, combine):
         flat = np.ascontiguousarray(x).reshape(-1)
-        room = SLOT_BYTES // x.dtype.itemsize
-        if max(sizes) <= room:
+        slot_size = SLOT_BYTES // x.dtype.itemsize  # elements per slot
+        if max(sizes) <= slot_size:
             return combine(self._exchange_piece(flat, sizes))
         parts = [np.empty(size, x.dtype) for size in sizes]
-        for start in range(0, max(sizes), room):
-            lengths = [min(room, max(0, size - start)) for size in sizes]
-            pieces = self._exchange_piece(flat[start : start + room], lengths)
+        for start in range(0, max(sizes), slot_size):
+            lengths = [min(slot_size, max(0, size - start)) for size in sizes]
+            pieces = self._exchange_piece(flat[start : start + slot_size], lengths)
             for part, piece in zip(parts, pieces, strict=True):
                 part[start : start + len(piece)] = piece
         return combine(parts)
 
     def _exchange_piece(self, flat, sizes):
-        """Views of everybody's elements in the slots; they hold until the next meeting but one."""
+        """Return views of all ranks' elements in the slots; they are valid until this rank's next meeting."""
         self._next_slot().view(flat.dtype)[: len(flat)] = flat
         slots = self._meet()
         return [slot.view(flat.dtype)[:size] for slot, size in zip(slots, sizes, strict=True)]
 
     def _next_slot(self):
-        """Where this rank may write before the next meeting: uint8 [SLOT_BYTES]."""
+        """Return the slot that this rank may write to before the next meeting, uint8 [SLOT_BYTES]."""
         return self._slots[(self._meetings + 1) % 2][self.rank]
 
     def _meet(self):
-        """Wait until all ranks are here; return all slots, in rank order."""
+        """Wait until all ranks have come to this meeting; return the slots of all ranks, in rank order."""
         self._meetings += 1
-        self._window.Sync()  # what was written is there before the number says so
+        self._window.Sync()  # the slot must be visible to the other ranks before the number is
         self._numbers[self.rank][0] = self._meetings
         for rank, number in enumerate(self._numbers):
             if number[0] < self._meetings:
@@ -104,7 +105,7 @@ class SharedMemoryComm(MpiComm):
 
 
 def _put(data, slot):
-    """Write as much of `data` as there is room for; return the rest."""
+    """Write as much of `data` as fits into the slot; return the rest."""
     count = min(len(data), len(slot))
     slot[:count] = np.frombuffer(data, np.uint8, count)
     return data[count:]

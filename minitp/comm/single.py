@@ -1,4 +1,4 @@
-"""A world of one rank, in which every collective is the identity."""
+"""The communicator of a single rank, whose collectives return their input."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from minitp.comm.base import Comm
 
 
 class SingleRank(Comm):
-    """The only rank of a world of one."""
+    """The only rank of a world of size 1."""
 
     def __init__(self):
         super().__init__(rank=0, size=1)
@@ -27,8 +27,8 @@ class SingleRank(Comm):
 class ShardOnly(SingleRank):
     """A single process that computes one rank's shard of a world of `size` ranks, for benchmarks.
 
-    The other ranks do not exist, so a sum is this rank's own term and a gathered array is this rank's part
-    repeated. The results are wrong, and they take as long as that rank takes between its collectives.
+    The other ranks do not exist, so an all-reduce returns this rank's own term and an all-gather repeats this
+    rank's part. The results are wrong, but the times between collectives are those of the real rank.
     """
 
     def __init__(self, shard_rank, size):

@@ -8,18 +8,18 @@ from minitp.errors import RankError
 
 
 class ThreadComm(Comm):
-    """Ranks as threads of one process. `run_threads` makes them."""
+    """A rank as a thread of this process; `run_threads` creates it."""
 
     def __init__(self, rank, size, barrier, slots):
         super().__init__(rank, size)
         self._barrier = barrier
-        self._slots = slots  # one a rank, shared by all
+        self._slots = slots  # one per rank, shared by all ranks
 
     def broadcast(self, value):
         return self._meet("broadcast", value, lambda values: values[0])
 
     def end(self):
-        """This rank will call nothing more; waits for the others."""
+        """Wait until all ranks have finished; no collective may follow."""
         self._meet("the end", None, list)
 
     def abort(self, exit_code):
@@ -31,16 +31,16 @@ class ThreadComm(Comm):
     def allgather_object(self, value):
         return self._meet("an exchange of objects", value, list)
 
-    def _meet(self, where, value, use):
-        """use(everybody's values), called between two barriers: nobody changes a value while it is read."""
-        self._slots[self.rank] = (where, value)
+    def _meet(self, collective, value, combine):
+        """Return combine(values of all ranks), called between two barriers so that no value changes."""
+        self._slots[self.rank] = (collective, value)
         try:
             self._barrier.wait()
-            places = [place for place, _ in self._slots]
-            if len(set(places)) > 1:
-                apart = ", ".join(f"rank {rank} in {place}" for rank, place in enumerate(places))
-                raise RankError(f"ranks have parted: {apart}")
-            result = use([value for _, value in self._slots])
+            collectives = [name for name, _ in self._slots]
+            if len(set(collectives)) > 1:
+                names = ", ".join(f"rank {rank} in {name}" for rank, name in enumerate(collectives))
+                raise RankError(f"ranks are in different collectives: {names}")
+            result = combine([value for _, value in self._slots])
             self._barrier.wait()
         except threading.BrokenBarrierError:
             raise _WokenError(f"rank {self.rank}: another rank has failed") from None
@@ -48,14 +48,14 @@ class ThreadComm(Comm):
 
 
 class _WokenError(RankError):
-    """A rank's wait has ended because another rank failed: never the cause."""
+    """An error in a rank that stops waiting because another rank failed; it is never the cause."""
 
 
 def run_threads(size, function):
-    """Call function(comm) on `size` ranks, each a thread; return their results in rank order.
+    """Call function(comm) on `size` ranks, each in its own thread; return the results in rank order.
 
-    If one raises, the others are woken from whatever collective they wait in, and its exception is raised
-    here; so is a RankError if ranks meet in different collectives, or one ends while others wait.
+    If one rank raises an exception, the others stop waiting in their collectives, and the exception is raised
+    here. A RankError is raised if ranks call different collectives, or if one ends while others wait.
 
     >>> run_threads(3, lambda comm: float(comm.all_reduce(np.ones(1))[0]))
     [3.0, 3.0, 3.0]
@@ -80,7 +80,7 @@ def run_threads(size, function):
     try:
         for thread in threads:
             thread.join()
-    except KeyboardInterrupt:  # it comes to this thread only; the ranks leave at their next collective
+    except KeyboardInterrupt:  # raised in this thread only; the ranks stop at their next collective
         barrier.abort()
         raise
     causes = [error for error in errors if error is not None and not isinstance(error, _WokenError)]

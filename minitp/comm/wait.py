@@ -1,11 +1,11 @@
-"""How a rank waits for others: without keeping a core from them, and not for ever without a word.
+"""A way to wait for other ranks: without occupying a core that they need, and neither silently nor forever.
 
-A rank that waits looks, pauses, and looks again. After ten seconds it says on stderr for whom it waits. After
-a minute rank 0 ends the job: that rank is stopped or stuck, or its host is out of reach.
+A waiting rank checks, pauses, and checks again. After ten seconds it reports on stderr which ranks it is
+waiting for. After a minute rank 0 ends the job, because the late rank is stopped or stuck, or its host cannot
+be reached.
 
-Only rank 0 gives up, and nobody gives up on rank 0, for it may be late through no fault of its own: whoever
-reads its output has paused. Where a phase may take hours (loading, checking, waiting for requests), nobody
-gives up.
+Only rank 0 gives up, and no rank gives up on rank 0: it may be late because the program that reads its output
+has paused. In a phase that may take hours (loading, checking, waiting for requests) no rank gives up.
 """
 
 import os
@@ -15,42 +15,43 @@ from time import perf_counter
 
 from minitp.errors import RankError
 
-SPIN_S = 0.02  # of giving way to others before sleeping
+SPIN_S = 0.02  # time to yield the core in a loop before sleeping
 PAUSE_S = 0.0005
-LONGEST_PAUSE_S = 0.005  # in a phase that may take hours: a rank that waits takes 0.4% of a core
-LATE_S = 10.0
-LOST_S = 60.0
-LONGEST_LOOK_S = 1.0  # what a look counts at most: the whole job may have been stopped, and go on
+LONGEST_PAUSE_S = 0.005  # in a phase that may take hours: a waiting rank uses 0.4% of a core
+LATE_S = 10.0  # waiting time after which a rank reports which ranks are late
+LOST_S = 60.0  # waiting time after which rank 0 gives up
+LONGEST_CHECK_S = 1.0  # most time counted between two checks, because the whole job may have been suspended
 
 
 class Backoff:
-    """One wait of one rank.
+    """The state of one wait of one rank.
 
     Parameters
     ----------
-    me : str
-        This rank, as messages name it.
+    name : str
+        The name of this rank in messages.
     late : callable
-        The names of those that have not come yet, rank 0 left out.
+        A function that returns the names of the ranks that are still missing, except rank 0.
     gives_up : bool
+        True if this rank ends the job after LOST_S.
     patient : bool
-        It may take hours: asleep from the start, and nobody gives up.
+        True if the wait may take hours: sleep from the start, and never give up.
     """
 
-    __slots__ = ("_gives_up", "_last", "_late", "_me", "_patient", "_pause", "_said", "_waited")
+    __slots__ = ("_gives_up", "_last", "_late", "_name", "_patient", "_pause", "_reported", "_waited")
 
-    def __init__(self, me, late, gives_up, patient):
-        self._me, self._late, self._gives_up, self._patient = me, late, gives_up and not patient, patient
-        self._last, self._waited, self._said = perf_counter(), 0.0, False
+    def __init__(self, name, late, gives_up, patient):
+        self._name, self._late, self._gives_up, self._patient = name, late, gives_up and not patient, patient
+        self._last, self._waited, self._reported = perf_counter(), 0.0, False
         self._pause = PAUSE_S
 
     def pause(self):
-        """Between two looks: give way to whoever else wants this core, it may be the rank that is late.
+        """Pause between two checks, and leave the core to other processes, one of which may be the late rank.
 
         Raises
         ------
         RankError
-            after LOST_S, on a rank that gives up, if others than rank 0 are late.
+            After LOST_S, on a rank that gives up, if a rank other than rank 0 is late.
         """
         self._count()
         if self._patient:
@@ -63,16 +64,16 @@ class Backoff:
 
     def _count(self):
         now = perf_counter()
-        self._waited += min(now - self._last, LONGEST_LOOK_S)
+        self._waited += min(now - self._last, LONGEST_CHECK_S)
         self._last = now
-        if self._waited > LATE_S and not self._said:
-            self._said = True
+        if self._waited > LATE_S and not self._reported:
+            self._reported = True
             if late := self._late():
-                # In one piece with its end, for other ranks may say something at this moment.
-                say = f"minitp: {self._me} has waited {LATE_S:g} s for {' and '.join(late)}\n"
-                print(say, end="", file=sys.stderr, flush=True)
+                # One write with the newline, because other ranks may write at the same time.
+                line = f"minitp: {self._name} has waited {LATE_S:g} s for {' and '.join(late)}\n"
+                print(line, end="", file=sys.stderr, flush=True)
         if self._gives_up and self._waited > LOST_S and (late := self._late()):
             raise RankError(
                 f"waited {LOST_S:g} s for {' and '.join(late)}: it, or a rank that it waits for, is stopped "
-                "or stuck, or the network is cut"
+                "or stuck, or the network is down"
             )

@@ -1,4 +1,4 @@
-"""The facts that are known before numpy and MPI are imported: ranks, cores, threads."""
+"""Ranks, cores, memory, GPUs and BLAS threads, as known before NumPy and MPI are imported."""
 
 import importlib.util
 import os
@@ -9,22 +9,22 @@ from pathlib import Path
 
 from minitp.errors import InputError
 
-SOCKET_VARIABLE = "MINITP_SUPERVISOR"  # where a rank that the launcher has started finds it
-ALONE_VARIABLE = "MINITP_ALONE"  # of a single rank of the launcher's, which needs no mpirun
+SOCKET_VARIABLE = "MINITP_SUPERVISOR"  # the supervisor's socket, for a rank that the launcher has started
+ALONE_VARIABLE = "MINITP_ALONE"  # set for a single rank, which the launcher starts without mpirun
 BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 def world_size(environment):
-    """The number of ranks that mpirun or srun says it started, or None outside MPI."""
+    """Return the number of ranks that mpirun or srun says it started, or None outside MPI."""
     for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
         if name in environment:
             return int(environment[name])
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-    return tasks if tasks > 1 else None  # an interactive shell under Slurm is a step of one task
+    return tasks if tasks > 1 else None  # an interactive shell under Slurm is a job step with one task
 
 
 def env_rank(environment):
-    """Return this process's rank, from the launcher's variables."""
+    """Return this process's rank from the environment, without asking MPI."""
     names = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
     return next((int(environment[name]) for name in names if name in environment), 0)
 
@@ -36,7 +36,7 @@ def local_ranks(environment, world):
 
 
 def cores():
-    """Cores that this process may use: what it is bound to, and at most a container's quota."""
+    """Return the number of cores that this process may use: its CPU set, within a container's quota."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -46,7 +46,7 @@ def cores():
 
 
 def memory():
-    """Bytes of memory that this process may use: the machine's, and at most a container's limit."""
+    """Return the bytes of memory that this process may use: the machine's, within a container's limit."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -70,7 +70,7 @@ def ranks_wanted(tp, device="auto"):
 
 
 def check_world(tp, world):
-    """Refuse a --tp that is not the number of ranks which mpirun or srun has started; auto is any number."""
+    """Refuse a --tp that differs from the number of ranks started by mpirun or srun; auto always fits."""
     if tp != "auto" and ranks_wanted(tp) != world:
         raise InputError(f"--tp {tp} contradicts the MPI world of {world} ranks; leave --tp out")
 
@@ -79,13 +79,13 @@ def gpus():
     """Return the number of GPUs that CuPy could use, without importing CuPy, which takes a second."""
     if importlib.util.find_spec("cupy") is None:
         return 0
-    there = len(glob("/dev/nvidia[0-9]*")) or int(os.path.exists("/dev/dxg"))  # the latter under WSL
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return there if allowed is None else min(there, len([one for one in allowed.split(",") if one.strip()]))
+    present = len(glob("/dev/nvidia[0-9]*")) or int(os.path.exists("/dev/dxg"))  # the latter under WSL
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return present if visible is None else min(present, len([n for n in visible.split(",") if n.strip()]))
 
 
 def physical_cores():
-    """Cores without their hyper-threads, as far as Linux tells."""
+    """Return the number of usable cores without hyper-threads, if Linux reports it; otherwise `cores()`."""
     try:
         blocks = Path("/proc/cpuinfo").read_text().split("\n\n")
     except OSError:
@@ -114,9 +114,10 @@ def divide_cores(environment):
 
 
 def limit_blas_threads(environment, ranks):
-    """Share the cores among the ranks of a host. Works only before numpy is imported; the user's own wins.
+    """Divide the cores of a host among its ranks; this has an effect only before NumPy is imported.
 
-    Beside the user's OMP_NUM_THREADS none is set: each BLAS would heed its own variable before that.
+    Variables that the user has set are kept. With the user's OMP_NUM_THREADS nothing else is set, because
+    each BLAS would prefer its own variable.
     """
     if "OMP_NUM_THREADS" in environment:
         return

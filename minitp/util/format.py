@@ -1,13 +1,13 @@
-"""Tables of text, and numbers in sentences."""
+"""Numbers and tables as text."""
 
 
 def counted(number, noun):
-    """How many of what: `1 rank`, `2 ranks`."""
+    """Return a count with its noun: `1 rank`, `2 ranks`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def size(nbytes):
-    """Bytes as text.
+    """Return a number of bytes as text.
 
     >>> size(512), size(1152), size(56623104), size(14483464192)
     ('512 B', '1.2 kB', '56.6 MB', '14.48 GB')
@@ -20,7 +20,7 @@ def size(nbytes):
 
 
 def aligned(rows, sides):
-    """The rows, tuples of str, as lines with aligned columns; `sides` has < or > for each column."""
+    """Return rows, tuples of str, as lines with aligned columns; `sides` has < or > for each column."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

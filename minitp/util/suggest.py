@@ -56,16 +56,16 @@ CUTOFF = 0.72  # similarity from 0 to 1: lower ones suggest unrelated names
 def did_you_mean(word, candidates, aliases=ALIASES):
     """Return the candidate that `word` most likely stands for, or None.
 
-    Dashes and underscores are alike, so `--max-tokens` and `max_tokens` find the same name.
+    Dashes and underscores are equivalent, so `--max-tokens` and `max_tokens` find the same name.
 
     Parameters
     ----------
     word : str
-        The name that is not known.
+        The unknown name.
     candidates : iterable of str
-        The names that are, as the user may write them.
+        The known names, spelled as the user may write them.
     aliases : dict
-        Names in other tools -> the name here, or None if there is no such thing, both with underscores.
+        Names in other tools -> minitp's name, or None if minitp has no such option; both with underscores.
 
     >>> did_you_mean("--temprature", ["--temperature", "--top-p"])
     '--temperature'
@@ -86,7 +86,7 @@ def did_you_mean(word, candidates, aliases=ALIASES):
 
 
 def refuse_unknown(owner, given, known):
-    """Raise InputError if `given` has a name that `owner` does not know, with the likely one."""
+    """Raise InputError if `given` has a name that is not in `known`, and suggest the likely one."""
     for name in given:
         if name not in known:
             likely = did_you_mean(name, known)

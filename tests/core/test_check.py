@@ -1,4 +1,4 @@
-"""`check`: it blames what is wrong and nothing else."""
+"""Tests of `check`: it blames every faulty step and no correct one."""
 
 import tempfile
 
@@ -32,7 +32,7 @@ from minitp.trace.record import passes_of
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Directories by name."""
+    """The directories of the models, by name."""
     return write_models(tmp_path_factory.mktemp("check"), SHAPE)
 
 
@@ -45,7 +45,7 @@ def cases():
 
 
 def check(directory, tp, ids, decode=0, dtype="float32", make=load_model, layers=None):
-    """The CheckResult of rank 0; make(source, comm, device) -> Model."""
+    """Return rank 0's CheckResult; make(source, comm, device) returns the Model of a rank."""
     source, device = open_model(str(directory), tp, layers), open_device(dtype)
     passes = passes_of(len(ids), decode)
     results = run_threads(tp, lambda comm: check_model(source, make(source, comm, device), ids, passes))
@@ -63,13 +63,13 @@ def check_fault(directory, fault, tp, layer, *ranks):
 
 
 @pytest.mark.parametrize(("fault", "tp", "layer", "rank"), list(cases()))
-def test_a_fault_is_blamed_where_it_is(fault, tp, layer, rank, models, monkeypatch):
+def test_a_fault_is_blamed_on_its_step_and_rank(fault, tp, layer, rank, models, monkeypatch):
     hook_ops(monkeypatch)
     result = check_fault(models[fault.model], fault, tp, layer, rank)
     assert blame(result) == fault.blame(layer, rank, result.passes)
 
 
-def test_the_one_that_is_right_is_not_blamed_for_being_alone(models, monkeypatch):
+def test_a_correct_rank_is_not_blamed_if_all_others_are_faulty(models, monkeypatch):
     hook_ops(monkeypatch)
     fault = next(fault for fault in FAULTS if fault.name == "norm weight missing")
     result = check_fault(models["biased"], fault, 3, 1, 0, 2)
@@ -77,8 +77,8 @@ def test_the_one_that_is_right_is_not_blamed_for_being_alone(models, monkeypatch
     assert blame(result) == [(step, rank) for step in steps for rank in (0, 2)]
 
 
-def test_each_step_is_blamed_for_something():
-    """No step can be left unchecked without a test here going red."""
+def test_every_step_is_blamed_by_some_fault():
+    """A step that `check` did not look at would make a test above fail."""
     blamed = {
         step for fault in FAULTS for step in fault.steps.split() if not step.endswith((".weight", ".bias"))
     }
@@ -86,27 +86,27 @@ def test_each_step_is_blamed_for_something():
     assert len({fault.name for fault in FAULTS}) == len(FAULTS)
 
 
-def test_what_follows_from_a_fault_is_in_the_total_errors(models, monkeypatch):
+def test_total_errors_grow_after_a_fault(models, monkeypatch):
     hook_ops(monkeypatch)
     fault = next(fault for fault in FAULTS if fault.name == "norm weight missing")
     result = check_fault(models["biased"], fault, 3, 1, 1)
     totals = {(f.name, f.rank): f.total.relative for f in result.findings if f.total is not None}
-    # A few float32 roundings of 6e-8 against norm weights that are a tenth away from one.
+    # A few float32 roundings of 6e-8, against norm weights that differ from 1 by about 0.1.
     assert totals["prefill/layers.0.mlp.residual", 1] < 1e-5
     assert totals["prefill/layers.1.attn.norm", 0] < 1e-5
     assert totals["prefill/layers.1.attn.norm", 1] > 1e-2
     assert all(totals["prefill/logits", rank] > 1e-4 for rank in range(3))
 
 
-WIDENED = {  # dtype of the run -> an operation whose result is wider, its step, what is said
+WIDENED = {  # dtype of the run -> an operation, the wider dtype of its result, its step, the finding's note
     "bfloat16": ("rms_norm", np.float32, "attn.norm", "dtype float32, expected bfloat16"),
     "float32": ("attention_scores", np.float64, "attn.scores", "dtype float64, expected float32"),
 }
 
 
 @pytest.mark.parametrize("dtype", WIDENED)
-def test_a_step_that_is_wider_than_it_should_be_is_blamed(dtype, models, monkeypatch):
-    """Its numbers are nearer than they must be; what the next steps make of them is wide, or right."""
+def test_a_step_in_too_wide_a_dtype_is_blamed(dtype, models, monkeypatch):
+    """The step is blamed for its dtype alone: its numbers are more exact than they need to be."""
     hook_ops(monkeypatch)
     operation, wide, step, note = WIDENED[dtype]
     hooks = {operation: lambda original, *args: original(*args).astype(wide)}
@@ -114,18 +114,18 @@ def test_a_step_that_is_wider_than_it_should_be_is_blamed(dtype, models, monkeyp
     first, *others = check_fault(models["biased"], fault, 2, 1, 0).blamed()
     assert (first.name, first.rank, first.note) == (f"prefill/layers.1.{step}", 0, note)
     assert first.ratio <= 1
-    for finding in others:
-        made_wide = np.dtype(wide).name in finding.note
-        assert made_wide or (finding.step.endswith("_cache") and finding.ratio > 1), finding
+    for finding in others:  # later steps inherit the wide dtype, or the cache rounds it away
+        is_wide = np.dtype(wide).name in finding.note
+        assert is_wide or (finding.step.endswith("_cache") and finding.ratio > 1), finding
 
 
 # --- no false alarms ------------------------------------------------------------------------------------
 
 
 def check_random_run(directory, tp, seed, dtype, calm=True):
-    """A random prompt of 1 to 24 tokens and 0 to 3 decoded ones: all is checked and nothing is blamed.
+    """Check that nothing is blamed for a random prompt of 1 to 24 tokens and 0 to 3 decoded ones.
 
-    In a model that is not `calm` small errors grow, so that its total errors have no bound worth a test.
+    A model that is not `calm` amplifies small errors, so its total errors have no useful bound.
     """
     rng = np.random.default_rng([tp, seed])
     source = open_model(str(directory), tp)
@@ -140,8 +140,8 @@ def check_random_run(directory, tp, seed, dtype, calm=True):
     for finding in result.findings:
         known = finding.pass_name != "weights" and finding.kind != "partial"
         assert (finding.total is not None) == known
-        # Ten roundings a layer, of 2^-24, 2^-11 and 2^-8, add up to some tens of them: in the stream as a
-        # whole, that is, for a single number may be near zero.
+        # Ten roundings per layer, of 2^-24, 2^-11 or 2^-8, add up to a few dozen, relative to the norm of the
+        # whole stream: a single element may be close to zero.
         if calm and finding.step.endswith("residual"):
             assert finding.total.relative < most, finding
 
@@ -155,13 +155,13 @@ def test_nothing_is_blamed_in_any_family_at_any_tp(number):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_is_blamed_in_the_models_that_have_the_faults(name, dtype, models):
+def test_nothing_is_blamed_in_the_models_of_the_fault_tests(name, dtype, models):
     for tp in (1, 2, 4):
         check_random_run(models[name], tp, 5, dtype, calm=name != "loud")
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_nothing_is_blamed_for_other_weights(seed, tmp_path):
+def test_nothing_is_blamed_with_other_weights_and_shapes(seed, tmp_path):
     fields = {**SHAPE, "num_key_value_heads": (1, 9)[seed % 2], "intermediate_size": (5, 64)[seed // 2]}
     directory = write_tiny(tmp_path / "model", tokenizer=False, seed=seed, **fields)
     for tp in (1, 3, 7):
@@ -169,19 +169,19 @@ def test_nothing_is_blamed_for_other_weights(seed, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_is_blamed_if_all_tokens_are_alike(dtype, models):
-    """Then the errors of all rows are one and the same, and no average of many."""
+def test_nothing_is_blamed_if_all_tokens_are_equal(dtype, models):
+    """The rows are equal, and so are their errors, which do not average out."""
     for token in range(0, 100, 20):
         assert blame(check(models["biased"], 2, [token] * 12, 2, dtype)) == []
 
 
-def test_nothing_is_blamed_in_the_first_layers_alone(models):
+def test_nothing_is_blamed_if_only_the_first_layers_run(models):
     result = check(models["biased"], 3, PROMPT, 1, layers=2)
     assert blame(result) == []
     assert {finding.layer for finding in result.findings} == {None, 0, 1}
 
 
-def test_nothing_is_blamed_in_a_model_without_a_file(monkeypatch):
+def test_nothing_is_blamed_in_a_model_with_random_weights(monkeypatch):
     monkeypatch.setitem(random_weights.MODELS, "tiny", {"model_type": "llama", **SHAPE})
     result = check("random:tiny", 4, PROMPT, 1)
     assert blame(result) == []

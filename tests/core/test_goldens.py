@@ -1,4 +1,4 @@
-"""Every family, at every TP, against Hugging Face transformers: tests/goldens, made by make_goldens.py."""
+"""Tests of every family, with 1 to 4 ranks, against results of Hugging Face transformers (tests/goldens)."""
 
 import json
 
@@ -17,7 +17,7 @@ from minitp.sampling import SamplingParams
 from minitp.text.tokenizer import load_tokenizer
 
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/golden.npz"))
-NAMES_AND_TP = [(name, tp) for name in NAMES for tp in (1, 2, 3, 4)]  # all of them have at least four heads
+NAMES_AND_TP = [(name, tp) for name in NAMES for tp in (1, 2, 3, 4)]  # every model has at least four heads
 
 
 def golden_of(name):
@@ -26,7 +26,7 @@ def golden_of(name):
 
 
 def on_ranks(name, tp, function):
-    """[function(model, source) of rank 0, of rank 1, ..], computing in float32."""
+    """Return function(model, source) of each rank, in rank order; the models compute in float32."""
     source = open_model(str(GOLDENS / name), tp)
     device = open_device("float32")
 
@@ -38,7 +38,7 @@ def on_ranks(name, tp, function):
 
 
 def continuation(model, source, golden, use_cache):
-    """As many greedy tokens as the golden has, end-of-text ignored."""
+    """Return as many greedy tokens as the golden has, ignoring end-of-text tokens, and rank 0's Request."""
     prompt = golden["prompt"].tolist()
     params = SamplingParams(max_new_tokens=len(golden["continuation"]), ignore_eos=True)
     request = None
@@ -49,7 +49,7 @@ def continuation(model, source, golden, use_cache):
 
 
 def assert_close(got, expected, tolerance):
-    """Both as a whole and at the worst place."""
+    """Check that two arrays are close, both in their norm and at the worst element."""
     assert got.shape == expected.shape
     got, expected = got.astype(np.float64), expected.astype(np.float64)
     assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
@@ -104,8 +104,8 @@ def test_greedy_continuation_without_cache(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("pieces", [(1, 22, 1), (8, 8, 8), (5, 6, 7, 6)])
-def test_prompt_in_pieces_gives_the_same_logits(name, pieces):
-    """Queries beyond the first pass see earlier keys through the cache, and a window that moves on."""
+def test_prompt_in_several_passes_gives_the_same_logits(name, pieces):
+    """The later passes read earlier keys from the cache, and their windows move forward."""
     golden = golden_of(name)
 
     def logits(model, source):
@@ -127,7 +127,7 @@ def test_oracle_agrees_with_transformers(name):
     assert_close(logits, golden["logits"], 1e-5)
 
 
-def test_text():
+def test_text_of_a_continuation():
     golden = golden_of("text")
     tokenizer = load_tokenizer(GOLDENS / "text")
     assert tokenizer.encode(str(golden["prompt_text"])) == golden["prompt"].tolist()
@@ -135,7 +135,7 @@ def test_text():
     assert request.text == str(golden["text"])
 
 
-def test_end_of_text_ends_the_text():
+def test_end_of_text_token_ends_the_generation():
     golden = golden_of("text")
     eos = json.loads((GOLDENS / "text" / "config.json").read_text())["eos_token_id"]
     expected = golden["continuation"].tolist()

@@ -1,4 +1,4 @@
-"""The package as its floor plan says it is: imports run one way, and what tells the story stays short."""
+"""Tests of the layout of the package: imports run one way, and the core path stays short."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ import minitp
 
 ROOT = Path(minitp.__file__).parent
 
-# From the ground up. A room is a folder or a module at the top; it may import only from rooms before it.
+# The rooms from the bottom up. A room is a folder or a module of the top level; it imports only earlier ones.
 ROOMS = [
     *["errors", "util", "device", "comm"],
     *["tensors", "shard", "ops", "rope", "moe", "kv_cache", "paged_cache", "model"],
@@ -19,22 +19,22 @@ ROOMS = [
     *["oracle", "trace", "check", "compare", "report"],
     *["launch", "engine", "llm", "server", "estimate", "bench", "tour", "cli", "__main__"],
 ]
-ALONE = ["oracle", "tour"]  # which import nothing of the package but themselves
+INDEPENDENT = ["oracle", "tour"]  # rooms that import nothing from other rooms
 CORE = ["ops", "shard", "comm/base", "comm/single", "model", "kv_cache", "generate"]
 
 
 def modules():
-    """The syntax tree of each module, by its name within the package: `comm.base`; a package is `comm`."""
-    found = {}
+    """Return the syntax tree of each module, by its name within the package, such as `comm.base`."""
+    trees = {}
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found[name] = ast.parse(path.read_text(encoding="utf-8"))
-    return found
+        trees[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return trees
 
 
 def imports(tree, known):
-    """The modules of the package that a syntax tree imports anywhere, also inside functions."""
+    """Return the modules of the package that a syntax tree imports, also inside functions."""
     found = set()
     for node in ast.walk(tree):
         names = []
@@ -49,8 +49,8 @@ def imports(tree, known):
 
 
 @pytest.fixture(scope="module")
-def arrows():
-    """Module -> the modules that it imports."""
+def dependencies():
+    """A dict from each module to the modules that it imports."""
     trees = modules()
     return {name: imports(tree, trees) for name, tree in trees.items()}
 
@@ -59,15 +59,15 @@ def room(module):
     return module.split(".")[0]
 
 
-def test_every_room_is_in_the_plan(arrows):
-    assert sorted({room(module) for module in arrows} - {""}) == sorted(ROOMS)
+def test_every_room_is_listed(dependencies):
+    assert sorted({room(module) for module in dependencies} - {""}) == sorted(ROOMS)
 
 
-def test_imports_run_one_way(arrows):
+def test_imports_run_one_way(dependencies):
     height = {name: number for number, name in enumerate(ROOMS)}
     upwards = [
         f"{module} imports {other}"
-        for module, others in arrows.items()
+        for module, others in dependencies.items()
         for other in others
         if room(module) in height
         and room(module) != room(other)
@@ -76,34 +76,34 @@ def test_imports_run_one_way(arrows):
     assert upwards == []
 
 
-def test_no_modules_import_each_other_in_a_circle(arrows):
-    """Also within a room: take away what imports nothing that is left, again and again."""
-    left = {module: set(others) for module, others in arrows.items()}
-    while free := [module for module, others in left.items() if not others & left.keys()]:
-        for module in free:
-            del left[module]
-    assert left == {}
+def test_no_import_cycles(dependencies):
+    """Remove modules that import no remaining module until none is left, also within rooms."""
+    remaining = {module: set(others) for module, others in dependencies.items()}
+    while leaves := [module for module, others in remaining.items() if not others & remaining.keys()]:
+        for module in leaves:
+            del remaining[module]
+    assert remaining == {}
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_the_oracle_and_the_tour_stand_alone(arrows, name):
-    for module, others in arrows.items():
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_the_oracle_and_the_tour_import_no_other_room(dependencies, name):
+    for module, others in dependencies.items():
         if room(module) == name:
             assert {room(other) for other in others} <= {name}
 
 
-def test_the_top_level_is_short_enough_to_be_read():
+def test_the_top_level_has_few_modules():
     assert len(list(ROOT.glob("*.py"))) <= 18
 
 
-def test_the_core_path_is_short_enough_to_be_read():
-    """What is between a prompt and its text, the way of a token: an hour's reading."""
+def test_the_core_path_is_short():
+    """The code from a prompt to its text can be read in an hour."""
     lines = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8").count("\n") for name in CORE}
     assert sum(lines.values()) < 1200, lines
 
 
 def test_no_test_file_imports_another():
-    """What they share is in tests/support."""
+    """Helpers that test files share are in tests/support."""
     for path in TESTS.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -111,7 +111,7 @@ def test_no_test_file_imports_another():
             assert not [name for name in names if name.startswith("test_")], path
 
 
-def test_the_walk_would_see_what_it_looks_for():
+def test_imports_finds_all_kinds_of_import():
     known = ["ops", "comm.base", "comm"]
     source = (
         "import minitp.comm.base, os\ndef f():\n    from minitp import comm\n    from minitp.ops import x"

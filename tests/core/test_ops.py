@@ -1,7 +1,7 @@
-"""Each operation of `ops` against the oracle's own, on random inputs, and under the stand-in for CuPy.
+"""Tests of each operation of `ops` against the oracle's, on random inputs.
 
-Bounds are worked out, not tuned: u(dtype) is half the distance from 1 to the next number, the relative error
-of one rounding. The oracle gets the very numbers the operation got, so only the operation's roundings count.
+The bounds are derived, not tuned: u(dtype) is half the distance from 1 to the next number, the relative error
+of one rounding. The oracle gets exactly the inputs of the operation, so only the operation's roundings count.
 """
 
 import math
@@ -25,7 +25,7 @@ def u(dtype):
 
 
 def tiniest(dtype):
-    """The distance of neighbouring numbers near 0, where roundings are no longer relative."""
+    """Return the distance between neighboring numbers near 0, where the rounding error is absolute."""
     return float(ml_dtypes.finfo(dtype).smallest_subnormal)
 
 
@@ -42,14 +42,14 @@ def rng():
 
 
 @pytest.fixture(autouse=True)
-def no_floating_point_accidents():
-    """Overflow, 0/0 and inf - inf are errors in every test here."""
+def floating_point_errors():
+    """Raise an error in every test of this file for overflow, 0/0 and inf - inf."""
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         yield
 
 
 def check(actual, expected, bound, dtype):
-    """`actual` is of `dtype` and nowhere further from `expected` than `bound`, with the same infinities."""
+    """Check that `actual` has this dtype, is within `bound` of `expected`, and has the same infinities."""
     assert actual.dtype == dtype
     assert actual.shape == expected.shape
     np.testing.assert_array_equal(np.isneginf(actual), np.isneginf(expected))
@@ -69,8 +69,8 @@ def test_embedding_is_the_sum_of_the_ranks_rows(rng, starts, dtype):
     parts = []
     for start, stop in zip(starts, [*starts[1:], 12], strict=True):
         part = ops.embed_partial(np, token_ids, table[start:stop], start)
-        here = (token_ids >= start) & (token_ids < stop)
-        assert not part[~here].any()  # so only one rank adds something, and the sum is exact
+        is_local = (token_ids >= start) & (token_ids < stop)
+        assert not part[~is_local].any()  # only one rank's row is not zero, so the sum is exact
         parts.append(part)
     check(sum(parts), oracle_ops.embed(token_ids, table), 0, dtype)
 
@@ -80,7 +80,7 @@ def test_embedding_of_one_token(rng):
     check(ops.embed_partial(np, np.array([2]), table, 0), oracle_ops.embed([2], table), 0, np.float32)
 
 
-# --- normalisation --------------------------------------------------------------------------------------
+# --- normalization --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (1, 64), (5, 7), (3, 576)])
@@ -88,8 +88,8 @@ def test_embedding_of_one_token(rng):
 def test_rms_norm(rng, tokens, hidden, dtype):
     x, weight = draw(rng, (tokens, hidden), dtype), draw(rng, hidden, dtype)
     expected = oracle_ops.rms_norm(x, weight, 1e-5)
-    # float32: NumPy sums pairwise, some 20 roundings deep. Then one rounding to the dtype before the weight
-    # and one after it; below the smallest normal number these are absolute.
+    # float32: NumPy sums pairwise, which is about 20 roundings deep. Then there is one rounding to the dtype
+    # before the weight and one after it; below the smallest normal number their errors are absolute.
     bound = (20 * U32 + 2.1 * u(dtype)) * np.abs(expected) + 4 * tiniest(dtype)
     check(ops.rms_norm(np, x, weight, 1e-5), expected, bound, dtype)
 
@@ -112,7 +112,7 @@ PRODUCTS = [(1, 1, 1), (1, 64, 5), (7, 33, 1), (5, 300, 12), (4, 16, 0)]  # T, i
 
 
 def product_bound(x, w):
-    """A float32 sum of n products, in any order: each of its terms is rounded at most n + 1 times."""
+    """Return the error bound of float32 sums of n products in any order: n + 1 roundings of each term."""
     return (x.shape[-1] + 1) * U32 * (np.abs(oracle_ops.float64(x)) @ np.abs(oracle_ops.float64(w)))
 
 
@@ -124,7 +124,7 @@ def test_column_parallel(rng, tokens, inputs, outputs, bias, dtype):
     b = draw(rng, outputs, dtype) if bias else None
     product = oracle_ops.linear(x, w.T)
     expected = oracle_ops.linear(x, w.T, b)
-    # The sum is rounded to the dtype once, and once more when the bias is added.
+    # One rounding of the sum to the dtype, and a second one for the bias.
     bound = 1.01 * product_bound(x, w) + 1.01 * u(dtype) * (np.abs(product) + np.abs(expected))
     check(ops.column_parallel(np, x, w, b), expected, bound, dtype)
 
@@ -161,14 +161,14 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 ROPES = {
-    "nothing said": {},
+    "no fields": {},
     "default": {"rope_theta": 500000.0},
     "default, new spelling": {"rope_parameters": {"rope_type": "default", "rope_theta": 250000.0}},
     "linear, oldest spelling": {"rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "linear, new spelling": {"rope_parameters": {"rope_type": "linear", "factor": 3, "rope_theta": 1e4}},
     "llama3": {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
     "yarn": {"rope_theta": 1e6, "rope_scaling": YARN},
-    "yarn with all that there is": {
+    "yarn with all fields": {
         "rope_parameters": YARN
         | {"rope_theta": 1e4, "beta_fast": 16, "beta_slow": 2, "truncate": False}
         | {"mscale": 0.7, "mscale_all_dim": 1.3}
@@ -201,11 +201,11 @@ def inverse_frequencies(rope, head_dim):
 def test_rope_inverse_frequencies(rope, head_dim):
     expected = oracle_ops.rope_inverse_frequencies(rope_config(rope, head_dim))
     assert expected.shape == (head_dim // 2,)
-    # Python floats on both sides; the power's exponent, rounded once, is multiplied by ln(theta) = 13.
+    # Both sides use Python floats; the error of the rounded exponent is multiplied by ln(theta), about 13.
     np.testing.assert_allclose(inverse_frequencies(rope, head_dim), expected, rtol=1e-14 * 13, atol=0)
 
 
-def test_llama3_has_kept_mixed_and_stretched_waves():
+def test_llama3_keeps_blends_and_divides_frequencies():
     plain = np.array(inverse_frequencies(ROPES["default"], 128))
     ratio = plain / inverse_frequencies(ROPES["llama3"], 128)
     assert {1.0, 8.0} < set(ratio)
@@ -218,7 +218,7 @@ def test_rope_cos_sin(rope):
     frequencies = np.array(inverse_frequencies(rope, 6), np.float32)
     cos, sin = ops.rope_cos_sin(np, positions, frequencies)
     angles = np.outer(positions, oracle_ops.rope_inverse_frequencies(rope_config(rope, 6)))
-    # An angle is a float32 frequency times a position, two roundings; the sine itself is good to 2 ulp.
+    # An angle is a float32 frequency times a position: two roundings. The sine itself is exact to 2 ulp.
     bound = 2 * U32 * angles + 4 * U32
     bound = np.hstack((bound, bound))
     check(cos, np.hstack((np.cos(angles), np.cos(angles))), bound, np.float32)
@@ -235,9 +235,9 @@ def test_apply_rope(rng, shape, past, dtype):
     cos, sin = ops.rope_cos_sin(np, positions, frequencies.astype(np.float32))
     expected = oracle_ops.rope(x, positions, frequencies)
     first, second = np.split(np.abs(oracle_ops.float64(x)), 2, axis=-1)
-    angle_error = 2 * U32 * np.outer(positions, frequencies) + 4 * U32  # as above
-    of_pair = (first + second) * (angle_error + 3 * U32)  # two products and a sum
-    bound = np.concatenate((of_pair, of_pair), axis=-1) + 1.01 * u(dtype) * np.abs(expected)
+    angle_error = 2 * U32 * np.outer(positions, frequencies) + 4 * U32  # as in test_rope_cos_sin
+    pair_error = (first + second) * (angle_error + 3 * U32)  # two products and a sum
+    bound = np.concatenate((pair_error, pair_error), axis=-1) + 1.01 * u(dtype) * np.abs(expected)
     bound += tiniest(dtype)
     check(ops.apply_rope(np, x, cos, sin), expected, bound, dtype)
 
@@ -256,20 +256,20 @@ def test_split_heads(rng, tokens, heads, kv_heads, d):
     assert np.shares_memory(values, qkv)
 
 
-# past, T, window: prefill, a window smaller than the prompt, of one token, decode steps, chunks after others
+# past, T, window: prefill, with a window shorter than the prompt or of one token; decoding; later chunks
 SPANS = [(0, 1, None), (0, 6, None), (0, 9, 4), (0, 5, 1), (0, 4, 64)]
 SPANS += [(9, 1, None), (9, 1, 4), (6, 3, 4), (7, 5, 3)]
 
 
-def keys_in_reach(past, tokens, window):
-    """Positions of the queries and of the keys that any of them sees."""
+def query_and_key_positions(past, tokens, window):
+    """Return the positions of the queries, and of the keys that any of them sees."""
     first_key = 0 if window is None else max(0, past - window + 1)
     return np.arange(past, past + tokens), np.arange(first_key, past + tokens)
 
 
 @pytest.mark.parametrize(("past", "tokens", "window"), SPANS)
 def test_causal_mask(past, tokens, window):
-    queries, keys = keys_in_reach(past, tokens, window)
+    queries, keys = query_and_key_positions(past, tokens, window)
     mask = ops.causal_mask(np, queries, int(keys[0]), past + tokens, window)
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask, oracle_ops.causal_mask(queries, keys, window))
@@ -303,8 +303,8 @@ SCORES = {
 def test_softmax(scores):
     scores = scores.astype(np.float32)
     probs = ops.softmax(np, scores)
-    # s - max is rounded once, by up to 100 * U32 where exp of it is not yet 0, and so much is exp off,
-    # relatively; then a sum of at most 40 terms. 1e-37 is the smallest normal number.
+    # s - max is rounded once, by up to 100 * U32 where exp(s - max) is not 0, and exp turns this into a
+    # relative error. The sum has at most 40 terms. 1e-37 covers the subnormal numbers.
     check(probs, oracle_ops.softmax(scores), 150 * U32 * oracle_ops.softmax(scores) + 1e-37, np.float32)
     np.testing.assert_allclose(probs.sum(axis=-1), 1, rtol=50 * U32)
     assert not probs[np.isneginf(scores)].any()
@@ -316,7 +316,7 @@ def test_attention_context(rng, group, tokens, keys, d, dtype):
     probs = oracle_ops.softmax(draw(rng, (group, tokens, keys))).astype(np.float32)
     v = draw(rng, (keys, d), dtype)
     expected = oracle_ops.context(probs, v[None])  # [T, G * d]
-    # The probabilities are rounded to the dtype, then the sum once more.
+    # The probabilities are rounded to the dtype, and so is the sum.
     bound = np.hstack(product_bound(probs, v)) * (1 + u(dtype) / U32 / (keys + 1))  # [T, G * d]
     bound += 1.01 * u(dtype) * np.abs(expected) + keys * tiniest(dtype) * 4
     check(ops.attention_context(np, probs, v[None], [(0, group)]), expected, bound, dtype)
@@ -338,7 +338,7 @@ def test_attention_in_16_bits(rng, dtype):
 
 
 def check_attention(rng, query_groups, past, tokens, window, d, dtype):
-    queries, keys = keys_in_reach(past, tokens, window)
+    queries, keys = query_and_key_positions(past, tokens, window)
     heads = query_groups[-1][1]
     q = draw(rng, (heads, tokens, d), dtype)
     k, v = (draw(rng, (len(query_groups), len(keys), d), dtype) for _ in range(2))
@@ -346,9 +346,9 @@ def check_attention(rng, query_groups, past, tokens, window, d, dtype):
     seen = oracle_ops.causal_mask(queries, keys, window)
     expected = oracle_ops.attention(q, k[kv_of_head], v[kv_of_head], seen)
     mask = None if tokens == 1 else ops.causal_mask(np, queries, int(keys[0]), past + tokens, window)
-    # A context is a mean of values. In float32 a score is off by some 20 roundings of 10 at most, so the mean
-    # by 1e-5 of the largest value; in 16 bits the probabilities and the result are rounded once each. With
-    # the wrong head or key it is off by about 1.
+    # A context is a mean of values. In float32 the error of a score is at most about 20 roundings of 10, so
+    # that of the mean is 1e-5 of the largest value. In 16 bits the probabilities and the result are also
+    # rounded once each. With a wrong head or key the error would be about 1.
     bound = (1e-5 + 2 * u(dtype)) * np.abs(oracle_ops.float64(v)).max()
     probs = ops.softmax(np, ops.attention_scores(np, q, k, query_groups, mask))
     check(ops.attention_context(np, probs, v, query_groups), expected, bound, dtype)
@@ -359,8 +359,8 @@ def check_attention(rng, query_groups, past, tokens, window, d, dtype):
 
 def check_swiglu(gate, up, dtype):
     expected = oracle_ops.swiglu(gate, up)
-    # exp, a sum, a quotient and a product in float32, then one rounding. From a gate of -80 down float32 may
-    # have 0 or next to it in place of something below 1e-33.
+    # exp, a sum, a quotient and a product in float32, then one rounding. For gates below -80 the result may
+    # be any number below 1e-33 in size, or 0.
     bound = (12 * U32 + u(dtype)) * np.abs(expected) + 1e-30 * np.abs(oracle_ops.float64(up))
     bound += tiniest(dtype)
     check(ops.swiglu(np, np.hstack((gate, up))), expected, bound, dtype)
@@ -373,7 +373,7 @@ def test_swiglu(rng, shape, dtype):
 
 
 @all_dtypes
-def test_swiglu_far_out(dtype):
+def test_swiglu_of_large_gates(dtype):
     gate = np.array([[1e3, -1e3, 90, -90, 79, -79, -81, 0]], dtype)
     check_swiglu(gate, np.full_like(gate, 2), dtype)
 

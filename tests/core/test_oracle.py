@@ -1,4 +1,4 @@
-"""The oracle stands apart, and is right where a hand can compute it."""
+"""Tests of the oracle: it shares no code with minitp, and agrees with results computed by hand."""
 
 import ast
 import json
@@ -14,23 +14,24 @@ from minitp.oracle import model as oracle
 from minitp.oracle import ops as oracle_ops
 
 ALLOWED_IMPORTS = {"json", "pathlib", "ml_dtypes", "numpy", "safetensors"}
-WAYS_AROUND = {"__import__", "importlib", "exec", "eval", "compile", "sys", "globals", "__builtins__"}
+HIDDEN_IMPORTS = {"__import__", "importlib", "exec", "eval", "compile", "sys", "globals", "__builtins__"}
 
-# --- it stands apart ------------------------------------------------------------------------------------
+# --- independence ---------------------------------------------------------------------------------------
 
 
-def strangers(source, friend=None):
-    """What in a module's source is imported from elsewhere, a friend left out, or could import it."""
+def forbidden_imports(source, allowed_module=None):
+    """Return the modules that a source must not import, and the names through which it could import one."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found += [a.name for a in node.names if a.name.split(".")[0] not in ALLOWED_IMPORTS]
         elif isinstance(node, ast.ImportFrom):
-            if node.level or (node.module.split(".")[0] not in ALLOWED_IMPORTS and node.module != friend):
+            allowed = node.module == allowed_module or (node.module or "").split(".")[0] in ALLOWED_IMPORTS
+            if node.level or not allowed:
                 found.append("." * node.level + (node.module or ""))
-        elif isinstance(node, ast.Name) and node.id in WAYS_AROUND:
+        elif isinstance(node, ast.Name) and node.id in HIDDEN_IMPORTS:
             found.append(node.id)
-        elif isinstance(node, ast.Attribute) and node.attr in WAYS_AROUND:
+        elif isinstance(node, ast.Attribute) and node.attr in HIDDEN_IMPORTS:
             found.append(node.attr)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "minitp" in node.value:
             found.append(node.value)
@@ -38,9 +39,9 @@ def strangers(source, friend=None):
 
 
 def test_the_oracle_shares_no_code():
-    for module, friend in ((oracle, "minitp.oracle.ops"), (oracle_ops, None)):
+    for module, allowed_module in ((oracle, "minitp.oracle.ops"), (oracle_ops, None)):
         with open(module.__file__, encoding="utf-8") as file:
-            assert strangers(file.read(), friend) == []
+            assert forbidden_imports(file.read(), allowed_module) == []
 
 
 @pytest.mark.parametrize(
@@ -58,8 +59,8 @@ def test_the_oracle_shares_no_code():
         "name = 'minitp.ops'",
     ],
 )
-def test_a_stranger_would_be_found(source):
-    assert strangers(source)
+def test_a_forbidden_import_is_found(source):
+    assert forbidden_imports(source)
 
 
 # --- operations by hand ---------------------------------------------------------------------------------
@@ -73,13 +74,13 @@ def test_embed():
 
 
 @pytest.mark.parametrize("token", [-1, 3])
-def test_embed_refuses_what_is_not_in_the_vocabulary(token):
+def test_embed_refuses_tokens_outside_the_vocabulary(token):
     with pytest.raises(ValueError, match="vocabulary"):
         oracle_ops.embed([token], np.zeros((3, 2)))
 
 
 def test_rms_norm_of_three_and_four():
-    # mean square 25 / 2, its root 5 / sqrt(2)
+    # The mean square is 25 / 2, and its root is 5 / sqrt(2).
     y = oracle_ops.rms_norm([[3, 4]], [1, 10], eps=0)
     np.testing.assert_allclose(y, [[3 * math.sqrt(2) / 5, 40 * math.sqrt(2) / 5]], rtol=1e-15)
 
@@ -88,7 +89,7 @@ def test_rms_norm_adds_eps_to_the_mean():
     np.testing.assert_allclose(oracle_ops.rms_norm([[1, 1]], [1, 1], eps=3), [[0.5, 0.5]], rtol=1e-15)
 
 
-def test_linear_takes_out_by_in():
+def test_linear_takes_weights_as_out_by_in():
     w = [[1, 0], [0, 1], [10, 100]]
     np.testing.assert_array_equal(oracle_ops.linear([[1, 2]], w), [[1, 2, 210]])
     np.testing.assert_array_equal(oracle_ops.linear([[1, 2]], w, [0, 0, 5]), [[1, 2, 215]])
@@ -118,8 +119,8 @@ def test_rope_frequencies_linear():
     np.testing.assert_allclose(found, [0.25, 0.0025], rtol=1e-15)
 
 
-def test_of_two_spellings_the_older_counts():
-    """As in transformers."""
+def test_rope_scaling_takes_precedence_over_rope_parameters():
+    """The older spelling counts, as in transformers."""
     older, newer = {"type": "linear", "factor": 2.0}, {"rope_type": "default"}
     found = oracle_ops.rope_inverse_frequencies(rope_config(rope_scaling=older, rope_parameters=newer))
     np.testing.assert_allclose(found, [0.5, 0.005], rtol=1e-15)
@@ -132,12 +133,12 @@ def llama3(length, theta=1e4):
 
 
 def test_rope_frequencies_llama3_endpoints():
-    # Wavelengths 2 pi and 200 pi. A context of 100: the first turns 16 times in it and stays, the second not
-    # once and is slowed down by 8.
+    # The wavelengths are 2 pi and 200 pi. In a context of 100 the first pair makes 16 rotations and keeps its
+    # frequency; the second makes less than one, and its frequency is divided by 8.
     np.testing.assert_allclose(oracle_ops.rope_inverse_frequencies(llama3(100)), [1, 0.01 / 8], rtol=1e-15)
-    # At just 4 turns it stays, at just 1 it is slowed down in full; at 2.5 turns, the middle, half and half.
-    for turns, expected in ((4, 1), (1, 1 / 8), (2.5, (1 + 1 / 8) / 2)):
-        found = oracle_ops.rope_inverse_frequencies(llama3(2 * np.pi * turns))[0]
+    # A pair with 4 rotations keeps its frequency; with 1 it is divided by 8; in the middle it is their mean.
+    for rotations, expected in ((4, 1), (1, 1 / 8), (2.5, (1 + 1 / 8) / 2)):
+        found = oracle_ops.rope_inverse_frequencies(llama3(2 * np.pi * rotations))[0]
         np.testing.assert_allclose(found, expected, rtol=1e-14)
 
 
@@ -161,7 +162,7 @@ def test_scores_and_softmax():
     np.testing.assert_allclose(oracle_ops.softmax([1e6, 1e6]), [0.5, 0.5])
 
 
-def test_neighbouring_query_heads_share_a_kv_head():
+def test_adjacent_query_heads_share_a_kv_head():
     q, kv = np.array([1.0, 2, 3, 4]).reshape(4, 1, 1), np.array([10.0, 100]).reshape(2, 1, 1)
     np.testing.assert_array_equal(oracle_ops.scores(q, kv, np.array([[True]])).ravel(), [10, 20, 300, 400])
     np.testing.assert_array_equal(oracle_ops.context(q, kv), [[10, 20, 300, 400]])
@@ -189,7 +190,7 @@ TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 def tiny_tensors(dtype=np.float32, kv_heads=2, layers=2):
-    """All tensors that a model of TINY's sizes may ask for."""
+    """Return all tensors that a model with the sizes of TINY may need."""
     rng = np.random.default_rng(7)
     shapes = {"model.embed_tokens.weight": (11, 6), "lm_head.weight": (11, 6), "model.norm.weight": (6,)}
     outputs = {"self_attn.q_proj": (8, 6), "self_attn.o_proj": (6, 8), "mlp.down_proj": (6, 5)}
@@ -207,7 +208,7 @@ def logits(config, tensors=None, **kwargs):
     return Oracle(config, (tensors or tiny_tensors()).__getitem__, **kwargs).logits(TOKENS)
 
 
-def test_steps_have_their_names_order_and_shapes():
+def test_names_order_and_shapes_of_steps():
     steps = list(Oracle(LLAMA, tiny_tensors().__getitem__).steps(TOKENS))
     attention = {"norm": (8, 6), "q": (4, 8, 2), "k": (2, 8, 2), "v": (2, 8, 2), "q_rope": (4, 8, 2)}
     attention |= {"k_rope": (2, 8, 2), "scores": (4, 8, 8), "probs": (4, 8, 8), "context": (8, 8)}
@@ -222,30 +223,31 @@ def test_steps_have_their_names_order_and_shapes():
     assert {array.dtype for _, array in steps} == {np.dtype(np.float64)}
 
 
-def test_a_later_token_changes_nothing_before_it():
-    oracle_ = Oracle(LLAMA, tiny_tensors().__getitem__)
-    np.testing.assert_allclose(oracle_.logits(TOKENS)[:5], oracle_.logits(TOKENS[:5]), rtol=1e-12)
+def test_a_later_token_does_not_change_earlier_logits():
+    model = Oracle(LLAMA, tiny_tensors().__getitem__)
+    np.testing.assert_allclose(model.logits(TOKENS)[:5], model.logits(TOKENS[:5]), rtol=1e-12)
 
 
-def test_the_window_reaches_only_as_far_as_it_says():
-    """In one layer the last token sees just the window; over two layers it sees what those saw."""
+def test_attention_does_not_reach_beyond_the_window():
+    """The model has one layer: in a second one, the tokens in the window would carry earlier information."""
     one_layer = Oracle({**MISTRAL, "sliding_window": 3}, tiny_tensors().__getitem__, layers=1)
     changed = [9, 9, 9, 9, 9, *TOKENS[5:]]
-    # Attention depends on distances alone, so the same last tokens give the same logits after whatever else.
+    # With the same last three tokens the last logits are equal, whatever the earlier tokens are.
     np.testing.assert_allclose(one_layer.logits(changed)[-1], one_layer.logits(TOKENS)[-1], rtol=1e-12)
     assert np.abs(one_layer.logits(changed)[-2] - one_layer.logits(TOKENS)[-2]).max() > 1e-3
 
 
-def test_what_an_absent_field_means():
-    for left_out, same in (
+def test_defaults_of_absent_fields():
+    for config, defaults in (
         (LLAMA, {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}),
-        (LLAMA, {"sliding_window": 2}),  # not Llama's
-        (MISTRAL, {"attention_bias": True, "mlp_bias": True}),  # not Mistral's
+        (LLAMA, {"sliding_window": 2}),  # a field that Llama does not have
+        (MISTRAL, {"attention_bias": True, "mlp_bias": True}),  # fields that Mistral does not have
     ):
-        np.testing.assert_array_equal(logits(left_out), logits({**left_out, **same}))
+        np.testing.assert_array_equal(logits(config), logits({**config, **defaults}))
     without = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}
-    many = tiny_tensors(kv_heads=4)
-    np.testing.assert_array_equal(logits(without, many), logits({**LLAMA, "num_key_value_heads": 4}, many))
+    tensors = tiny_tensors(kv_heads=4)
+    explicit = {**LLAMA, "num_key_value_heads": 4}
+    np.testing.assert_array_equal(logits(without, tensors), logits(explicit, tensors))
     mistral = {**MISTRAL, "num_attention_heads": 16}
     del mistral["num_key_value_heads"]
     assert Oracle(mistral, None).kv_heads == 8
@@ -253,7 +255,8 @@ def test_what_an_absent_field_means():
     assert Oracle({**mistral, "sliding_window": None}, None).windows == [None, None]
     qwen = {**LLAMA, "model_type": "qwen2"}
     assert Oracle({**qwen, "max_window_layers": 0}, None).windows == [None, None]
-    assert Oracle({**qwen, "use_sliding_window": True}, None).windows == [None, None]  # 28 layers without
+    # By default the first 28 layers have no window.
+    assert Oracle({**qwen, "use_sliding_window": True}, None).windows == [None, None]
     assert Oracle({**qwen, "use_sliding_window": True, "max_window_layers": 1}, None).windows == [None, 4096]
     assert Oracle({**MISTRAL, "num_key_value_heads": None}, None).kv_heads == 4
     assert Oracle({**LLAMA, "head_dim": None, "hidden_size": 8}, None).inverse_frequencies.shape == (1,)
@@ -270,15 +273,15 @@ def test_what_an_absent_field_means():
     ],
     ids=lambda field: next(iter(field)),
 )
-def test_a_field_that_changes_the_maths_does(field):
+def test_fields_change_the_logits(field):
     assert np.abs(logits(LLAMA) - logits({**LLAMA, **field})).max() > 1e-3
 
 
 @pytest.mark.parametrize("flag", ["attention_bias", "mlp_bias"])
-def test_biases_go_where_they_belong(flag):
+def test_biases_are_added_to_their_projections(flag):
     tensors = tiny_tensors()
     steps = dict(Oracle({**LLAMA, flag: True}, tensors.__getitem__).steps(TOKENS))
-    for part in "qkv":  # [n, T, d] back to [T, n * d]
+    for part in "qkv":  # [n, T, d] -> [T, n * d]
         steps[f"layers.1.attn.{part}"] = np.hstack(steps[f"layers.1.attn.{part}"])
     for step, source, name in (
         ("attn.q", "attn.norm", "self_attn.q_proj"),
@@ -295,10 +298,10 @@ def test_biases_go_where_they_belong(flag):
         np.testing.assert_allclose(steps[f"layers.1.{step}"], expected, rtol=1e-11)
 
 
-def test_only_the_first_layers():
+def test_first_layers_only():
     assert len(list(Oracle(LLAMA, tiny_tensors().__getitem__, layers=1).steps(TOKENS))) == 1 + 17 + 2
-    only_those = logits(LLAMA, tiny_tensors(layers=1), layers=1)
-    np.testing.assert_array_equal(only_those, logits({**LLAMA, "num_hidden_layers": 1}))
+    first_layer = logits(LLAMA, tiny_tensors(layers=1), layers=1)
+    np.testing.assert_array_equal(first_layer, logits({**LLAMA, "num_hidden_layers": 1}))
     for layers in (0, 3):
         with pytest.raises(ValueError, match="the model has 2"):
             Oracle(LLAMA, None, layers=layers)
@@ -329,7 +332,7 @@ def test_reading_a_directory(tmp_path, dtype):
     np.testing.assert_array_equal(first_layer, logits(MISTRAL, tensors, layers=1))
 
 
-def test_the_vocabulary_goes_block_by_block(monkeypatch):
+def test_logits_computed_in_blocks_of_the_vocabulary(monkeypatch):
     expected = logits(LLAMA)
     monkeypatch.setattr(oracle, "VOCABULARY_BLOCK", 4)
     np.testing.assert_allclose(logits(LLAMA), expected, rtol=1e-12)

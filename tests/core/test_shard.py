@@ -1,4 +1,4 @@
-"""The sharding plan: everything is somewhere, once, evenly, and query heads find their KV heads."""
+"""Tests of the sharding plan: it is complete and even, and query heads are with their KV heads."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from minitp.shard import make_plan
 HEADS = [(1, 1), (4, 4), (4, 1), (6, 2), (7, 1), (7, 7), (8, 2), (9, 3), (12, 4), (15, 5), (32, 8)]  # H, K
 every_model = pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 
-# What is split of a [out, in] weight: the outputs of a column-parallel one (its bias with them), the inputs
-# of a row-parallel one (its bias is whole), and the vocabulary. (Megatron-LM, section 3.)
+# The split axis of each tensor [out, in]: the outputs of a column-parallel weight and its bias, the inputs of
+# a row-parallel weight (its bias is replicated), and the vocabulary. (Megatron-LM, section 3.)
 SPLIT_AXES = {
     "model.embed_tokens.weight": 0,
     "lm_head.weight": 0,
@@ -33,8 +33,8 @@ def make_config(heads=9, kv_heads=3, **fields):
     return parse_config({"model_type": "llama", **sizes, **fields}, "config.json")
 
 
-def check_dealt_out(ranges, n):
-    """The ranges follow each other from 0 to n, and their lengths differ by at most one."""
+def check_even_split(ranges, n):
+    """Check that the ranges follow each other from 0 to n, and that their lengths differ by at most one."""
     assert [start for start, _ in ranges] == [0, *[stop for _, stop in ranges[:-1]]]
     assert ranges[-1][1] == n
     lengths = [stop - start for start, stop in ranges]
@@ -42,22 +42,22 @@ def check_dealt_out(ranges, n):
 
 
 @every_model
-def test_all_is_dealt_out_once_and_evenly(heads, kv_heads):
+def test_heads_columns_and_rows_are_split_evenly(heads, kv_heads):
     for tp in range(1, heads + 1):
         plan = make_plan(make_config(heads, kv_heads), tp)
         for ranges, n in ((plan.head_ranges, heads), (plan.ffn_ranges, 37), (plan.vocab_ranges, 101)):
             assert len(ranges) == tp
-            check_dealt_out(ranges, n)
+            check_even_split(ranges, n)
 
 
 def test_fewer_ffn_columns_than_ranks():
     plan = make_plan(make_config(intermediate_size=3), 9)
-    check_dealt_out(plan.ffn_ranges, 3)
+    check_even_split(plan.ffn_ranges, 3)
     assert plan.tensors["model.layers.0.mlp.down_proj.weight"].shape_on(8) == (20, 0)
 
 
 @every_model
-def test_every_query_head_finds_its_kv_head(heads, kv_heads):
+def test_every_query_head_is_with_its_kv_head(heads, kv_heads):
     for tp in range(1, heads + 1):
         plan = make_plan(make_config(heads, kv_heads), tp)
         for rank in range(tp):
@@ -67,12 +67,12 @@ def test_every_query_head_finds_its_kv_head(heads, kv_heads):
             pairs = [
                 (head, kv) for kv, group in zip(held, groups, strict=True) for head in range(*group)
             ]  # local query head, global KV head
-            wanted = [(local, (start + local) // (heads // kv_heads)) for local in range(stop - start)]
-            assert pairs == wanted
-            assert set(held) == {kv for _, kv in wanted}  # it holds those and no others
+            expected = [(local, (start + local) // (heads // kv_heads)) for local in range(stop - start)]
+            assert pairs == expected
+            assert set(held) == {kv for _, kv in expected}  # the rank holds no other KV heads
 
 
-def test_the_example_in_the_docstring():
+def test_the_example_in_the_docstring_of_plan():
     plan = make_plan(make_config(9, 3), 4)
     assert plan.head_ranges == ((0, 3), (3, 5), (5, 7), (7, 9))
     assert plan.kv_head_ranges == ((0, 1), (1, 2), (1, 3), (2, 3))
@@ -86,7 +86,7 @@ def test_the_example_in_the_docstring():
 
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("tp", range(1, 10))
-def test_slices_put_together_are_the_tensor(tp, biases):
+def test_the_slices_of_all_ranks_make_up_each_tensor(tp, biases):
     plan = make_plan(make_config(attention_bias=biases, mlp_bias=biases), tp)
     for name, shard in plan.tensors.items():
         whole = np.arange(1, np.prod(shard.shape) + 1).reshape(shard.shape)
@@ -100,11 +100,11 @@ def test_slices_put_together_are_the_tensor(tp, biases):
         assert shard.axis == SPLIT_AXES[name.split("layers.")[-1].lstrip("0123456789.")]
         if shard.axis is None:
             assert (holders == tp).all()
-        elif ".k_proj." not in name and ".v_proj." not in name:  # KV heads may be on two ranks
+        elif ".k_proj." not in name and ".v_proj." not in name:  # KV heads may be on several ranks
             assert (holders == 1).all()
 
 
-def test_the_tensors_are_those_of_the_config():
+def test_the_config_determines_the_tensors():
     names = set(make_plan(make_config(tie_word_embeddings=True), 2).tensors)
     assert "lm_head.weight" not in names
     assert not [name for name in names if name.endswith("bias")]
@@ -115,11 +115,11 @@ def test_the_tensors_are_those_of_the_config():
 
 
 @pytest.mark.parametrize("tp", [-1, 0, 10])
-def test_a_size_that_cannot_be_names_those_that_can(tp):
+def test_an_impossible_tp_is_refused_with_the_possible_ones(tp):
     with pytest.raises(InputError, match=rf"--tp {tp}: .*9 attention heads.* 1 to 9 "):
         make_plan(make_config(9, 3), tp)
 
 
-def test_no_more_ranks_than_vocabulary_rows():
+def test_more_ranks_than_vocabulary_rows_are_refused():
     with pytest.raises(InputError, match="1 to 5 "):
         make_plan(make_config(9, 3, vocab_size=5), 6)

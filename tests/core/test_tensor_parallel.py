@@ -1,4 +1,4 @@
-"""N ranks against one: exactly where sums are exact, closely where they are not; and how the ranks meet.
+"""Tests of N ranks against one rank, equal where sums are exact and close elsewhere, and of the collectives.
 
 The ranks are threads of this process.
 """
@@ -29,7 +29,7 @@ SIZES = range(2, 10)
 
 
 def run_ranks(tp, function, seconds=30):
-    """run_threads(tp, function), but a failure instead of a hang if it takes longer than that."""
+    """Call run_threads(tp, function), and fail if it takes longer than `seconds`."""
     outcome = []
 
     def run():
@@ -52,17 +52,17 @@ def same_bits(arrays):
     return len({(array.shape, array.dtype, array.tobytes()) for array in arrays}) == 1
 
 
-# --- products of small integers, in which no sum is rounded ---------------------------------------------
+# --- products of small integers, whose sums are exact ---------------------------------------------------
 
 
 def integers(*shape):
-    """-3 to 3 as float32: a sum of a hundred products stays far below 2^24 and is exact in any order."""
+    """Return float32 integers from -3 to 3: sums of a hundred products stay below 2^24, so they are exact."""
     return np.random.default_rng(shape).integers(-3, 4, shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("tp", SIZES)
-@pytest.mark.parametrize("columns", [3, 18, 37])  # fewer than ranks, and seldom a multiple of them
-def test_column_parallel_slices_side_by_side_are_the_product(tp, columns):
+@pytest.mark.parametrize("columns", [3, 18, 37])  # sometimes fewer than ranks, and seldom a multiple of them
+def test_concatenated_column_parallel_slices_equal_the_product(tp, columns):
     x, w, bias = integers(5, 64), integers(64, columns), integers(columns)
     whole = ops.column_parallel(np, x, w, bias)
     ranges = split_evenly(columns, tp)
@@ -77,7 +77,7 @@ def test_column_parallel_slices_side_by_side_are_the_product(tp, columns):
 
 @pytest.mark.parametrize("tp", SIZES)
 @pytest.mark.parametrize("rows", [3, 18, 37])
-def test_row_parallel_terms_add_up_to_the_product(tp, rows):
+def test_summed_row_parallel_terms_equal_the_product(tp, rows):
     x, w = integers(5, rows), integers(rows, 64)
     whole = ops.row_parallel(np, x, w)
     ranges = split_evenly(rows, tp)
@@ -89,15 +89,15 @@ def test_row_parallel_terms_add_up_to_the_product(tp, rows):
     assert same_bits([whole, *run_ranks(tp, rank_part)])
 
 
-def test_row_parallel_terms_add_up_in_any_order():
+def test_row_parallel_terms_may_be_added_in_any_order():
     x, w = integers(4, 9), integers(9, 8)
     terms = [ops.row_parallel(np, x[:, slice(*own)], w[slice(*own)]) for own in split_evenly(9, 4)]
     sums = [sum(order[1:], start=order[0]) for order in itertools.permutations(terms)]
     assert same_bits([ops.row_parallel(np, x, w), *sums])
 
 
-def test_a_column_parallel_and_a_row_parallel_product_need_one_sum():
-    """The columns that come out of the first are the rows that go into the second."""
+def test_a_column_parallel_and_a_row_parallel_product_need_one_all_reduce():
+    """The columns that a rank computes in the first product are the inputs of its rows in the second."""
     x, first, second = integers(2, 8), integers(8, 10), integers(10, 6)
 
     def rank_part(comm):
@@ -119,14 +119,13 @@ MODELS = {
 every_model = pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 TOKENS = [int(token) for token in np.random.default_rng(3).integers(0, 101, 14)]
 
-# The logits are near 1 and each comes through some ten sums of 20 to 54 float32 products, so 1e-7 of it per
-# rounding makes 1e-6 or a few of them. A head, column or position in the wrong place changes them by 0.01
-# and more.
+# The logits are about 1, and each goes through some ten sums of 20 to 54 float32 products, so roundings of
+# 1e-7 add up to a few 1e-6. A head, column or position in the wrong place changes a logit by at least 0.01.
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
 def make_source(fields):
-    """The config and the random weights of a model."""
+    """Return the config and the random weights of a model."""
     config = parse_config(fields, "config.json")
     tensors = make_plan(config, 1).tensors
     return config, RandomWeights({name: shard.shape for name, shard in tensors.items()}, seed=1)
@@ -139,7 +138,7 @@ def make_model(fields, comm, dtype="float32"):
 
 
 def in_chunks(fields, comm, sizes, dtype="float32"):
-    """The logits [T, V] of TOKENS, run through the model in passes of so many tokens."""
+    """Run TOKENS through the model in passes of these sizes, and return all logits [T, V]."""
     model = make_model(fields, comm, dtype)
     cache = model.new_cache()
     logits, start = [], 0
@@ -154,13 +153,13 @@ def whole_prompt(fields, comm, dtype="float32"):
     return in_chunks(fields, comm, [len(TOKENS)], dtype)
 
 
-def alone(function):
+def on_one_rank(function):
     return run_ranks(1, function)[0]
 
 
 @every_model
 def test_any_number_of_ranks_gives_the_same_logits(fields):
-    reference = alone(partial(whole_prompt, fields))
+    reference = on_one_rank(partial(whole_prompt, fields))
     assert reference.shape == (len(TOKENS), 101)
     assert reference.std() > 0.5
     for tp in SIZES:
@@ -181,9 +180,9 @@ def test_the_ranks_agree_with_the_oracle(fields, tp):
 @every_model
 @pytest.mark.parametrize("tp", [1, 4])
 @pytest.mark.parametrize("sizes", [[1] * 14, [3, 3, 3, 3, 2], [7, 7], [9, 1, 1, 3], [13, 1]], ids=str)
-def test_token_by_token_and_in_chunks_as_in_one_pass(fields, tp, sizes):
-    """Decode against prefill: the cache holds what the pass before computed, the window moves along."""
-    whole = alone(partial(whole_prompt, fields))
+def test_decoding_and_chunked_prefill_match_a_single_pass(fields, tp, sizes):
+    """The later passes read earlier keys and values from the cache, and the window moves forward."""
+    whole = on_one_rank(partial(whole_prompt, fields))
     logits = run_ranks(tp, lambda comm: in_chunks(fields, comm, sizes))
     assert same_bits(logits)
     np.testing.assert_allclose(logits[0], whole, **CLOSE)
@@ -201,42 +200,44 @@ def test_prefill_in_chunks_returns_the_last_logits(name, chunk):
         assert cache.length == len(TOKENS)
         return last
 
-    np.testing.assert_allclose(run_ranks(3, rank_part)[0], alone(partial(whole_prompt, fields))[-1], **CLOSE)
+    expected = on_one_rank(partial(whole_prompt, fields))[-1]
+    np.testing.assert_allclose(run_ranks(3, rank_part)[0], expected, **CLOSE)
 
 
-def test_logits_only_where_they_are_asked_for():
+def test_logits_only_at_requested_positions():
     def rank_part(comm):
         model = make_model(LLAMA, comm)
         nothing = model.forward(TOKENS, model.new_cache(), logits_at=None)
-        some = model.forward(TOKENS, model.new_cache(), logits_at=np.array([2, 5]))
-        return nothing, some
+        two = model.forward(TOKENS, model.new_cache(), logits_at=np.array([2, 5]))
+        return nothing, two
 
-    for nothing, some in run_ranks(2, rank_part):
+    expected = on_one_rank(partial(whole_prompt, LLAMA))[[2, 5]]
+    for nothing, two in run_ranks(2, rank_part):
         assert nothing is None
-        np.testing.assert_allclose(some, alone(partial(whole_prompt, LLAMA))[[2, 5]], **CLOSE)
+        np.testing.assert_allclose(two, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_ranks_in_16_bits_hold_the_same_bits_and_are_near(dtype):
+def test_ranks_in_16_bits_have_equal_and_close_logits(dtype):
     logits = run_ranks(4, partial(whole_prompt, LLAMA, dtype=dtype))
     assert same_bits(logits)
     assert logits[0].dtype == np.float32
-    # The residual stream is rounded five times on its way, the weights once: a few u of the dtype, times the
-    # size of the logits, up to 3; u is 2^-11 and 2^-8.
+    # The residual stream is rounded five times and the weights once: a few u of the dtype (2^-11 or 2^-8),
+    # times the logits, which are up to 3.
     bound = 16 * float(ml_dtypes.finfo(dtype).eps)
-    reference = alone(partial(whole_prompt, LLAMA))
+    reference = on_one_rank(partial(whole_prompt, LLAMA))
     np.testing.assert_allclose(logits[0], reference, rtol=0, atol=bound)
 
 
-# --- what the ranks call --------------------------------------------------------------------------------
+# --- the collectives of a forward pass ------------------------------------------------------------------
 
 
-def record(comm):
-    """Note each collective of `comm` from here on, as it is called, and what the arrays among them return."""
+def record_collectives(comm):
+    """Record the collectives of `comm` from now on, in two lists: the calls, and the arrays they return."""
     calls, results = [], []
 
-    def noting(name, method):
-        def noted(value=None, *widths):
+    def recording(name, method):
+        def recorded(value=None, *widths):
             columns = value.shape if name == "all_reduce" else [list(w) for w in widths]
             calls.append((name, columns, value.dtype) if isinstance(value, np.ndarray) else (name,))
             result = method(value, *widths)
@@ -244,17 +245,17 @@ def record(comm):
                 results.append(result.tobytes())
             return result
 
-        return noted
+        return recorded
 
     for name in ("all_reduce", "all_gather", "broadcast", "agree"):
-        setattr(comm, name, noting(name, getattr(comm, name)))
+        setattr(comm, name, recording(name, getattr(comm, name)))
     return calls, results
 
 
 @pytest.mark.parametrize("tp", [1, 4, 9])
-def test_all_ranks_make_the_same_collectives(tp):
+def test_all_ranks_call_the_same_collectives(tp):
     def rank_part(comm):
-        calls, results = record(comm)
+        calls, results = record_collectives(comm)
         model = make_model(LLAMA, comm)
         cache = model.new_cache()
         model.forward(TOKENS[:13], cache, logits_at=slice(-1, None))
@@ -264,25 +265,25 @@ def test_all_ranks_make_the_same_collectives(tp):
     recorded = run_ranks(tp, rank_part)
     widths = [stop - start for start, stop in split_evenly(101, tp)]
 
-    def one_pass(tokens):  # one sum for the embedding and two a layer
-        sums = [("all_reduce", (tokens, 20), np.dtype(np.float32))] * (1 + 2 * 2)
-        return [*sums, ("all_gather", [widths], np.dtype(np.float32))]
+    def one_pass(tokens):  # one all-reduce for the embedding and two per layer
+        all_reduces = [("all_reduce", (tokens, 20), np.dtype(np.float32))] * (1 + 2 * 2)
+        return [*all_reduces, ("all_gather", [widths], np.dtype(np.float32))]
 
     for calls, results in recorded:
         assert calls == one_pass(13) + one_pass(1)
         assert results == recorded[0][1]
 
 
-def test_the_residual_stream_is_the_same_bits_on_all_ranks(monkeypatch):
-    """Each norm reads the stream, so what goes into the norms is compared."""
-    streams = {}  # thread -> what its norms were given
+def test_the_residual_stream_has_the_same_bits_on_all_ranks(monkeypatch):
+    """Every norm reads the stream, so the inputs of the norms are compared."""
+    streams = {}  # thread -> the inputs of its norms
     rms_norm = ops.rms_norm
 
-    def noting(xp, x, *arguments):
+    def recording(xp, x, *arguments):
         streams.setdefault(threading.get_ident(), []).append(x.tobytes())
         return rms_norm(xp, x, *arguments)
 
-    monkeypatch.setattr(ops, "rms_norm", noting)
+    monkeypatch.setattr(ops, "rms_norm", recording)
     run_ranks(4, partial(in_chunks, LLAMA, sizes=[13, 1]))
     assert len(streams) == 4
     first, *others = streams.values()
@@ -302,7 +303,7 @@ def test_the_residual_stream_is_the_same_bits_on_all_ranks(monkeypatch):
 )
 def test_all_ranks_leave_together_when_one_fails(errors, exit_code, message):
     def rank_part(comm):
-        calls, _ = record(comm)
+        calls, _ = record_collectives(comm)
         comm.all_reduce(np.ones((1, 2), np.float32))
         try:
             with comm.agreed():
@@ -317,7 +318,7 @@ def test_all_ranks_leave_together_when_one_fails(errors, exit_code, message):
 
 
 @pytest.mark.parametrize("tp", [1, 3])
-def test_nobody_leaves_when_none_fails(tp):
+def test_all_ranks_continue_when_none_fails(tp):
     def rank_part(comm):
         with comm.agreed():
             pass
@@ -340,10 +341,10 @@ def test_all_reduce_gives_all_ranks_the_same_bits(tp, dtype):
     sums = run_ranks(tp, lambda comm: comm.all_reduce(terms[comm.rank]))
     assert same_bits(sums)
     assert sums[0].dtype == dtype
-    assert same_bits([terms, before])  # nobody's own term is changed
+    assert same_bits([terms, before])  # no rank's term has changed
     assert not any(np.shares_memory(a, b) for a, b in itertools.combinations([terms, *sums], 2))
     exact = terms.astype(np.float64).sum(axis=0)
-    # tp - 1 float32 additions of numbers of this size, and one rounding to the dtype.
+    # tp - 1 float32 additions, and one rounding to the dtype.
     u = float(ml_dtypes.finfo(dtype).eps) / 2
     bound = tp * 2.0**-24 * np.abs(terms.astype(np.float64)).sum(axis=0) + 1.01 * u * np.abs(exact)
     assert (np.abs(sums[0].astype(np.float64) - exact) <= bound).all()
@@ -351,12 +352,12 @@ def test_all_reduce_gives_all_ranks_the_same_bits(tp, dtype):
 
 @pytest.mark.parametrize(("dtype", "large"), [(np.float16, 2048), (ml_dtypes.bfloat16, 256)])
 def test_16_bit_terms_are_added_in_float32_and_rounded_once(dtype, large):
-    """large + 1 is rounded back to `large` in the dtype: added one by one, the ones would all be lost."""
+    """The dtype rounds large + 1 to `large`, so adding the ones to it one by one would lose all of them."""
     sums = run_ranks(5, lambda comm: comm.all_reduce(np.array([large if comm.rank == 0 else 1], dtype)))
     assert [float(total[0]) for total in sums] == [large + 4] * 5
 
 
-def test_all_reduce_of_a_view_in_another_order():
+def test_all_reduce_of_a_transposed_view():
     terms = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     sums = run_ranks(2, lambda comm: comm.all_reduce(terms[comm.rank].T))
     np.testing.assert_array_equal(sums[0], (terms[0] + terms[1]).T)
@@ -379,12 +380,12 @@ def test_all_gather_of_uneven_columns(widths, rows):
 
 
 @pytest.mark.parametrize("tp", [1, 3])
-def test_broadcast_is_of_rank_0(tp):
+def test_broadcast_returns_the_value_of_rank_0(tp):
     values = run_ranks(tp, lambda comm: comm.broadcast({"token": comm.rank + 7}))
     assert values == [{"token": 7}] * tp
 
 
-def test_many_collectives_in_a_row_do_not_mix():
+def test_consecutive_collectives_do_not_mix():
     def rank_part(comm):
         seen = []
         for i in range(200):
@@ -396,17 +397,17 @@ def test_many_collectives_in_a_row_do_not_mix():
     assert run_ranks(3, rank_part) == [expected] * 3
 
 
-def test_a_rank_that_lags_is_waited_for():
+def test_ranks_wait_for_a_late_rank():
     def rank_part(comm):
         if comm.rank == 1:
             time.sleep(0.3)
         total = comm.all_reduce(np.array([comm.rank], np.float32))
         return float(total[0]), comm.seconds
 
-    (first, waited), (_, own), (last, also_waited) = run_ranks(3, rank_part)
+    (first, first_s), (_, late_s), (last, last_s) = run_ranks(3, rank_part)
     assert (first, last) == (3, 3)
-    assert min(waited, also_waited) > 0.2  # their clocks count the waiting
-    assert own < 0.2
+    assert min(first_s, last_s) > 0.2  # `seconds` includes waiting
+    assert late_s < 0.2
 
 
 @pytest.mark.parametrize("failing", [0, 2])
@@ -423,7 +424,7 @@ def test_a_rank_that_raises_wakes_the_others(failing, collective):
     def rank_part(comm):
         comm.all_reduce(np.ones(1, np.float32))
         if comm.rank == failing:
-            time.sleep(0.05)  # the others are waiting by then
+            time.sleep(0.05)  # by then the others are waiting
             raise ZeroDivisionError("in the middle")
         try:
             getattr(comm, collective)(*arguments)

@@ -1,4 +1,4 @@
-"""The whole story in one file: that it is short, stands alone, and tells the truth."""
+"""Tests of the tour: it is short, imports nothing of minitp, and computes what the model computes."""
 
 import ast
 import json
@@ -18,20 +18,20 @@ from tiny import UNEVEN, write_tiny
 from minitp.comm import run_threads
 from minitp.oracle import Oracle
 
-with mock.patch.dict(os.environ):  # the tour sets the threads of its own process
+with mock.patch.dict(os.environ):  # the tour sets the BLAS threads of its own process
     from minitp import tour
 
 TOUR = [sys.executable, "-m", "minitp.tour"]
 SHAPE = UNEVEN | {"vocab_size": 258, "rms_norm_eps": 1e-3, "max_position_embeddings": 20}
 golden_names = pytest.mark.parametrize("name", ["llama2", "tinyllama", "mistral-v02", "mistral-v03"])
 
-# Some hundred float32 roundings of 6e-8 each, in logits up to 10, come to 1e-5. A head, a position or a term
-# in the wrong place changes logits by 0.01 and more.
+# About a hundred float32 roundings of 6e-8, in logits up to 10, add up to 1e-5. A head, position or term in
+# the wrong place changes logits by at least 0.01.
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
 class ThreadRanks:
-    """Ranks as threads of this process, with what the tour uses of its MpiRanks."""
+    """Ranks as threads of this process, with the methods of MpiRanks that the tour uses."""
 
     xp = np
 
@@ -44,7 +44,7 @@ class ThreadRanks:
 
 
 def on_ranks(directory, size, function):
-    """[function(model, ranks) of each rank], which ignores end-of-text tokens."""
+    """Return function(model, ranks) of each rank, for a model without end-of-text tokens."""
     config = tour.read_config(directory) | {"eos_token_id": []}
 
     def rank(comm):
@@ -60,14 +60,14 @@ def golden_of(name):
 
 
 def run_tour(argv, ranks, **variables):
-    """(exit code, stdout, stderr) of real ranks, of which none is left."""
+    """Run the tour on MPI ranks; return (exit code, stdout, stderr) and check that no process is left."""
     return under_mpirun(argv, ranks, worker=TOUR, **variables).end(START_S)
 
 
 # --- the file -------------------------------------------------------------------------------------------
 
 
-def test_short_and_alone():
+def test_the_file_is_short_and_imports_nothing_of_minitp():
     text = Path(tour.__file__).read_text()
     assert text.count("\n") <= 300
     imported = set()
@@ -86,7 +86,7 @@ def test_short_and_alone():
 @golden_names
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_greedy_tokens(name, size):
-    """Those of transformers, which `minitp generate` gives as well (test_goldens)."""
+    """The tokens are those of transformers, and so of `minitp generate` (test_goldens)."""
     golden = golden_of(name)
     prompt, expected = golden["prompt"].tolist(), golden["continuation"].tolist()
     tokens = on_ranks(GOLDENS / name, size, lambda *rank: list(tour.generate(*rank, prompt, len(expected))))
@@ -94,7 +94,7 @@ def test_greedy_tokens(name, size):
 
 
 def check_logits(directory, tokens, size):
-    """Prompt and single tokens in passes: what each pass returns against the oracle, in float64."""
+    """Run a prompt in several passes, then token by token; check each pass's logits against the oracle."""
     stops = [7, 8, 13, *range(14, len(tokens) + 1)]
 
     def last_logits(model, ranks):
@@ -118,7 +118,7 @@ def test_logits(name, size):
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
-    """Nine query heads on three KV heads, and numbers that nothing divides."""
+    """A model with nine query heads, three KV heads and sizes that do not divide evenly."""
     return write_tiny(tmp_path_factory.mktemp("models") / "uneven", **SHAPE)
 
 
@@ -127,7 +127,7 @@ def test_logits_with_uneven_heads(uneven, size):
     check_logits(uneven, list(range(3, 250, 13)), size)
 
 
-def test_nothing_overflows():
+def test_large_gates_do_not_overflow():
     layer = SimpleNamespace(mlp_norm=np.float32([1, 1]), w_gate=np.float32([[-200], [0]]))
     layer.w_up, layer.w_down = np.ones((2, 1), np.float32), np.ones((1, 2), np.float32)
     model = SimpleNamespace(config={"rms_norm_eps": 0.0})
@@ -142,7 +142,7 @@ def test_nothing_overflows():
 
 @pytest.fixture(scope="module")
 def model_of_bytes(tmp_path_factory):
-    """Its text is full of halves of characters, and ends at a token of generation_config.json."""
+    """A model that generates incomplete characters, and ends at a token of generation_config.json."""
     directory = write_tiny(tmp_path_factory.mktemp("models") / "bytes", seed=4)
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 213}))
     return directory
@@ -150,8 +150,8 @@ def model_of_bytes(tmp_path_factory):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("model", ["demo", "text", "bytes"])
-def test_as_minitp_generate(model, model_of_bytes):
-    """The text and its end, after the prompt; `text` has its end of text in config.json, and bfloat16."""
+def test_the_tour_prints_the_same_text_as_minitp_generate(model, model_of_bytes):
+    """The model `text` has its end-of-text token in config.json, and bfloat16 weights."""
     prompt = str(golden_of("text")["prompt_text"]) if model == "text" else "Once upon a time"
     directory = {"text": GOLDENS / "text", "bytes": model_of_bytes}.get(model)
     argv = [prompt, "-n", "20"] if directory is None else [prompt, "-n", "20", "--model", str(directory)]
@@ -161,8 +161,8 @@ def test_as_minitp_generate(model, model_of_bytes):
 
 
 @pytest.mark.mpi
-def test_gpus(uneven):
-    """On the stand-in for CuPy, where ranks meet in its NCCL; as many tokens as the context allows."""
+def test_gpus_generate_the_same_tokens(uneven):
+    """The GPUs and NCCL are the stand-in for CuPy; the tokens fill the context."""
     argv = ["--tokens", "5,200,7", "--model", uneven, "-n", "30"]
     expected = run_tour(argv, 1)
     assert expected[0] == 0
@@ -178,7 +178,7 @@ CHANGES = [
     {"attention_bias": True},
     {"mlp_bias": True},
     {"sliding_window": 8},
-    {"model_type": "mistral"},  # whose window is 4096 unless config.json says otherwise
+    {"model_type": "mistral"},  # a window of 4096 by default
     {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     {"rope_scaling": {"type": "default"}},
     {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 2.0}},
@@ -193,11 +193,11 @@ print(json.dumps([tour.main(argv) for argv in json.loads(sys.argv[1])]))
 
 
 def refusals(cases, ranks=2, **variables):
-    """The line on stderr of each case, all of them run by the same ranks, none of which waits for ever."""
+    """Run all cases on the same ranks; return the line on stderr of each."""
     worker = [sys.executable, "-c", ALL_CASES]
     argv = [json.dumps([[str(part) for part in case] for case in cases])]
     code, out, err = under_mpirun(argv, ranks, worker=worker, **variables).end(START_S)
-    assert (code, json.loads(out)) == (0, [2] * len(cases)), err  # of rank 0; the others' stdout is shut
+    assert (code, json.loads(out)) == (0, [2] * len(cases)), err  # only rank 0's stdout is open
     lines = err.splitlines()
     assert len(lines) == len(cases), err
     assert all(line.startswith("minitp tour: ") for line in lines)
@@ -205,7 +205,7 @@ def refusals(cases, ranks=2, **variables):
 
 
 @pytest.mark.mpi
-def test_models_that_are_more_than_a_plain_llama(tiny, tmp_path):
+def test_models_that_differ_from_llama_are_refused(tiny, tmp_path):
     fields = json.loads((tiny / "config.json").read_text())
     for number, change in enumerate(CHANGES):
         (tmp_path / str(number)).mkdir()
@@ -220,7 +220,7 @@ def test_models_that_are_more_than_a_plain_llama(tiny, tmp_path):
 
 
 @pytest.mark.mpi
-def test_other_refusals(tiny, tmp_path):
+def test_missing_files_and_bad_prompts_are_refused(tiny, tmp_path):
     (tmp_path / "no-weights").mkdir()
     (tmp_path / "no-weights" / "config.json").write_text((tiny / "config.json").read_text())
     cases = {
@@ -238,8 +238,7 @@ def test_other_refusals(tiny, tmp_path):
 
 
 @pytest.mark.mpi
-def test_refused_by_the_command(tmp_path, tiny):
-    """With exit code 2: no demo model yet, and more ranks than heads."""
+def test_a_missing_demo_model_and_too_many_ranks_exit_with_code_2(tmp_path, tiny):
     line = "minitp tour: the demo model is not here yet; `minitp shard` fetches it\n"
     assert run_tour(["Hello"], 2, XDG_CACHE_HOME=str(tmp_path)) == (2, "", line)
     line = "minitp tour: a rank needs a head: use at most 4 ranks\n"
@@ -247,13 +246,13 @@ def test_refused_by_the_command(tmp_path, tiny):
 
 
 @pytest.mark.mpi
-def test_usage_is_said_once(tiny):
+def test_a_usage_error_is_printed_once(tiny):
     code, out, err = run_tour(["Hello", "--model", tiny, "--tp", "2"], 2)
     assert (code, out) == (2, "")
     assert err.count("unrecognized arguments: --tp 2") == 1
 
 
-# --- one rank in trouble --------------------------------------------------------------------------------
+# --- one failing rank -----------------------------------------------------------------------------------
 
 ONE_FAILS = """
 import sys
@@ -273,9 +272,9 @@ sys.exit(tour.main())
         ("feed_forward", "MemoryError('too much')", 3, "rank 1 failed: MemoryError('too much')"),
     ],
 )
-def test_all_ranks_end(tiny, function, error, code, line):
-    """And with them the job, whose other ranks wait for that one in a collective."""
+def test_a_failing_rank_ends_the_job(tiny, function, error, code, line):
+    """The other ranks are waiting for it in a collective."""
     worker = [sys.executable, "-c", ONE_FAILS.format(function=function, error=error)]
-    found = under_mpirun(["Hello", "--model", tiny], 3, worker=worker).end(START_S / 6)
-    assert found[0] == code
-    assert f"minitp tour: {line}\n" in found[2]
+    exit_code, _, err = under_mpirun(["Hello", "--model", tiny], 3, worker=worker).end(START_S / 6)
+    assert exit_code == code
+    assert f"minitp tour: {line}\n" in err

@@ -1,4 +1,4 @@
-"""Generation, from logits to text: sampling, streaming, stopping, long contexts; and perplexity."""
+"""Tests of generation: sampling, streaming, stopping, long contexts, and perplexity."""
 
 import itertools
 import math
@@ -39,7 +39,7 @@ def tokenizer(tiny):
 
 TOKEN_OF_BYTE = {}
 for byte, char in itertools.chain(
-    # Byte-level BPE writes printable bytes as themselves and the others from U+0100 on.
+    # Byte-level BPE writes printable bytes as themselves and the others as characters from U+0100 on.
     ((b, chr(b)) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]),
     zip([*range(33), *range(127, 161), 173], map(chr, itertools.count(256)), strict=False),
 ):
@@ -47,7 +47,7 @@ for byte, char in itertools.chain(
 
 
 def byte_ids(data):
-    """The tokens of bytes, valid UTF-8 or not, for the tokenizer of the tiny models."""
+    """Return the tokens of bytes, valid UTF-8 or not, for the tokenizer of the tiny models."""
     return [TOKEN_OF_BYTE[byte] for byte in data]
 
 
@@ -72,7 +72,7 @@ def test_stop_string_across_pieces():
     assert filter_.found
 
 
-def test_false_beginning_is_released():
+def test_incomplete_stop_string_is_released():
     out, filter_ = push_all(["STOP"], ["one S", "T", "A", "ST"])
     assert out == ["one ", "", "STA", ""]
     assert not filter_.found
@@ -80,9 +80,9 @@ def test_false_beginning_is_released():
     assert filter_.finish() == ""
 
 
-def test_beginnings_that_overlap():
+def test_overlapping_beginnings_of_a_stop_string():
     out, filter_ = push_all(["aab"], "xaaab")
-    assert out == ["x", "", "", "a", ""], "the third a may still be the second of aab"
+    assert out == ["x", "", "", "a", ""], "the second and third a may still begin aab"
     assert filter_.found
     out, _ = push_all(["abab!"], ["aba", "ba", "b!", "z"])
     assert "".join(out) == "ab"
@@ -101,7 +101,7 @@ def test_no_stop_strings():
 
 
 def first_cut(text, stops):
-    """Where the text ends, if it comes letter by letter and the first stop string to be complete counts."""
+    """Return the length of the text before the stop string that is complete first, letter by letter."""
     for end in range(1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
@@ -112,11 +112,11 @@ def first_cut(text, stops):
 def test_stop_string_within_another():
     for pieces in (["xabc"], ["x", "a", "b", "c"], ["xa", "bc"]):
         out, _ = push_all(["abc", "b"], pieces)
-        assert "".join(out) == "xa", "b is complete before abc is, in whatever pieces the text comes"
+        assert "".join(out) == "xa", "b is complete before abc, however the text is split into pieces"
 
 
 def test_stop_strings_against_brute_force():
-    """Each piece yields all but the longest end that may be the beginning of a stop string."""
+    """The filter holds back only the longest ending that may be the beginning of a stop string."""
     rng = np.random.default_rng(1)
 
     def letters(most):
@@ -136,29 +136,29 @@ def test_stop_strings_against_brute_force():
                 break
             held = max(n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n]))
             assert out == text[: len(text) - held], (stops, text)
-    assert 100 < found < 500, "both cases come up"
+    assert 100 < found < 500, "both cases must occur"
 
 
-# --- text as it streams ---------------------------------------------------------------------------------
+# --- streamed text --------------------------------------------------------------------------------------
 
 STORY = "Grüße 😀 an 你好吗 — naïve 🧑‍🚀, \u200dŁódź."
 
 
-def test_byte_ids_are_the_tokenizers_own(tokenizer):
+def test_byte_ids_match_the_tokenizer(tokenizer):
     assert tokenizer.encode(STORY) == byte_ids(STORY.encode())
 
 
-def test_characters_come_whole(tokenizer):
+def test_characters_are_streamed_whole(tokenizer):
     stream = TextStream(tokenizer, byte_ids(b"prompt"))
     for char in STORY:
         data = char.encode()
         pieces = [stream.push(token) for token in byte_ids(data)]
-        assert pieces == [""] * (len(data) - 1) + [char], "with its last byte, and not before"
+        assert pieces == [""] * (len(data) - 1) + [char], "a character comes with its last byte"
     assert stream.finish() == ""
 
 
-def test_half_characters_in_the_prompts_tail_do_no_harm(tokenizer):
-    """Only the last six tokens of the prompt are looked at, which cuts characters in two."""
+def test_incomplete_characters_in_the_prompts_last_tokens_are_ignored(tokenizer):
+    """The stream decodes only the last six tokens of the prompt, which may begin inside a character."""
     for length in range(1, 12):
         stream = TextStream(tokenizer, byte_ids(("ab" + "好" * length).encode()))
         text = "".join(stream.push(token) for token in byte_ids("好😀x".encode()))
@@ -169,17 +169,17 @@ def test_invalid_bytes_become_replacement_characters(tokenizer):
     stream = TextStream(tokenizer, byte_ids(b"p"))
     assert [stream.push(token) for token in byte_ids(b"a\xffb")] == ["a", "", REPLACEMENT + "b"]
     pieces = [stream.push(token) for token in byte_ids(b"\xf0\x9f\x98z")]
-    assert pieces == ["", "", "", REPLACEMENT + "z"], "three of four bytes make one replacement"
+    assert pieces == ["", "", "", REPLACEMENT + "z"], "three of four bytes become one replacement"
     assert stream.finish() == ""
 
 
-def test_unfinished_character_is_handed_out_at_the_end(tokenizer):
+def test_incomplete_character_becomes_a_replacement_at_the_end(tokenizer):
     stream = TextStream(tokenizer, byte_ids(b"p"))
     assert [stream.push(token) for token in byte_ids("a好".encode()[:-1])] == ["a", "", ""]
     assert stream.finish() == REPLACEMENT
 
 
-def test_replacement_character_that_is_meant(tokenizer):
+def test_replacement_character_in_the_text_itself(tokenizer):
     stream = TextStream(tokenizer, byte_ids(b"p"))
     text = "".join(stream.push(token) for token in byte_ids(f"a{REPLACEMENT}b{REPLACEMENT}".encode()))
     assert text + stream.finish() == f"a{REPLACEMENT}b{REPLACEMENT}"
@@ -188,7 +188,7 @@ def test_replacement_character_that_is_meant(tokenizer):
 def test_stream_of_random_bytes_is_their_text(tokenizer):
     rng = np.random.default_rng(2)
     for _ in range(50):
-        # Enough ASCII and beginnings of characters that all kinds of wrong sequences come up.
+        # Enough ASCII and first bytes of characters that all kinds of invalid sequences occur.
         data = bytes(
             rng.choice([*b"abc ", 0xC3, 0xE4, 0xBD, 0xA0, 0xF0, 0x9F, 0x98, 0x80, 0xFF], size=60).tolist()
         )
@@ -203,8 +203,8 @@ def test_special_tokens_have_no_text(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def wordy():
-    """In the manner of Llama 2: words carry the space before them, and rare characters are bytes."""
+def llama2_like():
+    """A tokenizer like Llama 2's: words include the space before them, and rare characters are bytes."""
     tokens = ["<unk>", "<s>", "▁Hello", "▁world", "ly", *(f"<0x{byte:02X}>" for byte in range(256))]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     raw = RawTokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
@@ -219,19 +219,19 @@ def fallback_ids(vocabulary, text):
     return [vocabulary[f"<0x{byte:02X}>"] for byte in text.encode()]
 
 
-def test_words_keep_the_space_before_them(wordy):
-    tokenizer, vocabulary = wordy
+def test_words_keep_the_space_before_them(llama2_like):
+    tokenizer, vocabulary = llama2_like
     stream = TextStream(tokenizer, [vocabulary["<s>"], vocabulary["▁Hello"]])
     pieces = [stream.push(vocabulary[word]) for word in ["▁world", "ly", "▁Hello", "<s>", "▁world"]]
     assert pieces == [" world", "ly", " Hello", "", " world"]
     assert [stream.push(token) for token in fallback_ids(vocabulary, "😀")] == ["", "", "", "😀"]
-    for _ in range(20):  # long after the beginning of the text
+    for _ in range(20):  # also far from the beginning of the text
         assert stream.push(vocabulary["▁Hello"]) == " Hello"
 
 
 @pytest.mark.parametrize("prompt", ["", "😀好"], ids=["words", "bytes"])
-def test_characters_of_bytes_in_a_row(wordy, prompt):
-    tokenizer, vocabulary = wordy
+def test_consecutive_characters_of_byte_tokens(llama2_like, prompt):
+    tokenizer, vocabulary = llama2_like
     stream = TextStream(tokenizer, [vocabulary["▁Hello"], *fallback_ids(vocabulary, prompt)])
     for char in "好😀é🚀你":
         tokens = fallback_ids(vocabulary, char)
@@ -243,7 +243,7 @@ def test_characters_of_bytes_in_a_row(wordy, prompt):
 
 
 def reference_probabilities(logits, temperature, top_k, top_p):
-    """Temperature, then top-k, then top-p, token by token."""
+    """Apply temperature, then top-k, then top-p, token by token; return all probabilities."""
     scaled = [float(x) / temperature for x in logits]
     order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
     if top_k:
@@ -275,7 +275,7 @@ def test_probabilities_against_brute_force():
         np.testing.assert_allclose(probs, expected, atol=1e-12, err_msg=str(params))
 
 
-def test_top_p_takes_as_few_as_it_can():
+def test_top_p_keeps_as_few_tokens_as_possible():
     logits = np.log(np.array([0.125, 0.5, 0.25, 0.125], dtype=np.float32))
     for top_p, kept in [
         (0.3, [1]),
@@ -289,7 +289,7 @@ def test_top_p_takes_as_few_as_it_can():
         assert np.flatnonzero(probs).tolist() == kept, top_p
 
 
-def test_ties_go_by_token_id():
+def test_top_k_breaks_ties_by_token_id():
     probs = token_probabilities(np.zeros(9, dtype=np.float32), SamplingParams(temperature=1.0, top_k=3))
     np.testing.assert_allclose(probs, [1 / 3] * 3 + [0] * 6)
 
@@ -309,15 +309,15 @@ def test_draws_follow_the_probabilities(options):
 
 
 @pytest.mark.parametrize("drawn", [0.0, 0.5, 1 - 2**-53])
-def test_draws_at_the_ends(drawn):
-    """Tokens that top-k has ruled out are not drawn, even if they lie at the end of the scale."""
+def test_extreme_random_numbers(drawn):
+    """Tokens that top-k excludes are not drawn, even if they are the first or the last of the vocabulary."""
     logits = np.array([0, 1, 0, 1, 0], dtype=np.float32)
     sampler = Sampler(SamplingParams(temperature=1.0, top_k=2))
     sampler._generator = SimpleNamespace(random=lambda count: np.full(count, drawn))
     assert sampler.choose(logits) == (1 if drawn < 0.5 else 3)
 
 
-def test_greedy_takes_the_first_of_the_largest():
+def test_greedy_chooses_the_first_of_equal_logits():
     sampler = Sampler(SamplingParams())
     assert sampler.choose(np.array([0, 3, 1, 3], dtype=np.float32)) == 1
     assert sampler.seed is None
@@ -333,7 +333,7 @@ def test_seed_fixes_the_draws():
     assert draws(1) == draws(1)
     assert draws(1)[1] != draws(2)[1]
     seed, drawn = draws(None)
-    assert draws(seed)[1] == drawn, "a seed that was drawn can be given"
+    assert draws(seed)[1] == drawn, "a drawn seed can be used again"
     assert draws(None)[0] != seed
 
 
@@ -347,20 +347,25 @@ def test_low_temperature_is_nearly_greedy(temperature):
 # --- requests -------------------------------------------------------------------------------------------
 
 
-def drive(tokens, tokenizer=None, prompt=(1, 2, 3), max_context=512, eos=(EOS,), readers=10**9, **params):
-    """A Request to which the model offers `tokens`, one after the other; it and the pieces it has emitted."""
+def run_request(
+    tokens, tokenizer=None, prompt=(1, 2, 3), max_context=512, eos=(EOS,), max_pieces=10**9, **params
+):
+    """Let a Request sample `tokens` one by one; return it and the pieces of text that it has emitted.
+
+    The output is closed after `max_pieces` pieces.
+    """
     pieces = []
 
     def emit(piece):
         pieces.append(piece)
-        return len(pieces) < readers
+        return len(pieces) < max_pieces
 
     request = Request(SamplingParams(**params), eos, list(prompt), max_context, tokenizer, emit)
     for i, token in enumerate(tokens):
         logits = np.zeros(VOCABULARY, dtype=np.float32)
         logits[token] = 1
-        taken, last = request.sample(logits)
-        assert taken == token
+        sampled, last = request.sample(logits)
+        assert sampled == token
         assert last == (request.finish_reason is not None)
         if last:
             assert request.token_ids == list(tokens[: i + 1])
@@ -368,89 +373,89 @@ def drive(tokens, tokenizer=None, prompt=(1, 2, 3), max_context=512, eos=(EOS,),
     return request, pieces
 
 
-def test_length_ends_it(tokenizer):
-    request, pieces = drive(byte_ids(b"abcdefgh"), tokenizer, max_new_tokens=5)
+def test_max_new_tokens_ends_a_request(tokenizer):
+    request, pieces = run_request(byte_ids(b"abcdefgh"), tokenizer, max_new_tokens=5)
     assert (request.finish_reason, request.text, pieces) == ("length", "abcde", ["a", "b", "c", "d", "e"])
 
 
-def test_end_of_text_ends_it(tokenizer):
+def test_end_of_text_ends_a_request(tokenizer):
     tokens = [*byte_ids(b"ab"), EOS, *byte_ids(b"c")]
-    request, _ = drive(tokens, tokenizer)
+    request, _ = run_request(tokens, tokenizer)
     assert (request.finish_reason, request.text) == ("stop", "ab")
-    assert request.token_ids == tokens[:3], "it is one of the tokens, without a text"
-    request, _ = drive(tokens, tokenizer, eos=(7, EOS))
+    assert request.token_ids == tokens[:3], "the end-of-text token is included"
+    request, _ = run_request(tokens, tokenizer, eos=(7, EOS))
     assert request.finish_reason == "stop"
-    request, _ = drive(tokens, tokenizer, eos=())
+    request, _ = run_request(tokens, tokenizer, eos=())
     assert request.finish_reason is None
 
 
 def test_end_of_text_as_the_last_token(tokenizer):
-    request, _ = drive([*byte_ids(b"ab"), EOS], tokenizer, max_new_tokens=3)
+    request, _ = run_request([*byte_ids(b"ab"), EOS], tokenizer, max_new_tokens=3)
     assert request.finish_reason == "stop"
 
 
 def test_ignored_end_of_text(tokenizer):
     tokens = [*byte_ids(b"ab"), EOS, *byte_ids(b"cd")]
-    request, _ = drive(tokens, tokenizer, ignore_eos=True, max_new_tokens=4)
+    request, _ = run_request(tokens, tokenizer, ignore_eos=True, max_new_tokens=4)
     assert (request.finish_reason, request.text) == ("length", "abc")
     assert len(request.token_ids) == 4
 
 
-def test_context_ends_it():
-    request, _ = drive(range(20), prompt=[5] * 6, max_context=10)
+def test_a_full_context_ends_a_request():
+    request, _ = run_request(range(20), prompt=[5] * 6, max_context=10)
     assert request.finish_reason == "length"
-    assert len(request.token_ids) == 4, "prompt and continuation fill it"
+    assert len(request.token_ids) == 4, "prompt and continuation fill the context"
 
 
-def test_stop_string_ends_it(tokenizer):
-    request, pieces = drive(byte_ids(b"one STOP two"), tokenizer, stop=("STOP",))
+def test_stop_string_ends_a_request(tokenizer):
+    request, pieces = run_request(byte_ids(b"one STOP two"), tokenizer, stop=("STOP",))
     assert (request.finish_reason, request.text, "".join(pieces)) == ("stop", "one ", "one ")
     assert request.token_ids == byte_ids(b"one STOP")
 
 
 def test_stop_string_in_the_prompt_does_not_count(tokenizer):
-    request, _ = drive(
+    request, _ = run_request(
         byte_ids(b"OP abc"), tokenizer, prompt=byte_ids(b"ST"), stop=("STOP",), max_new_tokens=6
     )
     assert (request.finish_reason, request.text) == ("length", "OP abc")
 
 
 def test_stop_string_with_the_last_token(tokenizer):
-    request, _ = drive(byte_ids(b"abSTOP"), tokenizer, stop=("STOP",), max_new_tokens=6)
+    request, _ = run_request(byte_ids(b"abSTOP"), tokenizer, stop=("STOP",), max_new_tokens=6)
     assert (request.finish_reason, request.text) == ("stop", "ab")
 
 
-def test_what_was_held_back_comes_at_the_end(tokenizer):
-    request, pieces = drive(byte_ids(b"abSTO"), tokenizer, stop=("STOP",), max_new_tokens=5)
+def test_text_that_was_held_back_is_emitted_at_the_end(tokenizer):
+    request, pieces = run_request(byte_ids(b"abSTO"), tokenizer, stop=("STOP",), max_new_tokens=5)
     assert (request.finish_reason, request.text, "".join(pieces)) == ("length", "abSTO", "abSTO")
-    request, pieces = drive(byte_ids("a好".encode()), tokenizer, max_new_tokens=3)
+    request, pieces = run_request(byte_ids("a好".encode()), tokenizer, max_new_tokens=3)
     assert (request.text, "".join(pieces)) == ("a" + REPLACEMENT, "a" + REPLACEMENT)
-    request, pieces = drive([*byte_ids(b"abSTO"), EOS], tokenizer, stop=("STOP",))
+    request, pieces = run_request([*byte_ids(b"abSTO"), EOS], tokenizer, stop=("STOP",))
     assert (request.finish_reason, request.text, "".join(pieces)) == ("stop", "abSTO", "abSTO")
 
 
 @pytest.mark.parametrize("with_text", [True, False])
-def test_nobody_reads_any_more(tokenizer, with_text):
-    request, pieces = drive(byte_ids(b"abcdef"), tokenizer if with_text else None, readers=3)
+def test_a_closed_output_ends_a_request(tokenizer, with_text):
+    request, pieces = run_request(byte_ids(b"abcdef"), tokenizer if with_text else None, max_pieces=3)
     assert request.finish_reason == "closed"
     assert len(request.token_ids) == len(pieces) == 3
 
 
-def test_without_a_tokenizer_tokens_are_handed_out():
-    request, pieces = drive([7, 8, 9], max_new_tokens=3)
+def test_without_a_tokenizer_token_ids_are_emitted():
+    request, pieces = run_request([7, 8, 9], max_new_tokens=3)
     assert pieces == ["7 ", "8 ", "9 "]
     assert request.text == ""
 
 
 def test_times(tokenizer):
-    request, _ = drive(byte_ids(b"abc"), tokenizer, max_new_tokens=3)
+    request, _ = run_request(byte_ids(b"abc"), tokenizer, max_new_tokens=3)
     request.times = [1.0, 1.5, 1.75, 2.0]
     assert request.ttft_s == 0.5
     assert request.decode_tokens_per_s == 4
-    assert drive(byte_ids(b"abc"), tokenizer, max_new_tokens=1)[0].decode_tokens_per_s is None
+    assert run_request(byte_ids(b"abc"), tokenizer, max_new_tokens=1)[0].decode_tokens_per_s is None
 
 
-def test_context_and_prompt(tiny):
+def test_context_length_and_check_prompt(tiny):
     config = open_model(str(tiny), 1).config
     assert context_length(config, None) == 512
     assert context_length(config, 2) == 2
@@ -464,14 +469,14 @@ def test_context_and_prompt(tiny):
             check_prompt(ids, config, context)
 
 
-def test_library_checks_prompts_too(tiny):
+def test_generate_checks_the_prompt(tiny):
     model = open_tiny(tiny)
     for ids in ([], [258], [1] * 512):
         with pytest.raises(InputError):
             next(generate(model, ids, None))
 
 
-# --- the loop -------------------------------------------------------------------------------------------
+# --- the generation loop --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tp", [1, 3])
@@ -484,16 +489,12 @@ def test_every_rank_yields_the_tokens_that_rank_0_chose(tiny, tp, use_cache):
         request = Request(params, (), prompt, 512) if comm.rank == 0 else None
         return list(generate(open_tiny(tiny, comm), prompt, request, use_cache))
 
-    found = run_threads(tp, tokens)
-    assert len(found[0]) == 12
-    assert found == [found[0]] * tp
-    model, request = (
-        open_tiny(tiny),
-        Request(SamplingParams(max_new_tokens=12, temperature=1.0, seed=0), (), prompt, 512),
-    )
-    assert found[0] == list(generate(model, prompt, request)), (
-        "with and without cache, on any number of ranks"
-    )
+    results = run_threads(tp, tokens)
+    assert len(results[0]) == 12
+    assert results == [results[0]] * tp
+    params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=0)
+    single = list(generate(open_tiny(tiny), prompt, Request(params, (), prompt, 512)))
+    assert results[0] == single, "the tokens do not depend on the cache or the number of ranks"
 
 
 WINDOW, LONG = 48, 2050
@@ -513,7 +514,7 @@ def long_model(directory, window, comm=None):
 
 
 def test_long_generation_across_the_window(tmp_path, monkeypatch):
-    """2050 tokens of a context of a million: the right ones, with as much work and memory as they need."""
+    """Generate 2050 tokens in a context of a million; check the tokens, the keys read and the memory."""
     model = long_model(tmp_path / "windowed", WINDOW)
     keys_read, cache_bytes, scores = [], [], ops.attention_scores
 
@@ -535,27 +536,27 @@ def test_long_generation_across_the_window(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert len(tokens) == LONG
     assert len(caches) == 1
-    assert len(set(tokens)) > 100, "else it would not matter much what is computed"
+    assert len(set(tokens)) > 100, "the tokens must depend on what is computed"
 
-    # Work: each of two layers reads the keys up to the window, and no more.
-    steps = range(len(prompt) + 1, len(prompt) + LONG)
-    assert keys_read == [min(position, WINDOW) for position in steps for _ in range(2)]
+    # Work: each of the two layers reads only the keys within the window.
+    lengths = range(len(prompt) + 1, len(prompt) + LONG)
+    assert keys_read == [min(length, WINDOW) for length in lengths for _ in range(2)]
 
-    # Memory: two buffers of two heads in two layers, reserved for what may come and never copied.
+    # Memory: keys and values of two heads in two layers, reserved for the whole request and never copied.
     per_position = 2 * 2 * 2 * 4 * 4
     assert set(cache_bytes) == {per_position * (len(prompt) + LONG)}
 
-    # Tokens: the whole again in one pass, without a cache; each draw repeated from its logits.
+    # Tokens: run the whole sequence in one pass, and repeat each draw from its logits.
     ids = prompt + tokens
     again = model.forward(ids[:-1], model.new_cache(), logits_at=slice(len(prompt) - 1, None))
     sampler = Sampler(request.params)
     chosen = [sampler.choose(row) for row in again]
-    assert sum(a != b for a, b in zip(chosen, tokens, strict=True)) <= 1, "but for a draw on a boundary"
-    last = model.forward(ids[-2:-1], cut(caches[0], len(ids) - 2), logits_at=slice(-1, None))
+    assert sum(a != b for a, b in zip(chosen, tokens, strict=True)) <= 1, "one draw may be on a boundary"
+    last = model.forward(ids[-2:-1], truncate(caches[0], len(ids) - 2), logits_at=slice(-1, None))
     np.testing.assert_allclose(last[0], again[-1], atol=1e-4)
     np.testing.assert_allclose(prefill(model, model.new_cache(), ids[:-1]), again[-1], atol=1e-4)
 
-    # And it is the window that they see.
+    # Without a window the logits differ as soon as the window is full.
     unbounded = long_model(tmp_path / "unbounded", 1_000_000)
     full = unbounded.forward(ids[:-1], unbounded.new_cache(), logits_at=slice(len(prompt) - 1, None))
     inside = WINDOW - len(prompt)
@@ -563,13 +564,13 @@ def test_long_generation_across_the_window(tmp_path, monkeypatch):
     assert np.abs(full[inside + 1 :] - again[inside + 1 :]).max(axis=-1).min() > 1e-3
 
 
-def cut(cache, length):
-    """The cache as it was after `length` positions."""
+def truncate(cache, length):
+    """Set a cache back to its first `length` positions, and return it."""
     cache.length = length
     return cache
 
 
-def test_a_cache_that_was_reserved_for_less_grows(tmp_path):
+def test_a_cache_grows_beyond_its_capacity(tmp_path):
     model = long_model(tmp_path / "model", WINDOW)
     ids = list(range(100, 190))
     small, large = model.new_cache(1), model.new_cache(90)
@@ -579,8 +580,8 @@ def test_a_cache_that_was_reserved_for_less_grows(tmp_path):
     assert large.nbytes == 90 * 2 * 2 * 2 * 4 * 4 <= small.nbytes < 1.5 * large.nbytes
 
 
-def test_a_pass_of_a_long_prompt_has_few_scores(tmp_path, monkeypatch):
-    """However long the prompt is, whatever the number of ranks."""
+def test_a_pass_has_at_most_max_scores(tmp_path, monkeypatch):
+    """A long prompt on several ranks is split into passes that are short enough."""
     ids = np.random.default_rng(8).integers(0, 256, size=300).tolist()
     long_model(tmp_path / "model", None)
 
@@ -593,7 +594,7 @@ def test_a_pass_of_a_long_prompt_has_few_scores(tmp_path, monkeypatch):
         return prefill(model, model.new_cache(), ids, 100), sizes, model.plan.head_ranges
 
     whole = run_threads(3, on_ranks)
-    monkeypatch.setattr("minitp.generate.SCORES", 4096)
+    monkeypatch.setattr("minitp.generate.MAX_SCORES", 4096)
     for (logits, sizes, heads), (expected, _, _) in zip(run_threads(3, on_ranks), whole, strict=True):
         np.testing.assert_allclose(logits, expected, atol=1e-4)
         most = max(stop - start for start, stop in heads)
@@ -603,7 +604,7 @@ def test_a_pass_of_a_long_prompt_has_few_scores(tmp_path, monkeypatch):
 
 
 def test_window_with_ranks_and_a_chunked_prompt(tmp_path):
-    """A prompt longer than the window, prefilled in passes shorter and longer than that."""
+    """A prompt longer than the window is prefilled in passes shorter and longer than the window."""
     rng = np.random.default_rng(8)
     ids = rng.integers(0, 256, size=200).tolist()
     model = long_model(tmp_path / "model", WINDOW)
@@ -623,7 +624,7 @@ def test_window_with_ranks_and_a_chunked_prompt(tmp_path):
 
 
 def direct_perplexity(model, ids, context):
-    """Each window's tokens one by one, each from a run of its own over what comes before it in the window."""
+    """Compute the perplexity with a separate run for each token, over the earlier tokens of its window."""
     total, scored = 0.0, 0
     for start in range(0, len(ids), context):
         window = ids[start : start + context]
@@ -647,10 +648,10 @@ def test_perplexity_against_a_direct_computation(tiny, tokens, context):
     expected, expected_scored = direct_perplexity(model, ids, context)
     assert scored == expected_scored
     assert value == pytest.approx(expected, rel=1e-4)
-    assert tokens - 1 <= sum(read) <= tokens, "all but a last one that nobody predicts"
+    assert tokens - 1 <= sum(read) <= tokens, "only the last token may be left out"
 
 
-def test_perplexity_of_a_uniform_model_is_its_vocabulary(tiny):
+def test_perplexity_of_a_uniform_model_is_its_vocabulary_size(tiny):
     model = open_tiny(tiny)
     model.weights.lm_head[:] = 0
     value, _ = perplexity(model, [1, 2, 3, 4], 512)
@@ -660,6 +661,6 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary(tiny):
 def test_perplexity_on_ranks(tiny):
     ids = np.random.default_rng(10).integers(0, 256, size=200).tolist()
     expected = perplexity(open_tiny(tiny), ids, 90)
-    for found in run_threads(4, lambda comm: perplexity(open_tiny(tiny, comm), ids, 90)):
-        assert found[0] == pytest.approx(expected[0], rel=1e-4)
-        assert found[1] == expected[1]
+    for value, scored in run_threads(4, lambda comm: perplexity(open_tiny(tiny, comm), ids, 90)):
+        assert value == pytest.approx(expected[0], rel=1e-4)
+        assert scored == expected[1]

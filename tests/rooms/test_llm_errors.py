@@ -1,4 +1,4 @@
-"""`LLM`: what is refused, in one clear line and before anything is computed; and how it ends."""
+"""Tests of `LLM`: what it refuses, with one clear line before anything is computed, and how it closes."""
 
 import gc
 import os
@@ -21,14 +21,14 @@ CONTEXT = 64
 
 @pytest.fixture(scope="module")
 def llm(tiny):
-    """With a tokenizer, and no chat template."""
+    """An LLM with a tokenizer and without a chat template."""
     with LLM(tiny, tp=1, cache_tokens=CONTEXT) as llm:
         yield llm
 
 
 @pytest.fixture
 def idle(llm, monkeypatch):
-    """The same; that anything is asked of its ranks is a failure."""
+    """The same LLM, which fails if its ranks get a request."""
 
     def no_request(*_):
         raise AssertionError("a request was sent")
@@ -38,7 +38,7 @@ def idle(llm, monkeypatch):
 
 
 def refusal(call):
-    """The one line of the InputError that a call raises."""
+    """Return the message of the InputError that a call raises, and check that it is one line."""
     with pytest.raises(InputError) as caught:
         call()
     message = str(caught.value)
@@ -48,7 +48,7 @@ def refusal(call):
 
 
 def pids(llm):
-    """Of the ranks of an LLM."""
+    """Return the process ids of the ranks of an LLM."""
     return [rank.pid for rank in llm._ranks._job.ranks.values()]
 
 
@@ -83,8 +83,8 @@ NO_PROMPT = "expected a text or a list of token ids"
         ("\ud800", ""),
     ],
 )
-def test_a_prompt_that_is_none_is_refused(idle, prompt, words):
-    """Also beside one that is right, which is not computed then; and when a stream is asked for."""
+def test_an_invalid_prompt_is_refused(idle, prompt, words):
+    """The prompt is refused alone, in a stream, and in a list, whose other prompts are not computed."""
     message = refusal(lambda: idle.generate(prompt))
     assert words in message
     assert len(message) < 150
@@ -105,18 +105,18 @@ def test_a_prompt_that_is_none_is_refused(idle, prompt, words):
         ({"params": "greedy"}, "'greedy'"),
     ],
 )
-def test_params_that_are_none_are_refused(idle, options, words):
+def test_invalid_params_are_refused(idle, options, words):
     for call in (idle.generate, idle.stream):
         assert words in refusal(lambda call=call: call("Hi", **options))
     assert words in refusal(lambda: idle.generate(["Hi", "Ho"], **options))
 
 
-def test_as_many_params_as_prompts(idle):
+def test_fewer_params_than_prompts_are_refused(idle):
     words = "1 SamplingParams for 2 prompts; give one, or one for each"
     assert refusal(lambda: idle.generate(["Hi", "Ho"], [SamplingParams()])) == words
 
 
-def test_what_has_no_chat_template_does_not_chat(idle, tiny):
+def test_chat_without_a_chat_template_is_refused(idle, tiny):
     for call in (idle.chat, idle.stream_chat, idle.encode_chat):
         words = f"{tiny} has no chat template, so it cannot chat; ask for a completion, or use a chat model"
         assert refusal(lambda call=call: call([{"role": "user", "content": "Hi"}])) == words
@@ -125,7 +125,7 @@ def test_what_has_no_chat_template_does_not_chat(idle, tiny):
 # --- models and options ---------------------------------------------------------------------------------
 
 
-def test_random_weights_take_token_ids_and_say_why_no_text():
+def test_random_weights_take_token_ids_only():
     name, params = "random:smollm2-135m", SamplingParams(max_new_tokens=3)
     with LLM(name, tp=1, layers=1, cache_tokens=CONTEXT, dtype="float32") as llm:
         completion = llm.generate([1, 2], params)
@@ -158,7 +158,7 @@ def test_random_weights_take_token_ids_and_say_why_no_text():
         ({"model": "random:gpt-9"}, "random:gpt-9: no such shapes"),
     ],
 )
-def test_an_option_that_is_not_right_is_refused_before_ranks_are_started(tiny, monkeypatch, options, words):
+def test_an_invalid_option_is_refused_before_ranks_are_started(tiny, monkeypatch, options, words):
     def no_ranks(*_, **__):
         raise AssertionError("ranks were started")
 
@@ -166,8 +166,8 @@ def test_an_option_that_is_not_right_is_refused_before_ranks_are_started(tiny, m
     assert words in refusal(lambda: LLM(**{"model": tiny, "tp": 2, **options}))
 
 
-def test_what_only_ranks_find_wrong_with_a_model_is_an_input_error(tmp_path):
-    """Weights that config.json says are tied are not: somebody has to read them to know."""
+def test_a_bad_model_that_only_the_ranks_detect_is_an_input_error(tmp_path):
+    """config.json says that the embeddings are tied, but the weights differ, which takes reading them."""
     path = write_tiny(tmp_path, tie_word_embeddings=True) / "model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "lm_head.weight": 1 + tensors["model.embed_tokens.weight"]}, path)
@@ -175,7 +175,7 @@ def test_what_only_ranks_find_wrong_with_a_model_is_an_input_error(tmp_path):
         assert "lm_head.weight" in refusal(lambda tp=tp: LLM(tmp_path, tp=tp))
 
 
-def test_a_cache_that_no_rank_has_memory_for(tiny):
+def test_a_cache_that_is_larger_than_memory_is_refused(tiny):
     with pytest.raises(RankError, match=r"^rank 0 failed: .*Memory"):
         LLM(tiny, tp=2, cache_tokens=10**16)
 
@@ -184,8 +184,8 @@ def test_a_cache_that_no_rank_has_memory_for(tiny):
     ("options", "context"),
     [({"max_context": 20}, 20), ({"cache_tokens": 50}, 48), ({"cache_tokens": 600}, 512)],
 )
-def test_the_context_is_no_longer_than_asked_for_and_than_the_cache(tiny, options, context):
-    """To its end a continuation goes, and no prompt may fill it."""
+def test_the_context_is_limited_by_max_context_and_the_cache(tiny, options, context):
+    """A continuation may fill the context, and a prompt that fills it is refused."""
     with LLM(tiny, tp=1, **options) as llm:
         assert llm.description["context"] == context
         completion = llm.generate([1] * (context - 5), max_new_tokens=50, ignore_eos=True)
@@ -194,7 +194,7 @@ def test_the_context_is_no_longer_than_asked_for_and_than_the_cache(tiny, option
 
 
 @pytest.mark.parametrize(("cores", "ranks"), [(1, 1), (3, 3), (16, 4)])
-def test_auto_is_the_physical_cores_up_to_four(tiny, monkeypatch, cores, ranks):
+def test_auto_starts_a_rank_per_physical_core_up_to_four(tiny, monkeypatch, cores, ranks):
     monkeypatch.setattr(environment, "physical_cores", lambda: cores)
     params = SamplingParams(max_new_tokens=8)
     with LLM(tiny, cache_tokens=CONTEXT) as llm:
@@ -203,7 +203,7 @@ def test_auto_is_the_physical_cores_up_to_four(tiny, monkeypatch, cores, ranks):
     assert tokens == alone(tiny, [([1, 2, 3], params)], tp=ranks)[0].token_ids
 
 
-def test_one_rank_needs_no_mpirun_and_several_say_that_there_is_none(tiny, tmp_path, monkeypatch):
+def test_one_rank_needs_no_mpirun_and_several_ranks_do(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with LLM(tiny, tp=1, cache_tokens=CONTEXT) as llm:
@@ -212,29 +212,29 @@ def test_one_rank_needs_no_mpirun_and_several_say_that_there_is_none(tiny, tmp_p
         LLM(tiny, tp=2)
 
 
-def test_how_busy_it_is_is_known_from_the_beginning(tiny):
+def test_load_is_known_from_the_start(tiny):
     for _ in range(3):
         with LLM(tiny, tp=2, cache_tokens=CONTEXT) as llm:
             assert {"running": 0, "waiting": 0, "blocks_in_use": 0}.items() <= llm.load.items()
 
 
-# --- the end --------------------------------------------------------------------------------------------
+# --- closing --------------------------------------------------------------------------------------------
 
 
-def test_after_the_end_every_call_raises_a_rank_error(tiny):
+def test_every_call_after_closing_raises_a_rank_error(tiny):
     ended = []
     with LLM(tiny, tp=2, cache_tokens=CONTEXT, on_end=ended.append) as llm:
         assert llm.error is None
         ranks = pids(llm)
-        begun = llm.stream("Hi")
-        assert next(begun)
+        started = llm.stream("Hi")
+        assert next(started)
         assert len(running(ranks)) == 2
     assert running(ranks) == []
     for call in (
         lambda: llm.generate("Hi"),
         lambda: llm.generate(["Hi", "Ho"]),
         lambda: next(llm.stream("Hi")),
-        lambda: list(begun),
+        lambda: list(started),
         lambda: llm.submit([1], SamplingParams(), print),
     ):
         with pytest.raises(RankError, match=r"^the ranks have been closed$"):
@@ -244,7 +244,7 @@ def test_after_the_end_every_call_raises_a_rank_error(tiny):
     assert ended == []
 
 
-def test_closing_ends_requests_that_are_on_their_way(tmp_path):
+def test_closing_ends_running_requests(tmp_path):
     errors = []
     with LLM(write_tiny(tmp_path, max_position_embeddings=1_000_000), tp=2, cache_tokens=500_000) as llm:
 
@@ -264,7 +264,7 @@ def test_closing_ends_requests_that_are_on_their_way(tmp_path):
 
 
 @pytest.mark.parametrize("cycle", [False, True])
-def test_an_llm_that_nobody_holds_ends_its_ranks(tiny, cycle):
+def test_an_unreferenced_llm_ends_its_ranks(tiny, cycle):
     llm = LLM(tiny, tp=2, cache_tokens=CONTEXT)
     llm.generate("Hi", max_new_tokens=2)
     ranks = pids(llm)
@@ -276,8 +276,8 @@ def test_an_llm_that_nobody_holds_ends_its_ranks(tiny, cycle):
     assert running(ranks) == []
 
 
-def test_an_llm_that_is_collected_in_the_thread_that_hears_its_ranks(tiny, monkeypatch):
-    """Any thread may be the one in which Python collects; this one is also waited for at the end."""
+def test_an_llm_may_be_collected_in_the_thread_that_listens_to_its_ranks(tiny, monkeypatch):
+    """Python may collect garbage in any thread, and closing an LLM waits for this one."""
     unraisable = []
     monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
     llm = LLM(tiny, tp=2, cache_tokens=512)
@@ -286,4 +286,4 @@ def test_an_llm_that_is_collected_in_the_thread_that_hears_its_ranks(tiny, monke
     llm.submit([1, 2], SamplingParams(max_new_tokens=500, ignore_eos=True), lambda update: gc.collect())
     del llm
     wait_until(lambda: running(ranks) == [])
-    assert [str(one.exc_value) for one in unraisable] == []
+    assert [str(error.exc_value) for error in unraisable] == []

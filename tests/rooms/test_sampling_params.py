@@ -1,4 +1,4 @@
-"""SamplingParams refuse what is no value of theirs; logprobs are those of the softmax."""
+"""Tests of SamplingParams, which refuse invalid values, and of log-probabilities."""
 
 import math
 
@@ -9,7 +9,7 @@ from minitp.errors import InputError, ParameterError
 from minitp.sampling import SamplingParams, token_logprobs
 
 NAN, INF = float("nan"), float("inf")
-WRONG = {
+INVALID = {
     "max_new_tokens": [0, -1, 1.0, "5", None, True, NAN, np.float32(3)],
     "temperature": [-0.1, INF, NAN, "1", None, True, 1j],
     "top_k": [-1, 2.0, "5", None, False],
@@ -19,7 +19,7 @@ WRONG = {
     "ignore_eos": [0, 1, None, "yes"],
     "logprobs": [-1, 2.0, "1", True, False],
 }
-RIGHT = {
+VALID = {
     "max_new_tokens": [1, 10**6, np.int64(3)],
     "temperature": [0, 0.0, 1, 5e-324, 1e300, np.float32(0.5)],
     "top_k": [0, 1, 10**6, np.int32(4)],
@@ -35,8 +35,8 @@ def cases(table):
     return [(name, value) for name, values in table.items() for value in values]
 
 
-@pytest.mark.parametrize(("name", "value"), cases(WRONG), ids=str)
-def test_what_is_no_value_of_a_field_is_refused_by_name(name, value):
+@pytest.mark.parametrize(("name", "value"), cases(INVALID), ids=str)
+def test_an_invalid_value_is_refused_with_its_name(name, value):
     with pytest.raises(ParameterError, match=rf"^{name} .*: expected ") as caught:
         SamplingParams(**{name: value})
     assert isinstance(caught.value, InputError)
@@ -45,28 +45,24 @@ def test_what_is_no_value_of_a_field_is_refused_by_name(name, value):
     assert (caught.value.name, repr(caught.value.value)) == (name, repr(shown))
 
 
-@pytest.mark.parametrize(("name", "value"), cases(RIGHT), ids=str)
-def test_what_is_a_value_of_a_field_is_taken_as_it_is(name, value):
+@pytest.mark.parametrize(("name", "value"), cases(VALID), ids=str)
+def test_a_valid_value_is_kept_unchanged(name, value):
     assert getattr(SamplingParams(**{name: value}), name) is value
 
 
-def test_a_single_stop_string_is_one_of_one():
+def test_a_single_stop_string_becomes_a_tuple():
     assert SamplingParams(stop="END").stop == ("END",)
 
 
-def test_a_temperature_of_zero_is_the_default_and_nothing_is_cut_off():
+def test_defaults():
     params = SamplingParams()
     assert (params.temperature, params.top_k, params.top_p, params.stop) == (0, 0, 1, ())
-    assert (params.seed, params.logprobs, params.ignore_eos, params.max_new_tokens) == (
-        None,
-        None,
-        False,
-        100,
-    )
+    assert (params.seed, params.logprobs, params.ignore_eos) == (None, None, False)
+    assert params.max_new_tokens == 100
 
 
-def test_params_cannot_be_changed_afterwards():
-    """So what has been checked stays right."""
+def test_params_are_immutable():
+    """A value that has been checked stays valid."""
     with pytest.raises(AttributeError):
         SamplingParams().temperature = -1
 
@@ -75,7 +71,7 @@ def test_params_cannot_be_changed_afterwards():
 
 
 def plain_logprobs(logits):
-    """In Python's floats, one by one."""
+    """Return the log-probabilities of all tokens, computed one by one with Python floats."""
     total = math.fsum(math.exp(float(x)) for x in logits)
     return [float(x) - math.log(total) for x in logits]
 
@@ -94,14 +90,14 @@ def test_logprobs_against_a_plain_softmax(seed):
 
 @pytest.mark.parametrize("offset", [0, 300, -300, 20000], ids="all logits higher by {}".format)
 def test_probabilities_of_all_tokens_add_up_to_one(offset):
-    """Also where exp of a logit, by itself, is too large or too small for any float."""
+    """The sum must be 1 even if the exp of a logit is too large or too small for a float."""
     logits = np.random.default_rng(0).normal(scale=9, size=300).astype(np.float32) + np.float32(offset)
-    _, everyone = token_logprobs(logits, 0, 300)
-    assert sorted(t for t, _ in everyone) == list(range(300))
-    assert math.fsum(math.exp(x) for _, x in everyone) == pytest.approx(1, abs=1e-12)
+    _, top = token_logprobs(logits, 0, 300)
+    assert sorted(t for t, _ in top) == list(range(300))
+    assert math.fsum(math.exp(x) for _, x in top) == pytest.approx(1, abs=1e-12)
 
 
-def test_of_equally_probable_tokens_the_lower_id_comes_first():
+def test_ties_are_ordered_by_token_id():
     logits = np.array([1, 3, 2, 3, 2, 3, 0], dtype=np.float32)
     assert [t for t, _ in token_logprobs(logits, 0, 6)[1]] == [1, 3, 5, 2, 4, 0]
     many = np.random.default_rng(0).integers(3, size=2000).astype(np.float32)
@@ -109,22 +105,22 @@ def test_of_equally_probable_tokens_the_lower_id_comes_first():
     assert [t for t, _ in token_logprobs(many, 0, 1500)[1]] == expected[:1500]
 
 
-def test_the_token_itself_need_not_be_among_the_most_probable():
+def test_the_chosen_token_may_not_be_among_the_most_probable():
     logits = np.array([0, 5, 9], dtype=np.float32)
     logprob, top = token_logprobs(logits, 0, 1)
     assert [t for t, _ in top] == [2]
     assert logprob < top[0][1]
 
 
-def test_none_of_the_most_probable():
+def test_no_most_probable_tokens_with_top_0():
     logprob, top = token_logprobs(np.array([0, 0], dtype=np.float32), 1, 0)
     assert (logprob, top) == (pytest.approx(math.log(0.5)), [])
 
 
-def test_more_than_there_are_gives_all():
+def test_top_larger_than_the_vocabulary_gives_all_tokens():
     assert [t for t, _ in token_logprobs(np.array([1, 2, 0], dtype=np.float32), 0, 99)[1]] == [1, 0, 2]
 
 
-def test_numbers_are_pythons_own_and_so_can_be_sent_as_json():
+def test_results_are_python_numbers_that_json_can_write():
     logprob, top = token_logprobs(np.array([1, 2], dtype=np.float32), 0, 1)
     assert [type(x) for x in (logprob, *top[0])] == [float, int, float]

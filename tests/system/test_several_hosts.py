@@ -79,8 +79,8 @@ def test_another_model_on_the_other_host(pair, tmp_path, part):
         code, out, err = run_both(pair[0], ["generate", "Hello", "--model", model], ranks=3)
     assert (code, out) == (2, "")
     assert err == (
-        f"minitp: --model {model}: rank 1 on host-b finds another model than rank 0 on host-a (in {part}); "
-        "give all hosts the same files\n"
+        f"minitp: --model {model}: rank 1 on host-b finds a different model than rank 0 on host-a "
+        f"(in {part}); give all hosts the same files\n"
     )
 
 
@@ -106,7 +106,7 @@ def test_another_version_on_the_other_host(pair, tiny):
     assert (done.returncode, done.stdout) == (3, "")
     assert re.fullmatch(
         r"minitp: rank 0 \(pid \d+ on host-a\) has minitp of host-a and rank 1 \(pid \d+ on host-b\) "
-        r"of host-b; install the same on all hosts\n",
+        r"has of host-b; install the same version on all hosts\n",
         done.stderr,
     )
 

@@ -55,7 +55,7 @@ def test_srun_without_pmi(slurm, argv):
     said = [line for line in done.stderr.splitlines() if line.startswith("minitp: ")]
     assert len(said) == 1
     assert "srun started 4 processes but mpi4py sees a world of 1" in said[0]
-    assert said[0].endswith("give srun --mpi=pmi2, or another that srun --mpi=list shows")
+    assert said[0].endswith("use srun --mpi=pmi2, or another type that srun --mpi=list shows")
 
 
 def test_the_launcher_starts_all_ranks_on_its_host(slurm, argv, capsys):

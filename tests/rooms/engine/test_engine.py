@@ -170,8 +170,8 @@ def test_sizes_below_one_are_refused(tmp_path, name):
 
 
 def test_chunks_of_a_long_prompt_keep_the_limit_of_attention_scores(tmp_path, monkeypatch):
-    """Check that no pass of a sequence has more scores than SCORES allows, with 4 heads."""
-    monkeypatch.setattr("minitp.generate.SCORES", 4 * 512 * 4)
+    """Check that no pass of a sequence has more scores than MAX_SCORES allows, with 4 heads."""
+    monkeypatch.setattr("minitp.generate.MAX_SCORES", 4 * 512 * 4)
     model = tiny_model(tmp_path)
     engine = Engine(model, 40, 16)
     expected = alone(model, requests(1, seed=7, longest=300)[0])

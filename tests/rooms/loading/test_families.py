@@ -328,7 +328,7 @@ def test_alternate_layers_of_gemma_have_a_window():
 def test_layers_without_a_window_limit_the_largest_pass(monkeypatch):
     config = parse_config({**CONFIG, **GEMMA2, "sliding_window": 7, "max_position_embeddings": 8192}, "here")
     model_ = SimpleNamespace(config=config, plan=make_plan(config, 1), fused=False, prefill_chunk=512)
-    monkeypatch.setattr("minitp.generate.SCORES", 4 * 4 * 10_000)
+    monkeypatch.setattr("minitp.generate.MAX_SCORES", 4 * 4 * 10_000)
     assert largest_pass(model_, past=9488) == 4  # four heads, 9488 + 512 keys
     assert keys_read(model_, stop=100, tokens=1) == (7 + 100) // 2
 
