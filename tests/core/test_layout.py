@@ -1,62 +1,29 @@
 """The package as its floor plan says it is: imports run one way, and what tells the story stays short."""
 
 import ast
-from pathlib import Path
+import importlib.util
 
 import pytest
-from paths import TESTS
+from package_imports import (
+    ALONE,
+    CORE,
+    PACKAGE,
+    ROOMS,
+    imports,
+    module_imports,
+    room,
+    room_imports,
+    without_shortcuts,
+)
+from paths import DOCS, TESTS
 
-import minitp
-
-ROOT = Path(minitp.__file__).parent
-
-# From the ground up. A room is a folder or a module at the top; it may import only from rooms before it.
-ROOMS = [
-    *["errors", "util", "device", "comm"],
-    *["tensors", "shard", "ops", "rope", "moe", "kv_cache", "paged_cache", "model"],
-    *["sampling", "text", "request", "generate"],
-    *["loading", "cuda", "load"],
-    *["oracle", "trace", "check", "compare", "report"],
-    *["launch", "engine", "llm", "server", "estimate", "bench", "tour", "cli", "__main__"],
-]
-ALONE = ["oracle", "tour"]  # which import nothing of the package but themselves
-CORE = ["ops", "shard", "comm/base", "comm/single", "model", "kv_cache", "generate"]
-
-
-def modules():
-    """The syntax tree of each module, by its name within the package: `comm.base`; a package is `comm`."""
-    found = {}
-    for path in ROOT.rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found[name] = ast.parse(path.read_text(encoding="utf-8"))
-    return found
-
-
-def imports(tree, known):
-    """The modules of the package that a syntax tree imports anywhere, also inside functions."""
-    found = set()
-    for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import"
-            inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if name.removeprefix("minitp.") in known else node.module for name in inner]
-        found |= {name.removeprefix("minitp.") for name in names if name.startswith("minitp.")}
-    return found
+DRAW = DOCS / "images/make_rooms.py"
 
 
 @pytest.fixture(scope="module")
 def arrows():
-    """Module -> the modules that it imports."""
-    trees = modules()
-    return {name: imports(tree, trees) for name, tree in trees.items()}
-
-
-def room(module):
-    return module.split(".")[0]
+    """Return module -> the modules that it imports."""
+    return module_imports()
 
 
 def test_every_room_is_in_the_plan(arrows):
@@ -93,13 +60,48 @@ def test_the_oracle_and_the_tour_stand_alone(arrows, name):
 
 
 def test_the_top_level_is_short_enough_to_be_read():
-    assert len(list(ROOT.glob("*.py"))) <= 18
+    assert len(list(PACKAGE.glob("*.py"))) <= 18
 
 
 def test_the_core_path_is_short_enough_to_be_read():
     """What is between a prompt and its text, the way of a token: an hour's reading."""
-    lines = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8").count("\n") for name in CORE}
+    lines = {name: (PACKAGE / f"{name}.py").read_text(encoding="utf-8").count("\n") for name in CORE}
     assert sum(lines.values()) < 1200, lines
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    """Return the module that draws docs/images/rooms.svg."""
+    spec = importlib.util.spec_from_file_location("make_rooms", DRAW)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_has_every_room(drawing):
+    assert sorted([*drawing.BOXES, *drawing.FLOOR, "__main__"]) == sorted(ROOMS)
+
+
+def test_the_picture_has_the_real_imports(drawing):
+    committed = DRAW.with_name("rooms.svg").read_text(encoding="utf-8")
+    assert committed == drawing.picture(), "python docs/images/make_rooms.py draws it again"
+
+
+def test_arrows_of_the_picture_lead_to_every_import():
+    """The arrows lead from a room to all that it imports, directly or over other rooms."""
+    real = room_imports()
+    arrows = without_shortcuts(real)
+
+    def reached(name):
+        return arrows[name].union(*map(reached, arrows[name]))
+
+    assert all(real[name] <= reached(name) for name in real)
+    assert sum(map(len, arrows.values())) < sum(map(len, real.values()))
+
+
+def test_an_arrow_that_others_replace_is_left_out():
+    arrows = {"a": {"b", "c"}, "b": {"c"}, "c": set()}
+    assert without_shortcuts(arrows) == {"a": {"b"}, "b": {"c"}, "c": set()}
 
 
 def test_no_test_file_imports_another():
