@@ -42,7 +42,7 @@ A worked example, a product of four terms in float16 (u = 4.9e-4):
 
 An engine that rounds every partial sum to float16 gets [1.69824, 1.04980, -1.05078]. Its relative error is
 5.2e-4, a third of the bound. An engine that leaves out the smallest term of the first element, 0.1, gets
-1.59924 there. Its relative error is 4.4e-2, which is 28 times the bound.
+1.59961 there. Its relative error is 4.4e-2, which is 28 times the bound.
 
 A fused kernel does not record its inner steps. Such an input is a NotRecorded: y and r each continue from
 their own value of it, so that 2 ||r - y|| includes the roundings on the way, and the second term is added a

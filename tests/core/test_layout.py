@@ -1,62 +1,29 @@
 """Tests of the layout of the package: imports run one way, and the core path stays short."""
 
 import ast
-from pathlib import Path
+import importlib.util
 
 import pytest
-from paths import TESTS
+from package_imports import (
+    ALONE,
+    CORE,
+    PACKAGE,
+    ROOMS,
+    imports,
+    module_imports,
+    room,
+    room_imports,
+    without_shortcuts,
+)
+from paths import DOCS, TESTS
 
-import minitp
-
-ROOT = Path(minitp.__file__).parent
-
-# The rooms from the bottom up. A room is a folder or a module of the top level; it imports only earlier ones.
-ROOMS = [
-    *["errors", "util", "device", "comm"],
-    *["tensors", "shard", "ops", "rope", "moe", "kv_cache", "paged_cache", "model"],
-    *["sampling", "text", "request", "generate"],
-    *["loading", "cuda", "load"],
-    *["oracle", "trace", "check", "compare", "report"],
-    *["launch", "engine", "llm", "server", "estimate", "bench", "tour", "cli", "__main__"],
-]
-INDEPENDENT = ["oracle", "tour"]  # rooms that import nothing from other rooms
-CORE = ["ops", "shard", "comm/base", "comm/single", "model", "kv_cache", "generate"]
-
-
-def modules():
-    """Return the syntax tree of each module, by its name within the package, such as `comm.base`."""
-    trees = {}
-    for path in ROOT.rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        trees[name] = ast.parse(path.read_text(encoding="utf-8"))
-    return trees
-
-
-def imports(tree, known):
-    """Return the modules of the package that a syntax tree imports, also inside functions."""
-    found = set()
-    for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import"
-            inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if name.removeprefix("minitp.") in known else node.module for name in inner]
-        found |= {name.removeprefix("minitp.") for name in names if name.startswith("minitp.")}
-    return found
+DRAW = DOCS / "images/make_rooms.py"
 
 
 @pytest.fixture(scope="module")
 def dependencies():
     """A dict from each module to the modules that it imports."""
-    trees = modules()
-    return {name: imports(tree, trees) for name, tree in trees.items()}
-
-
-def room(module):
-    return module.split(".")[0]
+    return module_imports()
 
 
 def test_every_room_is_listed(dependencies):
@@ -85,7 +52,7 @@ def test_no_import_cycles(dependencies):
     assert remaining == {}
 
 
-@pytest.mark.parametrize("name", INDEPENDENT)
+@pytest.mark.parametrize("name", ALONE)
 def test_the_oracle_and_the_tour_import_no_other_room(dependencies, name):
     for module, others in dependencies.items():
         if room(module) == name:
@@ -93,13 +60,48 @@ def test_the_oracle_and_the_tour_import_no_other_room(dependencies, name):
 
 
 def test_the_top_level_has_few_modules():
-    assert len(list(ROOT.glob("*.py"))) <= 18
+    assert len(list(PACKAGE.glob("*.py"))) <= 18
 
 
 def test_the_core_path_is_short():
     """The code from a prompt to its text can be read in an hour."""
-    lines = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8").count("\n") for name in CORE}
+    lines = {name: (PACKAGE / f"{name}.py").read_text(encoding="utf-8").count("\n") for name in CORE}
     assert sum(lines.values()) < 1200, lines
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    """Return the module that draws docs/images/rooms.svg."""
+    spec = importlib.util.spec_from_file_location("make_rooms", DRAW)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_has_every_room(drawing):
+    assert sorted([*drawing.BOXES, *drawing.FLOOR, "__main__"]) == sorted(ROOMS)
+
+
+def test_the_picture_has_the_real_imports(drawing):
+    committed = DRAW.with_name("rooms.svg").read_text(encoding="utf-8")
+    assert committed == drawing.picture(), "python docs/images/make_rooms.py draws it again"
+
+
+def test_arrows_of_the_picture_lead_to_every_import():
+    """The arrows lead from a room to all that it imports, directly or over other rooms."""
+    real = room_imports()
+    arrows = without_shortcuts(real)
+
+    def reached(name):
+        return arrows[name].union(*map(reached, arrows[name]))
+
+    assert all(real[name] <= reached(name) for name in real)
+    assert sum(map(len, arrows.values())) < sum(map(len, real.values()))
+
+
+def test_an_arrow_that_others_replace_is_left_out():
+    arrows = {"a": {"b", "c"}, "b": {"c"}, "c": set()}
+    assert without_shortcuts(arrows) == {"a": {"b"}, "b": {"c"}, "c": set()}
 
 
 def test_no_test_file_imports_another():

@@ -1,18 +1,19 @@
-"""What README.md and run.sh promise is what there is."""
+"""The promises of README.md and run.sh, and the example in docs/architecture.md."""
 
 import re
 import subprocess
 import sys
 
 import pytest
-from paths import ROOT
+from paths import DOCS, ROOT
 
 from minitp.cli.arguments import parser
 from minitp.cli.commands import COMMANDS, INTERNAL
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN_SH = (ROOT / "run.sh").read_text(encoding="utf-8")
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ARCHITECTURE = (DOCS / "architecture.md").read_text(encoding="utf-8")
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README + ARCHITECTURE, re.DOTALL)
 
 
 @pytest.mark.parametrize("block", PYTHON_BLOCKS)
@@ -21,7 +22,7 @@ def test_python_examples_run(block):
     assert done.returncode == 0, done.stderr
     if "print" in block:
         assert done.stdout.startswith(" Paris.\n")
-    assert len(PYTHON_BLOCKS) > 1
+    assert len(PYTHON_BLOCKS) == 3
 
 
 def test_run_sh_knows_every_command():

@@ -1,13 +1,14 @@
 """The parts of `check`: the plan, how differences are measured and bounded, and who is blamed."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from paths import GOLDENS
+from paths import DOCS, GOLDENS
 from tiny import UNEVEN, write_tiny
 
-from minitp.check import expected
+from minitp.check import expected, tolerance
 from minitp.check.difference import Difference, difference_of
 from minitp.check.plan import plan_problems
 from minitp.check.result import CheckResult, Finding
@@ -213,6 +214,88 @@ def test_the_bound_of_a_large_array_is_twice_the_third_implementation():
         assert 2 * third.relative <= relative <= 2.2 * third.relative
         # For the largest error the slack is one sum's own, of some 2 roundings of the largest number.
         assert 2 * third.absolute <= absolute <= 6 * third.absolute
+
+
+@pytest.fixture(scope="module")
+def example():
+    """Return docs/check.md's section with the worked example, and the variables of its code."""
+    page = (DOCS / "check.md").read_text(encoding="utf-8")
+    section = page[page.index("### An example") : page.index("### Why these bounds")]
+    variables = {}
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], variables)
+    return section, variables
+
+
+def row(section, name):
+    """Return the numbers in the table row whose first cell begins with `name`."""
+    line = next(line for line in section.splitlines() if line.startswith(f"| {name}"))
+    return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?(?:e-\d+)?", line.split("|", 2)[2])]
+
+
+def norm(x):
+    return float(np.linalg.norm(x))
+
+
+def test_the_worked_example_in_the_docs_has_the_right_numbers(example):
+    section, variables = example
+    should, x_in, w = variables["should"], variables["x_in"], variables["W"]
+    y, r, c = should.value, should.low_precision_reference, should.scale
+    terms = x_in.astype(np.float64) * w.astype(np.float64)  # [out, in]
+    for name, numbers in {
+        "terms": terms.ravel(),
+        "y,": [*y[0], norm(y)],
+        "r,": [*r[0], norm(r)],
+        "r - y": [*(r - y)[0], norm(r - y)],
+        "c,": [*c[0], norm(c)],
+    }.items():
+        assert row(section, name) == pytest.approx(numbers, abs=0.51e-5), name
+    u, u32 = 2**-11, 2**-24
+    s = 2 * u + 2 * u32
+    n = np.sum(c**2) ** 2 / np.sum(c**4)
+    relative, absolute = variables["relative"], variables["absolute"]
+    assert relative == pytest.approx((2 * norm(r - y) + s * norm(c) / n**0.5) / norm(y))
+    assert absolute == pytest.approx(2 * np.max(np.abs(r - y)) + s * np.max(c))
+    assert (should.terms, should.blocks) == (4, 0)
+    text = " ".join(section.split())
+    for said in (
+        f"With u = {u:.2e}, s = 2 u + 2 u32 = {s:.2e}.",
+        f"n = (sum c^2)^2 / (sum c^4) = {n:.2f}.",
+        f"2 ||r - y|| is {2 * norm(r - y):.2e} and s ||c|| / sqrt(n) is {s * norm(c) / n**0.5:.2e}.",
+        f"a relative error of {relative:.2e}.",
+        f"2 max |r - y| is {2 * np.max(np.abs(r - y)):.2e} and s max(c) is {s * np.max(c):.2e},",
+        f"together {absolute:.2e}.",
+    ):
+        assert said.replace("e-0", "e-") in text
+
+
+def test_the_two_engines_of_the_worked_example(example):
+    section, variables = example
+    should = variables["should"]
+    terms = variables["x_in"] * variables["W"]  # float16 [out, in]
+    rounds = np.zeros(3, np.float16)
+    for term in terms.T:
+        rounds = rounds + term
+    leaves_out = should.low_precision_reference[0].copy()
+    leaves_out[0] = np.float16(should.value[0, 0] - terms[0, 2])
+    for name, result in (("rounds", rounds), ("leaves out", leaves_out)):
+        found, bounds = difference_of(result[None], should.value), should.bounds(np.float16)
+        ratio = max(found.relative / bounds[0], found.absolute / bounds[1])
+        *shown, relative, largest, shown_ratio = row(section, name)
+        assert shown == pytest.approx(result, abs=0.51e-5)
+        assert [relative, largest, shown_ratio] == pytest.approx(
+            [found.relative, found.absolute, ratio], rel=0.03
+        )
+
+
+def test_the_example_of_tolerance_is_the_one_in_the_docs(example):
+    _, variables = example
+    should, text = variables["should"], " ".join(tolerance.__doc__.split())
+    for symbol, array in (("y", should.value), ("r", should.low_precision_reference)):
+        assert f"{symbol} = [{', '.join(f'{number:.5f}' for number in array[0])}]" in text
+    assert f"c = [{', '.join(f'{number:.3f}' for number in should.scale[0])}]" in text
+    assert f"= {variables['relative']:.1e}".replace("e-0", "e-") in text
+    leaves_out = np.float16(should.value[0, 0] - variables["W"][0, 2] / 2)
+    assert f"gets {leaves_out:.5f} there" in text
 
 
 def test_a_product_that_is_a_single_large_number_has_a_single_error():
