@@ -196,7 +196,7 @@ def test_a_communicator_that_fails_on_one_rank_ends_the_job(cupy, monkeypatch):
     aborted = joining(cupy, monkeypatch, fail)
     with pytest.raises(RankError):
         run_threads(RANKS, rank)
-    assert failed[0] == (1, "NCCL does not come up: NcclError: NCCL_ERROR_SYSTEM_ERROR: no memory")
+    assert failed[0] == (1, "NCCL failed to start: NcclError: NCCL_ERROR_SYSTEM_ERROR: no memory")
     assert aborted[0] == (1, 3)
 
 
@@ -215,7 +215,7 @@ def test_a_rank_that_does_not_come_to_nccl_is_named(cupy, monkeypatch, capsys):
     monkeypatch.setattr(nccl, "shared_counts", counted)
     assert all(isinstance(error, RankError) for error in nccl_ranks(lambda comm: None))
     assert aborted[0][1] == RankError.exit_code
-    said = r"minitp: rank [023] failed: NCCL has not come up within 0\.5 s: rank 1 did not come\n"
+    said = r"minitp: rank [023] failed: NCCL did not start within 0\.5 s: rank 1 did not arrive\n"
     assert re.search(said, capsys.readouterr().err), "the first that gives up ends them all"
 
 
@@ -245,7 +245,7 @@ def test_a_rank_that_does_not_come_is_named(cupy):
     assert found[2] is None
     for number in (0, 1, 3):
         assert isinstance(found[number], RankError)
-        assert str(found[number]) == "stuck in a collective for 0.5 s: rank 2 did not come"
+        assert str(found[number]) == "stuck in a collective for 0.5 s: rank 2 did not arrive"
 
 
 def test_who_waits_for_the_gpu_learns_it_too(cupy, monkeypatch):
@@ -263,8 +263,8 @@ def test_who_waits_for_the_gpu_learns_it_too(cupy, monkeypatch):
             time.sleep(0.01)
 
     found = nccl_ranks(rank, ranks=2, close=False)
-    assert str(found[0]) == "stuck in a collective for 0.5 s: rank 1 did not come"
-    assert str(found[1]) == "stuck in a collective for 0.5 s: all ranks have come as far as is known here"
+    assert str(found[0]) == "stuck in a collective for 0.5 s: rank 1 did not arrive"
+    assert str(found[1]) == "stuck in a collective for 0.5 s: no rank is known to be missing"
 
 
 def test_a_rank_that_does_not_wake_is_ended(cupy, monkeypatch, capsys):
@@ -455,7 +455,7 @@ def test_ranks_that_share_a_gpu(cupy, monkeypatch, capfd, version, expected):
 def test_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setenv("STAND_IN_GPUS", "2")
     with pytest.raises(
-        AgreedError, match="rank 2 of this host has no GPU, there are 2; use --tp 2"
+        AgreedError, match="rank 2 of this host has no GPU: there are only 2; use --tp 2"
     ) as raised:
         places(4)
     assert raised.value.exit_code == InputError.exit_code

@@ -145,7 +145,7 @@ def test_serve(model, expected):
 def test_more_ranks_than_gpus(model, start):
     check_refusal_of(
         start(hello(model), 3, **ENVIRONMENT, STAND_IN_GPUS="2"),
-        "--device cuda: rank 2 of this host has no GPU, there are 2; use --tp 2, or --share-gpu (results are "
+        "--device cuda: rank 2 of this host has no GPU: there are only 2; use --tp 2, or --share-gpu (results are "
         "correct but slow), or --device cpu",
     )
 
@@ -248,7 +248,7 @@ def test_a_rank_is_stuck(endless):
     code, _, err = running.end(END_S)
     assert code == 3
     assert re.fullmatch(
-        r"minitp: rank [01] failed: stuck in a collective for 1 s: rank 2 did not come\n", err
+        r"minitp: rank [01] failed: stuck in a collective for 1 s: rank 2 did not arrive\n", err
     )
 
 
@@ -269,7 +269,7 @@ def test_nccl_fails_on_a_rank(model):
     code, out, err = running.end(START_S)
     assert (code, out) == (3, "")
     error = "NcclError: NCCL_ERROR_SYSTEM_ERROR: the stand-in fails"
-    assert err == f"minitp: rank 1 failed: NCCL does not come up: {error}\n"
+    assert err == f"minitp: rank 1 failed: NCCL failed to start: {error}\n"
 
 
 def test_ctrl_c(endless):
