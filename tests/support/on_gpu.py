@@ -5,7 +5,7 @@ import os
 import sys
 from contextlib import contextmanager
 
-from cuda_on_cpu import built_in
+from cuda_on_cpu import build_folder
 from paths import STAND_IN
 
 from minitp.comm import run_threads
@@ -17,7 +17,7 @@ MODULES = ("cupy", "cupy_backends", "cupyx")
 # For processes: `import cupy` finds the stand-in there, and the stand-in the kernels that have been built.
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(STAND_IN), os.environ.get("PYTHONPATH")])),
-    "CUDA_ON_CPU": str(built_in()),
+    "CUDA_ON_CPU": str(build_folder()),
 }
 
 

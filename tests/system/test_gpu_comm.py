@@ -330,7 +330,7 @@ def test_ranks_that_part_are_told():
 
     for error in nccl_ranks(rank, close=False):
         assert isinstance(error, RankError)
-        assert "ranks have parted" in str(error)
+        assert "ranks make different calls" in str(error)
 
 
 # --- the end --------------------------------------------------------------------------------------------

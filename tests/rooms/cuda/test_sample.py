@@ -167,5 +167,5 @@ def test_padding_keeps_its_token():
 
 
 def test_rows_that_are_not_aligned_are_refused():
-    with pytest.raises(ValueError, match="7 apart"):
+    with pytest.raises(ValueError, match="7 elements apart"):
         Sample(CpuCompiler(np.float16))(np.zeros((2, 7), np.float32), None, None, None, None, None)
