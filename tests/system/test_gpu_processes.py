@@ -145,8 +145,8 @@ def test_serve(model, expected):
 def test_more_ranks_than_gpus(model, start):
     check_refusal_of(
         start(hello(model), 3, **ENVIRONMENT, STAND_IN_GPUS="2"),
-        "--device cuda: rank 2 of this host has no GPU: there are only 2; use --tp 2, or --share-gpu (results "
-        "are correct but slow), or --device cpu",
+        "--device cuda: rank 2 of this host has no GPU: there are only 2; use --tp 2, or --share-gpu "
+        "(results are correct but slow), or --device cpu",
     )
 
 
