@@ -244,7 +244,7 @@ class DecodeGraph:
 
 
 def rows_of(model, w):
-    """View the memory of a projection `w` [in, out] as it is laid out on a GPU: [out, in with padding]."""
+    """Return a view of a projection `w` [in, out] as it is laid out on a GPU: [out, in with padding]."""
     return model.device.cupy.lib.stride_tricks.as_strided(
         w.T, (w.shape[1], w.strides[1] // w.itemsize), (w.strides[1], w.itemsize)
     )

@@ -134,7 +134,7 @@ def find_cupy():
 
 
 class Uploads:
-    """Copies to the GPU through two alternating pinned buffers: one is filled while the other is copied.
+    """An uploader with two alternating pinned buffers: one is filled while the other is copied to the GPU.
 
     The copy engine reads pinned memory by itself, so reading a file and copying overlap.
     """

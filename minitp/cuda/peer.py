@@ -77,7 +77,7 @@ class PeerComm(NcclComm):
 
     @contextmanager
     def launching(self):
-        """After the work, let the GPU copy the number of a missing rank to the host, which need not wait."""
+        """Let the GPU copy the number of a missing rank to the host once the work is done."""
         with super().launching():
             yield
             if self._peer is not None:

@@ -61,7 +61,7 @@ def owner_of(array):
 
 
 def as_bytes(owner):
-    """View the memory of an array without gaps as uint8 [n], in memory order."""
+    """Return the memory of an array without gaps as a view, uint8 [n], in memory order."""
     flat = owner.ravel(order="K")  # a view
     return flat.view(np.uint8)
 

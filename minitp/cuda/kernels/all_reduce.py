@@ -1,4 +1,4 @@
-"""Launcher of all_reduce.cu: the sum over all ranks of a host, optionally with the norm that follows it."""
+"""Launch all_reduce.cu: the sum over all ranks of a host, optionally with the norm that follows it."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Launcher of attention_decode.cu: `ops.attention_scores`, `softmax` and `attention_context` for decode."""
+"""Launch attention_decode.cu: `ops.attention_scores`, `softmax` and `attention_context` for decode."""
 
 from math import ceil
 

@@ -1,4 +1,4 @@
-"""Launcher of attention_prefill.cu: `ops.attention_scores`, `softmax` and `attention_context` for prefill."""
+"""Launch attention_prefill.cu: `ops.attention_scores`, `softmax` and `attention_context` for prefill."""
 
 from math import ceil
 

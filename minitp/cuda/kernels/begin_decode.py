@@ -1,4 +1,4 @@
-"""Launcher of begin_decode.cu: the work of a decode pass before its first layer and after its last."""
+"""Launch begin_decode.cu: the work of a decode pass before its first layer and after its last."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Launcher of cache_write.cu, the GPU counterpart of `ops.apply_rope` and `PagedCache.append`."""
+"""Launch cache_write.cu, the GPU counterpart of `ops.apply_rope` and `PagedCache.append`."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Launcher of join_columns.cu, the last part of an all-gather."""
+"""Launch join_columns.cu, the last part of an all-gather."""
 
 from itertools import accumulate
 

@@ -1,4 +1,4 @@
-"""Launcher of linear.cu: products of a few rows with a weight matrix, fused with what follows in a layer."""
+"""Launch linear.cu: products of a few rows with a weight matrix, fused with what follows in a layer."""
 
 from functools import cache
 

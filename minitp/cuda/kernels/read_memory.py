@@ -1,4 +1,4 @@
-"""Launcher of read_memory.cu, which only reads memory."""
+"""Launch read_memory.cu, which only reads memory."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Launcher of sample.cu, the GPU counterpart of `sampling.Sampler.choose`."""
+"""Launch sample.cu, the GPU counterpart of `sampling.Sampler.choose`."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Launcher of swiglu.cu, the GPU counterpart of `ops.swiglu`."""
+"""Launch swiglu.cu, the GPU counterpart of `ops.swiglu`."""
 
 import numpy as np
 

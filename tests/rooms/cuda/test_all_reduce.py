@@ -18,7 +18,7 @@ EPS = 1e-5
 
 
 class Host:
-    """Shared memory for ranks, which are forked from this process and run a function.
+    """Memory shared by ranks, which are forked from this process and run a function.
 
     Attributes
     ----------
