@@ -1,9 +1,9 @@
-"""Collectives of arrays on GPUs. What is no array goes through the ranks' own Comm, on their hosts.
+"""Collectives of arrays on GPUs; Python objects go through the Comm of the ranks' hosts.
 
 LocalComm    one rank: nothing to exchange
-StagedComm   through the hosts' memory: slow, and possible everywhere
+StagedComm   through the hosts' memory: slow, but works everywhere
 NcclComm     through NCCL; in `nccl`
-PeerComm     through memory that the GPUs of a host can all see; in `peer`
+PeerComm     through memory that all GPUs of a host can read; in `peer`
 """
 
 from contextlib import nullcontext
@@ -18,13 +18,13 @@ class DeviceComm(Comm):
     Parameters
     ----------
     host : Comm
-        Of the same ranks, for everything else.
+        Connects the same ranks on the CPU, for everything that is not a GPU array.
     gpu : Gpu
 
     Attributes
     ----------
     capturable : bool
-        Whether its collectives of arrays may be part of a captured graph.
+        Whether collectives of arrays may be part of a captured graph.
     """
 
     capturable = False
@@ -35,20 +35,21 @@ class DeviceComm(Comm):
         self.broadcast, self.allgather_object, self.name = host.broadcast, host.allgather_object, host.name
 
     def reduce_into(self, x, out):
-        """The sum over all ranks of `x`, the same bits on each, into `out`, of one shape, without gaps."""
+        """Write the sum of all ranks' `x` into `out`, the same bits on each; both are contiguous."""
         raise NotImplementedError
 
     def gather_into(self, x, out):
-        """`x` of rank r into out[r]; x has the same shape on all ranks, without gaps."""
+        """Write rank r's `x` into out[r]; x is contiguous and has the same shape on all ranks."""
         raise NotImplementedError
 
     def reserve(self, compiler, width):
-        """What is to be summed are rows [D] of the compiler's dtype; all ranks call it, once."""
+        """Prepare to sum rows [D] of the compiler's dtype, D being `width`; every rank calls this once."""
 
     def reduce_add_norm(self, rms_norm, partial, x, weight, h, eps, bias, out):
-        """x += the sum of everybody's `partial` + bias; h = rms_norm(x) * weight; all 16-bit [B, D], [D].
+        """Compute x += all_reduce(partial) + bias and h = rms_norm(x) * weight.
 
-        Returns whether `out` [B, D] has the sum now: it has not where all this is one launch.
+        All arrays are 16-bit: `partial`, `x`, `h` and `out` [B, D], `weight` and `bias` [D]. Returns whether
+        `out` now contains the sum; it does not if a single launch does all of this.
         """
         self.reduce_into(partial, out)
         rms_norm(x, weight, h, eps, out, bias)
@@ -64,12 +65,12 @@ class DeviceComm(Comm):
 
     def all_gather(self, x, widths):
         started, cupy = perf_counter(), self.gpu.cupy
-        rows, most = len(x), max(widths)
-        mine = cupy.zeros((rows, most), x.dtype)  # [T, widest]: uneven parts are padded
-        mine[:, : x.shape[1]] = x
-        parts = cupy.empty((self.size, rows, most), x.dtype)  # [ranks, T, widest]
+        rows, widest = len(x), max(widths)
+        padded = cupy.zeros((rows, widest), x.dtype)  # [T, widest]: all parts must have one size
+        padded[:, : x.shape[1]] = x
+        parts = cupy.empty((self.size, rows, widest), x.dtype)  # [ranks, T, widest]
         with self.launching():
-            self.gather_into(mine, parts)
+            self.gather_into(padded, parts)
         joined = cupy.concatenate(
             [part[:, :width] for part, width in zip(parts, widths, strict=True)], axis=1
         )
@@ -80,7 +81,7 @@ class DeviceComm(Comm):
         self.host.abort(exit_code)
 
     def launching(self):
-        """A `with` block in which work with collectives is given to the GPU, outside a capture."""
+        """A `with` block for launching work that contains collectives, outside a capture."""
         return nullcontext()
 
     def close(self):
@@ -88,7 +89,7 @@ class DeviceComm(Comm):
 
 
 class LocalComm(DeviceComm):
-    """One rank, or one with the share of one of several, which computes its part and throws the rest in."""
+    """A Comm for a single rank; with ShardOnly on the host, that rank computes one shard of several."""
 
     capturable = True
 
@@ -101,19 +102,19 @@ class LocalComm(DeviceComm):
 
 
 class StagedComm(DeviceComm):
-    """Ranks that meet on their hosts, through MPI or shared memory."""
+    """Collectives through the hosts' memory: copy to the host, use its Comm, copy back."""
 
     def reduce_into(self, x, out):
         out[...] = self.gpu.from_host(self.host.all_reduce(self.gpu.to_host(x)))
 
     def gather_into(self, x, out):
         flat = self.gpu.to_host(x).reshape(1, -1)  # [1, n]
-        everyones = self.host.all_gather(flat, [flat.size] * self.size)  # [1, ranks * n]
-        out[...] = self.gpu.from_host(everyones.reshape(out.shape))
+        gathered = self.host.all_gather(flat, [flat.size] * self.size)  # [1, ranks * n]
+        out[...] = self.gpu.from_host(gathered.reshape(out.shape))
 
 
 def copy(gpu, x, out):
-    """x to out, both without gaps, on the GPU's stream; may be captured."""
+    """Copy x to out, both contiguous, on the GPU's stream; the copy may be captured."""
     if x.data.ptr == out.data.ptr:
         return
     runtime = gpu.cupy.cuda.runtime

@@ -1,19 +1,20 @@
-"""One token of each of some sequences through the fused kernels: the step that a CUDA graph holds.
+"""A decode pass: the next token of each sequence of a batch through the fused kernels, as a CUDA graph.
 
-    begin_decode       tokens -> x, and each one's angles and place in the cache
+    begin_decode     tokens -> x; each token's RoPE angles and slot in the cache
     per layer        one sequence on one rank             several sequences or ranks
       linear.qkv     norm, q k v, RoPE, cache             rms_norm, then the same without the norm
       attention      all heads, split over the keys       the same
       linear         w_o and + residual                   the same; with several ranks w_o, all-reduce, and
                                                           + residual in the next rms_norm
       linear.swiglu  norm, gate up, SwiGLU                rms_norm, then the same without the norm
-      linear         w_down and + residual                as w_o
+      linear         w_down and + residual                like w_o
     linear.logits    [norm,] this rank's vocabulary; all-gather, join_columns
-    sample, end_decode the next tokens, where the device chooses them; lengths + 1
+    sample           the next tokens, if the GPU chooses them
+    end_decode       lengths + 1
 
-Everything that changes from step to step (tokens, lengths, block tables) is read from memory on the GPU, and
-all memory is allocated before: so a step is captured once for each batch size and launched again for every
-token, whatever the lengths are.
+All that changes from token to token (tokens, lengths, block tables) is read from GPU memory, and all memory
+is allocated in advance. So a pass is captured once per batch size and launched again for every token,
+whatever the lengths are.
 """
 
 import numpy as np
@@ -24,26 +25,26 @@ from minitp.model import unrecorded
 from minitp.paged_cache import slot_mapping
 
 PADDING = -1  # the length of a row that only fills the batch
-HOST_CHOOSES = -1.0  # the temperature of a row whose next token comes from the host
+HOST_CHOOSES = -1.0  # the temperature of a row whose next token the host chooses
 
 
 class DecodeGraph:
-    """A decoding step of `batch` rows over one pool.
+    """A decode pass of `batch` rows over one pool, captured as a CUDA graph.
 
     Parameters
     ----------
     model : FusedModel
     pool : BlockPool
     batch : int
-        Rows; 1 to linear.MAX_TOKENS.
+        Number of rows, 1 to linear.MAX_TOKENS.
     most_blocks : int
-        Of a sequence.
+        Blocks of the longest possible sequence.
 
     Attributes
     ----------
     logits : float32 [B, V]
     token : int32 [B]
-        What went in, and after `sample` what comes next.
+        The input tokens; after `sample`, the next ones.
     """
 
     def __init__(self, model, pool, batch, most_blocks):
@@ -62,13 +63,13 @@ class DecodeGraph:
         self.partial, self.out = half(c.hidden_size), half(c.hidden_size)  # [B, D] each
         self.q = half(model.heads, c.head_dim)  # [B, H_r, d]
         self.context = half(model.heads * c.head_dim)  # [B, H_r d]
-        self.act = half(padded(columns))  # [B, F_r or more]: the rest stays zero
+        self.act = half(padded(columns))  # [B, F_r or more]: padding columns stay zero
         widest, vocabulary = max(model.vocab_widths), sum(model.vocab_widths)
         self.logits_r = cupy.zeros((batch, widest), np.float32)  # [B, widest]
         self.gathered = cupy.empty((model.comm.size, batch, widest), np.float32)  # [ranks, B, widest]
         self.logits = cupy.empty((batch, -(-vocabulary // 4) * 4), np.float32)[:, :vocabulary]  # [B, V]
 
-        # In one piece, so that one copy brings it all.
+        # One array, so that one copy to the GPU is enough.
         self._state = cupy.zeros(batch * (2 + most_blocks), np.int32)
         self.token, self.lengths = self._state[:batch], self._state[batch : 2 * batch]  # [B] each
         self.block_table = self._state[2 * batch :].reshape(batch, most_blocks)  # [B, most_blocks]
@@ -80,7 +81,7 @@ class DecodeGraph:
         self._graph = None
 
     def fill(self, tokens, lengths, block_tables):
-        """What the next step starts from: of each sequence its next token, its length, its blocks."""
+        """Set the inputs of the next pass: each sequence's next token, its length and its blocks."""
         state = np.zeros(self._state.shape, np.int32)
         rows = len(tokens)
         state[:rows] = tokens
@@ -92,13 +93,13 @@ class DecodeGraph:
         self._state[...] = self.model.device.from_host(state)
 
     def choose(self, params):
-        """Have the GPU choose the tokens of all rows, and go on from them, by these SamplingParams."""
+        """Let the GPU choose the next tokens of all rows by these SamplingParams, and continue from them."""
         self.temperature.fill(params.temperature)
         self.top_k.fill(params.top_k)
         self.top_p.fill(params.top_p)
 
     def launch(self):
-        """Run the step: as a graph, if the collectives can be part of one."""
+        """Run the pass, as a graph if the collectives can be captured."""
         if not self.comm.capturable:
             self.run()
             return
@@ -109,9 +110,10 @@ class DecodeGraph:
             self._graph.launch(self.model.device.stream)
 
     def _compile(self):
-        """Run the step without other ranks, for nothing but padding: a capture wants its kernels compiled.
+        """Compile all kernels before the capture, which needs them, by a pass over nothing but padding.
 
-        Rank 0 does so first, then the others find them in CuPy's cache; and nobody waits in a collective.
+        The pass uses no collectives, so no rank waits in one. Rank 0 compiles first; then the other ranks
+        find the kernels in CuPy's cache.
         """
         comm, state = self.comm, self._state.copy()
         if comm.rank != 0:
@@ -132,7 +134,7 @@ class DecodeGraph:
         return stream.end_capture()
 
     def run(self, record=unrecorded):
-        """Give the step to the GPU, kernel by kernel. `record` sees what the explicit path has too."""
+        """Launch the pass kernel by kernel; `record` gets the steps that the explicit path has too."""
         m, w, linear = self.model, self.model.weights, self.model.kernels.linear
         self._embed(record)
         pending = None
@@ -168,9 +170,9 @@ class DecodeGraph:
         record().embed = self.x
 
     def _normed(self, weight, pending, record, place):
-        """What a product takes: (x, a norm that it makes itself) or (h, None).
+        """Return the input of a product: (x, norm) if the product fuses the norm, else (normed x, None).
 
-        `pending`, (bias, where from), says that this rank's term of a sum that belongs to x is in `partial`.
+        `pending` is (bias, its place) if `partial` contains this rank's term of a sum still to be added to x.
         """
         eps = self.model.config.rms_norm_eps
         if self.comm.size == 1 and self.model.kernels.linear.norm_fits(*self.x.shape):
@@ -180,10 +182,10 @@ class DecodeGraph:
             rms_norm(self.x, weight, self.h, eps)
         else:
             bias, origin = pending
-            seen = self.comm.reduce_add_norm(
+            has_sum = self.comm.reduce_add_norm(
                 rms_norm, self.partial, self.x, weight, self.h, eps, bias, self.out
             )
-            if seen and bias is None:
+            if has_sum and bias is None:
                 record(*origin).out = self.out
             record(*origin).residual = self.x
         setattr(record(*place), "norm" if place else "final_norm", self.h)
@@ -200,7 +202,7 @@ class DecodeGraph:
         )
 
     def _add(self, y, w, bias, record, place):
-        """x += y @ w + bias, if this rank has all of y; else `partial` = y @ w, and see `_normed`."""
+        """Compute x += y @ w + bias on a single rank, else partial = y @ w, which `_normed` then adds."""
         m, linear = self.model, self.model.kernels.linear
         if self.comm.size == 1:
             linear.residual(y, rows_of(m, w), self.x, bias)
@@ -217,20 +219,20 @@ class DecodeGraph:
             m.kernels.linear.logits(x, rows_of(m, m.weights.lm_head), self.logits, norm)
             record().logits_partial = self.logits
         else:
-            mine = self.logits_r[:, : m.weights.lm_head.shape[1]]  # [B, V_r]
-            m.kernels.linear.logits(x, rows_of(m, m.weights.lm_head), mine, norm)
-            record().logits_partial = mine
+            logits_r = self.logits_r[:, : m.weights.lm_head.shape[1]]  # [B, V_r]
+            m.kernels.linear.logits(x, rows_of(m, m.weights.lm_head), logits_r, norm)
+            record().logits_partial = logits_r
             self.comm.gather_into(self.logits_r, self.gathered)
             m.kernels.join_columns(self.gathered, self.logits)
         record().logits = self.logits
 
     def _cache(self, i):
-        """Keys and values of a layer, of all sequences: [K_r, slots, d] each."""
+        """Return the keys and values of a layer for the whole pool: [K_r, slots, d] each."""
         keys, values = self.pool.storage[i]
         return keys.values, values.values
 
     def _record_attention(self, i, record):
-        """What attention had and gave, of the first sequence."""
+        """Record the inputs and the output of attention for the first sequence."""
         length, size = int(self.model.device.to_host(self.seen)[0]), self.pool.block_size
         first = max(0, length - (self.model.config.windows[0] or length))
         positions = self.model.device.xp.arange(first, length)  # [S]
@@ -242,7 +244,7 @@ class DecodeGraph:
 
 
 def rows_of(model, w):
-    """The memory of a projection `w` [in, out] as it lies on a GPU: [out, in and its padding]."""
+    """Return a view of a projection `w` [in, out] as it is laid out on a GPU: [out, in with padding]."""
     return model.device.cupy.lib.stride_tricks.as_strided(
         w.T, (w.shape[1], w.strides[1] // w.itemsize), (w.strides[1], w.itemsize)
     )

@@ -1,4 +1,4 @@
-"""The model through the fused kernels: the same steps as `model.Model`, in fewer launches."""
+"""The model built from fused kernels: the same steps as `model.Model`, in fewer launches."""
 
 import dataclasses
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ from minitp.model import Model, joined, unrecorded
 from minitp.paged_cache import BlockPool, PagedCache
 
 BLOCK_SIZE = 16
-KEPT_BLOCKS = 64  # a kept pool has a multiple of so many: a somewhat longer sequence finds room in it
+KEPT_BLOCKS = 64  # a kept pool's size is rounded up to this, so that a slightly longer sequence still fits
 LARGEST_HEAD = 256
 
 
 def unfit(config, plan, device, kv_dtype):
-    """Why a model cannot take the fused path, or None; the same on all ranks."""
+    """Return why a model cannot use the fused path, or None; the answer is the same on all ranks."""
     if device.dtype.itemsize != 2:
         return f"its kernels compute in 16 bits, not in {device.dtype.name}"
     if kv_dtype not in ("auto", device.dtype.name):
@@ -32,18 +32,18 @@ def unfit(config, plan, device, kv_dtype):
     if any(start == stop for start, stop in plan.ffn_ranges):
         return f"{config.intermediate_size} FFN columns are too few for {plan.tp} ranks"
     if config.rope.attention_factor != 1:
-        return f"its kernels turn q and k without a factor, and config.json gives {config.rope.rope_type} one"
+        return f"its kernels have no RoPE attention factor, which {config.rope.rope_type} scaling needs"
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if "words" in field.metadata and value != field.default:
             return f"it has no kernels for {field.metadata['words'].format(value)}"
     if len(set(config.windows)) > 1:
-        return "its kernels have one sliding window for all layers"
+        return "its kernels support only one sliding window for all layers"
     return None
 
 
 class Pool(BlockPool):
-    """A BlockPool with the steps that have been captured over it."""
+    """A BlockPool with the decode graphs that have been captured over it."""
 
     def __init__(self, *shape, **options):
         super().__init__(*shape, **options)
@@ -52,39 +52,39 @@ class Pool(BlockPool):
 
 
 class FusedModel(Model):
-    """One rank of a tensor-parallel transformer on a GPU, in 16 bits; the twin of Model.
+    """One rank of a tensor-parallel transformer on a GPU, in 16 bits; the fused counterpart of Model.
 
-    Steps of one token a sequence go through a captured graph (`decode_graph`), others (prompts) through
-    cuBLAS and kernels for the rest. All caches are paged.
+    Passes with one token per sequence use a captured graph (`decode_graph`); other passes (prompts) use
+    cuBLAS for the products and kernels for the rest. All caches are paged.
     """
 
     fused = True
-    prefill_chunk = 2048  # cuBLAS wants many rows, and no scores lie in memory
+    prefill_chunk = 2048  # cuBLAS needs many rows to be fast, and attention stores no scores in memory
 
     def __init__(self, *parts, **options):
         super().__init__(*parts, **options)
         self.kernels = Kernels(self)
-        self._kept_pool = None  # of the last sequence_cache
+        self._kept_pool = None  # the pool of the last sequence_cache
 
     def connect(self):
         self.comm.reserve(self.kernels.compiler, self.config.hidden_size)
 
     def new_cache(self, capacity=64):
-        """An empty cache for one sequence of up to `capacity` positions."""
+        """Return an empty cache for one sequence of up to `capacity` positions."""
         blocks = -(-capacity // BLOCK_SIZE)
         return PagedCache(self.new_pool(blocks, BLOCK_SIZE), list(range(blocks)))
 
     @contextmanager
     def sequence_cache(self, capacity):
-        """Lend a cache as Model.sequence_cache does, and keep its pool with the step captured over it.
+        """Lend a cache like Model.sequence_cache, and keep its pool and the graph captured over it.
 
-        A capture takes as long as some twenty tokens. All ranks enter and leave these blocks alike, so either
-        all of them capture a step or none.
+        A capture takes about as long as twenty tokens. All ranks enter and leave these blocks together, so
+        either all of them capture a graph or none does.
         """
-        pool, self._kept_pool = self._kept_pool, None  # nobody else gets it before the end of the block
+        pool, self._kept_pool = self._kept_pool, None  # a second sequence at the same time gets its own pool
         blocks = -(-capacity // BLOCK_SIZE)
         if pool is not None and pool.blocks < blocks:
-            pool.graphs.clear()  # they refer to the pool: now its memory is freed, before more is taken
+            pool.graphs.clear()  # they refer to the pool, whose memory must be freed before the next one's
             pool = None
         if pool is None:
             pool = self.new_pool(-(-blocks // KEPT_BLOCKS) * KEPT_BLOCKS)
@@ -97,9 +97,9 @@ class FusedModel(Model):
         return Pool(*self._cache_shape(), blocks, block_size)
 
     def forward_batch(self, parts, logits_at=slice(None), record=unrecorded):
-        """As Model.forward_batch; `record` sees the steps that this path has."""
-        alone = all(len(ids) == 1 for ids, _ in parts)
-        if alone and len(parts) <= MAX_TOKENS and logits_at is not None:
+        """Run the next tokens of some sequences like Model.forward_batch; `record` gets this path's steps."""
+        one_each = all(len(ids) == 1 for ids, _ in parts)
+        if one_each and len(parts) <= MAX_TOKENS and logits_at is not None:
             logits = self._decode(parts, record)[logits_at]
         else:
             logits = self._prefill(parts, logits_at, record)
@@ -108,16 +108,16 @@ class FusedModel(Model):
         return logits
 
     def decode_ahead(self, cache, token, params, draws):
-        """Yield the tokens that follow `token`, one for each of `draws`, a step later than the GPU has them.
+        """Yield the tokens that follow `token`, one per element of `draws`, while the GPU is a token ahead.
 
         Parameters
         ----------
         cache : PagedCache
-            With room for all of them.
+            The sequence's cache, with room for all these tokens.
         token : int
         params : SamplingParams
         draws : float64 [n]
-            Uniform, from 0 to 1.
+            Uniform random numbers in [0, 1).
         """
         graph, ahead = self.decode_graph(cache.pool, 1), TokensAhead(self.device)
         graph.fill([token], [cache.length], [cache.block_table])
@@ -139,7 +139,7 @@ class FusedModel(Model):
         return token
 
     def decode_graph(self, pool, sequences):
-        """The DecodeGraph of a pool for so many sequences, or the next power of two: so few are captured."""
+        """Return a pool's DecodeGraph for `sequences`, rounded up to a power of two to limit the captures."""
         batch = 1
         while batch < sequences:
             batch *= 2
@@ -149,7 +149,7 @@ class FusedModel(Model):
         return pool.graphs[batch]
 
     def _decode(self, parts, record):
-        """Logits [n, V] of a token of each of n sequences; they hold until the next step."""
+        """Return the logits [n, V] of one token of each of n sequences; the next pass overwrites them."""
         tokens, caches = [int(ids[0]) for ids, _ in parts], [cache for _, cache in parts]
         graph = self.decode_graph(caches[0].pool, len(parts))
         graph.fill(tokens, [cache.length for cache in caches], [cache.block_table for cache in caches])
@@ -160,7 +160,7 @@ class FusedModel(Model):
         return graph.logits[: len(parts)]
 
     def _prefill(self, parts, logits_at, record):
-        """Logits [n, V] of the rows `logits_at`, or None."""
+        """Return the logits [n, V] of the rows `logits_at`, or None if that is None."""
         xp, w, kernels, c = self.device.xp, self.weights, self.kernels, self.config
         prompt = Prompt(self, parts)
         partial = ops.embed_partial(xp, prompt.token_ids, w.embed, self.vocab_start)  # [T, D]
@@ -200,13 +200,13 @@ class FusedModel(Model):
         return logits
 
     def _columns(self, h, w, bias):
-        """The twin of ops.column_parallel; without a bias, cuBLAS rounds, and no float32 goes to memory."""
+        """Compute ops.column_parallel; without a bias cuBLAS rounds, and no float32 is written to memory."""
         if bias is None:
             return self.device.xp.matmul(h, w)  # [T, n_r]
         return ops.column_parallel(self.device.xp, h, w, bias)  # [T, n_r]
 
     def _prefill_attention(self, i, layer, h, prompt, record):
-        """[T, D] -> [T, H_r d] of this rank's heads; keys and values go to the sequences' caches."""
+        """Return attention's context [T, H_r d] of this rank's heads for h [T, D], and fill the caches."""
         xp, width = self.device.xp, self.heads * self.config.head_dim
         qkv = self._columns(h, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
         qk, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
@@ -224,7 +224,7 @@ class FusedModel(Model):
         return context
 
     def _record_attention(self, i, qk, prompt, record):
-        """The queries after RoPE, and what attention had, of the only sequence."""
+        """Record the queries and keys after RoPE and the inputs of attention; there must be one sequence."""
         (sequence,) = prompt.sequences
         first = 0 if self.config.windows[0] is None else max(0, sequence.past - self.config.windows[0] + 1)
         slots = sequence.slots[first:]  # [S]
@@ -235,8 +235,8 @@ class FusedModel(Model):
         s.k_cache, s.v_cache = keys, values
 
     def _partial(self, block, i, y, w, bias, record):
-        """What is to be added to the stream, [T, D], and its bias."""
-        partial = self.device.xp.matmul(y, w)  # [T, D]: the twin of ops.row_parallel, rounded by cuBLAS
+        """Return what the next rms_norm adds to the residual stream: (sum over all ranks [T, D], bias)."""
+        partial = self.device.xp.matmul(y, w)  # [T, D]: like ops.row_parallel, rounded by cuBLAS
         record(block, i).out_partial = partial
         out = self._sum(partial)  # [T, D]
         if bias is None:
@@ -248,33 +248,33 @@ class FusedModel(Model):
 
 
 class TokensAhead:
-    """Tokens on their way to the host, in two slots of pinned memory in turn."""
+    """Tokens on their way to the host, in two alternating buffers of pinned memory."""
 
     def __init__(self, gpu):
         import cupyx
 
         self._gpu, self._copied, self._read = gpu, 0, 0
-        self._places = [cupyx.empty_pinned(1, np.int32) for _ in range(2)]
+        self._buffers = [cupyx.empty_pinned(1, np.int32) for _ in range(2)]
         self._events = [gpu.cupy.cuda.Event(disable_timing=True) for _ in range(2)]
 
     def copy(self, token):
-        """Have the GPU bring a token, int32 [1], when it is there."""
+        """Queue a copy of a token, int32 [1], to the host, after all work already on the stream."""
         runtime, turn = self._gpu.cupy.cuda.runtime, self._copied % 2
-        place, kind = self._places[turn], runtime.memcpyDeviceToHost
-        runtime.memcpyAsync(place.ctypes.data, token.data.ptr, 4, kind, self._gpu.stream.ptr)
+        buffer, kind = self._buffers[turn], runtime.memcpyDeviceToHost
+        runtime.memcpyAsync(buffer.ctypes.data, token.data.ptr, 4, kind, self._gpu.stream.ptr)
         self._events[turn].record(self._gpu.stream)
         self._copied += 1
 
     def read(self):
-        """The oldest that has not been read; waits for it."""
+        """Wait for the oldest token that has not been read, and return it."""
         turn = self._read % 2
         self._events[turn].synchronize()
         self._read += 1
-        return int(self._places[turn][0])
+        return int(self._buffers[turn][0])
 
 
 class Prompt:
-    """What all layers of a prefill share: the tokens of some sequences, their angles, their slots."""
+    """The inputs that all layers of a prefill share: the sequences' tokens, their RoPE angles and slots."""
 
     def __init__(self, model, parts):
         xp, self.pool = model.device.xp, parts[0][1].pool
@@ -287,14 +287,13 @@ class Prompt:
         self.slots = joined(xp, [s.slots[s.past :] for s in self.sequences]).astype(np.int32)  # [T]
         cos, sin = ops.rope_cos_sin(xp, positions, model.inverse_frequencies)  # [T, d] each
         half = cos.shape[1] // 2
-        self.cos, self.sin = (
-            model.device.cupy.ascontiguousarray(a[:, half:]) for a in (cos, sin)
-        )  # [T, d/2]
+        contiguous = model.device.cupy.ascontiguousarray
+        self.cos, self.sin = contiguous(cos[:, half:]), contiguous(sin[:, half:])  # [T, d/2] each
         self.attention = model.kernels.attention_prefill(self.pool.block_size)
 
 
 class PromptSequence:
-    """One sequence's part of it: its rows among the T tokens, and where its positions lie in the pool."""
+    """One sequence of a prefill: its rows among the T tokens, and the slots of its positions in the pool."""
 
     def __init__(self, xp, tokens, cache):
         self.tokens, self.past = tokens, cache.length

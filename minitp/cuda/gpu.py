@@ -1,4 +1,4 @@
-"""A rank's GPU."""
+"""A rank's GPU: its stream, its memory, and copies to and from the host."""
 
 import platform
 from dataclasses import dataclass, replace
@@ -11,8 +11,8 @@ from minitp.device import DTYPES, Device
 from minitp.errors import InputError, RankError, one_line
 
 EXTRA = "pip install 'minitp[cuda12]' (or cuda13, for a driver of CUDA 13)"
-CACHE_SHARE = 0.8  # of the memory that the weights leave; a step needs some, too
-PINNED_BYTES = 1 << 24  # a buffer from which a slice is copied to the GPU
+CACHE_SHARE = 0.8  # the KV cache's part of the memory that the weights leave; activations need the rest
+PINNED_BYTES = 1 << 24  # size of each buffer from which slices are copied to the GPU
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Gpu(Device):
     ----------
     cupy : module
     stream : cupy.cuda.Stream
-        The rank's own, on which all happens: captures and NCCL take no other. From `open_gpu` on it is CuPy's
-        current stream, too.
+        The rank's own stream. All its work goes there, because captures and NCCL use no other. `open_gpu`
+        also makes it CuPy's current stream.
     gpus : int
-        Of this host.
+        Number of GPUs of this host.
     """
 
     cupy: Any = None
@@ -35,58 +35,58 @@ class Gpu(Device):
     is_gpu = True
 
     def weights_room(self):
-        """As Device.weights_room: what is free of the GPU's memory."""
+        """Return (where, bytes) like Device.weights_room: the free memory of this GPU."""
         device = self.cupy.cuda.Device()
-        # By the bus: a launcher may show each rank its own GPU as number 0.
+        # The bus id identifies a GPU; a launcher may show each rank its own GPU as number 0.
         return f"GPU {device.id} ({device.pci_bus_id}) of {platform.node()}", device.mem_info[0]
 
     def cache_room(self, ranks):
-        """As Device.cache_room: most of what is free now."""
+        """Return the bytes that the KV cache may take: most of the memory that is free now."""
         free, _ = self.cupy.cuda.Device().mem_info
         return int(free * CACHE_SHARE / -(-ranks // self.gpus))
 
     def to_host(self, array):
-        """Copy an array of this GPU to the host, after everything that the rank's stream was given before.
+        """Copy an array from this GPU to the host, after all work already on the rank's stream.
 
-        `cupy.ndarray.get` of an array that is not contiguous enters and leaves a stream to copy it. So the
-        contiguous copy is made here first, on the rank's stream.
+        For an array that is not contiguous, `cupy.ndarray.get` enters and leaves a stream. So the array is
+        made contiguous first, on the rank's stream.
 
         Raises
         ------
         RankError
-            if another stream than the rank's has become current.
+            if CuPy's current stream is not the rank's.
         """
         self.check_stream()
         return self.cupy.asnumpy(self.cupy.ascontiguousarray(array), stream=self.stream)
 
     def from_host(self, array):
-        """Copy a NumPy array to this GPU, on the rank's stream; raises as `to_host`."""
+        """Copy a NumPy array to this GPU, on the rank's stream; raises RankError like `to_host`."""
         self.check_stream()
         return self.cupy.asarray(array)
 
     def check_stream(self):
-        """Raise RankError unless the rank's stream is CuPy's current one.
+        """Raise RankError unless the rank's stream is CuPy's current stream.
 
-        CuPy's arithmetic goes to the current stream, NCCL's calls, graphs and copies go to the rank's: on two
-        streams they would run at the same time.
+        CuPy's arithmetic uses the current stream, while NCCL, graphs and copies use the rank's. On two
+        different streams they would run at the same time.
         """
         current = self.cupy.cuda.get_current_stream()
         if current.ptr != self.stream.ptr:
             raise RankError(
-                f"CuPy's current stream ({current.ptr:#x}) is not this rank's ({self.stream.ptr:#x}): a GPU "
-                "must be used in the thread that opened it, no other may be opened there later, and other "
-                "streams chosen only in a `with` block"
+                f"CuPy's current stream ({current.ptr:#x}) is not this rank's ({self.stream.ptr:#x}): use a "
+                "GPU only in the thread that opened it, open no second GPU in that thread, and select other "
+                "streams only in a `with` block"
             )
 
 
 def open_gpu(local_rank=0, share=False):
-    """The Gpu of the rank that is number `local_rank` on its host; its dtype is float32 until one is chosen.
+    """Open the GPU of rank number `local_rank` of this host; its dtype is float32 until `with_dtype`.
 
     Parameters
     ----------
     local_rank : int
     share : bool
-        Several ranks may be on one GPU.
+        Let several ranks use one GPU.
 
     Raises
     ------
@@ -98,28 +98,28 @@ def open_gpu(local_rank=0, share=False):
     cupy = find_cupy()
     gpus = cupy.cuda.runtime.getDeviceCount()
     if local_rank >= gpus and not share:
-        there = "is 1" if gpus == 1 else f"are {gpus}"
+        there = "is only 1" if gpus == 1 else f"are only {gpus}"
         raise InputError(
-            f"--device cuda: rank {local_rank} of this host has no GPU, there {there}; use --tp {gpus}, "
+            f"--device cuda: rank {local_rank} of this host has no GPU: there {there}; use --tp {gpus}, "
             "or --share-gpu (results are correct but slow), or --device cpu"
         )
     cupy.cuda.Device(local_rank % gpus).use()  # before anything is allocated
     stream = cupy.cuda.Stream(non_blocking=True)
-    # Entered and never left. After `use()` the end of any `with` block of a stream would make the null stream
-    # the current one, and CuPy has such blocks of its own.
+    # Enter the stream and never leave it. After `use()`, the end of any stream's `with` block would make the
+    # null stream current, and CuPy itself contains such blocks.
     stream.__enter__()
     return Gpu(Arrays(cupy), np.dtype(np.float32), cupy, stream, gpus)
 
 
 def with_dtype(gpu, dtype, checkpoint_dtype):
-    """The same Gpu for --dtype; auto: the checkpoint's own if that has 16 bits, else bfloat16."""
+    """Return the Gpu with --dtype set; auto is the checkpoint's own 16-bit dtype, else bfloat16."""
     if dtype == "auto":
         dtype = checkpoint_dtype if checkpoint_dtype in ("float16", "bfloat16") else "bfloat16"
     return replace(gpu, dtype=np.dtype(DTYPES[dtype]))
 
 
 def find_cupy():
-    """The module `cupy`, with a GPU for it; else RankError."""
+    """Import `cupy` and return it; raise RankError if it is missing or finds no GPU."""
     try:
         import cupy
 
@@ -134,9 +134,9 @@ def find_cupy():
 
 
 class Uploads:
-    """Copies to the GPU through two pinned buffers in turn: one is filled while the other is copied.
+    """An uploader with two alternating pinned buffers: one is filled while the other is copied to the GPU.
 
-    Pinned memory is what the copy engine reads by itself, so that reading a file and copying overlap.
+    The copy engine reads pinned memory by itself, so reading a file and copying overlap.
     """
 
     def __init__(self, gpu):
@@ -147,20 +147,20 @@ class Uploads:
         self._events = [gpu.cupy.cuda.Event(disable_timing=True) for _ in range(2)]
 
     def copy(self, rows, out):
-        """`rows`, a NumPy array [n, m], to `out` [n, >= m] on the GPU, rounded to its dtype, padded with 0.
+        """Copy `rows`, a NumPy array [n, m], to `out` [n, >= m] on the GPU, which must be contiguous.
 
-        The rows of `out` must be contiguous.
+        The numbers are rounded to the dtype of `out`, and its remaining columns become 0.
         """
         cuda, width = self._gpu.cupy.cuda, rows.shape[1]
         if width == 0:
             return
-        step = max(1, PINNED_BYTES // out.strides[0])
-        for start in range(0, len(rows), step):
-            block = rows[start : start + step]  # [<= step, m]
+        most = max(1, PINNED_BYTES // out.strides[0])  # rows that fit into a buffer
+        for start in range(0, len(rows), most):
+            block = rows[start : start + most]  # [<= most, m]
             self._turn = 1 - self._turn
-            self._events[self._turn].synchronize()  # the last copy from this buffer is through
+            self._events[self._turn].synchronize()  # the last copy from this buffer is complete
             pinned = self._buffers[self._turn][: len(block) * out.strides[0]].view(out.dtype)
-            pinned = pinned.reshape(len(block), -1)  # [<= step, >= m]
+            pinned = pinned.reshape(len(block), -1)  # [<= most, >= m]
             pinned[:, :width] = block
             pinned[:, width:] = 0
             target, kind = out[start:].data.ptr, cuda.runtime.memcpyHostToDevice
@@ -168,5 +168,5 @@ class Uploads:
             self._events[self._turn].record(self._gpu.stream)
 
     def finish(self):
-        """Wait for the last copies."""
+        """Wait until all copies are complete."""
         self._gpu.stream.synchronize()

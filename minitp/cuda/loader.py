@@ -1,25 +1,25 @@
-"""One rank's weights on its GPU, in the layout that the kernels read."""
+"""Load one rank's weights onto its GPU, in the layout that the kernels read."""
 
 import numpy as np
 
 from minitp.cuda.gpu import Uploads
 from minitp.loading.weights import EMBED, LM_HEAD, Loader
 
-PACK = 8  # 16-bit numbers that one load takes
+PACK = 8  # 16-bit numbers per load of 16 bytes
 
 
 def padded(width):
-    """The distance between rows of `width` elements, so that each begins where a load of 16 bytes may."""
+    """Round `width` up to a multiple of PACK, so that every row begins where a 16-byte load is allowed."""
     return -(-width // PACK) * PACK
 
 
 class GpuLoader(Loader):
-    """Reads one rank's slices of a checkpoint onto a GPU.
+    """A loader that reads one rank's slices of a checkpoint onto a GPU.
 
-    A projection's rows lie as in the file, [out, in], each a run of memory, padded with zeros to a multiple
-    of PACK; as `w` [in, out] the model gets a view of that. The slices go through pinned buffers in the dtype
-    of the weights: on the GPU there is never more than the shard, on the host never more than a block of a
-    slice and the buffers (the file is mapped, and belongs to the page cache).
+    A projection keeps the file's layout, [out, in], with contiguous rows padded with zeros to a multiple of
+    PACK; `w` [in, out] is a view of it. The slices go through pinned buffers in the dtype of the weights. So
+    the GPU never holds more than the shard, and the host never more than the buffers and a block of a slice
+    (the file is mapped, so its pages belong to the page cache).
     """
 
     def __init__(self, plan, rank, source, device, progress=lambda nbytes: None):
@@ -27,13 +27,13 @@ class GpuLoader(Loader):
         self._uploads = Uploads(device)
 
     def load(self):
-        """All of this rank's Weights."""
+        """Return this rank's Weights, complete on the GPU."""
         weights = super().load()
         self._uploads.finish()
         return weights
 
     def _embeddings(self):
-        """lm_head [D, V_r] and embed [V_r, D]; when tied, one is the transpose of the other."""
+        """Return lm_head [D, V_r] and embed [V_r, D]; when tied, one is a view of the other."""
         if LM_HEAD in self.plan.tensors:
             return self._matrix(LM_HEAD), self._matrix(EMBED).T
         lm_head = self._matrix(EMBED)  # [D, V_r]
@@ -41,7 +41,7 @@ class GpuLoader(Loader):
         return lm_head, lm_head.T
 
     def _matrix(self, *names):
-        """The slices of `names`, [out, in] in the file, one below the other; as [in, sum of out]."""
+        """Return the slices of `names`, [out, in] in the file, joined to one [in, sum of out]."""
         shapes = [self.plan.tensors[name].shape_on(self.rank) for name in names]
         rows, width = sum(out for out, _ in shapes), shapes[0][1]
         joined = self.device.cupy.empty((rows, padded(width)), dtype=self.device.dtype)  # [sum of out, >= in]
@@ -54,6 +54,6 @@ class GpuLoader(Loader):
         return joined[:, :width].T
 
     def _vector(self, *names):
-        """The slices of `names` end to end."""
+        """Return the slices of `names` end to end, [sum of n]."""
         parts = [self.source.read(name, self.plan.tensors[name].index(self.rank)) for name in names]
         return self.device.from_host(np.concatenate(parts).astype(self.device.dtype))  # [sum of n]

@@ -1,4 +1,4 @@
-"""Collectives through NCCL, called by `cupy.cuda.nccl`, and a watchdog that ends what is stuck."""
+"""Collectives through NCCL, called by `cupy.cuda.nccl`, and a watchdog that ends a stuck job."""
 
 import os
 import sys
@@ -13,18 +13,18 @@ import numpy as np
 from minitp.cuda.comm import DeviceComm
 from minitp.errors import RankError, one_line
 
-PATIENCE_S = 8.0  # for work that has been given to the GPU; a step takes far less
-START_S = 60.0  # for all ranks to come to NCCL, and NCCL to find its ways between their GPUs
-LOOK_S = 0.25
-SHARES_GPUS = 23000  # as NCCL counts its versions
-LAST_RESORT_S = 2.0  # for a rank that an abort has not woken
+PATIENCE_S = 8.0  # time limit for work on the GPU; a forward pass takes far less
+START_S = 60.0  # time limit for all ranks to arrive in NCCL and for NCCL to connect their GPUs
+LOOK_S = 0.25  # interval of the watchdog's checks
+SHARES_GPUS = 23000  # first NCCL version, 2.30, that lets ranks share a GPU
+LAST_RESORT_S = 2.0  # time for a rank to return after its communicator was aborted
 
 
 class NcclComm(DeviceComm):
-    """Ranks of one GPU each, through NCCL, on the rank's own stream.
+    """Collectives between ranks with one GPU each, through NCCL, on each rank's own stream.
 
-    Rank 0 makes the unique id, the others get it through the host's Comm: if that fails, all learn so.
-    Sums of 16-bit numbers are rounded at each of NCCL's steps, so they are less exact than `Comm`'s; but they
+    Rank 0 creates the unique id and broadcasts it through the host's Comm; if that fails, all ranks learn of
+    it. NCCL rounds 16-bit sums after each addition, so they are less exact than those of `Comm`; but they
     have the same bits on all ranks.
 
     Parameters
@@ -32,15 +32,15 @@ class NcclComm(DeviceComm):
     host : Comm
     gpu : Gpu
     patience_s : float
-        How long the GPU may take over what it has been given, before the job is ended.
+        How long the GPU may take for one launch before the watchdog ends the job.
 
     Raises
     ------
     AgreedError
-        on all ranks, if one of them has no NCCL, or there is no unique id.
+        on all ranks, if one of them has no NCCL or rank 0 cannot create the unique id.
     RankError
-        on a rank where the communicator cannot be made. The others wait for it inside NCCL, where nothing but
-        the end of the job reaches them.
+        on a rank where the communicator cannot be created. The other ranks wait for it inside NCCL until the
+        job is ended.
     """
 
     capturable = True
@@ -63,12 +63,12 @@ class NcclComm(DeviceComm):
         self._watchdog = Watchdog(self._communicator, gpu, host, launches, patience_s)
 
     def _joined(self, unique_id, launches):
-        """This rank's communicator, when all ranks have come for theirs."""
+        """Create this rank's communicator, which waits until all ranks create theirs."""
 
         def give_up():
             missing = [str(rank) for rank, count in enumerate(launches) if count == 0]
-            who = f"rank {', '.join(missing)} did not come" if missing else "nobody is known to be missing"
-            give_word(self.rank, f"NCCL has not come up within {START_S:g} s: {who}")
+            who = f"rank {', '.join(missing)} did not arrive" if missing else "no rank is known to be missing"
+            report_failure(self.rank, f"NCCL did not start within {START_S:g} s: {who}")
             self.host.abort(RankError.exit_code)
 
         launches[self.rank] = 1
@@ -78,18 +78,18 @@ class NcclComm(DeviceComm):
         try:
             return self._nccl.NcclCommunicator(self.size, unique_id, self.rank)
         except RuntimeError as error:  # NcclError
-            raise RankError(f"NCCL does not come up: {one_line(error)}") from error
+            raise RankError(f"NCCL failed to start: {one_line(error)}") from error
         finally:
             timer.cancel()
 
     def reduce_into(self, x, out):
         kind, add = self._types[x.dtype.name], self._nccl.NCCL_SUM
-        with self._blamed("all-reduce"):
+        with self._named_errors("all-reduce"):
             self._communicator.allReduce(x.data.ptr, out.data.ptr, x.size, kind, add, self.gpu.stream.ptr)
 
     def gather_into(self, x, out):
         kind = self._types[x.dtype.name]
-        with self._blamed("all-gather"):
+        with self._named_errors("all-gather"):
             self._communicator.allGather(x.data.ptr, out.data.ptr, x.size, kind, self.gpu.stream.ptr)
 
     def check(self):
@@ -99,14 +99,14 @@ class NcclComm(DeviceComm):
         return self._watchdog.launching()
 
     def close(self):
-        """Destroys the communicator; MPI must still be there."""
+        """Destroy the communicator, and then close the host's Comm, which must outlive it."""
         self._watchdog.stop()
         self.gpu.stream.synchronize()
         self._communicator.destroy()
         self.host.close()
 
     def abort(self, exit_code):
-        """The others' kernels wait for this rank's; NCCL must let go of them before the process can end."""
+        """Abort the communicator, on whose kernels the process could not end, and then the whole job."""
         if self._watchdog is not None:
             self._watchdog.stop()
             with suppress(RuntimeError):
@@ -114,7 +114,7 @@ class NcclComm(DeviceComm):
         self.host.abort(exit_code)
 
     @contextmanager
-    def _blamed(self, what):
+    def _named_errors(self, what):
         try:
             yield
         except RuntimeError as error:  # NcclError
@@ -123,29 +123,29 @@ class NcclComm(DeviceComm):
 
 
 class Watchdog:
-    """A thread that aborts the communicator when the GPU does not get through what it was given.
+    """A thread that aborts the communicator if the GPU does not finish a launch in time.
 
-    At each launch the rank adds one to its number in memory that the ranks of a host share, and puts an event
-    on the stream behind it; so whoever waits can say who has not come.
+    At each launch the rank increments its counter, in memory that the ranks of a host share, and afterwards
+    records an event on the stream. So a rank that waits can name the ranks that have not arrived.
     """
 
     def __init__(self, communicator, gpu, host, launches, patience_s):
         self._communicator, self._gpu, self._host, self._patience = communicator, gpu, host, patience_s
-        self._events, self._entered = deque(), None  # times of launches that are not through
+        self._events, self._entered = deque(), None  # (time, event) of unfinished launches
         self._error, self._stopped = None, threading.Event()
-        self._launches = launches  # of each rank, as far as they can be seen from here
+        self._launches = launches  # each rank's count, as far as this rank can see it
         self._thread = threading.Thread(target=self._watch, name="NCCL watchdog", daemon=True)
         self._thread.start()
 
     @contextmanager
     def launching(self):
-        """Work with collectives is being given to the GPU."""
+        """A `with` block for launching work that contains collectives, watched until the GPU has finished."""
         self.check()
         self._launches[self._host.rank] += 1
         self._entered = monotonic()
         try:
             yield
-        except RuntimeError as error:  # of CUDA or NCCL; an aborted communicator says no more than that
+        except RuntimeError as error:  # from CUDA or NCCL; if the watchdog aborted, it knows the reason
             self.check()
             raise RankError(f"on the GPU: {one_line(error)}") from error
         event = self._gpu.cupy.cuda.Event(disable_timing=True)
@@ -159,20 +159,20 @@ class Watchdog:
             raise self._error
 
     def stop(self):
-        """Watch no more."""
+        """Stop watching."""
         self._stopped.set()
 
     def _watch(self):
         while not self._stopped.wait(LOOK_S):
             while self._events and self._events[0][1].done:
                 self._events.popleft()
-            reason = self._trouble()
+            reason = self._problem()
             if reason is not None:
                 self._end(reason)
                 return
 
-    def _trouble(self):
-        """What is wrong, or None."""
+    def _problem(self):
+        """Return why the communicator must be aborted, or None."""
         try:
             self._communicator.check_async_error()
         except RuntimeError as error:  # NcclError
@@ -180,29 +180,27 @@ class Watchdog:
         oldest = self._events[0][0] if self._events else self._entered
         if oldest is None or monotonic() - oldest < self._patience:
             return None
-        mine = self._launches[self._host.rank]
-        late = [str(rank) for rank, count in enumerate(self._launches) if count < mine]
-        who = (
-            f"rank {', '.join(late)} did not come" if late else "all ranks have come as far as is known here"
-        )
+        own = self._launches[self._host.rank]
+        late = [str(rank) for rank, count in enumerate(self._launches) if count < own]
+        who = f"rank {', '.join(late)} did not arrive" if late else "no rank is known to be missing"
         return f"stuck in a collective for {self._patience:g} s: {who}"
 
     def _end(self, reason):
         self._error = RankError(reason)
         with suppress(RuntimeError):
             self._communicator.abort()
-        if not self._stopped.wait(LAST_RESORT_S):  # else the rank's own thread has woken and leaves
-            give_word(self._host.rank, reason)
+        if not self._stopped.wait(LAST_RESORT_S):  # else the rank's own thread woke up and is ending the job
+            report_failure(self._host.rank, reason)
             self._host.abort(RankError.exit_code)
 
 
-def give_word(rank, reason):
-    """Say why the job ends, from a thread beside one that is stuck."""
+def report_failure(rank, reason):
+    """Print why the job ends, from another thread than the stuck one."""
     print(f"minitp: rank {rank} failed: {reason}", file=sys.stderr, flush=True)
 
 
 def shared_counts(host):
-    """int64 [ranks] that all ranks of one host see; on several hosts, [ranks] that only this rank sees."""
+    """Return launch counters, int64 [ranks]: shared by the ranks of one host, private on several hosts."""
     path = None
     with host.agreed():
         if host.rank == 0:
@@ -210,19 +208,19 @@ def shared_counts(host):
             os.write(descriptor, bytes(8 * host.size))
             os.close(descriptor)
     path = host.broadcast(path)
-    here = all(host.allgather_object(os.path.exists(path)))
-    counts = np.memmap(path, np.int64, "r+") if here else np.full(host.size, np.iinfo(np.int64).max)
-    if not here:
+    one_host = all(host.allgather_object(os.path.exists(path)))
+    counts = np.memmap(path, np.int64, "r+") if one_host else np.full(host.size, np.iinfo(np.int64).max)
+    if not one_host:
         counts[host.rank] = 0
-    host.allgather_object(None)  # all have it open
-    with host.agreed():  # before any goes on and may fail
+    host.allgather_object(None)  # every rank has opened the file
+    with host.agreed():  # delete it before any rank continues and may fail
         if host.rank == 0:
             os.unlink(path)
     return counts
 
 
 def allow_shared_gpu():
-    """Let several ranks use one GPU, if this NCCL can, which is so from 2.30; returns whether it can."""
+    """Let several ranks use one GPU if this NCCL supports it (2.30 or newer); return whether it does."""
     if load_nccl().get_version() < SHARES_GPUS:
         return False
     os.environ |= {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "1"}
@@ -230,7 +228,7 @@ def allow_shared_gpu():
 
 
 def load_nccl():
-    """The module `cupy.cuda.nccl`, with NCCL behind it; else RankError."""
+    """Import `cupy.cuda.nccl` and return it; raise RankError if the NCCL library is missing."""
     try:
         from cupy.cuda import nccl
 

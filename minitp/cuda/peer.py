@@ -1,8 +1,9 @@
-"""All-reduces of few rows through memory that all GPUs of a host see; everything else through NCCL.
+"""All-reduces of few rows through memory that all GPUs of a host can read; all other collectives use NCCL.
 
-A token of Mistral 7B has 65 all-reduces of 8 KiB a rank: NCCL's latency would cost more than the weights of a
-fourth of the model. `all_reduce.cu` is one launch that writes a rank's part to memory of its own, reads the
-others' over the links, adds up in rank order, and goes on to the residual addition and the norm.
+One token of Mistral 7B takes 65 all-reduces of 8 KiB per rank. On 4 GPUs, NCCL's latency would take about as
+long as reading a rank's weights. `all_reduce.cu` is a single launch: it writes the rank's part to its own
+memory, reads the other ranks' parts over the links, adds them in rank order, and continues with the residual
+addition and the norm.
 """
 
 from contextlib import contextmanager
@@ -14,18 +15,18 @@ from minitp.cuda.kernels.linear import MAX_TOKENS
 from minitp.cuda.nccl import PATIENCE_S, NcclComm
 from minitp.errors import RankError
 
-TRIALS = 20  # all-reduces that are timed to choose
+TRIALS = 20  # all-reduces timed to choose between peer memory and NCCL
 
 
 class PeerComm(NcclComm):
-    """Ranks of one GPU each on one host, whose GPUs can read each other's memory.
+    """Collectives between ranks on one host with one GPU each, which can read each other's memory.
 
     Parameters
     ----------
     host : Comm
     gpu : Gpu
     required : bool
-        Use it also where NCCL was faster.
+        Use peer memory even if NCCL is faster.
     """
 
     def __init__(self, host, gpu, required=False, patience_s=PATIENCE_S):
@@ -34,7 +35,7 @@ class PeerComm(NcclComm):
         self._peer = self._opened = None
 
     def reserve(self, compiler, width):
-        """Map the ranks' memory for sums of up to MAX_TOKENS rows [D], and see whether it is faster."""
+        """Map all ranks' memory for sums of up to MAX_TOKENS rows [D]; drop it again if NCCL is faster."""
         import cupyx
 
         cupy = self.gpu.cupy
@@ -48,8 +49,8 @@ class PeerComm(NcclComm):
         handles = self.host.allgather_object(handle)
         with self.host.agreed():
             self._opened = [
-                self._region if rank == self.rank else cupy.cuda.runtime.ipcOpenMemHandle(one)
-                for rank, one in enumerate(handles)
+                self._region if rank == self.rank else cupy.cuda.runtime.ipcOpenMemHandle(handle)
+                for rank, handle in enumerate(handles)
             ]
             regions = cupy.asarray(np.array(self._opened, np.uint64))  # [ranks]
             calls = cupy.zeros(MAX_TOKENS, np.uint64)
@@ -63,20 +64,20 @@ class PeerComm(NcclComm):
             self._peer = None
 
     def reduce_into(self, x, out):
-        if self._takes(x):
+        if self._fits(x):
             self._peer(x, out)
         else:
             super().reduce_into(x, out)
 
     def reduce_add_norm(self, rms_norm, partial, x, weight, h, eps, bias, out):
-        if self._takes(partial):
+        if self._fits(partial):
             self._peer.add_and_norm(partial, x, weight, h, eps, bias)
             return False
         return super().reduce_add_norm(rms_norm, partial, x, weight, h, eps, bias, out)
 
     @contextmanager
     def launching(self):
-        """Behind the work the GPU tells the host which rank it missed: to ask for it would be to wait."""
+        """Let the GPU copy the number of a missing rank to the host once the work is done."""
         with super().launching():
             yield
             if self._peer is not None:
@@ -88,12 +89,12 @@ class PeerComm(NcclComm):
         super().check()
         if self._peer is not None and (rank := int(self._seen[0])):
             raise RankError(
-                f"stuck in an all-reduce for {self._patience_s:g} s: rank {rank - 1} did not come"
+                f"stuck in an all-reduce for {self._patience_s:g} s: rank {rank - 1} did not arrive"
             )
 
     def close(self):
         self.gpu.stream.synchronize()
-        self.host.allgather_object(None)  # nobody reads any more
+        self.host.allgather_object(None)  # no rank reads another's memory any more
         runtime = self.gpu.cupy.cuda.runtime
         for rank, region in enumerate(self._opened or []):
             if rank != self.rank:
@@ -103,17 +104,17 @@ class PeerComm(NcclComm):
             runtime.free(self._region)
         super().close()
 
-    def _takes(self, x):
+    def _fits(self, x):
         return self._peer is not None and x.ndim == 2 and len(x) <= MAX_TOKENS and x.shape[1] == self._width
 
     def _faster(self, x):
-        """Whether sums of one row are at least as fast so as through NCCL, by the slowest rank."""
+        """Return whether sums of one row are at least as fast as through NCCL, on the slowest rank."""
         peer = self._timed(lambda: self._peer(x, x))
         nccl = self._timed(lambda: NcclComm.reduce_into(self, x, x))
         return max(self.host.allgather_object(peer)) <= max(self.host.allgather_object(nccl))
 
     def _timed(self, reduce):
-        """Milliseconds of TRIALS of them, after one."""
+        """Return the milliseconds of TRIALS calls of `reduce`, after one to warm up."""
         cuda, stream = self.gpu.cupy.cuda, self.gpu.stream
         start, end = cuda.Event(), cuda.Event()
         reduce()
@@ -126,10 +127,10 @@ class PeerComm(NcclComm):
 
 
 def peers_reach_each_other(host, gpu, local_rank):
-    """Whether every GPU of these ranks can read the memory of every other; all ranks call it."""
-    runtime, mine = gpu.cupy.cuda.runtime, gpu.cupy.cuda.Device().id
-    node = host.allgather_object((mine, local_rank))
-    one_host = len({local for _, local in node}) == host.size  # else numbers come twice
-    own_gpu = len({device for device, _ in node}) == host.size
-    reach = all(device == mine or runtime.deviceCanAccessPeer(mine, device) for device, _ in node)
+    """Return whether each rank's GPU can read the memory of every other rank's; all ranks call this."""
+    runtime, own = gpu.cupy.cuda.runtime, gpu.cupy.cuda.Device().id
+    ranks = host.allgather_object((own, local_rank))
+    one_host = len({local for _, local in ranks}) == host.size  # on several hosts, local ranks repeat
+    own_gpu = len({device for device, _ in ranks}) == host.size
+    reach = all(device == own or runtime.deviceCanAccessPeer(own, device) for device, _ in ranks)
     return all(host.allgather_object(bool(one_host and own_gpu and reach)))

@@ -1,10 +1,10 @@
-"""Builds the kernels of minitp/cuda for the CPU, and launches them on NumPy arrays.
+"""A compiler that builds the kernels of minitp/cuda for the CPU and launches them on NumPy arrays.
 
     kernel = CpuCompiler(np.float16).kernel("rms_norm.cu", "rms_norm")
     kernel((rows,), (128,), (x, None, weight, out, np.int32(width), np.float32(eps)))
 
-Launched as CuPy launches a RawKernel, and stricter: an argument whose type is not the kernel's is refused,
-where a GPU would read it as something else.
+Kernels are launched like CuPy's RawKernel, but more strictly: an argument of the wrong type is refused, where
+a GPU would misread it.
 """
 
 import ctypes
@@ -45,7 +45,7 @@ POINTED = {
 
 
 class CpuCompiler:
-    """In place of minitp.cuda.compiler.Compiler."""
+    """A replacement for minitp.cuda.compiler.Compiler."""
 
     def __init__(self, dtype):
         self._dtype = np.dtype(dtype)
@@ -56,22 +56,22 @@ class CpuCompiler:
 
 
 def build_text(source, options=()):
-    """The kernels in a text. What has been built is kept for the next process."""
+    """Build the kernels in a text, as {name: Kernel}; the library is kept for later processes."""
     headers = [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.h"))]
     options = [option for option in options if option.startswith("-D")]
     key = hashlib.sha256("\0".join([source, *headers, *options]).encode()).hexdigest()[:24]
-    folder = built_in()
+    folder = build_folder()
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{key}.so"
     parameters = dict(KERNEL.findall(source))
     if not library.exists():
         _compile(source, options, parameters, library)
-    loaded = ctypes.PyDLL(str(library))  # keeps the GIL: one kernel at a time, of ranks that are threads
+    loaded = ctypes.PyDLL(str(library))  # keeps the GIL, so ranks that are threads run one kernel at a time
     return {kernel: Kernel(loaded, kernel, text) for kernel, text in parameters.items()}
 
 
-def built_in():
-    """The folder of what has been built."""
+def build_folder():
+    """Return the folder of the built libraries."""
     default = Path(tempfile.gettempdir()) / f"minitp-cuda-on-cpu-{os.getuid()}"
     return Path(os.environ.get("CUDA_ON_CPU", default))
 
@@ -112,7 +112,7 @@ def _compile(source, options, kernels, library):
         ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"g++ refuses the kernels: {done.stderr}")
+            raise RuntimeError(f"g++ cannot compile the kernels: {done.stderr}")
         os.replace(built, library)
 
 
@@ -121,7 +121,7 @@ class _Dim3(ctypes.Structure):
 
 
 class Kernel:
-    """One kernel; call it as kernel(grid, block, args, shared_mem=0)."""
+    """A kernel built for the CPU; call it as kernel(grid, block, args, shared_mem=0)."""
 
     def __init__(self, library, name, parameters):
         self.name = name
@@ -129,34 +129,34 @@ class Kernel:
         self._launch.argtypes = [_Dim3, _Dim3, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)]
         self._launch.restype = None
         self.parameters = [" ".join(one.split()) for one in parameters.split(",")]
-        self.max_dynamic_shared_size_bytes = 48 << 10  # whoever wants more must say so, as to CuPy
+        self.max_dynamic_shared_size_bytes = 48 << 10  # callers raise it if they need more, like with CuPy
 
     def __call__(self, grid, block, args, shared_mem=0):
         if len(args) != len(self.parameters):
             raise TypeError(f"{self.name} takes {len(self.parameters)} arguments, not {len(args)}")
         if shared_mem > self.max_dynamic_shared_size_bytes:
-            raise ValueError(f"{self.name}: {shared_mem} bytes of shared memory are more than was asked for")
+            raise ValueError(f"{self.name}: {shared_mem} bytes of shared memory exceed the kernel's limit")
         values = [self._value(*pair) for pair in zip(self.parameters, args, strict=True)]
         pointers = [ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values]
         array = (ctypes.c_void_p * len(pointers))(*pointers)
         self._launch(_Dim3(*_three(grid)), _Dim3(*_three(block)), shared_mem, array)
 
     def _value(self, parameter, argument):
-        """The argument as the C value that this parameter wants."""
+        """Convert an argument to the C type of its parameter; raise TypeError if it has another type."""
         kind = re.sub(r"\b(const|__restrict__)\b", "", parameter)
         kind = " ".join(re.sub(r"\w+$", "", kind.strip()).split())
         if not kind.endswith("*"):
-            wanted = SCALARS[kind]
-            if type(argument) is not wanted:
-                raise TypeError(f"{self.name}: {parameter} wants {wanted.__name__}, not {argument!r}")
-            return np.ctypeslib.as_ctypes_type(wanted)(argument.item())
+            expected = SCALARS[kind]
+            if type(argument) is not expected:
+                raise TypeError(f"{self.name}: {parameter} must be {expected.__name__}, not {argument!r}")
+            return np.ctypeslib.as_ctypes_type(expected)(argument.item())
         if argument is None:
             return ctypes.c_void_p(0)
         if type(argument) is np.uint64:  # an address
             return ctypes.c_void_p(int(argument))
         pointed = kind.removesuffix("*").strip()
         if argument.dtype not in POINTED[pointed]:
-            raise TypeError(f"{self.name}: {parameter} wants {POINTED[pointed]}, not {argument.dtype}")
+            raise TypeError(f"{self.name}: {parameter} must be {POINTED[pointed]}, not {argument.dtype}")
         return ctypes.c_void_p(np.asarray(argument).__array_interface__["data"][0])
 
 

@@ -1,7 +1,7 @@
-// Runs a CUDA kernel's source on the CPU: a fiber for each thread of a block, one block after another.
+// Runs a CUDA kernel's source on the CPU: one fiber per thread of a block, one block after the other.
 //
-// Finds wrong indices, reductions, masks, shapes and barriers that not all threads come to. Does not find
-// races or a missing fence: fibers change only where they wait, so memory is always in order.
+// This finds wrong indices, reductions, masks and shapes, and barriers that not all threads reach. It does not find
+// races or missing fences: fibers switch only where they wait, so memory accesses are always in order.
 
 #pragma once
 
@@ -61,7 +61,7 @@ struct Fiber {
 };
 
 struct Warp {
-    unsigned words[LANES][8];  // what each lane shows the others
+    unsigned words[LANES][8];  // values that the lanes exchange
     int waiting;
 };
 
@@ -118,7 +118,7 @@ inline void run_block() {
         fiber.start.uc_link = nullptr;
         makecontext(&fiber.start, enter, 0);
     }
-    memset(shared.data(), 0xff, shared.size());  // NaN: nobody may read what nobody has written
+    memset(shared.data(), 0xff, shared.size());  // NaN, so that reading unwritten memory shows
     for (Warp &warp : warps) warp.waiting = 0;
     alive = threads;
     at_block = 0;
@@ -129,12 +129,12 @@ inline void run_block() {
             if (fiber.state != READY) continue;
             moved = true;
             threadIdx = fiber.index;
-            if (_setjmp(scheduler) != 0) continue;  // it waits, or is done
+            if (_setjmp(scheduler) != 0) continue;  // the fiber waits, or is done
             if (fiber.begun) _longjmp(fiber.here, 1);
             fiber.begun = true;
             setcontext(&fiber.start);
         }
-        if (!moved) fail("a barrier that not all threads come to");
+        if (!moved) fail("a barrier that not all threads reach");
     }
 }
 
@@ -146,7 +146,7 @@ void call(void (*kernel)(Parameters...), void **values, std::index_sequence<Numb
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void **values) {
     const int threads = block.x * block.y * block.z;
-    if (threads % LANES != 0 || threads > 1024) fail("threads of a block: a multiple of 32, at most 1024");
+    if (threads % LANES != 0 || threads > 1024) fail("a block must have a multiple of 32 threads, at most 1024");
     gridDim = grid;
     blockDim = block;
     fibers.resize(threads);

@@ -1,4 +1,4 @@
-// What a kernel calls that only a GPU has: 16-bit numbers, tensor cores, shuffles, barriers, atomics.
+// CPU versions of what kernels call on a GPU: 16-bit numbers, tensor cores, shuffles, barriers, atomics.
 
 #pragma once
 
@@ -33,7 +33,7 @@ inline unsigned short to_half(float x) {
 
 inline float half_of(unsigned word, int which) { return to_float(which ? word >> 16 : word & 0xffff); }
 
-// How a tensor core adds up: see minitp/check/sums.py, of which this is a twin. Hopper's, of 16 products and 25 bits.
+// The sums of a tensor core, computed like in minitp/check/sums.py: Hopper's, of 16 products with 25 bits.
 constexpr int BLOCK = 16, BITS = 25;
 
 inline double power_of_two(int exponent) {
@@ -43,14 +43,14 @@ inline double power_of_two(int exponent) {
     return y;
 }
 
-// The exponent of a number's format: subnormal numbers have that of the smallest normal one.
+// Returns the exponent in a number's format; subnormal numbers have that of the smallest normal number.
 inline int exponent_of(float x, int smallest) {
     unsigned bits;
     memcpy(&bits, &x, 4);
     return std::max(static_cast<int>(bits >> 23 & 0xff) - 127, smallest);
 }
 
-// c + a_1 b_1 + .. as a tensor core gives it.
+// Returns c + a_1 b_1 + .. as a tensor core computes it.
 inline float add_block(float c, const float (&a)[BLOCK], const float (&b)[BLOCK]) {
 #ifdef BFLOAT16
     const int smallest = -126;
@@ -67,13 +67,13 @@ inline float add_block(float c, const float (&a)[BLOCK], const float (&b)[BLOCK]
     if (!isfinite(plain)) return plain;
 
     const double units = power_of_two(BITS - largest);
-    long long sum = static_cast<long long>(c * units);  // a cast cuts off
+    long long sum = static_cast<long long>(c * units);  // the cast truncates
     for (int k = 0; k < BLOCK; k++) sum += static_cast<long long>(static_cast<double>(a[k]) * b[k] * units);
     const int length = sum == 0 ? 0 : 64 - __builtin_clzll(llabs(sum)), excess = std::max(length - 24, 0);
-    return sum / (1LL << excess) * power_of_two(excess) / units;  // 24 bits of it: a division cuts off, too
+    return sum / (1LL << excess) * power_of_two(excess) / units;  // 24 bits; the division truncates too
 }
 
-// As a tensor core: see `mma` in common.h for which lane has what.
+// The tensor cores' product; `mma` in common.h says which lane has which elements.
 inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     Warp &warp = warps[current / LANES];
     const int lane = current % LANES;
@@ -95,19 +95,19 @@ inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 }
 
 template <class Value>
-Value of_lane(Value mine, int lane) {
-    static_assert(sizeof(Value) <= sizeof(Warp::words[0]), "too wide to show");
+Value of_lane(Value own, int lane) {
+    static_assert(sizeof(Value) <= sizeof(Warp::words[0]), "the value does not fit into Warp::words");
     Warp &warp = warps[current / LANES];
-    memcpy(warp.words[current % LANES], &mine, sizeof mine);
+    memcpy(warp.words[current % LANES], &own, sizeof own);
     warp_barrier();
-    Value its;
-    memcpy(&its, warp.words[lane], sizeof its);
+    Value other;
+    memcpy(&other, warp.words[lane], sizeof other);
     warp_barrier();
-    return its;
+    return other;
 }
 
 inline unsigned long long load_acquire(const unsigned long long *p) {
-    sched_yield();  // the process that is waited for may want this core
+    sched_yield();  // the awaited process may need this core
     return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 
@@ -118,7 +118,7 @@ inline long long nanoseconds() {
 }
 
 inline void check_mask(unsigned mask) {
-    if (mask != 0xffffffffu) fail("a shuffle of a part of a warp");
+    if (mask != 0xffffffffu) fail("a shuffle within only a part of a warp");
 }
 
 }  // namespace cuda_on_cpu
@@ -189,7 +189,7 @@ Value atomicAdd(Value *p, Value by) {
 }
 
 inline float __expf(float x) { return expf(x); }
-inline float __fmul_rn(float x, float y) { return x * y; }  // -ffp-contract=off: never joined into an fma
+inline float __fmul_rn(float x, float y) { return x * y; }  // -ffp-contract=off: never fused into an fma
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __uint_as_float(unsigned bits) {

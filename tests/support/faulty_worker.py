@@ -1,22 +1,22 @@
-"""The `minitp` command with a fault in one of its ranks; test_processes starts it in place of `minitp`.
+"""The `minitp` command with a fault in one of its ranks; test_processes starts it instead of `minitp`.
 
-MINITP_TEST_FAULT says what happens, where and on which rank: "kill forward 2", say. MINITP_TEST_LOST_S is
-after how many seconds rank 0 gives up on another; half as many, and it says so.
+MINITP_TEST_FAULT names the fault, the place and the rank, for example "kill forward 2". MINITP_TEST_LOST_S is
+the number of seconds after which rank 0 gives up on another rank; it warns after half that time.
 
-    raise   an exception that nobody expects
+    raise   an unexpected exception
     kill    SIGKILL
-    exit    the process ends without a word, with code 7
-    lag     three seconds pass
+    exit    the process exits silently with code 7
+    lag     a delay of three seconds
     stop    SIGSTOP
-    stick   ten minutes pass, where others wait inside NCCL for one second
-    spoil   weights that have been loaded are 1.001 times what they should be
+    stick   a delay of ten minutes; other ranks wait inside NCCL for only one second
+    spoil   one column of the loaded weights is multiplied by 1.001
 
     starting   before anything else
-    importing  a package is missing (and so it can only raise)
-    loading    while the weights are loaded (`spoil` happens here only)
+    importing  a package is missing (the only possible fault is `raise`)
+    loading    while the weights are loaded (the only place for `spoil`)
     forward    in the fifth forward pass
     batch      in the fifth forward pass of a rank that serves requests
-    launch     in the fifth decoding step on a GPU
+    launch     in the fifth decode pass on a GPU
 """
 
 import os
@@ -32,7 +32,7 @@ FORWARD_CALL = 5
 
 
 def fail(kind):
-    """The fault, after last words by which the test knows that they have been kept."""
+    """Cause the fault, after printing last words, which the test looks for in the output."""
     print(f"last words of rank {env_rank(os.environ)}", file=sys.stderr, flush=True)
     if kind == "raise":
         raise ZeroDivisionError("a fault\nfor the test")
@@ -46,7 +46,7 @@ def fail(kind):
 
 
 def plant(kind, place):
-    """Make `place` fail, once."""
+    """Make `place` fail once."""
     if place == "starting":
         fail(kind)
         return
@@ -81,7 +81,7 @@ def plant(kind, place):
 
 
 def spoilt(weights):
-    """The same, but for one column of the last layer's down projection."""
+    """Multiply one column of the last layer's down projection by 1.001."""
     weights.layers[-1].w_down[:, 3] *= 1.001
     return weights
 

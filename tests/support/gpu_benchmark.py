@@ -1,9 +1,9 @@
-"""benchmarks/gpu/run.py with steps that take no time; test_gpu_steps starts it in place of the real one.
+"""A copy of benchmarks/gpu/run.py with steps that take no time; test_gpu_steps starts it.
 
-    python gpu_benchmark.py FOLDER [OPTIONS OF gpu.py]
+    python gpu_benchmark.py FOLDER [OPTIONS OF run.py]
 
-The file and the outputs go to FOLDER. The long steps print the number of their process and then wait for as
-many seconds as the variable WAIT_S says; the figure that is measured is FIGURE.
+The file and the outputs go to FOLDER. The long steps print their process id and then wait for WAIT_S seconds;
+the measured figure is FIGURE. Both are environment variables.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""A rank's arrays as NumPy's, while a hook of `faulty_model` computes with them.
+"""Conversion of a rank's arrays to NumPy while a hook of `faulty_model` computes with them.
 
-CuPy's arrays take part in functions of NumPy; the stand-in's do not, on purpose. So a hook gets NumPy arrays
-in both cases, and `numpy` for `xp`, and what it returns goes back to the GPU. On a CPU nothing is copied.
+NumPy's functions accept CuPy's arrays, but deliberately not the stand-in's. So a hook always gets NumPy
+arrays, and `numpy` as `xp`, and its results are copied back to the GPU. On a CPU nothing is copied.
 """
 
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class HostArrays:
-    """Copies arrays between a Device and its host.
+    """A converter of arrays between a Device and its host.
 
     Parameters
     ----------
@@ -19,10 +19,10 @@ class HostArrays:
     """
 
     def __init__(self, device):
-        self._device, self._weights = device, []  # (on the GPU, on the host) of a Layer's arrays
+        self._device, self._weights = device, []  # (GPU array, host array) for each array of a Layer
 
     def run(self, hook, original, *args, **kwargs):
-        """hook(original, *args, **kwargs) on the host, while `original` goes on on the device."""
+        """Call hook(original, *args, **kwargs) with host arrays; `original` still runs on the device."""
         if not self._device.is_gpu:
             return hook(original, *args, **kwargs)
 
@@ -33,7 +33,7 @@ class HostArrays:
 
     @contextmanager
     def lent(self, *objects):
-        """While this lasts, the arrays among the attributes of some objects are on the host."""
+        """Keep the array attributes of some objects on the host within a `with` block."""
         for thing in objects:
             vars(thing).update(self.down(vars(thing)))
         yield
@@ -41,7 +41,7 @@ class HostArrays:
             vars(thing).update(self.up(vars(thing)))
 
     def of(self, layer):
-        """A Layer with its arrays on the host; hooks get these same objects as arguments, too."""
+        """Return a Layer with its arrays on the host; hooks get these same arrays as arguments too."""
         if layer is None or not self._device.is_gpu:
             return layer
         arrays = [x for x in vars(layer).values() if isinstance(x, self._device.cupy.ndarray)]
@@ -49,7 +49,7 @@ class HostArrays:
         return SimpleNamespace(**self.down(vars(layer)))
 
     def down(self, x):
-        """To the host: an array, an `xp`, or those in a tuple, a list or a dict; anything else as it is."""
+        """Copy x to the host: an array, an `xp`, or those in a tuple, list or dict; others are unchanged."""
         if not self._device.is_gpu or x is self._device.xp:
             return np if x is self._device.xp else x
         if isinstance(x, self._device.cupy.ndarray):
@@ -58,7 +58,7 @@ class HostArrays:
         return _each(self.down, x)
 
     def up(self, x):
-        """To the device again."""
+        """Copy x back to the device, the inverse of `down`."""
         if not self._device.is_gpu or x is np:
             return self._device.xp if x is np else x
         if isinstance(x, np.ndarray) and not isinstance(x, self._device.cupy.ndarray):

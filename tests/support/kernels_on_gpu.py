@@ -1,8 +1,8 @@
-"""A pytest plugin: the tests of kernels, which run them on the CPU, run them on a GPU instead.
+"""A pytest plugin with which the tests that run kernels on the CPU run them on a GPU instead.
 
     PYTHONPATH=tests python -m pytest -p kernels_on_gpu tests/rooms/cuda/test_linear.py ...
 
-Their arrays are NumPy's: what a kernel is given is copied to the GPU before its launch, and back afterwards.
+The tests use NumPy arrays. A kernel's arrays are copied to the GPU before its launch, and back afterwards.
 """
 
 from functools import cache
@@ -13,11 +13,11 @@ import numpy as np
 from minitp.cuda.compiler import Compiler
 from minitp.cuda.gpu import open_gpu
 
-the_gpu = cache(open_gpu)  # one for all tests: each call would choose another stream
+the_gpu = cache(open_gpu)  # one GPU for all tests, because each call of open_gpu creates another stream
 
 
 class GpuCompiler:
-    """In place of cuda_on_cpu.CpuCompiler."""
+    """A replacement for cuda_on_cpu.CpuCompiler."""
 
     def __init__(self, dtype):
         self._gpu = the_gpu()
@@ -28,24 +28,25 @@ class GpuCompiler:
 
 
 class HostArrays:
-    """A kernel to be called with NumPy arrays."""
+    """A GPU kernel that can be called with NumPy arrays."""
 
     def __init__(self, gpu, kernel):
         self._gpu, self._kernel = gpu, kernel
         self.allow_shared_memory = kernel.allow_shared_memory
 
     def __call__(self, grid, block, args, shared_mem=0):
-        owners, given = {}, []  # id of an array that has memory of its own -> (it, its copy on the GPU)
+        owners = {}  # id of an array with its own memory -> (array, its copy on the GPU)
+        gpu_args = []
         for arg in args:
             if not isinstance(arg, np.ndarray):
-                given.append(arg)
+                gpu_args.append(arg)
                 continue
             owner = owner_of(arg)
             if id(owner) not in owners:
                 owners[id(owner)] = owner, self._gpu.from_host(as_bytes(owner).copy())
             start = address(arg) - address(owner)
-            given.append(np.uint64(owners[id(owner)][1].data.ptr + start))
-        self._kernel(grid, block, tuple(given), shared_mem=shared_mem)
+            gpu_args.append(np.uint64(owners[id(owner)][1].data.ptr + start))
+        self._kernel(grid, block, tuple(gpu_args), shared_mem=shared_mem)
         self._gpu.stream.synchronize()
         for owner, copy in owners.values():
             if owner.flags.writeable:
@@ -53,14 +54,14 @@ class HostArrays:
 
 
 def owner_of(array):
-    """The array in whose memory this one lies."""
+    """Return the array that owns the memory of a view."""
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array
 
 
 def as_bytes(owner):
-    """uint8 [n]: the memory of an array that has no gaps, in the order in which it lies."""
+    """Return the memory of an array without gaps as a view, uint8 [n], in memory order."""
     flat = owner.ravel(order="K")  # a view
     return flat.view(np.uint8)
 

@@ -1,9 +1,9 @@
-"""Write what each of CuPy's elementwise operations and reductions takes and gives, for the stand-in.
+"""Write the input and result dtypes of CuPy's elementwise operations and reductions, for the stand-in.
 
     python tests/support/make_cupy_types.py tests/cuda_stand_in/cupy/types.json
 
-It needs CuPy, but no GPU. A loop is written as NumPy does: `?ee->e` takes a bool and two float16 and gives a
-float16; `E` is bfloat16.
+This needs CuPy, but no GPU. A loop is written as in NumPy: `?ee->e` has a bool and two float16 inputs and a
+float16 result; `E` is bfloat16.
 """
 
 import gc
@@ -24,21 +24,21 @@ REDUCTIONS = {"sum": "cupy_sum", "max": "cupy_max", "min": "cupy_min", "argmax":
 
 
 def tables():
-    """The loops by name, in the order in which CuPy tries them."""
+    """Return each operation's loops, in the order in which CuPy tries them."""
     found = {name: list(getattr(cupy, name).types) for name in UFUNCS}
-    # `copyto`, `astype`, indexing and joining are all made of this one.
+    # `copyto`, `astype`, indexing and concatenation all use this one.
     found["copy"] = list(cupy._core.elementwise_copy.types)
     found["where"] = list(importlib.import_module("cupy._sorting.search")._where_ufunc.types)
-    kernels = {one.name: one for one in gc.get_objects() if type(one).__name__ == "_SimpleReductionKernel"}
+    kernels = {x.name: x for x in gc.get_objects() if type(x).__name__ == "_SimpleReductionKernel"}
     for name, kernel in REDUCTIONS.items():
         found[name] = [written(loop) for loop in kernels[kernel]._ops.ops]
     return found
 
 
 def written(loop):
-    """A loop of a reduction as text."""
-    given, made = ("".join(kind.char for kind in kinds) for kinds in (loop.in_types, loop.out_types))
-    return f"{given}->{made}"
+    """Format a reduction's loop as text."""
+    inputs, result = ("".join(kind.char for kind in kinds) for kinds in (loop.in_types, loop.out_types))
+    return f"{inputs}->{result}"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-// For tests: out = a @ b.T by one chain of `mma`, so that a test sees how a tensor core adds up.
+// A kernel for tests: out = a @ b.T by one chain of `mma`, which shows how a tensor core sums.
 //
 // a    [16 * blocks, width]    width is a multiple of 16
 // b    [8, width]
-// out  [16 * blocks, 8]        float32; a block of one warp makes 16 rows
+// out  [16 * blocks, 8]        float32; a block of one warp computes 16 rows
 
 #include "common.h"
 

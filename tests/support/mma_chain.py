@@ -1,25 +1,25 @@
-"""Products on tensor cores, as tests look at them: the CPU's and a GPU's."""
+"""A chain of tensor-core products, with which tests examine how a CPU or GPU sums."""
 
 from pathlib import Path
 
 import numpy as np
 
-ROWS, COLUMNS = 16, 8  # of a product that one warp makes
+ROWS, COLUMNS = 16, 8  # shape of the product that a warp computes
 
 
 def mma_chain(compiler, a, b, out):
-    """out = a @ b.T by one chain of `mma`: 16-bit a [16 n, width] and b [8, width], float32 out [16 n, 8].
+    """Compute out = a @ b.T by one chain of `mma`.
 
-    The width is a multiple of 16.
+    16-bit `a` [16 n, width] and `b` [8, width], where the width is a multiple of 16; float32 `out` [16 n, 8].
     """
     kernel = compiler.kernel(Path(__file__).with_name("mma_chain.cu"), "mma_chain")
     kernel((len(a) // ROWS,), (32,), (a, b, np.int32(a.shape[1]), out))
 
 
 def numbers(dtype, width, spread=0, blocks=1, seed=0):
-    """Random a and b for it, normally distributed: a of variance 1, b of variance 1 / width.
+    """Return random a and b for `mma_chain`, normally distributed with variances 1 and 1 / width.
 
-    With a `spread` each is multiplied with a power of two from 2^-spread to 2^spread.
+    With a `spread`, each number is multiplied by a random power of two from 2^-spread to 2^spread.
     """
     rng = np.random.default_rng([seed, width, spread])
 
@@ -31,5 +31,5 @@ def numbers(dtype, width, spread=0, blocks=1, seed=0):
 
 
 def relative_error(found, exact):
-    """||found - exact|| / ||exact||"""
+    """Return ||found - exact|| / ||exact||."""
     return float(np.linalg.norm(found.astype(np.float64) - exact) / np.linalg.norm(exact))

@@ -1,11 +1,11 @@
-"""Ranks on the GPUs of the stand-in for CuPy, as threads of this process or as processes."""
+"""Helpers that run ranks on the GPUs of the stand-in for CuPy, as threads or as processes."""
 
 import importlib
 import os
 import sys
 from contextlib import contextmanager
 
-from cuda_on_cpu import built_in
+from cuda_on_cpu import build_folder
 from paths import STAND_IN
 
 from minitp.comm import run_threads
@@ -14,34 +14,34 @@ from minitp.load import load_model
 from minitp.loading.source import open_model
 
 MODULES = ("cupy", "cupy_backends", "cupyx")
-# For processes: `import cupy` finds the stand-in there, and the stand-in the kernels that have been built.
+# The environment for processes, in which `import cupy` finds the stand-in and reuses kernels already built.
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(STAND_IN), os.environ.get("PYTHONPATH")])),
-    "CUDA_ON_CPU": str(built_in()),
+    "CUDA_ON_CPU": str(build_folder()),
 }
 
 
 @contextmanager
 def stand_in():
-    """While this lasts `import cupy` gets the stand-in, a fresh one; then whatever it got before."""
-    before = _taken_out()
+    """Make `import cupy` get a new stand-in within a `with` block."""
+    before = _remove_cupy()
     sys.path.insert(0, str(STAND_IN))
     try:
         yield importlib.import_module("cupy")
     finally:
         sys.path.remove(str(STAND_IN))
-        _taken_out()
+        _remove_cupy()
         sys.modules.update(before)
 
 
-def _taken_out():
-    """All modules of CuPy's, which are no more among those that have been imported."""
+def _remove_cupy():
+    """Remove CuPy's modules from `sys.modules`, and return them by name."""
     names = [name for name in sys.modules if name.partition(".")[0] in MODULES]
     return {name: sys.modules.pop(name) for name in names}
 
 
 def run_on_gpus(ranks, function, transport="nccl"):
-    """function(comm) on so many ranks, each with a GPU of its own; their results in rank order."""
+    """Run function(comm) on `ranks` ranks, each with its own GPU; return the results in rank order."""
 
     def rank(host):
         comm = select_comm(host, "cuda", transport)
@@ -53,7 +53,7 @@ def run_on_gpus(ranks, function, transport="nccl"):
 
 
 def model_on_gpu(directory, comm, dtype="float16", **options):
-    """A rank's Model; `options` as of load_model."""
+    """Load a rank's Model; `options` are those of load_model."""
     from minitp.cuda.gpu import with_dtype
 
     source = open_model(str(directory), comm.size)

@@ -1,7 +1,7 @@
-"""What tests on a real GPU share.
+"""Helpers of the tests that need a real GPU.
 
-A GPU has what the tests on the CPU cannot find: races, memory ordering, tensor cores. So what runs there runs
-several times, and has to give the same bits each time.
+Tests on the CPU cannot find races, missing memory ordering and errors of tensor cores. So on a GPU everything
+runs several times and must give the same bits each time.
 """
 
 import importlib.util
@@ -16,9 +16,9 @@ HALVES = ["float16", "bfloat16"]
 
 
 def why_not():
-    """Why these tests cannot run here, or None."""
+    """Return why these tests cannot run on this machine, or None."""
     if importlib.util.find_spec("cupy") is None:
-        return "no CuPy here"
+        return "CuPy is not installed"
     from minitp.cuda.gpu import find_cupy
 
     try:
@@ -33,13 +33,13 @@ NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=REAS
 
 
 def drawn(gpu, dtype, *shape, seed=0, scale=1.0):
-    """Random numbers on the GPU, uniform and of variance scale**2."""
+    """Return uniform random numbers of variance scale**2 on the GPU."""
     values = np.random.default_rng(seed).random(shape, np.float32) - np.float32(0.5)
     return gpu.from_host((values * np.float32(12**0.5 * scale)).astype(dtype))
 
 
 def same_each_time(gpu, run):
-    """What `run` returns, a NumPy array; REPEATS times the same bits."""
+    """Return run()'s array as a NumPy array, and check that REPEATS more runs give the same bits."""
     first = gpu.to_host(run())
     for _ in range(REPEATS):
         np.testing.assert_array_equal(gpu.to_host(run()).view(np.uint8), first.view(np.uint8))

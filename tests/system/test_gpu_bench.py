@@ -1,4 +1,4 @@
-"""`minitp bench --device cuda` on the stand-in for CuPy: its figures agree with the shapes and each other."""
+"""Tests that the figures of `minitp bench --device cuda` agree with the shapes, on the stand-in for CuPy."""
 
 import json
 import os
@@ -21,11 +21,11 @@ from minitp.loading.source import open_model
 
 MATRICES = 2 * (32 * 64 + 32 * 32 + 3 * 32 * 48)  # elements of both layers of the tiny model
 LM_HEAD = 258 * 32
-POSITION = 2 * 2 * 2 * 8  # elements of the cache of one: layers, k and v, KV heads, head_dim
+POSITION = 2 * 2 * 2 * 8  # elements of the cache per position: layers, k and v, KV heads, head_dim
 
 
 def bench(*argv):
-    """The result of `minitp bench --json` in processes of its own."""
+    """Run `minitp bench --json` in separate processes and return its result."""
     command = [sys.executable, "-m", "minitp", "bench", "--json", "--device", "cuda", *map(str, argv)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, **ENVIRONMENT}
@@ -35,8 +35,8 @@ def bench(*argv):
 
 
 @pytest.mark.parametrize("kind", [{}, {"requests": 2}, {"sweep": "context", "points": (8, 20)}])
-def test_nothing_is_captured_in_what_is_timed(tiny, cupy, monkeypatch, kind):
-    """All captures come before the first round, also where the new tokens need blocks of their own."""
+def test_graphs_are_captured_before_the_first_round(tiny, cupy, monkeypatch, kind):
+    """Check that no capture is timed, even if the new tokens need more blocks."""
     captured, begin, rounds = [], cupy.cuda.Stream.begin_capture, []
     monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", lambda stream: captured.append(begin(stream)))
     monkeypatch.setattr("minitp.cuda.fused.KEPT_BLOCKS", 1)
@@ -56,7 +56,7 @@ def test_nothing_is_captured_in_what_is_timed(tiny, cupy, monkeypatch, kind):
 @pytest.mark.parametrize(
     ("tp", "transport", "dtype"), [(1, "auto", "bfloat16"), (2, "nccl", "float16"), (2, "peer", "float16")]
 )
-def test_figures_are_those_of_the_shapes(tiny, tp, transport, dtype):
+def test_figures_agree_with_the_shapes(tiny, tp, transport, dtype):
     result = bench(
         *("--model", tiny, "--tp", tp, "--comm", transport, "--dtype", dtype),
         *("--rounds", 2, "--prompt-tokens", 20, "-n", 8, "--profile"),
@@ -103,7 +103,7 @@ def test_one_rank_alone(tiny, rank, dtype):
     assert result["decode"]["all_reduce_share_per_rank"] == [0.0]
 
 
-def test_requests_at_once(tiny):
+def test_concurrent_requests(tiny):
     result = bench(
         "--model", tiny, "--tp", 1, "--requests", 3, "--prompt-tokens", 9, "-n", 7, "--rounds", 1
     )  # fmt: skip
@@ -120,7 +120,7 @@ def test_a_sweep(tiny, over):
     assert all(p["tokens_per_s"] > 0 and p["limit_tokens_per_s"] > 0 for p in points)
 
 
-def test_a_profile_of_what_has_no_kernels_is_refused(tiny):
+def test_a_profile_of_the_explicit_path_is_refused(tiny):
     command = [sys.executable, "-m", "minitp", "bench", "--model", tiny, "--tp", "1", "--device", "cuda"]
     done = subprocess.run(
         [*command, "--dtype", "float32", "--profile"],
@@ -136,7 +136,7 @@ def test_the_limit_is_the_longer_of_reading_and_computing(cupy, tiny):
     limits = GpuRoofline(model_on_gpu(tiny, select_comm(ShardOnly(0, 1), "cuda")))
     limits.reads, limits.rate = 1e9, 1e30
     token = 2 * (MATRICES + LM_HEAD + 10 * POSITION)
-    prompt = 2 * (MATRICES + 16 * POSITION)  # which gets no logits
+    prompt = 2 * (MATRICES + 16 * POSITION)  # without logits
     passes = [([(1, 10)], 1), ([(16, 16)], 0)]
     assert limits.seconds(passes) == pytest.approx((token + prompt) / 1e9)
     limits.reads, limits.rate = 1e30, 1e9
@@ -145,7 +145,7 @@ def test_the_limit_is_the_longer_of_reading_and_computing(cupy, tiny):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_profile_has_every_launch(cupy, tiny, ranks):
-    """The launches of a step of two layers, and the bytes of their weights and of the cache."""
+    """Check the launches of a decode pass of two layers, and the bytes of the weights and the cache."""
     found = run_on_gpus(ranks, lambda comm: gpu_profile(model_on_gpu(tiny, comm), keys=24))
     assert all(one == found[0] for one in found)
     kernels = {one["name"]: one for one in found[0]["kernels"]}
@@ -163,5 +163,5 @@ def test_a_profile_has_every_launch(cupy, tiny, ranks):
     assert kernels["attention_decode"]["bytes"] == 2 * POSITION * 24 // ranks
 
 
-def test_a_share_of_the_first_rank_waits_for_nobody(cupy):
+def test_the_shard_of_a_single_rank_needs_no_other_ranks(cupy):
     assert isinstance(select_comm(ShardOnly(0, 4), "cuda"), LocalComm)

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu runs, on the stand-in for CuPy: commands, parts, table, reasons to skip a step."""
+"""Tests of benchmarks/gpu on the stand-in for CuPy: commands, parts, table, reasons to skip a step."""
 
 import importlib
 import os
@@ -24,7 +24,7 @@ MODULES = ("commands", "mpich", "parts", "results", "steps", "table")
 
 @pytest.fixture(scope="module")
 def gpu():
-    """The modules of benchmarks/gpu."""
+    """Import the modules of benchmarks/gpu."""
     sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
     sys.path.remove(str(ROOT / "benchmarks" / "gpu"))
@@ -41,7 +41,7 @@ def all_steps(gpu):
 # --- the steps ------------------------------------------------------------------------------------------
 
 
-def test_every_step_is_a_command_that_there_is(gpu):
+def test_every_step_runs_an_existing_command(gpu):
     from minitp.cli.arguments import parser
 
     for step in all_steps(gpu):
@@ -58,13 +58,13 @@ def test_every_step_is_a_command_that_there_is(gpu):
     assert len(set(slugs)) == len(slugs)
 
 
-def test_what_must_be_right_is_required(gpu):
+def test_checks_are_required_and_measurements_are_not(gpu):
     assert all(step.required for step in gpu.commands.checks())
     assert not any(step.required for step in [*gpu.commands.measurements(), *gpu.commands.peers()])
 
 
 def test_every_test_for_a_gpu_runs_there(gpu):
-    """So does every test of a kernel, but for two that have twins there: ipc, test_real_gpu_tensor_cores."""
+    """Check also the tests of kernels, except all_reduce and tensor_cores, which have GPU versions."""
     tests = {
         path.stem.removeprefix("test_"): path.read_text() for path in (ROOT / "tests").rglob("test_*.py")
     }
@@ -76,7 +76,7 @@ def test_every_test_for_a_gpu_runs_there(gpu):
 
 
 def test_tests_of_kernels_run_through_cupy():
-    tests = "tests/rooms/cuda/test_linear.py::test_a_norm_inside_has_the_bits_of_one_apart"
+    tests = "tests/rooms/cuda/test_linear.py::test_a_fused_norm_gives_the_same_bits_as_a_separate_one"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(SUPPORT), ENVIRONMENT["PYTHONPATH"]])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "kernels_on_gpu", tests],
@@ -97,7 +97,7 @@ def test_reasons(gpu, monkeypatch):
     assert gpu.commands.no_mpirun().startswith("no mpirun found; MINITP_MPICH=WHEEL ")
 
 
-def test_without_the_demo_model_nothing_is_fetched(gpu, tmp_path, monkeypatch):
+def test_a_missing_demo_model_is_not_downloaded(gpu, tmp_path, monkeypatch):
     def no_process(*_, **__):
         raise AssertionError("a process was started")
 
@@ -117,7 +117,7 @@ def test_without_the_demo_model_nothing_is_fetched(gpu, tmp_path, monkeypatch):
 
 @pytest.fixture
 def wheel(tmp_path):
-    """A wheel of mpich's form, in a folder of its own."""
+    """A wheel with the layout of mpich's, alone in a folder."""
     path = tmp_path / "wheels" / "mpich-5.0.2-py3-none-any.whl"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
@@ -129,15 +129,15 @@ def wheel(tmp_path):
 
 @pytest.mark.parametrize("form", ["wheel", "folder", "unpacked"])
 def test_mpirun_comes_from_a_wheel(gpu, wheel, tmp_path, monkeypatch, form):
-    given = {"wheel": wheel, "folder": wheel.parent, "unpacked": tmp_path / "by hand"}[form]
+    source = {"wheel": wheel, "folder": wheel.parent, "unpacked": tmp_path / "by hand"}[form]
     if form == "unpacked":
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(given)
+            archive.extractall(source)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
     monkeypatch.chdir(tmp_path)
-    gpu.mpich.use_mpich(os.path.relpath(given), tmp_path / "unpacked")
-    data = (given if form == "unpacked" else tmp_path / "unpacked") / "mpich-5.0.2.data" / "data"
+    gpu.mpich.use_mpich(os.path.relpath(source), tmp_path / "unpacked")
+    data = (source if form == "unpacked" else tmp_path / "unpacked") / "mpich-5.0.2.data" / "data"
     assert Path(os.environ["PATH"].split(os.pathsep)[0]) == data / "bin"
     assert find_mpirun() == str(data / "bin" / "mpirun")
     assert (os.environ["LD_LIBRARY_PATH"], os.environ["MPI4PY_MPIABI"]) == (str(data / "lib"), "mpich")
@@ -146,7 +146,7 @@ def test_mpirun_comes_from_a_wheel(gpu, wheel, tmp_path, monkeypatch, form):
         assert said == f"this is {name}\n"
 
 
-def test_an_mpirun_that_would_be_taken_instead_is_named(gpu, wheel, tmp_path, monkeypatch):
+def test_an_mpirun_that_would_be_found_first_is_named(gpu, wheel, tmp_path, monkeypatch):
     mpirun = tmp_path / "python" / "mpirun"
     mpirun.parent.mkdir()
     mpirun.touch()
@@ -160,7 +160,7 @@ def test_an_mpirun_that_would_be_taken_instead_is_named(gpu, wheel, tmp_path, mo
 
 
 def part(name, *argv, **variables):
-    """(exit code, lines of stdout and stderr)"""
+    """Run a script of benchmarks/gpu; return (exit code, lines of stdout and stderr)."""
     paths = os.pathsep.join([str(ROOT), ENVIRONMENT["PYTHONPATH"]])
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "gpu" / name, *argv],
@@ -187,7 +187,7 @@ def test_no_family_on_the_fused_path_is_a_failure(gpu):
 
 
 @pytest.mark.usefixtures("cupy")
-def test_a_family_that_is_wrong_is_a_failure_and_the_others_go_on(gpu, capsys, monkeypatch):
+def test_a_wrong_family_is_a_failure_but_the_others_still_run(gpu, capsys, monkeypatch):
     right = ops.soft_cap
     monkeypatch.setattr(ops, "soft_cap", lambda xp, x, cap: right(xp, x, cap) * np.float32(1.01))
     with pytest.raises(SystemExit, match="wrong: 2 of 3 families: nowhere, gemma2"):
@@ -209,13 +209,13 @@ def test_four_processes_on_one_gpu():
 
 @pytest.mark.mpi
 def test_table_and_file(gpu, tiny, tmp_path, monkeypatch):
-    """Real steps in small: their figures are found under the names that the table wants."""
+    """Check with small real steps that the table finds their figures."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     commands, step = gpu.commands, gpu.steps.Step
     bench = ["bench", "--json", "--model", tiny, "--prompt-tokens", 8, "-n", 4, "--rounds", 1]
     shared = ["check", "--tokens", "1,2,3", "--model", tiny, "--tp", 4, "--share-gpu", "--path", "fused"]
-    wanted = [
+    steps = [
         step("NCCL, one rank", commands.script("parts.py", "nccl"), 60),
         step("decode", commands.minitp(*bench, "--tp", 1, "--profile"), 60),
         step("prefill", commands.minitp(*bench, "--tp", 1), 60),
@@ -231,8 +231,8 @@ def test_table_and_file(gpu, tiny, tmp_path, monkeypatch):
         step("a failure", python("1/0"), 20),
     ]  # fmt: skip
     monkeypatch.setenv("STAND_IN_GPUS", "1")
-    results = gpu.results.Results(FACTS, [one.name for one in reversed(wanted)], tmp_path / "results")
-    outcomes = gpu.steps.Runner(results.outputs, 300, results.add).run(wanted)
+    results = gpu.results.Results(FACTS, [s.name for s in reversed(steps)], tmp_path / "results")
+    outcomes = gpu.steps.Runner(results.outputs, 300, results.add).run(steps)
     assert [one["status"] for one in outcomes] == ["ok"] * 10 + ["failed"]
     text = "\n".join(gpu.table.table(FACTS, outcomes))
     for words in (
@@ -258,7 +258,7 @@ def test_table_and_file(gpu, tiny, tmp_path, monkeypatch):
     assert again.outcomes()[-2]["result"]["profile"]["launches"] == 14
 
 
-def test_the_table_of_nothing(gpu):
+def test_a_table_without_results(gpu):
     assert gpu.table.table(FACTS, []) == ["A GPU 80GB, 2030-01-02; cupy 14.2.0", ""]
     outcome = {
         "name": "decode",

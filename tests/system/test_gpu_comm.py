@@ -1,4 +1,4 @@
-"""Collectives of arrays on GPUs: what NCCL is told, and that nobody waits for a rank that does not come."""
+"""Tests of collectives on GPUs: the calls to NCCL, and that no rank waits for ever for a missing one."""
 
 import os
 import re
@@ -18,20 +18,20 @@ from minitp.launch.transport import select_comm
 
 pytestmark = pytest.mark.usefixtures("cupy")
 
-DTYPES = {"float16": 6, "float32": 7, "bfloat16": 9, "int32": 2}  # as NCCL counts them
+DTYPES = {"float16": 6, "float32": 7, "bfloat16": 9, "int32": 2}  # NCCL's numbers
 RANKS = 4
 PATIENCE_S = 0.5
-SOON_S = 5  # for what takes a second, on a machine that has other things to do
+SOON_S = 5  # time limit for what takes a second, on a busy machine
 
 
 def numbers(dtype, rank, shape):
-    """Those of a rank; sums of four of them are rounded in 16 bits."""
+    """Return random numbers of a rank; 16-bit sums over four ranks are rounded."""
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     return (np.random.default_rng(rank).standard_normal(shape) * 10).astype(kind)
 
 
 def nccl_ranks(function, ranks=RANKS, patience_s=PATIENCE_S, close=True):
-    """function(NcclComm) on so many ranks, each a thread; what each returns, or the error that it raises."""
+    """Run function(NcclComm) on `ranks` threads; return what each returns, or the error that it raises."""
     from minitp.cuda.gpu import open_gpu
     from minitp.cuda.nccl import NcclComm
 
@@ -56,7 +56,7 @@ def this_rank():
     return int(threading.current_thread().name.removeprefix("rank "))
 
 
-# --- what NCCL is told ----------------------------------------------------------------------------------
+# --- calls to NCCL --------------------------------------------------------------------------------------
 
 
 def test_calls_in_order():
@@ -75,8 +75,8 @@ def test_calls_in_order():
 
 @pytest.mark.parametrize("transport", ["nccl", "mpi"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_and_gatherings_are_those_of_the_hosts(dtype, transport):
-    """The very bits, for the stand-in adds up as the hosts do. Parts are uneven, one is empty."""
+def test_collectives_give_the_same_results_as_on_the_hosts(dtype, transport):
+    """Compare the bits, because the stand-in sums like the hosts. Parts are uneven, and one is empty."""
     widths = [3, 0, 2, 1]
 
     def on_host(comm):
@@ -92,9 +92,9 @@ def test_sums_and_gatherings_are_those_of_the_hosts(dtype, transport):
 
     expected = run_threads(RANKS, on_host)
     for found in run_on_gpus(RANKS, on_gpu, transport):
-        for array, right in zip(found, expected[0], strict=True):
-            assert array.dtype == right.dtype
-            assert (array == right).all()
+        for array, on_cpu in zip(found, expected[0], strict=True):
+            assert array.dtype == on_cpu.dtype
+            assert (array == on_cpu).all()
 
 
 @pytest.mark.parametrize("transport", ["nccl", "mpi"])
@@ -106,7 +106,7 @@ def test_an_array_with_gaps(transport):
     assert run_on_gpus(2, rank, transport) == [[[0, 4], [8, 12], [16, 20]]] * 2
 
 
-def test_ranks_stay_on_streams_and_gpus_of_their_own():
+def test_each_rank_has_its_own_stream_and_gpu():
     def rank(comm):
         assert comm.gpu.stream.non_blocking
         return comm._communicator.device_id(), comm.gpu.stream.ptr
@@ -118,7 +118,7 @@ def test_ranks_stay_on_streams_and_gpus_of_their_own():
 
 @pytest.mark.parametrize("host", [SingleRank(), ShardOnly(0, 4), ShardOnly(2, 4)])
 def test_a_rank_without_others(host):
-    """One of many throws its own part in for everybody's."""
+    """Check that a single shard of several uses its own part in place of the other ranks'."""
     comm = select_comm(host, "cuda")
     x = comm.gpu.from_host(np.ones((2, 3), np.float16))
     assert (comm.rank, comm.size, comm.shard_rank) == (0, host.size, host.shard_rank)
@@ -127,7 +127,7 @@ def test_a_rank_without_others(host):
     comm.close()
 
 
-# --- the beginning --------------------------------------------------------------------------------------
+# --- starting -------------------------------------------------------------------------------------------
 
 
 def test_no_unique_id(cupy, monkeypatch):
@@ -157,7 +157,7 @@ def test_one_rank_has_no_nccl(cupy, monkeypatch):
 
 
 def joining(cupy, monkeypatch, fail):
-    """Rank 1 calls `fail` in place of making its communicator. The others wait for it until the job ends."""
+    """Make rank 1 call `fail` instead of creating its communicator, and the others wait for the job's end."""
     ended, aborted, abort = threading.Event(), [], ThreadComm.abort
 
     def end(comm, exit_code):
@@ -177,7 +177,7 @@ def joining(cupy, monkeypatch, fail):
 
 
 def test_a_communicator_that_fails_on_one_rank_ends_the_job(cupy, monkeypatch):
-    """The others are inside NCCL then: to agree with them would be to wait for ever."""
+    """Check that the failing rank does not try to agree with the others, which are stuck inside NCCL."""
     from minitp.cuda.gpu import open_gpu
     from minitp.cuda.nccl import NcclComm
 
@@ -196,38 +196,38 @@ def test_a_communicator_that_fails_on_one_rank_ends_the_job(cupy, monkeypatch):
     aborted = joining(cupy, monkeypatch, fail)
     with pytest.raises(RankError):
         run_threads(RANKS, rank)
-    assert failed[0] == (1, "NCCL does not come up: NcclError: NCCL_ERROR_SYSTEM_ERROR: no memory")
+    assert failed[0] == (1, "NCCL failed to start: NcclError: NCCL_ERROR_SYSTEM_ERROR: no memory")
     assert aborted[0] == (1, 3)
 
 
-def test_a_rank_that_does_not_come_to_nccl_is_named(cupy, monkeypatch, capsys):
+def test_a_rank_that_does_not_start_nccl_is_named(cupy, monkeypatch, capsys):
     monkeypatch.setattr("minitp.cuda.nccl.START_S", PATIENCE_S)
     aborted = joining(cupy, monkeypatch, lambda ended: ended.wait(SOON_S))
     from minitp.cuda import nccl
 
-    counts = nccl.shared_counts
+    shared_counts = nccl.shared_counts
 
-    def counted(host):
-        """Rank 1 is stopped before it can say that it has come."""
-        found = counts(host)
+    def counts(host):
+        """Return the shared counts, but others for rank 1, so that it appears not to have arrived."""
+        found = shared_counts(host)
         return np.ones(RANKS, np.int64) if host.rank == 1 else found
 
-    monkeypatch.setattr(nccl, "shared_counts", counted)
+    monkeypatch.setattr(nccl, "shared_counts", counts)
     assert all(isinstance(error, RankError) for error in nccl_ranks(lambda comm: None))
     assert aborted[0][1] == RankError.exit_code
-    said = r"minitp: rank [023] failed: NCCL has not come up within 0\.5 s: rank 1 did not come\n"
-    assert re.search(said, capsys.readouterr().err), "the first that gives up ends them all"
+    said = r"minitp: rank [023] failed: NCCL did not start within 0\.5 s: rank 1 did not arrive\n"
+    assert re.search(said, capsys.readouterr().err), "the first rank that gives up ends the job"
 
 
-# --- trouble on the way ---------------------------------------------------------------------------------
+# --- failures during collectives ------------------------------------------------------------------------
 
 
 def all_reduce(comm):
     return comm.all_reduce(comm.gpu.from_host(np.ones(8, np.float16)))
 
 
-def test_a_rank_that_does_not_come_is_named(cupy):
-    """The others get out of NCCL, and say whom they have waited for."""
+def test_a_missing_rank_is_named(cupy):
+    """Check that the other ranks return from NCCL and name the rank that they waited for."""
     others_are_out = threading.Barrier(RANKS)
 
     def rank(comm):
@@ -245,16 +245,16 @@ def test_a_rank_that_does_not_come_is_named(cupy):
     assert found[2] is None
     for number in (0, 1, 3):
         assert isinstance(found[number], RankError)
-        assert str(found[number]) == "stuck in a collective for 0.5 s: rank 2 did not come"
+        assert str(found[number]) == "stuck in a collective for 0.5 s: rank 2 did not arrive"
 
 
-def test_who_waits_for_the_gpu_learns_it_too(cupy, monkeypatch):
-    """A GPU does its work behind the host's back, so what it has been given comes to no end."""
+def test_a_host_that_waits_for_its_gpu_learns_of_the_error(cupy, monkeypatch):
+    """Simulate a GPU that never finishes the work launched on it."""
     monkeypatch.setattr(cupy.cuda.Event, "done", False)
 
     def rank(comm):
         if comm.rank == 0:
-            comm._watchdog._launches[0] += 1  # as if rank 1 had stayed behind
+            comm._watchdog._launches[0] += 1  # as if rank 1 were late
         all_reduce(comm)
         comm.check()
         deadline = time.monotonic() + SOON_S
@@ -263,12 +263,12 @@ def test_who_waits_for_the_gpu_learns_it_too(cupy, monkeypatch):
             time.sleep(0.01)
 
     found = nccl_ranks(rank, ranks=2, close=False)
-    assert str(found[0]) == "stuck in a collective for 0.5 s: rank 1 did not come"
-    assert str(found[1]) == "stuck in a collective for 0.5 s: all ranks have come as far as is known here"
+    assert str(found[0]) == "stuck in a collective for 0.5 s: rank 1 did not arrive"
+    assert str(found[1]) == "stuck in a collective for 0.5 s: no rank is known to be missing"
 
 
-def test_a_rank_that_does_not_wake_is_ended(cupy, monkeypatch, capsys):
-    """It waits for its GPU in C, where no exception reaches it."""
+def test_a_rank_that_does_not_wake_up_is_ended(cupy, monkeypatch, capsys):
+    """Simulate a rank that waits for its GPU in C code, where no exception reaches it."""
     monkeypatch.setattr("minitp.cuda.nccl.LAST_RESORT_S", 0.1)
     monkeypatch.setattr(cupy.cuda.Event, "done", False)
     ended = threading.Event()
@@ -283,7 +283,7 @@ def test_a_rank_that_does_not_wake_is_ended(cupy, monkeypatch, capsys):
 
 
 def test_slow_is_not_stuck():
-    """Hosts may take their time between launches, and a rank that comes late but in time is waited for."""
+    """Check that hosts may pause between launches, and that a rank may be late by less than the limit."""
 
     def rank(comm):
         all_reduce(comm)
@@ -306,7 +306,7 @@ def test_an_error_inside_a_call(cupy, monkeypatch):
         assert str(error) == expected
 
 
-def test_an_error_of_which_only_the_watchdog_hears(cupy, monkeypatch):
+def test_an_error_that_only_the_watchdog_sees(cupy, monkeypatch):
     def fail(self):
         raise cupy.cuda.nccl.NcclError(6, "NCCL_ERROR_REMOTE_ERROR: remote process exited")
 
@@ -324,19 +324,19 @@ def test_an_error_of_which_only_the_watchdog_hears(cupy, monkeypatch):
         assert str(error) == "NCCL: NcclError: NCCL_ERROR_REMOTE_ERROR: remote process exited"
 
 
-def test_ranks_that_part_are_told():
+def test_different_calls_of_ranks_are_an_error():
     def rank(comm):
         return comm.all_reduce(comm.gpu.from_host(np.ones(8 + comm.rank, np.float16)))
 
     for error in nccl_ranks(rank, close=False):
         assert isinstance(error, RankError)
-        assert "ranks have parted" in str(error)
+        assert "ranks make different calls" in str(error)
 
 
-# --- the end --------------------------------------------------------------------------------------------
+# --- closing --------------------------------------------------------------------------------------------
 
 
-def test_close_destroys_and_watches_no_more(cupy, monkeypatch):
+def test_close_destroys_the_communicator_and_stops_the_watchdog(cupy, monkeypatch):
     destroyed, destroy = [], cupy.cuda.nccl.NcclCommunicator.destroy
     monkeypatch.setattr(
         cupy.cuda.nccl.NcclCommunicator, "destroy", lambda self: destroyed.append(destroy(self))
@@ -348,8 +348,8 @@ def test_close_destroys_and_watches_no_more(cupy, monkeypatch):
         assert not thread.is_alive()
 
 
-def test_abort_lets_go_of_the_others(cupy):
-    """A rank that fails ends its communicator, or the others' GPUs would go on waiting."""
+def test_abort_releases_the_other_ranks(cupy):
+    """Check that a failing rank aborts its communicator, for which the other GPUs would wait."""
 
     def rank(comm):
         if comm.rank == 1:
@@ -368,7 +368,7 @@ def test_abort_lets_go_of_the_others(cupy):
 # --- counts of launches ---------------------------------------------------------------------------------
 
 
-def test_counts_are_seen_by_all_ranks_of_a_host():
+def test_counts_are_shared_by_all_ranks_of_a_host():
     from minitp.cuda.nccl import shared_counts
 
     def rank(comm):
@@ -379,10 +379,10 @@ def test_counts_are_seen_by_all_ranks_of_a_host():
 
     found = run_threads(3, rank)
     assert [counts for counts, _ in found] == [[10, 11, 12]] * 3
-    assert not os.path.exists(found[0][1]), "the file has no name any more"
+    assert not os.path.exists(found[0][1]), "the file has been deleted"
 
 
-def test_nobody_on_another_host_is_taken_for_late(monkeypatch):
+def test_ranks_on_other_hosts_are_never_reported_as_late(monkeypatch):
     from minitp.cuda.nccl import shared_counts
 
     exists = os.path.exists
@@ -396,10 +396,12 @@ def test_nobody_on_another_host_is_taken_for_late(monkeypatch):
     assert run_threads(RANKS, rank) == [([], 1)] * RANKS
 
 
-# --- which ranks meet how -------------------------------------------------------------------------------
+# --- the choice of a transport --------------------------------------------------------------------------
 
 
-def places(ranks, transport="auto", share_gpu=False):
+def chosen(ranks, transport="auto", share_gpu=False):
+    """Return the name of the Comm class that each rank gets."""
+
     def rank(host):
         comm = select_comm(host, "cuda", transport, share_gpu)
         all_reduce(comm)
@@ -421,41 +423,41 @@ def places(ranks, transport="auto", share_gpu=False):
         ("shm", 2, "StagedComm"),
     ],
 )
-def test_how_ranks_meet(transport, ranks, expected):
-    assert places(ranks, transport) == [expected] * ranks
+def test_the_choice_of_a_comm(transport, ranks, expected):
+    assert chosen(ranks, transport) == [expected] * ranks
 
 
-def test_gpus_that_do_not_reach_each_other(monkeypatch):
+def test_gpus_that_cannot_read_each_others_memory(monkeypatch):
     monkeypatch.setenv("STAND_IN_PEERS", "0")
-    assert places(2) == ["NcclComm"] * 2
+    assert chosen(2) == ["NcclComm"] * 2
     with pytest.raises(AgreedError, match="--comm peer: the GPUs cannot all read each other's memory"):
-        places(2, "peer")
+        chosen(2, "peer")
 
 
 @pytest.mark.parametrize(("version", "expected"), [(22900, "StagedComm"), (23000, "NcclComm")])
 def test_ranks_that_share_a_gpu(cupy, monkeypatch, capfd, version, expected):
-    """NCCL takes them from 2.30 on."""
+    """Check that NCCL is used from version 2.30 on."""
     monkeypatch.setenv("STAND_IN_GPUS", "2")
     monkeypatch.setattr(cupy.cuda.nccl, "get_version", lambda: version)
     for name in ("NCCL_MULTI_RANK_GPU_ENABLE", "NCCL_NVLS_ENABLE", "NCCL_MAX_CTAS"):
         monkeypatch.setenv(name, "")
-    assert places(3, share_gpu=True) == [expected] * 3
+    assert chosen(3, share_gpu=True) == [expected] * 3
     assert (
         capfd.readouterr().err.count("minitp: warning: several ranks share a GPU: results are correct") == 1
     )
-    assert places(3, "mpi", share_gpu=True) == ["StagedComm"] * 3
+    assert chosen(3, "mpi", share_gpu=True) == ["StagedComm"] * 3
     if version < 23000:
         with pytest.raises(
             AgreedError, match=r"--comm nccl: several ranks can share a GPU only with NCCL 2.30"
         ):
-            places(3, "nccl", share_gpu=True)
+            chosen(3, "nccl", share_gpu=True)
     assert os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] == ("1" if version == 23000 else "")
 
 
 def test_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setenv("STAND_IN_GPUS", "2")
     with pytest.raises(
-        AgreedError, match="rank 2 of this host has no GPU, there are 2; use --tp 2"
+        AgreedError, match="rank 2 of this host has no GPU: there are only 2; use --tp 2"
     ) as raised:
-        places(4)
+        chosen(4)
     assert raised.value.exit_code == InputError.exit_code

@@ -1,7 +1,7 @@
-"""What CuPy makes of 16-bit numbers: what minitp calls has loops for them, and operations keep the dtype.
+"""Tests of 16-bit dtypes in CuPy: the functions that minitp calls have loops for them, and keep the dtype.
 
-CuPy has no bfloat16 in a few operations, and widens to float32 without a word. Its tables are in the stand-in
-(see make_cupy_types.py); a test on a GPU compares them with the CuPy there.
+A few of CuPy's operations lack bfloat16 and silently widen to float32. The stand-in has CuPy's tables (see
+make_cupy_types.py); a test on a GPU compares them with the installed CuPy.
 """
 
 import ast
@@ -26,34 +26,34 @@ PACKAGE = Path(minitp.__file__).parent
 TABLES = json.loads((STAND_IN / "cupy" / "types.json").read_text())["types"]
 HALVES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
-# --- what the code calls --------------------------------------------------------------------------------
+# --- functions that the code calls ----------------------------------------------------------------------
 
-# They make arrays, or move numbers of any dtype: all of them are one copying kernel, `copy` in the tables.
+# Functions that create arrays or move numbers of any dtype. All use one copying kernel, `copy` in the tables.
 ANY_DTYPE = {
     "arange", "ascontiguousarray", "asarray", "asnumpy", "concatenate", "copyto", "empty", "empty_like",
     "nonzero", "ones", "zeros", "zeros_like",
 }  # fmt: skip
-OWN = {"matmul", "matmul_into"}  # of cuda.arrays.Arrays, through cuBLAS
+OWN = {"matmul", "matmul_into"}  # methods of cuda.arrays.Arrays, which call cuBLAS
 NO_FUNCTIONS = {
     "cuda", "dtype", "float32", "float64", "get_default_memory_pool", "inf", "int8", "lib", "RawModule",
     "__version__",
 }  # fmt: skip
-# No loop for bfloat16, and why that does no harm.
+# Functions without a loop for bfloat16, and why that does no harm.
 WIDENED = {
-    "where": "embed_partial casts its result back; all others are of float32 and integers",
-    "argmax": "of float32 only",
+    "where": "embed_partial casts its result back; all other calls are for float32 and integers",
+    "argmax": "called for float32 only",
 }
 OPERATORS = {
     ast.Add: "add", ast.Sub: "subtract", ast.Mult: "multiply", ast.Div: "true_divide", ast.USub: "negative",
     ast.FloorDiv: "floor_divide", ast.Mod: "remainder", ast.Lt: "less", ast.LtE: "less_equal",
     ast.Gt: "greater", ast.GtE: "greater_equal", ast.Eq: "equal", ast.NotEq: "not_equal",
 }  # fmt: skip
-EXPLICIT = ("ops", "moe", "model", "kv_cache", "paged_cache")  # what computes with xp alone
+EXPLICIT = ("ops", "moe", "model", "kv_cache", "paged_cache")  # modules that compute with xp alone
 REDUCTIONS = {"sum", "max", "min", "argmax"}
 
 
 def called():
-    """The functions that the code calls as xp.NAME or cupy.NAME, its reductions as methods, its operators."""
+    """Return the functions called as xp.NAME or cupy.NAME, reductions called as methods, and operators."""
     functions, methods, operators = set(), set(), set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -63,33 +63,32 @@ def called():
             if on_arrays and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 methods.add(node.func.attr)
             if path.stem in EXPLICIT:
-                operators |= {
-                    OPERATORS.get(type(one)) for one in [getattr(node, "op", None), *getattr(node, "ops", [])]
-                }
+                signs = [getattr(node, "op", None), *getattr(node, "ops", [])]
+                operators |= {OPERATORS.get(type(sign)) for sign in signs}
     return functions - NO_FUNCTIONS, methods & REDUCTIONS, operators - {None}
 
 
 def owner(attribute):
-    """The last name before the dot: xp in device.xp.where."""
+    """Return the last name before an attribute, such as xp in device.xp.where."""
     value = attribute.value
     return value.id if isinstance(value, ast.Name) else getattr(value, "attr", None)
 
 
-def test_every_function_that_is_called_is_known():
+def test_all_called_functions_are_in_the_tables():
     functions, _, _ = called()
     assert {"where", "matmul", "zeros", "exp"} <= functions
     assert functions - ANY_DTYPE - OWN - set(TABLES) - {"abs"} == set()
 
 
 @pytest.mark.parametrize("name", EXPLICIT)
-def test_the_explicit_path_knows_no_numpy(name):
-    """So it runs wherever `xp` is."""
+def test_the_explicit_path_does_not_use_numpy(name):
+    """Check this so that the path runs with any `xp`."""
     tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert names & {"np", "numpy", "cupy"} == set()
 
 
-def test_what_is_called_has_loops_for_16_bits():
+def test_called_functions_have_loops_for_16_bits():
     functions, methods, operators = called()
     assert {"sum", "max"} <= methods
     assert {"add", "multiply", "less"} <= operators
@@ -103,7 +102,7 @@ def test_what_is_called_has_loops_for_16_bits():
 
 
 @pytest.mark.parametrize(
-    ("function", "inputs", "made"),
+    ("function", "inputs", "result"),
     [
         ("where", ("?", "E", "E"), "float32"),
         ("where", ("?", "e", "e"), "float16"),
@@ -116,12 +115,12 @@ def test_what_is_called_has_loops_for_16_bits():
         ("isfinite", ("E",), "bool"),
     ],
 )
-def test_the_stand_in_widens_as_cupy(cupy, function, inputs, made):
-    given = [cupy.ones(4, ml_dtypes.bfloat16 if x == "E" else x) if isinstance(x, str) else x for x in inputs]
-    assert getattr(cupy, function)(*given).dtype.name == made
+def test_the_stand_in_widens_like_cupy(cupy, function, inputs, result):
+    args = [cupy.ones(4, ml_dtypes.bfloat16 if x == "E" else x) if isinstance(x, str) else x for x in inputs]
+    assert getattr(cupy, function)(*args).dtype.name == result
 
 
-def test_the_stand_in_widens_operators_as_cupy(cupy):
+def test_the_stand_in_widens_operators_like_cupy(cupy):
     half, single = cupy.ones(3, ml_dtypes.bfloat16), cupy.ones(3, np.float32)
     assert (half * half).dtype == (2 * half).dtype == (half / 2).dtype == half.dtype
     assert (half + single).dtype == single.dtype
@@ -131,10 +130,10 @@ def test_the_stand_in_widens_operators_as_cupy(cupy):
         half & half
 
 
-# --- what operations give -------------------------------------------------------------------------------
+# --- dtypes of results ----------------------------------------------------------------------------------
 
-STREAM = "of the stream"  # the dtype of what a test is about
-RESULTS = {  # of each operation, one for each array
+STREAM = "of the stream"  # the 16-bit dtype under test
+RESULTS = {  # operation -> the dtype of each array that it returns
     "embed_partial": [STREAM],
     "scaled": [STREAM],
     "rms_norm": [STREAM],
@@ -161,7 +160,7 @@ OPERATIONS = dict(inspect.getmembers(ops, inspect.isfunction) + inspect.getmembe
 
 
 def calls(xp, half):
-    """Arguments of each operation, by name: T = 3 tokens, D = 8, 2 query heads on 1 KV head of 4."""
+    """Return arguments for each operation: T = 3 tokens, D = 8, 2 query heads and 1 KV head with d = 4."""
     x, w, bias, ids = half(3, 8), half(8, 8), half(8), xp.asarray([0, 1, 2])
     q, k, scores = half(2, 3, 4), half(1, 3, 4), xp.ones((2, 3, 3), dtype=xp.float32)
     cos = xp.ones((3, 4), dtype=xp.float32)
@@ -191,7 +190,7 @@ def calls(xp, half):
     }
 
 
-def test_every_operation_is_here():
+def test_the_tables_have_every_operation():
     assert OPERATIONS.keys() == RESULTS.keys()
 
 
@@ -225,7 +224,7 @@ def test_a_cache_keeps_the_dtype(cupy, half, kv_dtype):
 
 
 def test_a_widened_stream_is_refused_at_the_first_product(tmp_path, monkeypatch):
-    """This is how the code once was: nothing ran in bfloat16 on a GPU."""
+    """Check an earlier bug of embed_partial, because of which nothing ran in bfloat16 on a GPU."""
 
     def embed_partial(xp, token_ids, table, first_row):
         local = token_ids - first_row

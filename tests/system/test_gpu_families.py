@@ -1,4 +1,4 @@
-"""Every family of the goldens through `check` in bfloat16, on the GPUs of the stand-in."""
+"""Tests that `check` passes for every family of the goldens in bfloat16, on the stand-in's GPUs."""
 
 from types import SimpleNamespace
 
@@ -15,19 +15,19 @@ from minitp.trace.record import passes_of
 pytestmark = pytest.mark.usefixtures("cupy")
 
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
-# Those whose operations and sizes all have kernels; `unfit` says what the others lack.
+# Families whose operations and sizes all have kernels; `unfit` says what the others lack.
 FUSED = {"llama-bias", "llama1", "mistral-nemo", "mistral-v01", "mistral-v03", "text", "tinyllama"}
 PROMPT = [3, 40, 60, 80, 15]
 
 
 def checked(name, path):
-    """The kind of model, and what is blamed, at TP=2."""
+    """Check a golden at TP=2; return the model's class and the findings that are blamed."""
     source = open_model(str(GOLDENS / name), 2)
 
     def rank(comm):
         model = model_on_gpu(GOLDENS / name, comm, "bfloat16", path=path)
         result = check_model(source, model, PROMPT, passes_of(len(PROMPT), 1))
-        return type(model).__name__, [(one.name, one.rank, one.note) for one in result.blamed()]
+        return type(model).__name__, [(found.name, found.rank, found.note) for found in result.blamed()]
 
     return run_on_gpus(2, rank)[0]
 
@@ -47,5 +47,4 @@ def test_the_families_with_kernels():
 
     device = SimpleNamespace(dtype=np.dtype(ml_dtypes.bfloat16))
     sources = {name: open_model(str(GOLDENS / name), 2) for name in NAMES}
-    fit = {name for name, one in sources.items() if unfit(one.config, one.plan, device, "auto") is None}
-    assert fit == FUSED
+    assert {name for name, s in sources.items() if unfit(s.config, s.plan, device, "auto") is None} == FUSED

@@ -1,7 +1,7 @@
-"""`check` on a GPU in 16 bits: the faults of `faults` are blamed there too, on both paths.
+"""Tests that `check` blames the faults of `faults` on a GPU in 16 bits too, on both paths.
 
-The stand-in's tensor cores cut off what they add, as real ones do, so the bounds are those of a GPU. Each
-fault is tried at one place.
+The stand-in's tensor cores truncate like real ones, so the bounds are those of a GPU. Each fault is tried at
+one place.
 """
 
 from dataclasses import replace
@@ -24,19 +24,19 @@ pytestmark = pytest.mark.usefixtures("cupy")
 HALVES = ("float16", "bfloat16")
 SHAPES = {"explicit": SHAPE, "fused": {**SHAPE, "hidden_size": 40, "head_dim": 8}}
 
-# Faults too small for 16 bits, and hooks that do the same visibly. Rounding moves a number by up to 2^-11 of
-# its size in float16 and 2^-8 in bfloat16, and a step may be twice as far off as that makes it.
+# Faults that are too small for 16 bits, with larger ones to use instead. Rounding changes a number by up to
+# 2^-11 of its size in float16 and 2^-8 in bfloat16, and a step may have twice the error of such roundings.
 larger_eps = {"rms_norm": changed(_3=lambda eps: eps * 1e4)}
 TOO_SMALL = {
-    # eps is 1e-5, beside a mean square near 1: a tenth of it moves the norm by 4.5e-6, 1e4 times it by 5e-2.
+    # eps is 1e-5, and the mean square is near 1: a tenth of eps changes the norm by 4.5e-6, 1e4 eps by 5e-2.
     "wrong eps": larger_eps,
     "wrong eps before the mlp": larger_eps,
-    # 1e-4 there, 5e-2 here.
+    # The factor is 1 + 1e-4 there and 1.05 here.
     "projections slightly off": {"column_parallel": times(1.05)},
 }
 
-# What the fused path can have: wrong weights, and what is wrong in those operations of `ops` and collectives
-# that it calls for a prompt. The rest are kernels, whose faults are in test_cuda_model.
+# Faults that the fused path can have: wrong weights, and errors in the collectives and operations of `ops`
+# that it calls for a prompt. The rest of the path consists of kernels, whose faults are in test_gpu_model.
 ON_THE_FUSED_PATH = [
     *("biases missing", "biases added twice", "projections slightly off"),
     *("all-reduce left out", "all-reduce left out after the mlp", "all-reduce of the embedding left out"),
@@ -51,7 +51,7 @@ ON_THE_FUSED_PATH = [
 
 
 class FaultyFusedModel(Faulty, FusedModel):
-    """A FusedModel with a Fault: a layer's products with a bias and its sums are in its blocks."""
+    """A FusedModel with a Fault, whose hooks apply to products with a bias and sums within a block."""
 
     def _prefill_attention(self, i, layer, *args):
         return self._within("attn", i, layer, super()._prefill_attention, i, layer, *args)
@@ -71,17 +71,14 @@ KINDS = {"explicit": FaultyModel, "fused": FaultyFusedModel}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """(path, name) -> directory"""
+    """Write the models; return {(path, name): directory}."""
     root = tmp_path_factory.mktemp("faults")
-    found = {path: write_models(root / path, shape) for path, shape in SHAPES.items()}
-    return {(path, name): directory for path, some in found.items() for name, directory in some.items()}
+    written = {path: write_models(root / path, shape) for path, shape in SHAPES.items()}
+    return {(path, name): folder for path, folders in written.items() for name, folder in folders.items()}
 
 
 def check(directory, fault, place, dtype, path):
-    """The CheckResult of rank 0, and where the ranks with the fault have looked for hooks: (block, name).
-
-    The model's layers end with the one that has the fault.
-    """
+    """Run `check` with a fault in the last layer; return its result and the calls made, (block, name)."""
     from minitp.cuda.gpu import with_dtype
     from minitp.cuda.loader import GpuLoader
 
@@ -102,13 +99,13 @@ def check(directory, fault, place, dtype, path):
     return run_on_gpus(tp, run)[0], calls
 
 
-def wanted(fault):
-    """The calls in which the fault has its hooks."""
+def hooked_calls(fault):
+    """Return the calls, (block, name), in which the fault has hooks."""
     return {(fault.block, name) for name in fault.hooks}
 
 
 def numbered():
-    """(fault, place) by name: as large as 16 bits show it; of few ranks, and in an early layer."""
+    """Return {name: (fault, place)}, with faults large enough for 16 bits, few ranks and an early layer."""
     found = {}
     for number, fault in enumerate(FAULTS):
         hooks = TOO_SMALL.get(fault.name, fault.hooks)
@@ -125,19 +122,19 @@ def test_a_fault_of_the_explicit_path_is_blamed(name, dtype, models, monkeypatch
     hook_ops(monkeypatch)
     fault, place = CASES[name]
     result, calls = check(models["explicit", fault.model], fault, place, dtype, "explicit")
-    assert wanted(fault) <= calls, "a hook that nobody looks for"
+    assert hooked_calls(fault) <= calls, "a hook was never called"
     assert blame(result) == fault.blame(*place[1:], result.passes)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ON_THE_FUSED_PATH)
 def test_a_fault_of_the_fused_path_is_blamed(name, dtype, models, monkeypatch):
-    """Where the bias comes with the addition to the stream, the sum is not seen: the stream is blamed."""
+    """Check the blame; where the bias is added with the residual, the stream is blamed instead of the sum."""
     hook_ops(monkeypatch)
     fault, (tp, layer, rank) = CASES[name]
-    fault = replace(fault, decode=0)  # then come the kernels
+    fault = replace(fault, decode=0)  # decode passes use kernels only
     result, calls = check(models["fused", fault.model], fault, (tp, layer, rank), dtype, "fused")
-    assert wanted(fault) <= calls, "a hook that nobody looks for"
+    assert hooked_calls(fault) <= calls, "a hook was never called"
     expected = fault.blame(layer, rank, result.passes)
     if fault.model == "biased" and expected[0][0].endswith((".attn.out", ".mlp.out")):
         stream = expected[0][0].removesuffix("out") + "residual"
@@ -145,7 +142,7 @@ def test_a_fault_of_the_fused_path_is_blamed(name, dtype, models, monkeypatch):
     assert blame(result) == expected
 
 
-def test_which_faults_the_fused_path_can_have(models, monkeypatch):
+def test_the_list_has_all_faults_that_the_fused_path_can_have(models, monkeypatch):
     hook_ops(monkeypatch)
     calls, nothing = {}, Fault("nothing", "embed", decode=0)
     for model in MODELS:
@@ -153,16 +150,16 @@ def test_which_faults_the_fused_path_can_have(models, monkeypatch):
         if unfit(source.config, source.plan, open_device("float16"), "auto") is None:
             calls[model] = check(models["fused", model], nothing, (2, 0, 0), "float16", "fused")[1]
     assert set(calls) == {"biased", "tied", "scaled", "loud", "window"}
-    can = [name for name, (fault, _) in CASES.items() if wanted(fault) <= calls.get(fault.model, set())]
+    can = [name for name, (fault, _) in CASES.items() if hooked_calls(fault) <= calls.get(fault.model, set())]
     assert can == ON_THE_FUSED_PATH
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", TOO_SMALL)
-def test_16_bits_do_not_show(name, dtype, models, monkeypatch):
-    """On a single rank; several find out that they have not the same bits."""
+def test_faults_too_small_for_16_bits(name, dtype, models, monkeypatch):
+    """Check on a single rank; several ranks would notice that their bits differ."""
     hook_ops(monkeypatch)
     fault = next(fault for fault in FAULTS if fault.name == name)
     result, calls = check(models["explicit", fault.model], fault, (1, 0, 0), dtype, "explicit")
-    assert wanted(fault) <= calls
+    assert hooked_calls(fault) <= calls
     assert blame(result) == []

@@ -1,4 +1,4 @@
-"""How many launches a captured decoding step has: docs/performance.md counts on it."""
+"""A test of the number of launches in a captured decode pass, which docs/performance.md states."""
 
 import pytest
 from on_gpu import model_on_gpu, run_on_gpus
@@ -17,7 +17,7 @@ def model_directory(tmp_path_factory):
 
 
 class PeerSums:
-    """In place of AllReduce: a launch each, of nothing; ranks that are threads cannot wait in a kernel."""
+    """A replacement for AllReduce that launches nothing; ranks that are threads cannot wait in a kernel."""
 
     def __init__(self, *args):
         import cupy
@@ -32,15 +32,15 @@ class PeerSums:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "transport", "sequences", "a_layer", "beside"),
+    ("ranks", "transport", "sequences", "per_layer", "others"),
     [
-        (1, "nccl", 1, 5, 4),  # norms inside the products
+        (1, "nccl", 1, 5, 4),  # norms are fused into the products
         (1, "nccl", 2, 7, 5),
         *((ranks, "nccl", sequences, 9, 8) for ranks in (2, 4) for sequences in (1, 2)),
         *((ranks, "peer", sequences, 7, 8) for ranks in (2, 4) for sequences in (1, 2)),
     ],
 )
-def test_launches_of_a_step(model_directory, monkeypatch, ranks, transport, sequences, a_layer, beside):
+def test_launches_of_a_pass(model_directory, monkeypatch, ranks, transport, sequences, per_layer, others):
     def run(comm):
         model = model_on_gpu(model_directory, comm)
         model.connect()
@@ -53,4 +53,4 @@ def test_launches_of_a_step(model_directory, monkeypatch, ranks, transport, sequ
         return len(pool.graphs[sequences]._graph.launches)
 
     monkeypatch.setattr("minitp.cuda.peer.AllReduce", PeerSums)
-    assert run_on_gpus(ranks, run, transport) == [a_layer * LAYERS + beside] * ranks
+    assert run_on_gpus(ranks, run, transport) == [per_layer * LAYERS + others] * ranks

@@ -1,4 +1,4 @@
-"""Weights on their way to a GPU: the explicit loader's numbers, in the layout of the kernels, and no more."""
+"""Tests of loading weights to a GPU: correct numbers, in the layout of the kernels, and no extra memory."""
 
 import tracemalloc
 
@@ -33,13 +33,13 @@ def write_model(directory, dtype="float32", **fields):
 
 
 def on_cpu(directory, tp, rank, dtype):
-    """The Weights that the explicit loader gives a rank."""
+    """Load a rank's Weights with the explicit loader."""
     source = open_model(str(directory), tp)
     return Loader(source.plan, rank, source.tensors, open_device(dtype)).load()
 
 
 def arrays_of(weights):
-    """Name -> array of all arrays of some Weights."""
+    """Return all arrays of some Weights by name."""
     layers = {
         f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(weights.layers) for name in LAYER_PARTS
     }
@@ -47,7 +47,7 @@ def arrays_of(weights):
 
 
 def checked(comm, directory, dtype):
-    """The Weights of a rank, which are those of the explicit loader, to the bit."""
+    """Load a rank's Weights, check that they equal the explicit loader's, and return them."""
     model = model_on_gpu(directory, comm, dtype, path="explicit")
     found, expected = arrays_of(model.weights), arrays_of(on_cpu(directory, comm.size, comm.rank, dtype))
     assert found.keys() == expected.keys()
@@ -65,14 +65,14 @@ def checked(comm, directory, dtype):
 @pytest.mark.parametrize("stored", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MODELS)
-def test_weights_are_those_of_the_explicit_loader(tmp_path, name, dtype, stored):
+def test_weights_equal_those_of_the_explicit_loader(tmp_path, name, dtype, stored):
     directory = write_model(tmp_path / "model", stored, **MODELS[name])
     for tp in (1, 4):
         run_on_gpus(tp, lambda comm: checked(comm, directory, dtype))
 
 
-def test_rows_lie_as_kernels_read_them(tmp_path):
-    """Each projection's rows, [out, in], at multiples of 16 bytes, behind their ends zeros."""
+def test_rows_have_the_layout_of_the_kernels(tmp_path):
+    """Check that each projection's rows, [out, in], begin at multiples of 16 bytes and end in zeros."""
     directory = write_model(tmp_path / "model")
 
     def rank(comm):
@@ -89,7 +89,7 @@ def test_rows_lie_as_kernels_read_them(tmp_path):
             assert (np.asarray(whole)[:, width:] == 0).all(), name
         return weights.layers[0].w_down.shape[0]
 
-    assert run_on_gpus(4, rank) == [10, 9, 9, 9], "of 37"
+    assert run_on_gpus(4, rank) == [10, 9, 9, 9], "each rank's share of 37 columns"
 
 
 def test_tied_embeddings_are_one_array(tmp_path):
@@ -102,7 +102,7 @@ def test_tied_embeddings_are_one_array(tmp_path):
     assert run_on_gpus(3, rank) == [True] * 3
 
 
-def test_progress_comes_to_all_bytes(tmp_path):
+def test_progress_adds_up_to_all_bytes(tmp_path):
     directory, seen = write_model(tmp_path / "model", **MODELS["biased"]), []
 
     def rank(comm):
@@ -112,14 +112,14 @@ def test_progress_comes_to_all_bytes(tmp_path):
 
     ((nbytes, shard),) = run_on_gpus(1, rank)
     assert nbytes == shard
-    assert 0.9 * nbytes < sum(seen) <= nbytes, "norms and biases are not told"
+    assert 0.9 * nbytes < sum(seen) <= nbytes, "norms and biases are not reported"
 
 
-# --- on the way -----------------------------------------------------------------------------------------
+# --- memory and copies ----------------------------------------------------------------------------------
 
 
 class Watched:
-    """Counts what goes to the GPU: copies from pinned memory, arrays, and the most that there was at once."""
+    """A record of copies from pinned memory, allocations on the GPU, and arrays uploaded directly."""
 
     def __init__(self, cupy, monkeypatch):
         self.copies, self.allocated, self.uploaded = [], [], []
@@ -144,8 +144,8 @@ class Watched:
 
 @pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", "bfloat16"), ("float32", "float16")])
 @pytest.mark.parametrize("name", MODELS)
-def test_no_more_on_the_gpu_than_the_shard(tmp_path, cupy, monkeypatch, name, stored, dtype):
-    """All that is ever allocated there is the shard, its rows padded by less than 16 bytes: no copies."""
+def test_the_gpu_holds_nothing_but_the_shard(tmp_path, cupy, monkeypatch, name, stored, dtype):
+    """Check that only the shard is ever allocated, with rows padded by less than 16 bytes, and no copies."""
     directory = write_model(tmp_path / "model", stored, **MODELS[name])
 
     def rank(comm):
@@ -158,12 +158,12 @@ def test_no_more_on_the_gpu_than_the_shard(tmp_path, cupy, monkeypatch, name, st
 
     ((nbytes, rows, watched),) = run_on_gpus(1, rank)
     assert nbytes <= sum(watched.allocated) < nbytes + 16 * (rows + UNEVEN["vocab_size"])
-    assert max(watched.uploaded) <= 2 * (9 + 3 + 3) * 6, "vectors alone go without pinned memory"
+    assert max(watched.uploaded) <= 2 * (9 + 3 + 3) * 6, "only vectors are uploaded without pinned memory"
 
 
 @pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", "bfloat16"), ("float32", "bfloat16")])
 def test_copies_are_of_16_bits_and_from_pinned_memory(tmp_path, cupy, monkeypatch, stored, dtype):
-    """Two buffers in turn, of which no copy is longer than its rows in the GPU's dtype."""
+    """Check that two buffers alternate, and that copies have the size of the rows in the GPU's dtype."""
     import cupyx
 
     buffers, pinned = [], cupyx.empty_pinned
@@ -192,14 +192,14 @@ def test_copies_are_of_16_bits_and_from_pinned_memory(tmp_path, cupy, monkeypatc
 
 @pytest.mark.parametrize("size", [1, 49, 100, 1000])
 def test_slices_larger_than_a_buffer(tmp_path, monkeypatch, size):
-    """They go in several copies, with nothing lost where one ends and the next begins."""
+    """Check slices that take several copies."""
     monkeypatch.setattr("minitp.cuda.gpu.PINNED_BYTES", max(size, 2 * padded(max(54, 37))))
     directory = write_model(tmp_path / "model", **MODELS["biased"])
     run_on_gpus(2, lambda comm: checked(comm, directory, "float16"))
 
 
-def test_a_buffer_is_not_filled_again_before_its_copy_is_through(tmp_path, cupy, monkeypatch):
-    """On a GPU that copies late: at the event's synchronize, or when all is waited for."""
+def test_a_buffer_is_not_reused_before_its_copy_is_complete(tmp_path, cupy, monkeypatch):
+    """Simulate a GPU that copies as late as possible: when an event or the stream is synchronized."""
     monkeypatch.setattr("minitp.cuda.gpu.PINNED_BYTES", 200)
     waiting, memcpy = [], cupy.cuda.runtime.memcpyAsync
 
@@ -222,8 +222,8 @@ def test_a_buffer_is_not_filled_again_before_its_copy_is_through(tmp_path, cupy,
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_no_copy_on_the_host_but_a_slice(tmp_path, monkeypatch, dtype):
-    """Beside the pinned buffers there is the slice that is read, in the file's dtype, and not float32."""
+def test_the_host_holds_at_most_one_slice(tmp_path, monkeypatch, dtype):
+    """Check that the host allocates only the pinned buffers and the slice being read, in the file's dtype."""
     monkeypatch.setattr("minitp.cuda.gpu.PINNED_BYTES", 1 << 12)
     directory = write_model(tmp_path / "model", "bfloat16", vocab_size=20_000)
 
@@ -240,7 +240,7 @@ def test_no_copy_on_the_host_but_a_slice(tmp_path, monkeypatch, dtype):
     assert run_on_gpus(1, rank)[0] < 1.3 * slice_bytes
 
 
-# --- embeddings that only seem to be tied ---------------------------------------------------------------
+# --- a separate lm_head in a tied model -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tp", [1, 3])
@@ -264,7 +264,7 @@ def test_an_untied_copy_is_refused(tmp_path, tp):
 
 
 def test_slices_by_name(tmp_path):
-    """As `check` reads them: each as in the file, in 16 bits."""
+    """Check the slices as `check` reads them: the same numbers as in the file, in 16 bits."""
     directory = write_model(tmp_path / "model", "float16", **MODELS["biased"])
     tensors = load_file(directory / "model.safetensors")
 

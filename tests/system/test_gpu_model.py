@@ -1,4 +1,4 @@
-"""The model on GPUs: the fused path against the explicit one, and what is generated and served through it."""
+"""Tests of the model on GPUs: the fused path against the explicit one, generation and serving."""
 
 import gc
 import importlib
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("cupy")
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 BASE = {"vocab_size": 101, "hidden_size": 40, "intermediate_size": 37, "max_position_embeddings": 64}
 SHAPES = {
-    # Nothing divides: 9 query heads on 3 KV heads, 37 FFN columns, 101 tokens.
+    # Nothing divides evenly: 9 query heads on 3 KV heads, 37 FFN columns, 101 tokens.
     "uneven": {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
     | {"attention_bias": True, "mlp_bias": True},
     "tied": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True},
@@ -42,14 +42,14 @@ SHAPES = {
     | MISTRAL,
     "large heads": {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 64},
 }
-# A token of each rank's share of the vocabulary, the first and the last row among them.
+# Tokens of every rank's shard of the vocabulary, including the first and the last row.
 PROMPT = [100, 3, 40, 60, 80, 15, 25, 35, 52, 71, 95, 0]
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """(shape, dtype) -> a directory with weights that are numbers of that dtype."""
+    """Write a model of each shape with weights of each dtype; return {(shape, dtype): directory}."""
     root = tmp_path_factory.mktemp("models")
     found = {}
     for name, fields in SHAPES.items():
@@ -67,12 +67,12 @@ def model_on_cpu(directory, comm, dtype):
 
 # --- logits ---------------------------------------------------------------------------------------------
 
-# A prompt in several chunks, then decoding, a chunk in between, and decoding again.
+# A prompt, two decode passes, a longer chunk, and two decode passes again.
 CHUNKS = (7, 1, 1, 11, 1, 1)
 
 
 def logits_in_chunks(model):
-    """float32 [n, V] of each of CHUNKS of the same random tokens."""
+    """Return the logits, float32 [n, V], of each of CHUNKS of the same random tokens."""
     ids = np.random.default_rng(0).integers(0, BASE["vocab_size"], sum(CHUNKS)).tolist()
     cache, found = model.new_cache(len(ids)), []
     for count in CHUNKS:
@@ -95,10 +95,10 @@ def distances(found, exact):
     ],
 )
 def test_logits(models, shape, dtype, tp):
-    """All ranks have the same ones, as near to those of float32 as the explicit path's.
+    """Check that all ranks have the same logits, as close to those of float32 as the explicit path's.
 
-    Both paths round as often, but not in the same places: so each may be off by as much as the other, and
-    twice that leaves room for chance, for a step of one token has 101 logits with much error in common.
+    Both paths round equally often, but not in the same places, so their errors should have the same size. The
+    factor 2 allows for chance, because a pass of one token has only 101 logits, with much error in common.
     """
     directory = models[shape, dtype]
     exact = logits_in_chunks(model_on_cpu(directory, SingleRank(), "float32"))
@@ -146,30 +146,30 @@ def test_check_passes_for_other_shapes(models, shape, path):
     assert blamed(check(models[shape, "float16"], 3, "float16", path)) == []
 
 
-# What is inside the fused operations, by pass and by whether there are several ranks.
+# Steps inside fused operations, which are not recorded, by pass and number of ranks.
 ALWAYS_INSIDE = {"attn.scores", "attn.probs"}
 INSIDE_DECODE = {"attn.q", "attn.k", "mlp.gate", "mlp.up"}
 INSIDE_WITH_ONE_RANK = {"attn.norm", "attn.out_partial", "attn.out"} | {
     "mlp.norm", "mlp.out_partial", "mlp.out", "final_norm",
 }  # fmt: skip
-BIASED_SUMS = {"attn.out", "mlp.out"}  # the bias comes with the addition to the stream
+BIASED_SUMS = {"attn.out", "mlp.out"}  # the bias is added together with the residual
 
 
 @pytest.mark.parametrize("shape", ["uneven", "tied"])
 @pytest.mark.parametrize("tp", [1, 3])
-def test_what_the_fused_path_shows(models, shape, tp):
-    directory, found = models[shape, "float16"], {}
-    inside = step_names(open_model(str(directory), tp).plan)
+def test_the_steps_that_the_fused_path_records(models, shape, tp):
+    directory = models[shape, "float16"]
+    all_steps = step_names(open_model(str(directory), tp).plan)
 
     def rank(comm):
         model = model_on_gpu(directory, comm, path="fused")
-        names = {f"{name}/{step}" for name in ("prefill", "decode") for step in inside}
-        shown = []
-        record = Recorder(model.device, names, lambda name, array: shown.append(name))
+        names = {f"{name}/{step}" for name in ("prefill", "decode") for step in all_steps}
+        recorded = []
+        record = Recorder(model.device, names, lambda name, array: recorded.append(name))
         cache = model.new_cache(16)
         for record.pass_name, ids in (("prefill", PROMPT), ("decode", [5])):
             model.forward(ids, cache, slice(None), record)
-        return shown
+        return recorded
 
     sums = BIASED_SUMS if shape == "uneven" else set()
     hidden = {"prefill": ALWAYS_INSIDE | sums}
@@ -177,7 +177,7 @@ def test_what_the_fused_path_shows(models, shape, tp):
     expected = [
         f"{name}/{step}"
         for name, steps in hidden.items()
-        for step in inside
+        for step in all_steps
         if step.removeprefix("layers.0.").removeprefix("layers.1.") not in steps
     ]
     for found in run_on_gpus(tp, rank):
@@ -188,12 +188,12 @@ def test_what_the_fused_path_shows(models, shape, tp):
 
 
 def with_arguments(monkeypatch, kind, method, change, rank=None):
-    """Have `kind.method` called with change(arguments) for its arguments; on one rank, or on all."""
+    """Pass change(arguments) instead of its arguments to `kind.method`, on one rank or on all."""
     original = getattr(kind, method)
 
     def call(self, *args):
-        here = rank is None or threading.current_thread().name == f"rank {rank}"
-        return original(self, *(change(list(args)) if here else args))
+        applies = rank is None or threading.current_thread().name == f"rank {rank}"
+        return original(self, *(change(list(args)) if applies else args))
 
     monkeypatch.setattr(kind, method, call)
 
@@ -215,16 +215,16 @@ def replaced(number, function):
 
 
 def moved(count, by):
-    """The places 0 .. count - 1, turned round."""
+    """Return the indices 0 .. count - 1, rotated by `by`."""
     return (np.arange(count) + by) % count
 
 
-FAULTS = {  # the file in minitp/cuda, what it changes there, ranks, and the steps that must be blamed first
+FAULTS = {  # name: (module in cuda/kernels, class, method, change, ranks, steps that must be blamed first)
     "RoPE of a prompt": (
         "cache_write", "CacheWrite", "__call__", swapped(1, 2), 3,
         ["prefill/layers.0.attn.q_rope", "prefill/layers.0.attn.k_rope"],
     ),
-    "a prompt's keys, in the wrong places": (
+    "a prompt's keys, in the wrong slots": (
         "cache_write", "CacheWrite", "__call__", replaced(3, lambda slots: slots[::-1].copy()), 3,
         ["prefill/layers.0.attn.k_rope"],
     ),
@@ -256,7 +256,7 @@ FAULTS = {  # the file in minitp/cuda, what it changes there, ranks, and the ste
         "begin_decode", "BeginDecode", "__call__", replaced(3, lambda frequencies: 2 * frequencies), 1,
         ["decode.1/layers.0.attn.q_rope", "decode.1/layers.0.attn.k_rope"],
     ),
-    "a place in the cache": (
+    "a slot of the cache": (
         "linear", "Linear", "qkv", replaced(5, lambda slot: slot - 1), 1,
         ["decode.1/layers.0.attn.v", "decode.1/layers.0.attn.k_rope"],
     ),
@@ -309,7 +309,7 @@ def test_a_wrong_weight_is_blamed(models, monkeypatch):
 
 
 def test_a_sum_without_a_rank_is_blamed(models, monkeypatch):
-    """On all ranks, and in all sums but the embedding's, in which that rank may have nothing but zeros."""
+    """Check blame on all ranks, in all sums except the embedding's, in which the rank may have only zeros."""
     from minitp.cuda.nccl import NcclComm
 
     with_arguments(monkeypatch, NcclComm, "reduce_into", replaced(0, lambda x: 0 * x), rank=1)
@@ -323,7 +323,7 @@ def test_a_sum_without_a_rank_is_blamed(models, monkeypatch):
 # --- generation -----------------------------------------------------------------------------------------
 
 LETTERS = [72, 101, 108]
-ENDS = {  # fields of SamplingParams, and what a Request is made with besides
+ENDS = {  # fields of SamplingParams, and further arguments of `generated`
     "greedy": {"max_new_tokens": 14},
     "one token": {"max_new_tokens": 1},
     "two tokens": {"max_new_tokens": 2},
@@ -336,7 +336,7 @@ ENDS = {  # fields of SamplingParams, and what a Request is made with besides
     "end of text at once": {"max_new_tokens": 14, "end_at": 0},
     "end of text ignored": {"max_new_tokens": 14, "end_at": 9, "ignore_eos": True},
     "a stop string": {"max_new_tokens": 14, "stop_at": 6},
-    "nobody reads": {"max_new_tokens": 14, "read": 5},
+    "the reader stops": {"max_new_tokens": 14, "read": 5},
     "logprobs": {"max_new_tokens": 8, "logprobs": 3},
     "no cache": {"max_new_tokens": 8, "use_cache": False},
     "no cache, a prompt of one token": {"max_new_tokens": 8, "use_cache": False, "prompt": LETTERS[:1]},
@@ -349,8 +349,8 @@ ENDS = {  # fields of SamplingParams, and what a Request is made with besides
 def speaking(tmp_path_factory):
     """A model whose tokens are bytes, with a context of 64; its weights are float16.
 
-    Its logits have a spread of six, and the best is some tenths above the next, where float16 rounds off
-    hundredths at most: so all paths choose alike, unless a draw falls just between two tokens.
+    Its logits spread over six, and the best exceeds the next by tenths, while float16 rounds by hundredths at
+    most. So all paths choose the same tokens, unless a draw falls just between two.
     """
     directory = tmp_path_factory.mktemp("models") / "speaking"
     write_tiny(directory, **{**BASE, **SHAPES["uneven"], "vocab_size": 258, "num_hidden_layers": 1})
@@ -361,15 +361,14 @@ def speaking(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain_tokens(speaking):
-    """What it says after LETTERS, if nothing ends it."""
+    """The model's 14 greedy tokens after LETTERS."""
     params = SamplingParams(max_new_tokens=14, ignore_eos=True)
-    return list(
-        generate(model_on_cpu(speaking, SingleRank(), "float16"), LETTERS, Request(params, (), LETTERS, 64))
-    )
+    model = model_on_cpu(speaking, SingleRank(), "float16")
+    return list(generate(model, LETTERS, Request(params, (), LETTERS, 64)))
 
 
-def spoken(model, directory, plain, case):
-    """(the tokens yielded, the Request, what was emitted); the last two only on rank 0."""
+def generated(model, directory, plain, case):
+    """Generate; return (the tokens yielded, the Request, the pieces emitted), the last two only on rank 0."""
     case = dict(case)
     prompt, context = case.pop("prompt", LETTERS), case.pop("context", 64)
     use_cache, read = case.pop("use_cache", True), case.pop("read", 1000)
@@ -397,13 +396,13 @@ def spoken(model, directory, plain, case):
     ],
 )
 def test_generation(speaking, plain_tokens, name, tp):
-    """The same as through the explicit path on a CPU, however it ends; every rank yields the tokens."""
-    tokens, request, pieces = spoken(
+    """Check that every rank yields the same tokens, for every kind of end, as the explicit path on a CPU."""
+    tokens, request, pieces = generated(
         model_on_cpu(speaking, SingleRank(), "float16"), speaking, plain_tokens, ENDS[name]
     )
 
     def rank(comm):
-        return spoken(model_on_gpu(speaking, comm, path="fused"), speaking, plain_tokens, ENDS[name])
+        return generated(model_on_gpu(speaking, comm, path="fused"), speaking, plain_tokens, ENDS[name])
 
     ranks = run_on_gpus(tp, rank)
     assert [found[0] for found in ranks] == [tokens] * tp
@@ -411,40 +410,39 @@ def test_generation(speaking, plain_tokens, name, tp):
     assert (found.token_ids, found.text, ranks[0][2]) == (request.token_ids, request.text, pieces)
     assert found.finish_reason == request.finish_reason
     assert len(found.logprobs) == len(request.logprobs)
-    for (mine, top), (expected, expected_top) in zip(found.logprobs, request.logprobs, strict=True):
-        assert mine == pytest.approx(expected, abs=0.05)  # logits of about 10, each rounded some ten times
+    for (logprob, top), (expected, expected_top) in zip(found.logprobs, request.logprobs, strict=True):
+        assert logprob == pytest.approx(expected, abs=0.05)  # logits near 10, each rounded about ten times
         assert [token for token, _ in top] == [token for token, _ in expected_top]
 
 
-def test_the_ends_are_what_their_names_say(speaking, plain_tokens):
+def test_the_cases_end_as_their_names_say(speaking, plain_tokens):
     model = model_on_cpu(speaking, SingleRank(), "float16")
-    found = {name: spoken(model, speaking, plain_tokens, case)[1] for name, case in ENDS.items()}
+    found = {name: generated(model, speaking, plain_tokens, case)[1] for name, case in ENDS.items()}
     reasons = {name: (request.finish_reason, len(request.token_ids)) for name, request in found.items()}
     assert reasons["the context is full"] == ("length", 9)
     assert reasons["end of text"] == ("stop", 1 + plain_tokens.index(plain_tokens[9]))
     assert reasons["a stop string"][0] == "stop"
     assert reasons["a stop string"][1] < 14
-    assert reasons["nobody reads"][0] == "closed"
+    assert reasons["the reader stops"][0] == "closed"
     assert len({tuple(found[name].token_ids) for name in ("greedy", "sampled", "top k", "top p")}) == 4
 
 
 @pytest.mark.parametrize(("name", "ahead"), [("greedy", 0), ("end of text", 1), ("one token", 0)])
-def test_the_gpu_is_at_most_one_step_ahead(speaking, plain_tokens, cupy, monkeypatch, name, ahead):
-    """Ten tokens take nine steps, the prompt gives the first; where the tenth is the last it is not known
-    beforehand, a tenth step has begun when it is looked at."""
+def test_the_gpu_is_at_most_one_pass_ahead(speaking, plain_tokens, cupy, monkeypatch, name, ahead):
+    """Count the decode passes: one per token after the first, and one more if the end was unforeseen."""
     launched, launch = [], cupy.cuda.Graph.launch
     monkeypatch.setattr(
         cupy.cuda.Graph, "launch", lambda graph, stream: launched.append(launch(graph, stream))
     )
 
     def rank(comm):
-        return spoken(model_on_gpu(speaking, comm, path="fused"), speaking, plain_tokens, ENDS[name])
+        return generated(model_on_gpu(speaking, comm, path="fused"), speaking, plain_tokens, ENDS[name])
 
     tokens, _, _ = run_on_gpus(1, rank)[0]
     assert len(launched) == len(tokens) - 1 + ahead
 
 
-def test_a_step_is_captured_once_and_the_host_reads_no_logits(speaking, plain_tokens, cupy, monkeypatch):
+def test_a_graph_is_captured_once_and_the_host_reads_no_logits(speaking, plain_tokens, cupy, monkeypatch):
     captured, begin = [], cupy.cuda.Stream.begin_capture
     monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", lambda stream: captured.append(begin(stream)))
     copied, asnumpy = [], cupy.asnumpy
@@ -453,16 +451,16 @@ def test_a_step_is_captured_once_and_the_host_reads_no_logits(speaking, plain_to
     def rank(comm):
         model = model_on_gpu(speaking, comm, path="fused")
         copied.clear()
-        return spoken(model, speaking, plain_tokens, ENDS["greedy"])
+        return generated(model, speaking, plain_tokens, ENDS["greedy"])
 
     run_on_gpus(1, rank)
     assert len(captured) == 1
-    assert copied == [(1, 258)], "the prompt's"
+    assert copied == [(1, 258)], "only the logits of the prompt"
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_the_next_sequence_goes_through_the_captured_step(speaking, plain_tokens, cupy, monkeypatch, tp):
-    """Until one does not fit into the memory that the last one had."""
+def test_the_next_sequence_uses_the_captured_graph(speaking, plain_tokens, cupy, monkeypatch, tp):
+    """Check this until a sequence does not fit into the previous one's memory."""
     captured, begin = [], cupy.cuda.Stream.begin_capture
     monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", lambda stream: captured.append(begin(stream)))
     monkeypatch.setattr("minitp.cuda.fused.KEPT_BLOCKS", 3)
@@ -481,31 +479,31 @@ def test_the_next_sequence_goes_through_the_captured_step(speaking, plain_tokens
     assert len(captured) == 2 * tp
 
 
-def test_sequences_at_the_same_time_have_memory_of_their_own(speaking, plain_tokens):
-    """Of two generators in turn one gets the kept pool; it is given back when one is left in the middle."""
+def test_concurrent_sequences_have_separate_memory(speaking, plain_tokens):
+    """Check two interleaved generators, and that closing a generator early returns the kept pool."""
 
     def rank(comm):
-        model, found = model_on_gpu(speaking, comm, path="fused"), []
+        model = model_on_gpu(speaking, comm, path="fused")
 
         def begin(prompt):
             params = SamplingParams(max_new_tokens=8, ignore_eos=True)
             return generate(model, prompt, Request(params, (), prompt, len(prompt) + 8))
 
-        alone = [list(begin(prompt)) for prompt in (PROMPT, PROMPT[::-1])]
-        found = list(zip(*(begin(prompt) for prompt in (PROMPT, PROMPT[::-1])), strict=True))
-        left = begin(PROMPT)
-        next(left)
-        left.close()
-        return alone, [list(tokens) for tokens in zip(*found, strict=True)], model._kept_pool is not None
+        separate = [list(begin(prompt)) for prompt in (PROMPT, PROMPT[::-1])]
+        pairs = list(zip(*(begin(prompt) for prompt in (PROMPT, PROMPT[::-1])), strict=True))
+        closed_early = begin(PROMPT)
+        next(closed_early)
+        closed_early.close()
+        return separate, [list(tokens) for tokens in zip(*pairs, strict=True)], model._kept_pool is not None
 
-    alone, together, kept = run_on_gpus(1, rank)[0]
-    assert together == alone
+    separate, interleaved, kept = run_on_gpus(1, rank)[0]
+    assert interleaved == separate
     assert kept
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_perplexity_is_the_cpus(speaking, dtype):
-    """Its logarithm is of the size of logits, whose errors are a few roundings of that size."""
+def test_perplexity_is_the_same_as_on_a_cpu(speaking, dtype):
+    """Compare the logarithms, which have the size of logits and errors of a few roundings."""
     text = (PROMPT * 3)[:30]
     expected = perplexity(model_on_cpu(speaking, SingleRank(), dtype), text, 20)
     found = run_on_gpus(1, lambda comm: perplexity(model_on_gpu(speaking, comm, dtype), text, 20))[0]
@@ -514,75 +512,73 @@ def test_perplexity_is_the_cpus(speaking, dtype):
     assert np.log(found[0]) == pytest.approx(np.log(expected[0]), rel=tolerance)
 
 
-def test_memory_that_is_too_small_is_freed_before_more_is_taken(speaking, plain_tokens, monkeypatch):
+def test_a_pool_that_is_too_small_is_freed_before_the_next_is_allocated(speaking, plain_tokens, monkeypatch):
     monkeypatch.setattr("minitp.cuda.fused.KEPT_BLOCKS", 1)
 
     def rank(comm):
-        model, pools, left = model_on_gpu(speaking, comm, path="fused"), [], []
+        model, pools, alive = model_on_gpu(speaking, comm, path="fused"), [], []
         new_pool = model.new_pool
 
         def watched(*size):
-            left.extend(pool() for pool in pools)
+            alive.extend(pool() for pool in pools)
             pool = new_pool(*size)
             pools.append(weakref.ref(pool))
             return pool
 
         model.new_pool = watched
-        gc.disable()  # what is left to it comes too late for a GPU's memory
+        gc.disable()  # the collector would free the GPU's memory too late
         for new_tokens in (8, 40):
             params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
             list(generate(model, PROMPT, Request(params, (), PROMPT, len(PROMPT) + new_tokens)))
         gc.enable()
-        return left
+        return alive
 
     assert run_on_gpus(1, rank) == [[None]]
 
 
-def test_ranks_that_choose_differently_are_found_out(speaking, plain_tokens, monkeypatch):
+def test_ranks_that_choose_different_tokens_are_an_error(speaking, plain_tokens, monkeypatch):
     from minitp.cuda.fused import TokensAhead
 
-    with_result = TokensAhead.read
+    read = TokensAhead.read
     monkeypatch.setattr(
-        TokensAhead,
-        "read",
-        lambda self: with_result(self) ^ (threading.current_thread().name == "rank 2"),
+        TokensAhead, "read", lambda self: read(self) ^ (threading.current_thread().name == "rank 2")
     )
 
     def rank(comm):
-        return spoken(model_on_gpu(speaking, comm, path="fused"), speaking, plain_tokens, ENDS["greedy"])
+        return generated(model_on_gpu(speaking, comm, path="fused"), speaking, plain_tokens, ENDS["greedy"])
 
     with pytest.raises(RankError, match=r"rank 2 chose token .* and rank 0 .*: their GPUs disagree"):
         run_on_gpus(3, rank, transport="mpi")
 
 
-# --- many at once ---------------------------------------------------------------------------------------
+# --- concurrent requests --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """A model of one layer."""
+    """A model of one layer, which runs quickly."""
     directory = tmp_path_factory.mktemp("models") / "quick"
     return write_tiny(directory, **{**BASE, **SHAPES["uneven"], "num_hidden_layers": 1})
 
 
 def requests(count):
-    """Every other one begins with the same 18 tokens, more than a block; all of them overlap."""
+    """Return random requests; every other one begins with the same 18 tokens, more than a block."""
     rng = random.Random(count)
-    same, found = [rng.randrange(101) for _ in range(18)], []
+    prefix, found = [rng.randrange(101) for _ in range(18)], []
     for number in range(count):
-        prompt = (same if number % 2 else []) + [rng.randrange(101) for _ in range(rng.randint(1, 14))]
+        prompt = (prefix if number % 2 else []) + [rng.randrange(101) for _ in range(rng.randint(1, 14))]
         params = SamplingParams(max_new_tokens=4 + number % 3, ignore_eos=True)
         found.append(Request(params, (), prompt, 64))
     return found
 
 
 def served_and_alone(model, count, blocks, block_size=16, **limits):
-    """The tokens of some requests served together, and of each by itself; the scheduler; the pool."""
-    wanted, pools, new_pool = requests(count), [], model.new_pool
-    expected = [alone(model, request) for request in wanted]
+    """Serve requests together and one by one; return the tokens of both, the scheduler and the pool."""
+    batch, pools, new_pool = requests(count), [], model.new_pool
+    expected = [alone(model, request) for request in batch]
     model.new_pool = lambda *size: pools.append(new_pool(*size)) or pools[-1]
-    scheduler = run_requests(model, wanted, blocks, block_size, **limits)
-    return [request.token_ids for request in wanted], expected, scheduler, pools[0]
+    scheduler = run_requests(model, batch, blocks, block_size, **limits)
+    return [request.token_ids for request in batch], expected, scheduler, pools[0]
 
 
 @pytest.mark.parametrize(
@@ -590,14 +586,16 @@ def served_and_alone(model, count, blocks, block_size=16, **limits):
     [
         (1, 1, 40, {}, {1}),
         (1, 3, 40, {}, {1, 2, 4}),
-        (1, 5, 40, {"max_tokens_per_step": 9}, {1, 4}),  # chunks of prompts beside others' tokens
+        (1, 5, 40, {"max_tokens_per_step": 9}, {1, 4}),  # chunks of prompts together with others' tokens
         (1, 6, 5, {}, {1, 2, 4}),
         (1, 6, 40, {}, {2, 4, 8}),
         (3, 3, 40, {}, {1, 2, 4}),
     ],
 )
-def test_each_request_as_if_alone(quick, cupy, monkeypatch, tp, count, blocks, limits, batches):
-    """A step is captured once for a batch of each size, 1, 2, 4, .., however long the sequences grow."""
+def test_requests_served_together_get_the_same_tokens_as_alone(
+    quick, cupy, monkeypatch, tp, count, blocks, limits, batches
+):
+    """Check also that one graph is captured per batch size 1, 2, 4, .., however long the sequences grow."""
     captured, begin = Counter(), cupy.cuda.Stream.begin_capture
 
     def count_capture(stream):
@@ -612,7 +610,7 @@ def test_each_request_as_if_alone(quick, cupy, monkeypatch, tp, count, blocks, l
     assert tokens == expected
     assert scheduler.allocator.num_free_blocks == blocks
     assert set(pool.graphs) == batches
-    assert set(captured.values()) == {1 + len(batches)}, "those alone follow each other in one pool"
+    assert set(captured.values()) == {1 + len(batches)}, "requests run alone share one pool and graph"
     assert (scheduler.num_preempted > 0) == (blocks == 5)
     assert (scheduler.load()["reused_tokens"] > 0) == (bool(limits) or blocks == 5)
 
@@ -627,7 +625,7 @@ def test_blocks_of_any_size(quick, block_size):
     assert tokens == expected
 
 
-def test_a_batch_that_no_kernel_takes_goes_as_a_prompt(quick, monkeypatch):
+def test_a_batch_too_large_for_the_kernels_runs_like_a_prompt(quick, monkeypatch):
     monkeypatch.setattr("minitp.cuda.fused.MAX_TOKENS", 2)
 
     def rank(comm):
@@ -638,7 +636,7 @@ def test_a_batch_that_no_kernel_takes_goes_as_a_prompt(quick, monkeypatch):
     assert max(pool.graphs) <= 2
 
 
-# --- what the fused path does not take -------------------------------------------------------------------
+# --- models without a fused path ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -653,7 +651,7 @@ def test_a_batch_that_no_kernel_takes_goes_as_a_prompt(quick, monkeypatch):
         ({"intermediate_size": 1}, "float16", "auto", "1 FFN columns are too few for 2 ranks"),
     ],
 )
-def test_unfit_models_take_the_explicit_path(tmp_path, fields, dtype, kv_dtype, reason):
+def test_unfit_models_use_the_explicit_path(tmp_path, fields, dtype, kv_dtype, reason):
     directory = write_tiny(tmp_path, **{**BASE, **SHAPES["uneven"], **fields})
     params = SamplingParams(max_new_tokens=2, ignore_eos=True)
 
@@ -669,6 +667,6 @@ def test_unfit_models_take_the_explicit_path(tmp_path, fields, dtype, kv_dtype, 
     assert run_on_gpus(2, rank) == [expected] * 2
 
 
-def test_fused_is_what_a_gpu_takes_by_itself(models):
+def test_a_gpu_uses_the_fused_path_by_default(models):
     kinds = run_on_gpus(1, lambda comm: type(model_on_gpu(models["tied", "float16"], comm)).__name__)
     assert kinds == ["FusedModel"]

@@ -1,4 +1,4 @@
-"""Ranks that are processes on GPUs, on the stand-in for CuPy: as they are started, refused, and ended."""
+"""Tests of ranks as processes on GPUs, on the stand-in for CuPy: how they start, refuse and end."""
 
 import json
 import os
@@ -41,7 +41,7 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """In float16, whose best logits are far enough above the others for all paths to choose alike."""
+    """A float16 model whose best logits stand out enough for all paths to choose the same tokens."""
     directory = write_tiny(tmp_path_factory.mktemp("models") / "model", **SHAPE)
     path = directory / "model.safetensors"
     save_file({key: x.astype(np.float16) for key, x in load_file(path).items()}, path)
@@ -50,7 +50,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(model):
-    """Its tokens after "Hello", through the explicit path on a CPU."""
+    """The model's tokens after "Hello", through the explicit path on a CPU."""
     return on_cpu(model, "Hello", max_new_tokens=NEW)
 
 
@@ -62,31 +62,20 @@ def on_cpu(model, prompt, **params):
 
 
 def hello(model, *options):
-    return [
-        "generate",
-        "Hello",
-        "--model",
-        model,
-        "-n",
-        NEW,
-        "--device",
-        "cuda",
-        "--dtype",
-        "float16",
-        *options,
-    ]
+    argv = ["generate", "Hello", "--model", model, "-n", NEW]
+    return [*argv, "--device", "cuda", "--dtype", "float16", *options]
 
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory):
-    """Arguments of a run that prints token after token for minutes."""
+    """The arguments of a run that prints tokens for minutes."""
     directory = tmp_path_factory.mktemp("models") / "endless"
     write_tiny(directory, tokenizer=False, **SHAPE | {"max_position_embeddings": 20_000})
     argv = ["generate", "--tokens", "1,2,3", "--model", directory, "-n", 19_000, "--ignore-eos"]
     return [*argv, "--device", "cuda", "--dtype", "float16"]
 
 
-# --- started --------------------------------------------------------------------------------------------
+# --- successful runs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -118,14 +107,15 @@ def test_check(model):
 
 
 def test_llm(model, expected, monkeypatch):
-    """Many at once, and sampled."""
+    """Check several prompts at once, and a sampled one."""
     monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
     drawn = {"max_new_tokens": 6, "temperature": 0.9, "seed": 3}
     with LLM(str(model), tp=2, device="cuda", dtype="float16", cache_tokens=256) as llm:
         assert llm.description["dtype"] == "float16"
         found = llm.generate(["Hello", "Good", "Hello"], max_new_tokens=NEW)
         sampled = llm.generate("Hello", **drawn)
-    assert [one.token_ids for one in found] == [expected, on_cpu(model, "Good", max_new_tokens=NEW), expected]
+    good = on_cpu(model, "Good", max_new_tokens=NEW)
+    assert [result.token_ids for result in found] == [expected, good, expected]
     assert sampled.token_ids == on_cpu(model, "Hello", **drawn)
 
 
@@ -138,15 +128,15 @@ def test_serve(model, expected):
     served.stop()
 
 
-# --- refused --------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", [under_launcher, under_mpirun])
 def test_more_ranks_than_gpus(model, start):
     check_refusal_of(
         start(hello(model), 3, **ENVIRONMENT, STAND_IN_GPUS="2"),
-        "--device cuda: rank 2 of this host has no GPU, there are 2; use --tp 2, or --share-gpu (results are "
-        "correct but slow), or --device cpu",
+        "--device cuda: rank 2 of this host has no GPU: there are only 2; use --tp 2, or --share-gpu "
+        "(results are correct but slow), or --device cpu",
     )
 
 
@@ -174,7 +164,7 @@ def test_no_gpu(model, ranks):
 
 @pytest.fixture
 def without_cupy(tmp_path):
-    """The environment of processes that find no CuPy, not even where there is one."""
+    """The environment of processes that cannot import CuPy, even if it is installed."""
     (tmp_path / "cupy.py").write_text("raise ModuleNotFoundError(\"No module named 'cupy'\")\n")
     return {"PYTHONPATH": str(tmp_path)}
 
@@ -189,7 +179,7 @@ def test_no_cupy(model, without_cupy, ranks):
     assert err.count("\n") == 1
 
 
-def test_auto_takes_the_cpu_where_no_gpu_is(model, without_cupy):
+def test_auto_uses_the_cpu_without_a_gpu(model, without_cupy):
     argv = ["generate", "Hello", "--model", model, "-n", 2, "--json"]
     code, out, err = under_launcher(argv, 1, **without_cupy).end(START_S)
     assert (code, err) == (0, "")
@@ -204,7 +194,7 @@ def test_auto_takes_the_cpu_where_no_gpu_is(model, without_cupy):
         (["--share-gpu"], "--share-gpu needs GPUs; leave it out, or give --device cuda"),
     ],
 )
-def test_what_is_for_gpus_alone(model, capsys, options, message):
+def test_options_for_gpus_are_refused_on_a_cpu(model, capsys, options, message):
     argv = ["generate", "Hello", "--model", model, "--device", "cpu", "--tp", 1, *options]
     code = cli.main(list(map(str, argv)))
     out, err = capsys.readouterr()
@@ -212,7 +202,7 @@ def test_what_is_for_gpus_alone(model, capsys, options, message):
     assert err == f"minitp: {message}\n"
 
 
-def test_a_model_that_the_fused_path_does_not_take(model):
+def test_a_model_without_a_fused_path_is_refused(model):
     argv = ["check", "Hello", "--model", model, "--device", "cuda", "--path", "fused", "--dtype", "float32"]
     check_refusal_of(
         under_launcher(argv, 2, **ENVIRONMENT),
@@ -220,11 +210,11 @@ def test_a_model_that_the_fused_path_does_not_take(model):
     )
 
 
-# --- ended ----------------------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------------
 
 
 def pid_of(running, rank):
-    """Of the process that is this rank."""
+    """Return the process id of a rank."""
     for pid, command in running.processes().items():
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         if f"PMI_RANK={rank}".encode() in variables and "generate" in command:
@@ -242,18 +232,18 @@ def test_a_rank_is_killed(endless):
 
 
 def test_a_rank_is_stuck(endless):
-    """The watchdogs of the others see it; any of them may be the first to say so."""
+    """Check that the watchdog of one of the other ranks reports it; any of them may be first."""
     running = under_launcher([*endless, "--comm", "nccl"], 3, **ENVIRONMENT, **faulty("stick launch 2"))
     running.wait_for_output()
     code, _, err = running.end(END_S)
     assert code == 3
     assert re.fullmatch(
-        r"minitp: rank [01] failed: stuck in a collective for 1 s: rank 2 did not come\n", err
+        r"minitp: rank [01] failed: stuck in a collective for 1 s: rank 2 did not arrive\n", err
     )
 
 
 def test_a_rank_raises(endless):
-    """It lets go of NCCL first, in which the others wait."""
+    """Check that the rank aborts NCCL, in which the others wait, before it ends the job."""
     argv, fault = [*endless, "--comm", "nccl"], faulty("raise launch 1")
     running = under_mpirun(argv, 3, worker=FAULTY_WORKER, **ENVIRONMENT, **fault)
     running.wait_for_output()
@@ -264,12 +254,12 @@ def test_a_rank_raises(endless):
 
 
 def test_nccl_fails_on_a_rank(model):
-    """While the others wait for it inside NCCL."""
+    """Check a failure for which the other ranks wait inside NCCL."""
     running = under_launcher(hello(model), 3, **ENVIRONMENT, STAND_IN_NCCL_FAILS="1")
     code, out, err = running.end(START_S)
     assert (code, out) == (3, "")
     error = "NcclError: NCCL_ERROR_SYSTEM_ERROR: the stand-in fails"
-    assert err == f"minitp: rank 1 failed: NCCL does not come up: {error}\n"
+    assert err == f"minitp: rank 1 failed: NCCL failed to start: {error}\n"
 
 
 def test_ctrl_c(endless):
@@ -280,8 +270,8 @@ def test_ctrl_c(endless):
     assert (code, err) == (130, "")
 
 
-def test_nobody_reads_any_more(endless):
-    """It ends quietly, a step being under way on the GPU."""
+def test_a_closed_pipe_ends_the_run_quietly(endless):
+    """Check this while the GPU is still computing."""
     command = ["/bin/sh", "-c", '"$@" | head -c 20', "sh", *WORKER, *endless, "--tp", 2]
     code, out, err = Running(command, **ENVIRONMENT).end(START_S)
     assert (code, err, len(out)) == (0, "", 20)

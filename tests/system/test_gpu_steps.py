@@ -1,4 +1,4 @@
-"""How benchmarks/gpu runs its steps, whatever they are: in time, to the end or a signal, into one file."""
+"""Tests of how benchmarks/gpu runs its steps: time limits, signals, and the one file of results."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from paths import ROOT
 
 @pytest.fixture(scope="module")
 def steps():
-    """The module steps."""
+    """Import the module `steps`."""
     sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
     import steps
 
@@ -31,14 +31,14 @@ def python(text):
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_steps_end_in_their_own_ways(steps, tmp_path, monkeypatch, together):
+def test_outcomes_of_steps(steps, tmp_path, monkeypatch, together):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     wanted = [
         steps.Step("fine", python("print('first'); print('12 passed')"), 20),
         steps.Step("object", python("import sys; print('{\"a\": 1}'); print('bye', file=sys.stderr)"), 20),
         steps.Step("bad", python("import sys; print('out'); print('why', file=sys.stderr); sys.exit(3)"), 20),
         steps.Step("slow, very", python("import time; print('begun'); time.sleep(20)"), 1),
-        steps.Step("elsewhere", python("1/0"), 20, lambda: "no such thing here"),
+        steps.Step("elsewhere", python("1/0"), 20, lambda: "not available"),
     ]
     done = []
     outcomes = steps.Runner(tmp_path, 60, done.append).run(wanted, together)
@@ -48,7 +48,7 @@ def test_steps_end_in_their_own_ways(steps, tmp_path, monkeypatch, together):
         "object": ("ok", "bye", {"a": 1}),
         "bad": ("failed", "exit code 3: why", None),
         "slow, very": ("failed", "took longer than 1 s", None),
-        "elsewhere": ("skipped", "no such thing here", None),
+        "elsewhere": ("skipped", "not available", None),
     }
     assert sorted(done, key=lambda one: one["name"]) == sorted(outcomes, key=lambda one: one["name"])
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
@@ -60,8 +60,8 @@ def test_steps_end_in_their_own_ways(steps, tmp_path, monkeypatch, together):
 
 
 @pytest.mark.parametrize(("required", "status"), [(True, "failed"), (False, "skipped")])
-def test_a_step_for_which_too_little_time_is_left(steps, tmp_path, required, status):
-    """A check that was not made is not as good as one that was; a figure is only missing."""
+def test_a_step_without_enough_time_left(steps, tmp_path, required, status):
+    """Check that a check counts as failed if it did not run, and a measurement as skipped."""
     sleep = python("import time; time.sleep(60)")
     wanted = [
         steps.Step("cut", sleep, 20, required=required),
@@ -72,7 +72,7 @@ def test_a_step_for_which_too_little_time_is_left(steps, tmp_path, required, sta
     assert [(one["status"], one["said"]) for one in outcomes] == [(status, text) for text in said]
 
 
-def test_a_step_is_not_begun_with_less_time_than_it_needs(steps, tmp_path):
+def test_a_step_does_not_start_without_the_time_that_it_needs(steps, tmp_path):
     wanted = [steps.Step("long", python("1/0"), 80, least_s=30), steps.Step("short", python(""), 20)]
     outcomes = steps.Runner(tmp_path, 15, lambda outcome: None).run(wanted)
     assert [(one["status"], one["said"]) for one in outcomes] == [
@@ -81,7 +81,7 @@ def test_a_step_is_not_begun_with_less_time_than_it_needs(steps, tmp_path):
     ]
 
 
-def test_as_many_at_a_time_as_there_are_cores(steps, tmp_path, monkeypatch):
+def test_as_many_steps_run_at_once_as_there_are_cores(steps, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "cores", lambda: 2)
     text = (
         "import json, os, time; begun = time.time(); time.sleep(0.2); "
@@ -109,7 +109,7 @@ def start(folder, *options, **variables):
 
 
 def run(folder, *options, **variables):
-    """(exit code, stdout)"""
+    """Run the benchmark to its end; return (exit code, stdout)."""
     process = start(folder, *options, **variables)
     out, err = process.communicate(timeout=60)
     assert "Traceback" not in err
@@ -117,13 +117,13 @@ def run(folder, *options, **variables):
 
 
 def written(folder):
-    """name -> status of the steps in the only file, in order."""
+    """Return {name: status} of the steps in the only file, in order."""
     (path,) = folder.glob("*.json")
     return {one["name"]: one["status"] for one in json.loads(path.read_text())["steps"]}
 
 
-def test_two_runs_of_parts_make_one_file(tmp_path):
-    """A new outcome replaces an old one, but not if the step was skipped now."""
+def test_partial_runs_share_one_file(tmp_path):
+    """Check that a new outcome replaces an old one, unless the step is now skipped."""
     code, out = run(tmp_path, "--only", "speed", FIGURE="1")
     assert (code, written(tmp_path)) == (0, {"figure": "ok", "long figure": "ok"})
     assert "12 passed" not in out
@@ -150,12 +150,12 @@ def test_two_runs_of_parts_make_one_file(tmp_path):
         (signal.SIGTERM, "speed", {"figure": "ok", "long figure": "skipped"}),
     ],
 )
-def test_a_signal_ends_the_steps_and_the_table_comes(tmp_path, number, group, expected):
+def test_a_signal_ends_the_steps_but_the_table_is_printed(tmp_path, number, group, expected):
     process = start(tmp_path, "--only", group, WAIT_S="15")
     until(lambda: ['"ok"' in path.read_text() for path in tmp_path.glob("*.json")])
     (pid,) = until(lambda: [path.read_text().strip() for path in tmp_path.glob("*/*long*.txt")])
     process.send_signal(number)
-    out, _ = process.communicate(timeout=4)  # SIGKILL would come later
+    out, _ = process.communicate(timeout=4)  # the steps would get SIGKILL only later
     assert process.returncode == 128 + number
     assert written(tmp_path) == expected
     for name, status in expected.items():
@@ -168,18 +168,18 @@ def test_a_signal_ends_the_steps_and_the_table_comes(tmp_path, number, group, ex
 
 
 def until(function, seconds=10):
-    """What function() returns, once that is a list of one or more true values."""
+    """Wait until function() returns a list of one or more true values, and return it."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = function()
         if found and all(found):
             return found
         time.sleep(0.05)
-    return pytest.fail("it has not come")
+    return pytest.fail(f"the condition was not met within {seconds} s")
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_run_sh_hands_its_arguments_on(number):
+def test_run_sh_passes_its_arguments_on(number):
     options = [["--only", "nothing"], ["--budget", "0"]][number]
     done = subprocess.run(
         [ROOT / "run.sh", "gpu", *options],
@@ -192,7 +192,7 @@ def test_run_sh_hands_its_arguments_on(number):
     assert f"{options[0]}: invalid" in done.stderr
 
 
-def test_a_wheel_that_is_not_there_ends_it_at_once(tmp_path):
+def test_a_missing_wheel_ends_the_run_at_once(tmp_path):
     process = start(tmp_path, MINITP_MPICH="/nowhere/mpich.whl")
     assert process.communicate(timeout=60) == (
         "",

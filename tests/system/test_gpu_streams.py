@@ -1,4 +1,4 @@
-"""Everything of a rank happens on its own stream: on the stand-in, where another stream's work comes late."""
+"""Tests that a rank uses only its own stream, on the stand-in, which delays work on any other stream."""
 
 import ast
 from pathlib import Path
@@ -25,11 +25,11 @@ PACKAGE = Path(minitp.__file__).parent
 # --- the stand-in ---------------------------------------------------------------------------------------
 
 
-def test_a_copy_on_another_stream_comes_late(cupy):
-    mine, other = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
+def test_a_copy_on_another_stream_is_delayed(cupy):
+    own, other = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
     source, target = cupy.ones(4, np.float32), cupy.zeros(4, np.float32)
     kind = cupy.cuda.runtime.memcpyDeviceToDevice
-    with mine:
+    with own:
         cupy.cuda.runtime.memcpyAsync(target.data.ptr, source.data.ptr, 16, kind, other.ptr)
         assert cupy.asnumpy(target).tolist() == [0] * 4
         event = cupy.cuda.Event()
@@ -38,11 +38,11 @@ def test_a_copy_on_another_stream_comes_late(cupy):
         event.synchronize()
         assert cupy.asnumpy(target).tolist() == [1] * 4
         target.fill(0)
-        cupy.cuda.runtime.memcpyAsync(target.data.ptr, source.data.ptr, 16, kind, mine.ptr)
+        cupy.cuda.runtime.memcpyAsync(target.data.ptr, source.data.ptr, 16, kind, own.ptr)
         assert cupy.asnumpy(target).tolist() == [1] * 4
 
 
-def test_an_array_with_gaps_takes_the_stream_that_was_used_away(cupy):
+def test_copying_an_array_with_gaps_resets_a_stream_set_by_use(cupy):
     own, array = cupy.cuda.Stream(non_blocking=True), cupy.ones((2, 3), np.float32)
     with own:
         cupy.asnumpy(array.T)
@@ -68,15 +68,15 @@ def blamed(directory, tp):
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_a_stream_that_is_only_used_is_lost_and_its_work_comes_late(tiny, cupy, monkeypatch, tp):
-    """This is how the code once was: on a GPU `check` found garbage in steps that a copy or NCCL makes."""
+def test_check_finds_the_errors_of_a_stream_set_by_use(tiny, cupy, monkeypatch, tp):
+    """Check an earlier bug, because of which steps made by a copy or NCCL contained garbage on a GPU."""
     monkeypatch.setattr(Gpu, "to_host", lambda self, array: self.cupy.asnumpy(array))
     monkeypatch.setattr(cupy.cuda.Stream, "__enter__", cupy.cuda.Stream.use)
     assert {"embed", "attn.out"} <= {*blamed(tiny, tp)}
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_a_with_block_inside_does_no_harm(tiny, cupy, monkeypatch, tp):
+def test_an_inner_with_block_does_no_harm(tiny, cupy, monkeypatch, tp):
     to_host = Gpu.to_host
 
     def with_block(self, array):
@@ -100,7 +100,7 @@ def test_another_current_stream_is_refused(cupy, way):
         way(gpu, array)
 
 
-def test_what_comes_to_the_host_waits_for_the_stream_and_has_no_gaps(cupy):
+def test_to_host_waits_for_the_stream_and_returns_a_contiguous_array(cupy):
     gpu = select_comm(SingleRank(), "cuda").gpu
     array = cupy.arange(6, dtype=np.float32).reshape(2, 3)
     found = gpu.to_host(array.T)
@@ -109,23 +109,19 @@ def test_what_comes_to_the_host_waits_for_the_stream_and_has_no_gaps(cupy):
     assert cupy.cuda.get_current_stream() is gpu.stream
 
 
-def test_there_is_one_way_to_the_host_and_no_other_stream():
-    """`asnumpy`, `get`, `item` and `tolist` of a GPU's array copy on whatever stream is current."""
+def test_only_gpu_py_copies_to_the_host_and_creates_a_stream():
+    """Check the package's source, because `asnumpy` and the like copy on whatever stream is current."""
     found = []
-    for path in set(PACKAGE.rglob("*.py")) - {PACKAGE / "tour.py"}:  # which stands alone
+    for path in set(PACKAGE.rglob("*.py")) - {PACKAGE / "tour.py"}:  # tour.py stands alone
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and node.attr in (
-                "asnumpy",
-                "Stream",
-                "ExternalStream",
-                "use",
-            ):
-                found.append((path.relative_to(PACKAGE).as_posix(), node.attr))
-    # `use` is the device's.
+            name = node.attr if isinstance(node, ast.Attribute) else None
+            if name in ("asnumpy", "Stream", "ExternalStream", "use"):
+                found.append((path.relative_to(PACKAGE).as_posix(), name))
+    # This `use` is Device.use.
     assert sorted(found) == [("cuda/gpu.py", "Stream"), ("cuda/gpu.py", "asnumpy"), ("cuda/gpu.py", "use")]
 
 
-@pytest.mark.parametrize("turned", [float, int, bool, lambda x: x.item(), lambda x: x.tolist()])
-def test_the_stand_in_has_no_second_way(cupy, turned):
-    with pytest.raises(TypeError, match="use to_host"):
-        turned(cupy.ones(1, np.float32))
+@pytest.mark.parametrize("convert", [float, int, bool, lambda x: x.item(), lambda x: x.tolist()])
+def test_the_stand_in_refuses_other_conversions(cupy, convert):
+    with pytest.raises(TypeError, match="call to_host first"):
+        convert(cupy.ones(1, np.float32))

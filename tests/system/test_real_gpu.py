@@ -1,4 +1,4 @@
-"""On a real GPU: the fused path against the explicit one, graphs, sampling, NCCL, loading."""
+"""Tests on a real GPU: the fused path against the explicit one, graphs, sampling, NCCL, loading."""
 
 import json
 from dataclasses import replace
@@ -28,7 +28,7 @@ pytestmark = NEEDS_GPU
 
 @pytest.fixture(scope="module", params=["tiny", "mistral-7b"])
 def source(request, tmp_path_factory):
-    """A ModelSource: a tiny model, and a layer of Mistral 7B."""
+    """The ModelSource of a tiny model, or of one layer of Mistral 7B."""
     if request.param == "tiny":
         return open_model(str(write_tiny(tmp_path_factory.mktemp("models") / "tiny")), 1)
     found = open_model("random:mistral-7b", 1, layers=1)
@@ -36,7 +36,7 @@ def source(request, tmp_path_factory):
 
 
 def models(comm, source, dtype, *paths):
-    """The Models of some paths."""
+    """Load a Model for each of some paths."""
     device = replace(comm.gpu, dtype=np.dtype(DTYPES[dtype]))
     return [load_model(source, comm, device, path=path) for path in paths]
 
@@ -46,7 +46,7 @@ def some_tokens(source, count):
 
 
 def logits_of(model, ids, prompt):
-    """float32 [n, V] of the last token of a prompt and of each that follows, one a pass."""
+    """Return the logits, float32 [n, V], of a prompt's last token and of each later token, one per pass."""
     cache, found = model.new_cache(len(ids)), []
     for part in (ids[:prompt], *[[token] for token in ids[prompt:]]):
         found.append(host_logits(model, model.forward(part, cache, slice(-1, None))).copy()[0])
@@ -54,7 +54,7 @@ def logits_of(model, ids, prompt):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_the_fused_path_is_the_explicit_one(comm, source, dtype):
+def test_the_fused_path_agrees_with_the_explicit_one(comm, source, dtype):
     ids = some_tokens(source, 200)
     explicit, fused = models(comm, source, dtype, "explicit", "fused")
     (exact,) = models(comm, source, "float32", "explicit")
@@ -67,28 +67,28 @@ def test_the_fused_path_is_the_explicit_one(comm, source, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("batch", [1, 4])
-def test_a_graph_gives_what_its_launches_give(comm, source, dtype, batch):
+def test_a_graph_gives_the_same_bits_as_its_launches(comm, source, dtype, batch):
     (model,) = models(comm, source, dtype, "fused")
     pool = model.new_pool(batch * 4)
     for pair in pool.storage:
-        for rows in pair:
-            rows.values.fill(0.25)
+        for stored in pair:
+            stored.values.fill(0.25)
     tables = [list(range(4 * n, 4 * n + 4)) for n in range(batch)]
-    step = model.decode_graph(pool, batch)
+    graph = model.decode_graph(pool, batch)
 
-    def run(way):
-        step.fill(some_tokens(source, batch), [40 + n for n in range(batch)], tables)
-        way()
-        return step.logits.copy()
+    def run(method):
+        graph.fill(some_tokens(source, batch), [40 + n for n in range(batch)], tables)
+        method()
+        return graph.logits.copy()
 
-    eager = same_each_time(comm.gpu, lambda: run(step.run))
-    np.testing.assert_array_equal(same_each_time(comm.gpu, lambda: run(step.launch)), eager)
+    eager = same_each_time(comm.gpu, lambda: run(graph.run))
+    np.testing.assert_array_equal(same_each_time(comm.gpu, lambda: run(graph.launch)), eager)
     assert np.isfinite(eager).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_the_gpu_chooses_as_the_host(comm, source, temperature):
-    """With logprobs the host chooses, without them the GPU does."""
+def test_the_gpu_chooses_the_same_tokens_as_the_host(comm, source, temperature):
+    """Compare runs with logprobs, where the host chooses, and without, where the GPU does."""
     (model,) = models(comm, source, "bfloat16", "fused")
     prompt, found = some_tokens(source, 30), []
     for logprobs in (1, None):
@@ -102,14 +102,14 @@ def test_the_gpu_chooses_as_the_host(comm, source, temperature):
 # --- CuPy -----------------------------------------------------------------------------------------------
 
 
-def test_the_stand_in_has_the_types_of_this_cupy(gpu):
-    """Whatever runs on the stand-in then meets the same dtypes here."""
+def test_the_stand_in_has_the_dtypes_of_the_installed_cupy(gpu):
+    """Compare the tables, so that results on the stand-in have the same dtypes as on a GPU."""
     from make_cupy_types import tables
 
     assert tables() == json.loads((STAND_IN / "cupy" / "types.json").read_text())["types"]
 
 
-def test_a_transposed_array_on_the_host_leaves_the_stream_alone(gpu):
+def test_copying_a_transposed_array_to_the_host_keeps_the_current_stream(gpu):
     x = drawn(gpu, np.float32, 300, 500)
     np.testing.assert_array_equal(gpu.to_host(x.T), gpu.to_host(x).T)
     x.T.get()
@@ -119,7 +119,7 @@ def test_a_transposed_array_on_the_host_leaves_the_stream_alone(gpu):
 # --- NCCL and loading -----------------------------------------------------------------------------------
 
 
-def test_nccl_of_one_rank(gpu):
+def test_nccl_with_one_rank(gpu):
     from minitp.cuda.nccl import NcclComm, load_nccl
 
     try:
@@ -143,11 +143,11 @@ def test_nccl_of_one_rank(gpu):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weights_arrive_as_they_are_in_the_file(comm, source, dtype):
+def test_weights_on_the_gpu_equal_those_in_the_file(comm, source, dtype):
     (model,) = models(comm, source, dtype, "explicit")
     for name, array in named_slices(model.weights, source.plan, 0):
         index = source.plan.tensors[name].index(0)
         if len(index) == 2 and isinstance(source.tensors, TiledWeights):
-            continue  # what it gives depends on the block that is asked for
+            continue  # TiledWeights' numbers depend on the block that is read
         expected = source.tensors.read(name, index).astype(DTYPES[dtype])
         np.testing.assert_array_equal(comm.gpu.to_host(array), expected)

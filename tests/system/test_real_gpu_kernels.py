@@ -1,6 +1,6 @@
-"""Products and kernels on a real GPU, in real shapes, against the explicit operations there.
+"""Tests of products and kernels on a real GPU, in real shapes, against the explicit operations.
 
-The tests of each kernel's edge cases can be run there, too: see kernels_on_gpu.
+The tests of each kernel's edge cases can run on a GPU too; see kernels_on_gpu.
 """
 
 import ml_dtypes
@@ -14,7 +14,7 @@ from minitp.device import DTYPES
 pytestmark = NEEDS_GPU
 
 EPS = 1e-5
-# (outputs, width) of Mistral 7B's projections, whole and a fourth of them, and some that divide by nothing.
+# (outputs, width) of small uneven matrices, and of Mistral 7B's projections, whole or split over 4 ranks.
 SMALL = [(24, 40), (104, 296)]
 MISTRAL = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (1536, 4096), (4096, 1024), (4096, 3584)]
 
@@ -26,8 +26,8 @@ def compiler(gpu, request):
     return Compiler(gpu.cupy, np.dtype(DTYPES[request.param]))
 
 
-def assert_twins(out, expected):
-    """Equal but for sums in another order, which round some values near a tie to the other side."""
+def assert_nearly_equal(out, expected):
+    """Check equality up to the order of sums, by which values near a tie may round to the other side."""
     eps = float(ml_dtypes.finfo(out.dtype).eps)
     out, expected = out.astype(np.float32), expected.astype(np.float32)
     largest = np.abs(expected).max()
@@ -82,11 +82,11 @@ def test_linear(gpu, compiler, shapes, tokens):
             linear.swiglu(x, w, out, norm=norm)
             return out
 
-        assert_twins(same_each_time(gpu, store), gpu.to_host(ops.column_parallel(gpu.xp, normed, w.T)))
+        assert_nearly_equal(same_each_time(gpu, store), gpu.to_host(ops.column_parallel(gpu.xp, normed, w.T)))
         sums = residual + ops.row_parallel(gpu.xp, x, w.T)
-        assert_twins(same_each_time(gpu, add), gpu.to_host(sums))
+        assert_nearly_equal(same_each_time(gpu, add), gpu.to_host(sums))
         gate_up = ops.column_parallel(gpu.xp, normed, w.T)
-        assert_twins(same_each_time(gpu, swiglu), gpu.to_host(ops.swiglu(gpu.xp, gate_up)))
+        assert_nearly_equal(same_each_time(gpu, swiglu), gpu.to_host(ops.swiglu(gpu.xp, gate_up)))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "length"), [(4, 2, 70), (32, 8, 4095), (8, 2, 513)])
@@ -111,8 +111,8 @@ def test_attention_decode(gpu, compiler, heads, kv_heads, length, window):
         return out
 
     positions = np.arange(max(0, length - window) if window else 0, length)
-    places = gpu.from_host(table[positions // size].astype(np.int64) * size + positions % size)  # [W]
-    seen_k, seen_v = k.take(places, axis=1), v.take(places, axis=1)  # [K, W, d] each
+    slots = gpu.from_host(table[positions // size].astype(np.int64) * size + positions % size)  # [W]
+    seen_k, seen_v = k.take(slots, axis=1), v.take(slots, axis=1)  # [K, W, d] each
     scores = ops.attention_scores(gpu.xp, q.transpose(1, 0, 2), seen_k, groups)  # [H, 1, W]
     expected = ops.attention_context(gpu.xp, ops.softmax(gpu.xp, scores), seen_v, groups)
     found, expected = same_each_time(gpu, run).astype(np.float32), gpu.to_host(expected).astype(np.float32)
@@ -121,7 +121,7 @@ def test_attention_decode(gpu, compiler, heads, kv_heads, length, window):
 
 
 @pytest.mark.parametrize("width", [40, 4096])
-def test_all_reduce_of_one_rank(gpu, compiler, width):
+def test_all_reduce_with_one_rank(gpu, compiler, width):
     from minitp.cuda.kernels.all_reduce import AllReduce, region_bytes
     from minitp.cuda.kernels.rms_norm import RmsNorm
 
@@ -135,16 +135,16 @@ def test_all_reduce_of_one_rank(gpu, compiler, width):
     partial, x = drawn(gpu, dtype, rows, width), drawn(gpu, dtype, rows, width, seed=1)
     weight = drawn(gpu, dtype, width, seed=2)
 
-    def together(apart):
+    def run(fused):
         residual, out, total = x.copy(), cupy.empty_like(x), cupy.empty_like(x)
-        if apart:
+        if fused:
+            reduce.add_and_norm(partial, residual, weight, out, EPS)
+        else:
             reduce(partial, total)
             RmsNorm(compiler)(residual, weight, out, EPS, total)
-        else:
-            reduce.add_and_norm(partial, residual, weight, out, EPS)
         return cupy.stack([residual, out])
 
-    found, expected = (same_each_time(gpu, lambda apart=apart: together(apart)) for apart in (False, True))
+    found, expected = (same_each_time(gpu, lambda fused=fused: run(fused)) for fused in (True, False))
     np.testing.assert_array_equal(found[0], expected[0])
-    assert_twins(found[1], expected[1])
+    assert_nearly_equal(found[1], expected[1])
     assert int(missing[0]) == 0

@@ -1,6 +1,6 @@
-"""How a real GPU's tensor cores add up: bit for bit as the model in `sums`, and within the bound of `check`.
+"""Tests that a real GPU's tensor cores sum like the model in `sums`, and within the bound of `check`.
 
-The errors are printed: run this file with `-s` to see them.
+The tests print the errors; run this file with `-s` to see them.
 """
 
 import ml_dtypes
@@ -33,8 +33,8 @@ def compiler_of(gpu):
 
 
 @pytest.mark.parametrize(("width", "spread"), [(16, 0), (16, 9), (32, 0), (576, 0), (576, 9), (4096, 0)])
-def test_mma_adds_up_as_the_model_does(half_gpu, width, spread):
-    """If not, the message says which other model fits."""
+def test_mma_agrees_with_the_model(half_gpu, width, spread):
+    """Compare the bits; if they differ, the message says which other model fits."""
     a, b = numbers(half_gpu.dtype, width, spread, blocks=8)
     on_gpu, out = [half_gpu.from_host(x) for x in (a, b)], half_gpu.cupy.empty((len(a), COLUMNS), np.float32)
     mma_chain(compiler_of(half_gpu), *on_gpu, out)
@@ -55,7 +55,7 @@ def capability(gpu):
 @pytest.mark.parametrize("width", [64, 128, 576, 4096])
 @pytest.mark.parametrize("tokens", [1, 7, 64])
 def test_float32_results_are_within_the_bound(half_gpu, width, tokens):
-    """By cuBLAS, in shapes of prompts and of scores, and by the kernel of a decoding step."""
+    """Check products by cuBLAS, in the shapes of prompts and scores, and by the kernel of a decode pass."""
     from minitp.cuda.kernels.linear import Linear
 
     rng, dtype = np.random.default_rng([width, tokens]), half_gpu.dtype
@@ -85,7 +85,7 @@ def test_float32_results_are_within_the_bound(half_gpu, width, tokens):
 
 
 def test_a_result_in_16_bits_is_within_the_bound_of_a_cpu(half_gpu):
-    """With 14336 terms, all of one sign, which is where the way of adding up shows most."""
+    """Check sums of 14336 terms of one sign, whose errors depend most on how they are summed."""
     rng, dtype = np.random.default_rng(0), half_gpu.dtype
     x = np.abs(rng.standard_normal((7, 14336))).astype(dtype)
     w = (np.abs(rng.standard_normal((256, 14336))) / 120).astype(dtype)

@@ -1,7 +1,7 @@
-"""The kernels of a model, each a .cu with a Python file of the same name, compiled for the model's shapes.
+"""The kernels of a model, compiled for its shapes; each is a .cu file with a Python file of the same name.
 
-A token:        begin_decode, linear (all products), attention_decode, sample; with several ranks all_reduce
-A prompt:       rms_norm, cache_write, attention_prefill, swiglu
+Decode:         begin_decode, linear (all products), attention_decode, sample; with several ranks all_reduce
+Prefill:        rms_norm, cache_write, attention_prefill, swiglu
 Several ranks:  join_columns, which puts gathered logits side by side
 bench:          read_memory
 """
@@ -21,17 +21,17 @@ from minitp.cuda.kernels.swiglu import Swiglu
 
 
 class Kernels:
-    """The kernels of one rank's model, compiled, or found in CuPy's cache.
+    """The kernels of one rank's model, compiled or loaded from CuPy's cache.
 
-    Those of a prompt are compiled here, while nobody waits for this rank; those of a decoding step depend on
-    the batch, see `DecodeGraph`.
+    The kernels of a prefill are compiled in the constructor, while no other rank waits for this one. Those of
+    a decode pass depend on the batch; `DecodeGraph` compiles them.
 
     Parameters
     ----------
     model : Model
-        On a GPU, of a 16-bit dtype.
+        A model on a GPU, of a 16-bit dtype.
     compiler : Compiler, optional
-        Another than for this model's GPU and dtype.
+        A replacement for the compiler of this model's GPU and dtype.
     """
 
     def __init__(self, model, compiler=None):
@@ -51,18 +51,18 @@ class Kernels:
         return Sample(self.compiler)
 
     def begin_decode(self, block_size):
-        """For caches of such blocks."""
+        """Return a BeginDecode for caches with blocks of `block_size` positions."""
         return BeginDecode(self.compiler, block_size, self._model.vocab_start)
 
     def attention_prefill(self, block_size):
-        """For caches of such blocks."""
+        """Return an AttentionPrefill for caches with blocks of `block_size` positions."""
         m = self._model
         return AttentionPrefill(
             self.compiler, self._cupy, m.query_groups, m.config.head_dim, block_size, m.config.windows[0]
         )
 
     def attention_decode(self, block_size, batch, max_context):
-        """For caches of such blocks; it has memory of its own, for so many sequences of such lengths."""
+        """Return an AttentionDecode for up to `batch` sequences of `max_context` tokens."""
         m, device = self._model, self._cupy.cuda.Device()
         return AttentionDecode(
             self.compiler,

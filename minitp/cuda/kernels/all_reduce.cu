@@ -1,32 +1,32 @@
-// all_reduce: the sum over all ranks of a host, the twin of comm.base._sum_in_rank_order, through memory that all
-// their GPUs can see. all_reduce_norm: the same, then the bias, the residual addition and ops.rms_norm.
+// all_reduce: the sum over all ranks of a host, through memory that all their GPUs can read; the counterpart of
+// comm.base._sum_in_rank_order. all_reduce_norm: the same, then the bias, the residual addition and ops.rms_norm.
 //
 //   rank 0's region             rank 1's region
 //   +-------+-------+-------+   +-------+-------+-------+
 //   | slot  | slot  | flags |   | slot  | slot  | flags |    slots Half [2, max_rows, width]
 //   +-------+-------+-------+   +-------+-------+-------+    flags unsigned long long [max_rows, RANKS]
 //
-// A block takes a row (the norm needs all of it), and a thread 8 columns of it, in registers from the first
-// load to the last store. In the n-th call of its block each rank writes its row into slot n mod 2 of its own
-// region, then n into its flag in every region, waits until all flags in its own have reached n, and reads
-// the row from all slots. Why two slots in turn are enough is told in shared_memory.py. A row's place and
-// flags are its block's alone, so blocks need not wait for each other. The device counts n, so that a
-// captured graph can be replayed.
+// A block computes one row, because the norm needs all of it, and a thread 8 of its columns, which stay in
+// registers from the first load to the last store. In its n-th call, a block writes its row into slot n mod 2 of
+// its own rank's region and then n into its flag in every region. It waits until all flags in its own region have
+// reached n, and reads the row from all regions. shared_memory.py explains why two alternating slots are enough.
+// Each block uses only the slots and flags of its own row, so blocks need not wait for each other. The GPU counts
+// n, so that a captured graph can be replayed.
 //
-//   partial, out, residual, normed Half [rows, width]     a block for each row
+//   partial, out, residual, normed Half [rows, width]      one block per row
 //   bias (may be null), weight Half [width]
-//   regions unsigned long long [RANKS]                     their addresses, as this rank's GPU sees them
-//   calls unsigned long long [max_rows]                    of each block so far; as the flags 0 at the start
-//   missing int [1]                                        0, or 1 + the rank that was waited for in vain
-// width is a multiple of 8, at most 8 * blockDim.x. After patience_ns a wait ends: `missing` then tells for
-// whom, and all later calls return at once. What they should have written is not.
+//   regions unsigned long long [RANKS]                     the regions' addresses on this rank's GPU
+//   calls unsigned long long [max_rows]                    calls of each block so far; 0 at first, as are the flags
+//   missing int [1]                                        0, or 1 + the rank that did not arrive in time
+// width is a multiple of 8, at most 8 * blockDim.x. A wait ends after patience_ns: it sets `missing`, and then
+// this call and all later ones return at once without writing their results.
 //
-// A call reads RANKS - 1 rows of 2 * width bytes over the links. All these loads are in flight together, and
-// flags are pushed to where they are polled, so a call takes two crossings: one flag, and one load.
+// A call reads RANKS - 1 rows of 2 * width bytes over the links. All these loads are in flight together, and each
+// flag is written to the memory where it is polled, so a call takes two crossings: one flag and one load.
 
 #include "common.h"
 
-struct Place {  // of this block's row and flags
+struct Place {  // the location of this block's row and flags
     const unsigned long long *regions;
     int max_rows, width;
 
@@ -40,8 +40,8 @@ struct Place {  // of this block's row and flags
     }
 };
 
-// Shows this rank's row to the others and waits for theirs, which then are at `rows`. False, on all threads,
-// if one did not come.
+// Shows this rank's row to the other ranks and waits for theirs, which are then at `rows`. Returns false, on all
+// threads, if a rank did not arrive.
 __device__ inline bool exchange(Place place, const Half *partial, const Half8 *(&rows)[RANKS],
                                 unsigned long long *calls, int *missing, int rank, long long patience_ns) {
     const int i = threadIdx.x;
@@ -52,20 +52,22 @@ __device__ inline bool exchange(Place place, const Half *partial, const Half8 *(
 
     const long long start = static_cast<long long>(blockIdx.x) * place.width;
     if (i < place.width / 8) place.row(rank, slot)[i] = reinterpret_cast<const Half8 *>(partial + start)[i];
-    __syncthreads();  // the whole row is written before any flag says so
+    __syncthreads();  // the whole row is written before any flag is set
     if (i < RANKS) store_release(place.flag(i, rank), number);
-    __syncwarp();  // all ranks are told before any is waited for
-    bool came = true;
+    __syncwarp();  // all flags are set before the waiting begins
+    bool arrived = true;
     if (i < RANKS) {
         const long long begun = nanoseconds();
-        while (came && load_acquire(place.flag(rank, i)) < number) came = nanoseconds() - begun < patience_ns;
-        if (!came) *missing = 1 + i;
+        while (arrived && load_acquire(place.flag(rank, i)) < number) {
+            arrived = nanoseconds() - begun < patience_ns;
+        }
+        if (!arrived) *missing = 1 + i;
     }
     if (i == 0) calls[blockIdx.x] = number;
-    return !__syncthreads_or(!came);
+    return !__syncthreads_or(!arrived);
 }
 
-// 8 columns of the sum. In rank order, so that it is the same bits on all ranks.
+// Returns 8 columns of the sum, added in rank order, so that all ranks get the same bits.
 __device__ inline Half8 sum_of(const Half8 *const (&rows)[RANKS]) {
     Half8 terms[RANKS], sum;
 #pragma unroll
@@ -104,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(1024) all_reduce_norm(const Half *p
     const bool mine = i < width / 8;
     const long long row = static_cast<long long>(blockIdx.x) * width;
     Half8 *const residual8 = reinterpret_cast<Half8 *>(residual + row);
-    // Before the wait, so that they are here when it ends.
+    // Loaded before the wait, which hides the time of these loads.
     Half8 x = mine ? residual8[i] : Half8{};
     const Half8 weights = mine ? reinterpret_cast<const Half8 *>(weight)[i] : Half8{};
 

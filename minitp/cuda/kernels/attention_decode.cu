@@ -1,46 +1,47 @@
-// attention_decode: one query token of each of B sequences; the twin of ops.attention_scores, ops.softmax and
-// ops.attention_context, over a paged cache. Split over the keys (flash-decoding, Dao et al., 2023).
+// attention_decode: attention of one query token of each of B sequences over a paged cache; the counterpart of
+// ops.attention_scores, ops.softmax and ops.attention_context. Split over the keys (flash-decoding, Dao et al.,
+// 2023).
 //
 //   q             [B, H, d]           d = HEAD_DIM, a multiple of 8
-//   k_cache       [K, slots, d]       of one layer; v_cache alike. Key p of sequence b is row
+//   k_cache       [K, slots, d]       keys of one layer; v_cache alike. Key p of sequence b is in slot
 //   block_table   [B, max_blocks]         block_table[b][p / BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
-//   lengths       [B]                 keys of each sequence, this step's own included; 0: out gets zeros
+//   lengths       [B]                 number of keys of each sequence, the new one included; 0: out becomes zeros
 //   group_starts  [K + 1]             query heads group_starts[j] .. group_starts[j + 1] - 1 read KV head j
-//   out           [B, out_stride]     of which the first H * d columns are written
-//   partials      [B, K * pieces, splits] of Part; not used by a grid of one split
-//   counters      [B, K * pieces]     zeros, and zeros again afterwards
+//   out           [B, out_stride]     the first H * d columns are written
+//   partials      [B, K * pieces, splits] of Part; not used if there is one split
+//   counters      [B, K * pieces]     zeros before a launch, and zeros again after it
 //
-// The grid is (splits, K * pieces, B): `pieces` runs of 8 query heads make up the largest group. A split
-// takes a run of the keys that the sequence sees (the last `window`, or all if that is 0), its warps take
-// tiles of 16 by turns, and whoever is last of the splits adds up what all have found, in their order: one
-// launch, and always the same bits. Lengths are read here, so the same grid serves them all; splits that a
-// short sequence has no keys for leave at once.
+// The grid is (splits, K * pieces, B), with enough pieces of 8 query heads for the largest group. The keys that
+// the sequence attends to (the last `window`, or all if that is 0) are divided into runs, one per split. The warps
+// of a split take turns at tiles of 16 keys. The split that finishes last combines the results of all splits, in a
+// fixed order. So there is one launch, and it always gives the same bits. Lengths are read on the GPU, so the same
+// grid serves all lengths; splits without keys return at once.
 //
-// Each key and value is read once, for all heads of a group, straight into the registers that the tensor
-// cores take it from: 4 d bytes a key and KV head, and nothing else of that size. A sum over d may go in any
-// order, and so may the rows of a product. So lane l, with g = l / 4 and t = l % 4, loads 16 bytes at once:
-//   of key g, and g + 8, the 8 elements from 8 t on of each 32, which two products over 16 "d" want of it if
-//   the query is loaded alike;
-//   of the values of keys 2t, 2t+1, 2t+8 and 2t+9 the 8 elements from 8 g on of each 64, which are its rows g
-//   and g + 8 of four products.
-// With d = 128 a lane has 16 such loads in flight, a warp 8 KiB.
+// Each key and value is read once for all heads of a group, directly into the registers that feed the tensor
+// cores: 4 d bytes per key and KV head, and nothing else of that size. A sum over d may be in any order, and so
+// may the rows of a product. So lane l, with g = l / 4 and t = l % 4, loads 16 bytes at once:
+//   of keys g and g + 8, the 8 elements from 8 t on of each 32, which are this lane's operands of two products
+//   over 16 columns if the query is loaded the same way;
+//   of the values of keys 2t, 2t+1, 2t+8 and 2t+9, the 8 elements from 8 g on of each 64, which are this lane's
+//   rows g and g + 8 of four products.
+// With d = 128 a lane has 16 such loads in flight, and a warp 8 KiB.
 //
 //   scores [8 heads, 16 keys] = query @ keys.T         context.T [d, 8 heads] += values.T @ weights.T
 //
-// where the scores come out in the lanes that the weights are wanted in. The explicit operation rounds the
-// probabilities to 16 bits; here it is exp(score - the largest so far), and their sum divides at the end.
+// Each score ends up in the lane that needs its weight for the second product. The explicit operation rounds the
+// probabilities to 16 bits; this kernel rounds exp(score - the largest so far), and divides by the sum at the end.
 
 #include "common.h"
 
 constexpr int WARPS = 4, TILE = 16, HEADS = 8;
 constexpr int KEY_CHUNKS = (HEAD_DIM + 31) / 32, VALUE_CHUNKS = (HEAD_DIM + 63) / 64;
 
-struct alignas(16) Part {  // what some of the keys say
-    float max[HEADS], sum[HEADS];  // of the scores; of exp(score - max)
-    float context[HEADS][HEAD_DIM];  // sum of exp(score - max) * value
+struct alignas(16) Part {  // attention over some of the keys
+    float max[HEADS], sum[HEADS];  // the largest score; the sum of exp(score - max)
+    float context[HEADS][HEAD_DIM];  // the sum of exp(score - max) * value
 };
 
-// The part of all keys, 4 columns of a head's context; its max and sum too.
+// Combines n parts: returns 4 columns of a head's context, and sets its max and sum.
 __device__ inline float4 merged(const Part *parts, int n, int head, int column, float &max, float &sum) {
     max = parts[0].max[head];
     for (int i = 1; i < n; i++) max = fmaxf(max, parts[i].max[head]);
@@ -48,7 +49,7 @@ __device__ inline float4 merged(const Part *parts, int n, int head, int column, 
     float4 context = {0, 0, 0, 0};
 #pragma unroll 4
     for (int i = 0; i < n; i++) {
-        const float weight = __expf(parts[i].max[head] - max);  // 0 of a part without keys
+        const float weight = __expf(parts[i].max[head] - max);  // 0 for a part without keys
         const float4 more = *reinterpret_cast<const float4 *>(&parts[i].context[head][column]);
         sum += weight * parts[i].sum[head];
         context.x += weight * more.x;
@@ -79,11 +80,11 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     if (heads <= 0) return;
     Half *const my_out = out + static_cast<long long>(sequence) * out_stride + first_head * HEAD_DIM;
 
-    // The tiles of this split, among those from the first visible key on.
+    // This split's tiles, counted from the first visible key.
     const int length = lengths[sequence];
     const int first_key = window > 0 ? max(0, length - window) : 0;
     const int tiles = (length - first_key + TILE - 1) / TILE;
-    const int splits = min(static_cast<int>(gridDim.x), (tiles + WARPS - 1) / WARPS);  // that have keys
+    const int splits = min(static_cast<int>(gridDim.x), (tiles + WARPS - 1) / WARPS);  // splits that have keys
     if (length == 0 && split == 0) {
         for (int i = threadIdx.x * 4; i < heads * HEAD_DIM; i += blockDim.x * 4) {
             *reinterpret_cast<Half4 *>(my_out + i) = Half4{};
@@ -92,9 +93,9 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     if (split >= splits) return;
     const int begin = tiles * split / splits, end = tiles * (split + 1) / splits;
 
-    // This lane's columns: behind the last come the first again, times zeros or to no purpose.
+    // This lane's columns. Past the last column it loads the first again, which is multiplied by zeros or not used.
     int key_columns[KEY_CHUNKS], value_columns[VALUE_CHUNKS];
-    Half8 query[KEY_CHUNKS];  // of head g
+    Half8 query[KEY_CHUNKS];  // the query of head g
     for (int c = 0; c < KEY_CHUNKS; c++) {
         const int column = 32 * c + 8 * t;
         key_columns[c] = column < HEAD_DIM ? column : 0;
@@ -110,16 +111,16 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     }
     const long long plane = static_cast<long long>(kv_head) * slots * HEAD_DIM;
     const int *const table = block_table + static_cast<long long>(sequence) * max_blocks;
-    const auto slot_of = [=](int tile) {  // of its key lane % 16; behind the last key comes the last again
+    const auto slot_of = [=](int tile) {  // slot of the tile's key lane % 16, or of the last key if there is none
         const int key = min(first_key + tile * TILE + lane % TILE, length - 1);
         return table[key / BLOCK_SIZE] * BLOCK_SIZE + key % BLOCK_SIZE;
     };
 
-    float max = MINUS_INFINITY, sum = 0;  // of head g; the sum of this lane's keys only
-    float context[VALUE_CHUNKS][4][4] = {};  // element 2j + i/2 of this lane's 8, head 2t + i%2: at [j][i]
+    float max = MINUS_INFINITY, sum = 0;  // for head g; the sum is over this lane's keys only
+    float context[VALUE_CHUNKS][4][4] = {};  // [j][i] is element 2j + i/2 of this lane's 8, head 2t + i%2
     int slot = slot_of(begin + warp);
     for (int tile = begin + warp; tile < end; tile += WARPS) {
-        const int next_slot = slot_of(tile + WARPS);  // read early: the next loads wait for it
+        const int next_slot = slot_of(tile + WARPS);  // read early, because the next loads depend on it
         Half8 keys[2][KEY_CHUNKS], values[VALUE_CHUNKS][4];
         for (int half = 0; half < 2; half++) {
             const long long row = __shfl_sync(ALL_LANES, slot, 8 * half + g);
@@ -137,9 +138,9 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
                 }
             }
         };
-        if (HEAD_DIM <= 128) load_values();  // in flight with the keys, if the registers have room for both
+        if (HEAD_DIM <= 128) load_values();  // in flight with the keys, if there are registers for both
 
-        float scores[2][4] = {};  // head g, key 8 half + 2t + i: at [half][i], i < 2; heads 8 to 15 are none
+        float scores[2][4] = {};  // [half][i], i < 2, is head g, key 8 half + 2t + i; rows 8 to 15 are not used
         for (int c = 0; c < KEY_CHUNKS; c++) {
             for (int j = 0; j < 8; j += 4) {
                 const Half *const x = &query[c].at[j];
@@ -159,8 +160,8 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
                 new_max = fmaxf(new_max, scores[half][i]);
             }
         }
-        for (int step = 1; step < 4; step *= 2) {
-            new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, step));
+        for (int offset = 1; offset < 4; offset *= 2) {
+            new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, offset));
         }
         const float shrink = __expf(max - new_max);  // a tile has a visible key, so new_max is finite
         max = new_max;
@@ -185,9 +186,9 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
         slot = next_slot;
     }
 
-    for (int step = 1; step < 4; step *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    for (int offset = 1; offset < 4; offset *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
     Part &mine = of_warps[warp];
-    mine.max[g] = max;  // the same on its four lanes
+    mine.max[g] = max;  // the same on the head's four lanes
     mine.sum[g] = sum;
     for (int c = 0; c < VALUE_CHUNKS; c++) {
         const int column = 64 * c + 8 * g;
@@ -214,12 +215,12 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     }
     if (splits == 1) return;
 
-    __threadfence();  // this part before the count, for whoever sees the count
+    __threadfence();  // write this part before the count
     __syncthreads();
     if (threadIdx.x == 0) last = atomicAdd(&counters[at], 1u) == static_cast<unsigned>(splits - 1);
     __syncthreads();
     if (!last) return;
-    __threadfence();  // the count before the other parts
+    __threadfence();  // read the count before the other parts
     for (int i = threadIdx.x * 4; i < heads * HEAD_DIM; i += blockDim.x * 4) {
         const float4 mean = merged(parts, splits, i / HEAD_DIM, i % HEAD_DIM, max, sum);
         write_mean(my_out + i, mean, sum);

@@ -1,35 +1,36 @@
-"""Launches attention_decode.cu, the twin of `ops.attention_scores`, `softmax` and `attention_context`."""
+"""Launch attention_decode.cu: `ops.attention_scores`, `softmax` and `attention_context` for decode."""
 
 from math import ceil
 
 import numpy as np
 
 THREADS = 128
-HEADS = 8  # that a block computes
-KEYS = 64  # what a block's warps take at once: a split of fewer is not worth it
-BLOCKS = 2  # on each processor, of 64 KiB of loads in flight together: three times what the memory asks for
+HEADS = 8  # query heads per block
+KEYS = 64  # keys that a block's warps read at once; a smaller split does not pay
+BLOCKS = 2  # blocks per SM: together 64 KiB of loads in flight, three times what saturates the memory
 
 
 class AttentionDecode:
-    """Attention of one query token of each of some sequences over a paged cache.
+    """Attention of one query token per sequence over a paged cache.
 
-    All memory that it needs is allocated here, and its grid depends on the batch alone: it can be captured.
+    All memory is allocated in the constructor, and the grid depends only on the batch size, so a launch can
+    be captured.
 
     Parameters
     ----------
     compiler : Compiler
     xp : module
     query_groups : list of (start, stop)
-        For each KV head the query heads that read it, in order; ragged, of any size.
+        The query heads that read each KV head, in order; groups may have different sizes.
     head_dim : int
         A multiple of 8, up to 256.
     block_size : int
-        Positions of a block of the cache.
+        Positions per block of the cache.
     max_batch, max_context : int
     processors : int
         Streaming multiprocessors of the GPU.
     window : int or None
-        How many keys a query sees at most, itself included.
+        The most keys that a query attends to, its own included.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class AttentionDecode:
         starts = [start for start, _ in query_groups] + [query_groups[-1][1]]
         self._group_starts = xp.asarray(starts, dtype=np.int32)  # [K + 1]
         self._pieces = ceil(max(stop - start for start, stop in query_groups) / HEADS)
-        self._rows = len(query_groups) * self._pieces  # of the grid
+        self._rows = len(query_groups) * self._pieces  # rows of the grid
         self._window = np.int32(window or 0)
         self._most_splits = ceil(min(max_context, window or max_context) / KEYS)
         self._wanted_blocks = BLOCKS * processors
@@ -58,15 +59,15 @@ class AttentionDecode:
         self._counters = xp.zeros(max_batch * self._rows, dtype=np.uint32)
 
     def splits(self, batch):
-        """Into how many blocks a sequence's keys are split, so that the whole batch fills the GPU."""
+        """Return how many blocks share the keys of a sequence, so that the whole batch fills the GPU."""
         return max(1, min(self._most_splits, ceil(self._wanted_blocks / (batch * self._rows))))
 
     def __call__(self, q, k_cache, v_cache, block_table, lengths, out):
-        """All 16-bit: `q` [B, H, d], `k_cache` and `v_cache` [K, slots, d] of one layer, `out` [B, n].
+        """Write the context of `q` into the first H * d columns of `out`.
 
-        Of `out` the first H * d columns are written; its rows may lie further apart, by a multiple of 4
-        elements. `block_table` is int32 [B, max_blocks]; `lengths` int32 [B] counts this step's own keys
-        too, and where it is 0, `out` becomes zeros and nothing is read.
+        16-bit: `q` [B, H, d], `k_cache` and `v_cache` [K, slots, d] of one layer, `out` [B, n], whose rows
+        are a multiple of 4 elements apart. `block_table` is int32 [B, max_blocks]. `lengths` int32 [B] counts
+        the keys, the new one included; for a length of 0 the row of `out` becomes zeros.
         """
         batch, slots = len(q), k_cache.shape[1]
         stride = out.strides[0] // out.itemsize

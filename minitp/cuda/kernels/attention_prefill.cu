@@ -1,35 +1,35 @@
-// attention_prefill: n new tokens of one sequence; the twin of ops.attention_scores with ops.causal_mask,
-// ops.softmax and ops.attention_context, over a paged cache that has the new keys and values already.
-// (FlashAttention-2: Dao, 2023.)
+// attention_prefill: causal attention of n new tokens of one sequence, over a paged cache that already contains
+// the new keys and values; the counterpart of ops.attention_scores with ops.causal_mask, ops.softmax and
+// ops.attention_context. (FlashAttention-2: Dao, 2023.)
 //
-//   q             [n, q_stride]       of which the first H * d columns are read; d = HEAD_DIM
-//   k_cache       [K, slots, d]       of one layer, d a multiple of 8; v_cache alike. Key p is row
+//   q             [n, q_stride]       the first H * d columns are read; d = HEAD_DIM
+//   k_cache       [K, slots, d]       keys of one layer, d a multiple of 8; v_cache alike. Key p is in slot
 //   block_table   [blocks]                block_table[p / BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
 //   group_starts  [K + 1]             query heads group_starts[j] .. group_starts[j + 1] - 1 read KV head j
-//   out           [n, out_stride]     of which the first H * d columns are written
+//   out           [n, out_stride]     the first H * d columns are written
 //
-// The new tokens have positions past .. past + n - 1. The one at i sees the keys j <= i, and with a window
-// those with i - window < j.
+// The new tokens have positions past .. past + n - 1. The token at i attends to keys j <= i, and with a window
+// only to those with i - window < j.
 //
-// The grid is (tiles, K). A block takes 64 rows of the queries that share a KV head, row r being token r / G
-// and head r % G of its group, so that a key is read once for all of them; a warp takes 16. The block goes
-// over those keys that some of its rows see, a tile of them in shared memory at a time: while the scores are
-// computed the values are on their way, and while the values are added up the next keys. The scores of a row
-// are never all there: see attention_decode.cu, also for the order in which 16 bytes of a row of keys, or of
-// values, are what a lane needs for several products.
+// The grid is (tiles, K). A block computes 64 rows of the queries that share a KV head, and a warp 16 of them.
+// Row r is token r / G and head r % G of the group, so a key is read once for all of them. The block goes over the
+// keys that at least one of its rows attends to, one tile in shared memory at a time. The values are loaded while
+// the scores are computed, and the next keys while the values are added up. The scores of a whole row never exist
+// at once: see attention_decode.cu, also for the order in which 16 bytes of a row of keys or values contain what a
+// lane needs for several products.
 //
 //   scores [16, keys] = query [16, d] @ keys.T       context [16, d] += weights [16, keys] @ values
 //
-// where a lane's scores are in the places that its weights have to be in.
+// A lane's scores are in the positions that the second product needs its weights in.
 
 #include "common.h"
 
 constexpr int WARPS = 4, ROWS = 16 * WARPS;
-constexpr int KEYS = HEAD_DIM <= 128 ? 64 : HEAD_DIM <= 192 ? 32 : 16;  // of a tile; with more it spills
+constexpr int KEYS = HEAD_DIM <= 128 ? 64 : HEAD_DIM <= 192 ? 32 : 16;  // keys per tile; more would spill registers
 constexpr int KEY_CHUNKS = (HEAD_DIM + 31) / 32, VALUE_CHUNKS = (HEAD_DIM + 63) / 64;
 
-// Of a row in shared memory, so that 8 lanes' 16 bytes lie in different banks: of keys, 64 bytes of each of 2
-// neighbouring rows; of values, 32 bytes of each of 4 rows that are 2 apart.
+// Row lengths in shared memory, chosen so that the 16-byte loads of 8 lanes use different banks: for keys, 64 bytes
+// from each of 2 neighboring rows; for values, 32 bytes from each of 4 rows that are 2 apart.
 constexpr int KEY_WIDTH = (HEAD_DIM + 31) / 64 * 64 + 32;
 constexpr int VALUE_WIDTH = HEAD_DIM / 16 * 16 + 8;
 
@@ -42,11 +42,11 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
     const int kv_head = blockIdx.y;
     const int first_head = group_starts[kv_head], group = group_starts[kv_head + 1] - first_head;
     const int rows = tokens * group;
-    const int first_row = (gridDim.x - 1 - blockIdx.x) * ROWS;  // those that see most begin first
+    const int first_row = (gridDim.x - 1 - blockIdx.x) * ROWS;  // rows with the most keys start first
     if (first_row >= rows) return;
     const int last_row = min(first_row + ROWS, rows) - 1;
     const int stop_key = past + last_row / group + 1;
-    const int reach = window > 0 ? window : stop_key;  // of a query, itself included
+    const int reach = window > 0 ? window : stop_key;  // keys per query, its own included
     const int first_key = max(0, past + first_row / group - reach + 1);
 
     const long long plane = static_cast<long long>(kv_head) * slots * HEAD_DIM;
@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
 #pragma unroll 4
         for (int i = threadIdx.x; i < KEYS * (HEAD_DIM / 8); i += blockDim.x) {
             const int row = i / (HEAD_DIM / 8), column = i % (HEAD_DIM / 8) * 8;
-            const int key = min(from + row, stop_key - 1);  // behind the last comes the last again, unseen
+            const int key = min(from + row, stop_key - 1);  // past the last key: the last, masked
             const int slot = block_table[key / BLOCK_SIZE] * BLOCK_SIZE + key % BLOCK_SIZE;
             copy_async(tile + row * width + column,
                        cache + plane + static_cast<long long>(slot) * HEAD_DIM + column);
@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
     };
     copy_tile(k_cache, key_tile[0], KEY_WIDTH, first_key);
 
-    // This lane's rows g and g + 8 of the warp's; behind the last comes the last again, not written.
+    // This lane's rows g and g + 8 of the warp. Past the last row it computes the last again, without writing it.
     int position[2];
     Half8 query[2][KEY_CHUNKS];
     for (int i = 0; i < 2; i++) {
@@ -76,18 +76,18 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
         }
     }
 
-    float max[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {};  // of the rows; the sum of this lane's keys
-    float context[VALUE_CHUNKS][8][4] = {};  // row g + 8i, element j of piece 2t + e of 8: at [j][2i + e]
+    float max[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {};  // per row; the sum is over this lane's keys
+    float context[VALUE_CHUNKS][8][4] = {};  // [j][2i + e] is row g + 8i, element j of piece 2t + e of 8
     for (int tile = first_key; tile < stop_key; tile += KEYS) {
         copies_done();
-        __syncthreads();  // these keys are there, and the values before are done with
+        __syncthreads();  // these keys have arrived, and the previous values are no longer needed
         copy_tile(v_cache, value_tile[0], VALUE_WIDTH, tile);
 
-        float scores[KEYS / 8][4] = {};  // row g + 8i, key 8n + 2t + e of the tile: at [n][2i + e]
+        float scores[KEYS / 8][4] = {};  // [n][2i + e] is row g + 8i, key 8n + 2t + e of the tile
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++) {
             for (int c = 0; c < KEY_CHUNKS; c++) {
-                const int column = 32 * c + 8 * t < HEAD_DIM ? 32 * c + 8 * t : 0;  // else times zeros
+                const int column = 32 * c + 8 * t < HEAD_DIM ? 32 * c + 8 * t : 0;  // else multiplied by zeros
                 const Half8 keys = *reinterpret_cast<const Half8 *>(&key_tile[8 * n + g][column]);
                 for (int j = 0; j < 8; j += 4) {
                     const Half *const x = &query[0][c].at[j], *const y = &query[1][c].at[j];
@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
             }
         }
         copies_done();
-        __syncthreads();  // the values are there, and the keys are done with
+        __syncthreads();  // the values have arrived, and the keys are no longer needed
         if (tile + KEYS < stop_key) copy_tile(k_cache, key_tile[0], KEY_WIDTH, tile + KEYS);
 
         float shrink[2];
@@ -113,10 +113,10 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
                     new_max = fmaxf(new_max, score);
                 }
             }
-            for (int step = 1; step < 4; step *= 2) {
-                new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, step));
+            for (int offset = 1; offset < 4; offset *= 2) {
+                new_max = fmaxf(new_max, __shfl_xor_sync(ALL_LANES, new_max, offset));
             }
-            const float finite = new_max == MINUS_INFINITY ? 0 : new_max;  // a row may see no key of a tile
+            const float finite = new_max == MINUS_INFINITY ? 0 : new_max;  // a row may have no key in a tile
             shrink[i] = __expf(max[i] - finite);
             max[i] = new_max;
             sum[i] *= shrink[i];
@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
     }
 
     for (int i = 0; i < 2; i++) {
-        for (int step = 1; step < 4; step *= 2) sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], step);
+        for (int offset = 1; offset < 4; offset *= 2) sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], offset);
         const float scale = 1 / sum[i];
         const int row = first_row + 16 * warp + g + 8 * i;
         if (row > last_row) continue;

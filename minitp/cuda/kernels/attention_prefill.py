@@ -1,28 +1,28 @@
-"""Launches attention_prefill.cu, the twin of `ops.attention_scores`, `softmax` and `attention_context`."""
+"""Launch attention_prefill.cu: `ops.attention_scores`, `softmax` and `attention_context` for prefill."""
 
 from math import ceil
 
 import numpy as np
 
 THREADS = 128
-ROWS = 64  # of a block: a row is a token's query of one head
+ROWS = 64  # rows per block: a row is one token's query of one head
 
 
 class AttentionPrefill:
-    """Causal attention of the next tokens of one sequence over a paged cache that has them already.
+    """A kernel for causal attention of a sequence's new tokens over a paged cache that already contains them.
 
     Parameters
     ----------
     compiler : Compiler
     xp : module
     query_groups : list of (start, stop)
-        For each KV head the query heads that read it, in order; ragged, of any size.
+        The query heads that read each KV head, in order; groups may have different sizes.
     head_dim : int
         A multiple of 8, up to 256.
     block_size : int
-        Positions of a block of the cache.
+        Positions per block of the cache.
     window : int or None
-        How many keys a query sees at most, itself included.
+        The most keys that a query attends to, its own included.
     """
 
     def __init__(self, compiler, xp, query_groups, head_dim, block_size, window=None):
@@ -34,10 +34,11 @@ class AttentionPrefill:
         self._window = window or 0
 
     def __call__(self, q, k_cache, v_cache, block_table, past, out):
-        """All 16-bit: `q` [n, H * d], `k_cache` and `v_cache` [K, slots, d] of one layer, `out` [n, H * d].
+        """Write the context of `q` into `out`, for tokens at positions past .. past + n - 1.
 
-        The tokens have positions past .. past + n - 1, and `block_table`, int32 [blocks], holds these. Rows
-        of `q` and `out` may be longer, or lie further apart, by a multiple of 8 elements.
+        16-bit: `q` [n, H * d], `k_cache` and `v_cache` [K, slots, d] of one layer, `out` [n, H * d]. The rows
+        of `q` and `out` may be further apart, by a multiple of 8 elements. `block_table`, int32 [blocks],
+        covers all positions up to the last.
         """
         tokens, kv_heads = len(q), len(k_cache)
         strides = [x.strides[0] // x.itemsize for x in (q, out)]

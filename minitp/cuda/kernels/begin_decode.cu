@@ -1,17 +1,17 @@
-// begin_decode: what a decode step of B sequences needs before its first layer; the twin of ops.embed_partial,
-// ops.rope_cos_sin and PagedCache's places. end_decode: every sequence has become a token longer.
+// begin_decode: the work of a decode pass over B sequences before its first layer; the counterpart of
+// ops.embed_partial, ops.rope_cos_sin and PagedCache.slots. end_decode: adds one to every sequence's length.
 //
-// A block takes a sequence b, with p = lengths[b] keys in the cache: its new token's position.
-//   token, lengths int [B]                  lengths -1: a row that pads the batch to the size of a graph
-//   block_table int [B, max_blocks]         with a place for position p, which the host sees to
+// A block handles one sequence b. It has p = lengths[b] keys in the cache, so p is its new token's position.
+//   token, lengths int [B]                  length -1: a row that pads the batch to the size of a graph
+//   block_table int [B, max_blocks]         must have a block for position p; the host allocates it
 //   inverse_frequencies float [half_dim]    half_dim is d / 2
-//   table [rows, stride]                    this rank's rows of the embedding, the first is token `first_row`
-//   x [B, width]                            the token's row, zeros if another rank holds it or for padding
-//   slot int [B]                            the row of the cache that the new key goes to; -1 for padding
-//   cosines, sines float [B, half_dim]      of the angles of position p; of position 0 for padding
-//   seen int [B]                            keys that attention reads, the new one included; 0 for padding
-// width and stride are multiples of 8. Reads little (a row of the table), so all of it is in one launch. All
-// that changes from step to step is on the device, so that a captured graph can be replayed.
+//   table [rows, stride]                    this rank's rows of the embedding; the first is token `first_row`
+//   x [B, width]                            the token's row; zeros if another rank has it, and for padding
+//   slot int [B]                            the cache slot of the new key; -1 for padding
+//   cosines, sines float [B, half_dim]      for the angles of position p; of position 0 for padding
+//   seen int [B]                            number of keys that attention reads, the new one included; 0 for padding
+// width and stride are multiples of 8. All this reads little (a row of the table), so it is a single launch. All that
+// changes from token to token is in GPU memory, so that a captured graph can be replayed.
 
 #include "common.h"
 
@@ -34,7 +34,7 @@ extern "C" __global__ void begin_decode(const int *token, const int *lengths, co
     const float position = padding ? 0 : length;
     for (int i = threadIdx.x; i < half_dim; i += blockDim.x) {
         const float angle = position * inverse_frequencies[i];
-        cosines[sequence * half_dim + i] = cosf(angle);  // the exact ones: an angle may be 100000
+        cosines[sequence * half_dim + i] = cosf(angle);  // not __cosf: an angle may be 100000
         sines[sequence * half_dim + i] = sinf(angle);
     }
 
@@ -46,7 +46,7 @@ extern "C" __global__ void begin_decode(const int *token, const int *lengths, co
     for (int i = threadIdx.x; i < width / 8; i += blockDim.x) x8[i] = here ? load_once(row + i) : Half8{};
 }
 
-// lengths int [B], as above. One thread for a sequence.
+// lengths int [B], as above. One thread per sequence.
 extern "C" __global__ void end_decode(int *lengths, int sequences) {
     const int sequence = blockIdx.x * blockDim.x + threadIdx.x;
     if (sequence < sequences && lengths[sequence] >= 0) lengths[sequence]++;

@@ -1,4 +1,4 @@
-"""Launches begin_decode.cu: what a decode step does before its first layer and after its last."""
+"""Launch begin_decode.cu: the work of a decode pass before its first layer and after its last."""
 
 import numpy as np
 
@@ -6,13 +6,13 @@ THREADS = 256
 
 
 class BeginDecode:
-    """Embed the tokens, and find their angles and their places in the cache, by what is on the device.
+    """A kernel that embeds tokens and computes their RoPE angles and cache slots from data on the GPU.
 
     Parameters
     ----------
     compiler : Compiler
     block_size : int
-        Positions in a block of the paged cache.
+        Positions per block of the paged cache.
     first_row : int
         The token id of the first row of this rank's embedding.
     """
@@ -25,24 +25,24 @@ class BeginDecode:
     def __call__(
         self, token, lengths, block_table, inverse_frequencies, table, x, slot, cosines, sines, seen
     ):
-        """Fills the last five.
+        """Compute the last five arrays from the first five.
 
         Parameters
         ----------
         token : int32 [B]
         lengths : int32 [B]
-            Keys that are in the cache: the positions of the tokens. -1: a row that pads the batch.
+            Number of keys in the cache, which is the position of the new token; -1 for a padding row.
         block_table : int32 [B, max_blocks]
         inverse_frequencies : float32 [d/2]
         table : 16-bit [V_r, D or more]
             This rank's rows of the embedding; their length and D are multiples of 8.
         x : 16-bit [B, D]
-            The embeddings that this rank holds, zeros for other tokens and for padding.
+            The embeddings of the tokens whose rows this rank has, zeros for other tokens and for padding.
         slot : int32 [B]
-            The rows of the cache that the new keys and values go to; -1 for padding.
+            The cache slot for each new key and value; -1 for padding.
         cosines, sines : float32 [B, d/2]
         seen : int32 [B]
-            Keys that attention reads, the new one included; 0 for padding.
+            Number of keys that attention reads, the new one included; 0 for padding.
         """
         sequences, width = x.shape
         rows, stride = table.shape
@@ -52,6 +52,6 @@ class BeginDecode:
         self._begin((sequences,), (THREADS,), (*arrays, *numbers))
 
     def end(self, lengths):
-        """`lengths` int32 [B] += 1, but not for padding."""
+        """Increment `lengths`, int32 [B], except for padding."""
         sequences = len(lengths)
         self._end((-(-sequences // THREADS),), (THREADS,), (lengths, np.int32(sequences)))

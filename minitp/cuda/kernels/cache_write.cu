@@ -1,13 +1,13 @@
-// cache_write: what prefill does between the joined projection and attention; the twin of ops.apply_rope and
-// PagedCache.append.
+// cache_write: the work of prefill between the joined projection and attention; the counterpart of ops.apply_rope
+// and PagedCache.append.
 //
-//   qkv      [n, (H + 2K) d]     all q heads, turned in place, then k, then v; d = HEAD_DIM, a multiple of 8
-//   cos      [n, d / 2]          of each token's angles; sin alike
-//   slots    [n]                 the row of the cache that each token's k and v go to; -1: to none
-//   k_cache  [K, capacity, d]    of one layer; gets k, turned; v_cache alike gets v as it is
+//   qkv      [n, (H + 2K) d]     all q heads, rotated in place, then k, then v; d = HEAD_DIM, a multiple of 8
+//   cos      [n, d / 2]          cosines of each token's angles; sin alike
+//   slots    [n]                 the cache slot for each token's k and v; -1: none
+//   k_cache  [K, capacity, d]    keys of one layer, an output: k rotated; v_cache alike: v unchanged
 //
-// A block takes a token, a thread 4 elements of the first half of a head and the 4 that are turned with them:
-// 8-byte loads, for half a head need not be a multiple of 8 elements.
+// A block handles one token, and a thread 4 elements of the first half of a head together with the 4 elements that
+// they are rotated with. Loads are 8 bytes wide, because half a head need not be a multiple of 8 elements.
 
 #include "common.h"
 

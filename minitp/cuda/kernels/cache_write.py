@@ -1,4 +1,4 @@
-"""Launches cache_write.cu, the twin of `ops.apply_rope` and `PagedCache.append`."""
+"""Launch cache_write.cu, the GPU counterpart of `ops.apply_rope` and `PagedCache.append`."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ THREADS = 256
 
 
 class CacheWrite:
-    """Turns queries and keys by their positions' angles, and puts keys and values into a paged cache.
+    """A kernel that applies RoPE to queries and keys, and writes keys and values to a paged cache.
 
     Parameters
     ----------
@@ -20,10 +20,10 @@ class CacheWrite:
         self._head_dim = head_dim
 
     def __call__(self, qkv, cos, sin, slots, k_cache, v_cache):
-        """`qkv` [n, (H + 2K) d], its q turned in place; `k_cache`, `v_cache` [K, capacity, d]: all 16-bit.
+        """Rotate q in `qkv` in place, and write rotated k, and v, to the caches.
 
-        `cos` and `sin` are float32 [n, d/2], both without signs. `slots` int32 [n] says to which row of the
-        cache each token's keys and values go; -1: to none.
+        16-bit: `qkv` [n, (H + 2K) d], `k_cache` and `v_cache` [K, capacity, d]. `cos` and `sin` are float32
+        [n, d/2], both without signs. `slots` int32 [n] is the cache slot of each token; -1 for none.
         """
         kv_heads, capacity, _ = k_cache.shape
         heads = qkv.shape[1] // self._head_dim - 2 * kv_heads

@@ -1,8 +1,8 @@
-// What all kernels share: 16-bit numbers, sums over a warp and a block, the tensor cores' product.
+// Functions that all kernels share: 16-bit numbers, sums over a warp and a block, the tensor cores' product.
 //
-// Compiled with -DBFLOAT16 for bfloat16, without for float16. No header of CUDA's is needed, so NVRTC compiles
-// this with nothing but itself; tests compile it as C++ with cuda_on_cpu.h in front, which has its own version
-// of what only a GPU can do (the second half of each #ifdef).
+// -DBFLOAT16 selects bfloat16; the default is float16. No CUDA header is included, so NVRTC needs nothing else to
+// compile this. Tests compile it as C++ after cuda_on_cpu.h, which replaces what only a GPU can do (the #else half
+// of the #ifdef below).
 
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
@@ -12,7 +12,7 @@ struct Half {  // a 16-bit float
     unsigned short bits;
 };
 
-struct alignas(16) Half8 {  // what one load takes
+struct alignas(16) Half8 {  // 16 bytes, the most that one load reads
     Half at[8];
 };
 
@@ -22,7 +22,7 @@ struct alignas(8) Half4 {
 
 #ifdef CUDA_ON_CPU
 
-// The linkage of dynamic shared memory differs; see cuda_on_cpu.h.
+// Dynamic shared memory is declared differently; see cuda_on_cpu.h.
 #define DYNAMIC_SHARED(type, name) type *name = reinterpret_cast<type *>(cuda_on_cpu::dynamic_shared())
 
 __device__ inline float to_float(Half x) { return cuda_on_cpu::to_float(x.bits); }
@@ -72,15 +72,15 @@ __device__ inline Half to_half(float x) {  // to nearest, ties to even
     return y;
 }
 
-__device__ inline unsigned pair(Half first, Half second) {  // two neighbours of a matrix as `mma` takes them
+__device__ inline unsigned pair(Half first, Half second) {  // two neighbors in a matrix, packed for `mma`
     unsigned y;
     asm("mov.b32 %0, {%1, %2};" : "=r"(y) : "h"(first.bits), "h"(second.bits));
     return y;
 }
 
-// Weights are read once a step: past L1, so that they push nothing out of it, and into L2 by 128 bytes: in linear.cu
-// a warp takes 64 of them, and the next warp of the block the others. Zero where there is nothing, by a predicate: a
-// `?:` around the load may end in a copy of what it returns, and so in a wait for it.
+// Weights are read once per pass. So this load bypasses L1, where they would evict other data, and fetches 128 bytes
+// into L2: in linear.cu one warp reads 64 of them, and the next warp of the block the others. If `there` is false, the
+// result is zero, by a predicate: a `?:` around the load might become a copy of its result, which waits for the load.
 __device__ inline uint4 load_once(const uint4 *p, bool there) {
     uint4 x = {};
     asm volatile("{\n"
@@ -102,7 +102,7 @@ __device__ inline Half8 load_once(const Half8 *p) {
     return x.halves;
 }
 
-// 16 bytes into shared memory, past the registers; there when this thread's copies are done.
+// Copies 16 bytes to shared memory without using registers; they have arrived after copies_done().
 __device__ inline void copy_async(Half *shared, const Half *global) {
     asm volatile("{\n"
                  ".reg .u64 to;\n"
@@ -113,8 +113,8 @@ __device__ inline void copy_async(Half *shared, const Half *global) {
 
 __device__ inline void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Numbers by which GPUs tell each other: who loads x sees all that this thread, and those it has met at a
-// barrier, wrote before storing it.
+// Store and load of a flag for other GPUs: a thread that loads x sees everything that this thread, and all threads
+// that passed a barrier with it, wrote before storing x.
 __device__ inline void store_release(unsigned long long *p, unsigned long long x) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
 }
@@ -131,9 +131,9 @@ __device__ inline long long nanoseconds() {
     return now;
 }
 
-// c[16, 8] += a[16, 16] @ b[16, 8], of 16-bit numbers in pairs, summed in float32 (PTX ISA, "Matrix Fragments
-// for mma.m16n8k16"). Lane l has g = l / 4 and t = l % 4, and of the matrices
-//   a  [g][2t], [g+8][2t], [g][2t+8], [g+8][2t+8]   and the element right of each
+// Computes c[16, 8] += a[16, 16] @ b[16, 8] of pairs of 16-bit numbers, summed in float32 (PTX ISA, "Matrix Fragments
+// for mma.m16n8k16"). With g = l / 4 and t = l % 4, lane l has these elements:
+//   a  [g][2t], [g+8][2t], [g][2t+8], [g+8][2t+8]   and the element to the right of each
 //   b  [2t][g], [2t+8][g]                           and the element below each
 //   c  [g][2t], [g][2t+1], [g+8][2t], [g+8][2t+1]
 __device__ inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
@@ -149,34 +149,34 @@ __device__ inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned
 
 #endif
 
-// x, rounded to 16 bits and back: where the explicit operation rounds, the kernel does too.
+// Rounds x to 16 bits, where the explicit operation rounds too.
 __device__ inline float rounded(float x) { return to_float(to_half(x)); }
 
-// Turn a pair by its angle, as ops.apply_rope does. Each product is rounded before the sum, which the compiler would
-// otherwise join into one fma: the results have the same bits as those of operations one after the other.
+// Rotates a pair by its angle, like ops.apply_rope. Each product is rounded before the sum, which the compiler would
+// otherwise fuse into one fma, so the results have the same bits as those of separate operations.
 __device__ inline void turn(float &first, float &second, float cosine, float sine) {
-    const float unturned = first;
+    const float original = first;
     first = __fsub_rn(__fmul_rn(first, cosine), __fmul_rn(second, sine));
-    second = __fadd_rn(__fmul_rn(second, cosine), __fmul_rn(unturned, sine));
+    second = __fadd_rn(__fmul_rn(second, cosine), __fmul_rn(original, sine));
 }
 
 template <class Value>
 __device__ inline Value warp_sum(Value x) {  // the same on all lanes
-    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(ALL_LANES, x, offset);
     return x;
 }
 
 __device__ inline float warp_max(float x) {
-    for (int step = WARP / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, offset));
     return x;
 }
 
-// The sum over all threads of a block, the same on all of them. `room` is shared, of 32 values.
+// Returns the sum over all threads of a block, on all of them. `room` is shared memory for 32 values.
 template <class Value>
 __device__ inline Value block_sum(Value x, Value *room) {
     const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     x = warp_sum(x);
-    __syncthreads();  // whoever used the room before has read it
+    __syncthreads();  // all threads have read the room's previous contents
     if (lane == 0) room[threadIdx.x / WARP] = x;
     __syncthreads();
     return warp_sum(lane < warps ? room[lane] : Value(0));

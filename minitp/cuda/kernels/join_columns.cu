@@ -1,7 +1,7 @@
-// join_columns: what is left of an all-gather, the twin of the end of comm.all_gather.
+// join_columns: the last part of an all-gather, which puts the ranks' columns side by side.
 //
-// gathered is [ranks, rows, widest]; of rank r the first ends[r] - ends[r - 1] columns go to columns
-// ends[r - 1] .. ends[r] - 1 of out [rows, stride]. ends is [ranks]. One thread for each element of out.
+// gathered is [ranks, rows, widest]; the first ends[r] - ends[r - 1] columns of rank r go to columns
+// ends[r - 1] .. ends[r] - 1 of out [rows, stride]. ends is [ranks]. One thread per element of out.
 
 #include "common.h"
 

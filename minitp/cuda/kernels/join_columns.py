@@ -1,4 +1,4 @@
-"""Launches join_columns.cu, which ends an all-gather."""
+"""Launch join_columns.cu, the last part of an all-gather."""
 
 from itertools import accumulate
 
@@ -8,14 +8,14 @@ THREADS = 256
 
 
 class JoinColumns:
-    """Puts what ranks have gathered side by side.
+    """A kernel that puts the columns gathered from all ranks side by side.
 
     Parameters
     ----------
     compiler : Compiler
     xp : module
     widths : list of int
-        Each rank's columns.
+        Number of columns of each rank.
     """
 
     def __init__(self, compiler, xp, widths):
@@ -23,7 +23,7 @@ class JoinColumns:
         self._ends, self._columns = xp.asarray(list(accumulate(widths)), dtype=np.int32), sum(widths)
 
     def __call__(self, gathered, out):
-        """`gathered` float32 [ranks, B, widest], of which a rank's own columns come first; `out` [B, n]."""
+        """Join `gathered`, float32 [ranks, B, widest], to `out` [B, n], dropping each rank's padding."""
         ranks, rows, widest = gathered.shape
         numbers = [np.int32(n) for n in (ranks, widest, out.strides[0] // 4)]
         grid = (rows, -(-self._columns // THREADS))

@@ -1,42 +1,42 @@
-// y = x @ weight.T for up to 64 rows of x, on the tensor cores, each kernel with what follows the product:
+// y = x @ weight.T for up to 64 rows of x, on the tensor cores. Each kernel also does what follows the product:
 //
-//     store      out = y + bias                                       twin of ops.column_parallel
+//     store      out = y + bias                                       counterpart of ops.column_parallel
 //     residual   residual += y + bias, in place                       ops.row_parallel and the addition
 //     logits     out = y, in float32                                  ops.logits_partial
 //     swiglu     out = silu(gate) * up of y = [gate | up] + bias      ops.column_parallel and ops.swiglu
 //     qkv        y + bias as heads, RoPE, k and v to the cache        ops.column_parallel and ops.apply_rope
 //
 // x         [tokens, width]    width is a multiple of 8; padding columns are zero in x and in weight
-// weight    [outputs, width]   an output's weights lie behind one another
+// weight    [outputs, width]   each output's weights are contiguous
 // bias      [outputs] or null
-// norm      [width]            with -DNORM: x, one token without padding, is ops.rms_norm'ed first, with this
-//                              weight; every block does so, which for more tokens would take longer than a launch
+// norm      [width]            with -DNORM: x, a single token without padding, goes through ops.rms_norm with this
+//                              weight first. Every block does so; for more tokens, a separate launch is faster
 //
 // Macros: TOKEN_TILES, each of 8 tokens; PAIR_TILES, see below; NORM.
 //
-// Reading the weights, each once, is what takes the time. Rows of weight go in pairs whose outputs are needed
-// together (gate and up; the two that RoPE turns), in tiles of 8 pairs: the 16 rows of a tensor core's
-// product, tokens being its columns. A warp takes each eighth chunk of 32 columns of its rows. Lane (g, t)
-// reads columns 8t .. 8t + 7 of both rows of pair g, a load of 16 bytes each, and has 8 such loads in flight.
-// A tensor core wants a lane to have columns 2t, 2t + 1, 2t + 8 and 2t + 9 of 16, but a sum may take its
-// columns in any order, if x has the same: the lane's first four columns are given for those of one product,
-// the last four for those of the next.
+// The time is spent on reading the weights, each once. Rows of weight are processed in pairs whose outputs are
+// needed together (gate and up, or the two that RoPE rotates), in tiles of 8 pairs. These are the 16 rows of a tensor
+// core's product, and tokens are its columns. A warp reads every eighth chunk of 32 columns of its rows. Lane (g, t)
+// reads columns 8t .. 8t + 7 of both rows of pair g, 16 bytes per load, and has 8 such loads in flight. A tensor core
+// expects columns 2t, 2t + 1, 2t + 8 and 2t + 9 of 16 in a lane. But a sum may take its columns in any order, as long
+// as x has the same order: the lane's first four columns stand for those of one product, the last four for those of
+// the next.
 //
-// A block has PAIR_TILES, and all blocks read all of x, from the L2 cache: tokens / (16 PAIR_TILES) bytes for
-// one of weight. So it is two for many tokens; for few it is one, as there are more blocks to share out then.
-// The 8 warps of a block add up their sums in a fixed order. Neither a warp's columns nor their order depends
-// on the macros, so a token's output is the same bits whatever tokens lie beside it. (So are a norm's: a row is
-// summed here as in rms_norm.cu.)
+// A block has PAIR_TILES tiles, and every block reads all of x from the L2 cache: tokens / (16 PAIR_TILES) bytes per
+// byte of weight. So PAIR_TILES is 2 for many tokens. For few tokens it is 1, so that more blocks share the work. The
+// 8 warps of a block add their sums in a fixed order. Neither a warp's columns nor their order depends on the macros,
+// so a token's output has the same bits whichever other tokens are in the batch. (This includes the norm: a row is
+// summed in the same order as in rms_norm.cu.)
 
 #include "common.h"
 
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
-constexpr int TILE = 8;                     // pairs, and tokens
-constexpr int TOKENS = TILE * TOKEN_TILES;  // at most
-constexpr int COLUMNS = 8;                  // of a load: a uint4, whose words are pairs of columns
-constexpr int NEXT = 32 * WARPS / COLUMNS;  // from a warp's chunk to its next one, in uint4
-constexpr int IN_FLIGHT = 4 / PAIR_TILES;   // chunks, of two loads for each tile of pairs
-constexpr int BLOCKS = TOKEN_TILES <= 2 ? 3 : 8 / TOKEN_TILES;  // of a processor: as registers allow
+constexpr int TILE = 8;                     // pairs, or tokens, per tile
+constexpr int TOKENS = TILE * TOKEN_TILES;  // the most tokens
+constexpr int COLUMNS = 8;                  // columns per load: a uint4, whose words are pairs of columns
+constexpr int NEXT = 32 * WARPS / COLUMNS;  // distance between two chunks of a warp, in uint4
+constexpr int IN_FLIGHT = 4 / PAIR_TILES;   // chunks in flight, with two loads per tile of pairs
+constexpr int BLOCKS = TOKEN_TILES <= 2 ? 3 : 8 / TOKEN_TILES;  // blocks per SM, limited by registers
 
 struct Product {
     const Half *x, *weight, *norm;
@@ -44,11 +44,11 @@ struct Product {
     int tokens, width, outputs;
 };
 
-struct Rows {  // of weight: a pair
+struct Rows {  // a pair of rows of weight
     int first, second;
 };
 
-// x as the product takes it, and how far its rows are apart.
+// The x of the product, after the norm if there is one, and the distance between its rows.
 struct Input {
     const Half *x;
     int stride;
@@ -56,7 +56,7 @@ struct Input {
 
 #ifdef NORM
 
-// ops.rms_norm of the only row, to shared memory.
+// Computes ops.rms_norm of the only row, into shared memory.
 __device__ Input input_of(const Product &p) {
     __shared__ float room[WARP];
     DYNAMIC_SHARED(Half, normed);
@@ -102,14 +102,14 @@ __device__ void multiply(const Product &p, int pairs, RowsOf rows_of, Finish fin
     const int first_pair = blockIdx.x * PAIR_TILES * TILE;
 
     int column = (warp * 4 + t) * COLUMNS;
-    const uint4 *row[PAIR_TILES][2];  // from there; where there is no row, another, whose sums nobody takes
+    const uint4 *row[PAIR_TILES][2];  // from `column` on; a missing row is replaced by another
     for (int tile = 0; tile < PAIR_TILES; tile++) {
         const Rows rows = rows_of(first_pair + tile * TILE + g);
         row[tile][0] = at(p.weight, min(rows.first, p.outputs - 1), p.width, column);
         row[tile][1] = at(p.weight, min(rows.second, p.outputs - 1), p.width, column);
     }
 
-    // A ring of chunks on their way. The first are asked for before the norm, so that memory does not idle.
+    // A ring of chunks in flight. The first ones are requested before the norm, so that memory is not idle.
     uint4 weights[IN_FLIGHT][PAIR_TILES][2];
     const auto load = [&](int chunk, int later) {
         const bool inside = column + (chunk + later) * NEXT * COLUMNS < p.width;
@@ -125,7 +125,7 @@ __device__ void multiply(const Product &p, int pairs, RowsOf rows_of, Finish fin
     const int x_tile = TILE * input.stride / COLUMNS;  // from a row to that of the next tile, in uint4
 
     float sums[PAIR_TILES][TOKEN_TILES][4] = {};
-    while (column - t * COLUMNS < p.width) {  // as often on all lanes
+    while (column - t * COLUMNS < p.width) {  // the same number of times on all lanes
 #pragma unroll
         for (int chunk = 0; chunk < IN_FLIGHT; chunk++) {
             const bool inside = column + chunk * NEXT * COLUMNS < p.width;
@@ -147,7 +147,7 @@ __device__ void multiply(const Product &p, int pairs, RowsOf rows_of, Finish fin
 
 #pragma unroll
     for (int pair_tile = 0; pair_tile < PAIR_TILES; pair_tile++) {
-        if (pair_tile > 0) __syncthreads();  // the sums of the tile before have been read
+        if (pair_tile > 0) __syncthreads();  // the previous tile's sums have been read
 #pragma unroll
         for (int i = 0; i < TOKEN_TILES * 4; i++) {
             const int token = i / 4 * TILE + 2 * t + i % 2;
@@ -185,7 +185,7 @@ __device__ inline float with_bias(float y, const Half *bias, int row) {
     return bias == nullptr ? y : y + to_float(bias[row]);
 }
 
-// out [tokens, outputs], its rows `stride` apart; here and below, what lies between them is not touched.
+// out [tokens, outputs], its rows `stride` apart. No kernel here writes to the gaps between rows.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     store(const Half *x, const Half *weight, const Half *norm, float eps, int tokens, int width, int outputs,
           const Half *bias, Half *out, int stride) {
@@ -193,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     multiply(p, [=](int token, int n, float y) { out[token * stride + n] = to_half(with_bias(y, bias, n)); });
 }
 
-// stream [tokens, outputs], the residual stream, its rows `stride` apart. It may not be x.
+// stream [tokens, outputs], the residual stream, its rows `stride` apart. It must not be x.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     residual(const Half *x, const Half *weight, const Half *norm, float eps, int tokens, int width,
              int outputs, const Half *bias, Half *stream, int stride) {
@@ -226,8 +226,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 }
 
 // weight [(heads + 2 kv_heads) * head_dim, width], q heads first, then k, then v; head_dim is even.
-// q [tokens, heads, head_dim]; k_cache and v_cache [kv_heads, slots, head_dim]; slot [tokens], a token's row
-// in each head of the caches, or -1 to write nothing there; cos and sin [tokens, head_dim / 2].
+// q [tokens, heads, head_dim]; k_cache and v_cache [kv_heads, slots, head_dim]; slot [tokens], each token's slot
+// in the caches, or -1 to write nothing there; cos and sin [tokens, head_dim / 2].
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     qkv(const Half *x, const Half *weight, const Half *norm, float eps, int tokens, int width,
         const Half *bias, Half *q, Half *k_cache, Half *v_cache, const int *slot, const float *cos,

@@ -1,24 +1,24 @@
-"""Launches linear.cu: products of a few rows with a weight matrix, each with what follows it in a layer."""
+"""Launch linear.cu: products of a few rows with a weight matrix, fused with what follows in a layer."""
 
 from functools import cache
 
 import numpy as np
 
 THREADS = 256
-TILE = 8  # pairs of weight rows, and tokens
+TILE = 8  # pairs of weight rows, or tokens, per tile
 MAX_TOKENS = 64
-NORM_BYTES = 96 << 10  # of x, normed, in shared memory: what every GPU since sm_80 can give
+NORM_BYTES = 96 << 10  # shared memory for the normed x, which every GPU since sm_80 has
 
 
 class Linear:
-    """The products of a decoding step.
+    """The products of a decode pass.
 
     `x` is [T, k] with T at most `MAX_TOKENS` and k a multiple of 8; `weight` [n, k], a row for each output;
-    `bias` [n] or None. All are 16-bit, and all but the outputs contiguous. Where a weight matrix has been
-    padded to make k a multiple of 8, the padding columns of `x` must be zero too: an output that is the x of
-    such a matrix is wider than n, and its last columns are left as they are.
+    `bias` [n] or None. All are 16-bit, and all but the outputs contiguous. If a weight matrix has been padded
+    to make k a multiple of 8, the padding columns of `x` must be zero too: an output that becomes the `x` of
+    such a matrix is wider than n, and its last columns are not written.
 
-    `norm`, a (weight [k], eps), has x, which then has no padding, go through `ops.rms_norm` first; see
+    With `norm`, a (weight [k], eps), x goes through `ops.rms_norm` first and must have no padding; see
     `norm_fits`.
 
     Parameters
@@ -28,36 +28,36 @@ class Linear:
 
     def __init__(self, compiler):
         self._compiler = compiler
-        self._kernel = cache(self._compile)  # of this object
+        self._kernel = cache(self._compile)  # one cache per Linear
 
     @staticmethod
     def norm_fits(tokens, width):
-        """Return whether [tokens, width] may be given with a `norm`; else RmsNorm has to run before.
+        """Return whether a product of x [tokens, width] can fuse its norm; if not, RmsNorm must run first.
 
-        Each block norms x for itself. The time of one token's norm is hidden by the first loads of weights,
-        that of more is not: on an H200 a step of 8 tokens of Mistral 7B took 8.2 ms with the norm inside the
-        products and 5.1 ms with it in launches of its own.
+        Each block computes the norm itself. The first loads of weights hide the time of one token's norm, but
+        not that of several: on an H200 a pass over 8 tokens of Mistral 7B took 8.2 ms with fused norms and
+        5.1 ms with separate launches.
         """
         return tokens == 1 and 2 * width <= NORM_BYTES
 
     def store(self, x, weight, out, bias=None, norm=None):
-        """out = x @ weight.T + bias, rounded once; `out` 16-bit [T, n or more]."""
+        """Compute out = x @ weight.T + bias, rounded once; `out` is 16-bit [T, n or more]."""
         outputs = weight.shape[0]
         self._launch("store", _pairs(outputs), x, weight, norm, np.int32(outputs), bias, out, _stride(out))
 
     def residual(self, x, weight, residual, bias=None):
-        """residual += x @ weight.T + bias, rounded after each operation; `residual` 16-bit [T, n or more]."""
+        """Compute residual += x @ weight.T + bias, rounded after each operation; 16-bit [T, n or more]."""
         outputs = weight.shape[0]
         rest = np.int32(outputs), bias, residual, _stride(residual)
         self._launch("residual", _pairs(outputs), x, weight, None, *rest)
 
     def logits(self, x, weight, out, norm=None):
-        """out = x @ weight.T, not rounded; `out` float32 [T, n], may be some columns of an array."""
+        """Compute out = x @ weight.T in float32; `out` [T, n] may be some columns of a wider array."""
         outputs = weight.shape[0]
         self._launch("logits", _pairs(outputs), x, weight, norm, np.int32(outputs), out, _stride(out))
 
     def swiglu(self, x, weight, out, bias=None, norm=None):
-        """out = silu(gate) * up; `weight` [2 F, k], `bias` [2 F], gate first; `out` 16-bit [T, F or more]."""
+        """Compute out = silu(gate) * up, 16-bit [T, F or more]; `weight` is [2 F, k], gate rows first."""
         columns = weight.shape[0] // 2
         self._launch("swiglu", columns, x, weight, norm, np.int32(columns), bias, out, _stride(out))
 
@@ -77,21 +77,21 @@ class Linear:
         bias=None,
         norm=None,
     ):
-        """The queries of a layer, turned by RoPE; its keys, turned, and values go to the cache.
+        """Compute q, k and v of a layer, apply RoPE to q and k, and write k and v to the cache.
 
         Parameters
         ----------
         weight, bias : [(H + 2 K) d, k], [(H + 2 K) d] or None
-            Of all q heads first, then k, then v.
+            The rows of all q heads come first, then k, then v.
         q : 16-bit [T, H, d]
-            The output; d is even.
+            The queries, an output; d is even.
         k_cache, v_cache : 16-bit [K, slots, d]
-            One layer's.
+            The cache of one layer, an output.
         slot : int32 [T]
-            The row of a token in each head of the cache; -1 for one that is just there to fill a batch, and
-            is not to be written.
+            The cache slot of each token; -1 for padding, whose k and v are not written.
         cos, sin : float32 [T, d / 2]
-            Of each token's angles. Half of what `ops.rope_cos_sin` gives: its last columns, without signs.
+            The cosines and sines of each token's angles: the last d / 2 columns of what `ops.rope_cos_sin`
+            returns, whose sines have no signs.
         """
         pairs = (heads + 2 * kv_heads) * head_dim // 2
         sizes = [np.int32(n) for n in (heads, kv_heads, head_dim, k_cache.shape[1])]
@@ -121,10 +121,10 @@ class Linear:
 
 
 def _pairs(outputs):
-    """Outputs without a partner go in tiles of twice as many, half of them as the others' partners."""
+    """Return the number of pairs, in whole tiles, that `outputs` rows form: row j with row j + TILE."""
     return -(-outputs // (2 * TILE)) * TILE
 
 
 def _stride(out):
-    """The elements from a row of `out` [T, n] to the next."""
+    """Return the elements from one row of `out` [T, n] to the next."""
     return np.int32(out.strides[0] // out.itemsize)

@@ -1,11 +1,11 @@
-// read_memory: nothing but loads, as linear.cu makes them, for how fast a GPU's memory can be read.
+// read_memory: measures how fast a GPU's memory can be read, by the same loads as in linear.cu and nothing else.
 //
 //   data  unsigned [gridDim.x * THREADS * LOADS * 4]
-//   out   unsigned [gridDim.x]     for each block the sum, over its loads of 16 bytes, of the xor of their four
-//                                  words: so that no load can be left out
+//   out   unsigned [gridDim.x]     for each block, the sum over its 16-byte loads of the xor of their four words,
+//                                  so that the compiler cannot remove a load
 //
-// A block reads one piece of LOADS times 16 bytes a thread, and makes room for the next: on an H100 that is some
-// 3% faster than blocks that stay and go over several pieces.
+// A block reads a single piece, LOADS times 16 bytes per thread. On an H100 this is about 3% faster than blocks that
+// read several pieces each.
 
 #include "common.h"
 

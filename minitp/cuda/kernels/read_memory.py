@@ -1,20 +1,20 @@
-"""Launches read_memory.cu, which reads memory and does nothing else."""
+"""Launch read_memory.cu, which only reads memory."""
 
 import numpy as np
 
-THREADS, LOADS = 256, 2  # of a block, and of a thread: as in read_memory.cu
-PIECE = THREADS * LOADS * 16  # bytes that a block reads
+THREADS, LOADS = 256, 2  # threads per block and loads per thread, as in read_memory.cu
+PIECE = THREADS * LOADS * 16  # bytes per block
 
 
 class ReadMemory:
-    """Read an array once.
+    """A kernel that reads an array once, to measure the memory's bandwidth.
 
     Parameters
     ----------
     compiler : Compiler
     xp : module
     nbytes : int
-        Of the array, a multiple of PIECE.
+        Size of the array, a multiple of PIECE.
     """
 
     def __init__(self, compiler, xp, nbytes):

@@ -1,8 +1,8 @@
-// rms_norm: the twin of ops.rms_norm, with the residual addition before it.
+// rms_norm: the counterpart of ops.rms_norm, with the residual addition before it.
 //
-// A block takes a row. x and out are [rows, width], weight [width]; width is a multiple of 8. With `addend`,
-// x += addend first (the residual stream, rounded as `x + addend` is), and x is written back; with `bias`
-// [width] too, x += addend + bias, rounded after each addition.
+// A block computes one row. x and out are [rows, width], weight is [width]; width is a multiple of 8. If there is an
+// `addend`, the kernel first computes x += addend (the residual stream, rounded like `x + addend`) and writes x back.
+// With a `bias` [width] too, it computes x += addend + bias, rounded after each addition.
 
 #include "common.h"
 

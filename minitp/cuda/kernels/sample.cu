@@ -1,19 +1,19 @@
-// sample: the twin of sampling.Sampler.choose, and of token_probabilities in it.
+// sample: the counterpart of sampling.Sampler.choose and of token_probabilities, which it calls.
 //
-// A block takes a row of logits, which it reads 4 times 16 bytes a thread in flight.
-//   logits float [B, size], rows `stride` apart, a multiple of 4 (up to 3 behind a row are read, not used)
-//   temperature double [B]     0: greedy, the lowest id among equals; below 0: the token is left as it is
+// A block handles one row of logits; each thread has 4 loads of 16 bytes in flight.
+//   logits float [B, size], rows `stride` apart, a multiple of 4 (up to 3 past a row are read but not used)
+//   temperature double [B]     0: greedy, the lowest id among equals; below 0: the token is left unchanged
 //   top_k int [B]              0: all
 //   top_p double [B]           1 or more: all
 //   draw double [B]            uniform in [0, 1), from the host's generator
 //   token int [B]
 //
-// Greedy is one pass. Else nothing is sorted: the least probable token to keep is found four bits of its key
-// at a time, and the drawn one an eighth of the ids at a time. top_k takes 8 passes, top_p 9, each one more
-// for ties, and the choice 2. Probabilities and their sums are doubles, as on the host, which differs in the
-// order of summation only. No atomics, so a sum is the same at every run: each thread adds to a column of its
-// own in the histogram, 32 KiB in all. A row with NaN or +inf, or of nothing but -inf, gets the greedy
-// choice, in which NaN is above all.
+// Greedy takes one pass over the row. Sampling does not sort: it finds the key of the least probable token to keep
+// four bits at a time, and narrows the ids down to the drawn token by a factor of eight at a time. top_k takes 8
+// passes and top_p 9, plus one each for ties, and the choice takes 2. Probabilities and their sums are doubles, as on
+// the host; only the order of summation differs. There are no atomics, so every run gives the same sums: each thread
+// adds to its own column of the histogram, which has 32 KiB. A row with NaN or +inf, or with only -inf, gets the
+// greedy choice, for which NaN is the largest value.
 
 #include "common.h"
 
@@ -24,12 +24,12 @@ struct Row {
     int size;
 };
 
-struct Room {  // what the threads of a block show each other
+struct Room {  // shared memory of a block
     double histogram[DIGITS][THREADS];
-    double sums[WARP];  // of digits, or of warps
+    double sums[WARP];  // one per digit, or one per warp
 };
 
-// Unsigned numbers in the order of the logits, equal for equal ones.
+// Returns an unsigned number; keys have the order of the logits and are equal for equal logits.
 __device__ inline unsigned key_of(float logit) {
     if (logit != logit) return 0xffffffffu;
     const unsigned bits = __float_as_uint(logit + 0.0f);  // -0 becomes 0
@@ -40,42 +40,42 @@ __device__ inline float logit_of(unsigned key) {
     return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-// The tokens that are left: above a key, and those that tie with it up to an id.
+// The tokens that are kept: those above `key`, and those equal to it with ids up to `last`.
 struct Kept {
     unsigned key;
     int last;
     __device__ bool has(int id, unsigned its) const { return its > key || (its == key && id <= last); }
 };
 
-// Calls use(id, logit) for the ids from start (a multiple of 4) to stop - 1 of which this thread has a share:
-// of their groups of four the first, the (first + step)-th, ..
+// Calls use(id, logit) for this thread's part of the ids from start (a multiple of 4) to stop - 1: in groups of
+// four ids, the groups first, first + stride, first + 2 stride, ..
 template <class Use>
-__device__ inline void visit(Row row, int start, int stop, int first, int step, Use use) {
+__device__ inline void visit(Row row, int start, int stop, int first, int stride, Use use) {
     const float4 *const fours = reinterpret_cast<const float4 *>(row.logits);
     const int end = (stop + 3) / 4;
-    for (int i = start / 4 + first; i < end; i += IN_FLIGHT * step) {
+    for (int i = start / 4 + first; i < end; i += IN_FLIGHT * stride) {
         float4 loaded[IN_FLIGHT];
 #pragma unroll
-        for (int j = 0; j < IN_FLIGHT; j++) loaded[j] = __ldg(fours + min(i + j * step, end - 1));
+        for (int j = 0; j < IN_FLIGHT; j++) loaded[j] = __ldg(fours + min(i + j * stride, end - 1));
 #pragma unroll
         for (int j = 0; j < IN_FLIGHT; j++) {
             const float four[4] = {loaded[j].x, loaded[j].y, loaded[j].z, loaded[j].w};
 #pragma unroll
             for (int k = 0; k < 4; k++) {
-                const int id = 4 * (i + j * step) + k;
+                const int id = 4 * (i + j * stride) + k;
                 if (id < stop) use(id, four[k]);
             }
         }
     }
 }
 
-// The id of the largest logit.
+// Returns the id of the largest logit.
 __device__ inline int best_of(Row row, unsigned long long *room) {
-    unsigned long long best = 0;  // a key, and below it the id so that a lower one is larger
+    unsigned long long best = 0;  // the key, then the inverted id in the low bits, so that the lowest id wins
     visit(row, 0, row.size, threadIdx.x, THREADS, [&](int id, float logit) {
         best = max(best, static_cast<unsigned long long>(key_of(logit)) << 32 | (0xffffffffu - id));
     });
-    for (int step = WARP / 2; step > 0; step /= 2) best = max(best, __shfl_xor_sync(ALL_LANES, best, step));
+    for (int offset = WARP / 2; offset > 0; offset /= 2) best = max(best, __shfl_xor_sync(ALL_LANES, best, offset));
     if (threadIdx.x % WARP == 0) room[threadIdx.x / WARP] = best;
     __syncthreads();
     for (int warp = 0; warp < WARPS; warp++) best = max(best, room[warp]);
@@ -91,15 +91,15 @@ __device__ inline double weight_of_all(Row row, Weigh weigh, Room &room) {
 
 struct Boundary {
     unsigned key;
-    double above;  // what the tokens above it weigh
+    double above;  // total weight of the tokens above the key
 };
 
-// The largest key such that the tokens from it upwards weigh `wanted` or more. (If by rounding they never do,
-// one below all that weigh anything.)
+// Returns the largest key for which the tokens at or above it weigh at least `wanted` in total. If rounding keeps
+// all tokens below `wanted`, the key is below every token with a weight.
 template <class Weigh>
 __device__ inline Boundary boundary_of(Row row, double wanted, Weigh weigh, Room &room) {
     Boundary found = {0, 0};
-    unsigned known = 0;  // the bits of found.key that are
+    unsigned known = 0;  // mask of the bits of found.key that are known
     for (int shift = 32 - DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
         for (int digit = 0; digit < DIGITS; digit++) room.histogram[digit][threadIdx.x] = 0;
         visit(row, 0, row.size, threadIdx.x, THREADS, [&](int id, float logit) {
@@ -123,8 +123,8 @@ __device__ inline Boundary boundary_of(Row row, double wanted, Weigh weigh, Room
     return found;
 }
 
-// The first part at which the sum of the weights exceeds `wanted`; and `wanted` becomes what it has to exceed
-// in that part. If by rounding none does, the last part that weighs anything.
+// Returns the first part at which the running sum of the weights exceeds `wanted`, and reduces `wanted` by the sum
+// before that part. If rounding keeps the sum from exceeding it, returns the last part with a weight.
 __device__ inline int exceeding(double &wanted, int parts, const double *weights) {
     double sum = 0, before = 0;
     int part = 0;
@@ -138,7 +138,7 @@ __device__ inline int exceeding(double &wanted, int parts, const double *weights
     return part;
 }
 
-// The first id at which the sum of the weights of all ids up to it exceeds `wanted`.
+// Returns the first id at which the running sum of the weights exceeds `wanted`.
 template <class Weigh>
 __device__ inline int id_of(Row row, double wanted, Weigh weigh, Room &room) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -150,7 +150,7 @@ __device__ inline int id_of(Row row, double wanted, Weigh weigh, Room &room) {
         visit(row, begin, min(begin + part, stop), lane, WARP,
               [&](int id, float logit) { sum += weigh(id, logit); });
         sum = warp_sum(sum);
-        __syncthreads();  // whoever used the room before has read it
+        __syncthreads();  // all threads have read the room's previous contents
         if (lane == 0) room.sums[warp] = sum;
         __syncthreads();
         start += exceeding(wanted, WARPS, room.sums) * part;
@@ -177,15 +177,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const float *logits
     const bool finite = best - best == 0;
     if (heat > 0 && finite) {
         Kept kept = {0, size - 1};
-        const auto probability = [&](float logit) {  // but for a factor that all have
+        const auto probability = [&](float logit) {  // not normalized
             return exp((static_cast<double>(logit) - best) / heat);
         };
         const auto weigh = [&](int id, float logit) {
             return kept.has(id, key_of(logit)) ? probability(logit) : 0.0;
         };
-        // Of those that tie at a boundary, the lowest ids stay, as many as are needed.
+        // Of the tokens that tie at the boundary, the lowest ids are kept, as many as are needed.
         const auto cut = [&](Boundary boundary, double needed) {
-            if (boundary.key < kept.key) return;  // below all that weigh anything
+            if (boundary.key < kept.key) return;  // below every token with a weight
             const auto ties = [&](int id, float logit) {
                 return key_of(logit) == boundary.key && kept.has(id, boundary.key) ? 1.0 : 0.0;
             };

@@ -1,7 +1,7 @@
-// swiglu: the twin of ops.swiglu, for the many rows of a prefill.
+// swiglu: the counterpart of ops.swiglu, for the many rows of a prefill.
 //
-// gate_up is [rows, 2 columns], the gate columns first; out [rows, stride], stride at least `columns`, and what
-// is beyond them becomes zero. One thread for each element of out.
+// gate_up is [rows, 2 columns], the gate columns first; out is [rows, stride] with stride >= columns, and its extra
+// columns become zero. One thread per element of out.
 
 #include "common.h"
 

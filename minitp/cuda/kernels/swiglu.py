@@ -1,4 +1,4 @@
-"""Launches swiglu.cu, the twin of `ops.swiglu`."""
+"""Launch swiglu.cu, the GPU counterpart of `ops.swiglu`."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ THREADS = 256
 
 
 class Swiglu:
-    """silu(gate) * up, of many rows.
+    """A kernel for silu(gate) * up of many rows.
 
     Parameters
     ----------
@@ -17,7 +17,7 @@ class Swiglu:
         self._kernel = compiler.kernel("swiglu.cu", "swiglu")
 
     def __call__(self, gate_up, out):
-        """16-bit: `gate_up` [T, 2 F_r], gate first; `out` [T, n], n at least F_r: the rest becomes 0."""
+        """Write silu(gate) * up of `gate_up` [T, 2 F_r] to `out` [T, n >= F_r], padded with 0; 16-bit."""
         rows, stride = out.shape
         args = (gate_up, out, np.int32(gate_up.shape[1] // 2), np.int32(stride))
         self._kernel((rows, -(-stride // THREADS)), (THREADS,), args)

@@ -1,11 +1,11 @@
-"""A stand-in for CuPy on a machine without a GPU: a GPU that is a part of this process.
+"""A stand-in for CuPy on a machine without a GPU; its GPU is simulated within the process.
 
-With this folder in front of Python's path, `import cupy` gets NumPy's numbers behind CuPy's interface, as
-much of it as minitp uses: kernels are built and run by `cuda_on_cpu`, a captured graph is the list of its
-launches, NCCL is in `cupy.cuda.nccl`. What CuPy refuses is refused here: NumPy arrays among its own, 16-bit
-products of more than two dimensions, arguments of kernels of the wrong type, blocks and shared memory beyond
-the limits; and what it widens is widened (`types`). New memory is full of NaN and ends at a page that nobody
-may touch. An array does not become a number by itself: there is one way to the host, and that is `asnumpy`.
+With this folder first in Python's path, `import cupy` gets NumPy arrays with as much of CuPy's interface as
+minitp uses. `cuda_on_cpu` builds and runs kernels, a captured graph is the list of its launches, and NCCL is
+in `cupy.cuda.nccl`. Like CuPy, the stand-in refuses NumPy arrays mixed with its own, 16-bit products of more
+than two dimensions, kernel arguments of the wrong type, and blocks and shared memory beyond the limits; and
+it widens dtypes where CuPy does (`types`). New memory is full of NaN and ends at a protected page. Arrays do
+not convert to numbers implicitly: `asnumpy` is the only way to the host.
 """
 
 import builtins
@@ -49,7 +49,7 @@ class ndarray(np.ndarray):
         return _Pointer(self.__array_interface__["data"][0])
 
     def get(self, stream=None):
-        """CuPy makes an array without gaps first, in a `with stream:` of its own."""
+        """Copy to the host; like CuPy, make an array contiguous first in an inner `with stream:`."""
         (stream or cuda.get_current_stream()).finish()
         found = np.array(self)
         if not self.flags.c_contiguous:
@@ -89,7 +89,7 @@ class ndarray(np.ndarray):
         return repr(_bare(self))
 
     def _no_number(self, *_):
-        raise TypeError("an array on the GPU as a number of the host: use to_host")
+        raise TypeError("a GPU array was used as a number on the host: call to_host first")
 
     __bool__ = __int__ = __float__ = __index__ = item = tolist = _no_number
 
@@ -112,13 +112,13 @@ def _wrapped(x):
 
 
 def _operation(name, function, inputs, out=None):
-    """function(*inputs) in the loop that CuPy has for them."""
+    """Compute function(*inputs) with the dtypes of the loop that CuPy would choose."""
     for x in inputs if out is None else (*inputs, out):
         if not isinstance(x, (ndarray, *SCALARS)):
             raise TypeError(f"Unsupported type {type(x)}")
-    taken, made = loop_of(name, inputs)
-    values = [np.asarray(_bare(x)).astype(kind, copy=False) for x, kind in zip(inputs, taken, strict=True)]
-    result = np.asarray(function(*values)).astype(made, copy=False)
+    kinds, result_kind = loop_of(name, inputs)
+    values = [np.asarray(_bare(x)).astype(kind, copy=False) for x, kind in zip(inputs, kinds, strict=True)]
+    result = np.asarray(function(*values)).astype(result_kind, copy=False)
     if out is None:
         return _wrapped(result)
     np.copyto(_bare(out), result, casting="same_kind")
@@ -126,19 +126,19 @@ def _operation(name, function, inputs, out=None):
 
 
 class _MemoryPool:
-    """Bytes that arrays have now, and that they have had at most since blocks were last freed."""
+    """A count of the bytes in use by arrays, and of their peak since blocks were last freed."""
 
     def __init__(self):
         self._used = self._most = 0
-        self._lock = threading.RLock()  # the end of an array may come anywhere
+        self._lock = threading.RLock()  # an array may be finalized at any time
 
-    def took(self, room, nbytes):
+    def allocate(self, room, nbytes):
         with self._lock:
             self._used += nbytes
             self._most = builtins.max(self._most, self._used)
-        weakref.finalize(room, self._gave, nbytes)
+        weakref.finalize(room, self._free, nbytes)
 
-    def _gave(self, nbytes):
+    def _free(self, nbytes):
         with self._lock:
             self._used -= nbytes
 
@@ -160,10 +160,10 @@ def get_default_memory_pool():
 
 
 def _memory(nbytes):
-    """Zeroed bytes that end, but for 15, where a forbidden page begins."""
+    """Return zeroed bytes that end where a protected page begins, or at most 15 bytes before it."""
     size = -(-builtins.max(nbytes, 1) // PAGE) * PAGE
     room = mmap.mmap(-1, size + PAGE)
-    _pool.took(room, nbytes)
+    _pool.allocate(room, nbytes)
     whole = np.frombuffer(room, np.uint8)
     LIBC.mprotect(ctypes.c_void_p(whole.ctypes.data + size), ctypes.c_size_t(PAGE), 0)
     _rooms[whole.ctypes.data] = room
@@ -171,11 +171,11 @@ def _memory(nbytes):
     return whole[start : start + nbytes]
 
 
-_rooms = weakref.WeakValueDictionary()  # by their address
+_rooms = weakref.WeakValueDictionary()  # address -> memory map
 
 
 def memory_at(pointer):
-    """What has to be kept so that the memory at a pointer is not given back; None if it is not an array's."""
+    """Return the object that keeps the memory at a pointer alive, or None if no array has that memory."""
     for start, room in list(_rooms.items()):
         if start <= pointer < start + len(room):
             return room
@@ -234,13 +234,13 @@ def copyto(dst, src, where=True):
 
 
 def matmul(a, b, out=None, dtype=None):
-    """As CuPy 14: of 16-bit numbers only two dimensions, and into 16 bits."""
+    """Multiply like CuPy 14, which supports only two-dimensional 16-bit matrices with 16-bit results."""
     if a.dtype != b.dtype:
         raise ValueError("Not supported dtype combination.")
     if a.dtype.itemsize == 2 and (dtype not in (None, a.dtype) or builtins.max(a.ndim, b.ndim) > 2):
         raise ValueError("Not supported dtype combination.")
     if out is not None:
-        raise TypeError("the stand-in has no `out` here")
+        raise TypeError("the stand-in's matmul does not support `out`")
     return _wrapped(np.matmul(_bare(a), _bare(b), dtype=np.float32).astype(a.dtype))
 
 
@@ -248,7 +248,7 @@ def _reduction(name):
     function = getattr(np, name)
 
     def reduced(a, axis=None, keepdims=False):
-        def wide(values):  # 16-bit numbers are added up in float32
+        def wide(values):  # 16-bit numbers are summed in float32
             values = values.astype(np.float32) if name == "sum" and values.dtype.itemsize == 2 else values
             return function(values, axis=axis, keepdims=keepdims)
 
@@ -262,7 +262,7 @@ def _elementwise(name):
 
 
 def _forwarded(name):
-    """Functions that make arrays or move their numbers, whatever dtype those have."""
+    """Return a function that creates arrays or moves their elements, for any dtype."""
 
     def call(*args, **kwargs):
         kwargs = {key: _bare(value) for key, value in kwargs.items()}
@@ -290,7 +290,7 @@ class lib:
 
 
 class RawModule:
-    """Kernels from a text, as NVRTC would compile them."""
+    """A module of kernels compiled from a text, as NVRTC would do."""
 
     def __init__(self, code, options=(), backend="nvrtc"):
         if backend != "nvrtc":
@@ -302,7 +302,7 @@ class RawModule:
 
 
 class _Function:
-    """A kernel with CuPy's way of being launched and a GPU's limits."""
+    """A kernel that is launched like CuPy's, with a GPU's limits."""
 
     def __init__(self, kernel):
         self._kernel = kernel
@@ -319,7 +319,7 @@ class _Function:
             raise ValueError(f"{self._kernel.name}: {shared_mem} bytes of shared memory")
         for arg in args:
             if arg is None:
-                raise TypeError(f"{self._kernel.name}: None, which CuPy passes as no argument: a crash")
+                raise TypeError(f"{self._kernel.name}: CuPy would drop the argument None, and crash")
             if isinstance(arg, np.ndarray) and not isinstance(arg, ndarray):
                 raise TypeError(f"Unsupported type {type(arg)}")
         self._kernel.max_dynamic_shared_size_bytes = self.max_dynamic_shared_size_bytes

@@ -1,8 +1,8 @@
-"""Which loop of an operation CuPy runs for which dtypes, by CuPy's own tables: `types.json`.
+"""The loop that CuPy runs for an operation and dtypes, according to CuPy's own tables in `types.json`.
 
-CuPy tries an operation's loops in their order and takes the first to whose inputs those at hand can be cast
-without loss. So where there is none for bfloat16 it widens to float32, and says nothing. Python's numbers
-take the dtype of the arrays that they meet.
+CuPy tries an operation's loops in order and uses the first one that the inputs can be cast to without loss.
+So if there is no loop for bfloat16, it silently widens to float32. Python numbers take the dtype of the
+arrays they are combined with.
 """
 
 import json
@@ -17,19 +17,19 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def loop_of(name, inputs):
-    """The dtypes that an operation on these arrays and Python numbers takes, and the one that it gives."""
+    """Return the input dtypes and the result dtype of an operation on these arrays and Python numbers."""
     name = OTHER_NAMES.get(name, name)
     kinds = weakly_typed(inputs)
     for loop in TABLES[name]:
-        taken, made = loop.split("->")
-        taken = [dtype_of(char) for char in taken]
-        if all(np.can_cast(kind, one) for kind, one in zip(kinds, taken, strict=True)):
-            return taken, dtype_of(made)
+        loop_inputs, result = loop.split("->")
+        loop_kinds = [dtype_of(char) for char in loop_inputs]
+        if all(np.can_cast(kind, loop_kind) for kind, loop_kind in zip(kinds, loop_kinds, strict=True)):
+            return loop_kinds, dtype_of(result)
     raise TypeError(f"cupy.{name} has no loop for {', '.join(map(str, kinds))}")
 
 
 def weakly_typed(inputs):
-    """The dtype of each input; a Python number's is that of the arrays, if one of them is of its kind."""
+    """Return the dtype of each input; a Python number takes the arrays' dtype if that can represent it."""
     arrays = [x.dtype for x in inputs if hasattr(x, "dtype")]
     common = np.result_type(*[kind for kind in arrays if kind != np.bool_] or arrays) if arrays else None
     return [x.dtype if hasattr(x, "dtype") else number_dtype(x, common) for x in inputs]

@@ -1,4 +1,4 @@
-"""all_reduce.cu, its body run on the CPU: ranks are processes, their regions memory that all of them see."""
+"""Tests of all_reduce.cu, run on the CPU: ranks are processes, and their regions are shared memory."""
 
 import mmap
 import multiprocessing
@@ -18,7 +18,7 @@ EPS = 1e-5
 
 
 class Host:
-    """Memory of ranks that are about to be forked, and what they compute in it.
+    """Memory shared by ranks, which are forked from this process and run a function.
 
     Attributes
     ----------
@@ -35,7 +35,7 @@ class Host:
         self._all_reduce(0)  # compiles it once
 
     def run(self, function, ranks=None):
-        """function(rank, all_reduce) in a process for each of the ranks; all have to end well."""
+        """Run function(rank, all_reduce) in one process per rank; all must exit with 0."""
         fork = multiprocessing.get_context("fork")
         ranks = range(self.ranks) if ranks is None else ranks
         processes = [fork.Process(target=lambda r=r: function(r, self._all_reduce(r))) for r in ranks]
@@ -58,14 +58,14 @@ class Host:
 
 
 def shared(shape, dtype):
-    """Zeros that the processes to come share."""
+    """Return zeros that later forked processes share."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape))
     return np.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype, size).reshape(shape)
 
 
 def results(shape, dtype):
-    """As `shared`, of NaN."""
+    """Return NaNs that later forked processes share."""
     array = shared(shape, dtype)
     array[...] = np.nan
     return array
@@ -78,11 +78,11 @@ def test_sums_are_the_same_bits_on_all_ranks(dtype, ranks, rows, width):
     host = Host(dtype, ranks, rows + 1, width)
     partial = np.random.default_rng(0).normal(size=(calls, ranks, rows, width)).astype(dtype)
     partial[0] = -0.0
-    partial[1::2, 1:-1] *= dtype(2**-12)  # lost or not, by the order of the sum
+    partial[1::2, 1:-1] *= dtype(2**-12)  # the order of the sum decides whether these are lost
     partial[1::2, -1] = -(partial[1::2, 0] * dtype(2**12))
     partial[1::2, 0] *= dtype(2**12)
     out = results((ranks, calls, rows, width), dtype)
-    used = [rows if call % 3 else 1 for call in range(calls)]  # a block may not be part of a call
+    used = [rows if call % 3 else 1 for call in range(calls)]  # some blocks skip a call
 
     def work(rank, all_reduce):
         time.sleep(0.05 * rank)
@@ -128,33 +128,33 @@ def test_residual_and_norm(dtype, biased, ranks, rows, width):
         for rank in range(ranks):
             np.testing.assert_array_equal(bits(residual[rank, layer]), bits(x))
             np.testing.assert_array_equal(bits(normed[rank, layer]), bits(normed[0, layer]))
-        # Sums in another order: the rms may be off by a float32 rounding, and a value near a tie then falls
-        # over.
+        # The kernel sums in another order, so the rms may differ by a float32 rounding, and a value near a
+        # tie may round to the other side.
         close = np.finfo(np.float16).eps if dtype == np.float16 else 2**-7
-        of_all = normed[0, layer].astype(np.float32)  # [T, D]
-        np.testing.assert_allclose(of_all, expected.astype(np.float32), rtol=2 * close)
+        found = normed[0, layer].astype(np.float32)  # [T, D]
+        np.testing.assert_allclose(found, expected.astype(np.float32), rtol=2 * close)
         assert (normed[0, layer] == expected).mean() > 0.99
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_many_calls_of_ranks_that_are_late_by_turns(ranks):
+def test_many_calls_with_a_different_rank_late_each_time(ranks):
     calls, width = 150, 256
     host = Host(np.float16, ranks, 1, width)
-    mine = np.arange(1, ranks + 1)[None, :] + np.arange(calls)[:, None]  # [calls, ranks]: no two sums alike
+    terms = np.arange(1, ranks + 1)[None, :] + np.arange(calls)[:, None]  # [calls, ranks]: all sums differ
     out = results((ranks, calls, 1, width), np.float16)
 
     def work(rank, all_reduce):
         for call in range(calls):
             if call % 10 == rank:
                 time.sleep(0.003)
-            all_reduce(np.full((1, width), mine[call, rank], np.float16), out[rank, call])
+            all_reduce(np.full((1, width), terms[call, rank], np.float16), out[rank, call])
 
     host.run(work)
-    np.testing.assert_array_equal(out, np.broadcast_to(mine.sum(1)[None, :, None, None], out.shape))
+    np.testing.assert_array_equal(out, np.broadcast_to(terms.sum(1)[None, :, None, None], out.shape))
 
 
 @pytest.mark.parametrize("absent", [0, 2])
-def test_a_rank_that_does_not_come_is_named(absent):
+def test_a_missing_rank_is_named(absent):
     rows, width, patience_s = 2, 64, 1.0
     host = Host(np.float16, 3, rows, width, patience_s)
     others = [rank for rank in range(3) if rank != absent]
@@ -162,32 +162,32 @@ def test_a_rank_that_does_not_come_is_named(absent):
     seconds = shared((3, 3), np.float64)
 
     def work(rank, all_reduce):
-        one, x = np.ones((2, rows, width), np.float16)  # [T, D] each
+        ones, x = np.ones((2, rows, width), np.float16)  # [T, D] each
         for call in range(3):
             started = time.perf_counter()
             if call < 2:
-                all_reduce(one, out[rank, call])
+                all_reduce(ones, out[rank, call])
             else:
-                all_reduce.add_and_norm(one, x, one[0], normed[rank, call], EPS)
+                all_reduce.add_and_norm(ones, x, ones[0], normed[rank, call], EPS)
             seconds[rank, call] = time.perf_counter() - started
             if call == 0 and rank == absent:
                 return
 
-    host.run(work)  # the first call, with all
+    host.run(work)  # the absent rank takes part in the first call only
     for rank in others:
         assert host.missing[rank, 0] == 1 + absent
         np.testing.assert_array_equal(out[rank, 0], 3)
         assert np.isnan(out[rank, 1]).all()
         assert np.isnan(normed[rank]).all()
-        assert patience_s < seconds[rank, 1] < 2 * patience_s  # no second wait: the second row gives up too
+        assert patience_s < seconds[rank, 1] < 2 * patience_s  # both rows wait at the same time
         assert seconds[rank, 2] < patience_s / 2
 
 
-def test_what_does_not_fit_is_refused():
+def test_too_many_rows_and_a_wrong_width_are_refused():
     host = Host(np.float16, 2, 2, 64)
     with pytest.raises(ValueError, match="3 rows"):
         host._all_reduce(0)(np.zeros((3, 64), np.float16), np.zeros((3, 64), np.float16))
-    with pytest.raises(ValueError, match="a row of 12"):
+    with pytest.raises(ValueError, match="rows of 12"):
         AllReduce(CpuCompiler(np.float16), 0, host.regions, np.zeros(2, np.uint64), host.missing[0], 12)
 
 

@@ -1,4 +1,4 @@
-"""attention_decode.cu, its body run on the CPU, against the explicit operations of attention."""
+"""Tests of attention_decode.cu, run on the CPU, against the explicit operations of attention."""
 
 import ml_dtypes
 import numpy as np
@@ -10,11 +10,11 @@ from minitp.cuda.kernels.attention_decode import AttentionDecode
 
 F16, BF16 = np.float16, ml_dtypes.bfloat16
 DTYPES = (F16, BF16)
-PADDING = 4  # columns of out behind the last head's
+PADDING = 4  # columns of out after the last head
 
 
 class Case:
-    """A batch over a paged cache in which all that no query sees is NaN."""
+    """A batch over a paged cache in which everything that no query may read is NaN."""
 
     def __init__(self, dtype, lengths, groups, head_dim, block_size=16, window=None):
         draw = np.random.default_rng(head_dim + sum(lengths))
@@ -24,12 +24,12 @@ class Case:
         self.lengths = np.array(lengths, np.int32)  # [B]
         self.q = draw.normal(size=(len(lengths), stops[-1], head_dim)).astype(dtype)  # [B, H, d]
         counts = [-(-length // block_size) for length in lengths]
-        # Block 0 is nobody's: tables point there behind their end.
+        # Block 0 belongs to no sequence; the unused ends of tables point there.
         self.block_table = np.zeros((len(lengths), max(counts) + 1), np.int32)  # [B, max_blocks]
         free = draw.permutation(sum(counts)) + 1
         for row, count in zip(self.block_table, counts, strict=True):
             row[:count], free = free[:count], free[count:]
-        if len(lengths) > 1:  # the last two begin alike
+        if len(lengths) > 1:  # the last two sequences share a prefix
             shared = min(counts[-2:]) // 2
             self.block_table[-1, :shared] = self.block_table[-2, :shared]
         slots = (1 + sum(counts)) * block_size
@@ -40,7 +40,7 @@ class Case:
                 cache[:, seen] = draw.normal(size=cache[:, seen].shape).astype(dtype)
 
     def seen(self, b):
-        """The rows of a sequence's visible keys: int [W]."""
+        """Return the slots of a sequence's visible keys, int [W]."""
         length = self.lengths[b]
         positions = np.arange(max(0, length - self.window) if self.window else 0, length)
         blocks = self.block_table[b, positions // self.block_size]
@@ -60,8 +60,12 @@ class Case:
         return out[:, :-PADDING]
 
     def check(self, out):
-        """Both round the weights of the values to 16 bits, before and after the division by their sum, and
-        the result: each time by half an eps at most, of a mean of values or of their magnitudes."""
+        """Compare with the explicit operations, within two roundings each.
+
+        Both round the values' weights to 16 bits (the kernel before dividing by their sum, the operations
+        after it), and then the result. Each rounding is at most half an eps of the mean of the values'
+        magnitudes.
+        """
         eps = float(ml_dtypes.finfo(out.dtype).eps)
         for b, length in enumerate(self.lengths):
             if length == 0:
@@ -105,12 +109,12 @@ def test_heads(dtype, head_dim, groups):
 
 
 @pytest.mark.parametrize("groups", [(9,), (3, 20)])
-def test_groups_of_more_heads_than_a_block_takes(groups):
+def test_groups_with_more_heads_than_a_block_computes(groups):
     case = Case(F16, [70, 0, 7], groups, 24)
     case.check(case.run(case.launcher(132)))
 
 
-def test_replays_bit_for_bit():
+def test_a_second_launch_gives_the_same_bits():
     case = Case(F16, [300, 0, 65, 10], (2, 1), 64)
     launcher = case.launcher(132)
     first = case.run(launcher)
@@ -119,7 +123,7 @@ def test_replays_bit_for_bit():
     np.testing.assert_array_equal(case.run(launcher), first)
 
 
-def test_splits_fill_the_gpu_but_not_with_nothing():
+def test_splits_fill_the_gpu_but_are_not_too_small():
     case = Case(F16, [1] * 64, (4,) * 8, 8)
     launcher = case.launcher(132, max_context=32768)
     assert [launcher.splits(batch) for batch in (1, 2, 8, 33, 64)] == [33, 17, 5, 1, 1]

@@ -1,4 +1,4 @@
-"""attention_prefill.cu and cache_write.cu, their bodies run on the CPU, against the explicit operations."""
+"""Tests of attention_prefill.cu and cache_write.cu, run on the CPU, against the explicit operations."""
 
 import ml_dtypes
 import numpy as np
@@ -11,11 +11,11 @@ from minitp.cuda.kernels.cache_write import CacheWrite
 
 F16, BF16 = np.float16, ml_dtypes.bfloat16
 DTYPES = (F16, BF16)
-PADDING = 8  # columns of out behind the last head's
+PADDING = 8  # columns of out after the last head
 
 
 def check(dtype, tokens, past, groups, head_dim, block_size=16, window=None):
-    """Attention in a cache in which all that no query sees is NaN, as are k and v beside q."""
+    """Check attention with NaN in everything that it may not read: other cache slots, and k and v in qkv."""
     draw = np.random.default_rng(tokens + past + head_dim)
     stops = np.cumsum(groups).tolist()
     query_groups = list(zip([0, *stops[:-1]], stops, strict=True))
@@ -25,7 +25,7 @@ def check(dtype, tokens, past, groups, head_dim, block_size=16, window=None):
     q[:] = draw.normal(size=q.shape).astype(dtype)
     total = past + tokens
     blocks = -(-total // block_size)
-    block_table = draw.permutation(blocks + 1)[:blocks].astype(np.int32)  # [blocks]; one is nobody's
+    block_table = draw.permutation(blocks + 1)[:blocks].astype(np.int32)  # [blocks]; one block is not used
     first_key = max(0, past - window + 1) if window else 0
     positions = np.arange(first_key, total)  # [W]
     slots = block_table[positions // block_size] * block_size + positions % block_size  # [W]
@@ -41,8 +41,8 @@ def check(dtype, tokens, past, groups, head_dim, block_size=16, window=None):
     probs = ops.softmax(np, ops.attention_scores(np, by_head, k, query_groups, mask))  # [H, n, W]
     expected = ops.attention_context(np, probs, v, query_groups).astype(np.float32)  # [n, H d]
     magnitude = ops.attention_context(np, probs, np.abs(v.astype(np.float32)), query_groups)  # [n, H d]
-    # Both round the weights of the values to 16 bits, before and after the division by their sum, and the
-    # result: each time by half an eps at most, of a mean of values or of their magnitudes.
+    # Both round the values' weights to 16 bits (the kernel before dividing by their sum, the operations after
+    # it), and then the result. Each rounding is at most half an eps of the mean of the values' magnitudes.
     error = np.abs(out[:, :-PADDING].astype(np.float32) - expected)
     assert (error <= 2 * float(ml_dtypes.finfo(dtype).eps) * magnitude).all(), (error / magnitude).max()
     assert np.isnan(out[:, -PADDING:]).all()
@@ -70,15 +70,15 @@ def test_heads(dtype, head_dim, groups):
     check(dtype, 20, 50, groups, head_dim)
 
 
-def test_a_window_of_which_a_tile_has_nothing():
-    check(F16, 64, 0, (1,), 256, window=1)  # here a tile is 16 keys, and a block has 64 tokens
+def test_rows_whose_window_has_no_key_in_a_tile():
+    check(F16, 64, 0, (1,), 256, window=1)  # at this head_dim a tile has 16 keys, and a block 64 tokens
 
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "tokens"),
     [
         *((dtype, d, n) for dtype, d in ((F16, 8), (BF16, 24), (F16, 128), (BF16, 128)) for n in (1, 5)),
-        # So many numbers that an fma in place of a rounded product would show: one in 10,000 of float16.
+        # Enough numbers to notice an fma, which changes one float16 result in 10,000.
         *((dtype, 128, 300) for dtype in (F16, BF16)),
     ],
 )
@@ -90,12 +90,12 @@ def test_cache_write(dtype, head_dim, tokens):
     cos, sin = np.cos(angles), np.sin(angles)  # [n, d/2] each
     qk, v = ops.split_heads(np, qkv.copy(), heads, kv_heads)  # [H + K, n, d], [K, n, d]
     both = np.concatenate((cos, cos), axis=-1), np.concatenate((-sin, sin), axis=-1)  # [n, d] each
-    turned = ops.apply_rope(np, qk, *both)  # [H + K, n, d]
+    rotated = ops.apply_rope(np, qk, *both)  # [H + K, n, d]
     slots = draw.permutation(capacity)[:tokens].astype(np.int32)  # [n]
     slots[tokens // 2] = -1
     expected = np.full((2, kv_heads, capacity, head_dim), np.nan, dtype)
     written = slots >= 0  # [n]
-    expected[0][:, slots[written]] = turned[heads:, written]
+    expected[0][:, slots[written]] = rotated[heads:, written]
     expected[1][:, slots[written]] = v[:, written]
     unchanged = qkv[:, heads * head_dim :].copy()
 
@@ -103,5 +103,5 @@ def test_cache_write(dtype, head_dim, tokens):
     CacheWrite(CpuCompiler(dtype), head_dim)(qkv, cos, sin, slots, *caches)
     np.testing.assert_array_equal(caches.astype(np.float32), expected.astype(np.float32))
     by_head = qkv.reshape(tokens, -1, head_dim).transpose(1, 0, 2)  # [H + 2K, n, d]
-    np.testing.assert_array_equal(by_head[:heads], turned[:heads])
+    np.testing.assert_array_equal(by_head[:heads], rotated[:heads])
     np.testing.assert_array_equal(qkv[:, heads * head_dim :], unchanged)

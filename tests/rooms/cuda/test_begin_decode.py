@@ -1,4 +1,4 @@
-"""begin_decode.cu, its body run on the CPU, against the explicit operations."""
+"""Tests of begin_decode.cu, run on the CPU, against the explicit operations."""
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +14,7 @@ PADDING = -1
 
 
 def begin(dtype, token, lengths, table, width, half_dim, first_row):
-    """Run it on random block tables; returns (block_table, inverse_frequencies, its five outputs)."""
+    """Run the kernel on random block tables; return (block_table, inverse_frequencies, its five outputs)."""
     draw = np.random.default_rng(width)
     sequences = len(token)
     block_table = draw.permutation(sequences * MAX_BLOCKS).reshape(-1, MAX_BLOCKS).astype(np.int32)
@@ -31,13 +31,13 @@ def begin(dtype, token, lengths, table, width, half_dim, first_row):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "stride", "half_dim"), [(8, 8, 4), (4096, 4096, 64), (576, 640, 32)])
 @pytest.mark.parametrize("first_row", [0, 40])
-def test_begin_step(dtype, width, stride, half_dim, first_row):
+def test_begin_decode(dtype, width, stride, half_dim, first_row):
     draw = np.random.default_rng(stride)
     rows = 30
     table = draw.normal(size=(rows, stride)).astype(dtype)  # [V_r, D_padded]
-    token = np.array([0, 29, 30, 39, 40, 69, 70, 45, 5])  # either side of each rank's ends
+    token = np.array([0, 29, 30, 39, 40, 69, 70, 45, 5])  # both sides of each rank's limits
     lengths = np.array([0, 1, 15, 16, 17, 127, 64, PADDING, PADDING])
-    given = token.copy(), lengths.copy()
+    original = token.copy(), lengths.copy()
     block_table, frequencies, outputs = begin(dtype, token, lengths, table, width, half_dim, first_row)
     x, slot, cosines, sines, seen = outputs
     real = lengths >= 0
@@ -49,11 +49,11 @@ def test_begin_step(dtype, width, stride, half_dim, first_row):
     np.testing.assert_array_equal(slot, np.where(real, slots, -1))
     np.testing.assert_array_equal(seen, np.where(real, lengths + 1, 0))
     cos, sin = ops.rope_cos_sin(np, np.maximum(lengths, 0), frequencies)  # [B, d] each, signed
-    # The same angles to the bit, but two libraries' functions: an ulp or two of 1.
+    # The angles have the same bits, but cos and sin of two libraries may differ by an ulp or two of 1.
     np.testing.assert_allclose(cosines, cos[:, half_dim:], atol=3e-7, rtol=0)
     np.testing.assert_allclose(sines, sin[:, half_dim:], atol=3e-7, rtol=0)
-    np.testing.assert_array_equal(token, given[0])
-    np.testing.assert_array_equal(lengths, given[1])
+    np.testing.assert_array_equal(token, original[0])
+    np.testing.assert_array_equal(lengths, original[1])
 
 
 def test_a_batch_of_padding_reads_nothing_out_of_range():
@@ -63,7 +63,7 @@ def test_a_batch_of_padding_reads_nothing_out_of_range():
         np.testing.assert_array_equal(array, expected)
 
 
-def test_angles_far_out():
+def test_large_angles():
     table = np.ones((4, 8), np.float16)
     lengths = np.array([131071, 99999])
     half_dim = 4
@@ -84,17 +84,17 @@ def test_angles_far_out():
         sines,
         ints[1],
     )
-    angles = (lengths.astype(np.float32)[:, None] * frequencies).astype(np.float64)  # [B, d/2], of float32
+    angles = (lengths.astype(np.float32)[:, None] * frequencies).astype(np.float64)  # [B, d/2], as in float32
     np.testing.assert_allclose(cosines, np.cos(angles), atol=2e-7, rtol=0)
     np.testing.assert_allclose(sines, np.sin(angles), atol=2e-7, rtol=0)
 
 
 @pytest.mark.parametrize("sequences", [1, 32, 300])
-def test_end_step(sequences):
+def test_end_decode(sequences):
     lengths = np.arange(sequences, dtype=np.int32)
     lengths[::3] = PADDING
     expected = np.where(lengths < 0, PADDING, lengths + 1)
-    guarded = np.append(lengths, np.int32(7))  # one more that is not its own
+    guarded = np.append(lengths, np.int32(7))  # one element past its end
     BeginDecode(CpuCompiler(np.float16), BLOCK_SIZE, 0).end(guarded[:-1])
     np.testing.assert_array_equal(guarded[:-1], expected)
     assert guarded[-1] == 7

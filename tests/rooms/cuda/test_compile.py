@@ -1,4 +1,4 @@
-"""Every kernel compiles for the GPUs that minitp is made for, and keeps all it works on in registers."""
+"""Tests that every kernel compiles for the GPUs that minitp supports, without register spills."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ ARCHITECTURES = ("80", "90a")  # A100; H100 and H200
 
 PAGED = [{"HEAD_DIM": head_dim, "BLOCK_SIZE": 16} for head_dim in (64, 128, 256)]
 
-# Each file with macros as it is compiled with; a macro that changes the code stands here with each value.
+# Each file with the macros that it is compiled with; macros that change the code have each of their values.
 VARIANTS = {
     "swiglu.cu": [{}],
     "join_columns.cu": [{}],
@@ -34,13 +34,13 @@ VARIANTS = {
 }
 
 
-def test_all_kernels_are_compiled_here():
+def test_the_list_has_all_kernels():
     assert set(VARIANTS) == {path.name for path in CUDA.glob("*.cu")}
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here, CUDA's compiler")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc, CUDA's compiler, is missing")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("file", "defines"), [(f, d) for f, some in VARIANTS.items() for d in some])
+@pytest.mark.parametrize(("file", "defines"), [(f, d) for f, variants in VARIANTS.items() for d in variants])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_compiles_without_spills(tmp_path, file, defines, dtype, architecture):
     import ml_dtypes

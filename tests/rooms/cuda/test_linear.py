@@ -1,4 +1,4 @@
-"""linear.cu, its body run on the CPU, against the operations of `ops` that it joins."""
+"""Tests of linear.cu, run on the CPU, against the operations of `ops` that it fuses."""
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +21,7 @@ def dtype(request):
 
 
 class Draw:
-    """Random arrays of a dtype, of which a product is of size 1."""
+    """A generator of random arrays of a dtype; products of an array and a weight are of size 1."""
 
     def __init__(self, dtype, seed):
         self.dtype, self.random = dtype, np.random.default_rng(seed)
@@ -40,11 +40,11 @@ def normed(x, norm):
     return x if norm is None else ops.rms_norm(np, x, *norm)
 
 
-def assert_twins(out, expected):
-    """Equal but for sums in another order: some values near a tie are rounded to the other side."""
+def assert_nearly_equal(out, expected):
+    """Check equality up to the order of sums, by which values near a tie may round to the other side."""
     eps = float(ml_dtypes.finfo(out.dtype).eps)
     assert (out == expected).mean() > 0.95
-    # Such a value is one of two or three that are multiplied or added at the end: 2 units of a value up to 4.
+    # Two or three such values may be multiplied or added at the end: 2 units of a value up to 4.
     np.testing.assert_allclose(
         out.astype(np.float32), expected.astype(np.float32), rtol=2 * eps, atol=4 * eps
     )
@@ -62,17 +62,17 @@ def test_store(dtype, tokens):
         bias = draw(outputs) if biased else None
         out = canary(draw, tokens, outputs + 3)
         LINEAR[dtype].store(x, weight, out, bias)
-        assert_twins(out[:, :outputs], ops.column_parallel(np, x, weight.T, bias))
+        assert_nearly_equal(out[:, :outputs], ops.column_parallel(np, x, weight.T, bias))
         assert np.isnan(out[:, outputs:]).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 17])
-def test_all_columns_of_a_long_row_count_once(dtype, tokens):
+def test_every_column_of_a_long_row_is_used_once(dtype, tokens):
     draw = Draw(dtype, 0)
     x, weight = draw(tokens, 4096), draw.weight(64, 4096)
     out = canary(draw, tokens, 64)
     LINEAR[dtype].store(x, weight, out)
-    assert_twins(out, ops.matmul(np, x, weight.T))
+    assert_nearly_equal(out, ops.matmul(np, x, weight.T))
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -86,7 +86,7 @@ def test_residual(dtype, tokens, biased):
     y = ops.row_parallel(np, x, weight.T)
     expected = residual[:, :outputs] + (y + bias if biased else y)
     LINEAR[dtype].residual(x, weight, residual, bias)
-    assert_twins(residual[:, :outputs], expected)
+    assert_nearly_equal(residual[:, :outputs], expected)
     assert np.isnan(residual[:, outputs:]).all()
 
 
@@ -99,7 +99,7 @@ def test_logits(dtype, tokens, with_norm):
     gathered = np.full((tokens, 100), np.nan, np.float32)
     LINEAR[dtype].logits(x, weight, gathered[:, 20 : 20 + outputs], norm)
     expected = ops.logits_partial(np, normed(x, norm), weight.T)
-    # Not rounded: sums of terms of size 1 / 16 in another order. A normed x may be rounded to the other side.
+    # The sums, of terms of size 1 / 16, are not rounded to 16 bits; a normed x near a tie may differ.
     atol = float(ml_dtypes.finfo(dtype).eps) if with_norm else 1e-5
     np.testing.assert_allclose(gathered[:, 20 : 20 + outputs], expected, atol=atol)
     assert np.isclose(gathered[:, 20 : 20 + outputs], expected, atol=1e-5).mean() > 0.8
@@ -114,12 +114,12 @@ def test_swiglu(dtype, tokens, biased):
     x, weight = draw(tokens, width), draw.weight(2 * columns, width)
     bias = draw(2 * columns) if biased else None
     if biased:
-        bias[3], bias[4] = -200, 200  # of gates: exp(200) is no float32
+        bias[3], bias[4] = -200, 200  # for gates: exp(200) overflows float32
     norm = draw.norm(width) if tokens == 1 else None
     out = canary(draw, tokens, columns + 4)
     LINEAR[dtype].swiglu(x, weight, out, bias, norm)
     expected = ops.swiglu(np, ops.column_parallel(np, normed(x, norm), weight.T, bias))
-    assert_twins(out[:, :columns], expected)
+    assert_nearly_equal(out[:, :columns], expected)
     small, also_small = out[:, 3].astype(np.float32), expected[:, 3].astype(np.float32)
     np.testing.assert_allclose(small, also_small, rtol=4 * float(ml_dtypes.finfo(dtype).eps))
     assert np.isnan(out[:, columns:]).all()
@@ -147,15 +147,15 @@ def test_qkv(dtype, head_dim, heads, kv_heads, tokens):
     y = ops.column_parallel(np, normed(x, norm), weight.T, bias)
     qk, v = ops.split_heads(np, y, heads, kv_heads)
     qk = ops.apply_rope(np, qk, cos, sin)
-    assert_twins(q.transpose(1, 0, 2), qk[:heads])
+    assert_nearly_equal(q.transpose(1, 0, 2), qk[:heads])
     written = slot[slot >= 0]
-    assert_twins(caches[0][:, written], qk[heads:][:, slot >= 0])
-    assert_twins(caches[1][:, written], v[:, slot >= 0])
+    assert_nearly_equal(caches[0][:, written], qk[heads:][:, slot >= 0])
+    assert_nearly_equal(caches[1][:, written], v[:, slot >= 0])
     assert np.isnan(np.delete(caches, written, axis=2)).all()
 
 
-def test_queries_are_turned_to_the_bits_of_the_operation(dtype):
-    """An fma in place of a rounded product would change one number in 10,000 of float16."""
+def test_rope_gives_the_same_bits_as_the_operation(dtype):
+    """Check enough numbers to notice an fma, which changes one float16 result in 10,000."""
     draw = Draw(dtype, 5)
     tokens, heads, head_dim, width = 64, 6, 128, 40
     x, weight = draw(tokens, width), draw.weight((heads + 2) * head_dim, width)
@@ -167,13 +167,13 @@ def test_queries_are_turned_to_the_bits_of_the_operation(dtype):
     LINEAR[dtype].store(x, weight, y)
     LINEAR[dtype].qkv(x, weight, q, keys, values, slot, half_cos, half_sin, heads, 1, head_dim)
     qk, v = ops.split_heads(np, y, heads, 1)
-    turned = ops.apply_rope(np, qk, cos, sin)
-    np.testing.assert_array_equal(q.transpose(1, 0, 2), turned[:heads])
-    np.testing.assert_array_equal(keys, turned[heads:])
+    rotated = ops.apply_rope(np, qk, cos, sin)
+    np.testing.assert_array_equal(q.transpose(1, 0, 2), rotated[:heads])
+    np.testing.assert_array_equal(keys, rotated[heads:])
     np.testing.assert_array_equal(values, v)
 
 
-def test_a_tokens_output_does_not_depend_on_the_tokens_beside_it(dtype):
+def test_a_tokens_output_does_not_depend_on_the_rest_of_the_batch(dtype):
     draw = Draw(dtype, 1)
     x, weight = draw(MAX_TOKENS, 1304), draw.weight(24, 1304)
     together = np.full((MAX_TOKENS, 24), np.nan, np.float32)
@@ -188,27 +188,27 @@ def test_a_tokens_output_does_not_depend_on_the_tokens_beside_it(dtype):
     ("tokens", "width", "fits"),
     [(1, 48 << 10, True), (1, (48 << 10) + 8, False), (2, 64, False)],
 )
-def test_a_norm_is_of_one_row_that_fits_into_shared_memory(tokens, width, fits):
+def test_a_fused_norm_needs_one_row_that_fits_into_shared_memory(tokens, width, fits):
     assert Linear.norm_fits(tokens, width) == fits
     draw = Draw(np.float16, 2)
     x, weight, norm = draw(tokens, width), draw.weight(8, width), draw.norm(width)
     out = canary(draw, tokens, 8)
     if fits:
         LINEAR[np.float16].store(x, weight, out, norm=norm)
-        assert_twins(out, ops.matmul(np, normed(x, norm), weight.T))
+        assert_nearly_equal(out, ops.matmul(np, normed(x, norm), weight.T))
     else:
         with pytest.raises(ValueError, match="a norm takes one row"):
             LINEAR[np.float16].store(x, weight, out, norm=norm)
 
 
-def test_a_norm_inside_has_the_bits_of_one_apart(dtype):
+def test_a_fused_norm_gives_the_same_bits_as_a_separate_one(dtype):
     draw = Draw(dtype, 3)
     x, weight, (norm, eps) = draw(1, 4096), draw.weight(24, 4096), draw.norm(4096)
-    apart, inside, together = canary(draw, 1, 4096), *(np.full((1, 24), np.nan, np.float32) for _ in range(2))
-    RmsNorm(CpuCompiler(dtype))(x, norm, apart, eps)
-    LINEAR[dtype].logits(apart, weight, together)
-    LINEAR[dtype].logits(x, weight, inside, (norm, eps))
-    np.testing.assert_array_equal(inside, together)
+    h, fused, separate = canary(draw, 1, 4096), *(np.full((1, 24), np.nan, np.float32) for _ in range(2))
+    RmsNorm(CpuCompiler(dtype))(x, norm, h, eps)
+    LINEAR[dtype].logits(h, weight, separate)
+    LINEAR[dtype].logits(x, weight, fused, (norm, eps))
+    np.testing.assert_array_equal(fused, separate)
 
 
 def test_too_many_tokens_are_refused():

@@ -1,4 +1,4 @@
-"""read_memory.cu, its body run on the CPU: it reads every word once."""
+"""A test that read_memory.cu, run on the CPU, reads every word once."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""rms_norm.cu, its body run on the CPU, against `ops.rms_norm`."""
+"""Tests of rms_norm.cu, run on the CPU, against `ops.rms_norm`."""
 
 import ml_dtypes
 import numpy as np
@@ -22,11 +22,12 @@ def test_rms_norm(dtype, rows, width, added):
     out = np.full_like(x, np.nan)  # [T, D]
     sums = {"nothing": x.copy(), "residual": x + addend, "residual and bias": x + (addend + bias)}
     before = sums[added]  # [T, D]
-    given = {"nothing": (), "residual": (addend,), "residual and bias": (addend, bias)}[added]
-    RmsNorm(CpuCompiler(dtype))(x, weight, out, 1e-5, *given)
+    addends = {"nothing": (), "residual": (addend,), "residual and bias": (addend, bias)}[added]
+    RmsNorm(CpuCompiler(dtype))(x, weight, out, 1e-5, *addends)
     np.testing.assert_array_equal(x, before)
     expected = ops.rms_norm(np, before, weight, 1e-5)  # [T, D]
-    # Sums in another order: the rms may be off by a float32 rounding, and a value near a tie then falls over.
+    # The kernel sums in another order, so the rms may differ by a float32 rounding, and a value near a tie
+    # may round to the other side.
     close = np.finfo(np.float16).eps if dtype == np.float16 else 2**-7
     np.testing.assert_allclose(out.astype(np.float32), expected.astype(np.float32), rtol=2 * close)
     assert (out == expected).mean() > 0.99

@@ -1,4 +1,4 @@
-"""sample.cu, its body run on the CPU, against `sampling.Sampler`."""
+"""Tests of sample.cu, run on the CPU, against `sampling.Sampler`."""
 
 import math
 
@@ -9,12 +9,12 @@ from cuda_on_cpu import CpuCompiler
 from minitp.cuda.kernels.sample import Sample
 from minitp.sampling import Sampler, SamplingParams, token_probabilities
 
-CLOSE = 1e-12  # to a boundary between two tokens: sums of doubles in another order may fall on its other side
+CLOSE = 1e-12  # distance from a boundary between two tokens within which the order of sums may matter
 UNTOUCHED = -99
 
 
 def sample(logits, params, draw):
-    """Tokens [B] of logits [B, V] by the kernel: `params` and `draw` [B], None as params for padding."""
+    """Sample tokens [B] from logits [B, V] with the kernel; a row with None as its params is padding."""
     rows, size = logits.shape
     wide = np.full((rows, (size + 7) // 4 * 4), np.nan, np.float32)[:, :size]  # [B, V]
     wide[:] = logits
@@ -27,7 +27,7 @@ def sample(logits, params, draw):
 
 
 def compare(logits, params, seed=0):
-    """Sample each row of logits [B, V] by kernel and host, drawing the same; the host's tokens [B]."""
+    """Sample each row of logits [B, V] by kernel and host with the same draw, and compare the tokens."""
     seeds = seed + np.arange(len(logits))
     draw = [np.random.Generator(np.random.PCG64(s)).random() for s in seeds]
     tokens = sample(logits, params, draw)
@@ -39,11 +39,10 @@ def compare(logits, params, seed=0):
     clear = np.array([not near(*row) for row in zip(logits, params, draw, strict=True)])
     assert clear.mean() > 0.95
     np.testing.assert_array_equal(tokens[clear], expected[clear])
-    return expected
 
 
 def near(logits, params, draw):
-    """Whether the draw is close to a boundary between two tokens."""
+    """Return whether the draw is close to a boundary between two tokens."""
     if params.temperature == 0:
         return False
     probs = token_probabilities(logits, params)  # [V]
@@ -51,7 +50,7 @@ def near(logits, params, draw):
 
 
 def combinations(size):
-    """SamplingParams of every kind."""
+    """Return SamplingParams of every kind."""
     return [
         SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
         for temperature in (1e-30, 0.7, 100.0)
@@ -61,14 +60,14 @@ def combinations(size):
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 8, 1000, 1001])
-def test_chooses_as_the_host(size):
+def test_chooses_the_same_tokens_as_the_host(size):
     params = combinations(size) * (4 if size == 8 else 1)
     logits = np.random.default_rng(size).normal(size=(len(params), size), scale=3).astype(np.float32)
     compare(logits, params, seed=size)
 
 
 @pytest.mark.parametrize("scale", [0.5, 4.0])
-def test_of_a_large_vocabulary(scale):
+def test_a_large_vocabulary(scale):
     params = [
         SamplingParams(temperature=0.7, top_k=50, top_p=0.9),
         SamplingParams(temperature=1.0, top_p=0.95),
@@ -82,7 +81,7 @@ def test_of_a_large_vocabulary(scale):
 
 @pytest.mark.parametrize("values", [[0.0], [0.0, -0.0], [2.0, 1.0, -1.0], [3.0, -np.inf], [-1e30, 1.0, 1e30]])
 @pytest.mark.parametrize("size", [8, 100])
-def test_ties_stay_by_id(values, size):
+def test_of_equal_logits_the_lowest_ids_are_kept(values, size):
     params = [
         SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p)
         for top_k in (0, 1, 3, size // 2 + 1)
@@ -93,7 +92,7 @@ def test_ties_stay_by_id(values, size):
     compare(logits, params)
 
 
-def test_logits_apart_by_their_last_bit():
+def test_logits_that_differ_in_the_last_bit():
     params = [
         SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p)
         for top_k in (0, 17, 250)
@@ -107,7 +106,7 @@ def test_logits_apart_by_their_last_bit():
 
 
 def test_every_draw_of_a_distribution():
-    """Each token from its first draw to its last, and none that top_k or top_p has dropped."""
+    """Check both ends of each token's range of draws; tokens dropped by top_k or top_p must not appear."""
     logits = np.float32([0.1, 3.3, 1.7, 3.3, -np.inf, 2.9, 1.7, 1.7])
     for top_k, top_p in ((0, 1.0), (5, 1.0), (6, 0.97), (0, 0.6)):
         params = SamplingParams(temperature=1.5, top_k=top_k, top_p=top_p)
@@ -119,11 +118,11 @@ def test_every_draw_of_a_distribution():
         np.testing.assert_array_equal(tokens, expected)
 
 
-def test_the_last_of_those_kept_where_sums_are_rounded():
-    """Sums in two orders differ by their last bits, so that the draw's, or top_p's, may never be reached."""
+def test_the_last_kept_token_is_chosen_if_rounding_keeps_sums_too_small():
+    """Check draws and top_p near 1, which the running sum may never reach because of rounding."""
     almost = math.nextafter(1, 0)
     generator = np.random.default_rng(0)
-    top_k = np.arange(41, 241)  # the first 40 are above, the others tie
+    top_k = np.arange(41, 241)  # the first 40 logits are larger, the others are equal
     logits = np.repeat(generator.uniform(-2, 0, (200, 1)), 300, axis=1)  # [B, V]
     logits[:, :40] = generator.uniform(0, 1, (200, 40))
     for top_p in (almost, 1.0):
@@ -133,7 +132,7 @@ def test_the_last_of_those_kept_where_sums_are_rounded():
 
 
 @pytest.mark.parametrize("size", [8, 1000])
-def test_greedy_takes_the_lowest_of_equals(size):
+def test_greedy_chooses_the_lowest_id_of_equal_logits(size):
     logits = np.random.default_rng(size).integers(-2, 2, (20, size)).astype(np.float32)
     logits[0] = 5
     logits[1] = -np.inf
@@ -149,7 +148,7 @@ def test_greedy_takes_the_lowest_of_equals(size):
 @pytest.mark.parametrize(
     "params", [*combinations(40)[20:24], SamplingParams(temperature=1, top_k=3, top_p=0.5)]
 )
-def test_rows_that_are_no_distribution_get_the_greedy_choice(params):
+def test_rows_without_a_distribution_get_the_greedy_choice(params):
     logits = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
     logits[0, [7, 9]] = np.nan
     logits[1] = np.nan
@@ -167,5 +166,5 @@ def test_padding_keeps_its_token():
 
 
 def test_rows_that_are_not_aligned_are_refused():
-    with pytest.raises(ValueError, match="7 apart"):
+    with pytest.raises(ValueError, match="7 elements apart"):
         Sample(CpuCompiler(np.float16))(np.zeros((2, 7), np.float32), None, None, None, None, None)

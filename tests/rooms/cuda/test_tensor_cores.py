@@ -1,4 +1,4 @@
-"""How products are summed on tensor cores: the model, its twin in C++, and the bound that comes of it."""
+"""Tests of sums on tensor cores: the model in Python, its copy in C++, and the bound derived from it."""
 
 import math
 from fractions import Fraction
@@ -33,18 +33,18 @@ MEASURED = [("bfloat16", 4096, 4.2e-6), ("float16", 4096, 4.8e-6), ("bfloat16", 
 
 
 def exponent(x, smallest):
-    """The e of 2^e <= |x| < 2^(e + 1), at least `smallest`; of a Fraction."""
+    """Return the e with 2^e <= |x| < 2^(e + 1) of a Fraction x, but at least `smallest`."""
     return max(math.frexp(x)[1] - 1, smallest)
 
 
 def cut_off(x, e):
-    """x without what lies below 2^e."""
+    """Truncate x to a multiple of 2^e."""
     unit = Fraction(2) ** e
     return int(x / unit) * unit
 
 
 def one_product(a, b, sums):
-    """The sum of a[i] * b[i] by the steps in the text of sums.py, in Fractions."""
+    """Compute the sum of a[i] * b[i] in Fractions, as the text of sums.py describes it."""
     smallest = int(np.log2(float(ml_dtypes.finfo(a.dtype).smallest_normal)))
     a, b = ([Fraction(float(x)) for x in row] for row in (a, b))
     total = Fraction(0)
@@ -61,8 +61,8 @@ def one_product(a, b, sums):
 @pytest.mark.parametrize("sums", TENSOR_CORES.values(), ids=["90", "75", "70"])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("spread", [0, 3, 9])
-def test_the_model_is_its_text(dtype, sums, spread):
-    """Also where the width is no multiple of a block, and where there are zeros."""
+def test_the_model_does_what_its_docstring_says(dtype, sums, spread):
+    """Check also a width that is not a multiple of a block, and zeros."""
     a, b = numbers(DTYPES[dtype], 39, spread)
     a = a[:4]
     a[:, ::7] = 0
@@ -72,29 +72,25 @@ def test_the_model_is_its_text(dtype, sums, spread):
 
 @pytest.mark.parametrize(("sums", "result"), [(VOLTA, 0), (AMPERE, -0.5), (HOPPER, -0.75)])
 def test_a_published_example(sums, result):
-    """2^23 - 2^23 - 0.5 - 0.25 - 0.125, as Xie et al. found it on GPUs (their table 8); right is -0.875."""
+    """Check 2^23 - 2^23 - 0.5 - 0.25 - 0.125 (exactly -0.875) against Xie et al.'s GPU results (table 8)."""
     a, b = np.zeros((2, 1, 2 * sums.block), np.float16)
     a[0, 0], b[0, 0] = 2**13, 2**10
-    a[0, sums.block : sums.block + 4], b[0, sums.block : sums.block + 4] = (
-        (-(2**13), 0.5, 0.25, 0.125),
-        (2**10, -1, -1, -1),
-    )
+    a[0, sums.block : sums.block + 4] = -(2**13), 0.5, 0.25, 0.125
+    b[0, sums.block : sums.block + 4] = 2**10, -1, -1, -1
     assert sums.matmul(a, b.T) == result
 
 
 def test_sums_of_several_heads_and_many_rows():
     rng = np.random.default_rng(0)
-    a, b = (
-        rng.standard_normal((3, 600, 24)).astype(np.float16),
-        rng.standard_normal((3, 24, 40)).astype(np.float16),
-    )
+    a = rng.standard_normal((3, 600, 24)).astype(np.float16)
+    b = rng.standard_normal((3, 24, 40)).astype(np.float16)
     together = HOPPER.matmul(a, b)
     assert (together.dtype, together.shape) == (np.float32, (3, 600, 40))
     np.testing.assert_array_equal(together[1, 17:18], HOPPER.matmul(a[1, 17:18], b[1]))
     np.testing.assert_allclose(together, np.matmul(a, b, dtype=np.float32), atol=1e-5)
 
 
-def test_what_is_not_finite():
+def test_infinity_and_nan():
     a = np.array([[np.inf, 1], [np.inf, -np.inf], [np.nan, 1], [60000, 60000]], np.float16)
     b = np.array([[1, 1], [1, 0]], np.float16)
     with np.errstate(invalid="ignore"):
@@ -109,16 +105,13 @@ def device(name, is_gpu, capability="90"):
     return SimpleNamespace(dtype=np.dtype(DTYPES[name]), is_gpu=is_gpu, cupy=SimpleNamespace(cuda=cuda))
 
 
-def test_where_sums_are_made_so(cupy):
+def test_which_devices_sum_on_tensor_cores(cupy):
     by_capability = {"70": VOLTA, "75": AMPERE, "80": AMPERE, "89": AMPERE, "90": HOPPER, "120": HOPPER}
     for capability, sums in by_capability.items():
         assert sums_of(device("bfloat16", True, capability)) is sums
-    for elsewhere in (
-        device("float32", True),
-        device("float16", True, "61"),
-        Device(np, np.dtype(np.float16)),
-    ):
-        assert sums_of(elsewhere) is IN_FLOAT32
+    others = device("float32", True), device("float16", True, "61"), Device(np, np.dtype(np.float16))
+    for other in others:
+        assert sums_of(other) is IN_FLOAT32
 
 
 # --- the stand-in's tensor cores ------------------------------------------------------------------------
@@ -126,7 +119,7 @@ def test_where_sums_are_made_so(cupy):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("width", "spread"), [(16, 0), (16, 9), (80, 3), (576, 0), (576, 9)])
-def test_mma_is_the_model(dtype, width, spread):
+def test_mma_agrees_with_the_model(dtype, width, spread):
     dtype = np.dtype(DTYPES[dtype])
     a, b = numbers(dtype, width, spread, blocks=3)
     a[0, 3], b[2] = 0, 0
@@ -136,7 +129,7 @@ def test_mma_is_the_model(dtype, width, spread):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_cublas_is_the_model(dtype, cupy):
+def test_cublas_agrees_with_the_model(dtype, cupy):
     from minitp.cuda.arrays import Arrays
 
     a, b = numbers(np.dtype(DTYPES[dtype]), 576)
@@ -148,7 +141,7 @@ def test_cublas_is_the_model(dtype, cupy):
 
 
 @pytest.mark.parametrize(("dtype", "width", "measured"), MEASURED)
-def test_errors_are_those_of_a_gpu(dtype, width, measured):
+def test_errors_have_the_size_measured_on_a_gpu(dtype, width, measured):
     a, b = numbers(np.dtype(DTYPES[dtype]), width, blocks=4)
     out = np.empty((len(a), COLUMNS), np.float32)
     mma_chain(CpuCompiler(a.dtype), a, b, out)
@@ -156,7 +149,7 @@ def test_errors_are_those_of_a_gpu(dtype, width, measured):
 
 
 def logits(dtype, width, outputs=64):
-    """x [16, width], w [outputs, width], and their product by `Linear`: 8 warps have a part of each sum."""
+    """Return x [16, width], w [outputs, width] and the product by `Linear`, whose 8 warps share each sum."""
     x, _ = numbers(dtype, width)
     w = np.concatenate([numbers(dtype, width, seed=seed)[1] for seed in range(outputs // COLUMNS)])
     found = np.empty((ROWS, outputs), np.float32)
@@ -166,8 +159,8 @@ def logits(dtype, width, outputs=64):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("width", [576, 4096])
-def test_check_allows_what_tensor_cores_do_and_no_more(dtype, width):
-    """A chain over all terms is within the bound, and so are sums of parts; three times the error is not."""
+def test_check_allows_errors_of_tensor_cores_but_not_larger_ones(dtype, width):
+    """Check that a chain of all terms and sums of parts are within the bound, and triple the error is not."""
     x, w, in_parts = logits(np.dtype(DTYPES[dtype]), width)
     should = expected.linear(x, w, dtype=np.float32, sums=HOPPER)
     relative, absolute = should.bounds(np.float32)
@@ -183,8 +176,8 @@ def test_check_allows_what_tensor_cores_do_and_no_more(dtype, width):
     assert wrong.relative > relative
 
 
-def test_a_few_sums_may_be_near_by_luck():
-    """The same terms in another order: of 3 sums' errors one chain's may be much smaller than the other's."""
+def test_the_bound_holds_for_few_sums_in_another_order():
+    """Check sums of the same terms in another order, where one chain's error may happen to be tiny."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         x, w = (rng.standard_normal((rows, 2048)).astype(np.float16) for rows in (1, 3))
@@ -192,15 +185,15 @@ def test_a_few_sums_may_be_near_by_luck():
         should = expected.linear(x, w, dtype=np.float32, sums=HOPPER)
         capped = expected.soft_cap(should.not_recorded(np.float32), 100)  # as Gemma 2 does
         found = HOPPER.matmul(x[:, order], w[:, order].T)
-        for y, this in ((found, should), (soft_cap(np, found, 100), capped)):
-            error, (relative, absolute) = difference_of(y, this.value), this.bounds(np.float32)
+        for y, exact in ((found, should), (soft_cap(np, found, 100), capped)):
+            error, (relative, absolute) = difference_of(y, exact.value), exact.bounds(np.float32)
             assert error.relative <= relative
             assert error.absolute <= absolute
 
 
 @pytest.mark.parametrize(("path", "dtype"), [("explicit", "bfloat16"), ("fused", "float16")])
-def test_logits_of_a_wide_model_are_within_it(path, dtype, tmp_path, cupy, monkeypatch):
-    """And would not be within a CPU's bound."""
+def test_logits_of_a_wide_model_are_within_the_bound(path, dtype, tmp_path, cupy, monkeypatch):
+    """Check also that they would exceed a CPU's bound."""
     shape = {
         "hidden_size": 4096,
         "intermediate_size": 16,
@@ -224,32 +217,32 @@ def test_logits_of_a_wide_model_are_within_it(path, dtype, tmp_path, cupy, monke
 
 @pytest.mark.parametrize(("dtype", "sums"), [("bfloat16", HOPPER), ("float32", IN_FLOAT32)])
 def test_scores_and_logits_are_summed_as_on_the_device(tiny, cupy, monkeypatch, dtype, sums):
-    """Their errors differ little where few terms are added, so no bound tells."""
-    given, scores, linear = [], expected.scores, expected.linear
+    """Check the arguments, because sums of few terms have similar errors on all devices."""
+    used, scores, linear = [], expected.scores, expected.linear
 
-    def noted(*arguments):
-        given.append(arguments[-1])
+    def observed_scores(*arguments):
+        used.append(arguments[-1])
         return scores(*arguments)
 
-    def noted_logits(*arguments, **options):
+    def observed_linear(*arguments, **options):
         if options.get("dtype") == np.float32:
-            given.append(options["sums"])
+            used.append(options["sums"])
         return linear(*arguments, **options)
 
-    monkeypatch.setattr(expected, "scores", noted)
-    monkeypatch.setattr(expected, "linear", noted_logits)
+    monkeypatch.setattr(expected, "scores", observed_scores)
+    monkeypatch.setattr(expected, "linear", observed_linear)
 
     def rank(comm):
         model = model_on_gpu(tiny, comm, dtype, path="explicit")
         return check_model(open_model(str(tiny), 1), model, [3, 1, 4], passes_of(3, 0)).ok
 
     assert run_on_gpus(1, rank) == [True]
-    assert given == [sums] * 3, "of two layers' scores and the logits"
+    assert used == [sums] * 3, "the scores of two layers, and the logits"
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_a_result_in_16_bits_does_not_show_its_sums(dtype):
-    """So its third implementation sums as on a CPU. Here the sums are 14336 terms long."""
+def test_rounding_to_16_bits_hides_how_a_result_was_summed(dtype):
+    """Check sums of 14336 terms; so for 16-bit results `check` may sum as on a CPU."""
     a, b = numbers(np.dtype(DTYPES[dtype]), 14336, blocks=2)
-    plain, cut = (expected.linear(a, b, sums=sums).bounds(a.dtype) for sums in (IN_FLOAT32, HOPPER))
-    assert cut == pytest.approx(plain, rel=0.05)
+    plain, truncated = (expected.linear(a, b, sums=sums).bounds(a.dtype) for sums in (IN_FLOAT32, HOPPER))
+    assert truncated == pytest.approx(plain, rel=0.05)

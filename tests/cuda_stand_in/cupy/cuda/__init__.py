@@ -7,7 +7,7 @@ from .stream import (
     Event,
     Graph,
     Stream,
-    _here,
+    _thread,
     back_to_entered,
     capturing,
     get_current_stream,
@@ -40,12 +40,12 @@ class Device:
     """One of the GPUs."""
 
     def __init__(self, number=None):
-        self.id = getattr(_here, "device", 0) if number is None else number
+        self.id = getattr(_thread, "device", 0) if number is None else number
 
     def use(self):
         if not 0 <= self.id < runtime.getDeviceCount():
             raise runtime.CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
-        _here.device = self.id
+        _thread.device = self.id
         return self
 
     @property

@@ -1,7 +1,7 @@
-"""A stand-in for NCCL: ranks, threads or processes, meet at a socket that the unique id names.
+"""A stand-in for NCCL: ranks, as threads or processes, connect to a socket that the unique id names.
 
-It is stricter than NCCL, which hangs or mixes data up when ranks part: all ranks must make the same call with
-the same arguments, on a stream of their own.
+It is stricter than NCCL, which hangs or mixes up data if ranks make different calls: all ranks must make the
+same call with the same arguments, and not on the null stream.
 """
 
 import ctypes
@@ -82,15 +82,15 @@ def _exactly(connection, count):
 
 
 def _serve(listener, path):
-    """Rank 0's thread at which all ranks meet."""
+    """Serve all ranks' calls in a thread of rank 0."""
     ranks, size = {}, None
     while size is None or len(ranks) < size:
         connection, _ = listener.accept()
-        (rank, its_size), _ = _receive(connection)
-        if rank in ranks or size not in (None, its_size):
-            _send(connection, f"rank {rank} of {its_size}: invalid argument")
+        (rank, rank_size), _ = _receive(connection)
+        if rank in ranks or size not in (None, rank_size):
+            _send(connection, f"rank {rank} of {rank_size}: invalid argument")
             continue
-        ranks[rank], size = connection, its_size
+        ranks[rank], size = connection, rank_size
     listener.close()
     path.unlink()
     path.parent.rmdir()
@@ -102,7 +102,7 @@ def _serve(listener, path):
             calls = [_receive(connection) for connection in connections]
             heads = [head for head, _ in calls]
             if any(head != heads[0] for head in heads):
-                error = f"ranks have parted: {heads}"
+                error = f"ranks make different calls: {heads}"
                 for connection in connections:
                     _send(connection, error)
                 return
@@ -183,7 +183,7 @@ class NcclCommunicator:
         if self._socket is None:
             raise NcclError(5, "NCCL_ERROR_INVALID_USAGE: invalid usage")
         if not stream_of(stream).non_blocking:
-            raise NcclError(4, "the stand-in wants a stream of the rank's own")
+            raise NcclError(4, "the stand-in needs the rank's own stream")
         self.calls.append(head)
         stream_of(stream).give(lambda: self._call(head, sendbuf, recvbuf), (sendbuf, recvbuf))
 

@@ -1,4 +1,4 @@
-"""Of CUDA's runtime: how many GPUs there are, copies, and memory that other processes can map."""
+"""Functions of the CUDA runtime: the number of GPUs, copies, and memory that other processes can map."""
 
 import ctypes
 import mmap
@@ -51,7 +51,7 @@ _mapped = {}
 
 
 def malloc(nbytes):
-    """Memory in a file, which other processes map by its name."""
+    """Allocate memory in a file, which other processes map by its name."""
     descriptor, path = tempfile.mkstemp(prefix="minitp-stand-in-", dir="/dev/shm")
     os.ftruncate(descriptor, nbytes)
     return _map(descriptor, path)

@@ -1,23 +1,23 @@
 """Streams, events and graphs.
 
-A thread's current stream does at once what it is given, because NumPy's arithmetic, which stands for CuPy's,
-does. Work for any other stream is put off until somebody waits for that stream, or until it becomes the
-current one: on a GPU nothing says that it runs earlier. So whoever reads on one stream what another stream
-was to make reads what was there before.
+A thread's current stream runs its work at once, like NumPy's arithmetic, which replaces CuPy's. Work for any
+other stream is delayed until something waits for that stream or it becomes current, because a GPU does not
+guarantee that it runs earlier. So code that reads on one stream what another stream should have written reads
+the old contents.
 
-As in CuPy, `with stream:` ends with the stream of the `with` around it, and if there is none with the null
-stream, whatever `use()` had chosen in between.
+As in CuPy, the end of `with stream:` makes the stream of the enclosing `with` current, or the null stream if
+there is none, whatever `use()` had chosen.
 """
 
 import threading
 import weakref
 
-_here = threading.local()  # a rank may be a thread
-_streams = weakref.WeakValueDictionary()  # by their ptr
+_thread = threading.local()  # a rank may be a thread
+_streams = weakref.WeakValueDictionary()  # ptr -> Stream
 
 
 class Stream:
-    """Where launches and copies go."""
+    """A queue of launches and copies."""
 
     def __init__(self, non_blocking=False):
         self.ptr = id(self)
@@ -27,7 +27,7 @@ class Stream:
         _streams[self.ptr] = self
 
     def use(self):
-        _here.stream = self
+        _thread.stream = self
         self.finish()
         return self
 
@@ -42,7 +42,7 @@ class Stream:
     def give(self, work, pointers=()):
         """Run `work` now if this stream is current, later if not; during a capture, add it to the graph.
 
-        What lies at `pointers` is kept until the work is done.
+        The memory at `pointers` is kept alive until the work is done.
         """
         from .. import memory_at
 
@@ -57,7 +57,7 @@ class Stream:
             self._waiting.append((work, [memory_at(pointer) for pointer in pointers]))
 
     def finish(self, count=None):
-        """Do what waits, all of it or the first `count` that this stream was given."""
+        """Do the delayed work: all of it, or the first `count` pieces that this stream was given."""
         while self._waiting and (count is None or self.done_count < count):
             work, _ = self._waiting.pop(0)
             self.done_count += 1
@@ -78,16 +78,16 @@ class Stream:
 
     def begin_capture(self):
         if get_current_stream() is not self or not self.non_blocking:
-            raise RuntimeError("a capture on another stream than the current one")
-        _here.captured = []
+            raise RuntimeError("a capture needs the current stream, and not the null stream")
+        _thread.captured = []
 
     def end_capture(self):
-        graph, _here.captured = Graph(_here.captured), None
+        graph, _thread.captured = Graph(_thread.captured), None
         return graph
 
 
 class Graph:
-    """What was launched between begin_capture and end_capture, to be done again."""
+    """The launches between begin_capture and end_capture, which can be repeated."""
 
     def __init__(self, launches):
         self.launches = launches
@@ -98,7 +98,7 @@ class Graph:
 
 
 class Event:
-    """A place in a stream."""
+    """A position in a stream."""
 
     def __init__(self, **options):
         self._stream, self._count = None, 0
@@ -125,30 +125,30 @@ Stream.null = NULL
 
 
 def get_current_stream():
-    return getattr(_here, "stream", None) or NULL
+    return getattr(_thread, "stream", None) or NULL
 
 
 def stream_of(ptr):
-    """The Stream at an address, as CUDA's own functions are given it."""
+    """Return the Stream at an address, as passed to CUDA functions."""
     return _streams[ptr] if ptr else NULL
 
 
 def back_to_entered():
-    """What CuPy does at the end of a `with stream:`, its own inner ones among them."""
+    """Select the enclosing stream, as CuPy does at the end of any `with stream:`, its own included."""
     (_entered()[-1] if _entered() else NULL).use()
 
 
 def _entered():
-    if not hasattr(_here, "entered"):
-        _here.entered = []
-    return _here.entered
+    if not hasattr(_thread, "entered"):
+        _thread.entered = []
+    return _thread.entered
 
 
 def capturing():
-    """The list of the graph that is being captured, or None."""
-    return getattr(_here, "captured", None)
+    """Return the list of launches that are being captured, or None."""
+    return getattr(_thread, "captured", None)
 
 
 def run(launch):
-    """Give this to the current stream."""
+    """Give a launch to the current stream."""
     get_current_stream().give(launch)

@@ -1,4 +1,4 @@
-"""The one product of cuBLAS that minitp calls by itself."""
+"""The only cuBLAS product that minitp calls directly."""
 
 import ctypes
 
@@ -19,9 +19,9 @@ class CUBLASError(RuntimeError):
 
 
 def _columns(ptr, dtype, rows, columns, ld):
-    """The column-major matrix [rows, columns] at an address."""
+    """Return the column-major matrix [rows, columns] at an address."""
     if ld < rows:
-        raise ValueError(f"a leading dimension of {ld} for {rows} rows")
+        raise ValueError(f"the leading dimension {ld} is less than {rows} rows")
     item = np.dtype(dtype).itemsize
     count = (columns - 1) * ld + rows
     flat = np.frombuffer((ctypes.c_char * (count * item)).from_address(ptr), dtype=np.dtype(dtype))
