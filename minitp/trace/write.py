@@ -1,4 +1,4 @@
-"""Writing the steps of a run to a file, assembled over the ranks.
+"""The file of a trace: the steps of a run, assembled over the ranks.
 
 A trace is a safetensors file with the steps under the names of `names`. Its metadata describes the run; all
 values are strings, and those that are not names are JSON:
