@@ -1,4 +1,4 @@
-"""Likely causes of a departing step: common mistakes, tried one by one.
+"""The likely causes of a departing step: common mistakes, tried one by one.
 
 A cause is reported if A with that mistake made on purpose equals B within the tolerance, and is much closer
 to B than A itself. It is only a hint and never makes a step pass.

@@ -203,7 +203,7 @@ def test_rows(fixed, capsys):
     assert sizes("--model", "random:tinyllama-1.1b")[0] == one_node, "a CPU is one node"
     rows, text = sizes("--gpu", "h100", "--tp", 9)
     assert rows == [*one_node, (9, 2)]
-    assert "TP=16 and 32 left out: the model has 9 attention heads." in text
+    assert "TP=16 and 32 left out: the model has only 9 attention heads." in text
 
 
 def test_answer(fixed, capsys):
