@@ -254,7 +254,7 @@ def test_config_json_is_enough(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "novelty": 3}))
     result, text = printed(capsys, "--gpu", "h100", "--model", tmp_path, "--tp", 3)
     assert result["parameters"] == 32032
-    assert "config.json has a field 'novelty' that minitp does not know" in joined(text)
+    assert "config.json has a field 'novelty' unknown to minitp" in joined(text)
 
 
 def test_the_demo_needs_no_download(capsys, tmp_path, monkeypatch):
