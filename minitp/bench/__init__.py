@@ -1,15 +1,15 @@
-"""What `minitp bench` measures: the limits of the machine, and how near to them the model runs.
+"""The measurements of `minitp bench`: the limits of the machine, and how close to them the model runs.
 
-measure.py        one measurement after another, into one dict
-runs.py           prefill, decode, and the profile of their steps
-requests.py       many requests at once
-load_rate.py      how fast a model was loaded
-roofline.py       what a pass takes at least: reads and products
-cpu_roofline.py   the same, measured on a CPU
-gpu_roofline.py   the same, measured on a GPU
-gpu_profile.py    a decoding step on a GPU, kernel by kernel
+measure.py        all measurements, collected in one dict
+rounds.py         timed prompts and continuations, and the profile of their steps
+concurrency.py    many requests at once
+load_rate.py      the speed of loading the model
+roofline.py       the reads and products that a forward pass needs at least
+cpu_roofline.py   the time of these, measured on a CPU
+gpu_roofline.py   the time of these, measured on a GPU
+gpu_profile.py    a decode pass on a GPU, kernel by kernel
 this_machine.py   the figures of this CPU, for `minitp plan`
-fake_weights.py   weights that cost nothing to make
-table.py          the results for people
-plot.py           a sweep, drawn
+fake_weights.py   weights that cost almost nothing to make
+table.py          the results as text
+plot.py           a plot of a sweep
 """

@@ -1,40 +1,41 @@
-"""Measure many requests at once, compared with the same ones one by one and the limit of their steps."""
+"""Measure many requests at once, compared with the same ones one by one and with the limit."""
 
 from statistics import median
 from time import perf_counter
 
-from minitp.bench.runs import BLOCK_SIZE, keys_read, random_prompt, request_of
+from minitp.bench.rounds import BLOCK_SIZE, keys_read, random_prompt, request_of
 from minitp.engine.engine import Engine
 from minitp.generate import generate
 
 
-def measure_requests(model, limits, job, progress):
-    """New tokens a second of job.requests requests, in three ways; medians of the rounds.
+def measure_requests(model, roofline, job, progress):
+    """Return the new tokens per second of job.requests requests, as a dict for JSON: medians of the rounds.
 
-    All rounds go through one engine, as everything does in a server. Each round has prompts of its own,
-    because the engine would not compute again what it has seen before.
+    Three speeds are measured: of all requests at once, of the same requests one by one, and the limit. All
+    rounds use one engine, as in a server. Each round has new prompts, because the engine's prefix cache would
+    otherwise hold those of the round before.
     """
     tokens = job.requests * job.new_tokens
-    recorded = Recorded(model)
+    recorded = RecordingModel(model)
     blocks = job.requests * -(-(job.prompt_tokens + job.new_tokens) // BLOCK_SIZE)
     engine = Engine(recorded, blocks, BLOCK_SIZE, max_sequences=job.requests)
     seconds = {"together": [], "one_by_one": [], "limit": []}
-    if model.fused:  # captures the steps of all batches that will come
-        serve(engine, request_prompts(model, job, job.rounds), job.new_tokens)
-        one_by_one(model, request_prompts(model, job, job.rounds)[:1], job.new_tokens)
+    if model.fused:  # captures the graphs of all batch sizes to come
+        together_seconds(engine, request_prompts(model, job, job.rounds), job.new_tokens)
+        one_by_one_seconds(model, request_prompts(model, job, job.rounds)[:1], job.new_tokens)
     for n in range(job.rounds):
         progress(f"round {n + 1} of {job.rounds}")
         prompts = request_prompts(model, job, n)
-        recorded.steps.clear()
-        seconds["together"].append(serve(engine, prompts, job.new_tokens))
-        seconds["limit"].append(limits.seconds(recorded.steps))
-        seconds["one_by_one"].append(one_by_one(model, prompts, job.new_tokens))
+        recorded.passes.clear()
+        seconds["together"].append(together_seconds(engine, prompts, job.new_tokens))
+        seconds["limit"].append(roofline.seconds(recorded.passes))
+        seconds["one_by_one"].append(one_by_one_seconds(model, prompts, job.new_tokens))
     pairs = list(zip(*seconds.values(), strict=True))
     return {
         "count": job.requests,
         "prompt_tokens": job.prompt_tokens,
         "new_tokens": job.new_tokens,
-        "steps": len(recorded.steps),
+        "steps": len(recorded.passes),
         **{f"{name}_tokens_per_s": tokens / median(values) for name, values in seconds.items()},
         "times_one_by_one": median(single / served for served, single, _ in pairs),
         "share_of_limit": median(limit / served for served, _, limit in pairs),
@@ -42,13 +43,13 @@ def measure_requests(model, limits, job, progress):
 
 
 def request_prompts(model, job, seed):
-    """The prompts of a round: for each request a list of token ids."""
+    """Return the prompts of a round, a list of token ids for each request."""
     ids = random_prompt(model.config, job.requests * job.prompt_tokens, seed)
     return [ids[start : start + job.prompt_tokens] for start in range(0, len(ids), job.prompt_tokens)]
 
 
-def serve(engine, prompts, new_tokens):
-    """Seconds of all requests at once."""
+def together_seconds(engine, prompts, new_tokens):
+    """Return the seconds that all requests take at once."""
     comm = engine.model.comm
     if comm.rank == 0:
         for prompt in prompts:
@@ -59,26 +60,26 @@ def serve(engine, prompts, new_tokens):
     return comm.broadcast(perf_counter() - started)
 
 
-class Recorded:
-    """A model that notes the shapes of its passes."""
+class RecordingModel:
+    """A model that records the shapes of its forward passes."""
 
     def __init__(self, model):
-        self.model, self.steps = model, []
+        self.model, self.passes = model, []
         self.comm, self.device, self.new_pool = model.comm, model.device, model.new_pool
         self.config, self.plan = model.config, model.plan
         self.fused, self.prefill_chunk = model.fused, model.prefill_chunk
 
     def forward_batch(self, parts, logits_at=slice(None)):
-        """As Model.forward_batch."""
+        """Record the shapes of a pass, then run Model.forward_batch."""
         shapes = [
             (len(ids), keys_read(self.model, cache.length + len(ids), len(ids))) for ids, cache in parts
         ]
-        self.steps.append((shapes, 0 if logits_at is None else len(logits_at)))
+        self.passes.append((shapes, 0 if logits_at is None else len(logits_at)))
         return self.model.forward_batch(parts, logits_at)
 
 
-def one_by_one(model, prompts, new_tokens):
-    """Seconds of the same requests one after another."""
+def one_by_one_seconds(model, prompts, new_tokens):
+    """Return the seconds that the same requests take one after another."""
     comm = model.comm
     comm.allgather_object(None)
     started = perf_counter()

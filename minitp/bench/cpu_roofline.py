@@ -1,7 +1,7 @@
-"""The limits of a CPU, measured through the very products that a model is made of.
+"""The limits of a CPU, measured with the matrix products of the model itself.
 
 A forward pass cannot take less time than its matrix products: for a few tokens they are bound by reading the
-weights, for many by arithmetic. All ranks measure at the same time, for they share the memory.
+weights, for many by arithmetic. All ranks measure at the same time, because they share the memory.
 """
 
 import math
@@ -13,11 +13,11 @@ import numpy as np
 from minitp.bench.roofline import ALL_REDUCE_BYTES, Roofline, total_elements
 from minitp.comm.single import SingleRank
 
-LEAST_S = 0.2  # of a measurement, or repeat what is measured
+LEAST_S = 0.2  # duration of a measurement; shorter calls are repeated
 
 
 class BareProducts(Roofline):
-    """Only the matrix products of a model, in its own weights: no norm, no RoPE, no softmax, no collective.
+    """The matrix products of a model with its own weights: no norm, no RoPE, no softmax, no collective.
 
     Parameters
     ----------
@@ -45,27 +45,25 @@ class BareProducts(Roofline):
             max(len(parts) for parts, _ in passes), max(keys for parts, _ in passes for _, keys in parts)
         )
 
-        def run():
+        def multiply():
             for parts, logit_rows in passes:
-                self.run(parts, logit_rows)
+                self.multiply(parts, logit_rows)
 
-        return together(self.model.comm, run)
+        return synchronized_seconds(self.model.comm, multiply)
 
-    def collective_shares(self, runs):
-        return [median(shares) for shares in zip(*[run.all_reduce_shares for run in runs], strict=True)]
+    def collective_shares(self, rounds):
+        shares = [one.all_reduce_shares for one in rounds]  # [rounds, ranks]
+        return [median(of_rank) for of_rank in zip(*shares, strict=True)]
 
-    def run(self, parts, logit_rows):
-        """A pass of some sequences, of which `logit_rows` positions get logits.
-
-        `parts` are (tokens of this pass, keys that they read) of each sequence.
-        """
+    def multiply(self, parts, logit_rows):
+        """Compute the products of a pass; `parts` and `logit_rows` are those of Roofline."""
         rows = sum(tokens for tokens, _ in parts)
         self.reserve(len(parts), max(keys for _, keys in parts))
         for i, matrices in enumerate(self.layers):
             for matrix in matrices:
                 self._product(rows, matrix)
-            for (tokens, keys), own in zip(parts, self._cache, strict=False):
-                self._attention(tokens, own[i, :, :, :keys])
+            for (tokens, keys), cache in zip(parts, self._cache, strict=False):
+                self._attention(tokens, cache[i, :, :, :keys])
         self._product(logit_rows, self.lm_head)
 
     def _product(self, rows, matrix):
@@ -84,17 +82,17 @@ class BareProducts(Roofline):
         return self._ones[shape]
 
     def reserve(self, sequences, keys):
-        """Have keys and values for so many sequences, in memory of each one's own as in a cache."""
+        """Allocate keys and values for `sequences`, each with its own memory as in a cache."""
         if self._cache is None or len(self._cache) < sequences or self._cache.shape[4] < keys:
             model = self.model
             shape = (sequences, len(self.layers), 2, model.kv_heads, keys, model.config.head_dim)
             self._cache = self.xp.ones(shape, dtype=self.dtype)  # [sequences, layers, 2, K_r, S, d]
 
 
-def together(comm, function, least_s=LEAST_S):
-    """Seconds that a call of `function` takes when all ranks call it at once, until the last has done.
+def synchronized_seconds(comm, function, least_s=LEAST_S):
+    """Return the seconds of a call of `function` when all ranks call it at once, until the last is done.
 
-    It is called as often as takes `least_s`, the same number of times everywhere.
+    The call is repeated until `least_s` have passed, the same number of times on all ranks.
     """
     seconds = _timed(comm, function, 1)
     calls = math.ceil(least_s / seconds) if seconds < least_s else 0
@@ -103,32 +101,32 @@ def together(comm, function, least_s=LEAST_S):
 
 def _timed(comm, function, calls):
     comm.allgather_object(None)
-    _meet(comm)
+    _barrier(comm)
     started = perf_counter()
     for _ in range(calls):
         function()
-    _meet(comm)
+    _barrier(comm)
     return comm.broadcast((perf_counter() - started) / calls)
 
 
-def _meet(comm):
-    """All ranks are here; unlike `allgather_object` this does not sleep."""
+def _barrier(comm):
+    """Wait until all ranks are here; unlike `allgather_object` this does not sleep."""
     comm.all_reduce(np.zeros(1, np.float32))  # [1]
 
 
 def all_reduce_seconds(comm, xp, nbytes, rounds=5):
-    """The median time of an all-reduce of float32 of so many bytes, one after the other."""
+    """Return the median seconds of a float32 all-reduce of `nbytes`, one after another."""
     x = xp.zeros(nbytes // 4, dtype=np.float32)  # [n]
-    return median(together(comm, lambda: comm.all_reduce(x), least_s=0.02) for _ in range(rounds))
+    return median(synchronized_seconds(comm, lambda: comm.all_reduce(x), least_s=0.02) for _ in range(rounds))
 
 
 def bandwidth(comm, products):
-    """Bytes a second that all ranks together read through the products of single tokens."""
-    seconds = together(comm, lambda: products.run([(1, 1)], logit_rows=1))
+    """Return the bytes per second that all ranks together read in the products of single tokens."""
+    seconds = synchronized_seconds(comm, lambda: products.multiply([(1, 1)], logit_rows=1))
     return total_elements(comm, products) * products.dtype.itemsize / seconds
 
 
 def matrix_rate(comm, products, rows):
-    """Multiplications and additions a second of all ranks together, in products of `rows` rows."""
-    seconds = together(comm, lambda: products.run([(rows, 1)], logit_rows=1))
+    """Return the multiplications and additions per second of all ranks, in products of `rows` rows."""
+    seconds = synchronized_seconds(comm, lambda: products.multiply([(rows, 1)], logit_rows=1))
     return 2 * total_elements(comm, products, rows) / seconds

@@ -1,8 +1,8 @@
-"""Weights for measuring speed: a block of random numbers again and again, which costs next to nothing.
+"""Weights for measuring speed: a repeated block of random numbers, which costs almost nothing to make.
 
-Speed depends on the shapes, and a little on the values: zeros and constants flip fewer bits, and a GPU that
-uses less power for them runs faster; subnormal numbers and NaN slow a CPU down. So these are of the size and
-as random as real ones, only that a matrix repeats itself every few million elements.
+Speed depends on the shapes, and a little on the values: zeros and constants flip fewer bits, so that a GPU
+uses less power and runs faster; subnormal numbers and NaN slow a CPU down. So these weights are random, with
+the variance of real ones, but a matrix repeats itself every few million elements.
 """
 
 from functools import cache
@@ -13,28 +13,28 @@ import numpy as np
 from minitp.loading.weights import BLOCK_BYTES
 
 LARGEST_READ = BLOCK_BYTES // 4  # elements that a Loader reads at a time
-OFFSETS = 1 << 20  # where a tensor may begin in the block
+OFFSETS = 1 << 20  # number of positions in the block at which a tensor may begin
 
 
 class TiledWeights:
-    """Stands where a Checkpoint stands: `read` gives a view of the block.
+    """A substitute for a Checkpoint whose `read` returns a view of the block.
 
-    Matrices have variance 1 / in, as those of `random_weights`; norm weights are one, biases zero.
+    Matrices have variance 1 / in, like those of `random_weights`; norm weights are one, biases zero.
 
     Parameters
     ----------
     shapes : dict of str to tuple
-        Checkpoint tensor names and whole shapes.
+        Whole shapes by checkpoint tensor names.
     dtype : numpy.dtype
-        That of the weights, so that nothing is rounded while loading.
+        Dtype of the weights, so that nothing is rounded while loading.
     """
 
     def __init__(self, shapes, dtype):
         self.shapes, self.dtype = shapes, dtype
-        self._block = cache(self._draw)  # of this object, by the columns of a matrix
+        self._block = cache(self._draw)  # one block for each number of columns
 
     def read(self, name, index):
-        """The slice `index` (a tuple of slices) of tensor `name`."""
+        """Return the slice `index` (a tuple of slices) of tensor `name`."""
         sizes = [part.stop - part.start for part in index]
         if len(sizes) == 1:
             return np.full(sizes, 1 if name.endswith("norm.weight") else 0, self.dtype)

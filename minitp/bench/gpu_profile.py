@@ -1,8 +1,8 @@
-"""Where a GPU's time for one token goes, kernel by kernel.
+"""The time of a GPU's decode pass, kernel by kernel.
 
-The step that a graph holds is given to the GPU once launch by launch, an event before and behind each one. An
-event costs about a microsecond, and in a graph launches follow each other more closely: so the sum is more
-than the step takes as a graph, which is timed beside it.
+The launches that a CUDA graph holds are made once one by one, with an event before and after each. An event
+costs about a microsecond, and launches in a graph follow each other more closely. So the sum is more than the
+time of the graph, which is measured as well.
 """
 
 from contextlib import contextmanager
@@ -14,56 +14,56 @@ from minitp.cuda.fused import BLOCK_SIZE, FusedModel
 from minitp.cuda.kernels import Kernels
 
 WEIGHT = 1  # the argument of linear.cu's kernels that is the weight
-REPLAYS = 8  # of the graph, timed together
+REPLAYS = 8  # replays of the graph, timed together
 
 
 def gpu_profile(model, keys):
-    """Of a decode step of one sequence that has `keys` positions: a dict for JSON, rank 0's."""
+    """Time the kernels of a decode pass with `keys` positions; return rank 0's dict for JSON."""
     timer, launches = Timer(model.device), Launches(model.device)
-    whole = ready_step(model, keys)
+    graph = decode_graph(model, keys)
 
     def replay():
         for _ in range(REPLAYS):
-            whole.launch()
+            graph.launch()
 
     graph_s = timer.seconds(replay) / REPLAYS
-    step = ready_step(observed(model, launches), keys)
-    step.run()  # compiles
+    observed = decode_graph(observed_model(model, launches), keys)
+    observed.run()  # compiles
     launches.forget()
     timer.stay_busy()
-    step.run()
+    observed.run()
     model.device.stream.synchronize()
     kernels = launches.by_name(timer, keys * cache_position_bytes(model) // len(model.weights.layers))
-    found = {
+    profile = {
         "keys": keys,
         "launches": sum(kernel["count"] for kernel in kernels),
         "graph_us": 1e6 * graph_s,
         "eager_us": sum(kernel["us"] for kernel in kernels),
         "kernels": kernels,
     }
-    return model.comm.broadcast(found)
+    return model.comm.broadcast(profile)
 
 
-def ready_step(model, keys):
-    """A DecodeGraph for one sequence of that many keys, all zeros, which chooses its tokens itself."""
+def decode_graph(model, keys):
+    """Return a DecodeGraph for one sequence of `keys` zero keys, which samples its own tokens."""
     blocks = -(-(keys + 16 * REPLAYS) // BLOCK_SIZE)
     pool = model.new_pool(blocks, BLOCK_SIZE)
     for pair in pool.storage:
         for rows in pair:
             rows.values.fill(0)
-    step = model.decode_graph(pool, 1)
-    step.fill([1], [keys - 1], [range(blocks)])
-    step.temperature.fill(0.0)
-    return step
+    graph = model.decode_graph(pool, 1)
+    graph.fill([1], [keys - 1], [range(blocks)])
+    graph.temperature.fill(0.0)
+    return graph
 
 
 def cache_position_bytes(model):
-    """Of the keys and values of one position, in all layers of this rank."""
+    """Return the bytes of keys and values of one position, in all layers of this rank."""
     return model.new_pool(1, 1).nbytes
 
 
-def observed(model, launches):
-    """The same model, whose launches are noted."""
+def observed_model(model, launches):
+    """Return the same model with its launches recorded."""
     comm = ObservedComm(model.comm, launches)
     twin = FusedModel(model.config, model.plan, model.weights, comm, model.device, model.kv_dtype)
     twin.kernels = Kernels(twin, ObservedCompiler(model.device, launches))
@@ -71,43 +71,44 @@ def observed(model, launches):
 
 
 class Launches:
-    """What has been launched: name, bytes where they are known, and an event before and behind."""
+    """Records of launches: name, bytes where they are known, and an event before and after."""
 
     def __init__(self, gpu):
         self.gpu, self.noted, self._inside = gpu, [], False
 
     def forget(self):
+        """Discard all records."""
         self.noted.clear()
 
     @contextmanager
     def note(self, name, nbytes=None):
-        """A launch in this block, or several that count as one."""
+        """Record a launch in this block, or several that count as one."""
         if self._inside:
             yield
             return
-        before, behind = (self.gpu.cupy.cuda.Event() for _ in range(2))
+        before, after = (self.gpu.cupy.cuda.Event() for _ in range(2))
         self._inside = True
         before.record(self.gpu.stream)
         yield
-        behind.record(self.gpu.stream)
+        after.record(self.gpu.stream)
         self._inside = False
-        self.noted.append((name, nbytes, before, behind))
+        self.noted.append((name, nbytes, before, after))
 
     def by_name(self, timer, attention_bytes):
-        """Those of one name together; `attention_bytes` are what attention reads in a layer."""
-        found = {}
-        for name, nbytes, before, behind in self.noted:
-            one = found.setdefault(name, {"name": name, "count": 0, "us": 0.0, "bytes": None})
+        """Sum the launches of each name; `attention_bytes` is the number that attention reads in a layer."""
+        sums = {}
+        for name, nbytes, before, after in self.noted:
+            one = sums.setdefault(name, {"name": name, "count": 0, "us": 0.0, "bytes": None})
             one["count"] += 1
-            one["us"] += 1e6 * timer.between(before, behind)
+            one["us"] += 1e6 * timer.between(before, after)
             nbytes = attention_bytes if name == "attention_decode" else nbytes
             if nbytes is not None:
                 one["bytes"] = (one["bytes"] or 0) + nbytes
-        return sorted(found.values(), key=lambda one: -one["us"])
+        return sorted(sums.values(), key=lambda one: -one["us"])
 
 
 class ObservedCompiler(Compiler):
-    """A Compiler whose kernels are noted when they are launched."""
+    """A Compiler that records the launches of its kernels."""
 
     def __init__(self, gpu, launches):
         super().__init__(gpu.cupy, gpu.dtype)
@@ -119,7 +120,7 @@ class ObservedCompiler(Compiler):
 
 
 class ObservedKernel:
-    """A kernel as CuPy has it."""
+    """A CuPy kernel that records its launches."""
 
     def __init__(self, kernel, name, launches):
         self.__dict__.update(_kernel=kernel, _name=name, _launches=launches)
@@ -137,7 +138,7 @@ class ObservedKernel:
 
 
 class ObservedComm:
-    """A DeviceComm whose collectives are noted."""
+    """A DeviceComm that records its collectives."""
 
     def __init__(self, comm, launches):
         self._comm, self._launches = comm, launches
@@ -150,7 +151,7 @@ class ObservedComm:
             self._comm.reduce_into(x, out)
 
     def reduce_add_norm(self, *args):
-        if type(self._comm).reduce_add_norm is DeviceComm.reduce_add_norm:  # made of launches that are noted
+        if type(self._comm).reduce_add_norm is DeviceComm.reduce_add_norm:  # its parts are recorded
             return DeviceComm.reduce_add_norm(self, *args)
         with self._launches.note("all-reduce, addition, norm"):
             return self._comm.reduce_add_norm(*args)

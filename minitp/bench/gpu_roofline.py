@@ -1,9 +1,9 @@
-"""The limits of a GPU: how fast its memory is read, what cuBLAS multiplies, and what an all-reduce takes.
+"""The limits of a GPU: its read bandwidth, the matrix rate of cuBLAS, and the time of an all-reduce.
 
 A pass takes at least as long as a kernel that only reads its bytes, and at least as long as its products at
 the rate that cuBLAS reaches in the prompt's shapes. All ranks measure at the same time, each on its own GPU
-and by that GPU's clock. A copy between two arrays is measured as well: it is the figure that other projects
-state, and it is less, for memory is slower when reads and writes take turns.
+and by that GPU's clock. A copy between two arrays is measured as well, because other projects report that
+figure. It is lower, since memory is slower when reads and writes alternate.
 """
 
 import numpy as np
@@ -13,11 +13,11 @@ from minitp.cuda.comm import LocalComm, copy
 from minitp.cuda.compiler import Compiler
 from minitp.cuda.kernels.read_memory import PIECE, ReadMemory
 
-CACHES = 16  # times the L2 cache, so that reads hardly find anything in there
+CACHES = 16  # size of the arrays in L2 caches, so that reads hardly find anything in the cache
 ROUNDS = 7
-AHEAD = 40  # reads, some 10 ms: more than the host takes to launch a pass
-ALL_REDUCES = 32  # timed together
-MOST_ROWS = 4096  # of the products that measure arithmetic
+AHEAD = 40  # reads, some 10 ms: longer than the host takes to launch a pass
+ALL_REDUCES = 32  # all-reduces timed together
+MOST_ROWS = 4096  # rows of the products that measure arithmetic
 
 
 class GpuRoofline(Roofline):
@@ -26,13 +26,13 @@ class GpuRoofline(Roofline):
     Attributes
     ----------
     reads : float
-        Bytes a second that a kernel reads which does nothing else, of all ranks together.
+        Bytes per second of a kernel that only reads, over all ranks.
     copy : float
-        Bytes a second, read and written, of all ranks together.
+        Bytes read and written per second by a copy, over all ranks.
     rate : float
-        Multiplications and additions a second, of all ranks together.
+        Multiplications and additions per second, over all ranks.
     all_reduce_s : float
-        What the all-reduce of a token takes on the slowest rank; 0 where there is none.
+        Seconds of a token's all-reduce on the slowest rank; 0 if there is none.
     """
 
     def measure(self, prompt_tokens):
@@ -47,7 +47,7 @@ class GpuRoofline(Roofline):
         seconds = {n: max(comm.allgather_object(all_reduce_seconds(timer, model, n))) for n in sizes}
         self.all_reduce_s = seconds.get(token, 0.0)
         del timer
-        model.device.cupy.get_default_memory_pool().free_all_blocks()  # what the model takes is seen later
+        model.device.cupy.get_default_memory_pool().free_all_blocks()  # not part of the model's peak
         return {
             "bytes_per_token": total_elements(comm, self) * self.dtype.itemsize,
             "read_gb_per_s": self.reads / 1e9,
@@ -59,39 +59,42 @@ class GpuRoofline(Roofline):
         }
 
     def seconds(self, passes):
-        """By the weights alone for the products: attention's are a few percent of a prompt of 2048 tokens."""
-        comm, found = self.model.comm, 0.0
+        """Return the least time of a list of passes, as Roofline.seconds.
+
+        The FLOPs are those of the weights alone: attention adds a few percent in a prompt of 2048 tokens.
+        """
+        comm, total = self.model.comm, 0.0
         for parts, logit_rows in passes:
             rows = sum(tokens for tokens, _ in parts)
             read = self.weight_elements(1, min(logit_rows, 1)) * self.dtype.itemsize
             read += sum(self.cache_bytes(keys) for _, keys in parts)
             flops = 2 * self.weight_elements(rows, logit_rows)
             read, flops = map(sum, zip(*comm.allgather_object((read, flops)), strict=True))
-            found += max(read / self.reads, flops / self.rate)
-        return found
+            total += max(read / self.reads, flops / self.rate)
+        return total
 
-    def collective_shares(self, runs):
-        """By their time alone; inside a graph nobody sees them."""
+    def collective_shares(self, rounds):
+        """Estimate the shares from the time of an all-reduce alone; inside a graph it cannot be timed."""
         reductions = 2 * self.model.config.num_hidden_layers + 1
-        decode_s = sorted(run.decode_s for run in runs)[len(runs) // 2]
-        return [reductions * self.all_reduce_s / decode_s] * len(runs[0].all_reduce_shares)
+        decode_s = sorted(one.decode_s for one in rounds)[len(rounds) // 2]
+        return [reductions * self.all_reduce_s / decode_s] * len(rounds[0].all_reduce_shares)
 
     def shares_of_bandwidth(self, keys, decode_s):
-        """Return what a token reads in that time as shares of the reads' bandwidth and of the copy's."""
+        """Return a token's read rate as a share of the read bandwidth and of the copy bandwidth."""
         speed = token_bytes(self.model.comm, self, keys) / decode_s
         return speed / self.reads, speed / self.copy
 
     def share_of_matrix_rate(self, tokens, prefill_s):
-        """Of cuBLAS's rate, what a prompt's products with the weights are in that time."""
+        """Return the rate of a prompt's products with the weights, as a share of cuBLAS's rate."""
         return 2 * total_elements(self.model.comm, self, tokens) / prefill_s / self.rate
 
 
 class Timer:
-    """Times what is given to a GPU by its own clock.
+    """A timer of work on a GPU, by the GPU's own clock.
 
-    Launching takes the host longer than a small kernel takes the GPU. So some reads go before what is timed,
-    and keep the GPU busy until all of it waits in the stream. (Not copies: what they leave in the L2 cache
-    has still to be written, and on an H100 reads after them were 5% slower.)
+    Launching a small kernel takes the host longer than running it takes the GPU. So some reads are launched
+    first, which keep the GPU busy until all timed work waits in the stream. (Copies would leave data in the
+    L2 cache that has yet to be written; on an H100, reads after them were 5% slower.)
 
     Parameters
     ----------
@@ -103,9 +106,9 @@ class Timer:
         device = cupy.cuda.Device()
         free, _ = device.mem_info
         nbytes = min(CACHES * device.attributes["L2CacheSize"], free // 4) // PIECE * PIECE
-        # Not zeros: memory and caches may be faster for these.
+        # The source is not zeros, for which memory and caches may be faster.
         self._arrays = cupy.arange(nbytes // 4, dtype=np.uint32), cupy.zeros(nbytes // 4, np.uint32)
-        compiler = Compiler(cupy, np.dtype(np.float16))  # that kernel has no 16-bit numbers
+        compiler = Compiler(cupy, np.dtype(np.float16))  # any dtype: the kernel has no 16-bit numbers
         self._read = ReadMemory(compiler, cupy, nbytes)
 
     def read(self):
@@ -113,70 +116,70 @@ class Timer:
         self._read(self._arrays[0])
 
     def copy(self):
-        """Copy it to the other one."""
+        """Copy the array to another one."""
         copy(self.gpu, *self._arrays)
 
     def copy_rate(self):
-        """Bytes a second, those read and those written."""
+        """Return the bytes per second of a copy, those read plus those written."""
         return 2 * self._arrays[0].nbytes / self.seconds(self.copy)
 
     def read_rate(self):
-        """Bytes a second of a kernel that only reads."""
+        """Return the bytes per second of a kernel that only reads."""
         return self._arrays[0].nbytes / self.seconds(self.read)
 
     def stay_busy(self):
-        """Give the GPU something to do while the host goes ahead."""
+        """Keep the GPU busy while the host launches what is to be timed."""
         for _ in range(AHEAD):
             self.read()
 
-    def seconds(self, run, rounds=ROUNDS):
-        """The least time of some rounds of what `run` gives to the GPU, after one that warms up."""
+    def seconds(self, launch, rounds=ROUNDS):
+        """Return the least time of the work that `launch` gives to the GPU, after a warm-up."""
         events, times = self.events(2), []
-        run()
+        launch()
         for _ in range(rounds):
             self.stay_busy()
             events[0].record(self.gpu.stream)
-            run()
+            launch()
             events[1].record(self.gpu.stream)
             events[1].synchronize()
             times.append(self.between(*events))
         return min(times)
 
     def events(self, count):
-        """Events that keep the time."""
+        """Return new events, which record the time."""
         return [self.gpu.cupy.cuda.Event() for _ in range(count)]
 
     def between(self, start, end):
-        """Seconds from one event to another."""
+        """Return the seconds from one event to another."""
         return self.gpu.cupy.cuda.get_elapsed_time(start, end) / 1000
 
 
 def matrix_rate(timer, layers, rows, gpu):
-    """Multiplications and additions a second in products of [rows, in] with all layers' matrices."""
+    """Return the multiplications and additions per second of [rows, in] with all layers' matrices."""
     widest = max(w.shape[0] for matrices in layers for w in matrices)
-    # Random numbers: a GPU slows down for what changes many bits, and is faster for zeros.
+    # Random numbers, because a GPU is faster for zeros and slower for numbers that flip many bits.
     x = np.random.default_rng(0).standard_normal((rows, widest), np.float32)
     x = gpu.from_host(x.astype(gpu.dtype))  # [rows, widest]
 
-    def run():
+    def launch():
         for matrices in layers:
             for w in matrices:  # [in, out]
                 gpu.xp.matmul(x[:, : w.shape[0]], w)
 
     elements = sum(w.size for matrices in layers for w in matrices)
-    return 2 * rows * elements / timer.seconds(run)
+    return 2 * rows * elements / timer.seconds(launch)
 
 
 def all_reduce_seconds(timer, model, nbytes):
-    """Of one all-reduce of so many bytes in the model's dtype, when one follows another."""
+    """Return the seconds of an all-reduce of `nbytes` in the model's dtype, when one follows another."""
     cupy, dtype, width = model.device.cupy, model.device.dtype, model.config.hidden_size
     count = max(1, nbytes // dtype.itemsize)
     x = cupy.zeros((count // width, width) if count % width == 0 else count, dtype)  # rows, as in the model
     out = cupy.empty(x.shape, dtype)
 
-    def run():
+    def launch():
         with model.comm.launching():
             for _ in range(ALL_REDUCES):
                 model.comm.reduce_into(x, out)
 
-    return timer.seconds(run) / ALL_REDUCES
+    return timer.seconds(launch) / ALL_REDUCES

@@ -1,15 +1,15 @@
-"""How fast a model was loaded, beside what its file can be read with."""
+"""The speed of loading a model, compared with that of only reading its file."""
 
 from time import perf_counter
 
 BUFFER_BYTES = 1 << 24
-MOST_BYTES = 1 << 31  # that are read of a file
+MOST_BYTES = 1 << 31  # bytes to read of a file
 
 
 def loading(model, source, load_s):
-    """Gigabytes a second of all ranks together: of the weights, and of the file, None if there is none.
+    """Return the GB/s of loading the weights and of reading the file (None without one), over all ranks.
 
-    The file is read by all ranks at once, as it was for loading, so it comes from the page cache.
+    All ranks read the file at once, as they did for loading, so it comes from the page cache.
     """
     comm = model.comm
     weights = sum(comm.allgather_object(model.weights.nbytes))
@@ -23,7 +23,7 @@ def loading(model, source, load_s):
 
 
 def read_rate(path):
-    """Bytes a second, reading a file from its beginning into one buffer again and again."""
+    """Return the bytes per second of reading a file from its beginning into one buffer, over and over."""
     buffer, read = bytearray(BUFFER_BYTES), 0
     started = perf_counter()
     with open(path, "rb", buffering=0) as file:

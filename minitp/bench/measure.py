@@ -1,4 +1,4 @@
-"""All that `minitp bench` tells, as one object of plain numbers; every rank takes part."""
+"""All measurements of `minitp bench`, collected in one dict of plain numbers."""
 
 import os
 import resource
@@ -9,62 +9,63 @@ from minitp.bench.concurrency import measure_requests
 from minitp.bench.cpu_roofline import BareProducts
 from minitp.bench.load_rate import loading
 from minitp.bench.roofline import token_bytes
-from minitp.bench.runs import (
+from minitp.bench.rounds import (
     bare_decode_seconds,
     keys_read,
     private_bytes,
     profile,
     random_prompt,
     timed_batch,
-    timed_run,
+    timed_round,
 )
 from minitp.comm.single import ShardOnly
 from minitp.util.environment import BLAS_THREADS, cores, cpu_name
 
 
 def measure(model, source, job, load_s, progress):
-    """The results as a dict for JSON, on every rank.
+    """Measure the model; all ranks call this and all get the results, as a dict for JSON.
 
     Parameters
     ----------
     model : Model
     source : ModelSource
     job : Job
-        What is wanted.
+        Lengths, rounds and kinds of measurement.
     load_s : float
+        Seconds that loading took on this rank.
     progress : callable
         Called with a few words before each measurement.
     """
-    limits = limits_of(model)
-    result = surroundings(model, source) | {"load_s": load_s}
+    roofline = roofline_of(model)
+    result = conditions(model, source) | {"load_s": load_s}
     progress("limits")
     result["loading"] = loading(model, source, load_s)
-    result["limits"] = limits.measure(job.prompt_tokens)
+    result["limits"] = roofline.measure(job.prompt_tokens)
     if job.sweep == "context":
-        result["sweep"] = {"over": "context", "points": context_sweep(model, limits, job, progress)}
+        result["sweep"] = {"over": "context", "points": context_sweep(model, roofline, job, progress)}
     elif job.sweep == "batch":
-        result["sweep"] = {"over": "batch", "points": batch_sweep(model, limits, job, progress)}
+        result["sweep"] = {"over": "batch", "points": batch_sweep(model, roofline, job, progress)}
     elif job.requests is not None:
-        result["requests"] = measure_requests(model, limits, job, progress)
+        result["requests"] = measure_requests(model, roofline, job, progress)
     else:
-        runs = []
+        rounds = []
         prompt = random_prompt(model.config, job.prompt_tokens)
-        # Warms up. On a GPU as long as the rounds: their step is captured over a pool that has room for them.
-        timed_run(model, limits, prompt, job.new_tokens if model.fused else 2)
+        # The warm-up. On a GPU it is as long as the rounds, so that it captures the graph that they replay.
+        timed_round(model, roofline, prompt, job.new_tokens if model.fused else 2)
         for n in range(job.rounds):
             progress(f"round {n + 1} of {job.rounds}")
-            runs.append(timed_run(model, limits, prompt, job.new_tokens))
-        result |= speeds(runs, model, limits, job)
+            rounds.append(timed_round(model, roofline, prompt, job.new_tokens))
+        result |= speeds(rounds, model, roofline, job)
         if job.profile:
             progress("profile")
             result["profile"] = profiles(model, prompt, job)
-    del limits  # else its arrays counted as the model's
+    del roofline  # so that its arrays are not counted as the model's
     result["memory"] = memory(model)
     return result
 
 
-def surroundings(model, source):
-    """On what, and of what, everything else was measured."""
+def conditions(model, source):
+    """Describe the machine, the model and the setup of the measurements."""
     host = getattr(model.comm, "host", model.comm)
     threads = next((os.environ[name] for name in reversed(BLAS_THREADS[:2]) if name in os.environ), "")
     return {
@@ -85,13 +86,13 @@ def surroundings(model, source):
 
 
 def gpu_name(gpu):
-    """What this rank's GPU calls itself."""
+    """Return the name of this rank's GPU."""
     runtime = gpu.cupy.cuda.runtime
     return runtime.getDeviceProperties(gpu.cupy.cuda.Device().id)["name"].decode()
 
 
 def memory(model):
-    """Bytes on each rank: its process's own now, and with mapped files at most; of the GPU's the same two."""
+    """Return each rank's bytes: private ones now, and the peak with mapped files; the same for its GPU."""
     comm, peak = model.comm, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {
         "private_bytes_per_rank": comm.allgather_object(private_bytes()),
@@ -106,103 +107,106 @@ def memory(model):
     return found
 
 
-def speeds(runs, model, limits, job):
-    """Of the rounds: prefill and decode, each beside its limit."""
+def speeds(rounds, model, roofline, job):
+    """Return the speed of prefill and decode over the rounds, and their limits."""
     context = job.prompt_tokens + job.new_tokens // 2
     keys = keys_read(model, context, 1)
-    read = token_bytes(model.comm, limits, keys)
+    read = token_bytes(model.comm, roofline, keys)
     found = {
         "prefill": {
             "prompt_tokens": job.prompt_tokens,
-            "ttft_s": spread(run.ttft_s for run in runs),
-            "limit_s": spread(run.bare_prefill_s for run in runs),
-            "share_of_limit": spread(run.bare_prefill_s / run.ttft_s for run in runs),
-            "tokens_per_s": spread(job.prompt_tokens / run.ttft_s for run in runs),
+            "ttft_s": median_and_range(one.ttft_s for one in rounds),
+            "limit_s": median_and_range(one.bare_prefill_s for one in rounds),
+            "share_of_limit": median_and_range(one.bare_prefill_s / one.ttft_s for one in rounds),
+            "tokens_per_s": median_and_range(job.prompt_tokens / one.ttft_s for one in rounds),
         },
         "decode": {
             "new_tokens": job.new_tokens,
-            "tokens_per_s": spread(1 / run.decode_s for run in runs),
-            "limit_tokens_per_s": spread(1 / run.bare_decode_s for run in runs),
-            "share_of_limit": spread(run.bare_decode_s / run.decode_s for run in runs),
+            "tokens_per_s": median_and_range(1 / one.decode_s for one in rounds),
+            "limit_tokens_per_s": median_and_range(1 / one.bare_decode_s for one in rounds),
+            "share_of_limit": median_and_range(one.bare_decode_s / one.decode_s for one in rounds),
             "bytes_per_token": read,
-            "gb_per_s": spread(read / run.decode_s / 1e9 for run in runs),
-            "all_reduce_share_per_rank": limits.collective_shares(runs),
+            "gb_per_s": median_and_range(read / one.decode_s / 1e9 for one in rounds),
+            "all_reduce_share_per_rank": roofline.collective_shares(rounds),
         },
-        "rounds": len(runs),
+        "rounds": len(rounds),
     }
     if model.device.is_gpu:
-        shares = [limits.shares_of_bandwidth(keys, run.decode_s) for run in runs]
-        found["decode"]["share_of_reads"] = spread(of_reads for of_reads, _ in shares)
-        found["decode"]["share_of_copy"] = spread(of_copy for _, of_copy in shares)
-        found["prefill"]["share_of_matrix_rate"] = spread(
-            limits.share_of_matrix_rate(job.prompt_tokens, run.ttft_s) for run in runs
+        shares = [roofline.shares_of_bandwidth(keys, one.decode_s) for one in rounds]
+        found["decode"]["share_of_reads"] = median_and_range(of_reads for of_reads, _ in shares)
+        found["decode"]["share_of_copy"] = median_and_range(of_copy for _, of_copy in shares)
+        found["prefill"]["share_of_matrix_rate"] = median_and_range(
+            roofline.share_of_matrix_rate(job.prompt_tokens, one.ttft_s) for one in rounds
         )
     return found
 
 
 def profiles(model, prompt, job):
-    """Seconds by step of the prompt and of a token, the mean over the ranks; on a GPU the token's kernels."""
+    """Return the seconds of each step, for the prompt and for a token; on a GPU those of a token's kernels.
+
+    On a CPU they are means over the ranks, on a GPU they are those of rank 0.
+    """
     if model.device.is_gpu:
         from minitp.bench.gpu_profile import gpu_profile
 
         return gpu_profile(model, keys_read(model, job.prompt_tokens + job.new_tokens // 2, 1))
-    every = model.comm.allgather_object(profile(model, prompt, job.new_tokens))
+    ranks = model.comm.allgather_object(profile(model, prompt, job.new_tokens))
     return {
-        name: {step: sum(rank[i][step] for rank in every) / len(every) for step in every[0][i]}
+        name: {step: sum(rank[i][step] for rank in ranks) / len(ranks) for step in ranks[0][i]}
         for i, name in enumerate(("prefill_s", "decode_s"))
     }
 
 
-def context_sweep(model, limits, job, progress):
-    """Prefill and decode at ever longer contexts."""
+def context_sweep(model, roofline, job, progress):
+    """Measure prefill and decode at increasing contexts."""
     points = []
-    if model.fused:  # captures a step over a pool that is large enough for all
-        timed_run(model, limits, random_prompt(model.config, job.points[-1]), job.new_tokens)
+    if model.fused:  # captures a graph over a pool that is large enough for all points
+        timed_round(model, roofline, random_prompt(model.config, job.points[-1]), job.new_tokens)
     for context in job.points:
         prompt = random_prompt(model.config, context)
-        runs = []
+        rounds = []
         for n in range(job.rounds):
             progress(f"context {context}, round {n + 1} of {job.rounds}")
-            runs.append(timed_run(model, limits, prompt, job.new_tokens))
+            rounds.append(timed_round(model, roofline, prompt, job.new_tokens))
         points.append(
             {
                 "context": context,
-                "ttft_s": median(run.ttft_s for run in runs),
-                "ttft_s_range": extremes(run.ttft_s for run in runs),
-                "limit_ttft_s": median(run.bare_prefill_s for run in runs),
-                "tokens_per_s": median(1 / run.decode_s for run in runs),
-                "tokens_per_s_range": extremes(1 / run.decode_s for run in runs),
-                "limit_tokens_per_s": median(1 / run.bare_decode_s for run in runs),
+                "ttft_s": median(one.ttft_s for one in rounds),
+                "ttft_s_range": extremes(one.ttft_s for one in rounds),
+                "limit_ttft_s": median(one.bare_prefill_s for one in rounds),
+                "tokens_per_s": median(1 / one.decode_s for one in rounds),
+                "tokens_per_s_range": extremes(1 / one.decode_s for one in rounds),
+                "limit_tokens_per_s": median(1 / one.bare_decode_s for one in rounds),
             }
         )
     return points
 
 
-def batch_sweep(model, limits, job, progress):
-    """Decode steps of ever more sequences, each of which continues a prompt of its own."""
+def batch_sweep(model, roofline, job, progress):
+    """Measure decode passes of increasing batches; every sequence continues the same prompt."""
     points = []
     prompt = random_prompt(model.config, job.prompt_tokens)
     for batch in job.points:
-        steps, bare = [], []
+        passes, bare = [], []
         for n in range(job.rounds):
             progress(f"batch {batch}, round {n + 1} of {job.rounds}")
-            bare.append(bare_decode_seconds(model, limits, batch, job.prompt_tokens + job.new_tokens // 2))
-            steps.append(timed_batch(model, prompt, batch, job.new_tokens))
+            bare.append(bare_decode_seconds(model, roofline, batch, job.prompt_tokens + job.new_tokens // 2))
+            passes.append(timed_batch(model, prompt, batch, job.new_tokens))
         points.append(
             {
                 "batch": batch,
-                "step_s": median(steps),
-                "step_s_range": extremes(steps),
-                "tokens_per_s": batch / median(steps),
-                "tokens_per_s_range": extremes(batch / step for step in steps),
+                "step_s": median(passes),
+                "step_s_range": extremes(passes),
+                "tokens_per_s": batch / median(passes),
+                "tokens_per_s_range": extremes(batch / seconds for seconds in passes),
                 "limit_tokens_per_s": batch / median(bare),
             }
         )
     return points
 
 
-def spread(values):
-    """Median, least and most."""
+def median_and_range(values):
+    """Return the median and the range of the values, as a dict for JSON."""
     values = list(values)
     return {"median": median(values), "min": min(values), "max": max(values)}
 
@@ -213,8 +217,8 @@ def extremes(values):
     return [min(values), max(values)]
 
 
-def limits_of(model):
-    """The Roofline of a model where it is."""
+def roofline_of(model):
+    """Return the Roofline for the model's device."""
     if model.device.is_gpu:
         from minitp.bench.gpu_roofline import GpuRoofline
 

@@ -1,17 +1,17 @@
-"""What a model's passes cannot do without, and so what they take at least; the same for CPUs and GPUs.
+"""The reads and products that a model's forward passes need, and the limit on speed that follows from them.
 
-cpu_limits    a pass takes at least as long as its bare matrix products, which are run
-gpu_limits    a pass takes at least as long as reading its bytes, and as its products at cuBLAS's rate
+cpu_roofline    a pass takes at least as long as its bare matrix products, which are run and timed
+gpu_roofline    a pass takes at least as long as reading its bytes, and as its products at cuBLAS's rate
 """
 
 ALL_REDUCE_BYTES = (4, 4 << 10, 64 << 10, 1 << 20)
 
 
 class Roofline:
-    """What a model reads and multiplies, and the limit that follows from it.
+    """The limit on a model's speed that follows from the bytes it reads and the products it computes.
 
-    A pass is a pair (parts, logit_rows): `parts` are (tokens of this pass, keys that they read) of each
-    sequence, and `logit_rows` positions get logits.
+    A pass is a pair (parts, logit_rows): `parts` has (tokens of this pass, keys that they read) for each
+    sequence, and `logit_rows` is the number of positions that get logits.
 
     Parameters
     ----------
@@ -24,34 +24,34 @@ class Roofline:
         self.layers = [(w.w_qkv, w.w_o, w.w_gate_up, w.w_down) for w in layers]
 
     def measure(self, prompt_tokens):
-        """Of all ranks together, at the same time: a dict for JSON. Comes before all others."""
+        """Measure all ranks at the same time; return a dict for JSON. Call this before the other methods."""
         raise NotImplementedError
 
     def seconds(self, passes):
-        """What a list of passes takes at least, one after another; all ranks call it."""
+        """Return the least time of a list of passes, one after another; all ranks call this."""
         raise NotImplementedError
 
-    def collective_shares(self, runs):
-        """Of each rank's time for a token, the share that all-reduces take; of all `runs`."""
+    def collective_shares(self, rounds):
+        """Return each rank's share of a token's time that is spent in all-reduces, over all `rounds`."""
         raise NotImplementedError
 
     def weight_elements(self, rows=1, logit_rows=1):
-        """That this rank multiplies by, each counted as often as it has rows."""
+        """Return the weight elements that this rank multiplies, each counted once per row."""
         layers = sum(m.size for matrices in self.layers for m in matrices)
         return rows * layers + logit_rows * self.lm_head.size
 
     def cache_bytes(self, keys):
-        """That a token reads in the cache of this rank."""
+        """Return the bytes of `keys` positions in the cache of this rank."""
         return keys * self.model.new_pool(1, 1).nbytes
 
 
-def total_elements(comm, limits, rows=1):
-    """Elements that a pass multiplies `rows` rows by, and one row for logits, on all ranks together."""
-    return sum(comm.allgather_object(limits.weight_elements(rows)))
+def total_elements(comm, roofline, rows=1):
+    """Return the weight elements multiplied on all ranks by `rows` rows, with one row of logits."""
+    return sum(comm.allgather_object(roofline.weight_elements(rows)))
 
 
-def token_bytes(comm, limits, keys):
-    """Weights and keys and values that a token reads on all ranks together."""
-    return total_elements(comm, limits) * limits.dtype.itemsize + sum(
-        comm.allgather_object(limits.cache_bytes(keys))
+def token_bytes(comm, roofline, keys):
+    """Return the bytes of weights, keys and values that a token reads on all ranks together."""
+    return total_elements(comm, roofline) * roofline.dtype.itemsize + sum(
+        comm.allgather_object(roofline.cache_bytes(keys))
     )

@@ -1,16 +1,16 @@
-"""The results of `minitp bench` for people."""
+"""The results of `minitp bench` as text."""
 
 from minitp.util.format import aligned, counted, size
 
 PRODUCT, COLLECTIVE = "product", "collective"
-KINDS = {  # of a profile's steps; the others are small operations
+KINDS = {  # kinds of a profile's steps; the others are small operations
     **dict.fromkeys(["q k v", "scores", "context", "out_partial", "gate up", "logits_partial"], PRODUCT),
     **dict.fromkeys(["embed", "out", "logits"], COLLECTIVE),
 }
 
 
 def lines(result):
-    """All of it, as lines of text."""
+    """Return the results as lines of text."""
     parts = [head(result), limit_lines(result), [loading_line(result["loading"])]]
     if "sweep" in result:
         parts.append(sweep_lines(result["sweep"]))
@@ -23,11 +23,11 @@ def lines(result):
 
 
 def head(result):
-    """On what it was measured."""
+    """Return lines that describe the model, the ranks and the machine."""
     threads = result["blas_threads_per_rank"]
     ranks = counted(result["tp"], "rank") + (f" of {counted(threads, 'BLAS thread')}" if threads else "")
     if result["as_rank"] is not None:
-        ranks = f"alone the share of rank {result['as_rank']} of {ranks}"
+        ranks = f"only rank {result['as_rank']} of {ranks}"
     layers = counted(result["layers"], "layer")
     cache = "" if result["kv_dtype"] == "auto" else f" (cache in {result['kv_dtype']})"
     return [
@@ -37,41 +37,41 @@ def head(result):
 
 
 def limit_lines(result):
-    """What the machine allows."""
+    """Return the lines of the machine's limits."""
     found = result["limits"]
     weights, speed = size(found["bytes_per_token"]), f"{found['bandwidth_gb_per_s']:.1f} GB/s"
     if "copy_gb_per_s" in found:
         rate = f"{found['matrix_gflop_per_s'] / 1e3:.1f} TFLOP/s"
         rows = [
-            ("memory", f"{speed}, reading; a token's weights are {weights}"),
-            ("copy", f"{found['copy_gb_per_s']:.1f} GB/s, read and written on the GPU"),
-            ("matrix rate", f"{rate}, by cuBLAS, of {counted(found['matrix_rows'], 'row')}"),
+            ("memory", f"{speed} of reads; a token reads {weights} of weights"),
+            ("copy", f"{found['copy_gb_per_s']:.1f} GB/s of reads and writes on the GPU"),
+            ("matrix rate", f"{rate} by cuBLAS, with {counted(found['matrix_rows'], 'row')}"),
         ]
     else:
         rate = f"{found['matrix_gflop_per_s']:.0f} GFLOP/s"
         rows = [
-            ("memory", f"{speed}, reading {weights} of weights, one token's products"),
-            ("matrix rate", f"{rate}, the same products for a whole prompt"),
+            ("memory", f"{speed} in the products of one token, which read {weights} of weights"),
+            ("matrix rate", f"{rate} in the same products for a whole prompt"),
         ]
     if found["all_reduce"]:
         latencies = (f"{size(one['bytes'])} {one['us']:.1f} us" for one in found["all_reduce"])
         rows.append(("all-reduce", ", ".join(latencies)))
-    return ["limits, all ranks at once:", *(f"  {line}" for line in aligned(rows, "<<"))]
+    return ["limits, with all ranks at once:", *(f"  {line}" for line in aligned(rows, "<<"))]
 
 
 def loading_line(found):
-    """How fast the model was loaded."""
-    beside = ""
+    """Return the line about the speed of loading."""
+    file = ""
     if found["file_gb_per_s"] is not None:
-        beside = f"; reading the file without more takes {found['file_gb_per_s']:.1f} GB/s"
-    return f"loaded in {found['seconds']:.2f} s, {found['gb_per_s']:.2f} GB/s of weights{beside}"
+        file = f"; only reading the file reaches {found['file_gb_per_s']:.1f} GB/s"
+    return f"loaded in {found['seconds']:.2f} s, {found['gb_per_s']:.2f} GB/s of weights{file}"
 
 
 def speed_lines(result):
-    """Prefill and decode beside their limits."""
+    """Return the lines of prefill and decode with their limits."""
     prefill, decode = result["prefill"], result["decode"]
     rows = [
-        (f"median of {counted(result['rounds'], 'round')}", "", "min to max", "limit", "share of it"),
+        (f"median of {counted(result['rounds'], 'round')}", "", "min to max", "limit", "share of limit"),
         row("first token", prefill["ttft_s"], prefill["limit_s"], prefill["share_of_limit"], "s", 3),
         row(
             "decode",
@@ -84,18 +84,19 @@ def speed_lines(result):
     ]
     return [
         *aligned(rows, "<>>>>"),
-        f"of a prompt of {prefill['prompt_tokens']} tokens and {decode['new_tokens']} new ones",
+        f"with a prompt of {prefill['prompt_tokens']} tokens and {decode['new_tokens']} new tokens",
         *(gpu_speed_lines if "share_of_copy" in decode else cpu_speed_lines)(prefill, decode),
     ]
 
 
 def cpu_speed_lines(_, decode):
-    """What the limit is, and where the time is."""
+    """Return the lines that explain the limit and say how much of the time collectives take."""
     shares = ", ".join(f"{share:.0%}" for share in decode["all_reduce_share_per_rank"])
     reading = decode["gb_per_s"]["median"]
+    waiting = f"{shares} of each rank's time is spent in collectives and waiting"
     return [
-        "limit: the bare matrix products of the same shapes, measured beside each round",
-        f"decoding reads {reading:.1f} GB/s; {shares} of each rank's time is in collectives and waiting",
+        "limit: the bare matrix products of the same shapes, measured with each round",
+        f"decoding reads {reading:.1f} GB/s; {waiting}",
     ]
 
 
@@ -103,16 +104,16 @@ def gpu_speed_lines(prefill, decode):
     """Return the lines that compare the speeds with what the GPU reads and multiplies."""
     share, rate = decode["share_of_reads"]["median"], prefill["share_of_matrix_rate"]["median"]
     reading, reduces = decode["gb_per_s"]["median"], decode["all_reduce_share_per_rank"][0]
-    collectives = f"; all-reduces, by their time alone, are {reduces:.0%} of a token" if reduces else ""
+    collectives = f"; all-reduces, timed separately, take {reduces:.0%} of a token's time" if reduces else ""
     return [
-        "limit: reading at the memory's speed, or the products at the matrix rate, whichever takes longer",
+        "limit: reads at the memory's speed or products at the matrix rate, whichever takes longer",
         f"decoding reads {reading:.1f} GB/s, {share:.1%} of the memory's speed{collectives}",
-        f"the prompt's products with the weights go at {rate:.1%} of the matrix rate",
+        f"the prompt's products with the weights reach {rate:.1%} of the matrix rate",
     ]
 
 
 def row(name, value, limit, share, unit, digits):
-    """One speed."""
+    """Return the table row of one speed."""
     return (
         name,
         f"{value['median']:.{digits}f} {unit}",
@@ -123,7 +124,7 @@ def row(name, value, limit, share, unit, digits):
 
 
 def profile_lines(profile):
-    """Where the time goes, step by step; the mean of the ranks. On a GPU by kernel."""
+    """Yield the tables of a profile: a prompt's and a token's steps, or on a GPU a token's kernels."""
     if "kernels" in profile:
         yield kernel_lines(profile)
     for name, title in (("prefill_s", "the prompt, ms"), ("decode_s", "a token, us")):
@@ -136,24 +137,24 @@ def profile_lines(profile):
             kind = KINDS.get(step.split(".")[-1], "small operation")
             kinds[kind] = kinds.get(kind, 0.0) + seconds
             rows.append((step, f"{scale * seconds:.1f}", f"{seconds / total:.1%}", kind))
-        rows += [(kind, f"{scale * s:.1f}", f"{s / total:.1%}", "in all") for kind, s in kinds.items()]
+        rows += [(kind, f"{scale * s:.1f}", f"{s / total:.1%}", "total") for kind, s in kinds.items()]
         yield aligned(rows, "<>><")
 
 
 def kernel_lines(profile):
-    """A line for each kernel of a token's step."""
+    """Return a table of the kernels of a token."""
     rows = [("a token, us", "launches", "", "share", "read")]
     for one in profile["kernels"]:
         speed = "" if one["bytes"] is None else f"{one['bytes'] / one['us'] / 1e3:.0f} GB/s"
         share = f"{one['us'] / profile['eager_us']:.1%}"
         rows.append((one["name"], str(one["count"]), f"{one['us']:.1f}", share, speed))
-    rows.append(("launch by launch", str(profile["launches"]), f"{profile['eager_us']:.1f}", "", ""))
+    rows.append(("launched one by one", str(profile["launches"]), f"{profile['eager_us']:.1f}", "", ""))
     rows.append(("as one graph", "", f"{profile['graph_us']:.1f}", "", ""))
     return aligned(rows, "<>>>>")
 
 
 def sweep_lines(sweep):
-    """One line a point."""
+    """Return a table with a row for each point."""
     if sweep["over"] == "context":
         rows = [("context", "first token", "limit", "tokens/s", "limit", "share")]
         for p in sweep["points"]:
@@ -162,7 +163,7 @@ def sweep_lines(sweep):
             decode = (f"{p['tokens_per_s']:.1f}", f"{p['limit_tokens_per_s']:.1f}", f"{share:.0%}")
             rows.append((str(p["context"]), *first, *decode))
         return aligned(rows, ">>>>>>")
-    rows = [("sequences", "a step", "tokens/s", "limit", "share")]
+    rows = [("sequences", "a pass", "tokens/s", "limit", "share")]
     for p in sweep["points"]:
         share = p["tokens_per_s"] / p["limit_tokens_per_s"]
         speed = (f"{p['tokens_per_s']:.1f}", f"{p['limit_tokens_per_s']:.1f}", f"{share:.0%}")
@@ -171,32 +172,31 @@ def sweep_lines(sweep):
 
 
 def request_lines(found):
-    """Many at once, beside one by one and beside the limit."""
+    """Return the lines that compare requests at once with one by one and with the limit."""
+    together, one_by_one, limit = (
+        f"{found[f'{name}_tokens_per_s']:.1f} tokens/s" for name in ("together", "one_by_one", "limit")
+    )
     rows = [
-        ("all at once", f"{found['together_tokens_per_s']:.1f} tokens/s", f"in {found['steps']} steps"),
-        ("one by one", f"{found['one_by_one_tokens_per_s']:.1f} tokens/s", ""),
-        (
-            "limit",
-            f"{found['limit_tokens_per_s']:.1f} tokens/s",
-            "of the same steps",
-        ),
+        ("all at once", together, f"in {counted(found['steps'], 'engine step')}"),
+        ("one by one", one_by_one, ""),
+        ("limit", limit, "for the same engine steps"),
     ]
-    each = f"{found['prompt_tokens']} prompt and {found['new_tokens']} new tokens each; new ones are counted"
+    lengths = f"{found['prompt_tokens']} prompt tokens and {found['new_tokens']} new tokens each"
     ratio, share = found["times_one_by_one"], found["share_of_limit"]
     return [
-        f"{counted(found['count'], 'request')} of {each}",
+        f"{counted(found['count'], 'request')} of {lengths}; speeds count new tokens",
         *aligned(rows, "<><"),
         f"{ratio:.2f} times as fast as one by one, {share:.0%} of the limit",
     ]
 
 
 def memory_lines(result):
-    """What each rank takes."""
-    rows = [["", "weights", "own memory", "at most, with files and this measuring"]]
+    """Return a table of the memory of each rank."""
+    rows = [["", "weights", "private memory", "peak, with files and measuring"]]
     found = result["memory"]
     columns = [result["weight_bytes_per_rank"], found["private_bytes_per_rank"], found["peak_bytes_per_rank"]]
     if "device_bytes_per_rank" in found:
-        rows[0] += ["on the GPU", "at most"]
+        rows[0] += ["on the GPU", "peak"]
         columns += [found["device_bytes_per_rank"], found["device_peak_bytes_per_rank"]]
     first = result["as_rank"] or 0
     for rank, sizes in enumerate(zip(*columns, strict=True), start=first):

@@ -1,4 +1,4 @@
-"""This machine as an `estimate.hardware.Hardware`: what its cores read and compute, measured in a second."""
+"""The bandwidth and matrix rate of this machine's cores, measured in a second for `minitp plan`."""
 
 import dataclasses
 import math
@@ -15,62 +15,63 @@ from minitp.model import Model
 from minitp.shard import make_plan
 from minitp.util.environment import cores, memory
 
-LEAST_BYTES = 256e6  # of weights: beyond the caches, unless the model itself is smaller
+LEAST_BYTES = 256e6  # bytes of weights: more than the caches hold, unless the model itself is smaller
 MOST_BYTES = 1e9
-ROWS = 256  # of the products that measure arithmetic
+ROWS = 256  # rows of the products that measure arithmetic
 
 
-class Constant:
-    """Stands where a Checkpoint stands: weights that cost nothing to read."""
+class ConstantWeights:
+    """A substitute for a Checkpoint with weights that cost nothing to read."""
 
     def read(self, name, index):
-        """float32, all the same: products take no less time for it."""
+        """Return equal float32 numbers; products of them are no faster than others."""
         return np.full([s.stop - s.start for s in index], 0.01, np.float32)
 
 
 def measure_cpu(config, dtype):
-    """The Hardware of this machine, for models of this shape.
+    """Return the Hardware of this machine, measured with the shapes of a model.
 
-    A thread on each core makes the products of a rank, in the model's own shapes. BLAS must not use threads
-    of its own, or they come on top.
+    A thread on each core computes the products of a rank. BLAS must not use more than one thread, or more
+    threads than cores would run.
 
     Parameters
     ----------
     config : Config
     dtype : str
-        That of the weights.
+        Dtype of the weights.
     """
     ranks = min(cores(), config.num_attention_heads)
     part, plan = sample(config, dtype, ranks)
     device = open_device(dtype)
 
     def rank(comm):
-        weights = Loader(plan, comm.shard_rank, Constant(), device).load()
+        weights = Loader(plan, comm.shard_rank, ConstantWeights(), device).load()
         products = BareProducts(Model(part, plan, weights, comm, device))
         return bandwidth(comm, products), matrix_rate(comm, products, ROWS)
 
     bytes_per_s, flops_per_s = run_threads(ranks, rank)[0]
-    flops_per_s *= cores() / ranks  # of a model with fewer heads than cores; it uses them all at any TP
+    flops_per_s *= cores() / ranks  # a model with fewer heads than cores still uses all cores at any TP
     return hardware.cpu(cores(), memory(), bytes_per_s, {dtype: flops_per_s})
 
 
 def sample(config, dtype, ranks):
-    """A part of the model that is quickly made: (Config, Plan), of whose ranks the first `ranks` are to run.
+    """Return (Config, Plan) of a part of the model that is quickly made; the first `ranks` ranks are run.
 
-    Some of its layers and no vocabulary; if a single layer is too much, the shares of ranks of a larger TP.
+    The part has some of the model's layers and almost no vocabulary. If a single layer is too large, the plan
+    is for a larger TP.
     """
-    one = dataclasses.replace(config, num_hidden_layers=1)
-    shares = ranks
-    while held(one, dtype, shares, ranks) > MOST_BYTES and 2 * shares <= config.num_attention_heads:
-        shares *= 2
-    layers = math.ceil(LEAST_BYTES / held(one, dtype, shares, ranks))
+    layer = dataclasses.replace(config, num_hidden_layers=1)
+    tp = ranks
+    while layer_bytes(layer, dtype, tp, ranks) > MOST_BYTES and 2 * tp <= config.num_attention_heads:
+        tp *= 2
+    layers = math.ceil(LEAST_BYTES / layer_bytes(layer, dtype, tp, ranks))
     layers = min(layers, config.num_hidden_layers)
-    part = dataclasses.replace(config, num_hidden_layers=layers, vocab_size=shares)
-    return part, make_plan(part, shares)
+    part = dataclasses.replace(config, num_hidden_layers=layers, vocab_size=tp)
+    return part, make_plan(part, tp)
 
 
-def held(config, dtype, shares, ranks):
-    """Bytes of the layers on the first `ranks` ranks of TP=`shares`."""
-    plan = make_plan(dataclasses.replace(config, vocab_size=shares), shares)
+def layer_bytes(config, dtype, tp, ranks):
+    """Return the bytes of the layers on the first `ranks` ranks of `tp`."""
+    plan = make_plan(dataclasses.replace(config, vocab_size=tp), tp)
     counts = (elements(plan, rank) for rank in range(ranks))
     return sum(n for each in counts for name, n in each.items() if name.startswith(LAYER)) * ITEM_BYTES[dtype]

@@ -111,34 +111,34 @@ def notes(config, hardware, result, left_out):
     on_cpu, found = hardware.cores is not None, []
     if left_out:
         sizes = " and ".join(map(str, left_out)) if len(left_out) < 3 else f"{left_out[0]} and more"
-        found.append(f"TP={sizes} left out: the model has {config.num_attention_heads} attention heads.")
+        found.append(f"TP={sizes} left out: the model has only {config.num_attention_heads} attention heads.")
     held = size(hardware.reserve_bytes)
     if on_cpu:
-        found.append(f"Memory: the ranks share the machine's; {held} for each is set aside for Python.")
+        found.append(f"Memory: all ranks share the machine's; {held} per rank is set aside for Python.")
     else:
         found.append(
-            f"Memory: a GPU's datasheet figure; {held} of it is set aside for CUDA, NCCL and activations."
+            f"Memory: the datasheet's figure, of which {held} is set aside for CUDA, NCCL and activations."
         )
     windowed = sum(window is not None for window in config.windows)
     if windowed:
         some = f" in {windowed} of {len(config.windows)} layers" if windowed < len(config.windows) else ""
         found.append(
-            f"The cache holds every position; of these decoding reads the last {config.sliding_window}{some}."
+            f"The cache keeps every position, and decoding reads the last {config.sliding_window}{some}."
         )
     prompt = counted(result["prompt_tokens"], "token")
     found.append(
-        f"tokens/s: a token after {prompt} in the cache of each sequence; in collectives: share of the time "
-        "of one sequence's token."
+        f"tokens/s: with {prompt} in the cache of each sequence; in collectives: their share of the time per "
+        "token of one sequence."
     )
     limit = f"limit: {hardware.limit_source}, and "
     if on_cpu:
-        found.append(f"{limit}the latency of the collectives. More ranks than cores share these.")
+        found.append(f"{limit}the latency of the collectives. Ranks share cores if there are too few.")
     else:
         link = f"{hardware.link.name}; between nodes {NETWORK.name}"
-        found.append(f"{limit}NCCL's latency of the collectives over {link}.")
+        found.append(f"{limit}the latency of NCCL's collectives over {link}.")
     found.append(f"expected: {hardware.expected_source}.")
     found += [
-        f"config.json has a field {name!r} that minitp does not know; if it changes shapes, this is wrong."
+        f"config.json has a field {name!r} unknown to minitp; if it affects shapes, the plan is wrong."
         for name in config.unread
     ]
     return found

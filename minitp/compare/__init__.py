@@ -1,8 +1,8 @@
-"""`minitp compare`: two traces or dumps, whoever made them.
+"""The comparison of `minitp compare`: two traces or dumps, made by any program.
 
-run.py         compares the steps of two files
-pairing.py     which name in one file is which in the other
-layouts.py     the ways in which the axes of a step may lie
+run.py         the comparison of two files, step by step
+pairing.py     pairs of names in the two files that are the same step
+layouts.py     the possible orders and groupings of a step's axes
 files.py       the arrays of a .safetensors or .npz file
-diagnosis.py   what kind of mistake a difference looks like
+diagnosis.py   likely causes of a difference
 """

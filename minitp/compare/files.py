@@ -1,17 +1,17 @@
-"""Files of named arrays, whoever wrote them: .safetensors and NumPy's .npz, read one array at a time."""
+"""Files of named arrays by any program: .safetensors and NumPy's .npz, read one array at a time."""
 
 import json
 import zipfile
 import zlib
 from dataclasses import dataclass
 
-import ml_dtypes  # gives NumPy bfloat16, in which the safetensors library then answers
+import ml_dtypes  # registers bfloat16 with NumPy, so that the safetensors library can return it
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from minitp.errors import InputError
 
-ZIPS = (b"PK\x03\x04", b"PK\x05\x06")  # the second of an empty one
+ZIPS = (b"PK\x03\x04", b"PK\x05\x06")  # the second is that of an empty archive
 SAFETENSORS_DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -26,7 +26,7 @@ BROKEN = (ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZi
 
 @dataclass(frozen=True)
 class Entry:
-    """An array's shape, and its dtype by NumPy's name."""
+    """An array's shape, and NumPy's name of its dtype."""
 
     shape: tuple
     dtype: str
@@ -39,21 +39,21 @@ class TensorFile:
     ----------
     path : Path
     entries : dict of str to Entry
-        In the order in which they lie in the file.
+        Entries of the arrays by name, in the order of the file.
     metadata : dict of str to str
-        What the file says of itself; .npz has nothing.
+        Metadata of the file, empty for .npz.
     """
 
     def __init__(self, path, entries, metadata):
         self.path, self.entries, self.metadata = path, entries, metadata
 
     def read(self, name):
-        """One array in float64, of its own shape; InputError if it holds no such numbers."""
+        """Return an array in float64, in its own shape; raise InputError if it has no such numbers."""
         dtype = self.entries[name].dtype
         if dtype not in SAFETENSORS_DTYPES.values():
             raise InputError(
                 f"{self.path}: {name} has dtype {dtype}, expected float16, bfloat16, float32, float64 or "
-                "whole numbers"
+                "integers"
             )
         try:
             return self._read(name).astype(np.float64)
@@ -68,7 +68,7 @@ class SafetensorsFile(TensorFile):
     """A safetensors file."""
 
     def __init__(self, path):
-        with safe_open(path, framework="np"):  # it checks the header, which is then read for the order
+        with safe_open(path, framework="np"):  # this checks the header, which is then read for the order
             pass
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -86,7 +86,7 @@ class SafetensorsFile(TensorFile):
 
 
 class NpzFile(TensorFile):
-    """What numpy.savez or savez_compressed has written."""
+    """A file written by numpy.savez or savez_compressed."""
 
     def __init__(self, path):
         self._zip = zipfile.ZipFile(path)
@@ -98,9 +98,9 @@ class NpzFile(TensorFile):
             version = np.lib.format.read_magic(file)
             readers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
             if version[0] not in readers:
-                raise ValueError(f"{name} is of .npy version {version[0]}")
+                raise ValueError(f"{name} has .npy version {version[0]}, expected 1 or 2")
             shape, _, dtype = readers[version[0]](file)
-        return Entry(shape, "bfloat16" if dtype.str == "|V2" else dtype.name)  # NumPy writes bfloat16 so
+        return Entry(shape, "bfloat16" if dtype.str == "|V2" else dtype.name)  # NumPy writes bfloat16 as V2
 
     def _read(self, name):
         with self._zip.open(f"{name}.npy") as file:
@@ -109,12 +109,12 @@ class NpzFile(TensorFile):
 
 
 def open_dump(path):
-    """The TensorFile in a file, which is told by what is in it, not by its name.
+    """Open a TensorFile; its format is recognized by the content, not by the name.
 
     Raises
     ------
     InputError
-        if it cannot be read, is of another format, or holds no arrays.
+        if the file cannot be read, has another format, or has no arrays.
     """
     try:
         with open(path, "rb") as file:
@@ -123,9 +123,7 @@ def open_dump(path):
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (*BROKEN, SafetensorError) as error:
-        raise InputError(
-            f"{path}: neither a .safetensors nor an .npz file, or a broken one: {error}"
-        ) from error
+        raise InputError(f"{path}: neither a .safetensors nor an .npz file, or damaged: {error}") from error
     if not dump.entries:
-        raise InputError(f"{path}: no arrays in it; expected a .safetensors file or what numpy.savez writes")
+        raise InputError(f"{path}: no arrays in it; expected a .safetensors file or one of numpy.savez")
     return dump

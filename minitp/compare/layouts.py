@@ -1,7 +1,7 @@
-"""The same array in other layouts: heads first or tokens first, heads side by side, flat, transposed.
+"""The layouts of an array: heads first or tokens first, heads side by side, flat, transposed.
 
-Between two shapes of as many elements only what shapes allow is tried: the axes in any order, neighbours
-merged into one. Axes of size one count for nothing.
+For two shapes with the same number of elements, all layouts that the shapes allow are tried: the axes in any
+order, with neighboring axes merged. Axes of size one are ignored.
 
     A is [H, T, d], B may be   [T, H, d]   [T, H*d]   [1, H, T, d]   [H*T*d]   ..
     A is [T, Hd], B may be     [T, H, d]   [H, T, d]   [1, T, Hd]   [Hd, T]   ..
@@ -13,21 +13,21 @@ from typing import Any
 
 import numpy as np
 
-MOST_AXES = 5  # with more, only the order that they have is tried
+MOST_AXES = 5  # arrays with more axes are tried only in their own order
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How B may lie: `text` for people, empty if just as A; `view` makes an array of A's shape of B's."""
+    """A layout of B: a description, empty if it is A's layout, and `view`, which gives an array A's shape."""
 
     text: str
     view: Any
 
 
 def layouts(a_shape, b_shape, letters=None):
-    """The Layouts in which an array of `b_shape` may be one of `a_shape`, the likeliest first.
+    """Return the Layouts in which an array of `b_shape` may be one of `a_shape`, the likeliest first.
 
-    `letters` are the names of A's axes, if known. None fits if the list is empty.
+    `letters` are the names of A's axes, if known. The list is empty if no layout fits.
 
     >>> [layout.text for layout in layouts((9, 4, 64), (4, 576), "H T d".split())]
     ['B is [T, H*d]', 'B is [T, d*H]']
@@ -42,14 +42,14 @@ def layouts(a_shape, b_shape, letters=None):
     names = [letters[i] for i in axes]
     b = [n for n in b_shape if n != 1]
     found = [Layout("", lambda array: array)] if a_shape == b_shape else []
-    for order in _orders(len(a)):  # B's axes are A's in this order, some of them merged
+    for order in _orders(len(a)):  # B's axes are A's in this order, some merged
         groups = _merged([a[i] for i in order], b)
         if groups is None or (found and order == tuple(range(len(a)))):
             continue
         parts = ["*".join(names[order[i]] for i in group) for group in groups]
         found.append(Layout(_text(parts, b_shape, order), _unmerge(a_shape, a, order)))
     if len(b) > len(a):
-        for order in _orders(len(b)):  # A's axes are B's in this order, some of them merged
+        for order in _orders(len(b)):  # A's axes are B's in this order, some merged
             groups = _merged([b[i] for i in order], a)
             if groups is None:
                 continue
@@ -66,7 +66,7 @@ def _orders(axes):
 
 
 def _merged(fine, coarse):
-    """For each of `coarse` the indices of its neighbours in `fine` whose product it is, or None.
+    """Return for each size in `coarse` the indices of neighbors in `fine` with that product, or None.
 
     >>> _merged([4, 9, 64], [4, 576])
     [[0], [1, 2]]
@@ -93,7 +93,7 @@ def _merge(a_shape, b, order):
 
 
 def _split(name, parts):
-    """Names for the parts of a merged axis: 'Hd' is H and d."""
+    """Return names for the parts of a merged axis: H and d for 'Hd'."""
     if parts == 1:
         return [name]
     return list(name) if len(name) == parts else [f"{name}{i}" for i in range(parts)]

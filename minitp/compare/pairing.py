@@ -1,4 +1,4 @@
-"""Which arrays of two dumps are the same step, and whether the two are of the same model and tokens."""
+"""Pairs of arrays in two files that are the same step, and a check that model and tokens are the same."""
 
 import dataclasses
 import json
@@ -11,42 +11,42 @@ from minitp.loading.config import Config, parse_config, read_json
 from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
 from minitp.trace.write import FORMAT
 
-FIRST_PASS = "prefill/"  # the pass of names that give none
+FIRST_PASS = "prefill/"  # the pass of names without one
 MAY_DIFFER = {"dtype", "eos_token_ids", "max_position_embeddings", "num_hidden_layers", "unread"}
-SHOWN = 3  # names in an error
+SHOWN = 3  # number of names in an error message
 
 
 @dataclass(frozen=True)
 class TraceMetadata:
-    """What the metadata of a trace of ours says, as far as it concerns a comparison."""
+    """The metadata of a minitp trace that a comparison needs."""
 
     fields: dict  # the object in config.json
     config: Config
     tp: int
-    layers: int  # that it ran
+    layers: int  # number of layers that were run
     token_ids: list
     passes: dict  # name -> (start, stop)
 
 
-def read_facts(dump):
-    """The TraceMetadata of a trace of ours, None for a file of somebody else."""
+def read_metadata(dump):
+    """Return the TraceMetadata of a minitp trace, or None for another program's file."""
     if dump.metadata.get("format") != FORMAT:
         return None
     try:
-        text = {name: json.loads(dump.metadata[name]) for name in ("config", "tp", "token_ids", "passes")}
-        passes = {name: (start, stop) for name, start, stop in text["passes"]}
-        config = parse_config(text["config"], f"{dump.path}: its config")
+        values = {name: json.loads(dump.metadata[name]) for name in ("config", "tp", "token_ids", "passes")}
+        passes = {name: (start, stop) for name, start, stop in values["passes"]}
+        config = parse_config(values["config"], f"{dump.path}: its config")
         layers = int(dump.metadata.get("layers", config.num_hidden_layers))
-        return TraceMetadata(text["config"], config, text["tp"], layers, text["token_ids"], passes)
+        return TraceMetadata(values["config"], config, values["tp"], layers, values["token_ids"], passes)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{dump.path}: says it is {FORMAT}, but its metadata is broken: {error!r}"
+            f"{dump.path}: the format is {FORMAT}, but the metadata is damaged: {error!r}"
         ) from error
 
 
 @dataclass(frozen=True)
 class Exclusions:
-    """Names that are not to be compared, though both may have them; `remarks` say why."""
+    """Names that are not compared, although both files may have them; `remarks` give the reasons."""
 
     patterns: tuple = ()
     remarks: tuple = ()
@@ -55,131 +55,129 @@ class Exclusions:
         return any(re.match(pattern, name) for pattern in self.patterns)
 
 
-def what_to_leave_out(a, b, a_facts, b_facts):
-    """The Exclusions of two dumps, if both are traces of ours.
+def exclusions(a, b, a_metadata, b_metadata):
+    """Return the Exclusions of two files, if both are minitp traces.
 
-    That is passes after the first token that differs, which the two runs chose for themselves, and the ranks'
-    own pieces if there are not as many ranks.
+    They are the passes after the first token that differs, because the two runs chose different tokens; the
+    ranks' own parts if the numbers of ranks differ; and the steps after the layers if their numbers differ.
 
     Raises
     ------
     InputError
-        if the two are of different models, or of different prompts.
+        if the two traces are of different models or prompts.
     """
-    if a_facts is None or b_facts is None:
+    if a_metadata is None or b_metadata is None:
         return Exclusions()
     for field in dataclasses.fields(Config):
-        ours, theirs = getattr(a_facts.config, field.name), getattr(b_facts.config, field.name)
+        ours, theirs = getattr(a_metadata.config, field.name), getattr(b_metadata.config, field.name)
         if ours != theirs and field.name not in MAY_DIFFER:
             raise InputError(
-                f"{b.path}: a trace of another model: {field.name} is {theirs} there and {ours} in {a.path}"
+                f"{b.path} is a trace of another model: {field.name} is {theirs} there and {ours} in {a.path}"
             )
     patterns, remarks = [], []
-    if a_facts.tp != b_facts.tp:
+    if a_metadata.tp != b_metadata.tp:
         patterns.append(r"rank\d+/")
-    if a_facts.layers != b_facts.layers:
+    if a_metadata.layers != b_metadata.layers:
         patterns += [rf"(.*/)?{step}$" for step in AFTER]
         remarks.append(
-            f"{', '.join(AFTER)} are not compared: they come after {a_facts.layers} layers in A and "
-            f"{b_facts.layers} in B"
+            f"{', '.join(AFTER)} are not compared: the number of layers is {a_metadata.layers} in A and "
+            f"{b_metadata.layers} in B"
         )
-    parted = False
-    for name in [name for name in a_facts.passes if name in b_facts.passes]:
-        difference = _other_tokens(a_facts, b_facts, name)
-        if difference and not parted:
-            parted = True
+    differs = False
+    for name in [name for name in a_metadata.passes if name in b_metadata.passes]:
+        difference = _token_difference(a_metadata, b_metadata, name)
+        if difference and not differs:
+            differs = True
             if f"{name}/" == FIRST_PASS:
-                raise InputError(f"{b.path}: a trace of other tokens than {a.path}: {difference}")
-            remarks.append(f"from {name} on nothing is compared: the tokens are others; {difference}")
-        if parted:
+                raise InputError(f"{b.path} and {a.path} are traces of different tokens: {difference}")
+            remarks.append(f"{name} and later passes are not compared: {difference}")
+        if differs:
             patterns.append(rf"(rank\d+/)?{re.escape(name)}/")
     return Exclusions(tuple(patterns), tuple(remarks))
 
 
-def _other_tokens(a, b, name):
-    """What differs in the tokens up to the end of a pass, as text; empty if nothing does."""
+def _token_difference(a, b, name):
+    """Describe how the tokens up to the end of a pass differ; return an empty string if they do not."""
     (a_start, a_stop), (b_start, b_stop) = a.passes[name], b.passes[name]
     if (a_start, a_stop) != (b_start, b_stop):
-        return f"{name} is of positions {a_start} to {a_stop - 1} in A, {b_start} to {b_stop - 1} in B"
+        return f"{name} has positions {a_start} to {a_stop - 1} in A and {b_start} to {b_stop - 1} in B"
     for position, (ours, theirs) in enumerate(zip(a.token_ids[:a_stop], b.token_ids[:b_stop], strict=True)):
         if ours != theirs:
-            return f"token {position} is {ours} in A, {theirs} in B"
+            return f"token {position} is {ours} in A and {theirs} in B"
     return ""
 
 
-def match(a, b, mapped, left_out):
-    """Name in A -> name in B, of the arrays that both have, in the order in which the steps happen.
+def match(a, b, mapped, excluded):
+    """Return name in A -> name in B for all common arrays, in the order in which the steps happen.
 
     Parameters
     ----------
     a, b : TensorFile
     mapped : dict of str to str
-        From `read_map`; other names are looked for under the same name.
-    left_out : Exclusions
+        Pairs from `read_map`; other names are paired with the same name.
+    excluded : Exclusions
     """
-    in_file = {name: number for number, name in enumerate(a.entries)}
-    names = sorted(a.entries, key=lambda name: (*_when(name), in_file[name]))
-    names = [name for name in names if name not in left_out]
+    index = {name: number for number, name in enumerate(a.entries)}
+    names = sorted(a.entries, key=lambda name: (*_order(name), index[name]))
+    names = [name for name in names if name not in excluded]
     pairs = {name: mapped.get(name) or _same(name, b.entries) for name in names}
     pairs = {name: partner for name, partner in pairs.items() if partner}
     if not pairs:
         raise InputError(
-            f"{a.path} and {b.path} have no name in common: the one has {_some(a.entries)}, the other "
-            f"{_some(b.entries)}; say with --map NAMES.json which is which"
+            f"{a.path} and {b.path} have no name in common: the first has {_some(a.entries)}, the second "
+            f"{_some(b.entries)}; pair the names with --map NAMES.json"
         )
     return pairs
 
 
-def _when(name):
-    """Weights first, then the passes as they follow each other, and in them the steps as they happen.
+def _order(name):
+    """Return a sort key: weights come first, then the passes in order, each with its steps in order.
 
-    The order of the file does not tell, for many libraries sort names. It decides among names that are not
-    ours, which come last in their pass.
+    The order of the file does not help, because many libraries sort names. It only decides among names that
+    are not in the tables of `trace.names`, which come last in their pass.
     """
     name = re.sub(r"^rank\d+/", "", name)
     if name.startswith("weights/"):
         return -1, 0, 0
-    passed, layer, step = split_name(name)
-    decode = re.fullmatch(r"decode\.(\d+)", passed)
+    pass_name, layer, step = split_name(name)
+    decode = re.fullmatch(r"decode\.(\d+)", pass_name)
     number = int(decode[1]) if decode else 0
     table = BEFORE | AFTER if layer is None else LAYER
     if step not in table:
         return number, math.inf, math.inf
-    place = -1 if step in BEFORE else math.inf if layer is None else layer
-    return number, place, list(table).index(step)
+    layer = -1 if step in BEFORE else math.inf if layer is None else layer
+    return number, layer, list(table).index(step)
 
 
 def _same(name, others):
-    """The name among `others`, with or without the first pass in front; or None."""
+    """Return the name in `others`, with or without the first pass as prefix, or None."""
     choices = (name, name.removeprefix(FIRST_PASS), FIRST_PASS + name)
     return next((choice for choice in choices if choice in others), None)
 
 
 def read_map(path, a, b):
-    """The pairs that a JSON object of names in A to names in B means: name in A -> name in B.
+    """Read a JSON object of names in A to names in B; return name in A -> name in B for all arrays it names.
 
-    A `*` stands for a number, the same in both; a name in A may lack the pass `prefill/`.
+    A `*` stands for the same number in both names; names in A may omit the pass `prefill/`.
 
     Raises
     ------
     InputError
-        if a name is in neither way in its file.
+        if a name matches nothing in its file.
     """
     pairs = {}
     for ours, theirs in read_json(path).items():
         if not isinstance(theirs, str) or ours.count("*") != theirs.count("*"):
-            raise InputError(f"{path}: {ours!r}: {theirs!r}: expected two names, with as many * in each")
+            raise InputError(f"{path}: {ours!r}: {theirs!r}: expected two names with the same number of *")
         pattern = re.escape(ours).replace(r"\*", r"(\d+)")
         matches = [re.fullmatch(f"(?:{FIRST_PASS})?{pattern}", name) for name in a.entries]
         named = {found[0]: _filled(theirs, found.groups()) for found in matches if found}
         if not named:
             swapped = "; the map goes from A's names to B's" if ours in b.entries else ""
-            raise InputError(
-                f"{path}: {ours!r} is no name in {a.path}, which has {_some(a.entries)}{swapped}"
-            )
+            raise InputError(f"{path}: {ours!r} is not in {a.path}, which has {_some(a.entries)}{swapped}")
         known = {name: partner for name, partner in named.items() if partner in b.entries}
         if not known:
-            raise InputError(f"{path}: {theirs!r} is no name in {b.path}, which has {_some(b.entries)}")
+            raise InputError(f"{path}: {theirs!r} is not in {b.path}, which has {_some(b.entries)}")
         pairs |= known
     return pairs
 
@@ -190,6 +188,6 @@ def _filled(pattern, numbers):
 
 
 def _some(names):
-    """A few of many names, as text."""
+    """Return the first names, as text."""
     listed = ", ".join(repr(name) for name in list(names)[:SHOWN])
     return f"{listed}, .." if len(names) > SHOWN else listed

@@ -1,7 +1,7 @@
-"""Two files of steps held against each other, whoever wrote them: what departs, and where first.
+"""The comparison of two files of steps: which steps depart, and which of them is the first.
 
-A is the reference. Arrays are matched by name, or by a map of names, and one pair of them is in memory at a
-time. Where B lies in another layout than A (see `layouts`), it is read in A's.
+A is the reference. Arrays are paired by name or by a map of names, and one pair is in memory at a time. If B
+has another layout than A (see `layouts`), it is converted to A's layout.
 """
 
 from dataclasses import dataclass, field, replace
@@ -12,36 +12,36 @@ from minitp.check.difference import difference_of
 from minitp.compare.diagnosis import diagnose
 from minitp.compare.files import open_dump
 from minitp.compare.layouts import layouts
-from minitp.compare.pairing import match, read_facts, read_map, what_to_leave_out
+from minitp.compare.pairing import exclusions, match, read_map, read_metadata
 from minitp.errors import InputError
 from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
 
 # Relative errors allowed, by the coarsest floating-point dtype; docs/compare.md has the measurements.
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-MASKED = -1e4  # no score of a model is so low, and masks are: -1e9, or the lowest number of the dtype
-DIAGNOSED = 20  # departing steps that are looked at more closely: the first ones
+MASKED = -1e4  # scores are higher; masks are lower: -1e9, or the lowest number of the dtype
+DIAGNOSED = 20  # number of departing steps, from the first, whose cause is looked for
 
 
 @dataclass(frozen=True)
 class StepDifference:
-    """How B's array of a step departs from A's.
+    """The difference between B's array of a step and A's.
 
     Attributes
     ----------
     name, b_name : str
-        What it is called in A and in B.
+        Names of the step in A and in B.
     relative : float
-        ||b - a|| / ||a|| over the finite entries; infinite if others are not the same.
+        ||b - a|| / ||a|| over the finite entries; infinite if the other entries differ.
     absolute : float
         max |b - a|.
     worst : tuple of (index, a, b)
-        Up to three elements, the one that differs most first, none of an empty array; the index is in A's
-        layout.
+        Up to three elements, the one with the largest difference first; empty for an empty array. The index
+        is in A's layout.
     tolerance : float
     layout : str
-        B's, if it is not A's.
+        Layout of B, if it is not A's.
     note : str
-        That, and what may be the cause.
+        Layout of B, entries that are not finite, and the likely cause.
     """
 
     name: str
@@ -59,7 +59,7 @@ class StepDifference:
 
     @property
     def index(self):
-        """Where the two differ most, in A's layout."""
+        """Index of the largest difference, in A's layout."""
         return self.worst[0][0]
 
     @property
@@ -73,12 +73,12 @@ class StepDifference:
 
 @dataclass
 class Comparison:
-    """All common steps, in the order in which they happen, and what was not compared."""
+    """The differences of all common steps, in the order in which they happen, and the names not compared."""
 
     tolerance: float
-    why: str  # this tolerance
+    why: str  # the origin of the tolerance
     steps: list = field(default_factory=list)
-    only_a: list = field(default_factory=list)  # names
+    only_a: list = field(default_factory=list)  # names that only A has
     only_b: list = field(default_factory=list)
     remarks: tuple = ()
 
@@ -88,41 +88,41 @@ class Comparison:
 
 
 def compare_files(a_path, b_path, map_path=None, tolerance=None, progress=lambda count: None):
-    """Hold the arrays of file B against those of file A.
+    """Compare the arrays of file B with those of file A.
 
     Parameters
     ----------
     a_path, b_path : path
-        .safetensors or .npz.
+        Files in .safetensors or .npz format.
     map_path : path or None
-        A JSON object: name in A to name in B; a `*` stands for a number, the same in both.
+        File with a JSON object of names in A to names in B; a `*` stands for the same number in both.
     tolerance : float or None
-        The relative error allowed; None: by the coarser dtype of the two files (TOLERANCES).
+        The relative error allowed; None for that of the coarser dtype in the two files (TOLERANCES).
     progress : callable
         Called with 1 after each pair.
 
     Raises
     ------
     InputError
-        for a file that cannot be read, traces of two models or of other tokens, no common name, a map that
-        names what is not there, or a pair of shapes that no layout explains.
+        for a file that cannot be read, traces of different models or tokens, files without a common name, a
+        map with unknown names, or a pair of shapes that no layout explains.
     """
     a, b = open_dump(a_path), open_dump(b_path)
-    facts = read_facts(a)
-    left_out = what_to_leave_out(a, b, facts, read_facts(b))
-    pairs = match(a, b, {} if map_path is None else read_map(map_path, a, b), left_out)
+    metadata = read_metadata(a)
+    excluded = exclusions(a, b, metadata, read_metadata(b))
+    pairs = match(a, b, {} if map_path is None else read_map(map_path, a, b), excluded)
     tolerance, why = _tolerance(tolerance, a, b, pairs)
     found = {name: _layouts(a, name, b, partner) for name, partner in pairs.items()}
-    result = Comparison(tolerance, why, remarks=left_out.remarks)
-    result.only_a = [name for name in a.entries if name not in pairs and name not in left_out]
+    result = Comparison(tolerance, why, remarks=excluded.remarks)
+    result.only_a = [name for name in a.entries if name not in pairs and name not in excluded]
     paired = set(pairs.values())
-    result.only_b = [name for name in b.entries if name not in paired and name not in left_out]
+    result.only_b = [name for name in b.entries if name not in paired and name not in excluded]
     departing = 0
     for name, partner in pairs.items():
         arrays = a.read(name), b.read(partner)
         step, layout = _step(name, partner, *arrays, found[name], tolerance)
         if step.departs and departing < DIAGNOSED:
-            cause = diagnose(name, letters_of(name), arrays[0], layout.view(arrays[1]), tolerance, facts)
+            cause = diagnose(name, letters_of(name), arrays[0], layout.view(arrays[1]), tolerance, metadata)
             step = replace(step, note="; ".join(filter(None, (step.note, cause))))
         departing += step.departs
         result.steps.append(step)
@@ -131,7 +131,7 @@ def compare_files(a_path, b_path, map_path=None, tolerance=None, progress=lambda
 
 
 def _tolerance(given, a, b, pairs):
-    """The relative error allowed, and where it comes from."""
+    """Return the relative error allowed, and its origin as text."""
     if given is not None:
         if not given >= 0:
             raise InputError(f"--tolerance {given}: expected 0 or a positive number")
@@ -140,7 +140,7 @@ def _tolerance(given, a, b, pairs):
     for dtype in reversed(TOLERANCES):
         if dtype in dtypes:
             return TOLERANCES[dtype], f"for {dtype}"
-    return TOLERANCES["float32"], "for whole numbers"
+    return TOLERANCES["float32"], "for integers"
 
 
 # --- one pair of arrays ---------------------------------------------------------------------------------
@@ -150,27 +150,27 @@ def _layouts(a, name, b, partner):
     a_shape, b_shape = a.entries[name].shape, b.entries[partner].shape
     found = layouts(a_shape, b_shape, letters_of(name))
     if not found:
-        called = "" if partner == name else f" (there {partner})"
+        called = "" if partner == name else f" ({partner} there)"
         raise InputError(
             f"{name}: shape {list(a_shape)} in {a.path} cannot match {list(b_shape)} in {b.path}{called}; "
-            "are they of the same model and tokens? TensorFile all positions and heads, or leave it out"
+            "are they of the same model and tokens? Write all positions and heads, or leave the step out"
         )
     return found
 
 
 def letters_of(name):
-    """The axes of a step in letters, as in the tables of `trace.names`; None for a name that is not there."""
+    """Return the letters of a step's axes from the tables of `trace.names`; None for an unknown name."""
     letters = (BEFORE | LAYER | AFTER).get(split_name(name)[2])
     return letters and letters.split()
 
 
 def _step(name, partner, a, b, found, tolerance):
-    """The StepDifference of two float64 arrays, and the Layout in which it was measured."""
+    """Return the StepDifference of two float64 arrays and the Layout in which it was measured."""
     best = None
     for layout in found:
         expected, value = _masked_alike(name, a, layout.view(b))
         error = difference_of(value, expected)
-        # The likelier one, unless another is clearly nearer.
+        # Prefer the likelier layout unless another is clearly closer.
         if best is None or error.relative < best[0].relative / 2:
             best = error, _note(expected, value), layout
         if best[0].relative <= tolerance:
@@ -184,7 +184,7 @@ def _step(name, partner, a, b, found, tolerance):
 
 
 def _masked_alike(name, a, b):
-    """Scores that both mask with large negative numbers get -inf there: else masks would make the norm."""
+    """Replace large negative masks with -inf if both have them, because they would dominate the norm."""
     hidden = [np.isfinite(x) & (x < MASKED) for x in (a, b)]
     if "score" not in name or not all(mask.any() for mask in hidden):
         return a, b
@@ -192,14 +192,14 @@ def _masked_alike(name, a, b):
 
 
 def _note(a, b):
-    """What is said of entries that are not finite in one or both; empty if all are."""
+    """Describe entries that are not finite in A or B; return an empty string if all are finite."""
     finite, both_nan = np.isfinite(a) & np.isfinite(b), np.isnan(a) & np.isnan(b)
-    apart = ~(finite | (a == b) | both_nan)
-    if not apart.any():
+    differs = ~(finite | (a == b) | both_nan)
+    if not differs.any():
         return f"{both_nan.sum()} NaN in both" if both_nan.any() else ""
-    count, a, b = apart.sum(), a[apart], b[apart]
+    count, a, b = differs.sum(), a[differs], b[differs]
     if np.isnan(b).any():
         return f"{np.isnan(b).sum()} NaN in B"
     if np.isneginf(a).all() and (b < MASKED).all():
-        return f"{count} entries are -inf in A and large negative numbers in B: another way to mask?"
-    return f"{count} entries are infinite or NaN in one of the two only"
+        return f"entries that are -inf in A and large negative numbers in B: {count}; do the masks differ?"
+    return f"entries that are infinite or NaN in only one of the two: {count}"

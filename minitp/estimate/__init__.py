@@ -1,5 +1,5 @@
-"""`minitp plan`: whether a model fits, and how fast it will be.
+"""The arithmetic of `minitp plan`: whether a model fits, and how fast it will be.
 
 estimate.py   arithmetic on a model's config, its sharding plan and the hardware
-hardware.py   what machines can do, each figure with its source
+hardware.py   memory, bandwidth and links of machines, each figure with its source
 """

@@ -1,9 +1,9 @@
-"""Does a model fit, and how fast will it be: arithmetic on its config, its sharding plan and the hardware.
+"""Estimates of memory and speed, computed from a model's config, its sharding plan and the hardware.
 
-A pass takes what its slowest rank needs to read its bytes or to do its arithmetic, whichever is longer (first
-of the projections, then of attention), and the collectives between. (Williams et al., Roofline, 2009; for
-transformers Pope et al., Efficiently Scaling Transformer Inference, 2022.) The same formula, with other
-efficiencies, gives the limit and what is expected.
+The time of a forward pass is that of its slowest rank, plus the collectives. A rank's time is the longer of
+reading the bytes and doing the arithmetic, first for the projections, then for attention. (Williams et al.,
+Roofline, 2009; for transformers Pope et al., Efficiently Scaling Transformer Inference, 2022.) The same
+formula gives the limit and the expected value, with different efficiencies.
 """
 
 import math
@@ -13,46 +13,46 @@ from minitp.estimate.hardware import LIMIT, NETWORK
 from minitp.shard import make_plan
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-LOGIT_BYTES = 4  # float32 in any dtype
+LOGIT_BYTES = 4  # logits are float32, whatever the dtype
 EMBED, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 LAYER = "model.layers."
 
 
 @dataclass(frozen=True)
 class Spread:
-    """`tp` ranks over `nodes`, as evenly as they go."""
+    """A distribution of `tp` ranks over `nodes`, as even as possible."""
 
     tp: int
     nodes: int
 
     @property
     def per_node(self):
-        """Of the node that has most."""
+        """Ranks on the fullest node."""
         return -(-self.tp // self.nodes)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass of `sequences`: each adds `tokens` to the `past` in its cache, the last gets logits."""
+    """A forward pass of `sequences`, each with `tokens` after `past` ones, and logits for the last only."""
 
     sequences: int
     tokens: int
     past: int
 
     def keys(self, window):
-        """Positions of a sequence's cache that are read: its own, or what the sliding window reaches."""
+        """Return the positions of one sequence that are read: all, or those the sliding window reaches."""
         return min(self.past, (window or math.inf) - 1) + self.tokens
 
     def pairs(self, window):
-        """(query, key) pairs of a sequence: each token sees itself and those before, within the window."""
+        """Return the (query, key) pairs of one sequence: a token sees itself and earlier ones."""
         window = window or self.past + self.tokens
-        whole = min(self.tokens, max(0, window - self.past))  # tokens that see all before them
+        whole = min(self.tokens, max(0, window - self.past))  # tokens that see all earlier ones
         return whole * self.past + whole * (whole + 1) // 2 + (self.tokens - whole) * window
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked for: `context` positions for each sequence, a prompt, and a batch (None: what fits)."""
+    """A load to plan for: each sequence's `context` and `prompt`, and the `batch` (None: as many as fit)."""
 
     context: int
     prompt: int
@@ -61,27 +61,28 @@ class Workload:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One spread of a model over ranks. Times and speeds are None where it does not fit.
+    """An estimate for one distribution of a model over ranks. Times and speeds are None if it does not fit.
 
     Attributes
     ----------
     weight_bytes_per_rank, kv_cache_bytes_per_token_per_rank : int
-        Of the rank that holds most.
+        Bytes on the rank that holds the most.
     longest_context_tokens : int
-        Of a single sequence; `longest_context_limited_by` is "memory" or "model".
+        Longest context of a single sequence; `longest_context_limited_by` is "memory" or "model".
     largest_batch : int
-        Sequences of the workload's context that fit.
+        Number of sequences that fit, each as long as the workload's context.
     fits : bool
-        Weights and the workload's batch (one sequence, if it asks for none).
+        Whether the weights and the workload's batch (one sequence by default) fit.
     batch : int
-        The workload's, or the largest that fits.
+        The workload's batch, or the largest that fits.
     collectives_per_token : int
+        Collectives in one pass.
     prefill_*_s, decode_*_tokens_per_s : float or None
-        Of one sequence: its prompt, then a token behind it.
+        Time of one sequence's prompt, and speed of the tokens after it.
     batch_*_tokens_per_s : float or None
-        Of `batch` sequences together.
+        Speed of `batch` sequences together.
     collective_share_* : float or None
-        Of the decode step of one sequence.
+        Collectives' share of the time of one sequence's decode pass.
     """
 
     tp: int
@@ -105,7 +106,7 @@ class Estimate:
 
 
 def elements(plan, rank):
-    """{tensor name: elements} that a rank holds; layer 0's names stand for all layers, which are alike."""
+    """Return the elements of each tensor on a rank; layer 0's names stand for all layers, which are alike."""
     counts = {}
     for name, shard in plan.tensors.items():
         if not name.startswith(LAYER):
@@ -116,43 +117,46 @@ def elements(plan, rank):
 
 
 def weight_bytes(plan, rank, dtype):
-    """Bytes of a rank's weights."""
+    """Return the bytes of a rank's weights."""
     return sum(elements(plan, rank).values()) * ITEM_BYTES[dtype]
 
 
 def cache_bytes(config, plan, rank, dtype):
-    """Bytes of the KV cache of one token on a rank: keys and values of its KV heads in all layers."""
+    """Return the KV-cache bytes of one token on a rank: keys and values of its KV heads in all layers."""
     start, stop = plan.kv_head_ranges[rank]
     return 2 * config.num_hidden_layers * (stop - start) * config.head_dim * ITEM_BYTES[dtype]
 
 
 def collectives(config, tp):
-    """Of one pass: an all-reduce for the embedding and two a layer, and the all-gather of the logits."""
+    """Count a pass's collectives: an all-reduce of the embeddings, two per layer, the logits' all-gather."""
     return 2 * config.num_hidden_layers + 2 if tp > 1 else 0
 
 
 def cache_room(config, plan, hardware, dtype):
-    """Tokens whose keys and values fit beside the weights, of all sequences; 0 if not even the weights do."""
+    """Return the tokens whose keys and values fit next to the weights, or 0 if not even the weights fit.
+
+    The tokens are those of all sequences together.
+    """
     ranks = range(plan.tp)
     weights = [weight_bytes(plan, rank, dtype) + hardware.reserve_bytes for rank in ranks]
     caches = [cache_bytes(config, plan, rank, dtype) for rank in ranks]
-    if hardware.cores is not None:  # one memory for all
+    if hardware.cores is not None:  # the ranks share one memory
         weights, caches = [sum(weights)], [sum(caches)]
-    rooms = ((hardware.memory_bytes - held) // each for held, each in zip(weights, caches, strict=True))
-    return max(0, int(min(rooms)))
+    sizes = zip(weights, caches, strict=True)
+    return max(0, int(min((hardware.memory_bytes - weight) // cache for weight, cache in sizes)))
 
 
 def rank_work(config, plan, rank, work, dtype):
-    """What a pass is on one rank: (bytes read, FLOPs) of the projections, and of attention.
+    """Return a pass's work on one rank: (bytes read, FLOPs) of the projections, and the same of attention.
 
-    Of an embedding table that is not tied only the tokens' rows are read: nothing, compared with the rest.
+    An embedding table that is not tied counts as nothing, because only the tokens' rows of it are read.
     """
-    held = elements(plan, rank)
-    head = held[LM_HEAD if LM_HEAD in held else EMBED]
-    layers = {name: count for name, count in held.items() if name.startswith(LAYER)}
+    counts = elements(plan, rank)
+    head = counts[LM_HEAD if LM_HEAD in counts else EMBED]
+    layers = {name: count for name, count in counts.items() if name.startswith(LAYER)}
     chosen, touched = expert_shares(config, work.sequences * work.tokens)
     experts = sum(count for name, count in layers.items() if ".experts." in name)
-    read = (sum(layers.values()) - (1 - touched) * experts + held[FINAL_NORM] + head) * ITEM_BYTES[dtype]
+    read = (sum(layers.values()) - (1 - touched) * experts + counts[FINAL_NORM] + head) * ITEM_BYTES[dtype]
     products = sum(count for name, count in layers.items() if len(plan.tensors[name].shape) == 2)
     products -= (1 - chosen) * experts
     flops = 2 * work.sequences * (work.tokens * products + head)
@@ -160,13 +164,15 @@ def rank_work(config, plan, rank, work, dtype):
     cached *= work.sequences / config.num_hidden_layers
     start, stop = plan.head_ranges[rank]
     pairs = work.sequences * sum(map(work.pairs, config.windows))
-    attention = 2 * 2 * pairs * (stop - start) * config.head_dim  # a score of d products, and d of its value
+    attention = 2 * 2 * pairs * (stop - start) * config.head_dim  # d for the score, d for the value
     return (read, flops), (cached, attention)
 
 
 def expert_shares(config, tokens):
-    """Of a mixture's experts: the share that one token goes through, and that `tokens` do, if they choose at
-    random and independently of each other."""
+    """Return the shares of a mixture's experts that one token uses, and that `tokens` tokens use.
+
+    Tokens are assumed to choose at random and independently of each other.
+    """
     if not config.num_local_experts:
         return 1.0, 1.0
     chosen = config.num_experts_per_tok / config.num_local_experts
@@ -174,21 +180,21 @@ def expert_shares(config, tokens):
 
 
 def compute_seconds(config, plan, hardware, work, dtype, efficiency):
-    """Of a pass without its collectives: the slowest rank's."""
+    """Return the time of a pass without its collectives, on the slowest rank."""
     bytes_per_s, flops_per_s = rates(hardware, plan.tp, dtype, efficiency)
-    both = sum if efficiency.packs and work.sequences * work.tokens > 1 else max
+    combine = sum if efficiency.packs and work.sequences * work.tokens > 1 else max
 
     def seconds(rank):
         parts = rank_work(config, plan, rank, work, dtype)
-        return sum(both((nbytes / bytes_per_s, flops / flops_per_s)) for nbytes, flops in parts)
+        return sum(combine((nbytes / bytes_per_s, flops / flops_per_s)) for nbytes, flops in parts)
 
     small = config.num_hidden_layers * (efficiency.layer_s + work.sequences * efficiency.sequence_s)
-    turns = 1 if hardware.cores is None else -(-plan.tp // hardware.cores)  # of ranks that share a core
+    turns = 1 if hardware.cores is None else -(-plan.tp // hardware.cores)  # ranks that take turns on a core
     return max(map(seconds, range(plan.tp))) + turns * small
 
 
 def rates(hardware, tp, dtype, efficiency):
-    """(bytes, FLOPs) a second of one of `tp` ranks."""
+    """Return (bytes, FLOPs) per second of one of `tp` ranks."""
     bytes_per_s = hardware.memory_bytes_per_s * efficiency.memory
     flops_per_s = hardware.flops_per_s[dtype] * efficiency.matrix
     if hardware.cores is None:
@@ -199,15 +205,17 @@ def rates(hardware, tp, dtype, efficiency):
 
 
 def cores_used(tp, cores):
-    """By ranks that each take an equal number of BLAS threads, at least one."""
+    """Return the cores that the ranks use, each with the same number of BLAS threads, at least one."""
     return tp * (cores // tp) if tp < cores else cores
 
 
 def all_reduce_seconds(hardware, spread, nbytes, efficiency):
-    """Of one all-reduce of `nbytes`; for an all-gather, which moves half, give half of what it gathers.
+    """Return the time of an all-reduce of `nbytes`.
 
-    GPUs: within each node, then between them (NCCL's tree for the latency, rings for the bytes). CPU: each
-    rank writes its own, reads all, and writes the sum (`comm.Comm.all_reduce`).
+    For an all-gather, which moves half as much, pass half of the bytes gathered. On GPUs the all-reduce is
+    first within each node, then between nodes: the latency is that of NCCL's tree, the transfer that of
+    rings. On a CPU each rank writes its array, reads all of them, and writes the sum
+    (`comm.Comm.all_reduce`).
     """
     per_node, nodes, link = spread.per_node, spread.nodes, hardware.link
     latency = link.start_s + 2 * (per_node - 1) * link.hop_s
@@ -221,12 +229,12 @@ def all_reduce_seconds(hardware, spread, nbytes, efficiency):
 
 
 def ring_bytes(ranks, nbytes):
-    """That each rank sends in a ring all-reduce. (Patarasuk and Yuan, Bandwidth optimal all-reduce, 2009.)"""
+    """Return the bytes each rank sends in a ring all-reduce (Patarasuk and Yuan, 2009)."""
     return 2 * (ranks - 1) / ranks * nbytes
 
 
 def collective_seconds(config, hardware, spread, work, dtype, efficiency):
-    """Of all collectives of a pass."""
+    """Return the time of all collectives of a pass."""
     count = collectives(config, spread.tp)
     if not count:
         return 0.0
@@ -238,12 +246,12 @@ def collective_seconds(config, hardware, spread, work, dtype, efficiency):
 
 
 def estimate(config, hardware, spread, dtype, workload):
-    """The Estimate of a model over `spread`.
+    """Estimate a model's memory and speed over `spread`; return an Estimate.
 
     Raises
     ------
     InputError
-        if the model has fewer attention heads than that.
+        if the model has fewer attention heads than ranks.
     """
     plan = make_plan(config, spread.tp)
     ranks = range(spread.tp)
@@ -268,26 +276,26 @@ def estimate(config, hardware, spread, dtype, workload):
 
 
 def speeds(config, plan, hardware, spread, dtype, workload, batch):
-    """The fields of an Estimate that are times and speeds."""
+    """Return the fields of an Estimate that are times and speeds."""
     found = {}
     for kind, efficiency in (("limit", LIMIT), ("expected", hardware.efficiency)):
 
         def seconds(work, efficiency=efficiency):
-            between = collective_seconds(config, hardware, spread, work, dtype, efficiency)
-            return compute_seconds(config, plan, hardware, work, dtype, efficiency) + between, between
+            comm = collective_seconds(config, hardware, spread, work, dtype, efficiency)
+            return compute_seconds(config, plan, hardware, work, dtype, efficiency) + comm, comm
 
         prefill, _ = seconds(Pass(1, workload.prompt, 0))
-        decode, between = seconds(Pass(1, 1, workload.prompt))
-        together, _ = seconds(Pass(batch, 1, workload.prompt))
+        decode, comm = seconds(Pass(1, 1, workload.prompt))
+        batched, _ = seconds(Pass(batch, 1, workload.prompt))
         found[f"prefill_{kind}_s"] = prefill
         found[f"decode_{kind}_tokens_per_s"] = 1 / decode
-        found[f"batch_{kind}_tokens_per_s"] = batch / together
-        found[f"collective_share_{kind}"] = between / decode
+        found[f"batch_{kind}_tokens_per_s"] = batch / batched
+        found[f"collective_share_{kind}"] = comm / decode
     return found
 
 
 def smallest_tp(config, hardware, dtype, workload):
-    """The fewest ranks on which the workload fits, or None."""
+    """Return the fewest ranks on which the workload fits, or None."""
     sequences = workload.batch or 1
     for tp in range(1, min(config.num_attention_heads, config.vocab_size) + 1):
         if cache_room(config, make_plan(config, tp), hardware, dtype) >= sequences * workload.context:

@@ -1,7 +1,8 @@
-"""What machines can do: memory, bandwidth, matrix rate and links, each figure with its source.
+"""Memory, bandwidth, matrix rate and links of machines, each figure with its source.
 
-Figures of GPUs are those of NVIDIA's datasheets: memory in GB of 10^9 bytes, matrix rates dense (half of what
-is printed "with sparsity") and with float32 sums. The bandwidth of an H100 and an H200 was measured.
+The figures of GPUs are from NVIDIA's datasheets: memory in GB of 10^9 bytes, matrix rates without sparsity
+(half of those printed "with sparsity") and with float32 sums. The bandwidth of the H100 and the H200 was
+measured.
 """
 
 from dataclasses import dataclass, replace
@@ -9,17 +10,17 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Link:
-    """What joins ranks.
+    """A connection between ranks.
 
     Attributes
     ----------
     name : str
     start_s : float
-        Seconds of any collective, however small and near.
+        Seconds that any collective takes at least.
     hop_s : float
-        Seconds from one rank to the next; a tree passes each of its levels up and down again.
+        Seconds from one rank to the next; a tree has one hop up and one down per level.
     bytes_per_s : float
-        Of one rank in one direction.
+        Bandwidth of one rank in one direction.
     """
 
     name: str
@@ -30,20 +31,21 @@ class Link:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """How far real programs stay behind what the hardware could do. The defaults are no loss at all.
+    """The efficiency of real programs, relative to what the hardware could do. The defaults mean no loss.
 
     Attributes
     ----------
     memory, matrix, link : float
-        Shares of the bandwidth, the matrix rate and the link's bandwidth.
+        Fractions of the bandwidth, the matrix rate and the link's bandwidth that are reached.
     latency : float
-        How often its lone latency a collective takes within a run, where ranks do not arrive together.
+        Latency of a collective within a pass, where ranks do not arrive together, as a multiple of its
+        latency when measured alone.
     layer_s, sequence_s : float
-        Seconds that a layer takes beside its products, and that it takes more for each sequence.
+        Seconds that a layer takes in addition to its products, and more for each sequence.
     threads : float
-        Share of the bandwidth that ranks of several BLAS threads reach, beside ranks of one on each core.
+        Bandwidth of ranks with several BLAS threads, relative to one single-threaded rank on each core.
     packs : bool
-        Products of several rows first read the matrix, then compute, as BLAS does on a CPU.
+        Whether products of several rows first read the matrix, then compute, as BLAS does on a CPU.
     """
 
     memory: float = 1.0
@@ -58,26 +60,27 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A machine.
+    """A machine that a model is planned for.
 
     Attributes
     ----------
     name, title : str
-        As `--gpu` takes it, and for people.
+        The value of `--gpu`, and a description for people.
     memory_bytes : float
     memory_bytes_per_s : float
-        Read: by products of one row on a CPU; of a GPU from the datasheet, or by a kernel that only reads.
+        Read bandwidth. On a CPU that of products of one row; on a GPU the datasheet's, or that of a kernel
+        that only reads.
     flops_per_s : dict
-        By dtype: additions and multiplications in products of many rows.
+        Additions and multiplications per second in products of many rows, by dtype.
     link : Link
-        Within a node.
+        Link within a node.
     efficiency : Efficiency
     reserve_bytes : float
-        That a rank takes beside weights and cache.
+        Memory a rank needs in addition to weights and cache.
     limit_source, expected_source : str
-        Where the figures come from, and those of `efficiency`; for people.
+        Origin of the figures, and of those in `efficiency`; for people.
     cores : int or None
-        Of a CPU, whose ranks share the figures above. None: each rank has a GPU of its own.
+        Cores of a CPU, whose ranks share the figures above; None if each rank has its own GPU.
     """
 
     name: str
@@ -97,71 +100,72 @@ LIMIT = Efficiency()
 
 # memory, latency, layer_s: fitted to gpt-fast's published figures (github.com/meta-pytorch/gpt-fast, README):
 # Llama models in bfloat16 on 1 to 8 A100-80GB, batch 1; and to the half of an H100's bandwidth that vLLM and
-# SGLang reach with Llama-3.2-1B (Spector et al., Look Ma, No Bubbles, 2025). Of these 15, 14 are met within
-# 9% (docs/performance.md).
+# SGLang reach with Llama-3.2-1B (Spector et al., Look Ma, No Bubbles, 2025). Estimates are within 9% of 14 of
+# these 15 figures (docs/performance.md).
 # matrix: Dao, FlashAttention-2, 2023: GPT models trained at 225 of an A100's 312 TFLOP/s.
 # link: 370 of NVLink 4's 450 GB/s (NCCL's developers, github.com/NVIDIA/nccl-tests/issues/212).
 GPU_EFFICIENCY = Efficiency(memory=0.74, matrix=0.72, link=0.82, latency=1.4, layer_s=25e-6)
 GPU_SOURCES = (
-    "74% of the bandwidth, 25 µs a layer for small kernels, collectives that take 1.4 times their lone "
-    "latency: as gpt-fast on 1 to 8 A100; 72% of the matrix rate: as FlashAttention-2 on A100; 82% of the "
-    "link's bandwidth: as NCCL on H100"
+    "74% of the bandwidth, 25 µs per layer for small kernels, collectives that take 1.4 times as long as "
+    "when measured alone (gpt-fast on 1 to 8 A100); 72% of the matrix rate (FlashAttention-2 on A100); 82% "
+    "of the link's bandwidth (NCCL on H100)"
 )
 
-# minitp's own, on one H100 and one H200, 2026-11-27 (docs/performance.md): Mistral 7B in bfloat16, 1 to 32
-# sequences of 512 tokens. A step takes as long as reading its bytes, and for each layer 26 µs and 2.2 µs for
-# each sequence. A prompt of 2048 went at 54% of the datasheet's matrix rate, attention's products counted and
-# the layers' 26 µs apart; cuBLAS alone reached 77%. No collective has run between GPUs: those are as above.
+# Measured with minitp on one H100 and one H200, 2026-11-27 (docs/performance.md): Mistral 7B in bfloat16, 1
+# to 32 sequences of 512 tokens. A decode pass takes as long as reading its bytes, plus 26 µs per layer, plus
+# 2.2 µs per layer and sequence. A prompt of 2048 tokens reached 54% of the datasheet's matrix rate, counting
+# attention's products and leaving out the 26 µs per layer; cuBLAS alone reached 77%. No collective has run
+# between GPUs, so those figures are the ones above.
 HOPPER_EFFICIENCY = Efficiency(
     memory=1.0, matrix=0.54, link=0.82, latency=1.4, layer_s=26e-6, sequence_s=2.2e-6
 )
 HOPPER_SOURCES = (
-    "26 µs a layer for small kernels and 2.2 more for each sequence, 54% of the matrix rate: minitp's own "
-    "runs of up to 32 sequences on one GPU, docs/performance.md; collectives that take 1.4 times their lone "
-    "latency: as gpt-fast on A100; 82% of the link's bandwidth: as NCCL on H100"
+    "26 µs per layer for small kernels and 2.2 µs more for each sequence, 54% of the matrix rate (minitp's "
+    "own runs of up to 32 sequences on one GPU, docs/performance.md); collectives that take 1.4 times as "
+    "long as when measured alone (gpt-fast on A100); 82% of the link's bandwidth (NCCL on H100)"
 )
 
-# Measured on two cores (docs/performance.md). A decode step of the demo model at TP=2: 2.1 ms of small
-# operations over 30 layers, and 1.0 ms of collectives, three times as long as they take alone. Batches of 8
-# to 96 say how much of the former comes anew with each sequence. Prefill: 80% are products. Bare products of
-# one rank of two threads read 33 to 39 GB/s where those of two ranks read 46.
+# Measured on two cores (docs/performance.md). A decode pass of the demo model at TP=2 has 2.1 ms of small
+# operations over 30 layers, and 1.0 ms of collectives, three times as long as when measured alone. Batches of
+# 8 to 96 show how much of the small operations is added by each sequence. Products are 80% of prefill. Bare
+# products read 33 to 39 GB/s with one rank of two threads, and 46 GB/s with two ranks.
 CPU_EFFICIENCY = Efficiency(
     matrix=0.80, latency=3.0, layer_s=20e-6, sequence_s=50e-6, threads=0.80, packs=True
 )
 CPU_SOURCES = (
-    "80% of the matrix rate, and of the bandwidth where a rank has several cores; 20 µs a layer for small "
-    "operations and 50 more for each sequence; collectives that take three times their lone latency: "
-    "minitp's own runs, docs/performance.md"
+    "80% of the matrix rate, and of the bandwidth where a rank has several cores; 20 µs per layer for small "
+    "operations and 50 µs more for each sequence; collectives that take three times as long as when measured "
+    "alone (minitp's own runs, docs/performance.md)"
 )
 
-PRODUCTS = "the bandwidth and matrix rate that products of the model's shapes reached just now on all cores"
+PRODUCTS = "the bandwidth and matrix rate just measured on all cores, in products of the model's shapes"
 
-# Latencies: NCCL's own model of a tree of low latency (src/graph/tuning.cc, 2.28: a base of 6.8 µs; hops of
-# 0.6 over NVLink, 1.0 over PCIe, 5.0 over a network). For 8 GPUs over NVLink it says 15 µs; for messages of 8
-# to 64 KiB 7 to 21 µs are reported. A one-shot kernel over peer memory is faster: 4 to 8 µs for 2 to 8 H100
-# (github.com/sgl-project/sglang/pull/2904).
+# Latencies follow NCCL's own model of its tree with the low-latency protocol (src/graph/tuning.cc, 2.28: a
+# base of 6.8 µs; hops of 0.6 over NVLink, 1.0 over PCIe, 5.0 over a network). For 8 GPUs over NVLink that
+# gives 15 µs; 7 to 21 µs are reported for messages of 8 to 64 KiB. A one-shot kernel over peer memory is
+# faster: 4 to 8 µs for 2 to 8 H100 (github.com/sgl-project/sglang/pull/2904).
 NCCL_START_S = 6.8e-6
 NVLINK_HOP_S = 0.6e-6
 PCIE_HOP_S = 1.0e-6
 
-# Datasheets give both directions together: 600, 900 and 1800 GB/s; PCIe 4.0 x16 64 GB/s.
+# Datasheets add up both directions: 600, 900 and 1800 GB/s; 64 GB/s for PCIe 4.0 x16.
 NVLINK_3 = Link("NVLink 3", NCCL_START_S, NVLINK_HOP_S, 300e9)
 NVLINK_4 = Link("NVLink 4", NCCL_START_S, NVLINK_HOP_S, 450e9)
 NVLINK_5 = Link("NVLink 5", NCCL_START_S, NVLINK_HOP_S, 900e9)
 PCIE_4 = Link("PCIe 4.0 x16, peer to peer", NCCL_START_S, PCIE_HOP_S, 32e9)
 
-# Between nodes, as in a DGX H100: a ConnectX-7 port of 400 Gb/s for each GPU. A collective that goes on
-# between nodes has started already.
+# The network between nodes is that of a DGX H100: a ConnectX-7 port of 400 Gb/s for each GPU. Its start_s is
+# 0 because a collective between nodes has already started within each node.
 NETWORK = Link("400 Gb/s InfiniBand, a port for each GPU", 0.0, 5.0e-6, 50e9)
 GPUS_PER_NODE = 8
 
-# A CPU's ranks meet in shared memory, where each reads what the others wrote. Measured on two cores, 2.3 KB:
-# 4.9 µs for two ranks, 17.4 µs for four (docs/performance.md); this says 5.4 and 16.2.
+# Ranks on a CPU exchange data through shared memory. An all-reduce of 2.3 KB on two cores was measured at
+# 4.9 µs for two ranks and 17.4 µs for four (docs/performance.md); the estimate is 5.4 and 16.2.
 SHARED_MEMORY_HOP_S = 2.7e-6
 
 
-DATASHEET = "bandwidth and matrix rate of the datasheet"
-READ = "the bandwidth of a kernel that only reads, the datasheet's matrix rate"
+DATASHEET = "the datasheet's bandwidth and matrix rate"
+READ = "the bandwidth of a kernel that only reads, and the datasheet's matrix rate"
 
 
 def _gpu(name, title, memory_gb, gb_per_s, tflops_16_bit, tflops_float32, link):
@@ -170,13 +174,13 @@ def _gpu(name, title, memory_gb, gb_per_s, tflops_16_bit, tflops_float32, link):
         "float16": tflops_16_bit * 1e12,
         "float32": tflops_float32 * 1e12,
     }
-    # 1 GB: the CUDA context, NCCL's buffers, cuBLAS's workspace and the activations of a pass (assumed).
+    # 1 GB is assumed for the CUDA context, NCCL's buffers, cuBLAS's workspace and a pass's activations.
     sources = DATASHEET, GPU_SOURCES
     return Hardware(name, title, memory_gb * 1e9, gb_per_s * 1e9, rates, link, GPU_EFFICIENCY, 1e9, *sources)
 
 
 def _measured(gpu):
-    """Return the same GPU as one whose bandwidth was read, with the efficiency of minitp's own runs."""
+    """Return the GPU with its bandwidth marked as measured and the efficiency of minitp's own runs."""
     return replace(gpu, efficiency=HOPPER_EFFICIENCY, limit_source=READ, expected_source=HOPPER_SOURCES)
 
 
@@ -195,20 +199,20 @@ GPUS = {
         # L40S datasheet: 48 GB, 864 GB/s, 362 TFLOP/s, 91.6 in float32; no NVLink
         _gpu("l40s", "L40S, 48 GB", 48, 864, 362, 91.6, PCIE_4),
         # Ada architecture whitepaper: 24 GB, 1008 GB/s, 165.2 TFLOP/s with float32 sums, 82.6; no NVLink,
-        # and NVIDIA's driver allows no peer access: messages through the host's memory take longer than this
+        # and NVIDIA's driver allows no peer access: messages go through the host's memory and take longer
         _gpu("rtx-4090", "GeForce RTX 4090, 24 GB", 24, 1008, 165.2, 82.6, PCIE_4),
     )
 }
 
 
 def cpu(cores, memory_bytes, memory_bytes_per_s, flops_per_s):
-    """A machine without GPUs, its ranks sharing all of it; the last two are measured together on all cores.
+    """Return the Hardware of a machine without GPUs, which all ranks share.
 
-    `flops_per_s` is by dtype.
+    `memory_bytes_per_s` and `flops_per_s`, a dict by dtype, are measured on all cores together.
     """
     link = Link("shared memory", 0.0, SHARED_MEMORY_HOP_S, memory_bytes_per_s)
     title = f"this machine, {cores} core{'s' if cores > 1 else ''}, {memory_bytes / 1e9:.0f} GB"
-    # 0.2 GB: Python and the libraries in each rank (weights.Loader).
+    # 0.2 GB is what Python and the libraries take in each rank.
     return Hardware(
         *("cpu", title, memory_bytes, memory_bytes_per_s, flops_per_s, link, CPU_EFFICIENCY, 0.2e9),
         *(PRODUCTS, CPU_SOURCES, cores),

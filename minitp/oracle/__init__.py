@@ -1,7 +1,7 @@
-"""The reference: a whole transformer in float64 NumPy, which imports nothing else of this package.
+"""The reference: a whole transformer in float64 NumPy that imports nothing else of this package.
 
-model.py   the forward pass, layer by layer, yielding every step by its name
-ops.py     its operations, written apart from the model's
+model.py   the forward pass, layer by layer, which yields every step with its name
+ops.py     its operations, written independently of minitp.ops
 gguf.py    the tensors of a GGUF file, read with the gguf library
 """
 

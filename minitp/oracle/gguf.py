@@ -1,12 +1,12 @@
-"""A GGUF file's tensors for the oracle, which like it imports nothing of this package.
+"""The tensors of a GGUF file for the oracle; like the oracle, it imports nothing of this package.
 
-Where minitp reads the header itself and only the blocks that a rank needs, here the `gguf` library reads the
-whole tensor; where minitp picks rows by an index, here q and k are reshaped.
+minitp reads the header itself, and only the blocks that a rank needs; here the `gguf` library reads whole
+tensors. minitp reorders the rows of q and k with an index; here they are reshaped.
 """
 
 import gguf
 
-# Hugging Face's name of a part to llama.cpp's.
+# Hugging Face's names of parts -> llama.cpp's names
 ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
 MLP = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
@@ -14,13 +14,13 @@ OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_
 
 
 def gguf_tensor(path):
-    """What Oracle wants as `tensor`, from a file of the llama architecture.
+    """Return the `tensor` argument of Oracle for a file of the llama architecture.
 
     Returns
     -------
     callable
-        tensor(name, index=...) -> array: the tensor, or a part of it, under Hugging Face's name, in float32
-        or float16.
+        tensor(name, index=...) -> array: a tensor by its Hugging Face name, or a part of it, in float32 or
+        float16.
     """
     reader = gguf.GGUFReader(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -33,15 +33,15 @@ def gguf_tensor(path):
         whole = gguf.quants.dequantize(found.data, found.tensor_type)  # [out, in] or [n]
         for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
             if f".{part}." in name:
-                pairs = whole.reshape(count, -1, 2, *whole.shape[1:])  # [H, d/2, 2, in]: neighbours turn
-                whole = pairs.swapaxes(1, 2).reshape(whole.shape)  # [H * d, in]: halves turn
+                pairs = whole.reshape(count, -1, 2, *whole.shape[1:])  # [H, d/2, 2, in]: neighbors are a pair
+                whole = pairs.swapaxes(1, 2).reshape(whole.shape)  # [H * d, in]: halves are pairs
         return whole[index]
 
     return tensor
 
 
 def gguf_name(name):
-    """`model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`."""
+    """Translate a name: `model.layers.3.self_attn.q_proj.weight` becomes `blk.3.attn_q.weight`."""
     part, kind = name.rsplit(".", 1)
     if part in OUTSIDE:
         return f"{OUTSIDE[part]}.{kind}"

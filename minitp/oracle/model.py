@@ -1,8 +1,8 @@
-"""The same transformer in float64, unsharded: what every other computation is held against.
+"""The same transformer in float64, unsharded, with which every other computation is compared.
 
 It is written from the papers' formulas and from the files that define a model (config.json and safetensors),
-and in places goes another way to the same number than the model. Its operations are in `ops`, next to
-it; with the rest of the package it shares nothing. Slow and plain on purpose.
+and in places computes the same numbers in another way than the model under test. Its operations are in the
+oracle's own `ops`; it shares nothing with the rest of the package. It is slow and simple on purpose.
 
     T tokens    S keys    D hidden    H query heads    K key/value heads    d head_dim
     F FFN columns    V vocabulary
@@ -36,8 +36,8 @@ from minitp.oracle.ops import (
     swiglu,
 )
 
-# What transformers assumes for a field that config.json leaves out, what each family assumes otherwise, and
-# the fields that a family does not read.
+# The values that transformers assumes for fields that config.json leaves out, those that a family assumes
+# instead, and the fields that a family does not read.
 DEFAULTS = dict(num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6)
 DEFAULTS |= dict(tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
 FAMILY_DEFAULTS = {
@@ -66,27 +66,27 @@ NOT_READ["qwen3"] = {"mlp_bias": False}
 NOT_READ["smollm3"] = {}
 NOT_READ["granite"] = {"sliding_window": None}
 
-VOCABULARY_BLOCK = 8192  # rows of the output matrix in float64 at a time
+VOCABULARY_BLOCK = 8192  # rows of the output matrix that are in float64 at a time
 
 
 class Oracle:
-    """A model of one of the families in FAMILY_DEFAULTS, one layer in memory at a time.
+    """A model of a family in FAMILY_DEFAULTS that keeps one layer in memory at a time.
 
     Parameters
     ----------
     config : dict
         The object in config.json.
     tensor : callable
-        tensor(name) -> array: a whole tensor under its checkpoint name, in any float dtype; the one of
-        `from_directory` also gives a part of it, tensor(name, tuple of slices).
+        tensor(name) -> array: a whole tensor by its checkpoint name, in any float dtype. That of
+        `from_directory` also returns a part: tensor(name, tuple of slices).
     layers : int or None
-        Only the first so many layers.
+        Number of layers to run, from the first; None for all.
 
     Raises
     ------
     ValueError
-        for a model type, rope type, activation or number of layers that it does not know; in `steps` for
-        a context that is too long for longrope's short_factor.
+        for an unsupported model type, rope type, activation or number of layers; in `steps` for a context
+        that is too long for longrope's short_factor.
     """
 
     def __init__(self, config, tensor, layers=None):
@@ -107,7 +107,7 @@ class Oracle:
         self.eps = fields["rms_norm_eps"]
         self.windows = [sliding_window(family, fields, i) for i in range(self.layers)]
         self.turns = [has_rope(family, fields, i) for i in range(self.layers)]
-        self.biased = set()  # projections
+        self.biased = set()  # projections that have a bias
         if fields["attention_bias"]:
             self.biased |= {"q_proj", "k_proj", "v_proj", "o_proj"}
         if fields["mlp_bias"]:
@@ -123,7 +123,7 @@ class Oracle:
         self.vocab_size = fields["vocab_size"]
         self.head_dim = fields["head_dim"] or self.hidden_size // self.heads
         gemma = family == "gemma2"
-        self.norm_offset = 1 if gemma else 0  # norms multiply with that and the weight
+        self.norm_offset = 1 if gemma else 0  # norms multiply by the weight plus this
         self.embedding_scale = np.sqrt(self.hidden_size) if gemma else 1
         self.score_root = np.sqrt(fields["query_pre_attn_scalar"] if gemma else self.head_dim)
         self.residual_scale = self.logits_divisor = 1
@@ -136,7 +136,7 @@ class Oracle:
         self.logits_cap = fields["final_logit_softcapping"] if gemma else None
         self.mlp_norm = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
         post_norms = {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
-        self.post_norms = post_norms if gemma else {}  # behind each block
+        self.post_norms = post_norms if gemma else {}  # norms after each block
         self.tensor = self._parts_of(tensor) if family == "phi3" else tensor
         self.inverse_frequencies = rope_inverse_frequencies(fields)  # [d/2]
         self.attention_factor = attention_factor(fields)
@@ -145,7 +145,7 @@ class Oracle:
 
     @classmethod
     def from_directory(cls, path, layers=None):
-        """The model of a Hugging Face directory: config.json with model.safetensors or its index."""
+        """Open a Hugging Face directory: config.json with model.safetensors or its index."""
         path = Path(path)
         files = {}  # tensor name -> file name
         if not (path / "model.safetensors").exists():
@@ -158,7 +158,7 @@ class Oracle:
         return cls(json.loads((path / "config.json").read_bytes()), tensor, layers)
 
     def _parts_of(self, tensor):
-        """`tensor` for a file with q, k and v in one tensor and gate and up in another, a part at a time."""
+        """Return `tensor` for a file that joins q, k and v in one tensor, and gate and up in another."""
         q, kv, ffn = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate_size
         rows = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
         rows |= {"gate_proj": (0, ffn), "up_proj": (ffn, 2 * ffn)}
@@ -174,7 +174,7 @@ class Oracle:
         return part
 
     def tensor_shapes(self):
-        """The checkpoint's tensors, as config.json has them: name -> shape. Of joined ones the parts."""
+        """Return the shapes of the checkpoint's tensors by name, from config.json; joined ones as parts."""
         hidden, ffn, vocab = self.hidden_size, self.intermediate_size, self.vocab_size
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         outs = {
@@ -208,19 +208,19 @@ class Oracle:
         return shapes
 
     def logits(self, token_ids):
-        """The logits after each token: int [T] -> [T, V]."""
+        """Return the logits after each token: int [T] -> [T, V]."""
         for name, array in self.steps(token_ids):
             if name == "logits":
                 return array
 
     def steps(self, token_ids):
-        """Every step of the forward pass, in order, as (name, array).
+        """Yield (name, array) of every step of the forward pass, in order.
 
         Heads are [H, T, d] and [K, T, d], `scores` and `probs` [H, T, T], `context` [T, H * d]; the rest
         is [T, D], [T, F] (`gate`, `up`, `act`) and [T, V] (`logits`).
         """
         if len(token_ids) > self.longest:
-            raise ValueError(f"{len(token_ids)} tokens: longrope's frequencies for more than {self.longest}")
+            raise ValueError(f"{len(token_ids)} tokens: longrope is supported for up to {self.longest}")
         positions = np.arange(len(token_ids))  # [T]
         x = embed(token_ids, self.tensor("model.embed_tokens.weight"))  # [T, D]
         x *= self.embedding_scale
@@ -234,7 +234,7 @@ class Oracle:
         yield "logits", logits if self.logits_cap is None else soft_cap(logits, self.logits_cap)
 
     def _attention(self, i, x, positions):
-        """The steps of layer i's attention; the generator's value is the residual [T, D] after it."""
+        """Yield the steps of layer i's attention block; return the residual [T, D] after it."""
         step, layer = f"layers.{i}.attn", f"model.layers.{i}"
         normed = self._norm(x, f"{layer}.input_layernorm")  # [T, D]
         yield f"{step}.norm", normed
@@ -245,9 +245,8 @@ class Oracle:
             yield f"{step}.{part}", heads[part]
         for part in "qk":
             if self.norms_heads:
-                heads[part] = self._norm(
-                    heads[part], f"{layer}.self_attn.{part}_norm"
-                )  # [H, T, d], [K, T, d]
+                normed_heads = self._norm(heads[part], f"{layer}.self_attn.{part}_norm")
+                heads[part] = normed_heads  # [H, T, d], [K, T, d]
                 yield f"{step}.{part}_norm", heads[part]
             if self.turns[i]:
                 turned = rope(heads[part], positions, self.inverse_frequencies, self.attention_factor)
@@ -264,7 +263,7 @@ class Oracle:
         return (yield from self._add(i, "attn", x, out))  # [T, D]
 
     def _mlp(self, i, x):
-        """The steps of layer i's feed-forward part; the generator's value is the residual [T, D] after it."""
+        """Yield the steps of layer i's feed-forward block; return the residual [T, D] after it."""
         step, layer = f"layers.{i}.mlp", f"model.layers.{i}"
         normed = self._norm(x, f"{layer}.{self.mlp_norm}")  # [T, D]
         yield f"{step}.norm", normed
@@ -275,9 +274,9 @@ class Oracle:
         return (yield from self._add(i, "mlp", x, out))  # [T, D]
 
     def _add(self, i, block, x, out):
-        """The last steps of a block: a norm, if there is one, and the addition; the generator's value.
+        """Yield the last steps of a block: the post norm, if any, and the residual [T, D], which is returned.
 
-        Granite adds only a part of what a block gives. (Granite Team, Granite 3.0, 2024.)
+        Granite multiplies a block's output by a factor before adding it. (Granite Team, Granite 3.0, 2024.)
         """
         step = f"layers.{i}.{block}"
         yield f"{step}.out", out
@@ -289,11 +288,11 @@ class Oracle:
         return x  # [T, D]
 
     def _norm(self, x, name):
-        """[.., D] -> [.., D]"""
+        """Apply a norm: [.., D] -> [.., D]."""
         return rms_norm(x, float64(self.tensor(f"{name}.weight")) + self.norm_offset, self.eps)
 
     def _dense(self, step, layer, normed):
-        """The steps from [T, D] to [T, D], which is the generator's value."""
+        """Yield the steps of a dense feed-forward block; return its output: [T, D] -> [T, D]."""
         gate = self._project(normed, f"{layer}.mlp.gate_proj")  # [T, F]
         yield f"{step}.gate", gate
         up = self._project(normed, f"{layer}.mlp.up_proj")  # [T, F]
@@ -303,7 +302,10 @@ class Oracle:
         return self._project(act, f"{layer}.mlp.down_proj")  # [T, D]
 
     def _mixture(self, step, layer, normed):
-        """The same by experts, token by token; step `experts` has those of a token by their numbers."""
+        """Yield the steps of a mixture of experts, token by token; return its output: [T, D] -> [T, D].
+
+        The step `experts` has the activations of each token's experts, in the order of the experts' numbers.
+        """
         router = self._project(normed, f"{layer}.gate")  # [T, E]
         yield f"{step}.router", router
         shares = route(router, self.experts_per_token)  # [T, E]
@@ -317,19 +319,19 @@ class Oracle:
         return out  # [T, D]
 
     def _project(self, x, name):
-        """[T, in] -> [T, out]"""
+        """Apply a projection: [T, in] -> [T, out]."""
         bias = self.tensor(f"{name}.bias") if name.rpartition(".")[2] in self.biased else None  # [out]
         return linear(x, self.tensor(f"{name}.weight"), bias)
 
     def _unembed(self, x):
-        """[T, D] -> [T, V], a block of the vocabulary at a time."""
+        """Compute the logits, one block of the vocabulary at a time: [T, D] -> [T, V]."""
         w = self.tensor("model.embed_tokens.weight" if self.tied else "lm_head.weight")  # [V, D]
         starts = range(0, len(w), VOCABULARY_BLOCK)
         return np.hstack([linear(x, w[i : i + VOCABULARY_BLOCK]) for i in starts])  # [T, V]
 
 
 def has_rope(family, fields, layer):
-    """Whether a layer turns its queries and keys; by default every fourth of SmolLM3's does not."""
+    """Return True if a layer applies RoPE; by default every fourth layer of SmolLM3 does not."""
     if family != "smollm3":
         return True
     listed, interval = fields["no_rope_layers"], fields["no_rope_layer_interval"]
@@ -337,7 +339,7 @@ def has_rope(family, fields, layer):
 
 
 def sliding_window(family, fields, layer):
-    """How many keys a query of this layer sees, itself included; None: all."""
+    """Return the number of keys that a query of this layer sees, its own included; None for all."""
     if family in ("qwen2", "qwen3", "smollm3"):
         types = fields.get("layer_types")
         if types is not None:

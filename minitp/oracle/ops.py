@@ -1,7 +1,7 @@
 """The oracle's operations, in float64 and from the papers' formulas; they import nothing of this package.
 
-In places they go another way to the same number than `ops`: RoPE turns complex numbers, attention goes head
-by head.
+In places they compute the same numbers in another way than the package's `ops`: RoPE rotates complex numbers,
+and attention goes head by head.
 
     T tokens    S keys    D hidden    H query heads    K key/value heads    d head_dim    F FFN columns
 """
@@ -12,12 +12,12 @@ ROPE_THETA = 10000.0
 
 
 def float64(array):
-    """`array`, of any dtype and shape, in float64."""
+    """Return `array`, of any dtype and shape, in float64."""
     return np.asarray(array, dtype=np.float64)
 
 
 def embed(token_ids, table):
-    """Row `token_ids[t]` of `table` for each t: int [T], [V, D] -> [T, D]."""
+    """Return row `token_ids[t]` of `table` for each t: int [T], [V, D] -> [T, D]."""
     rows = []
     for token in token_ids:
         if not 0 <= token < len(table):
@@ -27,28 +27,28 @@ def embed(token_ids, table):
 
 
 def rms_norm(x, weight, eps):
-    """x_i g_i / sqrt(1/D sum_j x_j^2 + eps): [.., D], [D] -> [.., D]. (Zhang and Sennrich, 2019.)"""
+    """Compute x_i g_i / sqrt(1/D sum_j x_j^2 + eps): [.., D], [D] -> [.., D] (Zhang and Sennrich, 2019)."""
     x = float64(x)  # [T, D]
     squares = np.einsum("...i,...i->...", x, x) / x.shape[-1]  # [T]
     return x * np.power(squares + eps, -0.5)[..., None] * float64(weight)  # [T, D]
 
 
 def linear(x, weight, bias=None):
-    """y = x W^T + b: [T, in], [out, in], [out] -> [T, out]."""
+    """Compute y = x W^T + b: [T, in], [out, in], [out] -> [T, out]."""
     y = np.inner(float64(x), float64(weight))  # [T, out]
     return y if bias is None else y + float64(bias)  # [T, out]
 
 
 def rope_inverse_frequencies(config):
-    """theta_i, the angle per position of pair i, for a config.json as a dict: [d/2].
+    """Return theta_i, the angle per position of pair i, for a config.json as a dict: [d/2].
 
-    theta_i = base^(-2i/d) (Su et al., RoFormer, 2021, section 3.2.2). `linear`: angles shrink by `factor`
-    (Chen et al., Position Interpolation, 2023, section 2.3). `llama3`: those of wavelengths over
-    L / low_freq_factor do, those under L / high_freq_factor do not, and between them the two are mixed, L
-    being original_max_position_embeddings (apply_scaling in Meta's llama-models). `yarn`: the same with a
-    ramp from the pair that turns beta_fast times over L to the one that turns beta_slow times (Peng et al.,
-    YaRN, 2023, section 3.2). `longrope`: each theta_i has a divisor, that for contexts up to L (Ding et al.,
-    LongRoPE, 2024).
+    theta_i = base^(-2i/d) (Su et al., RoFormer, 2021, section 3.2.2). `linear` divides all angles by `factor`
+    (Chen et al., Position Interpolation, 2023, section 2.3). `llama3` divides those of wavelengths over
+    L / low_freq_factor, keeps those under L / high_freq_factor, and mixes the two in between, L being
+    original_max_position_embeddings (apply_scaling in Meta's llama-models). `yarn` does the same with a ramp
+    from the pair that rotates beta_fast times over L to the one that rotates beta_slow times (Peng et al.,
+    YaRN, 2023, section 3.2). `longrope` divides each theta_i by its own factor, here the one for contexts up
+    to L (Ding et al., LongRoPE, 2024).
 
     Raises
     ------
@@ -81,17 +81,17 @@ def rope_inverse_frequencies(config):
 
 
 def original_length(config, rope):
-    """L, the context that the model had before its RoPE was stretched."""
+    """Return L, the context length that the model had before its RoPE was extended."""
     return config.get("original_max_position_embeddings") or rope["original_max_position_embeddings"]
 
 
 def longrope_names(config):
-    """What longrope is called: Phi-3's older files say `su` or `yarn`."""
+    """Return the names of longrope, which Phi-3's older files call `su` or `yarn`."""
     return ("longrope", "su", "yarn") if config.get("model_type") == "phi3" else ("longrope",)
 
 
 def yarn_share(rope, plain, length, theta):
-    """How much of each frequency is divided by `factor`, from 0 to 1: [d/2] -> [d/2]."""
+    """Return the share of each frequency that is divided by `factor`, from 0 to 1: [d/2] -> [d/2]."""
     turns = np.array([rope.get("beta_fast") or 32, rope.get("beta_slow") or 1])
     # theta^(-i / n) L = 2 pi turns, solved for the pair i of n
     ends = len(plain) * np.log(length / (2 * np.pi * turns)) / np.log(theta)  # [2]
@@ -103,11 +103,11 @@ def yarn_share(rope, plain, length, theta):
 
 
 def attention_factor(config):
-    """What RoPE multiplies q and k with, for a config.json as a dict: 1 but for yarn and longrope.
+    """Return the factor by which RoPE multiplies q and k, for a config.json as a dict.
 
-    As given, or for yarn 0.1 ln(factor) + 1 (YaRN, section 3.4), or the ratio of two such with mscale and
-    mscale_all_dim before the logarithm; for longrope sqrt(1 + ln(s) / ln(L)), s being how much longer the
-    context has become.
+    It is 1 except for yarn and longrope. Unless config.json gives it, yarn has 0.1 ln(factor) + 1 (YaRN,
+    section 3.4), or the ratio of two such numbers with mscale and mscale_all_dim before the logarithm;
+    longrope has sqrt(1 + ln(s) / ln(L)), s being the extended context length divided by L.
     """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -138,23 +138,24 @@ def rope(x, positions, inverse_frequencies, factor=1.0):
 
 
 def causal_mask(query_positions, key_positions, window=None):
-    """Whether query i sees key j: bool [T, S], int [T] and int [S] given.
+    """Return True where query i sees key j: int [T], int [S] -> bool [T, S].
 
-    It does if 0 <= i - j, and with a window W only if i - j < W (Jiang et al., Mistral 7B, 2023, section 2).
+    It sees the key if 0 <= i - j, and with a window W only if i - j < W (Jiang et al., Mistral 7B, 2023,
+    section 2).
     """
     distance = np.subtract.outer(query_positions, key_positions)  # [T, S]
     return (distance >= 0) & (distance < (np.inf if window is None else window))  # [T, S]
 
 
 def soft_cap(x, cap):
-    """cap tanh(x / cap), any shape, as cap (1 - 2 / (e^(2 x / cap) + 1)). (Gemma Team, Gemma 2, 2024.)"""
+    """Compute cap tanh(x / cap), any shape, as cap (1 - 2 / (e^(2 x / cap) + 1)) (Gemma 2, 2024)."""
     return cap - 2 * cap / (np.exp(2 * np.clip(float64(x) / cap, -350, 350)) + 1)  # like x
 
 
 def scores(q, k, mask, root=None, cap=None):
-    """q_h . k_(h // (H / K)) / root, within `cap` if there is one, and -inf where query t may not see key s.
+    """Compute q_h . k_(h // (H / K)) / root, soft-capped with `cap`, and -inf where query t cannot see key s.
 
-    The root is that of d unless it is given.
+    The default root is sqrt(d), and by default there is no cap.
     [H, T, d], [K, S, d] and bool [T, S] -> [H, T, S]. (Vaswani et al., 2017, equation 1; query heads share
     keys and values as in Ainslie et al., GQA, 2023, section 2.2.)
     """
@@ -168,13 +169,13 @@ def scores(q, k, mask, root=None, cap=None):
 
 
 def softmax(x):
-    """e^(x_i) / sum_j e^(x_j) over the last axis, any shape; both sides divided by the largest term."""
+    """Compute e^(x_i) / sum_j e^(x_j) over the last axis, any shape, both divided by the largest term."""
     terms = np.exp(float64(x) - np.amax(float64(x), axis=-1, keepdims=True))  # like x
     return terms / terms.sum(axis=-1, keepdims=True)  # like x
 
 
 def context(probs, v):
-    """sum_j p_hij v_(h // (H / K))j, heads side by side: [H, T, S], [K, S, d] -> [T, H * d].
+    """Compute sum_j p_hij v_(h // (H / K))j, heads side by side: [H, T, S], [K, S, d] -> [T, H * d].
 
     (Vaswani et al., 2017, equation 1 and section 3.2.2.)
     """
@@ -183,12 +184,12 @@ def context(probs, v):
 
 
 def attention(q, k, v, mask):
-    """softmax(scores) v: [H, T, d], [K, S, d] twice, bool [T, S] -> [T, H * d]."""
+    """Compute softmax(scores) v: [H, T, d], [K, S, d] twice, bool [T, S] -> [T, H * d]."""
     return context(softmax(scores(q, k, mask)), v)  # [T, H * d]
 
 
 def swiglu(gate, up):
-    """gate * sigma(gate) * up: [T, F] twice -> [T, F]. (Shazeer, GLU Variants, 2020, equation 6.)
+    """Compute gate * sigma(gate) * up: [T, F] twice -> [T, F] (Shazeer, GLU Variants, 2020, equation 6).
 
     ln sigma(x) = -ln(e^0 + e^-x), so that no exponential overflows.
     """
@@ -197,9 +198,10 @@ def swiglu(gate, up):
 
 
 def geglu(gate, up):
-    """gelu(gate) * up, [T, F] twice -> [T, F], with 1/2 (1 + tanh(y)) = sigma(2 y) in the approximation
+    """Compute gelu(gate) * up: [T, F] twice -> [T, F].
 
-    gelu(x) = x/2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). (Hendrycks and Gimpel, 2016, section 2.)
+    gelu(x) is approximated by x/2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), with 1/2 (1 + tanh(y)) =
+    sigma(2 y). (Hendrycks and Gimpel, 2016, section 2.)
     """
     gate = float64(gate)  # [T, F]
     y = np.sqrt(8 / np.pi) * (gate + 0.044715 * np.power(gate, 3))  # [T, F]
@@ -207,10 +209,11 @@ def geglu(gate, up):
 
 
 def route(logits, per_token):
-    """How much each expert counts for each token, 0 for most: [T, E] -> [T, E].
+    """Return the weight of each expert for each token, 0 for most: [T, E] -> [T, E].
 
-    The largest logits, the first of equals; their softmax over all is divided by its sum over these. (Jiang
-    et al., Mixtral of Experts, 2024, section 2.1.)
+    The experts with the largest logits are chosen, the first among equals. Their weights are the softmax over
+    all experts, divided by its sum over the chosen ones. (Jiang et al., Mixtral of Experts, 2024, section
+    2.1.)
     """
     shares = np.zeros(logits.shape)  # [T, E]
     for t, row in enumerate(softmax(logits)):  # [E]

@@ -1,8 +1,8 @@
-"""The steps of a forward pass, by name: recorded, assembled over the ranks, written to a file.
+"""The named steps of a forward pass: recorded, assembled over the ranks, and written to a file.
 
-names.py       every step's name, shape, and how the ranks share it
-record.py      this rank's steps, as the model makes them
-assemble.py    the whole of a step from the ranks' parts
-reference.py   the oracle's own steps
-write.py       a trace file
+names.py       name and shape of every step, and its distribution over the ranks
+record.py      a recorder of this rank's steps
+assemble.py    the whole array of a step, from the ranks' parts
+reference.py   the oracle's steps
+write.py       the file of a trace
 """

@@ -1,4 +1,4 @@
-"""From the ranks' parts of a step to the whole."""
+"""The whole array of a step, assembled from the ranks' parts."""
 
 import numpy as np
 
@@ -6,9 +6,9 @@ from minitp.trace.names import WEIGHTS, Kind, kinds, split_name
 
 
 def assemble(kind, parts):
-    """The whole array of a step, from each rank's part in rank order.
+    """Return the whole array of a step, from the ranks' parts in rank order.
 
-    A KV head that several ranks hold is the first one's; partial sums are added in float64.
+    A KV head that several ranks hold is taken from the first of them; partial sums are added in float64.
     """
     if kind.kind == "replicated":
         return parts[0]
@@ -16,14 +16,14 @@ def assemble(kind, parts):
         return sum(part.astype(np.float64) for part in parts).astype(parts[0].dtype)
     shape = list(parts[0].shape)
     shape[kind.axis] = kind.ranges[-1][1]
-    whole = np.empty(shape, dtype=parts[0].dtype)  # as in the tables of `names`
+    whole = np.empty(shape, dtype=parts[0].dtype)  # shape as in the tables of `names`
     for part, (start, stop) in reversed(list(zip(parts, kind.ranges, strict=True))):
         whole[(slice(None),) * kind.axis + (slice(start, stop),)] = part
     return whole
 
 
 def step_kinds(source):
-    """A function: full name -> Kind."""
+    """Return a function from a step's full name to its Kind."""
     by_step = kinds(source.plan, source.config.head_dim)
 
     def kind_of(name):

@@ -1,18 +1,18 @@
-"""The names of the steps of a forward pass, in order, and how the ranks share each of them.
+"""The names of the steps of a forward pass, in order, and the distribution of each over the ranks.
 
-A step is called `<pass>/<step>`: the pass is `prefill` or `decode.1`, `decode.2`, ..; the step `embed`,
-`layers.3.attn.q_rope`, `logits`. The whole arrays have the shapes beside the names; H, K, F and V are split
-over the ranks in runs, and a rank's own array has only its run of them.
+A step is called `<pass>/<step>`. The pass is `prefill`, `decode.1`, `decode.2`, ..; the step is for example
+`embed`, `layers.3.attn.q_rope` or `logits`. The whole arrays have the shapes next to the names. H, K, F and V
+are split over the ranks in contiguous ranges, and a rank's array has only its own range.
 
     replicated   the same bits on all ranks
-    sharded      each rank has its run along one axis; two ranks may both hold a KV head
+    sharded      each rank has its range of one axis; two ranks may hold the same KV head
     partial      the sum over the ranks is the value
 """
 
 import re
 from dataclasses import dataclass
 
-BEFORE = {  # step -> its shape as a whole
+BEFORE = {  # step -> shape of the whole array
     "embed_partial": "T D",
     "embed": "T D",
 }
@@ -49,11 +49,11 @@ MLP = {
 }
 AFTER = {
     "final_norm": "T D",
-    "logits_partial": "T V",  # the ranks' columns side by side; not a term of a sum, in spite of its name
+    "logits_partial": "T V",  # the ranks' columns side by side; despite the name, not a term of a sum
     "logits": "T V",
 }
 LAYER = ATTENTION | MLP
-ONLY_WITH = {  # steps that not all models have, and the tensor by which those that do are known
+ONLY_WITH = {  # steps that only some models have -> the tensor that tells which
     "attn.q_norm": "self_attn.q_norm.weight",
     "attn.k_norm": "self_attn.k_norm.weight",
     "attn.post_norm": "pre_feedforward_layernorm.weight",
@@ -64,15 +64,15 @@ ONLY_WITH = {  # steps that not all models have, and the tensor by which those t
     "mlp.up": "mlp.gate_proj.weight",
     "mlp.act": "mlp.gate_proj.weight",
 }
-WEIGHTS = "weights/"  # before a checkpoint tensor's name: weights are steps, too
+WEIGHTS = "weights/"  # prefix of a checkpoint tensor's name: weights are steps, too
 PARTIAL = ("embed_partial", "attn.out_partial", "mlp.out_partial")
-FLOAT32 = ("attn.scores", "attn.probs", "logits_partial", "logits")  # in any dtype
-LARGE = ("attn.scores", "attn.probs")  # [H, T, S]: in a trace only if asked for by name
+FLOAT32 = ("attn.scores", "attn.probs", "logits_partial", "logits")  # float32 whatever the dtype
+LARGE = ("attn.scores", "attn.probs")  # [H, T, S]; in a trace only if requested by name
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How the ranks share a step: `kind` as above; `axis` and each rank's (start, stop) if it is sharded."""
+    """The distribution of a step over the ranks; if sharded, its `axis` and each rank's (start, stop)."""
 
     kind: str
     axis: int | None = None
@@ -80,7 +80,7 @@ class Kind:
 
 
 def layer_steps(plan):
-    """The part of LAYER that a model with this Plan has."""
+    """Return the part of LAYER that a model with this Plan has."""
 
     def has(step):
         return step not in ONLY_WITH or f"model.layers.0.{ONLY_WITH[step]}" in plan.tensors
@@ -89,13 +89,13 @@ def layer_steps(plan):
 
 
 def step_names(plan):
-    """All steps of a pass of a model with this Plan, in the order in which they happen."""
+    """Return all steps of a pass of a model with this Plan, in the order in which they happen."""
     inner = [f"layers.{i}.{step}" for i in range(plan.layers) for step in layer_steps(plan)]
     return [*BEFORE, *inner, *AFTER]
 
 
 def full_name(pass_name, layer, step):
-    """The name of a step in the tables above, in a pass; `layer` None outside the layers.
+    """Return the full name of a step in the tables above; `layer` is None outside the layers.
 
     >>> full_name("decode.1", 3, "attn.q_rope")
     'decode.1/layers.3.attn.q_rope'
@@ -104,20 +104,20 @@ def full_name(pass_name, layer, step):
 
 
 def split_name(name):
-    """A full name in three: its pass, its layer or None, and its place in the tables above.
+    """Split a full name into the pass, the layer or None, and the name in the tables above.
 
     >>> split_name("decode.1/layers.3.attn.q_rope")
     ('decode.1', 3, 'attn.q_rope')
     >>> split_name("prefill/embed")
     ('prefill', None, 'embed')
     """
-    passed, _, step = name.rpartition("/")
+    pass_name, _, step = name.rpartition("/")
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", step)
-    return (passed, int(match[1]), match[2]) if match else (passed, None, step)
+    return (pass_name, int(match[1]), match[2]) if match else (pass_name, None, step)
 
 
 def kinds(plan, head_dim):
-    """The Kind of each step that a model with this Plan has."""
+    """Return the Kind of each step that a model with this Plan has."""
     ranges = {
         "H": plan.head_ranges,
         "K": plan.kv_head_ranges,

@@ -1,4 +1,4 @@
-"""Recording the steps of a forward pass on a rank."""
+"""A recorder of the steps of a forward pass on a rank."""
 
 from fnmatch import fnmatchcase
 
@@ -7,7 +7,7 @@ from minitp.trace.names import LARGE, WEIGHTS, full_name, step_names
 
 
 class ObservedSteps:
-    """The place where a block keeps its arrays: observe(step, array) gets each as it is assigned."""
+    """A namespace for a block's arrays that passes each to observe(step, array) when it is assigned."""
 
     def __init__(self, observe):
         object.__setattr__(self, "_observe", observe)
@@ -18,20 +18,20 @@ class ObservedSteps:
 
 
 class Recorder:
-    """Takes a rank's steps from the model and hands on those that are wanted, as NumPy arrays.
+    """A `record` that passes the wanted steps of a rank to a callback, as NumPy arrays.
 
     Parameters
     ----------
     device : Device
     wanted : container of str
-        Full names.
+        Full names of the wanted steps.
     take : callable
-        take(full name, this rank's array), step by step.
+        Called as take(full name, this rank's array) for each wanted step.
 
     Attributes
     ----------
     pass_name : str
-        Of the pass that runs.
+        Name of the current pass.
     """
 
     def __init__(self, device, wanted, take):
@@ -39,7 +39,7 @@ class Recorder:
         self._device, self._wanted, self._take = device, wanted, take
 
     def __call__(self, block=None, layer=None):
-        """The place for steps `layers.{layer}.{block}.NAME`, or just NAME."""
+        """Return the namespace for the steps `layers.{layer}.{block}.NAME`, or just NAME."""
         before = "" if block is None else f"{block}."
 
         def observe(step, array):
@@ -51,20 +51,20 @@ class Recorder:
 
 
 def passes_of(tokens, decode):
-    """(name, start, stop) of the passes: `tokens` positions of prefill, then `decode` times one."""
+    """Return (name, start, stop) of each pass: a prefill of `tokens` positions, then `decode` single ones."""
     later = [(f"decode.{n}", tokens + n - 1, tokens + n) for n in range(1, decode + 1)]
     return [("prefill", 0, tokens), *later]
 
 
 def wanted_steps(plan, passes, globs=None, oracle=False):
-    """The full names that match one of `globs`, in order; None: all steps but the large ones and the weights.
+    """Return the full names that match one of `globs`, in order; by default all but large steps and weights.
 
-    Of the `oracle` those that it has: no weights, and nothing of a single rank.
+    The `oracle` has no weights and no partial steps, so they are left out of its names.
 
     Raises
     ------
     InputError
-        if one of them matches nothing.
+        if one of the globs matches nothing.
     """
     steps = [f"{name}/{step}" for name, _, _ in passes for step in step_names(plan)]
     if oracle:
@@ -74,13 +74,13 @@ def wanted_steps(plan, passes, globs=None, oracle=False):
     names = [*([] if oracle else [WEIGHTS + name for name in plan.tensors]), *steps]
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
-            who = "the oracle has no such step" if oracle else "no step of this run is called so"
-            raise InputError(f"--steps {glob!r}: {who}; names are like {names[0]}, {steps[5]}, {steps[-1]}")
+            error = "the oracle has no such step" if oracle else "this run has no such step"
+            raise InputError(f"--steps {glob!r}: {error}; names are like {names[0]}, {steps[5]}, {steps[-1]}")
     return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
 
 
 def run_passes(model, token_ids, passes, record):
-    """Run the prompt, then the token that was most probable after each pass; return all that went in."""
+    """Run the prompt, then the most probable token after each pass; return all token ids that were run."""
     ids, cache = list(token_ids), model.new_cache(passes[-1][2])
     for name, start, _ in passes:
         record.pass_name = name

@@ -1,11 +1,11 @@
-"""The oracle's own run of a model, cut into the passes and steps of a trace."""
+"""The oracle's run of a model, divided into the passes and steps of a trace."""
 
 from minitp.oracle import Oracle
 from minitp.trace.names import AFTER, BEFORE, LAYER, full_name, split_name
 
 
 def open_oracle(source):
-    """The Oracle of a ModelSource, reading config.json and the weights for itself."""
+    """Return the Oracle of a ModelSource; it reads config.json and the weights with its own code."""
     if source.directory is not None:
         return Oracle.from_directory(source.directory, source.plan.layers)
     if source.gguf is not None:
@@ -20,9 +20,9 @@ def open_oracle(source):
 
 
 def oracle_steps(oracle, token_ids, passes):
-    """(full name, float64 array) of the oracle's steps for all passes, cut out of one run over all tokens.
+    """Yield (full name, float64 array) of the steps of all passes, from one oracle run over all tokens.
 
-    The steps of a layer come for all passes before those of the next layer.
+    A layer's steps are yielded for all passes before those of the next layer.
     """
     letters = BEFORE | LAYER | AFTER
     for name, whole in oracle.steps(token_ids):
@@ -32,6 +32,6 @@ def oracle_steps(oracle, token_ids, passes):
             window = None if layer is None else oracle.windows[layer]
             first = 0 if window is None else max(0, start - window + 1)
             cuts = {"T": slice(start, stop), "S": slice(first, stop)}
-            for called in filter(None, (step, cached)):
-                index = tuple(cuts.get(letter, slice(None)) for letter in letters[called].split())
-                yield full_name(pass_name, layer, called), whole[index]
+            for step_name in filter(None, (step, cached)):
+                index = tuple(cuts.get(letter, slice(None)) for letter in letters[step_name].split())
+                yield full_name(pass_name, layer, step_name), whole[index]

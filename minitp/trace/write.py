@@ -1,17 +1,18 @@
-"""Writing the steps of a run to a file, assembled over the ranks.
+"""The file of a trace: the steps of a run, assembled over the ranks.
 
-A trace is a safetensors file: tensors under the names of `names`, with what is needed to read them in its
-metadata (all values are strings; those that are not names are JSON):
+A trace is a safetensors file with the steps under the names of `names`. Its metadata describes the run; all
+values are strings, and those that are not names are JSON:
 
     format      minitp-trace-1
-    source      ranks, or oracle
-    model       what the user called it
+    source      ranks or oracle
+    model       the model as the user named it
     config      the object in config.json
-    tp, dtype   of the run
-    layers      that were run
-    token_ids   those that went in, prompt and decoded ones
-    passes      [name, first position, stop position] of each
-    kinds       how the ranks shared each step: {"layers.*.attn.q": {"kind": "sharded", "axis": 0, ..}}
+    tp, dtype   number of ranks and dtype of the run
+    layers      number of layers that were run
+    token_ids   token ids that were run: the prompt, then the decoded tokens
+    passes      [name, first position, stop position] of each pass
+    kinds       distribution of each step over the ranks:
+                {"layers.*.attn.q": {"kind": "sharded", "axis": 0, ..}}
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ FORMAT = "minitp-trace-1"
 def write_trace(path, source, model, token_ids, passes, wanted, per_rank=False):
     """Run the prompt and write its steps to `path`; all ranks call it, rank 0 writes.
 
-    Steps go to the file as they come, so memory holds one of them at a time, of all ranks.
+    Each step is written as it comes, so rank 0 holds one step of all ranks in memory at a time.
 
     Parameters
     ----------
@@ -77,7 +78,7 @@ def write_trace(path, source, model, token_ids, passes, wanted, per_rank=False):
 
 
 def write_oracle_trace(path, source, token_ids, passes, wanted):
-    """The same from the oracle, in float64 and on one process. It has no partial sums and no weights."""
+    """Write the oracle's steps, in float64 and in this process; they exclude weights and partial steps."""
     oracle = open_oracle(source)
     ids = list(token_ids)
     while len(ids) < passes[-1][2]:

@@ -1,4 +1,4 @@
-"""The models that `check` is tried on, and whom it blames."""
+"""The models that `check` is tested with."""
 
 from paths import GOLDENS
 from safetensors.numpy import load_file, save_file
@@ -37,19 +37,20 @@ MODELS = {
 }
 
 
-# A token of each rank's share of the vocabulary, the first and the last row among them.
+# A token of each rank's part of the vocabulary, including the first and the last row.
 PROMPT = [100, 3, 40, 60, 80, 15, 25, 35, 52, 71, 95, 0]
 
 
 def write_models(root, shape):
-    """MODELS in this shape: their directories by name."""
+    """Write MODELS in this shape; return their directories by name."""
     found = {name: write_tiny(root / name, tokenizer=False, **{**shape, **f}) for name, f in MODELS.items()}
     tensors = load_file(found["loud"] / "model.safetensors")
-    for i in range(3):  # scores of a hundred and more, as exp() in float32 cannot take them
+    for i in range(3):  # scores of a hundred and more, for which exp() in float32 overflows
         tensors[f"model.layers.{i}.self_attn.q_proj.weight"] *= 100
     save_file(tensors, found["loud"] / "model.safetensors")
     return found
 
 
 def blame(result):
+    """Return (full name, rank) of all findings that a CheckResult blames."""
     return [(finding.name, finding.rank) for finding in result.blamed()]

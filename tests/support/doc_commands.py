@@ -1,4 +1,4 @@
-"""The commands in the console blocks of a page, and what the page says that they print; `...` is anything."""
+"""The commands in the console blocks of a page, and the output shown there; `...` stands for any text."""
 
 import re
 
@@ -6,18 +6,19 @@ from paths import DOCS
 
 
 def blocks(page):
-    """The console blocks of docs/PAGE.md."""
+    """Return the console blocks of docs/PAGE.md."""
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     return re.findall(r"```console\n(.*?)```", text, re.DOTALL)
 
 
 def commands(block):
-    """(command, what it prints), one after the other."""
+    """Return (command, expected output) of each command in a block."""
     parts = re.split(r"^\$ (.*)\n", block, flags=re.MULTILINE)
     assert parts[0] == "", parts[0]
     return zip(parts[1::2], parts[2::2], strict=True)
 
 
 def check_printed(printed, expected):
+    """Check a command's output against the page's."""
     pattern = ".*".join(map(re.escape, expected.split("...")))
     assert re.fullmatch(pattern, printed, re.DOTALL), printed

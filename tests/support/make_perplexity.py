@@ -1,6 +1,6 @@
-"""Makes perplexity_golden.json: the demo model's perplexity of perplexity_text.txt, by transformers.
+"""Make perplexity_golden.json: the demo model's perplexity of perplexity_text.txt, by transformers.
 
-    pip install torch==2.13.0 transformers==5.23.0      (CPU; the file names the versions that made it)
+    pip install torch==2.13.0 transformers==5.23.0      (CPU; the file records the versions)
     python tests/support/make_perplexity.py
 
 The whole text is one window, computed in float32 with eager attention; the first token is not scored.

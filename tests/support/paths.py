@@ -1,4 +1,4 @@
-"""Where the tests find things."""
+"""Paths of the folders and scripts that the tests use."""
 
 import sys
 from pathlib import Path

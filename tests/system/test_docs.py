@@ -1,4 +1,4 @@
-"""The commands in docs/ print what stands there."""
+"""Check that the commands in docs/ print what the pages show."""
 
 import importlib.util
 import os
@@ -17,11 +17,11 @@ from minitp.cli.arguments import parser
 from minitp.loading.demo import demo_directory
 
 ROOT = DOCS.parent
-HERE = {"guide": 5, "troubleshooting": 7, "check": 1, "performance": 2}  # page -> console blocks
+ANYWHERE = {"guide": 5, "troubleshooting": 7, "check": 1, "performance": 2}  # page -> console blocks
 FROM_A_CHECKOUT = {"adding-a-family": 8}
 ON_TWO_HOSTS = {"several-nodes": 9}
-ON_GPUS = {"gpus": 1}  # not run here
-ELSEWHERE = {"serving": 2, "compare": 3}  # in test_serving_docs and test_compare_docs
+NEEDS_GPUS = {"gpus": 1}  # these are only parsed
+IN_OTHER_TESTS = {"serving": 2, "compare": 3}  # test_serving_docs and test_compare_docs
 
 
 def every_block(pages):
@@ -33,13 +33,13 @@ def every_block(pages):
 
 
 def environment():
-    """With this Python's programs first, and what is installed, not what lies in the working directory."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    """Return an environment that prefers this Python's programs and the installed packages."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def check(command, expected, cwd, **options):
-    """It prints that, and succeeds if that is no error."""
+    """Check that a command prints the expected text, and succeeds unless that text is an error message."""
     done = subprocess.run(
         command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, **options
     )
@@ -48,28 +48,28 @@ def check(command, expected, cwd, **options):
         assert done.returncode == 0
 
 
-def test_every_page_is_read():
-    pages = HERE | FROM_A_CHECKOUT | ON_TWO_HOSTS | ON_GPUS | ELSEWHERE
+def test_every_page_with_commands_is_tested():
+    pages = ANYWHERE | FROM_A_CHECKOUT | ON_TWO_HOSTS | NEEDS_GPUS | IN_OTHER_TESTS
     found = {page.stem: len(blocks(page.stem)) for page in DOCS.glob("*.md")}
     assert {page: count for page, count in found.items() if count} == pages
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("block", every_block(HERE))
-def test_it_prints_that(block, tmp_path):
+@pytest.mark.parametrize("block", every_block(ANYWHERE))
+def test_commands_print_what_the_page_shows(block, tmp_path):
     demo_directory()
     if "needs CuPy" in block and importlib.util.find_spec("cupy"):
-        pytest.skip("CuPy is here")
+        pytest.skip("CuPy is installed")
     for command, expected in commands(block):
         check(["bash", "-c", command], expected, tmp_path, env=environment())
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("block", every_block(FROM_A_CHECKOUT))
-def test_it_prints_that_in_a_checkout(block):
-    """Of tests only which there are: they run with the others. Goldens need torch, and a network."""
+def test_commands_in_a_checkout_print_what_the_page_shows(block):
+    """Run the commands in the checkout; only collect tests, and skip goldens, which need torch."""
     if "/tmp/goldens/bin" in block:
-        pytest.skip("makes goldens, with torch and transformers in an environment of its own")
+        pytest.skip("makes goldens with torch and transformers in a separate environment")
     for command, expected in commands(block):
         if "-m pytest" in command:
             command, expected = f"{command} --collect-only -q", "tests/...py: ..."
@@ -78,11 +78,11 @@ def test_it_prints_that_in_a_checkout(block):
 
 @pytest.fixture(scope="module")
 def first_host():
-    """A command line as it is on the first of two hosts that have Slurm."""
+    """Return a function that wraps a command line to run on the first of two hosts with Slurm."""
     demo_directory()
     with hosts.two_hosts() as pair:
         found = slurm_hosts.start(pair, pair[0].folder)
-        # TMPDIR is one that the hosts do not share, as they mostly do not share /tmp.
+        # TMPDIR is a folder that the hosts do not share, because real hosts rarely share /tmp.
         yield lambda command, cwd: pair[0].inside("env", found, "TMPDIR=/run", "bash", "-c", command, cwd=cwd)
 
 
@@ -90,24 +90,19 @@ def first_host():
 @pytest.mark.hosts
 @pytest.mark.skipif(bool(slurm_hosts.missing()), reason=str(slurm_hosts.missing()))
 @pytest.mark.parametrize("block", every_block(ON_TWO_HOSTS))
-def test_it_prints_that_on_two_hosts(block, first_host, tmp_path):
+def test_commands_on_two_hosts_print_what_the_page_shows(block, first_host, tmp_path):
     for command, expected in commands(block):
         check(first_host(command, tmp_path), expected, tmp_path)
 
 
-def test_commands_within_the_text_are_commands():
-    """With their options: those that are whole, and have arguments; and the commands for GPUs."""
+def test_commands_in_the_text_and_for_gpus_are_valid():
+    """Parse the commands that are complete and have arguments."""
     texts = [page.read_text(encoding="utf-8") for page in [*DOCS.glob("*.md"), ROOT / "README.md"]]
     found = {line for text in texts for line in re.findall(r"`minitp ([a-z]+ [^`]+)`", text)}
-    found |= {
-        command.removeprefix("minitp ")
-        for page in ON_GPUS
-        for block in blocks(page)
-        for command, _ in commands(block)
-        if command.startswith("minitp ")
-    }
-    whole = [line for line in sorted(found) if ".." not in line]
-    for line in whole:
+    for_gpus = [command for page in NEEDS_GPUS for block in blocks(page) for command, _ in commands(block)]
+    found |= {command.removeprefix("minitp ") for command in for_gpus if command.startswith("minitp ")}
+    complete = [line for line in sorted(found) if ".." not in line]
+    for line in complete:
         words = shlex.split(line, comments=True)
         parser().parse_args(["1" if word == "N" else word for word in words])
-    assert len(whole) > 10
+    assert len(complete) > 10

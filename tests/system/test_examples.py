@@ -1,4 +1,4 @@
-"""Each example runs, explains itself, and notices when the ranks compute something else."""
+"""Each example runs, prints an explanation, and notices when the ranks compute something else."""
 
 import os
 import re
@@ -11,10 +11,11 @@ from paths import EXAMPLES
 from minitp.launch.supervisor import OPEN_MPI, find_mpirun
 
 MODEL = "smollm2-135m"  # small, and uneven over four ranks: 9 query heads, 3 KV heads
-TERMS = 1536  # of its longest sum, F
-LIMIT_S = 120  # a whole short run, on a machine that has other things to do
+TERMS = 1536  # number of terms in its longest sum, F
+LIMIT_S = 120  # seconds for a short run on a busy machine
 
-# Each example, its sums in a row with LAYERS=2, how often it asks the oracle, and what it also prints.
+# Each example, its number of successive sums with LAYERS=2, its number of comparisons with the oracle, and a
+# line of its output.
 LADDER = [
     ("tp_attention", 4, 2, "rank 2: query heads 5..6, KV heads 1..2: w_qkv [576, 384]"),
     ("tp_ffn", 2, 1, "rank 3: columns 1152..1535: w_gate_up [576, 768], w_down [384, 576]"),
@@ -24,14 +25,14 @@ LADDER = [
     ("tp_generate_kvcache", 13, 1, "without a cache: the same tokens"),
 ]
 
-# Runs the example argv[1] with another all-reduce. `real` is the right sum, `mine` what this rank has.
+# Runs the example argv[1] with a changed all-reduce. `total` is the correct sum, `own` this rank's term.
 TAMPERED = """
 import runpy, sys
 from minitp.comm.mpi import MpiComm
-true = MpiComm.all_reduce
-def all_reduce(self, mine):
-    real = true(self, mine)
-    return {result} if self.rank == 1 else real
+original = MpiComm.all_reduce
+def all_reduce(self, own):
+    total = original(self, own)
+    return {result} if self.rank == 1 else total
 MpiComm.all_reduce = all_reduce
 del sys.argv[0]
 sys.path.insert(0, {folder!r})
@@ -40,7 +41,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def start(command, folder, **variables):
-    """Run to the end, in a directory that has nothing to do with it; (exit code, stdout, stderr)."""
+    """Run a command to its end in an unrelated directory; return (exit code, stdout, stderr)."""
     environment = {**os.environ, **OPEN_MPI, "MODEL": MODEL, "LAYERS": "2", **variables}
     command = [str(part) for part in command]
     done = subprocess.run(
@@ -65,11 +66,11 @@ def tampered(name, folder, result):
 
 
 def check_output(out, products, checks):
-    """The errors are those of float32, and there is a time."""
+    """Check that the printed errors are those of float32, and that times are printed."""
     errors = re.findall(r"error against the float64 oracle: (\S+); relative (\S+), allowed (\S+)$", out, re.M)
     assert len(errors) == checks, out
     for _, relative, allowed in errors:
-        # A random walk of roundings over the longest sum, for each sum in a row; and no float32 run is exact.
+        # Roundings are a random walk over the longest sum, for each successive sum; no float32 run is exact.
         assert 1e-9 < float(relative) < 2**-24 * TERMS**0.5 * products
         assert float(allowed) <= 2**-24 * TERMS**0.5 * products * 1.05, "printed with two digits"
     times = re.findall(r"^time.*?: .*?([0-9.]+) ms", out, re.M)
@@ -77,7 +78,7 @@ def check_output(out, products, checks):
     assert all(float(ms) > 0 for ms in times)
 
 
-def test_every_example_is_run_here():
+def test_every_example_is_in_the_table():
     assert {path.stem for path in EXAMPLES.glob("*.py")} - {"common"} == {name for name, *_ in LADDER}
 
 
@@ -107,12 +108,12 @@ def test_layers(tmp_path):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", [name for name, *_ in LADDER if name != "tp_generate"])
-def test_sum_that_one_rank_lacks(tmp_path, name):
-    """Rank 1 keeps its own terms in place of the sum; whoever looks at rank 0 only would not see it.
+def test_a_wrong_sum_on_one_rank_is_found(tmp_path, name):
+    """Give rank 1 its own term instead of the sum, which a check of rank 0 alone would not notice.
 
-    (tp_generate has its comparison in common with tp_generate_kvcache.)
+    (tp_generate shares its comparison with tp_generate_kvcache.)
     """
-    code, out, err = tampered(name, tmp_path, "mine")
+    code, out, err = tampered(name, tmp_path, "own")
     assert code == 1, out + err
     said = [line for line in err.splitlines() if line.startswith(f"{name}.py: ")]
     assert len(said) == 1, err
@@ -121,14 +122,14 @@ def test_sum_that_one_rank_lacks(tmp_path, name):
 
 
 @pytest.mark.mpi
-def test_rank_that_fails_does_not_keep_the_others(tmp_path):
+def test_a_rank_that_fails_ends_the_others(tmp_path):
     code, _, err = tampered("tp_ffn", tmp_path, "1 / 0")
     assert code == 3, err
     assert "ZeroDivisionError" in err
 
 
 @pytest.mark.mpi
-def test_bad_model_is_said_once(tmp_path):
+def test_a_bad_model_is_reported_once(tmp_path):
     code, out, err = under_mpirun("tp_attention", tmp_path, MODEL="gpt-2")
     assert (code, out) == (2, "")
     said = [line for line in err.splitlines() if "tp_attention.py" in line]

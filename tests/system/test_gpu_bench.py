@@ -108,7 +108,7 @@ def test_concurrent_requests(tiny):
         "--model", tiny, "--tp", 1, "--requests", 3, "--prompt-tokens", 9, "-n", 7, "--rounds", 1
     )  # fmt: skip
     assert (result["requests"]["count"], result["requests"]["steps"]) == (3, 7)
-    assert "of the same steps" in "\n".join(lines(result))
+    assert "for the same engine steps" in "\n".join(lines(result))
 
 
 @pytest.mark.parametrize("over", ["batch", "context"])

@@ -41,11 +41,21 @@ ON_THE_FUSED_PATH = [
     *("biases missing", "biases added twice", "projections slightly off"),
     *("all-reduce left out", "all-reduce left out after the mlp", "all-reduce of the embedding left out"),
     *("all-reduce left out on one rank", "all-reduce done twice", "all-reduce done twice after the mlp"),
-    *("mean instead of sum", "bias on every rank", "bias on every rank of the mlp", "a bit off in the sum"),
-    *("logits in another order", "logits in another order on one rank", "gate and up mixed up"),
-    *("embedding off by one", "last row of the embedding forgotten", "last row of the head forgotten"),
-    *("head not tied", "neighbour's KV heads", "shard of the wrong columns", "shard of the wrong rows"),
-    *("gate's weights for up's", "weights slightly off", "one weight slightly off", "one weight's last bit"),
+    *(
+        "mean instead of sum",
+        "bias on every rank",
+        "bias on every rank of the mlp",
+        "last bit of the sum",
+    ),
+    *("logits in the wrong order", "logits in the wrong order on one rank", "gate and up mixed up"),
+    *("embedding off by one", "last row of the embedding missing", "last row of the head missing"),
+    *("head not tied", "neighbor's KV heads", "shard of the wrong columns", "shard of the wrong rows"),
+    *(
+        "gate and up weights swapped",
+        "weights slightly off",
+        "one weight slightly off",
+        "last bit of a weight",
+    ),
     "logits in 16 bits",
 ]
 

@@ -1,4 +1,4 @@
-"""The examples of docs/serving.md run, and what it says of options and metrics is so."""
+"""Check docs/serving.md: its examples run, and its tables of options and metrics are correct."""
 
 import re
 import shlex
@@ -53,7 +53,7 @@ def test_the_llm_example():
     assert "\nThe capital of France is Paris.\n[" in out
 
 
-def test_options_are_those_of_the_command_with_their_defaults():
+def test_options_and_defaults_agree_with_the_command():
     defaults = vars(parser().parse_args(["serve"]))
     rows = re.findall(r"^\| `--([a-z-]+)` \| ([^|]*) \|", PAGE, re.MULTILINE)
     assert len(rows) == 8
@@ -63,9 +63,9 @@ def test_options_are_those_of_the_command_with_their_defaults():
             assert default.strip("` ") == (f"{real:g}" if isinstance(real, float) else str(real)), option
 
 
-def test_metrics_are_those_of_the_server(server):
+def test_metrics_agree_with_the_server(server):
     httpx.post(f"{server.url}/v1/completions", json={"model": "smollm2", "prompt": "Hi", "max_tokens": 2})
-    told = re.findall(r"`([a-z_]+)(?:\{.*?\})?`", PAGE.split("## Observe")[1].split("What to look")[0])
+    documented = re.findall(r"`([a-z_]+)(?:\{.*?\})?`", PAGE.split("## Observe")[1].split("What to look")[0])
     found = re.findall(r"^# TYPE (\S+)", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
     real = {name for name in found if not name.endswith("_created")}
-    assert {f"minitp_{name}" for name in told if not name.endswith("_")} == real
+    assert {f"minitp_{name}" for name in documented if not name.endswith("_")} == real

@@ -1,4 +1,4 @@
-"""`minitp bench`: what it holds the model against are the model's own products, and its figures agree."""
+"""`minitp bench`: its limit is made of the model's own products, and its figures agree with each other."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from minitp.bench.cpu_roofline import BareProducts, all_reduce_seconds
 from minitp.bench.fake_weights import TiledWeights
 from minitp.bench.plot import plot
 from minitp.bench.roofline import total_elements
-from minitp.bench.runs import StepTimer, keys_read, profile, timed_batch, timed_run
+from minitp.bench.rounds import StepTimer, keys_read, profile, timed_batch, timed_round
 from minitp.bench.table import lines
 from minitp.cli.bench import contexts
 from minitp.comm import run_threads
@@ -35,8 +35,8 @@ SHAPES = {
 }
 
 
-class CountedProducts:
-    """NumPy, which notes the shapes of all matrix products."""
+class CountingNumPy:
+    """NumPy with a count of the shapes of all matrix products."""
 
     def __init__(self):
         self.shapes = Counter()
@@ -55,13 +55,13 @@ class CountedProducts:
 
 def counted_model(directory, tp, comm, **shape):
     source = open_model(str(write_tiny(directory, **shape)), tp)
-    return load_model(source, comm, Device(CountedProducts(), np.dtype(np.float32)))
+    return load_model(source, comm, Device(CountingNumPy(), np.dtype(np.float32)))
 
 
 @pytest.mark.parametrize("tp", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bare_products_are_those_of_the_model(tmp_path, shape, tp):
-    """The same shapes as often, for a prompt, for a token, and for one token each of two sequences."""
+    """Compare the counts of all shapes: of a prompt, of a token, and of one token each of two sequences."""
     model = counted_model(tmp_path, tp, ShardOnly(tp - 1, tp), **SHAPES[shape])
     products, shapes = BareProducts(model), model.device.xp.shapes
     caches = [model.new_cache(), model.new_cache()]
@@ -79,14 +79,14 @@ def test_bare_products_are_those_of_the_model(tmp_path, shape, tp):
         expected = Counter(shapes)
         assert sum(expected.values()) > 8
         shapes.clear()
-        products.run([(len(ids), keys) for (ids, _), keys in zip(parts, read, strict=True)], logit_rows)
+        products.multiply([(len(ids), keys) for (ids, _), keys in zip(parts, read, strict=True)], logit_rows)
         assert shapes == expected
 
 
-def test_bytes_of_a_pass_are_those_of_the_matrices(tmp_path):
+def test_bytes_of_a_pass_are_the_bytes_of_its_matrices(tmp_path):
     model = counted_model(tmp_path, 1, SingleRank())
     products = BareProducts(model)
-    products.run([(1, 1)], logit_rows=1)
+    products.multiply([(1, 1)], logit_rows=1)
     of_weights = [shapes for shapes in model.device.xp.shapes if shapes[0][0] == 1 and shapes[1][0] >= 32]
     counts = model.device.xp.shapes
     elements = sum(b[0] * b[1] * counts[a, b] for a, b in of_weights)
@@ -95,8 +95,8 @@ def test_bytes_of_a_pass_are_those_of_the_matrices(tmp_path):
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_a_share_has_the_shapes_of_its_rank(tmp_path, tp):
-    """ShardOnly computes what the rank computes in company, from the same weights up to the first sum."""
+def test_a_rank_alone_has_the_shapes_of_that_rank(tmp_path, tp):
+    """Compare ShardOnly with the same rank among others: equal values up to the first sum, equal shapes."""
     source = open_model(str(write_tiny(tmp_path)), tp)
 
     def first_partial(model):
@@ -106,10 +106,10 @@ def test_a_share_has_the_shapes_of_its_rank(tmp_path, tp):
         logits = model.forward([1, 2, 3], model.new_cache(), logits_at=slice(None), record=record)
         return found[0][1], [(step, array.shape) for step, array in found], logits.shape
 
-    def in_company(comm):
+    def among_others(comm):
         return first_partial(load_model(source, comm, Device(np, np.dtype(np.float32))))
 
-    for rank, (partial, shapes, whole) in enumerate(run_threads(tp, in_company)):
+    for rank, (partial, shapes, whole) in enumerate(run_threads(tp, among_others)):
         alone = load_model(source, ShardOnly(rank, tp), Device(np, np.dtype(np.float32)))
         own_partial, own_shapes, own_whole = first_partial(alone)
         assert np.array_equal(own_partial, partial)
@@ -117,7 +117,7 @@ def test_a_share_has_the_shapes_of_its_rank(tmp_path, tp):
         assert own_whole == whole
 
 
-def test_a_timer_charges_each_step_with_its_own_time():
+def test_a_timer_counts_the_time_of_each_step():
     timer = StepTimer()
     for _ in range(2):
         timer.start()
@@ -136,7 +136,7 @@ def test_a_timer_charges_each_step_with_its_own_time():
 
 def test_a_profile_has_every_step_once(tmp_path):
     model = counted_model(tmp_path, 1, SingleRank())
-    for seconds in profile(model, [1, 2, 3, 4], steps=3):
+    for seconds in profile(model, [1, 2, 3, 4], new_tokens=3):
         named = []
         for step in seconds:
             block, _, names = step.rpartition(".")
@@ -147,8 +147,8 @@ def test_a_profile_has_every_step_once(tmp_path):
         assert all(s > 0 for s in seconds.values())
 
 
-def test_a_run_counts_only_its_own_time(tmp_path):
-    """A model that takes 300 ms for the prompt and 50 ms a token is found to do so, on both ranks."""
+def test_a_round_excludes_the_time_of_the_limit(tmp_path):
+    """Time a model that takes 300 ms for the prompt and 50 ms per token, on both ranks."""
     source = open_model(str(write_tiny(tmp_path)), 2)
 
     def rank(comm):
@@ -160,13 +160,13 @@ def test_a_run_counts_only_its_own_time(tmp_path):
             return forward(parts, *args, **kwargs)
 
         model.forward_batch = slow
-        run = timed_run(model, BareProducts(model), [1, 2, 3], 5)
-        return run.ttft_s, run.decode_s, run.bare_decode_s, tuple(run.all_reduce_shares)
+        one = timed_round(model, BareProducts(model), [1, 2, 3], 5)
+        return one.ttft_s, one.decode_s, one.bare_decode_s, tuple(one.all_reduce_shares)
 
     first, second = run_threads(2, rank)
     assert first == second
     ttft_s, decode_s, bare_decode_s, shares = first
-    # Sleeps end late on a busy machine, never early: twice as long is still far from counting anything twice.
+    # Sleeps may end late on a busy machine, so the bounds are loose, but double counting would exceed them.
     assert 0.3 <= ttft_s < 0.6
     assert 0.05 <= decode_s < 0.1
     assert bare_decode_s < 0.02  # the products of a tiny model alone
@@ -174,22 +174,22 @@ def test_a_run_counts_only_its_own_time(tmp_path):
     assert all(0 < share < 1 for share in shares)
 
 
-def test_a_batch_step_decodes_every_sequence(tmp_path):
+def test_a_timed_batch_decodes_every_sequence(tmp_path):
     model = counted_model(tmp_path, 1, SingleRank())
     model.device.xp.shapes.clear()
-    assert timed_batch(model, [1, 2, 3], sequences=3, steps=4) > 0
+    assert timed_batch(model, [1, 2, 3], sequences=3, passes=4) > 0
     gate_up = model.weights.layers[0].w_gate_up.shape
     assert model.device.xp.shapes[(3, gate_up[0]), gate_up] == 2 * (3 + 4)  # three prompts of 3, then 4 of 3
 
 
-def test_an_all_reduce_takes_longer_for_more(tmp_path):
+def test_a_larger_all_reduce_takes_longer(tmp_path):
     small, large = run_threads(
         2, lambda comm: (all_reduce_seconds(comm, np, 4), all_reduce_seconds(comm, np, 1 << 23))
     )[0]
     assert 0 < small < large
 
 
-def test_contexts_double_and_leave_room():
+def test_contexts_double_and_leave_room_for_new_tokens():
     assert contexts(512, 16) == (32, 64, 128, 256, 496)
     assert contexts(1000, 16) == (32, 64, 128, 256, 512, 984)
     assert contexts(40, 10) == (30,)
@@ -213,7 +213,7 @@ def test_tiled_weights_are_as_large_and_as_random_as_real_ones():
 
 
 def bench(*argv):
-    """The result of `minitp bench --json` in a process of its own."""
+    """Run `minitp bench --json` in a separate process and return its result."""
     command = [sys.executable, "-m", "minitp", "bench", "--json", *map(str, argv)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -277,13 +277,13 @@ SWEEP = [
 
 
 def svg_of(points, path):
-    surroundings = {"model": "a model", "dtype": "float32", "tp": 2, "machine": "a machine"}
-    plot(surroundings | {"sweep": {"over": "context", "points": points}}, str(path))
+    conditions = {"model": "a model", "dtype": "float32", "tp": 2, "machine": "a machine"}
+    plot(conditions | {"sweep": {"over": "context", "points": points}}, str(path))
     return path.read_text()
 
 
 def test_a_picture_has_every_point(tmp_path):
-    """In an SVG each marker is one <use>; nothing else here is drawn so."""
+    """Count the markers, which are the only <use> elements of the SVG."""
     counts = [svg_of(points, tmp_path / "x.svg").count("<use ") for points in (SWEEP[:1], SWEEP)]
     assert counts[1] > counts[0]
 
@@ -311,7 +311,7 @@ def test_requests_at_once_and_one_by_one(tiny, tp):
     )["requests"]  # fmt: skip
     assert (result["count"], result["prompt_tokens"], result["new_tokens"]) == (5, 9, 7)
     assert result["steps"] == 7  # all prompts in the first, then a token of each
-    # Which is faster only a quiet machine would tell; of one round the ratios are those of the speeds.
+    # Only a quiet machine could tell which is faster. With one round, each ratio is that of two speeds.
     one_by_one, together, limit = (
         result[f"{name}_tokens_per_s"] for name in ("one_by_one", "together", "limit")
     )
@@ -330,7 +330,7 @@ def test_one_rank_alone(tiny, rank):
     elements = sum(np.prod(shard.shape_on(rank)) for shard in source.plan.tensors.values())
     assert result["weight_bytes_per_rank"] == [4 * elements]
     assert result["limits"]["all_reduce"] == []
-    assert f"alone the share of rank {rank} of 3 ranks" in "\n".join(lines(result))
+    assert f"only rank {rank} of 3 ranks" in "\n".join(lines(result))
 
 
 @pytest.mark.parametrize(

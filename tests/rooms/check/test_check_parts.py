@@ -1,4 +1,4 @@
-"""The parts of `check`: the plan, how differences are measured and bounded, and who is blamed."""
+"""The parts of `check`: the plan, the measurement and bounds of differences, and the blame."""
 
 import re
 from dataclasses import replace
@@ -28,7 +28,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
-    """The directory of a model."""
+    """Write a model with uneven heads and return its directory."""
     return write_tiny(tmp_path_factory.mktemp("parts") / "uneven", tokenizer=False, **UNEVEN)
 
 
@@ -41,7 +41,7 @@ def plan_of(directory, tp):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_plan_of_every_family_is_right_at_any_tp(name):
+def test_the_plan_of_every_family_is_correct_at_any_tp(name):
     source, _ = plan_of(GOLDENS / name, 1)
     for tp in range(1, source.config.num_attention_heads + 1):
         source, plan = plan_of(GOLDENS / name, tp)
@@ -49,21 +49,21 @@ def test_the_plan_of_every_family_is_right_at_any_tp(name):
 
 
 class CrossedGroups(Plan):
-    """Rank 2's two query heads read each the KV head of the other."""
+    """A plan in which rank 2's two query heads read each other's KV head."""
 
     def query_groups(self, rank):
         return [(1, 2), (0, 1)] if rank == 2 else super().query_groups(rank)
 
 
 class OneGroup(Plan):
-    """Rank 2's first query head reads both of its KV heads, and the second none."""
+    """A plan in which rank 2's first query head reads both of its KV heads, and the second reads none."""
 
     def query_groups(self, rank):
         return [(0, 1), (0, 1)] if rank == 2 else super().query_groups(rank)
 
 
 def with_ranges(what, rank, start, stop):
-    """A change of a plan: `what`_ranges of one rank."""
+    """Return a function that changes one rank's range in a plan's `what`_ranges."""
 
     def change(plan):
         ranges = list(getattr(plan, f"{what}_ranges"))
@@ -87,13 +87,14 @@ def without(name):
 Q_PROJ, O_PROJ, UP = (
     f"model.layers.1.{name}.weight" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
 )
-SHARES = ((0, 10), (10, 19), (19, 28), (28, 37))  # of the FFN columns over four ranks
-# Heads 0-2, 3-4, 5-6, 7-8 and KV heads 0, 1, 1-2, 2: what is changed, and (rank, how the problem begins).
+FFN_RANGES = ((0, 10), (10, 19), (19, 28), (28, 37))  # the FFN columns of four ranks
+# Ranks have heads 0-2, 3-4, 5-6, 7-8 and KV heads 0, 1, 1-2, 2.
+# Each name has a change of the plan, and (rank, beginning of the problem's text).
 PLANS = {
     "heads twice": (with_ranges("head", 1, 2, 5), (1, "heads 2 to 5, expected to begin at 3")),
     "a head left out": (with_ranges("head", 1, 4, 5), (1, "heads 4 to 5, expected to begin at 3")),
     "too few heads": (with_ranges("head", 3, 7, 8), (3, "heads end at 8, and there are 9")),
-    "a share too few": (
+    "a range missing": (
         lambda plan: replace(plan, ffn_ranges=plan.ffn_ranges[:3]),
         ("all", "ffn: 3 ranges for 4 ranks"),
     ),
@@ -102,9 +103,9 @@ PLANS = {
         ("all", "heads: 3 ranges for 4 ranks"),
     ),
     "columns twice": (with_ranges("ffn", 2, 18, 28), (2, "ffn 18 to 28, expected to begin at 19")),
-    "the remainder forgotten": (with_ranges("vocab", 3, 76, 100), (3, "vocab end at 100, and there are 101")),
+    "the last rows left out": (with_ranges("vocab", 3, 76, 100), (3, "vocab end at 100, and there are 101")),
     "backwards": (with_ranges("vocab", 1, 26, 20), (1, "vocab 26 to 20")),
-    "the neighbour's KV head": (
+    "the neighbor's KV head": (
         with_ranges("kv_head", 1, 2, 3),
         (1, "KV heads 2 to 3, but its query heads read [1]"),
     ),
@@ -122,17 +123,20 @@ PLANS = {
         (2, "query head 5 reads KV head 2, expected 1"),
     ),
     "a tensor left out": (without(UP), ("all", f"tensor {UP} is not in the plan")),
-    "a shape": (with_tensor(UP, shape=(37, 21)), ("all", f"tensor {UP}: shape (37, 21), expected (37, 20)")),
-    "the other axis": (
+    "a shape": (
+        with_tensor(UP, shape=(37, 21)),
+        ("all", f"tensor {UP}: shape (37, 21), expected (37, 20)"),
+    ),
+    "the wrong axis": (
         with_tensor(O_PROJ, axis=0),
         ("all", f"tensor {O_PROJ} is split along axis 0, expected 1"),
     ),
-    "not split": (
+    "a tensor not split": (
         with_tensor(O_PROJ, axis=None, ranges=()),
         ("all", f"tensor {O_PROJ} is split along axis None"),
     ),
     "columns of another rank": (
-        with_tensor(UP, ranges=SHARES[1:] + SHARES[:1]),
+        with_tensor(UP, ranges=FFN_RANGES[1:] + FFN_RANGES[:1]),
         (0, f"tensor {UP}: 10 to 19"),
     ),
     "half a head": (
@@ -150,7 +154,7 @@ def test_a_wrong_plan_is_refused(change, expected, uneven):
     assert [text for who, text in problems if who == rank and text.startswith(beginning)], problems
 
 
-def test_a_wrong_plan_is_all_that_is_said(uneven):
+def test_a_wrong_plan_is_the_only_problem_reported(uneven):
     source, plan = plan_of(uneven, 4)
     wrong = replace(source, plan=with_tensor(UP, axis=None, ranges=())(plan))
 
@@ -163,16 +167,16 @@ def test_a_wrong_plan_is_all_that_is_said(uneven):
         assert (result.findings, result.blamed()) == ([], [])
 
 
-# --- the pieces -----------------------------------------------------------------------------------------
+# --- differences and bounds -----------------------------------------------------------------------------
 
 
-def test_measure_says_how_far_and_where():
-    expected = np.array([[3.0, 0.0], [4.0, 12.0]])  # of length 13
+def test_a_difference_has_size_and_position():
+    expected = np.array([[3.0, 0.0], [4.0, 12.0]])  # norm 13
     found = difference_of(np.array([[3.0, 0.5], [2.8, 12.0]]), expected)
     assert found.relative == pytest.approx(1.3 / 13)
     assert found.absolute == pytest.approx(1.2)
     assert found.index == (1, 0)
-    assert [place for place, _, _ in found.worst[:2]] == [(1, 0), (0, 1)]
+    assert [index for index, _, _ in found.worst[:2]] == [(1, 0), (0, 1)]
     assert found.worst[0][1:] == (pytest.approx(2.8), 4.0)
     assert "at [1, 0] it is 2.8, expected 4" in str(found)
 
@@ -194,26 +198,26 @@ def test_measure_says_how_far_and_where():
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_measure_of_odd_numbers(value, expected, relative, absolute, dtype):
+def test_differences_of_special_numbers(value, expected, relative, absolute, dtype):
     found = difference_of(np.array(value, open_device(dtype).dtype), np.array(expected, np.float64))
-    # 1e-9 is not a number of every dtype: to three digits in bfloat16, and zero in float16.
+    # 1e-9 is rounded to three digits in bfloat16, and to zero in float16.
     if dtype == "float16" and absolute == 1e-9:
         relative = absolute = 0
     assert (found.relative, found.absolute) == (relative, pytest.approx(absolute, rel=2**-8))
 
 
-def test_the_bound_of_a_large_array_is_twice_the_third_implementation():
+def test_the_bound_of_a_large_array_is_twice_the_error_of_the_low_precision_reference():
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((64, 200)), rng.standard_normal((300, 200))
     for dtype in DTYPES:
         dtype = open_device(dtype).dtype
         should = expected.linear(x.astype(dtype), w.astype(dtype))
-        third = difference_of(should.low_precision_reference, should.value)
+        reference = difference_of(should.low_precision_reference, should.value)
         relative, absolute = should.bounds(dtype)
-        # Of 19200 errors the norm is known to a hundredth; the slack for luck is to be no more than a tenth.
-        assert 2 * third.relative <= relative <= 2.2 * third.relative
-        # For the largest error the slack is one sum's own, of some 2 roundings of the largest number.
-        assert 2 * third.absolute <= absolute <= 6 * third.absolute
+        # The norm of 19200 errors is accurate to 1%; the allowance for chance must be no more than 10%.
+        assert 2 * reference.relative <= relative <= 2.2 * reference.relative
+        # The allowance for the largest error is that of one sum: some 2 roundings of the largest number.
+        assert 2 * reference.absolute <= absolute <= 6 * reference.absolute
 
 
 @pytest.fixture(scope="module")
@@ -298,8 +302,8 @@ def test_the_example_of_tolerance_is_the_one_in_the_docs(example):
     assert f"gets {leaves_out:.5f} there" in text
 
 
-def test_a_product_that_is_a_single_large_number_has_a_single_error():
-    """As hidden states of real models are. By luck the third implementation's may be next to nothing."""
+def test_a_product_dominated_by_one_number_is_within_its_bounds():
+    """Use a product as of real hidden states; the reference's error of the large number may be tiny."""
     rng = np.random.default_rng(0)
     for _ in range(300):
         x, w = rng.standard_normal((1, 384), np.float32), rng.standard_normal((576, 384), np.float32) / 20
@@ -310,8 +314,8 @@ def test_a_product_that_is_a_single_large_number_has_a_single_error():
         assert found.absolute <= absolute
 
 
-def test_rows_that_are_alike_are_no_more_samples():
-    """All have the same error, of two roundings here, which in 8 numbers may well be twice that of one."""
+def test_equal_rows_do_not_count_as_more_samples():
+    """Repeat one row of 8 numbers, whose error of two roundings may well be twice that of the reference."""
     rng, dtype = np.random.default_rng(0), open_device("bfloat16").dtype
     for _ in range(300):
         row, w, bias = rng.standard_normal((1, 20)), rng.standard_normal((8, 20)), rng.standard_normal(8)
@@ -321,16 +325,16 @@ def test_rows_that_are_alike_are_no_more_samples():
         assert difference_of(product + bias, should.value).relative <= should.bounds(dtype, repeats=24)[0]
 
 
-def test_an_overflow_allows_nothing():
+def test_an_overflow_does_not_widen_the_bound():
     x = np.full((1, 100), 30, np.float16)
-    should = expected.linear(x, np.concatenate((x, x / 30)))  # 90000, which float16 has not, and 3000
+    should = expected.linear(x, np.concatenate((x, x / 30)))  # 90000, which overflows float16, and 3000
     assert np.isinf(should.low_precision_reference[0, 0])
     _, absolute = should.bounds(np.float16)
     assert absolute < 100
 
 
-def test_a_wide_input_does_not_make_a_bound_narrow():
-    """float32 numbers from a step that should have been in bfloat16; the next one is."""
+def test_a_float32_input_does_not_tighten_the_bound():
+    """Follow float32 numbers of a step that should have been bfloat16 with a step in bfloat16."""
     rng, dtype = np.random.default_rng(0), open_device("bfloat16").dtype
     gate, up = rng.standard_normal((2, 20, 30), np.float32)
     should = expected.swiglu(gate, up)
@@ -340,18 +344,19 @@ def test_a_wide_input_does_not_make_a_bound_narrow():
     assert should.bounds(np.float32)[0] < error.relative
 
 
-def test_bounds_leave_out_what_is_not_finite_and_let_nothing_pass_where_all_is_zero():
+def test_bounds_ignore_infinite_entries_and_are_zero_for_zeros():
     should = Expected(np.array([1.0, -np.inf]), np.array([1.25, -np.inf]), np.array([0.0, 1.0]))
     assert should.bounds(np.float32) == pytest.approx((0.5, 0.5), rel=1e-5)
     assert Expected(np.zeros(2), np.zeros(2), np.zeros(2)).bounds(np.float32) == (0, 0)
     assert expected.exactly(np.ones(2)).bounds(np.float32) == (0, 0)
 
 
-def finding(step, rank, share=0.5, note=""):
-    return Finding("prefill", 0, step, rank, "replicated", Difference(share, 0.0, []), (1.0, 1.0), note=note)
+def finding(step, rank, relative=0.5, note=""):
+    difference = Difference(relative, 0.0, [])
+    return Finding("prefill", 0, step, rank, "replicated", difference, (1.0, 1.0), note=note)
 
 
-def test_a_finding_is_wrong_from_its_bound_on():
+def test_a_finding_is_ok_up_to_its_bound():
     assert finding("mlp.out", 0, 1).ok
     assert not finding("mlp.out", 0, 1.01).ok
     assert not finding("mlp.out", 0, 0, note="shape").ok

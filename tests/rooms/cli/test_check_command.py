@@ -160,7 +160,7 @@ def test_a_directory_in_the_files_place(refused, tiny, tmp_path):
 def test_steps_that_match_nothing(refused, tiny, tmp_path):
     path = tmp_path / "a.safetensors"
     said = refused("trace", "a", "--model", tiny, "-o", path, "--steps", "prefill/layers.2.*")
-    assert "--steps 'prefill/layers.2.*': no step of this run is called so" in said
+    assert "--steps 'prefill/layers.2.*': this run has no such step" in said
 
 
 @pytest.mark.parametrize("glob", ["weights/*", "*_partial"])
@@ -179,7 +179,8 @@ def test_traces_of_fewer_layers_are_compared_as_far_as_they_go(tiny, tmp_path):
     code, out, _ = run("compare", short, long)
     assert code == 0
     assert (
-        "final_norm, logits_partial, logits are not compared: they come after 1 layers in A and 2 in B" in out
+        "final_norm, logits_partial, logits are not compared: the number of layers is 1 in A and 2 in B"
+        in out
     )
 
 

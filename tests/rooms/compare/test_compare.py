@@ -1,4 +1,4 @@
-"""`minitp compare`: names and layouts are found, the first departing step is named, bad input is refused."""
+"""`minitp compare`: names, layouts, the first departing step, likely causes, and bad input."""
 
 import json
 import tracemalloc
@@ -26,7 +26,7 @@ def rng(seed=0):
 
 
 def arrays(seed=0, layers=4, dtype=np.float32):
-    """Steps of a made-up model: heads [4, 6, 8], the rest [6, 32]."""
+    """Return steps of a made-up model: heads [4, 6, 8], the rest [6, 32]."""
     draw = rng(seed).standard_normal
     found = {"prefill/embed": draw((6, 32))}
     for i in range(layers):
@@ -37,7 +37,7 @@ def arrays(seed=0, layers=4, dtype=np.float32):
 
 
 def write(path, content, **metadata):
-    """In the order of `content`: save_file sorts names, so the header is written here."""
+    """Write arrays in the order of `content`, which safetensors' save_file would sort by name."""
     if path.suffix == ".npz":
         np.savez(path, **content)
         return path
@@ -55,7 +55,7 @@ def write(path, content, **metadata):
 
 @pytest.fixture
 def two(tmp_path):
-    """Write A and B and compare them."""
+    """Return a function that writes A and B and compares them."""
 
     def run(a, b, tolerance=None, mapped=None, kind="safetensors"):
         map_path = None
@@ -77,11 +77,11 @@ def command(capsys, *argv):
 
 @pytest.fixture
 def refused(refused):
-    """Of this command."""
+    """Return `refused` for this command."""
     return partial(refused, "compare")
 
 
-# --- what is found --------------------------------------------------------------------------------------
+# --- names, errors and tolerances -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("a_kind", ["safetensors", "npz"])
@@ -94,7 +94,7 @@ def test_equal_files(tmp_path, capsys, a_kind, b_kind):
     assert [line.split()[0] for line in out.splitlines()[5:9]] == [
         "prefill/embed",
         *[TRACE.format(0, step) for step in ("attn.q", "attn.context", "mlp.out")],
-    ], "a line for all layers"
+    ], "one line stands for all layers"
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "npz"])
@@ -130,7 +130,7 @@ def test_many_departing_steps_are_not_all_listed(tmp_path, capsys):
 
 
 def test_order_of_the_passes(two):
-    """The oracle writes a layer's steps for all passes at once; prefill happens first all the same."""
+    """Order a file like the oracle's, which has a layer's steps of all passes together."""
     passes = ["decode.10", "decode.3", "decode.2", "prefill"]
     names = [*[f"{name}/layers.0.attn.q" for name in passes], "weights/w"]
     content = {name: np.ones(3, np.float32) for name in names}
@@ -138,7 +138,7 @@ def test_order_of_the_passes(two):
     assert [step.name for step in result.departing] == names[::-1]
 
 
-def test_names_that_only_one_has(tmp_path, capsys):
+def test_names_in_only_one_file(tmp_path, capsys):
     a, b = arrays(), arrays()
     del a["prefill/embed"], b[TRACE.format(1, "attn.q")], b[TRACE.format(1, "mlp.out")]
     b["token_ids"] = np.arange(6)
@@ -149,14 +149,14 @@ def test_names_that_only_one_has(tmp_path, capsys):
     assert "all 10 common steps" in out
 
 
-def test_prefill_may_be_left_out(two):
+def test_names_may_omit_the_prefill(two):
     bare = {name.removeprefix("prefill/"): array for name, array in arrays().items()}
     assert len(two(arrays(), bare).steps) == len(two(bare, arrays()).steps) == 13
 
 
 @pytest.fixture
 def measure(two):
-    """Relative and absolute error, the worst elements and the note of two arrays."""
+    """Return a function that compares two arrays: relative and absolute error, worst elements and note."""
 
     def run(a, b):
         step = two({"x": a}, {"x": b}).steps[0]
@@ -184,13 +184,13 @@ def test_entries_that_are_not_finite(measure):
     a = np.array([[1.0, -np.inf, -np.inf], [1.0, 2.0, -np.inf]])
     assert measure(a, a)[0] == 0
     near = np.where(np.isfinite(a), a + 1e-3, a)
-    assert 0 < measure(a, near)[0] < 1e-2, "then the finite ones"
+    assert 0 < measure(a, near)[0] < 1e-2, "the error of the finite entries"
     seen = a.copy()
     seen[0, 2] = 5
     relative, _, worst, note = measure(a, seen)
     assert relative == np.inf
     assert worst == (((0, 2), -np.inf, 5.0),)
-    assert "1 entries are infinite or NaN in one of the two only" in note
+    assert "entries that are infinite or NaN in only one of the two: 1" in note
     assert "large negative numbers in B" in measure(a, np.where(np.isfinite(a), a, -3e38))[3]
     nan = a.copy()
     nan[1, 0] = np.nan
@@ -226,7 +226,7 @@ def test_tolerance_follows_the_coarser_dtype(two, dtype, kind):
             assert [step.name for step in result.departing] == ["logits"] * departs
 
 
-def test_tolerance_of_the_user(two, tmp_path, refused):
+def test_tolerance_as_given(two, tmp_path, refused):
     a, b = {"x": np.full(9, 1.0)}, {"x": np.full(9, 1.01)}
     assert two(a, b, tolerance=0.02).departing == []
     assert two(a, b, tolerance=0.005).departing
@@ -242,7 +242,7 @@ def test_tolerance_of_the_user(two, tmp_path, refused):
 # --- layouts --------------------------------------------------------------------------------------------
 
 Q, CONTEXT = TRACE.format(0, "attn.q"), TRACE.format(0, "attn.context")
-AS = {  # of a [H, T, d] or a [T, Hd]
+AS = {  # layout -> step and conversion of [H, T, d] or [T, Hd]
     "[T, H, d]": (Q, lambda x: x.transpose(1, 0, 2)),
     "[T, H*d]": (Q, lambda x: x.transpose(1, 0, 2).reshape(6, 32)),
     "[1, H, T, d]": (Q, lambda x: x[None]),
@@ -263,7 +263,7 @@ AS = {  # of a [H, T, d] or a [T, Hd]
 
 
 @pytest.mark.parametrize("text", AS)
-def test_layouts_are_recognised_and_said(two, text):
+def test_layouts_are_recognized_and_reported(two, text):
     name, turned = AS[text]
     a = arrays()[name]
     result = two({name: a}, {name: np.ascontiguousarray(turned(a))})
@@ -271,7 +271,7 @@ def test_layouts_are_recognised_and_said(two, text):
     wrong = a.copy()
     wrong.flat[77] += 1
     step = two({name: a}, {name: np.ascontiguousarray(turned(wrong))}).steps[0]
-    assert step.departs, "recognised is not passed"
+    assert step.departs, "a recognized layout does not make a step pass"
     assert step.index == np.unravel_index(77, a.shape), "in A's layout"
     assert step.note == f"B is {text.rstrip('!')}"
 
@@ -283,7 +283,7 @@ def test_layouts_of_unknown_names(two):
 
 
 def test_same_shape_in_another_order(two):
-    """As many heads as tokens, or a square weight: shapes do not tell, values do."""
+    """Detect the layout by values where shapes are ambiguous: as many heads as tokens, or a square weight."""
     square, heads = rng().standard_normal((6, 6)), rng().standard_normal((6, 6, 8))
     step = two({"weights/w": square}, {"weights/w": square.T.copy()}).steps[0]
     assert (step.relative, step.note) == (0, "B is transposed, [j, i]")
@@ -291,7 +291,7 @@ def test_same_shape_in_another_order(two):
     assert (step.relative, step.note) == (0, "B is [T, H, d]")
     step = two({Q: heads}, {Q: rng(1).standard_normal((6, 6, 8))}).steps[0]
     assert step.departs
-    assert step.note == "", "nothing fits, so as it lies"
+    assert step.note == "", "no layout fits, so none is named"
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (1, 4, 6), (3, 3, 3), (2, 1, 2, 3), (6,), ()])
@@ -309,7 +309,7 @@ def test_shapes_that_cannot_match(tmp_path, refused):
     assert f"{Q}: shape [4, 6, 8] in {a} cannot match [6, 31] in {b}; are they" in refused(a, b)
     (tmp_path / "map.json").write_text(json.dumps({CONTEXT: CONTEXT}))
     b = write(tmp_path / "b.npz", {CONTEXT: np.zeros((3, 8))})
-    assert "[4, 6] in" in refused(a, b), "as many numbers, yet no order of axes explains it"
+    assert "[4, 6] in" in refused(a, b), "the same number of elements, but no order of axes fits"
 
 
 # --- causes ---------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def test_shapes_that_cannot_match(tmp_path, refused):
 
 def cause(two, name, a, b):
     step = two({name: a}, {name: b}).steps[0]
-    assert step.departs, "a cause is no excuse"
+    assert step.departs, "a known cause does not make a step pass"
     return step.note
 
 
@@ -332,7 +332,7 @@ def test_shift_by_one_position(two):
     x = rng().standard_normal((4, 7, 8))
     assert "position t of B is position t - 1 of A" in cause(two, Q, x[:, 1:].copy(), x[:, :-1].copy())
     assert "position t of B is position t + 1 of A" in cause(two, Q, x[:, :-1].copy(), x[:, 1:].copy())
-    assert cause(two, Q, x[1:].copy(), x[:-1].copy()) == "", "other heads are no other positions"
+    assert cause(two, Q, x[1:].copy(), x[:-1].copy()) == "", "a shift of heads is not a shift of positions"
     assert "t - 1" in cause(two, "unknown", x[1:].copy(), x[:-1].copy())
     assert "t - 1" in cause(two, CONTEXT, x[0, 1:].copy(), x[0, :-1].copy())
 
@@ -355,17 +355,17 @@ def test_sixteen_bits_in_disguise(two):
     a = a.astype(np.float16).astype(np.float64)
     b = a.copy()
     b[0, 0] = 2
-    assert cause(two, CONTEXT, a, b) == "", "all of A's are, too"
+    assert cause(two, CONTEXT, a, b) == "", "all of A's values are float16, too"
 
 
-def test_no_cause_is_made_up(two):
+def test_unexplained_differences_have_no_cause(two):
     a, b = (rng(seed).standard_normal((4, 6, 8)) for seed in (0, 1))
     assert cause(two, Q, a, b) == ""
     assert cause(two, Q, a, a + 1e-3 * b) == ""
     a[0, 0, 0] = 100
     b = a + 5e-4 * b
     b[0, 0, 0] = 100.012
-    assert cause(two, Q, a, b) == "", "a factor explains the most of it, yet not nearly all"
+    assert cause(two, Q, a, b) == "", "a factor explains most of the difference, but not enough"
 
 
 # --- maps -----------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def test_map(two):
         b |= {f"h.{i}.q": arrays()[TRACE.format(i, "attn.q")], f"h.{i}.out": np.ones((6, 32), np.float32)}
     b[CONTEXT] = arrays()[CONTEXT]
     result = two(arrays(), b, mapped=MAP)
-    assert len(result.steps) == 1 + 3 * 2 + 1, "and names that are the same without it"
+    assert len(result.steps) == 1 + 3 * 2 + 1, "including equal names that are not in the map"
     assert [step.name for step in result.departing] == [TRACE.format(i, "mlp.out") for i in range(3)]
     assert [step.b_name for step in result.departing] == [f"h.{i}.out" for i in range(3)]
     assert result.only_b == ["other"]
@@ -395,9 +395,9 @@ def test_bad_maps(tmp_path, refused):
         path.write_text(mapped if isinstance(mapped, str) else json.dumps(mapped))
         return refused(a, b, "--map", path)
 
-    assert "is no name in" in line({"layers.*.attn.p": "h.*.q"})
+    assert "is not in" in line({"layers.*.attn.p": "h.*.q"})
     assert "the map goes from A's names to B's" in line({"h.0.q": Q})
-    assert f"'h.*.qq' is no name in {b}, which has 'h.0.q'" in line({"layers.*.attn.q": "h.*.qq"})
+    assert f"'h.*.qq' is not in {b}, which has 'h.0.q'" in line({"layers.*.attn.q": "h.*.qq"})
     assert "expected two names" in line({"layers.*.attn.q": "h.0.q"})
     assert "expected two names" in line({Q: ["h.0.q"]})
     assert "map.json: not valid JSON" in line("{")
@@ -409,7 +409,7 @@ def test_bad_maps(tmp_path, refused):
 # --- bad files ------------------------------------------------------------------------------------------
 
 
-def test_files_that_are_no_dumps(tmp_path, refused):
+def test_files_without_arrays(tmp_path, refused):
     good = write(tmp_path / "good.npz", arrays())
 
     def line(path, content=None):
@@ -440,12 +440,12 @@ def test_files_that_are_no_dumps(tmp_path, refused):
 
 
 @pytest.mark.parametrize("array", [np.array([1j]), np.array(["a"]), np.array([{}], object)], ids=str)
-def test_arrays_that_are_no_numbers(tmp_path, refused, array):
+def test_arrays_without_numbers(tmp_path, refused, array):
     good = write(tmp_path / "good.npz", {"x": np.zeros(1), "y": np.zeros(1)})
     bad = write(tmp_path / "bad.npz", {"x": array, "y": np.zeros(1)})
     assert f"bad.npz: x has dtype {array.dtype.name}, expected float16, " in refused(good, bad)
     bad = write(tmp_path / "bad.npz", {"prompt": array, "y": np.zeros(1)})
-    assert compare_files(good, bad).departing == [], "nobody asks for it"
+    assert compare_files(good, bad).departing == [], "it has no partner, so it is not read"
 
 
 def test_damaged_data(tmp_path, refused):
@@ -459,12 +459,12 @@ def test_damaged_data(tmp_path, refused):
 def test_disjoint_names(tmp_path, refused):
     a, b = write(tmp_path / "a.npz", arrays()), write(tmp_path / "b.npz", {"h.0": np.zeros(3)})
     line = refused(a, b)
-    assert "no name in common: the one has 'prefill/embed', 'prefill/layers.0.attn.q'" in line
-    assert "the other 'h.0'; say with --map" in line
+    assert "no name in common: the first has 'prefill/embed', 'prefill/layers.0.attn.q'" in line
+    assert "the second 'h.0'; pair the names with --map" in line
 
 
-def test_the_first_departing_step_is_the_first_to_happen_however_names_are_sorted(two):
-    """safetensors' save_file sorts: attn.context before attn.q, layers.10 before layers.2."""
+def test_the_first_departing_step_does_not_depend_on_the_order_of_the_file(two):
+    """Sort names as safetensors' save_file does: attn.context before attn.q, layers.10 before layers.2."""
     a = dict(sorted(arrays(layers=12).items()))
     b = dict(a)
     for name in (TRACE.format(10, "attn.q"), TRACE.format(2, "attn.q"), TRACE.format(2, "attn.context")):
@@ -475,14 +475,14 @@ def test_the_first_departing_step_is_the_first_to_happen_however_names_are_sorte
     ]
 
 
-def test_names_that_are_not_ours_come_last_in_their_pass(two):
+def test_unknown_names_come_last_in_their_pass(two):
     a = {name: np.ones(3) for name in ("prefill/extra", "decode.1/embed", "prefill/final_norm")}
     found = [step.name for step in two(a, a).steps]
     assert found == ["prefill/final_norm", "prefill/extra", "decode.1/embed"]
 
 
-def test_one_array_in_another_layout_is_said(tmp_path, capsys):
-    """Though it is exact, and so never the worst of its layers."""
+def test_a_single_array_in_another_layout_is_reported(tmp_path, capsys):
+    """Report the layout of an exact array, which is never the worst of its layers."""
     weights = {f"weights/{i}.q": rng(i).standard_normal((6, 6)).astype(np.float32) for i in range(3)}
     a = write(tmp_path / "a.npz", weights)
     b = write(tmp_path / "b.npz", weights | {"weights/1.q": weights["weights/1.q"].T})
@@ -502,13 +502,13 @@ def test_masks_of_large_numbers_do_not_hide_the_scores(two, mask):
     assert wrong[0].relative == pytest.approx(7, rel=1e-5)
 
 
-def test_nan_in_both_is_said(two):
+def test_nan_in_both_is_reported(two):
     a = arrays(layers=1)
     a["prefill/embed"][2, 3] = np.nan
     assert two(a, a).steps[0].note == "1 NaN in both"
 
 
-def test_empty_arrays_have_a_place_in_the_report(tmp_path, capsys):
+def test_empty_arrays_are_in_the_report(tmp_path, capsys):
     a = write(tmp_path / "a.npz", {"x": np.zeros((0, 4), np.float32), "y": np.ones(3, np.float32)})
     assert command(capsys, a, a, "--report", tmp_path / "r.html")[0] == 0
 
@@ -518,13 +518,13 @@ def test_an_empty_npz(tmp_path, refused):
     assert "no arrays in it" in refused(empty, empty)
 
 
-def test_a_map_that_is_not_there(tmp_path, refused):
+def test_a_map_that_does_not_exist(tmp_path, refused):
     a = write(tmp_path / "a.npz", arrays())
     assert refused(a, a, "--map", tmp_path / "no.json").endswith("no.json: no such file\n")
 
 
 def test_bfloat16_in_npz(tmp_path):
-    """NumPy writes it without its name."""
+    """Read bfloat16 from .npz, where NumPy writes no name for it."""
     x = rng().standard_normal(50).astype(ml_dtypes.bfloat16)
     dump = open_dump(write(tmp_path / "x.npz", {"x": x}))
     assert dump.entries["x"].dtype == "bfloat16"
@@ -541,15 +541,15 @@ def test_one_pair_in_memory_at_a_time(tmp_path, kind):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(result.steps) == 20
-    assert peak < 12e6, "of 21 MB, and each array is a few times there in float64"
+    assert peak < 12e6, "of 21 MB in all; a pair needs several copies in float64"
 
 
-# --- traces of ours -------------------------------------------------------------------------------------
+# --- minitp's traces ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory):
-    """A function: options of `minitp trace` -> the file; each is made once."""
+    """Return a function that runs `minitp trace` with options, once for each, and returns the file."""
     directory = tmp_path_factory.mktemp("traces")
     write_tiny(directory / "model")
     write_tiny(directory / "theta", rope_theta=20000.0)
@@ -568,7 +568,7 @@ def traces(tmp_path_factory):
     return make
 
 
-def test_ranks_against_the_oracle(traces, capsys):
+def test_ranks_compared_with_the_oracle(traces, capsys):
     a, b = traces("--oracle", "--decode", "2"), traces("--decode", "2")
     capsys.readouterr()
     code, out = command(capsys, a, b)
@@ -577,7 +577,7 @@ def test_ranks_against_the_oracle(traces, capsys):
     assert "  decode." in out
 
 
-def test_sixteen_bits_are_within_their_tolerance(traces):
+def test_16_bit_dtypes_are_within_their_tolerance(traces):
     for dtype in ("float16", "bfloat16"):
         result = compare_files(traces("--oracle", "--decode", "2"), traces("--decode", "2", "--dtype", dtype))
         assert result.departing == []
@@ -590,15 +590,15 @@ def test_trace_of_another_model_or_other_tokens(traces, refused, capsys):
     longer, other = traces(tokens="5,6,7,8,9,10"), traces(tokens="5,6,7,3,9")
     capsys.readouterr()
     line = refused(a, theta)
-    assert f"{theta}: a trace of another model: rope is " in line
+    assert f"{theta} is a trace of another model: rope is " in line
     assert "20000.0" in line
-    assert "a trace of other tokens" in refused(a, longer)
-    assert "positions 0 to 4 in A, 0 to 5 in B" in refused(a, longer)
-    assert "token 3 is 8 in A, 3 in B" in refused(a, other)
-    assert command(capsys, a, seed)[0] == 1, "other weights cannot be told from wrong ones"
+    assert "are traces of different tokens" in refused(a, longer)
+    assert "positions 0 to 4 in A and 0 to 5 in B" in refused(a, longer)
+    assert "token 3 is 8 in A and 3 in B" in refused(a, other)
+    assert command(capsys, a, seed)[0] == 1, "other weights cannot be distinguished from wrong results"
 
 
-def test_tokens_that_part_while_decoding(traces, tmp_path, capsys):
+def test_tokens_that_differ_while_decoding(traces, tmp_path, capsys):
     a = traces("--decode", "2")
     with open(a, "rb") as file:
         metadata = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
@@ -609,12 +609,10 @@ def test_tokens_that_part_while_decoding(traces, tmp_path, capsys):
     result = compare_files(a, b)
     assert {step.name.split("/")[0] for step in result.steps} == {"prefill", "decode.1"}
     capsys.readouterr()
-    assert (
-        "from decode.2 on nothing is compared: the tokens are others; token 6 is" in command(capsys, a, b)[1]
-    )
+    assert "decode.2 and later passes are not compared: token 6 is" in command(capsys, a, b)[1]
 
 
-def test_raw_pieces_of_other_numbers_of_ranks(traces, tmp_path):
+def test_parts_of_different_numbers_of_ranks(traces, tmp_path):
     a = traces("--per-rank")
     with open(a, "rb") as file:
         metadata = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
@@ -630,12 +628,12 @@ def test_broken_metadata(traces, tmp_path, refused, capsys):
     a, b = traces(), tmp_path / "b.safetensors"
     capsys.readouterr()
     save_file(load_file(a), b, {"format": "minitp-trace-1", "config": "{"})
-    assert f"{b}: says it is minitp-trace-1, but its metadata is broken" in refused(a, b)
+    assert f"{b}: the format is minitp-trace-1, but the metadata is damaged" in refused(a, b)
 
 
 ROPE = {
     "not rotated": lambda x, at, f: x,
-    "the other way round": lambda x, at, f: oracle_ops.rope(x, -at, f),
+    "in the opposite direction": lambda x, at, f: oracle_ops.rope(x, -at, f),
     "one too large": lambda x, at, f: oracle_ops.rope(x, at + 1, f),
     "one too small": lambda x, at, f: oracle_ops.rope(x, at - 1, f),
     "rotated twice": lambda x, at, f: oracle_ops.rope(x, 2 * at, f),
@@ -644,7 +642,7 @@ ROPE = {
 
 
 def pairwise(x, positions, frequencies):
-    """RoPE as in Meta's code: complex numbers of neighbours."""
+    """Apply RoPE as in Meta's code, to complex numbers made of neighbors."""
     turned = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * np.multiply.outer(positions, frequencies))
     return np.stack((turned.real, turned.imag), axis=-1).reshape(x.shape)
 
@@ -666,7 +664,7 @@ def test_rope_mistakes(traces, tmp_path, text, pass_name):
     assert all(text in step.note for step in result.departing)
 
 
-def test_rope_mistake_in_a_raw_piece(traces, tmp_path):
+def test_rope_mistake_in_a_rank_s_part(traces, tmp_path):
     a = traces("--per-rank")
     name = "rank0/prefill/layers.0.attn.k_rope"
     plain = load_file(a)["rank0/prefill/layers.0.attn.k"]

@@ -1,4 +1,4 @@
-"""docs/compare.md: its names are the steps', and its worked example does what it says."""
+"""Check docs/compare.md: the names are those of the steps, and the worked example gives its output."""
 
 import importlib.util
 import os
@@ -23,7 +23,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
-def test_the_table_of_names_is_that_of_the_steps():
+def test_the_table_of_names_has_all_steps():
     rows = re.findall(r"^\| `([^`]+)` \| \[([^]]+)\] \|", PAGE, re.MULTILINE)
     assert {name: letters.replace(",", "") for name, letters in rows} == STEPS
     assert [name for name, _ in rows] == list(STEPS), "in the order in which they happen"
@@ -38,13 +38,13 @@ def test_the_examples_names_are_steps():
     assert names <= set(STEPS)
 
 
-def test_the_tolerances_are_those_of_the_code():
+def test_the_tolerances_agree_with_the_code():
     rows = re.findall(r"^\| ([a-z0-9, ]+) \| ([0-9]e-[0-9]) \|", PAGE, re.MULTILINE)
     assert {name: float(value) for names, value in rows for name in names.split(", ")} == TOLERANCES
 
 
 def masked(line):
-    """Without what may differ between two machines: numbers, and the widths of columns."""
+    """Replace numbers and column widths, which may differ between two machines."""
     return re.sub(r"-?\d[\d.]*(e[-+]\d+)?|inf", "#", " ".join(line.split()))
 
 

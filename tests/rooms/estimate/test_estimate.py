@@ -1,4 +1,4 @@
-"""The estimates of `minitp plan`: by hand, beside the model's own counts, and beside what was measured."""
+"""The estimates of `minitp plan`, compared with hand calculations, model counts and measurements."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -42,17 +42,17 @@ MISTRAL = open_config("random:mistral-7b")
 WORKLOAD = Workload(context=4096, prompt=512)
 H100, A100 = GPUS["h100"], GPUS["a100"]
 
-# Of one layer, not split: norms 2 x 32, q and o 32 x 32, k and v 16 x 32, gate, up and down 48 x 32.
+# Weights of one whole layer: norms 2 x 32, q and o 32 x 32, k and v 16 x 32, gate, up and down 48 x 32.
 NORMS, PRODUCTS, VOCABULARY = 2 * 32, 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32, 258 * 32
 
 
 def two_cores(bytes_per_s=43e9, flops_per_s=190e9):
-    """The machine of docs/performance.md, in one of its moods."""
+    """Return the machine of docs/performance.md; its bandwidth varies from run to run."""
     return cpu(2, 24e9, bytes_per_s, {"float32": flops_per_s})
 
 
 def gpu(**changes):
-    """A GPU without reserve, and with whatever else is changed."""
+    """Return an H100 with no memory reserved and with `changes`."""
     return dataclasses.replace(H100, reserve_bytes=0, **changes)
 
 
@@ -63,7 +63,8 @@ def test_weights_by_hand():
     whole = 2 * VOCABULARY + 32 + 2 * (NORMS + PRODUCTS)
     assert whole == 32032
     assert weight_bytes(make_plan(TINY, 1), 0, "float32") == 4 * whole
-    # At TP=4 a rank has one query head and one KV head, which another has too, 12 columns and 65 or 64 rows.
+    # At TP=4 a rank has a query head, a KV head that another rank also has, 12 FFN columns and 65 or 64
+    # rows of the vocabulary.
     layer = NORMS + 8 * 32 + 2 * 8 * 32 + 8 * 32 + 3 * 12 * 32
     plan = make_plan(TINY, 4)
     assert [weight_bytes(plan, rank, "bfloat16") for rank in range(4)] == [
@@ -77,11 +78,11 @@ def test_cache_by_hand():
     assert cache_bytes(TINY, make_plan(TINY, 1), 0, "float32") == 2 * 2 * 2 * 8 * 4
     assert cache_bytes(TINY, make_plan(TINY, 4), 3, "float16") == 2 * 2 * 1 * 8 * 2
     windowed = cache_bytes(WINDOWED, make_plan(WINDOWED, 1), 0, "float32")
-    assert windowed == 256, "a window bounds what is read, not what is kept"
+    assert windowed == 256, "a window limits what is read, not what is kept"
 
 
 def test_uneven_heads_follow_the_plan():
-    """Nine query heads on three KV heads over four ranks: rank 0 has three heads, rank 2 two KV heads."""
+    """Split 9 query and 3 KV heads over 4 ranks: rank 0 has three query heads, rank 2 two KV heads."""
     found = estimate(DEMO, two_cores(), Spread(4, 1), "float32", WORKLOAD)
     plan = make_plan(DEMO, 4)
     assert found.weight_bytes_per_rank == weight_bytes(plan, 0, "float32")
@@ -105,10 +106,10 @@ def test_bytes_are_those_of_a_running_model(tmp_path, tp):
         assert 10 * cache_bytes(source.config, source.plan, r, "float16") == cache
 
 
-def test_work_of_a_decode_step_by_hand():
+def test_work_of_a_decode_pass_by_hand():
     projections, attention = rank_work(TINY, make_plan(TINY, 1), 0, Pass(1, 1, 10), "float32")
     assert projections == (
-        4 * (2 * (NORMS + PRODUCTS) + 32 + VOCABULARY),  # of the embeddings just a row
+        4 * (2 * (NORMS + PRODUCTS) + 32 + VOCABULARY),  # only one row of the embeddings is read
         2 * (2 * PRODUCTS + VOCABULARY),
     )
     assert attention == (11 * 256, 2 * 2 * 11 * 2 * 4 * 8)  # score and value, 11 keys, 2 layers, 4 heads of 8
@@ -118,7 +119,7 @@ def test_work_of_a_decode_step_by_hand():
 
 def test_work_of_a_prefill_by_hand():
     projections, attention = rank_work(TINY, make_plan(TINY, 1), 0, Pass(1, 5, 0), "float32")
-    assert projections[1] == 2 * (5 * 2 * PRODUCTS + VOCABULARY), "only the last token gets logits"
+    assert projections[1] == 2 * (5 * 2 * PRODUCTS + VOCABULARY), "only the last token has logits"
     assert attention == (5 * 256, 2 * 2 * (1 + 2 + 3 + 4 + 5) * 2 * 4 * 8)
 
 
@@ -143,7 +144,7 @@ def test_sliding_window_bounds_what_is_read():
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7])
 def test_keys_and_pairs_are_those_of_the_model(window):
-    """`model.SequenceSlice` decides which keys a pass reads, and its mask which of them each token sees."""
+    """Compare with `model.SequenceSlice`, which decides the keys a pass reads and those each token sees."""
     for past in (0, 1, 2, 6, 12):
         for tokens in (1, 2, 5):
             work = Pass(1, tokens, past)
@@ -154,7 +155,7 @@ def test_keys_and_pairs_are_those_of_the_model(window):
 
 
 def test_collectives_are_those_of_the_model(tiny):
-    """The embedding, attention and MLP of each layer, the logits."""
+    """Count the collectives of the embedding, of attention and MLP in each layer, and of the logits."""
     source, calls = open_model(str(tiny), 1), []
     model = load_model(source, SingleRank(), open_device())
     for name in ("all_reduce", "all_gather"):
@@ -169,7 +170,7 @@ def test_collectives_are_those_of_the_model(tiny):
 # --- what fits ------------------------------------------------------------------------------------------
 
 
-def test_room_to_the_byte():
+def test_cache_room_is_exact_to_the_byte():
     plan = make_plan(TINY, 4)
     needed = weight_bytes(plan, 0, "bfloat16") + 100 * cache_bytes(TINY, plan, 0, "bfloat16")
     assert cache_room(TINY, plan, gpu(memory_bytes=needed), "bfloat16") == 100
@@ -188,7 +189,7 @@ def test_ranks_of_a_cpu_share_its_memory():
     assert cache_room(TINY, plan, machine, "float32") == 0, "0.2 GB for each rank are set aside"
 
 
-def test_longest_context_is_the_memory_s_or_the_model_s():
+def test_longest_context_is_limited_by_memory_or_the_model():
     plan = make_plan(TINY, 1)
     weights, each = weight_bytes(plan, 0, "bfloat16"), cache_bytes(TINY, plan, 0, "bfloat16")
     workload = Workload(context=100, prompt=10)
@@ -200,7 +201,7 @@ def test_longest_context_is_the_memory_s_or_the_model_s():
     assert much.largest_batch == 10
 
 
-def test_what_does_not_fit_has_no_speed():
+def test_models_that_do_not_fit_have_no_speed():
     workload = dataclasses.replace(WORKLOAD, batch=13)
     for batch, fits in ((12, True), (13, False)):
         workload = dataclasses.replace(WORKLOAD, batch=batch)
@@ -225,11 +226,11 @@ def test_smallest_tp():
     assert smallest_tp(open_config("random:llama-3-8b"), GPUS["rtx-4090"], "bfloat16", more) == 2
 
 
-# --- what takes how long --------------------------------------------------------------------------------
+# --- times and speeds -----------------------------------------------------------------------------------
 
 
 def test_roofline_by_hand():
-    """Projections and attention each take the longer of reading and computing."""
+    """Check that projections and attention each take the longer of reading and computing."""
     plan, decode = make_plan(TINY, 1), Pass(1, 1, 10)
     (read, products), (cached, scores) = rank_work(TINY, plan, 0, decode, "bfloat16")
     reading = gpu(memory_bytes_per_s=1e6, flops_per_s={"bfloat16": 1e15})
@@ -274,7 +275,7 @@ def test_ranks_of_a_cpu_share_its_cores():
 
 
 def test_blas_reads_then_computes():
-    """A CPU's products of several rows take both; those of one row, and a GPU's, the longer of the two."""
+    """Add reading and computing for a CPU's products of several rows; otherwise take the longer."""
     machine, plan = two_cores(), make_plan(DEMO, 1)
     packs = Efficiency(packs=True)
     for sequences, added in ((1, False), (8, True)):
@@ -310,7 +311,7 @@ def test_bytes_of_collectives_by_hand():
     assert extra(H100, 2) == pytest.approx(1e9 / 450e9)
     assert extra(H100, 8) == pytest.approx(2 * 7 / 8 * 1e9 / 450e9)
     assert extra(H100, 8, 1, Efficiency(link=0.5)) == pytest.approx(2 * extra(H100, 8))
-    between = 2 * 1 / 2 * 1e9 / 8 / 50e9  # each GPU an eighth, through a port of its own
+    between = 2 * 1 / 2 * 1e9 / 8 / 50e9  # each GPU sends an eighth through its own port
     assert extra(H100, 16, 2) == pytest.approx(extra(H100, 8) + between)
     assert extra(two_cores(), 2) == pytest.approx(2 * 4 * 1e9 / 43e9)
 
@@ -332,16 +333,16 @@ def test_share_of_the_collectives():
         (LIMIT, found.collective_share_limit, found.decode_limit_tokens_per_s),
         (GPU_EFFICIENCY, found.collective_share_expected, found.decode_expected_tokens_per_s),
     ):
-        between = collective_seconds(MISTRAL, H100, spread, decode, "bfloat16", efficiency)
-        assert share == pytest.approx(between * speed)
+        comm = collective_seconds(MISTRAL, H100, spread, decode, "bfloat16", efficiency)
+        assert share == pytest.approx(comm * speed)
 
 
 MODELS = ["random:mistral-7b", "random:llama-3-8b", "random:tinyllama-1.1b", "smollm2"]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_what_physics_says(model):
-    """The expected never beats the limit, and more of anything is never slower."""
+def test_estimates_are_plausible(model):
+    """Check that the expected speed never exceeds the limit, and that more hardware is never slower."""
     config = open_config(model)
     workload = Workload(2048, 512)
 
@@ -377,19 +378,19 @@ def test_what_physics_says(model):
     assert fewer.decode_limit_tokens_per_s > at(H100).decode_limit_tokens_per_s
 
 
-# --- beside what was measured ---------------------------------------------------------------------------
+# --- compared with measurements -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bytes_per_s", [40e9, 46e9])
 @pytest.mark.parametrize(("tp", "measured"), [(1, 58), (2, 65), (4, 50)])
 def test_decoding_the_demo_model_on_two_cores(bytes_per_s, tp, measured):
-    """docs/performance.md, whose runs have some 50 tokens in the cache."""
+    """Compare with the runs of docs/performance.md, which have some 50 tokens in the cache."""
     found = estimate(DEMO, two_cores(bytes_per_s), Spread(tp, 1), "float32", Workload(4096, 50))
     assert found.decode_expected_tokens_per_s == pytest.approx(measured, rel=0.15)
 
 
 def test_collectives_of_the_demo_model_on_two_cores():
-    """1.0 ms of a token at TP=2."""
+    """Compare with the measured 1.0 ms of collectives per token at TP=2."""
     machine, decode = two_cores(), Pass(1, 1, 50)
     found = collective_seconds(DEMO, machine, Spread(2, 1), decode, "float32", machine.efficiency)
     assert found == pytest.approx(1.0e-3, rel=0.1)
@@ -401,7 +402,7 @@ def test_prefill_of_the_demo_model_on_two_cores():
 
 
 def test_tinyllama_on_two_cores():
-    """Its bare products ran at 10.1 tokens a second, at 41.8 GB/s."""
+    """Compare with its bare products, which ran at 10.1 tokens/s when the bandwidth was 41.8 GB/s."""
     config = open_config("random:tinyllama-1.1b")
     found = estimate(config, two_cores(41.8e9), Spread(2, 1), "float32", Workload(2048, 20))
     assert found.decode_limit_tokens_per_s == pytest.approx(10.1, rel=0.02)
@@ -429,22 +430,22 @@ def test_gpt_fast_on_a100(model):
     config, measured = GPT_FAST[model]
     for tp, tokens_per_s in measured.items():
         found = estimate(config, A100, Spread(tp, 1), "bfloat16", Workload(64, 5))
-        # The one outlier: of the same model four GPUs are 2.3 times as fast as two.
+        # The one outlier: its published speed on four GPUs is 2.3 times that on two.
         near = 0.27 if (model, tp) == ("Llama-3.1-70B", 2) else 0.09
         assert found.decode_expected_tokens_per_s == pytest.approx(tokens_per_s, rel=near), tp
         assert found.decode_limit_tokens_per_s > tokens_per_s
 
 
 def test_a_small_model_on_h100():
-    """vLLM and SGLang reach at most half of the bandwidth with Llama-3.2-1B (Spector et al., 2025)."""
+    """Compare with vLLM and SGLang: at most half of the bandwidth for Llama-3.2-1B (Spector et al., 2025)."""
     config = llama(2048, 8192, 16, 32, 8, 128256, head_dim=64, tie_word_embeddings=True)
-    theirs = dataclasses.replace(H100, memory_bytes_per_s=3.35e12, efficiency=A100.efficiency)
-    found = estimate(config, theirs, Spread(1, 1), "bfloat16", Workload(256, 32))
+    datasheet = dataclasses.replace(H100, memory_bytes_per_s=3.35e12, efficiency=A100.efficiency)
+    found = estimate(config, datasheet, Spread(1, 1), "bfloat16", Workload(256, 32))
     share = found.decode_expected_tokens_per_s / found.decode_limit_tokens_per_s
     assert share == pytest.approx(0.5, rel=0.1)
 
 
-# tokens/s of Mistral 7B in bfloat16 with 512 tokens in the cache, by sequences at once: docs/performance.md
+# tokens/s of Mistral 7B in bfloat16, 512 tokens in the cache, by number of sequences (docs/performance.md)
 MEASURED = {"h100": {1: 179.4, 8: 1284, 32: 4022}, "h200": {1: 247.2, 8: 1681, 32: 4711}}
 
 

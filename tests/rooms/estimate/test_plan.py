@@ -1,4 +1,4 @@
-"""`minitp plan`: the measurement of this machine, and what the command makes of the estimates."""
+"""`minitp plan`: the measurement of this machine, and the command's output."""
 
 import dataclasses
 import doctest
@@ -32,18 +32,10 @@ TINY = parse_config(CONFIG, "tiny")
 
 
 def test_real_measurement():
-    """What any machine reaches; how near to real runs that leads is in docs/performance.md."""
-    argv = [
-        "plan",
-        "--tp",
-        "1",
-        "--layers",
-        "10",
-        "--json",
-    ]  # a process of its own: BLAS threads are set there
-    done = subprocess.run(
-        [sys.executable, "-m", "minitp", *argv], capture_output=True, text=True, timeout=120
-    )
+    """Check that the figures are plausible on any machine; docs/performance.md has the accuracy."""
+    # A separate process, because it sets the number of BLAS threads before importing NumPy.
+    command = [sys.executable, "-m", "minitp", "plan", "--tp", "1", "--layers", "10", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     machine, row = result["hardware"], result["estimates"][0]
@@ -59,7 +51,7 @@ def test_real_measurement():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_measurement_of_few_heads(monkeypatch, dtype):
-    """Four heads on what seem to be eight cores: four threads measure, and arithmetic is scaled up."""
+    """Measure a model of four heads on eight cores: four threads run, and the matrix rate is scaled up."""
     seen = []
     monkeypatch.setattr(this_machine, "cores", lambda: 8)
     monkeypatch.setattr(this_machine, "bandwidth", lambda comm, products: seen.append(comm.size) or 7e9)
@@ -71,7 +63,7 @@ def test_measurement_of_few_heads(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize(("model", "layers"), [("smollm2", 18), ("random:mistral-7b", 1)])
-def test_sample_is_beyond_the_caches_and_quickly_made(model, layers):
+def test_sample_exceeds_the_caches_and_is_small(model, layers):
     config = open_config(model)
     part, plan = sample(config, "float32", 2)
     assert part.num_hidden_layers == layers
@@ -87,11 +79,11 @@ def test_sample_of_a_huge_layer_is_a_share_of_it():
     assert plan.tp == 32
     assert 256e6 < sum(weight_bytes(plan, rank, "float32") for rank in range(2)) < 1.1e9
     part, _ = sample(TINY, "float32", 2)
-    assert part.num_hidden_layers == 2, "a small model lies in the caches when it runs, too"
+    assert part.num_hidden_layers == 2, "a small model stays in the caches when it runs, too"
 
 
 def test_blas_threads_are_one_while_this_machine_is_measured():
-    """Only where NumPy is not there yet can they be set."""
+    """Check the BLAS variables, which have an effect only if set before NumPy is imported."""
     code = (
         "import os, sys; from minitp.util import environment; from minitp.cli.main import main\n"
         "assert 'numpy' not in sys.modules\n"
@@ -109,7 +101,7 @@ def test_blas_threads_are_one_while_this_machine_is_measured():
 
 @pytest.fixture
 def fixed(monkeypatch):
-    """--gpu cpu in this process, on a machine that is always the same."""
+    """Replace the measurement of `--gpu cpu` with fixed figures."""
     for name in environment.BLAS_THREADS:
         monkeypatch.setenv(name, "1")
     rates = dict.fromkeys(ITEM_BYTES, 190e9)
@@ -117,7 +109,7 @@ def fixed(monkeypatch):
 
 
 def printed(capsys, *argv):
-    """Both forms of a result: the JSON object, and the text."""
+    """Run the command twice; return its JSON object and its text."""
     assert main(["plan", *map(str, argv), "--json"]) == 0
     out = capsys.readouterr().out
     assert out.count("\n") == 1
@@ -140,7 +132,7 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("argv", EXAMPLES.values(), ids=EXAMPLES)
-def test_table_shows_what_json_says(fixed, capsys, argv):
+def test_table_agrees_with_json(fixed, capsys, argv):
     result, text = printed(capsys, *argv)
     assert max(map(len, text.splitlines())) <= 110
     blocks = [block.splitlines() for block in text.rstrip().split("\n\n")]
@@ -178,7 +170,7 @@ def test_table_shows_what_json_says(fixed, capsys, argv):
         assert cells == " ".join(texts).split()
 
 
-def test_json_says_everything(fixed, capsys):
+def test_json_is_complete(fixed, capsys):
     result, text = printed(capsys, "--model", "random:mistral-7b", "--gpu", "h100", "--tp", 4)
     assert (result["model"], result["dtype"], result["layers"]) == ("random:mistral-7b", "bfloat16", 32)
     assert result["parameters"] == 7241732096
@@ -195,7 +187,7 @@ def test_json_says_everything(fixed, capsys):
         assert note in joined(text).replace(" - ", " ")
     assert "7.24 billion parameters in 32 layers, 14.48 GB in bfloat16" in joined(text)
     for source in ("minitp's own runs", "gpt-fast", "InfiniBand", "NCCL"):
-        assert source in text, "where the figures come from"
+        assert source in text, "the origin of the figures"
 
 
 def test_rows(fixed, capsys):
@@ -211,7 +203,7 @@ def test_rows(fixed, capsys):
     assert sizes("--model", "random:tinyllama-1.1b")[0] == one_node, "a CPU is one node"
     rows, text = sizes("--gpu", "h100", "--tp", 9)
     assert rows == [*one_node, (9, 2)]
-    assert "TP=16 and 32 left out: the model has 9 attention heads." in text
+    assert "TP=16 and 32 left out: the model has only 9 attention heads." in text
 
 
 def test_answer(fixed, capsys):
@@ -229,7 +221,7 @@ def test_answer(fixed, capsys):
     assert "TP=16 over 2 nodes fits" in joined(text)
 
 
-def test_dtype_is_the_hardware_s_unless_asked_for(fixed, capsys, tmp_path):
+def test_dtype_depends_on_the_hardware_unless_given(fixed, capsys, tmp_path):
     def dtype(*argv):
         result, _ = printed(capsys, *argv)
         assert result["weight_bytes"] == result["parameters"] * ITEM_BYTES[result["dtype"]]
@@ -246,7 +238,7 @@ def test_dtype_is_the_hardware_s_unless_asked_for(fixed, capsys, tmp_path):
 
 
 def test_short_contexts(capsys, tmp_path):
-    """The defaults shrink to what the model can do."""
+    """Check that the default lengths shrink to the model's context."""
     directory = write_tiny(tmp_path / "model", max_position_embeddings=100)
     result, _ = printed(capsys, "--gpu", "h100", "--model", directory)
     assert (result["context_tokens"], result["prompt_tokens"]) == (100, 99)
@@ -262,11 +254,11 @@ def test_config_json_is_enough(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "novelty": 3}))
     result, text = printed(capsys, "--gpu", "h100", "--model", tmp_path, "--tp", 3)
     assert result["parameters"] == 32032
-    assert "config.json has a field 'novelty' that minitp does not know" in joined(text)
+    assert "config.json has a field 'novelty' unknown to minitp" in joined(text)
 
 
 def test_the_demo_needs_no_download(capsys, tmp_path, monkeypatch):
-    """Its shapes are known; they are those of its config.json."""
+    """Compare the built-in shapes with the demo's config.json."""
     kept = read_config(demo_directory())
     assert dataclasses.replace(open_config("smollm2"), eos_token_ids=kept.eos_token_ids) == kept
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -291,7 +283,7 @@ def test_examples_in_docstrings():
 
 
 def test_hub_id(tmp_path):
-    """Only config.json is fetched, and then kept."""
+    """Check that only config.json is downloaded, and that it is cached."""
     files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": b"large", "README.md": b""}
     hub = Hub(files)
     argv = ["plan", "--gpu", "h100", "--model", OWNER_NAME, "--json"]
@@ -311,7 +303,7 @@ def test_hub_id(tmp_path):
     finally:
         hub.close()
     down = run_command(tmp_path / "home", hub.address, *argv)
-    assert down.stdout == first.stdout, "the hub may also just be down"
+    assert down.stdout == first.stdout, "the hub may also be down"
 
 
 def test_without_tp_the_fewest_ranks_that_fit_are_marked(fixed, capsys, monkeypatch):
@@ -329,7 +321,7 @@ def test_without_tp_the_fewest_ranks_that_fit_are_marked(fixed, capsys, monkeypa
     assert result["tp"] == 3, "on this machine what generate would start"
 
 
-# --- what is refused ------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------------
 
 REFUSED = {
     "unknown gpu": (["--gpu", "h300"], "invalid choice: 'h300' (choose from "),
@@ -354,7 +346,7 @@ REFUSED = {
 
 @pytest.fixture
 def refused(refused, monkeypatch):
-    """Of this command, which must measure nothing."""
+    """Return `refused` for this command, which must fail before it measures anything."""
 
     def never(*_):
         raise AssertionError("this machine was measured")

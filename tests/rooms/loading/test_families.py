@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import CONFIG
 
 from minitp import moe, ops
-from minitp.bench.runs import keys_read
+from minitp.bench.rounds import keys_read
 from minitp.cli.main import main
 from minitp.comm import run_threads
 from minitp.cuda.fused import unfit

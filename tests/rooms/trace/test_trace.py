@@ -1,4 +1,4 @@
-"""Traces: what is written, read back with the safetensors library, and how the file is written."""
+"""Trace files, read back with the safetensors library, and the recorder."""
 
 import json
 import threading
@@ -29,8 +29,8 @@ PROMPT = [100, 3, 40, 60, 80, 15, 25]
 ALL = ["*"]
 FACTS = ("format", "source", "model", "config", "tp", "dtype", "layers")
 
-# The values are near 1 and come through some ten sums of 20 to 54 float32 products: a few times 1e-6 is what
-# roundings of 6e-8 make of that. A head, column or position in the wrong place changes them by 0.01 and more.
+# The values are near 1, after some ten sums of 20 to 54 float32 products. Roundings of 6e-8 add up to a few
+# times 1e-6. A head, column or position in the wrong place changes them by 0.01 and more.
 CLOSE = {"rtol": 0, "atol": 2e-5}
 
 
@@ -42,27 +42,27 @@ def models(tmp_path_factory):
 
 
 def read(path):
-    """The tensors and the metadata of a file."""
+    """Return the tensors and the metadata of a file."""
     with safe_open(path, framework="np") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def trace(directory, path, tp=4, decode=0, globs=None, per_rank=False, dtype="float32", ids=PROMPT):
-    """What write_trace of `tp` ranks has written."""
+    """Run write_trace on `tp` ranks; return the tensors and metadata of its file."""
     source, device = open_model(str(directory), tp), open_device(dtype)
     passes = passes_of(len(ids), decode)
     wanted = wanted_steps(source.plan, passes, globs)
 
-    def run(comm):
+    def rank(comm):
         write_trace(path, source, load_model(source, comm, device), ids, passes, wanted, per_rank)
 
-    run_threads(tp, run)
+    run_threads(tp, rank)
     return read(path)
 
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory):
-    """All there is of a run of four ranks with two decoded tokens: tensors and metadata."""
+    """Return the tensors and metadata of a full trace of four ranks with two decoded tokens."""
     path = tmp_path_factory.mktemp("whole") / "a.safetensors"
     return trace(models["llama"], path, decode=2, globs=ALL, per_rank=True)
 
@@ -71,10 +71,10 @@ LLAMA = SimpleNamespace(layers=2, tensors={"model.layers.0.mlp.gate_proj.weight"
 STEPS = step_names(LLAMA)
 
 
-# --- what is in the file --------------------------------------------------------------------------------
+# --- the contents of the file ---------------------------------------------------------------------------
 
 
-def test_names_and_shapes_are_those_of_the_table(whole):
+def test_names_and_shapes_agree_with_the_table(whole):
     tensors, metadata = whole
     sizes = {"D": 20, "d": 6, "H": 9, "K": 3, "Hd": 54, "F": 37, "V": 101}
     steps = {name: array for name, array in tensors.items() if not name.startswith(("rank", "weights/"))}
@@ -92,7 +92,7 @@ def test_names_and_shapes_are_those_of_the_table(whole):
         assert array.dtype == np.float32
 
 
-def test_metadata_says_what_the_file_is(whole, models):
+def test_metadata_describes_the_run(whole, models):
     tensors, metadata = whole
     fields = json.loads((models["llama"] / "config.json").read_text())
     assert set(metadata) == {*FACTS, "token_ids", "passes", "kinds"}
@@ -119,7 +119,7 @@ def test_metadata_says_what_the_file_is(whole, models):
     assert kinds["logits_partial"]["axis"] == 1
 
 
-def test_the_pieces_of_the_ranks_make_up_the_whole(whole):
+def test_the_ranks_parts_make_up_the_whole_array(whole):
     tensors, metadata = whole
     kinds = json.loads(metadata["kinds"])
     checked = 0
@@ -128,7 +128,7 @@ def test_the_pieces_of_the_ranks_make_up_the_whole(whole):
             continue
         pieces = [tensors[f"rank{rank}/{name}"] for rank in range(4)]
         if name.startswith("weights/"):
-            continue  # a test of their own
+            continue  # these have their own test
         _, layer, step = split_name(name)
         kind = kinds[step if layer is None else f"layers.*.{step}"]
         if kind["kind"] == "replicated":
@@ -138,15 +138,14 @@ def test_the_pieces_of_the_ranks_make_up_the_whole(whole):
         else:
             for piece, (start, stop) in zip(pieces, kind["ranges"], strict=True):
                 there = np.take(array, range(start, stop), axis=kind["axis"])
-                np.testing.assert_allclose(
-                    piece, there, rtol=0, atol=1e-6, err_msg=name
-                )  # of a head held twice
+                # A head that two ranks hold may differ by rounding.
+                np.testing.assert_allclose(piece, there, rtol=0, atol=1e-6, err_msg=name)
         checked += 1
     assert checked == 3 * len(STEPS)
     assert len([name for name in tensors if name.startswith("rank")]) == len(tensors) * 4 // 5
 
 
-def test_a_head_held_twice_is_the_first_rank_s(whole):
+def test_a_head_on_two_ranks_is_taken_from_the_first(whole):
     tensors, _ = whole
     for step in ("k_cache", "v"):
         name = f"decode.1/layers.1.attn.{step}"
@@ -155,7 +154,7 @@ def test_a_head_held_twice_is_the_first_rank_s(whole):
         np.testing.assert_array_equal(tensors[name], np.concatenate((pieces[0], pieces[1], pieces[2][1:])))
 
 
-def test_what_attention_read_is_what_all_passes_have_made(whole):
+def test_cache_steps_join_the_keys_and_values_of_all_passes(whole):
     tensors, _ = whole
     for layer in range(2):
         for cached, made in (("k_cache", "k_rope"), ("v_cache", "v")):
@@ -167,7 +166,7 @@ def test_what_attention_read_is_what_all_passes_have_made(whole):
                 np.testing.assert_array_equal(cache, np.concatenate(rows[:n], axis=1))
 
 
-def test_with_a_window_attention_reads_no_more_than_that(models, tmp_path):
+def test_cache_steps_are_limited_to_the_window(models, tmp_path):
     tensors, _ = trace(models["mistral"], tmp_path / "a.safetensors", tp=3, decode=2, globs=ALL)
     keys = [tensors[f"{name}/layers.0.attn.k_rope"] for name in ("prefill", "decode.1", "decode.2")]
     keys = np.concatenate(keys, axis=1)
@@ -179,7 +178,7 @@ def test_with_a_window_attention_reads_no_more_than_that(models, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "tp"), [("llama", 2), ("llama", 4), ("llama", 9), ("mistral", 3)])
-def test_the_ranks_together_are_one_rank(name, tp, models, tmp_path):
+def test_many_ranks_give_the_trace_of_one_rank(name, tp, models, tmp_path):
     alone, metadata = trace(models[name], tmp_path / "1.safetensors", 1, decode=2, globs=ALL)
     ranks, of_ranks = trace(models[name], tmp_path / "n.safetensors", tp, decode=2, globs=ALL)
     assert of_ranks["token_ids"] == metadata["token_ids"]
@@ -188,11 +187,12 @@ def test_the_ranks_together_are_one_rank(name, tp, models, tmp_path):
         if step.startswith("weights/") or step.endswith(("/embed", "/embed_partial")):
             np.testing.assert_array_equal(array, alone[step])
         else:
-            np.testing.assert_allclose(array, alone[step], **CLOSE, err_msg=step)  # -inf only where -inf is
+            # This includes -inf, which must be at the same elements.
+            np.testing.assert_allclose(array, alone[step], **CLOSE, err_msg=step)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama-bias", "mistral-v01", "llama2"])
-def test_weights_are_the_checkpoint_s(name, tmp_path):
+def test_weights_equal_the_checkpoint(name, tmp_path):
     directory = GOLDENS / name
     tensors, _ = trace(directory, tmp_path / "a.safetensors", globs=["weights/*"], per_rank=True)
     files = {}
@@ -227,7 +227,7 @@ def test_in_bfloat16(models, tmp_path):
 # --- which steps ----------------------------------------------------------------------------------------
 
 
-def test_scores_probs_and_weights_are_left_out_unless_they_are_asked_for(models, tmp_path):
+def test_scores_probs_and_weights_are_left_out_by_default(models, tmp_path):
     tensors, _ = trace(models["llama"], tmp_path / "a.safetensors", decode=1)
     expected = {f"{p}/{step}" for p in ("prefill", "decode.1") for step in STEPS}
     assert set(tensors) == {name for name in expected if not name.endswith((".scores", ".probs"))}
@@ -260,11 +260,11 @@ def test_globs_choose_steps(globs, expected, models, tmp_path):
 def test_a_glob_that_matches_nothing_is_refused(models):
     plan = open_model(str(models["llama"]), 2).plan
     for glob in ("logits", "decode.2/*", "prefill/layers.2.*", "prefill/Embed", ""):
-        with pytest.raises(InputError, match="no step of this run is called so"):
+        with pytest.raises(InputError, match="this run has no such step"):
             wanted_steps(plan, passes_of(7, 1), ["prefill/embed", glob])
 
 
-def test_passes_go_on_where_the_one_before_ends():
+def test_each_pass_begins_where_the_previous_one_ends():
     assert passes_of(5, 0) == [("prefill", 0, 5)]
     assert passes_of(5, 2) == [("prefill", 0, 5), ("decode.1", 5, 6), ("decode.2", 6, 7)]
 
@@ -273,21 +273,19 @@ def test_parts_are_assembled_by_their_kind():
     a, b = np.array([[1.0], [2.0]], np.float32), np.array([[3.0], [4.0]], np.float32)
     assert assemble(Kind("replicated"), [a, b]) is a
     large = np.array([2**24, -(2**24)], np.float32)
-    assert assemble(Kind("partial"), [large, np.float32([1, 1]), -large]).tolist() == [
-        1,
-        1,
-    ]  # float32 loses it
+    # A sum in float32 would lose the ones.
+    assert assemble(Kind("partial"), [large, np.float32([1, 1]), -large]).tolist() == [1, 1]
     assert assemble(Kind("sharded", 0, ((0, 2), (2, 4))), [a, b]).tolist() == [[1], [2], [3], [4]]
     assert assemble(Kind("sharded", 0, ((0, 2), (1, 3))), [a, b]).tolist() == [[1], [2], [4]]
     assert assemble(Kind("sharded", 1, ((0, 1), (1, 2))), [a, b]).tolist() == [[1, 3], [2, 4]]
     assert assemble(Kind("sharded", 1, ((0, 1), (1, 1))), [a, b[:, :0]]).tolist() == [[1], [2]]
 
 
-# --- the oracle's ---------------------------------------------------------------------------------------
+# --- the oracle's trace ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_the_oracle_s_trace_is_its_own_run(name, models, tmp_path):
+def test_the_trace_of_the_oracle_equals_its_steps(name, models, tmp_path):
     source = open_model(str(models[name]), 1)
     passes = passes_of(len(PROMPT), 2)
     write_oracle_trace(
@@ -313,7 +311,7 @@ def test_the_oracle_s_trace_is_its_own_run(name, models, tmp_path):
 # --- recording ------------------------------------------------------------------------------------------
 
 
-def test_recording_changes_no_bit_and_without_it_nothing_is_recorded(models, monkeypatch):
+def test_recording_changes_no_bit_and_is_skipped_without_a_recorder(models, monkeypatch):
     source = open_model(str(models["llama"]), 3)
     names = {f"prefill/{step}" for step in STEPS}
 

@@ -1,4 +1,4 @@
-"""Timed runs of the model itself, as a user runs it, beside the limit of the same shapes."""
+"""The times of prompts and continuations, run as a user runs them, with limits for the same shapes."""
 
 from dataclasses import dataclass
 from time import perf_counter
@@ -11,23 +11,23 @@ from minitp.request import Request
 from minitp.sampling import SamplingParams
 from minitp.trace.record import ObservedSteps
 
-BLOCK_SIZE = 16  # of paged caches
+BLOCK_SIZE = 16  # tokens per block of a paged cache
 
 
 @dataclass
-class Run:
-    """One prompt and its continuation, beside the limit.
+class Round:
+    """The times of one prompt and its continuation, with their limits.
 
     Attributes
     ----------
     ttft_s : float
         Time to the first token.
     decode_s : float
-        A token after the first.
+        Time per token after the first.
     bare_prefill_s, bare_decode_s : float
-        What these take at least.
+        Least times of the prompt's passes, and of a token's pass.
     all_reduce_shares : list of float
-        Of the decode time, on each rank in collectives, waiting included.
+        Share of the decode time that each rank spends in collectives, waiting included.
     """
 
     ttft_s: float
@@ -38,21 +38,21 @@ class Run:
 
 
 def random_prompt(config, tokens, seed=0):
-    """Token ids [tokens] of a text that says nothing; of one seed always the same."""
+    """Return `tokens` random token ids, always the same ones for the same seed."""
     return np.random.default_rng(seed).integers(0, config.vocab_size, tokens).tolist()
 
 
 def request_of(prompt, new_tokens):
-    """Greedy, of exactly so many tokens."""
+    """Return a greedy Request for exactly `new_tokens` tokens."""
     params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
     return Request(params, (), prompt, len(prompt) + new_tokens)
 
 
-def timed_run(model, limits, prompt, new_tokens):
-    """A Run, on every rank; `new_tokens` are at least 2."""
+def timed_round(model, roofline, prompt, new_tokens):
+    """Time a prompt and at least 2 new tokens; return a Round on every rank."""
     comm = model.comm
-    bare_prefill = bare_prefill_seconds(model, limits, len(prompt))
-    bare_decode = bare_decode_seconds(model, limits, 1, len(prompt) + new_tokens // 2)
+    bare_prefill = bare_prefill_seconds(model, roofline, len(prompt))
+    bare_decode = bare_decode_seconds(model, roofline, 1, len(prompt) + new_tokens // 2)
     request = request_of(prompt, new_tokens) if comm.rank == 0 else None
     comm.allgather_object(None)
     started = first = None
@@ -61,54 +61,54 @@ def timed_run(model, limits, prompt, new_tokens):
             started, first = perf_counter(), comm.seconds
     share = (comm.seconds - first) / (perf_counter() - started)
     ttft, rate = comm.broadcast((request.ttft_s, request.decode_tokens_per_s) if comm.rank == 0 else None)
-    return Run(ttft, 1 / rate, bare_prefill, bare_decode, comm.allgather_object(share))
+    return Round(ttft, 1 / rate, bare_prefill, bare_decode, comm.allgather_object(share))
 
 
-def bare_prefill_seconds(model, limits, tokens):
-    """What a prompt's passes take at least."""
+def bare_prefill_seconds(model, roofline, tokens):
+    """Return the least time of a prompt's passes."""
     passes = []
     for start, stop in chunks(model, tokens):
         part = stop - start, keys_read(model, stop, stop - start)
         passes.append(([part], 1 if stop == tokens else 0))
-    return limits.seconds(passes)
+    return roofline.seconds(passes)
 
 
-def bare_decode_seconds(model, limits, sequences, context):
-    """What one token of each of so many sequences takes at least."""
-    return limits.seconds([([(1, keys_read(model, context, 1))] * sequences, sequences)])
+def bare_decode_seconds(model, roofline, sequences, context):
+    """Return the least time of a pass with one token of each of `sequences`."""
+    return roofline.seconds([([(1, keys_read(model, context, 1))] * sequences, sequences)])
 
 
 def keys_read(model, stop, tokens):
-    """How many keys a pass of `tokens` tokens that ends at position `stop` reads, a layer in the mean."""
+    """Return the keys per layer, on average, that a pass of `tokens` tokens ending at `stop` reads."""
     windows = model.config.windows
     return sum(stop if w is None else min(stop, w + tokens - 1) for w in windows) // len(windows)
 
 
-def timed_batch(model, prompt, sequences, steps):
-    """Seconds of a decode step of so many sequences, each of which continues `prompt` greedily."""
+def timed_batch(model, prompt, sequences, passes):
+    """Return the seconds of a decode pass of `sequences`, each of which continues `prompt` greedily."""
     comm = model.comm
-    caches = new_caches(model, sequences, len(prompt) + steps + 1)
+    caches = new_caches(model, sequences, len(prompt) + passes + 1)
     tokens = []
     for cache in caches:
         logits = prefill(model, cache, prompt)  # [V]
         tokens.append(int(logits.argmax()))
 
-    def step():
+    def decode():
         parts = [([token], cache) for token, cache in zip(tokens, caches, strict=True)]
         logits = host_logits(model, model.forward_batch(parts, logits_at=slice(None)))  # [sequences, V]
         return comm.broadcast(logits.argmax(axis=-1).tolist() if comm.rank == 0 else None)
 
     if model.fused:
-        tokens = step()  # the first one is captured
+        tokens = decode()  # captures the graph
     comm.allgather_object(None)
     started = perf_counter()
-    for _ in range(steps):
-        tokens = step()
-    return comm.broadcast((perf_counter() - started) / steps)
+    for _ in range(passes):
+        tokens = decode()
+    return comm.broadcast((perf_counter() - started) / passes)
 
 
 def new_caches(model, sequences, capacity):
-    """Empty caches for so many positions each. The fused path's sequences of one step share a pool."""
+    """Return empty caches of `capacity` positions each; on the fused path they share one pool."""
     if not model.fused:
         return [model.new_cache(capacity) for _ in range(sequences)]
     blocks = -(-capacity // BLOCK_SIZE)
@@ -116,19 +116,19 @@ def new_caches(model, sequences, capacity):
     return [PagedCache(pool, list(range(n * blocks, (n + 1) * blocks))) for n in range(sequences)]
 
 
-# Steps that one operation makes together, for which it is charged once.
+# Steps that one operation makes together; its time is counted once for all of them.
 TOGETHER = ("q k v", "q_norm k_norm", "q_rope k_rope", "k_cache v_cache", "gate up")
 ONE_OPERATION = {step: steps for steps in TOGETHER for step in steps.split()}
 
 
 class StepTimer:
-    """A `record` that charges each step with the time since the last one.
+    """A `record` that measures each step as the time since the previous one.
 
     Attributes
     ----------
     seconds : dict of str to float
-        By the names of the steps that one operation makes, in the order in which they come: summed over
-        layers and passes.
+        Seconds summed over layers and passes, by the names of the steps that one operation makes, in their
+        order.
     """
 
     def __init__(self):
@@ -136,7 +136,7 @@ class StepTimer:
         self._last = None
 
     def start(self):
-        """A pass begins now."""
+        """Begin a pass."""
         self._last = perf_counter()
 
     def __call__(self, block=None, layer=None):
@@ -145,28 +145,28 @@ class StepTimer:
         def observe(step, array):
             now, name = perf_counter(), before + ONE_OPERATION.get(step, step)
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-            self._last = perf_counter()  # without the time that this took
+            self._last = perf_counter()  # excludes the time of this function
 
         return ObservedSteps(observe)
 
 
-def profile(model, prompt, steps):
-    """Seconds by step, of the prompt's passes and of a decode pass: two dicts, of this rank."""
-    cache, found = model.new_cache(len(prompt) + steps), []
+def profile(model, prompt, new_tokens):
+    """Return this rank's seconds of each step in two dicts: of the prompt's passes, and of a decode pass."""
+    cache, profiles = model.new_cache(len(prompt) + new_tokens), []
     prompts = [prompt[start:stop] for start, stop in chunks(model, len(prompt))]
-    for passes in (prompts, [[token] for token in prompt[:1] * steps]):
+    for passes in (prompts, [[token] for token in prompt[:1] * new_tokens]):
         timer = StepTimer()
         model.comm.allgather_object(None)
         for ids in passes:
             timer.start()
             model.forward(ids, cache, logits_at=slice(-1, None), record=timer)
-        per = 1 if passes is prompts else steps
-        found.append({name: seconds / per for name, seconds in timer.seconds.items()})
-    return found
+        count = 1 if passes is prompts else new_tokens
+        profiles.append({name: seconds / count for name, seconds in timer.seconds.items()})
+    return profiles
 
 
 def private_bytes():
-    """Memory of this process that is its own: what it has allocated, without the files that it has mapped."""
+    """Return the bytes that this process has allocated, without the files that it has mapped."""
     with open("/proc/self/status") as status:
         fields = dict(line.split(":", 1) for line in status)
     return 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
