@@ -1,4 +1,4 @@
-"""Replay: the oracle's operations, step by step, on the inputs that a rank recorded.
+"""The replay of a run: the oracle's operations, step by step, on the inputs that a rank recorded.
 
 There is one method for each part of a forward pass. Each yields (step, Expected, inputs). `inputs` is None
 for a step that differs between ranks. For a replicated step it holds the arrays that the step is computed

@@ -1,4 +1,4 @@
-"""How a matrix product is added up: in float32, one term after the other, or as tensor cores do it.
+"""The order and rounding in which a device adds up a matrix product: as a CPU does, or a tensor core.
 
 A CPU rounds each sum to the nearest float32 number. The errors have either sign, so they grow like the root
 of the number of terms. A tensor core adds a block of n products to the sum so far at once:
@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-EXPONENT = np.uint64(0x7FF0 << 48)  # of a float64 number, its bits
-HEAD_BITS = np.uint64(0xFFFFFFFFE0000000)  # its sign, its exponent and the first 24 bits of its significand
-ROOM = 1 << 17  # products at a time, so that they stay in a core's cache
+EXPONENT = np.uint64(0x7FF0 << 48)  # the bits of a float64 number that hold its exponent
+HEAD_BITS = np.uint64(0xFFFFFFFFE0000000)  # those of its sign, exponent and 24-bit significand
+ROOM = 1 << 17  # products computed at a time, so that they stay in a core's cache
 
 
 class Float32Sums:
@@ -54,9 +54,9 @@ class TensorCoreSums:
     Attributes
     ----------
     block : int
-        How many products are added at once.
+        The number of products that are added at once.
     bits : int
-        How far below the largest exponent the addends are cut off. A float32 number has 23 bits there.
+        The number of bits below the largest exponent that the addends keep. A float32 number has 23 there.
     """
 
     block: int
@@ -76,7 +76,7 @@ class TensorCoreSums:
             for start in range(0, a.shape[-2], rows):
                 at = (*head, slice(start, start + rows))
                 found[at] = self._chain(a[at], b[head], powers[0][at], powers[1][head])
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):  # NaN and infinities go through as in any sum
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):  # NaN and infinities propagate as in any sum
             plain = np.matmul(a, b)  # [.., n, k]
             found = np.where(np.isfinite(plain), found, plain)
         with np.errstate(over="ignore"):
@@ -91,7 +91,7 @@ class TensorCoreSums:
             block = slice(start, start + self.block)
             largest = (powers_a[block] * powers_b[block]).max(axis=0)  # [n, k]
             np.maximum(largest, _powers(total, 2.0**-126), out=largest)
-            np.maximum(largest, 2.0 ** (-108 - self.bits), out=largest)  # for a block of zeros alone
+            np.maximum(largest, 2.0 ** (-108 - self.bits), out=largest)  # for a block that is all zeros
             units = 2.0**self.bits / largest  # [n, k]: 1 / the last bit that is kept
             addends = a[block] * b[block]  # [block, n, k]
             addends *= units

@@ -1,4 +1,4 @@
-"""Tolerance: how far a recorded array may be from the value that it should have.
+"""The tolerance of a check: how far a recorded array may be from the value that it should have.
 
 Symbols, for one array of a run:
 
@@ -66,7 +66,7 @@ class NotRecorded:
     low_precision_reference : array
         r: the low-precision reference's value, in the run's dtype.
     roundings : float
-        The relative roundings of this value and of the NotRecorded inputs behind it, added up: two roundoffs
+        The relative roundings of this value and of the NotRecorded inputs that it depends on, in all: two roundoffs
         each, and one for each block of their sums.
     samples : float
         The smallest number of samples among them.

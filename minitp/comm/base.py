@@ -15,12 +15,18 @@ A subclass implements the transport: within one process (single, threads), betwe
 shared_memory, hierarchical), or between GPUs (cuda.comm, cuda.nccl, cuda.peer).
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
 from minitp.errors import AgreedError, InputError, RankError, one_line
+
+Array = Any  # numpy.ndarray, or cupy.ndarray on a GPU
 
 
 class Comm:
@@ -35,20 +41,20 @@ class Comm:
         The time that this rank has spent in `all_reduce` and `all_gather`, including waiting.
     """
 
-    def __init__(self, rank, size):
+    def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
         self.shard_rank = rank
         self.seconds = 0.0
 
-    def all_reduce(self, x):
+    def all_reduce(self, x: Array) -> Array:
         """Return the sum of `x` over all ranks, a new array with the same shape and the same bits on each."""
         started = perf_counter()
         total = self._gather_and_combine(x, [x.size] * self.size, _sum_in_rank_order).reshape(x.shape)
         self.seconds += perf_counter() - started
         return total
 
-    def all_gather(self, x, widths):
+    def all_gather(self, x: Array, widths: list[int]) -> Array:
         """Concatenate the columns of all ranks, `x` [T, widths[rank]] -> [T, sum(widths)]."""
         started = perf_counter()
         rows = x.shape[0]
@@ -60,15 +66,15 @@ class Comm:
         self.seconds += perf_counter() - started
         return joined
 
-    def broadcast(self, value):
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's `value`, any picklable object, on every rank; the others' values are ignored."""
         raise NotImplementedError
 
-    def allgather_object(self, value):
+    def allgather_object(self, value: Any) -> list[Any]:
         """Return [rank 0's value, rank 1's value, ..] on every rank; the values are any picklable objects."""
         raise NotImplementedError
 
-    def agree(self, error=None):
+    def agree(self, error: BaseException | None = None) -> None:
         """End a phase that may have failed: every rank passes its exception, or None.
 
         Raises
@@ -88,7 +94,7 @@ class Comm:
             raise AgreedError(message, exit_code) from error
 
     @contextmanager
-    def agreed(self):
+    def agreed(self) -> Iterator[None]:
         """Run a `with` block that ends with `agree`: if it fails on one rank, it fails on all of them."""
         error = None
         try:
@@ -97,25 +103,27 @@ class Comm:
             error = caught
         self.agree(error)
 
-    def name(self, rank):
+    def name(self, rank: int) -> str:
         """Return the name of a rank for messages."""
         return f"rank {rank}"
 
-    def abort(self, exit_code):
+    def abort(self, exit_code: int) -> None:
         """End the whole job from one rank, without waiting for the others."""
         raise NotImplementedError
 
-    def check(self):
+    def check(self) -> None:
         """Raise RankError if a collective on a GPU has failed, so that its result must not be used."""
 
-    def local_rank(self):
+    def local_rank(self) -> int:
         """Return the number of this rank among the ranks of its host; all ranks call it."""
         return self.rank
 
-    def close(self):
+    def close(self) -> None:
         """Free the resources of the transport; all ranks call it, after their last collective."""
 
-    def _gather_and_combine(self, x, sizes, combine):
+    def _gather_and_combine(
+        self, x: Array, sizes: list[int], combine: Callable[[list[Array]], Array]
+    ) -> Array:
         """Return combine(parts), where parts[r] is rank r's array, flat, with sizes[r] elements.
 
         `combine` must return a new array, because the parts may be the other ranks' own arrays.

@@ -10,8 +10,12 @@ oracle's own `ops`; it shares nothing with the rest of the package. It is slow a
 Weights lie [out, in] as in the checkpoint. All results are float64, whatever the dtype of the inputs.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401  gives NumPy bfloat16, in which the safetensors library then answers
 import numpy as np
@@ -89,7 +93,9 @@ class Oracle:
         that is too long for longrope's short_factor.
     """
 
-    def __init__(self, config, tensor, layers=None):
+    def __init__(
+        self, config: dict[str, Any], tensor: Callable[..., np.ndarray], layers: int | None = None
+    ) -> None:
         family = config.get("model_type")
         if family not in FAMILY_DEFAULTS:
             raise ValueError(f"model_type {family!r}: expected one of {', '.join(FAMILY_DEFAULTS)}")
@@ -144,7 +150,7 @@ class Oracle:
         self.longest = original_length(fields, scaling) if "short_factor" in scaling else np.inf
 
     @classmethod
-    def from_directory(cls, path, layers=None):
+    def from_directory(cls, path: str | Path, layers: int | None = None) -> Oracle:
         """Open a Hugging Face directory: config.json with model.safetensors or its index."""
         path = Path(path)
         files = {}  # tensor name -> file name
@@ -173,7 +179,7 @@ class Oracle:
 
         return part
 
-    def tensor_shapes(self):
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the checkpoint's tensors by name, from config.json; joined ones as parts."""
         hidden, ffn, vocab = self.hidden_size, self.intermediate_size, self.vocab_size
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -207,13 +213,13 @@ class Oracle:
                     shapes[f"model.layers.{i}.{part}.bias"] = (out,)
         return shapes
 
-    def logits(self, token_ids):
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Return the logits after each token: int [T] -> [T, V]."""
         for name, array in self.steps(token_ids):
             if name == "logits":
                 return array
 
-    def steps(self, token_ids):
+    def steps(self, token_ids: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (name, array) of every step of the forward pass, in order.
 
         Heads are [H, T, d] and [K, T, d], `scores` and `probs` [H, T, T], `context` [T, H * d]; the rest

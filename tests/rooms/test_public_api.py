@@ -9,9 +9,11 @@ import pytest
 from llm_reference import write_model
 
 from minitp import LLM, Completion, SamplingParams
+from minitp.comm.base import Comm
 from minitp.engine.options import EngineOptions
 from minitp.errors import InputError
 from minitp.model import Model
+from minitp.oracle import Oracle
 from minitp.sampling import SamplingFields
 
 OWN = ("self", "tp", "model", "on_end", "unknown")  # parameters of LLM that are no plain field
@@ -33,7 +35,7 @@ def test_the_annotations_of_options_are_the_fields_of_sampling_params():
     assert SamplingFields.__annotations__ == named
 
 
-@pytest.mark.parametrize("owner", [LLM, Completion, SamplingParams])
+@pytest.mark.parametrize("owner", [LLM, Completion, SamplingParams, Comm, Oracle])
 def test_public_methods_are_annotated(owner):
     """Every public method written in the class annotates its parameters and what it returns."""
     bare = []

@@ -1,4 +1,4 @@
-"""Synthetic results of `check` and `compare`, for the tests of the report and for looking at it.
+"""Results of `check` and `compare`, invented for the tests of the report and for looking at it.
 
 `python tests/support/report_data.py DIRECTORY` writes a page of each.
 """
