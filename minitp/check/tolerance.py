@@ -66,8 +66,8 @@ class NotRecorded:
     low_precision_reference : array
         r: the low-precision reference's value, in the run's dtype.
     roundings : float
-        The relative roundings of this value and of the NotRecorded inputs that it depends on, in all: two roundoffs
-        each, and one for each block of their sums.
+        The relative roundings of this value and of the NotRecorded inputs that it depends on, added up: two
+        roundoffs each, and one for each block of their sums.
     samples : float
         The smallest number of samples among them.
     """

@@ -134,7 +134,7 @@ def add_batching(parser):
         type=int,
         default=512,
         metavar="N",
-        help="most tokens computed in one engine step, over all requests (default: 512)",
+        help="most tokens in one forward pass, over all requests (default: 512)",
     )
     group.add_argument(
         "--cache-tokens",

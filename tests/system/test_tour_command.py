@@ -1,4 +1,4 @@
-"""`minitp tour`: what it refuses, and how it ends when nobody reads any more, or at Ctrl-C."""
+"""`minitp tour`: what it refuses, and how it ends after a closed pipe or Ctrl-C."""
 
 import os
 import signal

@@ -30,7 +30,7 @@ COMMAND = [sys.executable, "-m", "minitp"]
 BUFFERED = {
     name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"
 }  # as users have it
-BY_FRONT, ALONE = ["--tp", "4"], ["--tp", "1"]
+BY_LAUNCHER, ALONE = ["--tp", "4"], ["--tp", "1"]
 NO_TOKENIZER = "random:smollm2-135m"
 
 
@@ -102,14 +102,14 @@ BAD_GENERATE = {
 }
 
 
-@pytest.mark.parametrize("how", [BY_FRONT, ALONE], ids=["front", "alone"])
+@pytest.mark.parametrize("how", [BY_LAUNCHER, ALONE], ids=["launcher", "alone"])
 @pytest.mark.parametrize("case", BAD_GENERATE)
 def test_bad_prompt_or_option(refused, tiny, case, how):
     argv, expected = BAD_GENERATE[case]
     assert expected in refused("generate", *argv, "--model", tiny, *how)
 
 
-@pytest.mark.parametrize("how", [BY_FRONT, ALONE], ids=["front", "alone"])
+@pytest.mark.parametrize("how", [BY_LAUNCHER, ALONE], ids=["launcher", "alone"])
 @pytest.mark.parametrize("argv", [["hi"], ["--tokens", "1", "--stop", "x"]], ids=["prompt", "stop"])
 def test_text_without_a_tokenizer(refused, tmp_path, argv, how):
     assert "no tokenizer.json" in refused("generate", *argv, "--model", NO_TOKENIZER, "--layers", 1, *how)
@@ -355,7 +355,7 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("how", [BY_FRONT, ALONE], ids=["front", "alone"])
+@pytest.mark.parametrize("how", [BY_LAUNCHER, ALONE], ids=["launcher", "alone"])
 @pytest.mark.parametrize("spoil", SPOILT, ids=lambda function: function.__name__)
 def test_spoilt_model(refused, tmp_path, spoil, how):
     directory = write_tiny(tmp_path / "model")
@@ -373,7 +373,7 @@ def test_config_that_json_gives_up_on(refused, tmp_path, text):
     assert "config.json" in refused("generate", "hi", "--model", directory, *ALONE)
 
 
-@pytest.mark.parametrize("how", [BY_FRONT, ALONE], ids=["front", "alone"])
+@pytest.mark.parametrize("how", [BY_LAUNCHER, ALONE], ids=["launcher", "alone"])
 def test_no_such_model(refused, tmp_path, how):
     missing = tmp_path / "missing"
     assert f"--model {missing}: no such directory" in refused("generate", "hi", "--model", missing, *how)
@@ -386,7 +386,7 @@ def test_no_such_model(refused, tmp_path, how):
 # --- perplexity -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [BY_FRONT, ALONE], ids=["front", "alone"])
+@pytest.mark.parametrize("how", [BY_LAUNCHER, ALONE], ids=["launcher", "alone"])
 def test_bad_perplexity_input(refused, tiny, tmp_path, how):
     def line(content, *argv):
         path = tmp_path / "text"
@@ -434,7 +434,7 @@ def test_refusals_of_the_real_command(tiny, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="bytes as arguments are a thing of Linux")
-@pytest.mark.parametrize("how", [BY_FRONT, ALONE], ids=["front", "alone"])
+@pytest.mark.parametrize("how", [BY_LAUNCHER, ALONE], ids=["launcher", "alone"])
 def test_argument_that_is_not_utf8(tiny, how):
     argv = [b"generate", b"caf\xe9", b"--model", os.fsencode(tiny), *map(os.fsencode, how)]
     done = subprocess.run([*map(os.fsencode, COMMAND), *argv], capture_output=True, timeout=120)
@@ -581,7 +581,7 @@ def test_same_seed_same_text(tiny, capsys):
     assert text("--seed", "7")["token_ids"] == text("--seed", "7")["token_ids"]
     assert text("--seed", "7")["token_ids"] != text("--seed", "8")["token_ids"]
     fresh = text()
-    assert fresh["token_ids"] != text()["token_ids"], "without a seed it is drawn anew"
+    assert fresh["token_ids"] != text()["token_ids"], "without a seed it is drawn again"
     assert fresh["token_ids"] == text("--seed", str(fresh["stats"]["seed"]))["token_ids"], "and it is told"
 
 
@@ -686,7 +686,7 @@ def test_text_that_the_locale_lacks(tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_rank_never_becomes_a_front(tiny, monkeypatch, capsys):
+def test_a_rank_never_becomes_a_launcher(tiny, monkeypatch, capsys):
     """An mpirun that does not say how many ranks it starts must not make each of them start ranks."""
     monkeypatch.setenv("MINITP_SUPERVISOR", "/nonexistent")
     assert main(["generate", "hi", "--model", str(tiny)]) == 3

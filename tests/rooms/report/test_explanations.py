@@ -1,4 +1,4 @@
-"""Tests of what a report explains: the steps, the drawing of a layer, the growth of the error, the run itself."""
+"""Tests of what a report explains: the steps, the drawing of a layer, the growth of the error, the run."""
 
 import re
 import subprocess
