@@ -19,7 +19,7 @@ FIRST_AND_LAST = ((4, 0, 0), (4, 2, 3))
 OTHERS = ((4, 1, 2), (2, 0, 1), (3, 1, 1), (9, 2, 4), (1, 1, 0), (2, 2, 0), (9, 0, 8))
 # Places for faults that need a certain sharding:
 TWO_KV_HEADS = ((4, 0, 2), (4, 2, 2), (2, 1, 0), (2, 2, 1), (1, 1, 0))  # the rank has two KV heads
-RAGGED = ((2, 0, 1), (2, 2, 1))  # of heads 5 to 8, one reads KV head 1 and three read KV head 2
+RAGGED = ((2, 0, 1), (2, 2, 1))  # head 5 reads KV head 1, heads 6 to 8 read KV head 2
 LAST_RANK = ((4, 0, 3), (3, 0, 2), (9, 0, 8), (1, 0, 0))  # the vocabulary is split unevenly
 SEVERAL = ((4, 0, 0), (4, 2, 3), (2, 1, 1), (9, 1, 5))  # several ranks, because one rank has no all-reduce
 SHARED_KV_HEAD = ((4, 0, 1), (4, 2, 2))  # the KV head is also on another rank

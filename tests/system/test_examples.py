@@ -115,9 +115,9 @@ def test_a_wrong_sum_on_one_rank_is_found(tmp_path, name):
     """
     code, out, err = tampered(name, tmp_path, "own")
     assert code == 1, out + err
-    said = [line for line in err.splitlines() if line.startswith(f"{name}.py: ")]
-    assert len(said) == 1, err
-    assert re.search("not what the oracle has: on rank [01] relative error [0-9.]+; at ", said[0])
+    errors = [line for line in err.splitlines() if line.startswith(f"{name}.py: ")]
+    assert len(errors) == 1, err
+    assert re.search("not what the oracle has: on rank [01] relative error [0-9.]+; at ", errors[0])
     assert "Traceback" not in err
 
 
@@ -132,8 +132,8 @@ def test_a_rank_that_fails_ends_the_others(tmp_path):
 def test_a_bad_model_is_reported_once(tmp_path):
     code, out, err = under_mpirun("tp_attention", tmp_path, MODEL="gpt-2")
     assert (code, out) == (2, "")
-    said = [line for line in err.splitlines() if "tp_attention.py" in line]
-    assert said == [
+    errors = [line for line in err.splitlines() if "tp_attention.py" in line]
+    assert errors == [
         "tp_attention.py: MODEL=gpt-2: no such shapes; choose from "
         "mistral-7b, llama-3-8b, tinyllama-1.1b, smollm2-135m"
     ]

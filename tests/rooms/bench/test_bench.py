@@ -294,10 +294,10 @@ def test_a_picture_has_the_range_the_labels_and_the_origin_of_the_figures(tmp_pa
     ranges = {"tokens_per_s_range": [8, 9.5], "ttft_s_range": [1, 9]}
     banded = svg_of([point | ranges for point in SWEEP], tmp_path / "x.svg")
     assert banded.count("FillBetween") == plain.count("FillBetween") + 2
-    said = re.findall(r"<text[^>]*>([^<]*)</text>", banded)
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", banded)
     for text in ("a model on 2 ranks, float32", "minitp", "limit", "seconds, logarithmic"):
-        assert text in said
-    origin = "\n".join(said)
+        assert text in texts
+    origin = "\n".join(texts)
     assert re.search(rf"a machine · 20\d\d-\d\d-\d\d · minitp {re.escape(minitp.__version__)}", origin)
     assert "minitp bench --sweep context --tp 2" in origin
     assert "legend" not in banded

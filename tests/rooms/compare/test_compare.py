@@ -242,7 +242,7 @@ def test_tolerance_as_given(two, tmp_path, refused):
 # --- layouts --------------------------------------------------------------------------------------------
 
 Q, CONTEXT = TRACE.format(0, "attn.q"), TRACE.format(0, "attn.context")
-AS = {  # layout -> step and conversion of [H, T, d] or [T, Hd]
+LAYOUTS = {  # layout -> step and conversion of [H, T, d] or [T, Hd]
     "[T, H, d]": (Q, lambda x: x.transpose(1, 0, 2)),
     "[T, H*d]": (Q, lambda x: x.transpose(1, 0, 2).reshape(6, 32)),
     "[1, H, T, d]": (Q, lambda x: x[None]),
@@ -262,15 +262,15 @@ AS = {  # layout -> step and conversion of [H, T, d] or [T, Hd]
 }
 
 
-@pytest.mark.parametrize("text", AS)
+@pytest.mark.parametrize("text", LAYOUTS)
 def test_layouts_are_recognized_and_reported(two, text):
-    name, turned = AS[text]
+    name, convert = LAYOUTS[text]
     a = arrays()[name]
-    result = two({name: a}, {name: np.ascontiguousarray(turned(a))})
+    result = two({name: a}, {name: np.ascontiguousarray(convert(a))})
     assert (result.steps[0].relative, result.steps[0].note) == (0, f"B is {text.rstrip('!')}")
     wrong = a.copy()
     wrong.flat[77] += 1
-    step = two({name: a}, {name: np.ascontiguousarray(turned(wrong))}).steps[0]
+    step = two({name: a}, {name: np.ascontiguousarray(convert(wrong))}).steps[0]
     assert step.departs, "a recognized layout does not make a step pass"
     assert step.index == np.unravel_index(77, a.shape), "in A's layout"
     assert step.note == f"B is {text.rstrip('!')}"
@@ -643,8 +643,8 @@ ROPE = {
 
 def pairwise(x, positions, frequencies):
     """Apply RoPE as in Meta's code, to complex numbers made of neighbors."""
-    turned = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * np.multiply.outer(positions, frequencies))
-    return np.stack((turned.real, turned.imag), axis=-1).reshape(x.shape)
+    rotated = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * np.multiply.outer(positions, frequencies))
+    return np.stack((rotated.real, rotated.imag), axis=-1).reshape(x.shape)
 
 
 @pytest.mark.parametrize("text", ROPE)
