@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WORST = 3  # elements that a Difference names
+WORST = 3  # number of elements in Difference.worst
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,8 @@ class Difference:
     Attributes
     ----------
     relative : float
-        ||value - expected|| / ||expected||, over the elements that are finite in both. inf if an element is
-        NaN or infinite in one array only, or if `expected` is zero and `value` is not.
+        ||value - expected|| / ||expected||, over the elements that are finite in both; inf if an element is
+        NaN or infinite in only one of them, or if `expected` is zero and `value` is not.
     absolute : float
         The largest |value - expected|; inf in the same cases.
     worst : list of (index, value, expected)
@@ -40,7 +40,7 @@ class Difference:
 
 
 def difference_of(value, expected):
-    """Return the Difference of two arrays of one shape; NaN and infinities must be at the same indices."""
+    """Return the Difference of two arrays of the same shape, infinite unless NaN and infinities agree."""
     value, expected = (np.asarray(x).astype(np.float64) for x in (value, expected))
     if value.size == 0:
         return Difference(0.0, 0.0, [])

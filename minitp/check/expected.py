@@ -1,14 +1,14 @@
-"""The value each operation should have for the inputs that a rank recorded, and what bounds its error.
+"""The expected value of each operation for the inputs that a rank recorded, and what its bounds need.
 
-Every function computes an operation twice: by the oracle in float64 (`value`), and as the low-precision
-reference (`lowp`): the same formula with sums in float32 and the result rounded to the dtype at hand. With
-the `scale` these are y, r and c in `tolerance`, which derives the bounds from them.
+Every function computes an operation twice: as the oracle does, in float64 (`value`), and as the low-precision
+reference (`lowp`), which is the same formula with sums in float32 and the result rounded to the run's dtype.
+Together with the `scale` they are y, r and c in `tolerance`, which computes the bounds from them.
 
-Products whose result stays in float32 are summed as the device does it, see `sums`. A result that is rounded
-to 16 bits does not show how it was summed, so there the low-precision reference sums as a CPU does.
+Products whose result stays in float32 are summed as the device sums them (see `sums`). A result that is
+rounded to 16 bits does not show how it was summed, so its low-precision reference sums as a CPU does.
 
-Shape letters as in `ops`; [n, T, d] are n heads. `x_lp` is the input x as the low-precision reference sees
-it.
+Shape letters are those of `ops`; [n, T, d] are n heads. `x_lp` is the value of the input x for the
+low-precision reference.
 """
 
 from dataclasses import replace
@@ -19,16 +19,16 @@ from minitp.check.sums import IN_FLOAT32
 from minitp.check.tolerance import Expected, both, rounded
 from minitp.oracle import ops as oracle_ops
 
-BLOCK = 1 << 22  # weights in float64 at a time
+BLOCK = 1 << 22  # number of weights that are converted to float64 at a time
 
 
 def exactly(value):
-    """Expect exactly this value, for copies and gathers."""
+    """Return the Expected of a copy or a gather, which must equal `value` exactly."""
     return Expected(value)
 
 
 def rms_norm(x, weight, eps):
-    """Expect the RMSNorm of x [T, D] with a weight [D]: [T, D]."""
+    """Return the Expected of RMSNorm: x [T, D], weight [D] -> [T, D]."""
     inputs = x
     x, x_lp = both(x)  # [T, D] each
     value = oracle_ops.rms_norm(x, weight, eps)  # [T, D]
@@ -38,7 +38,10 @@ def rms_norm(x, weight, eps):
 
 
 def linear(x, weight, bias=None, dtype=None, sums=IN_FLOAT32):
-    """Expect x W^T + b: [T, in], [out, in], [out] -> [T, out] in `dtype`, None for that of `x`."""
+    """Return the Expected of x W^T + b: x [T, in], weight [out, in], bias [out] -> [T, out].
+
+    The result is in `dtype`, by default that of `x`.
+    """
     inputs = x
     x, x_lp = both(x)  # [T, in] each
     shape = (len(x), len(weight))
@@ -57,7 +60,7 @@ def linear(x, weight, bias=None, dtype=None, sums=IN_FLOAT32):
 
 
 def rope(x, positions, inverse_frequencies, factor):
-    """Expect x [n, T, d] rotated by the angles of positions int [T], frequencies float64 [d/2]: [n, T, d].
+    """Return the Expected of RoPE: x [n, T, d], positions int [T], frequencies [d/2] -> [n, T, d].
 
     The low-precision reference computes the angles in float32, as every implementation does.
     """
@@ -77,14 +80,14 @@ def rope(x, positions, inverse_frequencies, factor):
 
 
 def scaled(x, factor):
-    """Expect x times a number that is rounded to the dtype of x first, any shape."""
+    """Return the Expected of x times `factor`, any shape; the factor is first rounded to the dtype of x."""
     value = x.astype(np.float64) * factor
     lowp = x.astype(np.float32) * np.asarray(factor).astype(x.dtype).astype(np.float32)
     return Expected(value, rounded(lowp, x.dtype), np.abs(value))
 
 
 def soft_cap(x, cap):
-    """Expect cap tanh(x / cap) of float32, any shape."""
+    """Return the Expected of cap tanh(x / cap) for float32, any shape."""
     inputs = x
     x, x_lp = both(x)
     value, cap32 = oracle_ops.soft_cap(x, cap), np.float32(cap)
@@ -93,10 +96,10 @@ def soft_cap(x, cap):
 
 
 def scores(q, k, mask, root, cap=None, sums=IN_FLOAT32):
-    """Expect the scores of q [H_r, T, d] and each head's keys [H_r, S, d]: float32 [H_r, T, S].
+    """Return the Expected of the scores: q [H_r, T, d], k [H_r, S, d], mask bool [T, S] -> [H_r, T, S].
 
-    They are -inf where the mask, bool [T, S], is False. Products are divided by `root`, and soft-capped where
-    `cap` is given.
+    The keys are repeated for each query head. The scores are float32, and -inf where the mask is False.
+    Products are divided by `root`, and soft-capped if `cap` is given.
     """
     if cap is not None:
         dots = scores(q, k, np.ones_like(mask), root, sums=sums)  # [H_r, T, S]
@@ -114,20 +117,23 @@ def scores(q, k, mask, root, cap=None, sums=IN_FLOAT32):
 
 
 def softmax(x):
-    """Expect the softmax over the last axis of float32 [H_r, T, S], in float32."""
+    """Return the Expected of the softmax over the last axis, in float32: [H_r, T, S] -> [H_r, T, S]."""
     inputs = x
     x, x_lp = both(x)  # [H_r, T, S] each
     value = oracle_ops.softmax(x)  # [H_r, T, S]
     shifted = x_lp - np.max(x_lp, axis=-1, keepdims=True)  # [H_r, T, S]
     terms = np.exp(shifted)  # [H_r, T, S]
     lowp = terms / np.sum(terms, axis=-1, keepdims=True)  # [H_r, T, S]
-    # Rounding s - max moves e^(s - max) by as many units as that is large.
+    # The relative rounding error of e^(s - max) is proportional to |s - max|.
     scale = value * (1 + np.where(np.isfinite(shifted), -shifted, 0))  # [H_r, T, S]
     return Expected(value, lowp.astype(np.float64), scale, common=(-1,)).of(inputs)
 
 
 def context(probs, v):
-    """Expect the context: float32 probabilities [H_r, T, S], each head's values [H_r, S, d] -> [T, H_r d]."""
+    """Return the Expected of the context: probs float32 [H_r, T, S], v [H_r, S, d] -> [T, H_r * d].
+
+    The values are repeated for each query head.
+    """
     inputs = probs
     probs, probs_lp = both(probs)  # [H_r, T, S] each
     value = oracle_ops.context(probs, v)  # [T, H_r * d]
@@ -138,18 +144,18 @@ def context(probs, v):
 
 
 def geglu(gate, up):
-    """Expect gelu(gate) * up: [T, F_r] twice -> [T, F_r]."""
+    """Return the Expected of gelu(gate) * up: gate and up [T, F_r] -> [T, F_r]."""
     value = oracle_ops.geglu(gate, up)  # [T, F_r]
     g, u = gate.astype(np.float32), up.astype(np.float32)  # [T, F_r] each
     cube = np.float32(0.044715) * g * g * g  # [T, F_r]
     lowp = g * np.float32(0.5) * (1 + np.tanh(np.float32((2 / np.pi) ** 0.5) * (g + cube))) * u  # [T, F_r]
-    # The sum 1 + tanh has roundings of 1, however small it is.
+    # The sum 1 + tanh(..) has the rounding error of 1, even if the sum itself is small.
     scale = np.abs(g * u, dtype=np.float64)  # [T, F_r]
     return Expected(value, rounded(lowp, gate.dtype), scale)
 
 
 def swiglu(gate, up):
-    """Expect silu(gate) * up: [T, F_r] twice -> [T, F_r]."""
+    """Return the Expected of silu(gate) * up: gate and up [T, F_r] -> [T, F_r]."""
     inputs = gate, up
     (gate, gate_lp), (up, up_lp) = both(gate), both(up)  # [T, F_r] each
     value = oracle_ops.swiglu(gate, up)  # [T, F_r]
@@ -160,9 +166,9 @@ def swiglu(gate, up):
 
 
 def experts_act(x, chosen, gates, ups):
-    """Expect SwiGLU of a token's experts: [T, D], bool [T, E], each expert's [F_r, D] twice -> [T, X, F_r].
+    """Return the Expected of SwiGLU of each token's experts: x [T, D], chosen bool [T, E] -> [T, X, F_r].
 
-    The gate and up projections are not recorded.
+    `gates` and `ups` have a matrix [F_r, D] for each expert. The gate and up projections are not recorded.
     """
     shape = (len(x), int(chosen[0].sum()), len(gates[0]))
     value, lowp, scale = np.empty(shape), np.empty(shape), np.empty(shape)  # [T, X, F_r] each
@@ -181,7 +187,10 @@ def experts_act(x, chosen, gates, ups):
 
 
 def experts_sum(acts, router_weights, downs):
-    """Expect the weighted sum: [T, X, F_r], weights float64 [T, E], each expert's [D, F_r] -> [T, D]."""
+    """Return the Expected of the experts' weighted sum: acts [T, X, F_r], weights [T, E] -> [T, D].
+
+    The router's weights are float64. `downs` has a matrix [D, F_r] for each expert.
+    """
     shape = (len(acts), len(downs[0]))
     value, lowp, squares = np.zeros(shape), np.zeros(shape, np.float32), np.zeros(shape)  # [T, D] each
     nth = np.cumsum(router_weights > 0, axis=1) - 1  # [T, E]
@@ -197,9 +206,10 @@ def experts_sum(acts, router_weights, downs):
 
 
 def total(parts, bias=None):
-    """Expect the sum of the ranks' [T, D], and a bias [D] once: [T, D]. 16-bit terms are summed in float32.
+    """Return the Expected of the sum over the ranks, plus the bias once: parts [T, D], bias [D] -> [T, D].
 
-    The low-precision reference rounds the sum before it adds the bias, as an all-reduce must.
+    16-bit terms are summed in float32. The low-precision reference rounds the sum before it adds the bias,
+    because an all-reduce returns a rounded sum.
     """
     inputs = parts
     parts, lowps = zip(*map(both, parts), strict=True)  # [T, D] each
@@ -214,7 +224,10 @@ def total(parts, bias=None):
 
 
 def add(x, y, multiplier=1):
-    """Expect x + multiplier y, both of one shape; the reference rounds the product before the addition."""
+    """Return the Expected of x + multiplier * y, two arrays of the same shape.
+
+    The low-precision reference rounds the product before the addition.
+    """
     inputs = x, y
     (x, x_lp), (y, y_lp) = both(x), both(y)
     value = x.astype(np.float64) + multiplier * y.astype(np.float64)

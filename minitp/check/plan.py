@@ -2,8 +2,8 @@
 
 import re
 
-# Tensor names -> the split axis in the file, and the units it is split in: heads, key/value heads, FFN
-# columns or vocabulary rows.
+# Tensor name -> the axis in the file that is split, and the units in which it is split: heads, key/value
+# heads, FFN columns or vocabulary rows.
 SPLIT = {
     "block_sparse_moe.experts.*.w1.weight": (0, "ffn"),
     "block_sparse_moe.experts.*.w2.weight": (1, "ffn"),
@@ -26,12 +26,12 @@ SPLIT = {
 
 
 def plan_problems(oracle, plan):
-    """Return the faults of a plan, a list of (rank or "all", one line).
+    """Return the faults of a plan as a list of (rank or "all", description).
 
     Parameters
     ----------
     oracle : Oracle
-        An oracle of the same config.json, which it read by itself.
+        An oracle that has read the same config.json with its own code.
     plan : Plan
     """
     problems = []
@@ -45,7 +45,7 @@ def plan_problems(oracle, plan):
         if len(ranges) != plan.tp:
             problems.append(("all", f"{what}: {len(ranges)} ranges for {plan.tp} ranks"))
     if problems:
-        return problems  # the other checks go rank by rank
+        return problems  # the other checks need the ranges of every rank
     for what, (count, ranges) in runs.items():
         problems += _not_covered_once(what, count, ranges)
     problems += _wrong_kv_heads(oracle, plan)
@@ -54,19 +54,19 @@ def plan_problems(oracle, plan):
 
 
 def _not_covered_once(what, count, ranges):
-    """Return the ranges that overlap or leave a gap."""
+    """Return a problem for each range that overlaps the one before it or leaves a gap."""
     problems, expected = [], 0
     for rank, (start, stop) in enumerate(ranges):
         if start != expected or stop < start:
             problems.append((rank, f"{what} {start} to {stop}, expected to begin at {expected}"))
         expected = stop
     if expected != count:
-        problems.append((len(ranges) - 1, f"{what} end at {expected}, and there are {count}"))
+        problems.append((len(ranges) - 1, f"{what} end at {expected}, expected {count}"))
     return problems
 
 
 def _wrong_kv_heads(oracle, plan):
-    """Return the query heads that miss their KV head, h // (H / K), and the KV heads that none reads."""
+    """Return a problem for each query head without its KV head, h // (H / K), and for unused KV heads."""
     problems = []
     group = oracle.heads // oracle.kv_heads
     for rank in range(plan.tp):
@@ -84,7 +84,7 @@ def _wrong_kv_heads(oracle, plan):
                 read.setdefault(head, []).append(kv)
         for head, kvs in read.items():
             if not start <= head < stop:
-                problems.append((rank, f"a group has query head {head}, and the rank {start} to {stop}"))
+                problems.append((rank, f"a group has query head {head}, but the rank has {start} to {stop}"))
             elif kvs != [head // group]:
                 found = " and ".join(map(str, kvs)) or "none"
                 problems.append((rank, f"query head {head} reads KV head {found}, expected {head // group}"))
@@ -92,7 +92,7 @@ def _wrong_kv_heads(oracle, plan):
 
 
 def _wrong_tensors(oracle, plan):
-    """Return the tensors that are not split like the heads, columns or rows that they compute."""
+    """Return a problem for each tensor that is not split like its heads, columns or rows."""
     d = oracle.head_dim
 
     def times_d(ranges):

@@ -1,8 +1,8 @@
 """The replay of a run: the oracle's operations, step by step, on the inputs that a rank recorded.
 
-There is one method for each part of a forward pass. Each yields (step, Expected, inputs). `inputs` is None
-for a step that differs between ranks. For a replicated step it holds the arrays that the step is computed
-from, or [] if it is computed from all ranks' arrays: ranks with the same inputs must have the same bits.
+There is one method for each part of a forward pass. Each yields (step, Expected, inputs). For a replicated
+step, `inputs` is a list of the arrays from which the step is computed, or [] if it is computed from arrays of
+all ranks: ranks with the same inputs must have the same bits. For other steps it is None.
 """
 
 import numpy as np
@@ -17,18 +17,20 @@ class Replay:
     Parameters
     ----------
     reference : Oracle
-        Only what config.json says is used: eps, windows, RoPE frequencies, head counts.
+        An oracle of the model. Only its settings from config.json are used: eps, windows, RoPE frequencies,
+        head counts.
     plan : Plan
     comm : Comm
-        Gives the partial sums of the other ranks. All ranks call the methods in the same order.
+        A communicator that gathers the arrays of all ranks, so all ranks must call the methods in the same
+        order.
     weights : dict of str to array
         This rank's slices by checkpoint name, [out, in] as in the file.
     recorded : callable
-        recorded(pass name, layer, step) -> this rank's array, or NotRecorded.
+        A function (pass name, layer, step) -> this rank's array, or NotRecorded.
     token_ids : list of int
     passes : list of (name, start, stop)
     sums : Float32Sums or TensorCoreSums
-        How this rank's device adds up products that stay in float32.
+        The way in which this rank's device adds up products that stay in float32.
     """
 
     def __init__(self, reference, plan, comm, weights, recorded, token_ids, passes, sums):
@@ -40,7 +42,7 @@ class Replay:
         self.kv_of_head = [h // group - first_kv for h in range(*plan.head_ranges[comm.rank])]  # [H_r]
 
     def before(self, pass_):
-        """Yield the embedding of `pass_`, one of `passes`."""
+        """Yield the expected values of the embedding steps of `pass_`, one of `passes`."""
         name, start, stop = pass_
         first, last = self.plan.vocab_ranges[self.comm.rank]
         table = self.weights["model.embed_tokens.weight"]  # [V_r, D]
@@ -56,7 +58,7 @@ class Replay:
         yield "embed", expected.total(parts), []
 
     def attention(self, i, pass_):
-        """Yield the steps of layer i's attention."""
+        """Yield the expected values of the steps of layer i's attention block."""
         name, start, stop = pass_
         s, w = self._steps(name, i, "attn"), self._weights(i, "self_attn")
         x = self._stream(name, i)  # [T, D]
@@ -88,7 +90,7 @@ class Replay:
         yield from self._sum(name, i, "attn", x, w("o_proj.bias"))
 
     def _cache(self, i, pass_):
-        """Yield the keys and values that attention read: those of all passes so far, within the window."""
+        """Yield the expected cache: the keys and values of all passes so far, within the window."""
         name, start, stop = pass_
         window = self.reference.windows[i]
         needed = stop if window is None else min(stop, stop - start + window - 1)  # keys that a query sees
@@ -99,7 +101,7 @@ class Replay:
             yield cached, expected.exactly(np.concatenate(rows, axis=1)[:, -read:]), None  # [K_r, S, d]
 
     def mlp(self, i, pass_):
-        """Yield the steps of layer i's feed-forward block."""
+        """Yield the expected values of the steps of layer i's feed-forward block."""
         name = pass_[0]
         bias = self.weights.get(f"model.layers.{i}.mlp.down_proj.bias")  # [D], or None
         x = self.recorded(name, i, "attn.residual")  # [T, D]
@@ -112,7 +114,7 @@ class Replay:
         yield from self._sum(name, i, "mlp", x, bias)
 
     def _dense(self, name, i):
-        """Yield the steps between the norm and the all-reduce of a dense feed-forward block."""
+        """Yield the expected values from `gate` to `out_partial` of a dense feed-forward block."""
         s, w = self._steps(name, i, "mlp"), self._weights(i, "mlp")
         for part in ("gate", "up"):
             y = expected.linear(s("norm"), w(f"{part}_proj.weight"), w(f"{part}_proj.bias"))  # [T, F_r]
@@ -122,7 +124,7 @@ class Replay:
         yield "mlp.out_partial", expected.linear(s("act"), w("down_proj.weight")), None
 
     def _experts(self, name, i):
-        """Yield the same steps of a mixture, for the experts that this rank's router chose."""
+        """Yield the expected values from `router` to `out_partial`, for this rank's choice of experts."""
         s, w = self._steps(name, i, "mlp"), self._weights(i, "block_sparse_moe")
         gate = w("gate.weight")  # [E, D]
         yield "mlp.router", expected.linear(s("norm"), gate), [s("norm"), gate]
@@ -132,7 +134,7 @@ class Replay:
         yield "mlp.out_partial", expected.experts_sum(s("experts"), chosen, parts[2]), None
 
     def after(self, pass_):
-        """Yield the last norm and the logits."""
+        """Yield the expected values of the last norm and of the logits."""
         name = pass_[0]
         x = self._stream(name, self.plan.layers)  # [T, D]
         norm = self._gain("model.norm.weight")  # [D]
@@ -145,14 +147,14 @@ class Replay:
             hidden = logits_r.not_recorded(np.float32)  # [T, V_r]
             logits_r = expected.soft_cap(hidden, self.reference.logits_cap)  # [T, V_r]
         yield "logits_partial", logits_r, None
-        mine = self.recorded(name, None, "logits_partial")  # [T, V_r]
-        parts = self.comm.allgather_object(mine)  # [T, V_r] of each rank
+        own = self.recorded(name, None, "logits_partial")  # [T, V_r]
+        parts = self.comm.allgather_object(own)  # [T, V_r] of each rank
         yield "logits", expected.exactly(np.concatenate(parts, axis=-1)), []
 
     def _sum(self, name, i, block, x, bias):
-        """Yield the all-reduce, the bias, which is added once, and the addition to the residual stream."""
-        mine = self.recorded(name, i, f"{block}.out_partial")  # [T, D]
-        parts = self.comm.allgather_object(mine)  # [T, D] of each rank
+        """Yield the expected values of the steps from the all-reduce to the residual."""
+        own = self.recorded(name, i, f"{block}.out_partial")  # [T, D]
+        parts = self.comm.allgather_object(own)  # [T, D] of each rank
         yield f"{block}.out", expected.total(parts, bias), [] if bias is None else [bias]
         out = self.recorded(name, i, f"{block}.out")  # [T, D]
         if self.reference.post_norms:
@@ -162,7 +164,7 @@ class Replay:
         yield f"{block}.residual", expected.add(x, out, self.reference.residual_scale), [x, out]
 
     def _gain(self, name):
-        """Return the factors of a norm, [D]."""
+        """Return the numbers by which a norm multiplies, [D]."""
         weight = self.weights[name]  # [D]
         return weight if self.reference.norm_offset == 0 else weight.astype(np.float64) + 1
 
@@ -171,9 +173,9 @@ class Replay:
         return self.recorded(name, None, "embed") if i == 0 else self.recorded(name, i - 1, "mlp.residual")
 
     def _steps(self, name, i, block):
-        """Return a lookup of steps by name: s("norm") is what this rank recorded in this block."""
+        """Return a function that gives this rank's array of a step of this block, as in s("norm")."""
         return lambda step: self.recorded(name, i, f"{block}.{step}")
 
     def _weights(self, i, block):
-        """Return a lookup of weights by the end of their name: w("q_proj.bias") is the array, or None."""
+        """Return a function that gives a weight of this block, or None, as in w("q_proj.bias")."""
         return lambda part: self.weights.get(f"model.layers.{i}.{block}.{part}")

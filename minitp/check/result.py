@@ -1,37 +1,37 @@
-"""The result of a check: a finding for each step on each rank, and the ones to blame."""
+"""The result of a check: a finding for each step on each rank, and which of them to blame."""
 
 from dataclasses import dataclass, replace
 
 from minitp.check.difference import Difference
 from minitp.trace.names import full_name
 
-# Steps computed from all ranks at once: one that is wrong on all ranks is no single rank's fault.
+# Steps that combine arrays of all ranks: if one is wrong on all ranks, no single rank is to blame.
 COLLECTIVE = ("embed", "attn.out", "mlp.out", "logits")
 ALL = "all"
 
 
 @dataclass
 class Finding:
-    """The finding about one step on one rank.
+    """The result of checking one step on one rank.
 
     Attributes
     ----------
     pass_name : str
-        `prefill`, `decode.1`, ..; `weights` for a tensor, whose `step` is its checkpoint name.
+        `prefill`, `decode.1`, .., or `weights` for a tensor, whose `step` is its checkpoint name.
     layer : int or None
     step : str
-        As in the tables of `trace.names`.
+        Name of the step, as in the tables of `trace.names`.
     rank : int, or "all" for a collective
     kind : str
         replicated, sharded or partial.
     local : Difference or None
-        None for an array of a wrong shape.
+        The local error; None if the array has the wrong shape.
     bounds : (float, float)
         The largest relative and absolute error allowed in `local`.
     total : Difference or None
-        None if the oracle has no such step.
+        The total error; None if the oracle has no such step.
     note : str
-        Anything else that is wrong, such as a shape or a dtype.
+        Anything else that is wrong, such as the shape or the dtype.
     """
 
     pass_name: str
@@ -53,7 +53,7 @@ class Finding:
 
     @property
     def ratio(self):
-        """The local error over its bound, relative or absolute, whichever is larger; above 1 is wrong."""
+        """The larger of relative and absolute local error, each divided by its bound; above 1 is wrong."""
         if self.local is None:
             return float("inf")
         pairs = zip((self.local.relative, self.local.absolute), self.bounds, strict=True)
@@ -71,11 +71,11 @@ class CheckResult:
     Attributes
     ----------
     findings : list of Finding
-        In the order of the run, then by rank.
+        Findings in the order of the run, then by rank.
     problems : list of (rank or "all", str)
         Faults of the sharding plan.
     token_ids : list of int
-        All tokens of the run.
+        Tokens of the run: the prompt, then the decoded ones.
     passes : list of (name, start, stop)
     tp : int
     """
@@ -91,7 +91,7 @@ class CheckResult:
         return not self.problems and all(finding.ok for finding in self.findings)
 
     def blamed(self):
-        """Return the findings out of bounds, in order; a collective wrong on all ranks counts once."""
+        """Return the wrong findings, in order; a collective that is wrong on all ranks counts once."""
         wrong = [finding for finding in self.findings if not finding.ok]
         ranks = {}
         for finding in wrong:

@@ -1,14 +1,14 @@
-"""A check: every step of every rank against the oracle, to find the first wrong one.
+"""A check: compare every step of every rank with the oracle and find the first wrong one.
 
 Each rank records its steps in its own file while it runs. Then every step gets two errors:
 
-    local    the output compared with the oracle's operation on the inputs that this rank recorded. A step is
-             blamed for its local error alone, so the steps after a wrong one are not blamed for its effects.
-    total    the output compared with the oracle's own run from the tokens: the accumulated error.
+        local    the array compared with the result of the oracle's operation on the inputs that this rank
+             recorded. A step is blamed only for its local error, so a wrong step is not blamed on later ones.
+    total    the array compared with the oracle's own run from the tokens: the accumulated error
 
-The check also finds whether replicated steps have the same bits on all ranks, whether the partial sums add up
-to the result of the all-reduce, whether the cache holds what earlier passes put into it, whether each weight
-is its slice of the checkpoint, and whether the plan covers the model (`check.plan`).
+It also checks that replicated steps have the same bits on all ranks, that the partial sums add up to the
+result of the all-reduce, that the cache contains the keys and values of all passes so far, that each weight
+is its slice of the checkpoint, and that the plan covers the model (`check.plan`).
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from minitp.trace.reference import open_oracle, oracle_steps
 
 
 def check_model(source, model, token_ids, passes, progress=lambda layers: None):
-    """Run a prompt through a Model and check every step; all ranks call this and get the same CheckResult.
+    """Run a prompt through a Model and check every step; all ranks call this and get the same result.
 
     Parameters
     ----------
@@ -43,14 +43,14 @@ def check_model(source, model, token_ids, passes, progress=lambda layers: None):
     passes : list of (name, start, stop)
         From `trace.record.passes_of`.
     progress : callable
-        progress(n): n more layers are done, of twice the number of layers in all.
+        Function that is called with the number of layers done since the last call, twice per layer in all.
     """
     comm = model.comm
     reference = open_oracle(source)
     problems = plan_problems(reference, source.plan)
     if problems:
         return CheckResult([], problems, list(token_ids), passes, comm.size)
-    with np.errstate(all="ignore"):  # the findings say what is not finite
+    with np.errstate(all="ignore"):  # the findings report what is not finite
         ids, recorded = _record(model, token_ids, passes)
         host = model.device.to_host
         weights = {name: host(array) for name, array in named_slices(model.weights, source.plan, comm.rank)}
@@ -70,13 +70,13 @@ def _record(model, token_ids, passes):
         path = Path(folder) / "steps.safetensors"
         with TensorWriter(path, names, metadata={}) as file:
             ids = run_passes(model, token_ids, passes, Recorder(model.device, set(names), file.write))
-        # The open file outlives its name, so from here on a killed rank leaves nothing on the disk.
+        # The open file remains readable after its name is gone, so a killed rank leaves no file.
         with model.comm.agreed():
             return ids, safe_open(path, framework="np")
 
 
 class _Rank:
-    """One rank of a check, and its findings by full name."""
+    """A rank that checks its own steps, and its findings by full name."""
 
     def __init__(self, source, reference, model, weights, recorded, token_ids, passes):
         self.plan, self.comm, self.reference = source.plan, model.comm, reference
@@ -90,12 +90,12 @@ class _Rank:
         self.bits = []  # (full name, hash of the inputs, hash of the output) of replicated steps
 
     def recorded_array(self, pass_name, layer, step):
-        """Return this rank's array of a step, or NotRecorded inside a fused operation."""
+        """Return this rank's array of a step, or a NotRecorded inside a fused operation."""
         name = full_name(pass_name, layer, step)
         return self.not_recorded[name] if name in self.not_recorded else self.recorded.get_tensor(name)
 
     def check_weights(self):
-        """Compare each weight with its slice of the checkpoint, as the oracle reads it."""
+        """Compare each weight with its slice of the checkpoint, which the oracle reads."""
         for name, array in self.weights.items():
             shard = self.plan.tensors[name]
             expected = np.empty(array.shape, array.dtype)
@@ -153,8 +153,8 @@ class _Rank:
     def check_bits(self):
         """Check that replicated steps with the same inputs have the same bits on all ranks.
 
-        If they differ, the right ones are those within bounds; among these, those that most ranks have; and
-        then those nearest to the expected value.
+        If they differ, an array within bounds is right; if there are several, the one that most ranks have;
+        and if that does not decide, the one nearest to the expected value.
         """
         ratios = {name: np.inf if f.note else f.ratio for name, f in self.findings.items()}
         mine = [(name, *digests, ratios[name]) for name, *digests in self.bits]
@@ -168,7 +168,7 @@ class _Rank:
                 self.findings[name].note = "not the same bits as on the other ranks"
 
     def check_totally(self, progress):
-        """Compute the total error of every step; rank 0 runs the oracle while the others sleep."""
+        """Compute the total error of every step; rank 0 runs the oracle while the other ranks wait."""
         layers = iter(())
         if self.comm.rank == 0:
             steps = oracle_steps(self.reference, self.token_ids, self.passes)
@@ -203,7 +203,7 @@ def _digest(*arrays):
 
 
 def _in_order(findings, plan, passes):
-    """Sort findings: weights first, then steps in the order of the run, and each step by rank."""
+    """Sort the findings: weights first, then steps in the order of the run; each step by rank."""
     names = [*[WEIGHTS + name for name in plan.tensors]]
     names += [f"{name}/{step}" for name, _, _ in passes for step in step_names(plan)]
     place = {name: number for number, name in enumerate(names)}

@@ -1,23 +1,23 @@
-"""The order and rounding in which a device adds up a matrix product: as a CPU does, or a tensor core.
+"""The order and rounding with which a device, a CPU or a tensor core, adds up a matrix product.
 
-A CPU rounds each sum to the nearest float32 number. The errors have either sign, so they grow like the root
-of the number of terms. A tensor core adds a block of n products to the sum so far at once:
+A CPU rounds each sum to the nearest float32 number. The errors have either sign, so they grow like the square
+root of the number of terms. A tensor core adds a block of n products to the running sum c at once:
 
     d = c + a_1 b_1 + .. + a_n b_n
 
     1. The products are exact.
     2. All n + 1 addends are aligned to the largest exponent E among them (a product's exponent is the sum of
-       its factors' exponents), and what lies below 2^(E - bits) is cut off.
-    3. What is left is added exactly, and the result is cut off after the 24 bits of a float32 number.
+       its factors' exponents) and truncated below 2^(E - bits).
+    3. The truncated addends are added exactly, and the result is truncated to a float32 number (24 bits).
 
 Nothing is rounded to the nearest number: each block moves the sum toward zero, so the error grows like the
-number of blocks. docs/check.md derives from this how far off a product on a GPU may be.
+number of blocks. The appendix of docs/check.md derives the error of a product on a GPU from this.
 
-Fasi, Higham, Mikaitis and Pranesh found these steps on a V100, a T4 and an A100 ("Numerical behavior of
-NVIDIA tensor cores", 2021). The numbers n and bits of each architecture, and what a product's exponent is,
-are from Xie et al., "Bit-Accurate Modeling of GPU Matrix Multiply-Accumulate Units", 2025 (arXiv:2511.10909,
-algorithm 7 and table 4); see also Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores", 2025
-(arXiv:2512.07004).
+Fasi, Higham, Mikaitis and Pranesh found this behavior on a V100, a T4 and an A100 ("Numerical behavior of
+NVIDIA tensor cores", 2021). The numbers n and bits of each architecture, and the definition of a product's
+exponent, are from Xie et al., "Bit-Accurate Modeling of GPU Matrix Multiply-Accumulate Units", 2025
+(arXiv:2511.10909, algorithm 7 and table 4); see also Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor
+Cores", 2025 (arXiv:2512.07004).
 """
 
 from dataclasses import dataclass
@@ -26,37 +26,37 @@ import ml_dtypes
 import numpy as np
 
 EXPONENT = np.uint64(0x7FF0 << 48)  # the bits of a float64 number that hold its exponent
-HEAD_BITS = np.uint64(0xFFFFFFFFE0000000)  # those of its sign, exponent and 24-bit significand
+HEAD_BITS = np.uint64(0xFFFFFFFFE0000000)  # the bits of its sign, exponent and 24-bit significand
 ROOM = 1 << 17  # products computed at a time, so that they stay in a core's cache
 
 
 class Float32Sums:
-    """Add up in float32, one term after the other."""
+    """Sums in float32, one term after the other."""
 
     def matmul(self, a, b):
         """Return a @ b in float32: [.., n, m] @ [.., m, k] -> [.., n, k].
 
-        BLAS is not used, because the run itself may use it: its order of summation differs from shape to
-        shape, and by luck its error may be a fraction of what this plain sum has.
+        BLAS is not used: its order of summation depends on the shapes, and its error may be only a fraction
+        of this plain sum's error.
         """
         a, b = (np.ascontiguousarray(x, dtype=np.float32) for x in (a, b))
         return np.einsum("...nm,...mk->...nk", a, b)
 
     def blocks(self, terms):
-        """Return 0: roundings to the nearest number have no common direction."""
+        """Return 0, because roundings to the nearest number have no common direction."""
         return 0
 
 
 @dataclass(frozen=True)
 class TensorCoreSums:
-    """Add up products of 16-bit numbers in float32 as tensor cores do.
+    """Sums of products of 16-bit numbers in float32, as tensor cores add them up.
 
     Attributes
     ----------
     block : int
-        The number of products that are added at once.
+        Number of products that are added at once.
     bits : int
-        The number of bits below the largest exponent that the addends keep. A float32 number has 23 there.
+        Number of bits that the addends keep below the largest exponent. A float32 number has 23 there.
     """
 
     block: int
@@ -83,7 +83,7 @@ class TensorCoreSums:
             return found.astype(np.float32)
 
     def _chain(self, a, b, powers_a, powers_b):
-        """Return a @ b of float64 [n, m] and [m, k], given the powers of two that they begin with: [n, k]."""
+        """Return a @ b: float64 [n, m] and [m, k], with the leading power of two of each number -> [n, k]."""
         a, powers_a = a.T[:, :, None], powers_a.T[:, :, None]  # [m, n, 1]
         b, powers_b = b[:, None, :], powers_b[:, None, :]  # [m, 1, k]
         total = np.zeros((a.shape[1], b.shape[2]))  # [n, k]
@@ -106,7 +106,7 @@ class TensorCoreSums:
 
 
 IN_FLOAT32 = Float32Sums()
-# By the compute capability that an architecture begins with, the newest first.
+# The key is the lowest compute capability of the architecture; the newest comes first.
 TENSOR_CORES = {
     90: TensorCoreSums(16, 25),  # Hopper, Blackwell
     75: TensorCoreSums(8, 24),  # Turing, Ampere, Ada
@@ -115,9 +115,9 @@ TENSOR_CORES = {
 
 
 def sums_of(device):
-    """Return how a Device adds up the products of its compute dtype.
+    """Return the sums with which a Device adds up the products of its compute dtype.
 
-    cuBLAS multiplies float32 matrices without tensor cores, unless it is told that less is enough.
+    cuBLAS multiplies float32 matrices without tensor cores, unless lower precision is enabled.
     """
     if not device.is_gpu or device.dtype.itemsize != 2:
         return IN_FLOAT32
@@ -126,5 +126,5 @@ def sums_of(device):
 
 
 def _powers(x, smallest):
-    """Return the power of two that each number begins with, at least `smallest`; 0 for 0. Any shape."""
+    """Return the leading power of two of each number, at least `smallest`, and 0 for 0; any shape."""
     return np.where(x == 0, 0, np.maximum((x.view(np.uint64) & EXPONENT).view(np.float64), smallest))

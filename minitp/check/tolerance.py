@@ -1,8 +1,9 @@
-"""The tolerance of a check: how far a recorded array may be from the value that it should have.
+"""The tolerance of a check: how far a recorded array may be from its expected value.
 
-Symbols, for one array of a run:
+The shapes, the dtypes and the positions of NaN and infinite entries are compared before (see `run` and
+`difference`). The bounds are for the finite entries. The symbols, for one array of a run:
 
-    x   what the rank recorded
+    x   the array that the rank recorded
     y   the expected value: the oracle's operation, in float64, on the inputs that the rank recorded
     r   the low-precision reference: the same formula with sums in float32, rounded to the dtype of x
     c   the scale, a number per element: the root of the sum of the squares of the terms that are added up
@@ -12,22 +13,23 @@ Symbols, for one array of a run:
     u   the unit roundoff of the dtype of x: 2^-24 (float32), 2^-11 (float16), 2^-8 (bfloat16); u32 = 2^-24
     s   the error of one sum in units of c: 2 u + u32 (sqrt(m) + b)
 
-The two bounds, of which x must meet both:
+The array passes if it meets both bounds:
 
     ||x - y||   <=  2 ||r - y||   + s ||c|| / sqrt(n)
     max|x - y|  <=  2 max|r - y|  + s max(c)
 
-The first term is the rule of flash-attention's tests: r has the error that this dtype makes unavoidable, and
-x may have twice as much. The second term is needed where there are few elements, for then ||r - y|| may be
-small by luck. Its size s c is what rounding errors are proportional to, even where the terms of a sum cancel:
-one or two roundings of the result (2 u), a random walk of m roundings in float32 (u32 sqrt(m)), and on tensor
-cores a rounding per block, all of them toward zero (u32 b). The norm of n independent errors is known up to 1
-/ sqrt(n) of that, so for large arrays only the factor of two remains.
+The first term is the rule of flash-attention's tests: r has the error that is unavoidable in this dtype, and
+x may have twice as much. The second term is needed for small arrays, because ||r - y|| may be small by
+chance. Rounding errors are proportional to c, even where the terms of a sum cancel, and the error of one sum
+is about s c: one or two roundings of the result (2 u), a random walk of m roundings in float32
+(u32 sqrt(m)), and on tensor cores a rounding per block, all of them toward zero (u32 b). The norm of n
+independent errors of this size is about s ||c||, and it varies by chance by about s ||c|| / sqrt(n). For
+large n this is small, and only the factor 2 remains.
 
-Not every element is a sample. A few elements that are far larger than the rest make up the norm by
-themselves, so n = (sum c^2)^2 / (sum c^4), which is the number of elements if all are of one size. And
-positions with the same token are nearly equal, and so are their errors: n is divided by how often a token
-occurs on average.
+Not every element is a sample. A few elements may be far larger than the rest and determine the norm, so
+n = (sum c^2)^2 / (sum c^4), which is the number of elements if all have the same size. Positions with the
+same token have nearly the same numbers and errors, so n is divided by the average number of times that a
+token occurs.
 
 A worked example, a product of four terms in float16 (u = 4.9e-4):
 
@@ -35,8 +37,8 @@ A worked example, a product of four terms in float16 (u = 4.9e-4):
 
     y = [1.69934, 1.04980, -1.05035]             ||y|| = 2.257
     r = [1.69922, 1.04980, -1.05078]             ||r - y|| = 4.4e-4
-    c = [3.058, 1.277, 1.433]                    ||c|| = 3.610: the terms 0.3, -1.4, 0.1 and 2.7 make 3.058
-    m = 4, b = 0, s = 9.8e-4, n = 1.8            the first element outweighs the other two
+    c = [3.058, 1.277, 1.433]                    ||c|| = 3.610; 3.058^2 = 0.3^2 + 1.4^2 + 0.1^2 + 2.7^2
+    m = 4, b = 0, s = 9.8e-4, n = 1.8            n < 3: the first element is larger than the other two
 
     relative bound: (2 * 4.4e-4 + 9.8e-4 * 3.610 / sqrt(1.8)) / 2.257 = 1.6e-3
 
@@ -44,9 +46,9 @@ An engine that rounds every partial sum to float16 gets [1.69824, 1.04980, -1.05
 5.2e-4, a third of the bound. An engine that leaves out the smallest term of the first element, 0.1, gets
 1.59961 there. Its relative error is 4.4e-2, which is 28 times the bound.
 
-A fused kernel does not record its inner steps. Such an input is a NotRecorded: y and r each continue from
-their own value of it, so that 2 ||r - y|| includes the roundings on the way, and the second term is added a
-second time with the roundings and samples of that input, for its errors have a luck of their own.
+A fused kernel does not record its inner steps. An input that it does not record is a NotRecorded: y and r
+each use their own value of it, so 2 ||r - y|| includes the roundings in between. Its errors vary by chance,
+too, so the second term is added again with the roundings and samples of that input.
 """
 
 from dataclasses import dataclass, replace
@@ -57,19 +59,19 @@ import numpy as np
 
 @dataclass(frozen=True)
 class NotRecorded:
-    """An input that the run did not record, because a fused kernel keeps it to itself.
+    """An input that the run did not record, because a fused kernel does not store it.
 
     Attributes
     ----------
     value : float64 array
-        y: the oracle's value of it.
+        y, the oracle's value of this input.
     low_precision_reference : array
-        r: the low-precision reference's value, in the run's dtype.
+        r, the low-precision reference's value of this input, in the run's dtype.
     roundings : float
-        The relative roundings of this value and of the NotRecorded inputs that it depends on, added up: two
-        roundoffs each, and one for each block of their sums.
+        The sum of the relative rounding errors of this value and of the NotRecorded inputs on which it
+        depends: two unit roundoffs for each of them, and one for each block of a sum.
     samples : float
-        The smallest number of samples among them.
+        The smallest number of samples of this value and of those inputs.
     """
 
     value: np.ndarray
@@ -79,7 +81,7 @@ class NotRecorded:
 
 
 def both(x):
-    """Return an input as (y, r), the values for the oracle and for the low-precision reference.
+    """Return the values of an input for the oracle and for the low-precision reference, (y, r).
 
     They differ only if the input was not recorded.
     """
@@ -88,24 +90,24 @@ def both(x):
 
 @dataclass(frozen=True)
 class Expected:
-    """The expected value of a step, with all that its bounds are computed from.
+    """The expected value of a step, and the quantities from which its bounds are computed.
 
     Attributes
     ----------
     value : float64 array
-        y, from the oracle.
+        y, the value that the oracle computes.
     low_precision_reference : float64 array or None
-        r, of the same shape. None: the recorded array must equal `value` bit for bit.
+        r, of the same shape; None if the recorded array must equal `value` exactly.
     scale : float64 array or None
-        c, of the same shape.
+        c, the scale of each element; of the same shape.
     terms : int
-        m, the number of terms in the sum that makes an element.
+        m, the number of terms in the sum that gives an element.
     blocks : int
-        b, the blocks of that sum on a tensor core, 0 elsewhere: see `TensorCoreSums.blocks`.
+        b, the number of blocks of that sum on a tensor core; 0 elsewhere (see `TensorCoreSums.blocks`).
     common : tuple of int
-        Axes along which the elements share most of their error, so that together they are one sample.
+        Axes along which the elements share most of their error, so that they count as one sample.
     roundings, samples : float
-        Those of its NotRecorded inputs together.
+        The sum of the roundings and the smallest number of samples of the inputs that are NotRecorded.
     """
 
     value: np.ndarray
@@ -120,12 +122,12 @@ class Expected:
     def bounds(self, dtype, repeats=1):
         """Return the largest relative and the largest absolute error allowed in `dtype`.
 
-        Each token occurs `repeats` times on average.
+        `repeats` is the average number of times that a token occurs.
         """
         if self.low_precision_reference is None:
             return 0.0, 0.0
         y, r = self.value, rounded(self.low_precision_reference, dtype)
-        finite = np.isfinite(y) & np.isfinite(r)  # an overflow widens no bound
+        finite = np.isfinite(y) & np.isfinite(r)  # an overflow must not widen the bound
         norm_y = np.linalg.norm(y[finite])
         if norm_y == 0:
             return 0.0, 0.0
@@ -133,20 +135,20 @@ class Expected:
         s = 2 * _roundoff(dtype) + _roundoff(np.float32) * (self.terms**0.5 + self.blocks)
         c2 = np.square(self.scale, where=finite, out=np.zeros_like(self.scale))
         n = max(1, _participation(c2.sum(axis=self.common)) / repeats)
-        luck = s / n**0.5 + self.roundings / max(1, self.samples / repeats) ** 0.5
-        relative = (2 * np.linalg.norm(off) + luck * c2.sum() ** 0.5) / norm_y
+        chance = s / n**0.5 + self.roundings / max(1, self.samples / repeats) ** 0.5
+        relative = (2 * np.linalg.norm(off) + chance * c2.sum() ** 0.5) / norm_y
         largest = 2 * np.max(off) + (s + self.roundings) * np.max(c2) ** 0.5
         return float(relative), float(largest)
 
     def not_recorded(self, dtype):
-        """Return this value as a NotRecorded input of the next operation; the run computed it in `dtype`."""
+        """Return this value as a NotRecorded input of the next operation, computed by the run in `dtype`."""
         samples = _participation(np.square(self.scale).sum(axis=self.common))
         samples = min(samples, self.samples) if self.roundings else samples
         roundings = self.roundings + 2 * _roundoff(dtype) + _roundoff(np.float32) * self.blocks
         return NotRecorded(self.value, self.low_precision_reference.astype(dtype), roundings, samples)
 
     def of(self, *inputs):
-        """Return a copy that includes the roundings of the NotRecorded arrays among its inputs."""
+        """Return a copy that includes the roundings of those `inputs` that are NotRecorded."""
         hidden = [x for x in inputs if isinstance(x, NotRecorded)]
         if not hidden:
             return self
@@ -154,7 +156,7 @@ class Expected:
         return replace(self, roundings=roundings, samples=samples)
 
     def divided(self, divisor):
-        """Return what is expected after a division by `divisor` in float32."""
+        """Return the Expected of this value divided by `divisor` in float32."""
         r = self.low_precision_reference.astype(np.float32) / np.float32(divisor)
         return self._with_arrays(self.value / divisor, r.astype(np.float64), self.scale / divisor)
 
@@ -168,7 +170,7 @@ class Expected:
 
 
 def _participation(squares):
-    """Return (sum q)^2 / sum q^2, the number of elements that make up the sum: [..] -> float."""
+    """Return (sum q)^2 / sum q^2, the effective number of elements in the sum: [..] -> float."""
     total = squares.sum()
     return float(total**2 / np.square(squares).sum()) if total else 1.0
 
@@ -178,6 +180,6 @@ def _roundoff(dtype):
 
 
 def rounded(x, dtype):
-    """Round x to the dtype and return it as float64, in which errors are measured. Overflow gives inf."""
+    """Round x to the dtype and return it as float64, in which errors are measured; overflow gives inf."""
     with np.errstate(over="ignore"):
         return x.astype(dtype).astype(np.float64)

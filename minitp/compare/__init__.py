@@ -1,8 +1,8 @@
-"""The comparison of `minitp compare`: two traces or dumps, made by any program.
+"""`minitp compare`: compare two files of intermediate arrays, written by any programs.
 
 run.py         the comparison of two files, step by step
-pairing.py     pairs of names in the two files that are the same step
+pairing.py     the pairs of names in the two files that refer to the same step
 layouts.py     the possible orders and groupings of a step's axes
 files.py       the arrays of a .safetensors or .npz file
-diagnosis.py   likely causes of a difference
+diagnosis.py   the likely causes of a difference
 """

@@ -1,7 +1,7 @@
-"""The likely causes of a departing step: common mistakes, tried one by one.
+"""The likely causes of a difference: common mistakes, tried one by one.
 
-A cause is reported if A with that mistake made on purpose equals B within the tolerance, and is much closer
-to B than A itself. It is only a hint and never makes a step pass.
+The mistake is applied to A. It is reported if the result equals B within the tolerance and is much closer to
+B than A is. It is only a hint and never makes a step pass.
 """
 
 from itertools import chain
@@ -14,8 +14,8 @@ from minitp.trace.names import split_name
 
 ROTATED = ("attn.q_rope", "attn.k_rope", "attn.k_cache")  # [n, T, d], or [K, S, d]
 PROJECTIONS = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")  # [n * d, D], [n * d]
-MUCH_CLOSER = 0.2  # share of the error that may remain
-CLOSE = 0.3  # relative error up to which rounding may be the cause
+MUCH_CLOSER = 0.2  # fraction of the error that may remain
+CLOSE = 0.3  # largest relative error that rounding may explain
 
 
 def diagnose(name, letters, a, b, tolerance, metadata=None):
@@ -26,18 +26,18 @@ def diagnose(name, letters, a, b, tolerance, metadata=None):
     name : str
         Name of the step.
     letters : list of str or None
-        Letters of its axes, as in `trace.names`.
-    a, b : float64
-        Two arrays of the same shape.
+        Letters of the step's axes, as in `trace.names`.
+    a, b : float64 arrays
+        Arrays of the same shape.
     tolerance : float
-        Relative error allowed.
+        The relative error allowed.
     metadata : TraceMetadata or None
-        Metadata of A if it is a trace of minitp.
+        The metadata of A, if it is a trace of minitp.
     """
     if not (np.isfinite(a).all() and np.isfinite(b).all() and a.any() and b.any()):
         return ""
     tried = [_scaled(a, b), _shifted(letters, a, b), _interleaved(name, letters, a, b, metadata)]
-    pass_name = split_name(name)[0].rpartition("/")[2]  # without the rank of a rank's own part
+    pass_name = split_name(name)[0].rpartition("/")[2]  # without the prefix rank0/
     if metadata and name.endswith(ROTATED) and pass_name in metadata.passes:
         tried.append(_rotated(a, b, metadata, stop=metadata.passes[pass_name][1]))
     error = np.linalg.norm(b - a)
@@ -48,7 +48,7 @@ def diagnose(name, letters, a, b, tolerance, metadata=None):
     return _rounded(a, b) if error <= CLOSE * np.linalg.norm(a) else ""
 
 
-# Each of these functions yields (description, expected array, actual array) of some mistakes.
+# Each of these functions yields (description, expected array, actual array) for some mistakes.
 
 
 def _scaled(a, b):
@@ -57,7 +57,7 @@ def _scaled(a, b):
 
 
 def _shifted(letters, a, b):
-    """Try rows that are shifted by one, along token axes or, in an unknown array, any axis but the last."""
+    """Try a shift by one, along token axes or, if the axes are unknown, along any axis but the last."""
     axes = [i for i in range(a.ndim - 1) if letters is None or letters[i] in "TS"]
     for axis in axes:
         n = a.shape[axis]
@@ -70,7 +70,7 @@ def _shifted(letters, a, b):
 
 
 def _interleaved(name, letters, a, b, metadata):
-    """Try heads whose dimensions are in the order of the other RoPE layout."""
+    """Try the order of a head's dimensions in the other RoPE layout."""
     if metadata and name.endswith(PROJECTIONS):
         by_head = (-1, metadata.config.head_dim, *a.shape[1:])
         a, b = (np.moveaxis(x.reshape(by_head), 1, -1) for x in (a, b))
@@ -83,7 +83,7 @@ def _interleaved(name, letters, a, b, metadata):
 
 
 def _rotated(a, b, metadata, stop):
-    """Try other rotations than A's; `stop` is the position after A's last one."""
+    """Try other RoPE rotations than A's; `stop` is the position after A's last one."""
     positions = np.arange(stop - a.shape[1], stop)  # [T]
     frequencies = oracle_ops.rope_inverse_frequencies(metadata.fields)  # [d/2]
 
@@ -110,7 +110,7 @@ def interleaved(x):
 
 
 def half_split(x):
-    """Move the pairs (x[2i], x[2i + 1]) of the last axis half of it apart: [.., d] -> [.., d].
+    """Move the pairs (x[2i], x[2i + 1]) of the last axis d/2 apart: [.., d] -> [.., d].
 
     >>> half_split(np.arange(6)).tolist()
     [0, 2, 4, 1, 3, 5]
@@ -119,7 +119,7 @@ def half_split(x):
 
 
 def _rounded(a, b):
-    """Return a text if B was rounded to 16 bits and A was not."""
+    """Return a description if all of B's values are 16-bit numbers and A's are not."""
     for dtype in (ml_dtypes.bfloat16, np.float16):
         with np.errstate(over="ignore"):
             if (b.astype(dtype) == b).all() and not (a.astype(dtype) == a).all():

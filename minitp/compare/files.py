@@ -1,4 +1,4 @@
-"""Files of named arrays by any program: .safetensors and NumPy's .npz, read one array at a time."""
+"""Files of named arrays, .safetensors or NumPy's .npz, which are read one array at a time."""
 
 import json
 import zipfile
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from minitp.errors import InputError
 
-ZIPS = (b"PK\x03\x04", b"PK\x05\x06")  # the second is that of an empty archive
+ZIPS = (b"PK\x03\x04", b"PK\x05\x06")  # first bytes of a zip archive; the second is for an empty one
 SAFETENSORS_DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -33,22 +33,22 @@ class Entry:
 
 
 class TensorFile:
-    """A file of named arrays. Opening it reads headers only.
+    """A file of named arrays; opening it reads only the headers.
 
     Attributes
     ----------
     path : Path
     entries : dict of str to Entry
-        Entries of the arrays by name, in the order of the file.
+        Shape and dtype of each array by name, in the order of the file.
     metadata : dict of str to str
-        Metadata of the file, empty for .npz.
+        Metadata of the file; empty for .npz.
     """
 
     def __init__(self, path, entries, metadata):
         self.path, self.entries, self.metadata = path, entries, metadata
 
     def read(self, name):
-        """Return an array in float64, in its own shape; raise InputError if it has no such numbers."""
+        """Return an array in float64, in its own shape; raise InputError if its dtype is not supported."""
         dtype = self.entries[name].dtype
         if dtype not in SAFETENSORS_DTYPES.values():
             raise InputError(
@@ -68,7 +68,9 @@ class SafetensorsFile(TensorFile):
     """A safetensors file."""
 
     def __init__(self, path):
-        with safe_open(path, framework="np"):  # this checks the header, which is then read for the order
+        with safe_open(
+            path, framework="np"
+        ):  # check the header, which is then read again for the order of the arrays
             pass
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -109,7 +111,7 @@ class NpzFile(TensorFile):
 
 
 def open_dump(path):
-    """Open a TensorFile; its format is recognized by the content, not by the name.
+    """Open a TensorFile; the format is recognized by the content, not by the file's name.
 
     Raises
     ------
@@ -123,7 +125,7 @@ def open_dump(path):
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (*BROKEN, SafetensorError) as error:
-        raise InputError(f"{path}: neither a .safetensors nor an .npz file, or damaged: {error}") from error
+        raise InputError(f"{path}: not a valid .safetensors or .npz file: {error}") from error
     if not dump.entries:
-        raise InputError(f"{path}: no arrays in it; expected a .safetensors file or one of numpy.savez")
+        raise InputError(f"{path}: the file has no arrays; write it with safetensors or numpy.savez")
     return dump

@@ -1,7 +1,7 @@
-"""The layouts of an array: heads first or tokens first, heads side by side, flat, transposed.
+"""The possible layouts of an array: heads first or tokens first, heads concatenated, flat, transposed.
 
-For two shapes with the same number of elements, all layouts that the shapes allow are tried: the axes in any
-order, with neighboring axes merged. Axes of size one are ignored.
+All layouts that the two shapes allow are found: the axes in any order, with neighboring axes merged. Axes of
+size one are ignored.
 
     A is [H, T, d], B may be   [T, H, d]   [T, H*d]   [1, H, T, d]   [H*T*d]   ..
     A is [T, Hd], B may be     [T, H, d]   [H, T, d]   [1, T, Hd]   [Hd, T]   ..
@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 
-MOST_AXES = 5  # arrays with more axes are tried only in their own order
+MOST_AXES = 5  # an array with more axes is tried only with its axes in the given order
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout of B: a description, empty if it is A's layout, and `view`, which gives an array A's shape."""
+    """A layout of B: a description (empty if it is A's layout) and a function that gives B the shape of A."""
 
     text: str
     view: Any
 
 
 def layouts(a_shape, b_shape, letters=None):
-    """Return the Layouts in which an array of `b_shape` may be one of `a_shape`, the likeliest first.
+    """Return the Layouts that convert an array of `b_shape` into one of `a_shape`, the likeliest first.
 
     `letters` are the names of A's axes, if known. The list is empty if no layout fits.
 
@@ -66,7 +66,7 @@ def _orders(axes):
 
 
 def _merged(fine, coarse):
-    """Return for each size in `coarse` the indices of neighbors in `fine` with that product, or None.
+    """Return the indices in `fine` of neighbors whose product is each size in `coarse`, or None.
 
     >>> _merged([4, 9, 64], [4, 576])
     [[0], [1, 2]]
@@ -93,7 +93,7 @@ def _merge(a_shape, b, order):
 
 
 def _split(name, parts):
-    """Return names for the parts of a merged axis: H and d for 'Hd'."""
+    """Return names for the parts of a merged axis, such as H and d for 'Hd'."""
     if parts == 1:
         return [name]
     return list(name) if len(name) == parts else [f"{name}{i}" for i in range(parts)]

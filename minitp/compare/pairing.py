@@ -1,4 +1,4 @@
-"""Pairs of arrays in two files that are the same step, and a check that model and tokens are the same."""
+"""The pairs of arrays in two files that are the same step, and a check of the models and tokens."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from minitp.loading.config import Config, parse_config, read_json
 from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
 from minitp.trace.write import FORMAT
 
-FIRST_PASS = "prefill/"  # the pass of names without one
+FIRST_PASS = "prefill/"  # the pass of names that have no pass
 MAY_DIFFER = {"dtype", "eos_token_ids", "max_position_embeddings", "num_hidden_layers", "unread"}
 SHOWN = 3  # number of names in an error message
 
@@ -46,7 +46,7 @@ def read_metadata(dump):
 
 @dataclass(frozen=True)
 class Exclusions:
-    """Names that are not compared, although both files may have them; `remarks` give the reasons."""
+    """The names that are not compared, although both files may have them; `remarks` gives the reasons."""
 
     patterns: tuple = ()
     remarks: tuple = ()
@@ -58,8 +58,9 @@ class Exclusions:
 def exclusions(a, b, a_metadata, b_metadata):
     """Return the Exclusions of two files, if both are minitp traces.
 
-    They are the passes after the first token that differs, because the two runs chose different tokens; the
-    ranks' own parts if the numbers of ranks differ; and the steps after the layers if their numbers differ.
+    Excluded are the passes from the first token that differs on, because the two runs chose different tokens;
+    the ranks' own arrays if the numbers of ranks differ; and the steps after the layers if the numbers of
+    layers differ.
 
     Raises
     ------
@@ -72,7 +73,8 @@ def exclusions(a, b, a_metadata, b_metadata):
         ours, theirs = getattr(a_metadata.config, field.name), getattr(b_metadata.config, field.name)
         if ours != theirs and field.name not in MAY_DIFFER:
             raise InputError(
-                f"{b.path} is a trace of another model: {field.name} is {theirs} there and {ours} in {a.path}"
+                f"{a.path} and {b.path} are traces of different models: {field.name} is {ours} in the first "
+                f"and {theirs} in the second"
             )
     patterns, remarks = [], []
     if a_metadata.tp != b_metadata.tp:
@@ -89,7 +91,7 @@ def exclusions(a, b, a_metadata, b_metadata):
         if difference and not differs:
             differs = True
             if f"{name}/" == FIRST_PASS:
-                raise InputError(f"{b.path} and {a.path} are traces of different tokens: {difference}")
+                raise InputError(f"{a.path} and {b.path} are traces of different tokens: {difference}")
             remarks.append(f"{name} and later passes are not compared: {difference}")
         if differs:
             patterns.append(rf"(rank\d+/)?{re.escape(name)}/")
@@ -97,7 +99,7 @@ def exclusions(a, b, a_metadata, b_metadata):
 
 
 def _token_difference(a, b, name):
-    """Describe how the tokens up to the end of a pass differ; return an empty string if they do not."""
+    """Describe the first difference of the tokens up to the end of a pass; empty if there is none."""
     (a_start, a_stop), (b_start, b_stop) = a.passes[name], b.passes[name]
     if (a_start, a_stop) != (b_start, b_stop):
         return f"{name} has positions {a_start} to {a_stop - 1} in A and {b_start} to {b_stop - 1} in B"
@@ -108,13 +110,13 @@ def _token_difference(a, b, name):
 
 
 def match(a, b, mapped, excluded):
-    """Return name in A -> name in B for all common arrays, in the order in which the steps happen.
+    """Return a dict from names in A to names in B of all common arrays, in the order of the forward pass.
 
     Parameters
     ----------
     a, b : TensorFile
     mapped : dict of str to str
-        Pairs from `read_map`; other names are paired with the same name.
+        The pairs from `read_map`; other names are paired with the same name.
     excluded : Exclusions
     """
     index = {name: number for number, name in enumerate(a.entries)}
@@ -133,8 +135,8 @@ def match(a, b, mapped, excluded):
 def _order(name):
     """Return a sort key: weights come first, then the passes in order, each with its steps in order.
 
-    The order of the file does not help, because many libraries sort names. It only decides among names that
-    are not in the tables of `trace.names`, which come last in their pass.
+    The order in the file is not used, because many libraries sort the names. Names that are not in the tables
+    of `trace.names` come last in their pass.
     """
     name = re.sub(r"^rank\d+/", "", name)
     if name.startswith("weights/"):
@@ -150,15 +152,15 @@ def _order(name):
 
 
 def _same(name, others):
-    """Return the name in `others`, with or without the first pass as prefix, or None."""
+    """Return the key in `others` that matches `name`, ignoring the prefix `prefill/`, or None."""
     choices = (name, name.removeprefix(FIRST_PASS), FIRST_PASS + name)
     return next((choice for choice in choices if choice in others), None)
 
 
 def read_map(path, a, b):
-    """Read a JSON object of names in A to names in B; return name in A -> name in B for all arrays it names.
+    """Read a map, a JSON object of names in A to names in B; return a dict of all pairs that it matches.
 
-    A `*` stands for the same number in both names; names in A may omit the pass `prefill/`.
+    A `*` stands for the same number in both names. Names in A may omit the pass `prefill/`.
 
     Raises
     ------
@@ -188,6 +190,6 @@ def _filled(pattern, numbers):
 
 
 def _some(names):
-    """Return the first names, as text."""
+    """Return the first names as text."""
     listed = ", ".join(repr(name) for name in list(names)[:SHOWN])
     return f"{listed}, .." if len(names) > SHOWN else listed

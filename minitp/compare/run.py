@@ -1,7 +1,8 @@
-"""The comparison of two files of steps: which steps depart, and which of them is the first.
+"""The comparison of two files of steps: the steps that differ, and the first of them.
 
-A is the reference. Arrays are paired by name or by a map of names, and one pair is in memory at a time. If B
-has another layout than A (see `layouts`), it is converted to A's layout.
+A is the reference. Arrays are paired by name or by a map of names, and one pair is in memory at a time. If an
+array of B has another layout than A's (see `layouts`), it is converted to A's layout. A step `departs` if the
+two arrays differ by more than the tolerance.
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,10 @@ from minitp.compare.pairing import exclusions, match, read_map, read_metadata
 from minitp.errors import InputError
 from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
 
-# Relative errors allowed, by the coarsest floating-point dtype; docs/compare.md has the measurements.
+# The relative errors allowed, by the coarsest floating-point dtype; see docs/compare.md for measurements.
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-MASKED = -1e4  # scores are higher; masks are lower: -1e9, or the lowest number of the dtype
-DIAGNOSED = 20  # number of departing steps, from the first, whose cause is looked for
+MASKED = -1e4  # lower scores are masks, usually -1e9 or the lowest number of the dtype
+DIAGNOSED = 20  # number of steps, from the first that differs, for which a cause is sought
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,20 @@ class StepDifference:
     Attributes
     ----------
     name, b_name : str
-        Names of the step in A and in B.
+        The step's names in A and in B.
     relative : float
         ||b - a|| / ||a|| over the finite entries; infinite if the other entries differ.
     absolute : float
-        max |b - a|.
+        max |b - a|; infinite in the same case.
     worst : tuple of (index, a, b)
-        Up to three elements, the one with the largest difference first; empty for an empty array. The index
-        is in A's layout.
+        Up to three elements, the one with the largest difference first; empty for an empty array. Indices
+        refer to A's layout.
     tolerance : float
+        The largest `relative` error allowed.
     layout : str
-        Layout of B, if it is not A's.
+        Description of B's layout; empty if it is A's.
     note : str
-        Layout of B, entries that are not finite, and the likely cause.
+        Remarks about B's layout, entries that are not finite, and the likely cause.
     """
 
     name: str
@@ -59,7 +61,7 @@ class StepDifference:
 
     @property
     def index(self):
-        """Index of the largest difference, in A's layout."""
+        """The index of the largest difference, in A's layout."""
         return self.worst[0][0]
 
     @property
@@ -76,7 +78,7 @@ class Comparison:
     """The differences of all common steps, in the order in which they happen, and the names not compared."""
 
     tolerance: float
-    why: str  # the origin of the tolerance
+    why: str  # reason for this tolerance, as text
     steps: list = field(default_factory=list)
     only_a: list = field(default_factory=list)  # names that only A has
     only_b: list = field(default_factory=list)
@@ -93,13 +95,13 @@ def compare_files(a_path, b_path, map_path=None, tolerance=None, progress=lambda
     Parameters
     ----------
     a_path, b_path : path
-        Files in .safetensors or .npz format.
+        Files in .safetensors or .npz format; A is the reference.
     map_path : path or None
         File with a JSON object of names in A to names in B; a `*` stands for the same number in both.
     tolerance : float or None
-        The relative error allowed; None for that of the coarser dtype in the two files (TOLERANCES).
+        The relative error allowed; by default that of the coarsest dtype in the two files (TOLERANCES).
     progress : callable
-        Called with 1 after each pair.
+        Function that is called with 1 after each pair.
 
     Raises
     ------
@@ -131,7 +133,7 @@ def compare_files(a_path, b_path, map_path=None, tolerance=None, progress=lambda
 
 
 def _tolerance(given, a, b, pairs):
-    """Return the relative error allowed, and its origin as text."""
+    """Return the relative error allowed and the reason for it, as text."""
     if given is not None:
         if not given >= 0:
             raise InputError(f"--tolerance {given}: expected 0 or a positive number")
@@ -150,10 +152,10 @@ def _layouts(a, name, b, partner):
     a_shape, b_shape = a.entries[name].shape, b.entries[partner].shape
     found = layouts(a_shape, b_shape, letters_of(name))
     if not found:
-        called = "" if partner == name else f" ({partner} there)"
+        called = "" if partner == name else f" as {partner}"
         raise InputError(
             f"{name}: shape {list(a_shape)} in {a.path} cannot match {list(b_shape)} in {b.path}{called}; "
-            "are they of the same model and tokens? Write all positions and heads, or leave the step out"
+            "check that model and tokens are the same; write all positions and heads, or leave this step out"
         )
     return found
 
@@ -165,7 +167,7 @@ def letters_of(name):
 
 
 def _step(name, partner, a, b, found, tolerance):
-    """Return the StepDifference of two float64 arrays and the Layout in which it was measured."""
+    """Return the StepDifference of two float64 arrays and the Layout of B for which it was measured."""
     best = None
     for layout in found:
         expected, value = _masked_alike(name, a, layout.view(b))
@@ -184,7 +186,7 @@ def _step(name, partner, a, b, found, tolerance):
 
 
 def _masked_alike(name, a, b):
-    """Replace large negative masks with -inf if both have them, because they would dominate the norm."""
+    """Replace large negative masks with -inf if both arrays have them; they would dominate the norm."""
     hidden = [np.isfinite(x) & (x < MASKED) for x in (a, b)]
     if "score" not in name or not all(mask.any() for mask in hidden):
         return a, b

@@ -1,6 +1,6 @@
-"""The reference: a whole transformer in float64 NumPy that imports nothing else of this package.
+"""The oracle: a whole transformer in float64 NumPy that imports nothing else from this package.
 
-model.py   the forward pass, layer by layer, which yields every step with its name
+model.py   the forward pass, layer by layer, which yields every named step
 ops.py     its operations, written independently of minitp.ops
 gguf.py    the tensors of a GGUF file, read with the gguf library
 """

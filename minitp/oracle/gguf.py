@@ -1,12 +1,13 @@
-"""The tensors of a GGUF file for the oracle; like the oracle, it imports nothing of this package.
+"""The tensors of a GGUF file for the oracle; this module imports nothing else from this package.
 
-minitp reads the header itself, and only the blocks that a rank needs; here the `gguf` library reads whole
-tensors. minitp reorders the rows of q and k with an index; here they are reshaped.
+It differs from `loading.gguf` on purpose: the `gguf` library reads the header and whole tensors, where
+`loading.gguf` reads the header itself and only the blocks that a rank needs; and the rows of q and k are
+reordered by reshaping, not with an index.
 """
 
 import gguf
 
-# Hugging Face's names of parts -> llama.cpp's names
+# Hugging Face's names of modules -> llama.cpp's names
 ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
 MLP = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
@@ -14,13 +15,13 @@ OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_
 
 
 def gguf_tensor(path):
-    """Return the `tensor` argument of Oracle for a file of the llama architecture.
+    """Return the `tensor` argument of Oracle for a GGUF file of the llama architecture.
 
     Returns
     -------
     callable
-        tensor(name, index=...) -> array: a tensor by its Hugging Face name, or a part of it, in float32 or
-        float16.
+        A function tensor(name, index=...) that returns a tensor by its Hugging Face name, or a part of it, in
+        float32 or float16.
     """
     reader = gguf.GGUFReader(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -33,15 +34,19 @@ def gguf_tensor(path):
         whole = gguf.quants.dequantize(found.data, found.tensor_type)  # [out, in] or [n]
         for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
             if f".{part}." in name:
-                pairs = whole.reshape(count, -1, 2, *whole.shape[1:])  # [H, d/2, 2, in]: neighbors are a pair
-                whole = pairs.swapaxes(1, 2).reshape(whole.shape)  # [H * d, in]: halves are pairs
+                pairs = whole.reshape(
+                    count, -1, 2, *whole.shape[1:]
+                )  # [H, d/2, 2, in]: neighboring rows are a pair
+                whole = pairs.swapaxes(1, 2).reshape(
+                    whole.shape
+                )  # [H * d, in]: row i and row i + d/2 of a head are a pair
         return whole[index]
 
     return tensor
 
 
 def gguf_name(name):
-    """Translate a name: `model.layers.3.self_attn.q_proj.weight` becomes `blk.3.attn_q.weight`."""
+    """Return llama.cpp's name of a tensor, such as `blk.3.attn_q.weight` for layer 3's q_proj.weight."""
     part, kind = name.rsplit(".", 1)
     if part in OUTSIDE:
         return f"{OUTSIDE[part]}.{kind}"

@@ -1,13 +1,13 @@
-"""The same transformer in float64, unsharded, with which every other computation is compared.
+"""The transformer in float64 and unsharded, the reference for every other computation.
 
 It is written from the papers' formulas and from the files that define a model (config.json and safetensors),
-and in places computes the same numbers in another way than the model under test. Its operations are in the
-oracle's own `ops`; it shares nothing with the rest of the package. It is slow and simple on purpose.
+and in places it computes the same numbers in another way than the model under test. Its operations are in
+the oracle's own `ops`, and it shares no code with the rest of the package. It is slow and simple on purpose.
 
     T tokens    S keys    D hidden    H query heads    K key/value heads    d head_dim
     F FFN columns    V vocabulary
 
-Weights lie [out, in] as in the checkpoint. All results are float64, whatever the dtype of the inputs.
+Weights are [out, in], as in the checkpoint. All results are float64 for inputs of any dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  gives NumPy bfloat16, in which the safetensors library then answers
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, so that the safetensors library can return it
 import numpy as np
 from safetensors import safe_open
 
@@ -40,8 +40,8 @@ from minitp.oracle.ops import (
     swiglu,
 )
 
-# The values that transformers assumes for fields that config.json leaves out, those that a family assumes
-# instead, and the fields that a family does not read.
+# DEFAULTS are the values that transformers assumes for fields that config.json omits, FAMILY_DEFAULTS those
+# that it assumes for a family instead, and NOT_READ the fields that it does not read for a family.
 DEFAULTS = dict(num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6)
 DEFAULTS |= dict(tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
 FAMILY_DEFAULTS = {
@@ -70,7 +70,7 @@ NOT_READ["qwen3"] = {"mlp_bias": False}
 NOT_READ["smollm3"] = {}
 NOT_READ["granite"] = {"sliding_window": None}
 
-VOCABULARY_BLOCK = 8192  # rows of the output matrix that are in float64 at a time
+VOCABULARY_BLOCK = 8192  # rows of the output matrix that are converted to float64 at a time
 
 
 class Oracle:
@@ -81,15 +81,15 @@ class Oracle:
     config : dict
         The object in config.json.
     tensor : callable
-        tensor(name) -> array: a whole tensor by its checkpoint name, in any float dtype. That of
-        `from_directory` also returns a part: tensor(name, tuple of slices).
+        A function tensor(name) that returns a whole tensor by its checkpoint name, in any float dtype. With a
+        second argument, a tuple of slices, it returns that part of the tensor; only `check` needs this.
     layers : int or None
         Number of layers to run, from the first; None for all.
 
     Raises
     ------
     ValueError
-        for an unsupported model type, rope type, activation or number of layers; in `steps` for a context
+        for an unsupported model type, rope type, activation or number of layers, and in `steps` for a context
         that is too long for longrope's short_factor.
     """
 
@@ -151,7 +151,7 @@ class Oracle:
 
     @classmethod
     def from_directory(cls, path: str | Path, layers: int | None = None) -> Oracle:
-        """Open a Hugging Face directory: config.json with model.safetensors or its index."""
+        """Return an Oracle of a Hugging Face directory with config.json and safetensors files."""
         path = Path(path)
         files = {}  # tensor name -> file name
         if not (path / "model.safetensors").exists():
@@ -164,7 +164,7 @@ class Oracle:
         return cls(json.loads((path / "config.json").read_bytes()), tensor, layers)
 
     def _parts_of(self, tensor):
-        """Return `tensor` for a file that joins q, k and v in one tensor, and gate and up in another."""
+        """Wrap `tensor` for a checkpoint with q, k and v in one tensor, and gate and up in another."""
         q, kv, ffn = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate_size
         rows = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
         rows |= {"gate_proj": (0, ffn), "up_proj": (ffn, 2 * ffn)}
@@ -180,7 +180,7 @@ class Oracle:
         return part
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the checkpoint's tensors by name, from config.json; joined ones as parts."""
+        """Return the shape of each tensor by name, from config.json; joined tensors are listed as parts."""
         hidden, ffn, vocab = self.hidden_size, self.intermediate_size, self.vocab_size
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         outs = {
@@ -222,8 +222,9 @@ class Oracle:
     def steps(self, token_ids: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (name, array) of every step of the forward pass, in order.
 
-        Heads are [H, T, d] and [K, T, d], `scores` and `probs` [H, T, T], `context` [T, H * d]; the rest
-        is [T, D], [T, F] (`gate`, `up`, `act`) and [T, V] (`logits`).
+        Queries are [H, T, d], keys and values [K, T, d], `scores` and `probs` [H, T, T], `context`
+        [T, H * d], `gate`, `up` and `act` [T, F], `router` [T, E], `experts` [T, X, F], `logits` [T, V], and
+        all others [T, D].
         """
         if len(token_ids) > self.longest:
             raise ValueError(f"{len(token_ids)} tokens: longrope is supported for up to {self.longest}")
@@ -280,7 +281,7 @@ class Oracle:
         return (yield from self._add(i, "mlp", x, out))  # [T, D]
 
     def _add(self, i, block, x, out):
-        """Yield the last steps of a block: the post norm, if any, and the residual [T, D], which is returned.
+        """Yield the last steps of a block, from its output to the residual; return the residual [T, D].
 
         Granite multiplies a block's output by a factor before adding it. (Granite Team, Granite 3.0, 2024.)
         """
@@ -310,12 +311,12 @@ class Oracle:
     def _mixture(self, step, layer, normed):
         """Yield the steps of a mixture of experts, token by token; return its output: [T, D] -> [T, D].
 
-        The step `experts` has the activations of each token's experts, in the order of the experts' numbers.
+        The step `experts` contains the activations of each token's experts, in the order of expert number.
         """
         router = self._project(normed, f"{layer}.gate")  # [T, E]
         yield f"{step}.router", router
         shares = route(router, self.experts_per_token)  # [T, E]
-        acts, out = [[] for _ in normed], np.zeros_like(normed)  # X times [F] for each token, [T, D]
+        acts, out = [[] for _ in normed], np.zeros_like(normed)  # X arrays [F] for each token; [T, D]
         for e in range(self.experts):
             w1, w2, w3 = (self.tensor(f"{layer}.experts.{e}.w{n}.weight") for n in (1, 2, 3))
             for t in np.flatnonzero(shares[:, e]):
@@ -337,7 +338,7 @@ class Oracle:
 
 
 def has_rope(family, fields, layer):
-    """Return True if a layer applies RoPE; by default every fourth layer of SmolLM3 does not."""
+    """Return True if a layer applies RoPE, as all do except, by default, every fourth layer of SmolLM3."""
     if family != "smollm3":
         return True
     listed, interval = fields["no_rope_layers"], fields["no_rope_layer_interval"]
@@ -345,7 +346,7 @@ def has_rope(family, fields, layer):
 
 
 def sliding_window(family, fields, layer):
-    """Return the number of keys that a query of this layer sees, its own included; None for all."""
+    """Return the number of keys that a query of this layer sees, including its own; None for all."""
     if family in ("qwen2", "qwen3", "smollm3"):
         types = fields.get("layer_types")
         if types is not None:

@@ -1,7 +1,7 @@
-"""The oracle's operations, in float64 and from the papers' formulas; they import nothing of this package.
+"""The oracle's operations in float64, written from the papers' formulas and without the package's code.
 
 In places they compute the same numbers in another way than the package's `ops`: RoPE rotates complex numbers,
-and attention goes head by head.
+and attention is computed head by head.
 
     T tokens    S keys    D hidden    H query heads    K key/value heads    d head_dim    F FFN columns
 """
@@ -40,15 +40,15 @@ def linear(x, weight, bias=None):
 
 
 def rope_inverse_frequencies(config):
-    """Return theta_i, the angle per position of pair i, for a config.json as a dict: [d/2].
+    """Return theta_i, the RoPE angle per position of pair i, for the dict in config.json: [d/2].
 
-    theta_i = base^(-2i/d) (Su et al., RoFormer, 2021, section 3.2.2). `linear` divides all angles by `factor`
-    (Chen et al., Position Interpolation, 2023, section 2.3). `llama3` divides those of wavelengths over
-    L / low_freq_factor, keeps those under L / high_freq_factor, and mixes the two in between, L being
-    original_max_position_embeddings (apply_scaling in Meta's llama-models). `yarn` does the same with a ramp
-    from the pair that rotates beta_fast times over L to the one that rotates beta_slow times (Peng et al.,
-    YaRN, 2023, section 3.2). `longrope` divides each theta_i by its own factor, here the one for contexts up
-    to L (Ding et al., LongRoPE, 2024).
+    theta_i = base^(-2i/d) (Su et al., RoFormer, 2021, section 3.2.2). `linear` divides all of them by
+    `factor` (Chen et al., Position Interpolation, 2023, section 2.3). `llama3` divides those with wavelengths
+    above L / low_freq_factor, keeps those with wavelengths below L / high_freq_factor, and interpolates in
+    between; L is original_max_position_embeddings (apply_scaling in Meta's llama-models). `yarn` does the same
+    with a ramp from the pair that rotates beta_fast times within L to the pair that rotates beta_slow times
+    (Peng et al., YaRN, 2023, section 3.2). `longrope` divides each theta_i by its own factor, the one for
+    contexts up to L (Ding et al., LongRoPE, 2024).
 
     Raises
     ------
@@ -86,14 +86,14 @@ def original_length(config, rope):
 
 
 def longrope_names(config):
-    """Return the names of longrope, which Phi-3's older files call `su` or `yarn`."""
+    """Return the `rope_type` values that mean longrope in this config; old Phi-3 files use su or yarn."""
     return ("longrope", "su", "yarn") if config.get("model_type") == "phi3" else ("longrope",)
 
 
 def yarn_share(rope, plain, length, theta):
-    """Return the share of each frequency that is divided by `factor`, from 0 to 1: [d/2] -> [d/2]."""
+    """Return the fraction of each frequency, from 0 to 1, that is divided by `factor`: [d/2] -> [d/2]."""
     turns = np.array([rope.get("beta_fast") or 32, rope.get("beta_slow") or 1])
-    # theta^(-i / n) L = 2 pi turns, solved for the pair i of n
+    # solve theta^(-i / n) L = 2 pi turns for i, the index of a pair; n = d/2
     ends = len(plain) * np.log(length / (2 * np.pi * turns)) / np.log(theta)  # [2]
     if rope.get("truncate", True):
         ends = np.array([np.floor(ends[0]), np.ceil(ends[1])])
@@ -103,11 +103,12 @@ def yarn_share(rope, plain, length, theta):
 
 
 def attention_factor(config):
-    """Return the factor by which RoPE multiplies q and k, for a config.json as a dict.
+    """Return the factor by which RoPE multiplies q and k, for the dict in config.json.
 
-    It is 1 except for yarn and longrope. Unless config.json gives it, yarn has 0.1 ln(factor) + 1 (YaRN,
-    section 3.4), or the ratio of two such numbers with mscale and mscale_all_dim before the logarithm;
-    longrope has sqrt(1 + ln(s) / ln(L)), s being the extended context length divided by L.
+    It is 1 except for yarn and longrope. If config.json does not give it, it is 0.1 ln(factor) + 1 for yarn
+    (YaRN, section 3.4), or, with mscale and mscale_all_dim, the ratio of two such numbers with these in front
+    of the logarithm. For longrope it is sqrt(1 + ln(s) / ln(L)), where s is the extended context length
+    divided by L.
     """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -128,8 +129,8 @@ def attention_factor(config):
 def rope(x, positions, inverse_frequencies, factor=1.0):
     """Multiply the complex numbers x[i] + j x[i + d/2] by factor e^(j m theta_i) at position m.
 
-    [n, T, d], int [T], [d/2] -> [n, T, d]. (RoFormer, section 3.2.2, with the pairs as Hugging Face's
-    checkpoints lay them out: the first half of a head with the second.)
+    x [n, T, d], positions int [T], inverse_frequencies [d/2] -> [n, T, d]. (RoFormer, section 3.2.2, with the
+    pairs of Hugging Face's checkpoints: each element of a head's first half with one of its second half.)
     """
     first, second = np.split(float64(x), 2, axis=-1)  # [n, T, d/2] each
     rotation = factor * np.exp(1j * np.multiply.outer(positions, inverse_frequencies))  # complex [T, d/2]
@@ -140,7 +141,7 @@ def rope(x, positions, inverse_frequencies, factor=1.0):
 def causal_mask(query_positions, key_positions, window=None):
     """Return True where query i sees key j: int [T], int [S] -> bool [T, S].
 
-    It sees the key if 0 <= i - j, and with a window W only if i - j < W (Jiang et al., Mistral 7B, 2023,
+    A query sees a key if 0 <= i - j and, with a window W, i - j < W (Jiang et al., Mistral 7B, 2023,
     section 2).
     """
     distance = np.subtract.outer(query_positions, key_positions)  # [T, S]
@@ -155,8 +156,8 @@ def soft_cap(x, cap):
 def scores(q, k, mask, root=None, cap=None):
     """Compute q_h . k_(h // (H / K)) / root, soft-capped with `cap`, and -inf where query t cannot see key s.
 
-    The default root is sqrt(d), and by default there is no cap.
-    [H, T, d], [K, S, d] and bool [T, S] -> [H, T, S]. (Vaswani et al., 2017, equation 1; query heads share
+    The default root is sqrt(d), and by default there is no cap. q [H, T, d], k [K, S, d], mask bool [T, S] ->
+    [H, T, S]. (Vaswani et al., 2017, equation 1; query heads share
     keys and values as in Ainslie et al., GQA, 2023, section 2.2.)
     """
     group = len(q) // len(k)
@@ -169,13 +170,13 @@ def scores(q, k, mask, root=None, cap=None):
 
 
 def softmax(x):
-    """Compute e^(x_i) / sum_j e^(x_j) over the last axis, any shape, both divided by the largest term."""
+    """Compute e^(x_i) / sum_j e^(x_j) over the last axis, any shape, with max(x) subtracted from all x."""
     terms = np.exp(float64(x) - np.amax(float64(x), axis=-1, keepdims=True))  # like x
     return terms / terms.sum(axis=-1, keepdims=True)  # like x
 
 
 def context(probs, v):
-    """Compute sum_j p_hij v_(h // (H / K))j, heads side by side: [H, T, S], [K, S, d] -> [T, H * d].
+    """Compute sum_j p_hij v_(h // (H / K))j and concatenate the heads: [H, T, S], [K, S, d] -> [T, H * d].
 
     (Vaswani et al., 2017, equation 1 and section 3.2.2.)
     """
@@ -184,23 +185,23 @@ def context(probs, v):
 
 
 def attention(q, k, v, mask):
-    """Compute softmax(scores) v: [H, T, d], [K, S, d] twice, bool [T, S] -> [T, H * d]."""
+    """Compute softmax(scores) v: q [H, T, d], k and v [K, S, d], mask bool [T, S] -> [T, H * d]."""
     return context(softmax(scores(q, k, mask)), v)  # [T, H * d]
 
 
 def swiglu(gate, up):
-    """Compute gate * sigma(gate) * up: [T, F] twice -> [T, F] (Shazeer, GLU Variants, 2020, equation 6).
+    """Compute gate * sigma(gate) * up, all [T, F] (Shazeer, GLU Variants, 2020, equation 6).
 
-    ln sigma(x) = -ln(e^0 + e^-x), so that no exponential overflows.
+    sigma(x) is computed as e^(-ln(e^0 + e^-x)), so that no exponential overflows.
     """
     gate = float64(gate)  # [T, F]
     return gate * np.exp(-np.logaddexp(0, -gate)) * float64(up)  # [T, F]
 
 
 def geglu(gate, up):
-    """Compute gelu(gate) * up: [T, F] twice -> [T, F].
+    """Compute gelu(gate) * up, all [T, F].
 
-    gelu(x) is approximated by x/2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), with 1/2 (1 + tanh(y)) =
+    gelu(x) is approximated by x/2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), where 1/2 (1 + tanh(y)) =
     sigma(2 y). (Hendrycks and Gimpel, 2016, section 2.)
     """
     gate = float64(gate)  # [T, F]
@@ -211,9 +212,9 @@ def geglu(gate, up):
 def route(logits, per_token):
     """Return the weight of each expert for each token, 0 for most: [T, E] -> [T, E].
 
-    The experts with the largest logits are chosen, the first among equals. Their weights are the softmax over
-    all experts, divided by its sum over the chosen ones. (Jiang et al., Mixtral of Experts, 2024, section
-    2.1.)
+    The experts with the largest logits are chosen; of equal ones, those with the lower number. Their weights
+    are the softmax over all experts, divided by its sum over the chosen ones. (Jiang et al., Mixtral of
+    Experts, 2024, section 2.1.)
     """
     shares = np.zeros(logits.shape)  # [T, E]
     for t, row in enumerate(softmax(logits)):  # [E]

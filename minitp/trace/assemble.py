@@ -8,7 +8,7 @@ from minitp.trace.names import WEIGHTS, Kind, kinds, split_name
 def assemble(kind, parts):
     """Return the whole array of a step, from the ranks' parts in rank order.
 
-    A KV head that several ranks hold is taken from the first of them; partial sums are added in float64.
+    If several ranks hold a KV head, the first rank's copy is used. Partial sums are added in float64.
     """
     if kind.kind == "replicated":
         return parts[0]

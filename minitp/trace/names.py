@@ -1,8 +1,8 @@
 """The names of the steps of a forward pass, in order, and the distribution of each over the ranks.
 
 A step is called `<pass>/<step>`. The pass is `prefill`, `decode.1`, `decode.2`, ..; the step is for example
-`embed`, `layers.3.attn.q_rope` or `logits`. The whole arrays have the shapes next to the names. H, K, F and V
-are split over the ranks in contiguous ranges, and a rank's array has only its own range.
+`embed`, `layers.3.attn.q_rope` or `logits`. The tables below give the shapes of the whole arrays. H, K, F and
+V are split over the ranks in contiguous ranges, and a rank's array has only its own range.
 
     replicated   the same bits on all ranks
     sharded      each rank has its range of one axis; two ranks may hold the same KV head
@@ -49,11 +49,11 @@ MLP = {
 }
 AFTER = {
     "final_norm": "T D",
-    "logits_partial": "T V",  # the ranks' columns side by side; despite the name, not a term of a sum
+    "logits_partial": "T V",  # the ranks' columns concatenated; despite its name, not a term of a sum
     "logits": "T V",
 }
 LAYER = ATTENTION | MLP
-ONLY_WITH = {  # steps that only some models have -> the tensor that tells which
+ONLY_WITH = {  # steps of only some models -> a tensor that exactly those models have
     "attn.q_norm": "self_attn.q_norm.weight",
     "attn.k_norm": "self_attn.k_norm.weight",
     "attn.post_norm": "pre_feedforward_layernorm.weight",
@@ -64,15 +64,15 @@ ONLY_WITH = {  # steps that only some models have -> the tensor that tells which
     "mlp.up": "mlp.gate_proj.weight",
     "mlp.act": "mlp.gate_proj.weight",
 }
-WEIGHTS = "weights/"  # prefix of a checkpoint tensor's name: weights are steps, too
+WEIGHTS = "weights/"  # prefix of a checkpoint tensor's name in a trace
 PARTIAL = ("embed_partial", "attn.out_partial", "mlp.out_partial")
-FLOAT32 = ("attn.scores", "attn.probs", "logits_partial", "logits")  # float32 whatever the dtype
+FLOAT32 = ("attn.scores", "attn.probs", "logits_partial", "logits")  # float32 in a run of any dtype
 LARGE = ("attn.scores", "attn.probs")  # [H, T, S]; in a trace only if requested by name
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The distribution of a step over the ranks; if sharded, its `axis` and each rank's (start, stop)."""
+    """The distribution of a step over the ranks; if sharded, the axis and each rank's (start, stop)."""
 
     kind: str
     axis: int | None = None
@@ -80,7 +80,7 @@ class Kind:
 
 
 def layer_steps(plan):
-    """Return the part of LAYER that a model with this Plan has."""
+    """Return the entries of LAYER that apply to a model with this Plan."""
 
     def has(step):
         return step not in ONLY_WITH or f"model.layers.0.{ONLY_WITH[step]}" in plan.tensors
@@ -95,7 +95,7 @@ def step_names(plan):
 
 
 def full_name(pass_name, layer, step):
-    """Return the full name of a step in the tables above; `layer` is None outside the layers.
+    """Return the full name of a step of the tables above; `layer` is None for steps outside the layers.
 
     >>> full_name("decode.1", 3, "attn.q_rope")
     'decode.1/layers.3.attn.q_rope'
@@ -104,7 +104,7 @@ def full_name(pass_name, layer, step):
 
 
 def split_name(name):
-    """Split a full name into the pass, the layer or None, and the name in the tables above.
+    """Split a full name into the pass, the layer (or None), and the step's name in the tables above.
 
     >>> split_name("decode.1/layers.3.attn.q_rope")
     ('decode.1', 3, 'attn.q_rope')

@@ -7,7 +7,7 @@ from minitp.trace.names import LARGE, WEIGHTS, full_name, step_names
 
 
 class ObservedSteps:
-    """A namespace for a block's arrays that passes each to observe(step, array) when it is assigned."""
+    """A namespace for the arrays of a block that calls observe(step, array) when one is assigned."""
 
     def __init__(self, observe):
         object.__setattr__(self, "_observe", observe)
@@ -18,7 +18,7 @@ class ObservedSteps:
 
 
 class Recorder:
-    """A `record` that passes the wanted steps of a rank to a callback, as NumPy arrays.
+    """A recorder that gives the wanted steps of a rank to a callback, as NumPy arrays.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ class Recorder:
     wanted : container of str
         Full names of the wanted steps.
     take : callable
-        Called as take(full name, this rank's array) for each wanted step.
+        Function that is called as take(full name, this rank's array) for each wanted step.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class Recorder:
         self._device, self._wanted, self._take = device, wanted, take
 
     def __call__(self, block=None, layer=None):
-        """Return the namespace for the steps `layers.{layer}.{block}.NAME`, or just NAME."""
+        """Return a namespace whose attribute NAME is the step `layers.{layer}.{block}.NAME`, or just NAME."""
         before = "" if block is None else f"{block}."
 
         def observe(step, array):
@@ -51,7 +51,7 @@ class Recorder:
 
 
 def passes_of(tokens, decode):
-    """Return (name, start, stop) of each pass: a prefill of `tokens` positions, then `decode` single ones."""
+    """Return (name, start, stop) of each pass: a prefill of `tokens` tokens, then `decode` passes of one."""
     later = [(f"decode.{n}", tokens + n - 1, tokens + n) for n in range(1, decode + 1)]
     return [("prefill", 0, tokens), *later]
 
@@ -59,7 +59,7 @@ def passes_of(tokens, decode):
 def wanted_steps(plan, passes, globs=None, oracle=False):
     """Return the full names that match one of `globs`, in order; by default all but large steps and weights.
 
-    The `oracle` has no weights and no partial steps, so they are left out of its names.
+    With `oracle`, names of weights and partial steps are left out, because the oracle records none.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def wanted_steps(plan, passes, globs=None, oracle=False):
 
 
 def run_passes(model, token_ids, passes, record):
-    """Run the prompt, then the most probable token after each pass; return all token ids that were run."""
+    """Run the prompt, then the most probable token of each pass; return all token ids that were run."""
     ids, cache = list(token_ids), model.new_cache(passes[-1][2])
     for name, start, _ in passes:
         record.pass_name = name

@@ -22,7 +22,7 @@ def open_oracle(source):
 def oracle_steps(oracle, token_ids, passes):
     """Yield (full name, float64 array) of the steps of all passes, from one oracle run over all tokens.
 
-    A layer's steps are yielded for all passes before those of the next layer.
+    All passes of a layer come before the next layer.
     """
     letters = BEFORE | LAYER | AFTER
     for name, whole in oracle.steps(token_ids):

@@ -1,7 +1,7 @@
 """The file of a trace: the steps of a run, assembled over the ranks.
 
-A trace is a safetensors file with the steps under the names of `names`. Its metadata describes the run; all
-values are strings, and those that are not names are JSON:
+A trace is a safetensors file that contains each step under its full name (see `names`). Its metadata
+describes the run. All values are strings; config, tp, layers, token_ids, passes and kinds are JSON:
 
     format      minitp-trace-1
     source      ranks or oracle
@@ -31,9 +31,9 @@ FORMAT = "minitp-trace-1"
 
 
 def write_trace(path, source, model, token_ids, passes, wanted, per_rank=False):
-    """Run the prompt and write its steps to `path`; all ranks call it, rank 0 writes.
+    """Run the prompt and write its steps to `path`; all ranks call this, and rank 0 writes.
 
-    Each step is written as it comes, so rank 0 holds one step of all ranks in memory at a time.
+    Each step is written immediately, so rank 0 holds one step of all ranks in memory at a time.
 
     Parameters
     ----------
@@ -42,11 +42,11 @@ def write_trace(path, source, model, token_ids, passes, wanted, per_rank=False):
     model : Model
     token_ids : list of int
     passes : list of (name, start, stop)
-        From `passes_of`.
+        Passes from `passes_of`.
     wanted : list of str
-        From `wanted_steps`.
+        Full names from `wanted_steps`.
     per_rank : bool
-        Write each rank's own pieces as well.
+        Write each rank's own arrays as well.
     """
     comm = model.comm
     kind_of = step_kinds(source)
@@ -78,7 +78,7 @@ def write_trace(path, source, model, token_ids, passes, wanted, per_rank=False):
 
 
 def write_oracle_trace(path, source, token_ids, passes, wanted):
-    """Write the oracle's steps, in float64 and in this process; they exclude weights and partial steps."""
+    """Write the oracle's steps, computed in float64 in this process, without weights and partial steps."""
     oracle = open_oracle(source)
     ids = list(token_ids)
     while len(ids) < passes[-1][2]:

@@ -93,7 +93,7 @@ FFN_RANGES = ((0, 10), (10, 19), (19, 28), (28, 37))  # the FFN columns of four 
 PLANS = {
     "heads twice": (with_ranges("head", 1, 2, 5), (1, "heads 2 to 5, expected to begin at 3")),
     "a head left out": (with_ranges("head", 1, 4, 5), (1, "heads 4 to 5, expected to begin at 3")),
-    "too few heads": (with_ranges("head", 3, 7, 8), (3, "heads end at 8, and there are 9")),
+    "too few heads": (with_ranges("head", 3, 7, 8), (3, "heads end at 8, expected 9")),
     "a range missing": (
         lambda plan: replace(plan, ffn_ranges=plan.ffn_ranges[:3]),
         ("all", "ffn: 3 ranges for 4 ranks"),
@@ -103,7 +103,7 @@ PLANS = {
         ("all", "heads: 3 ranges for 4 ranks"),
     ),
     "columns twice": (with_ranges("ffn", 2, 18, 28), (2, "ffn 18 to 28, expected to begin at 19")),
-    "the last rows left out": (with_ranges("vocab", 3, 76, 100), (3, "vocab end at 100, and there are 101")),
+    "the last rows left out": (with_ranges("vocab", 3, 76, 100), (3, "vocab end at 100, expected 101")),
     "backwards": (with_ranges("vocab", 1, 26, 20), (1, "vocab 26 to 20")),
     "the neighbor's KV head": (
         with_ranges("kv_head", 1, 2, 3),
@@ -147,7 +147,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize(("change", "expected"), PLANS.values(), ids=PLANS)
-def test_a_wrong_plan_is_refused(change, expected, uneven):
+def test_a_wrong_plan_is_rejected(change, expected, uneven):
     source, plan = plan_of(uneven, 4)
     problems = plan_problems(open_oracle(source), change(plan))
     rank, beginning = expected

@@ -257,7 +257,7 @@ def test_globs_choose_steps(globs, expected, models, tmp_path):
     assert set(tensors) == set(expected)
 
 
-def test_a_glob_that_matches_nothing_is_refused(models):
+def test_a_glob_that_matches_nothing_is_rejected(models):
     plan = open_model(str(models["llama"]), 2).plan
     for glob in ("logits", "decode.2/*", "prefill/layers.2.*", "prefill/Embed", ""):
         with pytest.raises(InputError, match="this run has no such step"):
