@@ -1,4 +1,4 @@
-"""The expected value of each operation for the inputs that a rank recorded, and what its bounds need.
+"""The expected value of each operation for a rank's recorded inputs, and the scale of its errors.
 
 Every function computes an operation twice: as the oracle does, in float64 (`value`), and as the low-precision
 reference (`lowp`), which is the same formula with sums in float32 and the result rounded to the run's dtype.
@@ -47,11 +47,11 @@ def linear(x, weight, bias=None, dtype=None, sums=IN_FLOAT32):
     shape = (len(x), len(weight))
     value, lowp, scale = np.empty(shape), np.empty(shape), np.empty(shape)  # [T, out] each
     squares = np.square(x, dtype=np.float64)  # [T, in]
-    step = max(1, BLOCK // max(1, weight.shape[1]))
-    for start in range(0, len(weight), step):
-        out = slice(start, start + step)
-        w = weight[out]  # [step, in]
-        b = np.zeros(len(w), np.float32) if bias is None else bias[out]  # [step]
+    rows = max(1, BLOCK // max(1, weight.shape[1]))
+    for start in range(0, len(weight), rows):
+        out = slice(start, start + rows)
+        w = weight[out]  # [rows, in]
+        b = np.zeros(len(w), np.float32) if bias is None else bias[out]  # [rows]
         value[:, out] = oracle_ops.linear(x, w, b)
         lowp[:, out] = rounded(sums.matmul(x_lp, w.T) + b.astype(np.float32), dtype or x_lp.dtype)
         scale[:, out] = squares @ np.square(w.T, dtype=np.float64) + np.square(b, dtype=np.float64)

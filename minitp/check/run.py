@@ -59,7 +59,7 @@ def check_model(source, model, token_ids, passes, progress=lambda layers: None):
         rank.check_locally(progress)
         rank.check_bits()
         rank.check_totally(progress)
-    findings = [finding for mine in comm.allgather_object(rank.findings) for finding in mine.values()]
+    findings = [finding for found in comm.allgather_object(rank.findings) for finding in found.values()]
     return CheckResult(_in_order(findings, source.plan, passes), problems, ids, passes, comm.size)
 
 
@@ -206,5 +206,5 @@ def _in_order(findings, plan, passes):
     """Sort the findings: weights first, then steps in the order of the run; each step by rank."""
     names = [*[WEIGHTS + name for name in plan.tensors]]
     names += [f"{name}/{step}" for name, _, _ in passes for step in step_names(plan)]
-    place = {name: number for number, name in enumerate(names)}
-    return sorted(findings, key=lambda finding: (place[finding.name], finding.rank))
+    position = {name: number for number, name in enumerate(names)}
+    return sorted(findings, key=lambda finding: (position[finding.name], finding.rank))

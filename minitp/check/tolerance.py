@@ -1,7 +1,7 @@
 """The tolerance of a check: how far a recorded array may be from its expected value.
 
-The shapes, the dtypes and the positions of NaN and infinite entries are compared before (see `run` and
-`difference`). The bounds are for the finite entries. The symbols, for one array of a run:
+The shapes, the dtypes and the positions of NaN and infinite entries are compared first (see `run` and
+`difference`); the bounds apply to the finite entries. The symbols, for one array of a run:
 
     x   the array that the rank recorded
     y   the expected value: the oracle's operation, in float64, on the inputs that the rank recorded

@@ -45,10 +45,10 @@ def rope_inverse_frequencies(config):
     theta_i = base^(-2i/d) (Su et al., RoFormer, 2021, section 3.2.2). `linear` divides all of them by
     `factor` (Chen et al., Position Interpolation, 2023, section 2.3). `llama3` divides those with wavelengths
     above L / low_freq_factor, keeps those with wavelengths below L / high_freq_factor, and interpolates in
-    between; L is original_max_position_embeddings (apply_scaling in Meta's llama-models). `yarn` does the same
-    with a ramp from the pair that rotates beta_fast times within L to the pair that rotates beta_slow times
-    (Peng et al., YaRN, 2023, section 3.2). `longrope` divides each theta_i by its own factor, the one for
-    contexts up to L (Ding et al., LongRoPE, 2024).
+    between; L is original_max_position_embeddings (apply_scaling in Meta's llama-models). `yarn` does so with
+    a ramp from the pair that rotates beta_fast times within L to the pair that rotates beta_slow times (Peng
+    et al., YaRN, 2023, section 3.2). `longrope` divides each theta_i by its own factor, the one for contexts
+    up to L (Ding et al., LongRoPE, 2024).
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The parts of `check`: the plan, the measurement and bounds of differences, and the blame."""
+"""The parts of `check`: the plan, differences and their bounds, and the steps to blame."""
 
 import re
 from dataclasses import replace
@@ -89,7 +89,7 @@ Q_PROJ, O_PROJ, UP = (
 )
 FFN_RANGES = ((0, 10), (10, 19), (19, 28), (28, 37))  # the FFN columns of four ranks
 # Ranks have heads 0-2, 3-4, 5-6, 7-8 and KV heads 0, 1, 1-2, 2.
-# Each name has a change of the plan, and (rank, beginning of the problem's text).
+# name -> (change of the plan, (rank, beginning of the problem's description))
 PLANS = {
     "heads twice": (with_ranges("head", 1, 2, 5), (1, "heads 2 to 5, expected to begin at 3")),
     "a head left out": (with_ranges("head", 1, 4, 5), (1, "heads 4 to 5, expected to begin at 3")),
@@ -214,9 +214,9 @@ def test_the_bound_of_a_large_array_is_twice_the_error_of_the_low_precision_refe
         should = expected.linear(x.astype(dtype), w.astype(dtype))
         reference = difference_of(should.low_precision_reference, should.value)
         relative, absolute = should.bounds(dtype)
-        # The norm of 19200 errors is accurate to 1%; the allowance for chance must be no more than 10%.
+        # The norm of 19200 errors varies by 1%; the allowance for chance must be no more than 10%.
         assert 2 * reference.relative <= relative <= 2.2 * reference.relative
-        # The allowance for the largest error is that of one sum: some 2 roundings of the largest number.
+        # The allowance for chance is the error of one sum: some 2 roundings of the largest number.
         assert 2 * reference.absolute <= absolute <= 6 * reference.absolute
 
 
@@ -303,7 +303,7 @@ def test_the_example_of_tolerance_is_the_one_in_the_docs(example):
 
 
 def test_a_product_dominated_by_one_number_is_within_its_bounds():
-    """Use a product as of real hidden states; the reference's error of the large number may be tiny."""
+    """Use numbers like those of real hidden states; the reference's error of the large one may be tiny."""
     rng = np.random.default_rng(0)
     for _ in range(300):
         x, w = rng.standard_normal((1, 384), np.float32), rng.standard_normal((576, 384), np.float32) / 20
@@ -315,7 +315,7 @@ def test_a_product_dominated_by_one_number_is_within_its_bounds():
 
 
 def test_equal_rows_do_not_count_as_more_samples():
-    """Repeat one row of 8 numbers, whose error of two roundings may well be twice that of the reference."""
+    """Repeat one row of 8 numbers, whose error of two roundings may by chance be twice the reference's."""
     rng, dtype = np.random.default_rng(0), open_device("bfloat16").dtype
     for _ in range(300):
         row, w, bias = rng.standard_normal((1, 20)), rng.standard_normal((8, 20)), rng.standard_normal(8)
@@ -334,7 +334,7 @@ def test_an_overflow_does_not_widen_the_bound():
 
 
 def test_a_float32_input_does_not_tighten_the_bound():
-    """Follow float32 numbers of a step that should have been bfloat16 with a step in bfloat16."""
+    """Compute a bfloat16 step from float32 inputs that should have been bfloat16."""
     rng, dtype = np.random.default_rng(0), open_device("bfloat16").dtype
     gate, up = rng.standard_normal((2, 20, 30), np.float32)
     should = expected.swiglu(gate, up)

@@ -1,4 +1,4 @@
-"""`minitp compare`: names, layouts, the first departing step, likely causes, and bad input."""
+"""`minitp compare`: names, layouts, the first step that differs, likely causes, and bad input."""
 
 import json
 import tracemalloc
@@ -26,7 +26,7 @@ def rng(seed=0):
 
 
 def arrays(seed=0, layers=4, dtype=np.float32):
-    """Return steps of a made-up model: heads [4, 6, 8], the rest [6, 32]."""
+    """Return steps of an invented model: heads [4, 6, 8], the rest [6, 32]."""
     draw = rng(seed).standard_normal
     found = {"prefill/embed": draw((6, 32))}
     for i in range(layers):
@@ -77,7 +77,7 @@ def command(capsys, *argv):
 
 @pytest.fixture
 def refused(refused):
-    """Return `refused` for this command."""
+    """Return a function that runs `minitp compare`, expects an error and returns its line."""
     return partial(refused, "compare")
 
 
@@ -98,7 +98,7 @@ def test_equal_files(tmp_path, capsys, a_kind, b_kind):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "npz"])
-def test_first_departing_step(tmp_path, capsys, kind):
+def test_first_step_that_differs(tmp_path, capsys, kind):
     b = arrays()
     first = TRACE.format(2, "attn.context")
     b[first][3, 17] += 5
@@ -121,7 +121,7 @@ def test_first_departing_step(tmp_path, capsys, kind):
     assert errors == sorted(errors, reverse=True)
 
 
-def test_many_departing_steps_are_not_all_listed(tmp_path, capsys):
+def test_long_lists_of_differences_are_shortened(tmp_path, capsys):
     paths = [write(tmp_path / f"{seed}.npz", arrays(seed, layers=40)) for seed in (0, 1)]
     code, out = command(capsys, *paths)
     assert code == 1
@@ -130,7 +130,7 @@ def test_many_departing_steps_are_not_all_listed(tmp_path, capsys):
 
 
 def test_order_of_the_passes(two):
-    """Order a file like the oracle's, which has a layer's steps of all passes together."""
+    """Check the order for a file like the oracle's, in which all passes of a layer come together."""
     passes = ["decode.10", "decode.3", "decode.2", "prefill"]
     names = [*[f"{name}/layers.0.attn.q" for name in passes], "weights/w"]
     content = {name: np.ones(3, np.float32) for name in names}
@@ -156,7 +156,7 @@ def test_names_may_omit_the_prefill(two):
 
 @pytest.fixture
 def measure(two):
-    """Return a function that compares two arrays: relative and absolute error, worst elements and note."""
+    """Return a function that gives relative and absolute error, worst elements and note of two arrays."""
 
     def run(a, b):
         step = two({"x": a}, {"x": b}).steps[0]
@@ -201,7 +201,7 @@ def test_entries_that_are_not_finite(measure):
     assert measure(a, -a)[0] == np.inf, "-inf is not inf"
 
 
-def test_nan_departs_whatever_the_tolerance(two):
+def test_nan_differs_at_any_tolerance(two):
     b = arrays()
     b["prefill/embed"][0, 0] = np.nan
     assert [step.name for step in two(arrays(), b, tolerance=1e9).departing] == ["prefill/embed"]
@@ -346,7 +346,7 @@ def test_interleaved_heads(two):
     assert cause(two, Q, a, b).startswith("B is [T, H*d]; each head's dimensions are interleaved in B")
 
 
-def test_sixteen_bits_in_disguise(two):
+def test_values_rounded_to_16_bits(two):
     a = rng().standard_normal((6, 32))
     b = a.astype(ml_dtypes.bfloat16).astype(np.float32)
     assert cause(two, CONTEXT, a, b) == "all of B's values are bfloat16 numbers: see --tolerance"
@@ -463,8 +463,8 @@ def test_disjoint_names(tmp_path, refused):
     assert "the second 'h.0'; pair the names with --map" in line
 
 
-def test_the_first_departing_step_does_not_depend_on_the_order_of_the_file(two):
-    """Sort names as safetensors' save_file does: attn.context before attn.q, layers.10 before layers.2."""
+def test_the_first_difference_does_not_depend_on_the_order_of_the_file(two):
+    """Use the sorted names that save_file writes: attn.context before attn.q, layers.10 before layers.2."""
     a = dict(sorted(arrays(layers=12).items()))
     b = dict(a)
     for name in (TRACE.format(10, "attn.q"), TRACE.format(2, "attn.q"), TRACE.format(2, "attn.context")):
@@ -482,7 +482,7 @@ def test_unknown_names_come_last_in_their_pass(two):
 
 
 def test_a_single_array_in_another_layout_is_reported(tmp_path, capsys):
-    """Report the layout of an exact array, which is never the worst of its layers."""
+    """Check that the layout of an exact array is reported, although other layers have larger errors."""
     weights = {f"weights/{i}.q": rng(i).standard_normal((6, 6)).astype(np.float32) for i in range(3)}
     a = write(tmp_path / "a.npz", weights)
     b = write(tmp_path / "b.npz", weights | {"weights/1.q": weights["weights/1.q"].T})
@@ -524,7 +524,7 @@ def test_a_map_that_does_not_exist(tmp_path, refused):
 
 
 def test_bfloat16_in_npz(tmp_path):
-    """Read bfloat16 from .npz, where NumPy writes no name for it."""
+    """Read bfloat16 from .npz, in which NumPy stores it without the dtype's name."""
     x = rng().standard_normal(50).astype(ml_dtypes.bfloat16)
     dump = open_dump(write(tmp_path / "x.npz", {"x": x}))
     assert dump.entries["x"].dtype == "bfloat16"
@@ -549,7 +549,7 @@ def test_one_pair_in_memory_at_a_time(tmp_path, kind):
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory):
-    """Return a function that runs `minitp trace` with options, once for each, and returns the file."""
+    """Return a function that runs `minitp trace` with options and returns the file, which it also caches."""
     directory = tmp_path_factory.mktemp("traces")
     write_tiny(directory / "model")
     write_tiny(directory / "theta", rope_theta=20000.0)
@@ -642,7 +642,7 @@ ROPE = {
 
 
 def pairwise(x, positions, frequencies):
-    """Apply RoPE as in Meta's code, to complex numbers made of neighbors."""
+    """Apply RoPE as Meta's code does, to pairs of neighbors as complex numbers."""
     rotated = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * np.multiply.outer(positions, frequencies))
     return np.stack((rotated.real, rotated.imag), axis=-1).reshape(x.shape)
 

@@ -1,4 +1,4 @@
-"""Check docs/compare.md: the names are those of the steps, and the worked example gives its output."""
+"""Check docs/compare.md: its names are steps, and its worked example prints the output shown."""
 
 import importlib.util
 import os
@@ -29,7 +29,7 @@ def test_the_table_of_names_has_all_steps():
     assert [name for name, _ in rows] == list(STEPS), "in the order in which they happen"
 
 
-def test_the_examples_names_are_steps():
+def test_names_in_the_example_are_steps():
     named = re.findall(
         r"""keep(?:_\w+)?\([^"\n]*f?"([^"]+)"\)|keep\(f?"([^"]+)",""", "".join(blocks("python"))
     )

@@ -29,8 +29,8 @@ PROMPT = [100, 3, 40, 60, 80, 15, 25]
 ALL = ["*"]
 FACTS = ("format", "source", "model", "config", "tp", "dtype", "layers")
 
-# The values are near 1, after some ten sums of 20 to 54 float32 products. Roundings of 6e-8 add up to a few
-# times 1e-6. A head, column or position in the wrong place changes them by 0.01 and more.
+# The values are near 1 and result from some ten sums of 20 to 54 float32 products. Roundings of 6e-8 add up
+# to a few times 1e-6. A head, column or position in the wrong place changes the values by 0.01 or more.
 CLOSE = {"rtol": 0, "atol": 2e-5}
 
 
@@ -128,7 +128,7 @@ def test_the_ranks_parts_make_up_the_whole_array(whole):
             continue
         pieces = [tensors[f"rank{rank}/{name}"] for rank in range(4)]
         if name.startswith("weights/"):
-            continue  # these have their own test
+            continue  # another test checks the weights
         _, layer, step = split_name(name)
         kind = kinds[step if layer is None else f"layers.*.{step}"]
         if kind["kind"] == "replicated":
@@ -187,7 +187,7 @@ def test_many_ranks_give_the_trace_of_one_rank(name, tp, models, tmp_path):
         if step.startswith("weights/") or step.endswith(("/embed", "/embed_partial")):
             np.testing.assert_array_equal(array, alone[step])
         else:
-            # This includes -inf, which must be at the same elements.
+            # Entries of -inf must be at the same positions.
             np.testing.assert_allclose(array, alone[step], **CLOSE, err_msg=step)
 
 
@@ -207,7 +207,7 @@ def test_weights_equal_the_checkpoint(name, tmp_path):
             np.testing.assert_array_equal(tensors[f"rank{rank}/weights/{name}"], piece)
 
 
-def test_in_bfloat16(models, tmp_path):
+def test_dtypes_of_a_bfloat16_trace(models, tmp_path):
     tensors, metadata = trace(
         models["llama"], tmp_path / "a.safetensors", decode=1, globs=ALL, per_rank=True, dtype="bfloat16"
     )
@@ -218,13 +218,13 @@ def test_in_bfloat16(models, tmp_path):
     weight = "model.layers.1.self_attn.k_proj.weight"
     stored = load_file(models["llama"] / "model.safetensors")[weight]
     np.testing.assert_array_equal(tensors[f"weights/{weight}"], stored.astype(ml_dtypes.bfloat16))
-    # Terms of 16 bits are summed exactly and rounded once.
+    # 16-bit terms are summed exactly and rounded once.
     name = "prefill/layers.0.mlp.out_partial"
     terms = [tensors[f"rank{rank}/{name}"].astype(np.float64) for rank in range(4)]
     np.testing.assert_array_equal(tensors[name], sum(terms).astype(ml_dtypes.bfloat16))
 
 
-# --- which steps ----------------------------------------------------------------------------------------
+# --- the choice of steps --------------------------------------------------------------------------------
 
 
 def test_scores_probs_and_weights_are_left_out_by_default(models, tmp_path):
