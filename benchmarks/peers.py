@@ -3,12 +3,12 @@
     python benchmarks/peers.py [--tp 1 2 4] [--tokens 100] [--rounds 3] [--prompt-tokens 5] [-o FILE.json]
 
 Each run is a separate process that uses all cores of this machine. Decode speed is tokens per second after
-the first one. Prefill is the time to the first token, measured within the process and after a warm-up if the
+the first one. Prefill is the time to the first token, measured within the process, after a warm-up if the
 engine has one. Engines that are not installed are skipped, with a message:
 
 - `transformers` (pip install torch transformers), float32
 - `llama.cpp f32` (pip install cyllama gguf), the shipped GGUF file dequantized to float32
-- `llama.cpp q4_1`, that file as it is shipped: a quarter of the bytes, for comparison
+- `llama.cpp q4_1`, the same file as shipped: a quarter of the bytes, for comparison
 
 minitp uses the same weights, rounded to float16, and computes in float32.
 """
@@ -130,7 +130,7 @@ def llama_cpp(prompt, tokens, dequantized):
 
 
 def gguf_file(dequantized):
-    """Return the path of the demo model as a GGUF file, which is kept next to the demo model."""
+    """Return the path of the demo model's GGUF file, which is kept next to the demo model."""
     folder = cache_directory() / "peers"
     folder.mkdir(parents=True, exist_ok=True)
     shipped, whole = folder / "model.gguf", folder / "model-f32.gguf"
@@ -142,7 +142,7 @@ def gguf_file(dequantized):
 
 
 def dequantize(shipped, whole):
-    """Write the same GGUF file with all tensors in float32."""
+    """Write a copy of a GGUF file with all tensors in float32."""
     import gguf
 
     reader = gguf.GGUFReader(shipped)
@@ -178,7 +178,7 @@ def table(figures):
         row += f"{statistics.median(r['prefill'] for r in runs):8.3f} s"
         for peer in peers if name not in peers else ():
             pairs = zip(runs, figures[peer], strict=True)
-            row += f"{statistics.median(mine['decode'] / its['decode'] for mine, its in pairs):17.2f} x"
+            row += f"{statistics.median(ours['decode'] / theirs['decode'] for ours, theirs in pairs):17.2f} x"
         print(row)
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/server_peers.py [--requests 16] [--prompt-tokens 64] [--tokens 64] [--tp 2] [--rounds 3]
 
-All requests are sent at the same time to /v1/completions, as random token ids, and the time is taken until
-the last response is complete. The result is new tokens per second over all requests. Both servers run at the
+All requests are sent at the same time to /v1/completions, as random token ids, and timed until the last
+response is complete. The result is new tokens per second over all requests. Both servers run at the
 same time and take turns; each is idle while the other is measured. Each has a slot for every request and uses
 all cores. Needs minitp[serve], an mpirun, httpx, xllamacpp (llama.cpp's server in a wheel) and gguf.
 """
@@ -55,12 +55,12 @@ def main():
             process.terminate()
     for name, values in runs.items():
         print(f"{name:10}{statistics.median(values):8.1f} tokens/s  {min(values):.1f} to {max(values):.1f}")
-    ratio = statistics.median(mine / its for mine, its in zip(*runs.values(), strict=True))
+    ratio = statistics.median(ours / theirs for ours, theirs in zip(*runs.values(), strict=True))
     print(f"minitp / llama.cpp: {ratio:.2f}")
 
 
 def start(command):
-    """Start a server; return its process and its address, once it has printed it."""
+    """Start a server; return its process, and its address once the server has printed it."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     last = ""
     for line in process.stderr:
@@ -91,7 +91,7 @@ async def ask(client, url, prompt, tokens):
 
 
 def llama_cpp(requests, positions):
-    """Run llama.cpp's server with a slot for each request, until the process is ended."""
+    """Run llama.cpp's server with a slot for each request, until the process is terminated."""
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()

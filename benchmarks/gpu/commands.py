@@ -1,11 +1,11 @@
-"""The steps of benchmarks/gpu/run.py: checks, measurements, and peers for comparison."""
+"""The tasks of benchmarks/gpu/run.py: checks, measurements, and peers for comparison."""
 
 import importlib.util
 import sys
 from functools import partial
 from pathlib import Path
 
-from steps import Step
+from tasks import Task
 
 from minitp.errors import MinitpError, one_line
 from minitp.launch.supervisor import find_mpirun
@@ -13,8 +13,8 @@ from minitp.loading.demo import NAME, cache_directory
 
 MODEL = "random:mistral-7b"
 GPU_TESTS = ("real_gpu", "real_gpu_kernels", "real_gpu_tensor_cores")
-# Tests that run kernels on the CPU; here they run on the GPU. The tests of all_reduce share the host's memory
-# with forked processes, so they cannot run on a GPU; ipc.py replaces them.
+# Tests of kernels, which run on the CPU by default and on the GPU in this benchmark. Tests of all_reduce
+# share the host's memory with forked processes, so they cannot run on a GPU; ipc.py replaces them.
 KERNEL_TESTS = (
     "linear",
     "attention_decode",
@@ -28,7 +28,7 @@ KERNEL_TESTS = (
 GOLDENS = (("explicit", "float32"), ("explicit", "bfloat16"), ("fused", "bfloat16"), ("fused", "float16"))
 IN_16_BITS = [(path, dtype) for dtype in ("bfloat16", "float16") for path in ("explicit", "fused")]
 CONTEXT, NEW_TOKENS, PROMPT = 512, 128, 2048
-Check = partial(Step, required=True)
+Check = partial(Task, required=True)
 
 
 def checks():
@@ -36,27 +36,27 @@ def checks():
     tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     kernels = [f"tests/rooms/cuda/test_{name}.py" for name in KERNEL_TESTS]
     on_gpu = [f"tests/system/test_{name}.py" for name in GPU_TESTS]
-    wanted = [
+    tasks = [
         Check("tests of kernels", [*tests, "-p", "kernels_on_gpu", *kernels], 150, missing("pytest")),
         Check("tests that need a GPU", [*tests, "-s", "-m", "gpu", *on_gpu], 150, missing("pytest")),
     ]
     ids = ["--tokens", "1,2,3,4,5,6,7", "--decode", 2]
     for path, dtype in [*IN_16_BITS, ("explicit", "float32")]:
         command = minitp("check", *ids, "--model", MODEL, "--layers", 2, "--tp", 1, "--path", path)
-        wanted.append(Check(f"check Mistral 7B, {path}, {dtype}", [*command, "--dtype", dtype], 150))
+        tasks.append(Check(f"check Mistral 7B, {path}, {dtype}", [*command, "--dtype", dtype], 150))
     for path, dtype in GOLDENS:
         command = script("parts.py", "goldens", path, dtype)
-        wanted.append(Check(f"check every family, {path}, {dtype}", command, 120))
+        tasks.append(Check(f"check every family, {path}, {dtype}", command, 120))
     for path in ("explicit", "fused"):
         command = minitp("check", "The capital of France is", "--tp", 1, "--path", path, "--dtype", "float16")
-        wanted.append(Check(f"check demo, {path}, float16", command, 120, no_demo))
+        tasks.append(Check(f"check demo, {path}, float16", command, 120, no_demo))
     shared = ["--model", "random:smollm2-135m", "--layers", 4, "--tp", 4, "--share-gpu"]
     for transport, reason in (("nccl", no_shared_nccl), ("mpi", no_mpirun)):
         command = minitp("check", *ids, *shared, "--path", "fused", "--comm", transport)
-        wanted.append(Check(f"four ranks on one GPU, {transport}", command, 120, reason))
-    wanted.append(Check("four processes on one GPU, peer memory", script("ipc.py"), 60))
-    wanted.append(Check("NCCL, one rank", script("parts.py", "nccl"), 60))
-    return wanted
+        tasks.append(Check(f"four ranks on one GPU, {transport}", command, 120, reason))
+    tasks.append(Check("four processes on one GPU, peer memory", script("ipc.py"), 60))
+    tasks.append(Check("NCCL, one rank", script("parts.py", "nccl"), 60))
+    return tasks
 
 
 def measurements():
@@ -69,13 +69,13 @@ def measurements():
     batches = ["--sweep", "batch", "--prompt-tokens", CONTEXT - 16, "-n", 16, "--rounds", 1]
     requests = ["--requests", 16, "--prompt-tokens", 64, "-n", 64, "--rounds", 2]
     return [
-        Step("decode", minitp(*bench, "--tp", 1, *decode), 80, least_s=20),
-        Step("prefill", minitp(*bench, "--tp", 1, *prefill), 60, least_s=20),
-        Step("rank 0 of 4, decode", minitp(*share, *decode), 60, least_s=10),
-        Step("16 tokens", minitp(*bench, "--tp", 1, *few), 60, least_s=20),
-        Step("16 requests", minitp(*bench, "--tp", 1, *requests), 60, least_s=20),
-        Step("batches", minitp(*bench, "--tp", 1, *batches), 60, least_s=20),
-        Step("loading", script("parts.py", "loading"), 60, least_s=20),
+        Task("decode", minitp(*bench, "--tp", 1, *decode), 80, least_s=20),
+        Task("prefill", minitp(*bench, "--tp", 1, *prefill), 60, least_s=20),
+        Task("rank 0 of 4, decode", minitp(*share, *decode), 60, least_s=10),
+        Task("16 tokens", minitp(*bench, "--tp", 1, *few), 60, least_s=20),
+        Task("16 requests", minitp(*bench, "--tp", 1, *requests), 60, least_s=20),
+        Task("batches", minitp(*bench, "--tp", 1, *batches), 60, least_s=20),
+        Task("loading", script("parts.py", "loading"), 60, least_s=20),
     ]
 
 
@@ -83,7 +83,7 @@ def peers():
     """Return the measurements of other engines that compute the same."""
     sizes = ["--context", CONTEXT, "--new-tokens", NEW_TOKENS, "--prompt", PROMPT]
     command = script("peers.py", *sizes)
-    return [Step("transformers", command, 170, missing("torch", "transformers"), least_s=60)]
+    return [Task("transformers", command, 170, missing("torch", "transformers"), least_s=60)]
 
 
 def minitp(*argv):
@@ -94,11 +94,11 @@ def script(name, *argv):
     return [sys.executable, str(Path(__file__).with_name(name)), *map(str, argv)]
 
 
-# --- reasons to skip a step -----------------------------------------------------------------------------
+# --- reasons to skip a task -----------------------------------------------------------------------------
 
 
 def missing(*modules):
-    """Return a function that returns which of these modules are missing, as text, or None."""
+    """Return a function whose result says which of these modules are missing, or is None."""
     absent = [name for name in modules if importlib.util.find_spec(name) is None]
     return lambda: f"{' and '.join(absent)} not installed" if absent else None
 
@@ -108,7 +108,7 @@ def no_mpirun():
     try:
         find_mpirun()
     except MinitpError:
-        return "no mpirun found; MINITP_MPICH=WHEEL gives one, see docs/troubleshooting.md"
+        return "no mpirun found; MINITP_MPICH=WHEEL provides one, see docs/troubleshooting.md"
     return missing("mpi4py")()
 
 

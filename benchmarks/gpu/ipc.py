@@ -1,9 +1,9 @@
 """Compare all_reduce.cu over CUDA IPC, with four processes that share one GPU, with NumPy's sums.
 
-`--comm peer` needs a GPU for each rank. What it uses of CUDA can be tested on one GPU: memory that other
-processes open by its handle, and kernels that wait for flags set by kernels of other processes. On one GPU,
-the kernels of several processes take turns of some milliseconds each, so a sum is slow, and only a few are
-made.
+`--comm peer` needs a GPU for each rank. The features of CUDA that it uses can be tested on one GPU: memory
+that other processes open by its handle, and kernels that wait for flags set by kernels of other processes. On
+one GPU, the kernels of several processes take turns of a few milliseconds each. So sums are slow, and only a
+few are computed.
 """
 
 import multiprocessing
@@ -23,7 +23,7 @@ RANKS, ROWS, WIDTH, CALLS = 4, 3, 576, 20
 DTYPES = (np.float16, ml_dtypes.bfloat16)
 EPS = 1e-5
 PATIENCE_S = 30.0
-END_S = 5.0  # between the end of the first process and that of the last
+END_S = 5.0  # maximum time between the first process to end and the last
 LATE_S = 0.02
 
 
@@ -55,7 +55,7 @@ def main():
 
 
 def work(rank, pipe):
-    """Run one process: make all sums and compare them with NumPy's."""
+    """Run one process: compute all sums and compare them with NumPy's."""
 
     def allgather_object(value):
         """Return the values of all processes, by rank."""
@@ -78,11 +78,11 @@ def work(rank, pipe):
 def shared_regions(gpu, rank, allgather_object):
     """Yield the addresses of all processes' regions in this process, uint64 [ranks] on the GPU."""
     runtime, nbytes = gpu.cupy.cuda.runtime, region_bytes(RANKS, ROWS, WIDTH)
-    mine = runtime.malloc(nbytes)
-    runtime.memsetAsync(mine, 0, nbytes, gpu.stream.ptr)
+    own = runtime.malloc(nbytes)
+    runtime.memsetAsync(own, 0, nbytes, gpu.stream.ptr)
     gpu.stream.synchronize()
-    handles = allgather_object(runtime.ipcGetMemHandle(mine))
-    seen = [mine if r == rank else runtime.ipcOpenMemHandle(handle) for r, handle in enumerate(handles)]
+    handles = allgather_object(runtime.ipcGetMemHandle(own))
+    seen = [own if r == rank else runtime.ipcOpenMemHandle(handle) for r, handle in enumerate(handles)]
     yield gpu.from_host(np.array(seen, np.uint64))
     gpu.stream.synchronize()
     allgather_object(None)  # all processes have finished reading
@@ -90,32 +90,32 @@ def shared_regions(gpu, rank, allgather_object):
         if r != rank:
             runtime.ipcCloseMemHandle(region)
     allgather_object(None)
-    runtime.free(mine)
+    runtime.free(own)
 
 
 def check_sums(gpu, rank, reduce, dtype):
     """Check that consecutive sums have NumPy's bits, while each process in turn is late."""
     partial, expected = drawn(dtype)
-    given = [gpu.from_host(one[rank]) for one in partial]
+    terms = [gpu.from_host(one[rank]) for one in partial]
     out = [gpu.cupy.empty((ROWS, WIDTH), dtype) for _ in range(CALLS)]
     for call in range(CALLS):
         be_late(rank, call)
-        reduce(given[call], out[call])
+        reduce(terms[call], out[call])
     for call in range(CALLS):
         np.testing.assert_array_equal(bits(gpu.to_host(out[call])), bits(expected[call]))
 
 
 def check_norms(gpu, rank, reduce, dtype):
-    """Check the same with the residual and the norm; each call continues with the residual of the last."""
+    """Check sums with the residual and the norm; each call continues with the previous residual."""
     partial, sums = drawn(dtype)
     x, weight, bias = np.random.default_rng(1).normal(size=(3, WIDTH)).astype(dtype)
     x = np.tile(x, (ROWS, 1))  # [T, D]
     residual, on_gpu = gpu.from_host(x), [gpu.from_host(array) for array in (weight, bias)]
-    given = [gpu.from_host(one[rank]) for one in partial]
+    terms = [gpu.from_host(one[rank]) for one in partial]
     out = [gpu.cupy.empty((ROWS, WIDTH), dtype) for _ in range(CALLS)]
     for call in range(CALLS):
         be_late(rank, call)
-        reduce.add_and_norm(given[call], residual, on_gpu[0], out[call], EPS, bias=on_gpu[1])
+        reduce.add_and_norm(terms[call], residual, on_gpu[0], out[call], EPS, bias=on_gpu[1])
     for call in range(CALLS):
         x = x + (sums[call] + bias)
         found, expected = (

@@ -63,9 +63,9 @@ def use_mpich(given, folder):
     Raises
     ------
     InputError
-        as `mpich_variables` does, or if there is another mpirun next to this Python, which minitp would use.
+        like `mpich_variables`, or if minitp would use another mpirun, which is next to this Python.
     """
     os.environ.update(mpich_variables(given, folder))
     found = Path(find_mpirun())
     if str(found.parent) != os.environ["PATH"].split(os.pathsep)[0]:
-        raise InputError(f"{VARIABLE}: {found} stands next to this Python and is used; leave {VARIABLE} out")
+        raise InputError(f"{VARIABLE}: {found} is next to this Python and takes precedence; unset {VARIABLE}")

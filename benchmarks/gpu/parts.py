@@ -1,4 +1,4 @@
-"""Steps of run.py that are not minitp commands: nccl, loading, goldens PATH DTYPE [FAMILY ..]."""
+"""Scripts of run.py that are not minitp commands: nccl, loading, goldens PATH DTYPE [FAMILY ..]."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ DECODED = 2
 def goldens(path, dtype, *names):
     """Run `minitp check` on each family's small checkpoint in tests/goldens, all in this process.
 
-    The exit code is 1 if a family is wrong, or if the path supports none of them.
+    The exit code is 1 if a family is wrong, or if the path supports no family.
     """
     from minitp.comm.single import SingleRank
     from minitp.launch.transport import select_comm
@@ -30,14 +30,14 @@ def goldens(path, dtype, *names):
     for name in names or sorted(folder.parent.name for folder in GOLDENS.glob("*/config.json")):
         try:
             found[name], said = check_family(GOLDENS / name, comm, path, dtype)
-        except Exception as error:  # the other families go on
+        except Exception as error:  # the other families are still checked
             found[name], said = "wrong", one_line(error)
         print(f"{name}: {said}", flush=True)
     wrong, count = [name for name in found if found[name] == "wrong"], Counter(found.values())
     if wrong:
         sys.exit(f"wrong: {len(wrong)} of {len(found)} families: {', '.join(wrong)}")
     if not count["right"]:
-        sys.exit(f"none of {len(found)} families takes the {path} path")
+        sys.exit(f"none of {len(found)} families can use the {path} path")
     others = f"; not on the {path} path: {count['other']}" if count["other"] else ""
     print(f"right: {count['right']} of {len(found)} families{others}")
 

@@ -17,7 +17,7 @@ import transformers
 from minitp.loading.random_weights import random_config
 
 ROUNDS = 5
-WARM_UP = 3  # compiles, then captures its graphs
+WARM_UP = 3  # calls in which torch compiles the model and captures graphs
 
 
 def main():
@@ -31,20 +31,20 @@ def main():
     fields = random_config(args.model)
     fields["num_hidden_layers"] = args.layers or fields["num_hidden_layers"]
     model = make_model(fields, args.device)
-    start, steps = args.context - args.new_tokens // 2, []
+    start, token_s = args.context - args.new_tokens // 2, []
     for new_tokens in (args.new_tokens, 2) * WARM_UP:  # the longer one first, so that its cache is reused
         timed(model, start, new_tokens)
     for _ in range(ROUNDS):
         first, whole = timed(model, start, 2), timed(model, start, args.new_tokens)
-        steps.append((whole - first) / (args.new_tokens - 2))
+        token_s.append((whole - first) / (args.new_tokens - 2))
     prefill_s = statistics.median([timed(model, args.prompt, 1) for _ in range(ROUNDS + 1)])
     result = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "layers": fields["num_hidden_layers"],
         "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
-        "decode_tokens_per_s": 1 / statistics.median(steps),
-        "decode_tokens_per_s_all": [1 / step for step in steps],
+        "decode_tokens_per_s": 1 / statistics.median(token_s),
+        "decode_tokens_per_s_all": [1 / s for s in token_s],
         "prefill_tokens_per_s": args.prompt / prefill_s,
     }
     print(json.dumps(result))

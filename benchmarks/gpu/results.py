@@ -5,24 +5,24 @@ import os
 from pathlib import Path
 from threading import Lock
 
-from steps import slug
+from tasks import slug
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 class Results:
-    """The file benchmarks/results/<gpu>-<date>.json, and a folder next to it with the output of each step.
+    """The file benchmarks/results/<gpu>-<date>.json, and a folder next to it with the output of each task.
 
-    The file is rewritten after each step, so it contains everything that was done, however the run ends.
-    Several runs on the same day share one file: a step's newest outcome replaces the older one, unless the
-    step was skipped this time.
+    The file is rewritten after each task, so it contains all outcomes so far, however the run ends.
+    Several runs on the same day share one file: a task's newest outcome replaces the older one, unless the
+    task was skipped this time.
 
     Parameters
     ----------
     facts : dict
         The machine and the date; those of the newest run are kept.
     names : list of str
-        The names of all steps, in the order in which they are shown.
+        The names of all tasks, in the order in which they are shown.
     folder : Path
 
     Attributes
@@ -40,7 +40,7 @@ class Results:
         self._found = {one["name"]: one for one in earlier}
 
     def add(self, outcome):
-        """Add a step's outcome to the file; any thread may call this."""
+        """Add a task's outcome to the file; any thread may call this."""
         name = outcome["name"]
         with self._lock:
             if outcome["status"] != "skipped" or self._found.get(name, outcome)["status"] == "skipped":
@@ -55,5 +55,5 @@ class Results:
 
     def outcomes(self):
         """Return the outcomes of all runs of the day, in the order in which they are shown."""
-        places = {name: place for place, name in enumerate(self._names)}
-        return sorted(self._found.values(), key=lambda one: places.get(one["name"], len(places)))
+        order = {name: i for i, name in enumerate(self._names)}
+        return sorted(self._found.values(), key=lambda one: order.get(one["name"], len(order)))

@@ -2,18 +2,18 @@
 
     ./run.sh gpu [--only checks|speed|peers] [--budget SECONDS]
 
-There are three groups of steps. The checks run in parallel, one per core: the tests that need a GPU, the
+There are three groups of tasks. The checks run in parallel, one per core: the tests that need a GPU, the
 tests of the kernels (here on the GPU), `check` of every family, of the demo model and of two layers in
 Mistral 7B's shapes, NCCL with one rank, and four ranks that share the GPU. Then the speed of minitp is
-measured, one step at a time: decoding and a prompt in Mistral 7B's shapes, one rank of TP=4 alone, and
+measured, one task at a time: decoding and a prompt in Mistral 7B's shapes, one rank of TP=4 alone, and
 loading from a file. The last group is the peers: transformers on the same GPU. `--only` runs one of the
-groups. Each step is a process with a time limit; if it fails, the others are still run.
+groups. Each task is a process with a time limit; if it fails, the others are still run.
 
 A table is printed at the end, also after Ctrl-C or SIGTERM. benchmarks/results/<gpu>-<date>.json has all
-steps of the day, and the folder of the same name has their output.
+tasks of the day, and the folder of the same name has their output.
 
-    MINITP_PYTHON=python3   a Python that has all packages: nothing is installed or downloaded
-    MINITP_MPICH=WHEEL      mpirun from an MPICH wheel or a folder; see docs/troubleshooting.md
+    MINITP_PYTHON=python3   use a Python that has all packages; nothing is installed or downloaded
+    MINITP_MPICH=WHEEL      use mpirun from an MPICH wheel or a folder; see docs/troubleshooting.md
 """
 
 import argparse
@@ -28,8 +28,8 @@ from datetime import date
 from commands import checks, measurements, peers
 from mpich import VARIABLE, use_mpich
 from results import Results
-from steps import Runner
 from table import table
+from tasks import Runner
 
 from minitp.cuda.gpu import find_cupy
 from minitp.errors import MinitpError
@@ -40,9 +40,9 @@ PACKAGES = ("numpy", "ml_dtypes", "torch", "transformers", "mpi4py")
 
 
 def main():
-    """Run the steps and return the exit code.
+    """Run the tasks and return the exit code.
 
-    It is 1 if a step failed, and 128 + the signal's number if a signal ended the run.
+    It is 1 if a task failed, and 128 + the signal's number if a signal ended the run.
     """
     args = arguments().parse_args()
     with tempfile.TemporaryDirectory(prefix="minitp-gpu-") as folder:
@@ -53,8 +53,8 @@ def main():
         except MinitpError as error:
             print(f"minitp: {error}", file=sys.stderr)
             return error.exit_code
-        groups = {name: steps() for name, steps in GROUPS.items()}
-        results = Results(facts, [step.name for steps in groups.values() for step in steps])
+        groups = {name: tasks() for name, tasks in GROUPS.items()}
+        results = Results(facts, [task.name for tasks in groups.values() for task in tasks])
         runner = Runner(results.outputs, args.budget, results.add)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, runner.interrupt)
@@ -73,13 +73,13 @@ def arguments():
     parser = argparse.ArgumentParser(
         prog="./run.sh gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--only", choices=GROUPS, help="run only this group of steps")
+    parser.add_argument("--only", choices=GROUPS, help="run only this group of tasks")
     parser.add_argument(
         "--budget",
         type=seconds,
         default=BUDGET_S,
         metavar="SECONDS",
-        help=f"time for all steps together; steps that do not fit are skipped; default {BUDGET_S:g}",
+        help=f"time for all tasks together; tasks that do not fit are skipped; default {BUDGET_S:g}",
     )
     return parser
 

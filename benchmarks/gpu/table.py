@@ -4,7 +4,7 @@ from commands import CONTEXT
 
 from minitp.util.format import aligned
 
-# Time of an all-reduce of 8 KiB over NVLink, TP=4 on H100s, in one kernel: reported in SGLang's PR 2904.
+# Microseconds of an all-reduce of 8 KiB over NVLink at TP=4 on H100s, in one kernel (SGLang's PR 2904).
 PUBLISHED_US = (3.7, 4.8)
 WIDEST = 160
 
@@ -17,7 +17,7 @@ def table(facts, outcomes):
     facts : dict
         The machine and the date.
     outcomes : list of dict
-        The outcomes of `steps.Runner`.
+        The outcomes of `tasks.Runner`.
     """
     found = {one["name"]: one["result"] for one in outcomes if one["status"] == "ok" and one["result"]}
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
@@ -58,7 +58,7 @@ def of_decode(result, _):
 
 
 def speed(decode):
-    """Return tokens/s, and the share of the memory's read bandwidth that they use."""
+    """Return tokens/s, and the share of the memory's read bandwidth in use."""
     share = decode["share_of_reads"]["median"]
     return f"{decode['tokens_per_s']['median']:.1f} tokens/s", f"{share:.1%} of the reads"
 
@@ -72,7 +72,7 @@ def of_prefill(result, _):
 
 
 def of_share(result, _):
-    """Return one rank's speed, and an estimate that adds all-reduces as published by others."""
+    """Return one rank's speed, and an estimate that adds the published time of all-reduces."""
     reductions, own_s = 2 * result["layers"] + 1, 1 / result["decode"]["tokens_per_s"]["median"]
     least, most = (1 / (own_s + reductions * us / 1e6) for us in reversed(PUBLISHED_US))
     published = f"{PUBLISHED_US[0]} to {PUBLISHED_US[1]} us published for each"
@@ -91,13 +91,13 @@ def of_requests(result, _):
     found = result["requests"]
     sizes = f"{found['count']} requests of {found['prompt_tokens']} + {found['new_tokens']} tokens at once"
     rate, share = found["together_tokens_per_s"], found["share_of_limit"]
-    return [(sizes, f"{rate:.0f} tokens/s", f"{share:.0%} of their steps' limit")]
+    return [(sizes, f"{rate:.0f} tokens/s", f"{share:.0%} of their batches' limit")]
 
 
 def of_batches(result, _):
     points = result["sweep"]["points"]
-    steps = ", ".join(f"{one['batch']}: {1e3 * one['step_s']:.2f}" for one in points)
-    return [("ms per engine step, by sequences", steps, "")]
+    times = ", ".join(f"{one['batch']}: {1e3 * one['step_s']:.2f}" for one in points)
+    return [("ms per decode pass, by sequences", times, "")]
 
 
 def of_loading(result, _):
@@ -119,7 +119,7 @@ def of_transformers(result, found):
     return rows
 
 
-# By name of a step: a function of its result and of the results of all steps that returns rows.
+# For each task, a function that makes its rows from its result and from the results of all tasks.
 FIGURES = {
     "decode": of_decode,
     "prefill": of_prefill,

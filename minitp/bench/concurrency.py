@@ -1,4 +1,4 @@
-"""Measure many requests at once, compared with the same ones one by one and with the limit."""
+"""Measure many concurrent requests, and compare them with the same ones one by one and the limit."""
 
 from statistics import median
 from time import perf_counter
@@ -9,18 +9,18 @@ from minitp.generate import generate
 
 
 def measure_requests(model, roofline, job, progress):
-    """Return the new tokens per second of job.requests requests, as a dict for JSON: medians of the rounds.
+    """Measure job.requests requests; return a dict for JSON of new tokens per second, medians over rounds.
 
     Three speeds are measured: of all requests at once, of the same requests one by one, and the limit. All
     rounds use one engine, as in a server. Each round has new prompts, because the engine's prefix cache would
-    otherwise hold those of the round before.
+    otherwise contain the prompts of the previous round.
     """
     tokens = job.requests * job.new_tokens
     recorded = RecordingModel(model)
     blocks = job.requests * -(-(job.prompt_tokens + job.new_tokens) // BLOCK_SIZE)
     engine = Engine(recorded, blocks, BLOCK_SIZE, max_sequences=job.requests)
     seconds = {"together": [], "one_by_one": [], "limit": []}
-    if model.fused:  # captures the graphs of all batch sizes to come
+    if model.fused:  # captures the graphs of all batch sizes
         together_seconds(engine, request_prompts(model, job, job.rounds), job.new_tokens)
         one_by_one_seconds(model, request_prompts(model, job, job.rounds)[:1], job.new_tokens)
     for n in range(job.rounds):
@@ -43,13 +43,13 @@ def measure_requests(model, roofline, job, progress):
 
 
 def request_prompts(model, job, seed):
-    """Return the prompts of a round, a list of token ids for each request."""
+    """Return a list of token ids for each request of a round."""
     ids = random_prompt(model.config, job.requests * job.prompt_tokens, seed)
     return [ids[start : start + job.prompt_tokens] for start in range(0, len(ids), job.prompt_tokens)]
 
 
 def together_seconds(engine, prompts, new_tokens):
-    """Return the seconds that all requests take at once."""
+    """Return the time in seconds of all requests, served concurrently."""
     comm = engine.model.comm
     if comm.rank == 0:
         for prompt in prompts:
@@ -79,7 +79,7 @@ class RecordingModel:
 
 
 def one_by_one_seconds(model, prompts, new_tokens):
-    """Return the seconds that the same requests take one after another."""
+    """Return the time in seconds of the same requests, one after another."""
     comm = model.comm
     comm.allgather_object(None)
     started = perf_counter()

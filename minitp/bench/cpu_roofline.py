@@ -13,7 +13,7 @@ import numpy as np
 from minitp.bench.roofline import ALL_REDUCE_BYTES, Roofline, total_elements
 from minitp.comm.single import SingleRank
 
-LEAST_S = 0.2  # duration of a measurement; shorter calls are repeated
+LEAST_S = 0.2  # minimum duration of a measurement; shorter calls are repeated
 
 
 class BareProducts(Roofline):
@@ -56,7 +56,7 @@ class BareProducts(Roofline):
         return [median(of_rank) for of_rank in zip(*shares, strict=True)]
 
     def multiply(self, parts, logit_rows):
-        """Compute the products of a pass; `parts` and `logit_rows` are those of Roofline."""
+        """Compute the products of a pass, which is (parts, logit_rows) as in Roofline."""
         rows = sum(tokens for tokens, _ in parts)
         self.reserve(len(parts), max(keys for _, keys in parts))
         for i, matrices in enumerate(self.layers):
@@ -82,7 +82,7 @@ class BareProducts(Roofline):
         return self._ones[shape]
 
     def reserve(self, sequences, keys):
-        """Allocate keys and values for `sequences`, each with its own memory as in a cache."""
+        """Allocate keys and values for `sequences`, each with separate memory as in a cache."""
         if self._cache is None or len(self._cache) < sequences or self._cache.shape[4] < keys:
             model = self.model
             shape = (sequences, len(self.layers), 2, model.kv_heads, keys, model.config.head_dim)
@@ -90,7 +90,7 @@ class BareProducts(Roofline):
 
 
 def synchronized_seconds(comm, function, least_s=LEAST_S):
-    """Return the seconds of a call of `function` when all ranks call it at once, until the last is done.
+    """Return the time in seconds of a call that all ranks make at once, until the last one returns.
 
     The call is repeated until `least_s` have passed, the same number of times on all ranks.
     """
@@ -110,12 +110,12 @@ def _timed(comm, function, calls):
 
 
 def _barrier(comm):
-    """Wait until all ranks are here; unlike `allgather_object` this does not sleep."""
+    """Wait until all ranks have arrived; unlike `allgather_object`, this does not sleep."""
     comm.all_reduce(np.zeros(1, np.float32))  # [1]
 
 
 def all_reduce_seconds(comm, xp, nbytes, rounds=5):
-    """Return the median seconds of a float32 all-reduce of `nbytes`, one after another."""
+    """Return the median time in seconds of a float32 all-reduce of `nbytes`."""
     x = xp.zeros(nbytes // 4, dtype=np.float32)  # [n]
     return median(synchronized_seconds(comm, lambda: comm.all_reduce(x), least_s=0.02) for _ in range(rounds))
 

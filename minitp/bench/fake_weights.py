@@ -1,4 +1,4 @@
-"""Weights for measuring speed: a repeated block of random numbers, which costs almost nothing to make.
+"""Weights for measuring speed: a repeated block of random numbers, which is quickly made.
 
 Speed depends on the shapes, and a little on the values: zeros and constants flip fewer bits, so that a GPU
 uses less power and runs faster; subnormal numbers and NaN slow a CPU down. So these weights are random, with
@@ -17,14 +17,14 @@ OFFSETS = 1 << 20  # number of positions in the block at which a tensor may begi
 
 
 class TiledWeights:
-    """A substitute for a Checkpoint whose `read` returns a view of the block.
+    """A substitute for a Checkpoint whose tensors are views of one block of random numbers.
 
     Matrices have variance 1 / in, like those of `random_weights`; norm weights are one, biases zero.
 
     Parameters
     ----------
     shapes : dict of str to tuple
-        Whole shapes by checkpoint tensor names.
+        Full shape of each tensor, by its name in the checkpoint.
     dtype : numpy.dtype
         Dtype of the weights, so that nothing is rounded while loading.
     """

@@ -1,8 +1,8 @@
 """The time of a GPU's decode pass, kernel by kernel.
 
-The launches that a CUDA graph holds are made once one by one, with an event before and after each. An event
-costs about a microsecond, and launches in a graph follow each other more closely. So the sum is more than the
-time of the graph, which is measured as well.
+The launches of a CUDA graph are made one by one, with an event before and after each. An event costs about a
+microsecond, and launches in a graph follow each other more closely. So the sum is larger than the time of the
+graph, which is measured as well.
 """
 
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ from minitp.cuda.compiler import Compiler
 from minitp.cuda.fused import BLOCK_SIZE, FusedModel
 from minitp.cuda.kernels import Kernels
 
-WEIGHT = 1  # the argument of linear.cu's kernels that is the weight
-REPLAYS = 8  # replays of the graph, timed together
+WEIGHT = 1  # position of the weight in the arguments of linear.cu's kernels
+REPLAYS = 8  # number of replays of the graph that are timed together
 
 
 def gpu_profile(model, keys):
@@ -45,7 +45,7 @@ def gpu_profile(model, keys):
 
 
 def decode_graph(model, keys):
-    """Return a DecodeGraph for one sequence of `keys` zero keys, which samples its own tokens."""
+    """Return a DecodeGraph for one sequence with `keys` keys of zeros, whose tokens the GPU chooses."""
     blocks = -(-(keys + 16 * REPLAYS) // BLOCK_SIZE)
     pool = model.new_pool(blocks, BLOCK_SIZE)
     for pair in pool.storage:
@@ -63,7 +63,7 @@ def cache_position_bytes(model):
 
 
 def observed_model(model, launches):
-    """Return the same model with its launches recorded."""
+    """Return a copy of the model whose launches are recorded."""
     comm = ObservedComm(model.comm, launches)
     twin = FusedModel(model.config, model.plan, model.weights, comm, model.device, model.kv_dtype)
     twin.kernels = Kernels(twin, ObservedCompiler(model.device, launches))
@@ -71,7 +71,7 @@ def observed_model(model, launches):
 
 
 class Launches:
-    """Records of launches: name, bytes where they are known, and an event before and after."""
+    """A record of launches: the name, the bytes if known, and the events before and after each."""
 
     def __init__(self, gpu):
         self.gpu, self.noted, self._inside = gpu, [], False
@@ -95,7 +95,7 @@ class Launches:
         self.noted.append((name, nbytes, before, after))
 
     def by_name(self, timer, attention_bytes):
-        """Sum the launches of each name; `attention_bytes` is the number that attention reads in a layer."""
+        """Sum the launches of each name; `attention_bytes` is what attention reads in one layer."""
         sums = {}
         for name, nbytes, before, after in self.noted:
             one = sums.setdefault(name, {"name": name, "count": 0, "us": 0.0, "bytes": None})
@@ -151,7 +151,7 @@ class ObservedComm:
             self._comm.reduce_into(x, out)
 
     def reduce_add_norm(self, *args):
-        if type(self._comm).reduce_add_norm is DeviceComm.reduce_add_norm:  # its parts are recorded
+        if type(self._comm).reduce_add_norm is DeviceComm.reduce_add_norm:  # its operations are recorded
             return DeviceComm.reduce_add_norm(self, *args)
         with self._launches.note("all-reduce, addition, norm"):
             return self._comm.reduce_add_norm(*args)

@@ -13,11 +13,11 @@ from minitp.cuda.comm import LocalComm, copy
 from minitp.cuda.compiler import Compiler
 from minitp.cuda.kernels.read_memory import PIECE, ReadMemory
 
-CACHES = 16  # size of the arrays in L2 caches, so that reads hardly find anything in the cache
+CACHES = 16  # size of an array in multiples of the L2 cache, so that reads rarely hit the cache
 ROUNDS = 7
-AHEAD = 40  # reads, some 10 ms: longer than the host takes to launch a pass
-ALL_REDUCES = 32  # all-reduces timed together
-MOST_ROWS = 4096  # rows of the products that measure arithmetic
+AHEAD = 40  # number of reads that take about 10 ms, longer than the host takes to launch a pass
+ALL_REDUCES = 32  # number of all-reduces timed together
+MOST_ROWS = 4096  # maximum number of rows of the products that measure arithmetic
 
 
 class GpuRoofline(Roofline):
@@ -26,11 +26,11 @@ class GpuRoofline(Roofline):
     Attributes
     ----------
     reads : float
-        Bytes per second of a kernel that only reads, over all ranks.
+        Bytes per second of a kernel that only reads, summed over all ranks.
     copy : float
-        Bytes read and written per second by a copy, over all ranks.
+        Bytes read and written per second by a copy, summed over all ranks.
     rate : float
-        Multiplications and additions per second, over all ranks.
+        FLOP/s of matrix products, summed over all ranks.
     all_reduce_s : float
         Seconds of a token's all-reduce on the slowest rank; 0 if there is none.
     """
@@ -59,9 +59,9 @@ class GpuRoofline(Roofline):
         }
 
     def seconds(self, passes):
-        """Return the least time of a list of passes, as Roofline.seconds.
+        """Return the minimum time of a list of passes, like Roofline.seconds.
 
-        The FLOPs are those of the weights alone: attention adds a few percent in a prompt of 2048 tokens.
+        Only the FLOPs of the weights are counted; attention adds a few percent in a prompt of 2048 tokens.
         """
         comm, total = self.model.comm, 0.0
         for parts, logit_rows in passes:
@@ -85,7 +85,7 @@ class GpuRoofline(Roofline):
         return speed / self.reads, speed / self.copy
 
     def share_of_matrix_rate(self, tokens, prefill_s):
-        """Return the rate of a prompt's products with the weights, as a share of cuBLAS's rate."""
+        """Return the FLOP/s of a prompt's products with the weights, as a share of cuBLAS's rate."""
         return 2 * total_elements(self.model.comm, self, tokens) / prefill_s / self.rate
 
 
@@ -93,8 +93,8 @@ class Timer:
     """A timer of work on a GPU, by the GPU's own clock.
 
     Launching a small kernel takes the host longer than running it takes the GPU. So some reads are launched
-    first, which keep the GPU busy until all timed work waits in the stream. (Copies would leave data in the
-    L2 cache that has yet to be written; on an H100, reads after them were 5% slower.)
+    first, which keep the GPU busy until all timed work is queued on the stream. (Copies would leave data in
+    the L2 cache that has yet to be written; on an H100, reads after them were 5% slower.)
 
     Parameters
     ----------
@@ -116,11 +116,11 @@ class Timer:
         self._read(self._arrays[0])
 
     def copy(self):
-        """Copy the array to another one."""
+        """Copy one array to the other."""
         copy(self.gpu, *self._arrays)
 
     def copy_rate(self):
-        """Return the bytes per second of a copy, those read plus those written."""
+        """Return the bytes per second of a copy, counting both reads and writes."""
         return 2 * self._arrays[0].nbytes / self.seconds(self.copy)
 
     def read_rate(self):
@@ -133,7 +133,7 @@ class Timer:
             self.read()
 
     def seconds(self, launch, rounds=ROUNDS):
-        """Return the least time of the work that `launch` gives to the GPU, after a warm-up."""
+        """Return the minimum time in seconds of the GPU work that `launch` starts, after a warm-up."""
         events, times = self.events(2), []
         launch()
         for _ in range(rounds):
@@ -146,7 +146,7 @@ class Timer:
         return min(times)
 
     def events(self, count):
-        """Return new events, which record the time."""
+        """Return new events that record the time."""
         return [self.gpu.cupy.cuda.Event() for _ in range(count)]
 
     def between(self, start, end):
@@ -155,7 +155,7 @@ class Timer:
 
 
 def matrix_rate(timer, layers, rows, gpu):
-    """Return the multiplications and additions per second of [rows, in] with all layers' matrices."""
+    """Return the FLOP/s of multiplying [rows, in] by the matrices of all layers."""
     widest = max(w.shape[0] for matrices in layers for w in matrices)
     # Random numbers, because a GPU is faster for zeros and slower for numbers that flip many bits.
     x = np.random.default_rng(0).standard_normal((rows, widest), np.float32)
@@ -171,7 +171,7 @@ def matrix_rate(timer, layers, rows, gpu):
 
 
 def all_reduce_seconds(timer, model, nbytes):
-    """Return the seconds of an all-reduce of `nbytes` in the model's dtype, when one follows another."""
+    """Return the time in seconds of an all-reduce of `nbytes` in the model's dtype, within a series."""
     cupy, dtype, width = model.device.cupy, model.device.dtype, model.config.hidden_size
     count = max(1, nbytes // dtype.itemsize)
     x = cupy.zeros((count // width, width) if count % width == 0 else count, dtype)  # rows, as in the model

@@ -3,11 +3,11 @@
 from time import perf_counter
 
 BUFFER_BYTES = 1 << 24
-MOST_BYTES = 1 << 31  # bytes to read of a file
+MOST_BYTES = 1 << 31  # maximum number of bytes to read from a file
 
 
 def loading(model, source, load_s):
-    """Return the GB/s of loading the weights and of reading the file (None without one), over all ranks.
+    """Return the GB/s of loading the weights and of reading the file (None without one), for all ranks.
 
     All ranks read the file at once, as they did for loading, so it comes from the page cache.
     """
@@ -23,7 +23,7 @@ def loading(model, source, load_s):
 
 
 def read_rate(path):
-    """Return the bytes per second of reading a file from its beginning into one buffer, over and over."""
+    """Return the bytes per second of reading a file from its beginning, always into the same buffer."""
     buffer, read = bytearray(BUFFER_BYTES), 0
     started = perf_counter()
     with open(path, "rb", buffering=0) as file:

@@ -34,7 +34,7 @@ def measure(model, source, job, load_s, progress):
     load_s : float
         Seconds that loading took on this rank.
     progress : callable
-        Called with a few words before each measurement.
+        Called with a short description before each measurement.
     """
     roofline = roofline_of(model)
     result = conditions(model, source) | {"load_s": load_s}
@@ -92,7 +92,7 @@ def gpu_name(gpu):
 
 
 def memory(model):
-    """Return each rank's bytes: private ones now, and the peak with mapped files; the same for its GPU."""
+    """Return the memory of each rank and its GPU: current private bytes, and the peak with mapped files."""
     comm, peak = model.comm, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {
         "private_bytes_per_rank": comm.allgather_object(private_bytes()),
@@ -101,9 +101,8 @@ def memory(model):
     if model.device.is_gpu:
         pool = model.device.cupy.get_default_memory_pool()
         found["device_bytes_per_rank"] = comm.allgather_object(pool.used_bytes())
-        found["device_peak_bytes_per_rank"] = comm.allgather_object(
-            pool.total_bytes()
-        )  # it gives nothing back
+        peak = pool.total_bytes()  # the pool never returns memory to the GPU
+        found["device_peak_bytes_per_rank"] = comm.allgather_object(peak)
     return found
 
 
@@ -142,9 +141,9 @@ def speeds(rounds, model, roofline, job):
 
 
 def profiles(model, prompt, job):
-    """Return the seconds of each step, for the prompt and for a token; on a GPU those of a token's kernels.
+    """Return the seconds of each step of a prompt and of a token; on a GPU, of a token's kernels.
 
-    On a CPU they are means over the ranks, on a GPU they are those of rank 0.
+    On a CPU, they are means over the ranks; on a GPU, they are those of rank 0.
     """
     if model.device.is_gpu:
         from minitp.bench.gpu_profile import gpu_profile
@@ -183,7 +182,7 @@ def context_sweep(model, roofline, job, progress):
 
 
 def batch_sweep(model, roofline, job, progress):
-    """Measure decode passes of increasing batches; every sequence continues the same prompt."""
+    """Measure decode passes with increasing batch sizes; every sequence continues the same prompt."""
     points = []
     prompt = random_prompt(model.config, job.prompt_tokens)
     for batch in job.points:
@@ -212,7 +211,7 @@ def median_and_range(values):
 
 
 def extremes(values):
-    """Return the least and the largest value, as a list for JSON."""
+    """Return the smallest and the largest value, as a list for JSON."""
     values = list(values)
     return [min(values), max(values)]
 

@@ -1,4 +1,4 @@
-"""A sweep as a picture: medians with their range over the rounds, and the limits."""
+"""Plots of a sweep: medians with their range over the rounds, and the limits."""
 
 import math
 import textwrap
@@ -13,10 +13,10 @@ from minitp.util import this_run
 # Colors and fonts of the reports (report/style.css).
 INK, SOFT, LINE, PAGE, MEASURED = "#1b2026", "#5a636d", "#dfe2e1", "#fdfdfc", "#3b74b8"
 FONTS = ("Helvetica Neue", "Segoe UI", "Roboto", "Liberation Sans", "Arial", "DejaVu Sans")
-LABEL_PIXELS = 16  # the height of a label at matplotlib's 100 pixels an inch
+LABEL_PIXELS = 16  # height of a label at matplotlib's 100 pixels per inch
 STYLE = {
     "font.size": 10,
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # keeps text as text instead of outlines
     **dict.fromkeys(("text.color", "axes.titlecolor"), INK),
     **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), SOFT),
     **dict.fromkeys(("axes.edgecolor", "grid.color"), LINE),
@@ -62,7 +62,7 @@ def plot(result, path):
 
 
 def installed(fonts):
-    """Return those of the fonts that matplotlib finds; it warns about each one that it does not find."""
+    """Return the fonts that matplotlib finds, because it would warn about each missing one."""
     found = set(get_font_names())
     return [font for font in fonts if font in found] or ["sans-serif"]
 
@@ -117,4 +117,5 @@ def footer(result):
     cores = f", {result['cores']} cores" if "cores" in result else ""
     run = f"{result['machine']}{cores} · {result.get('date', facts['date'])} · minitp {facts['minitp']}"
     command = textwrap.shorten(facts.get("command", ""), 150, placeholder=" ..")
-    return "\n".join(filter(None, ["Dots are medians of the rounds, the band is their range.", run, command]))
+    legend = "Dots are medians over the rounds; the band is their range."
+    return "\n".join(filter(None, [legend, run, command]))

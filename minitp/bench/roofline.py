@@ -1,4 +1,4 @@
-"""The reads and products that a model's forward passes need, and the limit on speed that follows from them.
+"""The reads and products that a model's forward passes need, and the resulting limit on speed.
 
 cpu_roofline    a pass takes at least as long as its bare matrix products, which are run and timed
 gpu_roofline    a pass takes at least as long as reading its bytes, and as its products at cuBLAS's rate
@@ -8,7 +8,7 @@ ALL_REDUCE_BYTES = (4, 4 << 10, 64 << 10, 1 << 20)
 
 
 class Roofline:
-    """The limit on a model's speed that follows from the bytes it reads and the products it computes.
+    """The limit on a model's speed that results from the bytes it reads and the products it computes.
 
     A pass is a pair (parts, logit_rows): `parts` has (tokens of this pass, keys that they read) for each
     sequence, and `logit_rows` is the number of positions that get logits.
@@ -28,30 +28,30 @@ class Roofline:
         raise NotImplementedError
 
     def seconds(self, passes):
-        """Return the least time of a list of passes, one after another; all ranks call this."""
+        """Return the minimum time of a list of passes, one after another; all ranks call this."""
         raise NotImplementedError
 
     def collective_shares(self, rounds):
-        """Return each rank's share of a token's time that is spent in all-reduces, over all `rounds`."""
+        """Return the share of a token's time that each rank spends in all-reduces, over all `rounds`."""
         raise NotImplementedError
 
     def weight_elements(self, rows=1, logit_rows=1):
-        """Return the weight elements that this rank multiplies, each counted once per row."""
+        """Return the number of weight elements that this rank multiplies, each counted once per row."""
         layers = sum(m.size for matrices in self.layers for m in matrices)
         return rows * layers + logit_rows * self.lm_head.size
 
     def cache_bytes(self, keys):
-        """Return the bytes of `keys` positions in the cache of this rank."""
+        """Return the bytes of `keys` positions in this rank's cache."""
         return keys * self.model.new_pool(1, 1).nbytes
 
 
 def total_elements(comm, roofline, rows=1):
-    """Return the weight elements multiplied on all ranks by `rows` rows, with one row of logits."""
+    """Return the number of weight elements that all ranks multiply for `rows` rows and one of logits."""
     return sum(comm.allgather_object(roofline.weight_elements(rows)))
 
 
 def token_bytes(comm, roofline, keys):
-    """Return the bytes of weights, keys and values that a token reads on all ranks together."""
+    """Return the bytes of weights, keys and values that all ranks together read for a token."""
     return total_elements(comm, roofline) * roofline.dtype.itemsize + sum(
         comm.allgather_object(roofline.cache_bytes(keys))
     )

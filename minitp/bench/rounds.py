@@ -1,4 +1,4 @@
-"""The times of prompts and continuations, run as a user runs them, with limits for the same shapes."""
+"""Times of prompts and continuations, run as users run them, and the limits for the same shapes."""
 
 from dataclasses import dataclass
 from time import perf_counter
@@ -25,9 +25,9 @@ class Round:
     decode_s : float
         Time per token after the first.
     bare_prefill_s, bare_decode_s : float
-        Least times of the prompt's passes, and of a token's pass.
+        Minimum times of the prompt's passes, and of a token's pass.
     all_reduce_shares : list of float
-        Share of the decode time that each rank spends in collectives, waiting included.
+        Share of the decode time that each rank spends in collectives, including waiting.
     """
 
     ttft_s: float
@@ -38,7 +38,7 @@ class Round:
 
 
 def random_prompt(config, tokens, seed=0):
-    """Return `tokens` random token ids, always the same ones for the same seed."""
+    """Return `tokens` random token ids, the same for the same seed."""
     return np.random.default_rng(seed).integers(0, config.vocab_size, tokens).tolist()
 
 
@@ -65,7 +65,7 @@ def timed_round(model, roofline, prompt, new_tokens):
 
 
 def bare_prefill_seconds(model, roofline, tokens):
-    """Return the least time of a prompt's passes."""
+    """Return the minimum time of a prompt's passes."""
     passes = []
     for start, stop in chunks(model, tokens):
         part = stop - start, keys_read(model, stop, stop - start)
@@ -74,18 +74,18 @@ def bare_prefill_seconds(model, roofline, tokens):
 
 
 def bare_decode_seconds(model, roofline, sequences, context):
-    """Return the least time of a pass with one token of each of `sequences`."""
+    """Return the minimum time of a pass with one token of each of `sequences`."""
     return roofline.seconds([([(1, keys_read(model, context, 1))] * sequences, sequences)])
 
 
 def keys_read(model, stop, tokens):
-    """Return the keys per layer, on average, that a pass of `tokens` tokens ending at `stop` reads."""
+    """Return the average number of keys per layer that a pass of `tokens` tokens up to `stop` reads."""
     windows = model.config.windows
     return sum(stop if w is None else min(stop, w + tokens - 1) for w in windows) // len(windows)
 
 
 def timed_batch(model, prompt, sequences, passes):
-    """Return the seconds of a decode pass of `sequences`, each of which continues `prompt` greedily."""
+    """Return the time in seconds of a decode pass of `sequences` that continue `prompt` greedily."""
     comm = model.comm
     caches = new_caches(model, sequences, len(prompt) + passes + 1)
     tokens = []
@@ -116,7 +116,7 @@ def new_caches(model, sequences, capacity):
     return [PagedCache(pool, list(range(n * blocks, (n + 1) * blocks))) for n in range(sequences)]
 
 
-# Steps that one operation makes together; its time is counted once for all of them.
+# Steps that one operation computes together; its time is counted once for all of them.
 TOGETHER = ("q k v", "q_norm k_norm", "q_rope k_rope", "k_cache v_cache", "gate up")
 ONE_OPERATION = {step: steps for steps in TOGETHER for step in steps.split()}
 
@@ -127,8 +127,8 @@ class StepTimer:
     Attributes
     ----------
     seconds : dict of str to float
-        Seconds summed over layers and passes, by the names of the steps that one operation makes, in their
-        order.
+        Seconds summed over layers and passes, by the names of the steps that one operation computes, in
+        their order.
     """
 
     def __init__(self):
@@ -151,7 +151,7 @@ class StepTimer:
 
 
 def profile(model, prompt, new_tokens):
-    """Return this rank's seconds of each step in two dicts: of the prompt's passes, and of a decode pass."""
+    """Return this rank's seconds of each step in two dicts, for the prompt and for a decode pass."""
     cache, profiles = model.new_cache(len(prompt) + new_tokens), []
     prompts = [prompt[start:stop] for start, stop in chunks(model, len(prompt))]
     for passes in (prompts, [[token] for token in prompt[:1] * new_tokens]):
@@ -166,7 +166,7 @@ def profile(model, prompt, new_tokens):
 
 
 def private_bytes():
-    """Return the bytes that this process has allocated, without the files that it has mapped."""
+    """Return the bytes that this process has allocated, excluding mapped files."""
     with open("/proc/self/status") as status:
         fields = dict(line.split(":", 1) for line in status)
     return 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))

@@ -101,7 +101,7 @@ def cpu_speed_lines(_, decode):
 
 
 def gpu_speed_lines(prefill, decode):
-    """Return the lines that compare the speeds with what the GPU reads and multiplies."""
+    """Return the lines that compare the speeds with the GPU's bandwidth and matrix rate."""
     share, rate = decode["share_of_reads"]["median"], prefill["share_of_matrix_rate"]["median"]
     reading, reduces = decode["gb_per_s"]["median"], decode["all_reduce_share_per_rank"][0]
     collectives = f"; all-reduces, timed separately, take {reduces:.0%} of a token's time" if reduces else ""
@@ -124,7 +124,7 @@ def row(name, value, limit, share, unit, digits):
 
 
 def profile_lines(profile):
-    """Yield the tables of a profile: a prompt's and a token's steps, or on a GPU a token's kernels."""
+    """Yield the tables of a profile: the steps of a prompt and a token, or on a GPU a token's kernels."""
     if "kernels" in profile:
         yield kernel_lines(profile)
     for name, title in (("prefill_s", "the prompt, ms"), ("decode_s", "a token, us")):
@@ -172,14 +172,14 @@ def sweep_lines(sweep):
 
 
 def request_lines(found):
-    """Return the lines that compare requests at once with one by one and with the limit."""
+    """Return the lines that compare concurrent requests with one by one and with the limit."""
     together, one_by_one, limit = (
         f"{found[f'{name}_tokens_per_s']:.1f} tokens/s" for name in ("together", "one_by_one", "limit")
     )
     rows = [
-        ("all at once", together, f"in {counted(found['steps'], 'engine step')}"),
+        ("all at once", together, "in 1 batch" if found["steps"] == 1 else f"in {found['steps']} batches"),
         ("one by one", one_by_one, ""),
-        ("limit", limit, "for the same engine steps"),
+        ("limit", limit, "for the same batches"),
     ]
     lengths = f"{found['prompt_tokens']} prompt tokens and {found['new_tokens']} new tokens each"
     ratio, share = found["times_one_by_one"], found["share_of_limit"]

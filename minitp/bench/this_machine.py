@@ -1,4 +1,4 @@
-"""The bandwidth and matrix rate of this machine's cores, measured in a second for `minitp plan`."""
+"""The bandwidth and matrix rate of this machine's cores, measured in about a second for `minitp plan`."""
 
 import dataclasses
 import math
@@ -15,8 +15,8 @@ from minitp.model import Model
 from minitp.shard import make_plan
 from minitp.util.environment import cores, memory
 
-LEAST_BYTES = 256e6  # bytes of weights: more than the caches hold, unless the model itself is smaller
-MOST_BYTES = 1e9
+LEAST_BYTES = 256e6  # minimum size of the weights, larger than the caches; a small model may have less
+MOST_BYTES = 1e9  # maximum size of one layer's weights
 ROWS = 256  # rows of the products that measure arithmetic
 
 
@@ -31,8 +31,8 @@ class ConstantWeights:
 def measure_cpu(config, dtype):
     """Return the Hardware of this machine, measured with the shapes of a model.
 
-    A thread on each core computes the products of a rank. BLAS must not use more than one thread, or more
-    threads than cores would run.
+    A thread on each core computes the products of a rank. BLAS must use a single thread; otherwise there
+    would be more threads than cores.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def measure_cpu(config, dtype):
 
 
 def sample(config, dtype, ranks):
-    """Return (Config, Plan) of a part of the model that is quickly made; the first `ranks` ranks are run.
+    """Return (Config, Plan) of a small part of the model, of which the first `ranks` ranks are run.
 
     The part has some of the model's layers and almost no vocabulary. If a single layer is too large, the plan
     is for a larger TP.

@@ -1,13 +1,13 @@
 """Support for NVIDIA GPUs: arrays, collectives between GPUs, and the model built from fused kernels.
 
-gpu.py            a rank's GPU: its stream, its memory, copies to and from the host
+gpu.py            a rank's GPU: its stream, its memory, and copies to and from the host
 arrays.py         the array module that `ops` computes with
 loader.py         a rank's weights, uploaded as they are read
 comm.py           collectives of GPU arrays through the hosts' memory
 nccl.py           collectives through NCCL, called by `cupy.cuda.nccl`
-peer.py           small all-reduces through the GPUs' own memory
+peer.py           small all-reduces through memory that all GPUs of a host can read
 compiler.py       compiles the .cu files
 kernels/          each .cu file with a Python file of the same name that launches it
 fused.py          the model built from these kernels
-decode_graph.py   a decode pass (one token of each sequence) as a captured CUDA graph
+decode_graph.py   a decode pass (one token of each sequence), captured as a CUDA graph
 """

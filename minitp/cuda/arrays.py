@@ -1,12 +1,12 @@
-"""The array module that `ops` uses on a GPU: CuPy with its own matrix product replaced."""
+"""The array module that `ops` uses on a GPU: CuPy with another matrix product."""
 
 import numpy as np
 
 
 class Arrays:
-    """The module that `ops` calls `xp` on a GPU.
+    """The array module that `ops` receives as `xp` on a GPU.
 
-    `cupy.matmul` returns 16-bit results for 16-bit matrices, not the float32 sums that `ops` asks for with
+    `cupy.matmul` returns 16-bit results for 16-bit matrices, not the float32 sums that `ops` requests with
     `dtype=float32`, and does not accept three-dimensional bfloat16 arrays at all. So `matmul` calls cuBLAS.
 
     Parameters
@@ -24,16 +24,16 @@ class Arrays:
             "float16": runtime.CUDA_R_16F,
             "bfloat16": runtime.CUDA_R_16BF,
         }
-        # cuBLAS takes these factors by address.
+        # cuBLAS expects pointers to these factors.
         self._one, self._zero = np.ones(1, np.float32), np.zeros(1, np.float32)
 
     def __getattr__(self, name):
         return getattr(self._cupy, name)
 
     def matmul(self, a, b, dtype=None):
-        """Multiply a [n, k] by b [k, m] into [n, m] of `dtype` (that of `a` if None), summed in float32.
+        """Return a [n, k] @ b [k, m], summed in float32, as [n, m] of `dtype` (that of `a` if None).
 
-        The rows or the columns of a matrix may be the contiguous ones; both are equally fast.
+        Each matrix may be row-major or column-major; both are equally fast.
         """
         out = self._cupy.empty((a.shape[0], b.shape[1]), dtype=a.dtype if dtype is None else dtype)  # [n, m]
         self.matmul_into(a, b, out)
@@ -62,9 +62,10 @@ class Arrays:
 
 
 def layout(a):
-    """Return the memory layout of a matrix: whether its columns are contiguous, and the stride in elements.
+    """Return whether a matrix is column-major (0 or 1), and its stride in elements.
 
-    (0, stride) if the rows are contiguous, (1, stride) if the columns are, None if neither.
+    The result is (0, stride) if the rows are contiguous, (1, stride) if the columns are, and None if neither
+    are.
     """
     (rows, columns), (by_row, by_column) = a.shape, (stride // a.itemsize for stride in a.strides)
     if by_column == 1 and (by_row >= columns or rows == 1):

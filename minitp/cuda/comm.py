@@ -1,9 +1,9 @@
-"""Collectives of arrays on GPUs; Python objects go through the Comm of the ranks' hosts.
+"""Collectives of GPU arrays; Python objects go through the Comm of the ranks' hosts.
 
 LocalComm    one rank: nothing to exchange
 StagedComm   through the hosts' memory: slow, but works everywhere
-NcclComm     through NCCL; in `nccl`
-PeerComm     through memory that all GPUs of a host can read; in `peer`
+NcclComm     through NCCL (nccl.py)
+PeerComm     through memory that all GPUs of a host can read (peer.py)
 """
 
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ class DeviceComm(Comm):
     Parameters
     ----------
     host : Comm
-        Connects the same ranks on the CPU, for everything that is not a GPU array.
+        A Comm of the same ranks on the CPU, for everything that is not a GPU array.
     gpu : Gpu
 
     Attributes
@@ -35,21 +35,21 @@ class DeviceComm(Comm):
         self.broadcast, self.allgather_object, self.name = host.broadcast, host.allgather_object, host.name
 
     def reduce_into(self, x, out):
-        """Write the sum of all ranks' `x` into `out`, the same bits on each; both are contiguous."""
+        """Write the sum of all ranks' `x` into `out`, with the same bits on all; both are contiguous."""
         raise NotImplementedError
 
     def gather_into(self, x, out):
-        """Write rank r's `x` into out[r]; x is contiguous and has the same shape on all ranks."""
+        """Write the `x` of each rank r into out[r]; `x` is contiguous and has the same shape on all ranks."""
         raise NotImplementedError
 
     def reserve(self, compiler, width):
-        """Prepare to sum rows [D] of the compiler's dtype, D being `width`; every rank calls this once."""
+        """Prepare for sums of rows of `width` elements of the compiler's dtype; all ranks call this once."""
 
     def reduce_add_norm(self, rms_norm, partial, x, weight, h, eps, bias, out):
         """Compute x += all_reduce(partial) + bias and h = rms_norm(x) * weight.
 
-        All arrays are 16-bit: `partial`, `x`, `h` and `out` [B, D], `weight` and `bias` [D]. Returns whether
-        `out` now contains the sum; it does not if a single launch does all of this.
+        All arrays are 16-bit: `partial`, `x`, `h` and `out` [B, D], `weight` and `bias` [D]. The result says
+        whether `out` now contains the sum; it does not if a single launch computes everything.
         """
         self.reduce_into(partial, out)
         rms_norm(x, weight, h, eps, out, bias)
@@ -66,7 +66,7 @@ class DeviceComm(Comm):
     def all_gather(self, x, widths):
         started, cupy = perf_counter(), self.gpu.cupy
         rows, widest = len(x), max(widths)
-        padded = cupy.zeros((rows, widest), x.dtype)  # [T, widest]: all parts must have one size
+        padded = cupy.zeros((rows, widest), x.dtype)  # [T, widest]: all parts must have the same size
         padded[:, : x.shape[1]] = x
         parts = cupy.empty((self.size, rows, widest), x.dtype)  # [ranks, T, widest]
         with self.launching():
@@ -81,7 +81,7 @@ class DeviceComm(Comm):
         self.host.abort(exit_code)
 
     def launching(self):
-        """A `with` block for launching work that contains collectives, outside a capture."""
+        """Return a context manager for launching work that contains collectives, outside a capture."""
         return nullcontext()
 
     def close(self):
@@ -89,7 +89,7 @@ class DeviceComm(Comm):
 
 
 class LocalComm(DeviceComm):
-    """A Comm for a single rank; with ShardOnly on the host, that rank computes one shard of several."""
+    """A Comm of a single rank; with ShardOnly on the host, that rank computes one shard of several."""
 
     capturable = True
 

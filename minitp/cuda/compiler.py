@@ -11,7 +11,7 @@ HEADER = "common.h"
 
 
 class Compiler:
-    """A compiler of kernels for one GPU and one 16-bit dtype: NVRTC, with a cache.
+    """A kernel compiler (NVRTC with a cache) for one GPU and one 16-bit dtype.
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ class Compiler:
         self._module = cache(self._compile)  # one cache per compiler
 
     def kernel(self, file, name, **defines):
-        """Return kernel `name` of `file`, compiled with macros; call it as kernel(grid, block, args)."""
+        """Return a kernel of `file`, compiled with these macros; call it as kernel(grid, block, args)."""
         return Kernel(self._module(file, tuple(sorted(defines.items()))).get_function(name))
 
     def _compile(self, file, defines):
@@ -34,7 +34,7 @@ class Compiler:
 
 
 class Kernel:
-    """A CuPy kernel that accepts None as a null pointer; CuPy itself would pass no argument at all."""
+    """A CuPy kernel that accepts None as a null pointer; CuPy itself would leave out the argument."""
 
     def __init__(self, function):
         self._function = function
@@ -49,7 +49,7 @@ class Kernel:
 
 
 def whole_source(file):
-    """Return a file with its header pasted in, because CuPy's cache does not notice a changed include."""
+    """Return a file's text with the header pasted in, because CuPy's cache ignores changed includes."""
     text, header = ((SOURCES / name).read_text(encoding="utf-8") for name in (file, HEADER))
     return text.replace(f'#include "{HEADER}"', header)
 

@@ -1,20 +1,26 @@
-"""A decode pass: the next token of each sequence of a batch through the fused kernels, as a CUDA graph.
+"""A decode pass with fused kernels, captured as a CUDA graph: the next token of each sequence of a batch.
 
-    begin_decode     tokens -> x; each token's RoPE angles and slot in the cache
-    per layer        one sequence on one rank             several sequences or ranks
-      linear.qkv     norm, q k v, RoPE, cache             rms_norm, then the same without the norm
-      attention      all heads, split over the keys       the same
-      linear         w_o and + residual                   the same; with several ranks w_o, all-reduce, and
-                                                          + residual in the next rms_norm
-      linear.swiglu  norm, gate up, SwiGLU                rms_norm, then the same without the norm
-      linear         w_down and + residual                like w_o
-    linear.logits    [norm,] this rank's vocabulary; all-gather, join_columns
-    sample           the next tokens, if the GPU chooses them
-    end_decode       lengths + 1
+A pass launches these kernels, here for one sequence on one rank:
 
-All that changes from token to token (tokens, lengths, block tables) is read from GPU memory, and all memory
-is allocated in advance. So a pass is captured once per batch size and launched again for every token,
-whatever the lengths are.
+    begin_decode        embeds the token; computes its RoPE angles and its slot in the cache
+    in each layer
+      linear.qkv        norm, q k v, RoPE; writes k and v to the cache
+      attention_decode  attention of all heads, split over the keys
+      linear.residual   x += context @ w_o
+      linear.swiglu     norm, gate and up, SwiGLU
+      linear.residual   x += act @ w_down
+    linear.logits       norm, logits
+    sample              the next token, if the GPU chooses it
+    end_decode          adds 1 to the sequence's length
+
+With several sequences or several ranks, rms_norm computes each norm in a separate launch before the product.
+With several ranks, linear.store replaces linear.residual; an all-reduce follows, and the next rms_norm adds
+the sum to x. The embeddings also go through an all-reduce, and the logits through an all-gather and
+join_columns.
+
+Everything that changes from one token to the next (tokens, lengths, block tables) is read from GPU memory,
+and all memory is allocated in advance. So a pass is captured once per batch size and replayed for every
+token, whatever the lengths are.
 """
 
 import numpy as np
@@ -24,8 +30,8 @@ from minitp.cuda.loader import padded
 from minitp.model import unrecorded
 from minitp.paged_cache import slot_mapping
 
-PADDING = -1  # the length of a row that only fills the batch
-HOST_CHOOSES = -1.0  # the temperature of a row whose next token the host chooses
+PADDING = -1  # length of a row that only pads the batch
+HOST_CHOOSES = -1.0  # temperature of a row whose next token the host chooses
 
 
 class DecodeGraph:
@@ -38,7 +44,7 @@ class DecodeGraph:
     batch : int
         Number of rows, 1 to linear.MAX_TOKENS.
     most_blocks : int
-        Blocks of the longest possible sequence.
+        Maximum number of blocks of a sequence.
 
     Attributes
     ----------
@@ -81,7 +87,7 @@ class DecodeGraph:
         self._graph = None
 
     def fill(self, tokens, lengths, block_tables):
-        """Set the inputs of the next pass: each sequence's next token, its length and its blocks."""
+        """Set the inputs of the next pass: the next token, the length and the blocks of each sequence."""
         state = np.zeros(self._state.shape, np.int32)
         rows = len(tokens)
         state[:rows] = tokens
@@ -93,7 +99,7 @@ class DecodeGraph:
         self._state[...] = self.model.device.from_host(state)
 
     def choose(self, params):
-        """Let the GPU choose the next tokens of all rows by these SamplingParams, and continue from them."""
+        """Let the GPU sample the next tokens of all rows with these SamplingParams and continue from them."""
         self.temperature.fill(params.temperature)
         self.top_k.fill(params.top_k)
         self.top_p.fill(params.top_p)
@@ -110,7 +116,7 @@ class DecodeGraph:
             self._graph.launch(self.model.device.stream)
 
     def _compile(self):
-        """Compile all kernels before the capture, which needs them, by a pass over nothing but padding.
+        """Compile all kernels, which must be done before the capture, by running a pass over padding.
 
         The pass uses no collectives, so no rank waits in one. Rank 0 compiles first; then the other ranks
         find the kernels in CuPy's cache.
@@ -169,10 +175,18 @@ class DecodeGraph:
             self.comm.reduce_into(self.x, self.x)
         record().embed = self.x
 
-    def _normed(self, weight, pending, record, place):
-        """Return the input of a product: (x, norm) if the product fuses the norm, else (normed x, None).
+    def _normed(self, weight, pending, record, block):
+        """Return the input of the next product: (x, norm) if it fuses the norm, else (normed x, None).
 
-        `pending` is (bias, its place) if `partial` contains this rank's term of a sum still to be added to x.
+        Parameters
+        ----------
+        weight : 16-bit [D]
+        pending : (bias, block) or None
+            The result of the previous `_add`. If it is not None, `partial` contains this rank's term of a
+            sum, which is added to x before the norm.
+        record : callable
+        block : tuple
+            The arguments of `record` for this norm, such as ("attn", 3); empty for the final norm.
         """
         eps = self.model.config.rms_norm_eps
         if self.comm.size == 1 and self.model.kernels.linear.norm_fits(*self.x.shape):
@@ -181,14 +195,14 @@ class DecodeGraph:
         if pending is None:
             rms_norm(self.x, weight, self.h, eps)
         else:
-            bias, origin = pending
+            bias, summed_block = pending
             has_sum = self.comm.reduce_add_norm(
                 rms_norm, self.partial, self.x, weight, self.h, eps, bias, self.out
             )
             if has_sum and bias is None:
-                record(*origin).out = self.out
-            record(*origin).residual = self.x
-        setattr(record(*place), "norm" if place else "final_norm", self.h)
+                record(*summed_block).out = self.out
+            record(*summed_block).residual = self.x
+        setattr(record(*block), "norm" if block else "final_norm", self.h)
         return self.h, None
 
     def _qkv(self, i, layer, x, norm):
@@ -201,16 +215,19 @@ class DecodeGraph:
             *(self.slot, self.cos, self.sin, m.heads, m.kv_heads, m.config.head_dim, layer.b_qkv, norm),
         )
 
-    def _add(self, y, w, bias, record, place):
-        """Compute x += y @ w + bias on a single rank, else partial = y @ w, which `_normed` then adds."""
+    def _add(self, y, w, bias, record, block):
+        """Compute x += y @ w + bias on a single rank; on several, only this rank's partial = y @ w.
+
+        The result is the `pending` of the next `_normed`, which adds the sum over all ranks to x.
+        """
         m, linear = self.model, self.model.kernels.linear
         if self.comm.size == 1:
             linear.residual(y, rows_of(m, w), self.x, bias)
-            record(*place).residual = self.x
+            record(*block).residual = self.x
             return None
         linear.store(y, rows_of(m, w), self.partial)
-        record(*place).out_partial = self.partial
-        return bias, place
+        record(*block).out_partial = self.partial
+        return bias, block
 
     def _logits(self, pending, record):
         m = self.model
@@ -244,7 +261,7 @@ class DecodeGraph:
 
 
 def rows_of(model, w):
-    """Return a view of a projection `w` [in, out] as it is laid out on a GPU: [out, in with padding]."""
+    """Return a projection `w` [in, out] as a view of its layout on the GPU: [out, in and padding]."""
     return model.device.cupy.lib.stride_tricks.as_strided(
         w.T, (w.shape[1], w.strides[1] // w.itemsize), (w.strides[1], w.itemsize)
     )

@@ -1,4 +1,4 @@
-"""The model built from fused kernels: the same steps as `model.Model`, in fewer launches."""
+"""The model built from fused kernels, which computes the same as `model.Model` in fewer launches."""
 
 import dataclasses
 from contextlib import contextmanager
@@ -14,7 +14,9 @@ from minitp.model import Model, joined, unrecorded
 from minitp.paged_cache import BlockPool, PagedCache
 
 BLOCK_SIZE = 16
-KEPT_BLOCKS = 64  # a kept pool's size is rounded up to this, so that a slightly longer sequence still fits
+KEPT_BLOCKS = (
+    64  # a kept pool has a multiple of this many blocks, so that a slightly longer sequence still fits
+)
 LARGEST_HEAD = 256
 
 
@@ -76,15 +78,15 @@ class FusedModel(Model):
 
     @contextmanager
     def sequence_cache(self, capacity):
-        """Lend a cache like Model.sequence_cache, and keep its pool and the graph captured over it.
+        """Yield a cache like Model.sequence_cache; keep its pool and captured graph for the next sequence.
 
-        A capture takes about as long as twenty tokens. All ranks enter and leave these blocks together, so
+        A capture takes about as long as twenty tokens. All ranks enter and leave this context together, so
         either all of them capture a graph or none does.
         """
         pool, self._kept_pool = self._kept_pool, None  # a second sequence at the same time gets its own pool
         blocks = -(-capacity // BLOCK_SIZE)
         if pool is not None and pool.blocks < blocks:
-            pool.graphs.clear()  # they refer to the pool, whose memory must be freed before the next one's
+            pool.graphs.clear()  # graphs refer to the pool, which must be freed before a new one is allocated
             pool = None
         if pool is None:
             pool = self.new_pool(-(-blocks // KEPT_BLOCKS) * KEPT_BLOCKS)
@@ -97,7 +99,7 @@ class FusedModel(Model):
         return Pool(*self._cache_shape(), blocks, block_size)
 
     def forward_batch(self, parts, logits_at=slice(None), record=unrecorded):
-        """Run the next tokens of some sequences like Model.forward_batch; `record` gets this path's steps."""
+        """Run a pass over some sequences like Model.forward_batch; `record` gets the steps of this path."""
         one_each = all(len(ids) == 1 for ids, _ in parts)
         if one_each and len(parts) <= MAX_TOKENS and logits_at is not None:
             logits = self._decode(parts, record)[logits_at]
@@ -108,7 +110,7 @@ class FusedModel(Model):
         return logits
 
     def decode_ahead(self, cache, token, params, draws):
-        """Yield the tokens that follow `token`, one per element of `draws`, while the GPU is a token ahead.
+        """Yield the tokens that follow `token`, running the GPU one token ahead of the host.
 
         Parameters
         ----------
@@ -117,7 +119,7 @@ class FusedModel(Model):
         token : int
         params : SamplingParams
         draws : float64 [n]
-            Uniform random numbers in [0, 1).
+            Uniform random numbers in [0, 1), one for each token to generate.
         """
         graph, ahead = self.decode_graph(cache.pool, 1), TokensAhead(self.device)
         graph.fill([token], [cache.length], [cache.block_table])
@@ -139,7 +141,7 @@ class FusedModel(Model):
         return token
 
     def decode_graph(self, pool, sequences):
-        """Return a pool's DecodeGraph for `sequences`, rounded up to a power of two to limit the captures."""
+        """Return a pool's DecodeGraph for `sequences`, rounded up to a power of two to save captures."""
         batch = 1
         while batch < sequences:
             batch *= 2
@@ -200,18 +202,18 @@ class FusedModel(Model):
         return logits
 
     def _columns(self, h, w, bias):
-        """Compute ops.column_parallel; without a bias cuBLAS rounds, and no float32 is written to memory."""
+        """Compute ops.column_parallel; without a bias, cuBLAS rounds the sums itself, which saves memory."""
         if bias is None:
             return self.device.xp.matmul(h, w)  # [T, n_r]
         return ops.column_parallel(self.device.xp, h, w, bias)  # [T, n_r]
 
     def _prefill_attention(self, i, layer, h, prompt, record):
-        """Return attention's context [T, H_r d] of this rank's heads for h [T, D], and fill the caches."""
+        """Return the context [T, H_r d] of this rank's heads for h [T, D]; write k and v to the caches."""
         xp, width = self.device.xp, self.heads * self.config.head_dim
         qkv = self._columns(h, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
         qk, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
         s = record("attn", i)
-        s.q, s.k, s.v = qk[: self.heads], qk[self.heads :], v  # [H_r, T, d], [K_r, T, d] twice
+        s.q, s.k, s.v = qk[: self.heads], qk[self.heads :], v  # [H_r, T, d], [K_r, T, d], [K_r, T, d]
         keys, values = (stored.values for stored in prompt.pool.storage[i])  # [K_r, slots, d] each
         self.kernels.cache_write(qkv, prompt.cos, prompt.sin, prompt.slots, keys, values)
         context = self.device.cupy.empty((len(h), width), h.dtype)  # [T, H_r d]
@@ -248,7 +250,7 @@ class FusedModel(Model):
 
 
 class TokensAhead:
-    """Tokens on their way to the host, in two alternating buffers of pinned memory."""
+    """Buffers for tokens on their way to the host: two of pinned memory, used alternately."""
 
     def __init__(self, gpu):
         import cupyx
@@ -274,7 +276,7 @@ class TokensAhead:
 
 
 class Prompt:
-    """The inputs that all layers of a prefill share: the sequences' tokens, their RoPE angles and slots."""
+    """The inputs that all layers of a prefill share: tokens, RoPE angles and cache slots."""
 
     def __init__(self, model, parts):
         xp, self.pool = model.device.xp, parts[0][1].pool
@@ -293,7 +295,7 @@ class Prompt:
 
 
 class PromptSequence:
-    """One sequence of a prefill: its rows among the T tokens, and the slots of its positions in the pool."""
+    """One sequence of a prefill: its slice of the T tokens, and the pool's slots for its positions."""
 
     def __init__(self, xp, tokens, cache):
         self.tokens, self.past = tokens, cache.length

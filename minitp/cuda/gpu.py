@@ -11,7 +11,7 @@ from minitp.device import DTYPES, Device
 from minitp.errors import InputError, RankError, one_line
 
 EXTRA = "pip install 'minitp[cuda12]' (or cuda13, for a driver of CUDA 13)"
-CACHE_SHARE = 0.8  # the KV cache's part of the memory that the weights leave; activations need the rest
+CACHE_SHARE = 0.8  # the KV cache's share of the memory left by the weights; activations need the rest
 PINNED_BYTES = 1 << 24  # size of each buffer from which slices are copied to the GPU
 
 
@@ -23,10 +23,10 @@ class Gpu(Device):
     ----------
     cupy : module
     stream : cupy.cuda.Stream
-        The rank's own stream. All its work goes there, because captures and NCCL use no other. `open_gpu`
-        also makes it CuPy's current stream.
+        The rank's own stream. All its work goes there, because captures and NCCL use no other stream.
+        `open_gpu` also makes it CuPy's current stream.
     gpus : int
-        Number of GPUs of this host.
+        Number of GPUs on this host.
     """
 
     cupy: Any = None
@@ -35,13 +35,13 @@ class Gpu(Device):
     is_gpu = True
 
     def weights_room(self):
-        """Return (where, bytes) like Device.weights_room: the free memory of this GPU."""
+        """Return (GPU and host, free bytes of this GPU), like Device.weights_room."""
         device = self.cupy.cuda.Device()
         # The bus id identifies a GPU; a launcher may show each rank its own GPU as number 0.
         return f"GPU {device.id} ({device.pci_bus_id}) of {platform.node()}", device.mem_info[0]
 
     def cache_room(self, ranks):
-        """Return the bytes that the KV cache may take: most of the memory that is free now."""
+        """Return the bytes that the KV cache may use: most of the memory that is free now."""
         free, _ = self.cupy.cuda.Device().mem_info
         return int(free * CACHE_SHARE / -(-ranks // self.gpus))
 
@@ -80,7 +80,7 @@ class Gpu(Device):
 
 
 def open_gpu(local_rank=0, share=False):
-    """Open the GPU of rank number `local_rank` of this host; its dtype is float32 until `with_dtype`.
+    """Open the GPU for rank `local_rank` of this host; its dtype is float32 until `with_dtype` sets it.
 
     Parameters
     ----------
@@ -99,9 +99,10 @@ def open_gpu(local_rank=0, share=False):
     gpus = cupy.cuda.runtime.getDeviceCount()
     if local_rank >= gpus and not share:
         there = "is only 1" if gpus == 1 else f"are only {gpus}"
+        ranks = "1 rank" if gpus == 1 else f"{gpus} ranks"
         raise InputError(
-            f"--device cuda: rank {local_rank} of this host has no GPU: there {there}; use --tp {gpus}, "
-            "or --share-gpu (results are correct but slow), or --device cpu"
+            f"--device cuda: rank {local_rank} of this host has no GPU: there {there}; use at "
+            f"most {ranks} on this host, or --share-gpu (results are correct but slow), or --device cpu"
         )
     cupy.cuda.Device(local_rank % gpus).use()  # before anything is allocated
     stream = cupy.cuda.Stream(non_blocking=True)
@@ -112,7 +113,7 @@ def open_gpu(local_rank=0, share=False):
 
 
 def with_dtype(gpu, dtype, checkpoint_dtype):
-    """Return the Gpu with --dtype set; auto is the checkpoint's own 16-bit dtype, else bfloat16."""
+    """Return the Gpu with the dtype of --dtype; auto means the checkpoint's if 16-bit, else bfloat16."""
     if dtype == "auto":
         dtype = checkpoint_dtype if checkpoint_dtype in ("float16", "bfloat16") else "bfloat16"
     return replace(gpu, dtype=np.dtype(DTYPES[dtype]))
@@ -154,7 +155,7 @@ class Uploads:
         cuda, width = self._gpu.cupy.cuda, rows.shape[1]
         if width == 0:
             return
-        most = max(1, PINNED_BYTES // out.strides[0])  # rows that fit into a buffer
+        most = max(1, PINNED_BYTES // out.strides[0])  # maximum rows per buffer
         for start in range(0, len(rows), most):
             block = rows[start : start + most]  # [<= most, m]
             self._turn = 1 - self._turn

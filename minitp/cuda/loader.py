@@ -9,7 +9,7 @@ PACK = 8  # 16-bit numbers per load of 16 bytes
 
 
 def padded(width):
-    """Round `width` up to a multiple of PACK, so that every row begins where a 16-byte load is allowed."""
+    """Round `width` up to a multiple of PACK, so that every row is aligned for 16-byte loads."""
     return -(-width // PACK) * PACK
 
 
@@ -27,7 +27,7 @@ class GpuLoader(Loader):
         self._uploads = Uploads(device)
 
     def load(self):
-        """Return this rank's Weights, complete on the GPU."""
+        """Return this rank's Weights once all copies to the GPU are complete."""
         weights = super().load()
         self._uploads.finish()
         return weights
@@ -41,7 +41,7 @@ class GpuLoader(Loader):
         return lm_head, lm_head.T
 
     def _matrix(self, *names):
-        """Return the slices of `names`, [out, in] in the file, joined to one [in, sum of out]."""
+        """Return the slices of `names`, [out, in] in the file, joined into one matrix [in, sum of out]."""
         shapes = [self.plan.tensors[name].shape_on(self.rank) for name in names]
         rows, width = sum(out for out, _ in shapes), shapes[0][1]
         joined = self.device.cupy.empty((rows, padded(width)), dtype=self.device.dtype)  # [sum of out, >= in]
@@ -54,6 +54,6 @@ class GpuLoader(Loader):
         return joined[:, :width].T
 
     def _vector(self, *names):
-        """Return the slices of `names` end to end, [sum of n]."""
+        """Return the concatenated slices of `names`, [sum of n]."""
         parts = [self.source.read(name, self.plan.tensors[name].index(self.rank)) for name in names]
         return self.device.from_host(np.concatenate(parts).astype(self.device.dtype))  # [sum of n]

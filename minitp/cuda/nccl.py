@@ -32,7 +32,7 @@ class NcclComm(DeviceComm):
     host : Comm
     gpu : Gpu
     patience_s : float
-        How long the GPU may take for one launch before the watchdog ends the job.
+        Time limit for one launch on the GPU, after which the watchdog ends the job.
 
     Raises
     ------
@@ -66,9 +66,8 @@ class NcclComm(DeviceComm):
         """Create this rank's communicator, which waits until all ranks create theirs."""
 
         def give_up():
-            missing = [str(rank) for rank, count in enumerate(launches) if count == 0]
-            who = f"rank {', '.join(missing)} did not arrive" if missing else "no rank is known to be missing"
-            report_failure(self.rank, f"NCCL did not start within {START_S:g} s: {who}")
+            missing = [rank for rank, count in enumerate(launches) if count == 0]
+            report_failure(self.rank, f"NCCL did not start within {START_S:g} s: {not_arrived(missing)}")
             self.host.abort(RankError.exit_code)
 
         launches[self.rank] = 1
@@ -106,7 +105,7 @@ class NcclComm(DeviceComm):
         self.host.close()
 
     def abort(self, exit_code):
-        """Abort the communicator, on whose kernels the process could not end, and then the whole job."""
+        """Abort the communicator, whose kernels would keep the process from ending, and then the job."""
         if self._watchdog is not None:
             self._watchdog.stop()
             with suppress(RuntimeError):
@@ -126,20 +125,20 @@ class Watchdog:
     """A thread that aborts the communicator if the GPU does not finish a launch in time.
 
     At each launch the rank increments its counter, in memory that the ranks of a host share, and afterwards
-    records an event on the stream. So a rank that waits can name the ranks that have not arrived.
+    records an event on the stream. So a waiting rank can name the ranks that have not arrived.
     """
 
     def __init__(self, communicator, gpu, host, launches, patience_s):
         self._communicator, self._gpu, self._host, self._patience = communicator, gpu, host, patience_s
         self._events, self._entered = deque(), None  # (time, event) of unfinished launches
         self._error, self._stopped = None, threading.Event()
-        self._launches = launches  # each rank's count, as far as this rank can see it
+        self._launches = launches  # the count of each rank, if this rank can see it
         self._thread = threading.Thread(target=self._watch, name="NCCL watchdog", daemon=True)
         self._thread.start()
 
     @contextmanager
     def launching(self):
-        """A `with` block for launching work that contains collectives, watched until the GPU has finished."""
+        """Watch the work launched in a `with` block, including collectives, until the GPU has finished it."""
         self.check()
         self._launches[self._host.rank] += 1
         self._entered = monotonic()
@@ -181,9 +180,8 @@ class Watchdog:
         if oldest is None or monotonic() - oldest < self._patience:
             return None
         own = self._launches[self._host.rank]
-        late = [str(rank) for rank, count in enumerate(self._launches) if count < own]
-        who = f"rank {', '.join(late)} did not arrive" if late else "no rank is known to be missing"
-        return f"stuck in a collective for {self._patience:g} s: {who}"
+        late = [rank for rank, count in enumerate(self._launches) if count < own]
+        return f"stuck in a collective for {self._patience:g} s: {not_arrived(late)}"
 
     def _end(self, reason):
         self._error = RankError(reason)
@@ -194,13 +192,20 @@ class Watchdog:
             self._host.abort(RankError.exit_code)
 
 
+def not_arrived(ranks):
+    """Return the part of a message that names the ranks that did not arrive."""
+    if not ranks:
+        return "no rank is known to be missing"
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} did not arrive"
+
+
 def report_failure(rank, reason):
-    """Print why the job ends, from another thread than the stuck one."""
+    """Print why the job ends, because the thread that is stuck cannot."""
     print(f"minitp: rank {rank} failed: {reason}", file=sys.stderr, flush=True)
 
 
 def shared_counts(host):
-    """Return launch counters, int64 [ranks]: shared by the ranks of one host, private on several hosts."""
+    """Return launch counters, int64 [ranks], shared by all ranks if they are on one host, else private."""
     path = None
     with host.agreed():
         if host.rank == 0:

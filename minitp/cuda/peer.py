@@ -1,6 +1,6 @@
 """All-reduces of few rows through memory that all GPUs of a host can read; all other collectives use NCCL.
 
-One token of Mistral 7B takes 65 all-reduces of 8 KiB per rank. On 4 GPUs, NCCL's latency would take about as
+One token of Mistral 7B needs 65 all-reduces of 8 KiB per rank. On 4 GPUs, NCCL's latency would take about as
 long as reading a rank's weights. `all_reduce.cu` is a single launch: it writes the rank's part to its own
 memory, reads the other ranks' parts over the links, adds them in rank order, and continues with the residual
 addition and the norm.
@@ -35,7 +35,7 @@ class PeerComm(NcclComm):
         self._peer = self._opened = None
 
     def reserve(self, compiler, width):
-        """Map all ranks' memory for sums of up to MAX_TOKENS rows [D]; drop it again if NCCL is faster."""
+        """Map all ranks' memory for sums of up to MAX_TOKENS rows; do not use it if NCCL measures faster."""
         import cupyx
 
         cupy = self.gpu.cupy
@@ -94,7 +94,7 @@ class PeerComm(NcclComm):
 
     def close(self):
         self.gpu.stream.synchronize()
-        self.host.allgather_object(None)  # no rank reads another's memory any more
+        self.host.allgather_object(None)  # no rank reads another rank's memory anymore
         runtime = self.gpu.cupy.cuda.runtime
         for rank, region in enumerate(self._opened or []):
             if rank != self.rank:
@@ -108,7 +108,7 @@ class PeerComm(NcclComm):
         return self._peer is not None and x.ndim == 2 and len(x) <= MAX_TOKENS and x.shape[1] == self._width
 
     def _faster(self, x):
-        """Return whether sums of one row are at least as fast as through NCCL, on the slowest rank."""
+        """Return whether peer memory is at least as fast as NCCL for one row, on the slowest rank."""
         peer = self._timed(lambda: self._peer(x, x))
         nccl = self._timed(lambda: NcclComm.reduce_into(self, x, x))
         return max(self.host.allgather_object(peer)) <= max(self.host.allgather_object(nccl))

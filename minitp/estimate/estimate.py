@@ -33,26 +33,26 @@ class Spread:
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass of `sequences`, each with `tokens` after `past` ones, and logits for the last only."""
+    """A forward pass of `sequences`, each with `past` cached and `tokens` new tokens; the last has logits."""
 
     sequences: int
     tokens: int
     past: int
 
     def keys(self, window):
-        """Return the positions of one sequence that are read: all, or those the sliding window reaches."""
+        """Return the number of positions of one sequence that are read, in the sliding window if any."""
         return min(self.past, (window or math.inf) - 1) + self.tokens
 
     def pairs(self, window):
-        """Return the (query, key) pairs of one sequence: a token sees itself and earlier ones."""
+        """Return the number of (query, key) pairs of one sequence, with causal attention."""
         window = window or self.past + self.tokens
-        whole = min(self.tokens, max(0, window - self.past))  # tokens that see all earlier ones
+        whole = min(self.tokens, max(0, window - self.past))  # tokens that attend to all earlier ones
         return whole * self.past + whole * (whole + 1) // 2 + (self.tokens - whole) * window
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A load to plan for: each sequence's `context` and `prompt`, and the `batch` (None: as many as fit)."""
+    """A load to plan for: the context and prompt of each sequence, and the batch (None for the largest)."""
 
     context: int
     prompt: int
@@ -66,7 +66,7 @@ class Estimate:
     Attributes
     ----------
     weight_bytes_per_rank, kv_cache_bytes_per_token_per_rank : int
-        Bytes on the rank that holds the most.
+        Bytes on the rank that has the most.
     longest_context_tokens : int
         Longest context of a single sequence; `longest_context_limited_by` is "memory" or "model".
     largest_batch : int
@@ -76,7 +76,7 @@ class Estimate:
     batch : int
         The workload's batch, or the largest that fits.
     collectives_per_token : int
-        Collectives in one pass.
+        Number of collectives in one pass.
     prefill_*_s, decode_*_tokens_per_s : float or None
         Time of one sequence's prompt, and speed of the tokens after it.
     batch_*_tokens_per_s : float or None
@@ -106,7 +106,10 @@ class Estimate:
 
 
 def elements(plan, rank):
-    """Return the elements of each tensor on a rank; layer 0's names stand for all layers, which are alike."""
+    """Return the number of elements of each tensor on a rank.
+
+    All layers have equal shapes, so they are counted together, under the names of layer 0.
+    """
     counts = {}
     for name, shard in plan.tensors.items():
         if not name.startswith(LAYER):
@@ -128,7 +131,10 @@ def cache_bytes(config, plan, rank, dtype):
 
 
 def collectives(config, tp):
-    """Count a pass's collectives: an all-reduce of the embeddings, two per layer, the logits' all-gather."""
+    """Return the number of collectives in a pass.
+
+    There are all-reduces of the embeddings and of two sums per layer, and an all-gather of the logits.
+    """
     return 2 * config.num_hidden_layers + 2 if tp > 1 else 0
 
 
@@ -147,9 +153,9 @@ def cache_room(config, plan, hardware, dtype):
 
 
 def rank_work(config, plan, rank, work, dtype):
-    """Return a pass's work on one rank: (bytes read, FLOPs) of the projections, and the same of attention.
+    """Return a pass's work on one rank: (bytes read, FLOPs) of the projections, and of attention.
 
-    An embedding table that is not tied counts as nothing, because only the tokens' rows of it are read.
+    An untied embedding table is not counted, because a pass reads only the rows of its tokens.
     """
     counts = elements(plan, rank)
     head = counts[LM_HEAD if LM_HEAD in counts else EMBED]
@@ -169,7 +175,7 @@ def rank_work(config, plan, rank, work, dtype):
 
 
 def expert_shares(config, tokens):
-    """Return the shares of a mixture's experts that one token uses, and that `tokens` tokens use.
+    """Return the fractions of the experts that one token uses and that `tokens` tokens use together.
 
     Tokens are assumed to choose at random and independently of each other.
     """
@@ -194,7 +200,7 @@ def compute_seconds(config, plan, hardware, work, dtype, efficiency):
 
 
 def rates(hardware, tp, dtype, efficiency):
-    """Return (bytes, FLOPs) per second of one of `tp` ranks."""
+    """Return (bytes, FLOPs) per second for one of `tp` ranks."""
     bytes_per_s = hardware.memory_bytes_per_s * efficiency.memory
     flops_per_s = hardware.flops_per_s[dtype] * efficiency.matrix
     if hardware.cores is None:
@@ -205,7 +211,7 @@ def rates(hardware, tp, dtype, efficiency):
 
 
 def cores_used(tp, cores):
-    """Return the cores that the ranks use, each with the same number of BLAS threads, at least one."""
+    """Return the number of cores in use, if all ranks have the same number of BLAS threads."""
     return tp * (cores // tp) if tp < cores else cores
 
 
@@ -295,7 +301,7 @@ def speeds(config, plan, hardware, spread, dtype, workload, batch):
 
 
 def smallest_tp(config, hardware, dtype, workload):
-    """Return the fewest ranks on which the workload fits, or None."""
+    """Return the smallest number of ranks on which the workload fits, or None."""
     sequences = workload.batch or 1
     for tp in range(1, min(config.num_attention_heads, config.vocab_size) + 1):
         if cache_room(config, make_plan(config, tp), hardware, dtype) >= sequences * workload.context:

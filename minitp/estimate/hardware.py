@@ -16,7 +16,7 @@ class Link:
     ----------
     name : str
     start_s : float
-        Seconds that any collective takes at least.
+        Minimum time of any collective, in seconds.
     hop_s : float
         Seconds from one rank to the next; a tree has one hop up and one down per level.
     bytes_per_s : float
@@ -41,7 +41,7 @@ class Efficiency:
         Latency of a collective within a pass, where ranks do not arrive together, as a multiple of its
         latency when measured alone.
     layer_s, sequence_s : float
-        Seconds that a layer takes in addition to its products, and more for each sequence.
+        Seconds per layer in addition to its products, and additional seconds per sequence.
     threads : float
         Bandwidth of ranks with several BLAS threads, relative to one single-threaded rank on each core.
     packs : bool
@@ -65,20 +65,20 @@ class Hardware:
     Attributes
     ----------
     name, title : str
-        The value of `--gpu`, and a description for people.
+        The value of `--gpu`, and a readable description.
     memory_bytes : float
     memory_bytes_per_s : float
-        Read bandwidth. On a CPU that of products of one row; on a GPU the datasheet's, or that of a kernel
-        that only reads.
+        Read bandwidth: on a CPU, measured in products of one row; on a GPU, from the datasheet or measured
+        with a kernel that only reads.
     flops_per_s : dict
         Additions and multiplications per second in products of many rows, by dtype.
     link : Link
         Link within a node.
     efficiency : Efficiency
     reserve_bytes : float
-        Memory a rank needs in addition to weights and cache.
+        Memory that each rank needs in addition to weights and cache.
     limit_source, expected_source : str
-        Origin of the figures, and of those in `efficiency`; for people.
+        Readable origin of the figures above, and of those in `efficiency`.
     cores : int or None
         Cores of a CPU, whose ranks share the figures above; None if each rank has its own GPU.
     """
@@ -212,7 +212,7 @@ def cpu(cores, memory_bytes, memory_bytes_per_s, flops_per_s):
     """
     link = Link("shared memory", 0.0, SHARED_MEMORY_HOP_S, memory_bytes_per_s)
     title = f"this machine, {cores} core{'s' if cores > 1 else ''}, {memory_bytes / 1e9:.0f} GB"
-    # 0.2 GB is what Python and the libraries take in each rank.
+    # Python and the libraries take 0.2 GB in each rank.
     return Hardware(
         *("cpu", title, memory_bytes, memory_bytes_per_s, flops_per_s, link, CPU_EFFICIENCY, 0.2e9),
         *(PRODUCTS, CPU_SOURCES, cores),

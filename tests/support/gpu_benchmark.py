@@ -1,8 +1,8 @@
-"""A copy of benchmarks/gpu/run.py with steps that take no time; test_gpu_steps starts it.
+"""A copy of benchmarks/gpu/run.py with tasks that take no time; test_gpu_tasks starts it.
 
     python gpu_benchmark.py FOLDER [OPTIONS OF run.py]
 
-The file and the outputs go to FOLDER. The long steps print their process id and then wait for WAIT_S seconds;
+The file and the outputs go to FOLDER. The long tasks print their process id and then wait for WAIT_S seconds;
 the measured figure is FIGURE. Both are environment variables.
 """
 
@@ -16,27 +16,27 @@ from paths import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 
 import run
-from steps import Step
+from tasks import Task
 
 
 def python(text):
     return [sys.executable, "-c", text]
 
 
-def steps(group):
+def tasks(group):
     wait = f"import os, time; print(os.getpid(), flush=True); time.sleep({os.environ.get('WAIT_S', 0)})"
     figure = f"print('{{\"figure\": {os.environ.get('FIGURE', 'null')}}}')"
     return {
         "checks": [
-            Step("tests", python("print('12 passed')"), 20, required=True),
-            Step("check, long", python(wait), 20, required=True),
+            Task("tests", python("print('12 passed')"), 20, required=True),
+            Task("check, long", python(wait), 20, required=True),
         ],
-        "speed": [Step("figure", python(figure), 20), Step("long figure", python(wait), 20, least_s=5)],
-        "peers": [Step("peer", python("1/0"), 20, lambda: "no peer here")],
+        "speed": [Task("figure", python(figure), 20), Task("long figure", python(wait), 20, least_s=5)],
+        "peers": [Task("peer", python("1/0"), 20, lambda: "no peer here")],
     }[group]
 
 
-run.GROUPS = {group: partial(steps, group) for group in run.GROUPS}
+run.GROUPS = {group: partial(tasks, group) for group in run.GROUPS}
 run.Results = partial(run.Results, folder=Path(sys.argv.pop(1)))
 if __name__ == "__main__":
     sys.exit(run.main())

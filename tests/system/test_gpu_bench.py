@@ -108,7 +108,7 @@ def test_concurrent_requests(tiny):
         "--model", tiny, "--tp", 1, "--requests", 3, "--prompt-tokens", 9, "-n", 7, "--rounds", 1
     )  # fmt: skip
     assert (result["requests"]["count"], result["requests"]["steps"]) == (3, 7)
-    assert "for the same engine steps" in "\n".join(lines(result))
+    assert "for the same batches" in "\n".join(lines(result))
 
 
 @pytest.mark.parametrize("over", ["batch", "context"])
@@ -120,7 +120,7 @@ def test_a_sweep(tiny, over):
     assert all(p["tokens_per_s"] > 0 and p["limit_tokens_per_s"] > 0 for p in points)
 
 
-def test_a_profile_of_the_explicit_path_is_refused(tiny):
+def test_a_profile_of_the_explicit_path_is_rejected(tiny):
     command = [sys.executable, "-m", "minitp", "bench", "--model", tiny, "--tp", "1", "--device", "cuda"]
     done = subprocess.run(
         [*command, "--dtype", "float32", "--profile"],

@@ -1,4 +1,4 @@
-"""Tests of benchmarks/gpu on the stand-in for CuPy: commands, parts, table, reasons to skip a step."""
+"""Tests of benchmarks/gpu on the stand-in for CuPy: commands, parts, table, reasons to skip a task."""
 
 import importlib
 import os
@@ -19,7 +19,7 @@ from minitp.errors import InputError
 from minitp.launch.supervisor import find_mpirun
 
 FACTS = {"gpu": "A GPU 80GB", "date": "2030-01-02", "versions": {"cupy": "14.2.0"}}
-MODULES = ("commands", "mpich", "parts", "results", "steps", "table")
+MODULES = ("commands", "mpich", "parts", "results", "table", "tasks")
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +34,18 @@ def python(text):
     return [sys.executable, "-c", text]
 
 
-def all_steps(gpu):
+def all_tasks(gpu):
     return [*gpu.commands.checks(), *gpu.commands.measurements(), *gpu.commands.peers()]
 
 
-# --- the steps ------------------------------------------------------------------------------------------
+# --- the tasks ------------------------------------------------------------------------------------------
 
 
-def test_every_step_runs_an_existing_command(gpu):
+def test_every_task_runs_an_existing_command(gpu):
     from minitp.cli.arguments import parser
 
-    for step in all_steps(gpu):
-        command = [str(part) for part in step.command]
+    for task in all_tasks(gpu):
+        command = [str(part) for part in task.command]
         if command[1:3] == ["-m", "minitp"]:
             parser().parse_args(command[3:])
         elif command[1:3] == ["-m", "pytest"]:
@@ -53,18 +53,18 @@ def test_every_step_runs_an_existing_command(gpu):
         else:
             assert Path(command[1]).exists()
             assert not command[1].endswith("parts.py") or command[2] in gpu.parts.PARTS
-        assert step.least_s < step.limit_s <= 200
-    slugs = [gpu.steps.slug(step.name) for step in all_steps(gpu)]
+        assert task.least_s < task.limit_s <= 200
+    slugs = [gpu.tasks.slug(task.name) for task in all_tasks(gpu)]
     assert len(set(slugs)) == len(slugs)
 
 
 def test_checks_are_required_and_measurements_are_not(gpu):
-    assert all(step.required for step in gpu.commands.checks())
-    assert not any(step.required for step in [*gpu.commands.measurements(), *gpu.commands.peers()])
+    assert all(task.required for task in gpu.commands.checks())
+    assert not any(task.required for task in [*gpu.commands.measurements(), *gpu.commands.peers()])
 
 
 def test_every_test_for_a_gpu_runs_there(gpu):
-    """Check also the tests of kernels, except all_reduce and tensor_cores, which have GPU versions."""
+    """Check also the tests of kernels, except all_reduce and tensor_cores, which have separate GPU tests."""
     tests = {
         path.stem.removeprefix("test_"): path.read_text() for path in (ROOT / "tests").rglob("test_*.py")
     }
@@ -152,7 +152,7 @@ def test_an_mpirun_that_would_be_found_first_is_named(gpu, wheel, tmp_path, monk
     mpirun.touch()
     monkeypatch.setattr(sys, "executable", str(mpirun.with_name("python")))
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    with pytest.raises(InputError, match=f"{mpirun} stands next to this Python"):
+    with pytest.raises(InputError, match=f"{mpirun} is next to this Python"):
         gpu.mpich.use_mpich(str(wheel), tmp_path / "unpacked")
 
 
@@ -209,30 +209,30 @@ def test_four_processes_on_one_gpu():
 
 @pytest.mark.mpi
 def test_table_and_file(gpu, tiny, tmp_path, monkeypatch):
-    """Check with small real steps that the table finds their figures."""
+    """Check with small real tasks that the table contains their figures."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    commands, step = gpu.commands, gpu.steps.Step
+    commands, task = gpu.commands, gpu.tasks.Task
     bench = ["bench", "--json", "--model", tiny, "--prompt-tokens", 8, "-n", 4, "--rounds", 1]
     shared = ["check", "--tokens", "1,2,3", "--model", tiny, "--tp", 4, "--share-gpu", "--path", "fused"]
-    steps = [
-        step("NCCL, one rank", commands.script("parts.py", "nccl"), 60),
-        step("decode", commands.minitp(*bench, "--tp", 1, "--profile"), 60),
-        step("prefill", commands.minitp(*bench, "--tp", 1), 60),
-        step("rank 0 of 4, decode", commands.minitp(*bench, "--as-rank", 0, "--of", 4), 60),
-        step("16 tokens", commands.minitp(*bench, "--tp", 1), 60),
-        step("16 requests", commands.minitp(*bench, "--tp", 1, "--requests", 2), 60),
-        step("batches", python(
+    tasks = [
+        task("NCCL, one rank", commands.script("parts.py", "nccl"), 60),
+        task("decode", commands.minitp(*bench, "--tp", 1, "--profile"), 60),
+        task("prefill", commands.minitp(*bench, "--tp", 1), 60),
+        task("rank 0 of 4, decode", commands.minitp(*bench, "--as-rank", 0, "--of", 4), 60),
+        task("16 tokens", commands.minitp(*bench, "--tp", 1), 60),
+        task("16 requests", commands.minitp(*bench, "--tp", 1, "--requests", 2), 60),
+        task("batches", python(
             "print('{\"sweep\": {\"points\": [{\"batch\": 1, \"step_s\": 0.0042}]}}')"), 20),
-        step("loading", commands.minitp(*bench, "--tp", 1), 60),
-        step("four ranks on one GPU", commands.minitp(*shared, "--comm", "nccl"), 60, commands.no_mpirun),
-        step("transformers", python(
+        task("loading", commands.minitp(*bench, "--tp", 1), 60),
+        task("four ranks on one GPU", commands.minitp(*shared, "--comm", "nccl"), 60, commands.no_mpirun),
+        task("transformers", python(
             "print('{\"decode_tokens_per_s\": 2.0, \"prefill_tokens_per_s\": 3.0}')"), 20),
-        step("a failure", python("1/0"), 20),
+        task("a failure", python("1/0"), 20),
     ]  # fmt: skip
     monkeypatch.setenv("STAND_IN_GPUS", "1")
-    results = gpu.results.Results(FACTS, [s.name for s in reversed(steps)], tmp_path / "results")
-    outcomes = gpu.steps.Runner(results.outputs, 300, results.add).run(steps)
+    results = gpu.results.Results(FACTS, [s.name for s in reversed(tasks)], tmp_path / "results")
+    outcomes = gpu.tasks.Runner(results.outputs, 300, results.add).run(tasks)
     assert [one["status"] for one in outcomes] == ["ok"] * 10 + ["failed"]
     text = "\n".join(gpu.table.table(FACTS, outcomes))
     for words in (
@@ -245,7 +245,7 @@ def test_table_and_file(gpu, tiny, tmp_path, monkeypatch):
         "with 5 all-reduces, not run here",
         "4 tokens of each of 1 calls",
         "2 requests of 8 + 4 tokens at once",
-        "of their steps' limit",
+        "of their batches' limit",
         "1: 4.20",
         "of reading that file",
         "times as fast",

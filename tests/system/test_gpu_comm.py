@@ -1,4 +1,4 @@
-"""Tests of collectives on GPUs: the calls to NCCL, and that no rank waits for ever for a missing one."""
+"""Tests of collectives on GPUs: the calls to NCCL, and that no rank waits forever for a missing one."""
 
 import os
 import re
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("cupy")
 DTYPES = {"float16": 6, "float32": 7, "bfloat16": 9, "int32": 2}  # NCCL's numbers
 RANKS = 4
 PATIENCE_S = 0.5
-SOON_S = 5  # time limit for what takes a second, on a busy machine
+SOON_S = 5  # time limit for work that takes a second, even on a busy machine
 
 
 def numbers(dtype, rank, shape):
@@ -31,7 +31,7 @@ def numbers(dtype, rank, shape):
 
 
 def nccl_ranks(function, ranks=RANKS, patience_s=PATIENCE_S, close=True):
-    """Run function(NcclComm) on `ranks` threads; return what each returns, or the error that it raises."""
+    """Run function(NcclComm) on `ranks` threads; return the result or the error of each."""
     from minitp.cuda.gpu import open_gpu
     from minitp.cuda.nccl import NcclComm
 
@@ -208,7 +208,7 @@ def test_a_rank_that_does_not_start_nccl_is_named(cupy, monkeypatch, capsys):
     shared_counts = nccl.shared_counts
 
     def counts(host):
-        """Return the shared counts, but others for rank 1, so that it appears not to have arrived."""
+        """Return the shared counts, but separate ones for rank 1, so that it appears to be missing."""
         found = shared_counts(host)
         return np.ones(RANKS, np.int64) if host.rank == 1 else found
 
@@ -457,7 +457,7 @@ def test_ranks_that_share_a_gpu(cupy, monkeypatch, capfd, version, expected):
 def test_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setenv("STAND_IN_GPUS", "2")
     with pytest.raises(
-        AgreedError, match="rank 2 of this host has no GPU: there are only 2; use --tp 2"
+        AgreedError, match="rank 2 of this host has no GPU: there are only 2; use at most 2 ranks"
     ) as raised:
         chosen(4)
     assert raised.value.exit_code == InputError.exit_code

@@ -82,7 +82,7 @@ def test_all_called_functions_are_in_the_tables():
 
 @pytest.mark.parametrize("name", EXPLICIT)
 def test_the_explicit_path_does_not_use_numpy(name):
-    """Check this so that the path runs with any `xp`."""
+    """Check that the path uses only `xp`, so that it runs on any device."""
     tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert names & {"np", "numpy", "cupy"} == set()
@@ -223,8 +223,8 @@ def test_a_cache_keeps_the_dtype(cupy, half, kv_dtype):
         assert [array.dtype for array in cache.append(0, half(1, 3, 4), half(1, 3, 4))] == [dtype, dtype]
 
 
-def test_a_widened_stream_is_refused_at_the_first_product(tmp_path, monkeypatch):
-    """Check an earlier bug of embed_partial, because of which nothing ran in bfloat16 on a GPU."""
+def test_a_widened_stream_is_rejected_at_the_first_product(tmp_path, monkeypatch):
+    """Check for an earlier bug of embed_partial, which kept bfloat16 from running on a GPU."""
 
     def embed_partial(xp, token_ids, table, first_row):
         local = token_ids - first_row

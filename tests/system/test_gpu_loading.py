@@ -244,7 +244,7 @@ def test_the_host_holds_at_most_one_slice(tmp_path, monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("tp", [1, 3])
-def test_an_untied_copy_is_refused(tmp_path, tp):
+def test_an_untied_copy_is_rejected(tmp_path, tp):
     directory = write_model(tmp_path / "model", **MODELS["tied"])
     tensors = load_file(directory / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()

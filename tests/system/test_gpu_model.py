@@ -188,7 +188,7 @@ def test_the_steps_that_the_fused_path_records(models, shape, tp):
 
 
 def with_arguments(monkeypatch, kind, method, change, rank=None):
-    """Pass change(arguments) instead of its arguments to `kind.method`, on one rank or on all."""
+    """Make `kind.method` receive change(arguments) instead of its arguments, on one rank or on all."""
     original = getattr(kind, method)
 
     def call(self, *args):

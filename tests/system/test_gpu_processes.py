@@ -1,4 +1,4 @@
-"""Tests of ranks as processes on GPUs, on the stand-in for CuPy: how they start, refuse and end."""
+"""Tests of ranks as processes on GPUs, on the stand-in for CuPy: how they start, fail and end."""
 
 import json
 import os
@@ -128,15 +128,15 @@ def test_serve(model, expected):
     served.stop()
 
 
-# --- refusals -------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", [under_launcher, under_mpirun])
 def test_more_ranks_than_gpus(model, start):
     check_refusal_of(
         start(hello(model), 3, **ENVIRONMENT, STAND_IN_GPUS="2"),
-        "--device cuda: rank 2 of this host has no GPU: there are only 2; use --tp 2, or --share-gpu "
-        "(results are correct but slow), or --device cpu",
+        "--device cuda: rank 2 of this host has no GPU: there are only 2; use at most 2 ranks on "
+        "this host, or --share-gpu (results are correct but slow), or --device cpu",
     )
 
 
@@ -194,7 +194,7 @@ def test_auto_uses_the_cpu_without_a_gpu(model, without_cupy):
         (["--share-gpu"], "--share-gpu needs GPUs; leave it out, or give --device cuda"),
     ],
 )
-def test_options_for_gpus_are_refused_on_a_cpu(model, capsys, options, message):
+def test_options_for_gpus_are_rejected_on_a_cpu(model, capsys, options, message):
     argv = ["generate", "Hello", "--model", model, "--device", "cpu", "--tp", 1, *options]
     code = cli.main(list(map(str, argv)))
     out, err = capsys.readouterr()
@@ -202,7 +202,7 @@ def test_options_for_gpus_are_refused_on_a_cpu(model, capsys, options, message):
     assert err == f"minitp: {message}\n"
 
 
-def test_a_model_without_a_fused_path_is_refused(model):
+def test_a_model_without_a_fused_path_is_rejected(model):
     argv = ["check", "Hello", "--model", model, "--device", "cuda", "--path", "fused", "--dtype", "float32"]
     check_refusal_of(
         under_launcher(argv, 2, **ENVIRONMENT),

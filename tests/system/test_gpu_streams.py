@@ -69,7 +69,7 @@ def blamed(directory, tp):
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_check_finds_the_errors_of_a_stream_set_by_use(tiny, cupy, monkeypatch, tp):
-    """Check an earlier bug, because of which steps made by a copy or NCCL contained garbage on a GPU."""
+    """Check for an earlier bug: steps made by a copy or by NCCL contained garbage on a GPU."""
     monkeypatch.setattr(Gpu, "to_host", lambda self, array: self.cupy.asnumpy(array))
     monkeypatch.setattr(cupy.cuda.Stream, "__enter__", cupy.cuda.Stream.use)
     assert {"embed", "attn.out"} <= {*blamed(tiny, tp)}
@@ -89,7 +89,7 @@ def test_an_inner_with_block_does_no_harm(tiny, cupy, monkeypatch, tp):
 
 
 @pytest.mark.parametrize("way", [Gpu.to_host, Gpu.from_host])
-def test_another_current_stream_is_refused(cupy, way):
+def test_another_current_stream_is_rejected(cupy, way):
     gpu = open_gpu()
     array = cupy.ones(3, np.float32)
     way(gpu, array)
@@ -122,6 +122,6 @@ def test_only_gpu_py_copies_to_the_host_and_creates_a_stream():
 
 
 @pytest.mark.parametrize("convert", [float, int, bool, lambda x: x.item(), lambda x: x.tolist()])
-def test_the_stand_in_refuses_other_conversions(cupy, convert):
+def test_the_stand_in_rejects_other_conversions(cupy, convert):
     with pytest.raises(TypeError, match="call to_host first"):
         convert(cupy.ones(1, np.float32))

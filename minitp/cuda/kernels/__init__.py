@@ -2,7 +2,7 @@
 
 Decode:         begin_decode, linear (all products), attention_decode, sample; with several ranks all_reduce
 Prefill:        rms_norm, cache_write, attention_prefill, swiglu
-Several ranks:  join_columns, which puts gathered logits side by side
+Several ranks:  join_columns, which concatenates the logits gathered from all ranks
 bench:          read_memory
 """
 
@@ -23,8 +23,8 @@ from minitp.cuda.kernels.swiglu import Swiglu
 class Kernels:
     """The kernels of one rank's model, compiled or loaded from CuPy's cache.
 
-    The kernels of a prefill are compiled in the constructor, while no other rank waits for this one. Those of
-    a decode pass depend on the batch; `DecodeGraph` compiles them.
+    The kernels of a prefill are compiled in the constructor, while no other rank waits for this one. The
+    kernels of a decode pass depend on the batch size, so `DecodeGraph` compiles them.
 
     Parameters
     ----------

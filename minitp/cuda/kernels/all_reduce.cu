@@ -1,17 +1,17 @@
 // all_reduce: the sum over all ranks of a host, through memory that all their GPUs can read; the counterpart of
-// comm.base._sum_in_rank_order. all_reduce_norm: the same, then the bias, the residual addition and ops.rms_norm.
+// comm.base._sum_in_rank_order. all_reduce_norm: the same sum, then the bias, the residual addition and ops.rms_norm.
 //
 //   rank 0's region             rank 1's region
 //   +-------+-------+-------+   +-------+-------+-------+
 //   | slot  | slot  | flags |   | slot  | slot  | flags |    slots Half [2, max_rows, width]
 //   +-------+-------+-------+   +-------+-------+-------+    flags unsigned long long [max_rows, RANKS]
 //
-// A block computes one row, because the norm needs all of it, and a thread 8 of its columns, which stay in
-// registers from the first load to the last store. In its n-th call, a block writes its row into slot n mod 2 of
-// its own rank's region and then n into its flag in every region. It waits until all flags in its own region have
-// reached n, and reads the row from all regions. shared_memory.py explains why two alternating slots are enough.
-// Each block uses only the slots and flags of its own row, so blocks need not wait for each other. The GPU counts
-// n, so that a captured graph can be replayed.
+// Each block computes one row, because the norm needs the whole row. Each thread computes 8 of its columns, which
+// stay in registers from the first load to the last store. In its n-th call, a block writes its row into slot n mod
+// 2 of its own rank's region and then n into its flag in every region. It waits until all flags in its own region
+// have reached n, and reads the row from all regions. shared_memory.py explains why two alternating slots are
+// enough. Each block uses only the slots and flags of its own row, so blocks need not wait for each other. The GPU
+// counts n, so that a captured graph can be replayed.
 //
 //   partial, out, residual, normed Half [rows, width]      one block per row
 //   bias (may be null), weight Half [width]
@@ -22,7 +22,7 @@
 // this call and all later ones return at once without writing their results.
 //
 // A call reads RANKS - 1 rows of 2 * width bytes over the links. All these loads are in flight together, and each
-// flag is written to the memory where it is polled, so a call takes two crossings: one flag and one load.
+// flag is written to the memory where it is polled. So a call takes the time of two crossings: a flag and a load.
 
 #include "common.h"
 
@@ -40,8 +40,8 @@ struct Place {  // the location of this block's row and flags
     }
 };
 
-// Shows this rank's row to the other ranks and waits for theirs, which are then at `rows`. Returns false, on all
-// threads, if a rank did not arrive.
+// Publishes this rank's row to the other ranks, waits for their rows, and sets `rows` to the addresses of all.
+// Returns false, on all threads, if a rank did not arrive.
 __device__ inline bool exchange(Place place, const Half *partial, const Half8 *(&rows)[RANKS],
                                 unsigned long long *calls, int *missing, int rank, long long patience_ns) {
     const int i = threadIdx.x;
@@ -101,19 +101,19 @@ extern "C" __global__ void __launch_bounds__(1024) all_reduce_norm(const Half *p
                                                                    unsigned long long *calls, int *missing,
                                                                    int rank, int max_rows, int width,
                                                                    long long patience_ns, float eps) {
-    __shared__ float room[WARP];
+    __shared__ float scratch[WARP];
     const int i = threadIdx.x;
-    const bool mine = i < width / 8;
+    const bool has_columns = i < width / 8;
     const long long row = static_cast<long long>(blockIdx.x) * width;
     Half8 *const residual8 = reinterpret_cast<Half8 *>(residual + row);
-    // Loaded before the wait, which hides the time of these loads.
-    Half8 x = mine ? residual8[i] : Half8{};
-    const Half8 weights = mine ? reinterpret_cast<const Half8 *>(weight)[i] : Half8{};
+    // These are loaded before the wait, which hides the time of the loads.
+    Half8 x = has_columns ? residual8[i] : Half8{};
+    const Half8 weights = has_columns ? reinterpret_cast<const Half8 *>(weight)[i] : Half8{};
 
     const Half8 *rows[RANKS];
     if (!exchange({regions, max_rows, width}, partial, rows, calls, missing, rank, patience_ns)) return;
     float squares = 0;
-    if (mine) {
+    if (has_columns) {
         const Half8 sum = sum_of(rows);
         for (int j = 0; j < 8; j++) {
             float addend = to_float(sum.at[j]);
@@ -123,8 +123,8 @@ extern "C" __global__ void __launch_bounds__(1024) all_reduce_norm(const Half *p
         }
         residual8[i] = x;
     }
-    const float rms = sqrtf(block_sum(squares, room) / width + eps);
-    if (!mine) return;
+    const float rms = sqrtf(block_sum(squares, scratch) / width + eps);
+    if (!has_columns) return;
     for (int j = 0; j < 8; j++) {
         x.at[j] = to_half(rounded(to_float(x.at[j]) / rms) * to_float(weights.at[j]));
     }

@@ -19,11 +19,11 @@ class AllReduce:
     calls : uint64 [max_rows], on the device
         This rank's counters; zeros before the first call.
     missing : int32 [1], on the device
-        0 at first; 1 + r once rank r did not arrive in time. From then on, calls neither compute nor wait.
+        0 at first, and 1 + r after rank r failed to arrive in time. Then calls neither compute nor wait.
     width : int
         The row length D: a multiple of 8, at most WIDEST.
     patience_s : float
-        How long to wait for a rank.
+        Time limit for waiting for a rank.
     """
 
     def __init__(self, compiler, rank, regions, calls, missing, width, patience_s=30.0):

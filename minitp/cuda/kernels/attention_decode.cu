@@ -1,11 +1,11 @@
 // attention_decode: attention of one query token of each of B sequences over a paged cache; the counterpart of
-// ops.attention_scores, ops.softmax and ops.attention_context. Split over the keys (flash-decoding, Dao et al.,
-// 2023).
+// ops.attention_scores, ops.softmax and ops.attention_context. The work is split over the keys (flash-decoding,
+// Dao et al., 2023).
 //
 //   q             [B, H, d]           d = HEAD_DIM, a multiple of 8
-//   k_cache       [K, slots, d]       keys of one layer; v_cache alike. Key p of sequence b is in slot
+//   k_cache       [K, slots, d]       keys of one layer; v_cache has the values. Key p of sequence b is in slot
 //   block_table   [B, max_blocks]         block_table[b][p / BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
-//   lengths       [B]                 number of keys of each sequence, the new one included; 0: out becomes zeros
+//   lengths       [B]                 number of keys, including the new one; if 0, the row of out becomes zeros
 //   group_starts  [K + 1]             query heads group_starts[j] .. group_starts[j + 1] - 1 read KV head j
 //   out           [B, out_stride]     the first H * d columns are written
 //   partials      [B, K * pieces, splits] of Part; not used if there is one split
@@ -20,10 +20,10 @@
 // Each key and value is read once for all heads of a group, directly into the registers that feed the tensor
 // cores: 4 d bytes per key and KV head, and nothing else of that size. A sum over d may be in any order, and so
 // may the rows of a product. So lane l, with g = l / 4 and t = l % 4, loads 16 bytes at once:
-//   of keys g and g + 8, the 8 elements from 8 t on of each 32, which are this lane's operands of two products
-//   over 16 columns if the query is loaded the same way;
-//   of the values of keys 2t, 2t+1, 2t+8 and 2t+9, the 8 elements from 8 g on of each 64, which are this lane's
-//   rows g and g + 8 of four products.
+//   from keys g and g + 8, elements 8t .. 8t + 7 of each 32: this lane's operands of two products over 16 columns,
+//   if the query is loaded the same way;
+//   from the values of keys 2t, 2t+1, 2t+8 and 2t+9, elements 8g .. 8g + 7 of each 64: this lane's rows g and g + 8
+//   of four products.
 // With d = 128 a lane has 16 such loads in flight, and a warp 8 KiB.
 //
 //   scores [8 heads, 16 keys] = query @ keys.T         context.T [d, 8 heads] += values.T @ weights.T
@@ -36,12 +36,12 @@
 constexpr int WARPS = 4, TILE = 16, HEADS = 8;
 constexpr int KEY_CHUNKS = (HEAD_DIM + 31) / 32, VALUE_CHUNKS = (HEAD_DIM + 63) / 64;
 
-struct alignas(16) Part {  // attention over some of the keys
+struct alignas(16) Part {  // the result of attention over some of the keys
     float max[HEADS], sum[HEADS];  // the largest score; the sum of exp(score - max)
     float context[HEADS][HEAD_DIM];  // the sum of exp(score - max) * value
 };
 
-// Combines n parts: returns 4 columns of a head's context, and sets its max and sum.
+// Combines n parts: returns 4 columns of a head's context, and sets the head's max and sum.
 __device__ inline float4 merged(const Part *parts, int n, int head, int column, float &max, float &sum) {
     max = parts[0].max[head];
     for (int i = 1; i < n; i++) max = fmaxf(max, parts[i].max[head]);
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     if (split >= splits) return;
     const int begin = tiles * split / splits, end = tiles * (split + 1) / splits;
 
-    // This lane's columns. Past the last column it loads the first again, which is multiplied by zeros or not used.
+    // This lane's columns. After the last column, it loads the first again, which is multiplied by zeros or not used.
     int key_columns[KEY_CHUNKS], value_columns[VALUE_CHUNKS];
     Half8 query[KEY_CHUNKS];  // the query of head g
     for (int c = 0; c < KEY_CHUNKS; c++) {
@@ -111,12 +111,12 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     }
     const long long plane = static_cast<long long>(kv_head) * slots * HEAD_DIM;
     const int *const table = block_table + static_cast<long long>(sequence) * max_blocks;
-    const auto slot_of = [=](int tile) {  // slot of the tile's key lane % 16, or of the last key if there is none
+    const auto slot_of = [=](int tile) {  // slot of key lane % 16 of the tile, or of the last key after the end
         const int key = min(first_key + tile * TILE + lane % TILE, length - 1);
         return table[key / BLOCK_SIZE] * BLOCK_SIZE + key % BLOCK_SIZE;
     };
 
-    float max = MINUS_INFINITY, sum = 0;  // for head g; the sum is over this lane's keys only
+    float max = MINUS_INFINITY, sum = 0;  // for head g; the sum covers only this lane's keys
     float context[VALUE_CHUNKS][4][4] = {};  // [j][i] is element 2j + i/2 of this lane's 8, head 2t + i%2
     int slot = slot_of(begin + warp);
     for (int tile = begin + warp; tile < end; tile += WARPS) {
@@ -187,14 +187,14 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     }
 
     for (int offset = 1; offset < 4; offset *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
-    Part &mine = of_warps[warp];
-    mine.max[g] = max;  // the same on the head's four lanes
-    mine.sum[g] = sum;
+    Part &own = of_warps[warp];
+    own.max[g] = max;  // the same on the head's four lanes
+    own.sum[g] = sum;
     for (int c = 0; c < VALUE_CHUNKS; c++) {
         const int column = 64 * c + 8 * g;
         for (int j = 0; j < 4 && column < HEAD_DIM; j++) {
             for (int i = 0; i < 4; i++) {
-                mine.context[2 * t + i % 2][column + 2 * j + i / 2] = context[c][j][i];
+                own.context[2 * t + i % 2][column + 2 * j + i / 2] = context[c][j][i];
             }
         }
     }

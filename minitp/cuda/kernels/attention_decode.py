@@ -1,4 +1,4 @@
-"""Launch attention_decode.cu: `ops.attention_scores`, `softmax` and `attention_context` for decode."""
+"""Launch attention_decode.cu: the attention of a decode pass, over a paged cache."""
 
 from math import ceil
 
@@ -6,12 +6,12 @@ import numpy as np
 
 THREADS = 128
 HEADS = 8  # query heads per block
-KEYS = 64  # keys that a block's warps read at once; a smaller split does not pay
+KEYS = 64  # keys that a block's warps read at once; a smaller split would waste some of them
 BLOCKS = 2  # blocks per SM: together 64 KiB of loads in flight, three times what saturates the memory
 
 
 class AttentionDecode:
-    """Attention of one query token per sequence over a paged cache.
+    """A kernel for attention of one query token per sequence over a paged cache.
 
     All memory is allocated in the constructor, and the grid depends only on the batch size, so a launch can
     be captured.
@@ -28,9 +28,9 @@ class AttentionDecode:
         Positions per block of the cache.
     max_batch, max_context : int
     processors : int
-        Streaming multiprocessors of the GPU.
+        Number of streaming multiprocessors of the GPU.
     window : int or None
-        The most keys that a query attends to, its own included.
+        Maximum number of keys that a query attends to, including its own; None for no limit.
     """
 
     def __init__(
@@ -53,21 +53,21 @@ class AttentionDecode:
         self._rows = len(query_groups) * self._pieces  # rows of the grid
         self._window = np.int32(window or 0)
         self._most_splits = ceil(min(max_context, window or max_context) / KEYS)
-        self._wanted_blocks = BLOCKS * processors
+        self._target_blocks = BLOCKS * processors
         parts = max(batch * self._rows * self.splits(batch) for batch in range(1, max_batch + 1))
         self._partials = xp.empty((parts, HEADS * (2 + head_dim)), dtype=np.float32)  # see Part
         self._counters = xp.zeros(max_batch * self._rows, dtype=np.uint32)
 
     def splits(self, batch):
-        """Return how many blocks share the keys of a sequence, so that the whole batch fills the GPU."""
-        return max(1, min(self._most_splits, ceil(self._wanted_blocks / (batch * self._rows))))
+        """Return the number of blocks that share a sequence's keys, enough for the batch to fill the GPU."""
+        return max(1, min(self._most_splits, ceil(self._target_blocks / (batch * self._rows))))
 
     def __call__(self, q, k_cache, v_cache, block_table, lengths, out):
         """Write the context of `q` into the first H * d columns of `out`.
 
-        16-bit: `q` [B, H, d], `k_cache` and `v_cache` [K, slots, d] of one layer, `out` [B, n], whose rows
-        are a multiple of 4 elements apart. `block_table` is int32 [B, max_blocks]. `lengths` int32 [B] counts
-        the keys, the new one included; for a length of 0 the row of `out` becomes zeros.
+        16-bit arrays: `q` [B, H, d], `k_cache` and `v_cache` [K, slots, d] of one layer, `out` [B, n], whose
+        rows are a multiple of 4 elements apart. `block_table` is int32 [B, max_blocks]. `lengths`, int32 [B],
+        is the number of keys, including the new one; for a length of 0, the row of `out` becomes zeros.
         """
         batch, slots = len(q), k_cache.shape[1]
         stride = out.strides[0] // out.itemsize

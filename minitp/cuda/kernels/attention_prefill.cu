@@ -3,24 +3,24 @@
 // ops.attention_context. (FlashAttention-2: Dao, 2023.)
 //
 //   q             [n, q_stride]       the first H * d columns are read; d = HEAD_DIM
-//   k_cache       [K, slots, d]       keys of one layer, d a multiple of 8; v_cache alike. Key p is in slot
-//   block_table   [blocks]                block_table[p / BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
+//   k_cache       [K, slots, d]       keys of one layer, d a multiple of 8; v_cache has the values. Key p is in
+//   block_table   [blocks]                slot block_table[p / BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
 //   group_starts  [K + 1]             query heads group_starts[j] .. group_starts[j + 1] - 1 read KV head j
 //   out           [n, out_stride]     the first H * d columns are written
 //
 // The new tokens have positions past .. past + n - 1. The token at i attends to keys j <= i, and with a window
 // only to those with i - window < j.
 //
-// The grid is (tiles, K). A block computes 64 rows of the queries that share a KV head, and a warp 16 of them.
-// Row r is token r / G and head r % G of the group, so a key is read once for all of them. The block goes over the
+// The grid is (tiles, K). A block computes 64 rows of the queries that share a KV head, and each warp 16 of them.
+// Row r is token r / G and head r % G of the group, so a key is read once for all of them. The block loops over the
 // keys that at least one of its rows attends to, one tile in shared memory at a time. The values are loaded while
 // the scores are computed, and the next keys while the values are added up. The scores of a whole row never exist
-// at once: see attention_decode.cu, also for the order in which 16 bytes of a row of keys or values contain what a
-// lane needs for several products.
+// at once; see attention_decode.cu. That file also explains the order in which 16 bytes of a row of keys or values
+// contain the operands of a lane for several products.
 //
 //   scores [16, keys] = query [16, d] @ keys.T       context [16, d] += weights [16, keys] @ values
 //
-// A lane's scores are in the positions that the second product needs its weights in.
+// A lane's scores are in the positions in which the second product needs the weights.
 
 #include "common.h"
 
@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
     if (first_row >= rows) return;
     const int last_row = min(first_row + ROWS, rows) - 1;
     const int stop_key = past + last_row / group + 1;
-    const int reach = window > 0 ? window : stop_key;  // keys per query, its own included
+    const int reach = window > 0 ? window : stop_key;  // keys per query, including its own
     const int first_key = max(0, past + first_row / group - reach + 1);
 
     const long long plane = static_cast<long long>(kv_head) * slots * HEAD_DIM;
@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
 #pragma unroll 4
         for (int i = threadIdx.x; i < KEYS * (HEAD_DIM / 8); i += blockDim.x) {
             const int row = i / (HEAD_DIM / 8), column = i % (HEAD_DIM / 8) * 8;
-            const int key = min(from + row, stop_key - 1);  // past the last key: the last, masked
+            const int key = min(from + row, stop_key - 1);  // after the last key, the last one, which is masked
             const int slot = block_table[key / BLOCK_SIZE] * BLOCK_SIZE + key % BLOCK_SIZE;
             copy_async(tile + row * width + column,
                        cache + plane + static_cast<long long>(slot) * HEAD_DIM + column);
@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
     };
     copy_tile(k_cache, key_tile[0], KEY_WIDTH, first_key);
 
-    // This lane's rows g and g + 8 of the warp. Past the last row it computes the last again, without writing it.
+    // This lane's rows g and g + 8 of the warp. After the last row, it computes the last again without writing it.
     int position[2];
     Half8 query[2][KEY_CHUNKS];
     for (int i = 0; i < 2; i++) {
@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
         }
     }
 
-    float max[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {};  // per row; the sum is over this lane's keys
+    float max[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {};  // per row; the sum covers only this lane's keys
     float context[VALUE_CHUNKS][8][4] = {};  // [j][2i + e] is row g + 8i, element j of piece 2t + e of 8
     for (int tile = first_key; tile < stop_key; tile += KEYS) {
         copies_done();

@@ -1,4 +1,4 @@
-"""Launch attention_prefill.cu: `ops.attention_scores`, `softmax` and `attention_context` for prefill."""
+"""Launch attention_prefill.cu: the causal attention of a prompt's tokens, over a paged cache."""
 
 from math import ceil
 
@@ -22,7 +22,7 @@ class AttentionPrefill:
     block_size : int
         Positions per block of the cache.
     window : int or None
-        The most keys that a query attends to, its own included.
+        Maximum number of keys that a query attends to, including its own; None for no limit.
     """
 
     def __init__(self, compiler, xp, query_groups, head_dim, block_size, window=None):
@@ -36,9 +36,9 @@ class AttentionPrefill:
     def __call__(self, q, k_cache, v_cache, block_table, past, out):
         """Write the context of `q` into `out`, for tokens at positions past .. past + n - 1.
 
-        16-bit: `q` [n, H * d], `k_cache` and `v_cache` [K, slots, d] of one layer, `out` [n, H * d]. The rows
-        of `q` and `out` may be further apart, by a multiple of 8 elements. `block_table`, int32 [blocks],
-        covers all positions up to the last.
+        16-bit arrays: `q` [n, H * d], `k_cache` and `v_cache` [K, slots, d] of one layer, `out` [n, H * d].
+        The rows of `q` and `out` may be further apart, by a multiple of 8 elements. `block_table`, int32
+        [blocks], covers all positions up to the last.
         """
         tokens, kv_heads = len(q), len(k_cache)
         strides = [x.strides[0] // x.itemsize for x in (q, out)]

@@ -2,16 +2,16 @@
 // ops.embed_partial, ops.rope_cos_sin and PagedCache.slots. end_decode: adds one to every sequence's length.
 //
 // A block handles one sequence b. It has p = lengths[b] keys in the cache, so p is its new token's position.
-//   token, lengths int [B]                  length -1: a row that pads the batch to the size of a graph
+//   token, lengths int [B]                  a length of -1 marks a row that pads the batch to the size of a graph
 //   block_table int [B, max_blocks]         must have a block for position p; the host allocates it
 //   inverse_frequencies float [half_dim]    half_dim is d / 2
 //   table [rows, stride]                    this rank's rows of the embedding; the first is token `first_row`
 //   x [B, width]                            the token's row; zeros if another rank has it, and for padding
 //   slot int [B]                            the cache slot of the new key; -1 for padding
-//   cosines, sines float [B, half_dim]      for the angles of position p; of position 0 for padding
-//   seen int [B]                            number of keys that attention reads, the new one included; 0 for padding
-// width and stride are multiples of 8. All this reads little (a row of the table), so it is a single launch. All that
-// changes from token to token is in GPU memory, so that a captured graph can be replayed.
+//   cosines, sines float [B, half_dim]      for the angles of position p, or of position 0 for padding
+//   seen int [B]                            number of keys for attention, including the new one; 0 for padding
+// width and stride are multiples of 8. The kernel reads little (a row of the table), so a single launch is enough.
+// Everything that changes from token to token is in GPU memory, so that a captured graph can be replayed.
 
 #include "common.h"
 
@@ -39,11 +39,11 @@ extern "C" __global__ void begin_decode(const int *token, const int *lengths, co
     }
 
     const int local = padding ? -1 : token[sequence] - first_row;
-    const bool here = local >= 0 && local < rows;
-    const long long start = static_cast<long long>(here ? local : 0) * stride;
+    const bool has_row = local >= 0 && local < rows;
+    const long long start = static_cast<long long>(has_row ? local : 0) * stride;
     const Half8 *const row = reinterpret_cast<const Half8 *>(table + start);
     Half8 *const x8 = reinterpret_cast<Half8 *>(x + static_cast<long long>(sequence) * width);
-    for (int i = threadIdx.x; i < width / 8; i += blockDim.x) x8[i] = here ? load_once(row + i) : Half8{};
+    for (int i = threadIdx.x; i < width / 8; i += blockDim.x) x8[i] = has_row ? load_once(row + i) : Half8{};
 }
 
 // lengths int [B], as above. One thread per sequence.

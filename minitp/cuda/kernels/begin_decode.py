@@ -25,7 +25,7 @@ class BeginDecode:
     def __call__(
         self, token, lengths, block_table, inverse_frequencies, table, x, slot, cosines, sines, seen
     ):
-        """Compute the last five arrays from the first five.
+        """Write each token's embedding, cache slot, RoPE cosines and sines, and number of visible keys.
 
         Parameters
         ----------
@@ -37,12 +37,13 @@ class BeginDecode:
         table : 16-bit [V_r, D or more]
             This rank's rows of the embedding; their length and D are multiples of 8.
         x : 16-bit [B, D]
-            The embeddings of the tokens whose rows this rank has, zeros for other tokens and for padding.
+            An output: the embeddings of tokens whose rows this rank has; zeros for others and padding.
         slot : int32 [B]
-            The cache slot for each new key and value; -1 for padding.
+            An output: the cache slot for each new key and value; -1 for padding.
         cosines, sines : float32 [B, d/2]
+            Outputs: the cosines and sines of the angles of each new position.
         seen : int32 [B]
-            Number of keys that attention reads, the new one included; 0 for padding.
+            An output: the number of keys that attention reads, including the new one; 0 for padding.
         """
         sequences, width = x.shape
         rows, stride = table.shape

@@ -2,12 +2,12 @@
 // and PagedCache.append.
 //
 //   qkv      [n, (H + 2K) d]     all q heads, rotated in place, then k, then v; d = HEAD_DIM, a multiple of 8
-//   cos      [n, d / 2]          cosines of each token's angles; sin alike
-//   slots    [n]                 the cache slot for each token's k and v; -1: none
-//   k_cache  [K, capacity, d]    keys of one layer, an output: k rotated; v_cache alike: v unchanged
+//   cos      [n, d / 2]          cosines of each token's angles; sin has the sines
+//   slots    [n]                 the cache slot for each token's k and v; -1 for none
+//   k_cache  [K, capacity, d]    the rotated keys of one layer, an output; v_cache has the values, unchanged
 //
-// A block handles one token, and a thread 4 elements of the first half of a head together with the 4 elements that
-// they are rotated with. Loads are 8 bytes wide, because half a head need not be a multiple of 8 elements.
+// A block handles one token. A thread handles 4 elements of the first half of a head, and the 4 elements that they
+// are rotated with. Loads are 8 bytes wide, because half a head need not be a multiple of 8 elements.
 
 #include "common.h"
 

@@ -20,10 +20,10 @@ class CacheWrite:
         self._head_dim = head_dim
 
     def __call__(self, qkv, cos, sin, slots, k_cache, v_cache):
-        """Rotate q in `qkv` in place, and write rotated k, and v, to the caches.
+        """Rotate q in place in `qkv`, and write the rotated k and the unchanged v to the caches.
 
-        16-bit: `qkv` [n, (H + 2K) d], `k_cache` and `v_cache` [K, capacity, d]. `cos` and `sin` are float32
-        [n, d/2], both without signs. `slots` int32 [n] is the cache slot of each token; -1 for none.
+        16-bit arrays: `qkv` [n, (H + 2K) d], `k_cache` and `v_cache` [K, capacity, d]. `cos` and `sin` are
+        float32 [n, d/2]; no sine is negated. `slots`, int32 [n], is each token's cache slot; -1 for none.
         """
         kv_heads, capacity, _ = k_cache.shape
         heads = qkv.shape[1] // self._head_dim - 2 * kv_heads

@@ -12,7 +12,7 @@ struct Half {  // a 16-bit float
     unsigned short bits;
 };
 
-struct alignas(16) Half8 {  // 16 bytes, the most that one load reads
+struct alignas(16) Half8 {  // 16 bytes, the maximum of one load
     Half at[8];
 };
 
@@ -102,7 +102,7 @@ __device__ inline Half8 load_once(const Half8 *p) {
     return x.halves;
 }
 
-// Copies 16 bytes to shared memory without using registers; they have arrived after copies_done().
+// Copies 16 bytes to shared memory without using registers; copies_done() waits for them.
 __device__ inline void copy_async(Half *shared, const Half *global) {
     asm volatile("{\n"
                  ".reg .u64 to;\n"
@@ -133,8 +133,8 @@ __device__ inline long long nanoseconds() {
 
 // Computes c[16, 8] += a[16, 16] @ b[16, 8] of pairs of 16-bit numbers, summed in float32 (PTX ISA, "Matrix Fragments
 // for mma.m16n8k16"). With g = l / 4 and t = l % 4, lane l has these elements:
-//   a  [g][2t], [g+8][2t], [g][2t+8], [g+8][2t+8]   and the element to the right of each
-//   b  [2t][g], [2t+8][g]                           and the element below each
+//   a  [g][2t], [g+8][2t], [g][2t+8], [g+8][2t+8]   with the element to the right of each
+//   b  [2t][g], [2t+8][g]                           with the element below each
 //   c  [g][2t], [g][2t+1], [g+8][2t], [g+8][2t+1]
 __device__ inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #ifdef BFLOAT16
@@ -171,13 +171,13 @@ __device__ inline float warp_max(float x) {
     return x;
 }
 
-// Returns the sum over all threads of a block, on all of them. `room` is shared memory for 32 values.
+// Returns the sum over all threads of a block, on all of them. `scratch` is shared memory for 32 values.
 template <class Value>
-__device__ inline Value block_sum(Value x, Value *room) {
+__device__ inline Value block_sum(Value x, Value *scratch) {
     const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     x = warp_sum(x);
-    __syncthreads();  // all threads have read the room's previous contents
-    if (lane == 0) room[threadIdx.x / WARP] = x;
+    __syncthreads();  // all threads have read the previous contents of `scratch`
+    if (lane == 0) scratch[threadIdx.x / WARP] = x;
     __syncthreads();
-    return warp_sum(lane < warps ? room[lane] : Value(0));
+    return warp_sum(lane < warps ? scratch[lane] : Value(0));
 }

@@ -1,7 +1,7 @@
-// join_columns: the last part of an all-gather, which puts the ranks' columns side by side.
+// join_columns: completes an all-gather by concatenating the ranks' columns.
 //
 // gathered is [ranks, rows, widest]; the first ends[r] - ends[r - 1] columns of rank r go to columns
-// ends[r - 1] .. ends[r] - 1 of out [rows, stride]. ends is [ranks]. One thread per element of out.
+// ends[r - 1] .. ends[r] - 1 of out [rows, stride]. ends is [ranks]. There is one thread per element of out.
 
 #include "common.h"
 

@@ -1,4 +1,4 @@
-"""Launch join_columns.cu, the last part of an all-gather."""
+"""Launch join_columns.cu, which completes an all-gather of logits."""
 
 from itertools import accumulate
 
@@ -8,7 +8,7 @@ THREADS = 256
 
 
 class JoinColumns:
-    """A kernel that puts the columns gathered from all ranks side by side.
+    """A kernel that concatenates the columns gathered from all ranks.
 
     Parameters
     ----------
@@ -23,7 +23,7 @@ class JoinColumns:
         self._ends, self._columns = xp.asarray(list(accumulate(widths)), dtype=np.int32), sum(widths)
 
     def __call__(self, gathered, out):
-        """Join `gathered`, float32 [ranks, B, widest], to `out` [B, n], dropping each rank's padding."""
+        """Join `gathered`, float32 [ranks, B, widest], into `out` [B, n], dropping each rank's padding."""
         ranks, rows, widest = gathered.shape
         numbers = [np.int32(n) for n in (ranks, widest, out.strides[0] // 4)]
         grid = (rows, -(-self._columns // THREADS))

@@ -7,14 +7,15 @@
 //     qkv        y + bias as heads, RoPE, k and v to the cache        ops.column_parallel and ops.apply_rope
 //
 // x         [tokens, width]    width is a multiple of 8; padding columns are zero in x and in weight
-// weight    [outputs, width]   each output's weights are contiguous
+// weight    [outputs, width]   the weights of each output are contiguous
 // bias      [outputs] or null
 // norm      [width]            with -DNORM: x, a single token without padding, goes through ops.rms_norm with this
-//                              weight first. Every block does so; for more tokens, a separate launch is faster
+//                              weight first. Every block computes this; with more tokens, a separate launch is
+//                              faster
 //
-// Macros: TOKEN_TILES, each of 8 tokens; PAIR_TILES, see below; NORM.
+// Macros: TOKEN_TILES, the number of tiles of 8 tokens; PAIR_TILES, see below; NORM.
 //
-// The time is spent on reading the weights, each once. Rows of weight are processed in pairs whose outputs are
+// Most of the time goes into reading the weights, each once. Rows of weight are processed in pairs whose outputs are
 // needed together (gate and up, or the two that RoPE rotates), in tiles of 8 pairs. These are the 16 rows of a tensor
 // core's product, and tokens are its columns. A warp reads every eighth chunk of 32 columns of its rows. Lane (g, t)
 // reads columns 8t .. 8t + 7 of both rows of pair g, 16 bytes per load, and has 8 such loads in flight. A tensor core
@@ -32,7 +33,7 @@
 
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int TILE = 8;                     // pairs, or tokens, per tile
-constexpr int TOKENS = TILE * TOKEN_TILES;  // the most tokens
+constexpr int TOKENS = TILE * TOKEN_TILES;  // maximum number of tokens
 constexpr int COLUMNS = 8;                  // columns per load: a uint4, whose words are pairs of columns
 constexpr int NEXT = 32 * WARPS / COLUMNS;  // distance between two chunks of a warp, in uint4
 constexpr int IN_FLIGHT = 4 / PAIR_TILES;   // chunks in flight, with two loads per tile of pairs
@@ -48,7 +49,7 @@ struct Rows {  // a pair of rows of weight
     int first, second;
 };
 
-// The x of the product, after the norm if there is one, and the distance between its rows.
+// The x of the product (after the norm, if there is one) and the distance between its rows.
 struct Input {
     const Half *x;
     int stride;
@@ -58,7 +59,7 @@ struct Input {
 
 // Computes ops.rms_norm of the only row, into shared memory.
 __device__ Input input_of(const Product &p) {
-    __shared__ float room[WARP];
+    __shared__ float scratch[WARP];
     DYNAMIC_SHARED(Half, normed);
     const Half8 *const x8 = reinterpret_cast<const Half8 *>(p.x);
     const Half8 *const norm8 = reinterpret_cast<const Half8 *>(p.norm);
@@ -67,10 +68,10 @@ __device__ Input input_of(const Product &p) {
     float squares = 0;
     for (int i = threadIdx.x; i < p.width / 8; i += THREADS) {
         const Half8 values = x8[i];
-        normed8[i] = values;  // read again by this thread only, below
+        normed8[i] = values;  // read again below, by this thread only
         for (int j = 0; j < 8; j++) squares += to_float(values.at[j]) * to_float(values.at[j]);
     }
-    const float rms = sqrtf(block_sum(squares, room) / p.width + p.eps);
+    const float rms = sqrtf(block_sum(squares, scratch) / p.width + p.eps);
     for (int i = threadIdx.x; i < p.width / 8; i += THREADS) {
         const Half8 values = normed8[i], weights = norm8[i];
         Half8 result;
@@ -102,7 +103,7 @@ __device__ void multiply(const Product &p, int pairs, RowsOf rows_of, Finish fin
     const int first_pair = blockIdx.x * PAIR_TILES * TILE;
 
     int column = (warp * 4 + t) * COLUMNS;
-    const uint4 *row[PAIR_TILES][2];  // from `column` on; a missing row is replaced by another
+    const uint4 *row[PAIR_TILES][2];  // pointers to `column`; a row after the last is replaced by the last
     for (int tile = 0; tile < PAIR_TILES; tile++) {
         const Rows rows = rows_of(first_pair + tile * TILE + g);
         row[tile][0] = at(p.weight, min(rows.first, p.outputs - 1), p.width, column);
@@ -122,10 +123,10 @@ __device__ void multiply(const Product &p, int pairs, RowsOf rows_of, Finish fin
 
     const Input input = input_of(p);
     const uint4 *x_row = at(input.x, g, input.stride, column);
-    const int x_tile = TILE * input.stride / COLUMNS;  // from a row to that of the next tile, in uint4
+    const int x_tile = TILE * input.stride / COLUMNS;  // distance between the rows of two tiles, in uint4
 
     float sums[PAIR_TILES][TOKEN_TILES][4] = {};
-    while (column - t * COLUMNS < p.width) {  // the same number of times on all lanes
+    while (column - t * COLUMNS < p.width) {  // the same number of iterations on all lanes
 #pragma unroll
         for (int chunk = 0; chunk < IN_FLIGHT; chunk++) {
             const bool inside = column + chunk * NEXT * COLUMNS < p.width;
@@ -166,7 +167,7 @@ __device__ void multiply(const Product &p, int pairs, RowsOf rows_of, Finish fin
     }
 }
 
-// The same for outputs without a partner: calls finish(token, output, y). 16 outputs are a tile of pairs.
+// The same for outputs that need no partner: calls finish(token, output, y). 16 outputs form a tile of pairs.
 template <class Finish>
 __device__ void multiply(const Product &p, Finish finish) {
     const auto rows_of = [](int n) {

@@ -13,12 +13,12 @@ NORM_BYTES = 96 << 10  # shared memory for the normed x, which every GPU since s
 class Linear:
     """The products of a decode pass.
 
-    `x` is [T, k] with T at most `MAX_TOKENS` and k a multiple of 8; `weight` [n, k], a row for each output;
-    `bias` [n] or None. All are 16-bit, and all but the outputs contiguous. If a weight matrix has been padded
-    to make k a multiple of 8, the padding columns of `x` must be zero too: an output that becomes the `x` of
-    such a matrix is wider than n, and its last columns are not written.
+    `x` is [T, k] with T at most `MAX_TOKENS` and k a multiple of 8, `weight` is [n, k] with a row for each
+    output, and `bias` is [n] or None. All are 16-bit, and all except the outputs are contiguous. If a weight
+    matrix has been padded to make k a multiple of 8, the padding columns of `x` must be zero too. So an
+    output that becomes the `x` of such a matrix is wider than n, and its last columns are not written.
 
-    With `norm`, a (weight [k], eps), x goes through `ops.rms_norm` first and must have no padding; see
+    With `norm`, a pair (weight [k], eps), x goes through `ops.rms_norm` first and must have no padding; see
     `norm_fits`.
 
     Parameters
@@ -52,7 +52,7 @@ class Linear:
         self._launch("residual", _pairs(outputs), x, weight, None, *rest)
 
     def logits(self, x, weight, out, norm=None):
-        """Compute out = x @ weight.T in float32; `out` [T, n] may be some columns of a wider array."""
+        """Compute out = x @ weight.T in float32; `out` [T, n] may be a slice of a wider array."""
         outputs = weight.shape[0]
         self._launch("logits", _pairs(outputs), x, weight, norm, np.int32(outputs), out, _stride(out))
 
@@ -90,8 +90,8 @@ class Linear:
         slot : int32 [T]
             The cache slot of each token; -1 for padding, whose k and v are not written.
         cos, sin : float32 [T, d / 2]
-            The cosines and sines of each token's angles: the last d / 2 columns of what `ops.rope_cos_sin`
-            returns, whose sines have no signs.
+            The cosines and sines of each token's angles: the last d / 2 columns of the results of
+            `ops.rope_cos_sin`, in which no sine is negated.
         """
         pairs = (heads + 2 * kv_heads) * head_dim // 2
         sizes = [np.int32(n) for n in (heads, kv_heads, head_dim, k_cache.shape[1])]
@@ -100,9 +100,9 @@ class Linear:
     def _launch(self, name, pairs, x, weight, norm, *rest):
         tokens, width = x.shape
         if tokens > MAX_TOKENS:
-            raise ValueError(f"x has {tokens} rows; linear.cu takes up to {MAX_TOKENS}")
+            raise ValueError(f"x has {tokens} rows; linear.cu supports up to {MAX_TOKENS}")
         if norm is not None and not self.norm_fits(tokens, width):
-            raise ValueError(f"x [{tokens}, {width}]: a norm takes one row of up to {NORM_BYTES} bytes")
+            raise ValueError(f"x [{tokens}, {width}]: a fused norm needs one row of up to {NORM_BYTES} bytes")
         token_tiles = next(tiles for tiles in (1, 2, 4, 8) if tokens <= tiles * TILE)
         pair_tiles = 1 if token_tiles <= 2 else 2
         kernel = self._kernel(name, token_tiles, pair_tiles, norm is not None)
@@ -121,10 +121,10 @@ class Linear:
 
 
 def _pairs(outputs):
-    """Return the number of pairs, in whole tiles, that `outputs` rows form: row j with row j + TILE."""
+    """Return the number of pairs, row j with row j + TILE, in the whole tiles that cover `outputs` rows."""
     return -(-outputs // (2 * TILE)) * TILE
 
 
 def _stride(out):
-    """Return the elements from one row of `out` [T, n] to the next."""
+    """Return the distance between two rows of `out` [T, n], in elements."""
     return np.int32(out.strides[0] // out.itemsize)

@@ -12,7 +12,7 @@
 constexpr int THREADS = 256, LOADS = 2;
 
 extern "C" __global__ void __launch_bounds__(THREADS) read_memory(const unsigned *data, unsigned *out) {
-    __shared__ unsigned room[WARP];
+    __shared__ unsigned scratch[WARP];
     const long long piece = static_cast<long long>(blockIdx.x) * THREADS * LOADS;
     const uint4 *const from = reinterpret_cast<const uint4 *>(data) + piece + threadIdx.x;
     uint4 words[LOADS];
@@ -21,6 +21,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) read_memory(const unsigned
     unsigned sum = 0;
 #pragma unroll
     for (int i = 0; i < LOADS; i++) sum += words[i].x ^ words[i].y ^ words[i].z ^ words[i].w;
-    sum = block_sum(sum, room);
+    sum = block_sum(sum, scratch);
     if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }

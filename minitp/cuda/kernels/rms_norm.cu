@@ -8,7 +8,7 @@
 
 extern "C" __global__ void rms_norm(Half *x, const Half *addend, const Half *bias, const Half *weight,
                                     Half *out, int width, float eps) {
-    __shared__ float room[WARP];
+    __shared__ float scratch[WARP];
     const long long row = static_cast<long long>(blockIdx.x) * width;
     Half8 *const x8 = reinterpret_cast<Half8 *>(x + row);
     const Half8 *const addend8 = addend == nullptr ? nullptr : reinterpret_cast<const Half8 *>(addend + row);
@@ -20,17 +20,17 @@ extern "C" __global__ void rms_norm(Half *x, const Half *addend, const Half *bia
     for (int i = threadIdx.x; i < width / 8; i += blockDim.x) {
         Half8 values = x8[i];
         if (addend8 != nullptr) {
-            Half8 more = addend8[i];
+            Half8 addends = addend8[i];
             if (bias8 != nullptr) {
-                const Half8 always = bias8[i];
-                for (int j = 0; j < 8; j++) more.at[j] = to_half(to_float(more.at[j]) + to_float(always.at[j]));
+                const Half8 biases = bias8[i];
+                for (int j = 0; j < 8; j++) addends.at[j] = to_half(to_float(addends.at[j]) + to_float(biases.at[j]));
             }
-            for (int j = 0; j < 8; j++) values.at[j] = to_half(to_float(values.at[j]) + to_float(more.at[j]));
+            for (int j = 0; j < 8; j++) values.at[j] = to_half(to_float(values.at[j]) + to_float(addends.at[j]));
             x8[i] = values;
         }
         for (int j = 0; j < 8; j++) squares += to_float(values.at[j]) * to_float(values.at[j]);
     }
-    const float rms = sqrtf(block_sum(squares, room) / width + eps);
+    const float rms = sqrtf(block_sum(squares, scratch) / width + eps);
     for (int i = threadIdx.x; i < width / 8; i += blockDim.x) {
         const Half8 values = x8[i], weights = weight8[i];
         Half8 result;

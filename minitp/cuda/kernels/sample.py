@@ -17,15 +17,15 @@ class Sample:
         self._kernel = compiler.kernel("sample.cu", "sample")
 
     def __call__(self, logits, temperature, top_k, top_p, draw, token):
-        """Set `token` to the choice of each row, the same as on the host, which supplies the random draw.
+        """Write the next token of each row into `token`; the host would choose the same for the same draw.
 
         Parameters
         ----------
         logits : float32 [B, V]
-            Rows must begin at multiples of 16 bytes, so it may be a view of a wider array. A row with NaN or
-            +inf, or with only -inf, gets the greedy choice, and NaN counts as the largest.
+            The array may be a view of a wider one, but rows must begin at multiples of 16 bytes. A row with
+            NaN or +inf, or with only -inf, gets the greedy choice, and NaN counts as the largest.
         temperature : float64 [B]
-            0 is greedy; below 0 the row's token is left unchanged (padding, or the host chooses).
+            0 means greedy; below 0, the row's token is left unchanged (padding, or the host chooses).
         top_k : int32 [B]
         top_p : float64 [B]
         draw : float64 [B]

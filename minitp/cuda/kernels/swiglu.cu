@@ -1,7 +1,7 @@
 // swiglu: the counterpart of ops.swiglu, for the many rows of a prefill.
 //
 // gate_up is [rows, 2 columns], the gate columns first; out is [rows, stride] with stride >= columns, and its extra
-// columns become zero. One thread per element of out.
+// columns become zero. There is one thread per element of out.
 
 #include "common.h"
 

@@ -17,7 +17,7 @@ class Swiglu:
         self._kernel = compiler.kernel("swiglu.cu", "swiglu")
 
     def __call__(self, gate_up, out):
-        """Write silu(gate) * up of `gate_up` [T, 2 F_r] to `out` [T, n >= F_r], padded with 0; 16-bit."""
+        """Write silu(gate) * up of `gate_up` [T, 2 F_r] to `out` [T, n >= F_r] and pad with 0; 16-bit."""
         rows, stride = out.shape
         args = (gate_up, out, np.int32(gate_up.shape[1] // 2), np.int32(stride))
         self._kernel((rows, -(-stride // THREADS)), (THREADS,), args)

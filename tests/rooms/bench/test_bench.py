@@ -1,4 +1,4 @@
-"""`minitp bench`: its limit is made of the model's own products, and its figures agree with each other."""
+"""Tests of `minitp bench`: the limit consists of the model's own products, and all figures agree."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def counted_model(directory, tp, comm, **shape):
 @pytest.mark.parametrize("tp", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bare_products_are_those_of_the_model(tmp_path, shape, tp):
-    """Compare the counts of all shapes: of a prompt, of a token, and of one token each of two sequences."""
+    """Compare the counts of all shapes for a prompt, a token, and a token of each of two sequences."""
     model = counted_model(tmp_path, tp, ShardOnly(tp - 1, tp), **SHAPES[shape])
     products, shapes = BareProducts(model), model.device.xp.shapes
     caches = [model.new_cache(), model.new_cache()]
@@ -96,7 +96,7 @@ def test_bytes_of_a_pass_are_the_bytes_of_its_matrices(tmp_path):
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_a_rank_alone_has_the_shapes_of_that_rank(tmp_path, tp):
-    """Compare ShardOnly with the same rank among others: equal values up to the first sum, equal shapes."""
+    """Compare ShardOnly with the same rank among others: equal shapes, and values up to the first sum."""
     source = open_model(str(write_tiny(tmp_path)), tp)
 
     def first_partial(model):
@@ -359,5 +359,5 @@ def test_one_rank_alone(tiny, rank):
         (["--as-rank", "0", "--of", "9"], "4 attention heads"),
     ],
 )
-def test_refusals_are_one_line(tiny, refused, argv, words):
+def test_errors_are_one_line(tiny, refused, argv, words):
     assert words in refused("bench", "--model", tiny, *argv)

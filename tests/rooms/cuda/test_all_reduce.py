@@ -183,7 +183,7 @@ def test_a_missing_rank_is_named(absent):
         assert seconds[rank, 2] < patience_s / 2
 
 
-def test_too_many_rows_and_a_wrong_width_are_refused():
+def test_too_many_rows_and_a_wrong_width_are_rejected():
     host = Host(np.float16, 2, 2, 64)
     with pytest.raises(ValueError, match="3 rows"):
         host._all_reduce(0)(np.zeros((3, 64), np.float16), np.zeros((3, 64), np.float16))

@@ -41,7 +41,7 @@ def normed(x, norm):
 
 
 def assert_nearly_equal(out, expected):
-    """Check equality up to the order of sums, by which values near a tie may round to the other side."""
+    """Check equality up to the order of sums, which may round values near a tie to the other side."""
     eps = float(ml_dtypes.finfo(out.dtype).eps)
     assert (out == expected).mean() > 0.95
     # Two or three such values may be multiplied or added at the end: 2 units of a value up to 4.
@@ -197,7 +197,7 @@ def test_a_fused_norm_needs_one_row_that_fits_into_shared_memory(tokens, width, 
         LINEAR[np.float16].store(x, weight, out, norm=norm)
         assert_nearly_equal(out, ops.matmul(np, normed(x, norm), weight.T))
     else:
-        with pytest.raises(ValueError, match="a norm takes one row"):
+        with pytest.raises(ValueError, match="a fused norm needs one row"):
             LINEAR[np.float16].store(x, weight, out, norm=norm)
 
 
@@ -211,7 +211,7 @@ def test_a_fused_norm_gives_the_same_bits_as_a_separate_one(dtype):
     np.testing.assert_array_equal(fused, separate)
 
 
-def test_too_many_tokens_are_refused():
+def test_too_many_tokens_are_rejected():
     x = np.zeros((MAX_TOKENS + 1, 8), np.float16)
-    with pytest.raises(ValueError, match="takes up to 64"):
+    with pytest.raises(ValueError, match="supports up to 64"):
         LINEAR[np.float16].store(x, x[:16], np.empty((MAX_TOKENS + 1, 16), np.float16))

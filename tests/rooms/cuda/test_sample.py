@@ -165,6 +165,6 @@ def test_padding_keeps_its_token():
     np.testing.assert_array_equal(tokens, [UNTOUCHED, 0, UNTOUCHED])
 
 
-def test_rows_that_are_not_aligned_are_refused():
+def test_rows_that_are_not_aligned_are_rejected():
     with pytest.raises(ValueError, match="7 elements apart"):
         Sample(CpuCompiler(np.float16))(np.zeros((2, 7), np.float32), None, None, None, None, None)

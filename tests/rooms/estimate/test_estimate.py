@@ -230,7 +230,7 @@ def test_smallest_tp():
 
 
 def test_roofline_by_hand():
-    """Check that projections and attention each take the longer of reading and computing."""
+    """Check that projections and attention each take the maximum of reading and computing."""
     plan, decode = make_plan(TINY, 1), Pass(1, 1, 10)
     (read, products), (cached, scores) = rank_work(TINY, plan, 0, decode, "bfloat16")
     reading = gpu(memory_bytes_per_s=1e6, flops_per_s={"bfloat16": 1e15})
@@ -275,7 +275,7 @@ def test_ranks_of_a_cpu_share_its_cores():
 
 
 def test_blas_reads_then_computes():
-    """Add reading and computing for a CPU's products of several rows; otherwise take the longer."""
+    """Check that products of several rows on a CPU take the sum of both times, and others the maximum."""
     machine, plan = two_cores(), make_plan(DEMO, 1)
     packs = Efficiency(packs=True)
     for sequences, added in ((1, False), (8, True)):

@@ -1,4 +1,4 @@
-"""`minitp plan`: the measurement of this machine, and the command's output."""
+"""Tests of `minitp plan`: the measurement of this machine, and the command's output."""
 
 import dataclasses
 import doctest
@@ -321,7 +321,7 @@ def test_without_tp_the_fewest_ranks_that_fit_are_marked(fixed, capsys, monkeypa
     assert result["tp"] == 3, "on this machine what generate would start"
 
 
-# --- refusals -------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------
 
 REFUSED = {
     "unknown gpu": (["--gpu", "h300"], "invalid choice: 'h300' (choose from "),

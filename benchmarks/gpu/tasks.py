@@ -1,4 +1,4 @@
-"""The steps of a benchmark: processes with a time limit. If one fails, the others are still run."""
+"""The tasks of a benchmark: processes with a time limit. If one fails, the others are still run."""
 
 import json
 import os
@@ -18,21 +18,21 @@ from minitp.util.environment import cores
 ROOT = Path(__file__).resolve().parents[2]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 LOOK_S = 0.05
-END_S = 5.0  # for a step to end its own processes after SIGTERM
+END_S = 5.0  # time for a task to end its own processes after SIGTERM
 
 
 @dataclass(frozen=True)
-class Step:
+class Task:
     """A command with a time limit.
 
     Attributes
     ----------
     reason : callable
-        Returns why the step cannot be run on this machine, or None.
+        A function that returns why the task cannot run on this machine, or None.
     least_s : float
-        The step is not started if less time than this is left.
+        Minimum time that must be left for the task to start.
     required : bool
-        The step is a check: if it is interrupted or time runs out, it counts as failed, not as skipped.
+        Whether the task is a check: if it is interrupted or time runs out, it counts as failed, not skipped.
     """
 
     name: str
@@ -44,18 +44,18 @@ class Step:
 
 
 class Runner:
-    """A runner of steps that stops when its time is up or when it gets a signal.
+    """A runner of tasks that stops when its time is up or when it gets a signal.
 
     Parameters
     ----------
     folder : Path
-        Each step's output goes to a file in this folder.
+        Each task's output goes to a file in this folder.
     seconds : float
-        The time for all steps together.
+        Time limit for all tasks together.
     done : callable
-        Called with each outcome as soon as there is one, from any thread. An outcome is a dict with the keys
-        name, status (ok, failed or skipped), at (the time of day at which it started), seconds, said (its
-        last line of output) and result (its last JSON object, or None).
+        A function called with each outcome as soon as it is known, from any thread. An outcome is a dict
+        with the keys name, status (ok, failed or skipped), at (the time of day when the task started),
+        seconds, said (its last line of output) and result (its last JSON object, or None).
 
     Attributes
     ----------
@@ -69,49 +69,50 @@ class Runner:
         self.signal = None
 
     def interrupt(self, number, frame=None):
-        """End all steps soon; a signal handler."""
+        """Handle a signal: end all tasks soon."""
         self.signal = number
 
-    def run(self, steps, together=False):
-        """Run steps one after another, or in parallel, one per core; return their outcomes."""
-        if not together or not steps:
-            return [self._run(step) for step in steps]
-        workers = min(cores(), len(steps))
-        threads = dict.fromkeys(THREAD_VARIABLES, str(max(2, cores() // workers)))  # per step
+    def run(self, tasks, together=False):
+        """Run tasks one after another, or in parallel, one per core; return their outcomes."""
+        if not together or not tasks:
+            return [self._run(task) for task in tasks]
+        workers = min(cores(), len(tasks))
+        threads = dict.fromkeys(THREAD_VARIABLES, str(max(2, cores() // workers)))  # per task
         with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(lambda step: self._run(step, threads), steps))
+            return list(pool.map(lambda task: self._run(task, threads), tasks))
 
-    def _run(self, step, variables=None):
+    def _run(self, task, variables=None):
         started, at = time.monotonic(), datetime.now().strftime("%H:%M")
-        status, said, result = self._outcome(step, variables or {})
+        status, said, result = self._outcome(task, variables or {})
         seconds = round(time.monotonic() - started, 1)
         why = "" if status == "ok" else f": {said}"
-        sys.stderr.write(f"{step.name}: {status}, {seconds:.0f} s{why}\n")  # in one write: steps end together
-        outcome = {"name": step.name, "status": status, "at": at, "seconds": seconds}
+        # A single write, because tasks may end at the same time.
+        sys.stderr.write(f"{task.name}: {status}, {seconds:.0f} s{why}\n")
+        outcome = {"name": task.name, "status": status, "at": at, "seconds": seconds}
         outcome |= {"said": said, "result": result}
         self._done(outcome)
         return outcome
 
-    def _outcome(self, step, variables):
+    def _outcome(self, task, variables):
         """Return (status, said, result)."""
-        reason = step.reason()
+        reason = task.reason()
         if reason is not None:
             return "skipped", reason, None
-        unfinished, left = "failed" if step.required else "skipped", self._deadline - time.monotonic()
+        unfinished, left = "failed" if task.required else "skipped", self._deadline - time.monotonic()
         if self.signal is not None:
             return unfinished, "interrupted before it began", None
-        if left < step.least_s:
+        if left < task.least_s:
             return unfinished, "no time was left for it", None
-        path = self._folder / f"{slug(step.name)}.txt"
+        path = self._folder / f"{slug(task.name)}.txt"
         with open(path, "wb") as output:
-            process = start(step, output, variables)
-            ended = self._wait(process, min(step.limit_s, left))
+            process = start(task, output, variables)
+            ended = self._wait(process, min(task.limit_s, left))
         if not ended and self.signal is not None:
             return unfinished, "interrupted", None
-        if not ended and step.limit_s > left:
+        if not ended and task.limit_s > left:
             return unfinished, f"stopped after {left:.0f} s: no time was left for it", None
         if not ended:
-            return "failed", f"took longer than {step.limit_s:.0f} s", None
+            return "failed", f"took longer than {task.limit_s:.0f} s", None
         text = path.read_text(errors="replace")
         if process.returncode:
             return "failed", f"exit code {process.returncode}: {last_line(text)}", None
@@ -125,18 +126,18 @@ class Runner:
                 end_group(process)
                 return False
             time.sleep(LOOK_S)
-        with suppress(ProcessLookupError):  # leftover processes would disturb the next step
+        with suppress(ProcessLookupError):  # leftover processes would disturb the next task
             os.killpg(process.pid, signal.SIGKILL)
         return True
 
 
-def start(step, output, variables):
-    """Start the step's process in a new process group; all its output goes to `output`."""
+def start(task, output, variables):
+    """Start the task's process in a new process group; all its output goes to `output`."""
     paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH")]
     variables = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     variables["PYTHONUNBUFFERED"] = "1"  # keeps stdout and stderr in order
     return subprocess.Popen(
-        [str(part) for part in step.command],
+        [str(part) for part in task.command],
         cwd=ROOT,
         env=variables,
         stdin=subprocess.DEVNULL,
@@ -147,7 +148,7 @@ def start(step, output, variables):
 
 
 def end_group(process):
-    """End a process and its group, first with SIGTERM, on which the launcher of minitp ends its ranks."""
+    """End a process and its group, first with SIGTERM, at which the minitp launcher ends its ranks."""
     os.killpg(process.pid, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(END_S)
@@ -157,7 +158,7 @@ def end_group(process):
 
 
 def slug(name):
-    """Return a name in a form fit for file names: `check demo, fused` becomes `check-demo-fused`."""
+    """Return a name in a form for file names: `check demo, fused` becomes `check-demo-fused`."""
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

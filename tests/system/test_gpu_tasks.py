@@ -1,4 +1,4 @@
-"""Tests of how benchmarks/gpu runs its steps: time limits, signals, and the one file of results."""
+"""Tests of how benchmarks/gpu runs its tasks: time limits, signals, and the one file of results."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from paths import ROOT
 
 
 @pytest.fixture(scope="module")
-def steps():
-    """Import the module `steps`."""
+def tasks():
+    """Import the module `tasks`."""
     sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
-    import steps
+    import tasks
 
-    yield steps
+    yield tasks
     sys.path.remove(str(ROOT / "benchmarks" / "gpu"))
 
 
@@ -27,21 +27,21 @@ def python(text):
     return [sys.executable, "-c", text]
 
 
-# --- one step -------------------------------------------------------------------------------------------
+# --- one task -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_outcomes_of_steps(steps, tmp_path, monkeypatch, together):
+def test_outcomes_of_tasks(tasks, tmp_path, monkeypatch, together):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    wanted = [
-        steps.Step("fine", python("print('first'); print('12 passed')"), 20),
-        steps.Step("object", python("import sys; print('{\"a\": 1}'); print('bye', file=sys.stderr)"), 20),
-        steps.Step("bad", python("import sys; print('out'); print('why', file=sys.stderr); sys.exit(3)"), 20),
-        steps.Step("slow, very", python("import time; print('begun'); time.sleep(20)"), 1),
-        steps.Step("elsewhere", python("1/0"), 20, lambda: "not available"),
+    listed = [
+        tasks.Task("fine", python("print('first'); print('12 passed')"), 20),
+        tasks.Task("object", python("import sys; print('{\"a\": 1}'); print('bye', file=sys.stderr)"), 20),
+        tasks.Task("bad", python("import sys; print('out'); print('why', file=sys.stderr); sys.exit(3)"), 20),
+        tasks.Task("slow, very", python("import time; print('begun'); time.sleep(20)"), 1),
+        tasks.Task("elsewhere", python("1/0"), 20, lambda: "not available"),
     ]
     done = []
-    outcomes = steps.Runner(tmp_path, 60, done.append).run(wanted, together)
+    outcomes = tasks.Runner(tmp_path, 60, done.append).run(listed, together)
     found = {one["name"]: (one["status"], one["said"], one["result"]) for one in outcomes}
     assert found == {
         "fine": ("ok", "12 passed", None),
@@ -60,35 +60,35 @@ def test_outcomes_of_steps(steps, tmp_path, monkeypatch, together):
 
 
 @pytest.mark.parametrize(("required", "status"), [(True, "failed"), (False, "skipped")])
-def test_a_step_without_enough_time_left(steps, tmp_path, required, status):
+def test_a_task_without_enough_time_left(tasks, tmp_path, required, status):
     """Check that a check counts as failed if it did not run, and a measurement as skipped."""
     sleep = python("import time; time.sleep(60)")
-    wanted = [
-        steps.Step("cut", sleep, 20, required=required),
-        steps.Step("late", sleep, 20, required=required),
+    listed = [
+        tasks.Task("cut", sleep, 20, required=required),
+        tasks.Task("late", sleep, 20, required=required),
     ]
-    outcomes = steps.Runner(tmp_path, 1.1, lambda outcome: None).run(wanted)
+    outcomes = tasks.Runner(tmp_path, 1.1, lambda outcome: None).run(listed)
     said = ["stopped after 1 s: no time was left for it", "no time was left for it"]
     assert [(one["status"], one["said"]) for one in outcomes] == [(status, text) for text in said]
 
 
-def test_a_step_does_not_start_without_the_time_that_it_needs(steps, tmp_path):
-    wanted = [steps.Step("long", python("1/0"), 80, least_s=30), steps.Step("short", python(""), 20)]
-    outcomes = steps.Runner(tmp_path, 15, lambda outcome: None).run(wanted)
+def test_a_task_does_not_start_without_the_time_that_it_needs(tasks, tmp_path):
+    listed = [tasks.Task("long", python("1/0"), 80, least_s=30), tasks.Task("short", python(""), 20)]
+    outcomes = tasks.Runner(tmp_path, 15, lambda outcome: None).run(listed)
     assert [(one["status"], one["said"]) for one in outcomes] == [
         ("skipped", "no time was left for it"),
         ("ok", ""),
     ]
 
 
-def test_as_many_steps_run_at_once_as_there_are_cores(steps, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "cores", lambda: 2)
+def test_as_many_tasks_run_at_once_as_there_are_cores(tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "cores", lambda: 2)
     text = (
         "import json, os, time; begun = time.time(); time.sleep(0.2); "
         "print(json.dumps([begun, time.time(), os.environ['OPENBLAS_NUM_THREADS']]))"
     )
-    wanted = [steps.Step(f"step {n}", python(text), 20) for n in range(5)]
-    outcomes = steps.Runner(tmp_path, 60, lambda outcome: None).run(wanted, together=True)
+    listed = [tasks.Task(f"task {n}", python(text), 20) for n in range(5)]
+    outcomes = tasks.Runner(tmp_path, 60, lambda outcome: None).run(listed, together=True)
     times = [json.loads(one["said"]) for one in outcomes]
     at_once = [sum(begun <= start < ended for begun, ended, _ in times) for start, _, _ in times]
     assert max(at_once) == 2
@@ -117,13 +117,13 @@ def run(folder, *options, **variables):
 
 
 def written(folder):
-    """Return {name: status} of the steps in the only file, in order."""
+    """Return {name: status} of the tasks in the only file, in order."""
     (path,) = folder.glob("*.json")
     return {one["name"]: one["status"] for one in json.loads(path.read_text())["steps"]}
 
 
 def test_partial_runs_share_one_file(tmp_path):
-    """Check that a new outcome replaces an old one, unless the step is now skipped."""
+    """Check that a new outcome replaces an old one, unless the task is now skipped."""
     code, out = run(tmp_path, "--only", "speed", FIGURE="1")
     assert (code, written(tmp_path)) == (0, {"figure": "ok", "long figure": "ok"})
     assert "12 passed" not in out
@@ -150,12 +150,12 @@ def test_partial_runs_share_one_file(tmp_path):
         (signal.SIGTERM, "speed", {"figure": "ok", "long figure": "skipped"}),
     ],
 )
-def test_a_signal_ends_the_steps_but_the_table_is_printed(tmp_path, number, group, expected):
+def test_a_signal_ends_the_tasks_but_the_table_is_printed(tmp_path, number, group, expected):
     process = start(tmp_path, "--only", group, WAIT_S="15")
     until(lambda: ['"ok"' in path.read_text() for path in tmp_path.glob("*.json")])
     (pid,) = until(lambda: [path.read_text().strip() for path in tmp_path.glob("*/*long*.txt")])
     process.send_signal(number)
-    out, _ = process.communicate(timeout=4)  # the steps would get SIGKILL only later
+    out, _ = process.communicate(timeout=4)  # the tasks would get SIGKILL only later
     assert process.returncode == 128 + number
     assert written(tmp_path) == expected
     for name, status in expected.items():
