@@ -1,4 +1,4 @@
-"""Plots of a sweep: medians with their range over the rounds, and the limits."""
+"""A plot of a sweep: medians with their range over the rounds, and the limits."""
 
 import math
 import textwrap
