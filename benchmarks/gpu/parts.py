@@ -37,7 +37,7 @@ def goldens(path, dtype, *names):
     if wrong:
         sys.exit(f"wrong: {len(wrong)} of {len(found)} families: {', '.join(wrong)}")
     if not count["right"]:
-        sys.exit(f"none of {len(found)} families can use the {path} path")
+        sys.exit(f"none of the families can use the {path} path ({len(found)} checked)")
     others = f"; not on the {path} path: {count['other']}" if count["other"] else ""
     print(f"right: {count['right']} of {len(found)} families{others}")
 
