@@ -13,7 +13,16 @@ from minitp.oracle import Oracle
 from minitp.oracle import model as oracle
 from minitp.oracle import ops as oracle_ops
 
-ALLOWED_IMPORTS = {"__future__", "collections", "json", "ml_dtypes", "numpy", "pathlib", "safetensors", "typing"}
+ALLOWED_IMPORTS = {
+    "ml_dtypes",
+    "numpy",
+    "safetensors",
+    "__future__",
+    "collections",
+    "json",
+    "pathlib",
+    "typing",
+}
 HIDDEN_IMPORTS = {"__import__", "importlib", "exec", "eval", "compile", "sys", "globals", "__builtins__"}
 
 # --- independence ---------------------------------------------------------------------------------------
