@@ -379,7 +379,7 @@ def test_no_such_model(refused, tmp_path, how):
     assert f"--model {missing}: no such directory" in refused("generate", "hi", "--model", missing, *how)
     assert "--model : no such directory" in refused("generate", "hi", "--model", "", *how)
     line = refused("generate", "--tokens", "1", "--model", "random:gpt-9", *how)
-    assert "--model random:gpt-9: no such shapes" in line
+    assert "--model random:gpt-9: unknown model" in line
     assert "smollm2-135m" in line, "the choices are named"
 
 
