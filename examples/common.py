@@ -1,4 +1,6 @@
-"""The code that the examples share: ranks, shapes, random weights, comparison with the oracle, timing.
+"""Helpers of the examples: ranks, shapes, random weights, comparison with the oracle, timing.
+
+The oracle is minitp's independent float64 implementation of the model.
 
 Import this module first: it divides the cores among the ranks, which has no effect on an already imported
 NumPy. Two environment variables choose the shapes; nothing is downloaded:
@@ -6,7 +8,7 @@ NumPy. Two environment variables choose the shapes; nothing is downloaded:
     MODEL    mistral-7b (default), llama-3-8b, tinyllama-1.1b or smollm2-135m
     LAYERS   number of layers in the examples with a whole model (default 2)
 
-Exit codes: 0 success, 1 the difference from the oracle is too large, 2 bad input, 3 a rank failed.
+Exit codes: 0 success, 1 too large a difference from the oracle, 2 bad input, 3 failure of a rank.
 """
 
 import os
@@ -41,7 +43,7 @@ SCRIPT = os.path.basename(sys.argv[0])
 
 @dataclass(frozen=True)
 class Here:
-    """A rank: its communicator, its device, and the model of which it holds a part."""
+    """A rank, with its communicator, its device, and the source of its part of the model."""
 
     comm: Comm
     device: Device
@@ -75,7 +77,7 @@ class Here:
         return self.source.tensors.read(name, tuple(slice(0, n) for n in shape))
 
     def hidden_states(self):
-        """Return input for a layer [T, D]: normal random numbers, the same on every rank."""
+        """Return normally distributed hidden states [T, D], the same on every rank."""
         drawn = np.random.default_rng(0).standard_normal((TOKENS, self.source.config.hidden_size))
         return self.device.xp.asarray(drawn, dtype=self.device.dtype)
 
@@ -88,10 +90,10 @@ class Here:
 
         Each addition in float32 has a relative rounding error of up to 2^-24. Over a sum of `terms` numbers,
         the errors are a random walk, about 2^-24 sqrt(terms) of the sum, and each of `products` consecutive
-        sums adds as much. A sum that lacks the term of one rank has an error of about 1 / sqrt(ranks).
+        sums adds as much. A sum without one rank's term has an error of about 1 / sqrt(ranks).
         """
         right = expected() if self.comm.rank == 0 else None
-        self.comm.agree()  # the others sleep here; in `broadcast` they would occupy the oracle's cores
+        self.comm.agree()  # other ranks sleep in `agree`; in `broadcast` they would use the oracle's cores
         right = self.comm.broadcast(right)
         found = self.comm.allgather_object(difference_of(self.device.to_host(value), right))
         worst = max(found, key=lambda difference: difference.relative)
@@ -102,7 +104,7 @@ class Here:
         )
         if not worst.relative <= bound:
             rank = found.index(worst)
-            raise AgreedError(f"not what the oracle has: on rank {rank} {worst}, allowed {bound:.1e}", 1)
+            raise AgreedError(f"rank {rank} differs from the oracle: {worst}, allowed {bound:.1e}", 1)
 
     def time(self, function):
         """Print the median time that function() takes when all ranks call it at once."""
@@ -111,7 +113,7 @@ class Here:
         before, seconds = self.comm.seconds, []
         for _ in range(REPEATS):
             started = perf_counter()
-            self.device.to_host(function())  # a GPU is not done when the call returns
+            self.device.to_host(function())  # waits for a GPU, which may still be computing
             seconds.append(perf_counter() - started)
         share = (self.comm.seconds - before) / sum(seconds)
         self.say(
@@ -167,8 +169,8 @@ def chosen_model(tp):
     """Return the ModelSource chosen by MODEL and LAYERS."""
     name, layers = os.environ.get("MODEL", "mistral-7b"), os.environ.get("LAYERS", "2")
     if name not in MODELS:
-        raise InputError(f"MODEL={name}: no such shapes; choose from {', '.join(MODELS)}")
-    most = MODELS[name]["num_hidden_layers"]
-    if layers not in map(str, range(1, most + 1)):
-        raise InputError(f"LAYERS={layers}: expected a number from 1 to {most}, the layers of {name}")
+        raise InputError(f"MODEL={name}: unknown model; choose from {', '.join(MODELS)}")
+    limit = MODELS[name]["num_hidden_layers"]
+    if layers not in map(str, range(1, limit + 1)):
+        raise InputError(f"LAYERS={layers}: {name} has {limit} layers; choose from 1 to {limit}")
     return open_model(RANDOM + name, tp, int(layers))

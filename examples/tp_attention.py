@@ -38,7 +38,7 @@ class Attention:
         self.query_groups = plan.query_groups(here.comm.rank)  # per KV head, the query heads that read it
         # [D, (H_r + 2 K_r) d]: the columns of this rank's q heads, then of its k heads, then v
         self.w_qkv = here.matrix(*[f"{self.layer}.{part}_proj.weight" for part in "qkv"])
-        self.w_o = here.matrix(f"{self.layer}.o_proj.weight")  # [H_r d, D]: the rows of its heads
+        self.w_o = here.matrix(f"{self.layer}.o_proj.weight")  # [H_r d, D]: the rows of this rank's heads
         frequencies = rope_inverse_frequencies(config.rope, config.head_dim)
         self.frequencies = xp.asarray(frequencies, dtype=xp.float32)  # [d/2]
 
@@ -53,7 +53,7 @@ class Attention:
         cos, sin = ops.rope_cos_sin(xp, positions, self.frequencies)  # [T, d] each
         qk = ops.apply_rope(xp, qk, cos, sin)  # [H_r + K_r, T, d]
         q, k = qk[: self.heads], qk[self.heads :]  # [H_r, T, d], [K_r, T, d]
-        # 3. Each head separately: weights of the earlier tokens, and the weighted mean of their values.
+        # 3. For each head: weights of all tokens up to this one, and the weighted mean of their values.
         mask = ops.causal_mask(xp, positions, 0, len(x), window)  # [T, T]
         scores = ops.attention_scores(xp, q, k, self.query_groups, mask)  # [H_r, T, T]
         probs = ops.softmax(xp, scores)  # [H_r, T, T]
@@ -63,7 +63,7 @@ class Attention:
         return self.here.comm.all_reduce(partial)  # [T, D]
 
     def expected(self, x):
-        """Compute the same with the oracle, all heads at once in float64: [T, D] -> [T, D]."""
+        """Compute attention with the oracle, for all heads, in float64: [T, D] -> [T, D]."""
         config, positions = self.here.source.config, range(len(x))
         frequencies = oracle_ops.rope_inverse_frequencies(self.here.source.fields())  # [d/2]
         heads = {}
@@ -77,7 +77,7 @@ class Attention:
 
 
 def example(here):
-    """Run GQA, as the model has it, then MHA."""
+    """Run GQA with the model's own shapes, then MHA."""
     show(here, "grouped-query attention")
     here.say("")
     show(replace(here, source=multi_head(here.source)), "multi-head attention")

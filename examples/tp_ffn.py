@@ -6,8 +6,8 @@
     act_r @ w_down                  |  rows     |  rows     |  rows     |  rows     |  a partial sum each
                                           +===========+== all-reduce =+===========+    the sum, everywhere
 
-SwiGLU is an elementwise function, so a rank needs only the columns that it has computed itself, and these
-are exactly what its rows of w_down are multiplied by. If the split were the other way around (rows first),
+SwiGLU is an elementwise function, so a rank needs only the columns that it has computed itself, and its
+rows of w_down are multiplied by exactly these columns. If the split were the other way around (rows first),
 the ranks would need another all-reduce before SwiGLU, because a nonlinear function of a sum is not the sum of
 the functions.
 
@@ -31,7 +31,7 @@ class FeedForward:
         self.layer = f"{layer}.mlp"
         # [D, 2 F_r]: this rank's columns of w_gate, then the same columns of w_up
         self.w_gate_up = here.matrix(f"{self.layer}.gate_proj.weight", f"{self.layer}.up_proj.weight")
-        self.w_down = here.matrix(f"{self.layer}.down_proj.weight")  # [F_r, D]: the same rows
+        self.w_down = here.matrix(f"{self.layer}.down_proj.weight")  # [F_r, D]: the corresponding rows
 
     def __call__(self, x):
         """Compute the block, [T, D] -> [T, D]; both are the same on every rank."""
@@ -46,7 +46,7 @@ class FeedForward:
         return self.here.comm.all_reduce(partial)  # [T, D]
 
     def expected(self, x):
-        """Compute the same with the oracle, with whole matrices in float64: [T, D] -> [T, D]."""
+        """Compute the block with the oracle, with whole matrices in float64: [T, D] -> [T, D]."""
         gate = oracle_ops.linear(x, self.here.whole(f"{self.layer}.gate_proj.weight"))  # [T, F]
         up = oracle_ops.linear(x, self.here.whole(f"{self.layer}.up_proj.weight"))  # [T, F]
         act = oracle_ops.swiglu(gate, up)  # [T, F]

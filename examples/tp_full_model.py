@@ -32,7 +32,7 @@ class FullModel:
         self.first_row = plan.vocab_ranges[here.comm.rank][0]
         self.widths = [stop - start for start, stop in plan.vocab_ranges]  # V_r of each rank
         self.embed = here.part(EMBED)  # [V_r, D]
-        # A model with tied embeddings uses one matrix for both.
+        # A model with tied embeddings has no lm_head of its own.
         self.lm_head = here.matrix(LM_HEAD) if LM_HEAD in plan.tensors else self.embed.T  # [D, V_r]
         self.final_norm = here.part(FINAL_NORM)  # [D]
         self.blocks = [Block(here, f"model.layers.{i}") for i in range(plan.layers)]
@@ -46,9 +46,9 @@ class FullModel:
         # 2. The layers.
         for block in self.blocks:
             x = block(x)  # [T, D]
-        # 3. The same on all ranks.
+        # 3. The final norm, the same on all ranks.
         x = ops.rms_norm(xp, x, self.final_norm, self.here.source.config.rms_norm_eps)  # [T, D]
-        # 4. Column-parallel, then the columns of all ranks are concatenated.
+        # 4. Column-parallel logits, whose columns are then concatenated.
         logits_r = ops.logits_partial(xp, x, self.lm_head)  # [T, V_r]
         return comm.all_gather(logits_r, self.widths)  # [T, V]
 
@@ -60,8 +60,8 @@ def example(here):
     here.say(f"{here.source.name}, {plan.layers} of its layers, on {len(ids)} random tokens")
     here.say("  1. embedding: each rank looks up the tokens whose rows it has")
     start, stop = plan.vocab_ranges[rank]
-    mine = sum(start <= token < stop for token in ids)
-    here.say_each(f"rows {common.span((start, stop))}: {common.shape(model.embed)}, {mine} of the tokens")
+    found = sum(start <= token < stop for token in ids)
+    here.say_each(f"rows {common.span((start, stop))}: {common.shape(model.embed)}, {found} of the tokens")
     here.say(f"     all-reduce: x [{len(ids)}, {config.hidden_size}]")
     here.say(f"  2. {plan.layers} x (attention, all-reduce, feed-forward block, all-reduce)")
     here.say("  3. norm, the same on all ranks")

@@ -40,11 +40,11 @@ def choose(model, logits):
     return model.comm.broadcast(int(logits.argmax()) if model.comm.rank == 0 else None)
 
 
-def collect(here, steps):
-    """Return the first NEW tokens, their logits [NEW, V], and the seconds until each was there."""
+def collect(here, generated):
+    """Return the first NEW tokens, their logits [NEW, V], and the seconds until each was generated."""
     here.comm.agree()  # so that all ranks start at the same time
     started, tokens, rows, seconds = perf_counter(), [], [], []
-    for token, logits in steps:
+    for token, logits in generated:
         seconds.append(perf_counter() - started)
         tokens.append(token)
         rows.append(logits)
@@ -53,7 +53,7 @@ def collect(here, steps):
 
 
 def check(here, prompt, tokens, logits):
-    """Compare the logits from which each token was chosen with those of the oracle, computed in one pass."""
+    """Compare the logits that each token was chosen from with the oracle's, which come from one pass."""
     reference = Oracle(here.source.fields(), here.whole, here.source.plan.layers)
     seen = [*prompt, *tokens[:-1]]  # the last new token has been chosen, but not processed
     # Six consecutive sums per layer, and the logits. The longest has F terms.
@@ -71,7 +71,7 @@ def example(here):
         f"  1. a pass over all {len(prompt)} tokens: logits of the last one [{vocabulary}], on every rank"
     )
     here.say("  2. rank 0 chooses the most probable token and broadcasts it")
-    here.say(f"  3. a pass over all {len(prompt) + 1} tokens; and so on, to {len(prompt) + NEW - 1}")
+    here.say(f"  3. a pass over all {len(prompt) + 1} tokens, and so on, up to {len(prompt) + NEW - 1}")
     prefill(model, model.new_cache(), prompt)  # warms up
     tokens, logits, seconds = collect(here, generate(model, prompt))
     here.say(f"new tokens: {' '.join(map(str, tokens))}")

@@ -54,7 +54,7 @@ def example(here):
     check(here, prompt, tokens, logits)
     again, _, slow = collect(here, tp_generate.generate(model, prompt))
     if tokens != again:  # the same on all ranks
-        raise AgreedError(f"without a cache the tokens are others: {again}", 1)
+        raise AgreedError(f"without a cache, the tokens differ: {again}", 1)
     here.say("without a cache: the same tokens")
     cached, uncached = ((s[-1] - s[0]) / (NEW - 1) * 1000 for s in (seconds, slow))  # ms
     here.say(f"time: prefill {seconds[0] * 1000:.1f} ms, then {cached:.1f} ms per token ({here.machine()})")

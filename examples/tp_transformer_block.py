@@ -11,8 +11,8 @@
     x = x + feed-forward block      |  all of x |  all of x |  all of x |  all of x |  the same on all ranks
 
 The residual stream `x` is bit for bit the same on every rank, because an all-reduce gives all ranks the same
-sum. So norms and additions need no communication: every rank computes all of them. That is T D operations
-each, compared with T D F / ranks for a product, and cheaper than splitting them and communicating once more.
+sum. So norms and additions need no communication: every rank computes all of them. Each costs about T D
+operations, compared with T D F / ranks for a product, which is less than the communication to split them.
 
     mpirun -n 4 python examples/tp_transformer_block.py        (MODEL=tinyllama-1.1b for other shapes)
 """
@@ -31,7 +31,7 @@ class Block:
     def __init__(self, here, layer):
         self.here = here
         self.norms = [f"{layer}.input_layernorm.weight", f"{layer}.post_attention_layernorm.weight"]
-        self.attention_norm, self.ffn_norm = (here.part(name) for name in self.norms)  # [D] each, all of it
+        self.attention_norm, self.ffn_norm = (here.part(name) for name in self.norms)  # [D] each, not split
         self.attention = Attention(here, layer)
         self.ffn = FeedForward(here, layer)
 
@@ -46,7 +46,7 @@ class Block:
         return x + self.ffn(h)  # [T, D]; includes the second all-reduce
 
     def expected(self, x):
-        """Compute the same with the oracle, in float64: [T, D] -> [T, D]."""
+        """Compute the layer with the oracle, in float64: [T, D] -> [T, D]."""
         eps = self.here.source.config.rms_norm_eps
         attention_norm, ffn_norm = (self.here.whole(name) for name in self.norms)  # [D] each
         x = x + self.attention.expected(oracle_ops.rms_norm(x, attention_norm, eps))  # [T, D]
@@ -64,7 +64,7 @@ def example(here):
     here.say(f"  1. norm of all {common.shape(x)}, the same on all ranks")
     here.say("  2. attention over the rank's own heads; all-reduce; x = x + the sum, the same on all ranks")
     here.say("  3. norm again")
-    here.say("  4. feed-forward block over its own columns; all-reduce; x = x + the sum")
+    here.say("  4. feed-forward block over the rank's own columns; all-reduce; x = x + the sum")
     on_host = here.device.to_host(x)  # [T, D]
     # Six consecutive sums: q k v, scores, context, output, gate and up, down. The longest has F terms.
     terms = here.source.config.intermediate_size

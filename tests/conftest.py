@@ -21,7 +21,7 @@ def ctrl_c():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The directory of a tiny model with a tokenizer, which no test may change."""
+    """The read-only directory of a tiny model with a tokenizer."""
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
@@ -45,7 +45,7 @@ def gpu(comm):
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
-    """Run a command in this process, check that it is refused with one line on stderr, and return it."""
+    """Run a command that must fail with one line on stderr, in this process; return that line."""
 
     def no_ranks(*_, **__):
         raise AssertionError("ranks were started")

@@ -32,7 +32,7 @@ from transformers.utils import logging
 GOLDENS = Path(__file__).parent / "goldens"
 PROMPT_TOKENS, NEW_TOKENS = 24, 20
 MIN_GAP = 0.05  # standard deviations; float32 rounding moves a logit by less than 1e-5 of one
-SEEDS = 20000  # most seeds to try
+SEEDS = 20000  # maximum number of seeds to try
 MIN_DISTINCT = 10  # different tokens in a continuation, because repetition hides errors
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}  # plain operations
 
@@ -125,7 +125,7 @@ VARIANTS = {
         | {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
         | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
     },
-    "qwen2": {  # tied embeddings; all layers have full attention, whatever sliding_window says
+    "qwen2": {  # tied embeddings; all layers have full attention, regardless of sliding_window
         "by_hand": True,
         "config": QWEN2
         | {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1, "tie_word_embeddings": True}
@@ -245,7 +245,7 @@ WORDS = [" the", " and", " of", " in", " to", " is", " that", " house", " water"
 
 
 def make(name, variant):
-    """Search weights for one variant, write its directory, and compute golden.npz from what was written."""
+    """Find weights for one variant, write its directory, and compute golden.npz from the written files."""
     fields = dict(variant["config"])
     dtype = getattr(torch, fields.get("dtype") or fields.get("torch_dtype") or "float32")
     model_type = fields.pop("model_type")

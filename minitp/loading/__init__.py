@@ -1,15 +1,15 @@
-"""Model loading: from the name that the user gives to the arrays that a rank holds.
+"""Model loading, from the value of `--model` to the arrays that a rank holds.
 
-source.py              --model: a directory, a GGUF file, a Hugging Face id, the demo, random:NAME
-config.py              config.json, checked: one Config for all families
-config_reader.py       the checks of its fields, one by one
+source.py              the model sources: a directory, a GGUF file, a Hugging Face id, the demo, random:NAME
+config.py              a checked config.json: one Config for all families
+config_reader.py       the checks of config.json's fields, one by one
 families.py            the differences between families, as a table
 rope_config.py         the part of config.json about rotary position embedding
 checkpoint.py          the tensors of safetensors files, read slice by slice
-weights.py             a rank's slices, in the layout in which `model` multiplies by them
+weights.py             a rank's slices, in the layout that `model` multiplies by
 random_weights.py      weights drawn from a counter, for true shapes without a file
 demo.py                the demo model, downloaded once
-gguf/                  GGUF files: their tensors, their metadata as a config, their tokenizer
+gguf/                  GGUF files: their tensors, config and tokenizer
 export.py              rank{r}.safetensors for another engine
 safetensors_writer.py  safetensors files written tensor by tensor
 """

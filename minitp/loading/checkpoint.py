@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint directory: where each tensor lies, checked before anything is loaded."""
+"""A Hugging Face checkpoint: the location of each tensor, checked before any data is loaded."""
 
 import threading
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from minitp.loading.config import read_json
 
 DTYPES = ("F32", "F16", "BF16")
 
-# Older checkpoints carry these tensors; they only repeat what config.json says.
+# Older checkpoints have tensors with this name, whose values follow from config.json.
 REDUNDANT = "self_attn.rotary_emb.inv_freq"
 
 
@@ -20,7 +20,8 @@ REDUNDANT = "self_attn.rotary_emb.inv_freq"
 class TensorInfo:
     """The file, dtype (safetensors' name) and shape of one tensor.
 
-    A part of a joined tensor also has the joined tensor's name, `part_of`, and its own first row there.
+    For a part of a joined tensor, `part_of` is the joined tensor's name and `first_row` is the part's first
+    row in it.
     """
 
     file: Path
@@ -33,7 +34,7 @@ class TensorInfo:
 class Checkpoint:
     """The tensors of a directory: `model.safetensors`, or several files with `model.safetensors.index.json`.
 
-    Opening it reads only headers. `read` reads one slice of one tensor and nothing else.
+    The constructor reads only headers; `read` reads one slice of one tensor.
 
     Attributes
     ----------
@@ -42,13 +43,12 @@ class Checkpoint:
     Raises
     ------
     InputError
-        if a file is missing, truncated or not a safetensors file, or if a tensor of the index is not in
-        its file.
+        if a file is missing, truncated or not a safetensors file, or lacks a tensor that the index lists.
     """
 
     def __init__(self, directory):
         self.directory = Path(directory)
-        self._open_files = threading.local()  # file handles of each thread, because ranks may be threads
+        self._open_files = threading.local()  # file handles per thread, because ranks may be threads
         single = self.directory / "model.safetensors"
         index = self.directory / "model.safetensors.index.json"
         if single.exists():
@@ -64,7 +64,7 @@ class Checkpoint:
     def _read_index(self, index):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise InputError(f"{index}: expected an object of file names by tensor under 'weight_map'")
+            raise InputError(f"{index}: expected an object from tensor names to file names as 'weight_map'")
         tensors = {}
         for name in sorted(set(weight_map.values())):
             header = _read_header(self.directory / name)
@@ -78,7 +78,7 @@ class Checkpoint:
         return tensors
 
     def split_joined(self, plan):
-        """Give the parts of joined tensors the names that they have in the plan."""
+        """Replace each joined tensor by its parts, under the names that the plan uses."""
         joined = {}
         for shard in plan.tensors.values():
             if shard.part_of is not None:
@@ -92,7 +92,7 @@ class Checkpoint:
                 self.tensors[part.name] = replace(info, shape=part.shape, **location)
 
     def _expect(self, name, shape):
-        """Refuse a checkpoint that lacks a tensor or has it in another shape."""
+        """Reject a checkpoint in which a tensor is missing or has the wrong shape."""
         info = self.tensors.get(name)
         if info is None:
             raise InputError(f"{self.directory}: tensor {name} is missing, expected shape {list(shape)}")
@@ -102,7 +102,7 @@ class Checkpoint:
             )
 
     def check(self, plan, layers_in_file):
-        """Refuse a checkpoint in which a tensor is missing, misshapen, of the wrong dtype or unexpected.
+        """Reject a checkpoint in which a tensor is missing, misshapen, unexpected or of an unsupported dtype.
 
         `layers_in_file` is the number of layers in config.json; the plan may have fewer.
         """
@@ -117,7 +117,7 @@ class Checkpoint:
         for name, info in self.tensors.items():
             if name in plan.tensors or name.endswith(REDUNDANT) or name.startswith(skipped):
                 continue
-            if name == "lm_head.weight":  # a copy of tied embeddings; loading compares the two
+            if name == "lm_head.weight":  # a copy of tied embeddings; the loader compares the two
                 continue
             raise InputError(
                 f"{info.file}: tensor {name} is not part of the model that config.json describes"
@@ -152,6 +152,6 @@ def _read_header(path):
                 tensors[name] = TensorInfo(path, piece.get_dtype(), tuple(piece.get_shape()))
             return tensors
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file, although the index names it") from None
+        raise InputError(f"{path}: listed in the index, but missing") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: truncated, or not a safetensors file: {error}") from error

@@ -1,4 +1,4 @@
-"""A model's configuration: the fields of config.json under Hugging Face's names, none silently ignored."""
+"""A model's configuration: the fields of config.json under Hugging Face's names."""
 
 import dataclasses
 import json
@@ -13,10 +13,10 @@ from minitp.loading.rope_config import Rope
 
 
 def option(plain, words):
-    """Define a field in which families differ.
+    """Define a field of Config whose value depends on the family.
 
-    `plain` is Llama's value, and a family's row in FAMILIES says where another value comes from. `words`
-    describe other values, for the message in which `cuda.fused` says that it has no kernels for them.
+    `plain` is Llama's value; a family's row in FAMILIES says where another value comes from. `words`
+    describes other values in the error that `cuda.fused` raises because it has no kernels for them.
     """
     return dataclasses.field(default=plain, metadata={"words": words})
 
@@ -58,11 +58,11 @@ class Config:
     final_logit_softcapping: float | None = option(None, "soft caps")
     layers_without_rope: frozenset = option(frozenset(), "layers without RoPE")
     hidden_act: str = option("silu", "hidden_act {}")  # or gelu_pytorch_tanh
-    unread: tuple = ()  # unknown fields, for a warning
+    unread: tuple = ()  # names of unknown fields, for a warning
 
     @cached_property
     def windows(self):
-        """The sliding window of each layer; None for full attention."""
+        """The sliding window of each layer, or None for full attention."""
         layers = range(self.num_hidden_layers)
         return [None if i in self.full_attention_layers else self.sliding_window for i in layers]
 
@@ -84,7 +84,8 @@ def read_config(directory):
     Raises
     ------
     InputError
-        with one line that names the file, the field, its value and what was expected.
+        if the file cannot be read or a field is not supported; the message is one line with the file, the
+        field, its value and the supported values.
     """
     path = Path(directory) / "config.json"
     fields = read_json(path)

@@ -34,7 +34,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 class Reader:
-    """A reader of config.json that notes which fields have been read, and so knows the rest.
+    """A reader of config.json that records which fields it has read, so that it can report the others.
 
     Parameters
     ----------
@@ -43,9 +43,9 @@ class Reader:
     family : dict
         A row of FAMILIES.
     where : str
-        The file's name in errors.
+        The name of the file in error messages.
     types : dict
-        The type of each field of Config. An option that the family has is read as its type says.
+        The type of each field of Config, which decides how an optional field is read.
     """
 
     def __init__(self, fields, family, where, types):
@@ -61,14 +61,14 @@ class Reader:
         value = self.fields.get(name)
         return default if value is None else value
 
-    def refuse(self, name, value, expected):
+    def reject(self, name, value, expected):
         raise InputError(f"{self.where}: {name} is {value!r}, expected {expected}")
 
     def count(self, name):
         """Return a field that must be an integer of at least 0."""
         value = self.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            self.refuse(name, value, "an integer, 0 or more")
+            self.reject(name, value, "an integer, 0 or more")
         return value
 
     def number(self, name, kind, default=None):
@@ -77,7 +77,7 @@ class Reader:
             raise InputError(f"{self.where}: {name} is missing")
         right_type = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
         if not right_type or not value > 0:
-            self.refuse(name, value, "a positive number" if kind is float else "a positive integer")
+            self.reject(name, value, "a positive number" if kind is float else "a positive integer")
         return kind(value)
 
     def optional_number(self, name):
@@ -87,24 +87,24 @@ class Reader:
     def flag(self, name):
         value = self.get(name, False)
         if not isinstance(value, bool):
-            self.refuse(name, value, "true or false")
+            self.reject(name, value, "true or false")
         return value
 
     def values(self):
-        """Return the fields of a Config, by name."""
+        """Return the arguments of Config, by name."""
         heads = self.number("num_attention_heads", int)
         kv_heads = self.number("num_key_value_heads", int, heads)
         hidden = self.number("hidden_size", int)
         if heads % kv_heads:
-            self.refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads, {heads}")
+            self.reject("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads, {heads}")
         if self.get("head_dim") is None and hidden % heads:
-            self.refuse("hidden_size", hidden, f"a multiple of num_attention_heads, {heads}, or a head_dim")
+            self.reject("hidden_size", hidden, f"a multiple of num_attention_heads, {heads}, or a head_dim")
         head_dim = self.number("head_dim", int, hidden // heads)
         if head_dim % 2:
-            self.refuse("head_dim", head_dim, "an even number (RoPE rotates pairs)")
+            self.reject("head_dim", head_dim, "an even number (RoPE rotates pairs)")
         dtype = self.get("dtype") or self.get("torch_dtype") or "float32"
         if dtype not in DTYPES:
-            self.refuse("dtype", dtype, "one of " + ", ".join(DTYPES))
+            self.reject("dtype", dtype, "one of " + ", ".join(DTYPES))
         longest = self.number("max_position_embeddings", int)
         rope = read_rope(self, head_dim, longest)
         if rope.rope_type == "longrope":  # the frequencies for longer contexts are not supported
@@ -133,7 +133,7 @@ class Reader:
         )
 
     def options(self, hidden, head_dim):
-        """Return the fields in which families differ, as far as the family's row has them."""
+        """Return the optional fields of Config that this family has, by name."""
         found = {name: True for name in self.always if name in self.types}
         for name, kind in self.types.items():
             if name in self.family_reads and kind in READERS:
@@ -165,13 +165,13 @@ class Reader:
             has_rope = [(i + 1) % interval != 0 for i in layers]
         is_list = isinstance(has_rope, list) and len(has_rope) >= len(layers)
         if not is_list or any(entry not in (0, 1) for entry in has_rope):
-            self.refuse("no_rope_layers", has_rope, f"a list of {len(layers)}, each 0 or 1")
+            self.reject("no_rope_layers", has_rope, f"a list of {len(layers)} numbers, each 0 or 1")
         return frozenset(i for i in layers if not has_rope[i])
 
     def windows(self):
-        """Return sliding_window, and the indices of the layers without it.
+        """Return (window or None, indices of the full-attention layers).
 
-        Qwen's window applies only with `use_sliding_window`, and only from layer `max_window_layers` on.
+        In Qwen models, the window applies only with `use_sliding_window`, from layer `max_window_layers` on.
         """
         if "use_sliding_window" in self.family_reads:
             switched_on = self.flag("use_sliding_window")
@@ -180,7 +180,7 @@ class Reader:
                 types = self.get("layer_types", [])
                 if not isinstance(types, list) or "sliding_attention" in types:
                     expected = "a list without sliding_attention unless use_sliding_window is true"
-                    self.refuse("layer_types", self.get("layer_types"), expected)
+                    self.reject("layer_types", self.get("layer_types"), expected)
                 return None, frozenset()
         elif "sliding_window" not in self.family_reads:
             return None, frozenset()
@@ -192,7 +192,7 @@ class Reader:
         return window, full_attention_layers
 
     def full_attention_layers(self):
-        """Return the layers with full attention, by `layer_types` or else by the family's rule."""
+        """Return the indices of the full-attention layers, from `layer_types` or by the family's rule."""
         layers = range(self.number("num_hidden_layers", int))
         if "layer_types" not in self.family_reads:
             return frozenset()
@@ -205,24 +205,24 @@ class Reader:
             return frozenset(layers[: self.count("max_window_layers")])
         known = ("full_attention", "sliding_attention")
         if not isinstance(types, list) or len(types) != len(layers) or any(t not in known for t in types):
-            self.refuse("layer_types", types, f"a list of {len(layers)}, each {' or '.join(known)}")
+            self.reject("layer_types", types, f"a list of {len(layers)} names, each {' or '.join(known)}")
         return frozenset(i for i in layers if types[i] == "full_attention")
 
     def activation(self):
-        """Return the activation: `hidden_act`, or in Gemma `hidden_activation`, which overrides it."""
+        """Return the activation in `hidden_act`, or for Gemma in `hidden_activation`, which overrides it."""
         self.read.add("hidden_act")
         gemma = "hidden_activation" in self.family_reads
         name, choices = ("hidden_activation", (GELU,)) if gemma else ("hidden_act", ("silu", "swish"))
         value = self.get(name, choices[0])
         if value not in choices:
-            self.refuse(name, value, f"{choices[0]!r}")
+            self.reject(name, value, f"{choices[0]!r}")
         return choices[0]
 
     def experts(self):
-        """Return the number of experts, and how many of them process each token."""
+        """Return the number of experts, and the number of experts that process each token."""
         experts, per_token = (self.number(n, int) for n in ("num_local_experts", "num_experts_per_tok"))
         if per_token > experts:
-            self.refuse("num_experts_per_tok", per_token, f"at most num_local_experts, {experts}")
+            self.reject("num_experts_per_tok", per_token, f"at most num_local_experts, {experts}")
         return experts, per_token
 
     def eos(self):
@@ -230,22 +230,22 @@ class Reader:
         self.read.add("bos_token_id")  # known, but the tokenizer decides when to add it
         ids = value if isinstance(value, list) else [value]
         if not all(isinstance(i, int) and i >= 0 for i in ids):
-            self.refuse("eos_token_id", value, "a token id or a list of them")
+            self.reject("eos_token_id", value, "a token id or a list of token ids")
         return tuple(ids)
 
     def unread(self):
-        """Refuse unsupported values of fields that affect the computation; return the unknown fields."""
+        """Return the names of unknown fields; reject unsupported values of ONLY_VALUE's fields."""
         unknown = []
         for name, value in self.fields.items():
             if name in ONLY_VALUE:
                 if value is not None and value != ONLY_VALUE[name]:
-                    self.refuse(name, value, f"{ONLY_VALUE[name]!r}, the only supported value")
+                    self.reject(name, value, f"{ONLY_VALUE[name]!r}, the only supported value")
             elif name not in self.read and name not in NO_MATHS and value not in (None, False, [], {}):
                 unknown.append(name)
         return tuple(unknown)
 
 
-# How to read an option whose name in config.json is that of the Config field, by its type.
+# Readers, by type, of optional fields that have the same name in config.json and in Config.
 READERS = {
     bool: Reader.flag,
     float: lambda reader, name: reader.number(name, float),

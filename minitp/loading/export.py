@@ -11,10 +11,10 @@ checkpoint:
     head_ranges, kv_head_ranges, ffn_ranges, vocab_ranges
                       (start, stop) of each rank; two ranks may hold the same KV head
     tensors           by name: dtype, shape, axis (null: whole on every rank) and each rank's (start, stop).
-                      A joined tensor, such as Phi-3's q, k and v, is listed by its parts, each with
-                      `part_of` and `first_row`, which say where the checkpoint has it
+                      A joined tensor, such as Phi-3's q, k and v, is listed as its parts, each with
+                      `part_of`, the joined tensor's name, and `first_row`, the part's first row in it
 
-Random models are written in float32, as they are drawn, so the values are those that any run uses.
+Random weights are written in float32, the dtype in which every run draws them.
 """
 
 import json
@@ -49,13 +49,13 @@ def rank_nbytes(source, rank):
 
 
 def prepare_directory(directory, source):
-    """Make `directory` if needed, and refuse it now if the files could not be written later.
+    """Create `directory` if needed, and reject it if the shards cannot be written there.
 
     Raises
     ------
     InputError
-        if it cannot be created or written to, has too little free space, or holds files of a plan with
-        more ranks, which would seem to belong to this plan.
+        if the directory cannot be created or written to, has too little free space, or holds the files of a
+        plan for more ranks, which would look like files of this plan.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -75,20 +75,21 @@ def prepare_directory(directory, source):
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise InputError(
-            f"-o {directory}: the files take {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there"
+            f"-o {directory}: the files need {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB is free; "
+            "choose another directory"
         )
 
 
 def refuse_untied_copy(source):
-    """Refuse a checkpoint with tied embeddings whose lm_head differs from them.
+    """Reject a checkpoint with tied embeddings whose lm_head differs from them.
 
-    The shards leave such an lm_head out, and another engine would use the embeddings in its place.
+    The shards do not contain the lm_head, so another engine would use the embeddings instead.
     """
     tensors = source.plan.tensors
     if LM_HEAD in tensors or source.is_random or LM_HEAD not in source.tensors.tensors:
         return
     info, (rows, columns) = source.tensors.tensors[LM_HEAD], tensors[EMBED].shape
-    size = max(1, BLOCK_BYTES // (4 * columns))  # rows of a block
+    size = max(1, BLOCK_BYTES // (4 * columns))  # rows per block
     blocks = [(slice(i, min(i + size, rows)), slice(0, columns)) for i in range(0, rows, size)]
     if info.shape != (rows, columns) or any(
         (source.tensors.read(LM_HEAD, block) != source.tensors.read(EMBED, block)).any() for block in blocks
@@ -110,7 +111,7 @@ def write_shards(directory, source, progress=lambda nbytes: None):
         A directory that `prepare_directory` has accepted.
     source : ModelSource
     progress : callable
-        Called with the number of bytes after each tensor.
+        A function that is called after each tensor with the tensor's size in bytes.
 
     Raises
     ------
@@ -119,13 +120,13 @@ def write_shards(directory, source, progress=lambda nbytes: None):
     """
     plan = source.plan
     try:
-        (directory / PLAN).unlink(missing_ok=True)  # an earlier run's plan, whose files are replaced now
+        (directory / PLAN).unlink(missing_ok=True)  # the plan of an earlier run, whose files will be replaced
         for rank in range(plan.tp):
             metadata = {"format": FORMAT, "rank": str(rank), "tp": str(plan.tp)}
             with TensorWriter(directory / f"rank{rank}.safetensors", plan.tensors, metadata) as file:
                 for name, shard in plan.tensors.items():
                     part = source.tensors.read(name, shard.index(rank))
-                    file.write(name, part.reshape(shard.shape_on(rank)))  # an empty slice comes as [0, 0]
+                    file.write(name, part.reshape(shard.shape_on(rank)))  # an empty slice is read as [0, 0]
                     progress(part.nbytes)
         temporary = directory / f"{PLAN}.{os.getpid()}.part"
         try:

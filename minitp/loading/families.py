@@ -1,9 +1,14 @@
 """The model families, keyed by the `model_type` of config.json (see docs/adding-a-family.md)."""
 
-# A family's architecture, the fields that only some families read, the values that transformers assumes for
-# absent fields, and the features that its models have without a field that says so.
 QWEN_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 QWEN_DEFAULTS |= {"sliding_window": 4096, "max_window_layers": 28}
+
+# Keys of a family:
+#   architecture   the name of its class in transformers
+#   reads          the fields that only some families read, of those that it reads
+#   defaults       the values that transformers assumes for absent fields
+#   always         the features that all its models have, without a field in config.json
+#   rope_aliases   older names of RoPE types
 FAMILIES = {
     "llama": {
         "architecture": "LlamaForCausalLM",
@@ -108,6 +113,6 @@ FAMILIES = {
             "rms_norm_eps": 1e-5,
         },
         "always": ("joined_projections",),
-        "rope_aliases": {"su": "longrope", "yarn": "longrope"},  # its names in the first files
+        "rope_aliases": {"su": "longrope", "yarn": "longrope"},  # names in the first Phi-3 files
     },
 }

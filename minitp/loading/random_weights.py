@@ -33,19 +33,19 @@ MODELS = {
     | dict(rms_norm_eps=1e-5, rope_theta=100000.0, tie_word_embeddings=True, torch_dtype="bfloat16"),
 }
 
-PER_COUNT = 16  # one count of Philox is 256 bits: 16 weights of 16 bits each
+PER_COUNT = 16  # weights per value of Philox's counter: 256 bits, 16 for each weight
 BLOCK = 1 << 20  # weights drawn at a time
 
 
 def random_config(name):
     """Return the config.json fields of `random:name`, or raise an InputError that lists the choices."""
     if name not in MODELS:
-        raise InputError(f"--model random:{name}: no such shapes; choose from " + ", ".join(MODELS))
+        raise InputError(f"--model random:{name}: unknown model; choose from " + ", ".join(MODELS))
     return dict(MODELS[name])
 
 
 class RandomWeights:
-    """A stand-in for a Checkpoint: `read` draws a slice of a tensor.
+    """A stand-in for a Checkpoint whose `read` draws random weights.
 
     Matrices are uniform with variance 1 / in (embeddings: 1 / D), norm weights near one, biases near zero.
 
@@ -65,9 +65,9 @@ class RandomWeights:
         shape = self.shapes[name]
         columns = shape[-1]
         rows = index[0] if len(shape) == 2 else slice(0, 1)
-        wide = -(-columns // PER_COUNT) * PER_COUNT  # each row starts at a new count
+        wide = -(-columns // PER_COUNT) * PER_COUNT  # each row starts at a new counter value
         out = np.empty((rows.stop - rows.start, index[-1].stop - index[-1].start), np.float32)
-        size = max(1, BLOCK // wide)  # rows of a block
+        size = max(1, BLOCK // wide)  # rows per block
         for start in range(rows.start, rows.stop, size):
             stop = min(start + size, rows.stop)
             drawn = self._draw(name, start * wide, (stop - start) * wide).reshape(stop - start, wide)
@@ -80,7 +80,7 @@ class RandomWeights:
         return out[0] + 1 if name.endswith("norm.weight") else out[0]
 
     def _draw(self, name, first, count):
-        """Return weights first .. first + count - 1 of a tensor, as uint16; both are multiples of 16."""
+        """Return `count` weights of a tensor from index `first` on, as uint16; both are multiples of 16."""
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         key = [int.from_bytes(digest[i : i + 8], "little") for i in (0, 8)]
         philox = np.random.Philox(key=key, counter=first // PER_COUNT)

@@ -1,4 +1,4 @@
-"""The part of config.json about rotary position embedding: `rope_parameters`, or older, `rope_scaling`."""
+"""The rotary position embedding in config.json: `rope_parameters`, or the older `rope_scaling`."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ ROPE_TYPES = {  # rope_type -> required fields, optional fields
     "longrope": (("short_factor", "long_factor", ORIGINAL), ("attention_factor", "factor")),
 }
 LISTS = ("short_factor", "long_factor")
-ANYWHERE = ROPE_TYPES["llama3"][0]  # some checkpoints have these with a type that ignores them
+ANYWHERE = ROPE_TYPES["llama3"][0]  # fields that some checkpoints have with a type that ignores them
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Rope:
     """A rotary position embedding, with the fields of Hugging Face's `rope_parameters`.
 
     Cosines and sines are multiplied by `attention_factor`. `short_factor` has a divisor for each frequency,
-    for contexts of up to `original_max_position_embeddings`.
+    for contexts of at most `original_max_position_embeddings` tokens.
     """
 
     rope_theta: float
@@ -54,6 +54,7 @@ def read_rope(reader, head_dim, longest):
     Raises
     ------
     InputError
+        if a field is missing, unknown or has an unsupported value.
     """
     fields, original = _fields(reader), reader.get(ORIGINAL)
     theta = fields.pop("rope_theta", reader.get("rope_theta", 10000.0))
@@ -61,7 +62,7 @@ def read_rope(reader, head_dim, longest):
     fields.pop("type", None)
     rope_type = reader.rope_aliases.get(rope_type, rope_type) if isinstance(rope_type, str) else rope_type
     if rope_type not in list(ROPE_TYPES):  # a list, because the value may not be hashable
-        reader.refuse("rope_type", rope_type, "one of " + ", ".join(ROPE_TYPES))
+        reader.reject("rope_type", rope_type, "one of " + ", ".join(ROPE_TYPES))
     needed, optional = ROPE_TYPES[rope_type]
     for name in fields:
         if name not in (*needed, *optional, *ANYWHERE):
@@ -75,7 +76,7 @@ def read_rope(reader, head_dim, longest):
         _check(reader, rope_type, name, value, head_dim)
     if rope_type == "llama3" and not values["low_freq_factor"] < values["high_freq_factor"]:
         low = values["low_freq_factor"]
-        reader.refuse("high_freq_factor", values["high_freq_factor"], f"more than low_freq_factor, {low}")
+        reader.reject("high_freq_factor", values["high_freq_factor"], f"more than low_freq_factor, {low}")
     if rope_type in ("yarn", "longrope"):
         values["attention_factor"] = float(_attention_factor(rope_type, values, longest))
     if rope_type == "longrope":
@@ -85,21 +86,21 @@ def read_rope(reader, head_dim, longest):
 
 
 def _fields(reader):
-    """Return the object under rope_scaling, which transformers prefers, or under rope_parameters."""
+    """Return the fields of rope_scaling, which takes precedence in transformers, or of rope_parameters."""
     for name in ("rope_scaling", "rope_parameters"):
         fields = reader.get(name)
         if fields:
             break
     if fields and not isinstance(fields, dict):
-        reader.refuse(name, fields, "an object")
+        reader.reject(name, fields, "an object")
     fields = dict(fields or {})
     if fields.pop("partial_rotary_factor", 1.0) != 1.0:
-        reader.refuse(name, reader.get(name), "partial_rotary_factor 1.0")
+        reader.reject(name, reader.get(name), "partial_rotary_factor 1.0")
     return fields
 
 
 def _check(reader, rope_type, name, value, head_dim):
-    """Refuse a value of the wrong type or out of range."""
+    """Reject a value of the wrong type or out of range."""
 
     def positive(x):
         return isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0
@@ -107,18 +108,18 @@ def _check(reader, rope_type, name, value, head_dim):
     called = f"{name} of rope_type {rope_type!r}"
     if name == "truncate":
         if not isinstance(value, bool):
-            reader.refuse(called, value, "true or false")
+            reader.reject(called, value, "true or false")
     elif name in LISTS:
         if not isinstance(value, list) or len(value) != head_dim // 2 or not all(map(positive, value)):
-            reader.refuse(called, value, f"a list of {head_dim // 2} positive numbers")
+            reader.reject(called, value, f"a list of {head_dim // 2} positive numbers")
     elif not positive(value):
-        reader.refuse(called, value, "a positive number")
+        reader.reject(called, value, "a positive number")
     elif name == ORIGINAL and value <= 1:  # its logarithm is a divisor
-        reader.refuse(called, value, "more than 1")
+        reader.reject(called, value, "more than 1")
 
 
 def _attention_factor(rope_type, values, longest):
-    """Return the attention factor that the file gives, or else the formula's.
+    """Return the attention factor in the file, or compute it if the file has none.
 
     yarn      0.1 ln(factor) + 1 (Peng et al., YaRN, 2023, section 3.4); with DeepSeek's `mscale` and
               `mscale_all_dim` the ratio of two such terms

@@ -1,7 +1,7 @@
 """A writer of safetensors files that writes tensor by tensor, so a file may be larger than memory.
 
 A file begins with a header that says where each tensor lies, which is known only at the end. So space for the
-header is reserved at the start and filled last; the rest of it is spaces, as the format allows.
+header is reserved at the start and filled last, padded with spaces, which the format allows.
 
     8 bytes: the header's length | header, JSON | spaces | tensor | tensor | ..
 """
@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-ENTRY_BYTES = 160  # more than a header entry takes without its name: dtype, shape and two offsets
+ENTRY_BYTES = 160  # upper bound for a header entry without its name: dtype, shape and two offsets
 
 DTYPES = {
     "float64": "F64",
@@ -25,7 +25,7 @@ DTYPES = {
 class TensorWriter:
     """A safetensors file that is written tensor by tensor.
 
-    It is written under a temporary name and renamed when it is closed, so a file is never incomplete.
+    The file has a temporary name until it is closed, so a file with the final name is always complete.
 
     >>> import tempfile, pathlib
     >>> from safetensors.numpy import load_file
@@ -39,13 +39,13 @@ class TensorWriter:
     ----------
     path : Path
     names : iterable of str
-        All tensors that may be written; they determine the space reserved for the header.
+        The names of all tensors that may be written, which determine the space reserved for the header.
     metadata : dict of str to str
 
     Attributes
     ----------
     metadata : dict of str to str
-        The metadata to write at the end. It may be replaced by metadata that is not longer.
+        The metadata, which is written last. It may be replaced by metadata that is not longer.
     """
 
     def __init__(self, path, names, metadata):
@@ -84,6 +84,8 @@ class TensorWriter:
     def _write_header(self):
         header = json.dumps({"__metadata__": self.metadata, **self._entries}, separators=(",", ":")).encode()
         if len(header) > self._room:
-            raise ValueError(f"{self._path}: the header has {len(header)} bytes, {self._room} are reserved")
+            raise ValueError(
+                f"{self._path}: the header needs {len(header)} bytes, but only {self._room} are reserved"
+            )
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))

@@ -1,4 +1,4 @@
-"""The sources that `--model` may name: a directory, GGUF file, Hugging Face id, the demo, random weights."""
+"""The sources of a model: a directory, a GGUF file, a Hugging Face id, the demo or random weights."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ from minitp.text.chat_template import load_chat_template, make_chat_template
 from minitp.text.tokenizer import Tokenizer, load_tokenizer
 
 DEMO = "smollm2"
-DEMO_SHAPES = "smollm2-135m"  # the demo's shapes, as a random model
+DEMO_SHAPES = "smollm2-135m"  # random model with the demo's shapes
 RANDOM = "random:"
 SAMPLE_BYTES = 4096
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-# The files to download: a repository may also hold the same weights in other formats.
+# The files to download. A repository may also hold the same weights in other formats.
 HUB_FILES = [
     "config.json",
     "generation_config.json",
@@ -42,7 +42,7 @@ class ModelSource:
     Attributes
     ----------
     name : str
-        The name that the user gave.
+        The value of `--model`.
     directory : Path or None
         None for a GGUF file and for random weights.
     config : Config
@@ -73,9 +73,9 @@ class ModelSource:
         return read_json(self.directory / "config.json")
 
     def fingerprint(self):
-        """Return a digest of each part of the model, to tell it from another of the same name.
+        """Return digests of the config and the weights, to detect a different model of the same name.
 
-        Only three samples of each weights file are read: two revisions mostly differ everywhere.
+        Only three samples of each weights file are read, because two revisions usually differ everywhere.
         """
         files = [] if self.is_random else sorted({info.file for info in self.tensors.tensors.values()})
         parts = {"config": json.dumps(self.fields()).encode(), "weights": b"".join(map(sample, files))}
@@ -98,7 +98,7 @@ class ModelSource:
 
 
 def open_model(name, tp, layers=None):
-    """Find a model, download it if needed, and check everything that needs no weights.
+    """Find a model, download it if needed, and check everything but the values of its weights.
 
     Parameters
     ----------
@@ -144,9 +144,9 @@ def sample(path):
 
 
 def open_config(name, layers=None):
-    """Return the Config of a model that `--model` may name, without its weights.
+    """Return the Config of the model that a value of `--model` names; no weights are needed.
 
-    A directory needs only config.json. Of a Hugging Face id, only config.json is downloaded; for the demo,
+    A directory needs only config.json. For a Hugging Face id, only config.json is downloaded; for the demo,
     nothing is.
 
     Raises
@@ -165,7 +165,7 @@ def open_config(name, layers=None):
 
 
 def is_gguf(name):
-    """Return whether a name means a file, which must be a GGUF file."""
+    """Return whether a value of `--model` names a file, which must then be a GGUF file."""
     return os.path.isfile(name) or (name.endswith(".gguf") and not os.path.isdir(name))
 
 
@@ -206,7 +206,7 @@ def _download(hub_id, files):
         disable_progress_bars()
     try:
         return Path(snapshot_download(hub_id, allow_patterns=files))
-    except Exception as error:  # the hub client passes on exceptions of its HTTP library
+    except Exception as error:  # the hub client may raise any exception of its HTTP library
         reason = " ".join(str(error).split())
         raise InputError(
             f"--model {hub_id}: no such directory, and the download from the Hugging Face Hub failed: "
@@ -215,7 +215,7 @@ def _download(hub_id, files):
 
 
 def warn_of_unread_fields(source):
-    """Warn on stderr of fields that may make results wrong, and of a context that ends early."""
+    """Warn on stderr about unknown fields, which may make results wrong, and about a limited context."""
     if source.config.rope.rope_type == "longrope":
         print(
             f"minitp: warning: {source.name}: rope_type 'longrope' is supported only up to its original "

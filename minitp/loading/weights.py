@@ -1,4 +1,4 @@
-"""One rank's weights, in the order and layout in which `model` multiplies by them."""
+"""One rank's weights, in the layout that `model` multiplies by."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from minitp.device import LINE_BYTES
 from minitp.errors import InputError
 
-BLOCK_BYTES = 1 << 24  # size of the blocks in which a matrix is read
+BLOCK_BYTES = 1 << 24  # bytes of a matrix that are read at a time, as float32
 
 LM_HEAD = "lm_head.weight"
 EMBED = "model.embed_tokens.weight"
@@ -29,7 +29,7 @@ LAYER_PARTS = {
     "b_down": ["mlp.down_proj.bias"],
     "w_router": ["block_sparse_moe.gate.weight"],
 }
-# In a model with norms after the blocks, post_attention_layernorm is the name of another norm.
+# In a model with norms after the blocks, post_attention_layernorm names a different norm.
 POST_NORM_PARTS = {
     "mlp_norm": ["pre_feedforward_layernorm.weight"],
     "attn_post_norm": ["post_attention_layernorm.weight"],
@@ -67,7 +67,7 @@ class Layer:
     w_down: Any  # [F_r, D]
     b_down: Any  # [D]
     w_router: Any  # [D, E]
-    experts: list  # E of class Expert; empty without w_router
+    experts: list  # E Experts; empty without w_router
     attn_post_norm: Any = None  # [D]
     mlp_post_norm: Any = None  # [D]
 
@@ -86,9 +86,9 @@ class Weights:
 class Loader:
     """A loader that reads one rank's slices of a checkpoint into the arrays that the model uses.
 
-    All arrays lie in one piece of memory, in the compute dtype. It is so large that Linux backs it with pages
-    of 2 MB; with pages of 4 kB the products are slower (docs/performance.md). The arrays are filled block by
-    block, and nothing else is kept. So the private memory of a rank (RssAnon + RssShmem of /proc/self/status)
+    All arrays share one allocation in the compute dtype. It is large enough for Linux to back it with 2 MB
+    pages; with 4 kB pages, the products are slower (docs/performance.md). The arrays are filled block by
+    block, and nothing else is kept. So the private memory of a rank (RssAnon + RssShmem in /proc/self/status)
     never exceeds its shard in the compute dtype + its largest single slice + 200 MB for Python and the
     libraries. The files are memory-mapped: their pages belong to the page cache, which the ranks of a host
     share.
@@ -100,14 +100,14 @@ class Loader:
     source : Checkpoint or RandomWeights
     device : Device
     progress : callable
-        Called with the number of bytes after each array.
+        A function that is called after each array with the array's size in bytes.
     """
 
     def __init__(self, plan, rank, source, device, progress=lambda nbytes: None):
         self.plan, self.rank, self.source, self.device, self.progress = plan, rank, source, device, progress
         gaps = len(plan.tensors) * LINE_BYTES
         self._memory = device.memory(shard_nbytes(plan, rank, device) + gaps)  # uint8 [n]
-        self._allocated = 0  # bytes
+        self._allocated = 0  # bytes allocated so far
 
     def load(self):
         """Load and return this rank's Weights."""
@@ -118,16 +118,16 @@ class Loader:
         return Weights(embed, lm_head, final_norm, layers, nbytes)
 
     def _allocate(self, shape):
-        """Return an array to be filled, from the memory after the arrays before it."""
+        """Return an uninitialized array from the part of the memory that is still free."""
         nbytes = math.prod(shape) * self.device.dtype.itemsize
         memory = self._memory[self._allocated : self._allocated + nbytes]
         self._allocated += -(-nbytes // LINE_BYTES) * LINE_BYTES
         return memory.view(self.device.dtype).reshape(shape)
 
     def _embeddings(self):
-        """Load lm_head [D, V_r] and embed [V_r, D]: two arrays, or if tied, one and its transpose.
+        """Load lm_head [D, V_r] and embed [V_r, D]; tied embeddings are one array and its transpose.
 
-        The memory order of tied embeddings suits the product of the logits, which reads all of them; the
+        The memory order of tied embeddings suits the product for the logits, which reads the whole array; the
         lookup reads only T rows.
         """
         if LM_HEAD in self.plan.tensors:
@@ -142,7 +142,7 @@ class Loader:
         return lm_head, lm_head.T
 
     def _refuse_untied_copy(self, lm_head):
-        """Refuse a file with tied embeddings whose lm_head differs from them."""
+        """Reject a checkpoint with tied embeddings whose lm_head differs from them."""
         info = getattr(self.source, "tensors", {}).get(LM_HEAD)
         if info is None:
             return
@@ -163,7 +163,7 @@ class Loader:
         return Layer(**self._arrays(layer, layer_parts(self.plan)), experts=experts)
 
     def _arrays(self, prefix, table):
-        """Load the arrays of a table like LAYER_PARTS; None for tensors that the model does not have."""
+        """Load the arrays of a table like LAYER_PARTS; arrays that the model does not have are None."""
         arrays = {}
         for array, parts in table.items():
             read = self._matrix if array.startswith("w_") else self._vector
@@ -174,13 +174,13 @@ class Loader:
     def _blocks(self, name, like=None):
         """Yield this rank's slice of a matrix as (first row, rows), a few MB at a time."""
         rows, columns = self.plan.tensors[like or name].index(self.rank)
-        size = max(1, BLOCK_BYTES // (4 * max(1, columns.stop - columns.start)))  # rows of a block
+        size = max(1, BLOCK_BYTES // (4 * max(1, columns.stop - columns.start)))  # rows per block
         for start in range(rows.start, rows.stop, size):
             block = slice(start, min(start + size, rows.stop))
             yield start - rows.start, self.source.read(name, (block, columns))
 
     def _matrix(self, *names):
-        """Load the slices of `names`, [out, in] in the file, side by side as one [in, sum of out]."""
+        """Load the slices of `names`, each [out, in] in the file, as one matrix [in, sum of out]."""
         shapes = [self.plan.tensors[name].shape_on(self.rank) for name in names]
         columns = sum(out for out, _ in shapes)
         joined = self._allocate((shapes[0][1], columns))  # [in, sum of out]
@@ -193,7 +193,7 @@ class Loader:
         return joined
 
     def _vector(self, *names):
-        """Load the slices of `names` end to end."""
+        """Load the slices of `names`, concatenated into one vector."""
         sizes = [self.plan.tensors[name].shape_on(self.rank)[0] for name in names]
         joined, start = self._allocate((sum(sizes),)), 0  # [sum of n]
         for name, size in zip(names, sizes, strict=True):
@@ -203,13 +203,13 @@ class Loader:
 
 
 def layer_parts(plan):
-    """Return LAYER_PARTS with the norms that a model with this Plan has."""
+    """Return LAYER_PARTS, with the entries for norms after the blocks if this plan has them."""
     post_norms = "model.layers.0.pre_feedforward_layernorm.weight" in plan.tensors
     return LAYER_PARTS | (POST_NORM_PARTS if post_norms else {})
 
 
 def named_slices(weights, plan, rank):
-    """Yield (checkpoint name, view) of each slice of a rank, shaped as in the file: [out_r, in_r] or [n]."""
+    """Yield (checkpoint name, view) for each slice that a rank holds, shaped as in the file."""
     yield EMBED, weights.embed  # [V_r, D]
     yield FINAL_NORM, weights.final_norm  # [D]
     if LM_HEAD in plan.tensors:
@@ -221,7 +221,7 @@ def named_slices(weights, plan, rank):
 
 
 def _slices(holder, table, prefix, plan, rank):
-    """Yield (checkpoint name, view) of each slice in the arrays of a table like LAYER_PARTS."""
+    """Yield (checkpoint name, view) for each slice in the arrays of a table like LAYER_PARTS."""
     for array, parts in table.items():
         joined, start = getattr(holder, array), 0  # [in, sum of out] or [sum of n]
         if joined is None:
@@ -233,7 +233,7 @@ def _slices(holder, table, prefix, plan, rank):
 
 
 def shard_nbytes(plan, rank, device):
-    """Return the bytes of a rank's weights without loading them."""
+    """Return the size in bytes of a rank's weights, without loading them."""
     shapes = [shard.shape_on(rank) for shard in plan.tensors.values()]
     elements = sum(shape[0] * (shape[1] if len(shape) == 2 else 1) for shape in shapes)
     return elements * device.dtype.itemsize

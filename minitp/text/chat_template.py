@@ -1,4 +1,4 @@
-"""The chat template of a model, in Jinja, which turns messages into a prompt."""
+"""A model's chat template, written in Jinja, which turns messages into a prompt."""
 
 import json
 from datetime import datetime
@@ -6,19 +6,19 @@ from pathlib import Path
 
 from minitp.errors import InputError, one_line
 
-EXPECTED = "messages must be a list of objects with strings as role (system, user, assistant) and content"
+EXPECTED = "messages must be a list of objects with the strings role (system, user, assistant) and content"
 
 
 def load_chat_template(directory, name):
     """Return the ChatTemplate of a model's directory.
 
-    The template is the file chat_template.jinja, or else a field of tokenizer_config.json: one template, or
-    several with names, of which the one named "default" is used.
+    The template is in the file chat_template.jinja, or else in the field chat_template of
+    tokenizer_config.json: one template, or several named ones, of which "default" is used.
 
     Raises
     ------
     InputError
-        if there is none, or it is not a Jinja template.
+        if there is no template, or it is not valid.
     """
     path, jinja_file = Path(directory) / "tokenizer_config.json", Path(directory) / "chat_template.jinja"
     try:
@@ -38,12 +38,12 @@ def load_chat_template(directory, name):
 
 
 def make_chat_template(fields, name):
-    """Return the ChatTemplate of tokenizer_config.json's fields; chat_template is a string or None.
+    """Return the ChatTemplate in the fields of a tokenizer_config.json; chat_template is a string or None.
 
     Raises
     ------
     InputError
-        if chat_template is None or not a Jinja template.
+        if chat_template is None or not a valid template.
     """
     template = fields["chat_template"]
     if template is None:
@@ -55,15 +55,15 @@ def make_chat_template(fields, name):
 
 
 def token_text(field):
-    """Return the text of a special token, which tokenizer_config.json has as a string or an object."""
+    """Return the text of a special token, which is a string or an object in tokenizer_config.json."""
     return (field.get("content") if isinstance(field, dict) else field) or ""
 
 
 class ChatTemplate:
     """A template that renders messages as the model was trained to read them.
 
-    Its Jinja environment is that of Hugging Face's library: sandboxed, blocks trimmed, with `raise_exception`
-    and `strftime_now`.
+    The Jinja environment is configured as in Hugging Face's library: it is sandboxed, trims blocks, and has
+    `raise_exception` and `strftime_now`.
     """
 
     def __init__(self, template, tokens, name):
@@ -74,7 +74,7 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
-        environment.globals["raise_exception"] = refuse
+        environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         environment.filters["tojson"] = lambda value, **options: json.dumps(
             value, **{"ensure_ascii": False} | options
@@ -91,33 +91,37 @@ class ChatTemplate:
         Parameters
         ----------
         messages : list of dict
-            Each with "role" and "content".
+            Objects with the strings "role" and "content".
 
         Raises
         ------
         InputError
-            if the messages do not have this form, or the template refuses them.
+            if the messages do not have this form, or the template rejects them.
         """
         check_messages(messages)
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._tokens)
-        except Exception as error:  # a template is a program, and may fail in any way
+        except Exception as error:  # a template is a program and may raise anything
             reason = " ".join(str(error).split())
-            raise InputError(f"the chat template of {self._name} refuses these messages: {reason}") from error
+            raise InputError(f"the chat template of {self._name} rejects these messages: {reason}") from error
 
 
 def check_messages(messages):
-    """Refuse messages that do not have the form of a conversation."""
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{EXPECTED}; there are none")
+    """Reject messages that do not have the form of a conversation."""
+    if not isinstance(messages, list):
+        raise InputError(f"{EXPECTED}; found {type(messages).__name__}")
+    if not messages:
+        raise InputError(f"{EXPECTED}; the list is empty")
     for number, message in enumerate(messages):
-        texts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError(f"{EXPECTED}; message {number} is not")
+        if not isinstance(message, dict):
+            raise InputError(f"{EXPECTED}; message {number} is not an object")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise InputError(f"{EXPECTED}; message {number} has no string {key!r}")
 
 
-def refuse(message):
-    """Raise the error with which a template refuses a conversation."""
+def raise_exception(message):
+    """Raise the error by which a template rejects a conversation."""
     import jinja2
 
     raise jinja2.TemplateError(message)

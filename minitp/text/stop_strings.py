@@ -1,8 +1,8 @@
-"""The end of a text at a stop string, found although the text arrives in pieces."""
+"""Stop strings, which end a text that arrives in pieces."""
 
 
 class StopStrings:
-    """A filter that passes on text up to the first stop string and holds back what may begin one."""
+    """A filter that returns text up to the first stop string and holds back text that may begin one."""
 
     def __init__(self, stops):
         self._stops = stops
@@ -10,13 +10,13 @@ class StopStrings:
         self.found = False
 
     def push(self, text):
-        """Add text, and return what is now certain to come before any stop string."""
+        """Add text, and return the text that now certainly precedes any stop string."""
         if self.found:
             return ""
         self._held += text
         starts = [(self._held.find(stop), stop) for stop in self._stops]
         ends = [(start + len(stop), start) for start, stop in starts if start >= 0]
-        if ends:  # the stop string that is complete first, however the text was cut into pieces
+        if ends:  # the stop string that ends first, so that the result does not depend on the pieces
             self.found = True
             _, cut = min(ends)
         else:
@@ -25,7 +25,7 @@ class StopStrings:
         return certain
 
     def finish(self):
-        """Return the text that was held back, after the last of it has been added."""
+        """Return the text that is still held back; call this once, after the last push."""
         rest, self._held = ("" if self.found else self._held), ""
         return rest
 

@@ -1,4 +1,4 @@
-"""Text to tokens and back: a tokenizer.json through the `tokenizers` library, and streamed text."""
+"""Conversion of text to tokens and back with the `tokenizers` library, and streamed text."""
 
 from pathlib import Path
 
@@ -17,11 +17,11 @@ def load_tokenizer(directory):
     try:
         return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{path}: not a tokenizer.json: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path}: not a valid tokenizer.json: {' '.join(str(error).split())}") from error
 
 
 class Tokenizer:
-    """A tokenizer that adds special tokens, such as BOS, as its post-processor says.
+    """A tokenizer whose post-processor adds special tokens, such as BOS.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class Tokenizer:
     def encode(self, text, add_special_tokens=True):
         """Return the token ids of a text.
 
-        A rendered conversation already has its special tokens, so it needs add_special_tokens=False.
+        A rendered conversation already contains its special tokens, so it needs add_special_tokens=False.
         """
         try:
             text.encode("utf-8")
@@ -45,7 +45,7 @@ class Tokenizer:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def token_text(self, token_id):
-        """Return the text of one token within a text, also of a special token.
+        """Return the text of a token, which may be special, as it appears in the middle of a text.
 
         The token is decoded after a copy of itself: a tokenizer may drop a space at the start of a text.
         """
@@ -53,17 +53,17 @@ class Tokenizer:
         return twice[len(once) :]
 
     def decode(self, token_ids):
-        """Return the text of tokens, without the special tokens."""
+        """Return the text of tokens, leaving out special tokens."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
 
 class TextStream:
-    """A stream that turns tokens into text one by one and never returns half a character.
+    """A stream that turns tokens into text one by one and returns only complete characters.
 
     A character may be spread over several tokens, and a token's text may depend on the token before it (a
     leading space is dropped at the start of a text). So the new tokens are decoded together with those of the
     previous piece, which begin with a whole character. The difference is the new text, which is returned once
-    it no longer ends in half a character.
+    it no longer ends in an incomplete character.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ class TextStream:
         return self._next_piece(final=False)
 
     def finish(self):
-        """Return the rest, with a replacement character for each character that stayed incomplete."""
+        """Return the remaining text, with a replacement character for each incomplete character."""
         return self._next_piece(final=True)
 
     def _next_piece(self, final):

@@ -155,7 +155,7 @@ def test_random_weights_take_token_ids_only():
         ({"max_tokens_per_step": -1}, "--max-tokens-per-step -1: expected at least 1"),
         ({"layers": 3}, "--layers 3"),
         ({"model": "/no/such/model"}, "/no/such/model: no such directory"),
-        ({"model": "random:gpt-9"}, "random:gpt-9: no such shapes"),
+        ({"model": "random:gpt-9"}, "random:gpt-9: unknown model"),
     ],
 )
 def test_an_invalid_option_is_refused_before_ranks_are_started(tiny, monkeypatch, options, words):

@@ -10,7 +10,6 @@ from minitp.sampling import SamplingParams
 
 CONTEXT = 512
 
-
 SHAPES = {
     "plain": {},
     "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6},

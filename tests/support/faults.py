@@ -13,8 +13,8 @@ from faulty_model import changed, reload, result, state, with_context
 
 from minitp.trace.names import full_name
 
-# (tp, layer, rank): a fault is in the first layer on the first rank, in the last layer on the last rank,
-# and at one of the other places in turn.
+# (tp, layer, rank): each fault is tried in the first layer on the first rank, in the last layer on the last
+# rank, and at one of the other places in turn.
 FIRST_AND_LAST = ((4, 0, 0), (4, 2, 3))
 OTHERS = ((4, 1, 2), (2, 0, 1), (3, 1, 1), (9, 2, 4), (1, 1, 0), (2, 2, 0), (9, 0, 8))
 # Places for faults that need a certain sharding:
@@ -41,18 +41,18 @@ class Fault:
         Replacements of functions by name, active in the block with the fault. Each is called with the
         original function and its arguments.
     weights : callable or None
-        Changes the model's weights; called with the model, the layer and a function from a name to a whole
-        tensor.
+        A function that changes the model's weights; its arguments are the model, the layer, and a function
+        from a name to a whole tensor.
     everywhere : bool
         Whether the fault is on all ranks, so that `all` must be blamed.
     passes : str
-        The passes in which it must be found: all, prefill or decode.
+        The passes in which the fault must be found: all, prefill or decode.
     model : str
-        The model that it needs, a name in check_models.MODELS.
+        The model that the fault needs, a name in check_models.MODELS.
     decode : int
         Number of tokens to decode.
     places : tuple of (tp, layer, rank)
-        Places where the fault is tried; empty for the usual ones.
+        Places where the fault is tried; empty for FIRST_AND_LAST and one of OTHERS.
     dtype : str
     """
 
@@ -185,7 +185,7 @@ FAULTS = [
     Collective("bias on every rank", "attn.out", {"all_reduce": wrong.bias_on_every_rank}),
     Collective("bias on every rank of the mlp", "mlp.out", {"all_reduce": wrong.bias_on_every_rank}),
     Fault("bias in one rank's term", "mlp.out_partial", biased_term),
-    Fault(  # in a model without biases, which may round the bit away
+    Fault(  # a model without biases, because adding a bias may round the bit away
         "last bit of the sum",
         "attn.out",
         {"all_reduce": result(wrong.last_bit)},
@@ -251,8 +251,8 @@ FAULTS = [
         "mlp.out_partial",
         {"row_parallel": wrong.sum_in_16_bits},
         dtype="bfloat16",
-        decode=0,  # a single token has so few numbers that they may be close by luck
-        places=((1, 0, 0), (2, 2, 1)),  # on more ranks the sums have few terms and may be close by luck
+        decode=0,  # the few numbers of a single token may be close by chance
+        places=((1, 0, 0), (2, 2, 1)),  # on more ranks, the sums have few terms and may be close by chance
     ),
     Fault(
         "scores in 16 bits",

@@ -1,4 +1,4 @@
-"""A Model with a fault in one layer of one rank, and the hooks that the table in `faults` is made of.
+"""A Model with a fault in one layer of one rank, and the hooks that the table in `faults` uses.
 
 Ranks are threads, so a FaultyModel keeps the active hooks in a thread-local `state`: those of its fault,
 while the block with the fault runs. All functions of `ops` and `moe`, the collectives, the cache's `append`
@@ -150,7 +150,7 @@ def with_context(change):
 
 
 def rotate(context, positions, **rope):
-    """Use the angles of other positions, with changed RoPE parameters."""
+    """Use the angles of other positions or of changed RoPE parameters."""
     config = state.model.config
     frequencies = rope_inverse_frequencies(replace(config.rope, **rope), config.head_dim)
     context.cos, context.sin = ops.rope_cos_sin(np, positions, np.float32(frequencies))
@@ -214,7 +214,7 @@ def even_groups(original, xp, by_head, by_kv_head, groups, *mask):
 
 
 def one_slot_too_far(original, layer, k, v, *first):
-    """Write the new entry in decode to the next slot; the slot that is read was never written."""
+    """Write a decoded token's entry to the next slot, so that the slot that is read was never written."""
     cache, start = state.cache, state.cache.length
     original(layer, k, v, *first)
     if start:
@@ -260,7 +260,7 @@ def silu_instead_of_gelu(geglu, xp, gate_up):
 
 
 def next_experts(route, xp, logits, per_token):
-    """Choose the experts after the right ones."""
+    """Choose the experts that follow the right ones."""
     chosen, shares = route(xp, logits, per_token)
     return (chosen + 1) % logits.shape[1], shares
 
@@ -292,7 +292,7 @@ def bias_on_every_rank(all_reduce, x):
 
 
 def last_bit(y):
-    """Change the last bit of one element: far within any bound, but different from the other ranks."""
+    """Change the last bit of one element, which is within any bound but differs from the other ranks."""
     y = y.copy()
     y[0, 0] = np.nextafter(y[0, 0], y.dtype.type(np.inf))
     return y

@@ -32,7 +32,7 @@ FORWARD_CALL = 5
 
 
 def fail(kind):
-    """Cause the fault, after printing last words, which the test looks for in the output."""
+    """Cause the fault, after printing a message that the test looks for in the output."""
     print(f"last words of rank {env_rank(os.environ)}", file=sys.stderr, flush=True)
     if kind == "raise":
         raise ZeroDivisionError("a fault\nfor the test")

@@ -89,7 +89,7 @@ class Host:
 
     @contextmanager
     def seeing(self, other, directory):
-        """Show this host the files of `other` in place of a directory while the block runs."""
+        """Mount the directory `other` over another directory on this host while the block runs."""
         self.run("mount", "--bind", other, directory, check=True)
         try:
             yield
@@ -108,7 +108,7 @@ def started(command):
 
 
 def ended(running, within):
-    """Wait for the end and return (exit code, stderr); kill the command if it takes longer."""
+    """Wait for the end and return (exit code, stderr); kill the command after a time limit."""
     try:
         _, err = running.communicate(timeout=within)
     except subprocess.TimeoutExpired:
@@ -181,7 +181,7 @@ def wait_for(look):
 
 
 def run_as_command(why_not, prepare=lambda pair: ()):
-    """Run the command of the command line on host-a, after the words that `prepare` returns."""
+    """Run the script's arguments as a command on host-a, after the words that `prepare` returns."""
     if why_not:
         sys.exit(f"{Path(sys.argv[0]).name}: {why_not}")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that the hosts are removed

@@ -1,4 +1,4 @@
-"""Configs of the Llama family, made from shapes."""
+"""Configs of Llama models with given shapes."""
 
 from minitp.loading.config import parse_config
 

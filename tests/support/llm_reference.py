@@ -14,12 +14,9 @@ from minitp.request import Request
 
 TP = 2
 
-
-CONTEXT = 400  # context of the model that most tests share; its cache has room for one full sequence
-
+CONTEXT = 400  # positions in the context of most tests; the cache has room for one full sequence
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-
 
 END_S = 10
 

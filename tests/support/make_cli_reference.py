@@ -31,14 +31,14 @@ END = """\
 
 | code | meaning |
 |---|---|
-| 0 | success; also if the reader of stdout leaves, as in `\\| head` |
-| 1 | `check` found a wrong step, or `compare` a departing one |
-| 2 | bad usage or bad input; one line on stderr says what |
+| 0 | success, also if the reader of stdout exits early, as in `\\| head` |
+| 1 | `check` found a wrong step, or `compare` found a difference |
+| 2 | bad usage or bad input; one line on stderr says what is wrong |
 | 3 | a rank, MPI or a device failed; one line on stderr names the rank, and the other ranks are ended |
 | 130 | ended by Ctrl-C |
 | 143 | ended by SIGTERM (`serve` finishes its answers and exits with 0) |
 
-Under your own `mpirun` or `srun` the code is the launcher's, which may be another one if a rank dies.
+Under your own `mpirun` or `srun`, the exit code is theirs, which may be a different one if a rank dies.
 
 ## Environment variables
 
@@ -46,13 +46,13 @@ Under your own `mpirun` or `srun` the code is the launcher's, which may be anoth
 |---|---|
 | `MINITP_API_KEY` | `serve`: the key that clients must send, if there is no `--api-key` |
 | `NO_COLOR` | if set and not empty, no colors on terminals |
-| `XDG_CACHE_HOME` | where the demo model and the history of `chat` are kept (default: `~/.cache`) |
-| `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN` | Hugging Face's: download folder, no downloads, account |
+| `XDG_CACHE_HOME` | the folder for the demo model and the history of `chat` (default: `~/.cache`) |
+| `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN` | Hugging Face's download folder, offline mode and access token |
 | `CUDA_VISIBLE_DEVICES` | the GPUs that ranks may use |
 | `OMP_NUM_THREADS` | BLAS threads of each rank (default: the cores of the host divided by its ranks) |
 | `SLURM_CPUS_PER_TASK` | the same, set by Slurm |
 | `TMPDIR` | the folder for the ranks' socket and their stderr while a command runs |
-| `PMI_SIZE`, `OMPI_COMM_WORLD_SIZE`, `SLURM_STEP_NUM_TASKS` | set by MPI: this process is a rank |
+| `PMI_SIZE`, `OMPI_COMM_WORLD_SIZE`, `SLURM_STEP_NUM_TASKS` | set by MPI or Slurm for each rank |
 
 `MINITP_SUPERVISOR`, `MINITP_ALONE` and `MINITP_JOINED` are internal: minitp sets them for its own ranks.
 """
@@ -87,7 +87,7 @@ def section(command, sub):
 
 
 def spelled(action):
-    """Return how an option or argument is written."""
+    """Return the syntax of an option or argument."""
     if not action.option_strings:
         return f"`{action.metavar}`"
     names = [f"`{name}`" for name in action.option_strings]

@@ -1,4 +1,4 @@
-"""A chain of tensor-core products, with which tests examine how a CPU or GPU sums."""
+"""A chain of tensor-core products, which shows how a CPU or GPU adds."""
 
 from pathlib import Path
 

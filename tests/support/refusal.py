@@ -1,4 +1,4 @@
-"""A check of how commands refuse bad input."""
+"""A check of how commands reject bad input."""
 
 
 def check_refusal(code, out, err):

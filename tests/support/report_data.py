@@ -1,4 +1,4 @@
-"""Results of `check` and `compare`, invented for the tests of the report and for looking at it.
+"""Data for tests of the reports: invented results of `check` and `compare`.
 
 `python tests/support/report_data.py DIRECTORY` writes a page of each.
 """
@@ -31,7 +31,7 @@ def kind_of(step):
 
 
 def made_error(rng, relative, bound=None):
-    """Return the entries of one error, with an element that has this error."""
+    """Return a report's entries for one error, with one element that has this error."""
     expected = rng.gauss(0, 1)
     error = {
         "relative": relative,

@@ -1,4 +1,4 @@
-"""Commands that tests start, with all processes marked, so that a test sees whether any is left."""
+"""Commands that tests start, whose processes carry a mark, so that a test can find any that are left."""
 
 import json
 import os
@@ -37,7 +37,7 @@ LAUNCHER = [
 
 MARK = "MINITP_TEST_MARK"
 END_S = 10  # time from a fault to the end of the job
-START_S = 120  # time for a whole short run on a busy machine
+START_S = 120  # time limit of a short run on a busy machine
 
 
 class Running:
@@ -45,7 +45,8 @@ class Running:
 
     def __init__(self, command, stdout=subprocess.PIPE, **variables):
         self.mark = f"{MARK}={uuid.uuid4()}"
-        # A short path, because it holds the supervisor's socket; a new folder, to see that it is emptied.
+        # The path is short, because the supervisor's socket is in it. The folder is new, so that a test can
+        # check that it is empty in the end.
         self.folder = Path(tempfile.mkdtemp(prefix="t-"))
         environment = {**os.environ, **variables, "TMPDIR": str(self.folder)}
         environment[MARK] = self.mark.partition("=")[2]

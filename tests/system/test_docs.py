@@ -1,4 +1,4 @@
-"""Check that the commands in docs/ print what the pages show."""
+"""Tests that the commands in docs/ print what the pages show."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ ROOT = DOCS.parent
 ANYWHERE = {"guide": 5, "troubleshooting": 7, "check": 1, "performance": 2}  # page -> console blocks
 FROM_A_CHECKOUT = {"adding-a-family": 8}
 ON_TWO_HOSTS = {"several-nodes": 9}
-NEEDS_GPUS = {"gpus": 1}  # these are only parsed
+NEEDS_GPUS = {"gpus": 1}  # pages whose commands are only parsed
 IN_OTHER_TESTS = {"serving": 2, "compare": 3}  # test_serving_docs and test_compare_docs
 
 

@@ -1,4 +1,4 @@
-"""Each example runs, prints an explanation, and notices when the ranks compute something else."""
+"""Tests of the examples: each runs, explains itself, and detects a wrong result of a rank."""
 
 import os
 import re
@@ -66,7 +66,7 @@ def tampered(name, folder, result):
 
 
 def check_output(out, products, checks):
-    """Check that the printed errors are those of float32, and that times are printed."""
+    """Check that the printed errors are those of float32, and that a time is printed for each."""
     errors = re.findall(r"error against the float64 oracle: (\S+); relative (\S+), allowed (\S+)$", out, re.M)
     assert len(errors) == checks, out
     for _, relative, allowed in errors:
@@ -117,7 +117,7 @@ def test_a_wrong_sum_on_one_rank_is_found(tmp_path, name):
     assert code == 1, out + err
     errors = [line for line in err.splitlines() if line.startswith(f"{name}.py: ")]
     assert len(errors) == 1, err
-    assert re.search("not what the oracle has: on rank [01] relative error [0-9.]+; at ", errors[0])
+    assert re.search("rank [01] differs from the oracle: relative error [0-9.]+; at ", errors[0])
     assert "Traceback" not in err
 
 
@@ -134,7 +134,7 @@ def test_a_bad_model_is_reported_once(tmp_path):
     assert (code, out) == (2, "")
     errors = [line for line in err.splitlines() if "tp_attention.py" in line]
     assert errors == [
-        "tp_attention.py: MODEL=gpt-2: no such shapes; choose from "
+        "tp_attention.py: MODEL=gpt-2: unknown model; choose from "
         "mistral-7b, llama-3-8b, tinyllama-1.1b, smollm2-135m"
     ]
     assert "Traceback" not in err
@@ -144,6 +144,4 @@ def test_a_bad_model_is_reported_once(tmp_path):
 def test_bad_layers(tmp_path, layers):
     code, out, err = alone("tp_full_model", tmp_path, LAYERS=layers)
     assert (code, out) == (2, "")
-    assert err == (
-        f"tp_full_model.py: LAYERS={layers}: expected a number from 1 to 30, the layers of {MODEL}\n"
-    )
+    assert err == (f"tp_full_model.py: LAYERS={layers}: {MODEL} has 30 layers; choose from 1 to 30\n")

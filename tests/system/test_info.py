@@ -1,4 +1,4 @@
-"""`minitp info`: it names what is there, and goes on where something is missing, broken or hangs."""
+"""Tests of `minitp info`, also where a package or program is missing, broken or does not answer."""
 
 import json
 import os
@@ -24,7 +24,7 @@ BROKEN = {
 
 
 def run(*argv, path=(), **variables):
-    """`minitp info` in a process, with more on Python's path."""
+    """Run `minitp info` in a process, with `path` added to Python's path; return its output."""
     already = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), *filter(None, already)])}
     command = [sys.executable, "-m", "minitp", "info", *argv]
@@ -35,10 +35,10 @@ def run(*argv, path=(), **variables):
     return json.loads(done.stdout) if "--json" in argv else done.stdout
 
 
-def test_what_there_is():
+def test_facts_of_this_machine():
     started = time.monotonic()
     found = run("--json")
-    assert time.monotonic() - started < 5, "2 s, and more where the machine is busy"
+    assert time.monotonic() - started < 5, "about 2 s, or more on a busy machine"
     import mpi4py
     import numpy as np
 
@@ -58,7 +58,7 @@ def error_of(part):
     return isinstance(part, dict) and "error" in part
 
 
-def test_text_has_the_same():
+def test_text_has_the_same_facts():
     text = run()
     for words in (__version__, sys.executable, "BLAS", "mpi4py", "starts ranks of this MPI", "CuPy", "cores"):
         assert words.replace("cores", "core") in text
@@ -77,7 +77,7 @@ def test_gpus():
     assert "each reads the others' memory" in text
 
 
-def test_gpus_out_of_reach():
+def test_gpus_that_cannot_access_each_other():
     found = run("--json", path=[STAND_IN], STAND_IN_GPUS="2", STAND_IN_PEERS="0")
     assert found["cuda"]["out_of_reach"] == [[0, 1], [1, 0]]
     assert "CANNOT READ the memory: 0 of 1, 1 of 0" in run(
@@ -86,17 +86,17 @@ def test_gpus_out_of_reach():
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_modules_that_are_broken(tmp_path, how):
-    """Each of them, at the same time; the rest is told all the same."""
+def test_broken_modules(tmp_path, how):
+    """Break several modules at once, and check that everything else is still reported."""
     for module in ("numpy", "mpi4py", "cupy", "tokenizers", "safetensors", "ml_dtypes", "tqdm"):
-        if (module, how) == ("numpy", "crash"):  # asked in the process itself
+        if (module, how) == ("numpy", "crash"):  # the command itself imports numpy
             continue
         (tmp_path / f"{module}.py").write_text(BROKEN[how])
     found, text = run("--json", path=[tmp_path]), run(path=[tmp_path])
-    said = {"missing": "no such thing", "another error": "libmpi.so.12", "crash": "ended with code -6"}[how]
+    reason = {"missing": "no such thing", "another error": "libmpi.so.12", "crash": "ended with code -6"}[how]
     for name in ("mpi", "cuda", *(["numpy"] if how != "crash" else [])):
-        assert said in found[name]["error"]
-    assert text.count(said) >= (3 if how != "crash" else 2)
+        assert reason in found[name]["error"]
+    assert text.count(reason) >= (3 if how != "crash" else 2)
     assert found["mpirun_matches"] is None
     assert found["system"]["cores"] >= 1
 
@@ -154,11 +154,11 @@ SAID = {
         ("mpich", "unknown", None),
     ],
 )
-def test_whether_mpirun_fits(library, mpirun, expected):
+def test_match_of_mpirun_and_the_mpi_library(library, mpirun, expected):
     assert info.matches(SAID[library], SAID[mpirun]) is expected
 
 
-def test_another_mpi_is_shouted(monkeypatch):
+def test_mpirun_of_another_mpi_is_shown_in_capitals(monkeypatch):
     found = info.facts()
     found["mpirun_matches"] = False
     assert "IT IS OF ANOTHER MPI" in info_text.text(found)
@@ -166,7 +166,7 @@ def test_another_mpi_is_shouted(monkeypatch):
     assert info_text.short(SAID["intel"]) == "Intel(R) MPI Library for Linux* OS, Version 2021.10"
 
 
-def test_variables(monkeypatch):
+def test_environment_variables_without_secrets(monkeypatch):
     for name in BLAS_THREADS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
@@ -189,7 +189,7 @@ def test_demo_model(monkeypatch, tmp_path):
 
 
 @pytest.mark.mpi
-def test_one_of_a_users_ranks_tells():
+def test_one_rank_under_mpirun_prints():
     done = subprocess.run(
         [info.find_mpirun(), "-n", "2", sys.executable, "-m", "minitp", "info", "--json"],
         capture_output=True, text=True, timeout=60,
@@ -200,7 +200,7 @@ def test_one_of_a_users_ranks_tells():
     assert "library" in found["mpi"]
 
 
-def test_into_a_closed_pipe():
+def test_output_into_a_closed_pipe():
     done = subprocess.run(
         f"{sys.executable} -m minitp info | true; exit ${{PIPESTATUS[0]}}",
         shell=True, executable="/bin/bash", capture_output=True, timeout=60,

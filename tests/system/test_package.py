@@ -1,4 +1,4 @@
-"""The wheel: it builds, contains all files of minitp, and runs where it is installed."""
+"""Tests of the wheel: it builds, contains all files of minitp, and runs once installed."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def wheel(tmp_path_factory):
     return found
 
 
-def test_it_contains_every_file(wheel):
+def test_wheel_contains_every_file(wheel):
     expected = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "minitp").rglob("*")
@@ -60,7 +60,7 @@ def test_metadata(wheel):
     assert f"## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_it_runs_where_it_is_installed(wheel, tmp_path):
+def test_installed_wheel_runs(wheel, tmp_path):
     site = tmp_path / "site"
     output_of([*PIP, "install", "--no-deps", "--target", str(site), str(wheel)])
     options = dict(cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)})

@@ -1,4 +1,4 @@
-"""The promises of README.md and run.sh, and the example in docs/architecture.md."""
+"""Tests of the examples, commands and links in README.md, of run.sh, and of the architecture example."""
 
 import re
 import subprocess
@@ -31,7 +31,7 @@ def test_run_sh_knows_every_command():
 
 
 def test_commands_and_options_of_the_readme_exist():
-    """docs/cli.md has all of them; the README names some."""
+    """Check the ones that the README mentions; docs/cli.md has all of them."""
     assert set(re.findall(r"`minitp ([a-z]+)", README)) <= COMMANDS.keys()
     real = {option for sub in parser().commands.values() for option in sub._option_string_actions}
     run_sh = set(re.findall(r"--[a-z][a-z-]+", RUN_SH))
@@ -40,7 +40,7 @@ def test_commands_and_options_of_the_readme_exist():
     assert named - run_sh <= real
 
 
-def test_nothing_is_left_to_fill_in():
+def test_no_placeholders_are_left():
     assert "@@" not in README
 
 

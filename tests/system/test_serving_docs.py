@@ -1,4 +1,4 @@
-"""Check docs/serving.md: its examples run, and its tables of options and metrics are correct."""
+"""Tests of docs/serving.md: its examples, and its tables of options and metrics."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""`minitp tour`: what it refuses, and how it ends after a closed pipe or Ctrl-C."""
+"""Tests of `minitp tour`: invalid input, and the exit after a closed pipe or a signal."""
 
 import os
 import signal
@@ -19,13 +19,13 @@ LONG = ["--tokens", "1,2,3", "-n", "400000"]
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory):
-    """A model that goes on for minutes if it is let."""
+    """The directory of a model that generates text for minutes."""
     directory = tmp_path_factory.mktemp("models") / "endless"
     return write_tiny(directory, tokenizer=False, max_position_embeddings=1_000_000, eos_token_id=None)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_it_ends_quietly_when_nobody_reads_any_more(endless, ranks):
+def test_exit_without_messages_after_a_closed_pipe(endless, ranks):
     running = Running([*COMMAND, *LONG, "--model", endless, "--tp", ranks])
     running.wait_for_output()
     running.process.stdout.close()
@@ -35,7 +35,7 @@ def test_it_ends_quietly_when_nobody_reads_any_more(endless, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_quietly(endless, ranks, number, expected):
+def test_exit_without_messages_after_a_signal(endless, ranks, number, expected):
     running = Running([*COMMAND, *LONG, "--model", endless, "--tp", ranks])
     running.wait_for_output()
     os.kill(running.process.pid, number)
@@ -43,7 +43,7 @@ def test_a_signal_ends_it_quietly(endless, ranks, number, expected):
     assert (code, err) == (expected, "")
 
 
-def test_the_exit_code_of_the_ranks_is_that_of_the_command():
+def test_exit_code_is_that_of_the_ranks():
     code, out, err = Running([*COMMAND, "--tokens", "1,2", "--model", GOLDENS / "qwen3", "--tp", 2]).end(
         START_S
     )
@@ -60,19 +60,19 @@ def test_the_exit_code_of_the_ranks_is_that_of_the_command():
         (["Hello", "--model", GOLDENS / "llama2"], "has no tokenizer.json; give --tokens 1,2,3"),
     ],
 )
-def test_what_is_refused_before_ranks_are_started(argv, words):
+def test_invalid_input_is_rejected_before_ranks_start(argv, words):
     done = subprocess.run([*COMMAND, *map(str, argv)], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert words in done.stderr
 
 
-def test_a_number_of_ranks_that_contradicts_the_world():
+def test_tp_that_contradicts_the_mpi_world():
     code, out, err = under_mpirun(["tour", "Hello", "--tp", "4"], ranks=2).end(START_S)
     assert (code, out) == (2, "")
     assert "--tp 4 contradicts the MPI world of 2 ranks" in err
 
 
-def test_auto_is_the_world_that_there_is():
+def test_auto_uses_the_mpi_world():
     argv = ["tour", "--tokens", "1,2,3", "-n", "2", "--model", GOLDENS / "llama2", "--tp", "auto"]
     code, out, err = under_mpirun(argv, ranks=3).end(START_S)
     assert (code, len(out.split()), err) == (0, 2, "")
@@ -87,8 +87,8 @@ def test_threads_are_shared_among_the_ranks():
         assert done.stdout == f"{threads}\n"
 
 
-def test_a_conversation_that_cannot_begin_ends_all_ranks_of_a_user_s_mpirun():
-    """Rank 0 refuses while the others wait for it to join them."""
+def test_chat_with_a_bad_option_ends_all_ranks_under_mpirun():
+    """Reject an option on rank 0 while the other ranks wait for it."""
     started = time.monotonic()
     code, out, err = under_mpirun(["chat", "--max-context", "0"], ranks=2).end(START_S)
     assert (code, out) == (2, "")

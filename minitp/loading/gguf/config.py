@@ -5,22 +5,22 @@ import numpy as np
 from minitp.errors import InputError
 from minitp.util.format import counted
 
-ARCHITECTURE = "llama"  # Mistral models too, which llama.cpp converts to it
+ARCHITECTURE = "llama"  # also of Mistral models, which llama.cpp converts to this architecture
 
 ROPE_FACTORS = "rope_freqs.weight"
 ENDS = ("eos", "eot", "eom")  # the tokens that end a text, tokenizer.ggml.{}_token_id
 
-# The values of all Llama 3 models so far; `llama3_scaling` checks that the file's factors result from them.
+# The values of all Llama 3 models so far; `llama3_scaling` checks that the file's factors follow from them.
 LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR, ORIGINAL_CONTEXT = 1.0, 4.0, 8192
 
 
 def make_fields(file):
-    """Return the fields of a config.json from a GGUF file; an unknown `llama.` entry keeps its name."""
+    """Return a GGUF file's config.json fields; unknown `llama.*` entries are kept, to be reported."""
     where, metadata = file.path, dict(file.metadata)
     architecture = metadata.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise InputError(
-            f"{where}: architecture {architecture!r} is not supported in GGUF files, only 'llama' is; "
+            f"{where}: architecture {architecture!r} is not supported in GGUF files; only 'llama' is; "
             "use a Hugging Face directory"
         )
     if "token_embd.weight" not in file.tensors:
@@ -53,7 +53,7 @@ def make_fields(file):
         value = take(name, head_dim)
         if value != head_dim:
             raise InputError(f"{where}: llama.{name} is {value!r}, expected the head size, {head_dim}")
-    take("vocab_size")  # not needed: the embedding's shape has it
+    take("vocab_size")  # not needed, because it follows from the shape of the embedding
     fields = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -80,7 +80,7 @@ def make_fields(file):
 
 
 def plain(value):
-    """Return a float32 as the shortest decimal that rounds to it: 9.99999974e-06 is 1e-05."""
+    """Return a float32 as the shortest decimal that rounds to it, such as 1e-05 for 9.99999974e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -91,7 +91,7 @@ def ends(metadata):
 
 
 def dtype(file):
-    """Return the dtype for GPUs: that of the file, or float16 if it is quantized."""
+    """Return the dtype to compute in on GPUs: that of the file, or float16 if the file is quantized."""
     first = file.tensors.get("blk.0.attn_q.weight", file.tensors["token_embd.weight"])
     return {"F32": "float32", "BF16": "bfloat16"}.get(first.type.name, "float16")
 
@@ -136,7 +136,7 @@ def llama3_scaling(file, fields, original):
     turns = original * frequencies / (2 * np.pi)  # [d/2] over the original context
     smooth = np.clip((turns - LOW_FREQ_FACTOR) / (HIGH_FREQ_FACTOR - LOW_FREQ_FACTOR), 0, 1)  # [d/2]
     expected = 1 / ((1 - smooth) / factor + smooth)  # [d/2]
-    if not np.allclose(factors, expected, rtol=1e-4):  # the file has them in float32
+    if not np.allclose(factors, expected, rtol=1e-4):  # the file stores float32
         raise InputError(
             f"{file.path}: the values of {ROPE_FACTORS} are not Llama 3's for factor {factor}, "
             f"low_freq_factor {LOW_FREQ_FACTOR}, high_freq_factor {HIGH_FREQ_FACTOR} and an original context "

@@ -1,4 +1,4 @@
-"""GGUF files: metadata, and slices of tensors that are dequantized as they are read.
+"""A reader of GGUF files: metadata, and slices of tensors, which are dequantized as they are read.
 
 The format (docs/gguf.md of ggml), all numbers little-endian:
 
@@ -9,8 +9,8 @@ The format (docs/gguf.md of ggml), all numbers little-endian:
     padding to a multiple of general.alignment, then the tensors' data
 
 Dimensions come innermost first. A quantized tensor's rows are divided into blocks of 32 or 256 numbers, each
-block a few bytes; the `gguf` library dequantizes the blocks. It could read the header too, but takes 2
-seconds for the 100,000 strings of a small vocabulary where this module takes 0.1, and every rank reads it.
+block a few bytes; the `gguf` library dequantizes the blocks. The library could read the header too, but it
+takes 2 s for the 100,000 strings of a small vocabulary, and every rank reads them; this module takes 0.1 s.
 """
 
 import mmap
@@ -64,7 +64,7 @@ class GgufTensor:
 
 
 class GgufFile:
-    """An open GGUF file: its header is read and checked, its tensors are memory-mapped.
+    """An open GGUF file, whose header has been checked and whose tensors are memory-mapped.
 
     Parameters
     ----------
@@ -78,8 +78,8 @@ class GgufFile:
     Raises
     ------
     InputError
-        if the file does not exist, is not a GGUF file, is truncated, is one part of several, or has a tensor
-        of a type that cannot be dequantized.
+        if the file does not exist, is not a GGUF file, is truncated, is one part of a split model, or has a
+        tensor of a type that cannot be dequantized.
     """
 
     def __init__(self, path):
@@ -150,7 +150,7 @@ class GgufFile:
 
     def _letter(self, kind):
         if kind not in NUMBERS:
-            raise InputError(f"{self.path}: damaged: a metadata value is of type {kind}, which is unknown")
+            raise InputError(f"{self.path}: damaged: a metadata value has the unknown type {kind}")
         return NUMBERS[kind]
 
     def _type(self, name, code):
@@ -179,17 +179,17 @@ class GgufFile:
         for name, tensor in self.tensors.items():
             if tensor.shape[-1] % tensor.block[0]:
                 raise InputError(
-                    f"{self.path}: tensor {name} has rows of {tensor.shape[-1]}, expected a multiple of "
-                    f"{tensor.block[0]}, the block size of {tensor.type.name}"
+                    f"{self.path}: tensor {name} has rows of {tensor.shape[-1]} numbers, expected a multiple "
+                    f"of {tensor.block[0]}, the block size of {tensor.type.name}"
                 )
             if tensor.start + tensor.nbytes > len(self._bytes):
                 raise InputError(
                     f"{self.path}: truncated: tensor {name} ends at byte {tensor.start + tensor.nbytes}, "
-                    f"but the file at byte {len(self._bytes)}; download it again"
+                    f"but the file ends at byte {len(self._bytes)}; download it again"
                 )
 
     def read(self, name, rows, columns):
-        """Read a part of a matrix as numbers; a vector counts as a matrix of one row.
+        """Read part of a matrix, dequantized; a vector counts as a matrix of one row.
 
         Only the blocks that hold the columns are read and dequantized.
 

@@ -3,9 +3,9 @@
 Nothing is converted on disk: a rank reads the blocks of its own rows and columns. GGUF differs from Hugging
 Face's files in three ways:
 
-- Names: see NAMES. `output` is missing if the embeddings are tied.
+- Names: NAMES translates them. `output` is missing if the embeddings are tied.
 - RoPE: GGUF rotates pairs (2i, 2i + 1) of a head, Hugging Face pairs (i, i + d/2), so the rows of q and k
-  are in another order. `read` restores Hugging Face's order.
+  have a different order. `read` restores Hugging Face's order.
 - RoPE scaling: GGUF stores Llama 3's factors as a tensor; `gguf.config` recovers the parameters.
 """
 
@@ -73,7 +73,7 @@ class GgufModel:
         return fields
 
     def write_directory(self, directory):
-        """Write the model as a Hugging Face directory, tensors in float16; `directory` must exist."""
+        """Write the model as a Hugging Face directory in float16; `directory` must exist."""
         tensors = {}
         for name, info in self.tensors.tensors.items():
             whole = self.tensors.read(name, tuple(slice(0, n) for n in info.shape))
@@ -107,10 +107,10 @@ class GgufCheckpoint(Checkpoint):
         self._head_dim = fields["head_dim"]
 
     def read(self, name, index):
-        """Read one slice of a tensor as Checkpoint.read does; a quantized tensor comes in float32."""
+        """Read one slice of a tensor, like Checkpoint.read; quantized tensors are returned in float32."""
         gguf_name, (*rows, columns) = self._names[name], index
         reordered = re.search(r"\.self_attn\.[qk]_proj\.", name)
-        if not rows:  # a vector, which the file has as a matrix of one row
+        if not rows:  # a vector, which GgufFile.read treats as a matrix of one row
             columns = np.arange(columns.start, columns.stop)  # [n]
             length = self.tensors[name].shape[0]
             whole = self._file.read(gguf_name, slice(0, 1), slice(0, length))[0]  # [length]
@@ -122,7 +122,7 @@ class GgufCheckpoint(Checkpoint):
 
 
 def gguf_rows(rows, head_dim):
-    """Return the rows at which GGUF has Hugging Face's `rows` of q or k: int [n] -> int [n].
+    """Return the GGUF row of each of Hugging Face's `rows` of q or k: int [n] -> int [n].
 
     Row i + j d/2 of a head (pair i, half j) is row 2 i + j in GGUF.
 
@@ -135,7 +135,7 @@ def gguf_rows(rows, head_dim):
 
 
 def hugging_face_name(name, where):
-    """Translate a name: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
+    """Translate a tensor name: `blk.3.attn_q.weight` becomes `model.layers.3.self_attn.q_proj.weight`."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in NAMES:
         raise InputError(f"{where}: tensor {name} is not supported: a Llama model has no such tensor")
@@ -144,5 +144,5 @@ def hugging_face_name(name, where):
 
 
 def write_json(path, value):
-    """Write a JSON object, indented."""
+    """Write a JSON object with indentation."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

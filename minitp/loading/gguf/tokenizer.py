@@ -7,28 +7,30 @@ from minitp.errors import InputError, one_line
 # tokenizer.ggml.token_type
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
-# How byte-level BPE splits a text before merging, by tokenizer.ggml.pre. The patterns are those of the
-# models' tokenizer.json; None stands for GPT-2's, which the library has.
+# The patterns by which byte-level BPE splits a text before merging, by tokenizer.ggml.pre. They are those of
+# the models' tokenizer.json; None stands for GPT-2's pattern, which is built into the library.
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PATTERNS = {
     "gpt-2": None,
-    "smollm": None,  # and each digit is split off
+    "smollm": None,  # each digit is split off first
     "llama-bpe": LLAMA_3,
     "qwen2": LLAMA_3.replace("{1,3}", ""),
 }
-WHOLE_WORDS_FIRST = ("llama-bpe",)  # a word in the vocabulary is one token, even if no merges lead to it
+WHOLE_WORDS_FIRST = ("llama-bpe",)  # a word in the vocabulary is one token, even if no merges produce it
 
 
 def make_tokenizer(metadata, where):
-    """Return the tokenizers.Tokenizer of a file's metadata, or None; `where` names the file in errors.
+    """Return the tokenizers.Tokenizer that the metadata describes, or None if it describes none.
+
+    `where` names the file in errors.
 
     Raises
     ------
     InputError
-        if it is neither byte-level BPE with a known way to split words nor SentencePiece's BPE.
+        if the tokenizer is neither byte-level BPE with a known pattern nor SentencePiece's BPE.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind in (None, "none", "no_vocab"):
@@ -42,13 +44,13 @@ def make_tokenizer(metadata, where):
         tokenizer = sentencepiece_bpe(metadata) if kind == "llama" else byte_level_bpe(metadata, pre)
         add_special_tokens(tokenizer, metadata)
         add_bos_and_eos(tokenizer, metadata, bos=kind == "llama" or pre == "llama-bpe")
-    except Exception as error:  # an entry is missing or does not fit; the library raises plain Exception
+    except Exception as error:  # an entry is missing or invalid; the library raises plain Exception
         raise InputError(f"{where}: cannot build a tokenizer from its metadata: {one_line(error)}") from error
     return tokenizer
 
 
 def byte_level_bpe(metadata, pre):
-    """Build GPT-2's tokenizer, which merges bytes by a list (Radford et al., 2019, section 2.2)."""
+    """Build GPT-2's tokenizer, which merges bytes in a listed order (Radford et al., 2019, section 2.2)."""
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", [])]
     whole = pre in WHOLE_WORDS_FIRST
     tokenizer = Tokenizer(models.BPE(vocabulary(metadata), merges, ignore_merges=whole))
@@ -66,8 +68,8 @@ def byte_level_bpe(metadata, pre):
 def sentencepiece_bpe(metadata):
     """Build SentencePiece's BPE (Kudo and Richardson, SentencePiece, 2018, section 3.1).
 
-    It joins the two neighbors whose union has the highest score, which is the same as a list of merges in the
-    order of scores. Text that no piece covers is written in bytes, <0x00> to <0xFF>.
+    SentencePiece joins the two neighbors whose union has the highest score, which is equivalent to a list of
+    merges sorted by score. Text that no piece covers is written as bytes, <0x00> to <0xFF>.
     """
     pieces, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
     numbers = vocabulary(metadata)
@@ -90,7 +92,7 @@ def sentencepiece_bpe(metadata):
 
 
 def vocabulary(metadata):
-    """Return a dict from token to id."""
+    """Return the ids of all tokens, by token."""
     return {token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])}
 
 
@@ -107,7 +109,7 @@ def add_special_tokens(tokenizer, metadata):
 def add_bos_and_eos(tokenizer, metadata, bos):
     """Make the tokenizer add BOS before a text and EOS after it, as the file says.
 
-    `bos` says whether to add BOS if the file does not say.
+    `bos` is the default for BOS, for a file without that entry.
     """
     tokens = metadata["tokenizer.ggml.tokens"]
     template, specials = ["$A"], []

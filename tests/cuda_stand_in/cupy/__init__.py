@@ -2,7 +2,7 @@
 
 With this folder first in Python's path, `import cupy` gets NumPy arrays with as much of CuPy's interface as
 minitp uses. `cuda_on_cpu` builds and runs kernels, a captured graph is the list of its launches, and NCCL is
-in `cupy.cuda.nccl`. Like CuPy, the stand-in refuses NumPy arrays mixed with its own, 16-bit products of more
+in `cupy.cuda.nccl`. Like CuPy, the stand-in rejects NumPy arrays mixed with its own, 16-bit products of more
 than two dimensions, kernel arguments of the wrong type, and blocks and shared memory beyond the limits; and
 it widens dtypes where CuPy does (`types`). New memory is full of NaN and ends at a protected page. Arrays do
 not convert to numbers implicitly: `asnumpy` is the only way to the host.

@@ -163,7 +163,7 @@ def test_an_answer_through_a_pipe_is_cut_short(endless, tmp_path, leaves, code):
     [
         ({"chat_template.jinja": None}, [], "has no chat template"),
         ({"tokenizer.json": None}, [], "has no tokenizer.json"),
-        ({"chat_template.jinja": "{{ raise_exception('no') }}"}, [], "refuses these messages: no"),
+        ({"chat_template.jinja": "{{ raise_exception('no') }}"}, [], "rejects these messages: no"),
         ({}, ["--system", "x" * 600], "the prompt has 626 tokens and the context 512"),
         ({}, ["--max-context", "513"], "--max-context 513: "),
         ({}, ["-n", "0"], "--max-new-tokens 0: "),

@@ -348,10 +348,10 @@ SPOILT = {
     empty_weights: ("model.safetensors", "not a safetensors file"),
     truncate_weights: ("model.safetensors", "truncated"),
     remove_weights: ("model", "neither model.safetensors nor"),
-    spoil_tokenizer: ("tokenizer.json", "not a tokenizer.json"),
-    spoil_tokenizer_json: ("tokenizer.json", "not a tokenizer.json"),
+    spoil_tokenizer: ("tokenizer.json", "not a valid tokenizer.json"),
+    spoil_tokenizer_json: ("tokenizer.json", "not a valid tokenizer.json"),
     spoil_index: ("model.safetensors.index.json", "not valid JSON"),
-    miss_indexed_file: ("model-00001-of-00002.safetensors", "no such file"),
+    miss_indexed_file: ("model-00001-of-00002.safetensors", "listed in the index, but missing"),
 }
 
 
@@ -379,7 +379,7 @@ def test_no_such_model(refused, tmp_path, how):
     assert f"--model {missing}: no such directory" in refused("generate", "hi", "--model", missing, *how)
     assert "--model : no such directory" in refused("generate", "hi", "--model", "", *how)
     line = refused("generate", "--tokens", "1", "--model", "random:gpt-9", *how)
-    assert "--model random:gpt-9: no such shapes" in line
+    assert "--model random:gpt-9: unknown model" in line
     assert "smollm2-135m" in line, "the choices are named"
 
 

@@ -256,7 +256,7 @@ def test_directories_that_cannot_be_written(refused, tiny, tmp_path, monkeypatch
 def test_too_little_room(refused, tiny, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert "0.00 GB are free there" in refused("--model", tiny, "-o", tmp_path / "out")
+    assert "but only 0.00 GB is free" in refused("--model", tiny, "-o", tmp_path / "out")
     assert os.listdir(tmp_path / "out") == []
 
 

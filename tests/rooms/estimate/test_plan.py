@@ -340,7 +340,7 @@ REFUSED = {
     "more nodes than ranks": (["--tp", 2, "--nodes", 3], "--nodes 3: --tp 2 ranks can be over 1 to 2"),
     "nodes of a cpu": (["--gpu", "cpu", "--nodes", 1], "--nodes 1: --gpu cpu is this machine alone"),
     "no such model": (["--model", "/nowhere"], "--model /nowhere: no such directory"),
-    "no such shapes": (["--model", "random:gpt-5"], "random:gpt-5: no such shapes; choose from"),
+    "unknown shapes": (["--model", "random:gpt-5"], "random:gpt-5: unknown model; choose from"),
 }
 
 

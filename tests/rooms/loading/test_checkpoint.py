@@ -1,4 +1,4 @@
-"""Tests of checkpoints and config.json, of what is refused and in which words, and of random weights."""
+"""Tests of checkpoints, config.json, random weights, and the messages for unsupported ones."""
 
 import json
 import math
@@ -72,8 +72,8 @@ def load(directory, tp=3, layers=None):
     return [Loader(source.plan, rank, source.tensors, device).load() for rank in range(tp)]
 
 
-def assert_refused(call, *words):
-    """Check that call() raises an InputError whose message is one line and contains all `words`."""
+def assert_rejected(call, *words):
+    """Check that call() raises an InputError whose one-line message contains all `words`."""
     with pytest.raises(InputError) as caught:
         call()
     message = str(caught.value)
@@ -99,7 +99,7 @@ def assert_same_weights(all_weights, expected):
 def test_missing_tensor(directory, name):
     shape = list(load_file(directory / "model.safetensors")[name].shape)
     change_tensors(directory, lambda tensors: tensors.pop(name))
-    assert_refused(lambda: load(directory), directory, name, "missing", f"expected shape {shape}")
+    assert_rejected(lambda: load(directory), directory, name, "missing", f"expected shape {shape}")
 
 
 def test_tied_model_needs_no_lm_head(tmp_path):
@@ -120,7 +120,7 @@ def test_tied_model_needs_no_lm_head(tmp_path):
 )
 def test_unexpected_tensor(directory, name):
     change_tensors(directory, lambda tensors: tensors.update({name: np.ones(8, np.float32)}))
-    assert_refused(lambda: load(directory), directory / "model.safetensors", name, "not part of the model")
+    assert_rejected(lambda: load(directory), directory / "model.safetensors", name, "not part of the model")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_unexpected_tensor(directory, name):
 def test_misshaped_tensor(directory, name, shape, expected):
     change_tensors(directory, lambda tensors: tensors.update({name: np.ones(shape, np.float32)}))
     words = name, f"shape {list(shape)}", f"expected {expected}"
-    assert_refused(lambda: load(directory), directory / "model.safetensors", *words)
+    assert_rejected(lambda: load(directory), directory / "model.safetensors", *words)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_misshaped_tensor(directory, name, shape, expected):
 def test_unsupported_dtype(directory, dtype, said):
     change_tensors(directory, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].astype(dtype)}))
     words = Q_PROJ, f"dtype {said}", "expected one of F32, F16, BF16"
-    assert_refused(lambda: load(directory), directory / "model.safetensors", *words)
+    assert_rejected(lambda: load(directory), directory / "model.safetensors", *words)
 
 
 def test_dtypes_may_be_mixed(directory):
@@ -175,7 +175,7 @@ def test_redundant_inverse_frequencies_are_accepted(directory):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("fields", [{"attention_bias": True}, MIXTRAL], ids=["biases", "experts"])
 def test_weights_lie_in_one_piece_of_memory(tmp_path, fields, tied, dtype):
-    """Check that each array starts at a cache line, none overlap, and each is counted once."""
+    """Check that each array starts at a cache line, that none overlap, and that each is counted once."""
     source = open_model(str(write_tiny(tmp_path, tie_word_embeddings=tied, **fields)), 3)
     weights = Loader(source.plan, 1, source.tensors, open_device(dtype)).load()
     arrays = [weights.lm_head, weights.final_norm, *([] if tied else [weights.embed])]
@@ -206,14 +206,14 @@ def test_tied_model_with_another_lm_head_in_its_file(tmp_path, row):
 
     change_tensors(tmp_path, add)
     words = "lm_head.weight", "model.embed_tokens.weight", "tie_word_embeddings"
-    assert_refused(lambda: load(tmp_path), tmp_path / "model.safetensors", *words)
+    assert_rejected(lambda: load(tmp_path), tmp_path / "model.safetensors", *words)
 
 
 def test_tied_model_with_a_misshaped_lm_head_in_its_file(tmp_path):
     write_tiny(tmp_path, tokenizer=False, tie_word_embeddings=True)
     shorter = np.ones((250, 32), np.float32)
     change_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": shorter}))
-    assert_refused(lambda: load(tmp_path), tmp_path / "model.safetensors", "lm_head.weight")
+    assert_rejected(lambda: load(tmp_path), tmp_path / "model.safetensors", "lm_head.weight")
 
 
 def test_layers_option_skips_later_layers(directory):
@@ -222,18 +222,18 @@ def test_layers_option_skips_later_layers(directory):
         del weights.layers[1:]
     change_tensors(directory, lambda tensors: tensors.update({Q_PROJ: np.ones(3, np.int8)}))
     assert_same_weights(load(directory, layers=1), expected)
-    assert_refused(lambda: load(directory, layers=2), Q_PROJ)
+    assert_rejected(lambda: load(directory, layers=2), Q_PROJ)
 
 
-def test_layers_option_still_refuses_layers_beyond_the_config(directory):
+def test_layers_option_still_rejects_layers_beyond_the_config(directory):
     name = "model.layers.2.mlp.up_proj.weight"
     change_tensors(directory, lambda tensors: tensors.update({name: np.ones((48, 32), np.float32)}))
-    assert_refused(lambda: load(directory, layers=1), name)
+    assert_rejected(lambda: load(directory, layers=1), name)
 
 
 @pytest.mark.parametrize("layers", [0, 3, -1])
 def test_layers_out_of_range(directory, layers):
-    assert_refused(lambda: load(directory, layers=layers), f"--layers {layers}", directory, "has 2 layers")
+    assert_rejected(lambda: load(directory, layers=layers), f"--layers {layers}", directory, "has 2 layers")
 
 
 # --- files ----------------------------------------------------------------------------------------------
@@ -244,13 +244,13 @@ def test_truncated_file(directory, keep):
     path = directory / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if keep == 0.5 else keep])
-    assert_refused(lambda: load(directory), path, "truncated")
+    assert_rejected(lambda: load(directory), path, "truncated")
 
 
 def test_file_with_trailing_bytes(directory):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes() + b"more")
-    assert_refused(lambda: load(directory), path)
+    assert_rejected(lambda: load(directory), path)
 
 
 @pytest.mark.parametrize(
@@ -265,20 +265,20 @@ def test_file_with_trailing_bytes(directory):
 def test_file_of_another_format(directory, content):
     path = directory / "model.safetensors"
     path.write_bytes(content)
-    assert_refused(lambda: load(directory), path, "not a safetensors file")
+    assert_rejected(lambda: load(directory), path, "not a safetensors file")
 
 
 def test_directory_in_place_of_the_file(directory):
     path = directory / "model.safetensors"
     path.unlink()
     path.mkdir()
-    assert_refused(lambda: load(directory), path)
+    assert_rejected(lambda: load(directory), path)
 
 
 def test_no_weights(directory):
     (directory / "model.safetensors").unlink()
     (directory / "pytorch_model.bin").write_bytes(b"pickle")
-    assert_refused(lambda: load(directory), directory, "model.safetensors", "model.safetensors.index.json")
+    assert_rejected(lambda: load(directory), directory, "model.safetensors", "model.safetensors.index.json")
 
 
 def test_several_files(directory):
@@ -291,7 +291,7 @@ def test_indexed_file_is_missing(directory):
     shard_files(directory)
     missing = directory / "model-00002-of-00002.safetensors"
     missing.unlink()
-    assert_refused(lambda: load(directory), missing, "no such file", "index")
+    assert_rejected(lambda: load(directory), missing, "listed in the index, but missing")
 
 
 def test_indexed_tensor_is_missing(directory):
@@ -301,7 +301,7 @@ def test_indexed_tensor_is_missing(directory):
     index["weight_map"][name] = wrong
     write_index(directory, index)
     words = name, "missing", "model.safetensors.index.json"
-    assert_refused(lambda: load(directory), directory / wrong, *words)
+    assert_rejected(lambda: load(directory), directory / wrong, *words)
 
 
 def test_index_decides_between_two_files_with_the_same_tensor(directory):
@@ -323,14 +323,14 @@ def test_index_decides_between_two_files_with_the_same_tensor(directory):
 def test_malformed_index(directory, index):
     shard_files(directory)
     write_index(directory, index)
-    assert_refused(lambda: load(directory), directory / "model.safetensors.index.json", "expected")
+    assert_rejected(lambda: load(directory), directory / "model.safetensors.index.json", "expected")
 
 
 def test_broken_index(directory):
     shard_files(directory)
     path = directory / "model.safetensors.index.json"
     path.write_text(path.read_text()[:-5])
-    assert_refused(lambda: load(directory), path, "not valid JSON")
+    assert_rejected(lambda: load(directory), path, "not valid JSON")
 
 
 # --- config.json ----------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def test_broken_index(directory):
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe{}", b'{"model_type": "llama"', b"vocab_size: 3"])
 def test_broken_config(directory, content):
     (directory / "config.json").write_bytes(content)
-    assert_refused(lambda: load(directory), directory / "config.json", "not valid JSON")
+    assert_rejected(lambda: load(directory), directory / "config.json", "not valid JSON")
 
 
 @pytest.mark.parametrize(
@@ -347,12 +347,12 @@ def test_broken_config(directory, content):
 )
 def test_config_that_is_not_an_object(directory, content, said):
     (directory / "config.json").write_text(content)
-    assert_refused(lambda: load(directory), directory / "config.json", "expected a JSON object", said)
+    assert_rejected(lambda: load(directory), directory / "config.json", "expected a JSON object", said)
 
 
 def test_missing_config(directory):
     (directory / "config.json").unlink()
-    assert_refused(lambda: load(directory), directory / "config.json", "no such file")
+    assert_rejected(lambda: load(directory), directory / "config.json", "no such file")
 
 
 def rope(**fields):
@@ -429,15 +429,15 @@ ORIGINAL = {"original_max_position_embeddings": 64}
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
-def test_config_that_is_refused(directory, change, words):
+def test_config_that_is_rejected(directory, change, words):
     fields = {name: value for name, value in {**CONFIG, **change}.items() if value is not None}
     (directory / "config.json").write_text(json.dumps(fields))
-    assert_refused(lambda: load(directory), directory / "config.json", *words)
+    assert_rejected(lambda: load(directory), directory / "config.json", *words)
 
 
 @pytest.mark.parametrize("tp", [0, -1, 5])
 def test_tp_beyond_the_heads(directory, tp):
-    assert_refused(lambda: load(directory, tp=tp), f"--tp {tp}", "4 attention heads", "from 1 to 4")
+    assert_rejected(lambda: load(directory, tp=tp), f"--tp {tp}", "4 attention heads", "from 1 to 4")
 
 
 def test_unknown_fields_are_listed():
@@ -490,7 +490,7 @@ def test_longrope_ends_at_its_original_context():
 
 
 def test_rope_scaling_overrides_rope_parameters():
-    """Follow transformers 5, which reads rope_scaling if a file has both."""
+    """Check that a file with both is read as in transformers 5, which reads rope_scaling."""
     fields = {**CONFIG, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     config = parse_config(fields, "here")
@@ -605,7 +605,7 @@ def test_random_model_by_name():
         for rank in range(4):
             index = source.plan.tensors[name].index(rank)
             np.testing.assert_array_equal(source.tensors.read(name, index), everything[index])
-    assert_refused(lambda: open_model("random:gpt-5", 4), "random:gpt-5", "mistral-7b", "smollm2-135m")
+    assert_rejected(lambda: open_model("random:gpt-5", 4), "random:gpt-5", "mistral-7b", "smollm2-135m")
 
 
 def test_no_such_directory(tmp_path):

@@ -1,4 +1,4 @@
-"""Tests of what is special to a family, beyond the numbers in tests/goldens."""
+"""Tests of family-specific behavior that the golden files in tests/goldens do not cover."""
 
 import json
 import math
@@ -280,7 +280,7 @@ def test_fused_path_names_each_multiplier():
 # --- Granite --------------------------------------------------------------------------------------------
 
 
-def test_defaults_and_refusals_of_granite():
+def test_defaults_and_errors_of_granite():
     config = parse_config({**CONFIG, **GRANITE}, "here")
     assert (config.embedding_multiplier, config.attention_multiplier) == (1, 1)
     assert (config.residual_multiplier, config.logits_scaling) == (1, 1)
@@ -294,7 +294,7 @@ def test_defaults_and_refusals_of_granite():
 
 
 def test_llama_ignores_multipliers():
-    """Check that they are listed as unknown, and that neither the model nor the oracle uses them."""
+    """Check that multipliers are listed as unknown, and that neither the model nor the oracle uses them."""
     fields = {**CONFIG, "embedding_multiplier": 12.0, "attention_multiplier": 1, "logits_scaling": 8.0}
     config, reference = parse_config({**fields, "residual_multiplier": 0.22}, "here"), Oracle(fields, None)
     assert sorted(config.unread) == sorted({"residual_multiplier", *fields} - {*CONFIG})
@@ -333,7 +333,7 @@ def test_layers_without_a_window_limit_the_largest_pass(monkeypatch):
     assert keys_read(model_, stop=100, tokens=1) == (7 + 100) // 2
 
 
-def test_defaults_and_refusals_of_gemma():
+def test_defaults_and_errors_of_gemma():
     config = parse_config({**CONFIG, **GEMMA2}, "here")
     assert config.hidden_act == "gelu_pytorch_tanh"
     assert (config.tie_word_embeddings, config.head_dim) == (True, 256)
@@ -370,7 +370,7 @@ def test_geglu():
     np.testing.assert_allclose(oracle_ops.geglu(x, np.ones(49)), exact, rtol=0, atol=5e-4)
     gate_up = np.float32(np.stack((x, np.full(49, 2.0)), axis=1))  # [T, 2]
     expected = oracle_ops.geglu(gate_up[:, :1], gate_up[:, 1:])
-    # 1 + tanh has the rounding error of 1, and is multiplied by x / 2 and 2.
+    # 1 + tanh has the rounding error of 1, which is then multiplied by x / 2 and by 2.
     np.testing.assert_allclose(ops.geglu(np, gate_up), expected, rtol=4e-7, atol=6 * 2**-23)
 
 
@@ -454,7 +454,7 @@ def test_separate_tensors_do_not_replace_a_joined_tensor(tmp_path):
 
 @pytest.mark.parametrize("tp", [1, 4, 6])
 def test_shards_of_joined_tensors_rebuild_the_file(tp, tmp_path):
-    """Rebuild it by plan.json, which has each part's ranges and its location in the file's tensor."""
+    """Rebuild the file from plan.json, which has each part's ranges and its place in the joined tensor."""
     write_shards(tmp_path, open_model(str(GOLDENS / "phi3-longrope"), tp))
     plan = json.loads((tmp_path / "plan.json").read_text())
     ranks = [load_file(tmp_path / f"rank{r}.safetensors") for r in range(tp)]
@@ -480,7 +480,7 @@ def test_names_of_longrope_in_phi3(alias):
     assert (config.rope.rope_type, config.rope.original_max_position_embeddings) == ("longrope", 4096)
 
 
-def test_phi_with_partial_rotary_factor_is_refused():
+def test_phi_with_partial_rotary_factor_is_rejected():
     with pytest.raises(InputError, match=r"partial_rotary_factor is 0\.75"):
         parse_config({**CONFIG, **PHI3, "partial_rotary_factor": 0.75}, "here")
 
@@ -506,7 +506,10 @@ def test_layers_without_rope(fields, without):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"no_rope_layers": [1, 0, 1]}, "no_rope_layers is [1, 0, 1], expected a list of 4, each 0 or 1"),
+        (
+            {"no_rope_layers": [1, 0, 1]},
+            "no_rope_layers is [1, 0, 1], expected a list of 4 numbers, each 0 or 1",
+        ),
         ({"no_rope_layers": [1, 0, 1, 2]}, "no_rope_layers is [1, 0, 1, 2], expected"),
         ({"no_rope_layers": 3}, "no_rope_layers is 3, expected"),
         ({"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0, expected a positive integer"),
@@ -514,7 +517,7 @@ def test_layers_without_rope(fields, without):
         ({"mlp_bias": "yes"}, "mlp_bias is 'yes', expected true or false"),
     ],
 )
-def test_malformed_layer_lists_of_smollm3_are_refused(fields, words):
+def test_malformed_layer_lists_of_smollm3_are_rejected(fields, words):
     with pytest.raises(InputError) as caught:
         parse_config({**CONFIG, **SMOLLM3, **fields}, "here")
     assert words in str(caught.value)

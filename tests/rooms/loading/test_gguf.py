@@ -1,4 +1,4 @@
-"""Tests of GGUF files: reading whole tensors and a rank's slices, and what is refused."""
+"""Tests of GGUF files: whole tensors, a rank's slices, the config, and rejected files."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain_file(folder):
-    """A file in float32, so that it is the same model as the directory from which it is made."""
+    """A GGUF file in float32, which has exactly the weights of the directory that it is made from."""
     return write_gguf(folder / "plain.gguf")
 
 
@@ -214,7 +214,7 @@ def test_llama3_scaling_is_recovered_from_its_factors(folder, factor):
     ],
     ids=["high", "original", "longrope", "shape"],
 )
-def test_other_rope_factors_are_refused(folder, refused, factors):
+def test_other_rope_factors_are_rejected(folder, refused, factors):
     path = write_gguf(
         folder / "factors.gguf",
         edit=lambda writer, tensors: tensors.update({"rope_freqs.weight": (factors, "F32")}),
@@ -283,11 +283,11 @@ def test_without_a_chat_template(plain_file, refused):
     assert "has no chat template" in refused("chat", "--model", plain_file)
 
 
-# --- refusals -------------------------------------------------------------------------------------------
+# --- rejected files -----------------------------------------------------------------------------------------
 
 
 def edits():
-    """Return, by kind of fault, a function that puts the fault into a file, and the expected message."""
+    """Return a dict from a fault to (function that puts it into a file, expected message)."""
     down = "blk.1.ffn_down.weight"
     return {
         "experts": (lambda w, _: w.add_expert_count(8), "a mixture of experts"),
@@ -314,7 +314,7 @@ def edits():
 
 
 @pytest.mark.parametrize("fault", edits())
-def test_refused(folder, refused, fault):
+def test_rejected(folder, refused, fault):
     edit, expected = edits()[fault]
     path = write_gguf(folder / "wrong.gguf", edit=edit)
     assert expected in refused("generate", "hi", "--model", path)
@@ -337,7 +337,7 @@ def test_type_that_cannot_be_dequantized(folder, refused):
 
 
 def changed(path, start, data):
-    """Return a copy of a file in which `data` replaces the bytes from `start` on."""
+    """Write a copy of a file in which `data` replaces the bytes from `start` on; return its path."""
     content = bytearray(path.read_bytes())
     content[start : start + len(data)] = data
     copy = path.with_name("changed.gguf")
@@ -387,7 +387,7 @@ def test_without_the_gguf_library(plain_file, refused, monkeypatch):
     assert "pip install 'minitp[gguf]'" in refused("generate", "hi", "--model", plain_file)
 
 
-def test_refusals_from_python_are_input_errors(plain_file):
+def test_errors_from_python_are_input_errors(plain_file):
     """Check the exception itself, which the command turns into one line."""
     with pytest.raises(InputError, match="not a GGUF file"):
         open_model(str(changed(plain_file, 0, b"GGML")), 1)

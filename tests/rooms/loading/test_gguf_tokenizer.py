@@ -115,10 +115,10 @@ def sentencepiece(words, scores, **more):
 
 
 def best_union_first(text, score_of):
-    """Tokenize by SentencePiece's rule itself.
+    """Tokenize by SentencePiece's own rule.
 
-    Join the neighbors whose union has the highest score, the leftmost of equals. What is no piece in the end
-    becomes bytes.
+    Repeatedly join the two neighbors whose union has the highest score, the leftmost of equal ones. Text that
+    is not a piece in the end becomes bytes.
     """
     symbols = list("▁" + text.replace(" ", "▁"))
     while True:
@@ -163,7 +163,7 @@ def test_sentencepiece_without_a_space_in_front():
     assert tokenizer.decode(tokenizer.encode(" the hello").ids) == " the hello"
 
 
-# --- refusals -------------------------------------------------------------------------------------------
+# --- rejected files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_sentencepiece_without_a_space_in_front():
     ],
 )
 @pytest.mark.parametrize("prompt", [["hi"], ["--tokens", "1,2"]], ids=["text", "tokens"])
-def test_refused(tmp_path, refused, vocabulary, expected, prompt):
+def test_rejected(tmp_path, refused, vocabulary, expected, prompt):
     path = write_gguf(tmp_path / "x.gguf", vocabulary=vocabulary)
     assert expected in refused("generate", *prompt, "--model", path)
 

@@ -1,4 +1,4 @@
-"""Tests of Hugging Face ids, with a hub on the loopback interface: which files are downloaded, and when."""
+"""Tests of downloads by Hugging Face id, from a hub on the loopback interface."""
 
 import json
 
@@ -12,7 +12,7 @@ FAILED = "the download from the Hugging Face Hub failed"
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """A model's directory, and the files of a repository that holds it among files minitp does not need."""
+    """A model's directory, and the files of a repository with that model and files that minitp ignores."""
     directory = write_tiny(tmp_path_factory.mktemp("repository") / "model")
     (directory / "generation_config.json").write_text('{"eos_token_id": [257]}')
     (directory / "tokenizer_config.json").write_text("{}")
@@ -96,7 +96,7 @@ def test_hub_that_is_down(hub, tmp_path):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_hub_that_refuses(hub, tmp_path, status):
+def test_hub_that_rejects(hub, tmp_path, status):
     hub.status = status
     check_refusal(run_minitp(tmp_path, hub.address, "--model", OWNER_NAME), FAILED, str(status))
 

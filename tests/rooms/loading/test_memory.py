@@ -1,4 +1,4 @@
-"""Tests of the memory of loading: a rank's private memory never exceeds its shard + one slice + 200 MB."""
+"""Tests of memory use: while loading, a rank's private memory never exceeds shard + slice + 200 MB."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TP = 4
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 2048, 102400, 4096, 32, 4, 64
 ALLOWANCE = 200_000_000  # bytes for Python, numpy, the other libraries, and read buffers
 
-# One layer with matrices so large that the test detects a rank that reads a whole one, even in float16:
+# One layer with matrices large enough for the test to detect a rank that reads a whole one, even in float16:
 # down_proj, which is loaded last, has 419 MB in the file and 210 MB as a rank's slice in float32.
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -137,7 +137,7 @@ def test_peak_memory_of_loading(directory, rank):
 
 @pytest.mark.parametrize("command", ["generate", "bench"])
 def test_weights_larger_than_the_memory(command, monkeypatch, capsys):
-    """Check that the refusal comes before any weight is drawn: 29 GB take minutes and would be killed."""
+    """Check for an error before any weight is drawn, because 29 GB take minutes and would be killed."""
     monkeypatch.setattr(device, "memory", lambda: 8_000_000_000)
     argv = [
         "--model",

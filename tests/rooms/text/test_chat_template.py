@@ -1,4 +1,4 @@
-"""Tests of chat templates: where a model has them, what they may do, and which messages are refused."""
+"""Tests of chat templates: their sources, their features, and malformed messages."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def template_of(directory, fields=None, jinja=None):
     return load_chat_template(directory, "a model")
 
 
-# --- where a template lies ------------------------------------------------------------------------------
+# --- sources of a template ------------------------------------------------------------------------------
 
 
 NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "the default"}]
@@ -96,7 +96,7 @@ def test_missing_special_tokens_are_empty(tmp_path, fields):
         ("chat_template.jinja", b"{{ 'x' | no_such_filter }}"),
     ],
 )
-def test_broken_template_is_refused_on_loading(tmp_path, file, content):
+def test_broken_template_is_rejected_on_loading(tmp_path, file, content):
     """Check that the message is one line that names the file or the model."""
     (tmp_path / file).write_bytes(content)
     with pytest.raises(InputError) as caught:
@@ -106,7 +106,7 @@ def test_broken_template_is_refused_on_loading(tmp_path, file, content):
     assert "\n" not in str(caught.value)
 
 
-# --- what a template may do -----------------------------------------------------------------------------
+# --- features of templates ------------------------------------------------------------------------------
 
 
 def test_prompt_has_messages_in_order_and_the_start_of_an_answer():
@@ -177,7 +177,7 @@ def test_today():
     ],
 )
 def test_error_of_a_template_names_the_reason(template, reason):
-    with pytest.raises(InputError, match="the chat template of a model refuses these messages: ") as caught:
+    with pytest.raises(InputError, match="the chat template of a model rejects these messages: ") as caught:
         rendered(template)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -189,25 +189,28 @@ def test_error_of_a_template_names_the_reason(template, reason):
 @pytest.mark.parametrize(
     ("messages", "fault"),
     [
-        ([], "there are none"),
-        (None, "there are none"),
-        ((), "there are none"),
-        ({"role": "user", "content": "Hi"}, "there are none"),
-        (["Hi"], "message 0 is not"),
-        ([{}], "message 0 is not"),
-        ([{"role": "user"}], "message 0 is not"),
-        ([{"content": "Hi"}], "message 0 is not"),
-        ([{"role": "user", "content": None}], "message 0 is not"),
-        ([{"role": 1, "content": "Hi"}], "message 0 is not"),
-        ([*HI, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "message 1 is not"),
-        ([*TALK, ("user", "Hi")], "message 4 is not"),
+        ([], "the list is empty"),
+        (None, "found NoneType"),
+        ((), "found tuple"),
+        ({"role": "user", "content": "Hi"}, "found dict"),
+        (["Hi"], "message 0 is not an object"),
+        ([{}], "message 0 has no string 'role'"),
+        ([{"role": "user"}], "message 0 has no string 'content'"),
+        ([{"content": "Hi"}], "message 0 has no string 'role'"),
+        ([{"role": "user", "content": None}], "message 0 has no string 'content'"),
+        ([{"role": 1, "content": "Hi"}], "message 0 has no string 'role'"),
+        (
+            [*HI, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+            "message 1 has no string 'content'",
+        ),
+        ([*TALK, ("user", "Hi")], "message 4 is not an object"),
     ],
 )
-def test_malformed_messages_are_refused_by_number(messages, fault):
+def test_error_for_malformed_messages_has_the_message_number(messages, fault):
     with pytest.raises(InputError) as caught:
         rendered("never rendered", messages)
     assert str(caught.value).endswith(f"; {fault}")
-    assert str(caught.value).startswith("messages must be a list of objects with strings as role")
+    assert str(caught.value).startswith("messages must be a list of objects with the strings role")
 
 
 def test_content_may_be_empty_and_messages_may_have_more_fields():
