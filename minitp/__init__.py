@@ -16,6 +16,6 @@ def __getattr__(name):
     """Import a public name on first use; a command needs few of them and should start quickly."""
     if name not in _HOMES:
         raise AttributeError(f"module 'minitp' has no attribute {name!r}")
-    if "numpy" not in sys.modules:  # NumPy's BLAS fixes its number of threads when it is imported
+    if "numpy" not in sys.modules:  # NumPy's BLAS fixes its number of threads on import
         divide_cores(os.environ)
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -9,7 +9,7 @@ import numpy as np
 
 from minitp.util.environment import memory
 
-CACHE_SHARE = 0.25  # the share of a host's memory for all KV caches
+CACHE_SHARE = 0.25  # share of a host's memory that all its KV caches together may use
 LINE_BYTES = 64  # a CPU's cache line; more than enough alignment for a GPU's widest load
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -35,7 +35,7 @@ class Device:
         return array
 
     def weights_room(self):
-        """Return (name, bytes) of the memory for weights; ranks with the same name share that memory."""
+        """Return (name, bytes) of the memory for weights; ranks that return the same name share it."""
         return f"the memory of {platform.node()}", memory()
 
     def cache_room(self, ranks):
@@ -43,7 +43,7 @@ class Device:
         return int(memory() * CACHE_SHARE / ranks)
 
     def memory(self, nbytes):
-        """Return memory, uint8 [nbytes], aligned to a cache line, which makes matrix products faster."""
+        """Allocate uint8 [nbytes], aligned to a cache line, which makes matrix products faster."""
         padded = self.xp.empty(nbytes + LINE_BYTES, dtype=np.uint8)  # [nbytes + LINE_BYTES]
         start = -padded.ctypes.data % LINE_BYTES
         return padded[start : start + nbytes]  # [nbytes]
@@ -52,7 +52,7 @@ class Device:
 def open_device(dtype="auto"):
     """Return the CPU as a Device that computes in `dtype`: float32 ("auto"), float16 or bfloat16.
 
-    NumPy has no 16-bit matrix product, so it converts the weights to float32 for each one. That is slow; its
-    purpose is to show how a 16-bit run changes the numbers.
+    NumPy has no 16-bit matrix product, so 16-bit weights are converted to float32 for every product. This is
+    slow, but it shows how a 16-bit run changes the numbers.
     """
     return Device(np, np.dtype(DTYPES["float32" if dtype == "auto" else dtype]))

@@ -1,4 +1,4 @@
-"""The errors that a user sees: one line each, with an exit code."""
+"""The errors that a user sees, each with a message and an exit code."""
 
 
 class MinitpError(Exception):
@@ -8,7 +8,7 @@ class MinitpError(Exception):
 
 
 class InputError(MinitpError):
-    """An error in the usage or the input, which the user can correct. Exit code 2."""
+    """An error in the usage or the input that the user can correct; exit code 2."""
 
     exit_code = 2
 
@@ -35,19 +35,19 @@ class ParameterError(InputError):
 
 
 class ContextError(InputError):
-    """A prompt that leaves no room in the context for a new token. Exit code 2."""
+    """A prompt that leaves no room in the context for a new token; exit code 2."""
 
 
 class RankError(MinitpError):
-    """A failure of a rank, MPI or the device. Exit code 3.
+    """A failure of a rank, MPI or the device; exit code 3.
 
-    The text of the error is the message, followed by the last lines that the rank has written, indented.
+    The text of the error is the message, followed by the last lines of the rank's output, indented.
 
     Attributes
     ----------
     message : str
     last_words : list of str
-        The last lines that the failed rank has written.
+        The last lines of the failed rank's output.
     """
 
     exit_code = 3
@@ -58,7 +58,7 @@ class RankError(MinitpError):
 
 
 class AgreedError(MinitpError):
-    """An error that all ranks know of through `Comm.agree`, so that they can exit together.
+    """An error that `Comm.agree` raises on all ranks, so that they exit together.
 
     Any other exception that a rank does not catch might leave its peers waiting in a collective, so it aborts
     the whole job.

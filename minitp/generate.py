@@ -1,14 +1,14 @@
 """Generation: prefill the prompt, then decode one token per pass, on all ranks together.
 
-Only rank 0 samples from the logits. It broadcasts the token, so the ranks never disagree about what comes
-next. On the fused GPU path the GPU of every rank chooses the token itself, from the same logits and with the
-same random numbers; it is an error if a rank's choice differs from rank 0's.
+Only rank 0 samples from the logits. It broadcasts the token, so all ranks continue with the same one. On the
+fused GPU path the GPU of every rank chooses the token itself, from the same logits and with the same random
+numbers; it is an error if a rank's choice differs from rank 0's.
 """
 
 from minitp.errors import RankError
 from minitp.request import check_prompt
 
-# The most attention scores [H_r, T, S] of a prefill pass: 64 MB, and as much again for the probabilities.
+# Maximum number of attention scores [H_r, T, S] in a prefill pass: 64 MB, and as much for the probabilities.
 MAX_SCORES = 1 << 24
 
 
@@ -22,7 +22,7 @@ def prefill(model, cache, token_ids, chunk=None):
 
 
 def chunks(model, tokens, chunk=None):
-    """Yield the (start, stop) of each pass in which a prompt goes through the model."""
+    """Split a prompt of `tokens` tokens into passes; yield the (start, stop) of each."""
     start = 0
     while start < tokens:
         stop = min(tokens, start + largest_pass(model, start, chunk))
@@ -31,10 +31,10 @@ def chunks(model, tokens, chunk=None):
 
 
 def largest_pass(model, past, chunk=None):
-    """Return the most tokens that a pass after `past` positions may have.
+    """Return the maximum number of tokens in a pass that follows `past` positions.
 
-    This is `chunk` (None: the model's `prefill_chunk`), or fewer if there would be more than MAX_SCORES
-    attention scores. The fused path does not store scores.
+    The maximum is `chunk` (None: the model's `prefill_chunk`), or less if there would be more than MAX_SCORES
+    attention scores. The fused path does not store scores, so only `chunk` limits it.
     """
     chunk = model.prefill_chunk if chunk is None else chunk
     if model.fused:
@@ -45,7 +45,7 @@ def largest_pass(model, past, chunk=None):
 
 
 def host_logits(model, logits):
-    """Copy logits to the host, which waits for the GPU; raise RankError if a collective has failed on it."""
+    """Copy logits to the host, waiting for the GPU; raise RankError if a collective of the GPU has failed."""
     host = model.device.to_host(logits)
     model.comm.check()
     return host
@@ -54,7 +54,7 @@ def host_logits(model, logits):
 def generate(model, prompt_ids, request, use_cache=True):
     """Yield the new tokens, on every rank.
 
-    All ranks must take the same number of tokens before they close the generator.
+    All ranks must consume the same number of tokens before they close the generator.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def generate(model, prompt_ids, request, use_cache=True):
     request : Request or None
         The request, on rank 0, which samples and decides when to stop. The other ranks may pass None.
     use_cache : bool
-        False recomputes the whole sequence for each token. The tokens are the same, for O(n^2) work.
+        False recomputes the whole sequence for each token: the same tokens, but O(n^2) work.
 
     Raises
     ------

@@ -5,16 +5,16 @@ one layer's keys and values of a pass and returns those that attention reads; an
 pass after all layers have appended.
 
 A KVCache holds one sequence in its own memory. Many sequences share a pool of blocks through
-`paged_cache.PagedCache`. Both store their numbers in a `KVStorage`, in the compute dtype or a smaller one.
+`paged_cache.PagedCache`. The arrays of both are `KVStorage` objects, in the compute dtype or a smaller one.
 """
 
 
 class KVCache:
     """The keys and values of one sequence on one rank.
 
-    Memory for `capacity` positions is reserved at once. On a CPU that costs address space only, because the
-    system provides a page of memory when it is first written, so memory use grows with the sequence. A
-    sequence that outgrows the capacity is copied to memory for half as many positions more.
+    Memory for `capacity` positions is reserved at once. On a CPU this costs only address space: the system
+    provides each page of memory when it is first written, so memory use grows with the sequence. If a
+    sequence outgrows the capacity, it is copied to memory for 1.5 times as many positions.
 
     Call `append` for every layer of a pass, then `advance` once:
 
@@ -42,7 +42,7 @@ class KVCache:
         self.storage = make_storage(xp, dtype, layers, (kv_heads, capacity, head_dim), kv_dtype)
 
     def append(self, layer, k, v, first=0):
-        """Append `k`, `v` [K_r, n, d]; return those from position `first` on, [K_r, S, d] each."""
+        """Append `k`, `v` [K_r, n, d]; return the keys and values from position `first`, [K_r, S, d] each."""
         stop = self.length + k.shape[1]
         pair = self.storage[layer]
         if stop > pair[0].capacity:
@@ -53,17 +53,17 @@ class KVCache:
         return pair[0].read(slice(first, stop)), pair[1].read(slice(first, stop))  # [K_r, S, d] each
 
     def advance(self, tokens):
-        """End a pass over `tokens` positions that every layer has appended."""
+        """End a pass: add `tokens`, the number of positions that every layer has appended, to `length`."""
         self.length += tokens
 
     @property
     def nbytes(self):
-        """Bytes reserved on this rank."""
+        """The number of bytes reserved on this rank."""
         return sum(stored.nbytes for pair in self.storage for stored in pair)
 
 
 def make_storage(xp, dtype, layers, shape, kv_dtype):
-    """Return [keys, values] for each layer: a KVStorage each, of `shape` [K_r, n, d] and in --kv-dtype."""
+    """Return a [keys, values] pair per layer, each a KVStorage of `shape` [K_r, n, d] in dtype `kv_dtype`."""
     kind = Int8KVStorage if kv_dtype == "int8" else KVStorage
     stored_dtype = dtype if kv_dtype == "auto" else xp.dtype(kv_dtype)
     return [[kind(xp, shape, dtype, stored_dtype) for _ in range(2)] for _ in range(layers)]
@@ -83,7 +83,7 @@ class KVStorage:
 
     @property
     def nbytes(self):
-        """Bytes reserved."""
+        """The number of bytes reserved."""
         return self.values.nbytes
 
     def write(self, slots, x):
@@ -91,16 +91,16 @@ class KVStorage:
         self.values[:, slots] = x  # [K_r, n, d]
 
     def read(self, slots):
-        """Return a slice of slots in the compute dtype, [K_r, n, d]; a view if that is the stored dtype."""
+        """Return a slice of slots, [K_r, n, d], in the compute dtype; a view if that is the stored dtype."""
         return self.values[:, slots].astype(self.dtype, copy=False)  # [K_r, n, d]
 
     def gather(self, slots):
-        """Return a copy of the slots int [n] in the compute dtype, [K_r, n, d]."""
-        # NumPy's `take` needs half the time of an index.
+        """Return a copy of the slots with numbers int [n], in the compute dtype, [K_r, n, d]."""
+        # NumPy's `take` is twice as fast as indexing.
         return self.values.take(slots, axis=1).astype(self.dtype, copy=False)  # [K_r, n, d]
 
     def grown(self, capacity, length):
-        """Return a storage for `capacity` positions with a copy of the first `length` of this one."""
+        """Return a storage for `capacity` positions with a copy of the first `length` positions."""
         kv_heads, _, head_dim = self.values.shape
         grown = type(self)(self.xp, (kv_heads, capacity, head_dim), self.dtype, self.values.dtype)
         grown.values[:, :length] = self.values[:, :length]  # [K_r, length, d]
@@ -120,7 +120,7 @@ class Int8KVStorage(KVStorage):
 
     @property
     def nbytes(self):
-        """Bytes reserved, including the scales."""
+        """The number of bytes reserved, including the scales."""
         return self.values.nbytes + self.scales.nbytes
 
     def write(self, slots, x):
@@ -128,7 +128,7 @@ class Int8KVStorage(KVStorage):
         x = x.astype(self.xp.float32, copy=False)  # [K_r, n, d]
         scale = self.xp.abs(x).max(axis=-1, keepdims=True) / 127  # [K_r, n, 1]
         self.scales[:, slots] = scale  # [K_r, n, 1]
-        scale = self.xp.where(scale > 0, scale, 1)  # [K_r, n, 1]: a head of zeros stays zeros
+        scale = self.xp.where(scale > 0, scale, 1)  # [K_r, n, 1]: a head of zeros stays zero
         self.values[:, slots] = self.xp.rint(x / scale).astype(self.xp.int8)  # [K_r, n, d]
 
     def read(self, slots):
@@ -137,12 +137,12 @@ class Int8KVStorage(KVStorage):
         return (values * self.scales[:, slots]).astype(self.dtype, copy=False)  # [K_r, n, d]
 
     def gather(self, slots):
-        """Return a copy of the slots int [n] in the compute dtype, [K_r, n, d]."""
+        """Return a copy of the slots with numbers int [n], in the compute dtype, [K_r, n, d]."""
         values = self.values.take(slots, axis=1).astype(self.xp.float32)  # [K_r, n, d]
         return (values * self.scales.take(slots, axis=1)).astype(self.dtype, copy=False)  # [K_r, n, d]
 
     def grown(self, capacity, length):
-        """Return a larger storage as KVStorage does, with the scales."""
+        """Return a larger storage, with the scales, as KVStorage does."""
         grown = super().grown(capacity, length)
         grown.scales[:, :length] = self.scales[:, :length]  # [K_r, length, 1]
         return grown

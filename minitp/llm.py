@@ -1,4 +1,4 @@
-"""`LLM`: a model on several ranks, from a plain script, a notebook, or inside mpirun.
+"""The class `LLM`: a model on several ranks, for scripts, notebooks, and scripts under mpirun.
 
 from minitp import LLM
 
@@ -43,36 +43,38 @@ if TYPE_CHECKING:
 class LLM:
     """A model that is loaded once and then serves many prompts at a time.
 
-    Outside MPI it starts the ranks and watches them. They end with it: when its `with` block is left, when it
-    is garbage-collected, and when the process ends for any reason. Inside mpirun it joins the ranks: the
-    script continues on rank 0, which drives all of them, and on the other ranks the call does not return;
-    they serve rank 0 and exit when it is done. So the same script does its work once in both places.
+    Outside MPI, an LLM starts its ranks and watches them. They end when its `with` block is left, when it is
+    garbage-collected, or when the process ends for any reason. Under mpirun, an LLM joins the ranks that
+    mpirun has started. The script continues on rank 0 only: on the other ranks this call does not return;
+    they serve rank 0 and exit when it is done. So the script does its work once in either case.
 
-    It is safe to use from several threads.
+    An LLM can be used from several threads.
 
     Parameters
     ----------
     model : str or Path
         A directory, a .gguf file, a Hugging Face id, "smollm2", or "random:NAME".
     tp : int or str
-        The number of ranks, or "auto": a rank per GPU, else per physical core up to 4; in mpirun its world.
+        The number of ranks, or "auto": one per GPU, or without GPUs one per physical core, at most 4. Under
+        mpirun, it must be "auto" or the number of ranks that mpirun has started.
     layers, device, dtype, kv_dtype, comm, share_gpu, max_context, cache_tokens, block_size
-        As in `engine.options.EngineOptions`, and so are the next three.
+        See `engine.options.EngineOptions` for these parameters and the next three.
     max_tokens_per_step, max_sequences, verbose
     on_end : callable
-        on_end(RankError) is called, in another thread, if the ranks end without having been told to.
+        A function that is called in another thread with the RankError if the ranks end unexpectedly.
 
     Attributes
     ----------
     description : dict
-        The ranks as started: tp, dtype, context (positions of a prompt and its continuation), blocks, ..
+        The settings in use: tp, dtype, context (maximum positions of a prompt and its continuation), ..; see
+        `engine.run.describe`.
 
     Raises
     ------
     InputError
-        if a parameter or the model is wrong
+        If a parameter or the model is invalid.
     RankError
-        if a rank fails to start
+        If a rank fails to start.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class LLM:
             raise SystemExit(_serve_rank_0(given, world))
         options = options_from("LLM", given)
         size = world or ranks_to_start(options.tp, options.device, options.model, options.layers)
-        if world is None:  # inside mpirun the ranks check the model together
+        if world is None:  # under mpirun the ranks check the model together
             self.source = open_model(options.model, size, options.layers)
             context_length(self.source.config, options.max_context)
             warn_of_unread_fields(self.source)
@@ -154,7 +156,7 @@ class LLM:
 
     @property
     def load(self) -> dict[str, int]:
-        """The load of the ranks: running and waiting requests, blocks_in_use, preempted, reused_tokens."""
+        """The current load, by name: running, waiting, blocks_in_use, preempted, reused_tokens."""
         return self._ranks.load
 
     def generate(
@@ -165,16 +167,16 @@ class LLM:
         progress: bool = True,
         **options: Unpack[SamplingFields],
     ) -> Completion | list[Completion]:
-        """Continue one prompt, or many at a time.
+        """Generate the continuation of one prompt, or of several prompts at the same time.
 
         Parameters
         ----------
         prompts : str, list of int, or a list of these
-            Texts or token ids.
+            One prompt, as text or token ids, or a list of prompts.
         params : SamplingParams or list of SamplingParams, optional
-            One for all prompts, or one for each.
+            Sampling parameters for all prompts, or a list with one for each.
         progress : bool
-            With several prompts, show on a terminal how many are done.
+            Show a progress bar on a terminal if there are several prompts.
         **options
             Fields of SamplingParams, which override those of `params`.
 
@@ -185,22 +187,22 @@ class LLM:
         Raises
         ------
         InputError
-            if a prompt or a parameter is wrong; then nothing is computed
+            If a prompt or a parameter is invalid; then nothing is computed.
         RankError
-            if a rank dies
+            If a rank dies.
         """
         many = isinstance(prompts, list | tuple) and not is_tokens(prompts)
         prompts = list(prompts) if many else [prompts]
         each = list(params) if isinstance(params, list | tuple) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise InputError(
-                f"{len(each)} SamplingParams for {len(prompts)} prompts; give one, or one for each"
+                f"{len(each)} SamplingParams for {len(prompts)} prompts; pass one, or one for each"
             )
         wanted = [
             (self.encode(prompt), sampling(p, options)) for prompt, p in zip(prompts, each, strict=True)
         ]
         completions = [Completion(ids) for ids, _ in wanted]
-        disable = None if progress and many else True  # None: only if stderr is no terminal
+        disable = None if progress and many else True  # None: disabled unless stderr is a terminal
         with tqdm(total=len(prompts), unit="prompt", disable=disable) as bar:
             for n, update in self._updates(wanted):
                 completions[n].add(update)
@@ -220,14 +222,14 @@ class LLM:
     def chat(
         self, messages: Messages, params: SamplingParams | None = None, **options: Unpack[SamplingFields]
     ) -> Completion:
-        """Answer a conversation.
+        """Generate the answer to a conversation.
 
         Parameters
         ----------
         messages : str or list of dict
             A user's message, or the whole conversation: {"role": "user", "content": ".."} and so on.
         params : SamplingParams, optional
-            Without it and without max_new_tokens, the answer may fill the context.
+            If neither `params` nor max_new_tokens is given, the answer may fill the context.
         """
         ids, params = self._conversation(messages, params, options)
         return self.generate(ids, params)
@@ -239,12 +241,12 @@ class LLM:
         return self._pieces(*self._conversation(messages, params, options))
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of a prompt, which may be token ids already, and check them."""
+        """Tokenize a prompt, unless it is token ids already; check the ids and return them."""
         if isinstance(prompt, str):
-            prompt = self._known_tokenizer().encode(prompt)
+            prompt = self._require_tokenizer().encode(prompt)
         elif not isinstance(prompt, list | tuple) or not is_tokens(prompt):
             shown = " ".join(repr(prompt).split())[:50]
-            raise InputError(f"prompt {shown}: expected a text or a list of token ids")
+            raise InputError(f"prompt {shown}: expected a string or a list of token ids")
         ids = [int(token) for token in prompt]
         check_prompt(ids, self.source.config, self.description["context"])
         return ids
@@ -252,11 +254,11 @@ class LLM:
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Return the token ids of a conversation, rendered by the model's chat template."""
         text = self.chat_template.render(messages)
-        return self.encode(self._known_tokenizer().encode(text, add_special_tokens=False))
+        return self.encode(self._require_tokenizer().encode(text, add_special_tokens=False))
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """The model's ChatTemplate; reading it raises an InputError if the model has none."""
+        """The model's ChatTemplate; raises InputError if the model has none."""
         return self.source.chat_template()
 
     def submit(
@@ -267,15 +269,15 @@ class LLM:
         Parameters
         ----------
         prompt_ids : list of int
-            From `encode` or `encode_chat`.
+            Token ids that `encode` or `encode_chat` has returned.
         params : SamplingParams
         listener : callable
-            listener(engine.client.Update) is called in another thread with each update; it must not block.
+            A function that is called in another thread with each `engine.client.Update`; it must not block.
 
         Returns
         -------
         callable
-            A function that cancels the request, whose blocks are then free after the current batch.
+            A function that cancels the request; its blocks are freed after the current batch.
         """
         return partial(self._ranks.abort, self._ranks.add(prompt_ids, params, listener))
 
@@ -297,7 +299,7 @@ class LLM:
                 stop()
 
     def _pieces(self, ids, params):
-        self._known_tokenizer()
+        self._require_tokenizer()
 
         def pieces():
             for _, update in self._updates([(ids, params)]):
@@ -313,14 +315,14 @@ class LLM:
             options = {"max_new_tokens": self.description["context"], **options}
         return self.encode_chat(messages), sampling(params, options)
 
-    def _known_tokenizer(self):
+    def _require_tokenizer(self):
         if self.tokenizer is None:
-            raise InputError(f"{self.source.name} has no tokenizer.json; give token ids to `generate`")
+            raise InputError(f"{self.source.name} has no tokenizer.json; pass token ids to `generate`")
         return self.tokenizer
 
 
 def _serve_rank_0(given, world):
-    """Serve rank 0's script, on another rank of a user's mpirun; return the exit code."""
+    """Serve the script that runs on rank 0, on another rank of mpirun; return the exit code."""
     try:
         options = options_from("LLM", given)
     except InputError as error:
@@ -330,7 +332,7 @@ def _serve_rank_0(given, world):
 
 @contextmanager
 def loading_bar(name):
-    """Show a progress bar of loading on a terminal; yield a function of (bytes done, bytes in all)."""
+    """Show the progress of loading on a terminal; yield a function that takes (bytes done, total bytes)."""
     with tqdm(desc=f"loading {name}", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
         def show(done, total):

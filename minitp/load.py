@@ -1,4 +1,4 @@
-"""The way from a model's name to this rank's Model: open its source, choose the device, load the weights."""
+"""Loading of a model: open its source, choose the device, and load this rank's weights."""
 
 import os
 
@@ -12,7 +12,7 @@ from minitp.util.format import counted, size
 
 
 def open_source(comm, name, layers=None):
-    """Open the ModelSource of a name on every rank, and check that all ranks found the same model.
+    """Open the ModelSource of a name on every rank, and check that all ranks have found the same model.
 
     Raises
     ------
@@ -33,8 +33,8 @@ def open_source(comm, name, layers=None):
             parts = [part for part in first if first[part] != other[part]]
             if parts:
                 raise InputError(
-                    f"--model {source.name}: {comm.name(rank)} finds a different model than {comm.name(0)} "
-                    f"(in {' and '.join(parts)}); give all hosts the same files"
+                    f"--model {source.name}: {comm.name(rank)} found a different model than {comm.name(0)} "
+                    f"(in {' and '.join(parts)}); copy the same files to all hosts"
                 )
     if comm.rank == 0 and SOCKET_VARIABLE not in os.environ:  # otherwise the launcher has already warned
         warn_of_unread_fields(source)
@@ -51,7 +51,7 @@ def device_of(comm, source, dtype="auto"):
 
 
 def check_room(comm, source, device):
-    """Check that the weights of the ranks fit into the memory that they share; all ranks call this.
+    """Check that the weights of all ranks that share memory fit into it; all ranks call this.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def check_room(comm, source, device):
         if sum(needs) > room:
             raise InputError(
                 f"{source.name}: the weights of {counted(len(needs), 'rank')} in {device.dtype} take "
-                f"{size(sum(needs))}, and {where} has {size(room)}; minitp plan says what fits"
+                f"{size(sum(needs))}, but {where} has only {size(room)}; `minitp plan` shows what fits"
             )
 
 
@@ -78,7 +78,7 @@ def load_model(source, comm, device, progress=lambda nbytes: None, kv_dtype="aut
     comm : Comm
     device : Device
     progress : callable
-        A function that is called with the number of bytes of each array loaded.
+        A function that is called with the number of bytes of each array after it is loaded.
     kv_dtype : str
         The value of --kv-dtype.
     path : str
@@ -92,7 +92,7 @@ def load_model(source, comm, device, progress=lambda nbytes: None, kv_dtype="aut
     loader_args = source.plan, comm.shard_rank, source.tensors, device, progress
     if not device.is_gpu:
         if path == "fused":
-            raise InputError("--path fused needs a GPU; leave it out, or add --device cuda")
+            raise InputError("--path fused needs a GPU; omit it, or add --device cuda")
         return Model(source.config, source.plan, Loader(*loader_args).load(), comm, device, kv_dtype)
     from minitp.cuda.fused import FusedModel, unfit
     from minitp.cuda.loader import GpuLoader

@@ -8,9 +8,11 @@
       -> norm -> logits of this rank's vocabulary rows                             all-gather
 
 Between two collectives (the right-hand column) every rank works alone. The residual stream `x` has the same
-bits on all ranks. A block assigns its named arrays, the steps of `trace.names`, to an object `s` from
-`record(block, layer)`. By default `s` is a plain namespace, so `s.q = ..` is an ordinary assignment; the `s`
-of a `trace.record.Recorder` also records the array.
+bits on all ranks.
+
+Each block assigns its named arrays, the steps of `trace.names`, to an object `s`: after
+`s = record("attn", 3)`, the line `s.q = q` names the queries of layer 3. By default `s` is a plain namespace,
+and this is an ordinary assignment. With a `trace.record.Recorder` it also records q as `layers.3.attn.q`.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Model:
     """
 
     fused = False  # True in a subclass that runs several steps as one kernel and cannot record all of them
-    prefill_chunk = 512  # most prompt tokens in a pass
+    prefill_chunk = 512  # maximum number of prompt tokens in a pass
 
     def __init__(self, config, plan, weights, comm, device, kv_dtype="auto"):
         self.config = config
@@ -79,7 +81,7 @@ class Model:
         self.inverse_frequencies = device.xp.asarray(frequencies, dtype=device.xp.float32)  # [d/2]
 
     def connect(self):
-        """Prepare the communication of a forward pass; all ranks call this after loading the model."""
+        """Prepare the collectives of forward passes; all ranks call this after loading the model."""
 
     def new_cache(self, capacity=64):
         """Return an empty KV cache for one sequence of `capacity` positions; it grows if needed."""
@@ -91,7 +93,7 @@ class Model:
         yield self.new_cache(capacity)
 
     def new_pool(self, blocks, block_size=16):
-        """Return memory for the paged caches of many sequences: `blocks` blocks of `block_size` positions."""
+        """Return a BlockPool for the caches of many sequences: `blocks` blocks of `block_size` positions."""
         return BlockPool(*self._cache_shape(), blocks, block_size, kv_dtype=self.kv_dtype)
 
     def _cache_shape(self):
@@ -128,15 +130,15 @@ class Model:
             The next tokens of each sequence, int [n], and its KVCache. The tokens come after the
             `cache.length` positions of the cache, and are added to it. T is the sum of all n.
         logits_at : slice or int array or None
-            The positions, among these T, that get logits: slice(None) for all of them, slice(-1, None) for
-            the last one, None to fill the cache only.
+            The rows, among the T tokens, that get logits: slice(None) for all of them, slice(-1, None) for
+            the last one, None to only fill the cache.
         record : callable
             record(block, layer) returns the object to which a block assigns this rank's part of each step;
-            see `trace.record.Recorder`. With several sequences `_attend` assigns its steps once for each.
+            see `trace.record.Recorder`. `_attend` assigns its steps once for each sequence.
 
         Returns
         -------
-        float32 [n, V] for the n positions of `logits_at`, the same on every rank; or None
+        float32 [n, V] for the n rows of `logits_at`, the same on every rank; or None
         """
         xp, w = self.device.xp, self.weights
         token_ids = joined(xp, [xp.asarray(ids) for ids, _ in parts])  # [T]
@@ -207,7 +209,7 @@ class Model:
         return ops.row_parallel(xp, s.act, layer.w_down)  # [T, D]
 
     def _experts(self, layer, s):
-        """Compute this rank's term of a mixture of experts, [T, D]; all ranks route the tokens alike."""
+        """Compute this rank's term of a mixture of experts, [T, D]; all ranks choose the same experts."""
         xp = self.device.xp
         s.router = ops.column_parallel(xp, s.norm, layer.w_router)  # [T, E]
         chosen, weights = moe.route(xp, s.router, self.config.num_experts_per_tok)  # [T, X], [T, X]
@@ -216,7 +218,7 @@ class Model:
         return moe.experts_partial(xp, s.experts, chosen, weights, w_down)  # [T, D]
 
     def _all_reduce_and_add(self, x, s, bias, post_norm):
-        """Sum the terms of all ranks and add them to x [T, D]: the only communication of a block.
+        """Sum the terms of all ranks and add the sum to x [T, D]: the only communication of a block.
 
         The bias is added after the all-reduce, because it would be counted once per rank if it were part of
         each term. The norm that some families apply to the output also comes after it, because the norm of a
@@ -236,7 +238,7 @@ class Model:
 
 
 class ForwardContext:
-    """The state that all layers of a forward pass share: RoPE angles, and the keys that each position sees.
+    """The state that all layers of a forward pass share: RoPE angles, and each sequence's cache and mask.
 
     `sequences` maps each window that occurs in the model to a list of SequenceSlice, one per sequence; most
     models use the same window in all layers.
@@ -269,7 +271,7 @@ class SequenceSlice:
         self.tokens, self.cache = tokens, cache
         past, total = cache.length, cache.length + tokens.stop - tokens.start
         self.positions = xp.arange(past, total)  # [n]
-        # The oldest key that a query of this pass sees. With a window, older keys are not even read.
+        # The oldest key that a query of this pass sees; keys before it, outside the window, are not read.
         self.first_key = 0 if window is None else max(0, past - window + 1)
         # A single query sees all keys from first_key on, so decoding needs no mask.
         self.mask = None

@@ -1,8 +1,8 @@
 """A mixture of experts in place of the dense feed-forward block.
 
-Each token goes through X of E experts: those with the largest router logits. All ranks route alike, and each
-rank holds its FFN columns of every expert, so the split and the one all-reduce are the same as in a dense
-model. The shape letters are those of `ops`. (Jiang et al., Mixtral of Experts, 2024.)
+Each token goes through X of E experts: those with the largest router logits. All ranks choose the same
+experts, and each rank holds its FFN columns of every expert, so the split and the one all-reduce are the same
+as in a dense model. The shape letters are those of `ops`. (Jiang et al., Mixtral of Experts, 2024.)
 """
 
 from minitp import ops
@@ -11,9 +11,9 @@ from minitp import ops
 def route(xp, logits, per_token):
     """Choose the X experts of each token, and the weights of their outputs.
 
-    These are the experts with the largest logits (of equal ones, the first), weighted by a softmax over these
-    logits only. (Jiang et al., Mixtral of Experts, 2024, section 2.1.) A softmax over all experts, cut to
-    these and normalized again, gives the same weights.
+    The X largest logits decide; of equal logits, the first is preferred. The weights are a softmax over these
+    X logits only. (Jiang et al., Mixtral of Experts, 2024, section 2.1.) A softmax over all E logits,
+    restricted to the X experts and normalized again, gives the same weights.
 
     Parameters
     ----------
@@ -23,7 +23,7 @@ def route(xp, logits, per_token):
 
     Returns
     -------
-    int [T, X], in ascending order of the expert, and float32 [T, X]
+    int [T, X], each row in ascending order, and float32 [T, X]
     """
     logits = logits.astype(xp.float32, copy=False)  # [T, E]
     remaining, experts = logits, xp.arange(logits.shape[1])  # [T, E], [E]
@@ -39,11 +39,11 @@ def experts_act(xp, x, chosen, w_gate_up):
     """Compute SwiGLU of this rank's FFN columns, for each token and each of its experts.
 
     `x` is [T, D], `chosen` int [T, X] from `route`, and `w_gate_up` a list of [D, 2 F_r], one per expert.
-    Returns [T, X, F_r].
+    The result is [T, X, F_r].
     """
     acts = xp.empty((*chosen.shape, w_gate_up[0].shape[1] // 2), dtype=x.dtype)  # [T, X, F_r]
     for expert, w_r in enumerate(w_gate_up):
-        rows, nth = xp.nonzero(chosen == expert)  # [n], [n]: tokens, and which of their X experts this is
+        rows, nth = xp.nonzero(chosen == expert)  # [n], [n]: tokens; the expert's index among their X
         acts[rows, nth] = ops.swiglu(xp, ops.column_parallel(xp, x[rows], w_r))  # [n, F_r]
     return acts  # [T, X, F_r]
 
@@ -52,7 +52,7 @@ def experts_partial(xp, acts, chosen, weights, w_down):
     """Compute this rank's term of the weighted sum of the experts' outputs; an all-reduce must follow.
 
     `acts` is [T, X, F_r]; `chosen` int [T, X] and `weights` float32 [T, X] come from `route`; `w_down` is a
-    list of [F_r, D], one per expert. Sums in float32, rounds once, returns [T, D] in the dtype of `acts`.
+    list of [F_r, D], one per expert. The sum is in float32 and rounded once: [T, D] in `acts.dtype`.
     """
     total = xp.zeros((acts.shape[0], w_down[0].shape[1]), dtype=xp.float32)  # [T, D]
     for expert, w_r in enumerate(w_down):

@@ -1,6 +1,6 @@
 """Every operation of the transformer, written out: pure functions of arrays.
 
-`xp` is the array module, `numpy` or `cupy`; no function depends on which. The shape letters of the package:
+`xp` is the array module, `numpy` or `cupy`; every function works with both. Shape letters in this package:
 
     T tokens of this pass    D hidden size         d head_dim            V vocabulary size
     H query heads            K key/value heads     G query heads that share a KV head
@@ -46,8 +46,8 @@ def embed_partial(xp, token_ids, table, first_row):
 def scaled(xp, x, multiplier):
     """Multiply `x` [T, D] by a number in float32, and round once to the dtype of `x`.
 
-    Gemma scales its embeddings (Gemma Team, Gemma 2, 2024), and Granite also what each block adds to the
-    residual stream (Granite Team, Granite 3.0, 2024). A multiplier of 1 returns `x` itself.
+    Gemma scales its embeddings (Gemma Team, Gemma 2, 2024). Granite also scales what each block adds to the
+    residual stream (Granite Team, Granite 3.0, 2024). With a multiplier of 1 the result is `x` itself.
     """
     if multiplier == 1:
         return x
@@ -60,8 +60,8 @@ def scaled(xp, x, multiplier):
 def rms_norm(xp, x, weight, eps):
     """Compute x / sqrt(mean(x^2) + eps) * weight over the last axis.
 
-    `x` is [T, D] and `weight` [D]; returns [T, D] in the dtype of `x`. A norm of each head takes [n, T, d]
-    and [d] instead. As in Hugging Face's Llama, the normalized value is rounded to that dtype before it is
+    `x` is [T, D] and `weight` [D], or [n, T, d] and [d] to normalize each head; the result has the shape and
+    dtype of `x`. As in Hugging Face's Llama, the normalized value is rounded to that dtype before it is
     multiplied by the weight. (Zhang and Sennrich, RMSNorm, 2019.)
     """
     x32 = x.astype(xp.float32, copy=False)  # [T, D]
@@ -73,7 +73,7 @@ def rms_norm(xp, x, weight, eps):
 def rms_norm_plus_one(xp, x, weight, eps):
     """Compute Gemma's x / sqrt(mean(x^2) + eps) * (1 + weight) in float32, and round once.
 
-    `x` is [T, D] and `weight` [D]; returns [T, D] in the dtype of `x`. (Gemma Team, Gemma 2, 2024.)
+    `x` is [T, D] and `weight` [D]; the result is [T, D] in the dtype of `x`. (Gemma Team, Gemma 2, 2024.)
     """
     x32 = x.astype(xp.float32, copy=False)  # [T, D]
     mean_square = (x32 * x32).sum(axis=-1, keepdims=True) / x.shape[-1]  # [T, 1]
@@ -93,7 +93,7 @@ def column_parallel(xp, x, w_r, bias_r=None):
     """Compute this rank's columns of y = x @ w + bias, without communication.
 
     w = [ w_0 | w_1 | .. ] is split by columns, and so is y. `x` [T, D] is the same on all ranks; `w_r`
-    [D, n_r] and `bias_r` [n_r] are this rank's columns. Sums in float32, rounds once, returns [T, n_r].
+    [D, n_r] and `bias_r` [n_r] are this rank's columns. The sum is in float32 and rounded once, to [T, n_r].
     (Shoeybi et al., Megatron-LM, 2019, section 3.)
     """
     y_r = xp.matmul(x, w_r, dtype=xp.float32)  # [T, n_r]
@@ -104,8 +104,8 @@ def column_parallel(xp, x, w_r, bias_r=None):
 def row_parallel(xp, x_r, w_r):
     """Compute this rank's term of x @ w = x_0 @ w_0 + x_1 @ w_1 + ..; an all-reduce must follow.
 
-    `x_r` [T, n_r] holds this rank's columns of x, and `w_r` [n_r, D] the matching rows of w. Returns [T, D].
-    The bias is added after the all-reduce: added to each term, it would be counted once per rank.
+    `x_r` [T, n_r] holds this rank's columns of x, and `w_r` [n_r, D] the matching rows of w; the result is
+    [T, D]. The bias is added after the all-reduce; in each term, it would be counted once per rank.
     (Shoeybi et al., Megatron-LM, 2019, section 3.)
     """
     return matmul(xp, x_r, w_r)  # [T, D]
@@ -114,10 +114,10 @@ def row_parallel(xp, x_r, w_r):
 def logits_partial(xp, x, w_r, softcap=None, scaling=1.0):
     """Compute this rank's vocabulary columns of the logits; an all-gather must follow.
 
-    Despite the name the result is not a term of a sum: the all-gather concatenates the columns of all ranks.
-    `x` is [n, D] and `w_r` [D, V_r]; returns [n, V_r], divided by `scaling` (Granite Team, Granite 3.0, 2024)
-    and limited by `soft_cap` if `softcap` is given. The logits stay float32, because rounding them could make
-    two logits equal.
+    Despite the name, the result is not a term of a sum: the all-gather concatenates the columns of all ranks.
+    `x` is [n, D] and `w_r` [D, V_r]; the result [n, V_r] is divided by `scaling` (Granite Team, Granite 3.0,
+    2024) and limited by `soft_cap` if `softcap` is given. The logits stay float32, because rounding could
+    make two of them equal.
     """
     logits_r = xp.matmul(x, w_r, dtype=xp.float32)  # [n, V_r]
     logits_r = logits_r if scaling == 1 else logits_r / scaling  # [n, V_r]
@@ -138,9 +138,9 @@ def soft_cap(xp, x, cap):
 def rope_cos_sin(xp, positions, inverse_frequencies, attention_factor=1.0):
     """Compute the cosines and signed sines of each position's angles, in the form that `apply_rope` takes.
 
-    `positions` is int [T] and `inverse_frequencies` float32 [d/2]. Returns cos and sin, float32 [T, d] each:
+    `positions` is int [T] and `inverse_frequencies` float32 [d/2]. The results are float32 [T, d] each:
     [cos(angles), cos(angles)] and [-sin(angles), sin(angles)]. Both are multiplied by `attention_factor`, so
-    the scores grow by its square. (Peng et al., YaRN, 2023, section 3.4.)
+    the scores are multiplied by its square. (Peng et al., YaRN, 2023, section 3.4.)
     """
     angles = positions.astype(xp.float32)[:, None] * inverse_frequencies[None, :]  # [T, d/2]
     cos, sin = xp.cos(angles) * attention_factor, xp.sin(angles) * attention_factor  # [T, d/2], [T, d/2]
@@ -156,8 +156,8 @@ def apply_rope(xp, x, cos, sin):
     This is the half-split ("rotate_half") layout of Hugging Face checkpoints. Meta's original files pair
     (x[2i], x[2i + 1]) instead. Weights in one layout with code for the other give fluent-looking garbage.
 
-    `x` is [n, T, d] for n heads; `cos` and `sin` [T, d] come from `rope_cos_sin`, which has put in the signs.
-    Returns [n, T, d] in the dtype of `x`. (Su et al., RoFormer, 2021, section 3.2.2.)
+    `x` is [n, T, d] for n heads; `cos` and the signed `sin`, [T, d] each, come from `rope_cos_sin`.
+    The result is [n, T, d] in the dtype of `x`. (Su et al., RoFormer, 2021, section 3.2.2.)
     """
     x32 = x.astype(xp.float32, copy=False)  # [n, T, d]
     half = x.shape[-1] // 2
@@ -170,7 +170,7 @@ def apply_rope(xp, x, cos, sin):
 
 
 def split_heads(xp, qkv, heads, kv_heads):
-    """Return views of the joined projection as heads: q and k in one, [H_r + K_r, T, d], and v [K_r, T, d].
+    """Split the joined projection into two views: q and k together, [H_r + K_r, T, d], and v, [K_r, T, d].
 
     `qkv` is [T, (H_r + 2 K_r) * d]: the columns of all q heads, then those of k, then those of v. Queries and
     keys stay together because RoPE rotates both in the same way.
@@ -202,14 +202,14 @@ def attention_scores(xp, q, k, query_groups, mask=None, scale=None, softcap=None
     q : [H_r, T, d]
     k : [K_r, S, d]
     query_groups : list of (start, stop)
-        The query heads that read each KV head. The groups may differ in size, so q cannot be reshaped to
-        [K_r, G, T, d]; instead the loop goes over the KV heads.
+        The range of query heads that read each KV head. The ranges may differ in size, so q cannot be
+        reshaped to [K_r, G, T, d]; instead the function loops over the KV heads.
     mask : bool [T, S] or None
         The keys that each query may see; None if it may see all of them.
     scale : float or None
-        The factor that replaces 1 / sqrt(d), if it is given.
+        A factor to use instead of 1 / sqrt(d).
     softcap : float or None
-        The `cap` of `soft_cap`, if the scores have one.
+        The limit of the scores, for `soft_cap`; None for no limit.
 
     Returns
     -------
@@ -226,7 +226,7 @@ def attention_scores(xp, q, k, query_groups, mask=None, scale=None, softcap=None
     if softcap is not None:
         scores = soft_cap(xp, scores, softcap)  # [H_r, T, S]
     if mask is not None:
-        # Overwritten rather than added to: a NaN in a key must not reach the queries that do not see it.
+        # Overwrite the scores instead of adding -inf, which would keep the NaNs of keys that are hidden.
         xp.copyto(scores, -xp.inf, where=~mask)
     return scores  # [H_r, T, S]
 
@@ -235,7 +235,7 @@ def softmax(xp, scores):
     """Compute exp(s - max) / sum(exp(s - max)) over the last axis.
 
     Subtracting the maximum keeps exp from overflowing. `scores` is float32 [..., S] with at least one finite
-    entry in each row; returns the same shape.
+    entry in each row; the result has the same shape.
     """
     weights = scores - scores.max(axis=-1, keepdims=True)  # [..., S]
     xp.exp(weights, out=weights)
@@ -247,7 +247,7 @@ def attention_context(xp, probs, v, query_groups):
     """Compute the mean of the values weighted by the probabilities, for each query.
 
     `probs` float32 [H_r, T, S] is first rounded to the dtype of `v` [K_r, S, d]; `query_groups` is as in
-    `attention_scores`. Returns the heads side by side, [T, H_r * d], as the output projection takes them.
+    `attention_scores`. The result, [T, H_r * d], has the heads side by side, as the output projection needs.
     """
     heads, tokens, keys = probs.shape
     d = v.shape[2]
@@ -266,8 +266,8 @@ def attention_context(xp, probs, v, query_groups):
 def swiglu(xp, gate_up):
     """Compute silu(gate) * up, where silu(x) = x / (1 + exp(-x)).
 
-    `gate_up` is [T, 2 F_r], with the gate columns first; returns [T, F_r] in the same dtype. (Shazeer, GLU
-    Variants Improve Transformer, 2020.)
+    `gate_up` is [T, 2 F_r], with the gate columns first; the result is [T, F_r] in the same dtype. (Shazeer,
+    GLU Variants Improve Transformer, 2020.)
     """
     columns = gate_up.shape[-1] // 2
     gate = gate_up[:, :columns].astype(xp.float32, copy=False)  # [T, F_r]
@@ -280,8 +280,8 @@ def swiglu(xp, gate_up):
 def geglu(xp, gate_up):
     """Compute gelu(gate) * up, where gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
 
-    `gate_up` is [T, 2 F_r], with the gate columns first; returns [T, F_r] in the same dtype. (Hendrycks and
-    Gimpel, GELU, 2016, section 2; Shazeer, GLU Variants Improve Transformer, 2020.)
+    `gate_up` is [T, 2 F_r], with the gate columns first; the result is [T, F_r] in the same dtype. (Hendrycks
+    and Gimpel, GELU, 2016, section 2; Shazeer, GLU Variants Improve Transformer, 2020.)
     """
     columns = gate_up.shape[-1] // 2
     gate = gate_up[:, :columns].astype(xp.float32, copy=False)  # [T, F_r]

@@ -1,4 +1,4 @@
-"""Keys and values of many sequences in blocks of one pool, which a sequence gets only as it grows.
+"""The paged KV cache: many sequences share one pool of blocks, and get more blocks as they grow.
 
 (Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention, 2023, section 4.)
 """
@@ -18,7 +18,7 @@ class BlockPool:
 
     @property
     def nbytes(self):
-        """Bytes reserved on this rank."""
+        """The number of bytes reserved on this rank."""
         return sum(stored.nbytes for pair in self.storage for stored in pair)
 
 
@@ -53,20 +53,18 @@ class PagedCache:
         return pair[0].gather(to_read), pair[1].gather(to_read)  # [K_r, S, d] each
 
     def advance(self, tokens):
-        """End a pass over `tokens` positions that every layer has appended."""
+        """End a pass: add `tokens`, the number of positions that every layer has appended, to `length`."""
         self.length += tokens
 
     def slots(self, start, stop):
         """Return the slots of positions start .. stop - 1, int [stop - start]."""
         size = self.pool.block_size
-        if stop > len(self.block_table) * size:
-            raise IndexError(
-                f"position {stop - 1} has no slot: the block table has {len(self.block_table)} * {size} slots"
-            )
+        if stop > (allocated := len(self.block_table) * size):
+            raise IndexError(f"position {stop - 1} has no slot: the block table has only {allocated} slots")
         xp = self.pool.xp
         return slot_mapping(xp.asarray(self.block_table), xp.arange(start, stop), size)  # [n]
 
 
 def slot_mapping(block_table, positions, block_size):
-    """Return the slots of positions int [n] for a block table int [blocks], int [n]."""
+    """Return the slot of each position, int [n], for `positions` int [n] and `block_table` int [blocks]."""
     return block_table[positions // block_size] * block_size + positions % block_size  # [n]

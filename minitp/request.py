@@ -12,7 +12,7 @@ from minitp.util.format import counted
 
 @dataclass
 class Request:
-    """A continuation on rank 0, which samples tokens, turns them into text, and decides when to stop.
+    """A request on rank 0: it samples tokens, turns them into text, and decides when to stop.
 
     Parameters
     ----------
@@ -20,12 +20,12 @@ class Request:
     eos_token_ids : tuple of int
     prompt_ids : list of int
     max_context : int
-        The most positions that the prompt and the continuation may have together.
+        The maximum number of positions of the prompt and the continuation together.
     tokenizer : Tokenizer or None
-        The tokenizer that turns tokens into text; None if there is no text, only tokens.
+        The tokenizer that turns tokens into text; None to produce tokens only.
     emit : callable
-        A function that is called with each complete piece of text, or with each token id as text if there is
-        no tokenizer. It returns False if the output has been closed.
+        A function that is called with each complete piece of text or, without a tokenizer, with each token id
+        as a string. It returns False if the output has been closed.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Request:
         self._stops = StopStrings(self.params.stop)
 
     def sample(self, logits):
-        """Sample the next token from logits [V]; return it, and whether it is the last one."""
+        """Sample the next token from logits [V]; return (token, whether it is the last one)."""
         token = self.sampler.choose(logits)
         if self.params.logprobs is not None:
             self.logprobs.append(token_logprobs(logits, token, self.params.logprobs))
@@ -94,23 +94,23 @@ class Request:
 
     @property
     def positions(self):
-        """The most positions that the prompt and the continuation can have together."""
+        """The maximum number of positions of the prompt and the continuation together."""
         return min(self.max_context, len(self.prompt_ids) + self.params.max_new_tokens)
 
     @property
     def ttft_s(self):
-        """Seconds from the start to the first token."""
+        """The time from the start to the first token, in seconds."""
         return self.times[1] - self.times[0]
 
     @property
     def decode_tokens_per_s(self):
-        """Tokens per second after the first token; None if there is only one token."""
+        """The rate of the tokens after the first one, per second; None if there is only one token."""
         decoded = len(self.token_ids) - 1
         return decoded / (self.times[-1] - self.times[1]) if decoded else None
 
 
 def context_length(config, max_context):
-    """Return the most positions that a sequence may have: the model's limit, or --max-context if given."""
+    """Return the maximum length of a sequence: --max-context if it is given, otherwise the model's limit."""
     limit = config.max_position_embeddings
     if max_context is not None and not 1 <= max_context <= limit:
         raise InputError(
@@ -120,19 +120,19 @@ def context_length(config, max_context):
 
 
 def check_prompt(token_ids, config, context):
-    """Refuse a prompt that is empty, leaves no room in `context` positions, or has an unknown token id."""
+    """Reject a prompt that is empty, leaves no room in `context` positions, or has an unknown token id."""
     if not token_ids:
         raise InputError("the prompt is empty and this model adds no BOS token; give at least one word")
     check_vocabulary(token_ids, config)
     if len(token_ids) >= context:
         raise ContextError(
-            f"the prompt has {counted(len(token_ids), 'token')} and the context {context}: "
-            "no room for a new one"
+            f"the prompt has {counted(len(token_ids), 'token')}, which leaves no room for a new one in a "
+            f"context of {context}; shorten the prompt"
         )
 
 
 def check_vocabulary(token_ids, config):
-    """Refuse token ids without a row in the embedding; a tokenizer may have more tokens than the model."""
+    """Reject token ids that have no embedding; a tokenizer may have more tokens than the model."""
     for token in token_ids:
         if not 0 <= token < config.vocab_size:
             raise InputError(f"token id {token} is outside the vocabulary, 0 to {config.vocab_size - 1}")

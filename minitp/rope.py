@@ -4,12 +4,12 @@ import math
 
 
 def rope_inverse_frequencies(rope, head_dim):
-    """Return the angle per position that rotates each pair of dimensions, a list of head_dim / 2 floats.
+    """Return the rotation per position of each pair of dimensions, in radians: head_dim / 2 floats.
 
     default   theta^(-2i / d)                                   (Su et al., RoFormer, 2021, section 3.2.2)
     linear    all frequencies divided by `factor`               (Chen et al., Position Interpolation, 2023)
-    llama3    low frequencies divided by `factor`, high ones kept, and a smooth transition in between, by
-              the rotations over the original context           (Llama 3.1's reference code)
+    llama3    frequencies with few rotations over the original context divided by `factor`, those with many
+              kept, and a smooth transition in between          (Llama 3.1's reference code)
     yarn      the same idea, with a linear ramp over the pairs  (Peng et al., YaRN, 2023, section 3.2)
     longrope  each frequency divided by its own factor          (Ding et al., LongRoPE, 2024, section 3)
     """
@@ -41,13 +41,13 @@ def yarn_inverse_frequencies(rope, plain):
     length, count = rope.original_max_position_embeddings, len(plain)
 
     def pair(rotations):
-        """Return the index of the pair with this many rotations, as a real number."""
+        """Return the index of the pair that makes this many rotations, as a real number."""
         return count * math.log(length / (rotations * 2 * math.pi)) / math.log(rope.rope_theta)
 
     first, last = pair(rope.beta_fast), pair(rope.beta_slow)
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * count - 1)
-    last = last + 0.001 if first == last else last  # a jump instead of a ramp, without a division by zero
+    last = last + 0.001 if first == last else last  # a jump instead of a ramp; avoids a division by zero
     ramp = [min(max((i - first) / (last - first), 0.0), 1.0) for i in range(count)]
     return [f / rope.factor * r + f * (1 - r) for f, r in zip(plain, ramp, strict=True)]

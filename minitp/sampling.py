@@ -8,7 +8,7 @@ from typing import TypedDict
 import numpy as np
 
 from minitp.errors import ParameterError
-from minitp.util.suggest import refuse_unknown
+from minitp.util.suggest import reject_unknown
 
 
 @dataclass(frozen=True)
@@ -19,21 +19,22 @@ class SamplingParams:
     ----------
     max_new_tokens : int
     temperature : float
-        A number that the logits are divided by. 0 chooses the most probable token (greedy decoding).
+        The divisor of the logits. 0 always chooses the most probable token (greedy decoding).
     top_k : int
         Choose among the k most probable tokens only; 0 for all tokens.
     top_p : float
         Choose among the fewest most probable tokens whose probabilities add up to at least p.
         (Holtzman et al., The Curious Case of Neural Text Degeneration, 2019, section 3.1.)
     seed : int or None
-        The same seed gives the same text with the same number of ranks. None draws a new seed.
+        The seed of the random numbers; with the same number of ranks it gives the same text again. None
+        draws a new seed.
     stop : tuple of str
-        The text ends before the first of these strings. A single string counts as a tuple of one.
+        Strings that end the text, which is cut before the first of them. A single string is also accepted.
     ignore_eos : bool
         Continue after an end-of-text token.
     logprobs : int or None
-        Return the log-probability of each token, and of this many most probable tokens at its position. They
-        are the model's own, before temperature, top-k and top-p.
+        Return the log-probability of each token, and those of the `logprobs` most probable tokens at its
+        position. They are computed before temperature, top-k and top-p are applied.
 
     Raises
     ------
@@ -51,8 +52,8 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __new__(cls, *args: object, **fields: object) -> "SamplingParams":
-        """Refuse a name that is not a field, and suggest the likely one."""
-        refuse_unknown(cls.__name__, fields, list(cls.__dataclass_fields__))
+        """Reject an unknown field, and suggest the likely one."""
+        reject_unknown(cls.__name__, fields, list(cls.__dataclass_fields__))
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -63,7 +64,7 @@ class SamplingParams:
         self._check("top_k", Integral, lambda n: n >= 0, "0 (all) or more")
         self._check("top_p", Real, lambda x: 0 < x <= 1, "above 0 and at most 1")
         self._check("seed", Integral | None, lambda n: n is None or n >= 0, "0 or more")
-        self._check("stop", tuple | list, all_nonempty_strings, "strings that are not empty")
+        self._check("stop", tuple | list, all_nonempty_strings, "non-empty strings")
         self._check("ignore_eos", bool, lambda _: True, "True or False")
         self._check("logprobs", Integral | None, lambda n: n is None or n >= 0, "None, 0 or more")
 
@@ -151,7 +152,7 @@ def token_logprobs(logits, token, top):
     Returns
     -------
     float, list of (int, float)
-        The list has (token id, log-probability) with the most probable first; ties by token id.
+        The list has (token id, log-probability) pairs, the most probable first, ties in order of the id.
     """
     below_best = logits.astype(np.float64) - logits.max()  # [V]
     logprobs = below_best - np.log(np.exp(below_best).sum())  # [V]
@@ -160,7 +161,8 @@ def token_logprobs(logits, token, top):
 
 
 def most_probable(logprobs, count):
-    """Return the `count` most probable token ids, best first and ties by id, without sorting all of [V]."""
+    """Return the ids of the `count` most probable tokens, the best first and ties in order of the id."""
+    # A partition is faster than sorting all V.
     least = np.partition(logprobs, -count)[-count]
     candidates = np.flatnonzero(logprobs >= least)  # [count], or more if there are ties
     return candidates[np.argsort(-logprobs[candidates], kind="stable")][:count]  # [count]

@@ -13,8 +13,8 @@ rows of the second one, so a pair needs only one all-reduce: the sum on the righ
 Megatron-LM, 2019, section 3.) The matrices are drawn as they are used, [in, out]. A checkpoint stores them as
 [out, in], so a column of w is a row of the tensor in the file.
 
-`tensors` says how each tensor is split: column, row, or replicated. `make_plan` turns that into a Plan: which
-heads, columns and rows each rank holds.
+The module `tensors` lists how each tensor is split: column, row, or replicated. `make_plan` turns that into a
+Plan, which says which heads, columns and rows each rank holds.
 """
 
 from dataclasses import dataclass, replace
@@ -53,14 +53,14 @@ class TensorShard:
     first_row: int = 0
 
     def index(self, rank):
-        """Return the slices that cut this rank's part out of the whole tensor."""
+        """Return the slices of the whole tensor that a rank holds."""
         whole = [slice(0, n) for n in self.shape]
         if self.axis is not None:
             whole[self.axis] = slice(*self.ranges[rank])
         return tuple(whole)
 
     def shape_on(self, rank):
-        """Return the shape of this rank's part."""
+        """Return the shape of the part that a rank holds."""
         return tuple(s.stop - s.start for s in self.index(rank))
 
 
@@ -83,12 +83,12 @@ class Plan:
     ffn_ranges: tuple
     vocab_ranges: tuple
     tensors: dict  # checkpoint tensor name -> TensorShard
-    experts: int = 0  # experts of each layer; every rank holds its FFN columns of each of them
+    experts: int = 0  # experts per layer; every rank holds its FFN columns of each expert
 
     def query_groups(self, rank):
         """Return the (start, stop) of the local query heads that read each KV head of this rank, in order.
 
-        Groups of different sizes are the normal case. In the example above rank 2 has [(0, 1), (1, 2)].
+        A group may be smaller than H / K: in the example above, rank 2 has [(0, 1), (1, 2)].
         """
         start, stop = self.head_ranges[rank]
         kv_start, kv_stop = self.kv_head_ranges[rank]
@@ -100,7 +100,7 @@ class Plan:
 
 
 def split_evenly(n, parts):
-    """Split range(n) into `parts` ranges as evenly as possible; the first n % parts are longer by one.
+    """Split range(n) into `parts` ranges as evenly as possible; the first n % parts ranges are longer by one.
 
     >>> split_evenly(9, 4)
     ((0, 3), (3, 5), (5, 7), (7, 9))
@@ -118,11 +118,11 @@ def make_plan(config, tp):
     InputError
         If there are more ranks than attention heads or vocabulary rows; the message says which sizes work.
     """
-    most = min(config.num_attention_heads, config.vocab_size)
-    if not 1 <= tp <= most:
+    max_tp = min(config.num_attention_heads, config.vocab_size)
+    if not 1 <= tp <= max_tp:
         raise InputError(
             f"--tp {tp}: this model has {config.num_attention_heads} attention heads and a rank needs at "
-            f"least one; any size from 1 to {most} works"
+            f"least one; any size from 1 to {max_tp} works"
         )
     heads = split_evenly(config.num_attention_heads, tp)
     per_kv_head = config.num_attention_heads // config.num_key_value_heads

@@ -23,7 +23,7 @@ class Split:
 
 
 def column(*shape):
-    """Split a matrix [out, in] along `out`, with its bias [out], or the embedding table along its rows."""
+    """Split a matrix [out, in] or a bias [out] along `out`, or the embedding table along its rows."""
     return Split(shape, 0)
 
 
@@ -71,7 +71,7 @@ OPTIONAL_TENSORS = {
         "self_attn.q_norm.weight": replicated("d"),
         "self_attn.k_norm.weight": replicated("d"),
     },
-    "post_norms": {  # here post_attention_layernorm comes after attention, instead of before the mlp
+    "post_norms": {  # post_attention_layernorm then comes after attention, not before the mlp
         "pre_feedforward_layernorm.weight": replicated("D"),
         "post_feedforward_layernorm.weight": replicated("D"),
     },
@@ -91,7 +91,7 @@ JOINED = {
 
 
 def tensor_table(config):
-    """Return the Split of each tensor of the model, by name; the parts of joined tensors have their own."""
+    """Return the Split of each tensor of the model, by name; joined tensors are listed by their parts."""
     layer = dict(LAYER_TENSORS)
     for option, tensors in OPTIONAL_TENSORS.items():
         if getattr(config, option):

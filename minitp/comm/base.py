@@ -4,11 +4,11 @@
     all_gather   rank 0 [a]  rank 1 [b]   ->  [a | b] on both
 
 Arrays of activations go through these two, and small Python objects through `broadcast`, `allgather_object`
-and `agree`. Every rank calls the same collectives in the same order, also after an error: a phase that may
-fail on one rank ends with `agree`, and then all ranks leave together.
+and `agree`. Every rank calls the same collectives in the same order, even after an error: a phase that may
+fail on one rank ends with `agree`, and if it has failed, all ranks raise the error.
 
 A floating-point sum depends on the order of its terms. So in an all-reduce every rank gets all the terms and
-adds them in rank order (16-bit terms in float32); then all ranks hold the same bits, in any dtype and with
+adds them in rank order (16-bit terms in float32). All ranks then hold the same bits, in any dtype and with
 any MPI.
 
 A subclass implements the transport: within one process (single, threads), between MPI processes (mpi,
@@ -48,14 +48,14 @@ class Comm:
         self.seconds = 0.0
 
     def all_reduce(self, x: Array) -> Array:
-        """Return the sum of `x` over all ranks, a new array with the same shape and the same bits on each."""
+        """Return the sum of `x` over all ranks, a new array of its shape; all ranks get the same bits."""
         started = perf_counter()
         total = self._gather_and_combine(x, [x.size] * self.size, _sum_in_rank_order).reshape(x.shape)
         self.seconds += perf_counter() - started
         return total
 
     def all_gather(self, x: Array, widths: list[int]) -> Array:
-        """Concatenate the columns of all ranks, `x` [T, widths[rank]] -> [T, sum(widths)]."""
+        """Concatenate the columns of all ranks: `x` [T, widths[rank]] -> [T, sum(widths)]."""
         started = perf_counter()
         rows = x.shape[0]
 
@@ -112,14 +112,14 @@ class Comm:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raise RankError if a collective on a GPU has failed, so that its result must not be used."""
+        """Raise RankError if a collective on a GPU has failed, which makes its result invalid."""
 
     def local_rank(self) -> int:
-        """Return the number of this rank among the ranks of its host; all ranks call it."""
+        """Return this rank's index among the ranks of its host; all ranks call this."""
         return self.rank
 
     def close(self) -> None:
-        """Free the resources of the transport; all ranks call it, after their last collective."""
+        """Free the resources of the transport; all ranks call this after their last collective."""
 
     def _gather_and_combine(
         self, x: Array, sizes: list[int], combine: Callable[[list[Array]], Array]

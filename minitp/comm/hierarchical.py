@@ -2,7 +2,7 @@
 
     host A                     host B
     rank 0  rank 1             rank 2  rank 3
-       \\_____/                    \\_____/      shared memory: each host's leader reads its host's parts
+       \\_____/                    \\_____/      shared memory: each leader reads the parts of its host
         rank 0  <--- MPI --->      rank 2        MPI: the leaders exchange the parts of their hosts
        /     \\                    /     \\      shared memory: every rank reads all parts
 
@@ -50,7 +50,7 @@ class HierarchicalComm(MpiComm):
         gathered = np.empty(0, x.dtype)
         if self._between:
             gathered = self._between._gather_and_combine(own, lengths, np.concatenate)
-        lengths = [sum(lengths)] + [0] * (self._within.size - 1)  # only the leader has something to share
+        lengths = [sum(lengths)] + [0] * (self._within.size - 1)  # only the leader has data to share
         gathered = self._within._gather_and_combine(gathered, lengths, np.concatenate)
         by_host = [rank for host in self._hosts for rank in host]
         starts = np.cumsum([sizes[rank] for rank in by_host])[:-1]

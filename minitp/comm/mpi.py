@@ -1,4 +1,4 @@
-"""Ranks as MPI processes, which send each value to each other rank as a separate message.
+"""Ranks as MPI processes that send each value to every other rank in a separate message.
 
     rank 0  --a-->  rank 1, rank 2
     rank 1  --b-->  rank 0, rank 2
@@ -22,7 +22,7 @@ from minitp.comm.base import Comm
 from minitp.comm.wait import Backoff
 from minitp.errors import RankError, one_line
 
-LAST_WORDS_S = 0.3  # time for mpirun to pass on a rank's output before the abort
+LAST_WORDS_S = 0.3  # time for mpirun to forward a rank's output before the abort
 ARRAY, OBJECT = 1, 2  # message tags
 
 
@@ -44,8 +44,8 @@ class MpiComm(Comm):
     Parameters
     ----------
     expected : int or None
-        The number of ranks that the launcher says it started. If MPI finds another number, mpirun and mpi4py
-        belong to two different MPIs, and each process would run as the only rank.
+        The number of ranks that mpirun or srun says it started. If MPI finds a different number, mpirun and
+        mpi4py belong to two different MPIs, and each process would run as the only rank.
     world : mpi4py.MPI.Comm or None
         The communicator of the ranks; None for all ranks that were started.
 
@@ -166,13 +166,14 @@ class MpiComm(Comm):
 
 
 def import_mpi():
-    """Import mpi4py.MPI; raise RankError if there is no MPI library."""
+    """Import mpi4py.MPI; raise RankError if it cannot load an MPI library."""
     try:
-        with warnings.catch_warnings():  # a warning about two different MPIs, which MpiComm explains better
+        with warnings.catch_warnings():  # MpiComm explains this fault better than the warning
             warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise RankError(
-            f"mpi4py finds no MPI library ({one_line(error)[:80]}); install one: pip install 'minitp[mpi]'"
+            f"mpi4py cannot load an MPI library ({one_line(error)[:80]}); "
+            "install one: pip install 'minitp[mpi]'"
         ) from error
     return MPI

@@ -1,4 +1,4 @@
-"""The communicator of a single rank, whose collectives return their input."""
+"""The communicators of a single process, whose collectives need no communication."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ class SingleRank(Comm):
         return value
 
     def abort(self, exit_code):
-        """Do nothing: no other rank waits, so the error that led here ends the process."""
+        """Do nothing: there are no other ranks to end, and the error ends this process."""
 
     def _gather_and_combine(self, x, sizes, combine):
         return combine([x.reshape(-1)])

@@ -16,22 +16,22 @@ class ThreadComm(Comm):
         self._slots = slots  # one per rank, shared by all ranks
 
     def broadcast(self, value):
-        return self._meet("broadcast", value, lambda values: values[0])
+        return self._exchange("broadcast", value, lambda values: values[0])
 
     def end(self):
         """Wait until all ranks have finished; no collective may follow."""
-        self._meet("the end", None, list)
+        self._exchange("end", None, list)
 
     def abort(self, exit_code):
         self._barrier.abort()
 
     def _gather_and_combine(self, x, sizes, combine):
-        return self._meet("an exchange of arrays", x.reshape(-1), combine)
+        return self._exchange("an exchange of arrays", x.reshape(-1), combine)
 
     def allgather_object(self, value):
-        return self._meet("an exchange of objects", value, list)
+        return self._exchange("an exchange of objects", value, list)
 
-    def _meet(self, collective, value, combine):
+    def _exchange(self, collective, value, combine):
         """Return combine(values of all ranks), called between two barriers so that no value changes."""
         self._slots[self.rank] = (collective, value)
         try:
@@ -48,14 +48,14 @@ class ThreadComm(Comm):
 
 
 class _WokenError(RankError):
-    """An error in a rank that stops waiting because another rank failed; it is never the cause."""
+    """The error of a rank that stopped waiting because another rank failed; it is never the cause."""
 
 
 def run_threads(size, function):
     """Call function(comm) on `size` ranks, each in its own thread; return the results in rank order.
 
     If one rank raises an exception, the others stop waiting in their collectives, and the exception is raised
-    here. A RankError is raised if ranks call different collectives, or if one ends while others wait.
+    by this function. If ranks call different collectives, or one ends while others wait, it is a RankError.
 
     >>> run_threads(3, lambda comm: float(comm.all_reduce(np.ones(1))[0]))
     [3.0, 3.0, 3.0]

@@ -1,11 +1,12 @@
-"""A way to wait for other ranks: without occupying a core that they need, and neither silently nor forever.
+"""Wait for other ranks with a time limit, and without occupying a core that they need.
 
 A waiting rank checks, pauses, and checks again. After ten seconds it reports on stderr which ranks it is
 waiting for. After a minute rank 0 ends the job, because the late rank is stopped or stuck, or its host cannot
 be reached.
 
-Only rank 0 gives up, and no rank gives up on rank 0: it may be late because the program that reads its output
-has paused. In a phase that may take hours (loading, checking, waiting for requests) no rank gives up.
+Only rank 0 gives up. The other ranks wait for it without a limit, because it may be late only because the
+program that reads its output has paused. In a phase that may take hours (loading, checking, waiting for
+requests) no rank gives up.
 """
 
 import os
@@ -17,10 +18,10 @@ from minitp.errors import RankError
 
 SPIN_S = 0.02  # time to yield the core in a loop before sleeping
 PAUSE_S = 0.0005
-LONGEST_PAUSE_S = 0.005  # in a phase that may take hours: a waiting rank uses 0.4% of a core
+LONGEST_PAUSE_S = 0.005  # longest sleep in a phase that may take hours; it uses 0.4% of a core
 LATE_S = 10.0  # waiting time after which a rank reports which ranks are late
 LOST_S = 60.0  # waiting time after which rank 0 gives up
-LONGEST_CHECK_S = 1.0  # most time counted between two checks, because the whole job may have been suspended
+LONGEST_CHECK_S = 1.0  # maximum time counted between two checks, in case the job was suspended
 
 
 class Backoff:
@@ -73,7 +74,8 @@ class Backoff:
                 line = f"minitp: {self._name} has waited {LATE_S:g} s for {' and '.join(late)}\n"
                 print(line, end="", file=sys.stderr, flush=True)
         if self._gives_up and self._waited > LOST_S and (late := self._late()):
+            any_of_them = "it" if len(late) == 1 else "one of them"
             raise RankError(
-                f"waited {LOST_S:g} s for {' and '.join(late)}: it, or a rank that it waits for, is stopped "
-                "or stuck, or the network is down"
+                f"waited {LOST_S:g} s for {' and '.join(late)}: {any_of_them}, or a rank that it waits for, "
+                "is stopped or stuck, or the network is down"
             )

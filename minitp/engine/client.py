@@ -31,7 +31,7 @@ class Update:
     finish_reason : str or None
         None until the last update; then the same as for request.Request, or "error".
     error : MinitpError or None
-        The reason why the request was refused or could not be finished.
+        The reason why the request was rejected or could not be finished.
     """
 
     token_ids: list = field(default_factory=list)
@@ -42,21 +42,21 @@ class Update:
 
 
 class Ranks:
-    """A set of ranks: it sends requests to rank 0 and passes the output of each to its listener.
+    """A caller's handle on ranks: it sends requests to rank 0 and delivers their output to listeners.
 
-    Listeners and callbacks are called in a thread of this object, one after another: they must not block.
+    Listeners and callbacks are called one after another in a thread of this object, so they must not block.
 
     Parameters
     ----------
     on_loading : callable
-        on_loading(done, total) is called while rank 0 loads its weights, with bytes.
+        on_loading(done, total) is called with numbers of bytes while rank 0 loads its weights.
     on_end : callable
         on_end(error) is called with the MinitpError that ended the ranks, unless `close` ended them.
 
     Attributes
     ----------
     description : dict or None
-        The ranks' settings and sizes, once they are ready; see engine.run.describe.
+        The settings and sizes of the ranks, once they are ready; see engine.run.describe.
     load : dict
         The current load; see Scheduler.load.
     error : MinitpError or None
@@ -193,7 +193,7 @@ class StartedRanks(Ranks):
 
 
 class JoinedRanks(Ranks):
-    """The ranks of an mpirun whose rank 0 is this process; the other ranks are in `join_world`.
+    """The ranks of an mpirun whose rank 0 is this process; the other ranks run `join_world`.
 
     If one rank fails, MPI ends all of them, including this process.
 
@@ -210,7 +210,8 @@ class JoinedRanks(Ranks):
         super().__init__(**callbacks)
         if JOINED in os.environ:
             raise InputError(
-                "a script under mpirun can start only one LLM, since the other ranks exit with the first"
+                "a script under mpirun can start only one LLM, because the other ranks exit with the first; "
+                "run the script without mpirun to start several"
             )
         os.environ[JOINED] = "1"
         self.inbox = queue.SimpleQueue()
@@ -221,7 +222,7 @@ class JoinedRanks(Ranks):
         self._record_end(join_world(options, world, caller=self))
 
     def send(self, message):
-        """Receive a message that rank 0's work sends to its caller, which is this object."""
+        """Handle a message that rank 0's work sends to its caller, which is this object."""
         self._receive(message)
 
     def _send(self, message):
@@ -237,7 +238,7 @@ class JoinedRanks(Ranks):
 def join_world(options, world, caller=None):
     """Run one of the `world` ranks that mpirun has started; return the exit code when they have finished.
 
-    `caller` is the object that rank 0 serves, if the launcher has not started the ranks.
+    `caller` is the object that rank 0 serves if the launcher has not started the ranks.
     """
     from minitp.launch.rank import run_in_world
 

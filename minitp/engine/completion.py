@@ -25,7 +25,8 @@ class Completion:
     token_ids : list of int
         The new tokens, including an end-of-text token.
     text : str
-        Their text, without special tokens and cut before a stop string. Empty if the model has no tokenizer.
+        The text of the new tokens, without special tokens and cut before a stop string; empty if the model
+        has no tokenizer.
     finish_reason : str
         "stop" (end of text, or a stop string) or "length".
     logprobs : list of (float, list of (int, float))
@@ -48,7 +49,7 @@ class Completion:
 
 
 def sampling(params: SamplingParams | None, options: dict[str, object]) -> SamplingParams:
-    """Return SamplingParams with the fields in `options` replaced."""
+    """Return `params` (None: the defaults) with the fields in `options` replaced."""
     if params is not None and not isinstance(params, SamplingParams):
         raise InputError(f"params {params!r:.50}: expected SamplingParams")
     return replace(params or SamplingParams(), **options)

@@ -17,7 +17,7 @@ class Engine:
     num_blocks, block_size : int
         The size of the pool.
     max_tokens_per_step, max_sequences : int
-        The most tokens in one forward pass, and the most sequences that run at the same time.
+        The maximum number of tokens in one forward pass, and of sequences that run at the same time.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class Engine:
         Raises
         ------
         InputError
-            if the model cannot take its prompt, or the pool could not hold it even alone.
+            If the prompt is invalid for the model, or the request would not fit in the pool even alone.
         """
         check_prompt(request.prompt_ids, self.model.config, request.max_context)
         self.scheduler.add(request)
@@ -65,7 +65,7 @@ class Engine:
             pass
 
     def _forward(self, batch):
-        """Return the logits float32 [len(batch.logits_at), V], or None if no sequence gets a token."""
+        """Run a batch; return its logits, float32 [len(batch.logits_at), V], or None if it has none."""
         for number in batch.finished:
             self._caches.pop(number, None)  # a sequence may finish before its first batch
         for number, block_table, length in batch.started:

@@ -4,7 +4,7 @@ import operator
 from dataclasses import dataclass, fields
 
 from minitp.errors import InputError
-from minitp.util.suggest import refuse_unknown
+from minitp.util.suggest import reject_unknown
 
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
@@ -16,7 +16,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """The options of an engine: the model, the ranks, and limits. The command's options have the same names.
+    """The options of an engine: model, ranks and limits. The command-line options have the same names.
 
     Attributes
     ----------
@@ -25,23 +25,23 @@ class EngineOptions:
     tp : str
         The number of ranks, or "auto".
     layers : int or None
-        Load only this many layers, from the first.
+        The number of layers to load, from the first; None loads all.
     device, dtype, kv_dtype, comm : str
         A value from CHOICES.
     share_gpu : bool
         Let several ranks use one GPU.
     max_context : int or None
-        The most positions of a sequence; None means the limit of the model.
+        The maximum number of positions of a sequence; None means the limit of the model.
     cache_tokens : int or None
-        Positions in the KV cache for all requests together; None means as many as fit.
+        The number of positions in the KV cache for all requests together; None means as many as fit.
     block_size : int
-        Positions in a block of the KV cache.
+        The number of positions in a block of the KV cache.
     max_tokens_per_step : int
-        The most tokens in one batch.
+        The maximum number of tokens in one batch.
     max_sequences : int
-        The most sequences that run at the same time.
+        The maximum number of sequences that run at the same time.
     verbose : bool
-        Print the output of all ranks at the end.
+        Show Python tracebacks, and what every rank wrote to stderr.
     """
 
     model: str = "smollm2"
@@ -60,7 +60,7 @@ class EngineOptions:
     verbose: bool = False
 
     def __post_init__(self):
-        """Refuse values that are wrong for any model; convert integers given as NumPy numbers or text."""
+        """Reject values that are invalid for every model; convert integers given as NumPy numbers or text."""
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None and field.default is None:
@@ -77,40 +77,40 @@ class EngineOptions:
                 raise InputError(f"{option(name)} {getattr(self, name)}: expected at least 1")
         if self.cache_tokens is not None and self.cache_tokens < self.block_size:
             raise InputError(
-                f"--cache-tokens {self.cache_tokens}: expected at least one block of {self.block_size}"
+                f"--cache-tokens {self.cache_tokens}: expected at least {self.block_size}, one block"
             )
 
 
 def options_from(owner, given):
-    """Return EngineOptions from the parameters of `owner` by name; None means the default.
+    """Return EngineOptions from a dict of the parameters of `owner`; None means the default.
 
     Raises
     ------
     InputError
-        if there is no such parameter, or it cannot have that value.
+        If a parameter does not exist, or has an invalid value.
     """
-    refuse_unknown(owner, given, [field.name for field in fields(EngineOptions)])
-    as_text = ("model", "tp")  # may also be a Path and an int
+    reject_unknown(owner, given, [field.name for field in fields(EngineOptions)])
+    as_text = ("model", "tp")  # the caller may pass a Path and an int
     given = {name: value for name, value in given.items() if value is not None}
     return EngineOptions(**{name: str(value) if name in as_text else value for name, value in given.items()})
 
 
 def one_of(choices, name, value):
-    """Return str(value), which must be one of `choices`; so a NumPy dtype is accepted as well."""
+    """Return str(value), which must be one of `choices`; this accepts a NumPy dtype, too."""
     if str(value) not in choices:
         raise InputError(f"{option(name)} {value!r}: expected one of {', '.join(choices)}")
     return str(value)
 
 
 def flag(name, value):
-    """Return Python's bool for a bool of Python or NumPy; refuse anything else."""
+    """Convert a bool of Python or NumPy to Python's; reject anything else."""
     if type(value).__name__ != "bool":
         raise InputError(f"{option(name)} {value!r}: expected True or False")
     return bool(value)
 
 
 def whole_number(name, value):
-    """Return an int for an integer of Python or NumPy, or one written as text; refuse anything else."""
+    """Convert an integer of Python or NumPy, or one written as text, to an int; reject anything else."""
     try:
         if type(value).__name__ == "bool":
             raise TypeError
@@ -120,5 +120,5 @@ def whole_number(name, value):
 
 
 def option(name):
-    """Return the command's option for a field's name."""
+    """Return the command-line option for a field's name."""
     return "--" + name.replace("_", "-")

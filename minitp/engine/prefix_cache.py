@@ -7,7 +7,7 @@ import numpy as np
 
 
 class PrefixCache:
-    """An index of full blocks by key, including blocks that no sequence uses any more.
+    """An index of full blocks by key, including blocks that no sequence uses anymore.
 
     A sequence that begins with the same tokens reuses these blocks instead of computing them again. An unused
     block keeps its content until its memory is needed; the least recently used one is evicted first.
@@ -54,7 +54,7 @@ class PrefixCache:
 def block_keys(token_ids, block_size, before=()):
     """Return a key for each full block of a sequence, a hash of all tokens up to the block's end.
 
-    `before` holds the keys of its first blocks, which are not computed again.
+    `before` has the keys of the sequence's first blocks, which are not computed again.
     """
     keys = list(before)
     for start in range(len(keys) * block_size, len(token_ids) - block_size + 1, block_size):

@@ -6,7 +6,7 @@ from minitp.load import check_room, device_of, load_model, open_source
 from minitp.loading.weights import shard_nbytes
 from minitp.request import Request, context_length
 
-PROGRESS_MESSAGES = 100  # most messages while loading
+PROGRESS_MESSAGES = 100  # maximum number of messages while loading
 
 
 def run_engine(options, comm, caller):
@@ -54,7 +54,7 @@ def blocks_needed(options, config, fit):
     """Return the number of blocks of every rank's pool.
 
     With `cache_tokens` the pool has room for that many tokens. Otherwise it has room for `max_sequences`
-    sequences of the largest length, but at most `fit` blocks.
+    sequences of the maximum length, but at most `fit` blocks.
     """
     if options.cache_tokens is not None:
         return options.cache_tokens // options.block_size
@@ -63,7 +63,7 @@ def blocks_needed(options, config, fit):
 
 
 class LoadProgress:
-    """A counter of loaded bytes that reports rank 0's progress to the caller."""
+    """A counter of the bytes loaded on rank 0, which it reports to the caller."""
 
     def __init__(self, source, comm, device, caller):
         self.total, self.caller = shard_nbytes(source.plan, comm.shard_rank, device), caller

@@ -1,9 +1,10 @@
-"""The scheduler: rank 0 chooses the tokens of the next forward pass and sends all ranks a ScheduledBatch.
+"""The scheduler: rank 0 decides which tokens to compute next, and sends all ranks a ScheduledBatch.
 
-Sequences that are decoding come first, one token each, the oldest first. Then come running sequences whose
-prompt is not finished, with as many tokens as the batch still has room for, and then waiting sequences. When
-no block is free, the youngest sequence is preempted: its blocks are freed, and it waits. Later it starts
-again with its generated tokens as part of the prompt, which gives the same result.
+A batch may contain decoding sequences and prompts together. Decoding sequences come first, one token each,
+the oldest first. Then come running sequences whose prompts are not finished, with as many tokens as the batch
+still has room for, and then waiting sequences. If no block is free, the youngest sequence is preempted: its
+blocks are freed, and it waits. It starts again later, with its generated tokens as part of the prompt, which
+gives the same result.
 """
 
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class ScheduledBatch:
     finished : list of int
         Sequences that have stopped running since the last batch.
     logits_at : list of int
-        Row of the last token of each sequence that gets a new token, among all tokens of the batch.
+        The row, among all tokens of the batch, of the last token of each sequence that gets a new one.
     """
 
     chunks: list
@@ -60,23 +61,24 @@ class Scheduler:
     num_blocks, block_size : int
         The size of every rank's pool.
     max_tokens_per_step : int
-        The most tokens in one batch.
+        The maximum number of tokens in one batch.
     max_sequences : int
-        The most sequences that run at the same time.
+        The maximum number of sequences that run at the same time.
     largest_pass : callable
-        largest_pass(n) -> the most tokens of one sequence in a batch, if n tokens are computed already.
+        largest_pass(n) -> the maximum number of tokens of a sequence in one batch after n computed tokens.
 
     Raises
     ------
     InputError
-        if a size or limit is not positive.
+        If a size or limit is not positive.
     """
 
     def __init__(self, num_blocks, block_size, max_tokens_per_step, max_sequences, largest_pass):
-        sizes = {"blocks": num_blocks, "block size": block_size, "tokens per step": max_tokens_per_step}
-        for name, value in (sizes | {"sequences": max_sequences}).items():
+        sizes = dict(num_blocks=num_blocks, block_size=block_size)
+        limits = dict(max_tokens_per_step=max_tokens_per_step, max_sequences=max_sequences)
+        for name, value in (sizes | limits).items():
             if value < 1:
-                raise InputError(f"{name}: {value}, expected 1 or more")
+                raise InputError(f"{name} {value}: expected 1 or more")
         self.largest_pass = largest_pass
         self.allocator = BlockAllocator(num_blocks, block_size)
         self.max_tokens_per_step, self.max_sequences = max_tokens_per_step, max_sequences
@@ -87,12 +89,12 @@ class Scheduler:
         self._scheduled = {}  # sequence number -> (sequence, number of tokens, new blocks)
 
     def add(self, request):
-        """Queue a request; raise InputError if the pool could not hold it even alone."""
+        """Queue a request; raise InputError if it would not fit in the pool even alone."""
         room = self.allocator.num_blocks * self.allocator.block_size
         if request.positions > room:
             raise InputError(
-                f"prompt and new tokens need up to {request.positions} positions, too many for a cache of "
-                f"{room}; ask for fewer new tokens"
+                f"the prompt and the new tokens need up to {request.positions} positions, but the cache has "
+                f"only {room}; ask for fewer new tokens"
             )
         self.waiting.append(Sequence(self._arrived, request, list(request.prompt_ids)))
         self._arrived += 1
@@ -105,11 +107,11 @@ class Scheduler:
 
     @property
     def busy(self):
-        """Return whether any request is waiting or running."""
+        """True if any request is waiting or running."""
         return bool(self.running or self.waiting)
 
     def load(self):
-        """Return by name the current numbers of requests and blocks, and the counts since the start."""
+        """Return the current numbers of requests and blocks, and counts since the start, by name."""
         return {
             "running": len(self.running),
             "waiting": len(self.waiting),
@@ -131,7 +133,7 @@ class Scheduler:
         return self._batch()
 
     def commit(self, batch, logits):
-        """Add the next token to each sequence that has logits: [len(batch.logits_at), V].
+        """Sample the next token of each sequence that gets one, from logits [len(batch.logits_at), V].
 
         Returns
         -------
@@ -171,7 +173,7 @@ class Scheduler:
         self._scheduled[sequence.number] = sequence, tokens, blocks
 
     def _admit(self):
-        """Start the oldest waiting sequences while the batch has room and their whole prompts find blocks."""
+        """Start the oldest waiting sequences while the batch has room and there are blocks for the prompt."""
         while self.waiting and self._tokens_left() and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             size = self.allocator.block_size

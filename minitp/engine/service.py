@@ -6,8 +6,8 @@ The caller of rank 0 is the supervisor, or a thread of rank 0's own process. The
                   {"abort": 7}                                      abort this request
                   {"close": true}                                   end the ranks
     from rank 0   {"loading": n, "of": m}                           bytes of weights loaded so far
-                  {"failed": "..", "exit_code": 2}                  all ranks are ending, and the reason
-                  {"ready": {..}, "load": {..}}                     requests are served from now on
+                  {"failed": "..", "exit_code": 2}                  the reason why all ranks are exiting
+                  {"ready": {..}, "load": {..}}                     the ranks accept requests
                   {"updates": [[7, {..}], ..], "load": {..}}        new output of requests; the load
 """
 
@@ -25,7 +25,7 @@ def serve(engine, caller, make_request):
     ----------
     engine : Engine
     caller : object
-        On rank 0: `inbox` is a queue of its messages, and `send` sends it one.
+        The caller of rank 0: `inbox` is a queue of its messages, and `send(message)` sends it one.
     make_request : callable
         make_request(prompt_ids, params) -> Request.
     """
@@ -49,7 +49,7 @@ class TrackedRequest:
 
 
 class RequestLoop:
-    """The messages of rank 0: it accepts the caller's requests and sends their output."""
+    """Rank 0's exchange of messages: it accepts requests from the caller and sends back their output."""
 
     def __init__(self, engine, caller, make_request):
         self.engine, self.caller, self.make_request = engine, caller, make_request

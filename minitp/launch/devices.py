@@ -9,16 +9,16 @@ GPU_TRANSPORTS = ("nccl", "peer")  # values of --comm that need GPUs
 
 
 def on_gpus(comm, device):
-    """Return whether the ranks compute on GPUs; --device auto means yes if every rank's host has one."""
+    """Return whether the ranks compute on GPUs; with --device auto they do if every host has a GPU."""
     return device == "cuda" or (device == "auto" and all(comm.allgather_object(gpus() > 0)))
 
 
-def refuse_on_cpus(transport, share_gpu):
-    """Refuse the options that only make sense on GPUs."""
+def reject_on_cpus(transport, share_gpu):
+    """Reject the options that only make sense on GPUs."""
     if transport in GPU_TRANSPORTS:
-        raise InputError(f"--comm {transport} is for GPUs; leave it out, or give --device cuda")
+        raise InputError(f"--comm {transport} needs GPUs; omit it, or add --device cuda")
     if share_gpu:
-        raise InputError("--share-gpu needs GPUs; leave it out, or give --device cuda")
+        raise InputError("--share-gpu needs GPUs; omit it, or add --device cuda")
 
 
 def open_rank_gpu(comm, local_rank, share_gpu):
@@ -28,12 +28,12 @@ def open_rank_gpu(comm, local_rank, share_gpu):
     -------
     gpu : Gpu
     shared : bool
-        Whether any two ranks share a GPU.
+        True if any two ranks share a GPU.
 
     Raises
     ------
     AgreedError
-        on all ranks, if a rank has no GPU, or would have to share one and `share_gpu` is not set.
+        On all ranks, if a rank has no GPU, or would have to share one and `share_gpu` is not set.
     """
     from minitp.cuda.gpu import open_gpu
 

@@ -1,7 +1,7 @@
-"""The process of one rank, from its start to its exit code, whatever fails.
+"""The process of one rank, from its start to its exit code, including failures.
 
-NumPy and all that needs it are imported inside functions, so that a failing import is handled like any other
-failure.
+NumPy and the modules that need it are imported inside functions, so that a failing import is handled like any
+other failure.
 """
 
 import faulthandler
@@ -27,7 +27,7 @@ def run_alone(work, options, comm, serving=False):
     Parameters
     ----------
     work : callable
-        work(comm, caller) -> exit code: does the rank's work.
+        A function work(comm, caller) -> exit code that does the rank's work.
     options : object
         An object with the options device, comm, share_gpu and verbose as attributes.
     comm : Comm
@@ -97,7 +97,7 @@ def _supervisor_link():
 
 @contextmanager
 def _warned_if_mpi_is_slow():
-    """Print a line if the block takes long: while MPI starts, no other limit applies to missing ranks."""
+    """Print a line if the block takes long; while MPI starts, nothing else reports missing ranks."""
     from minitp.comm import wait
 
     text = f"minitp: MPI has not started on all ranks within {wait.LATE_S:g} s"
@@ -112,7 +112,7 @@ def _warned_if_mpi_is_slow():
 
 
 def _exit_together(error, options, comm, caller):
-    """Report why all ranks exit, on rank 0; with -v the rank that failed prints its traceback."""
+    """Report on rank 0 why all ranks exit; with -v the rank that failed prints its traceback."""
     if comm.rank == 0 and caller is not None:
         caller.send({"failed": str(error), "exit_code": error.exit_code})
     elif comm.rank == 0:
@@ -143,11 +143,11 @@ def _print_traceback(error, options):
 def _high_descriptor():
     """Return a number for a file descriptor above those of MPI.
 
-    Linux closes the highest descriptors of a killed process first. So the supervisor learns of the death
-    before mpirun does, which kills the other ranks then.
+    Linux closes the highest descriptors of a killed process first. So the supervisor learns which rank has
+    died before mpirun notices and kills the other ranks.
     """
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 512 if most == resource.RLIM_INFINITY else min(512, most - 8)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 512 if limit == resource.RLIM_INFINITY else min(512, limit - 8)
 
 
 class SupervisorLink:
@@ -175,7 +175,7 @@ class SupervisorLink:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self):
-        """Queue the supervisor's messages; if the connection closes, the supervisor died: end this rank."""
+        """Queue the supervisor's messages; if the connection closes, it has died: kill this process, too."""
         with suppress(ConnectionResetError):
             for line in self._socket.makefile("rb"):
                 self.inbox.put(json.loads(line))

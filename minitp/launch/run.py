@@ -37,7 +37,7 @@ def ranks_to_start(tp, device, model, layers=None):
     Parameters
     ----------
     tp, device, model, layers
-        The values of these options.
+        The values of the options with these names.
     """
     size = ranks_wanted(tp, device)
     if tp != "auto" or size == 1:
@@ -54,7 +54,7 @@ class Terminated(BaseException):
 
 @contextmanager
 def raised_on_sigterm():
-    """Let SIGTERM raise Terminated within the block, so that the ranks are ended then, too."""
+    """Let SIGTERM raise Terminated within the block, so that the ranks are ended as with Ctrl-C."""
 
     def raise_terminated(number, frame):
         raise Terminated

@@ -1,4 +1,4 @@
-"""The supervisor: starts the ranks with mpirun, watches them, exchanges messages with rank 0, and ends them.
+"""The supervisor, which starts the ranks, watches them, exchanges messages with rank 0, and ends them.
 
 Each rank connects to the supervisor's Unix socket as soon as it starts and keeps the connection until it
 ends. So the supervisor knows which process is which rank, and notices at once when a process is gone: the
@@ -31,7 +31,7 @@ from minitp.errors import RankError
 from minitp.util.environment import ALONE_VARIABLE, SOCKET_VARIABLE, limit_blas_threads
 
 START_LIMIT_S = 60  # time for all ranks to connect
-LONGEST_PARENT = 80  # a Unix socket's path has at most 103 bytes (macOS) or 107 (Linux)
+LONGEST_PARENT = 80  # bytes; a Unix socket's path may have 103 (macOS) or 107 (Linux)
 END_LIMIT_S = 10  # time for mpirun to end after the last message of the last rank
 
 # By default Open MPI refuses to run as root or with more ranks than cores, binds each rank to a core, and
@@ -60,11 +60,11 @@ THIS_HOST = {
 
 
 def find_mpirun():
-    """Return the mpirun next to this Python, whose MPI mpi4py also finds, or else the one in the PATH."""
+    """Return the mpirun next to this Python, whose MPI mpi4py also uses, or else the one in the PATH."""
     adjacent = Path(sys.executable).parent / "mpirun"
     found = str(adjacent) if adjacent.exists() else shutil.which("mpirun") or shutil.which("mpiexec")
     if found is None:
-        raise RankError("no mpirun found: pip install 'minitp[mpi]', or install an MPI, or use --tp 1")
+        raise RankError("no mpirun found; pip install 'minitp[mpi]', install another MPI, or use --tp 1")
     return found
 
 
@@ -110,7 +110,7 @@ class RankProcesses:
     size : int
         The number of ranks.
     verbose : bool
-        Print the output of all ranks at the end.
+        Print the output of all ranks when they have ended.
     streams : (int, int) or None
         File descriptors for rank 0's stdout and stderr; with None, rank 0 writes to a file like the others.
     """
@@ -152,7 +152,7 @@ class RankProcesses:
         Raises
         ------
         RankError
-            as soon as a rank fails, with the last lines that the rank wrote.
+            As soon as a rank fails, with the last lines that the rank wrote.
         """
         started = time.monotonic()
         while len(self.ranks) < self.size or any(rank.exit_code is None for rank in self.ranks.values()):
@@ -212,7 +212,9 @@ class RankProcesses:
             with rank.send_lock:
                 rank.connection.sendall(line.encode() + b"\n")
         except TimeoutError:
-            raise RankError(f"rank 0 (pid {rank.pid}) has read no message for {END_LIMIT_S} s") from None
+            raise RankError(
+                f"rank 0 (pid {rank.pid}) has read no message for {END_LIMIT_S} s; it is stopped or stuck"
+            ) from None
         except OSError:
             pass  # rank 0 is gone, which `watch` reports
 
@@ -288,7 +290,7 @@ def warn_of_other_nodes(environment):
     if nodes > 1:
         print(
             f"minitp: warning: all ranks start on this host, one of the {nodes} nodes of the allocation; "
-            "srun -K --mpi=pmi2 minitp .. or mpirun minitp .. without --tp uses all",
+            "to use them all, run srun -K --mpi=pmi2 minitp .. or mpirun minitp .. without --tp",
             file=sys.stderr,
         )
 

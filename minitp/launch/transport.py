@@ -9,11 +9,11 @@ peer                                                  small sums in the GPUs' ow
 """
 
 from minitp.errors import InputError
-from minitp.launch.devices import GPU_TRANSPORTS, on_gpus, open_rank_gpu, refuse_on_cpus
+from minitp.launch.devices import GPU_TRANSPORTS, on_gpus, open_rank_gpu, reject_on_cpus
 
 
 def select_host_comm(comm, transport="auto"):
-    """Return the Comm between the hosts of the ranks, which carries all Python objects; all ranks call this.
+    """Return the Comm between the hosts of the ranks, which transfers Python objects; all ranks call this.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ def select_host_comm(comm, transport="auto"):
     Raises
     ------
     AgreedError
-        on all ranks, if `transport` is shm and no two ranks share a host.
+        On all ranks, if `transport` is shm and no two ranks share a host.
     """
     if transport == "mpi":
         return comm
@@ -34,10 +34,10 @@ def select_host_comm(comm, transport="auto"):
     from minitp.comm.shared_memory import SharedMemoryComm
 
     node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    most = max(comm.allgather_object(node.size))
+    ranks_per_host = max(comm.allgather_object(node.size))
     if node.size == comm.size:
         return SharedMemoryComm(node)
-    if most > 1:
+    if ranks_per_host > 1:
         return HierarchicalComm(node)
     if transport == "shm":
         comm.agree(InputError("--comm shm: no two ranks share a host; use --comm mpi"))
@@ -64,11 +64,11 @@ def select_comm(comm, device, transport="auto", share_gpu=False):
     Raises
     ------
     AgreedError
-        on all ranks, if a rank has no GPU, an option does not fit the devices, or NCCL does not start.
+        On all ranks, if a rank has no GPU, an option does not fit the devices, or NCCL does not start.
     """
     if not on_gpus(comm, device):
         with comm.agreed():
-            refuse_on_cpus(transport, share_gpu)
+            reject_on_cpus(transport, share_gpu)
         return comm
     from minitp.comm.single import SingleRank
     from minitp.cuda.comm import LocalComm, StagedComm
@@ -86,7 +86,7 @@ def select_comm(comm, device, transport="auto", share_gpu=False):
             if transport in GPU_TRANSPORTS:
                 raise InputError(
                     f"--comm {transport}: several ranks can share a GPU only with NCCL 2.30 or newer, and "
-                    "this NCCL is older; leave --comm out, or use --comm mpi"
+                    "this NCCL is older; omit --comm, or use --comm mpi"
                 )
         return StagedComm(comm, gpu)
     reach = peers_reach_each_other(comm, gpu, local_rank)

@@ -1,4 +1,4 @@
-"""The routes of the server."""
+"""The HTTP routes of the server."""
 
 import asyncio
 import hmac
@@ -33,7 +33,7 @@ def make_app(backend, metrics, model, api_key=None):
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
     ]
-    handlers = {ApiError: refusal, HTTPException: route_error, Exception: unexpected_error}
+    handlers = {ApiError: api_error, HTTPException: route_error, Exception: unexpected_error}
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
@@ -68,7 +68,7 @@ class Api:
         return await self.respond(request, chat_request, ChatResponse)
 
     async def respond(self, request, parse, response_class):
-        """Respond to a request, whose body `parse` turns into an ApiRequest; as a whole or as a stream."""
+        """Respond to a request as a whole or as a stream; `parse` turns its body into an ApiRequest."""
         timer = RequestTimer(self.metrics, request.url.path)
         try:
             self.check_key(request)
@@ -98,7 +98,7 @@ class Api:
             timer.finish(status, response)
 
     def check_key(self, request):
-        """Raise ApiError 401 if the server needs a key and the request has not sent it."""
+        """Raise ApiError 401 if the server requires a key that the request does not have."""
         sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
         if self.api_key is not None and not hmac.compare_digest(sent, self.api_key.encode()):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
@@ -117,7 +117,7 @@ class Api:
 
 
 class EventStream(StreamingResponse):
-    """A response as server-sent events. However the stream ends, its unfinished sequences are stopped."""
+    """A response as server-sent events, which stops unfinished sequences however the stream ends."""
 
     def __init__(self, running, response, timer):
         super().__init__(self.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -150,14 +150,14 @@ class EventStream(StreamingResponse):
 
 
 class RequestTimer:
-    """A timer of one request that feeds the metrics."""
+    """A timer that records one request in the metrics."""
 
     def __init__(self, metrics, route):
         self.metrics, self.route = metrics, route
         self.started, self.first = time.perf_counter(), None
 
     def record(self, update):
-        """Record an Update."""
+        """Record the time of the first token when its Update arrives."""
         if self.first is None and update.token_ids:
             self.first = time.perf_counter()
             self.metrics.first_token.observe(self.first - self.started)
@@ -198,14 +198,14 @@ def make_sequences(llm, api_request, prompts):
         room = context - len(ids)
         if max_tokens is not None and max_tokens > room:
             message = (
-                f"a prompt of {len(ids)} tokens and max_tokens {max_tokens} exceed the context of {context}"
+                f"a prompt of {len(ids)} tokens plus max_tokens {max_tokens} exceed the context of {context}"
             )
             raise ApiError(400, message, "max_tokens", "context_length_exceeded")
-        most = max_tokens or min(room, api_request.default_tokens or room)
+        max_new_tokens = max_tokens or min(room, api_request.default_tokens or room)
         for choice in range(api_request.choices):
             params = api_request.params
             seed = None if params.seed is None else params.seed + choice
-            sequences.append((ids, replace(params, max_new_tokens=most, seed=seed)))
+            sequences.append((ids, replace(params, max_new_tokens=max_new_tokens, seed=seed)))
     return sequences
 
 
@@ -217,7 +217,7 @@ async def collect(running, response, timer):
 
 
 async def cancel_on_disconnect(request, work):
-    """Run `work` to its end; if the client disconnects before that, cancel it and raise ApiError 499."""
+    """Await `work`; if the client disconnects before it is done, cancel it and raise ApiError 499."""
     task = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(wait_for_disconnect(request))
     try:
@@ -237,7 +237,7 @@ async def wait_for_disconnect(request):
 
 
 async def read_body(request):
-    """Return the bytes of the body; refuse other types than JSON, large bodies and slow ones."""
+    """Return the bytes of the body; reject a body that is not JSON, too large, or too slow to arrive."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise ApiError(415, f"Content-Type {content_type!r:.80}: expected application/json")
@@ -253,10 +253,10 @@ async def read_body(request):
     try:
         return await asyncio.wait_for(read(), BODY_SECONDS)
     except asyncio.TimeoutError:
-        raise ApiError(408, f"the body has not arrived within {BODY_SECONDS} s") from None
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s") from None
 
 
-async def refusal(request, error):
+async def api_error(request, error):
     """Respond to an ApiError with its error object."""
     return JSONResponse(error.object(), error.status, headers=error.headers)
 

@@ -21,9 +21,9 @@ class AdmissionLimits:
     Attributes
     ----------
     sequences : int
-        The most sequences that run or wait at the same time, over all clients.
+        The maximum number of sequences that run or wait at the same time, over all clients.
     seconds : float
-        The most time for a response.
+        The time limit of a response.
     """
 
     sequences: int
@@ -36,7 +36,7 @@ class Backend:
     Parameters
     ----------
     start : callable
-        start(on_end) -> LLM; may take minutes.
+        start(on_end) -> LLM. It may take minutes.
     limits : AdmissionLimits
     restart : bool
         Start the ranks again if one dies.
@@ -85,7 +85,7 @@ class Backend:
             messages = {
                 "loading": "the model is loading",
                 "draining": "the server is shutting down",
-                "failed": "a rank has died; the server is ending",
+                "failed": "the model has failed; the server is shutting down",
             }
             raise ApiError(503, messages[self.state], code=self.state, headers=RETRY_AFTER)
         return self.llm
@@ -98,16 +98,16 @@ class Backend:
         ApiError
             429 if too many sequences are running or waiting, 400 if the request alone has too many.
         """
-        llm, count, most = self.ready(), len(sequences), self.limits.sequences
-        if count > most:
+        llm, count, limit = self.ready(), len(sequences), self.limits.sequences
+        if count > limit:
             raise ApiError(
-                400, f"the request asks for {count} sequences; this server allows {most} at a time", "n"
+                400, f"the request asks for {count} sequences; this server allows {limit} at a time", "n"
             )
         unfinished = sum(running.count for running in self.running)
-        if unfinished + count > most:
+        if unfinished + count > limit:
             raise ApiError(
                 429,
-                f"the queue is full: {unfinished} of at most {most} sequences are running or waiting",
+                f"the queue is full: {unfinished} of at most {limit} sequences are running or waiting",
                 code="queue_full",
                 headers=RETRY_AFTER,
             )
@@ -120,7 +120,7 @@ class Backend:
 
 
 class RunningRequest:
-    """An iterator over (index, Update) of a request's sequences; call `stop` at the end."""
+    """An asynchronous iterator over (index, Update) of a request's sequences; call `stop` at the end."""
 
     def __init__(self, backend, llm, sequences):
         self._backend, self._unfinished, self.count = backend, len(sequences), len(sequences)
@@ -148,9 +148,8 @@ class RunningRequest:
         try:
             index, update = await asyncio.wait_for(self._updates.get(), self._deadline - self._loop.time())
         except asyncio.TimeoutError:
-            raise ApiError(
-                504, f"not finished within {self._backend.limits.seconds:g} s", code="timeout"
-            ) from None
+            limit = self._backend.limits.seconds
+            raise ApiError(504, f"the response was not finished within {limit:g} s", code="timeout") from None
         if update.error is not None:
             raise ApiError(500, client_message(update.error), code="failed")
         if update.finish_reason is not None:

@@ -48,7 +48,7 @@ class Metrics:
         )
         self.each_token = Histogram(
             "minitp_token_seconds",
-            "Time between the tokens of a response, on average",
+            "Average time between the tokens of a response",
             buckets=TOKEN_SECONDS,
             registry=self._registry,
         )

@@ -1,7 +1,7 @@
-"""Requests: every field must be known and of the right type, or the request is refused.
+"""Requests: one with an unknown field, or with a value of the wrong type, is rejected.
 
 Fields that minitp does not support are accepted only with values that change nothing (`presence_penalty: 0`).
-If others were ignored, the response would be to a different request.
+With any other value the request is rejected, because ignoring the value would answer a different request.
 """
 
 import json
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from minitp.sampling import SamplingParams
 
-MOST_CHOICES = 128
-MOST_STOPS = 16
-LARGEST_SEED = 1 << 64
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_SEED = 1 << 64
 
 
 class ApiError(Exception):
@@ -45,18 +45,18 @@ class ApiRequest:
     ----------
     model : str
     prompts : list
-        The prompts of a completion: texts or lists of token ids.
+        The prompts of a completion: strings or lists of token ids.
     messages : list of dict or None
         The messages of a chat.
     params : SamplingParams
         All sampling parameters but `max_new_tokens`, which depends on `max_tokens` and the context.
     max_tokens : int or None
     default_tokens : int or None
-        The most tokens if `max_tokens` is None; None means the rest of the context.
+        The default of `max_tokens`; None means the rest of the context.
     choices : int
         The number of choices for each prompt.
     stream, usage : bool
-        Send a stream of chunks; and at its end a chunk with the token counts.
+        Send the response as a stream of chunks, and a chunk with the token counts at its end.
     """
 
     model: str
@@ -101,7 +101,7 @@ def is_tokens(value):
 
 
 def is_prompt(value):
-    several = isinstance(value, list) and 0 < len(value) <= MOST_CHOICES
+    several = isinstance(value, list) and 0 < len(value) <= MAX_CHOICES
     return (
         is_text(value)
         or is_tokens(value)
@@ -111,7 +111,7 @@ def is_prompt(value):
 
 def is_stop(value):
     stops = [value] if is_text(value) else value
-    return isinstance(stops, list) and len(stops) <= MOST_STOPS and all(is_text(s) and s for s in stops)
+    return isinstance(stops, list) and len(stops) <= MAX_STOPS and all(is_text(s) and s for s in stops)
 
 
 FLAG = Field("true or false", lambda value: isinstance(value, bool))
@@ -127,17 +127,17 @@ COMMON = {
         ),
     ),
     "max_tokens": whole_number(1, 1 << 31),
-    "n": whole_number(1, MOST_CHOICES),
+    "n": whole_number(1, MAX_CHOICES),
     "temperature": number(0, 2),
     "top_p": Field("a number above 0, up to 1", lambda x: number(0, 1).test(x) and x > 0),
-    "seed": whole_number(0, LARGEST_SEED),
-    "stop": Field(f"a non-empty string, or a list of up to {MOST_STOPS}", is_stop),
+    "seed": whole_number(0, MAX_SEED),
+    "stop": Field(f"a non-empty string, or a list of up to {MAX_STOPS}", is_stop),
     # Not in the API of OpenAI, but common in other servers.
     "top_k": whole_number(0, 1 << 31),
     "ignore_eos": FLAG,
 }
 COMPLETION = {
-    "prompt": Field(f"a text, a list of token ids, or a list of up to {MOST_CHOICES} of either", is_prompt),
+    "prompt": Field(f"a string, a list of token ids, or a list of up to {MAX_CHOICES} of either", is_prompt),
     "logprobs": whole_number(0, 20),
 }
 CHAT = {
@@ -168,8 +168,8 @@ IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "pr
 def read_json(data):
     """Return the JSON object in the body of a request."""
     try:
-        body = json.loads(data, parse_constant=refuse_constant)
-        json.dumps(body, ensure_ascii=False).encode()  # fails for half a surrogate pair
+        body = json.loads(data, parse_constant=reject_constant)
+        json.dumps(body, ensure_ascii=False).encode()  # raises ValueError for half a surrogate pair
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(body, dict):
@@ -177,7 +177,7 @@ def read_json(data):
     return body
 
 
-def refuse_constant(name):
+def reject_constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
@@ -195,9 +195,9 @@ def chat_request(body):
     if "top_logprobs" in body and not body.get("logprobs"):
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     logprobs = body.get("top_logprobs", 0) if body.get("logprobs") else None
-    most = body.get("max_completion_tokens", body.get("max_tokens"))
+    max_tokens = body.get("max_completion_tokens", body.get("max_tokens"))
     messages = [check_message(value, index) for index, value in enumerate(body["messages"])]
-    return _api_request(body, most, None, logprobs, messages=messages)
+    return _api_request(body, max_tokens, None, logprobs, messages=messages)
 
 
 def check_fields(body, fields, required):
@@ -220,15 +220,15 @@ def check_fields(body, fields, required):
 
 
 def check_message(value, index):
-    """Return a message of a conversation with its content as one text; refuse other content."""
+    """Return a message with its content as one string; reject content that is not text."""
     content = value.get("content") if isinstance(value, dict) else None
     if isinstance(content, list) and all(is_text_part(part) for part in content):
         content = "".join(part["text"] for part in content)
     if not is_text(content) or not is_text(value.get("role")):
         raise ApiError(
             400,
-            f"messages[{index}]: expected a role, and content that is a text or a list of text parts; minitp "
-            "does not support images, audio or tools",
+            f"messages[{index}]: expected a role, and content that is a string or a list of text parts; "
+            "minitp does not support images, audio or tools",
             f"messages[{index}]",
             "invalid_type",
         )
@@ -240,7 +240,7 @@ def is_text_part(part):
 
 
 def _api_request(body, max_tokens, default_tokens, logprobs, **prompts_or_messages):
-    """Return an ApiRequest from checked fields, of either route."""
+    """Return an ApiRequest from the checked fields of a body, for both routes."""
     params = SamplingParams(
         temperature=body.get("temperature", 1.0),
         top_p=body.get("top_p", 1.0),

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 
 def event(value):
-    """Return a server-sent event with a text or a JSON object."""
+    """Return a server-sent event with a string or a JSON object."""
     return f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n"
 
 
 @dataclass
 class Choice:
-    """One continuation of a prompt, as far as it is known."""
+    """One continuation of a prompt, as far as it has been received."""
 
     text: str = ""
     tokens: int = 0
@@ -66,7 +66,7 @@ class ApiResponse:
         return chunks
 
     def usage(self):
-        """Return the token counts."""
+        """Return the `usage` object: the numbers of prompt tokens and new tokens."""
         new = sum(choice.tokens for choice in self.choices)
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -75,7 +75,7 @@ class ApiResponse:
         }
 
     def whole(self):
-        """Return the object of a response that is not streamed."""
+        """Return the whole response as one object, for a request without `stream`."""
         choices = [
             {
                 "index": index,
@@ -88,11 +88,11 @@ class ApiResponse:
         return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
 
     def first_chunks(self):
-        """Return the opening chunks of a stream."""
+        """Return the opening chunks of a stream: an empty list, unless a subclass overrides this."""
         return []
 
     def last_chunks(self):
-        """Return the closing chunks of a stream."""
+        """Return the closing chunks of a stream: one with the `usage` object if it was requested."""
         if not self.request.usage:
             return []
         return [{**self.head, "object": self.chunk_kind, "choices": [], "usage": self.usage()}]
@@ -144,7 +144,7 @@ class CompletionResponse(ApiResponse):
         }
 
     def by_text(self, top):
-        """Return {text: logprob}; of tokens with equal text (parts of characters), the most probable."""
+        """Return {text: logprob}, the most probable token's if tokens share a text (parts of characters)."""
         return {self.token_text(token): logprob for token, logprob in reversed(top)}
 
 
@@ -178,5 +178,5 @@ class ChatResponse(ApiResponse):
 
     def token(self, token, logprob):
         text = self.token_text(token)
-        whole = "\ufffd" not in text  # else a part of a character, whose bytes are not known here
+        whole = "\ufffd" not in text  # otherwise a part of a character, whose bytes are unknown
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}

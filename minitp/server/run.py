@@ -13,7 +13,7 @@ from minitp.server.app import make_app
 from minitp.server.backend import Backend
 from minitp.server.metrics import Metrics
 
-FAILED_S = 2  # time in which /health reports that a rank has died, before the process exits
+FAILED_S = 2  # time for which /health reports the failure before the process exits
 FORCED_S = 3  # time for connections to close after their streams have been ended
 
 
@@ -37,7 +37,7 @@ def serve_forever(start, limits, model, listener, *, api_key, restart, drain_sec
     Parameters
     ----------
     start : callable
-        The function that starts the LLM; see Backend.
+        A function that starts the LLM; see Backend.
     limits : AdmissionLimits
     model : str
         The name that clients must use for the model.

@@ -1,1 +1,1 @@
-"""The smaller helpers: environment (the machine and the launcher), stdout, format (text), suggest (typos)."""
+"""Helpers: environment (machine and MPI), format (text), stdout, suggest (typos), this_run (facts)."""

@@ -8,6 +8,7 @@ from glob import glob
 from pathlib import Path
 
 from minitp.errors import InputError
+from minitp.util.format import counted
 
 SOCKET_VARIABLE = "MINITP_SUPERVISOR"  # the supervisor's socket, for a rank that the launcher has started
 ALONE_VARIABLE = "MINITP_ALONE"  # set for a single rank, which the launcher starts without mpirun
@@ -46,7 +47,7 @@ def cores():
 
 
 def memory():
-    """Return the bytes of memory that this process may use: the machine's, within a container's limit."""
+    """Return the bytes of memory that this process may use: all of the machine's, or a container's limit."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -58,7 +59,7 @@ def memory():
 def ranks_wanted(tp, device="auto"):
     """Return the number of ranks that --tp asks for.
 
-    "auto" is a rank per GPU, unless --device says cpu, and without GPUs a rank per physical core, up to 4.
+    "auto" means one rank per GPU (unless `device` is cpu), or without GPUs one per physical core, at most 4.
     """
     if tp == "auto":
         return (device != "cpu" and gpus()) or min(physical_cores(), 4)
@@ -70,9 +71,9 @@ def ranks_wanted(tp, device="auto"):
 
 
 def check_world(tp, world):
-    """Refuse a --tp that differs from the number of ranks started by mpirun or srun; auto always fits."""
+    """Reject a --tp that differs from the number of ranks started by mpirun or srun; auto always fits."""
     if tp != "auto" and ranks_wanted(tp) != world:
-        raise InputError(f"--tp {tp} contradicts the MPI world of {world} ranks; leave --tp out")
+        raise InputError(f"--tp {tp}, but MPI started {counted(world, 'rank')}; omit --tp")
 
 
 def gpus():
@@ -85,7 +86,7 @@ def gpus():
 
 
 def physical_cores():
-    """Return the number of usable cores without hyper-threads, if Linux reports it; otherwise `cores()`."""
+    """Return the number of usable cores, not counting hyper-threads, if Linux reports it; else `cores()`."""
     try:
         blocks = Path("/proc/cpuinfo").read_text().split("\n\n")
     except OSError:
@@ -116,8 +117,8 @@ def divide_cores(environment):
 def limit_blas_threads(environment, ranks):
     """Divide the cores of a host among its ranks; this has an effect only before NumPy is imported.
 
-    Variables that the user has set are kept. With the user's OMP_NUM_THREADS nothing else is set, because
-    each BLAS would prefer its own variable.
+    Variables that the user has set are kept. If the user has set OMP_NUM_THREADS, the others are not set,
+    because each BLAS prefers its own variable.
     """
     if "OMP_NUM_THREADS" in environment:
         return

@@ -1,4 +1,4 @@
-"""Numbers and tables as text."""
+"""Functions that format numbers and tables as text."""
 
 
 def counted(number, noun):

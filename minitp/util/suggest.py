@@ -1,4 +1,4 @@
-"""The suggestion for a name that a user has mistyped, or knows from another tool."""
+"""Suggestions for names that a user has mistyped, or knows from another tool."""
 
 from difflib import get_close_matches
 
@@ -50,7 +50,7 @@ ALIASES = {
     "version": "info",
     "ppl": "perplexity",
 }
-CUTOFF = 0.72  # similarity from 0 to 1: lower ones suggest unrelated names
+CUTOFF = 0.72  # similarity from 0 to 1; a lower cutoff would suggest unrelated names
 
 
 def did_you_mean(word, candidates, aliases=ALIASES):
@@ -63,9 +63,9 @@ def did_you_mean(word, candidates, aliases=ALIASES):
     word : str
         The unknown name.
     candidates : iterable of str
-        The known names, spelled as the user may write them.
+        The valid names, spelled as the user may write them.
     aliases : dict
-        Names in other tools -> minitp's name, or None if minitp has no such option; both with underscores.
+        Other tools' names -> minitp's name, or None if minitp has no such option; with underscores.
 
     >>> did_you_mean("--temprature", ["--temperature", "--top-p"])
     '--temperature'
@@ -85,12 +85,12 @@ def did_you_mean(word, candidates, aliases=ALIASES):
     return known[close[0]] if close else None
 
 
-def refuse_unknown(owner, given, known):
+def reject_unknown(owner, given, known):
     """Raise InputError if `given` has a name that is not in `known`, and suggest the likely one."""
     for name in given:
         if name not in known:
             likely = did_you_mean(name, known)
-            hint = f"did you mean {likely}?" if likely else f"it has {', '.join(known)}"
+            hint = f"did you mean {likely}?" if likely else f"its parameters are {', '.join(known)}"
             raise InputError(f"{owner} has no parameter {name}; {hint}")
 
 

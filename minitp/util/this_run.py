@@ -1,4 +1,4 @@
-"""Facts about this run of the command: its version and date, its machine, and the line that repeats it."""
+"""Facts about this run of a command: version, date, machine, and the command line that repeats it."""
 
 import platform
 import shlex

@@ -88,7 +88,7 @@ def test_docstrings_make_sense_in_a_tooltip():
         "Behind the sum, once.",
     ],
 )
-def test_the_rule_refuses(line):
+def test_the_rule_rejects(line):
     assert fault_of(line)
 
 

@@ -113,9 +113,9 @@ def test_two_sequences_share_full_blocks(tmp_path):
             assert np.array_equal(storage.values[:, slots], old_values[:, slots], equal_nan=True)
 
 
-def test_a_position_without_a_block_is_refused():
+def test_a_position_without_a_block_is_rejected():
     cache = PagedCache(BlockPool(np, np.float32, 1, 2, 4, blocks=3, block_size=4), [1])
-    with pytest.raises(IndexError, match=r"position 4 has no slot: the block table has 1 \* 4 slots"):
+    with pytest.raises(IndexError, match=r"position 4 has no slot: the block table has only 4 slots"):
         cache.append(0, np.zeros((2, 5, 4), np.float32), np.zeros((2, 5, 4), np.float32))
 
 

@@ -83,7 +83,7 @@ def test_embed():
 
 
 @pytest.mark.parametrize("token", [-1, 3])
-def test_embed_refuses_tokens_outside_the_vocabulary(token):
+def test_embed_rejects_tokens_outside_the_vocabulary(token):
     with pytest.raises(ValueError, match="vocabulary"):
         oracle_ops.embed([token], np.zeros((3, 2)))
 
@@ -152,7 +152,7 @@ def test_rope_frequencies_llama3_endpoints():
 
 
 @pytest.mark.parametrize("spelling", [{"rope_type": "ntk"}, {"type": "dynamic"}])
-def test_an_unknown_rope_type_is_refused(spelling):
+def test_an_unknown_rope_type_is_rejected(spelling):
     with pytest.raises(ValueError, match=r"rope_type '(ntk|dynamic)'"):
         oracle_ops.rope_inverse_frequencies(rope_config(rope_scaling={**spelling, "factor": 2.0}))
 
@@ -317,7 +317,7 @@ def test_first_layers_only():
 
 
 @pytest.mark.parametrize("field", [{"model_type": "gpt2"}, {"model_type": None}, {"hidden_act": "gelu"}])
-def test_an_unknown_model_is_refused(field):
+def test_an_unknown_model_is_rejected(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         Oracle({**LLAMA, **field}, None)
 

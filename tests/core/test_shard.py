@@ -115,11 +115,11 @@ def test_the_config_determines_the_tensors():
 
 
 @pytest.mark.parametrize("tp", [-1, 0, 10])
-def test_an_impossible_tp_is_refused_with_the_possible_ones(tp):
+def test_an_impossible_tp_is_rejected_with_the_possible_ones(tp):
     with pytest.raises(InputError, match=rf"--tp {tp}: .*9 attention heads.* 1 to 9 "):
         make_plan(make_config(9, 3), tp)
 
 
-def test_more_ranks_than_vocabulary_rows_are_refused():
+def test_more_ranks_than_vocabulary_rows_are_rejected():
     with pytest.raises(InputError, match="1 to 5 "):
         make_plan(make_config(9, 3, vocab_size=5), 6)

@@ -205,7 +205,7 @@ def refusals(cases, ranks=2, **variables):
 
 
 @pytest.mark.mpi
-def test_models_that_differ_from_llama_are_refused(tiny, tmp_path):
+def test_models_that_differ_from_llama_are_rejected(tiny, tmp_path):
     fields = json.loads((tiny / "config.json").read_text())
     for number, change in enumerate(CHANGES):
         (tmp_path / str(number)).mkdir()
@@ -220,7 +220,7 @@ def test_models_that_differ_from_llama_are_refused(tiny, tmp_path):
 
 
 @pytest.mark.mpi
-def test_missing_files_and_bad_prompts_are_refused(tiny, tmp_path):
+def test_missing_files_and_bad_prompts_are_rejected(tiny, tmp_path):
     (tmp_path / "no-weights").mkdir()
     (tmp_path / "no-weights" / "config.json").write_text((tiny / "config.json").read_text())
     cases = {

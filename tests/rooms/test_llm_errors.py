@@ -59,7 +59,7 @@ def running(processes):
 # --- prompts and params ---------------------------------------------------------------------------------
 
 
-NO_PROMPT = "expected a text or a list of token ids"
+NO_PROMPT = "expected a string or a list of token ids"
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ NO_PROMPT = "expected a text or a list of token ids"
         ([[0.5] * 1000], NO_PROMPT),
         ([258], "token id 258 is outside the vocabulary, 0 to 257"),
         ([-1], "token id -1 is outside the vocabulary, 0 to 257"),
-        ([1] * CONTEXT, f"the prompt has {CONTEXT} tokens and the context {CONTEXT}: no room for a new one"),
-        ("x" * 70, f"the prompt has 70 tokens and the context {CONTEXT}"),
+        ([1] * CONTEXT, f"the prompt has {CONTEXT} tokens, which leaves no room for a new one"),
+        ("x" * 70, f"the prompt has 70 tokens, which leaves no room for a new one in a context of {CONTEXT}"),
         ("\ud800", ""),
     ],
 )
-def test_an_invalid_prompt_is_refused(idle, prompt, words):
+def test_an_invalid_prompt_is_rejected(idle, prompt, words):
     """The prompt is refused alone, in a stream, and in a list, whose other prompts are not computed."""
     message = refusal(lambda: idle.generate(prompt))
     assert words in message
@@ -99,24 +99,24 @@ def test_an_invalid_prompt_is_refused(idle, prompt, words):
         ({"max_new_tokens": 0}, "max_new_tokens 0: expected at least 1"),
         ({"temperature": -1}, "temperature -1: expected 0 or a positive number"),
         ({"top_p": 2}, "top_p 2: expected above 0 and at most 1"),
-        ({"stop": 5}, "stop 5: expected strings that are not empty"),
+        ({"stop": 5}, "stop 5: expected non-empty strings"),
         ({"max_tokens": 5}, "SamplingParams has no parameter max_tokens; did you mean max_new_tokens?"),
         ({"params": {"temperature": 1.0}}, "{'temperature': 1.0}"),
         ({"params": "greedy"}, "'greedy'"),
     ],
 )
-def test_invalid_params_are_refused(idle, options, words):
+def test_invalid_params_are_rejected(idle, options, words):
     for call in (idle.generate, idle.stream):
         assert words in refusal(lambda call=call: call("Hi", **options))
     assert words in refusal(lambda: idle.generate(["Hi", "Ho"], **options))
 
 
-def test_fewer_params_than_prompts_are_refused(idle):
-    words = "1 SamplingParams for 2 prompts; give one, or one for each"
+def test_fewer_params_than_prompts_are_rejected(idle):
+    words = "1 SamplingParams for 2 prompts; pass one, or one for each"
     assert refusal(lambda: idle.generate(["Hi", "Ho"], [SamplingParams()])) == words
 
 
-def test_chat_without_a_chat_template_is_refused(idle, tiny):
+def test_chat_without_a_chat_template_is_rejected(idle, tiny):
     for call in (idle.chat, idle.stream_chat, idle.encode_chat):
         words = f"{tiny} has no chat template, so it cannot chat; ask for a completion, or use a chat model"
         assert refusal(lambda call=call: call([{"role": "user", "content": "Hi"}])) == words
@@ -131,7 +131,7 @@ def test_random_weights_take_token_ids_only():
         completion = llm.generate([1, 2], params)
         assert completion.token_ids == alone(name, [([1, 2], params)], tp=1, layers=1)[0].token_ids
         assert completion.text == ""
-        no_text = f"{name} has no tokenizer.json; give token ids to `generate`"
+        no_text = f"{name} has no tokenizer.json; pass token ids to `generate`"
         assert refusal(lambda: llm.generate("Hi")) == no_text
         assert refusal(lambda: llm.stream([1, 2])) == no_text
         assert refusal(lambda: llm.chat("Hi")) == f"{name} has no chat template: its weights are random"
@@ -148,7 +148,7 @@ def test_random_weights_take_token_ids_only():
         ({"dtype": "float8"}, "'float8'"),
         ({"max_context": 513}, "--max-context 513: this model's context is 512 tokens"),
         ({"max_context": 0}, "--max-context 0"),
-        ({"cache_tokens": 15}, "--cache-tokens 15: expected at least one block of 16"),
+        ({"cache_tokens": 15}, "--cache-tokens 15: expected at least 16, one block"),
         ({"cache_tokens": "much"}, "'much'"),
         ({"block_size": 0}, "--block-size 0: expected at least 1"),
         ({"max_sequences": 0}, "--max-sequences 0: expected at least 1"),
@@ -158,7 +158,7 @@ def test_random_weights_take_token_ids_only():
         ({"model": "random:gpt-9"}, "random:gpt-9: unknown model"),
     ],
 )
-def test_an_invalid_option_is_refused_before_ranks_are_started(tiny, monkeypatch, options, words):
+def test_an_invalid_option_is_rejected_before_ranks_are_started(tiny, monkeypatch, options, words):
     def no_ranks(*_, **__):
         raise AssertionError("ranks were started")
 
@@ -175,7 +175,7 @@ def test_a_bad_model_that_only_the_ranks_detect_is_an_input_error(tmp_path):
         assert "lm_head.weight" in refusal(lambda tp=tp: LLM(tmp_path, tp=tp))
 
 
-def test_a_cache_that_is_larger_than_memory_is_refused(tiny):
+def test_a_cache_that_is_larger_than_memory_is_rejected(tiny):
     with pytest.raises(RankError, match=r"^rank 0 failed: .*Memory"):
         LLM(tiny, tp=2, cache_tokens=10**16)
 
@@ -208,7 +208,7 @@ def test_one_rank_needs_no_mpirun_and_several_ranks_do(tiny, tmp_path, monkeypat
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with LLM(tiny, tp=1, cache_tokens=CONTEXT) as llm:
         assert len(llm.generate([1], max_new_tokens=4).token_ids) == 4
-    with pytest.raises(RankError, match=r"^no mpirun found: "):
+    with pytest.raises(RankError, match=r"^no mpirun found; "):
         LLM(tiny, tp=2)
 
 

@@ -36,7 +36,7 @@ def cases(table):
 
 
 @pytest.mark.parametrize(("name", "value"), cases(INVALID), ids=str)
-def test_an_invalid_value_is_refused_with_its_name(name, value):
+def test_an_invalid_value_is_rejected_with_its_name(name, value):
     with pytest.raises(ParameterError, match=rf"^{name} .*: expected ") as caught:
         SamplingParams(**{name: value})
     assert isinstance(caught.value, InputError)

@@ -189,9 +189,9 @@ def test_auto_uses_the_cpu_without_a_gpu(model, without_cupy):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--comm", "nccl"], "--comm nccl is for GPUs; leave it out, or give --device cuda"),
-        (["--comm", "peer"], "--comm peer is for GPUs; leave it out, or give --device cuda"),
-        (["--share-gpu"], "--share-gpu needs GPUs; leave it out, or give --device cuda"),
+        (["--comm", "nccl"], "--comm nccl needs GPUs; omit it, or add --device cuda"),
+        (["--comm", "peer"], "--comm peer needs GPUs; omit it, or add --device cuda"),
+        (["--share-gpu"], "--share-gpu needs GPUs; omit it, or add --device cuda"),
     ],
 )
 def test_options_for_gpus_are_rejected_on_a_cpu(model, capsys, options, message):

@@ -123,7 +123,7 @@ def test_no_answer_in_time(monkeypatch):
 
 def test_no_mpirun(monkeypatch):
     def none():
-        raise RankError("no mpirun found: ..")
+        raise RankError("no mpirun found; ..")
 
     monkeypatch.setattr(info, "find_mpirun", none)
     found = info.facts()

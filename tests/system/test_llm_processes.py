@@ -146,9 +146,9 @@ def test_an_exception_in_the_script_of_rank_0_ends_all_ranks(model, script):
     ("script", "words"),
     [
         ("LLM('/no/such/model')", "/no/such/model: no such directory"),
-        ("start(cache_tokens=1)", "--cache-tokens 1: expected at least one block"),
-        ("start(nope=1)", "LLM has no parameter nope; it has model, tp,"),
-        ("start(tp=3)", "--tp 3 contradicts the MPI world of 2 ranks"),
+        ("start(cache_tokens=1)", "--cache-tokens 1: expected at least 16, one block"),
+        ("start(nope=1)", "LLM has no parameter nope; its parameters are model, tp,"),
+        ("start(tp=3)", "--tp 3, but MPI started 2 ranks"),
         ("start().generate('')", "the prompt is empty"),
     ],
 )
@@ -158,7 +158,7 @@ def test_bad_input_under_mpirun_is_reported_once_and_ends_all_ranks(model, scrip
     assert err.count(f"InputError: {words}") + err.count(f"InputError: --model {words}") == 1
 
 
-def test_a_second_llm_under_mpirun_works_or_is_refused(model):
+def test_a_second_llm_under_mpirun_works_or_is_rejected(model):
     script = (
         "for _ in range(2):\n    with start() as llm: print(llm.generate([1], max_new_tokens=3).token_ids)"
     )

@@ -278,7 +278,7 @@ def test_the_temperature_is_sent(page):
         "stream_options": {"include_usage": True},
     }
     page.run("sent = null")
-    page.fill("#temperature", "3")  # the browser refuses the value
+    page.fill("#temperature", "3")  # the browser rejects the value
     page.send("Hello")
     page.fill("#temperature", "0")
     page.fill("#most", "")
@@ -352,13 +352,13 @@ def test_no_text_is_html_or_too_wide(page, width):
 
 
 @needs_chromium
-def test_a_refused_message_goes_back_into_the_box(page, server):
+def test_a_rejected_message_goes_back_into_the_box(page, server):
     page.fill("#most", "200000")
     page.send("Hello")
     page.wait_for("#log > .error", "Error: ")
-    refused = asked(server, "Hello", max_tokens=200_000)["error"]["message"]
-    assert "exceed the context" in refused
-    assert page.text("#log > .error") == f"Error: {refused}"
+    rejected = asked(server, "Hello", max_tokens=200_000)["error"]["message"]
+    assert "exceed the context" in rejected
+    assert page.text("#log > .error") == f"Error: {rejected}"
     assert page.value("#box") == "Hello"
     assert page.texts("article") == []
     page.fill("#most", "4")
@@ -380,7 +380,7 @@ def test_an_error_in_the_middle_of_an_answer(page):
     page.fake(CHAT, 200, piece("half"))
     page.send("Again")
     page.wait_for_answer()
-    assert page.texts(".assistant .error")[1] == "Error: the connection ended before the answer did"
+    assert page.texts(".assistant .error")[1] == "Error: the connection closed before the answer was complete"
 
 
 @needs_chromium
@@ -395,10 +395,11 @@ def test_the_state_of_the_server_is_shown(page):
     page.run("look()")
     assert page.text("#state") == "shutting down"
     fake_health("failed")
-    page.fake(CHAT, 503, json.dumps(ApiError(503, "a rank has died; the server is ending").object()))
+    failed = ApiError(503, "the model has failed; the server is shutting down")
+    page.fake(CHAT, 503, json.dumps(failed.object()))
     page.send("Hello")
-    page.wait_for("#log > .error", "Error: a rank has died; the server is ending")
-    page.wait("state.textContent === 'a rank has died'")  # at once, because the server ends soon
+    page.wait_for("#log > .error", "Error: the model has failed; the server is shutting down")
+    page.wait("state.textContent === 'the model has failed'")  # at once, because the server ends soon
 
 
 @needs_chromium

@@ -79,7 +79,7 @@ def test_another_model_on_the_other_host(pair, tmp_path, part):
         code, out, err = run_both(pair[0], ["generate", "Hello", "--model", model], ranks=3)
     assert (code, out) == (2, "")
     assert err == (
-        f"minitp: --model {model}: rank 1 on host-b finds a different model than rank 0 on host-a "
+        f"minitp: --model {model}: rank 1 on host-b found a different model than rank 0 on host-a "
         f"(in {part}); give all hosts the same files\n"
     )
 

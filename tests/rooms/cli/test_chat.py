@@ -108,7 +108,7 @@ def test_a_message_that_is_too_long_is_refused_and_the_conversation_goes_on(llm,
         assert conversation.say(text)
     out, err = capsys.readouterr()
     assert out == answers(llm, ["Hi", "Who are you?"])
-    assert "minitp: the prompt has 317 tokens and the context 300: no room for a new one\n" in err
+    assert "the prompt has 317 tokens, which leaves no room for a new one in a context of 300" in err
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_an_answer_through_a_pipe_is_cut_short(endless, tmp_path, leaves, code):
         ({"chat_template.jinja": None}, [], "has no chat template"),
         ({"tokenizer.json": None}, [], "has no tokenizer.json"),
         ({"chat_template.jinja": "{{ raise_exception('no') }}"}, [], "rejects these messages: no"),
-        ({}, ["--system", "x" * 600], "the prompt has 626 tokens and the context 512"),
+        ({}, ["--system", "x" * 600], "626 tokens, which leaves no room"),
         ({}, ["--max-context", "513"], "--max-context 513: "),
         ({}, ["-n", "0"], "--max-new-tokens 0: "),
         ({}, ["--tp", "5"], "--tp 5: "),

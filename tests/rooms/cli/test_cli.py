@@ -55,10 +55,19 @@ def run_json(*argv):
 TOO_LONG = ",".join(["5"] * 600)
 BAD_GENERATE = {
     "empty prompt": ([""], "the prompt is empty"),
-    "long prompt": (["a" * 600], "the prompt has 600 tokens and the context 512"),
-    "long tokens": (["--tokens", TOO_LONG], "the prompt has 600 tokens and the context 512"),
-    "prompt fills the context": (["a" * 512], "no room for a new one"),
-    "prompt over --max-context": (["aaaa", "--max-context", "4"], "4 tokens and the context 4"),
+    "long prompt": (
+        ["a" * 600],
+        "the prompt has 600 tokens, which leaves no room for a new one in a context of 512",
+    ),
+    "long tokens": (
+        ["--tokens", TOO_LONG],
+        "the prompt has 600 tokens, which leaves no room for a new one in a context of 512",
+    ),
+    "prompt fills the context": (["a" * 512], "leaves no room for a new one"),
+    "prompt over --max-context": (
+        ["aaaa", "--max-context", "4"],
+        "4 tokens, which leaves no room for a new one in a context of 4",
+    ),
     "token id too large": (["--tokens", "1,258,3"], "token id 258 is outside the vocabulary, 0 to 257"),
     "token id far too large": (["--tokens", "9" * 30], "outside the vocabulary, 0 to 257"),
     "token id negative": (["--tokens=-1"], "token id -1 is outside the vocabulary, 0 to 257"),
@@ -83,7 +92,7 @@ BAD_GENERATE = {
     "top-k negative": (["hi", "--top-k", "-1"], "--top-k -1: expected 0 (all) or more"),
     "seed negative": (["hi", "--seed", "-1"], "--seed -1: expected 0 or more"),
     "stop empty": (["hi", "--stop", ""], "--stop"),
-    "one stop of two empty": (["hi", "--stop", "a", "--stop", ""], "expected strings that are not empty"),
+    "one stop of two empty": (["hi", "--stop", "a", "--stop", ""], "expected non-empty strings"),
     "max-context 0": (["hi", "--max-context", "0"], "--max-context 0: this model's context is 512"),
     "max-context too large": (
         ["hi", "--max-context", "513"],

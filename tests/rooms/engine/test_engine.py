@@ -146,13 +146,13 @@ def test_a_repeated_prompt_gets_the_same_tokens(tmp_path, length):
 @pytest.mark.parametrize(
     ("prompt", "new", "context", "words"),
     [
-        ([1] * 7, 10, CONTEXT, "17 positions, too many for a cache of 16"),
+        ([1] * 7, 10, CONTEXT, "17 positions, but the cache has only 16"),
         ([], 4, CONTEXT, "the prompt is empty"),
         ([1, 999], 4, CONTEXT, "token id 999"),
-        ([1] * 10, 4, 8, "the prompt has 10 tokens and the context 8"),
+        ([1] * 10, 4, 8, "the prompt has 10 tokens, which leaves no room for a new one in a context of 8"),
     ],
 )
-def test_a_request_that_could_never_run_is_refused(tmp_path, prompt, new, context, words):
+def test_a_request_that_could_never_run_is_rejected(tmp_path, prompt, new, context, words):
     engine = Engine(tiny_model(tmp_path), num_blocks=4, block_size=4)
     params = SamplingParams(max_new_tokens=10, ignore_eos=True)
     engine.add(Request(params, (), [1] * 6, CONTEXT))
@@ -163,9 +163,9 @@ def test_a_request_that_could_never_run_is_refused(tmp_path, prompt, new, contex
 
 
 @pytest.mark.parametrize("name", ["num_blocks", "block_size", "max_tokens_per_step", "max_sequences"])
-def test_sizes_below_one_are_refused(tmp_path, name):
+def test_sizes_below_one_are_rejected(tmp_path, name):
     sizes = {"num_blocks": 4, "block_size": 4, "max_tokens_per_step": 4, "max_sequences": 4}
-    with pytest.raises(InputError, match="0, expected 1 or more"):
+    with pytest.raises(InputError, match=" 0: expected 1 or more"):
         Engine(tiny_model(tmp_path), **{**sizes, name: 0})
 
 

@@ -95,7 +95,7 @@ def test_numpy_values_and_numbers_as_text_are_converted(given, kept):
         ({"comm": "pigeons"}, "--comm 'pigeons': expected one of auto, nccl, peer, mpi, shm"),
     ],
 )
-def test_wrong_values_are_refused(given, words):
+def test_wrong_values_are_rejected(given, words):
     with pytest.raises(InputError) as caught:
         EngineOptions(**given)
     assert str(caught.value) == words

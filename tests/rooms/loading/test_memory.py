@@ -150,8 +150,8 @@ def test_weights_larger_than_the_memory(command, monkeypatch, capsys):
     assert cli.main([command, *argv]) == 2
     assert time.monotonic() - started < 10
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "minitp: random:mistral-7b: the weights of 1 rank in float32 take 28.97 GB, and "
-        f"the memory of {platform.node()} has 8.00 GB; minitp plan says what fits"
+        "minitp: random:mistral-7b: the weights of 1 rank in float32 take 28.97 GB, but "
+        f"the memory of {platform.node()} has only 8.00 GB; `minitp plan` shows what fits"
     )
 
 
@@ -168,5 +168,5 @@ def test_ranks_on_one_gpu_share_its_memory(monkeypatch, room, fits):
     if fits:
         run_threads(3, rank)
     else:
-        with pytest.raises(AgreedError, match=r"of 2 ranks in float16 take 800 B, and GPU 0 has"):
+        with pytest.raises(AgreedError, match=r"of 2 ranks in float16 take 800 B, but GPU 0 has"):
             run_threads(3, rank)

@@ -1,4 +1,4 @@
-"""Requests that the server refuses; nothing that a client sends may stop the server."""
+"""Requests that the server rejects; nothing that a client sends may stop the server."""
 
 import json
 import socket
@@ -51,13 +51,19 @@ BAD_FIELDS = {
     "model no text": (COMPLETIONS, {"model": 4}, 400, "model", "expected the name of a model"),
     "no prompt": (COMPLETIONS, {"prompt": None}, 400, "prompt", "prompt is missing"),
     "empty prompt": (COMPLETIONS, {"prompt": ""}, 400, "prompt", "the prompt is empty"),
-    "prompt an object": (COMPLETIONS, {"prompt": {}}, 400, "prompt", "expected a text, a list of"),
-    "prompt mixed": (COMPLETIONS, {"prompt": ["a", 1]}, 400, "prompt", "expected a text, a list of"),
+    "prompt an object": (COMPLETIONS, {"prompt": {}}, 400, "prompt", "expected a string, a list of"),
+    "prompt mixed": (COMPLETIONS, {"prompt": ["a", 1]}, 400, "prompt", "expected a string, a list of"),
     "too many prompts": (COMPLETIONS, {"prompt": ["a"] * 129}, 400, "prompt", "up to 128"),
     "token unknown": (COMPLETIONS, {"prompt": [1, 258]}, 400, "prompt", "258 is outside the vocabulary"),
     "token negative": (COMPLETIONS, {"prompt": [-1]}, 400, "prompt", "-1 is outside the vocabulary"),
     "token huge": (COMPLETIONS, {"prompt": [10**400]}, 400, "prompt", "outside the vocabulary"),
-    "prompt too long": (COMPLETIONS, {"prompt": "a" * 512}, 400, "prompt", "512 tokens and the context 512"),
+    "prompt too long": (
+        COMPLETIONS,
+        {"prompt": "a" * 512},
+        400,
+        "prompt",
+        "512 tokens, which leaves no room for a new one in a context of 512",
+    ),
     "too many tokens": (COMPLETIONS, {"max_tokens": 511}, 400, "max_tokens", "exceed the context of 512"),
     "max_tokens 0": (COMPLETIONS, {"max_tokens": 0}, 400, "max_tokens", "expected a whole number from 1"),
     "max_tokens text": (COMPLETIONS, {"max_tokens": "9"}, 400, "max_tokens", "expected a whole number"),
@@ -123,7 +129,7 @@ def test_unsupported_fields_are_accepted_if_they_change_nothing(server):
     assert post(server, CHAT, TALK | nothing).status_code == 200
 
 
-def test_other_content_types_than_json_are_refused(server):
+def test_other_content_types_than_json_are_rejected(server):
     check_error(post(server, CHAT, TALK, **{"Content-Type": "text/plain"}), 415, "expected application/json")
 
 
@@ -194,7 +200,7 @@ def test_a_body_shorter_than_its_content_length(server):
     assert post(server, COMPLETIONS, HI).status_code == 200
 
 
-def test_a_model_without_chat_template_completes_and_refuses_to_chat(tmp_path):
+def test_a_model_without_chat_template_completes_and_does_not_chat(tmp_path):
     served = Served(write_tiny(tmp_path / "chatty"), "--tp", 1)
     assert post(served, COMPLETIONS, HI).status_code == 200
     words = "chatty has no chat template, so it cannot chat; ask for a completion, or use a chat model"
