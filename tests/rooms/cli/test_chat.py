@@ -108,7 +108,7 @@ def test_a_message_that_is_too_long_is_refused_and_the_conversation_goes_on(llm,
         assert conversation.say(text)
     out, err = capsys.readouterr()
     assert out == answers(llm, ["Hi", "Who are you?"])
-    assert "the prompt has 317 tokens, which leaves no room for a new one in a context of 300" in err
+    assert "317 tokens, which leaves no room" in err
 
 
 @pytest.mark.parametrize(

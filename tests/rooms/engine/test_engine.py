@@ -149,7 +149,7 @@ def test_a_repeated_prompt_gets_the_same_tokens(tmp_path, length):
         ([1] * 7, 10, CONTEXT, "17 positions, but the cache has only 16"),
         ([], 4, CONTEXT, "the prompt is empty"),
         ([1, 999], 4, CONTEXT, "token id 999"),
-        ([1] * 10, 4, 8, "the prompt has 10 tokens, which leaves no room for a new one in a context of 8"),
+        ([1] * 10, 4, 8, "10 tokens, which leaves no room"),
     ],
 )
 def test_a_request_that_could_never_run_is_rejected(tmp_path, prompt, new, context, words):

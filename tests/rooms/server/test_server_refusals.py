@@ -62,7 +62,7 @@ BAD_FIELDS = {
         {"prompt": "a" * 512},
         400,
         "prompt",
-        "512 tokens, which leaves no room for a new one in a context of 512",
+        "512 tokens, which leaves no room",
     ),
     "too many tokens": (COMPLETIONS, {"max_tokens": 511}, 400, "max_tokens", "exceed the context of 512"),
     "max_tokens 0": (COMPLETIONS, {"max_tokens": 0}, 400, "max_tokens", "expected a whole number from 1"),
