@@ -14,7 +14,7 @@ class InputError(MinitpError):
 
 
 class ParameterError(InputError):
-    """An invalid value of a parameter.
+    """An invalid value of a parameter; exit code 2.
 
     A caller that knows the parameter under another name, such as a command-line option, can rephrase the
     message from the attributes.

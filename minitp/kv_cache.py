@@ -42,7 +42,7 @@ class KVCache:
         self.storage = make_storage(xp, dtype, layers, (kv_heads, capacity, head_dim), kv_dtype)
 
     def append(self, layer, k, v, first=0):
-        """Append `k`, `v` [K_r, n, d]; return the keys and values from position `first`, [K_r, S, d] each."""
+        """Append `k`, `v` [K_r, n, d]; return keys and values from position `first` on, [K_r, S, d] each."""
         stop = self.length + k.shape[1]
         pair = self.storage[layer]
         if stop > pair[0].capacity:

@@ -181,7 +181,7 @@ def split_heads(xp, qkv, heads, kv_heads):
 
 
 def causal_mask(xp, query_positions, first_key, stop_key, window=None):
-    """Return which keys each query may see: bool [T, S] for the keys at positions first_key .. stop_key - 1.
+    """Return the mask of visible keys, bool [T, S], for the keys at positions first_key .. stop_key - 1.
 
     A query at position i sees the keys j <= i. With a sliding window it sees only the last `window` of them,
     including its own: i - window < j <= i. (Jiang et al., Mistral 7B, 2023, section 2.)
@@ -244,7 +244,7 @@ def softmax(xp, scores):
 
 
 def attention_context(xp, probs, v, query_groups):
-    """Compute the mean of the values weighted by the probabilities, for each query.
+    """Compute each query's mean of the values, weighted by its probabilities.
 
     `probs` float32 [H_r, T, S] is first rounded to the dtype of `v` [K_r, S, d]; `query_groups` is as in
     `attention_scores`. The result, [T, H_r * d], has the heads side by side, as the output projection needs.

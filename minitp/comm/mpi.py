@@ -111,7 +111,7 @@ class MpiComm(Comm):
         os._exit(exit_code)  # MPICH's Abort may return
 
     def new_wait(self, late, patient=False):
-        """Return a Backoff with which this rank waits for the ranks that late() returns."""
+        """Return a Backoff for a wait of this rank; late() returns the ranks that are still missing."""
 
         def names():
             late_processes = [self._processes[rank] for rank in late()]
@@ -152,7 +152,7 @@ class MpiComm(Comm):
         return pickle.loads(data)
 
     def _complete(self, pending, patient=False):
-        """Wait until all messages are complete; each is a (rank, request)."""
+        """Wait until all `pending` messages, a list of (rank, request), are complete."""
         requests, wait = [request for _, request in pending], None
         while not self._mpi.Request.Testall(requests):
             wait = wait or self.new_wait(

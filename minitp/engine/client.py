@@ -254,7 +254,7 @@ def run_alone_for_caller(options):
 
 
 def work_of(options):
-    """Return the work of a serving rank, for `launch.rank`; it imports NumPy only after MPI has started."""
+    """Return the function that a serving rank runs; it imports NumPy only after MPI has started."""
 
     def work(comm, caller):
         from minitp.engine.run import run_engine

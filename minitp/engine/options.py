@@ -103,14 +103,14 @@ def one_of(choices, name, value):
 
 
 def flag(name, value):
-    """Convert a bool of Python or NumPy to Python's; reject anything else."""
+    """Convert a Python or NumPy bool to a Python bool; reject anything else."""
     if type(value).__name__ != "bool":
         raise InputError(f"{option(name)} {value!r}: expected True or False")
     return bool(value)
 
 
 def whole_number(name, value):
-    """Convert an integer of Python or NumPy, or one written as text, to an int; reject anything else."""
+    """Convert a Python or NumPy integer, or a string of digits, to an int; reject anything else."""
     try:
         if type(value).__name__ == "bool":
             raise TypeError

@@ -51,7 +51,7 @@ def run_engine(options, comm, caller):
 
 
 def blocks_needed(options, config, fit):
-    """Return the number of blocks of every rank's pool.
+    """Return the number of blocks in every rank's pool.
 
     With `cache_tokens` the pool has room for that many tokens. Otherwise it has room for `max_sequences`
     sequences of the maximum length, but at most `fit` blocks.

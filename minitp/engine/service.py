@@ -49,7 +49,7 @@ class TrackedRequest:
 
 
 class RequestLoop:
-    """Rank 0's exchange of messages: it accepts requests from the caller and sends back their output."""
+    """The message loop of rank 0, which accepts requests from the caller and sends back their output."""
 
     def __init__(self, engine, caller, make_request):
         self.engine, self.caller, self.make_request = engine, caller, make_request

@@ -210,7 +210,7 @@ def make_sequences(llm, api_request, prompts):
 
 
 async def collect(running, response, timer):
-    """Add all output to the response."""
+    """Add all output of a running request to the response."""
     async for index, update in running:
         timer.record(update)
         response.add(index, update)

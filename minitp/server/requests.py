@@ -1,4 +1,4 @@
-"""Requests: one with an unknown field, or with a value of the wrong type, is rejected.
+"""The parser of requests, which rejects unknown fields and values of the wrong type.
 
 Fields that minitp does not support are accepted only with values that change nothing (`presence_penalty: 0`).
 With any other value the request is rejected, because ignoring the value would answer a different request.

@@ -55,19 +55,10 @@ def run_json(*argv):
 TOO_LONG = ",".join(["5"] * 600)
 BAD_GENERATE = {
     "empty prompt": ([""], "the prompt is empty"),
-    "long prompt": (
-        ["a" * 600],
-        "600 tokens, which leaves no room",
-    ),
-    "long tokens": (
-        ["--tokens", TOO_LONG],
-        "600 tokens, which leaves no room",
-    ),
+    "long prompt": (["a" * 600], "600 tokens, which leaves no room"),
+    "long tokens": (["--tokens", TOO_LONG], "600 tokens, which leaves no room"),
     "prompt fills the context": (["a" * 512], "leaves no room for a new one"),
-    "prompt over --max-context": (
-        ["aaaa", "--max-context", "4"],
-        "4 tokens, which leaves no room",
-    ),
+    "prompt over --max-context": (["aaaa", "--max-context", "4"], "4 tokens, which leaves no room"),
     "token id too large": (["--tokens", "1,258,3"], "token id 258 is outside the vocabulary, 0 to 257"),
     "token id far too large": (["--tokens", "9" * 30], "outside the vocabulary, 0 to 257"),
     "token id negative": (["--tokens=-1"], "token id -1 is outside the vocabulary, 0 to 257"),
