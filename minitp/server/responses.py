@@ -144,7 +144,7 @@ class CompletionResponse(ApiResponse):
         }
 
     def by_text(self, top):
-        """Return {text: logprob}; of tokens with the same text, such as parts of characters, keep the best."""
+        """Return {text: logprob}; of tokens with one text, such as parts of characters, keep the best."""
         return {self.token_text(token): logprob for token, logprob in reversed(top)}
 
 
