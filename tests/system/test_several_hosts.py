@@ -80,7 +80,7 @@ def test_another_model_on_the_other_host(pair, tmp_path, part):
     assert (code, out) == (2, "")
     assert err == (
         f"minitp: --model {model}: rank 1 on host-b found a different model than rank 0 on host-a "
-        f"(in {part}); give all hosts the same files\n"
+        f"(in {part}); copy the same files to all hosts\n"
     )
 
 
