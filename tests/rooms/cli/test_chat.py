@@ -165,7 +165,6 @@ def test_an_answer_through_a_pipe_is_cut_short(endless, tmp_path, leaves, code):
         ({"tokenizer.json": None}, [], "has no tokenizer.json"),
         ({"chat_template.jinja": "{{ raise_exception('no') }}"}, [], "rejects these messages: no"),
         ({}, ["--system", "x" * 600], "626 tokens, which leaves no room"),
-        ({}, ["--system", "x" * 600], "626 tokens, which leaves no room"),
         ({}, ["--max-context", "513"], "--max-context 513: "),
         ({}, ["-n", "0"], "--max-new-tokens 0: "),
         ({}, ["--tp", "5"], "--tp 5: "),
