@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # ./run.sh "The capital of France is"      set up, download the demo model, continue the text on several ranks
-# ./run.sh tour "Once upon a time"         set up, run all of tensor parallelism in one file
+# ./run.sh tour "Once upon a time"         set up, run the tour of tensor parallelism in one file
 # ./run.sh generate "Hi" --tp 2 --stats    set up, run any minitp command (./run.sh --help lists them)
-# ./run.sh test [--all | ARGUMENTS]        set up, run the tests of core and rooms; or all; or pytest with ARGUMENTS
+# ./run.sh test [--all | ARGUMENTS]        set up, run tests/core and tests/rooms; or all tests; or pytest ARGUMENTS
 # ./run.sh gpu [--only PART] [--budget S]  test, check and measure this machine's GPU, within 8 minutes
-# ./run.sh setup                           only set up: .venv with Python packages, and an MPI if there is none
+# ./run.sh setup                           only set up .venv: Python packages, and an MPI if the system has none
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -23,23 +23,23 @@ find_python() {
             return
         fi
     done
-    fail "Python 3.10 or later is needed and not found; install it, or say where it is: PYTHON=/path/to/python3 ./run.sh"
+    fail "Python 3.10 or later was not found; install it, or run PYTHON=/path/to/python3 ./run.sh"
 }
 
 make_venv() {
     [ -e "$venv/made" ] && return
-    rm -rf "$venv" # what an interrupted first run may have left
+    rm -rf "$venv" # left by an interrupted first run
     local system
     system=$(find_python) || exit
     say "creating .venv with $("$system" --version)"
-    # Debian keeps a part of venv in a package of its own; without it the system's pip can fill the gap.
+    # Debian has a part of venv in a separate package; without it, the system's pip can install pip.
     "$system" -m venv "$venv" >/dev/null 2>&1 ||
         { "$system" -m venv --clear --without-pip "$venv" && "$system" -m pip --python "$python" install --quiet pip; } ||
         fail "cannot create .venv: $system lacks venv and pip; on Debian: apt install python3-venv python3-pip"
     touch "$venv/made"
 }
 
-# install NAME EXTRAS: once for each content of setup.cfg; the stamp says for which one it was done.
+# install NAME EXTRAS: install the extras, unless the stamp shows that setup.cfg has not changed since.
 install() {
     local stamp=$venv/installed-$1 want
     want=$(cat "$root/setup.cfg" "$root/pyproject.toml" - <<<"$2 $root" | cksum)
@@ -53,7 +53,7 @@ install() {
     printf '%s\n' "$want" >"$stamp"
 }
 
-# An MPI of the system is used, never shadowed, if mpi4py can; otherwise PyPI's mpich goes into .venv.
+# Use the system's MPI if mpi4py works with it; otherwise install PyPI's mpich into .venv.
 setup_mpi() {
     if [ ! -e "$venv/installed-mpi" ]; then
         [ ! -e "$venv/system-mpi" ] || return 0
@@ -66,13 +66,13 @@ setup_mpi() {
 }
 
 setup() {
-    if command -v flock >/dev/null; then # two first runs at once take turns
+    if command -v flock >/dev/null; then # two setups at the same time take turns
         exec 9>"$root/.setup.lock"
         flock 9
     fi
     make_venv
     local extras=gguf # reads the demo model
-    local cuda # what the driver can do, if there is one
+    local cuda # the CUDA version of the driver, if there is one
     cuda=$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p' || true)
     case $cuda in "") ;; 1[3-9]) extras+=,cuda13 ;; *) extras+=,cuda12 ;; esac
     install base "$extras"
@@ -94,7 +94,7 @@ case ${1:-} in
         cd "$root"
         if [ "${1:-}" = --all ]; then
             shift
-            # MPI's start under Slurm goes wrong now and then on cores that others use: those tests run by themselves.
+            # Starting MPI under Slurm sometimes fails on busy cores, so these tests run separately.
             code=0
             "$python" -m pytest --numprocesses auto --dist loadscope -m "not hosts" tests "$@" || code=$?
             "$python" -m pytest -m hosts tests "$@" || code=$?
@@ -105,22 +105,22 @@ case ${1:-} in
         ;;
     gpu)
         shift
-        # What is given from another folder stays what it is there.
+        # Relative paths are relative to the caller's folder.
         case ${MINITP_MPICH:-} in "" | /*) ;; *) export MINITP_MPICH=$PWD/$MINITP_MPICH ;; esac
         case ${MINITP_PYTHON:-} in /* | "") ;; */*) MINITP_PYTHON=$PWD/$MINITP_PYTHON ;; esac
-        # MINITP_PYTHON is an interpreter that has all packages: then nothing is installed or fetched.
+        # With MINITP_PYTHON, an interpreter that has all packages, nothing is installed or downloaded.
         if [ -n "${MINITP_PYTHON:-}" ]; then
             python=$MINITP_PYTHON
         else
             setup test
             PIP_RETRIES=1 PIP_TIMEOUT=10 "$python" -m minitp shard --tp 1 >/dev/null ||
-                say "without the demo model its checks are skipped"
+                say "there is no demo model, so its checks are skipped"
         fi
         cd "$root" && PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" benchmarks/gpu/run.py "$@"
         ;;
     *)
         setup "$1"
-        # Every option begins with a dash; a first word that is no command is a prompt.
+        # Every option begins with a dash; a first word that is not a command is a prompt.
         if [[ $1 != -* && $commands != *" $1 "* ]]; then set -- generate "$@"; fi
         exec "$python" -m minitp "$@"
         ;;

@@ -1,4 +1,4 @@
-r"""Run a Llama model tensor-parallel: the whole story in one file, to be read from top to bottom.
+r"""Run a Llama model with tensor parallelism, all in one file that can be read from top to bottom.
 
     mpirun -n 4 python -m minitp.tour "Once upon a time"        (with --gpu, each rank uses a GPU)
 
@@ -20,15 +20,13 @@ operations in between treat every column or head separately. A layer has two suc
       norm -> logits, each rank has a part of the vocabulary                         all-gather
       next token, chosen by rank 0                                                   broadcast
 
-The shape of every array is noted next to it. Everything is float32, and weights are [in, out].
-
+The shape of every array is noted next to it. Everything is float32, and weights are [in, out]. The letters:
     T tokens of this pass   S tokens so far, including these   D hidden   d head_dim   V vocabulary
-    H query heads   K key/value heads   F FFN columns   H_r, K_r, F_r, V_r: the part of this rank
+    H query heads   K key/value heads   F FFN columns   H_r, K_r, F_r, V_r: this rank's part
 """
 
 import argparse
 import functools
-import io
 import json
 import os
 import sys
@@ -56,11 +54,10 @@ def load_model(directory, config, ranks):
     H, K, d = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     counts = H, config["intermediate_size"], config["vocab_size"]
     heads, ffn, vocab = (split_evenly(n, ranks.size, ranks.rank) for n in counts)  # H_r, F_r, V_r long
-    # H / K query heads read the same KV head. A rank holds the KV heads that its own query heads read, so two
-    # ranks may hold the same one: computing it twice is cheaper than sending it from one to the other.
-    read_heads = [head * K // H for head in range(heads.start, heads.stop)]  # [H_r]: the KV head of each
+    # H / K query heads read the same KV head. Two ranks may need the same one; then both hold and compute it.
+    read_heads = [head * K // H for head in range(heads.start, heads.stop)]  # [H_r]: KV heads
     q, kv = slice(heads.start * d, heads.stop * d), slice(read_heads[0] * d, (read_heads[-1] + 1) * d)
-    index = directory / "model.safetensors.index.json"  # there if the model has several files
+    index = directory / "model.safetensors.index.json"  # exists if the model has several files
     files = json.loads(index.read_text())["weight_map"] if index.exists() else {}
 
     def read(name, *part):
@@ -90,7 +87,7 @@ def load_model(directory, config, ranks):
     model.layers = [layer(f"model.layers.{i}.") for i in range(config["num_hidden_layers"])]
     model.final_norm = read("model.norm.weight")  # [D]
     model.embed = read("model.embed_tokens.weight", vocab)  # [V_r, D]
-    tied = config.get("tie_word_embeddings")  # then one matrix serves as both
+    tied = config.get("tie_word_embeddings")  # then it is the embedding, too
     model.lm_head = model.embed.T if tied else column_parallel("lm_head.weight", vocab)  # [D, V_r]
     return model
 
@@ -155,7 +152,7 @@ class NcclRanks(MpiRanks):
 
 # --- 3. The model: each layer is two pairs, column-parallel and then row-parallel ---
 def rms_norm(xp, x, weight, eps):
-    """Divide each row by its root mean square, times weight (Zhang and Sennrich, RMSNorm, 2019)."""
+    """Divide each row by its root mean square and multiply by weight (Zhang and Sennrich, RMSNorm, 2019)."""
     return x / xp.sqrt((x * x).sum(axis=-1, keepdims=True) / x.shape[-1] + eps) * weight  # as x: [.., D]
 
 
@@ -166,7 +163,7 @@ def rope(xp, x, cos, sin):
 
 
 def attention(xp, model, layer, x, start, keys, values, cos, sin):
-    """Return this rank's term of the attention output: what its own heads contribute to the sum."""
+    """Return this rank's term of the attention output: the contribution of its own heads."""
     T, d, S = len(x), model.config["head_dim"], start + len(x)
     h = rms_norm(xp, x, layer.attn_norm, model.config["rms_norm_eps"])  # [T, D]
     q, k, v = h @ layer.w_q, h @ layer.w_k, h @ layer.w_v  # [T, H_r d], [T, K_r d], [T, K_r d]
@@ -189,7 +186,7 @@ def feed_forward(xp, model, layer, x):
 
 
 def forward(model, ranks, token_ids, start, cache):
-    """Return the logits [V] after these tokens (a prompt, or a new one), which follow `start` cached ones."""
+    """Return the logits [V] after a prompt or a new token; `start` tokens before it are in the cache."""
     xp, config, d = ranks.xp, model.config, model.config["head_dim"]
     positions = np.arange(start, start + len(token_ids))  # [T]
     angles = positions[:, None] * config["rope_theta"] ** (-np.arange(0, d, 2) / d)  # [T, d/2]
@@ -207,7 +204,7 @@ def forward(model, ranks, token_ids, start, cache):
 
 def generate(model, ranks, prompt_ids, count):
     """Yield up to `count` new tokens, the most probable one each time, on all ranks."""
-    shape = model.K_r, len(prompt_ids) + count, model.config["head_dim"]  # [K_r, room for S, d]
+    shape = model.K_r, len(prompt_ids) + count, model.config["head_dim"]  # [K_r, maximum of S, d]
     cache = [[ranks.xp.empty(shape, np.float32) for _ in ("keys", "values")] for _ in model.layers]
     start, token_ids = 0, prompt_ids
     for _ in range(count):
@@ -220,7 +217,7 @@ def generate(model, ranks, prompt_ids, count):
         start, token_ids = start + len(token_ids), [token]
 
 
-# --- 4. The command: its arguments, what it refuses, and how all ranks exit together ---
+# --- 4. The command: it checks its arguments and the model, and all ranks exit together ---
 DEMO = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitp" / "smollm2-135m-instruct-q4_1"
 DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "eos_token_id": []}
 PLAIN = {"model_type": ("llama", "mistral"), "hidden_act": (None, "silu"), "rope_type": (None, "default")}
@@ -229,13 +226,13 @@ PLAIN |= dict.fromkeys(("attention_bias", "mlp_bias", "rope_interleaved", "quant
 
 
 def read_config(directory):
-    """Return config.json with defaults. Only values in PLAIN are allowed; 0, false and null mean absent."""
+    """Return config.json with defaults. Fields of PLAIN must have its values; 0, false and null mean None."""
     fields = json.loads((directory / "config.json").read_text())
     config = DEFAULTS | ({"sliding_window": 4096} if fields.get("model_type") == "mistral" else {}) | fields
     config |= config.get("rope_parameters") or {}  # newer files have rope_theta there
     for field, plain in PLAIN.items():
         if (value := config.get(field) or None) not in plain:
-            raise ValueError(f"config.json: {field} {value!r} is not in the tour; use `minitp generate`")
+            raise ValueError(f"config.json: {field} {value!r} is not supported; use `minitp generate`")
     config["num_key_value_heads"] = config.get("num_key_value_heads") or config["num_attention_heads"]
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     generation = directory / "generation_config.json"
@@ -245,26 +242,29 @@ def read_config(directory):
 
 
 def prepare(argv, world):
-    """Return everything that a rank needs to generate. Raise an exception if something is wrong."""
+    """Return everything that a rank needs to generate. Raise an exception if an input is invalid."""
     parser = argparse.ArgumentParser(prog="minitp tour", description="Tensor parallelism in one file.")
     parser.add_argument("prompt", nargs="?", default="Once upon a time")
-    parser.add_argument("--tokens", metavar="1,2,3", help="token ids in place of the prompt")
+    parser.add_argument("--tokens", metavar="1,2,3", help="token ids instead of the prompt")
     parser.add_argument("--model", type=Path, default=DEMO, metavar="DIR", help="a Hugging Face directory")
     parser.add_argument("-n", "--max-new-tokens", type=int, default=40, metavar="N")
-    parser.add_argument("--gpu", action="store_true", help="CuPy and NCCL in place of NumPy and MPI")
+    parser.add_argument("--gpu", action="store_true", help="CuPy and NCCL instead of NumPy and MPI")
     args = parser.parse_args(argv)
     if args.model == DEMO and not DEMO.exists():
-        raise ValueError("the demo model is not here yet; `minitp shard` fetches it")
+        raise ValueError("there is no demo model yet; `minitp generate Hello` downloads it")
     config = read_config(args.model)
     if world.Get_size() > config["num_attention_heads"]:
-        raise ValueError(f"a rank needs a head: use at most {config['num_attention_heads']} ranks")
+        raise ValueError(f"use at most {config['num_attention_heads']} ranks (one per attention head)")
     tokenizer = None if args.tokens else Tokenizer.from_str((args.model / "tokenizer.json").read_text())
     prompt_ids = tokenizer.encode(args.prompt).ids if tokenizer else list(map(int, args.tokens.split(",")))
-    V, limit = config["vocab_size"], config["max_position_embeddings"]
-    count = min(args.max_new_tokens, limit - len(prompt_ids))
-    if not prompt_ids or count < 1 or not all(0 <= token < V for token in prompt_ids):
-        raise ValueError(f"expected 1 to {limit - 1} prompt tokens from 0 to {V - 1}, and at least 1 new one")
-    ranks = NcclRanks(world) if args.gpu else MpiRanks(world)
+    V, limit, n = config["vocab_size"], config["max_position_embeddings"], len(prompt_ids)
+    if unknown := [token for token in prompt_ids if not 0 <= token < V]:
+        raise ValueError(f"token id {unknown[0]} is outside the vocabulary, 0 to {V - 1}")
+    if not 0 < n < limit:
+        raise ValueError(f"the prompt has {n} tokens; expected 1 to {limit - 1} (less than the context)")
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
+    ranks, count = NcclRanks(world) if args.gpu else MpiRanks(world), min(args.max_new_tokens, limit - n)
     return load_model(args.model, config, ranks), ranks, tokenizer, prompt_ids, count
 
 
@@ -274,23 +274,23 @@ def main(argv=None):
 
     world, problem, new_ids, shown = MPI.COMM_WORLD, None, [], ""
     if world.rank > 0:
-        sys.stdout = sys.stderr = io.StringIO()  # only rank 0 prints
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  only rank 0 prints
     try:
         model, ranks, tokenizer, prompt_ids, count = prepare(argv, world)
     except Exception as error:
         problem = " ".join(str(error).split()) or repr(error)
-    if problems := [text for text in world.allgather(problem) if text]:  # on any rank: all exit
+    if problems := [text for text in world.allgather(problem) if text]:  # if any rank has one, all exit
         print(f"minitp tour: {problems[0]}", file=sys.stderr)
         return 2
     try:
         for token in generate(model, ranks, prompt_ids, count):
             new_ids.append(token)
             text = tokenizer.decode(prompt_ids + new_ids) if tokenizer else " ".join(map(str, new_ids))
-            if not text.endswith("\ufffd"):  # part of a character
+            if not text.endswith("\ufffd"):  # not the first bytes of a character
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
         print(text[len(shown) :])
-    except Exception as error:  # the other ranks would wait forever
+    except Exception as error:  # without Abort, the other ranks would wait forever
         print(f"minitp tour: rank {world.rank} failed: {error!r}", file=sys.__stderr__, flush=True)
         time.sleep(0.5)  # lets mpirun forward the message
         world.Abort(3)

@@ -1,4 +1,4 @@
-"""The command line as a whole: a parser made of `commands.COMMANDS`, and what it says of a mistake."""
+"""The parser of the command line, built from `commands.COMMANDS`."""
 
 import argparse
 import textwrap
@@ -24,8 +24,15 @@ GROUPS = (
     "output",
     "general",
 )
-WIDTH = 78  # columns of a description
-DESCRIPTION = "Tensor-parallel LLM inference in NumPy and MPI, with every step checkable against a reference."
+DESCRIPTION = """\
+Tensor-parallel LLM inference in NumPy and MPI, with every step checkable against a reference.
+
+A rank is a process that holds a part of the model. A forward pass runs the model on some tokens: on a \
+prompt, or on the newest token. A step is a named intermediate array of a forward pass, for example \
+layers.0.attn.q."""
+MORE = """\
+minitp COMMAND --help shows the options of a command. The file docs/cli.md in minitp's repository also lists \
+exit codes and environment variables."""
 EXAMPLES = (
     ('minitp generate "Once upon a time"', "continue a text with the demo model"),
     ('minitp check "Once upon a time" --tp 4', "check every step of four ranks against float64"),
@@ -33,19 +40,29 @@ EXAMPLES = (
 )
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A formatter that wraps paragraphs at the terminal's width and keeps indented lines as they are."""
+
+    def _fill_text(self, text, width, indent):
+        return "\n".join(
+            line if line.startswith(" ") else textwrap.fill(line, width, break_on_hyphens=False)
+            for line in text.splitlines()
+        )
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser with its options in GROUPS, which says in one line what is wrong with a command line.
+    """A parser that shows its options in GROUPS and raises InputError for an invalid command line.
 
     Attributes
     ----------
     groups : dict
-        Title -> argparse group. A group without options is not shown.
+        The argparse group of each title. Help does not show groups without options.
     """
 
-    def __init__(self, *, examples=(), **options):
+    def __init__(self, *, examples=(), more=None, **options):
         super().__init__(
-            epilog=examples_text(examples),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog="\n\n".join(filter(None, (examples_text(examples), more))),
+            formatter_class=HelpFormatter,
             add_help=False,
             allow_abbrev=False,  # an abbreviation in a script may mean another option after an update
             **options,
@@ -54,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         self.groups["general"].add_argument("-h", "--help", action="help", help="show this help and exit")
 
     def parse_known_args(self, args=None, namespace=None):
-        """Refuse options that do not exist before argparse misses others that are required."""
+        """Reject unknown options first, before argparse reports required options that are missing."""
         for word in self.own_words(args):
             option = word.partition("=")[0]
             if word.startswith("--") and " " not in word and option not in self._option_string_actions:
@@ -62,7 +79,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def own_words(self, args):
-        """Return the arguments among which this parser's options are: what follows `--` is not read."""
+        """Return the arguments before `--`, which are the only ones that can be options."""
         return takewhile(lambda word: word != "--", args)
 
     def refuse_option(self, option):
@@ -75,12 +92,12 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
     def _print_message(self, message, file=None):
-        """Print help or the version, quietly if no one reads it."""
+        """Print help or the version; a closed stdout is no error."""
         write_out(message)
 
 
 class CommandLine(Parser):
-    """The parser of the whole command line."""
+    """The parser of `minitp` and all of its commands."""
 
     def __init__(self):
         super().__init__(
@@ -88,6 +105,7 @@ class CommandLine(Parser):
             usage="%(prog)s COMMAND [options]",
             description=f"{DESCRIPTION}\n\n{commands_text()}",
             examples=EXAMPLES,
+            more=MORE,
         )
         self.groups["general"].add_argument(
             "--version", action="version", version=f"minitp {__version__}", help="show the version and exit"
@@ -101,11 +119,13 @@ class CommandLine(Parser):
                 name,
                 prog=f"minitp {name}",
                 usage=" ".join(filter(None, ("%(prog)s", command.inputs, "[options]"))),
-                description=textwrap.fill(command.description, WIDTH),
+                description=command.description,
                 examples=command.examples,
             )
             command.add_options(sub)
-            sub.groups["general"].add_argument("-v", "--verbose", action="store_true", help=command.verbose)
+            sub.groups["general"].add_argument(
+                "-v", "--verbose", action="store_true", help=command.verbose or argparse.SUPPRESS
+            )
             self.commands[name] = sub
 
     def own_words(self, args):
@@ -113,7 +133,7 @@ class CommandLine(Parser):
         return takewhile(lambda word: word.startswith("-"), args)
 
     def parse_args(self, args=None, namespace=None):
-        """Return the options of a command line; InputError for anything that is wrong with it."""
+        """Return the parsed command line; raise InputError if it is invalid."""
         name = next((word for word in args if not word.startswith("-")), None)
         if name is not None and name not in COMMANDS:
             shown = [command.name for commands in SECTIONS.values() for command in commands]
@@ -140,7 +160,7 @@ def commands_text():
 
 
 def examples_text(examples):
-    """Return worked command lines as the end of a help text."""
+    """Return the examples at the end of a help text."""
     if not examples:
         return None
     lines = [f"  {line}\n      {what}" for line, what in examples]
@@ -148,5 +168,5 @@ def examples_text(examples):
 
 
 def parser():
-    """Return the parser of the whole command line."""
+    """Return the parser of `minitp` and all of its commands."""
     return CommandLine()

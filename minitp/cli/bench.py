@@ -1,4 +1,4 @@
-"""`minitp bench`: measure the machine's limits, and how close the model comes to them."""
+"""`minitp bench`: measure the machine's limits and how close the model gets to them."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ PLOTS = (".png", ".svg")
 BATCHES = (1, 2, 4, 8, 16, 32)
 FIRST_CONTEXT, LAST_CONTEXT = 32, 2048
 PROMPT_TOKENS = 128
-# New tokens and rounds: at one length, and at each point of a sweep.
+# Defaults of --max-new-tokens and --rounds: without a sweep, and for each point of a sweep.
 NEW_TOKENS, ROUNDS = (64, 16), (5, 3)
 
 
@@ -39,24 +39,28 @@ class BenchCommand(OnRanks):
     name = "bench"
     summary = "measure speed against the machine's limits"
     description = (
-        "Measure the memory bandwidth, matrix rate and all-reduce time of this machine, then prefill and "
-        "decode, each as a share of its limit."
+        "Measure the memory bandwidth, matrix multiplication rate and all-reduce time of this machine. Then "
+        "measure prefill and decode, and print the share of the machine's limits that they reach."
     )
     examples = (
         ("minitp bench --tp 2 --profile", "two ranks, with the time of each step"),
-        ("minitp bench --sweep context --plot sweep.png", "speed at several lengths, drawn"),
-        ("minitp bench --model random:mistral-7b --as-rank 0 --of 4", "one rank's share of a large model"),
+        ("minitp bench --sweep context --plot sweep.png", "plot the speed at several context lengths"),
+        ("minitp bench --model random:mistral-7b --as-rank 0 --of 4", "one of four ranks of a large model"),
     )
 
     def add_options(self, parser):
         group = parser.groups["measurement"]
         for option, what in (
-            ("--prompt-tokens", f"length of the prompt, random tokens (default: {PROMPT_TOKENS})"),
+            ("--prompt-tokens", f"number of tokens in the random prompt (default: {PROMPT_TOKENS})"),
             (
                 "--rounds",
-                f"repetitions of each measurement (default: {ROUNDS[0]}; sweep: {ROUNDS[1]})",
+                f"number of repetitions of each measurement (default: {ROUNDS[0]}; sweep: {ROUNDS[1]})",
             ),
-            ("--requests", "instead: N requests together, and one after another (default: one sequence)"),
+            (
+                "--requests",
+                "measure N concurrent requests, and the same requests one by one, instead of one sequence "
+                "(default: one sequence)",
+            ),
         ):
             group.add_argument(option, type=int, metavar="N", help=what)
         group.add_argument(
@@ -64,35 +68,38 @@ class BenchCommand(OnRanks):
             "--max-new-tokens",
             type=int,
             metavar="N",
-            help=f"tokens to decode (default: {NEW_TOKENS[0]}; sweep: {NEW_TOKENS[1]})",
+            help=f"number of tokens to decode (default: {NEW_TOKENS[0]}; sweep: {NEW_TOKENS[1]})",
         )
-        group.add_argument("--profile", action="store_true", help="also show the time of each step")
+        group.add_argument(
+            "--profile", action="store_true", help="also show the time of each step (on GPUs: each kernel)"
+        )
         group.add_argument(
             "--sweep",
             choices=["context", "batch"],
-            help="instead: several context lengths, or several batch sizes (default: no sweep)",
+            help="measure at several context lengths or batch sizes (default: no sweep)",
         )
         group.add_argument(
             "--max-context",
             type=int,
             metavar="N",
-            help=f"longest context; a sweep goes up to it (default: the model's; sweep: {LAST_CONTEXT})",
+            help="maximum context length in tokens; a context sweep ends there (default: the model's; sweep: "
+            f"at most {LAST_CONTEXT})",
         )
         group.add_argument(
             "--as-rank",
             type=int,
             metavar="R",
-            help="run only rank R's share of --of N ranks, without the others (default: all ranks)",
+            help="run only rank R of the ranks that --of counts, in one process (default: run all ranks)",
         )
-        group.add_argument("--of", type=int, metavar="N", help="number of ranks that --as-rank is one of")
+        group.add_argument("--of", type=int, metavar="N", help="total number of ranks for --as-rank")
         add_run(parser)
         add_json(parser)
         parser.groups["output"].add_argument(
-            "--plot", metavar="FILE", help="draw the sweep as a .png or .svg file (default: no plot)"
+            "--plot", metavar="FILE", help="plot the sweep to a .png or .svg file (default: no plot)"
         )
 
     def start(self, args, rank_command):
-        """Run as the other commands on ranks do, or as the rank of --as-rank without the others."""
+        """Run on all ranks, or with --as-rank as a single rank without the others."""
         if args.as_rank is None and args.of is None:
             return super().start(args, rank_command)
         check_share(args)
@@ -103,11 +110,11 @@ class BenchCommand(OnRanks):
         return run_alone(self.work(args), args, ShardOnly(args.as_rank, args.of))
 
     def prepare(self, args, source):
-        """Return the Job."""
+        """Check the options and return the Job."""
         from minitp.request import context_length
 
         if source.config.num_local_experts:
-            raise InputError(f"{source.name} is a mixture of experts, for which bench has no limits yet")
+            raise InputError(f"{source.name} is a mixture of experts, which bench does not support")
         refuse_pairs(args)
         sweep = args.sweep is not None
         prompt_tokens = PROMPT_TOKENS if args.prompt_tokens is None else args.prompt_tokens
@@ -122,11 +129,11 @@ class BenchCommand(OnRanks):
             if value < least:
                 raise InputError(f"{option} {value}: expected {least} or more")
         context = context_length(source.config, args.max_context)
-        needed = prompt_tokens + new_tokens + (args.sweep == "batch")  # a batch warms up with one token
+        needed = prompt_tokens + new_tokens + (args.sweep == "batch")  # a batch warms up with one more
         if args.sweep != "context" and needed > context:
             raise InputError(
-                f"--prompt-tokens {prompt_tokens} and {needed - prompt_tokens} new ones exceed the context "
-                f"of {context}"
+                f"--prompt-tokens {prompt_tokens} and {needed - prompt_tokens} new tokens exceed the context "
+                f"of {context} tokens"
             )
         check_plot(args)
         points = ()
@@ -148,7 +155,7 @@ class BenchCommand(OnRanks):
             if prepared.profile and model.device.is_gpu and not model.fused:
                 raise InputError(
                     f"--profile needs the fused path on a GPU, which does not support "
-                    f"{model.device.dtype.name} with --kv-dtype {model.kv_dtype}; leave one of them out"
+                    f"{model.device.dtype.name} with --kv-dtype {model.kv_dtype}; omit one of them"
                 )
         hidden = comm.rank != 0 or not sys.stderr.isatty()
         with tqdm(bar_format="measuring: {desc}", leave=False, disable=hidden) as bar:
@@ -168,26 +175,27 @@ def load_bench_model(args, comm, source):
     from minitp.cli.load_progress import load
     from minitp.load import device_of
 
-    if source.directory is None:  # of random weights only the shapes matter here
+    if source.directory is None:  # the speed depends only on the shapes of random weights
         tiled = TiledWeights(source.tensors.shapes, device_of(comm, source, args.dtype).dtype)
         source = replace(source, tensors=tiled)
     return load(args, comm, source)
 
 
 def check_share(args):
-    """Refuse an --as-rank that is not a rank of --of ranks, or that runs with other ranks."""
+    """Reject --as-rank and --of unless they name one rank, which runs without others."""
     if args.as_rank is None or args.of is None:
-        raise InputError("--as-rank R and --of N go together: rank R's share of N ranks")
+        raise InputError("--as-rank R and --of N must be given together")
     if args.of < 1:
         raise InputError(f"--of {args.of}: expected at least 1 rank")
     if not 0 <= args.as_rank < args.of:
-        raise InputError(f"--as-rank {args.as_rank} --of {args.of}: expected a rank from 0 to {args.of - 1}")
+        ranks = "rank 0" if args.of == 1 else f"a rank from 0 to {args.of - 1}"
+        raise InputError(f"--as-rank {args.as_rank} --of {args.of}: expected {ranks}")
     if args.tp != "auto" or world_size(os.environ) is not None:
-        raise InputError("--as-rank runs alone: leave out --tp, and mpirun")
+        raise InputError("--as-rank runs a single process; omit --tp and mpirun")
 
 
 def refuse_pairs(args):
-    """Refuse two options of which one would leave the other without effect."""
+    """Reject pairs of options that cannot be combined."""
     given = {
         "--sweep": args.sweep is not None,
         "--requests": args.requests is not None,
@@ -202,14 +210,15 @@ def refuse_pairs(args):
         ("--sweep context", "--prompt-tokens"),
     ):
         if given[one] and given[other]:
-            raise InputError(f"{one} and {other} do not go together; give one of them")
+            raise InputError(f"{one} and {other} cannot be combined; omit one of them")
 
 
 def contexts(last, new_tokens):
-    """Return lengths that double up to `last`, less the room for the new tokens."""
+    """Return context lengths that double up to `last`, minus the new tokens."""
     if last <= new_tokens:
         raise InputError(
-            f"a context of {last} has no room for the {new_tokens} tokens that the sweep decodes; give more"
+            f"a context of {last} tokens has no room for the {new_tokens} tokens that the sweep decodes; "
+            "increase --max-context or reduce -n"
         )
     found, length = [], FIRST_CONTEXT
     while length < last - new_tokens:
@@ -219,11 +228,11 @@ def contexts(last, new_tokens):
 
 
 def check_plot(args):
-    """Refuse a plot that could not be drawn or written in the end."""
+    """Reject a --plot that could not be drawn or written."""
     if args.plot is None:
         return
     if args.sweep is None:
-        raise InputError(f"--plot {args.plot}: only a sweep can be drawn; add --sweep context or batch")
+        raise InputError(f"--plot {args.plot}: only a sweep can be plotted; add --sweep context or batch")
     if not args.plot.endswith(PLOTS):
         raise InputError(f"--plot {args.plot}: expected a name that ends in {' or '.join(PLOTS)}")
     from minitp.cli.inputs import check_output

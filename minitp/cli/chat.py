@@ -1,6 +1,6 @@
 """`minitp chat`: a conversation with a model, in the terminal or line by line through a pipe.
 
-stdout gets what the model says, stderr the rest.
+stdout receives the model's answers, and stderr everything else.
 """
 
 import sys
@@ -15,10 +15,10 @@ class ChatCommand(Caller):
     """The command `minitp chat`."""
 
     name = "chat"
-    summary = "talk with a model in the terminal"
+    summary = "chat with a model in the terminal"
     description = (
-        "Talk with a model in the terminal. If stdin is not a terminal, each of its lines is a message and "
-        "gets an answer."
+        "Chat with a model in the terminal. If stdin is not a terminal, each line of it is a message, which "
+        "the model answers."
     )
     examples = (
         ("minitp chat --system 'You are a poet.' --temperature 0.7", "a conversation with the demo model"),
@@ -29,7 +29,7 @@ class ChatCommand(Caller):
         parser.groups["input"].add_argument(
             "--system",
             metavar="TEXT",
-            help="instructions for the model (default: none)",
+            help="system message: instructions for the model (default: none)",
         )
         add_sampling(parser, max_new_tokens=None)
         add_run(parser)
@@ -40,7 +40,7 @@ class ChatCommand(Caller):
         parser.set_defaults(max_sequences=1)
 
     def run(self, args, tp):
-        """Answer messages until there are no more."""
+        """Answer messages until the user leaves or stdin ends."""
         from minitp.cli.conversation import Conversation, message
         from minitp.cli.terminal import at_terminal, line_by_line
         from minitp.llm import LLM
@@ -61,7 +61,7 @@ class ChatCommand(Caller):
 
 
 def check(args, tp, shortest):
-    """Refuse before ranks start what cannot work; return the SamplingParams of all answers.
+    """Reject invalid options before any rank starts; return the SamplingParams for all answers.
 
     `shortest` are the messages of the shortest conversation, which must fit the context.
     """
@@ -72,7 +72,7 @@ def check(args, tp, shortest):
     source = open_model(args.model, tp, args.layers)
     tokenizer, context = source.tokenizer(), context_length(source.config, args.max_context)
     if tokenizer is None:
-        raise InputError(f"{source.name} has no tokenizer.json, so it cannot chat")
+        raise InputError(f"{source.name} has no tokenizer.json, which chat needs")
     text = source.chat_template().render(shortest)
     check_prompt(tokenizer.encode(text, add_special_tokens=False), source.config, context)
     if args.max_new_tokens is None:

@@ -4,13 +4,13 @@ import sys
 
 from minitp.cli.color import judged
 from minitp.cli.command import OnRanks
-from minitp.cli.options import add_decode, add_device, add_model, add_prompt, add_report
+from minitp.cli.options import PROMPT_OR_TOKENS, add_decode, add_device, add_model, add_prompt, add_report
 from minitp.trace.names import AFTER, BEFORE, LAYER
 from minitp.util.format import aligned, counted
 from minitp.util.stdout import write_out
 
-LINES = 20  # wrong steps that are shown
-NEAR = 0.8  # a layer whose error is above this share of its bound is always shown
+LINES = 20  # maximum number of wrong steps in the table
+NEAR = 0.8  # a layer whose error exceeds this share of its bound always has a row
 HEADER = ("step", "local error", "allowed", "share", "worst at", "total error")
 SIDES = "<>>><>"
 
@@ -19,11 +19,12 @@ class CheckCommand(OnRanks):
     """The command `minitp check`."""
 
     name = "check"
-    inputs = "PROMPT"
+    inputs = PROMPT_OR_TOKENS
     summary = "check every step of every rank against a float64 reference"
     description = (
-        "Run a prompt and compare every intermediate array of every rank with the float64 oracle. The exit "
-        "code is 1 if one is out of bounds, and the last line names the first wrong step, layer and rank."
+        "Run a prompt and compare every step (intermediate array) of every rank with the oracle, an "
+        "independent float64 implementation of the model. If a step is out of bounds, the exit code is 1, "
+        "and the last line names the first wrong step, its layer and its rank."
     )
     examples = (
         ('minitp check "The capital of France is" --tp 4', "check the demo model on four ranks"),
@@ -41,8 +42,8 @@ class CheckCommand(OnRanks):
             "--path",
             choices=["explicit", "fused"],
             default="explicit",
-            help="explicit: one operation after the other; fused: the GPU kernels, at the steps that they "
-            "have (default: explicit)",
+            help="explicit: every operation by itself; fused: the fused GPU kernels where they exist, which "
+            "needs --device cuda (default: explicit)",
         )
         add_model(parser)
         add_device(parser)
@@ -58,7 +59,7 @@ class CheckCommand(OnRanks):
         return ids, passes_wanted(args, source, ids)
 
     def run(self, args, comm, source, prepared):
-        """Print the table and the verdict; the exit code is 1 if a step is wrong."""
+        """Print the table and the verdict; return 1 if a step is wrong, else 0."""
         from tqdm import tqdm
 
         from minitp.bench.measure import gpu_name
@@ -88,7 +89,7 @@ class CheckCommand(OnRanks):
 
 
 def title(source, model, result):
-    """Return a line on what has been run."""
+    """Return the heading: the model, the ranks, the dtype and the tokens."""
     tokens = len(result.token_ids)
     decoded = len(result.passes) - 1
     ranks = counted(model.comm.size, "rank")
@@ -99,9 +100,9 @@ def title(source, model, result):
 
 
 def table(result, every_layer=True):
-    """Return the table: the wrong steps alone, worst first, or else a row for each step and for each layer.
+    """Return the table: the wrong steps, worst first, or if there are none, a row per step and per layer.
 
-    Without `every_layer` the layers that are far from their bounds are only counted.
+    Unless `every_layer` is set, layers that are far from their bounds are only counted.
     """
     if result.problems:
         return [f"plan, rank {rank}: {text}" for rank, text in result.problems]
@@ -116,7 +117,7 @@ def table(result, every_layer=True):
         steps["weights" if finding.pass_name == "weights" else finding.step].append(finding)
         if finding.layer is not None:
             layers[f"layer {finding.layer}"].append(finding)
-    # A step without findings is inside a fused operation.
+    # A step that is inside a fused kernel has no findings.
     rows = [row(name, findings) for name, findings in steps.items() if findings]
     shown = {
         name: findings
@@ -128,14 +129,14 @@ def table(result, every_layer=True):
 
 
 def row(name, findings):
-    """Return a row of the table: the worst of some findings."""
+    """Return a row of the table for the worst of some findings."""
     worst = max(findings, key=lambda finding: finding.ratio)
     where = f"{worst.name} rank {worst.rank}" if worst.ratio else ""
     return name, *errors(worst), where, total(findings)
 
 
 def not_shown(hidden, shown):
-    """Return the line on layers that have no row."""
+    """Return the line that counts the layers without a row."""
     if not hidden:
         return []
     which = f"the other {counted(hidden, 'layer')}" if shown else counted(hidden, "layer")

@@ -1,4 +1,4 @@
-"""The colors of text on a terminal; https://no-color.org says how a user turns them off."""
+"""Colors of text on a terminal, which NO_COLOR turns off (https://no-color.org)."""
 
 import os
 
@@ -6,12 +6,12 @@ DIM, RED, GREEN, RESET = "\x1b[2m", "\x1b[31m", "\x1b[32m", "\x1b[0m"
 
 
 def dimmed(text, stream):
-    """Return the text as `stream` shows it dimmed."""
+    """Return the text, dimmed if `stream` is a terminal."""
     return _colored(text, DIM, stream)
 
 
 def judged(text, is_good, stream):
-    """Return a verdict as `stream` shows it in green or red."""
+    """Return a verdict, in green or red if `stream` is a terminal."""
     return _colored(text, GREEN if is_good else RED, stream)
 
 

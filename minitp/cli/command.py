@@ -1,11 +1,12 @@
-"""The form that every command has, and the three ways to run one.
+"""The base class of commands, and the three ways to run one.
 
-OneProcess   this process does it alone
-OnRanks      every rank does it; this process starts the ranks, or is one of them
-Caller       this process starts ranks, or leads those of its mpirun, and sends them requests
+OneProcess   runs in this process, without ranks
+OnRanks      runs on every rank; this process starts the ranks, or is one of them
+Caller       sends requests to ranks, which this process or a user's mpirun has started
 
-A command's module is imported for every `minitp --help`. So it imports numpy and whatever needs it inside
-its functions, which also leaves time to set the number of BLAS threads first.
+To parse any command line, the modules of all commands are imported. So that `--help` is fast, they import
+NumPy, and modules that need it, only inside functions. That also leaves time to set the number of BLAS
+threads before NumPy is imported.
 """
 
 import os
@@ -19,28 +20,28 @@ from minitp.util.environment import ALONE_VARIABLE, SOCKET_VARIABLE
 
 
 class Command:
-    """A command of `minitp`: its options, its help and what it does.
+    """A command of `minitp`: its options, help and behavior.
 
     Attributes
     ----------
     name : str
     inputs : str
-        The arguments that are not options, and required options, for the usage line.
+        The required arguments, for the usage line.
     summary : str
-        Its line in `minitp --help`.
+        A line for the list of commands in `minitp --help`.
     description : str
-        The first paragraph of its own --help.
+        The first paragraph of the command's own --help.
     examples : tuple of (str, str)
-        Command lines with what each of them does, for the end of --help.
-    verbose : str
-        The help of -v.
+        Command lines and what they do, for the end of --help.
+    verbose : str or None
+        The help of -v; None hides the option, which is accepted but has no effect.
     """
 
     name, inputs, summary, description, examples = "", "", "", "", ()
     verbose = "show Python tracebacks, and what every rank wrote to stderr"
 
     def add_options(self, parser):
-        """Add the command's options to its `arguments.Parser`, each to one of the parser's groups."""
+        """Add the command's options to the groups of its `arguments.Parser`."""
 
     def start(self, args, rank_command):
         """Run the command in this process and return its exit code.
@@ -49,26 +50,26 @@ class Command:
         ----------
         args : Namespace
         rank_command : list of str
-            The command line that runs the same command as a rank, for mpirun.
+            The command line with which mpirun runs this command as a rank.
         """
         raise NotImplementedError
 
 
 class OneProcess(Command):
-    """A command without ranks. If a user's mpirun starts it all the same, only rank 0 runs it."""
+    """A command without ranks. If a user's mpirun starts it anyway, only rank 0 runs it."""
 
-    verbose = "no effect on this command, which starts no ranks"
+    verbose = None
 
     def start(self, args, rank_command):
         return self.run(args) if environment.env_rank(os.environ) == 0 else 0
 
     def run(self, args):
-        """Do the work and return the exit code."""
+        """Run the command and return the exit code."""
         raise NotImplementedError
 
 
 class OnRanks(Command):
-    """A command that every rank runs: ranks of the launcher, of a user's mpirun, or the only one."""
+    """A command that every rank runs, whether the launcher or a user's mpirun starts the ranks."""
 
     def start(self, args, rank_command):
         world = environment.world_size(os.environ)
@@ -87,7 +88,7 @@ class OnRanks(Command):
 
         source = open_model(args.model, size, args.layers)
         warn_of_unread_fields(source)
-        self.prepare(args, source)  # bad input is refused before any rank starts
+        self.prepare(args, source)  # rejects bad input before any rank starts
         return run_ranks(rank_command, size, verbose=args.verbose)
 
     def ranks(self, args):
@@ -102,7 +103,7 @@ class OnRanks(Command):
         return run_alone(self.work(args), args, SingleRank())
 
     def work(self, args):
-        """Return what a rank does, for `launch.rank`, which calls it when MPI has started."""
+        """Return the function that `launch.rank` calls on each rank after MPI has started."""
 
         def work(comm, caller):
             from minitp.load import open_source
@@ -117,16 +118,19 @@ class OnRanks(Command):
         return work
 
     def prepare(self, args, source):
-        """Refuse options and inputs that cannot work, and return what `run` needs besides the source."""
+        """Reject invalid options and inputs, and return what `run` needs in addition to the source."""
         raise NotImplementedError
 
     def run(self, args, comm, source, prepared):
-        """Do this rank's part of the work and return the exit code; all ranks call it."""
+        """Run the command on this rank and return the exit code; all ranks call this method."""
         raise NotImplementedError
 
 
 class Caller(Command):
-    """A command that talks to ranks through `LLM`; in a user's mpirun rank 0 does, the others serve it."""
+    """A command that sends requests to ranks through `LLM`.
+
+    Under a user's mpirun, rank 0 runs the command, and the other ranks serve its requests.
+    """
 
     def start(self, args, rank_command):
         environment.divide_cores(os.environ)
@@ -135,7 +139,7 @@ class Caller(Command):
         if environment.env_rank(os.environ) != 0:
             from minitp.llm import LLM
 
-            LLM(**llm_options(args, tp))  # serves rank 0, then ends this process
+            LLM(**llm_options(args, tp))  # serves rank 0, then exits
         from minitp.engine.client import JOINED
 
         try:
@@ -146,15 +150,15 @@ class Caller(Command):
             print(f"minitp: {error}", file=sys.stderr, flush=True)
             from minitp.comm.mpi import MpiComm
 
-            MpiComm(expected=world).abort(error.exit_code)  # the others wait for rank 0 to join them
+            MpiComm(expected=world).abort(error.exit_code)  # the other ranks wait for rank 0
 
     def run(self, args, tp):
-        """Start `tp` ranks, or join them, and serve the user; return the exit code."""
+        """Start or join `tp` ranks, run the command, and return the exit code."""
         raise NotImplementedError
 
 
 def refuse_unknown_mpi():
-    """Refuse to start ranks in a process that is itself a rank of an MPI which does not say so."""
+    """Raise RankError if this process is itself a rank, of an MPI that does not announce its size."""
     if SOCKET_VARIABLE in os.environ:
         raise RankError(
             "mpirun gives its ranks neither PMI_SIZE nor OMPI_COMM_WORLD_SIZE; use MPICH or Open MPI"

@@ -1,4 +1,4 @@
-"""`minitp compare`: compare two files of steps, from any engine."""
+"""`minitp compare`: compare two traces, from any engine."""
 
 import re
 import sys
@@ -9,9 +9,10 @@ from minitp.cli.options import add_report
 from minitp.util.format import aligned
 from minitp.util.stdout import write_out
 
-BEFORE_FIRST, AFTER_FIRST, WORST = 3, 6, 10  # lines of the tables of a failure
+BEFORE_FIRST, AFTER_FIRST = 3, 6  # number of steps to show before and from the first that differs
+WORST = 10  # number of steps in the table of the worst
 NAMES_SHOWN = 3
-BESIDE = 30  # a longer note gets its own line
+NOTE_WIDTH = 30  # a longer note gets its own line
 
 
 class CompareCommand(OneProcess):
@@ -19,16 +20,16 @@ class CompareCommand(OneProcess):
 
     name = "compare"
     inputs = "A B"
-    summary = "compare two files of steps, from any engine"
+    summary = "compare two traces, from any engine"
     description = (
-        "Compare the arrays of B with those of A, step by step. The exit code is 1 if a step differs by more "
-        "than the tolerance, and the last line names the first one."
+        "Compare the arrays in B with those in A, step by step. If a step differs by more than the "
+        "tolerance, the exit code is 1, and the last line names the first such step."
     )
     examples = (
         ("minitp compare minitp.safetensors mine.npz", "compare your engine's arrays with a minitp trace"),
         (
             "minitp compare a.safetensors b.npz --map names.json --report difference.html",
-            "other names in B; a report",
+            "B uses other names; write a report",
         ),
     )
 
@@ -40,18 +41,18 @@ class CompareCommand(OneProcess):
         group.add_argument(
             "--map",
             metavar="NAMES.json",
-            help="a JSON object from names in A to names in B (default: equal names)",
+            help="a JSON file that maps names in A to names in B (default: equal names)",
         )
         group.add_argument(
             "--tolerance",
             type=float,
             metavar="X",
-            help="largest relative error that passes (default: by the dtypes of the files)",
+            help="maximum relative error (default: depends on the dtypes in the files)",
         )
         add_report(parser)
 
     def run(self, args):
-        """Print the table and the verdict; the exit code is 1 if a step departs."""
+        """Print the tables and the verdict; return 1 if a step differs, else 0."""
         from tqdm import tqdm
 
         from minitp.cli.inputs import check_output
@@ -67,10 +68,10 @@ class CompareCommand(OneProcess):
         lines = [
             f"A, the reference: {args.a}",
             f"B:                {args.b}",
-            *[f"only in {side}: {some(names)}" for side, names in names_of_one(result)],
+            *[f"only in {side}: {count_and_first(names)}" for side, names in names_of_one(result)],
             *result.remarks,
             "",
-            *(departed(result) if result.departing else agreed(result)),
+            *(failure_lines(result) if result.departing else success_lines(result)),
             "",
             judged(said, not result.departing, sys.stdout),
         ]
@@ -82,27 +83,27 @@ class CompareCommand(OneProcess):
 
 
 def names_of_one(result):
-    """Return (side, names) for each file that has steps which the other lacks."""
+    """Return (side, names) for each file that has steps which the other file lacks."""
     return [(side, names) for side, names in (("A", result.only_a), ("B", result.only_b)) if names]
 
 
-def some(names):
-    """Return the number of names, and the first few."""
+def count_and_first(names):
+    """Return the number of names and the first few of them."""
     shown = ", ".join(names[:NAMES_SHOWN]) + (", .." if len(names) > NAMES_SHOWN else "")
     return f"{len(names)} ({shown})"
 
 
-def departed(result):
-    """Return the tables of a failure: the steps around the first departure, and the worst steps."""
+def failure_lines(result):
+    """Return the tables for a failure: the steps around the first that differs, and the worst steps."""
     steps, departing = result.steps, result.departing
     first = departing[0]
     i = steps.index(first)
-    lines = ["Where it begins (! departs):", *table(steps[max(0, i - BEFORE_FIRST) : i + AFTER_FIRST])]
+    lines = ["Where it begins (! differs):", *table(steps[max(0, i - BEFORE_FIRST) : i + AFTER_FIRST])]
     worst = sorted(departing, key=lambda step: -step.relative)
     if len(departing) > 1:
         lines += [
             "",
-            f"The worst of {len(departing)} departing steps, of {len(steps)}:",
+            f"The worst of the {len(departing)} differing steps ({len(steps)} compared):",
             *table(worst[:WORST]),
         ]
     if len(departing) > WORST:
@@ -121,11 +122,11 @@ def verdict(result):
     error = f"relative error {step.relative:.2g} (tolerance {step.tolerance:g})"
     where = f"largest difference at {list(step.index)}: {step.a_value:.6g} in A, {step.b_value:.6g} in B"
     note = f" ({step.note})" if step.note else ""
-    return f"first departing step: {step.name}: {error}; {where}{note}"
+    return f"first differing step: {step.name}: {error}; {where}{note}"
 
 
-def agreed(result):
-    """Return the table of a success: for each step in each layout the worst over layers and passes."""
+def success_lines(result):
+    """Return the table for a success: the worst of each step and layout over all layers and passes."""
     groups = {}
     for step in result.steps:
         groups.setdefault((re.sub(r"\d+", "*", step.name), step.layout), []).append(step)
@@ -134,17 +135,17 @@ def agreed(result):
 
 
 def table(steps):
-    """Return a line for each step, and another for a long note, which names a cause."""
+    """Return a line for each step, and a separate line for a long note about its cause."""
     rows = [("", "step", "error", "differs most at", "A", "B", "note")]
     for step in steps:
         mark = "!" if step.departs else ""
-        note = step.note if len(step.note) <= BESIDE else ""
+        note = step.note if len(step.note) <= NOTE_WIDTH else ""
         values = ("", "", "")
         if step.absolute > 0:
             values = (str(list(step.index)), f"{step.a_value:.5g}", f"{step.b_value:.5g}")
         rows.append((mark, step.name, f"{step.relative:.1e}", *values, note))
     lines = aligned(rows, "<<><>><")
     for place, step in reversed(list(enumerate(steps, start=2))):
-        if len(step.note) > BESIDE:
+        if len(step.note) > NOTE_WIDTH:
             lines.insert(place, f"     {step.note}")
     return lines

@@ -1,4 +1,4 @@
-"""A conversation with a model: its messages, and streaming the next answer."""
+"""A conversation with a model: the messages so far, and the streaming of the next answer."""
 
 import queue
 import sys
@@ -8,30 +8,30 @@ from minitp.engine.completion import Completion
 from minitp.errors import ContextError, InputError
 from minitp.util.stdout import write_out
 
-ROOM = 4  # an answer may use at least 1 / ROOM of the context
+ROOM = 4  # 1 / ROOM of the context, or max_new_tokens if that is less, is left for an answer
 
 
 def message(role, content):
-    """Return a message of a conversation."""
+    """Return a chat message as a dict."""
     return {"role": role, "content": content}
 
 
 def note(text):
-    """Print a line that is not the model's."""
+    """Print a line to stderr, apart from the model's answers."""
     print(text, file=sys.stderr)
 
 
 class Conversation:
-    """A conversation: what the user and the model have said so far.
+    """A conversation between the user and the model.
 
     Parameters
     ----------
     llm : LLM
     params : SamplingParams
     opening : list of dict
-        The system's message, if there is one; it is never dropped.
+        The system message, if there is one; it is never dropped.
     stats : bool
-        Print after each answer how fast it was.
+        Print the length and speed of each answer.
     """
 
     def __init__(self, llm, params, opening, stats):
@@ -40,11 +40,14 @@ class Conversation:
         self.reset()
 
     def reset(self):
-        """Forget what has been said."""
+        """Forget all messages except the opening."""
         self.messages, self.has_outgrown = [], False
 
     def say(self, text):
-        """Stream the answer to a message, or refuse it; return False if no one reads the output."""
+        """Stream the answer to a message; return False if stdout is closed.
+
+        A message that is too long is reported, and the conversation can continue.
+        """
         self._updates = queue.SimpleQueue()
         try:
             messages, ids = self.within_context([*self.messages, message("user", text)])
@@ -57,7 +60,7 @@ class Conversation:
         except InputError as error:
             note(f"minitp: {error}")
             return True
-        if answer.text or answer.finish_reason:  # otherwise it was stopped before its first word
+        if answer.text or answer.finish_reason:  # not if it was stopped before its first word
             self.messages = [*messages, message("assistant", answer.text)]
         is_read = write_out("\n")
         self._remark(answer, times)
@@ -68,9 +71,10 @@ class Conversation:
         self._updates.put(None)
 
     def within_context(self, messages):
-        """Return the messages that leave an answer room, and their token ids.
+        """Return the newest messages that leave room for an answer, and their token ids.
 
-        The oldest are dropped, and then down to half of the context: all that follows must be recomputed.
+        If messages must be dropped, they are dropped down to half of the context, because all messages that
+        follow must then be recomputed.
         """
         context = self.llm.description["context"]
         most = context - min(context // ROOM, self.params.max_new_tokens)
@@ -86,11 +90,14 @@ class Conversation:
             kept, most = kept[2:], context // 2
         if len(kept) < len(messages) and not self.has_outgrown:
             self.has_outgrown = True
-            note(f"[the conversation has outgrown its context of {context} tokens; the oldest are dropped]")
+            note(
+                f"[the conversation has outgrown its context of {context} tokens; "
+                "the oldest messages are dropped]"
+            )
         return kept, ids
 
     def _updates_of(self, ids):
-        """Yield the updates of an answer, up to its end or an `interrupt`."""
+        """Yield the updates of an answer until it ends or is interrupted."""
         stop = self.llm.submit(ids, self.params, self._updates.put)
         try:
             while (update := self._updates.get()) is not None:
@@ -103,7 +110,7 @@ class Conversation:
             stop()
 
     def _remark(self, answer, times):
-        """Note that an answer is cut off, and with --stats how fast it was."""
+        """Print whether the answer was cut off and, with --stats, its length and speed."""
         new = len(answer.token_ids)
         if answer.finish_reason == "length" and new == self.params.max_new_tokens:
             note(f"[cut at {new} tokens; -n allows more]")

@@ -6,7 +6,7 @@ from time import perf_counter
 
 from minitp.cli.color import dimmed
 from minitp.cli.command import OnRanks
-from minitp.cli.options import add_json, add_max_context, add_prompt, add_run, add_sampling
+from minitp.cli.options import PROMPT_OR_TOKENS, add_json, add_max_context, add_prompt, add_run, add_sampling
 from minitp.errors import InputError
 from minitp.util.format import counted
 from minitp.util.stdout import write_out
@@ -16,7 +16,7 @@ class GenerateCommand(OnRanks):
     """The command `minitp generate`."""
 
     name = "generate"
-    inputs = "PROMPT"
+    inputs = PROMPT_OR_TOKENS
     summary = "continue a prompt"
     description = (
         "Print the continuation of a prompt, token by token. On a terminal the prompt itself is shown first, "
@@ -26,7 +26,7 @@ class GenerateCommand(OnRanks):
         ('minitp generate "Once upon a time" -n 40 --tp 2', "40 tokens from the demo model on two ranks"),
         (
             'minitp generate "Once upon a time" --model ./Mistral-7B-v0.1 --temperature 0.8 --seed 1 --stats',
-            "random but repeatable text from a checkpoint, with times and sizes on stderr",
+            "sampled but repeatable text from a checkpoint, with times and sizes on stderr",
         ),
     )
 
@@ -52,10 +52,10 @@ class GenerateCommand(OnRanks):
 
         sampling_params(args)
         ids = prompt_tokens(args, source)
-        if args.stop or args.tokens is not None:  # with a PROMPT alone its encoding has read the tokenizer
+        if args.stop or args.tokens is not None:  # otherwise prompt_tokens has read it
             tokenizer = source.tokenizer()
             if args.stop and tokenizer is None:
-                raise InputError(f"--stop needs text, and {source.name} has no tokenizer.json")
+                raise InputError(f"--stop needs a tokenizer, and {source.name} has no tokenizer.json")
         context = context_length(source.config, args.max_context)
         check_prompt(ids, source.config, context)
         return ids, context
@@ -91,7 +91,7 @@ class GenerateCommand(OnRanks):
 
 
 def statistics(request, model, comm_share, load_s):
-    """Return the statistics of a run; `comm_share` is the share of rank 0's time in collectives."""
+    """Return the statistics of a run; `comm_share` is the share of rank 0's time spent in collectives."""
     return {
         "tp": model.comm.size,
         "dtype": model.device.dtype.name,
@@ -105,7 +105,7 @@ def statistics(request, model, comm_share, load_s):
 
 
 def report(args, request, stats):
-    """Print the end of a generation: a last newline or the JSON object, and the statistics."""
+    """Print the final newline or the JSON object, and the statistics."""
     if args.json:
         result = {
             "prompt_token_ids": request.prompt_ids,

@@ -1,8 +1,8 @@
 """`minitp info`: versions and hardware, for a bug report.
 
-It must work where nothing else does. So each part is found independently, and says why if it has no answer.
-MPI and CUDA may crash or hang instead of answering: separate processes ask them, at the same time. This
-module imports nothing that could be missing.
+This command must work even if nothing else does. So each fact is collected independently and is replaced by
+the reason if it cannot be found. Because MPI and CUDA may crash or hang, separate processes query them, in
+parallel. This module imports nothing that may be missing.
 """
 
 import importlib.metadata
@@ -25,19 +25,28 @@ from minitp.loading import demo
 from minitp.util.environment import BLAS_THREADS, cores, cpu_name, memory, physical_cores, world_size
 from minitp.util.stdout import write_out
 
-LIMIT_S = 10  # seconds that a separate process has for its answer
+LIMIT_S = 10  # time limit of a separate process in seconds
 
 PACKAGES = ("safetensors", "tokenizers", "ml_dtypes", "huggingface_hub", "jinja2", "tqdm", "gguf")
 PACKAGES += ("starlette", "uvicorn", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 
-# Environment variables that affect a run: whole names, or beginnings.
+# Environment variables that affect a run: names and prefixes.
 VARIABLES = (*BLAS_THREADS, "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
-BEGINNINGS = ("NCCL_", "MINITP_", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NUM_NODES")
-BEGINNINGS += ("OMPI_MCA_", "PRTE_MCA_", "MPICH_", "MPIR_CVAR_", "HYDRA_", "I_MPI_", "UCX_", "FI_")  # MPIs'
+PREFIXES = ("NCCL_", "MINITP_", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NUM_NODES")
+PREFIXES += (
+    "OMPI_MCA_",
+    "PRTE_MCA_",
+    "MPICH_",
+    "MPIR_CVAR_",
+    "HYDRA_",
+    "I_MPI_",
+    "UCX_",
+    "FI_",
+)  # MPI libraries
 SECRET = "MINITP_API_KEY"
 
-# MPIs that can start each other's ranks, by words in their version texts.
-STARTED_ALIKE = {
+# Families of MPIs that can start each other's ranks, with words in their version texts.
+MPI_FAMILIES = {
     "Open MPI": ("open mpi", "openrte", "open-mpi", "prte"),
     "MPICH": ("mpich", "hydra", "intel(r) mpi", "mvapich"),
 }
@@ -49,23 +58,23 @@ class InfoCommand(OneProcess):
     name = "info"
     summary = "show versions and hardware, for a bug report"
     description = (
-        "Show what is installed and what the machine has: MPI, BLAS, CuPy, NCCL, GPUs, cores, environment "
-        "variables. It starts no ranks, and says what is missing instead of failing."
+        "Show the installed software and the hardware: MPI, BLAS, CuPy, NCCL, GPUs, cores, environment "
+        "variables. No ranks are started, and missing parts are reported instead of causing a failure."
     )
-    examples = (("minitp info --json", "the same as JSON"),)
+    examples = (("minitp info --json", "print JSON"),)
 
     def add_options(self, parser):
         add_json(parser)
 
     def run(self, args):
-        """Print the facts; the exit code is 0 whatever is missing."""
+        """Print the facts and return 0, even if parts are missing."""
         found = facts()
         write_out(json.dumps(found) + "\n" if args.json else text(found))
         return 0
 
 
 def facts():
-    """Return all facts as a dict for JSON; a part without an answer is {"error": why}."""
+    """Return all facts as a dict for JSON; a part that cannot be found is {"error": reason}."""
     probes = {name: attempt(start, name) for name in ("mpi", "cuda", "nvidia_smi")}
     found = {
         "minitp": {"version": __version__, "path": str(Path(__file__).parent.parent)},
@@ -83,14 +92,14 @@ def facts():
 
 
 def attempt(function, *arguments):
-    """Return what a function returns, or {"error": why} if it raises."""
+    """Return what a function returns, or {"error": reason} if it raises."""
     try:
         return function(*arguments)
     except Exception as error:  # any error belongs in the report
         return {"error": one_line(error)[:300]}
 
 
-# --- questions that this process answers ------------------------------------------------------------------
+# --- facts that this process finds ------------------------------------------------------------------------
 
 
 def python():
@@ -138,22 +147,22 @@ def system():
 
 
 def variables():
-    """Return the variables that are set; of the API key only that it is set."""
-    names = [name for name in sorted(os.environ) if name in VARIABLES or name.startswith(BEGINNINGS)]
+    """Return the environment variables that affect a run, without the value of the API key."""
+    names = [name for name in sorted(os.environ) if name in VARIABLES or name.startswith(PREFIXES)]
     found = {name: "(set)" if name == SECRET else os.environ[name] for name in names}
     world = world_size(os.environ)
     return found if world is None else found | {"(ranks of this MPI world)": str(world)}
 
 
 def demo_model():
-    """Return the demo model's directory and its bytes, None before it has been fetched."""
+    """Return the demo model's directory and its bytes, which are None before the download."""
     path = demo.cache_directory() / demo.NAME
     files = [file for file in path.rglob("*") if file.is_file()]
     return {"path": str(path), "bytes": sum(file.stat().st_size for file in files) if files else None}
 
 
 def mpirun():
-    """Return the mpirun that minitp would use, and the beginning of its own version text."""
+    """Return the mpirun that minitp would use, and the beginning of its version text."""
     path = find_mpirun()
     done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=LIMIT_S)
     said = " ".join((done.stdout or done.stderr).split())
@@ -161,22 +170,22 @@ def mpirun():
 
 
 def matches(library, said):
-    """Return whether this mpirun can start ranks of mpi4py's MPI; None if one of them is not known."""
+    """Return whether this mpirun can start ranks of mpi4py's MPI; None if either is unknown."""
     kinds = [kind_of(words) for words in (library, said)]
     return None if None in kinds else kinds[0] == kinds[1]
 
 
 def kind_of(words):
-    """Return the key of STARTED_ALIKE for an MPI with this version text, or None."""
-    found = [kind for kind, marks in STARTED_ALIKE.items() if any(m in (words or "").lower() for m in marks)]
+    """Return the key of MPI_FAMILIES for an MPI with this version text, or None."""
+    found = [kind for kind, marks in MPI_FAMILIES.items() if any(m in (words or "").lower() for m in marks)]
     return found[0] if found else None
 
 
-# --- questions that separate processes answer -------------------------------------------------------------
+# --- facts that separate processes find -------------------------------------------------------------------
 
 
 def start(name):
-    """Start a process that asks about `mpi`, `cuda` or `nvidia_smi`; or return why that is impossible."""
+    """Start a process that queries `mpi`, `cuda` or `nvidia_smi`, or return the reason why it cannot."""
     if name == "mpi" and importlib.util.find_spec("mpi4py") is None:
         return {"error": "mpi4py is not installed: pip install mpi4py"}
     if name == "cuda" and importlib.util.find_spec("cupy") is None:
@@ -185,7 +194,7 @@ def start(name):
     if name == "nvidia_smi":
         path = shutil.which("nvidia-smi")
         if path is None:
-            return {"error": "nvidia-smi is not found"}
+            return {"error": "nvidia-smi not found"}
         command = [path, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -205,18 +214,18 @@ def answer(probe):
         return {"error": f"ended with code {probe.returncode}: {' '.join(last)[:250]}"}
     lines = out.strip().splitlines()
     if probe.args[0] != sys.executable:
-        return {"gpus": lines}  # one per line of nvidia-smi
+        return {"gpus": lines}  # nvidia-smi prints one line per GPU
     return json.loads(lines[-1])
 
 
 def tell(function):
-    """Print what a function finds, as the last line of the process."""
+    """Print the result of a function as the last line, and exit."""
     print("\n" + json.dumps(function()), flush=True)
-    os._exit(0)  # an uninitialized MPI or a failing GPU may hang an orderly exit
+    os._exit(0)  # with an uninitialized MPI or a failing GPU, a normal exit may hang
 
 
 def mpi():
-    """Return the MPI library that mpi4py loads; it is not initialized."""
+    """Return the versions of mpi4py and its MPI library, without initializing MPI."""
     import mpi4py
 
     mpi4py.rc.initialize = mpi4py.rc.finalize = False
@@ -227,7 +236,7 @@ def mpi():
 
 
 def cuda():
-    """Return CuPy, CUDA, NCCL, the GPUs, and the pairs of which one cannot read the other's memory."""
+    """Return the versions of CuPy, CUDA and NCCL, the GPUs, and the (a, b) where a cannot read b's memory."""
     import cupy
 
     runtime = cupy.cuda.runtime

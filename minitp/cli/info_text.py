@@ -5,14 +5,14 @@ import re
 from minitp.util.format import aligned, counted, size
 
 MATCH = {
-    True: "it starts ranks of this MPI",
-    False: "IT IS OF ANOTHER MPI: each of its ranks would be a world of its own; use that of the MPI above",
-    None: "whether it starts ranks of this MPI is not known",
+    True: "matches this MPI",
+    False: "BELONGS TO ANOTHER MPI: every rank would be a world of size 1; use the mpirun of the MPI above",
+    None: "unknown whether it matches this MPI",
 }
 
 
 def text(found):
-    """Return the dict of `info.facts` as text; a part without an answer says why."""
+    """Format the dict of `info.facts`; a part that could not be found shows the reason."""
     rows = [
         ("minitp", "{version}, in {path}".format(**found["minitp"])),
         ("Python", or_error(found["python"], "{version}, {executable}".format_map)),
@@ -36,12 +36,12 @@ def text(found):
 
 
 def or_error(part, words):
-    """Return `words(part)`, or why the part is not known."""
+    """Return `words(part)`, or the reason why the part could not be found."""
     return part["error"] if isinstance(part, dict) and "error" in part else words(part)
 
 
 def entries(part, between=" "):
-    """Return names and values in one line."""
+    """Format names and values on one line."""
     return ", ".join(f"{name}{between}{value or 'not installed'}" for name, value in part.items())
 
 
@@ -53,7 +53,7 @@ def numpy(part):
 
 def cpu(part):
     """Return the processor, its cores and the memory."""
-    cores = f"{counted(part['cores'], 'core')} to use, {part['physical_cores']} physical"
+    cores = f"{counted(part['cores'], 'core')} available, {part['physical_cores']} physical"
     return f"{part['cpu']}, {cores}, {size(part['memory_bytes'])}"
 
 
@@ -77,20 +77,20 @@ def cupy(part):
 
 
 def gpus(part):
-    """Return the GPUs, and whether each can read the others' memory."""
+    """Return the GPUs, and whether they can read each other's memory."""
 
     def list_them(found):
         return "; ".join(f"{g['name']} ({g['compute_capability']}, {size(g['memory_bytes'])})" for g in found)
 
     listed = or_error(part["gpus"], list_them) or "none"
-    apart = or_error(part["out_of_reach"], lambda pairs: ", ".join(f"{a} of {b}" for a, b in pairs))
+    apart = or_error(part["out_of_reach"], lambda pairs: ", ".join(f"GPU {a} to {b}" for a, b in pairs))
     if apart:
-        return f"{listed}; CANNOT READ the memory: {apart}"
-    return f"{listed}; each reads the others' memory" if len(part["gpus"]) > 1 else listed
+        return f"{listed}; NO PEER ACCESS: {apart}"
+    return f"{listed}; all have peer access to each other" if len(part["gpus"]) > 1 else listed
 
 
 def demo_model(part):
-    """Return where the demo model is, and its size."""
+    """Return the demo model's directory and size."""
     if part["bytes"] is None:
-        return f"not fetched yet; it will be kept in {part['path']}"
+        return f"not downloaded yet; it will be stored in {part['path']}"
     return f"{part['path']}, {size(part['bytes'])}"

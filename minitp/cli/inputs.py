@@ -1,4 +1,4 @@
-"""Inputs that several commands check: the prompt, sampling parameters, passes, files to write."""
+"""Checks of inputs that several commands share: prompts, sampling parameters, passes, output files."""
 
 import tempfile
 from pathlib import Path
@@ -19,7 +19,7 @@ def prompt_tokens(args, source):
 
 
 def tokenizer_of(source):
-    """Return the Tokenizer of a ModelSource; InputError if it has none."""
+    """Return the Tokenizer of a ModelSource; raise InputError if it has none."""
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise InputError(f"{source.name} has no tokenizer.json; give --tokens 1,2,3 instead of a prompt")
@@ -27,7 +27,7 @@ def tokenizer_of(source):
 
 
 def sampling_params(args):
-    """Return the SamplingParams that the options give."""
+    """Return the SamplingParams from the options; raise InputError if one is invalid."""
     try:
         return SamplingParams(
             max_new_tokens=args.max_new_tokens,
@@ -44,7 +44,7 @@ def sampling_params(args):
 
 
 def passes_wanted(args, source, token_ids):
-    """Return the passes of the prompt and --decode; refuse them if the model's context cannot hold them."""
+    """Return the passes for the prompt and --decode; raise InputError if they exceed the model's context."""
     if args.decode < 0:
         raise InputError(f"--decode {args.decode}: expected 0 or more")
     if not token_ids:
@@ -59,16 +59,14 @@ def passes_wanted(args, source, token_ids):
 
 
 def check_output(name, suffix):
-    """Refuse a file that could not be written in the end."""
+    """Reject an output file that could not be written."""
     path = Path(name)
     if path.suffix != suffix:
         raise InputError(f"{name}: expected a name that ends in {suffix}")
     try:
         if path.is_dir():
             raise IsADirectoryError
-        with tempfile.TemporaryFile(
-            dir=path.parent
-        ):  # root has all permissions, so asking for them is not enough
+        with tempfile.TemporaryFile(dir=path.parent):  # os.access is not enough: for root it is always true
             pass
     except OSError as error:
         raise InputError(f"{name}: cannot be written; give a file name in a writable directory") from error

@@ -1,4 +1,4 @@
-"""Loading a model with a progress bar."""
+"""Loading of a model, with a progress bar."""
 
 import sys
 from time import perf_counter
@@ -10,7 +10,7 @@ from minitp.loading.weights import shard_nbytes
 
 
 def load(args, comm, source, path="auto"):
-    """Return this rank's Model and the seconds that loading took; `path` is as in `load_model`."""
+    """Load and return this rank's Model, and the seconds that this took; `path` is as in `load_model`."""
     started = perf_counter()
     device = device_of(comm, source, args.dtype)
     check_room(comm, source, device)

@@ -1,4 +1,4 @@
-"""The `minitp` command: parse the arguments, run the command, turn errors into a line and an exit code."""
+"""The entry point of `minitp`: parse the arguments, run the command, turn errors into exit codes."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ def main(argv=None, worker=WORKER):
     argv : list of str, optional
         The arguments; the default is sys.argv[1:].
     worker : list of str
-        The command that `mpirun` starts for each rank, with these arguments added.
+        The command line of a rank, to which the arguments are appended.
     """
     argv = sys.argv[1:] if argv is None else argv
     prepare_streams()
@@ -28,7 +28,7 @@ def main(argv=None, worker=WORKER):
         args = parser().parse_args(argv)
         return COMMANDS[args.command].start(args, [*worker, *argv])
     except MinitpError as error:
-        if environment.env_rank(os.environ) == 0:  # all ranks of a user's mpirun read the same arguments
+        if environment.env_rank(os.environ) == 0:  # under a user's mpirun all ranks have the same error
             print(f"minitp: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -36,7 +36,7 @@ def main(argv=None, worker=WORKER):
 
 
 def refuse_undecodable(argv):
-    """Refuse arguments that are not UTF-8: they arrive as lone surrogates, which nothing can print."""
+    """Reject arguments that are not UTF-8: they become lone surrogates, which cannot be printed."""
     for number, argument in enumerate(argv, start=1):
         try:
             argument.encode("utf-8")

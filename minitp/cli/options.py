@@ -1,21 +1,25 @@
-"""The options that several commands share. `parser` is an `arguments.Parser`, whose groups they go to."""
+"""Options that several commands share. Each function adds options to groups of an `arguments.Parser`."""
 
 import argparse
 from dataclasses import fields
 
 from minitp.engine.options import CHOICES, EngineOptions
 
+PROMPT_OR_TOKENS = "{PROMPT | --tokens IDS}"  # in usage lines
 TP = (
-    "number of ranks, from 1 to the number of attention heads; auto: one per GPU, or without GPUs one per "
+    "number of ranks, from 1 to the number of attention heads; auto: one per GPU or, without GPUs, one per "
     "physical core, up to 4 (default: auto; under mpirun, its number of processes)"
 )
 
 
-def add_prompt(parser):
+def add_prompt(parser, default=""):
     group = parser.groups["input"]
-    group.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to start from")
+    group.add_argument("prompt", nargs="?", metavar="PROMPT", help=f"the text to start from{default}")
     group.add_argument(
-        "--tokens", type=token_ids, metavar="1,2,3", help="token ids to start from, instead of PROMPT"
+        "--tokens",
+        type=token_ids,
+        metavar="IDS",
+        help="token ids to start from instead of PROMPT, as in 1,2,3",
     )
 
 
@@ -27,44 +31,48 @@ def add_sampling(parser, max_new_tokens):
         type=int,
         default=max_new_tokens,
         metavar="N",
-        help=f"most tokens to generate (default: {max_new_tokens or 'what the context has room for'})",
+        help="maximum number of tokens to generate "
+        f"(default: {max_new_tokens or 'as many as fit in the context'})",
     )
     group.add_argument(
         "--temperature",
         type=float,
         default=0.0,
         metavar="X",
-        help="randomness of the choice; 0 always takes the most probable token (default: 0)",
+        help="sampling temperature; 0: always choose the most probable token (default: 0)",
     )
     group.add_argument(
         "--top-k",
         type=int,
         default=0,
         metavar="K",
-        help="choose among the K most probable tokens; 0: among all (default: 0)",
+        help="sample from the K most probable tokens; 0: from all tokens (default: 0)",
     )
     group.add_argument(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="nucleus sampling: choose from the smallest set of tokens with probability P (default: 1)",
+        help="nucleus sampling: sample from the smallest set of most probable tokens whose total probability "
+        "is at least P (default: 1)",
     )
     group.add_argument(
         "--seed",
         type=int,
         metavar="N",
-        help="repeat a random choice: the same seed gives the same text at the same --tp (default: random)",
+        help="random seed; the same seed and --tp give the same text (default: chosen at random)",
     )
     group.add_argument(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
-        help="stop before this text; repeatable (default: none)",
+        help="end the output before this text; can be repeated (default: none)",
     )
     group.add_argument(
-        "--ignore-eos", action="store_true", help="continue after an end-of-text token (default: stop)"
+        "--ignore-eos",
+        action="store_true",
+        help="continue after an end-of-sequence (EOS) token (default: stop)",
     )
 
 
@@ -73,7 +81,8 @@ def add_max_context(parser):
         "--max-context",
         type=int,
         metavar="N",
-        help="most tokens of a prompt and its continuation (default: the model's context length)",
+        help="maximum number of tokens in a prompt and its continuation (default: the model's context "
+        "length)",
     )
 
 
@@ -83,7 +92,8 @@ def add_decode(parser, default):
         type=int,
         default=default,
         metavar="N",
-        help=f"after the prompt, run N passes of one token each, chosen greedily (default: {default})",
+        help="number of tokens to decode greedily after the prompt, in one forward pass each "
+        f"(default: {default})",
     )
 
 
@@ -92,8 +102,9 @@ def add_model(parser, tp=TP):
     group.add_argument(
         "--model",
         default="smollm2",
-        help="a directory, a .gguf file, a Hugging Face id, smollm2 (the demo model), or random:NAME with "
-        "NAME one of mistral-7b, llama-3-8b, tinyllama-1.1b, smollm2-135m (default: smollm2)",
+        help="a directory, a .gguf file, a Hugging Face id, smollm2 (the demo model), or random:NAME for "
+        "random weights, where NAME is mistral-7b, llama-3-8b, tinyllama-1.1b or smollm2-135m (default: "
+        "smollm2)",
     )
     group.add_argument(
         "--layers", type=int, metavar="N", help="use only the first N layers (default: all layers)"
@@ -106,8 +117,8 @@ def add_dtype(parser):
         "--dtype",
         choices=CHOICES["dtype"],
         default="auto",
-        help="number format of weights and products; auto: float32 on CPUs; on GPUs the checkpoint's "
-        "16-bit format, or else bfloat16 (default: auto)",
+        help="data type of weights and activations; auto: float32 on CPUs; on GPUs the checkpoint's own if "
+        "it has 16 bits, otherwise bfloat16 (default: auto)",
     )
 
 
@@ -116,34 +127,34 @@ def add_kv_dtype(parser):
         "--kv-dtype",
         choices=CHOICES["kv_dtype"],
         default="auto",
-        help="number format of the KV cache; auto: as --dtype; int8 needs a quarter of float32's memory "
-        "(default: auto)",
+        help="data type of the KV cache; auto: same as --dtype; int8 needs about a quarter of float32's "
+        "memory (default: auto)",
     )
 
 
 def add_device(parser):
-    """Add the options of the hardware that ranks run on."""
+    """Add the options for the hardware that ranks run on."""
     add_dtype(parser)
     group = parser.groups["ranks"]
     group.add_argument(
         "--device",
         choices=CHOICES["device"],
         default="auto",
-        help="cuda gives each rank its own GPU; auto: cuda if CuPy and a GPU are there, else cpu "
-        "(default: auto)",
+        help="where ranks compute. cuda: on GPUs, one per rank; auto: cuda if CuPy and a GPU are available, "
+        "otherwise cpu (default: auto)",
     )
     group.add_argument(
         "--comm",
         choices=CHOICES["comm"],
         default="auto",
-        help="how ranks exchange data. shm: shared memory within a host, messages between hosts; mpi: "
-        "messages; nccl: NCCL between GPUs; peer: small sums directly in the GPUs' memory, the rest by NCCL; "
-        "auto: the fastest that works (default: auto)",
+        help="how ranks communicate. shm: shared memory within a host, MPI between hosts; mpi: MPI; nccl: "
+        "NCCL between GPUs; peer: small all-reduces through peer GPU memory, everything else through NCCL; "
+        "auto: the fastest one available (default: auto)",
     )
     group.add_argument(
         "--share-gpu",
         action="store_true",
-        help="let several ranks share a GPU; slow, for checking results only (default: one GPU per rank)",
+        help="let several ranks share a GPU; slow, only for checking results (default: one GPU per rank)",
     )
 
 
@@ -175,6 +186,6 @@ def token_ids(text):
 
 
 def llm_options(args, tp):
-    """Return the parameters of the LLM that a command starts; options that the command lacks are None."""
+    """Return the parameters for LLM from a command's options; None for options that the command lacks."""
     given = {field.name: getattr(args, field.name, None) for field in fields(EngineOptions)}
     return {**given, "tp": tp}

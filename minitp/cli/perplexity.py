@@ -1,4 +1,4 @@
-"""`minitp perplexity`: how well a model predicts a given text."""
+"""`minitp perplexity`: measure how well a model predicts a text."""
 
 import json
 import math
@@ -8,9 +8,10 @@ from pathlib import Path
 from minitp.cli.command import OnRanks
 from minitp.cli.options import add_json, add_run
 from minitp.errors import InputError
+from minitp.util.format import counted
 from minitp.util.stdout import write_out
 
-CHUNK = 128  # positions whose logits, float32 [128, V], are held at a time
+CHUNK = 128  # positions per forward pass, whose logits are float32 [128, V]
 
 
 class PerplexityCommand(OnRanks):
@@ -20,12 +21,12 @@ class PerplexityCommand(OnRanks):
     inputs = "FILE"
     summary = "measure a text's perplexity"
     description = (
-        "Print a text's perplexity: exp of the mean negative log-likelihood of its tokens, in windows "
-        "of the model's context."
+        "Print the perplexity of a text: the exponential of the mean negative log-likelihood of its tokens. "
+        "The text is split into windows of the model's context length."
     )
     examples = (
         ("minitp perplexity text.txt --max-context 512", "windows of 512 tokens"),
-        ("minitp perplexity text.txt --kv-dtype int8", "the cost of a quantized KV cache"),
+        ("minitp perplexity text.txt --kv-dtype int8", "the perplexity with a quantized KV cache"),
     )
 
     def add_options(self, parser):
@@ -35,17 +36,17 @@ class PerplexityCommand(OnRanks):
             "--max-context",
             type=int,
             metavar="N",
-            help="tokens per window (default: the model's context length)",
+            help="number of tokens per window (default: the model's context length)",
         )
         add_json(parser)
 
     def prepare(self, args, source):
-        """Return the text's tokens and the tokens per window."""
+        """Return the text's tokens and the number of tokens per window."""
         from minitp.request import check_vocabulary, context_length
 
         tokenizer = source.tokenizer()
         if tokenizer is None:
-            raise InputError(f"{source.name} has no tokenizer.json, which perplexity needs to read a text")
+            raise InputError(f"{source.name} has no tokenizer.json, which perplexity needs")
         try:
             text = Path(args.file).read_text(encoding="utf-8")
         except OSError as error:
@@ -54,13 +55,11 @@ class PerplexityCommand(OnRanks):
             raise InputError(f"{args.file}: not UTF-8 text: {error}") from error
         ids = tokenizer.encode(text)
         if len(ids) < 2:
-            raise InputError(f"{args.file}: {len(ids)} tokens; perplexity needs at least two")
+            raise InputError(f"{args.file}: {counted(len(ids), 'token')}; perplexity needs at least 2")
         check_vocabulary(ids, source.config)
         context = context_length(source.config, args.max_context)
         if context < 2:
-            raise InputError(
-                f"--max-context {context}: a token is scored after at least one other; give 2 or more"
-            )
+            raise InputError(f"--max-context {context}: perplexity needs at least 2 tokens per window")
         return ids, context
 
     def run(self, args, comm, source, prepared):
@@ -90,7 +89,7 @@ def perplexity(model, token_ids, context, progress=lambda tokens: None):
     Returns
     -------
     (perplexity, scored) : float, int
-        The same on every rank.
+        The perplexity and the number of scored tokens; the same on every rank.
     """
     from minitp.generate import host_logits
 

@@ -12,8 +12,8 @@ from minitp.util.stdout import write_out
 
 CONTEXT, PROMPT = 4096, 512
 TP = (
-    "number of ranks of the row that is marked; auto: the fewest that fit, or with --gpu cpu as many as "
-    "minitp generate starts on this machine (default: auto)"
+    "number of ranks in the marked row of the tables; auto: the fewest that fit, or with --gpu cpu as many "
+    "as `minitp generate` would start on this machine (default: auto)"
 )
 
 
@@ -23,12 +23,12 @@ class PlanCommand(OneProcess):
     name = "plan"
     summary = "predict whether a model fits, and how fast it will be"
     description = (
-        "Print memory per rank and predicted speed at several numbers of ranks, from config.json and the "
-        "figures of the hardware. No weights are read, and no GPU is needed."
+        "Print the memory per rank and the predicted speed for several numbers of ranks, computed from "
+        "config.json and the hardware's specifications. No weights are read, and no GPU is needed."
     )
     examples = (
-        ("minitp plan --model mistralai/Mistral-7B-v0.1 --gpu h100", "how many H100 the model needs"),
-        ("minitp plan --model random:llama-3-8b --gpu a100 --tp 2 --context 8192", "two A100, 8192 tokens"),
+        ("minitp plan --model mistralai/Mistral-7B-v0.1 --gpu h100", "how many H100s the model needs"),
+        ("minitp plan --model random:llama-3-8b --gpu a100 --tp 2 --context 8192", "two A100s, context 8192"),
     )
 
     def add_options(self, parser):
@@ -37,18 +37,21 @@ class PlanCommand(OneProcess):
             "--gpu",
             choices=["cpu", *GPUS],
             default="cpu",
-            help="the hardware; cpu: this machine, measured for a second (default: cpu)",
+            help="the hardware; cpu: this machine, which is measured for a second (default: cpu)",
         )
         group.add_argument(
             "--nodes",
             type=int,
             metavar="N",
-            help=f"machines that the ranks are spread over (default: one for each {GPUS_PER_NODE} GPUs)",
+            help=f"number of machines for the ranks (default: one per {GPUS_PER_NODE} GPUs)",
         )
         for option, what in (
-            ("--context", f"tokens of a sequence, prompt included (default: {CONTEXT}, or the model's)"),
-            ("--prompt-tokens", f"tokens of its prompt (default: {PROMPT})"),
-            ("--batch", "sequences at once (default: as many as fit)"),
+            (
+                "--context",
+                f"tokens in a sequence, prompt included (default: {CONTEXT}, or the model's context if less)",
+            ),
+            ("--prompt-tokens", f"tokens in the prompt (default: {PROMPT})"),
+            ("--batch", "number of concurrent sequences (default: as many as fit)"),
         ):
             group.add_argument(option, type=int, metavar="N", help=what)
         add_model(parser, TP)
@@ -56,13 +59,13 @@ class PlanCommand(OneProcess):
         add_json(parser)
 
     def start(self, args, rank_command):
-        """Run in one process; a measurement has a thread on each core, so BLAS must not start more."""
+        """Run with one BLAS thread, because the measurement itself starts a thread per core."""
         if args.gpu == "cpu":
             os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))
         return super().start(args, rank_command)
 
     def run(self, args):
-        """Print what fits and what speed to expect."""
+        """Print what fits and the speed to expect."""
         from minitp.cli.plan_result import predict
         from minitp.cli.plan_text import text
         from minitp.loading.source import open_config
@@ -74,13 +77,15 @@ class PlanCommand(OneProcess):
 
 
 def read_workload(args, config):
-    """Return the Workload that the arguments ask for."""
+    """Return the Workload that the options describe."""
     from minitp.estimate.estimate import Workload
 
     longest = config.max_position_embeddings
     context = min(CONTEXT, longest) if args.context is None else args.context
     if not 2 <= context <= longest:
-        raise InputError(f"--context {context}: this model's context is {longest} tokens; give 2 to that")
+        raise InputError(
+            f"--context {context}: this model's context is {longest} tokens; give 2 to {longest}"
+        )
     prompt = min(PROMPT, context - 1) if args.prompt_tokens is None else args.prompt_tokens
     if not 1 <= prompt < context:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The result of `minitp plan`: a dict for JSON, which `plan_text` turns into text."""
+"""The result of `minitp plan` as a dict for JSON, which `plan_text` formats."""
 
 from dataclasses import asdict
 from math import prod
@@ -12,14 +12,14 @@ from minitp.shard import make_plan
 from minitp.util.environment import ranks_wanted
 from minitp.util.format import counted, size
 
-ONE_NODE, MORE_NODES = (1, 2, 4, 8), (16, 32)  # the TP that are always shown
+ONE_NODE, MORE_NODES = (1, 2, 4, 8), (16, 32)  # numbers of ranks that are always shown
 
 
 def predict(args, config, workload):
-    """Return what fits and what speed to expect, for a Workload with a model's Config."""
+    """Return the memory and the speed to expect for a Workload and a model's Config."""
     dtype = choose_dtype(args, config)
     asked = read_spread(args, config, dtype, workload)
-    make_plan(config, asked.tp)  # refuses more ranks than attention heads
+    make_plan(config, asked.tp)  # raises InputError for more ranks than attention heads
     hardware = measure_cpu(config, dtype) if args.gpu == "cpu" else GPUS[args.gpu]
     spreads, left_out = choose_spreads(config, hardware, asked)
     result = {
@@ -42,7 +42,7 @@ def read_spread(args, config, dtype, workload):
     """Return the Spread that --tp and --nodes ask for."""
     if args.gpu == "cpu":
         if args.nodes is not None:
-            raise InputError(f"--nodes {args.nodes}: --gpu cpu is this machine alone; name a GPU")
+            raise InputError(f"--nodes {args.nodes}: --gpu cpu is this machine only; choose a GPU")
         return Spread(ranks_to_start(args.tp, "cpu", args.model, args.layers), 1)
     if args.tp == "auto":
         heads = config.num_attention_heads
@@ -52,7 +52,7 @@ def read_spread(args, config, dtype, workload):
         tp = ranks_wanted(args.tp)
     nodes = -(-tp // GPUS_PER_NODE) if args.nodes is None else args.nodes
     if not 1 <= nodes <= tp:
-        raise InputError(f"--nodes {nodes}: --tp {tp} ranks can be over 1 to {tp} nodes")
+        raise InputError(f"--nodes {nodes}: expected 1 to {tp} for --tp {tp}")
     return Spread(tp, nodes)
 
 
@@ -66,7 +66,7 @@ def choose_dtype(args, config):
 
 
 def choose_spreads(config, hardware, asked):
-    """Return the Spreads to show, and the sizes for which the model has too few attention heads."""
+    """Return the Spreads to show, and the numbers of ranks that exceed the attention heads."""
     usual = [Spread(tp, 1) for tp in ONE_NODE]
     if hardware.cores is None:
         usual += [Spread(tp, tp // GPUS_PER_NODE) for tp in MORE_NODES]
@@ -91,7 +91,7 @@ def model_facts(config, dtype):
 
 
 def hardware_facts(hardware, dtype):
-    """Return the figures that the estimates are made from."""
+    """Return the figures of the hardware that the estimates use."""
     return {
         "name": hardware.name,
         "title": hardware.title,
@@ -107,17 +107,17 @@ def hardware_facts(hardware, dtype):
 
 
 def notes(config, hardware, result, left_out):
-    """Return what the figures mean and what they assume, a sentence or two each."""
+    """Return notes on what the figures mean and assume."""
     on_cpu, found = hardware.cores is not None, []
     if left_out:
         sizes = " and ".join(map(str, left_out)) if len(left_out) < 3 else f"{left_out[0]} and more"
         found.append(f"TP={sizes} left out: the model has only {config.num_attention_heads} attention heads.")
     held = size(hardware.reserve_bytes)
     if on_cpu:
-        found.append(f"Memory: all ranks share the machine's; {held} per rank is set aside for Python.")
+        found.append(f"Memory: all ranks share the machine's memory; {held} per rank is reserved for Python.")
     else:
         found.append(
-            f"Memory: the datasheet's figure, of which {held} is set aside for CUDA, NCCL and activations."
+            f"Memory: the datasheet's figure, of which {held} is reserved for CUDA, NCCL and activations."
         )
     windowed = sum(window is not None for window in config.windows)
     if windowed:

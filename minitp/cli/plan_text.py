@@ -4,11 +4,11 @@ import textwrap
 
 from minitp.util.format import aligned, counted, size
 
-WIDTH = 100  # columns of sentences; tables are as wide as they need to be
+WIDTH = 100  # columns of sentences; tables are as wide as necessary
 
 
 def text(result):
-    """Return the dict of `plan_result.predict` as text."""
+    """Format the dict of `plan_result.predict`."""
     parts = [
         [line for sentence in head(result) for line in wrapped(sentence)],
         wrapped(answer(result)),
@@ -20,7 +20,7 @@ def text(result):
 
 
 def wrapped(sentence, mark=""):
-    """Return a sentence as lines."""
+    """Return a sentence, wrapped into lines."""
     indent = " " * len(mark)
     return textwrap.wrap(
         sentence, WIDTH, initial_indent=mark, subsequent_indent=indent, break_on_hyphens=False
@@ -42,7 +42,7 @@ def head(result):
 
 
 def answer(result):
-    """Return the answer in a sentence: whether the marked row fits, and the speed to expect."""
+    """Return the sentence that says whether the marked row fits, and the speed to expect."""
     row = next(r for r in result["estimates"] if (r["tp"], r["nodes"]) == (result["tp"], result["nodes"]))
     load = f"{counted(result['batch'] or 1, 'sequence')} of {result['context_tokens']} tokens"
     place = f"TP={row['tp']}" + (f" over {row['nodes']} nodes" if row["nodes"] > 1 else "")
@@ -58,7 +58,7 @@ def answer(result):
 
 
 def memory_lines(result):
-    """Return the table of what a rank holds, and what fits next to it."""
+    """Return the table of the memory of a rank, and the contexts and batches that fit."""
     smallest = result["smallest_tp_that_fits"]
     too_large = "does not fit" + (f"; TP={smallest} does" if smallest else "")
     rows = [
@@ -106,7 +106,7 @@ def speed_lines(result):
 
 
 def pair(limit, expected):
-    """Return two columns under one title.
+    """Return the two columns under a title.
 
     >>> pair("12.5", "9.4")
     '    12.5       9.4'
@@ -115,13 +115,13 @@ def pair(limit, expected):
 
 
 def labels(result, row):
-    """Return the first columns of a row: a mark at the TP and nodes that were asked for, and both numbers."""
+    """Return the first columns of a row: a mark if the user chose it, the TP, and the nodes."""
     asked = (row["tp"], row["nodes"]) == (result["tp"], result["nodes"])
     return ">" if asked else "", str(row["tp"]), str(row["nodes"])
 
 
 def amount(number):
-    """Return a large number in words.
+    """Format a number, with a word for millions and billions.
 
     >>> amount(7241732096), amount(134515008), amount(20736)
     ('7.24 billion', '134.5 million', '20736')
@@ -141,7 +141,7 @@ def rounded(number):
 
 
 def duration(seconds):
-    """Return seconds as text.
+    """Format a time in seconds or milliseconds.
 
     >>> duration(75.2), duration(0.6543), duration(0.00432)
     ('75.2 s', '0.654 s', '4.32 ms')

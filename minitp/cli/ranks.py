@@ -1,4 +1,4 @@
-"""`minitp ranks`: the ranks that `LLM`, `minitp chat` and `minitp serve` start. Internal."""
+"""`minitp ranks`, an internal command: a rank that `LLM`, `minitp chat` or `minitp serve` has started."""
 
 import json
 import os
@@ -15,7 +15,7 @@ class RanksCommand(Command):
 
     name = "ranks"
     inputs = "JSON"
-    description = "One of the ranks that LLM, minitp chat and minitp serve start. Internal."
+    description = "An internal command: a rank that LLM, minitp chat or minitp serve has started."
 
     def add_options(self, parser):
         parser.groups["input"].add_argument(
@@ -23,9 +23,9 @@ class RanksCommand(Command):
         )
 
     def start(self, args, rank_command):
-        """Run one of the ranks, and return its exit code."""
+        """Run this rank and return its exit code."""
         if SOCKET_VARIABLE not in os.environ:
-            raise InputError("minitp ranks is internal: LLM, chat and serve start it; use one of these")
+            raise InputError("minitp ranks is internal; use LLM, minitp chat or minitp serve, which start it")
         try:
             options = EngineOptions(**json.loads(args.options))
         except (TypeError, ValueError) as error:

@@ -15,16 +15,16 @@ class ServeCommand(Caller):
     """The command `minitp serve`."""
 
     name = "serve"
-    summary = "serve a model over HTTP, compatible with OpenAI's API"
+    summary = "serve a model over HTTP with an OpenAI-compatible API"
     description = (
-        "Serve a model over HTTP until SIGTERM or Ctrl-C: /v1/completions, /v1/chat/completions, /metrics, "
-        "and a chat page at /."
+        "Serve a model over HTTP until SIGTERM or Ctrl-C. The paths are /v1/completions, "
+        "/v1/chat/completions, /v1/models, /health, /metrics, and a chat page at /."
     )
     examples = (
-        ("minitp serve --port 8000", "serve the demo model to this machine"),
+        ("minitp serve --port 8000", "serve the demo model on this machine"),
         (
             "minitp serve --model ./Mistral-7B-Instruct-v0.3 --host 0.0.0.0 --tp 4 --max-sequences 32",
-            "serve four ranks to the network; set MINITP_API_KEY first",
+            "serve a model on the network; set MINITP_API_KEY first",
         ),
     )
 
@@ -51,7 +51,7 @@ class ServeCommand(Caller):
         host, port = listener.getsockname()[:2]
         if not ipaddress.ip_address(host).is_loopback and not api_key:
             print(
-                f"minitp: warning: {host} is reachable from other machines, and there is no --api-key",
+                f"minitp: warning: {host} is reachable from other machines, and no --api-key is set",
                 file=sys.stderr,
             )
 
@@ -79,78 +79,80 @@ def add_server(parser):
         "--host",
         default="127.0.0.1",
         metavar="NAME",
-        help="address to listen on; 0.0.0.0: all of this machine's (default: 127.0.0.1, this machine only)",
+        help="address to listen on; 0.0.0.0 for all interfaces (default: 127.0.0.1, this machine only)",
     )
     group.add_argument(
         "--port",
         type=int,
         default=8000,
         metavar="N",
-        help="port; 0: any free one (default: 8000)",
+        help="port to listen on; 0 for any free port (default: 8000)",
     )
     group.add_argument(
         "--api-key",
         metavar="KEY",
-        help="key that clients must send; or set MINITP_API_KEY, which `ps` does not show (default: no key)",
+        help="key that clients must send; `ps` shows it, so better set MINITP_API_KEY (default: no key)",
     )
     group.add_argument(
         "--max-queue",
         type=int,
         default=256,
         metavar="N",
-        help="most requests that wait; further ones get status 429 (default: 256)",
+        help="maximum number of waiting requests; further requests get status 429 (default: 256)",
     )
     group.add_argument(
         "--request-timeout",
         type=float,
         default=600,
         metavar="S",
-        help="most seconds for an answer (default: 600)",
+        help="time limit for an answer in seconds (default: 600)",
     )
     group.add_argument(
         "--drain-timeout",
         type=float,
         default=30,
         metavar="S",
-        help="after SIGTERM, seconds for unfinished answers (default: 30)",
+        help="time limit for unfinished answers after SIGTERM, in seconds (default: 30)",
     )
-    group.add_argument(
-        "--restart", action="store_true", help="start the ranks again if one dies (default: exit)"
-    )
+    group.add_argument("--restart", action="store_true", help="restart the ranks if one dies (default: exit)")
 
 
 def add_batching(parser):
-    """Add the options of how many requests run at once, and what they may use."""
+    """Add the limits on the number of concurrent requests and on their memory."""
     group = parser.groups["batching"]
     group.add_argument(
         "--max-sequences",
         type=int,
         default=64,
         metavar="N",
-        help="most requests at once (default: 64)",
+        help="maximum number of concurrent requests (default: 64)",
     )
     group.add_argument(
         "--max-tokens-per-step",
         type=int,
         default=512,
         metavar="N",
-        help="most tokens in one forward pass, over all requests (default: 512)",
+        help="maximum number of tokens in a batch, over all requests (default: 512)",
     )
     group.add_argument(
         "--cache-tokens",
         type=int,
         metavar="N",
-        help="size of the KV cache in tokens, over all requests (default: what fits in a quarter of the "
-        "memory, or in most of a GPU's free memory)",
+        help="size of the KV cache in tokens, shared by all requests (default: as many as fit in a quarter "
+        "of the memory, or in most of a GPU's free memory)",
     )
     group.add_argument(
-        "--block-size", type=int, default=16, metavar="N", help="tokens per KV-cache block (default: 16)"
+        "--block-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="number of tokens in a block of the KV cache (default: 16)",
     )
 
 
 def check(args):
-    """Refuse numbers out of range."""
-    if not 0 <= args.port < 1 << 16:  # getaddrinfo would take it modulo that
+    """Reject numbers that are out of range."""
+    if not 0 <= args.port < 1 << 16:  # getaddrinfo would reduce it modulo 65536
         raise InputError(f"--port {args.port}: expected a number from 0 to 65535")
     for name, least in (("max_queue", 0), ("request_timeout", 1), ("drain_timeout", 0)):
         if getattr(args, name) < least:
@@ -159,12 +161,12 @@ def check(args):
 
 
 def served_name(model):
-    """Return the model's name for clients: the last part of a directory's or file's path."""
+    """Return the model's name for clients; of a path this is the last part."""
     return Path(model).resolve().name if os.path.exists(model) else model
 
 
 def ready_line(llm, host, port):
-    """Return the line that says what is served, and where."""
+    """Return the line that announces the model, its ranks and its address."""
     about = llm.description
     address = f"[{host}]" if ":" in host else host
     return (

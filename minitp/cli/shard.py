@@ -1,4 +1,4 @@
-"""`minitp shard`: print which rank holds what, and write the ranks' files."""
+"""`minitp shard`: print which rank holds what, and write a checkpoint file per rank."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from minitp.util.format import size
 from minitp.util.stdout import write_out
 
 TP = (
-    "number of ranks to divide the model among; auto: as many as minitp generate starts on this machine "
+    "number of ranks to split the model over; auto: as many as `minitp generate` would start on this machine "
     "(default: auto)"
 )
 
@@ -21,8 +21,9 @@ class ShardCommand(OneProcess):
     name = "shard"
     summary = "show which rank holds what; write a checkpoint file per rank"
     description = (
-        "Print the sharding plan: each tensor's split axis, each rank's range and bytes. It starts no ranks. "
-        "With -o it also writes each rank's weights, for another engine."
+        "Print the sharding plan: the axis along which each tensor is split, and each rank's ranges and "
+        "bytes. No ranks are started. With -o, each rank's weights are also written to a file, for another "
+        "engine."
     )
     examples = (
         ("minitp shard --tp 4", "the plan of the demo model for four ranks"),

@@ -1,4 +1,4 @@
-"""The sharding plan that `minitp shard` prints."""
+"""The sharding plan as text, for `minitp shard`."""
 
 import re
 import textwrap
@@ -8,18 +8,18 @@ from minitp.loading.weights import LM_HEAD
 from minitp.tensors import tensor_table
 from minitp.util.format import aligned, counted, size
 
-WIDTH = 80  # columns of notes; tables are as wide as they need to be
+WIDTH = 80  # columns of notes; tables are as wide as necessary
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def text(source):
-    """Return the plan of a ModelSource as text."""
+    """Format the plan of a ModelSource."""
     parts = [title(source), tensor_lines(source), legend(source), rank_lines(source), notes(source)]
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
 def title(source):
-    """Return the heading: what is divided among how many ranks."""
+    """Return the heading: the model, the number of ranks, and the model's sizes."""
     c, tp = source.config, source.plan.tp
     sizes = (
         f"{counted(c.num_hidden_layers, 'layer')}, hidden size {c.hidden_size}, "
@@ -40,14 +40,14 @@ def tensor_lines(source):
         rows.append((f"model.layers.{numbers}.", f"x {len(layers)}", "", "", "", ""))
         rows += [tensor_row(source, name, layers) for name in layer_names(source, layers[0])]
     total = sum(nbytes(source, name) for name in source.plan.tensors)
-    rows.append(("in all", "", "", "", "", size(total)))
+    rows.append(("total", "", "", "", "", size(total)))
     if source.config.tie_word_embeddings:
-        rows.insert(2, (f"{LM_HEAD}: tied to the above", "", "", "", "", ""))
+        rows.insert(2, (f"{LM_HEAD}: tied embedding", "", "", "", "", ""))
     return aligned(rows, "<<><<>")
 
 
 def tensor_row(source, name, layers=None):
-    """Return a tensor's line; in a group of `layers` its bytes are those of all of them."""
+    """Return the row of a tensor; in a group of `layers` it has the bytes of all of them."""
     held = source.plan.tensors[name]
     letter = "" if held.axis is None else tensor_table(source.config)[name].shape[held.axis]
     axis = "-" if held.axis is None else str(held.axis)
@@ -64,12 +64,12 @@ def tensor_row(source, name, layers=None):
 
 
 def layer_names(source, layer):
-    """Return the checkpoint's names for a layer's tensors."""
+    """Return the names of a layer's tensors in the checkpoint."""
     return [name for name in source.plan.tensors if name.startswith(f"model.layers.{layer}.")]
 
 
 def alike_layers(source):
-    """Return layer numbers in groups of equal tensors: names, shapes, splits and dtypes."""
+    """Return the layers in groups whose tensors have the same names, shapes, splits and dtypes."""
     groups = {}
     for layer in range(source.plan.layers):
         key = tuple(tensor_row(source, name, [layer]) for name in layer_names(source, layer))
@@ -81,7 +81,7 @@ def legend(source):
     """Return the explanation of the columns of the ranks' table."""
     d = source.config.head_dim
     return wrapped(
-        "Each rank's start:stop (stop not included) along the split axis. "
+        "The ranges are start:stop along the split axis, stop not included. "
         f"Hd: query heads x {d}, Kd: KV heads x {d}, F: FFN columns, V: vocabulary. "
         "A tensor without an axis is whole on every rank."
     )
@@ -118,7 +118,9 @@ def notes(source):
     shared = shared_kv_heads(plan)
     if shared:
         where = ", ".join(f"head {head} is on {spoken(ranks)}" for head, ranks in shared.items())
-        found.append(f"* with KV heads that other ranks hold too, as query heads there read them: {where}.")
+        found.append(
+            f"* includes KV heads that several ranks hold, because their query heads read them: {where}."
+        )
     sizes = {name: nbytes(source, name) for name in plan.tensors}
     more = sum(rank_nbytes(source, rank) for rank in range(plan.tp)) - sum(sizes.values())
     copies = (plan.tp - 1) * sum(sizes[name] for name, held in plan.tensors.items() if held.axis is None)
@@ -129,9 +131,11 @@ def notes(source):
             f"{heads}{size(copies)} for tensors that are whole on every rank."
         )
     if source.is_random:
-        found.append("Random weights are drawn, and written, as float32; in 16 bits they are half as large.")
+        found.append(
+            "Random weights are generated and written as float32; in 16 bits they are half as large."
+        )
     if source.gguf is not None:
-        found.append("What is quantized in the GGUF file is counted, and written, as float32.")
+        found.append("Tensors that are quantized in the GGUF file are counted and written as float32.")
     return [line for note in found for line in wrapped(note)]
 
 
@@ -145,7 +149,7 @@ def shared_kv_heads(plan):
 
 
 def spoken(ranks):
-    """Return consecutive ranks as text.
+    """Format consecutive ranks.
 
     >>> spoken([1, 2]), spoken([4, 5, 6, 7])
     ('ranks 1 and 2', 'ranks 4 to 7')
@@ -154,7 +158,7 @@ def spoken(ranks):
 
 
 def range_text(ends):
-    """Return a (start, stop) as text.
+    """Format a (start, stop).
 
     >>> range_text((0, 3))
     '0:3'
@@ -163,5 +167,5 @@ def range_text(ends):
 
 
 def wrapped(note):
-    """Return a note as lines."""
+    """Return a note, wrapped into lines."""
     return textwrap.wrap(note, WIDTH, break_long_words=False, break_on_hyphens=False)

@@ -1,4 +1,4 @@
-"""Reading the messages of `minitp chat`: from a terminal with line editing and commands, or from a pipe."""
+"""The input of `minitp chat`: a terminal with line editing and commands, or a pipe."""
 
 import signal
 import sys
@@ -12,9 +12,9 @@ KEPT_LINES = 1000  # lines of the history file
 HELP = """\
 /help   show this
 /reset  forget the conversation so far
-/exit   leave, as Ctrl-D does
-Ctrl-C stops an answer; the model remembers the part that it has said.
-A line with a space before its / is a message."""
+/exit   leave (or press Ctrl-D)
+Ctrl-C stops an answer; the part that was printed stays in the conversation.
+To send a message that begins with a slash, put a space before it."""
 
 
 def line_by_line(conversation):
@@ -25,7 +25,7 @@ def line_by_line(conversation):
 
 
 def at_terminal(conversation):
-    """Read messages and commands until the user leaves, or no one reads the answers."""
+    """Read messages and commands until the user leaves or stdout is closed."""
     if sys.stderr.isatty():
         note(banner(conversation.llm))
     with line_editing():
@@ -39,7 +39,7 @@ def at_terminal(conversation):
                 conversation.reset()
                 note("[conversation reset]")
             elif command.startswith("/"):
-                note(f"{command.split()[0]} is not a command; /help lists them")
+                note(f"{command.split()[0]} is not a command; /help lists the commands")
             elif command:
                 with on_ctrl_c(conversation.interrupt):
                     if not conversation.say(line.strip()):
@@ -47,7 +47,7 @@ def at_terminal(conversation):
 
 
 def banner(llm):
-    """Return the lines at the beginning of a conversation."""
+    """Return the lines to print before a conversation."""
     about = llm.description
     return (
         f"{llm.source.name} on {counted(about['tp'], 'rank')}, {about['dtype']}, context {about['context']}\n"
@@ -56,7 +56,7 @@ def banner(llm):
 
 
 def typed_lines():
-    """Yield the lines that the user types, up to Ctrl-D or two Ctrl-C in a row; the first clears a line."""
+    """Yield typed lines until Ctrl-D, or Ctrl-C twice in a row; a single Ctrl-C clears the line."""
     interrupted = False
     while True:
         try:
@@ -71,12 +71,12 @@ def typed_lines():
             if interrupted:
                 raise
             interrupted = True
-            note("Ctrl-C again, or Ctrl-D, leaves")
+            note("press Ctrl-C again, or Ctrl-D, to leave")
 
 
 @contextmanager
 def line_editing():
-    """Let the user edit lines and recall those of earlier conversations, where Python has readline."""
+    """Enable line editing and a history across conversations, if Python has readline."""
     try:
         import readline
     except ImportError:
@@ -84,7 +84,7 @@ def line_editing():
         return
     path = cache_directory() / "chat-history"
     readline.set_history_length(KEPT_LINES)
-    with suppress(OSError):  # no history yet, or not a readable one: chat works without
+    with suppress(OSError):  # the history is missing or unreadable, which is no problem
         readline.read_history_file(path)
     try:
         yield
@@ -97,7 +97,7 @@ def line_editing():
 
 @contextmanager
 def on_ctrl_c(act):
-    """Let Ctrl-C call `act`; a KeyboardInterrupt could come in the middle of a message to the ranks."""
+    """Call `act` on Ctrl-C, because a KeyboardInterrupt could cut off a message to the ranks."""
     before = signal.signal(signal.SIGINT, lambda number, frame: act())
     try:
         yield

@@ -1,4 +1,4 @@
-"""`minitp tour`: run the one-file story. `minitp.tour` itself knows nothing of this package."""
+"""`minitp tour`: run `minitp.tour`, which itself imports nothing from this package."""
 
 import codecs
 import os
@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from minitp.cli.command import Command
-from minitp.cli.options import add_prompt
+from minitp.cli.options import PROMPT_OR_TOKENS, add_prompt
 from minitp.errors import InputError
 from minitp.launch.run import Terminated, raised_on_sigterm, ranks_to_start
 from minitp.launch.supervisor import find_mpirun, mpi_environment
@@ -19,28 +19,27 @@ class TourCommand(Command):
     """The command `minitp tour`."""
 
     name = "tour"
-    inputs = "PROMPT"
+    inputs = PROMPT_OR_TOKENS.replace("{", "[").replace("}", "]")
     summary = "run tour.py, tensor parallelism in one file"
     description = (
-        "Run minitp/tour.py, which explains tensor parallelism in 300 lines: a plain Llama model on several "
-        "ranks, greedily decoded."
+        "Run minitp/tour.py, which implements tensor parallelism in 300 lines: a Llama model on several "
+        "ranks, with greedy decoding."
     )
     examples = (
         ('minitp tour "Once upon a time" --tp 4', "the demo model on four ranks"),
         ("minitp tour --tokens 1,2,3 --model ./llama -n 20", "another Llama or Mistral checkpoint"),
     )
-
-    verbose = "no effect on this command"
+    verbose = None
 
     def add_options(self, parser):
-        add_prompt(parser)
+        add_prompt(parser, default=" (default: Once upon a time)")
         parser.groups["sampling"].add_argument(
             "-n",
             "--max-new-tokens",
             type=int,
             default=40,
             metavar="N",
-            help="most tokens to generate (default: 40)",
+            help="maximum number of tokens to generate (default: 40)",
         )
         parser.groups["model"].add_argument(
             "--model",
@@ -58,11 +57,11 @@ class TourCommand(Command):
         group.add_argument(
             "--gpu",
             action="store_true",
-            help="use a GPU per rank, and NCCL (default: CPUs, and MPI)",
+            help="use one GPU per rank, and NCCL (default: CPUs and MPI)",
         )
 
     def start(self, args, rank_command):
-        """Run the tour under mpirun; or be one of its ranks, if a user's mpirun has started this process."""
+        """Run the tour under mpirun, or as a rank if a user's mpirun has started this process."""
         divide_cores(os.environ)
         world = world_size(os.environ)
         if world is not None:
@@ -79,15 +78,18 @@ class TourCommand(Command):
 
 
 def tour_arguments(args, tp):
-    """Return the arguments of `minitp.tour`, whose model is always a directory."""
+    """Return the arguments of `minitp.tour`, whose --model must be a directory."""
     if args.prompt is not None and args.tokens is not None:
-        raise InputError("tour needs either a PROMPT or --tokens 1,2,3")
+        raise InputError("tour accepts a PROMPT or --tokens 1,2,3, but not both")
     from minitp.cli.inputs import tokenizer_of
     from minitp.loading.source import open_model
 
     source = open_model(args.model, tp)
     if source.directory is None:
-        raise InputError(f"--model {args.model}: the tour reads a Hugging Face directory; give one")
+        raise InputError(
+            f"--model {args.model}: the tour needs a checkpoint in Hugging Face's format; give a directory "
+            "or an id"
+        )
     if args.tokens is None:
         tokenizer_of(source)
     if args.gpu:
@@ -103,7 +105,7 @@ def tour_arguments(args, tp):
 
 
 def pass_on(command, environment):
-    """Run a command, write its output as it comes, and return its exit code; 0 if no one reads the output."""
+    """Run a command and pass its output on; return its exit code, or 0 if stdout is closed."""
     text = codecs.getincrementaldecoder("utf-8")()
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
@@ -116,6 +118,6 @@ def pass_on(command, environment):
                 return process.wait()
         except Terminated:
             return 143
-        finally:  # also on Ctrl-C, which only this process gets
+        finally:  # on Ctrl-C, too, which only this process receives
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # at SIGTERM mpirun would print its own report

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from minitp.cli.command import OnRanks
-from minitp.cli.options import add_decode, add_device, add_model, add_prompt
+from minitp.cli.options import PROMPT_OR_TOKENS, add_decode, add_device, add_model, add_prompt
 from minitp.errors import InputError
 from minitp.util.format import counted
 from minitp.util.stdout import write_out
@@ -13,11 +13,11 @@ class TraceCommand(OnRanks):
     """The command `minitp trace`."""
 
     name = "trace"
-    inputs = "PROMPT -o FILE"
+    inputs = f"{PROMPT_OR_TOKENS} -o FILE"
     summary = "write every intermediate array of a forward pass to a file"
     description = (
-        "Run a prompt and write its steps, the named intermediate arrays of the forward pass, assembled over "
-        "the ranks, to a safetensors file."
+        "Run a prompt and write the steps, which are the named intermediate arrays of the forward pass, to a "
+        "safetensors file. The ranks' parts of an array are joined."
     )
     examples = (
         ('minitp trace "Once upon a time" --tp 2 -o steps.safetensors', "every step of the demo model"),
@@ -35,16 +35,17 @@ class TraceCommand(OnRanks):
             "--steps",
             action="append",
             metavar="GLOB",
-            help="write only these steps, as in 'prefill/layers.0.*'; repeatable (default: all but scores "
-            "and probs)",
+            help="write only matching steps, as in 'prefill/layers.0.*'; can be repeated (default: all but "
+            "scores and probs)",
         )
         group.add_argument(
-            "--per-rank", action="store_true", help="also write each rank's own pieces, as rank{r}/..."
+            "--per-rank", action="store_true", help="also write each rank's own part, as rank{r}/..."
         )
         group.add_argument(
             "--oracle",
             action="store_true",
-            help="write the steps of the float64 oracle instead; it runs in one process",
+            help="write the steps of the oracle instead: an independent float64 implementation, which runs "
+            "in one process",
         )
         add_model(parser)
         add_device(parser)
@@ -65,7 +66,9 @@ class TraceCommand(OnRanks):
         passes = passes_wanted(args, source, ids)
         check_output(args.output, ".safetensors")
         if args.oracle and args.per_rank:
-            raise InputError("--oracle and --per-rank: the oracle has no ranks; leave one of them out")
+            raise InputError(
+                "--oracle and --per-rank cannot be combined: the oracle has no ranks; omit one of them"
+            )
         return ids, passes, wanted_steps(source.plan, passes, args.steps, args.oracle)
 
     def run(self, args, comm, source, prepared):

@@ -1,11 +1,11 @@
 """The HTML pages of `minitp check --report` and `minitp compare --report`.
 
-page.py      writes the page: page.html with style.css, the scripts and the data in it
+page.py      writes the page: page.html, with style.css, the scripts and the data inserted
 check.py     the data of a check
 compare.py   the data of a comparison
-steps.py     an explanation of each step
+steps.py     explanations of the steps
 
 The scripts: data.js holds the data and the selection, head.js the verdict and the Markdown, map.js the map,
 details.js the numbers of the selected step, layer.js the drawing of a layer, growth.js the curves of the
-total error, plan.js the sharding plan; start.js draws it all.
+total error, plan.js the sharding plan; start.js draws the whole page.
 """

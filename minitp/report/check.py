@@ -9,20 +9,20 @@ from minitp.util.format import counted
 
 
 def report_data(source, dtype, result, verdict, prompt=None, gpu=None):
-    """Return the result of a check as `report.page.render` takes it.
+    """Return the result of a check in the form that `report.page.render` expects.
 
     Parameters
     ----------
     source : ModelSource
     dtype : numpy.dtype
-        The compute dtype of the run.
+        The dtype in which the ranks computed.
     result : CheckResult
     verdict : str
-        One line.
+        The last line of the command's output.
     prompt : str or None
-        None if the run was given token ids.
+        The text, or None if the run was given token ids.
     gpu : str or None
-        The name of the GPU, if the ranks computed on GPUs.
+        The name of the GPU, or None if the ranks computed on CPUs.
     """
     plan = source.plan
     tokens = " ".join(map(str, result.token_ids))
@@ -91,7 +91,7 @@ def _error(difference):
 
 
 def _plan(source):
-    """Return the plan in plain numbers, with one entry for a tensor that every layer has."""
+    """Return the plan as plain numbers, with a single entry for a tensor that every layer has."""
     plan, config = source.plan, source.config
     tensors = {}
     for name, shard in plan.tensors.items():

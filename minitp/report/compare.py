@@ -6,14 +6,15 @@ from minitp.util import this_run
 
 
 def report_data(a_path, b_path, comparison, verdict):
-    """Return the result of a comparison as `report.page.render` takes it.
+    """Return the result of a comparison in the form that `report.page.render` expects.
 
     Parameters
     ----------
     a_path, b_path : str
+        The paths of the two files.
     comparison : Comparison
     verdict : str
-        One line.
+        The last line of the command's output.
     """
     places = [_place(step.name) for step in comparison.steps]  # (pass, layer, step) of each
     passes = list(dict.fromkeys(name for name, _, _ in places if name is not None)) or ["prefill"]
@@ -52,7 +53,7 @@ def report_data(a_path, b_path, comparison, verdict):
 
 
 def _place(name):
-    """Return (pass, layer, step) for a name of minitp's, and (None, None, name) for any other name."""
+    """Return (pass, layer, step) for a step name of minitp, and (None, None, name) for any other name."""
     pass_name, layer, step = split_name(name)
     if step in (LAYER if layer is not None else BEFORE | AFTER):
         return pass_name or "prefill", layer, step

@@ -35,7 +35,7 @@ const plural = (n, one) => `${count(n)} ${one}${n === 1 ? '' : 's'}`;
 
 // ---- the data ----
 const data = JSON.parse($('data').textContent);
-const comparing = data.command === 'compare', fault = comparing ? 'departing' : 'wrong';
+const comparing = data.command === 'compare', fault = comparing ? 'differing' : 'wrong';
 const first = data.before.length, end = first + data.layers, rows = end + data.after.length;
 const columns = Math.max(1, data.steps.length);
 const isWide = row => row < first || row >= end;
@@ -58,7 +58,7 @@ const cells = data.cells.map(([pass, row, col, rank, kind, ok, local, total, wor
   cell.bounded = cell.local ?? (cell.total?.bound != null ? cell.total : null);  // the error that has the bound
   return cell;
 });
-// The position of a cell in the run; ranks do a step at the same time, so they follow by number.
+// The position of a cell in the run. All ranks compute a step at the same time, so they are ordered by number.
 const order = ({ pass, row, col, rank }) => ((pass * rows + row) * columns + (isWide(row) ? 0 : col)) * (data.tp ?? 1) + (rank ?? 0);
 const wrong = cells.filter(cell => !cell.ok).sort((a, b) => order(a) - order(b));
 const modes = [
@@ -76,15 +76,15 @@ function decades(of, widest) {  // the range of a log scale: all but the smalles
   return [clamp(Math.floor(Math.log10(sizes[Math.floor(sizes.length / 50)])), high - widest, high - 1), high];
 }
 const totals = decades(cell => cell.total?.relative, 10);
-const CALM = 0.6, WARM = 0.8;  // shares of the bound: below the first nothing is near it, and above the second the color warms
-const INKS = [0.5, 0.65];  // places on the ramp of total errors where text turns: on dark, on light
+const CALM = 0.6, WARM = 0.8;  // shares of the bound: below CALM an error is far from it, and above WARM the color is warm
+const INKS = [0.5, 0.65];  // places on the ramp of total errors from which text has the colors for dark and darkest cells
 
 // Views: each rank alone and, if there are several, the worst rank of each step.
 const range = n => Array.from({ length: n }, (_, i) => i);
 const views = data.tp ? range(data.tp).map(rank => ({ rank, label: String(rank) })) : [{ rank: null, label: '' }];
 if (data.tp > 1) views.unshift({ rank: 'worst', label: 'worst' });
 
-function severity(cell, mode) {  // any wrong step is worse than any right one; NaN is worst
+function severity(cell, mode) {  // a wrong step is worse than any step within bounds; NaN is worst
   const size = mode.of(cell) ?? -1;
   return (cell.ok || mode.id === 'total' ? 0 : 1e6) + (Number.isNaN(size) ? Infinity : size);
 }

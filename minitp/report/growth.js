@@ -71,7 +71,7 @@ function drawGrowth() {
   $('growth-what').textContent = growthWords(lines);
 }
 function markFirst(x, top, bottom, width) {  // the layer of the first wrong step
-  const after = x < width * 0.6, text = `layer ${guilty.row - first}: ${stepOf(guilty.row, guilty.col)} ${comparing ? 'departs' : 'is wrong'}`;
+  const after = x < width * 0.6, text = `layer ${guilty.row - first}: ${stepOf(guilty.row, guilty.col)} ${comparing ? 'differs' : 'is wrong'}`;
   return [s('line', { class: 'first', x1: x, x2: x, y1: top - 12, y2: bottom }),
     s('text', { class: 'first-name', x: x + (after ? 6 : -6), y: top - 10, 'text-anchor': after ? 'start' : 'end' }, text)];
 }

@@ -1,9 +1,9 @@
-"""The result of `check` or `compare` as one HTML page that needs no network and no other file.
+"""The result of `check` or `compare` as an HTML page that needs no network and no other file.
 
-The style, the scripts and the data, as JSON, are written into `page.html`. The data is not trusted, because
-prompts and the names in a dump are someone else's text, and a broken kernel may produce NaN. So the JSON has
-no character that could end its <script>, NaN and infinities are written as strings, and the page's content
-security policy forbids it to fetch anything.
+The style, the scripts and the data, as JSON, are inserted into `page.html`. The data is not trusted: prompts
+and names in a trace may contain markup, and a broken kernel may produce NaN. So the JSON has no character
+that could end its <script>, NaN and infinities are written as strings, and the page's content security policy
+forbids it to fetch anything.
 """
 
 import html
@@ -17,6 +17,7 @@ from pathlib import Path
 from minitp.errors import InputError
 from minitp.trace import names as steps
 
+# The scripts, in the order in which they run.
 SCRIPTS = (
     "data.js",
     "head.js",
@@ -26,13 +27,13 @@ SCRIPTS = (
     "growth.js",
     "plan.js",
     "start.js",
-)  # as they run
+)
 ERROR_DIGITS, VALUE_DIGITS = 3, 9  # significant digits; 9 of them tell any two float32 apart
 MARKUP = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}  # in JSON these characters occur only in strings
 
 
 def write_report(path, data):
-    """Write the page for `data` (see `render`) to `path`; on failure an existing file stays as it was.
+    """Write the page for `data` (see `render`) to `path`; on failure an existing file is left unchanged.
 
     Raises
     ------
@@ -52,7 +53,7 @@ def write_report(path, data):
 
 
 def render(data):
-    """Return the page as text, with everything from `data` in ASCII.
+    """Return the page as text, in which all characters from `data` are ASCII.
 
     Parameters
     ----------
@@ -86,7 +87,7 @@ def render(data):
     fill = {"title": _escape(data["title"]), "verdict": _escape(verdict), "data": text}
     fill["command"] = data["command"]
     fill |= {"style": _part("style.css"), "script": "\n".join(map(_part, SCRIPTS))}
-    # In one pass, because the data may contain such marks, too.
+    # Fill in everything in one pass, because the data may contain such marks, too.
     return re.sub(r"@@([a-z]+)@@", lambda match: fill[match[1]], _part("page.html"))
 
 
@@ -113,7 +114,7 @@ def _pack_cells(data):
             row, column = place[layer, step]
         else:
             raise ValueError(f"the report has no place for the step {step!r}, layer {layer}")
-        rank = None if isinstance(cell["rank"], str) else cell["rank"]  # "all" is no rank in particular
+        rank = None if isinstance(cell["rank"], str) else cell["rank"]  # "all" is not a particular rank
         own = cell["local"] or cell["total"] or {}
         worst = cell["worst"]
         if not worst and "index" in own:
@@ -142,7 +143,7 @@ def _short(number, digits):
 
 
 def _plain(value):
-    """Return `value` with all that JSON lacks replaced: NumPy types, tuples, NaN and infinities."""
+    """Convert `value` to types that JSON has: NumPy types and tuples are replaced, and NaN and infinities."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):

@@ -67,7 +67,7 @@ function drawPlan() {
   const which = shared.length > 8 ? `${shared.length} of ${plan.kv_heads} are held more than once` : shared.join('; ');
   $('copies').textContent = !shared.length ? '' :
     `Dashed lines join the copies of a KV head that several ranks hold because their query heads read it: ${which}.`;
-  $('plan-what').textContent = (plan.tp > 1 ? 'Colors are ranks.' : 'One rank holds everything.')
+  $('plan-what').textContent = (plan.tp > 1 ? 'Each rank has a color.' : 'One rank holds everything.')
     + ' A line leads from each query head to the KV head that it reads.';
 }
 function hintAtScrolling() {

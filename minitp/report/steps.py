@@ -1,7 +1,7 @@
-"""An explanation of each step of a trace, for people who look at a report.
+"""Explanations of the steps of a trace, for readers of a report.
 
-One table: a sentence, a formula and the operation that computes the step. Shapes come from `trace.names`. In
-formulas `_r` marks what only this rank has, `Σ_r` is the sum over the ranks, and a step's name without its
+For each step there is a sentence, a formula and the operation. Shapes come from `trace.names`. In formulas
+`_r` marks this rank's part, `Σ_r` is the sum over the ranks, and a step's name without its
 block stands for its array: `norm` is `attn.norm` in the attention block.
 """
 
@@ -17,7 +17,11 @@ EXPLAINED = {
         "E[token] if this rank has that row, else 0",
         "The embeddings of the tokens whose rows this rank holds; zeros for all other tokens.",
     ),
-    "embed": ("comm.all_reduce", "Σ_r embed_partial_r", "The embeddings of all tokens: the stream begins."),
+    "embed": (
+        "comm.all_reduce",
+        "Σ_r embed_partial_r",
+        "The embeddings of all tokens, the beginning of the residual stream.",
+    ),
     "attn.norm": ("ops.rms_norm", NORM, "The residual stream, normalized for the attention block."),
     "attn.q": ("ops.column_parallel", "norm W_q,r", "The queries of this rank's heads."),
     "attn.k": ("ops.column_parallel", "norm W_k,r", "The keys of this rank's KV heads."),
@@ -47,7 +51,7 @@ EXPLAINED = {
     "attn.scores": (
         "ops.attention_scores",
         "q · k / √d, and −∞ where masked",
-        "How well each query matches each key that it may see.",
+        "How well each query matches each key that it may attend to.",
     ),
     "attn.probs": (
         "ops.softmax",
@@ -57,7 +61,7 @@ EXPLAINED = {
     "attn.context": (
         "ops.attention_context",
         "probs v_cache",
-        "The mean of the values, weighted by the probabilities; the heads side by side.",
+        "The mean of the values, weighted by the probabilities; the heads are concatenated.",
     ),
     "attn.out_partial": (
         "ops.row_parallel",
@@ -79,7 +83,7 @@ EXPLAINED = {
     "mlp.router": (
         "ops.column_parallel",
         "norm W_router",
-        "How well each expert suits each token. Every rank computes all of it.",
+        "How well each expert suits each token. Every rank computes all of these numbers.",
     ),
     "mlp.experts": (
         "moe.experts_act",
@@ -114,7 +118,7 @@ EXPLAINED = {
     "logits": (
         "comm.all_gather",
         "[logits_0 | logits_1 | ..]",
-        "The logits of the whole vocabulary: the columns of all ranks, side by side.",
+        "The logits of the whole vocabulary: the columns of all ranks, concatenated.",
     ),
 }
 
@@ -125,9 +129,9 @@ def explain(steps, config=None, per_rank=True):
     Parameters
     ----------
     steps : iterable of str
-        Names as in `trace.names`; other names are left out.
+        Names as in `trace.names`; other names are ignored.
     config : Config or None
-        The model's, if it is known: some families compute a step differently.
+        The model's config, if it is known: some families compute a step differently.
     per_rank : bool
         Give the shape of one rank's array instead of the whole array.
     """
@@ -140,7 +144,7 @@ def explain(steps, config=None, per_rank=True):
 
 
 def shape(step, per_rank=True):
-    """Return the letters of a step's axes as text, of one rank's array or of the whole array.
+    """Format a step's shape, in letters, for one rank's array or for the whole array.
 
     >>> shape("attn.q_rope"), shape("attn.context"), shape("attn.q_rope", per_rank=False)
     ('[H_r, T, d]', '[T, H_r·d]', '[H, T, d]')

@@ -216,7 +216,7 @@ def test_models_that_differ_from_llama_are_rejected(tiny, tmp_path):
         if field == "rope_parameters":
             field, value = list(value.items())[1]
         field, value = ("sliding_window", 4096) if value == "mistral" else (field, value)
-        assert line.endswith(f"config.json: {field} {value!r} is not in the tour; use `minitp generate`")
+        assert line.endswith(f"config.json: {field} {value!r} is not supported; use `minitp generate`")
 
 
 @pytest.mark.mpi
@@ -227,10 +227,10 @@ def test_missing_files_and_bad_prompts_are_rejected(tiny, tmp_path):
         "nowhere": ["Hello", "--model", tmp_path / "nowhere"],
         "llama2/tokenizer.json": ["Hello", "--model", GOLDENS / "llama2"],
         "no-weights/model.safetensors": ["--tokens", "1,2", "--model", tmp_path / "no-weights"],
-        "prompt tokens from 0 to 257": ["--tokens", "1,258", "--model", tiny],
+        "token id 258 is outside the vocabulary, 0 to 257": ["--tokens", "1,258", "--model", tiny],
         "'two'": ["--tokens", "1,two", "--model", tiny],
-        "at least 1 new one": ["--tokens", "1,2", "--model", tiny, "-n", "0"],
-        "expected 1 to 511 prompt tokens": ["", "--model", tiny],
+        "--max-new-tokens 0: expected at least 1": ["--tokens", "1,2", "--model", tiny, "-n", "0"],
+        "the prompt has 0 tokens; expected 1 to 511": ["", "--model", tiny],
     }
     lines = refusals(cases.values())
     for line, part in zip(lines, cases, strict=True):
@@ -239,9 +239,9 @@ def test_missing_files_and_bad_prompts_are_rejected(tiny, tmp_path):
 
 @pytest.mark.mpi
 def test_a_missing_demo_model_and_too_many_ranks_exit_with_code_2(tmp_path, tiny):
-    line = "minitp tour: the demo model is not here yet; `minitp shard` fetches it\n"
+    line = "minitp tour: there is no demo model yet; `minitp generate Hello` downloads it\n"
     assert run_tour(["Hello"], 2, XDG_CACHE_HOME=str(tmp_path)) == (2, "", line)
-    line = "minitp tour: a rank needs a head: use at most 4 ranks\n"
+    line = "minitp tour: use at most 4 ranks (one per attention head)\n"
     assert run_tour(["Hello", "--model", tiny], 5) == (2, "", line)
 
 

@@ -24,7 +24,7 @@ END = """\
 | option | meaning |
 |---|---|
 | `-h`, `--help` | show the command's options and examples, and exit |
-| `-v`, `--verbose` | show tracebacks and what ranks wrote to stderr; with `check` a row for each layer |
+| `-v`, `--verbose` | show Python tracebacks and all of the ranks' stderr; `check`: also a row per layer |
 | `--version` | only without a command: show the version, and exit |
 
 ## Exit codes
@@ -44,7 +44,7 @@ Under your own `mpirun` or `srun`, the exit code is theirs, which may be a diffe
 
 | variable | effect |
 |---|---|
-| `MINITP_API_KEY` | `serve`: the key that clients must send, if there is no `--api-key` |
+| `MINITP_API_KEY` | `serve`: the key that clients must send, if `--api-key` is not given |
 | `NO_COLOR` | if set and not empty, no colors on terminals |
 | `XDG_CACHE_HOME` | the folder for the demo model and the history of `chat` (default: `~/.cache`) |
 | `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN` | Hugging Face's download folder, offline mode and access token |

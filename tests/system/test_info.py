@@ -60,7 +60,7 @@ def error_of(part):
 
 def test_text_has_the_same_facts():
     text = run()
-    for words in (__version__, sys.executable, "BLAS", "mpi4py", "starts ranks of this MPI", "CuPy", "cores"):
+    for words in (__version__, sys.executable, "BLAS", "mpi4py", "matches this MPI", "CuPy", "cores"):
         assert words.replace("cores", "core") in text
     assert "{" not in text
     assert "None" not in text
@@ -74,13 +74,13 @@ def test_gpus():
     text = run(path=[STAND_IN], STAND_IN_GPUS="2")
     assert "CUDA driver 12090, runtime 12090, NCCL 2" in text
     assert "(9.0, 8.59 GB)" in text
-    assert "each reads the others' memory" in text
+    assert "all have peer access to each other" in text
 
 
 def test_gpus_that_cannot_access_each_other():
     found = run("--json", path=[STAND_IN], STAND_IN_GPUS="2", STAND_IN_PEERS="0")
     assert found["cuda"]["out_of_reach"] == [[0, 1], [1, 0]]
-    assert "CANNOT READ the memory: 0 of 1, 1 of 0" in run(
+    assert "NO PEER ACCESS: GPU 0 to 1, GPU 1 to 0" in run(
         path=[STAND_IN], STAND_IN_GPUS="2", STAND_IN_PEERS="0"
     )
 
@@ -108,7 +108,7 @@ def test_without_packages(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "pip install mpi4py" in out
     assert "pip install 'minitp[cuda12]'" in out
-    assert "nvidia-smi is not found" in out
+    assert "nvidia-smi not found" in out
 
 
 def test_no_answer_in_time(monkeypatch):
@@ -129,7 +129,7 @@ def test_no_mpirun(monkeypatch):
     found = info.facts()
     assert found["mpirun"]["error"].startswith("no mpirun found")
     assert "no mpirun found" in info_text.text(found)
-    assert "is not known" in info_text.text(found)
+    assert "unknown whether it matches" in info_text.text(found)
 
 
 SAID = {
@@ -161,7 +161,7 @@ def test_match_of_mpirun_and_the_mpi_library(library, mpirun, expected):
 def test_mpirun_of_another_mpi_is_shown_in_capitals(monkeypatch):
     found = info.facts()
     found["mpirun_matches"] = False
-    assert "IT IS OF ANOTHER MPI" in info_text.text(found)
+    assert "BELONGS TO ANOTHER MPI" in info_text.text(found)
     assert info_text.short(SAID["open library"]) == "Open MPI v4.1.4"
     assert info_text.short(SAID["intel"]) == "Intel(R) MPI Library for Linux* OS, Version 2021.10"
 
@@ -181,7 +181,7 @@ def test_environment_variables_without_secrets(monkeypatch):
 def test_demo_model(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert info.demo_model()["bytes"] is None
-    assert "not fetched yet" in info_text.text(info.facts())
+    assert "not downloaded yet" in info_text.text(info.facts())
     folder = tmp_path / "minitp" / info.demo.NAME
     folder.mkdir(parents=True)
     (folder / "x").write_bytes(b"12345")

@@ -48,15 +48,15 @@ def test_exit_code_is_that_of_the_ranks():
         START_S
     )
     assert (code, out) == (2, "")
-    assert err == "minitp tour: config.json: model_type 'qwen3' is not in the tour; use `minitp generate`\n"
+    assert err == "minitp tour: config.json: model_type 'qwen3' is not supported; use `minitp generate`\n"
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["Hello", "--tokens", "1,2"], "tour needs either a PROMPT or --tokens 1,2,3"),
+        (["Hello", "--tokens", "1,2"], "tour accepts a PROMPT or --tokens 1,2,3, but not both"),
         (["Hello", "--tp", "10"], "--tp 10: this model has 9 attention heads"),
-        (["Hello", "--model", "random:smollm2-135m"], "the tour reads a Hugging Face directory"),
+        (["Hello", "--model", "random:smollm2-135m"], "the tour needs a checkpoint in Hugging Face's format"),
         (["Hello", "--model", GOLDENS / "llama2"], "has no tokenizer.json; give --tokens 1,2,3"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`minitp chat`: in a terminal, through a pipe, and however it ends."""
+"""`minitp chat`: in a terminal, through a pipe, and the ways in which it ends."""
 
 import os
 import re
@@ -29,7 +29,7 @@ SYSTEM = message("system", "Be brief.")
 
 
 def write_chatty(directory, **options):
-    """A tiny model with a chat template, which only says small letters; each byte is a token."""
+    """Write a tiny chat model that generates only lowercase letters; each byte is a token."""
     weights = write_tiny(directory, **options) / "model.safetensors"
     tensors = load_file(weights)
     letters = [byte_tokens().index(letter) for letter in ascii_lowercase]
@@ -40,14 +40,14 @@ def write_chatty(directory, **options):
 
 
 def prompt_length(*texts):
-    """Tokens of a conversation of which the user says the first text, the model the second, and so on."""
+    """Return the number of tokens in a conversation in which the user and the model take turns."""
     roles = ["user", "assistant"] * len(texts)
     return sum(len(f"[{role}]{text}") for role, text in zip(roles, [*texts, ""], strict=False))
 
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory):
-    """Options of a chat whose answers go on for minutes if they are let."""
+    """Options of a chat whose answers would take minutes."""
     directory = tmp_path_factory.mktemp("models") / "endless"
     write_chatty(directory, max_position_embeddings=1_000_000)
     return ["--model", directory, "--ignore-eos"]
@@ -61,7 +61,7 @@ def llm(tmp_path_factory):
 
 
 def talk(llm, opening=(), **params):
-    """A Conversation in which nothing has been said."""
+    """Return a Conversation without messages."""
     return Conversation(llm, SamplingParams(**{"max_new_tokens": 10, **params}), list(opening), stats=False)
 
 
@@ -87,7 +87,7 @@ def test_each_answer_is_to_all_that_has_been_said(llm, capsys, opening):
 
 
 def test_the_oldest_is_left_out_of_a_long_conversation(llm, monkeypatch, capsys):
-    """The system message stays; much is dropped at once, so that the beginning changes rarely."""
+    """The system message stays, and many messages are dropped at once, so the beginning rarely changes."""
     sent, submit, text_of = [], llm.submit, llm.tokenizer.decode
     monkeypatch.setattr(llm, "submit", lambda ids, *more: sent.append(text_of(ids)) or submit(ids, *more))
     conversation = talk(llm, [SYSTEM], max_new_tokens=20)
@@ -136,7 +136,7 @@ def test_what_is_stopped_before_its_first_word_is_forgotten(llm, monkeypatch):
 
 @pytest.mark.parametrize("beginning", [CHAT, [supervisor.find_mpirun(), "-n", "2", *CHAT]])
 def test_each_line_of_a_pipe_is_a_message(llm, beginning):
-    """A command too; blank lines are none."""
+    """Commands are messages, too; blank lines are ignored."""
     argv = [*beginning, "--model", llm.source.name, "--tp", "2", "-n", "10", "--system", SYSTEM["content"]]
     done = subprocess.run(
         argv, input="Hi\n\n  /help me\nReally?", capture_output=True, text=True, timeout=START_S
@@ -181,12 +181,12 @@ def test_what_cannot_be_is_refused_before_ranks_start(refused, tmp_path, files, 
 
 
 class Terminal(Running):
-    """A chat in a terminal of its own. Its messages to people appear there as well."""
+    """A chat in its own terminal, which also shows its stderr."""
 
     def __init__(self, command, folder):
         self.ours, self.theirs = os.openpty()
         settings = termios.tcgetattr(self.theirs)
-        settings[3] |= termios.NOFLSH  # else Ctrl-C drops what has been written and not yet shown
+        settings[3] |= termios.NOFLSH  # otherwise Ctrl-C drops output that is not yet shown
         termios.tcsetattr(self.theirs, termios.TCSANOW, settings)
         self.seen = ""
         shell = ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>"$0"', os.ttyname(self.theirs)]
@@ -206,7 +206,7 @@ class Terminal(Running):
         return before.replace("\r\n", "\n")
 
     def prompt(self):
-        """Return what has appeared before the prompt, once it takes keys."""
+        """Return what has appeared before the prompt, when it is ready for keys."""
         before = self.until("> ")
         time.sleep(0.1)  # a signal before readline waits would be seen only after it
         return before
@@ -233,10 +233,10 @@ def test_a_conversation_in_a_terminal(start, tmp_path):
     terminal = start("--tp", "1", "--stats")
 
     def ask(text):
-        """Stop the answer after a while; the prompt's tokens, and what was said of the answer."""
+        """Send a message and stop its answer; return the number of prompt tokens and the answer."""
         terminal.type(f"{text}\n")
         terminal.until(f"{text}\r\n")
-        begun = terminal.until("jx") + "jx"  # the answer is shown while it goes on
+        begun = terminal.until("jx") + "jx"  # the answer is shown while it is generated
         terminal.type("\x03")
         answer = begun + terminal.until("\r\n[").replace("^C", "")
         numbers = re.fullmatch(
@@ -272,11 +272,11 @@ def test_ctrl_c_clears_a_line_and_leaves_at_the_second_time_in_a_row(start, tmp_
     terminal.until("half a mess")
     time.sleep(0.1)
     terminal.type("\x03")
-    assert "Ctrl-C again, or Ctrl-D, leaves\n" in terminal.prompt()
-    terminal.type("\x10\n")  # the line before, of an earlier session
+    assert "press Ctrl-C again, or Ctrl-D, to leave\n" in terminal.prompt()
+    terminal.type("\x10\n")  # the previous line, from the history file
     assert "/reset  forget" in terminal.prompt()
     terminal.type("\x03")
-    assert "Ctrl-C again, or Ctrl-D, leaves\n" in terminal.prompt()
+    assert "press Ctrl-C again, or Ctrl-D, to leave\n" in terminal.prompt()
     terminal.type("\x03")
     assert terminal.end(END_S)[0] == 130
 

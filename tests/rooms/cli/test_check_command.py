@@ -15,7 +15,7 @@ from minitp.cli.check import table
 from minitp.cli.main import main
 
 COMMAND = [sys.executable, "-m", "minitp"]
-FAULTY_FRONT = [  # the command with such ranks
+FAULTY_COMMAND = [  # the command with faulty ranks
     sys.executable,
     "-c",
     f"import sys\nfrom minitp.cli.main import main\nsys.exit(main(sys.argv[1:], worker={FAULTY_WORKER!r}))",
@@ -92,7 +92,7 @@ def test_any_number_of_ranks(uneven, tp, dtype):
 def test_a_wrong_rank_is_named_and_the_exit_code_is_1(uneven, tmp_path):
     page = tmp_path / "page.html"
     arguments = ["check", "hello", "--model", uneven, "--tp", 4, "--report", page]
-    code, out, err = run(*arguments, command=FAULTY_FRONT, MINITP_TEST_FAULT="spoil loading 2")
+    code, out, err = run(*arguments, command=FAULTY_COMMAND, MINITP_TEST_FAULT="spoil loading 2")
     assert (code, err) == (1, ""), err
     blame = "first wrong step: weights/model.layers.1.mlp.down_proj.weight, layer 1, rank 2: relative error "
     *_, verdict, report = out.splitlines()
@@ -101,7 +101,7 @@ def test_a_wrong_rank_is_named_and_the_exit_code_is_1(uneven, tmp_path):
     assert report == f"report: {page}"
     assert "weights/model.layers.1.mlp.down_proj.weight, rank 2" in page.read_text()
     wrong = [line for line in out.splitlines() if line.startswith(("weights/", "prefill/", "decode."))]
-    assert len(wrong) == 1, out  # and nothing that follows from it
+    assert len(wrong) == 1, out  # no later step is blamed
 
 
 @pytest.mark.mpi
@@ -208,4 +208,4 @@ def test_a_full_disk(tiny, tmp_path):
     code, out, err = run("trace", "hello", "--model", tiny, "--tp", 1, "-o", path, command=[*limit, *COMMAND])
     assert (code, out) == (3, "")
     assert err == "minitp: rank 0 failed: OSError: [Errno 27] File too large\n"
-    assert not list(tmp_path.iterdir()), "half a trace is left"
+    assert not list(tmp_path.iterdir()), "a part of a trace is left"

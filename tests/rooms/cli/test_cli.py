@@ -1,4 +1,4 @@
-"""The command line: each kind of bad input gets one line and exit code 2, and good input what is promised."""
+"""The command line: bad input exits with code 2 and one line on stderr, and good input works as promised."""
 
 import json
 import os
@@ -174,7 +174,7 @@ def test_bad_command(refused, argv, expected):
         (["serve", "--gpu-memory-utilization", "1"], "--gpu-memory-utilization (see minitp serve --help)"),
         (["trace", "hi", "--outptu", "x"], "--outptu; did you mean --output?"),  # before "-o is required"
         (["generate", "hi", "-x"], "-x (see minitp generate --help)"),
-        # Abbreviations are refused, also those that are clear: they may stop being clear.
+        # Unambiguous abbreviations are rejected, too: a later option could make them ambiguous.
         (["generate", "hi", "--max", "5"], "--max (see minitp generate --help)"),
         (["generate", "hi", "--max-c", "5"], "--max-c; did you mean --max-context?"),
         (["generate", "hi", "--temp", "0"], "--temp; did you mean --temperature?"),
@@ -279,9 +279,7 @@ def test_cores_are_shared(monkeypatch):
     assert variables["OPENBLAS_NUM_THREADS"] == "7", "the user's own"
     assert variables["MKL_NUM_THREADS"] == "2"
     environment.limit_blas_threads(variables := {"OMP_NUM_THREADS": "7"}, 4)
-    assert variables == {"OMP_NUM_THREADS": "7"}, (
-        "the user's own, beside which BLAS would heed another of ours"
-    )
+    assert variables == {"OMP_NUM_THREADS": "7"}, "the user's own; BLAS would prefer another variable to it"
 
 
 # --- models ---------------------------------------------------------------------------------------------
@@ -396,8 +394,8 @@ def test_bad_perplexity_input(refused, tiny, tmp_path, how):
 
     assert "text: cannot be read: No such file" in line(None)
     assert "text: not UTF-8 text" in line(b"caf\xe9 au lait")
-    assert "text: 0 tokens; perplexity needs at least two" in line(b"")
-    assert "text: 1 tokens; perplexity needs at least two" in line(b"a")
+    assert "text: 0 tokens; perplexity needs at least 2" in line(b"")
+    assert "text: 1 token; perplexity needs at least 2" in line(b"a")
     assert "--max-context 0" in line(b"some text", "--max-context", "0")
     assert "--max-context 513" in line(b"some text", "--max-context", "513")
     assert "--layers 9" in line(b"some text", "--layers", "9")
@@ -433,7 +431,7 @@ def test_refusals_of_the_real_command(tiny, tmp_path):
         assert expected in done.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="bytes as arguments are a thing of Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has bytes as arguments")
 @pytest.mark.parametrize("how", [BY_LAUNCHER, ALONE], ids=["launcher", "alone"])
 def test_argument_that_is_not_utf8(tiny, how):
     argv = [b"generate", b"caf\xe9", b"--model", os.fsencode(tiny), *map(os.fsencode, how)]
@@ -581,8 +579,10 @@ def test_same_seed_same_text(tiny, capsys):
     assert text("--seed", "7")["token_ids"] == text("--seed", "7")["token_ids"]
     assert text("--seed", "7")["token_ids"] != text("--seed", "8")["token_ids"]
     fresh = text()
-    assert fresh["token_ids"] != text()["token_ids"], "without a seed it is drawn again"
-    assert fresh["token_ids"] == text("--seed", str(fresh["stats"]["seed"]))["token_ids"], "and it is told"
+    assert fresh["token_ids"] != text()["token_ids"], "without a seed it is random"
+    assert fresh["token_ids"] == text("--seed", str(fresh["stats"]["seed"]))["token_ids"], (
+        "the seed is reported"
+    )
 
 
 @pytest.mark.mpi
@@ -617,11 +617,11 @@ def test_smallest_temperature_is_greedy(tiny, capsys):
     assert tokens[0] == tokens[1]
 
 
-# --- who reads stdout -----------------------------------------------------------------------------------
+# --- a closed or full stdout ----------------------------------------------------------------------------
 
 
 def read_and_close(*argv):
-    """Start the command, read the first byte of its stdout, close that; the exit code and stderr."""
+    """Run the command, read a byte of its stdout and close it; return the byte, the exit code and stderr."""
     pipe = subprocess.PIPE
     process = subprocess.Popen([*COMMAND, *map(str, argv)], stdout=pipe, stderr=pipe, env=BUFFERED)
     first = os.read(process.stdout.fileno(), 1)
@@ -638,7 +638,7 @@ def endless(tmp_path_factory):
 
 @pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.mpi)])
 def test_closed_stdout_ends_quietly(endless, tp):
-    """`| head` reads some and goes; the generation, which would take minutes, ends with it."""
+    """`| head` reads a little and exits; the generation, which would take minutes, ends too."""
     argv = ["generate", "--tokens", "1,2,3", "--model", endless, "-n", "900000", "--ignore-eos", "--tp", tp]
     first, code, errors = read_and_close(*argv)
     assert len(first) == 1
@@ -661,14 +661,14 @@ def test_stdout_closed_before_anything_is_written(tiny, extra):
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["--version"]])
-def test_help_that_nobody_reads(argv):
+def test_help_with_a_closed_stdout(argv):
     done = run_without_reader(*argv)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 @pytest.mark.parametrize("extra", [[], ["--json"]], ids=["text", "json"])
-def test_full_disk_is_said(tiny, extra):
+def test_full_disk_is_reported(tiny, extra):
     with open("/dev/full", "wb") as full:
         done = run_command("generate", "hi", "--model", tiny, "--tp", "1", "-n", "2", *extra, stdout=full)
     assert done.returncode == 3
@@ -678,7 +678,7 @@ def test_full_disk_is_said(tiny, extra):
 
 
 def test_text_that_the_locale_lacks(tmp_path):
-    """A terminal in another encoding than UTF-8 shows substitutes; the text goes on."""
+    """A terminal with another encoding than UTF-8 shows substitutes, and the text continues."""
     environment = {**BUFFERED, "PYTHONIOENCODING": "ascii"}
     directory = write_tiny(tmp_path / "model")
     argv = ["generate", "hi", "--model", directory, "--tp", "1", "-n", "40", "--ignore-eos"]
@@ -694,7 +694,7 @@ def test_a_rank_never_becomes_a_launcher(tiny, monkeypatch, capsys):
 
 
 def test_perplexity_of_a_token_without_a_row(refused, tmp_path):
-    """The tokenizer knows more tokens than the model."""
+    """The tokenizer has more tokens than the model."""
     directory = write_tiny(tmp_path / "model", vocab_size=100)
     (tmp_path / "text").write_text("\u00e9\u00e9", encoding="utf-8")
     said = refused("perplexity", tmp_path / "text", "--model", directory, *ALONE)

@@ -1,4 +1,4 @@
-"""docs/cli.md is what tests/support/make_cli_reference.py writes, and has everything that there is."""
+"""The page docs/cli.md is current and has all commands, options and environment variables."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""`minitp shard`: its files put together again are the checkpoint, and its table says what is in them."""
+"""`minitp shard`: its files, put together, are the checkpoint, and its table describes them."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def shard(*argv):
 
 
 def write_model(directory, dtypes, layout=ONE_FILE, **fields):
-    """A tiny model whose tensors have `dtypes` in turn, in one file or three with an index; its tensors."""
+    """Write a tiny model with tensors of `dtypes` in turn, in one file or three; return its tensors."""
     write_tiny(directory, tokenizer=False, **fields)
     tensors = {}
     for i, (name, values) in enumerate(random_tensors({**CONFIG, **fields}).items()):
@@ -53,7 +53,7 @@ def write_model(directory, dtypes, layout=ONE_FILE, **fields):
 
 
 def put_together(directory):
-    """The checkpoint, from plan.json and the ranks' files alone, as another engine would."""
+    """Return the checkpoint, built from only plan.json and the ranks' files, as another engine would."""
     plan = json.loads((directory / "plan.json").read_text())
     assert plan["format"] == "minitp-shards-1"
     ranks = [load_file(directory / f"rank{r}.safetensors") for r in range(plan["tp"])]
@@ -70,7 +70,7 @@ def put_together(directory):
         filled = np.zeros(entry["shape"], bool)
         for part, (start, stop) in zip(parts, entry["ranges"], strict=True):
             place = (slice(None),) * entry["axis"] + (slice(start, stop),)
-            assert part.shape == array[place].shape, "also where there is nothing"
+            assert part.shape == array[place].shape, "even of an empty part"
             twice = filled[place]
             assert array[place][twice].tobytes() == part[twice].tobytes()
             array[place], filled[place] = part, True
@@ -127,7 +127,7 @@ def test_plan_json_says_what_else_there_is_to_know(tmp_path):
 
 
 def test_random_model(tmp_path, capsys):
-    """The weights of a random model are written in float32, as they are drawn."""
+    """The weights of a random model are written in float32, in which they are generated."""
     argv = ["--model", "random:smollm2-135m", "--layers", 1, "--tp", 5]
     assert shard(*argv, "-o", tmp_path / "deep" / "out") == 0
     found = put_together(tmp_path / "deep" / "out")
@@ -177,7 +177,7 @@ def test_table_of_uneven_heads(tmp_path, capsys):
     assert lines["input_layernorm.weight"] == ["[36]", "-", "F16", "144", "B"]
     assert lines["model.embed_tokens.weight"][2:4] == ["0", "V"]
     assert "lm_head.weight: tied" in text
-    assert lines["in"] == ["all", *size_of(sum(array.nbytes for array in tensors.values()))]
+    assert lines["total"] == size_of(sum(array.nbytes for array in tensors.values()))
 
 
 def size_of(nbytes):
@@ -225,7 +225,7 @@ def test_table_fits_a_terminal(capsys, model):
         assert "head 7 is on ranks 28 to 31." in joined(text)
 
 
-# --- what is refused ------------------------------------------------------------------------------------
+# --- what is rejected -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -276,7 +276,7 @@ def test_no_such_split(refused, tiny, tmp_path):
     assert "no such directory" in refused("--model", tmp_path / "missing")
 
 
-def test_tied_embeddings_beside_another_lm_head(refused, tmp_path, capsys):
+def test_tied_embeddings_next_to_another_lm_head(refused, tmp_path, capsys):
     tensors = write_model(tmp_path / "model", [np.float16], **MODELS["tied"])
     embed = tensors["model.embed_tokens.weight"]
     path = tmp_path / "model" / "model.safetensors"
@@ -297,7 +297,7 @@ def test_tied_embeddings_beside_another_lm_head(refused, tmp_path, capsys):
 
 
 def test_a_broken_run_leaves_no_half_file(tiny, tmp_path, monkeypatch):
-    """A plan.json of an earlier run does not stay next to files of this one."""
+    """A plan.json of an earlier run is not left next to files of this run."""
     assert shard("--model", tiny, "--tp", 2, "-o", tmp_path) == 0
     write, count = TensorWriter.write, 0
 
@@ -315,8 +315,8 @@ def test_a_broken_run_leaves_no_half_file(tiny, tmp_path, monkeypatch):
         assert len(load_file(tmp_path / f"rank{rank}.safetensors")) == 21
 
 
-def test_full_disk_is_said(tiny, tmp_path):
-    """A limit on the size of files stands for it: to write they fail alike, in the middle of a file."""
+def test_full_disk_is_reported(tiny, tmp_path):
+    """A limit on the size of files has the same effect: writing fails in the middle of a file."""
     done = subprocess.run(
         [sys.executable, "-m", "minitp", "shard", "--model", tiny, "--tp", "2", "-o", tmp_path / "out"],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),

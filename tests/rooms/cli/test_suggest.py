@@ -1,4 +1,4 @@
-"""The name that a mistyped or foreign one stands for."""
+"""Suggestions for names that are mistyped or come from other tools."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The output on a terminal that a pipe does not get: the prompt of `generate`, and colors."""
+"""The output that appears on a terminal but not in a pipe: the prompt of `generate`, and colors."""
 
 import os
 import pty
@@ -15,7 +15,7 @@ WITH_COLOR = {name: value for name, value in os.environ.items() if name != "NO_C
 
 
 def on_terminal(*argv, **variables):
-    """Run the command with a terminal as its stdout; return what that shows and the exit code."""
+    """Run the command with a terminal as its stdout; return its output and exit code."""
     reader, writer = pty.openpty()
     process = subprocess.Popen(
         [*COMMAND, *map(str, argv)], stdout=writer, stderr=subprocess.PIPE, env=WITH_COLOR | variables
@@ -25,7 +25,7 @@ def on_terminal(*argv, **variables):
     try:
         while piece := os.read(reader, 65536):
             pieces.append(piece)
-    except OSError:  # Linux's end of a terminal
+    except OSError:  # how Linux reports the end of a terminal
         pass
     finally:
         os.close(reader)
@@ -45,7 +45,7 @@ def test_generate_shows_the_prompt_first(tiny, tp):
     assert "Once upon" not in continuation
     assert on_terminal(*argv) == (f"{DIM}Once upon{RESET}{continuation}", 0)
     assert on_terminal(*argv, NO_COLOR="1") == (f"Once upon{continuation}", 0)
-    assert on_terminal(*argv, NO_COLOR="")[0].startswith(DIM), "an empty NO_COLOR asks for nothing"
+    assert on_terminal(*argv, NO_COLOR="")[0].startswith(DIM), "an empty NO_COLOR has no effect"
     assert on_terminal(*argv, TERM="dumb") == (f"Once upon{continuation}", 0)
 
 
@@ -69,5 +69,5 @@ def test_a_verdict_has_the_color_of_its_meaning(tiny, tmp_path):
     np.savez(paths[1], **tensors | {"prefill/logits": 2 * tensors["prefill/logits"]})
     shown, code = on_terminal("compare", *paths)
     assert code == 1
-    assert shown.splitlines()[-1].startswith(f"{RED}first departing step: ")
+    assert shown.splitlines()[-1].startswith(f"{RED}first differing step: ")
     assert "\x1b" not in in_pipe("compare", *paths)

@@ -110,12 +110,12 @@ def test_first_step_that_differs(tmp_path, capsys, kind):
     before, after = arrays()[first][3, 17], b[first][3, 17]
     error = 5 / np.linalg.norm(arrays()[first])
     assert out.splitlines()[-1] == (
-        f"first departing step: {first}: relative error {error:.2g} (tolerance 0.0001); "
+        f"first differing step: {first}: relative error {error:.2g} (tolerance 0.0001); "
         f"largest difference at [3, 17]: {before:.6g} in A, {after:.6g} in B"
     )
-    begins = out.split("Where it begins (! departs):\n")[1].split("\n\n")[0].splitlines()[1:]
+    begins = out.split("Where it begins (! differs):\n")[1].split("\n\n")[0].splitlines()[1:]
     assert [line.startswith("!") for line in begins] == 3 * [False] + 5 * [True]
-    worst = out.split("departing steps, of 13:\n")[1].split("\n\n")[0].splitlines()[1:]
+    worst = out.split("differing steps (13 compared):\n")[1].split("\n\n")[0].splitlines()[1:]
     errors = [float(line.split()[2]) for line in worst]
     assert len(errors) == 5
     assert errors == sorted(errors, reverse=True)

@@ -1,4 +1,4 @@
-"""Reports in a headless Chromium: pages in frames, driven by events and asked what they show."""
+"""A fixture that shows reports in a headless Chromium, sends events to them and reads what they show."""
 
 import html
 import json
@@ -47,7 +47,7 @@ HELPERS = """
 
 @pytest.fixture
 def drive(tmp_path):
-    """A function that shows the pages of some data, runs a script in each, and returns the results."""
+    """Return a function that shows the pages of some data, runs a script in each, and returns the results."""
 
     def run(script, *datas, width=1280):
         frame = f'<iframe style="border:0" width="{width}" height="844" srcdoc="%s"></iframe>'

@@ -99,7 +99,7 @@ def test_nothing_is_wider_than_a_phone(drive):
     for page in drive(script, *data, width=390):
         assert page["error"] is None
         assert max(page["width"], page["body"]) <= 390
-        assert page["cell"] >= 24  # a finger finds it
+        assert page["cell"] >= 24  # large enough for a finger
 
 
 @needs_chromium
