@@ -121,7 +121,7 @@ case ${1:-} in
     *)
         setup "$1"
         # Every option begins with a dash; a first word that is not a command is a prompt.
-        if [[ $1 != -* && $commands != *" $1 "* ]]; then set -- generate "$@"; fi
+        if [[ $1 != -* && ($1 == *" "* || $commands != *" $1 "*) ]]; then set -- generate "$@"; fi
         exec "$python" -m minitp "$@"
         ;;
 esac

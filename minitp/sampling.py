@@ -8,9 +8,10 @@ from typing import TypedDict
 import numpy as np
 
 from minitp.errors import ParameterError
-from minitp.util.suggest import reject_unknown
+from minitp.util.suggest import suggests_fields
 
 
+@suggests_fields
 @dataclass(frozen=True)
 class SamplingParams:
     """The parameters that say how the tokens of a continuation are chosen and when it ends.
@@ -50,11 +51,6 @@ class SamplingParams:
     stop: tuple[str, ...] | str = ()
     ignore_eos: bool = False
     logprobs: int | None = None
-
-    def __new__(cls, *args: object, **fields: object) -> "SamplingParams":
-        """Reject an unknown field, and suggest the likely one."""
-        reject_unknown(cls.__name__, fields, list(cls.__dataclass_fields__))
-        return super().__new__(cls)
 
     def __post_init__(self):
         if isinstance(self.stop, str):

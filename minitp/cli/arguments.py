@@ -72,17 +72,24 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """Reject unknown options first, before argparse reports required options that are missing."""
-        for word in self.own_words(args):
+        self.check_options(args)
+        return super().parse_known_args(args, namespace)
+
+    def check_options(self, args):
+        """Raise InputError for an unknown option, unless the user asks for help or the version."""
+        words = list(self.own_words(args))
+        if {"-h", "--help", "--version"}.intersection(words):
+            return
+        for word in words:
             option = word.partition("=")[0]
             if word.startswith("--") and " " not in word and option not in self._option_string_actions:
-                self.refuse_option(option)
-        return super().parse_known_args(args, namespace)
+                self.reject_option(option)
 
     def own_words(self, args):
         """Return the arguments before `--`, which are the only ones that can be options."""
         return takewhile(lambda word: word != "--", args)
 
-    def refuse_option(self, option):
+    def reject_option(self, option):
         """Raise InputError for an option that this command does not have."""
         meant = did_you_mean(option, [name for name in self._option_string_actions if len(name) > 2])
         question = f"; did you mean {meant}?" if meant else ""
@@ -134,19 +141,23 @@ class CommandLine(Parser):
 
     def parse_args(self, args=None, namespace=None):
         """Return the parsed command line; raise InputError if it is invalid."""
+        self.check_options(args)
         name = next((word for word in args if not word.startswith("-")), None)
-        if name is not None and name not in COMMANDS:
+        asks = {"-h", "--help", "--version"}.intersection(self.own_words(args))
+        if name is not None and name not in COMMANDS and not asks:
             shown = [command.name for commands in SECTIONS.values() for command in commands]
             meant = "generate" if " " in name else did_you_mean(name, shown)
             self.error(f"unknown command {name!r}" + (f"; did you mean {meant}?" if meant else ""))
         found, unknown = self.parse_known_args(args, namespace)
         if found.command is None:
             self.error('no command given; try minitp generate "Once upon a time"')
+        unknown = [word for word in unknown if word != "--"]
         if unknown:
             sub = self.commands[found.command]
             if unknown[0].startswith("-"):
-                sub.refuse_option(unknown[0])
-            sub.error(f"unexpected argument {unknown[0]!r}; put a text of several words in quotes")
+                sub.reject_option(unknown[0])
+            quotes = "; put a text of several words in quotes" if hasattr(found, "prompt") else ""
+            sub.error(f"unexpected argument {unknown[0]!r}{quotes}")
         return found
 
 

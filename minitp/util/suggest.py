@@ -1,5 +1,7 @@
 """Suggestions for names that a user has mistyped, or knows from another tool."""
 
+import functools
+from dataclasses import fields
 from difflib import get_close_matches
 
 from minitp.errors import InputError
@@ -92,6 +94,19 @@ def reject_unknown(owner, given, known):
             likely = did_you_mean(name, known)
             hint = f"did you mean {likely}?" if likely else f"its parameters are {', '.join(known)}"
             raise InputError(f"{owner} has no parameter {name}; {hint}")
+
+
+def suggests_fields(cls):
+    """Make a dataclass reject unknown keyword arguments as `reject_unknown` does; a class decorator."""
+    generated, known = cls.__init__, [field.name for field in fields(cls)]
+
+    @functools.wraps(generated)
+    def init(self, /, *args, **given):
+        reject_unknown(cls.__name__, given, known)
+        generated(self, *args, **given)
+
+    cls.__init__ = init
+    return cls
 
 
 def _plain(name):

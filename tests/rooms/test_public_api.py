@@ -72,6 +72,7 @@ def test_type_checkers_are_told_to_read_the_annotations():
             lambda: SamplingParams(max_tokens=5),
             "SamplingParams has no parameter max_tokens; did you mean max_new_tokens?",
         ),
+        (lambda: SamplingParams(self=1), "SamplingParams has no parameter self; "),
         (lambda: SamplingParams(topp=1), "SamplingParams has no parameter topp; did you mean top_p?"),
     ],
 )
@@ -79,6 +80,23 @@ def test_a_wrong_name_is_answered_with_the_likely_one(call, message):
     with pytest.raises(InputError) as caught:
         call()
     assert str(caught.value).startswith(message)
+
+
+def test_the_signature_of_sampling_params_shows_its_fields():
+    parameters = inspect.signature(SamplingParams).parameters
+    defaults = {field.name: field.default for field in fields(SamplingParams)}
+    assert {name: p.default for name, p in parameters.items()} == defaults
+
+
+def test_a_subclass_of_sampling_params_may_have_its_own_parameters():
+    class Named(SamplingParams):
+        def __init__(self, label, **fields):
+            super().__init__(**fields)
+            object.__setattr__(self, "label", label)
+
+    assert (Named("a", top_k=3).label, Named("a", top_k=3).top_k) == ("a", 3)
+    with pytest.raises(InputError, match="did you mean top_k"):
+        Named("a", topk=3)
 
 
 def test_sampling_params_by_position():

@@ -65,7 +65,9 @@ def test_options_and_defaults_agree_with_the_command():
 
 def test_metrics_agree_with_the_server(server):
     httpx.post(f"{server.url}/v1/completions", json={"model": "smollm2", "prompt": "Hi", "max_tokens": 2})
-    documented = re.findall(r"`([a-z_]+)(?:\{.*?\})?`", PAGE.split("## Observe")[1].split("What to look")[0])
+    documented = re.findall(
+        r"`([a-z_]+)(?:\{.*?\})?`", PAGE.split("## Monitoring")[1].split("What to look")[0]
+    )
     found = re.findall(r"^# TYPE (\S+)", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
     real = {name for name in found if not name.endswith("_created")}
     assert {f"minitp_{name}" for name in documented if not name.endswith("_")} == real
