@@ -151,6 +151,9 @@ def test_bos_makes_an_empty_prompt_possible(tmp_path, capsys):
         (["--no-such-option"], "unrecognized option --no-such-option (see minitp --help)"),
         (["--no-such-option", "generate"], "unrecognized option --no-such-option (see minitp --help)"),
         (["--versoin"], "unrecognized option --versoin; did you mean --version?"),
+        (["--tp", "2", "generate", "hi"], "unrecognized option --tp (see minitp --help)"),
+        (["serve", "some/model"], "unexpected argument 'some/model' (see minitp serve --help)"),
+        (["generate", "hi", "--", "you"], "unexpected argument 'you'; put a text of several words in quotes"),
         (["perplexity"], "the following arguments are required: FILE"),
     ],
 )
@@ -159,6 +162,21 @@ def test_bad_command(refused, argv, expected):
     assert "--help" in line
     assert expected in line
     assert not re.search(r"\branks\b", line), "an internal command"
+
+
+@pytest.mark.parametrize(
+    ("argv", "beginning"),
+    [
+        (["generate", "hi", "--bogus", "--help"], "usage: minitp generate "),
+        (["-h", "nonsense"], "usage: minitp COMMAND "),
+        (["--version", "nonsense"], "minitp "),
+    ],
+)
+def test_help_and_version_win_over_mistakes(capsys, argv, beginning):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code in (0, None)
+    assert capsys.readouterr().out.startswith(beginning)
 
 
 @pytest.mark.parametrize(
