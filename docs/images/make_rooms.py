@@ -178,7 +178,7 @@ def picture():
     parts.append(box(" · ".join(FLOOR), edges, "imported by nearly every room; these arrows are left out"))
     y = floor + BOX + 28
     keys = [("core", "on the core path, at least in part"), ("judge", "checks a run, step by step")]
-    keys.append(("alone", "imports nothing else of minitp"))
+    keys.append(("alone", "imports nothing else from minitp"))
     x = MARGIN
     for kind, meaning in keys:
         parts.append(f'<rect class="{kind}" x="{x}" y="{y - 11}" width="22" height="14" rx="3"/>')

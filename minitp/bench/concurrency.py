@@ -1,4 +1,4 @@
-"""Measure many concurrent requests, and compare them with the same ones one by one and the limit."""
+"""The speed of many concurrent requests, next to the same requests one at a time and the machine's limit."""
 
 from statistics import median
 from time import perf_counter

@@ -31,7 +31,8 @@ n = (sum c^2)^2 / (sum c^4), which is the number of elements if all have the sam
 same token have nearly the same numbers and errors, so n is divided by the average number of times that a
 token occurs.
 
-A worked example, a product of four terms in float16 (u = 4.9e-4):
+A worked example, a product of four terms in float16 (u = 4.9e-4). W is rounded to float16 first, so 0.3 is
+0.30005:
 
     x_in = [1, -2, 0.5, 3]       W = [[0.3, 0.7, 0.2, 0.9], [0.1, 0.2, 0.3, 0.4], [-0.5, 0.6, 0.1, 0.2]]
 
@@ -69,7 +70,7 @@ class NotRecorded:
         r, the low-precision reference's value of this input, in the run's dtype.
     roundings : float
         The sum of the relative rounding errors of this value and of the NotRecorded inputs on which it
-        depends: two unit roundoffs for each of them, and one for each block of a sum.
+        depends: 2 u for each of them, plus u32 for each block of a sum.
     samples : float
         The smallest number of samples of this value and of those inputs.
     """

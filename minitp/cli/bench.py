@@ -40,7 +40,7 @@ class BenchCommand(OnRanks):
     summary = "measure speed against the machine's limits"
     description = (
         "Measure the memory bandwidth, matrix multiplication rate and all-reduce time of this machine. Then "
-        "measure prefill and decode, and print the share of the machine's limits that they reach."
+        "measure prefill and decode, and print what fraction of the machine's limits they achieve."
     )
     examples = (
         ("minitp bench --tp 2 --profile", "two ranks, with the time of each step"),
@@ -54,7 +54,7 @@ class BenchCommand(OnRanks):
             ("--prompt-tokens", f"number of tokens in the random prompt (default: {PROMPT_TOKENS})"),
             (
                 "--rounds",
-                f"number of repetitions of each measurement (default: {ROUNDS[0]}; sweep: {ROUNDS[1]})",
+                f"repetitions of each measurement (default: {ROUNDS[0]}, or {ROUNDS[1]} with --sweep)",
             ),
             (
                 "--requests",
@@ -68,7 +68,7 @@ class BenchCommand(OnRanks):
             "--max-new-tokens",
             type=int,
             metavar="N",
-            help=f"number of tokens to decode (default: {NEW_TOKENS[0]}; sweep: {NEW_TOKENS[1]})",
+            help=f"number of tokens to decode (default: {NEW_TOKENS[0]}, or {NEW_TOKENS[1]} with --sweep)",
         )
         group.add_argument(
             "--profile", action="store_true", help="also show the time of each step (on GPUs: each kernel)"
@@ -82,14 +82,14 @@ class BenchCommand(OnRanks):
             "--max-context",
             type=int,
             metavar="N",
-            help="maximum context length in tokens; a context sweep ends there (default: the model's; sweep: "
-            f"at most {LAST_CONTEXT})",
+            help="maximum context length in tokens, where --sweep context ends (default: the model's, with "
+            f"--sweep at most {LAST_CONTEXT})",
         )
         group.add_argument(
             "--as-rank",
             type=int,
             metavar="R",
-            help="run only rank R of the ranks that --of counts, in one process (default: run all ranks)",
+            help="run only rank R of the N ranks given by --of, in one process (default: run all ranks)",
         )
         group.add_argument("--of", type=int, metavar="N", help="total number of ranks for --as-rank")
         add_run(parser)

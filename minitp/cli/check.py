@@ -23,8 +23,8 @@ class CheckCommand(OnRanks):
     summary = "check every step of every rank against a float64 reference"
     description = (
         "Run a prompt and compare every step (intermediate array) of every rank with the oracle, an "
-        "independent float64 implementation of the model. If a step is out of bounds, the exit code is 1, "
-        "and the last line names the first wrong step, its layer and its rank."
+        "independent float64 implementation of the model. If the error of a step exceeds its bound, the exit "
+        "code is 1, and the last line names the first wrong step, its layer and its rank."
     )
     examples = (
         ('minitp check "The capital of France is" --tp 4', "check the demo model on four ranks"),
@@ -110,7 +110,8 @@ def table(result, every_layer=True):
     if wrong:
         rows = [(f.name, *errors(f), f"rank {f.rank}", total([f])) for f in wrong[:LINES]]
         more = [f"and {len(wrong) - LINES} more"] if len(wrong) > LINES else []
-        return aligned([HEADER, *rows], SIDES) + more
+        header = ("rank" if name == "worst at" else name for name in HEADER)
+        return aligned([tuple(header), *rows], SIDES) + more
     steps = {step: [] for step in ("weights", *BEFORE, *LAYER, *AFTER)}
     layers = {f"layer {layer}": [] for layer in range(1 + max(f.layer or 0 for f in result.findings))}
     for finding in result.findings:

@@ -12,7 +12,7 @@ from minitp.trace.record import passes_of
 def prompt_tokens(args, source):
     """Return the token ids of PROMPT or --tokens."""
     if (args.prompt is None) == (args.tokens is None):
-        raise InputError(f"{args.command} needs either a PROMPT or --tokens 1,2,3")
+        raise InputError(f"{args.command} needs a PROMPT or --tokens 1,2,3, and not both")
     if args.tokens is not None:
         return args.tokens
     return tokenizer_of(source).encode(args.prompt)

@@ -63,7 +63,7 @@ def memory_lines(result):
     too_large = "does not fit" + (f"; TP={smallest} does" if smallest else "")
     rows = [
         ("", "TP", "nodes", "weights", "KV cache", "longest", "limited", "sequences", ""),
-        ("", "", "", "a rank", "a token", "context", "by", f"of {result['context_tokens']}", ""),
+        ("", "", "", "per rank", "per token", "context", "by", f"of {result['context_tokens']}", ""),
     ]
     for row in result["estimates"]:
         rows.append(

@@ -91,7 +91,7 @@ def add_server(parser):
     group.add_argument(
         "--api-key",
         metavar="KEY",
-        help="key that clients must send; `ps` shows it, so better set MINITP_API_KEY (default: no key)",
+        help="key that clients must send; `ps` shows it, so prefer MINITP_API_KEY (default: no key)",
     )
     group.add_argument(
         "--max-queue",
@@ -125,21 +125,21 @@ def add_batching(parser):
         type=int,
         default=64,
         metavar="N",
-        help="maximum number of concurrent requests (default: 64)",
+        help="maximum number of sequences that run at once; a request with n > 1 counts as n (default: 64)",
     )
     group.add_argument(
         "--max-tokens-per-step",
         type=int,
         default=512,
         metavar="N",
-        help="maximum number of tokens in a batch, over all requests (default: 512)",
+        help="maximum number of tokens in one forward pass, over all requests (default: 512)",
     )
     group.add_argument(
         "--cache-tokens",
         type=int,
         metavar="N",
         help="size of the KV cache in tokens, shared by all requests (default: as many as fit in a quarter "
-        "of the memory, or in most of a GPU's free memory)",
+        "of the host's memory, or in most of a GPU's free memory)",
     )
     group.add_argument(
         "--block-size",

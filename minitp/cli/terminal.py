@@ -97,7 +97,10 @@ def line_editing():
 
 @contextmanager
 def on_ctrl_c(act):
-    """Call `act` on Ctrl-C, because a KeyboardInterrupt could cut off a message to the ranks."""
+    """Call `act` on Ctrl-C within a `with` block.
+
+    A KeyboardInterrupt instead could cut off a message to the ranks.
+    """
     before = signal.signal(signal.SIGINT, lambda number, frame: act())
     try:
         yield

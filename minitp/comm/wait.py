@@ -1,7 +1,7 @@
 """Wait for other ranks with a time limit, and without occupying a core that they need.
 
 A waiting rank checks, pauses, and checks again. After ten seconds it reports on stderr which ranks it is
-waiting for. After a minute rank 0 ends the job, because the late rank is stopped or stuck, or its host cannot
+waiting for. After a minute rank 0 ends the job, because the late rank has stopped or hung, or its host cannot
 be reached.
 
 Only rank 0 gives up. The other ranks wait for it without a limit, because it may be late only because the
@@ -77,5 +77,5 @@ class Backoff:
             any_of_them = "it" if len(late) == 1 else "one of them"
             raise RankError(
                 f"waited {LOST_S:g} s for {' and '.join(late)}: {any_of_them}, or a rank that it waits for, "
-                "is stopped or stuck, or the network is down"
+                "has stopped or hung, or the network is down"
             )

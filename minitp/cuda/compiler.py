@@ -25,7 +25,7 @@ class Compiler:
         self._module = cache(self._compile)  # one cache per compiler
 
     def kernel(self, file, name, **defines):
-        """Return a kernel of `file`, compiled with these macros; call it as kernel(grid, block, args)."""
+        """Return the kernel `name` of `file`, compiled with these macros: kernel(grid, block, args) calls it."""
         return Kernel(self._module(file, tuple(sorted(defines.items()))).get_function(name))
 
     def _compile(self, file, defines):

@@ -45,7 +45,7 @@ def unfit(config, plan, device, kv_dtype):
 
 
 class Pool(BlockPool):
-    """A BlockPool with the decode graphs that have been captured over it."""
+    """A BlockPool with the decode graphs that have been captured for it."""
 
     def __init__(self, *shape, **options):
         super().__init__(*shape, **options)

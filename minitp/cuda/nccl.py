@@ -105,7 +105,7 @@ class NcclComm(DeviceComm):
         self.host.close()
 
     def abort(self, exit_code):
-        """Abort the communicator, whose kernels would keep the process from ending, and then the job."""
+        """Abort the communicator, whose kernels would keep the process alive, and then the job."""
         if self._watchdog is not None:
             self._watchdog.stop()
             with suppress(RuntimeError):

@@ -45,7 +45,7 @@ class PrefixCache:
         return True
 
     def evict(self):
-        """Forget the content of the least recently used block and return it."""
+        """Forget the content of the least recently used block and return the block."""
         block, _ = self._evictable.popitem(last=False)
         del self._block_of[self._key_of.pop(block)]
         return block

@@ -22,7 +22,7 @@ def reject_on_cpus(transport, share_gpu):
 
 
 def open_rank_gpu(comm, local_rank, share_gpu):
-    """Open the GPU whose number is this rank's number on its host; all ranks call this.
+    """Open the GPU that matches this rank's local rank; all ranks call this.
 
     Returns
     -------

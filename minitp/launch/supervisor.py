@@ -213,7 +213,7 @@ class RankProcesses:
                 rank.connection.sendall(line.encode() + b"\n")
         except TimeoutError:
             raise RankError(
-                f"rank 0 (pid {rank.pid}) has read no message for {END_LIMIT_S} s; it is stopped or stuck"
+                f"rank 0 (pid {rank.pid}) has read no message for {END_LIMIT_S} s: it has stopped or hung"
             ) from None
         except OSError:
             pass  # rank 0 is gone, which `watch` reports
@@ -290,7 +290,7 @@ def warn_of_other_nodes(environment):
     if nodes > 1:
         print(
             f"minitp: warning: all ranks start on this host, one of the {nodes} nodes of the allocation; "
-            "to use them all, run srun -K --mpi=pmi2 minitp .. or mpirun minitp .. without --tp",
+            "to use them all, run srun -K --mpi=pmi2 minitp ... or mpirun minitp ... without --tp",
             file=sys.stderr,
         )
 

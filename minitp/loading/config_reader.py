@@ -16,7 +16,7 @@ ONLY_VALUE = {
 }
 
 # Fields that do not affect the forward pass.
-NO_MATHS = {
+NO_EFFECT = {
     "_name_or_path", "_attn_implementation", "architectures", "model_type", "transformers_version",
     "transformers.js_config", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp",
     "unsloth_version", "unsloth_fixed", "is_llama_config", "pad_token_id", "unk_token_id", "return_dict",
@@ -240,7 +240,7 @@ class Reader:
             if name in ONLY_VALUE:
                 if value is not None and value != ONLY_VALUE[name]:
                     self.reject(name, value, f"{ONLY_VALUE[name]!r}, the only supported value")
-            elif name not in self.read and name not in NO_MATHS and value not in (None, False, [], {}):
+            elif name not in self.read and name not in NO_EFFECT and value not in (None, False, [], {}):
                 unknown.append(name)
         return tuple(unknown)
 

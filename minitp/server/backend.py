@@ -157,7 +157,7 @@ class RunningRequest:
         return index, update
 
     def stop(self):
-        """Stop all unfinished sequences; their blocks are freed within one batch."""
+        """Stop all unfinished sequences; their blocks are free after the current batch."""
         self._backend.running.discard(self)
         for stop in self._stops:
             stop()

@@ -75,7 +75,9 @@ def wanted_steps(plan, passes, globs=None, oracle=False):
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             error = "the oracle has no such step" if oracle else "this run has no such step"
-            raise InputError(f"--steps {glob!r}: {error}; names are like {names[0]}, {steps[5]}, {steps[-1]}")
+            raise InputError(
+                f"--steps {glob!r}: {error}; valid names look like {names[0]}, {steps[5]}, {steps[-1]}"
+            )
     return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
 
 

@@ -126,8 +126,8 @@ def test_a_trace_from_four_ranks_and_from_the_oracle(uneven, tmp_path):
 
 
 BAD = {
-    "neither prompt nor tokens": ([], "needs either a PROMPT or --tokens 1,2,3"),
-    "both": (["a", "--tokens", "1"], "needs either a PROMPT or --tokens 1,2,3"),
+    "neither prompt nor tokens": ([], "needs a PROMPT or --tokens 1,2,3, and not both"),
+    "both": (["a", "--tokens", "1"], "needs a PROMPT or --tokens 1,2,3, and not both"),
     "empty": ([""], "the prompt is empty"),
     "no such token": (["--tokens", "1,258"], "token id 258 is outside the vocabulary, 0 to 257"),
     "negative --decode": (["a", "--decode", "-1"], "--decode -1: expected 0 or more"),

@@ -65,8 +65,8 @@ BAD_GENERATE = {
     "tokens empty": (["--tokens", ""], "'': expected numbers and commas"),
     "tokens not numbers": (["--tokens", "1,x"], "'1,x': expected numbers and commas"),
     "tokens with a gap": (["--tokens", "1,,2"], "expected numbers and commas"),
-    "prompt and tokens": (["hi", "--tokens", "1,2"], "either a PROMPT or --tokens"),
-    "neither prompt nor tokens": ([], "either a PROMPT or --tokens"),
+    "prompt and tokens": (["hi", "--tokens", "1,2"], "needs a PROMPT or --tokens"),
+    "neither prompt nor tokens": ([], "needs a PROMPT or --tokens"),
     "two prompts": (
         ["The", "capital"],
         "unexpected argument 'capital'; put a text of several",
