@@ -25,7 +25,7 @@ class Compiler:
         self._module = cache(self._compile)  # one cache per compiler
 
     def kernel(self, file, name, **defines):
-        """Return the kernel `name` of `file`, compiled with these macros: kernel(grid, block, args) calls it."""
+        """Return the kernel `name` of `file`, compiled with `defines` as macros."""
         return Kernel(self._module(file, tuple(sorted(defines.items()))).get_function(name))
 
     def _compile(self, file, defines):
