@@ -98,7 +98,7 @@ def add_server(parser):
         type=int,
         default=256,
         metavar="N",
-        help="maximum number of waiting requests; further requests get status 429 (default: 256)",
+        help="maximum number of waiting sequences; further requests get status 429 (default: 256)",
     )
     group.add_argument(
         "--request-timeout",
