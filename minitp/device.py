@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from minitp.util.environment import memory
+from minitp.util.environment import cpu_name, memory
 
 CACHE_SHARE = 0.25  # share of a host's memory that all its KV caches together may use
 LINE_BYTES = 64  # a CPU's cache line; more than enough alignment for a GPU's widest load
@@ -29,6 +29,11 @@ class Device:
     xp: Any
     dtype: np.dtype
     is_gpu = False
+
+    @property
+    def name(self):
+        """The name of the hardware: of the CPU, or of this rank's GPU."""
+        return cpu_name()
 
     def to_host(self, array):
         """Return the array as a NumPy array; on the CPU that is the array itself."""

@@ -106,7 +106,7 @@ class LLM:
         world = environment.world_size(os.environ)
         if world is not None and environment.env_rank(os.environ) != 0:
             raise SystemExit(_serve_rank_0(given, world))
-        options = options_from("LLM", given)
+        options = options_from(given)
         size = world or ranks_to_start(options.tp, options.device, options.model, options.layers)
         if world is None:  # under mpirun the ranks check the model together
             self.source = open_model(options.model, size, options.layers)
@@ -324,7 +324,7 @@ class LLM:
 def _serve_rank_0(given, world):
     """Serve the script that runs on rank 0, on another rank of mpirun; return the exit code."""
     try:
-        options = options_from("LLM", given)
+        options = options_from(given)
     except InputError as error:
         return error.exit_code  # rank 0 prints the error
     return join_world(options, world)

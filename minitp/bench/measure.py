@@ -19,7 +19,7 @@ from minitp.bench.rounds import (
     timed_round,
 )
 from minitp.comm.single import ShardOnly
-from minitp.util.environment import BLAS_THREADS, cores, cpu_name
+from minitp.util.environment import BLAS_THREADS, cores
 
 
 def measure(model, source, job, load_s, progress):
@@ -70,7 +70,7 @@ def conditions(model, source):
     threads = next((os.environ[name] for name in reversed(BLAS_THREADS[:2]) if name in os.environ), "")
     return {
         "date": date.today().isoformat(),
-        "machine": gpu_name(model.device) if model.device.is_gpu else cpu_name(),
+        "machine": model.device.name,
         "cores": cores(),
         "model": source.name,
         "layers": model.config.num_hidden_layers,
@@ -83,12 +83,6 @@ def conditions(model, source):
         "blas_threads_per_rank": int(threads) if threads.isdigit() else None,
         "weight_bytes_per_rank": model.comm.allgather_object(model.weights.nbytes),
     }
-
-
-def gpu_name(gpu):
-    """Return the name of this rank's GPU."""
-    runtime = gpu.cupy.cuda.runtime
-    return runtime.getDeviceProperties(gpu.cupy.cuda.Device().id)["name"].decode()
 
 
 def memory(model):

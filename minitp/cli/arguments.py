@@ -72,15 +72,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """Reject unknown options first, before argparse reports required options that are missing."""
-        self.check_options(args)
+        if not {"-h", "--help", "--version"}.intersection(self.own_words(args)):
+            self.check_words(args)
         return super().parse_known_args(args, namespace)
 
-    def check_options(self, args):
-        """Raise InputError for an unknown option, unless the user asks for help or the version."""
-        words = list(self.own_words(args))
-        if {"-h", "--help", "--version"}.intersection(words):
-            return
-        for word in words:
+    def check_words(self, args):
+        """Raise InputError for an unknown option."""
+        for word in self.own_words(args):
             option = word.partition("=")[0]
             if word.startswith("--") and " " not in word and option not in self._option_string_actions:
                 self.reject_option(option)
@@ -139,15 +137,17 @@ class CommandLine(Parser):
         """Return the arguments before the command."""
         return takewhile(lambda word: word.startswith("-"), args)
 
-    def parse_args(self, args=None, namespace=None):
-        """Return the parsed command line; raise InputError if it is invalid."""
-        self.check_options(args)
+    def check_words(self, args):
+        """Raise InputError for an unknown option before the command, or an unknown command."""
+        super().check_words(args)
         name = next((word for word in args if not word.startswith("-")), None)
-        asks = {"-h", "--help", "--version"}.intersection(self.own_words(args))
-        if name is not None and name not in COMMANDS and not asks:
+        if name is not None and name not in COMMANDS:
             shown = [command.name for commands in SECTIONS.values() for command in commands]
             meant = "generate" if " " in name else did_you_mean(name, shown)
             self.error(f"unknown command {name!r}" + (f"; did you mean {meant}?" if meant else ""))
+
+    def parse_args(self, args=None, namespace=None):
+        """Return the parsed command line; raise InputError if it is invalid."""
         found, unknown = self.parse_known_args(args, namespace)
         if found.command is None:
             self.error('no command given; try minitp generate "Once upon a time"')

@@ -11,7 +11,7 @@ from minitp.util.stdout import write_out
 
 LINES = 20  # maximum number of wrong steps in the table
 NEAR = 0.8  # a layer whose error exceeds this share of its bound always has a row
-HEADER = ("step", "local error", "allowed", "share", "worst at", "total error")
+HEADER = ("step", "local error", "allowed", "share")
 SIDES = "<>>><>"
 
 
@@ -62,7 +62,6 @@ class CheckCommand(OnRanks):
         """Print the table and the verdict; return 1 if a step is wrong, else 0."""
         from tqdm import tqdm
 
-        from minitp.bench.measure import gpu_name
         from minitp.check.run import check_model
         from minitp.cli.load_progress import load
         from minitp.report.check import report_data
@@ -81,7 +80,7 @@ class CheckCommand(OnRanks):
             write_out("\n".join([*lines, judged(said, result.ok, sys.stdout)]) + "\n")
         with comm.agreed():
             if comm.rank == 0 and args.report is not None:
-                gpu = gpu_name(model.device) if model.device.is_gpu else None
+                gpu = model.device.name if model.device.is_gpu else None
                 data = report_data(source, model.device.dtype, result, said, args.prompt, gpu)
                 write_report(args.report, data)
                 write_out(f"report: {args.report}\n")
@@ -110,8 +109,7 @@ def table(result, every_layer=True):
     if wrong:
         rows = [(f.name, *errors(f), f"rank {f.rank}", total([f])) for f in wrong[:LINES]]
         more = [f"and {len(wrong) - LINES} more"] if len(wrong) > LINES else []
-        header = ("rank" if name == "worst at" else name for name in HEADER)
-        return aligned([tuple(header), *rows], SIDES) + more
+        return aligned([(*HEADER, "rank", "total error"), *rows], SIDES) + more
     steps = {step: [] for step in ("weights", *BEFORE, *LAYER, *AFTER)}
     layers = {f"layer {layer}": [] for layer in range(1 + max(f.layer or 0 for f in result.findings))}
     for finding in result.findings:
@@ -126,7 +124,8 @@ def table(result, every_layer=True):
         if findings and (every_layer or max(finding.ratio for finding in findings) > NEAR)
     }
     rows += [row(name, findings) for name, findings in shown.items()]
-    return aligned([HEADER, *rows], SIDES) + not_shown(len(layers) - len(shown), len(shown))
+    lines = aligned([(*HEADER, "worst at", "total error"), *rows], SIDES)
+    return lines + not_shown(len(layers) - len(shown), len(shown))
 
 
 def row(name, findings):
@@ -167,8 +166,7 @@ def verdict(source, result):
         rank, text = result.problems[0]
         return f"first wrong step: the plan, rank {rank}: {text}"
     if result.ok:
-        ranks = "1 rank" if result.tp == 1 else f"{result.tp} ranks"
-        arrays = f"{len(result.findings)} arrays on {ranks}"
+        arrays = f"{len(result.findings)} arrays on {counted(result.tp, 'rank')}"
         layers = f"all {source.plan.layers} layers" if source.plan.layers > 1 else "the 1 layer"
         return f"all steps within bounds for {layers} ({arrays})"
     first = result.blamed()[0]

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+from minitp.engine.options import option
 from minitp.errors import InputError, ParameterError
 from minitp.request import check_vocabulary
 from minitp.sampling import SamplingParams
@@ -39,8 +40,7 @@ def sampling_params(args):
             ignore_eos=args.ignore_eos,
         )
     except ParameterError as error:
-        option = f"--{error.name.replace('_', '-')}"
-        raise InputError(f"{option} {error.value}: expected {error.expected}") from error
+        raise InputError(f"{option(error.name)} {error.value}: expected {error.expected}") from error
 
 
 def passes_wanted(args, source, token_ids):

@@ -23,17 +23,20 @@ def add_prompt(parser, default=""):
     )
 
 
-def add_sampling(parser, max_new_tokens):
-    group = parser.groups["sampling"]
-    group.add_argument(
+def add_max_new_tokens(parser, default):
+    parser.groups["sampling"].add_argument(
         "-n",
         "--max-new-tokens",
         type=int,
-        default=max_new_tokens,
+        default=default,
         metavar="N",
-        help="maximum number of tokens to generate "
-        f"(default: {max_new_tokens or 'as many as fit in the context'})",
+        help=f"maximum number of tokens to generate (default: {default or 'as many as fit in the context'})",
     )
+
+
+def add_sampling(parser, max_new_tokens):
+    add_max_new_tokens(parser, max_new_tokens)
+    group = parser.groups["sampling"]
     group.add_argument(
         "--temperature",
         type=float,

@@ -7,7 +7,7 @@ from minitp.bench.this_machine import measure_cpu
 from minitp.errors import InputError
 from minitp.estimate.estimate import ITEM_BYTES, Spread, cache_bytes, estimate, smallest_tp
 from minitp.estimate.hardware import GPUS, GPUS_PER_NODE, NETWORK
-from minitp.launch.run import ranks_to_start
+from minitp.launch.run import ranks_for
 from minitp.shard import make_plan
 from minitp.util.environment import ranks_wanted
 from minitp.util.format import counted, size
@@ -43,7 +43,7 @@ def read_spread(args, config, dtype, workload):
     if args.gpu == "cpu":
         if args.nodes is not None:
             raise InputError(f"--nodes {args.nodes}: --gpu cpu is this machine only; choose a GPU")
-        return Spread(ranks_to_start(args.tp, "cpu", args.model, args.layers), 1)
+        return Spread(ranks_for(config, args.tp, "cpu"), 1)
     if args.tp == "auto":
         heads = config.num_attention_heads
         fits = smallest_tp(config, GPUS[args.gpu], dtype, workload) or min(GPUS_PER_NODE, heads)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minitp.cli.command import Caller
 from minitp.cli.options import add_max_context, add_run, llm_options
+from minitp.engine.options import option
 from minitp.errors import InputError
 from minitp.util.format import counted
 
@@ -156,8 +157,7 @@ def check(args):
         raise InputError(f"--port {args.port}: expected a number from 0 to 65535")
     for name, least in (("max_queue", 0), ("request_timeout", 1), ("drain_timeout", 0)):
         if getattr(args, name) < least:
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} {getattr(args, name)}: expected {least} or more")
+            raise InputError(f"{option(name)} {getattr(args, name)}: expected {least} or more")
 
 
 def served_name(model):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from minitp.cli.command import Command
-from minitp.cli.options import PROMPT_OR_TOKENS, add_prompt
+from minitp.cli.options import PROMPT_OR_TOKENS, add_max_new_tokens, add_prompt
 from minitp.errors import InputError
 from minitp.launch.run import Terminated, raised_on_sigterm, ranks_to_start
 from minitp.launch.supervisor import find_mpirun, mpi_environment
@@ -33,14 +33,7 @@ class TourCommand(Command):
 
     def add_options(self, parser):
         add_prompt(parser, default=" (default: Once upon a time)")
-        parser.groups["sampling"].add_argument(
-            "-n",
-            "--max-new-tokens",
-            type=int,
-            default=40,
-            metavar="N",
-            help="maximum number of tokens to generate (default: 40)",
-        )
+        add_max_new_tokens(parser, default=40)
         parser.groups["model"].add_argument(
             "--model",
             default="smollm2",

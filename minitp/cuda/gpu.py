@@ -34,6 +34,12 @@ class Gpu(Device):
     gpus: int = 1
     is_gpu = True
 
+    @property
+    def name(self):
+        """The name of this rank's GPU."""
+        runtime = self.cupy.cuda.runtime
+        return runtime.getDeviceProperties(self.cupy.cuda.Device().id)["name"].decode()
+
     def weights_room(self):
         """Return (GPU and host, free bytes of this GPU), like Device.weights_room."""
         device = self.cupy.cuda.Device()

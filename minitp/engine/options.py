@@ -81,15 +81,15 @@ class EngineOptions:
             )
 
 
-def options_from(owner, given):
-    """Return EngineOptions from a dict of the parameters of `owner`; None means the default.
+def options_from(given):
+    """Return EngineOptions from a dict of the parameters of `LLM`; None means the default.
 
     Raises
     ------
     InputError
         If a parameter does not exist, or has an invalid value.
     """
-    reject_unknown(owner, given, [field.name for field in fields(EngineOptions)])
+    reject_unknown("LLM", given, [field.name for field in fields(EngineOptions)])
     as_text = ("model", "tp")  # the caller may pass a Path and an int
     given = {name: value for name, value in given.items() if value is not None}
     return EngineOptions(**{name: str(value) if name in as_text else value for name, value in given.items()})

@@ -39,13 +39,17 @@ def ranks_to_start(tp, device, model, layers=None):
     tp, device, model, layers
         The values of the options with these names.
     """
-    size = ranks_wanted(tp, device)
-    if tp != "auto" or size == 1:
-        return size
+    if tp != "auto" or ranks_wanted(tp, device) == 1:
+        return ranks_wanted(tp, device)  # without reading config.json
     from minitp.loading.source import open_config  # imports numpy
 
-    config = open_config(model, layers)
-    return min(size, config.num_attention_heads, config.vocab_size)
+    return ranks_for(open_config(model, layers), tp, device)
+
+
+def ranks_for(config, tp, device):
+    """Return the number of ranks that --tp asks for, for a model whose Config is known."""
+    size = ranks_wanted(tp, device)
+    return min(size, config.num_attention_heads, config.vocab_size) if tp == "auto" else size
 
 
 class Terminated(BaseException):
