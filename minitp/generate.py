@@ -79,7 +79,7 @@ def generate(model, prompt_ids, request, use_cache=True):
             yield from generate_ahead(model, cache, logits, request)
             return
         while True:
-            token, last = comm.broadcast(request.sample(logits) if comm.rank == 0 else None)
+            token, last = next_token(comm, request, logits)
             yield token
             if last:
                 return
@@ -89,6 +89,14 @@ def generate(model, prompt_ids, request, use_cache=True):
                 logits = host_logits(model, logits)[0]  # [V]
             else:
                 logits = prefill(model, model.new_cache(len(ids)), ids)  # [V]
+
+
+def next_token(comm, request, logits):
+    """Choose the next token on rank 0, from logits [V]; return (token, whether it is the last) on every rank.
+
+    The ranks other than 0 may pass None as `request`.
+    """
+    return comm.broadcast(request.sample(logits) if comm.rank == 0 else None)
 
 
 def generate_ahead(model, cache, logits, request):

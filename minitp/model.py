@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     Array = Any  # numpy.ndarray, or cupy.ndarray on a GPU
 
 
-def unrecorded(block=None, layer=None):
+def unrecorded(block=None, layer=None, sequence=None):
     """Return a plain namespace for a block's arrays: the `record` of a run that records nothing."""
     return SimpleNamespace()
 
@@ -133,8 +133,9 @@ class Model:
             The rows, among the T tokens, that get logits: slice(None) for all of them, slice(-1, None) for
             the last one, None to only fill the cache.
         record : callable
-            record(block, layer) returns the object to which a block assigns this rank's part of each step;
-            see `trace.record.Recorder`. `_attend` assigns its steps once for each sequence.
+            record(block, layer, sequence) returns the object to which a block assigns this rank's part of
+            each step; see `trace.record.Recorder`. `sequence` is the index in `parts` of the only sequence
+            that the steps belong to; without it, they belong to all of them.
 
         Returns
         -------
@@ -145,6 +146,7 @@ class Model:
         ctx = ForwardContext(xp, parts, self.inverse_frequencies, self.config, record)
 
         s = record()
+        s.tokens, s.positions = token_ids, ctx.positions  # [T] each
         partial = ops.embed_partial(xp, token_ids, w.embed, self.vocab_start)  # [T, D]
         s.embed_partial = ops.scaled(xp, partial, self.embedding_multiplier)  # [T, D]
         s.embed = x = self.comm.all_reduce(s.embed_partial)  # [T, D]
@@ -182,7 +184,7 @@ class Model:
 
     def _attend(self, i, q, k, v, sequence, record):
         """Compute attention for one sequence's n tokens: q [H_r, T, d], k, v [K_r, T, d] -> [n, H_r d]."""
-        xp, s = self.device.xp, record("attn", i)
+        xp, s = self.device.xp, record("attn", i, sequence.index)
         q, k, v = (x[:, sequence.tokens] for x in (q, k, v))  # [H_r, n, d], [K_r, n, d], [K_r, n, d]
         cached = sequence.cache.append(i, k, v, sequence.first_key)
         s.k_cache, s.v_cache = cached  # [K_r, S, d] each
@@ -247,13 +249,13 @@ class ForwardContext:
     def __init__(self, xp, parts, inverse_frequencies, config, record):
         self.record = record
         self.sequences, start = {window: [] for window in config.windows}, 0
-        for ids, cache in parts:
+        for index, (ids, cache) in enumerate(parts):
             for window, sequences in self.sequences.items():
-                sequences.append(SequenceSlice(xp, slice(start, start + len(ids)), cache, window))
+                sequences.append(SequenceSlice(xp, index, slice(start, start + len(ids)), cache, window))
             start += len(ids)
-        positions = joined(xp, [s.positions for s in self.sequences[config.windows[0]]])  # [T]
-        factor = config.rope.attention_factor
-        self.cos, self.sin = ops.rope_cos_sin(xp, positions, inverse_frequencies, factor)  # [T, d] each
+        self.positions = joined(xp, [s.positions for s in self.sequences[config.windows[0]]])  # [T]
+        angles = self.positions, inverse_frequencies, config.rope.attention_factor
+        self.cos, self.sin = ops.rope_cos_sin(xp, *angles)  # [T, d] each
         self.layers_without_rope = config.layers_without_rope
         if self.layers_without_rope:
             zeros = xp.zeros(self.cos.shape, dtype=self.cos.dtype)  # [T, d]
@@ -265,10 +267,10 @@ class ForwardContext:
 
 
 class SequenceSlice:
-    """One sequence's part of a forward pass: its rows among the T tokens, its cache and its mask."""
+    """One sequence's part of a forward pass: its index, its rows among the T tokens, its cache and mask."""
 
-    def __init__(self, xp, tokens, cache, window):
-        self.tokens, self.cache = tokens, cache
+    def __init__(self, xp, index, tokens, cache, window):
+        self.index, self.tokens, self.cache = index, tokens, cache
         past, total = cache.length, cache.length + tokens.stop - tokens.start
         self.positions = xp.arange(past, total)  # [n]
         # The oldest key that a query of this pass sees; keys before it, outside the window, are not read.

@@ -50,7 +50,6 @@ def check_family(folder, comm, path, dtype):
     from minitp.cuda.gpu import with_dtype
     from minitp.load import load_model
     from minitp.loading.source import open_model
-    from minitp.trace.record import passes_of
 
     source = open_model(str(folder), 1)
     device = with_dtype(comm.gpu, dtype, source.config.dtype)
@@ -61,7 +60,7 @@ def check_family(folder, comm, path, dtype):
     model.connect()
     with np.load(folder / "golden.npz") as golden:
         prompt = golden["prompt"].tolist()
-    result = check_model(source, model, prompt, passes_of(len(prompt), DECODED))
+    result = check_model(source, model, prompt, DECODED)
     return "right" if result.ok else "wrong", verdict(source, result)
 
 

@@ -41,9 +41,12 @@ class Difference:
 
 def difference_of(value, expected):
     """Return the Difference of two arrays of the same shape, infinite unless NaN and infinities agree."""
-    value, expected = (np.asarray(x).astype(np.float64) for x in (value, expected))
     if value.size == 0:
         return Difference(0.0, 0.0, [])
+    if same_bits(value, expected):
+        first = (0,) * value.ndim
+        return Difference(0.0, 0.0, [(first, float(value[first]), float(expected[first]))])
+    value, expected = (np.asarray(x).astype(np.float64) for x in (value, expected))
     finite = np.isfinite(value) & np.isfinite(expected)
     same = (value == expected) | (np.isnan(value) & np.isnan(expected))
     apart = np.abs(np.where(finite, value, 0) - np.where(finite, expected, 0))
@@ -61,3 +64,11 @@ def difference_of(value, expected):
         size, off = np.linalg.norm(expected[finite]), np.linalg.norm(apart)
     relative = off / size if size else (np.inf if off else 0.0)
     return Difference(float(relative), float(apart.max()), worst)
+
+
+def same_bits(a, b):
+    """Return whether two arrays of the same shape have the same dtype and the same bits."""
+    if a.dtype != b.dtype:
+        return False
+    bits = f"u{a.itemsize}"
+    return bool(np.array_equal(a.view(bits), b.view(bits)))

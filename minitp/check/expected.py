@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from minitp.check.sums import IN_FLOAT32
-from minitp.check.tolerance import Expected, both, rounded
+from minitp.check.tolerance import Expected, Stored, both, rounded, roundoff
 from minitp.oracle import ops as oracle_ops
 
 BLOCK = 1 << 22  # number of weights that are converted to float64 at a time
@@ -77,6 +77,38 @@ def rope(x, positions, inverse_frequencies, factor):
     pair = np.hypot(first, second, dtype=np.float64) * float(factor)  # [n, T, d/2]
     scale = np.concatenate((pair, pair), axis=-1)  # [n, T, d]
     return Expected(value, rounded(lowp, x_lp.dtype), scale, common=(0, 2)).of(inputs)
+
+
+def stored(x, kv_dtype):
+    """Return the Expected of keys or values that went through a cache in `kv_dtype`: [K_r, S, d].
+
+    A run must read exactly what this function computes, or else each number must be as close to x as the
+    cache's dtype allows: half a step of int8, which is half the scale of its position and head, or the
+    rounding to float16. On top of that comes the rounding of the result.
+    """
+    if kv_dtype == "auto":
+        return exactly(x)
+    exact = x.astype(np.float64)  # [K_r, S, d]
+    read = dequantized(x, kv_dtype).astype(x.dtype)  # [K_r, S, d]
+    if kv_dtype == "int8":
+        allowed = np.abs(exact).max(axis=-1, keepdims=True, initial=0) / 127 / 2  # [K_r, S, 1]
+    else:
+        allowed = np.abs(exact) * roundoff(kv_dtype)  # [K_r, S, d]
+    allowed = allowed + 2 * roundoff(x.dtype) * np.abs(exact)  # [K_r, S, d]
+    return Stored(exact, read=read, allowed=allowed)
+
+
+def dequantized(x, kv_dtype):
+    """Return x [K_r, S, d] as it is read from a cache in `kv_dtype`, in float32.
+
+    int8 numbers are x / scale, rounded to the nearest integer, where scale = max |x| / 127 of each head and
+    position, all in float32.
+    """
+    x = x.astype(np.float32)  # [K_r, S, d]
+    if kv_dtype != "int8":
+        return x.astype(kv_dtype).astype(np.float32)  # [K_r, S, d]
+    scale = np.abs(x).max(axis=-1, keepdims=True, initial=0) / np.float32(127)  # [K_r, S, 1]
+    return np.rint(np.divide(x, scale, where=scale > 0, out=np.zeros_like(x))) * scale  # [K_r, S, d]
 
 
 def scaled(x, factor):
@@ -170,20 +202,23 @@ def experts_act(x, chosen, gates, ups):
 
     `gates` and `ups` have a matrix [F_r, D] for each expert. The gate and up projections are not recorded.
     """
-    shape = (len(x), int(chosen[0].sum()), len(gates[0]))
+    hidden = [_experts_linear(x, chosen, weights).not_recorded(x.dtype) for weights in (gates, ups)]
+    return swiglu(*hidden)  # [T, X, F_r]
+
+
+def _experts_linear(x, chosen, weights):
+    """Return the Expected of a projection of each token's experts: x [T, D], chosen [T, E] -> [T, X, F_r].
+
+    `weights` has a matrix [F_r, D] for each expert.
+    """
+    shape = (len(x), int(chosen[0].sum()), len(weights[0]))
     value, lowp, scale = np.empty(shape), np.empty(shape), np.empty(shape)  # [T, X, F_r] each
     nth = np.cumsum(chosen, axis=1) - 1  # [T, E]
-    roundings, samples = 0.0, np.inf
-    for expert, (gate, up) in enumerate(zip(gates, ups, strict=True)):
+    for expert, w in enumerate(weights):
         rows = np.flatnonzero(chosen[:, expert])  # [n]
-        if len(rows) == 0:
-            continue
-        hidden = [linear(x[rows], w).not_recorded(x.dtype) for w in (gate, up)]  # [n, F_r] each
-        act = swiglu(*hidden)  # [n, F_r]
-        at = rows, nth[rows, expert]
-        value[at], lowp[at], scale[at] = act.value, act.low_precision_reference, act.scale
-        roundings, samples = max(roundings, act.roundings), min(samples, act.samples)
-    return Expected(value, lowp, scale, roundings=roundings, samples=samples)
+        y, at = linear(x[rows], w), (rows, nth[rows, expert])  # [n, F_r]
+        value[at], lowp[at], scale[at] = y.value, y.low_precision_reference, y.scale
+    return Expected(value, lowp, scale, terms=x.shape[1])
 
 
 def experts_sum(acts, router_weights, downs):

@@ -9,6 +9,7 @@ import numpy as np
 
 from minitp.check import expected
 from minitp.oracle import ops as oracle_ops
+from minitp.trace.names import BLOCK_TABLE
 
 
 class Replay:
@@ -27,27 +28,33 @@ class Replay:
         This rank's slices by checkpoint name, [out, in] as in the file.
     recorded : callable
         A function (pass name, layer, step) -> this rank's array, or NotRecorded.
-    token_ids : list of int
-    passes : list of (name, start, stop)
+    sequences : list of list of int
+        The token ids of each sequence.
+    kv_dtype : str
+        The dtype of the cache: auto, float16 or int8.
     sums : Float32Sums or TensorCoreSums
         The way in which this rank's device adds up products that stay in float32.
     """
 
-    def __init__(self, reference, plan, comm, weights, recorded, token_ids, passes, sums):
+    def __init__(self, reference, plan, comm, weights, recorded, sequences, kv_dtype, sums):
         self.reference, self.plan, self.comm = reference, plan, comm
         self.weights, self.recorded = weights, recorded
-        self.token_ids, self.passes, self.sums = token_ids, passes, sums
+        self.sequences, self.kv_dtype, self.sums = sequences, kv_dtype, sums
         group = reference.heads // reference.kv_heads
         first_kv = plan.kv_head_ranges[comm.rank][0]
         self.kv_of_head = [h // group - first_kv for h in range(*plan.head_ranges[comm.rank])]  # [H_r]
 
     def before(self, pass_):
-        """Yield the expected values of the embedding steps of `pass_`, one of `passes`."""
-        name, start, stop = pass_
+        """Yield the expected values of the inputs of a RecordedPass and of its embedding steps."""
+        name, start, stop = pass_.name, pass_.start, pass_.stop
+        yield "tokens", expected.exactly(np.array(self.sequences[pass_.sequence][start:stop])), []  # [T]
+        yield "positions", expected.exactly(np.arange(start, stop)), []  # [T]
+        if pass_.block_table:
+            yield BLOCK_TABLE, expected.exactly(np.array(pass_.block_table)), []  # [B]
         first, last = self.plan.vocab_ranges[self.comm.rank]
         table = self.weights["model.embed_tokens.weight"]  # [V_r, D]
         rows = np.zeros((stop - start, table.shape[1]), table.dtype)  # [T, D]
-        for t, token in enumerate(self.token_ids[start:stop]):
+        for t, token in enumerate(self.recorded(name, None, "tokens")):
             if first <= token < last:
                 rows[t] = table[token - first]
         if self.reference.embedding_scale == 1:
@@ -59,7 +66,7 @@ class Replay:
 
     def attention(self, i, pass_):
         """Yield the expected values of the steps of layer i's attention block."""
-        name, start, stop = pass_
+        name = pass_.name
         s, w = self._steps(name, i, "attn"), self._weights(i, "self_attn")
         x = self._stream(name, i)  # [T, D]
         norm = self._gain(f"model.layers.{i}.input_layernorm.weight")  # [D]
@@ -67,7 +74,7 @@ class Replay:
         for part in "qkv":
             y = expected.linear(s("norm"), w(f"{part}_proj.weight"), w(f"{part}_proj.bias"))  # [T, n * d]
             yield f"attn.{part}", y.as_heads(self.reference.head_dim), None  # [n, T, d]
-        positions = np.arange(start, stop)  # [T]
+        positions = self.recorded(name, None, "positions")  # [T]
         for part in "qk":
             made, norm = part, w(f"{part}_norm.weight")  # [d], or None
             if norm is not None:
@@ -80,7 +87,7 @@ class Replay:
             yield f"attn.{part}_rope", turned, None
         yield from self._cache(i, pass_)
         k, v = (s(part)[self.kv_of_head] for part in ("k_cache", "v_cache"))  # [H_r, S, d] each
-        keys = np.arange(stop - k.shape[1], stop)  # [S]
+        keys = np.arange(pass_.stop - k.shape[1], pass_.stop)  # [S]
         mask = oracle_ops.causal_mask(positions, keys, self.reference.windows[i])  # [T, S]
         root, cap = self.reference.score_root, self.reference.score_cap
         yield "attn.scores", expected.scores(s("q_rope"), k, mask, root, cap, self.sums), None
@@ -90,19 +97,19 @@ class Replay:
         yield from self._sum(name, i, "attn", x, w("o_proj.bias"))
 
     def _cache(self, i, pass_):
-        """Yield the expected cache: the keys and values of all passes so far, within the window."""
-        name, start, stop = pass_
-        window = self.reference.windows[i]
+        """Yield the expected cache: the keys and values of the passes that wrote it, within the window."""
+        start, stop, window = pass_.start, pass_.stop, self.reference.windows[i]
         needed = stop if window is None else min(stop, stop - start + window - 1)  # keys that a query sees
-        until = self.passes[: self.passes.index(pass_) + 1]
         for cached, made in (("attn.k_cache", "attn.k_rope"), ("attn.v_cache", "attn.v")):
-            rows = [self.recorded(earlier, i, made) for earlier, _, _ in until]  # [K_r, T, d] of each pass
-            read = max(needed, self.recorded(name, i, cached).shape[1])
-            yield cached, expected.exactly(np.concatenate(rows, axis=1)[:, -read:]), None  # [K_r, S, d]
+            read = max(needed, self.recorded(pass_.name, i, cached).shape[1])
+            written = (*pass_.cached, *pass_.rows)[-read:]
+            arrays = {name: self.recorded(name, i, made) for name, _ in written}  # [K_r, T, d] of each pass
+            rows = np.stack([arrays[name][:, row] for name, row in written], axis=1)  # [K_r, S, d]
+            yield cached, expected.stored(rows, self.kv_dtype), None
 
     def mlp(self, i, pass_):
         """Yield the expected values of the steps of layer i's feed-forward block."""
-        name = pass_[0]
+        name = pass_.name
         bias = self.weights.get(f"model.layers.{i}.mlp.down_proj.bias")  # [D], or None
         x = self.recorded(name, i, "attn.residual")  # [T, D]
         norm = self._gain(f"model.layers.{i}.{self.reference.mlp_norm}.weight")  # [D]
@@ -134,21 +141,23 @@ class Replay:
         yield "mlp.out_partial", expected.experts_sum(s("experts"), chosen, parts[2]), None
 
     def after(self, pass_):
-        """Yield the expected values of the last norm and of the logits."""
-        name = pass_[0]
-        x = self._stream(name, self.plan.layers)  # [T, D]
+        """Yield the expected values of the last norm and of the logits, if the pass has any."""
+        if pass_.logits == 0:
+            return
+        name = pass_.name
+        x = self._stream(name, self.plan.layers)[-pass_.logits :]  # [n, D]
         norm = self._gain("model.norm.weight")  # [D]
         yield "final_norm", expected.rms_norm(x, norm, self.reference.eps), [x, norm]
         w = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])  # [V_r, D]
-        x = self.recorded(name, None, "final_norm")  # [T, D]
-        logits_r = expected.linear(x, w, dtype=np.float32, sums=self.sums)  # [T, V_r]
-        logits_r = logits_r.divided(self.reference.logits_divisor)  # [T, V_r]
+        x = self.recorded(name, None, "final_norm")  # [n, D]
+        logits_r = expected.linear(x, w, dtype=np.float32, sums=self.sums)  # [n, V_r]
+        logits_r = logits_r.divided(self.reference.logits_divisor)  # [n, V_r]
         if self.reference.logits_cap is not None:
-            hidden = logits_r.not_recorded(np.float32)  # [T, V_r]
-            logits_r = expected.soft_cap(hidden, self.reference.logits_cap)  # [T, V_r]
+            hidden = logits_r.not_recorded(np.float32)  # [n, V_r]
+            logits_r = expected.soft_cap(hidden, self.reference.logits_cap)  # [n, V_r]
         yield "logits_partial", logits_r, None
-        own = self.recorded(name, None, "logits_partial")  # [T, V_r]
-        parts = self.comm.allgather_object(own)  # [T, V_r] of each rank
+        own = self.recorded(name, None, "logits_partial")  # [n, V_r]
+        parts = self.comm.allgather_object(own)  # [n, V_r] of each rank
         yield "logits", expected.exactly(np.concatenate(parts, axis=-1)), []
 
     def _sum(self, name, i, block, x, bias):

@@ -1,12 +1,12 @@
 """The result of a check: a finding for each step on each rank, and which of them to blame."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from minitp.check.difference import Difference
 from minitp.trace.names import full_name
 
 # Steps that combine arrays of all ranks: if one is wrong on all ranks, no single rank is to blame.
-COLLECTIVE = ("embed", "attn.out", "mlp.out", "logits")
+COLLECTIVE = ("tokens", "embed", "attn.out", "mlp.out", "logits")
 ALL = "all"
 
 
@@ -17,7 +17,8 @@ class Finding:
     Attributes
     ----------
     pass_name : str
-        `prefill`, `decode.1`, .., or `weights` for a tensor, whose `step` is its checkpoint name.
+        `prefill`, `decode.1`, .. (see `passes`), or `weights` for a tensor, whose `step` is its checkpoint
+        name.
     layer : int or None
     step : str
         Name of the step, as in the tables of `trace.names`.
@@ -30,6 +31,8 @@ class Finding:
         The largest relative and absolute error allowed in `local`.
     total : Difference or None
         The total error; None if the oracle has no such step.
+    total_bound : float or None
+        The largest relative error allowed in `total`; None if there is no bound.
     note : str
         Anything else that is wrong, such as the shape or the dtype.
     """
@@ -42,6 +45,7 @@ class Finding:
     local: Difference | None
     bounds: tuple = (0.0, 0.0)
     total: Difference | None = None
+    total_bound: float | None = None
     note: str = ""
 
     @property
@@ -63,6 +67,11 @@ class Finding:
     def ok(self):
         return self.ratio <= 1 and not self.note
 
+    @property
+    def unexplained(self):
+        """True if the total error exceeds its bound, which is a fault only if no local error explains it."""
+        return None not in (self.total, self.total_bound) and not self.total.relative <= self.total_bound
+
 
 @dataclass
 class CheckResult:
@@ -74,25 +83,36 @@ class CheckResult:
         Findings in the order of the run, then by rank.
     problems : list of (rank or "all", str)
         Faults of the sharding plan.
-    token_ids : list of int
-        Tokens of the run: the prompt, then the decoded ones.
-    passes : list of (name, start, stop)
+    sequences : list of list of int
+        Tokens of each sequence of the run: those of the prompt, then the decoded ones. The first is the
+        prompt of the user, the others ran through the engine.
+    passes : list of RecordedPass
     tp : int
+    warnings : list of str
+        Remarks about steps that are within their bounds, for which no step is blamed.
     """
 
     findings: list
     problems: list
-    token_ids: list
+    sequences: list
     passes: list
     tp: int
+    warnings: list = field(default_factory=list)
 
     @property
     def ok(self):
-        return not self.problems and all(finding.ok for finding in self.findings)
+        return not self.problems and not self.blamed()
 
     def blamed(self):
-        """Return the wrong findings, in order; a collective that is wrong on all ranks counts once."""
+        """Return the wrong findings, in order; a collective that is wrong on all ranks counts once.
+
+        If every step is right for its inputs, but some total errors exceed their bounds, the first step with
+        such an error is wrong: its inputs are not those that the run should have.
+        """
         wrong = [finding for finding in self.findings if not finding.ok]
+        if not wrong:
+            wrong = [finding for finding in self.findings if finding.unexplained]
+            wrong = [finding for finding in wrong if finding.name == wrong[0].name]
         ranks = {}
         for finding in wrong:
             ranks.setdefault(finding.name, []).append(finding)

@@ -69,8 +69,8 @@ class NotRecorded:
     low_precision_reference : array
         r, the low-precision reference's value of this input, in the run's dtype.
     roundings : float
-        The sum of the relative rounding errors of this value and of the NotRecorded inputs on which it
-        depends: 2 u for each of them, plus u32 for each block of a sum.
+        The sum of the relative errors of this value and of the NotRecorded inputs on which it depends: s for
+        each of them, in the dtype in which the run computes it.
     samples : float
         The smallest number of samples of this value and of those inputs.
     """
@@ -127,13 +127,13 @@ class Expected:
         """
         if self.low_precision_reference is None:
             return 0.0, 0.0
-        y, r = self.value, rounded(self.low_precision_reference, dtype)
+        y, r = self.value, self.rounded_reference(dtype)
         finite = np.isfinite(y) & np.isfinite(r)  # an overflow must not widen the bound
         norm_y = np.linalg.norm(y[finite])
         if norm_y == 0:
             return 0.0, 0.0
         off = np.abs(r[finite] - y[finite])
-        s = 2 * _roundoff(dtype) + _roundoff(np.float32) * (self.terms**0.5 + self.blocks)
+        s = self._error_of_one_sum(dtype)
         c2 = np.square(self.scale, where=finite, out=np.zeros_like(self.scale))
         n = max(1, _participation(c2.sum(axis=self.common)) / repeats)
         chance = s / n**0.5 + self.roundings / max(1, self.samples / repeats) ** 0.5
@@ -143,10 +143,18 @@ class Expected:
 
     def not_recorded(self, dtype):
         """Return this value as a NotRecorded input of the next operation, computed by the run in `dtype`."""
-        samples = _participation(np.square(self.scale).sum(axis=self.common))
+        samples = self.independent_samples()
         samples = min(samples, self.samples) if self.roundings else samples
-        roundings = self.roundings + 2 * _roundoff(dtype) + _roundoff(np.float32) * self.blocks
+        roundings = self.roundings + self._error_of_one_sum(dtype)
         return NotRecorded(self.value, self.low_precision_reference.astype(dtype), roundings, samples)
+
+    def rounded_reference(self, dtype):
+        """Return r, rounded to `dtype`, in float64."""
+        return rounded(self.low_precision_reference, dtype)
+
+    def independent_samples(self):
+        """Return n, the number of samples."""
+        return _participation(np.square(self.scale).sum(axis=self.common))
 
     def of(self, *inputs):
         """Return a copy that includes the roundings of those `inputs` that are NotRecorded."""
@@ -166,8 +174,39 @@ class Expected:
         arrays = self.value, self.low_precision_reference, self.scale
         return self._with_arrays(*(x.reshape(len(x), -1, head_dim).transpose(1, 0, 2) for x in arrays))
 
+    def _error_of_one_sum(self, dtype):
+        """Return s, in units of the scale."""
+        return 2 * roundoff(dtype) + roundoff(np.float32) * (self.terms**0.5 + self.blocks)
+
     def _with_arrays(self, value, low_precision_reference, scale):
         return replace(self, value=value, low_precision_reference=low_precision_reference, scale=scale)
+
+
+@dataclass(frozen=True)
+class Stored(Expected):
+    """The expected content of a cache whose dtype is smaller than the run's.
+
+    Attributes
+    ----------
+    read : array
+        The numbers that the run should read, bit for bit.
+    allowed : float64 array
+        The largest error of each element if the bits differ.
+    """
+
+    read: np.ndarray | None = None
+    allowed: np.ndarray | None = None
+
+    def bounds(self, dtype, repeats=1):
+        """Return the largest relative and the largest absolute error allowed."""
+        norm_y = np.linalg.norm(self.value)
+        relative = np.linalg.norm(self.allowed) / norm_y if norm_y else 0.0
+        return float(relative), float(self.allowed.max(initial=0.0))
+
+    def beyond(self, x):
+        """Return the index of the first element of x that exceeds its own bound, or None."""
+        beyond = np.argwhere(~(np.abs(x.astype(np.float64) - self.value) <= self.allowed))
+        return tuple(map(int, beyond[0])) if len(beyond) else None
 
 
 def _participation(squares):
@@ -176,7 +215,8 @@ def _participation(squares):
     return float(total**2 / np.square(squares).sum()) if total else 1.0
 
 
-def _roundoff(dtype):
+def roundoff(dtype):
+    """Return u, the unit roundoff of a dtype."""
     return float(ml_dtypes.finfo(dtype).eps) / 2
 
 

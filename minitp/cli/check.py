@@ -1,25 +1,28 @@
 """`minitp check`: compare every step of every rank with the oracle."""
 
 import sys
+from time import perf_counter
 
 from minitp.cli.color import judged
 from minitp.cli.command import OnRanks
-from minitp.cli.options import PROMPT_OR_TOKENS, add_decode, add_device, add_model, add_prompt, add_report
-from minitp.trace.names import AFTER, BEFORE, LAYER
+from minitp.cli.options import add_decode, add_prompt, add_report, add_run
+from minitp.errors import InputError
+from minitp.trace.names import AFTER, BEFORE, BLOCK_TABLE, LAYER
 from minitp.util.format import aligned, counted
 from minitp.util.stdout import write_out
 
 LINES = 20  # maximum number of wrong steps in the table
 NEAR = 0.8  # a layer whose error exceeds this share of its bound always has a row
 HEADER = ("step", "local error", "allowed", "share")
-SIDES = "<>>><>"
+SIDES = "<>>><>>"
+MOST_SEQUENCES = 64  # the maximum of --batch
 
 
 class CheckCommand(OnRanks):
     """The command `minitp check`."""
 
     name = "check"
-    inputs = PROMPT_OR_TOKENS
+    inputs = "{PROMPT | --tokens IDS | --prompt-tokens N}"
     summary = "check every step of every rank against a float64 reference"
     description = (
         "Run a prompt and compare every step (intermediate array) of every rank with the oracle, an "
@@ -32,31 +35,60 @@ class CheckCommand(OnRanks):
             'minitp check "Once upon a time" --tp 2 --device cuda --path fused --report check.html',
             "check the GPU kernels, and write a page that shows every step",
         ),
+        (
+            'minitp check "Once upon a time" --batch 3 --kv-dtype int8',
+            "also check what serve runs: batches of sequences over a paged cache, here of int8 numbers",
+        ),
     )
     verbose = "show a row for each layer, Python tracebacks, and what every rank wrote to stderr"
 
     def add_options(self, parser):
         add_prompt(parser)
+        parser.groups["input"].add_argument(
+            "--prompt-tokens",
+            type=int,
+            metavar="N",
+            help="start from N random token ids instead of PROMPT; some faults show only at later positions",
+        )
         add_decode(parser, default=2)
-        parser.groups["steps"].add_argument(
+        group = parser.groups["steps"]
+        group.add_argument(
+            "--batch",
+            type=int,
+            default=0,
+            metavar="N",
+            help="also run N sequences, made from the prompt, through the engine of serve: in batches, over "
+            "a paged cache, with a shared prefix and a preemption (default: 0)",
+        )
+        group.add_argument(
             "--path",
             choices=["explicit", "fused"],
             default="explicit",
             help="explicit: every operation by itself; fused: the fused GPU kernels where they exist, which "
             "needs --device cuda (default: explicit)",
         )
-        add_model(parser)
-        add_device(parser)
+        add_run(parser)
         add_report(parser)
 
     def prepare(self, args, source):
-        """Return the prompt's tokens and the passes."""
-        from minitp.cli.inputs import check_output, passes_wanted, prompt_tokens
+        """Return the prompt's tokens."""
+        from minitp.check.passes import batch_prompts, longest_positions
+        from minitp.cli.inputs import check_output, check_passes
 
-        ids = prompt_tokens(args, source)
+        ids = prompt_of(args, source)
         if args.report is not None:
             check_output(args.report, ".html")
-        return ids, passes_wanted(args, source, ids)
+        check_passes(args, source, ids)
+        if not (args.batch == 0 or 2 <= args.batch <= MOST_SEQUENCES):
+            raise InputError(f"--batch {args.batch}: expected 0, or 2 to {MOST_SEQUENCES} sequences")
+        context = source.config.max_position_embeddings
+        longest = longest_positions(batch_prompts(ids, args.batch, source.config.vocab_size))
+        if longest > context:
+            raise InputError(
+                f"--batch {args.batch}: its longest sequence has {longest} tokens, which exceeds the model's "
+                f"context of {context}; give a shorter prompt"
+            )
+        return ids
 
     def run(self, args, comm, source, prepared):
         """Print the table and the verdict; return 1 if a step is wrong, else 0."""
@@ -67,34 +99,55 @@ class CheckCommand(OnRanks):
         from minitp.report.check import report_data
         from minitp.report.page import write_report
 
-        ids, passes = prepared
         model, _ = load(args, comm, source, args.path)
         hidden = comm.rank != 0 or not sys.stderr.isatty()
+        started = perf_counter()
         with tqdm(
-            total=2 * source.plan.layers, desc="checking", unit="layer", leave=False, disable=hidden
+            total=3 * source.plan.layers, desc="checking", unit="layer", leave=False, disable=hidden
         ) as bar:
-            result = check_model(source, model, ids, passes, bar.update)
+            result = check_model(source, model, prepared, args.decode, args.batch, bar.update)
+        seconds = perf_counter() - started
+        said = verdict(source, result)
         if comm.rank == 0:
-            said = verdict(source, result)
-            lines = [title(source, model, result), "", *table(result, args.verbose), ""]
-            write_out("\n".join([*lines, judged(said, result.ok, sys.stdout)]) + "\n")
+            lines = [title(args, source, model, prepared), "", *table(result, args.verbose), ""]
+            lines += [f"warning: {text}" for text in result.warnings]
+            per_layer = seconds / source.plan.layers
+            lines.append(f"checked in {seconds:.1f} s, {per_layer:.2g} s per layer")
+            write_out("\n".join(lines) + "\n")
         with comm.agreed():
             if comm.rank == 0 and args.report is not None:
                 gpu = model.device.name if model.device.is_gpu else None
                 data = report_data(source, model.device.dtype, result, said, args.prompt, gpu)
                 write_report(args.report, data)
                 write_out(f"report: {args.report}\n")
+        if comm.rank == 0:
+            write_out(judged(said, result.ok, sys.stdout) + "\n")
         return 0 if result.ok else 1
 
 
-def title(source, model, result):
-    """Return the heading: the model, the ranks, the dtype and the tokens."""
-    tokens = len(result.token_ids)
-    decoded = len(result.passes) - 1
-    ranks = counted(model.comm.size, "rank")
+def prompt_of(args, source):
+    """Return the token ids of PROMPT, --tokens or --prompt-tokens."""
+    import numpy as np
+
+    from minitp.cli.inputs import prompt_tokens
+
+    if args.prompt_tokens is None:
+        return prompt_tokens(args, source)
+    if (args.prompt, args.tokens) != (None, None):
+        raise InputError("check needs a PROMPT, --tokens 1,2,3 or --prompt-tokens N, and only one of them")
+    if args.prompt_tokens < 1:
+        raise InputError(f"--prompt-tokens {args.prompt_tokens}: expected 1 or more")
+    return np.random.default_rng(0).integers(0, source.config.vocab_size, args.prompt_tokens).tolist()
+
+
+def title(args, source, model, prompt):
+    """Return the heading: the model, the ranks, the dtypes, the tokens and the sequences of the engine."""
+    cache = "" if model.kv_dtype == "auto" else f", a cache of {model.kv_dtype}"
+    batch = f", {counted(args.batch, 'sequence')} in batches" if args.batch else ""
     return (
-        f"{source.name} on {ranks}, {model.device.dtype.name}: a prompt of {tokens - decoded} tokens and "
-        f"{decoded} decoded ones, {source.plan.layers} layers"
+        f"{source.name} on {counted(model.comm.size, 'rank')}, {model.device.dtype.name}{cache}: a prompt of "
+        f"{counted(len(prompt), 'token')} and {args.decode} decoded ones{batch}, "
+        f"{counted(source.plan.layers, 'layer')}"
     )
 
 
@@ -107,10 +160,10 @@ def table(result, every_layer=True):
         return [f"plan, rank {rank}: {text}" for rank, text in result.problems]
     wrong = sorted(result.blamed(), key=lambda finding: -finding.ratio)
     if wrong:
-        rows = [(f.name, *errors(f), f"rank {f.rank}", total([f])) for f in wrong[:LINES]]
+        rows = [(f.name, *errors(f), f"rank {f.rank}", *totals([f])) for f in wrong[:LINES]]
         more = [f"and {len(wrong) - LINES} more"] if len(wrong) > LINES else []
-        return aligned([(*HEADER, "rank", "total error"), *rows], SIDES) + more
-    steps = {step: [] for step in ("weights", *BEFORE, *LAYER, *AFTER)}
+        return aligned([(*HEADER, "rank", "total error", "share"), *rows], SIDES) + more
+    steps = {step: [] for step in ("weights", *BEFORE, BLOCK_TABLE, *LAYER, *AFTER)}
     layers = {f"layer {layer}": [] for layer in range(1 + max(f.layer or 0 for f in result.findings))}
     for finding in result.findings:
         steps["weights" if finding.pass_name == "weights" else finding.step].append(finding)
@@ -124,7 +177,7 @@ def table(result, every_layer=True):
         if findings and (every_layer or max(finding.ratio for finding in findings) > NEAR)
     }
     rows += [row(name, findings) for name, findings in shown.items()]
-    lines = aligned([(*HEADER, "worst at", "total error"), *rows], SIDES)
+    lines = aligned([(*HEADER, "worst at", "total error", "share"), *rows], SIDES)
     return lines + not_shown(len(layers) - len(shown), len(shown))
 
 
@@ -132,7 +185,7 @@ def row(name, findings):
     """Return a row of the table for the worst of some findings."""
     worst = max(findings, key=lambda finding: finding.ratio)
     where = f"{worst.name} rank {worst.rank}" if worst.ratio else ""
-    return name, *errors(worst), where, total(findings)
+    return name, *errors(worst), where, *totals(findings)
 
 
 def not_shown(hidden, shown):
@@ -150,10 +203,11 @@ def errors(finding):
     return number(finding.local.relative) if finding.local else "-", allowed, share
 
 
-def total(findings):
-    """Return the largest total error, as text."""
+def totals(findings):
+    """Return the largest total error, and the largest share of the bound of a total error, as text."""
     totals = [finding.total.relative for finding in findings if finding.total is not None]
-    return number(max(totals)) if totals else ""
+    shares = [f.total.relative / f.total_bound for f in findings if f.total is not None and f.total_bound]
+    return number(max(totals)) if totals else "", f"{max(shares):.0%}" if shares else ""
 
 
 def number(x):
@@ -176,4 +230,9 @@ def verdict(source, result):
         relative, absolute = first.bounds
         allowed = f"allowed {relative:.2g}, {absolute:.2g} absolute" if relative else "it must be exact"
         reasons.append(f"{first.local}; {allowed}")
+    if first.ok:
+        reasons.append(
+            f"total error {first.total.relative:.2g}, allowed {first.total_bound:.2g}, although every step "
+            "is right for its own inputs; an input of this step is not what the model should have had"
+        )
     return f"first wrong step: {first.name}{layer}, rank {first.rank}: {'; '.join(reasons)}"

@@ -7,7 +7,6 @@ from minitp.engine.options import option
 from minitp.errors import InputError, ParameterError
 from minitp.request import check_vocabulary
 from minitp.sampling import SamplingParams
-from minitp.trace.record import passes_of
 
 
 def prompt_tokens(args, source):
@@ -43,8 +42,8 @@ def sampling_params(args):
         raise InputError(f"{option(error.name)} {error.value}: expected {error.expected}") from error
 
 
-def passes_wanted(args, source, token_ids):
-    """Return the passes for the prompt and --decode; raise InputError if they exceed the model's context."""
+def check_passes(args, source, token_ids):
+    """Reject a prompt and --decode that are invalid for the model or exceed its context."""
     if args.decode < 0:
         raise InputError(f"--decode {args.decode}: expected 0 or more")
     if not token_ids:
@@ -55,7 +54,6 @@ def passes_wanted(args, source, token_ids):
         raise InputError(
             f"{len(token_ids)} tokens and --decode {args.decode} exceed the model's context of {context}"
         )
-    return passes_of(len(token_ids), args.decode)
 
 
 def check_output(name, suffix):

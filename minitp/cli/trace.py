@@ -59,11 +59,12 @@ class TraceCommand(OnRanks):
 
     def prepare(self, args, source):
         """Return the prompt's tokens, the passes, and the names of the steps to write."""
-        from minitp.cli.inputs import check_output, passes_wanted, prompt_tokens
-        from minitp.trace.record import wanted_steps
+        from minitp.cli.inputs import check_output, check_passes, prompt_tokens
+        from minitp.trace.record import passes_of, wanted_steps
 
         ids = prompt_tokens(args, source)
-        passes = passes_wanted(args, source, ids)
+        check_passes(args, source, ids)
+        passes = passes_of(len(ids), args.decode)
         check_output(args.output, ".safetensors")
         if args.oracle and args.per_rank:
             raise InputError(

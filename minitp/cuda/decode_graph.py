@@ -51,6 +51,8 @@ class DecodeGraph:
     logits : float32 [B, V]
     token : int32 [B]
         The input tokens; after `sample`, the next ones.
+    rows : int
+        Number of rows that `fill` has set; the others only pad the batch.
     """
 
     def __init__(self, model, pool, batch, most_blocks):
@@ -89,7 +91,7 @@ class DecodeGraph:
     def fill(self, tokens, lengths, block_tables):
         """Set the inputs of the next pass: the next token, the length and the blocks of each sequence."""
         state = np.zeros(self._state.shape, np.int32)
-        rows = len(tokens)
+        rows = self.rows = len(tokens)
         state[:rows] = tokens
         state[self.batch : 2 * self.batch] = PADDING
         state[self.batch : self.batch + rows] = lengths
@@ -162,6 +164,8 @@ class DecodeGraph:
 
     def _embed(self, record):
         m = self.model
+        s = record()
+        s.tokens, s.positions = self.token, self.lengths  # [B] each
         inputs = (
             self.token,
             self.lengths,
@@ -170,10 +174,10 @@ class DecodeGraph:
             rows_of(m, m.weights.embed.T),
         )
         self._begin(*inputs, self.x, self.slot, self.cos, self.sin, self.seen)
-        record().embed_partial = self.x
+        s.embed_partial = self.x  # [B, D]
         if self.comm.size > 1:
             self.comm.reduce_into(self.x, self.x)
-        record().embed = self.x
+        s.embed = self.x  # [B, D]
 
     def _normed(self, weight, pending, record, block):
         """Return the input of the next product: (x, norm) if it fuses the norm, else (normed x, None).
@@ -249,15 +253,17 @@ class DecodeGraph:
         return keys.values, values.values
 
     def _record_attention(self, i, record):
-        """Record the inputs and the output of attention for the first sequence."""
-        length, size = int(self.model.device.to_host(self.seen)[0]), self.pool.block_size
-        first = max(0, length - (self.model.config.windows[0] or length))
-        positions = self.model.device.xp.arange(first, length)  # [S]
-        slots = slot_mapping(self.block_table[0], positions, size)  # [S]
-        keys, values = (stored.gather(slots) for stored in self.pool.storage[i])  # [K_r, S, d] each
-        s = record("attn", i)
-        s.q_rope, s.k_rope, s.v = self.q.transpose(1, 0, 2), keys[:, -1:], values[:, -1:]
-        s.k_cache, s.v_cache, s.context = keys, values, self.context
+        """Record the inputs and the output of attention for each sequence."""
+        lengths, size = self.model.device.to_host(self.seen), self.pool.block_size
+        for row, length in enumerate(map(int, lengths[: self.rows])):
+            first = max(0, length - (self.model.config.windows[0] or length))
+            positions = self.model.device.xp.arange(first, length)  # [S]
+            slots = slot_mapping(self.block_table[row], positions, size)  # [S]
+            keys, values = (stored.gather(slots) for stored in self.pool.storage[i])  # [K_r, S, d] each
+            s = record("attn", i, row)
+            s.q_rope = self.q[row : row + 1].transpose(1, 0, 2)  # [H_r, 1, d]
+            s.k_rope, s.v = keys[:, -1:], values[:, -1:]  # [K_r, 1, d] each
+            s.k_cache, s.v_cache, s.context = keys, values, self.context[row : row + 1]
 
 
 def rows_of(model, w):

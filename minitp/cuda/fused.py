@@ -165,10 +165,11 @@ class FusedModel(Model):
         """Return the logits [n, V] of the rows `logits_at`, or None if that is None."""
         xp, w, kernels, c = self.device.xp, self.weights, self.kernels, self.config
         prompt = Prompt(self, parts)
+        s = record()
+        s.tokens, s.positions = prompt.token_ids, prompt.positions  # [T] each
         partial = ops.embed_partial(xp, prompt.token_ids, w.embed, self.vocab_start)  # [T, D]
-        record().embed_partial = partial
-        x = self._sum(partial)  # [T, D]
-        record().embed = x
+        s.embed_partial = partial
+        s.embed = x = self._sum(partial)  # [T, D]
         h = self.device.cupy.empty(x.shape, x.dtype)  # [T, D]
         addend = bias = None
         for i, layer in enumerate(w.layers):
@@ -226,15 +227,16 @@ class FusedModel(Model):
         return context
 
     def _record_attention(self, i, qk, prompt, record):
-        """Record the queries and keys after RoPE and the inputs of attention; there must be one sequence."""
-        (sequence,) = prompt.sequences
-        first = 0 if self.config.windows[0] is None else max(0, sequence.past - self.config.windows[0] + 1)
-        slots = sequence.slots[first:]  # [S]
-        keys, values = (stored.gather(slots) for stored in prompt.pool.storage[i])  # [K_r, S, d] each
-        new = len(keys[0]) - (sequence.tokens.stop - sequence.tokens.start)
-        s = record("attn", i)
-        s.q_rope, s.k_rope = qk[: self.heads], keys[:, new:]  # [H_r, T, d], [K_r, T, d]
-        s.k_cache, s.v_cache = keys, values
+        """Record the queries and keys after RoPE and the inputs of attention of each sequence."""
+        window = self.config.windows[0]
+        for index, sequence in enumerate(prompt.sequences):
+            first = 0 if window is None else max(0, sequence.past - window + 1)
+            slots = sequence.slots[first:]  # [S]
+            keys, values = (stored.gather(slots) for stored in prompt.pool.storage[i])  # [K_r, S, d] each
+            new = len(keys[0]) - (sequence.tokens.stop - sequence.tokens.start)
+            s = record("attn", i, index)
+            s.q_rope, s.k_rope = qk[: self.heads, sequence.tokens], keys[:, new:]  # [H_r, n, d], [K_r, n, d]
+            s.k_cache, s.v_cache = keys, values
 
     def _partial(self, block, i, y, w, bias, record):
         """Return what the next rms_norm adds to the residual stream: (sum over all ranks [T, D], bias)."""
@@ -285,9 +287,9 @@ class Prompt:
         for ids, cache in parts:
             self.sequences.append(PromptSequence(xp, slice(start, start + len(ids)), cache))
             start += len(ids)
-        positions = joined(xp, [xp.arange(s.past, len(s.slots)) for s in self.sequences])  # [T]
+        self.positions = joined(xp, [xp.arange(s.past, len(s.slots)) for s in self.sequences])  # [T]
         self.slots = joined(xp, [s.slots[s.past :] for s in self.sequences]).astype(np.int32)  # [T]
-        cos, sin = ops.rope_cos_sin(xp, positions, model.inverse_frequencies)  # [T, d] each
+        cos, sin = ops.rope_cos_sin(xp, self.positions, model.inverse_frequencies)  # [T, d] each
         half = cos.shape[1] // 2
         contiguous = model.device.cupy.ascontiguousarray
         self.cos, self.sin = contiguous(cos[:, half:]), contiguous(sin[:, half:])  # [T, d/2] each

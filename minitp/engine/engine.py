@@ -4,6 +4,7 @@ from functools import partial
 
 from minitp.engine.scheduler import Scheduler
 from minitp.generate import host_logits, largest_pass
+from minitp.model import unrecorded
 from minitp.paged_cache import PagedCache
 from minitp.request import check_prompt
 
@@ -44,8 +45,14 @@ class Engine:
         check_prompt(request.prompt_ids, self.model.config, request.max_context)
         self.scheduler.add(request)
 
-    def run_batch(self):
+    def run_batch(self, recording=lambda batch, parts: unrecorded):
         """Run the next batch of the scheduler; all ranks call this.
+
+        Parameters
+        ----------
+        recording : callable
+            recording(batch, parts) returns the `record` of a ScheduledBatch's forward pass over `parts`; see
+            Model.forward_batch.
 
         Returns
         -------
@@ -56,7 +63,7 @@ class Engine:
         batch = comm.broadcast(self.scheduler.schedule() if comm.rank == 0 else None)
         if batch is None:
             return None
-        logits = self._forward(batch)
+        logits = self._forward(batch, recording)
         return self.scheduler.commit(batch, logits) if comm.rank == 0 else []
 
     def run(self):
@@ -64,7 +71,7 @@ class Engine:
         while self.run_batch() is not None:
             pass
 
-    def _forward(self, batch):
+    def _forward(self, batch, recording):
         """Run a batch; return its logits, float32 [len(batch.logits_at), V], or None if it has none."""
         for number in batch.finished:
             self._caches.pop(number, None)  # a sequence may finish before its first batch
@@ -76,5 +83,5 @@ class Engine:
             cache.block_table += blocks
             parts.append((tokens, cache))
         logits_at = self.model.device.xp.asarray(batch.logits_at) if batch.logits_at else None
-        logits = self.model.forward_batch(parts, logits_at=logits_at)
+        logits = self.model.forward_batch(parts, logits_at, recording(batch, parts))
         return None if logits is None else host_logits(self.model, logits)

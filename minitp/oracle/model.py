@@ -223,12 +223,15 @@ class Oracle:
         """Yield (name, array) of every step of the forward pass, in order.
 
         Queries are [H, T, d], keys and values [K, T, d], `scores` and `probs` [H, T, T], `context`
-        [T, H * d], `gate`, `up` and `act` [T, F], `router` [T, E], `experts` [T, X, F], `logits` [T, V], and
-        all others [T, D].
+        [T, H * d], `gate`, `up` and `act` [T, F], `router` [T, E], `experts` [T, X, F], `logits` [T, V],
+        `tokens` and `positions` int [T], and all others [T, D]. The run continues with the arrays that it
+        has yielded, so the caller may change them in place, for example to round them.
         """
         if len(token_ids) > self.longest:
             raise ValueError(f"{len(token_ids)} tokens: longrope is supported for up to {self.longest}")
         positions = np.arange(len(token_ids))  # [T]
+        yield "tokens", np.asarray(token_ids)
+        yield "positions", positions
         x = embed(token_ids, self.tensor("model.embed_tokens.weight"))  # [T, D]
         x *= self.embedding_scale
         yield "embed", x

@@ -3,7 +3,7 @@
 import re
 
 from minitp.report.steps import explain
-from minitp.trace.names import AFTER, BEFORE, layer_steps
+from minitp.trace.names import AFTER, BEFORE, BLOCK_TABLE, layer_steps
 from minitp.util import this_run
 from minitp.util.format import counted
 
@@ -25,10 +25,10 @@ def report_data(source, dtype, result, verdict, prompt=None, gpu=None):
         The name of the GPU, or None if the ranks computed on CPUs.
     """
     plan = source.plan
-    tokens = " ".join(map(str, result.token_ids))
+    tokens = " ".join(map(str, result.sequences[0]))
     shown = [finding for finding in result.findings if finding.pass_name != "weights"]
     wrong = [f"{f.name}, rank {f.rank}: {f.note or f.local}" for f in result.findings if not f.ok]
-    names = [name for name, _, _ in result.passes]
+    names = [pass_.name for pass_ in result.passes]
     return {
         "command": "check",
         "title": f"{source.name} on {counted(plan.tp, 'rank')}",
@@ -50,7 +50,7 @@ def report_data(source, dtype, result, verdict, prompt=None, gpu=None):
         "passes": names,
         "tp": plan.tp,
         "layers": plan.layers,
-        "before": list(BEFORE),
+        "before": [*BEFORE, BLOCK_TABLE],
         "steps": list(layer_steps(plan)),
         "after": list(AFTER),
         "cells": [_cell(finding, names.index(finding.pass_name)) for finding in shown],

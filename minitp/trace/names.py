@@ -1,8 +1,9 @@
 """The names of the steps of a forward pass, in order, and the distribution of each over the ranks.
 
-A step is called `<pass>/<step>`. The pass is `prefill`, `decode.1`, `decode.2`, ..; the step is for example
-`embed`, `layers.3.attn.q_rope` or `logits`. The tables below give the shapes of the whole arrays. H, K, F and
-V are split over the ranks in contiguous ranges, and a rank's array has only its own range.
+A step is called `<pass>/<step>`. The pass is `prefill`, `decode.1`, `decode.2`, .. (`check.passes` has more);
+the step is for example `embed`, `layers.3.attn.q_rope` or `logits`. The tables below give the shapes of the
+whole arrays. H, K, F and V are split over the ranks in contiguous ranges, and a rank's array has only its own
+range.
 
     replicated   the same bits on all ranks
     sharded      each rank has its range of one axis; two ranks may hold the same KV head
@@ -13,6 +14,8 @@ import re
 from dataclasses import dataclass
 
 BEFORE = {  # step -> shape of the whole array
+    "tokens": "T",
+    "positions": "T",
     "embed_partial": "T D",
     "embed": "T D",
 }
@@ -66,8 +69,12 @@ ONLY_WITH = {  # steps of only some models -> a tensor that exactly those models
 }
 WEIGHTS = "weights/"  # prefix of a checkpoint tensor's name in a trace
 PARTIAL = ("embed_partial", "attn.out_partial", "mlp.out_partial")
+INTEGERS = ("tokens", "positions", "block_table")  # int64 in a run of any dtype
 FLOAT32 = ("attn.scores", "attn.probs", "logits_partial", "logits")  # float32 in a run of any dtype
 LARGE = ("attn.scores", "attn.probs")  # [H, T, S]; in a trace only if requested by name
+
+
+BLOCK_TABLE = "block_table"  # [B], the blocks of a sequence in a paged cache; recorded only by `check`
 
 
 @dataclass(frozen=True)

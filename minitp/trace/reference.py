@@ -24,14 +24,22 @@ def oracle_steps(oracle, token_ids, passes):
 
     All passes of a layer come before the next layer.
     """
-    letters = BEFORE | LAYER | AFTER
     for name, whole in oracle.steps(token_ids):
-        _, layer, step = split_name(name)
-        cached = {"attn.k_rope": "attn.k_cache", "attn.v": "attn.v_cache"}.get(step)
         for pass_name, start, stop in passes:
-            window = None if layer is None else oracle.windows[layer]
-            first = 0 if window is None else max(0, start - window + 1)
-            cuts = {"T": slice(start, stop), "S": slice(first, stop)}
-            for step_name in filter(None, (step, cached)):
-                index = tuple(cuts.get(letter, slice(None)) for letter in letters[step_name].split())
-                yield full_name(pass_name, layer, step_name), whole[index]
+            for layer, step, index in pass_steps(oracle, name, start, stop):
+                yield full_name(pass_name, layer, step), whole[index]
+
+
+def pass_steps(oracle, name, start, stop):
+    """Yield (layer, step, index) of the steps of a pass that are parts of the oracle's step `name`.
+
+    The pass has the tokens at positions start .. stop - 1. Keys and values are also steps of the cache.
+    """
+    _, layer, step = split_name(name)
+    window = None if layer is None else oracle.windows[layer]
+    first = 0 if window is None else max(0, start - window + 1)
+    cuts = {"T": slice(start, stop), "S": slice(first, stop)}
+    cached = {"attn.k_rope": "attn.k_cache", "attn.v": "attn.v_cache"}.get(step)
+    for part in filter(None, (step, cached)):
+        letters = (BEFORE | LAYER | AFTER)[part].split()
+        yield layer, part, tuple(cuts.get(letter, slice(None)) for letter in letters)

@@ -27,7 +27,6 @@ from minitp.loading import random_weights
 from minitp.loading.source import open_model
 from minitp.loading.weights import Loader
 from minitp.trace.names import AFTER, BEFORE, LAYER, step_names
-from minitp.trace.record import passes_of
 
 
 @pytest.fixture(scope="session")
@@ -47,8 +46,7 @@ def cases():
 def check(directory, tp, ids, decode=0, dtype="float32", make=load_model, layers=None):
     """Return rank 0's CheckResult; make(source, comm, device) returns the Model of a rank."""
     source, device = open_model(str(directory), tp, layers), open_device(dtype)
-    passes = passes_of(len(ids), decode)
-    results = run_threads(tp, lambda comm: check_model(source, make(source, comm, device), ids, passes))
+    results = run_threads(tp, lambda comm: check_model(source, make(source, comm, device), ids, decode))
     return results[0]
 
 
@@ -73,7 +71,7 @@ def test_a_correct_rank_is_not_blamed_if_all_others_are_faulty(models, monkeypat
     hook_ops(monkeypatch)
     fault = next(fault for fault in FAULTS if fault.name == "norm weight missing")
     result = check_fault(models["biased"], fault, 3, 1, 0, 2)
-    steps = (f"{name}/layers.1.attn.norm" for name, _, _ in result.passes)
+    steps = (f"{pass_.name}/layers.1.attn.norm" for pass_ in result.passes)
     assert blame(result) == [(step, rank) for step in steps for rank in (0, 2)]
 
 
@@ -134,7 +132,8 @@ def check_random_run(directory, tp, seed, dtype, calm=True):
     result = check(directory, tp, ids, decode, dtype)
     assert blame(result) == [], (tp, dtype, ids, decode)
     assert result.ok
-    steps = (1 + decode) * len(step_names(source.plan))
+    passes = 1 + decode + 2 * (len(ids) > 1)
+    steps = passes * len(step_names(source.plan))
     assert len(result.findings) == tp * (steps + len(source.plan.tensors))
     most = 200 * float(ml_dtypes.finfo(dtype).eps)
     for finding in result.findings:
@@ -194,9 +193,9 @@ def test_all_ranks_get_the_same_result_and_no_file_is_left(models, monkeypatch, 
 
     def run(comm):
         model = load_model(source, comm, open_device("float32"))
-        return check_model(source, model, PROMPT, passes_of(len(PROMPT), 1))
+        return check_model(source, model, PROMPT, 1)
 
     first, *others = run_threads(3, run)
     assert others == [first, first]
-    assert first.token_ids[:-1] == PROMPT
+    assert first.sequences[0][:-1] == PROMPT
     assert list(tmp_path.iterdir()) == []

@@ -223,13 +223,15 @@ def test_names_order_and_shapes_of_steps():
     attention |= {"k_rope": (2, 8, 2), "scores": (4, 8, 8), "probs": (4, 8, 8), "context": (8, 8)}
     attention |= {"out": (8, 6), "residual": (8, 6)}
     mlp = {"norm": (8, 6), "gate": (8, 5), "up": (8, 5), "act": (8, 5), "out": (8, 6), "residual": (8, 6)}
-    expected = [("embed", (8, 6))]
+    expected = [("tokens", (8,)), ("positions", (8,)), ("embed", (8, 6))]
     for i in range(2):
         expected += [(f"layers.{i}.attn.{name}", shape) for name, shape in attention.items()]
         expected += [(f"layers.{i}.mlp.{name}", shape) for name, shape in mlp.items()]
     expected += [("final_norm", (8, 6)), ("logits", (8, 11))]
     assert [(name, array.shape) for name, array in steps] == expected
-    assert {array.dtype for _, array in steps} == {np.dtype(np.float64)}
+    dtypes = {name: array.dtype for name, array in steps}
+    assert (dtypes.pop("tokens"), dtypes.pop("positions")) == (np.int64, np.int64)
+    assert set(dtypes.values()) == {np.dtype(np.float64)}
 
 
 def test_a_later_token_does_not_change_earlier_logits():
@@ -308,7 +310,7 @@ def test_biases_are_added_to_their_projections(flag):
 
 
 def test_first_layers_only():
-    assert len(list(Oracle(LLAMA, tiny_tensors().__getitem__, layers=1).steps(TOKENS))) == 1 + 17 + 2
+    assert len(list(Oracle(LLAMA, tiny_tensors().__getitem__, layers=1).steps(TOKENS))) == 3 + 17 + 2
     first_layer = logits(LLAMA, tiny_tensors(layers=1), layers=1)
     np.testing.assert_array_equal(first_layer, logits({**LLAMA, "num_hidden_layers": 1}))
     for layers in (0, 3):

@@ -45,8 +45,9 @@ class Fault:
         from a name to a whole tensor.
     everywhere : bool
         Whether the fault is on all ranks, so that `all` must be blamed.
-    passes : str
-        The passes in which the fault must be found: all, prefill or decode.
+    passes : str or tuple of str
+        The passes in which the fault must be found: all, later (those with a cache), the beginning of their
+        names, or a tuple of their names.
     model : str
         The model that the fault needs, a name in check_models.MODELS.
     decode : int
@@ -79,7 +80,12 @@ class Fault:
         steps = self.steps.split()
         if steps[0].endswith((".weight", ".bias")):
             return [(f"weights/model.layers.{layer}.{name}", blamed) for name in steps]
-        names = [name for name, _, _ in passes if self.passes == "all" or name.startswith(self.passes)]
+        chosen = {"all": lambda pass_: True, "later": lambda pass_: pass_.start > 0}
+        if isinstance(self.passes, tuple):
+            names = [pass_.name for pass_ in passes if pass_.name in self.passes]
+        else:
+            by_name = lambda pass_: pass_.name.startswith(self.passes)  # noqa: E731
+            names = [pass_.name for pass_ in filter(chosen.get(self.passes, by_name), passes)]
         inner = layer if self.block else None
         return [(full_name(name, inner, step), blamed) for name in names for step in steps]
 
@@ -123,6 +129,7 @@ biased_term = {"row_parallel": result(lambda y: y + state.layer.b_down)}
 slightly = wrong.times(1.0001)
 last_bit = reload("w_o", change=lambda name, whole, model: wrong.last_bit(whole.astype(model.device.dtype)))
 from_zero = with_context(lambda context, s: wrong.rotate(context, s.positions - s.positions[0]))
+restarting = wrong.in_chunks({"sequence_slice": wrong.from_position_zero})
 always_rotated = with_context(lambda context, s: setattr(context, "layers_without_rope", frozenset()))
 no_attention_factor = with_context(lambda context, s: wrong.rotate(context, s.positions))
 other_theta = with_context(lambda context, s: wrong.rotate(context, s.positions, rope_theta=5e5))
@@ -152,15 +159,28 @@ FAULTS = [
     Fault("wrong theta", ROPES, other_theta),
     Fault("rotated backwards", ROPES, {"apply_rope": changed(_3=np.negative)}),
     Fault("RoPE scaling left out", ROPES, no_scaling, model="scaled"),
-    InDecode("positions begin at 0 in decode", ROPES, from_zero),
+    Fault("positions begin at 0 in decode", ROPES, from_zero, passes="later"),
     # attention
     Fault("scale by d", "attn.scores", {"attention_scores": wrong.scaled_scores(lambda d: d**-0.5)}),
     Fault("no scale", "attn.scores", {"attention_scores": wrong.scaled_scores(math.sqrt)}),
     Fault("mask off by one", "attn.scores", wrong.shifted_mask(1), passes="prefill"),
     Fault("query hidden from itself", "attn.scores", wrong.shifted_mask(-1), passes="prefill"),
     Fault("no mask", "attn.scores", {"attention_scores": changed(_4=lambda mask: None)}, passes="prefill"),
-    Fault("window one too long", "attn.scores", wrong.other_window(1), model="window"),
-    Fault("window one too short", "attn.scores", wrong.other_window(-1), model="window", decode=0),
+    Fault(  # the chunk prefill.0 has fewer tokens than the window
+        "window one too long",
+        "attn.scores",
+        wrong.other_window(1),
+        passes=("prefill", "prefill.1", "decode.1"),
+        model="window",
+    ),
+    Fault(
+        "window one too short",
+        "attn.scores",
+        wrong.without_cache(wrong.other_window(-1)),
+        passes=("prefill",),
+        model="window",
+        decode=0,
+    ),
     InDecode("window too short in decode", CACHES, wrong.in_decode(wrong.other_window(-1)), model="window"),
     Fault("neighbor's KV heads read", READS_KV, other_kv_heads, places=TWO_KV_HEADS),
     Fault("query heads grouped evenly", READS_KV, even_groups, places=RAGGED),
@@ -226,6 +246,7 @@ FAULTS = [
         "last row of the embedding missing",
         "embed_partial",
         {"embed_partial": changed(_2=lambda table: table[:-1])},
+        passes=("prefill", "prefill.0"),  # the last row's token is the first of the prompt
         places=LAST_RANK,
         decode=0,  # a decoded token may be in another rank's rows
     ),
@@ -267,4 +288,10 @@ FAULTS = [
         dtype="bfloat16",
     ),
     Fault("RoPE in a layer without it", ROPES, always_rotated, model="unturned"),
+    # the inputs of a pass
+    InDecode("token of the step before", "tokens", {"forward": wrong.token_before}),
+    Collective("not the most probable token", "tokens", {"forward": wrong.another_token}, passes="decode"),
+    Fault("prompt shifted by one", "tokens", {"forward": changed(_0=wrong.shifted_tokens)}, passes="prefill"),
+    Fault("positions restart in a later chunk", "positions", restarting, passes=("prefill.1",)),
+    Fault("angles restart in a later chunk", ROPES, wrong.in_chunks(from_zero), passes=("prefill.1",)),
 ]

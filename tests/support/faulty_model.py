@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 from host_arrays import HostArrays
 
+from minitp import model as model_module
 from minitp import moe, ops
 from minitp.loading.weights import LAYER_PARTS
 from minitp.model import Model, SequenceSlice
@@ -28,6 +29,7 @@ class RankState(threading.local):
 
     def __init__(self):
         self.model, self.hooks, self.block, self.layer, self.arrays = None, {}, "", None, None
+        self.cache, self.decoding = None, False
 
 
 state = RankState()
@@ -42,8 +44,9 @@ def hooked(name, original):
         hook = state.hooks.get(name)
         if hook is None:
             return original(*args, **kwargs)
-        args = inspect.signature(original).bind(*args, **kwargs).args  # hooks change them by index
-        return state.arrays.run(hook, original, *args)
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return state.arrays.run(hook, original, *bound.args)  # hooks change arguments by index
 
     return call
 
@@ -52,6 +55,7 @@ def hook_ops(monkeypatch):
     """Wrap all functions of `ops` and `moe`, so that they look for hooks when they call each other, too."""
     for module, name in OPS:
         monkeypatch.setattr(module, name, hooked(name, getattr(module, name)))
+    monkeypatch.setattr(model_module, "SequenceSlice", hooked("sequence_slice", SequenceSlice))
 
 
 class Faulty:
@@ -62,7 +66,7 @@ class Faulty:
 
     def __init__(self, fault, layer, source, weights, comm, device):
         super().__init__(source.config, source.plan, weights, comm, device)
-        self.fault, self.layer, self.calls = fault, layer, set()
+        self.fault, self.layer, self.calls, self.arrived = fault, layer, set(), []
         comm.all_reduce = hooked("all_reduce", comm.all_reduce)
         comm.all_gather = hooked("all_gather", comm.all_gather)
         if fault.weights is not None:
@@ -74,8 +78,9 @@ class Faulty:
         return cache
 
     def forward(self, token_ids, cache, *args, **kwargs):
-        state.cache = cache
-        return self._within("", None, None, super().forward, token_ids, cache, *args, **kwargs)
+        state.cache, state.decoding = cache, cache.length > 0 and len(token_ids) == 1
+        forward = hooked("forward", super().forward)
+        return self._within("", None, None, forward, token_ids, cache, *args, **kwargs)
 
     def _within(self, block, i, layer, call, *args, **kwargs):
         before = dict(vars(state))
@@ -171,7 +176,9 @@ def other_window(by):
     """Return hooks that make the window longer by `by`."""
 
     def change(context, sequence):
-        other = SequenceSlice(np, sequence.tokens, sequence.cache, state.model.config.sliding_window + by)
+        other = SequenceSlice(
+            np, sequence.index, sequence.tokens, sequence.cache, state.model.config.sliding_window + by
+        )
         sequence.mask, sequence.first_key = other.mask, other.first_key
 
     return with_context(change)
@@ -179,11 +186,55 @@ def other_window(by):
 
 def in_decode(hooks):
     """Return the hooks restricted to decode passes."""
+    return restricted(hooks, lambda: state.decoding)
 
-    def decoding(hook):
-        return lambda original, *args: hook(original, *args) if state.cache.length else original(*args)
 
-    return {name: decoding(hook) for name, hook in hooks.items()}
+def without_cache(hooks):
+    """Return the hooks restricted to passes without earlier positions."""
+    return restricted(hooks, lambda: state.cache.length == 0)
+
+
+def in_chunks(hooks):
+    """Return the hooks restricted to later chunks of a prompt."""
+    return restricted(hooks, lambda: state.cache.length > 0 and not state.decoding)
+
+
+def restricted(hooks, active):
+    """Return the hooks restricted to passes for which active() is true."""
+
+    def when_active(hook):
+        def call(original, *args):
+            return hook(original, *args) if active() else original(*args)
+
+        return call
+
+    return {name: when_active(hook) for name, hook in hooks.items()}
+
+
+def token_before(forward, token_ids, *args):
+    """Use the token before the one to decode: the ranks' broadcast comes one step late."""
+    model = state.model
+    before, model.arrived = model.arrived, list(token_ids)
+    return forward(before[-1:] if state.decoding else token_ids, *args)
+
+
+def another_token(forward, token_ids, *args):
+    """Decode the token that follows the chosen one in the vocabulary."""
+    vocab = state.model.config.vocab_size
+    return forward([(t + 1) % vocab for t in token_ids] if state.decoding else token_ids, *args)
+
+
+def shifted_tokens(token_ids):
+    return list(token_ids) if state.decoding else [*token_ids[1:], token_ids[0]]
+
+
+def from_position_zero(sequence_slice, xp, index, tokens, cache, window):
+    """Make a SequenceSlice whose positions, and so its mask, begin at 0."""
+    sequence = sequence_slice(xp, index, tokens, cache, window)
+    sequence.positions = sequence.positions - sequence.positions[0]
+    total = cache.length + tokens.stop - tokens.start
+    sequence.mask = ops.causal_mask(xp, sequence.positions, sequence.first_key, total, window)
+    return sequence
 
 
 def interleaved(original, xp, x, cos, sin):
@@ -217,7 +268,7 @@ def one_slot_too_far(original, layer, k, v, *first):
     """Write a decoded token's entry to the next slot, so that the slot that is read was never written."""
     cache, start = state.cache, state.cache.length
     original(layer, k, v, *first)
-    if start:
+    if state.decoding:
         for rows, new in zip(cache.storage[layer], (k, v), strict=True):
             rows.values[:, start + 1 : start + 2], rows.values[:, start] = state.arrays.up(new), 0
     return [rows.read(slice(*first, start + k.shape[1])) for rows in cache.storage[layer]]
@@ -228,7 +279,7 @@ def stale(which):
 
     def hook(original, layer, k, v, *first):
         k, v = original(layer, k, v, *first)
-        if state.cache.length:
+        if state.decoding:
             for name, array in (("k", k), ("v", v)):
                 if name in which:
                     array[:, 1] = array[:, 2]

@@ -12,8 +12,9 @@ ROOMS = [
     *["tensors", "shard", "ops", "rope", "moe", "kv_cache", "paged_cache", "model"],
     *["sampling", "text", "request", "generate"],
     *["loading", "cuda", "load"],
+    *["launch", "engine"],
     *["oracle", "trace", "check", "compare", "report"],
-    *["launch", "engine", "llm", "server", "estimate", "bench", "tour", "cli", "__main__"],
+    *["llm", "server", "estimate", "bench", "tour", "cli", "__main__"],
 ]
 ALONE = ["oracle", "tour"]  # rooms that import nothing from the rest of the package
 CORE = ["ops", "shard", "comm/base", "comm/single", "model", "kv_cache", "generate"]  # the core path

@@ -10,7 +10,6 @@ from paths import GOLDENS
 
 from minitp.check.run import check_model
 from minitp.loading.source import open_model
-from minitp.trace.record import passes_of
 
 pytestmark = pytest.mark.usefixtures("cupy")
 
@@ -26,7 +25,7 @@ def checked(name, path):
 
     def rank(comm):
         model = model_on_gpu(GOLDENS / name, comm, "bfloat16", path=path)
-        result = check_model(source, model, PROMPT, passes_of(len(PROMPT), 1))
+        result = check_model(source, model, PROMPT, 1)
         return type(model).__name__, [(found.name, found.rank, found.note) for found in result.blamed()]
 
     return run_on_gpus(2, rank)[0]

@@ -17,7 +17,6 @@ from minitp.cuda.fused import FusedModel, unfit
 from minitp.device import open_device
 from minitp.load import load_model
 from minitp.loading.source import open_model
-from minitp.trace.record import passes_of
 
 pytestmark = pytest.mark.usefixtures("cupy")
 
@@ -102,7 +101,7 @@ def check(directory, fault, place, dtype, path):
             model = KINDS[path](fault, layer, source, weights, comm, device)
         else:
             model = load_model(source, comm, device, path=path)
-        result = check_model(source, model, PROMPT, passes_of(len(PROMPT), fault.decode))
+        result = check_model(source, model, PROMPT, fault.decode)
         calls.update(getattr(model, "calls", ()))
         return result
 

@@ -27,7 +27,7 @@ from minitp.model import Model
 from minitp.request import Request
 from minitp.sampling import SamplingParams
 from minitp.trace.names import step_names
-from minitp.trace.record import Recorder, passes_of
+from minitp.trace.record import Recorder
 
 pytestmark = pytest.mark.usefixtures("cupy")
 
@@ -118,7 +118,7 @@ def check(directory, tp, dtype, path, transport="nccl", decode=2):
     def rank(comm):
         model = model_on_gpu(directory, comm, dtype, path=path)
         source = open_model(str(directory), tp)
-        return check_model(source, model, PROMPT, passes_of(len(PROMPT), decode))
+        return check_model(source, model, PROMPT, decode)
 
     return run_on_gpus(tp, rank, transport)[0]
 
@@ -167,7 +167,8 @@ def test_the_steps_that_the_fused_path_records(models, shape, tp):
         recorded = []
         record = Recorder(model.device, names, lambda name, array: recorded.append(name))
         cache = model.new_cache(16)
-        for record.pass_name, ids in (("prefill", PROMPT), ("decode", [5])):
+        for name, ids in (("prefill", PROMPT), ("decode", [5])):
+            record.begin(name)
             model.forward(ids, cache, slice(None), record)
         return recorded
 

@@ -14,7 +14,6 @@ from minitp.cuda.gpu import Gpu, open_gpu
 from minitp.errors import RankError
 from minitp.launch.transport import select_comm
 from minitp.loading.source import open_model
-from minitp.trace.record import passes_of
 
 pytestmark = pytest.mark.usefixtures("cupy")
 
@@ -62,7 +61,7 @@ def blamed(directory, tp):
 
     def rank(comm):
         model = model_on_gpu(directory, comm, "float32")
-        return check_model(source, model, PROMPT, passes_of(len(PROMPT), 1)).blamed()
+        return check_model(source, model, PROMPT, 1).blamed()
 
     return [finding.step for finding in run_on_gpus(tp, rank)[0]]
 

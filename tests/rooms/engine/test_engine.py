@@ -90,8 +90,8 @@ def test_cached_prefixes_are_not_computed_again(tmp_path):
     engine = Engine(model, 40, 4)
     params = SamplingParams(max_new_tokens=3, ignore_eos=True)
     computed, forward = [], model.forward_batch
-    model.forward_batch = lambda parts, **kwargs: (
-        computed.append(sum(len(ids) for ids, _ in parts)) or forward(parts, **kwargs)
+    model.forward_batch = lambda parts, *args: (
+        computed.append(sum(len(ids) for ids, _ in parts)) or forward(parts, *args)
     )
     same = [Request(params, (), list(range(19)), CONTEXT) for _ in range(3)]
     engine.add(same[0])
@@ -176,8 +176,8 @@ def test_chunks_of_a_long_prompt_keep_the_limit_of_attention_scores(tmp_path, mo
     engine = Engine(model, 40, 16)
     expected = alone(model, requests(1, seed=7, longest=300)[0])
     passes, forward = [], model.forward_batch
-    model.forward_batch = lambda parts, **kwargs: (
-        passes.extend((len(ids), cache.length + len(ids)) for ids, cache in parts) or forward(parts, **kwargs)
+    model.forward_batch = lambda parts, *args: (
+        passes.extend((len(ids), cache.length + len(ids)) for ids, cache in parts) or forward(parts, *args)
     )
     request = requests(1, seed=7, longest=300)[0]
     engine.add(request)

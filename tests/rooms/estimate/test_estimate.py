@@ -148,7 +148,7 @@ def test_keys_and_pairs_are_those_of_the_model(window):
     for past in (0, 1, 2, 6, 12):
         for tokens in (1, 2, 5):
             work = Pass(1, tokens, past)
-            real = SequenceSlice(np, slice(0, tokens), SimpleNamespace(length=past), window)
+            real = SequenceSlice(np, 0, slice(0, tokens), SimpleNamespace(length=past), window)
             keys = past + tokens - real.first_key
             seen = keys if real.mask is None else int(np.sum(real.mask))
             assert (work.keys(window), work.pairs(window)) == (keys, seen), (past, tokens)

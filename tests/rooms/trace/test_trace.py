@@ -20,7 +20,17 @@ from minitp.load import load_model
 from minitp.loading.source import open_model
 from minitp.oracle import Oracle
 from minitp.trace.assemble import assemble
-from minitp.trace.names import AFTER, BEFORE, LAYER, PARTIAL, Kind, layer_steps, split_name, step_names
+from minitp.trace.names import (
+    AFTER,
+    BEFORE,
+    INTEGERS,
+    LAYER,
+    PARTIAL,
+    Kind,
+    layer_steps,
+    split_name,
+    step_names,
+)
 from minitp.trace.record import Recorder, passes_of, wanted_steps
 from minitp.trace.write import write_oracle_trace, write_trace
 
@@ -89,7 +99,7 @@ def test_names_and_shapes_agree_with_the_table(whole):
         assert array.shape == tuple({**sizes, "T": stop - start, "S": stop}[letter] for letter in letters), (
             name
         )
-        assert array.dtype == np.float32
+        assert array.dtype == (np.int64 if step in INTEGERS else np.float32)
 
 
 def test_metadata_describes_the_run(whole, models):
@@ -214,7 +224,10 @@ def test_dtypes_of_a_bfloat16_trace(models, tmp_path):
     assert metadata["dtype"] == "bfloat16"
     for name, array in tensors.items():
         always_32 = name.endswith((".scores", ".probs", "/logits", "/logits_partial"))
-        assert array.dtype == (np.float32 if always_32 else ml_dtypes.bfloat16), name
+        integers = name.endswith(INTEGERS)
+        assert array.dtype == (np.int64 if integers else np.float32 if always_32 else ml_dtypes.bfloat16), (
+            name
+        )
     weight = "model.layers.1.self_attn.k_proj.weight"
     stored = load_file(models["llama"] / "model.safetensors")[weight]
     np.testing.assert_array_equal(tensors[f"weights/{weight}"], stored.astype(ml_dtypes.bfloat16))
@@ -299,7 +312,7 @@ def test_the_trace_of_the_oracle_equals_its_steps(name, models, tmp_path):
     without = {name for name in ranks if split_name(name)[2] in (*PARTIAL, "logits_partial")}
     assert set(tensors) == {name for name in ranks if name not in without and not name.startswith("weights/")}
     for step, array in tensors.items():
-        assert array.dtype == np.float64
+        assert array.dtype == (np.int64 if step.endswith(INTEGERS) else np.float64)
         np.testing.assert_allclose(ranks[step], array, **CLOSE, err_msg=step)
     for step, array in Oracle.from_directory(models[name]).steps(json.loads(metadata["token_ids"])):
         axis = {"T": 0, "H": 1, "K": 1}[(BEFORE | LAYER | AFTER)[split_name(step)[2]][0]]
@@ -319,7 +332,7 @@ def test_recording_changes_no_bit_and_is_skipped_without_a_recorder(models, monk
         model = load_model(source, comm, open_device())
         taken = []
         record = Recorder(model.device, names, lambda name, array: taken.append(name))
-        record.pass_name = "prefill"
+        record.begin("prefill")
         more = {"record": record} if recorded else {}
         result = model.forward(PROMPT, model.new_cache(), logits_at=slice(None), **more)
         return result.tobytes(), taken

@@ -1,0 +1,189 @@
+"""The total errors of a run, compared with the oracle's own run from the tokens, and their bounds.
+
+Errors add up, so the bound of a total error must follow from the model: some amplify a rounding a hundred
+times, others do not. The oracle shows how much: it runs the tokens once more, with every step rounded to the
+run's dtype. The total error of this second run has the size that one rounding per step has at the end. If the
+steps of a run may have larger errors, say L where a rounding has u, then its total error may be L / u times
+as large. So with
+
+    e   the relative total error of the rounded run, the largest so far; see `noise`
+    L   the largest bound of a local error so far, on any rank; at least u, the rounding of the weights
+    u   the unit roundoff of the run's dtype
+
+the bound is SAFETY * L * max(1, e / u). "So far" means the steps before this one, in all passes of its
+sequence. Because errors of either sign add up by chance, two runs with errors of the same size may end with
+totals that differ by a small factor, which SAFETY covers.
+
+There is no such bound after a router has chosen another expert than the oracle, which is right if two experts
+are equally good up to rounding, and makes a large difference.
+"""
+
+import numpy as np
+
+from minitp.check.difference import difference_of
+from minitp.check.expected import dequantized
+from minitp.check.tolerance import roundoff
+from minitp.oracle import ops as oracle_ops
+from minitp.trace.names import AFTER, FLOAT32, INTEGERS, full_name, split_name
+from minitp.trace.reference import pass_steps
+
+SAFETY = 8
+
+
+class Totals:
+    """The total errors and their bounds, which `measure` enters into a rank's findings.
+
+    Parameters
+    ----------
+    reference : Oracle
+    comm : Comm
+    passes : Recording
+    kinds : dict of str to Kind
+    dtype : numpy.dtype
+        The dtype of the run.
+    kv_dtype : str
+    """
+
+    def __init__(self, reference, comm, passes, kinds, dtype, kv_dtype):
+        self.reference, self.comm, self.passes, self.kinds = reference, comm, passes, kinds
+        self.dtype, self.kv_dtype = dtype, kv_dtype
+        self._growth, self._allowed = {}, {}  # sequence -> e / u and L so far
+        self._unbounded = set()  # sequences in which a router has chosen another expert
+
+    def measure(self, findings, recorded, progress):
+        """Enter total errors into `findings`; rank 0 runs the oracle while the other ranks wait.
+
+        Parameters
+        ----------
+        findings : dict of str to Finding
+            This rank's findings by full name, with their local errors.
+        recorded : callable
+            A function from a full name to this rank's array.
+        progress : callable
+            Function that is called with 1 after each layer.
+        """
+        every = self.comm.allgather_object({name: finding.bounds[0] for name, finding in findings.items()})
+        local = {name: max(bounds.get(name, 0.0) for bounds in every) for name in findings}
+        layers = self._layers() if self.comm.rank == 0 else iter(())
+        for number in range(self.reference.layers + 2):  # the embedding, the layers, the logits
+            with self.comm.agreed():
+                mine = next(layers, None)
+            for sequence, name, exact, noisy in self.comm.allgather_object(mine)[0]:
+                for pass_ in self.passes.passes:
+                    if pass_.sequence == sequence:
+                        self._measure_step(pass_, name, exact, noisy, findings, recorded, local)
+            progress(1 if 0 < number <= self.reference.layers else 0)
+
+    def _layers(self):
+        """Yield the steps of a layer of all sequences: a list of (sequence, name, exact, rounded array)."""
+        self.reference.tensor = one_layer_cached(self.reference.tensor)
+        runs = []
+        for ids in self.passes.sequences:
+            exact, noisy = self.reference.steps(ids), self._rounded(self.reference.steps(ids))
+            runs.append((by_layer(exact), by_layer(noisy)))
+        for _ in range(self.reference.layers + 2):
+            found = []
+            for sequence, (exact, noisy) in enumerate(runs):
+                # The oracle continues with the arrays that it yields, and the rounded run changes them.
+                steps = zip(next(exact), next(noisy), strict=True)
+                found += [(sequence, name, array, other) for (name, array), (_, other) in steps]
+            yield found
+
+    def _rounded(self, steps):
+        """Round each array of the oracle's steps in place, before the oracle continues with it."""
+        for name, array in steps:
+            step = split_name(name)[2]
+            if step not in INTEGERS:
+                with np.errstate(over="ignore"):
+                    array[...] = array.astype(np.float32 if step in FLOAT32 else self.dtype)
+            if step in ("attn.k_rope", "attn.v") and self.kv_dtype != "auto":
+                array[...] = dequantized(array, self.kv_dtype)
+            yield name, array
+
+    def _measure_step(self, pass_, name, exact, noisy, findings, recorded, local):
+        """Enter the total errors of all steps of a pass that are parts of the oracle's step `name`."""
+        typical = typical_error(noisy, exact)
+        for layer, step, index in pass_steps(self.reference, name, pass_.start, pass_.stop):
+            if step in AFTER and pass_.logits == 0:
+                continue
+            for recorded_step in (step, "logits_partial") if step == "logits" else (step,):
+                name = full_name(pass_.name, layer, recorded_step)
+                if name in findings:
+                    kind = self.kinds[recorded_step]
+                    parts = [rank_part(kind, whole[index], self.comm.rank) for whole in (exact, noisy)]
+                    if step in AFTER:
+                        parts = [part[-pass_.logits :] for part in parts]
+                    growth = noise(*parts, typical) / roundoff(self.dtype)
+                    self._enter(findings[name], pass_.sequence, recorded(name), parts[0], growth, local[name])
+
+    def _enter(self, finding, sequence, array, exact, growth, local):
+        group = min(sequence, 1)  # the sequences in the engine share blocks of the cache
+        if array.shape == exact.shape:
+            finding.total = difference_of(array, exact)
+            if finding.step == "mlp.router" and self._flipped(array, exact):
+                self._unbounded.add(group)
+        u = roundoff(self.dtype)
+        self._growth[group] = np.fmax(self._growth.get(group, 1.0), growth)
+        self._allowed[group] = np.fmax(self._allowed.get(group, u), local)
+        if group not in self._unbounded and finding.step not in INTEGERS:
+            finding.total_bound = float(SAFETY * self._allowed[group] * self._growth[group])
+
+    def _flipped(self, router, exact):
+        experts = self.reference.experts_per_token
+        ours, theirs = (oracle_ops.route(x, experts) > 0 for x in (router, exact))  # [T, E] each
+        return not np.array_equal(ours, theirs)
+
+
+def by_layer(steps):
+    """Yield lists of the steps (name, array) of each layer, and of the steps before and after the layers."""
+    group = []
+    for name, array in steps:
+        group.append((name, array))
+        if name == "embed" or name.endswith("mlp.residual"):
+            yield group
+            group = []
+    yield group
+
+
+def one_layer_cached(tensor):
+    """Wrap an oracle's `tensor` so that it keeps the tensors of one layer in float64 for several runs."""
+    kept, layer = {}, None
+
+    def read(name, *index):
+        nonlocal kept, layer
+        if not name.startswith("model.layers.") or index:
+            return tensor(name, *index)
+        number = name.split(".")[2]
+        if number != layer:
+            kept, layer = {}, number
+        if name not in kept:
+            kept[name] = np.asarray(tensor(name), np.float64)
+        return kept[name]
+
+    return read
+
+
+def rank_part(kind, whole, rank):
+    """Return a rank's part of a whole array of a step."""
+    if kind.kind != "sharded":
+        return whole
+    return whole[(slice(None),) * kind.axis + (slice(*kind.ranges[rank]),)]
+
+
+def typical_error(noisy, exact):
+    """Return the root mean square error of an element in a typical vector along the last axis."""
+    squares = np.square(np.where(np.isfinite(exact) & np.isfinite(noisy), noisy - exact, 0.0))
+    return float(np.median(np.atleast_1d(squares.mean(axis=-1)))) ** 0.5 if squares.size else 0.0
+
+
+def noise(exact, noisy, typical):
+    """Return the relative error of a part of a step in the rounded run.
+
+    By chance the error of a part with few elements may be close to zero. So the typical error of the whole
+    step's elements is added to it.
+    """
+    finite = np.isfinite(exact) & np.isfinite(noisy)
+    size = np.linalg.norm(exact[finite])
+    if size == 0:
+        return 0.0
+    return float((np.linalg.norm(noisy[finite] - exact[finite]) + typical * finite.sum() ** 0.5) / size)
