@@ -39,14 +39,12 @@ class PagedCache:
 
     def __init__(self, pool, block_table, length=0):
         self.pool, self.block_table, self.length = pool, block_table, length
-        self._pass_slots = None  # (first position, slots to write, slots to read) of the current pass
+        self._pass_slots = {}  # (first, stop) -> slots of these positions, in the current pass
 
     def append(self, layer, k, v, first=0):
         """Append and return keys and values as KVCache.append does; the result is a copy."""
-        if self._pass_slots is None or self._pass_slots[0] != self.length:
-            stop = self.length + k.shape[1]
-            self._pass_slots = self.length, self.slots(self.length, stop), self.slots(first, stop)
-        _, to_write, to_read = self._pass_slots  # int [n], int [S]
+        stop = self.length + k.shape[1]
+        to_write, to_read = (self._slots_in_pass(start, stop) for start in (self.length, first))  # [n], [S]
         pair = self.pool.storage[layer]
         for stored, x in zip(pair, (k, v), strict=True):
             stored.write(to_write, x)
@@ -55,6 +53,13 @@ class PagedCache:
     def advance(self, tokens):
         """End a pass: add `tokens`, the number of positions that every layer has appended, to `length`."""
         self.length += tokens
+        self._pass_slots = {}
+
+    def _slots_in_pass(self, start, stop):
+        """Return `slots`, computed once per pass and window: layers may have different windows."""
+        if (start, stop) not in self._pass_slots:
+            self._pass_slots[start, stop] = self.slots(start, stop)
+        return self._pass_slots[start, stop]
 
     def slots(self, start, stop):
         """Return the slots of positions start .. stop - 1, int [stop - start]."""

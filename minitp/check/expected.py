@@ -108,7 +108,10 @@ def dequantized(x, kv_dtype):
     if kv_dtype != "int8":
         return x.astype(kv_dtype).astype(np.float32)  # [K_r, S, d]
     scale = np.abs(x).max(axis=-1, keepdims=True, initial=0) / np.float32(127)  # [K_r, S, 1]
-    return np.rint(np.divide(x, scale, where=scale > 0, out=np.zeros_like(x))) * scale  # [K_r, S, d]
+    values = np.rint(np.divide(x, scale, where=scale > 0, out=np.zeros_like(x))).astype(
+        np.int8
+    )  # [K_r, S, d]
+    return values * scale  # [K_r, S, d]
 
 
 def scaled(x, factor):

@@ -1,7 +1,8 @@
 """The forward passes that a check records: they run the code that `generate` and `serve` run.
 
     prefill, decode.1, ..   the prompt in one pass, then one token per pass
-    prefill.0, prefill.1    the same prompt again in two chunks, with a cache of its own
+    prefill.0, prefill.1    the same prompt again in two chunks, with a cache of its own; only the last
+                            position gets logits
     batch.1.seq0, ..        several sequences through the engine: the part of sequence 0 in its first batch
 
 The sequences of the engine have different lengths and begin with the same tokens, so that they share blocks
@@ -17,6 +18,7 @@ from minitp.engine.scheduler import Scheduler
 from minitp.trace.names import BLOCK_TABLE
 from minitp.trace.record import greedy_request, passes_of, run_passes
 
+UNWRITTEN = ("", 0)  # origin of a position of the cache that no pass has written
 BLOCK_SIZE = 4  # slots in a block of the engine's pool; small, so that a short prompt fills some blocks
 
 
@@ -105,8 +107,9 @@ def run_chunks(model, prompt, recorder):
     for number, stop in enumerate(chunk_stops(len(prompt))):
         name = f"prefill.{number}"
         recorder.begin(name)
-        model.forward(prompt[start:stop], cache, record=recorder)
-        passes.append(RecordedPass(name, 0, start, stop, cached, logits=stop - start))
+        last = stop == len(prompt)
+        model.forward(prompt[start:stop], cache, slice(-1, None) if last else None, recorder)
+        passes.append(RecordedPass(name, 0, start, stop, cached, logits=int(last)))
         start, cached = stop, cached + passes[-1].rows
     return passes
 
@@ -165,7 +168,7 @@ class Batches:
             state[0] += blocks
             name = f"batch.{self._number}.seq{number}"
             slots = [self._slot(state[0], position) for position in range(state[1] + len(tokens))]
-            cached = tuple(self._written[slot] for slot in slots[: state[1]])
+            cached = tuple(self._written.get(slot, UNWRITTEN) for slot in slots[: state[1]])
             table, logits = tuple(state[0]), int(stop - 1 in batch.logits_at)
             now.append(RecordedPass(name, 1 + number, state[1], len(slots), cached, table, logits))
             self._written.update(zip(slots[state[1] :], now[-1].rows, strict=True))

@@ -23,15 +23,15 @@ class RankCheck:
     reference : Oracle
     model : Model
     recorded : StepFile
-    passes : Recording
+    recording : Recording
     """
 
-    def __init__(self, source, reference, model, recorded, passes):
+    def __init__(self, source, reference, model, recorded, recording):
         self.plan, self.comm, self.reference = source.plan, model.comm, reference
         self.fused, self.dtype, self.kv_dtype = model.fused, model.device.dtype, model.kv_dtype
         self.sums = sums_of(model.device)
         self.not_recorded = {}  # full name -> NotRecorded, for steps inside a fused operation
-        self.weights, self.recorded, self.passes = HostWeights(model, source.plan), recorded, passes
+        self.weights, self.recorded, self.recording = HostWeights(model, source.plan), recorded, recording
         self.kinds = kinds(source.plan, source.config.head_dim) | {BLOCK_TABLE: Kind("replicated")}
         self.findings = {}
         self.rounding = RoundingStatistic()
@@ -69,24 +69,24 @@ class RankCheck:
             kv_dtype=self.kv_dtype,
             sums=self.sums,
         )
-        for pass_ in self.passes.passes:
+        for pass_ in self.recording.passes:
             self._judge(pass_, None, replay.before(pass_))
         for i in range(self.plan.layers):
-            for pass_ in self.passes.passes:
+            for pass_ in self.recording.passes:
                 self._judge(pass_, i, replay.attention(i, pass_))
                 self._judge(pass_, i, replay.mlp(i, pass_))
             progress(1)
-        for pass_ in self.passes.passes:
+        for pass_ in self.recording.passes:
             self._judge(pass_, None, replay.after(pass_))
         self._check_shared_blocks()
 
     def _expected_tokens(self):
         """Return the tokens of each sequence: the prompt, then the most probable ones of rank 0's logits."""
         expected = [
-            ids[:prompt] for ids, prompt in zip(self.passes.sequences, self.passes.prompts, strict=True)
+            ids[:prompt] for ids, prompt in zip(self.recording.sequences, self.recording.prompts, strict=True)
         ]
         if self.comm.rank == 0:
-            for pass_ in self.passes.passes:
+            for pass_ in self.recording.passes:
                 ids = expected[pass_.sequence]
                 # A later pass may end where an earlier one did: a chunk, or a sequence that was preempted.
                 if pass_.stop == len(ids) and pass_.logits:
@@ -95,7 +95,7 @@ class RankCheck:
         return self.comm.broadcast(expected)
 
     def _judge(self, pass_, layer, steps):
-        ids = self.passes.sequences[pass_.sequence][pass_.start : pass_.stop]
+        ids = self.recording.sequences[pass_.sequence][pass_.start : pass_.stop]
         repeats = len(ids) / len(set(ids))
         for step, expected, inputs in steps:
             name, dtype = full_name(pass_.name, layer, step), self._dtype_of(step)
@@ -134,17 +134,16 @@ class RankCheck:
 
     def _check_shared_blocks(self):
         """Check that each cached position was written for the same tokens, up to and including its own."""
-        starts = {pass_.name: pass_ for pass_ in self.passes.passes}
-        for pass_ in self.passes.passes:
-            ids = self.passes.sequences[pass_.sequence]
+        passes = {pass_.name: pass_ for pass_ in self.recording.passes}
+        for pass_ in self.recording.passes:
+            ids = self.recording.sequences[pass_.sequence]
             for position, (name, row) in enumerate(pass_.cached):
-                origin = starts[name]
-                theirs = self.passes.sequences[origin.sequence][: origin.start + row + 1]
-                if theirs != ids[: position + 1]:
+                origin = passes.get(name)  # None: UNWRITTEN
+                tokens = origin and self.recording.sequences[origin.sequence][: origin.start + row + 1]
+                if tokens != ids[: position + 1]:
+                    whose = f"has the key of other tokens, those of {name}" if origin else "was never written"
                     finding = self.findings[full_name(pass_.name, None, "positions")]
-                    finding.note = (
-                        f"position {position} of the cache belongs to other tokens, those of {name}"
-                    )
+                    finding.note = f"position {position} of the cache {whose}"
                     break
 
     def check_bits(self):

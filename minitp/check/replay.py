@@ -8,6 +8,7 @@ all ranks: ranks with the same inputs must have the same bits. For other steps i
 import numpy as np
 
 from minitp.check import expected
+from minitp.check.passes import UNWRITTEN
 from minitp.oracle import ops as oracle_ops
 from minitp.trace.names import BLOCK_TABLE
 
@@ -103,7 +104,8 @@ class Replay:
         for cached, made in (("attn.k_cache", "attn.k_rope"), ("attn.v_cache", "attn.v")):
             read = max(needed, self.recorded(pass_.name, i, cached).shape[1])
             written = (*pass_.cached, *pass_.rows)[-read:]
-            arrays = {name: self.recorded(name, i, made) for name, _ in written}  # [K_r, T, d] of each pass
+            arrays = {name: self.recorded(name, i, made) for name, _ in written if name}  # [K_r, T, d] each
+            arrays[UNWRITTEN[0]] = np.full_like(arrays[pass_.name], np.nan)  # [K_r, T, d]
             rows = np.stack([arrays[name][:, row] for name, row in written], axis=1)  # [K_r, S, d]
             yield cached, expected.stored(rows, self.kv_dtype), None
 

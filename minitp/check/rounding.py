@@ -49,7 +49,7 @@ class RoundingStatistic:
         x = array.astype(np.float64)
         finite = np.isfinite(x) & np.isfinite(r) & np.isfinite(y)
         size = np.sum(np.square(y[finite]))
-        samples = expected.independent_samples() / repeats
+        samples = expected.roundings_to_sample() / repeats
         if size == 0:
             return
         squares = [np.sum(np.square(other[finite] - y[finite])) / size for other in (x, r)]

@@ -44,17 +44,17 @@ def check_model(source, model, token_ids, decode=0, batch=0, progress=lambda lay
     if problems:
         return CheckResult([], problems, [list(token_ids)], [], comm.size)
     with np.errstate(all="ignore"):  # the findings report what is not finite
-        passes, recorded = _record(model, token_ids, decode, batch)
-        rank = RankCheck(source, reference, model, recorded, passes)
+        recording, recorded = _record(model, token_ids, decode, batch)
+        rank = RankCheck(source, reference, model, recorded, recording)
         rank.check_weights(progress)
         rank.check_locally(progress)
         rank.check_bits()
-        totals = Totals(reference, comm, passes, rank.kinds, model.device.dtype, model.kv_dtype)
+        totals = Totals(reference, comm, recording, rank.kinds, model.device.dtype, model.kv_dtype)
         totals.measure(rank.findings, recorded.read, progress)
         warnings = rank.rounding.warnings(comm)
     findings = [finding for found in comm.allgather_object(rank.findings) for finding in found.values()]
-    findings = _in_order(findings, source.plan, passes.passes)
-    return CheckResult(findings, problems, passes.sequences, passes.passes, comm.size, warnings)
+    findings = _in_order(findings, source.plan, recording.passes)
+    return CheckResult(findings, problems, recording.sequences, recording.passes, comm.size, warnings)
 
 
 def _record(model, token_ids, decode, batch):

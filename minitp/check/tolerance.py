@@ -143,7 +143,7 @@ class Expected:
 
     def not_recorded(self, dtype):
         """Return this value as a NotRecorded input of the next operation, computed by the run in `dtype`."""
-        samples = self.independent_samples()
+        samples = _participation(np.square(self.scale).sum(axis=self.common))
         samples = min(samples, self.samples) if self.roundings else samples
         roundings = self.roundings + self._error_of_one_sum(dtype)
         return NotRecorded(self.value, self.low_precision_reference.astype(dtype), roundings, samples)
@@ -152,9 +152,9 @@ class Expected:
         """Return r, rounded to `dtype`, in float64."""
         return rounded(self.low_precision_reference, dtype)
 
-    def independent_samples(self):
-        """Return n, the number of samples."""
-        return _participation(np.square(self.scale).sum(axis=self.common))
+    def roundings_to_sample(self):
+        """Return the number of elements that determine the norm, each of which is rounded by itself."""
+        return _participation(np.square(self.scale))
 
     def of(self, *inputs):
         """Return a copy that includes the roundings of those `inputs` that are NotRecorded."""

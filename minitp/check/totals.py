@@ -11,7 +11,9 @@ as large. So with
     u   the unit roundoff of the run's dtype
 
 the bound is SAFETY * L * max(1, e / u). "So far" means the steps before this one, in all passes of its
-sequence. Because errors of either sign add up by chance, two runs with errors of the same size may end with
+sequence. If the cache has a smaller dtype, the oracle runs the tokens a third time, with exact sums but with
+keys and values rounded as in the cache, and the bound is larger by SAFETY times the total error of this run.
+Because errors of either sign add up by chance, two runs with errors of the same size may end with
 totals that differ by a small factor, which SAFETY covers.
 
 There is no such bound after a router has chosen another expert than the oracle, which is right if two experts
@@ -28,6 +30,7 @@ from minitp.trace.names import AFTER, FLOAT32, INTEGERS, full_name, split_name
 from minitp.trace.reference import pass_steps
 
 SAFETY = 8
+CACHES = ("attn.k_cache", "attn.v_cache")
 
 
 class Totals:
@@ -37,17 +40,17 @@ class Totals:
     ----------
     reference : Oracle
     comm : Comm
-    passes : Recording
+    recording : Recording
     kinds : dict of str to Kind
     dtype : numpy.dtype
         The dtype of the run.
     kv_dtype : str
     """
 
-    def __init__(self, reference, comm, passes, kinds, dtype, kv_dtype):
-        self.reference, self.comm, self.passes, self.kinds = reference, comm, passes, kinds
+    def __init__(self, reference, comm, recording, kinds, dtype, kv_dtype):
+        self.reference, self.comm, self.recording, self.kinds = reference, comm, recording, kinds
         self.dtype, self.kv_dtype = dtype, kv_dtype
-        self._growth, self._allowed = {}, {}  # sequence -> e / u and L so far
+        self._so_far = {}  # group of sequences -> the largest L, e / u, and error of the cache's dtype so far
         self._unbounded = set()  # sequences in which a router has chosen another expert
 
     def measure(self, findings, recorded, progress):
@@ -68,41 +71,39 @@ class Totals:
         for number in range(self.reference.layers + 2):  # the embedding, the layers, the logits
             with self.comm.agreed():
                 mine = next(layers, None)
-            for sequence, name, exact, noisy in self.comm.allgather_object(mine)[0]:
-                for pass_ in self.passes.passes:
+            for sequence, name, arrays in self.comm.allgather_object(mine)[0]:
+                for pass_ in self.recording.passes:
                     if pass_.sequence == sequence:
-                        self._measure_step(pass_, name, exact, noisy, findings, recorded, local)
+                        self._measure_step(pass_, name, arrays, findings, recorded, local)
             progress(1 if 0 < number <= self.reference.layers else 0)
 
     def _layers(self):
-        """Yield the steps of a layer of all sequences: a list of (sequence, name, exact, rounded array)."""
+        """Yield the steps of a layer of all sequences: a list of (sequence, name, arrays of the runs)."""
         self.reference.tensor = one_layer_cached(self.reference.tensor)
-        runs = []
-        for ids in self.passes.sequences:
-            exact, noisy = self.reference.steps(ids), self._rounded(self.reference.steps(ids))
-            runs.append((by_layer(exact), by_layer(noisy)))
+        changes = [unchanged, self._rounded, *([self._stored] if self.kv_dtype != "auto" else [])]
+        sequences = [
+            [by_layer(self.reference, ids, change) for change in changes] for ids in self.recording.sequences
+        ]
         for _ in range(self.reference.layers + 2):
             found = []
-            for sequence, (exact, noisy) in enumerate(runs):
-                # The oracle continues with the arrays that it yields, and the rounded run changes them.
-                steps = zip(next(exact), next(noisy), strict=True)
-                found += [(sequence, name, array, other) for (name, array), (_, other) in steps]
+            for sequence, runs in enumerate(sequences):
+                for steps in zip(*map(next, runs), strict=True):  # the same step of each run
+                    found.append((sequence, steps[0][0], [array for _, array in steps]))
             yield found
 
-    def _rounded(self, steps):
-        """Round each array of the oracle's steps in place, before the oracle continues with it."""
-        for name, array in steps:
-            step = split_name(name)[2]
-            if step not in INTEGERS:
-                with np.errstate(over="ignore"):
-                    array[...] = array.astype(np.float32 if step in FLOAT32 else self.dtype)
-            if step in ("attn.k_rope", "attn.v") and self.kv_dtype != "auto":
-                array[...] = dequantized(array, self.kv_dtype)
-            yield name, array
+    def _rounded(self, step, array):
+        if step in INTEGERS:
+            return array
+        with np.errstate(over="ignore"):
+            return array.astype(np.float32 if step in FLOAT32 else self.dtype)
 
-    def _measure_step(self, pass_, name, exact, noisy, findings, recorded, local):
+    def _stored(self, step, array):
+        return dequantized(array, self.kv_dtype) if step in ("attn.k_rope", "attn.v") else array
+
+    def _measure_step(self, pass_, name, arrays, findings, recorded, local):
         """Enter the total errors of all steps of a pass that are parts of the oracle's step `name`."""
-        typical = typical_error(noisy, exact)
+        exact, *others = arrays
+        typical = [typical_error(other, exact) for other in others]
         for layer, step, index in pass_steps(self.reference, name, pass_.start, pass_.stop):
             if step in AFTER and pass_.logits == 0:
                 continue
@@ -110,23 +111,28 @@ class Totals:
                 name = full_name(pass_.name, layer, recorded_step)
                 if name in findings:
                     kind = self.kinds[recorded_step]
-                    parts = [rank_part(kind, whole[index], self.comm.rank) for whole in (exact, noisy)]
+                    parts = [rank_part(kind, whole[index], self.comm.rank) for whole in arrays]
                     if step in AFTER:
                         parts = [part[-pass_.logits :] for part in parts]
-                    growth = noise(*parts, typical) / roundoff(self.dtype)
-                    self._enter(findings[name], pass_.sequence, recorded(name), parts[0], growth, local[name])
+                    errors = [noise(parts[0], *pair) for pair in zip(parts[1:], typical, strict=True)]
+                    self._enter(findings[name], pass_.sequence, recorded(name), parts[0], errors, local[name])
 
-    def _enter(self, finding, sequence, array, exact, growth, local):
+    def _enter(self, finding, sequence, array, exact, errors, local):
         group = min(sequence, 1)  # the sequences in the engine share blocks of the cache
         if array.shape == exact.shape:
             finding.total = difference_of(array, exact)
             if finding.step == "mlp.router" and self._flipped(array, exact):
                 self._unbounded.add(group)
+        if finding.step in INTEGERS:
+            return
         u = roundoff(self.dtype)
-        self._growth[group] = np.fmax(self._growth.get(group, 1.0), growth)
-        self._allowed[group] = np.fmax(self._allowed.get(group, u), local)
-        if group not in self._unbounded and finding.step not in INTEGERS:
-            finding.total_bound = float(SAFETY * self._allowed[group] * self._growth[group])
+        rounding, *stored = errors
+        local = 0.0 if stored and finding.step in CACHES else local
+        so_far = self._so_far.get(group, [u, 1.0, 0.0])
+        allowed, growth, cache = np.fmax(so_far, [local, rounding / u, *(stored or [0.0])])
+        self._so_far[group] = allowed, growth, cache
+        if group not in self._unbounded:
+            finding.total_bound = float(SAFETY * (allowed * growth + cache))
 
     def _flipped(self, router, exact):
         experts = self.reference.experts_per_token
@@ -134,10 +140,19 @@ class Totals:
         return not np.array_equal(ours, theirs)
 
 
-def by_layer(steps):
-    """Yield lists of the steps (name, array) of each layer, and of the steps before and after the layers."""
+def unchanged(step, array):
+    """Return the array of an exact run."""
+    return array
+
+
+def by_layer(oracle, token_ids, change):
+    """Yield lists of the steps (name, array) of each layer, and of the steps before and after the layers.
+
+    Each array is replaced by change(step, array) before the oracle continues with it.
+    """
     group = []
-    for name, array in steps:
+    for name, array in oracle.steps(token_ids):
+        array[...] = change(split_name(name)[2], array)
         group.append((name, array))
         if name == "embed" or name.endswith("mlp.residual"):
             yield group

@@ -13,6 +13,12 @@ CONTEXT = 512
 SHAPES = {
     "plain": {},
     "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 6},
+    "windows that differ": {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 6,
+    },
     "uneven": {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48},
 }
 

@@ -11,7 +11,7 @@ import faulty_model as wrong
 import numpy as np
 from faulty_model import changed, reload, result, state, with_context
 
-from minitp.trace.names import full_name
+from minitp.trace.names import AFTER, full_name
 
 # (tp, layer, rank): each fault is tried in the first layer on the first rank, in the last layer on the last
 # rank, and at one of the other places in turn.
@@ -87,7 +87,13 @@ class Fault:
             by_name = lambda pass_: pass_.name.startswith(self.passes)  # noqa: E731
             names = [pass_.name for pass_ in filter(chosen.get(self.passes, by_name), passes)]
         inner = layer if self.block else None
-        return [(full_name(name, inner, step), blamed) for name in names for step in steps]
+        with_logits = {pass_.name for pass_ in passes if pass_.logits}
+        return [
+            (full_name(name, inner, step), blamed)
+            for name in names
+            for step in steps
+            if step not in AFTER or name in with_logits
+        ]
 
 
 def places_of(number):

@@ -233,7 +233,8 @@ def from_position_zero(sequence_slice, xp, index, tokens, cache, window):
     sequence = sequence_slice(xp, index, tokens, cache, window)
     sequence.positions = sequence.positions - sequence.positions[0]
     total = cache.length + tokens.stop - tokens.start
-    sequence.mask = ops.causal_mask(xp, sequence.positions, sequence.first_key, total, window)
+    mask = sequence.positions, sequence.first_key, total, window
+    sequence.mask = ops.causal_mask(state.model.device.xp, *mask)
     return sequence
 
 
