@@ -199,15 +199,19 @@ def not_shown(hidden, shown):
 def errors(finding):
     """Return a finding's local error, the error allowed, and their ratio, as text."""
     allowed = number(finding.bounds[0]) if finding.bounds[0] else "exact"
-    share = f"{finding.ratio:.0%}" if finding.ratio < 1000 else "> 1000"
-    return number(finding.local.relative) if finding.local else "-", allowed, share
+    return number(finding.local.relative) if finding.local else "-", allowed, share(finding.ratio)
 
 
 def totals(findings):
     """Return the largest total error, and the largest share of the bound of a total error, as text."""
     totals = [finding.total.relative for finding in findings if finding.total is not None]
     shares = [f.total.relative / f.total_bound for f in findings if f.total is not None and f.total_bound]
-    return number(max(totals)) if totals else "", f"{max(shares):.0%}" if shares else ""
+    return number(max(totals)) if totals else "", share(max(shares)) if shares else ""
+
+
+def share(ratio):
+    """Return an error as a share of the error allowed."""
+    return f"{ratio:.0%}" if ratio < 1000 else "> 1000"
 
 
 def number(x):

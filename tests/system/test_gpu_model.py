@@ -114,11 +114,11 @@ def test_logits(models, shape, dtype, tp):
 # --- check ----------------------------------------------------------------------------------------------
 
 
-def check(directory, tp, dtype, path, transport="nccl", decode=2):
+def check(directory, tp, dtype, path, transport="nccl", decode=2, batch=0):
     def rank(comm):
         model = model_on_gpu(directory, comm, dtype, path=path)
         source = open_model(str(directory), tp)
-        return check_model(source, model, PROMPT, decode)
+        return check_model(source, model, PROMPT, decode, batch)
 
     return run_on_gpus(tp, rank, transport)[0]
 
@@ -138,6 +138,15 @@ def test_check_passes(models, tp, dtype, path):
     stored = dtype if dtype in DTYPES else "float16"
     result = check(models["uneven", stored], tp, dtype, path)
     assert (blamed(result), result.problems) == ([], [])
+
+
+@pytest.mark.parametrize(("shape", "tp"), [("uneven", 2), ("window", 1), ("large heads", 3)])
+def test_check_passes_for_batches(models, shape, tp):
+    """Check batches of prompts, of decoded tokens and of both, in which several sequences are recorded."""
+    result = check(models[shape, "bfloat16"], tp, "bfloat16", "fused", decode=0, batch=3)
+    assert blamed(result) == []
+    batches = {finding.pass_name for finding in result.findings if finding.pass_name.startswith("batch.")}
+    assert {name.rpartition(".")[2] for name in batches} == {"seq0", "seq1", "seq2"}
 
 
 @pytest.mark.parametrize("shape", ["tied", "window", "large heads"])

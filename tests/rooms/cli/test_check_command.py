@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -44,20 +45,25 @@ def test_the_demo_model_on_four_ranks():
     code, out, err = run("check", "The capital of France is", "--tp", 4)
     lines = out.splitlines()
     assert (code, err) == (0, ""), err
-    assert lines[0].startswith("smollm2 on 4 ranks, float32: a prompt of 5 tokens and 2 decoded ones")
-    # 273 tensors less the tied lm_head on each rank; 2 + 30 * 21 + 3 steps in three passes.
-    assert lines[-1] == f"all steps within bounds for all 30 layers ({4 * (272 + 3 * 635)} arrays on 4 ranks)"
+    assert lines[0].startswith(
+        "smollm2 on 4 ranks, float32: a prompt of 5 tokens and 2 decoded ones, 30 layers"
+    )
+    # 273 tensors less the tied lm_head on each rank; 4 + 30 * 21 + 3 steps in each of five
+    # passes, of which one has no logits.
+    arrays = 4 * (272 + 5 * 637 - 3)
+    assert lines[-1] == f"all steps within bounds for all 30 layers ({arrays} arrays on 4 ranks)"
+    assert re.fullmatch(r"checked in [\d.]+ s, [\d.]+ s per layer", lines[-2])
     named = {line.split("  ")[0] for line in lines[3 : lines.index("", 3)]}
-    assert {"weights", "attn.scores", "attn.k_cache", "mlp.act", "logits"} <= named
-    assert len(named) == 1 + 26
-    assert lines[-3] == "30 layers: at most 80% of the error allowed; -v shows a row for each"
+    assert {"weights", "tokens", "attn.scores", "attn.k_cache", "mlp.act", "logits"} <= named
+    assert len(named) == 1 + 28
+    assert lines[-4] == "30 layers: at most 80% of the error allowed; -v shows a row for each"
 
 
 @pytest.mark.mpi
 def test_verbose_has_a_row_for_each_layer(tiny):
     code, out, err = run("check", "hello", "--model", tiny, "--tp", 2, "-v")
     assert (code, err) == (0, ""), err
-    assert [line.split("  ")[0] for line in out.splitlines()[-4:-2]] == ["layer 0", "layer 1"]
+    assert [line.split("  ")[0] for line in out.splitlines()[-5:-3]] == ["layer 0", "layer 1"]
     assert "-v shows" not in out
 
 
@@ -66,7 +72,7 @@ def test_layers_near_their_bounds_always_have_a_row():
     findings = [
         SimpleNamespace(
             pass_name="prefill", step="attn.q", layer=i, rank=0, name=f"layers.{i}", ratio=ratio,
-            bounds=(1e-6, 0), local=None, total=None,
+            bounds=(1e-6, 0), local=None, total=None, total_bound=None,
         )
         for i, ratio in enumerate(worst)
     ]  # fmt: skip
@@ -95,7 +101,7 @@ def test_a_wrong_rank_is_named_and_the_exit_code_is_1(uneven, tmp_path):
     code, out, err = run(*arguments, command=FAULTY_COMMAND, MINITP_TEST_FAULT="spoil loading 2")
     assert (code, err) == (1, ""), err
     blame = "first wrong step: weights/model.layers.1.mlp.down_proj.weight, layer 1, rank 2: relative error "
-    *_, verdict, report = out.splitlines()
+    *_, report, verdict = out.splitlines()
     assert verdict.startswith(blame)
     assert verdict.endswith("it must be exact")
     assert report == f"report: {page}"
@@ -122,6 +128,21 @@ def test_a_trace_from_four_ranks_and_from_the_oracle(uneven, tmp_path):
         assert json.loads(a.metadata()["passes"]) == [["prefill", 0, 5], ["decode.1", 5, 6]]
 
 
+@pytest.mark.mpi
+def test_batches_over_a_cache_of_int8(uneven):
+    code, out, err = run("check", "hello", "--model", uneven, "--tp", 2, "--batch", 2, "--kv-dtype", "int8")
+    assert (code, err) == (0, ""), out + err
+    assert "float32, a cache of int8: a prompt of 5 tokens and 2 decoded ones, 2 sequences in batches" in out
+    assert "\nblock_table " in out
+
+
+@pytest.mark.mpi
+def test_a_prompt_of_random_tokens(uneven):
+    code, out, err = run("check", "--prompt-tokens", 40, "--model", uneven, "--tp", 2, "--decode", 0)
+    assert (code, err) == (0, ""), out + err
+    assert "a prompt of 40 tokens and 0 decoded ones" in out
+
+
 # --- bad input ------------------------------------------------------------------------------------------
 
 
@@ -140,6 +161,19 @@ BAD = {
 def test_bad_prompts_and_passes(refused, tiny, tmp_path, command, argv, message):
     output = ["-o", tmp_path / "a.safetensors"] if command == "trace" else []
     assert message in refused(command, *argv, "--model", tiny, *output)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["a", "--prompt-tokens", "5"], "only one of them"),
+        (["--prompt-tokens", "0"], "--prompt-tokens 0: expected 1 or more"),
+        (["a", "--batch", "1"], "--batch 1: expected 0, or 2 to 64 sequences"),
+        (["a" * 500, "--batch", "9"], "--batch 9: its longest sequence has 514 tokens, which exceeds the"),
+    ],
+)
+def test_bad_options_of_check(refused, tiny, argv, message):
+    assert message in refused("check", *argv, "--model", tiny)
 
 
 @pytest.mark.parametrize(
