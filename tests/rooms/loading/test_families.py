@@ -231,6 +231,11 @@ def test_published_configs_are_read_completely(name):
     Oracle({**SIZES, **PUBLISHED[name]}, None)  # the oracle has its own reader
 
 
+@pytest.mark.parametrize("path", sorted(GOLDENS.glob("*/config.json")), ids=lambda path: path.parent.name)
+def test_configs_written_by_transformers_are_read_completely(path):
+    assert parse_config(json.loads(path.read_text()), str(path)).unread == ()
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count_of_the_plan(name):
     """Compare with the published sizes of the models."""
