@@ -415,6 +415,16 @@ def test_routing_ranks_experts_whose_probability_underflows():
     assert (chosen.tolist(), weights.tolist()) == ([[0, 2]], [[0.0, 1.0]])
 
 
+def test_routing_of_logits_that_are_not_finite():
+    """Check that a float16 run that overflows gets NaN, and not an exception that hides the overflow."""
+    inf, nan = np.inf, np.nan
+    rows = [[nan, nan, nan, nan], [-inf, inf, -inf, -inf], [0, nan, 1, -inf], [0, -inf, inf, inf]]
+    with np.errstate(invalid="ignore"):
+        chosen, weights = moe.route(np, np.array(rows, np.float32), 2)
+    assert chosen.tolist() == [[0, 1], [0, 1], [1, 2], [2, 3]]
+    assert np.isnan(weights).any(axis=1).all()
+
+
 def test_one_token_reads_its_experts_and_many_tokens_read_all():
     config = parse_config({**CONFIG, **MIXTRAL, "num_local_experts": 8}, "here")
     plan, layers, expert = make_plan(config, 1), CONFIG["num_hidden_layers"], 3 * 32 * 48
