@@ -26,11 +26,12 @@ def route(xp, logits, per_token):
     int [T, X], each row in ascending order, and float32 [T, X]
     """
     logits = logits.astype(xp.float32, copy=False)  # [T, E]
-    remaining, experts = logits, xp.arange(logits.shape[1])  # [T, E], [E]
+    # A run that overflows may have logits of -inf, and would choose the same expert twice.
+    remaining, experts = xp.maximum(logits, -3e38), xp.arange(logits.shape[1])  # [T, E], [E]
     for _ in range(per_token):
         best = xp.argmax(remaining, axis=-1)[:, None] == experts[None, :]  # [T, E]
         remaining = xp.where(best, -xp.inf, remaining)  # [T, E]
-    chosen = xp.nonzero(remaining != logits)[1].reshape(-1, per_token)  # [T, X]
+    chosen = xp.nonzero(remaining == -xp.inf)[1].reshape(-1, per_token)  # [T, X]
     rows = xp.arange(logits.shape[0])[:, None]  # [T, 1]
     return chosen, ops.softmax(xp, logits[rows, chosen])  # [T, X], [T, X]
 

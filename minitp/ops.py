@@ -36,6 +36,8 @@ def embed_partial(xp, token_ids, table, first_row):
     -------
     [T, D] in the dtype of `table`
     """
+    if len(table) == 0:  # there are more ranks than tokens in the vocabulary
+        return xp.zeros((len(token_ids), table.shape[1]), dtype=table.dtype)  # [T, D]
     local = token_ids - first_row  # [T]
     is_local = (local >= 0) & (local < table.shape[0])  # [T]
     rows = table[xp.where(is_local, local, 0)]  # [T, D]

@@ -116,13 +116,13 @@ def make_plan(config, tp):
     Raises
     ------
     InputError
-        If there are more ranks than attention heads or vocabulary rows; the message says which sizes work.
+        If there are more ranks than attention heads; the message says which sizes work.
     """
-    max_tp = min(config.num_attention_heads, config.vocab_size)
+    max_tp = config.num_attention_heads
     if not 1 <= tp <= max_tp:
         raise InputError(
-            f"--tp {tp}: this model has {config.num_attention_heads} attention heads and a rank needs at "
-            f"least one; any size from 1 to {max_tp} works"
+            f"--tp {tp}: this model has {max_tp} attention heads and a rank needs at least one; any size "
+            f"from 1 to {max_tp} works"
         )
     heads = split_evenly(config.num_attention_heads, tp)
     per_kv_head = config.num_attention_heads // config.num_key_value_heads

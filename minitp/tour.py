@@ -52,8 +52,7 @@ def split_evenly(n, size, rank):
 def load_model(directory, config, ranks):
     """Return this rank's part of the model. In the files a projection is [out, in], the transpose of w."""
     H, K, d = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
-    counts = H, config["intermediate_size"], config["vocab_size"]
-    heads, ffn, vocab = (split_evenly(n, ranks.size, ranks.rank) for n in counts)  # H_r, F_r, V_r long
+    heads, ffn, vocab = (split_evenly(config[n], ranks.size, ranks.rank) for n in SPLIT)  # H_r, F_r, V_r long
     # H / K query heads read the same KV head. Two ranks may need the same one; then both hold and compute it.
     read_heads = [head * K // H for head in range(heads.start, heads.stop)]  # [H_r]: KV heads
     q, kv = slice(heads.start * d, heads.stop * d), slice(read_heads[0] * d, (read_heads[-1] + 1) * d)
@@ -219,6 +218,7 @@ def generate(model, ranks, prompt_ids, count):
 
 # --- 4. The command: it checks its arguments and the model, and all ranks exit together ---
 DEMO = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitp" / "smollm2-135m-instruct-q4_1"
+SPLIT = "num_attention_heads", "intermediate_size", "vocab_size"  # H, F and V
 DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "eos_token_id": []}
 PLAIN = {"model_type": ("llama", "mistral"), "hidden_act": (None, "silu"), "rope_type": (None, "default")}
 PLAIN |= {"partial_rotary_factor": (None, 1), "sliding_window": (None,), "rope_scaling": (None,)}
@@ -253,8 +253,8 @@ def prepare(argv, world):
     if args.model == DEMO and not DEMO.exists():
         raise ValueError("there is no demo model yet; `minitp generate Hello` downloads it")
     config = read_config(args.model)
-    if world.Get_size() > config["num_attention_heads"]:
-        raise ValueError(f"use at most {config['num_attention_heads']} ranks (one per attention head)")
+    if world.Get_size() > (most := min(config[n] for n in SPLIT)):
+        raise ValueError(f"use at most {most} ranks (one per attention head, FFN column and token)")
     tokenizer = None if args.tokens else Tokenizer.from_str((args.model / "tokenizer.json").read_text())
     prompt_ids = tokenizer.encode(args.prompt).ids if tokenizer else list(map(int, args.tokens.split(",")))
     V, limit, n = config["vocab_size"], config["max_position_embeddings"], len(prompt_ids)

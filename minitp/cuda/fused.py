@@ -31,8 +31,9 @@ def unfit(config, plan, device, kv_dtype):
             f"head_dim {config.head_dim} and hidden_size {config.hidden_size} must be multiples of 8, and "
             f"head_dim at most {LARGEST_HEAD}"
         )
-    if any(start == stop for start, stop in plan.ffn_ranges):
-        return f"{config.intermediate_size} FFN columns are too few for {plan.tp} ranks"
+    for ranges, what in ((plan.ffn_ranges, "FFN columns"), (plan.vocab_ranges, "rows of the vocabulary")):
+        if any(start == stop for start, stop in ranges):
+            return f"{ranges[-1][1]} {what} are too few for {plan.tp} ranks"
     if config.rope.attention_factor != 1:
         return f"its kernels have no RoPE attention factor, which {config.rope.rope_type} scaling needs"
     for field in dataclasses.fields(config):

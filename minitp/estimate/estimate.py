@@ -303,7 +303,7 @@ def speeds(config, plan, hardware, spread, dtype, workload, batch):
 def smallest_tp(config, hardware, dtype, workload):
     """Return the smallest number of ranks on which the workload fits, or None."""
     sequences = workload.batch or 1
-    for tp in range(1, min(config.num_attention_heads, config.vocab_size) + 1):
+    for tp in range(1, config.num_attention_heads + 1):
         if cache_room(config, make_plan(config, tp), hardware, dtype) >= sequences * workload.context:
             return tp
     return None

@@ -49,7 +49,7 @@ def ranks_to_start(tp, device, model, layers=None):
 def ranks_for(config, tp, device):
     """Return the number of ranks that --tp asks for, for a model whose Config is known."""
     size = ranks_wanted(tp, device)
-    return min(size, config.num_attention_heads, config.vocab_size) if tp == "auto" else size
+    return min(size, config.num_attention_heads) if tp == "auto" else size
 
 
 class Terminated(BaseException):

@@ -10,23 +10,41 @@ ONLY_VALUE = {
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
-    "is_decoder": True,
     "add_cross_attention": False,
     "use_bidirectional_attention": False,
 }
 
-# Fields that do not affect the forward pass.
+# Fields that do not affect the forward pass, whatever their value.
 NO_EFFECT = {
     "_name_or_path", "_attn_implementation", "architectures", "model_type", "transformers_version",
     "transformers.js_config", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp",
     "unsloth_version", "unsloth_fixed", "is_llama_config", "pad_token_id", "unk_token_id", "return_dict",
     "output_hidden_states", "output_attentions", "torchscript", "use_bfloat16", "chunk_size_feed_forward",
-    "problem_type", "id2label", "label2id", "name_or_path", "auto_map", "attn_implementation", "sep_token_id",
-    "decoder_start_token_id", "max_length", "min_length", "do_sample", "num_beams", "temperature", "top_k",
-    "top_p", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences",
-    "cache_implementation", "sliding_window_size", "resid_pdrop", "embd_pdrop", "output_router_logits",
-    "router_aux_loss_coef", "router_jitter_noise",
+    "problem_type", "id2label", "label2id", "num_labels", "finetuning_task", "task_specific_params",
+    "name_or_path", "auto_map", "attn_implementation", "_attn_implementation_autoset", "sep_token_id",
+    "decoder_start_token_id", "is_decoder", "tie_encoder_decoder", "tokenizer_class", "prefix",
+    "tf_legacy_loss", "sliding_window_size", "resid_pdrop", "embd_pdrop", "output_router_logits",
+    "router_aux_loss_coef", "router_jitter_noise", "max_sequence_length",
+    # Sampling, for which minitp has its own options.
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "length_penalty",
+    "repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
+    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+    "begin_suppress_tokens", "cache_implementation",
 }  # fmt: skip
+
+# Fields of other families or of all of them, with the value that turns a feature off. Many files have it.
+TURNED_OFF = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "lm_head_bias": False,
+    "use_mrope": False,
+    "use_qk_norm": False,
+    "use_sliding_window": False,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+}
 
 GELU = "gelu_pytorch_tanh"
 
@@ -234,13 +252,17 @@ class Reader:
         return tuple(ids)
 
     def unread(self):
-        """Return the names of unknown fields; reject unsupported values of ONLY_VALUE's fields."""
+        """Return the names of unknown fields; reject unsupported values of ONLY_VALUE's fields.
+
+        A field that is null is like one that is absent. Any other value may turn on a feature, false too.
+        """
         unknown = []
         for name, value in self.fields.items():
-            if name in ONLY_VALUE:
-                if value is not None and value != ONLY_VALUE[name]:
-                    self.reject(name, value, f"{ONLY_VALUE[name]!r}, the only supported value")
-            elif name not in self.read and name not in NO_EFFECT and value not in (None, False, [], {}):
+            if value is None or name in self.read or name in NO_EFFECT:
+                continue
+            if name in ONLY_VALUE and value != ONLY_VALUE[name]:
+                self.reject(name, value, f"{ONLY_VALUE[name]!r}, the only supported value")
+            if name not in ONLY_VALUE and not (name in TURNED_OFF and value == TURNED_OFF[name]):
                 unknown.append(name)
         return tuple(unknown)
 

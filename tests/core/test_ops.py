@@ -61,7 +61,7 @@ def check(actual, expected, bound, dtype):
 # --- embedding ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("starts", [[0], [0, 4, 7], [0, 1, 2, 11]])
+@pytest.mark.parametrize("starts", [[0], [0, 4, 7], [0, 1, 2, 11], [0, 5, 5, 12]])  # some have no rows
 @all_dtypes
 def test_embedding_is_the_sum_of_the_ranks_rows(rng, starts, dtype):
     table = draw(rng, (12, 5), dtype)

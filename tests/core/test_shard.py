@@ -50,10 +50,12 @@ def test_heads_columns_and_rows_are_split_evenly(heads, kv_heads):
             check_even_split(ranges, n)
 
 
-def test_fewer_ffn_columns_than_ranks():
-    plan = make_plan(make_config(intermediate_size=3), 9)
+def test_fewer_ffn_columns_or_tokens_than_ranks():
+    plan = make_plan(make_config(intermediate_size=3, vocab_size=2), 9)
     check_even_split(plan.ffn_ranges, 3)
+    check_even_split(plan.vocab_ranges, 2)
     assert plan.tensors["model.layers.0.mlp.down_proj.weight"].shape_on(8) == (20, 0)
+    assert plan.tensors["lm_head.weight"].shape_on(8) == (0, 20)
 
 
 @every_model
@@ -118,8 +120,3 @@ def test_the_config_determines_the_tensors():
 def test_an_impossible_tp_is_rejected_with_the_possible_ones(tp):
     with pytest.raises(InputError, match=rf"--tp {tp}: .*9 attention heads.* 1 to 9 "):
         make_plan(make_config(9, 3), tp)
-
-
-def test_more_ranks_than_vocabulary_rows_are_rejected():
-    with pytest.raises(InputError, match="1 to 5 "):
-        make_plan(make_config(9, 3, vocab_size=5), 6)

@@ -114,10 +114,18 @@ MODELS = {
     "llama": LLAMA,
     "tied": {**LLAMA, "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False},
     "few columns": {**LLAMA, "intermediate_size": 3, "num_key_value_heads": 1},
+    "few tokens": {**LLAMA, "vocab_size": 3},
+    "few tokens, tied": {**LLAMA, "vocab_size": 3, "tie_word_embeddings": True},
     "window": {"model_type": "mistral", **UNEVEN, "sliding_window": 5},
 }
 every_model = pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 TOKENS = [int(token) for token in np.random.default_rng(3).integers(0, 101, 14)]
+
+
+def tokens_of(fields):
+    """Return TOKENS, or as many tokens of a smaller vocabulary."""
+    return [token % fields["vocab_size"] for token in TOKENS]
+
 
 # The logits are about 1, and each goes through some ten sums of 20 to 54 float32 products, so roundings of
 # 1e-7 add up to a few 1e-6. A head, column or position in the wrong place changes a logit by at least 0.01.
@@ -138,14 +146,14 @@ def make_model(fields, comm, dtype="float32"):
 
 
 def in_chunks(fields, comm, sizes, dtype="float32"):
-    """Run TOKENS through the model in passes of these sizes, and return all logits [T, V]."""
-    model = make_model(fields, comm, dtype)
+    """Run tokens through the model in passes of these sizes, and return all logits [T, V]."""
+    model, tokens = make_model(fields, comm, dtype), tokens_of(fields)
     cache = model.new_cache()
     logits, start = [], 0
     for size in sizes:
-        logits.append(model.forward(TOKENS[start : start + size], cache, logits_at=slice(None)))
+        logits.append(model.forward(tokens[start : start + size], cache, logits_at=slice(None)))
         start += size
-    assert start == cache.length == len(TOKENS)
+    assert start == cache.length == len(tokens)
     return np.concatenate(logits)
 
 
@@ -160,7 +168,7 @@ def on_one_rank(function):
 @every_model
 def test_any_number_of_ranks_gives_the_same_logits(fields):
     reference = on_one_rank(partial(whole_prompt, fields))
-    assert reference.shape == (len(TOKENS), 101)
+    assert reference.shape == (len(TOKENS), fields["vocab_size"])
     assert reference.std() > 0.5
     for tp in SIZES:
         logits = run_ranks(tp, partial(whole_prompt, fields))
@@ -174,7 +182,7 @@ def test_the_ranks_agree_with_the_oracle(fields, tp):
     _, source = make_source(fields)
     oracle = Oracle(fields, lambda name: source.read(name, tuple(slice(0, n) for n in source.shapes[name])))
     logits = run_ranks(tp, partial(whole_prompt, fields))[0]
-    np.testing.assert_allclose(logits, oracle.logits(TOKENS), **CLOSE)
+    np.testing.assert_allclose(logits, oracle.logits(tokens_of(fields)), **CLOSE)
 
 
 @every_model

@@ -241,8 +241,10 @@ def test_missing_files_and_bad_prompts_are_rejected(tiny, tmp_path):
 def test_a_missing_demo_model_and_too_many_ranks_exit_with_code_2(tmp_path, tiny):
     line = "minitp tour: there is no demo model yet; `minitp generate Hello` downloads it\n"
     assert run_tour(["Hello"], 2, XDG_CACHE_HOME=str(tmp_path)) == (2, "", line)
-    line = "minitp tour: use at most 4 ranks (one per attention head)\n"
-    assert run_tour(["Hello", "--model", tiny], 5) == (2, "", line)
+    line = "minitp tour: use at most {} ranks (one per attention head, FFN column and token)\n"
+    assert run_tour(["Hello", "--model", tiny], 5) == (2, "", line.format(4))
+    small = write_tiny(tmp_path / "small", vocab_size=3)
+    assert run_tour(["--tokens", "1,2", "--model", small], 4) == (2, "", line.format(3))
 
 
 @pytest.mark.mpi

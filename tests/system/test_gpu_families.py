@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
+from check_random_models import alarms, check_number
 from on_gpu import model_on_gpu, run_on_gpus
 from paths import GOLDENS
 
@@ -39,6 +40,13 @@ def test_the_explicit_operations(name):
 @pytest.mark.parametrize("name", sorted(FUSED))
 def test_the_kernels(name):
     assert checked(name, "fused") == ("FusedModel", [])
+
+
+@pytest.mark.parametrize("number", range(4))  # a model of each such family
+def test_the_kernels_with_random_models(number):
+    """Check that nothing is blamed; check_random_models.py makes many such runs."""
+    run, result = check_number(0, number, path="fused")
+    assert alarms(result) == [], run
 
 
 def test_the_families_with_kernels():

@@ -659,21 +659,24 @@ def test_a_batch_too_large_for_the_kernels_runs_like_a_prompt(quick, monkeypatch
         ({"hidden_size": 36}, "float16", "auto", "head_dim 8 and hidden_size 36 must be multiples of 8"),
         ({"head_dim": 264}, "float16", "auto", "head_dim 264"),
         ({"intermediate_size": 1}, "float16", "auto", "1 FFN columns are too few for 2 ranks"),
+        ({"vocab_size": 1}, "float16", "auto", "1 rows of the vocabulary are too few for 2 ranks"),
     ],
 )
 def test_unfit_models_use_the_explicit_path(tmp_path, fields, dtype, kv_dtype, reason):
-    directory = write_tiny(tmp_path, **{**BASE, **SHAPES["uneven"], **fields})
+    fields = {**BASE, **SHAPES["uneven"], **fields}
+    directory = write_tiny(tmp_path, **fields)
     params = SamplingParams(max_new_tokens=2, ignore_eos=True)
+    prompt = [token % fields["vocab_size"] for token in PROMPT]
 
     def rank(comm):
         with pytest.raises(InputError, match=f"--path fused: .*{reason}.*; use --path explicit"):
             model_on_gpu(directory, comm, dtype, kv_dtype=kv_dtype, path="fused")
         model = model_on_gpu(directory, comm, dtype, kv_dtype=kv_dtype)
         assert type(model) is Model
-        return list(generate(model, PROMPT, Request(params, (), PROMPT, 64)))
+        return list(generate(model, prompt, Request(params, (), prompt, 64)))
 
     cpu = load_model(open_model(str(directory), 1), SingleRank(), open_device(dtype), kv_dtype=kv_dtype)
-    expected = list(generate(cpu, PROMPT, Request(params, (), PROMPT, 64)))
+    expected = list(generate(cpu, prompt, Request(params, (), prompt, 64)))
     assert run_on_gpus(2, rank) == [expected] * 2
 
 

@@ -60,6 +60,15 @@ def test_same_tokens_however_started(tiny, capsys):
         assert 0.25 < fraction < 0.3, "norms are replicated, all other weights are sharded"
 
 
+@pytest.mark.parametrize("comm", ["shm", "mpi"])
+def test_same_tokens_with_a_vocabulary_smaller_than_the_number_of_ranks(tmp_path, capsys, comm):
+    model = write_tiny(tmp_path / "model", tokenizer=False, vocab_size=3, intermediate_size=2, seed=2)
+    argv = ["generate", "--tokens", "0,2,1", "--model", model, "-n", "24", "--json"]
+    expected = alone(argv, capsys)
+    assert set(expected["token_ids"]) == {0, 1, 2}
+    assert result_of(under_launcher([*argv, "--comm", comm], ranks=4))["token_ids"] == expected["token_ids"]
+
+
 def test_perplexity_is_the_same(tiny, tmp_path, capsys):
     (tmp_path / "text").write_text(
         "All happy families are alike; each unhappy family is unhappy in its own way."

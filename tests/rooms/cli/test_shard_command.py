@@ -27,6 +27,7 @@ MODELS = {
     "biases": UNEVEN | {"attention_bias": True, "mlp_bias": True},
     "head_dim": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10},
     "fewer columns than ranks": {"intermediate_size": 3},
+    "fewer tokens than ranks": {"vocab_size": 3, "tie_word_embeddings": True},
 }
 ONE_FILE, SEVERAL_FILES = "one file", "several files"
 

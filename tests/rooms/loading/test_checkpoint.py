@@ -442,10 +442,40 @@ def test_tp_beyond_the_heads(directory, tp):
 
 def test_unknown_fields_are_listed():
     unknown = {"residual_multiplier": 0.22, "new_norm": "before", "layer_types": ["full_attention"]}
-    silent = {"use_new_thing": False, "new_list": [], "new_object": {}, "new_null": None}
-    known = {"initializer_range": 0.02, "transformers_version": "4.40.0", "use_cache": True}
-    assert parse_config({**CONFIG, **unknown, **silent, **known}, "here").unread == tuple(unknown)
+    unknown |= {"use_new_thing": False, "new_number": 0, "new_list": [], "new_object": {}, "use_mrope": True}
+    known = {
+        "initializer_range": 0.02,
+        "transformers_version": "4.40.0",
+        "use_cache": False,
+        "new_null": None,
+    }
+    assert parse_config({**CONFIG, **unknown, **known}, "here").unread == tuple(unknown)
     assert parse_config(CONFIG, "here").unread == ()
+
+
+# The fields that transformers writes for every model if it writes defaults, too (PretrainedConfig of 4.40).
+GENERIC = {
+    **{"return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False},
+    **{"use_bfloat16": False, "tf_legacy_loss": False, "pruned_heads": {}, "chunk_size_feed_forward": 0},
+    **{"is_encoder_decoder": False, "is_decoder": False, "cross_attention_hidden_size": None},
+    **{"add_cross_attention": False, "tie_encoder_decoder": False, "max_length": 20, "min_length": 0},
+    **{"do_sample": False, "early_stopping": False, "num_beams": 1, "num_beam_groups": 1},
+    **{"diversity_penalty": 0.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0},
+    **{"repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0},
+    **{"encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "num_return_sequences": 1},
+    **{"output_scores": False, "return_dict_in_generate": False, "forced_bos_token_id": None},
+    **{"forced_eos_token_id": None, "remove_invalid_values": False, "suppress_tokens": None},
+    **{"exponential_decay_length_penalty": None, "begin_suppress_tokens": None, "finetuning_task": None},
+    **{"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}},
+    **{"tokenizer_class": None, "prefix": None, "pad_token_id": None, "sep_token_id": None},
+    **{"decoder_start_token_id": None, "task_specific_params": None, "problem_type": None},
+    **{"_name_or_path": "", "_attn_implementation_autoset": False, "use_cache": True},
+}
+
+
+def test_generic_fields_with_their_defaults_are_known():
+    assert parse_config({**CONFIG, **GENERIC}, "here").unread == ()
+    assert parse_config({**CONFIG, **GENERIC, "pruned_heads": {"0": [1]}}, "here").unread == ("pruned_heads",)
 
 
 def test_old_and_new_spelling_give_the_same_config():

@@ -231,6 +231,11 @@ def test_published_configs_are_read_completely(name):
     Oracle({**SIZES, **PUBLISHED[name]}, None)  # the oracle has its own reader
 
 
+@pytest.mark.parametrize("path", sorted(GOLDENS.glob("*/config.json")), ids=lambda path: path.parent.name)
+def test_configs_written_by_transformers_are_read_completely(path):
+    assert parse_config(json.loads(path.read_text()), str(path)).unread == ()
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count_of_the_plan(name):
     """Compare with the published sizes of the models."""
@@ -408,6 +413,16 @@ def test_routing_ranks_experts_whose_probability_underflows():
     """Check that the choice goes by logits: e^-200 is 0 in float32."""
     chosen, weights = moe.route(np, np.array([[-200, -400, 0, -300]], np.float32), 2)
     assert (chosen.tolist(), weights.tolist()) == ([[0, 2]], [[0.0, 1.0]])
+
+
+def test_routing_of_logits_that_are_not_finite():
+    """Check that a float16 run that overflows gets NaN, and not an exception that hides the overflow."""
+    inf, nan = np.inf, np.nan
+    rows = [[nan, nan, nan, nan], [-inf, inf, -inf, -inf], [0, nan, 1, -inf], [0, -inf, inf, inf]]
+    with np.errstate(invalid="ignore"):
+        chosen, weights = moe.route(np, np.array(rows, np.float32), 2)
+    assert chosen.tolist() == [[0, 1], [0, 1], [1, 2], [2, 3]]
+    assert np.isnan(weights).any(axis=1).all()
 
 
 def test_one_token_reads_its_experts_and_many_tokens_read_all():
