@@ -60,10 +60,17 @@ def difference_of(value, expected):
     for i in farthest:
         index = tuple(int(n) for n in np.unravel_index(i, apart.shape))
         worst.append((index, float(value[index]), float(expected[index])))
-    with np.errstate(over="ignore"):
-        size, off = np.linalg.norm(expected[finite]), np.linalg.norm(apart)
+    size, off = norm(expected[finite]), norm(apart)
     relative = off / size if size else (np.inf if off else 0.0)
     return Difference(float(relative), float(apart.max()), worst)
+
+
+def norm(x):
+    """Return ||x||, also if the squares are too large or too small for float64."""
+    largest = np.max(np.abs(x), initial=0.0)
+    if largest == 0 or not np.isfinite(largest):
+        return float(largest)
+    return float(largest * np.linalg.norm(x.reshape(-1) / largest))
 
 
 def same_bits(a, b):

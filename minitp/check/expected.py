@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from minitp.check.sums import IN_FLOAT32
-from minitp.check.tolerance import Expected, Stored, both, rounded, roundoff
+from minitp.check.tolerance import Expected, Stored, both, rounded, roundoff, scale_of
 from minitp.oracle import ops as oracle_ops
 
 BLOCK = 1 << 22  # number of weights that are converted to float64 at a time
@@ -123,11 +123,12 @@ def scaled(x, factor):
 
 def soft_cap(x, cap):
     """Return the Expected of cap tanh(x / cap) for float32, any shape."""
-    inputs = x
+    inputs, x_scale = x, scale_of(x)
     x, x_lp = both(x)
     value, cap32 = oracle_ops.soft_cap(x, cap), np.float32(cap)
     lowp = np.tanh(x_lp.astype(np.float32) / cap32) * cap32
-    return Expected(value, lowp.astype(np.float64), np.abs(value)).of(inputs)
+    slope = 1 - np.square(value / cap)  # the derivative of the value by x
+    return Expected(value, lowp.astype(np.float64), np.hypot(value, slope * x_scale)).of(inputs)
 
 
 def scores(q, k, mask, root, cap=None, sums=IN_FLOAT32):
@@ -191,13 +192,17 @@ def geglu(gate, up):
 
 def swiglu(gate, up):
     """Return the Expected of silu(gate) * up: gate and up [T, F_r] -> [T, F_r]."""
-    inputs = gate, up
+    inputs, gate_scale, up_scale = (gate, up), scale_of(gate), scale_of(up)
     (gate, gate_lp), (up, up_lp) = both(gate), both(up)  # [T, F_r] each
     value = oracle_ops.swiglu(gate, up)  # [T, F_r]
     g = gate_lp.astype(np.float32)  # [T, F_r]
     with np.errstate(over="ignore"):
         lowp = g / (1 + np.exp(-g)) * up_lp.astype(np.float32)  # [T, F_r]
-    return Expected(value, rounded(lowp, gate_lp.dtype), np.abs(value)).of(*inputs)
+    # |silu(x)| <= |x|, and its derivative is at most 1.1. In float32, sigmoid(x) may not become smaller than
+    # 1e-34, so that exp(-x) does not overflow; the last term times any roundoff allows for that.
+    g, u = np.abs(gate, dtype=np.float64), np.abs(up, dtype=np.float64)  # [T, F_r] each
+    scale = np.sqrt(np.square(value) + np.square(1.1 * gate_scale * u) + np.square(g * up_scale))
+    return Expected(value, rounded(lowp, gate_lp.dtype), scale + 1e-26 * g * u).of(*inputs)
 
 
 def experts_act(x, chosen, gates, ups):
@@ -224,16 +229,17 @@ def _experts_linear(x, chosen, weights):
     return Expected(value, lowp, scale, terms=x.shape[1])
 
 
-def experts_sum(acts, router_weights, downs):
+def experts_sum(acts, chosen, router_weights, downs):
     """Return the Expected of the experts' weighted sum: acts [T, X, F_r], weights [T, E] -> [T, D].
 
-    The router's weights are float64. `downs` has a matrix [D, F_r] for each expert.
+    `chosen` is bool [T, E], and the router's weights are float64. `downs` has a matrix [D, F_r] for each
+    expert.
     """
     shape = (len(acts), len(downs[0]))
     value, lowp, squares = np.zeros(shape), np.zeros(shape, np.float32), np.zeros(shape)  # [T, D] each
-    nth = np.cumsum(router_weights > 0, axis=1) - 1  # [T, E]
+    nth = np.cumsum(chosen, axis=1) - 1  # [T, E]
     for expert, w in enumerate(downs):
-        rows = np.flatnonzero(router_weights[:, expert])  # [n]
+        rows = np.flatnonzero(chosen[:, expert])  # [n]
         act, weight = acts[rows, nth[rows, expert]], router_weights[rows, expert, None]  # [n, F_r], [n, 1]
         value[rows] += weight * oracle_ops.linear(act, w)
         lowp[rows] += weight.astype(np.float32) * IN_FLOAT32.matmul(act, w.T)

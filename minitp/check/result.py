@@ -10,6 +10,13 @@ COLLECTIVE = ("tokens", "embed", "attn.out", "mlp.out", "logits")
 ALL = "all"
 
 
+def share(error, bound):
+    """Return an error as a fraction of its bound; an infinite bound allows any error."""
+    if bound == float("inf"):
+        return 0.0
+    return error / bound if bound else (float("inf") if error else 0.0)
+
+
 @dataclass
 class Finding:
     """The result of checking one step on one rank.
@@ -61,7 +68,7 @@ class Finding:
         if self.local is None:
             return float("inf")
         pairs = zip((self.local.relative, self.local.absolute), self.bounds, strict=True)
-        return max(error / bound if bound else (float("inf") if error else 0.0) for error, bound in pairs)
+        return max(share(error, bound) for error, bound in pairs)
 
     @property
     def ok(self):

@@ -57,6 +57,8 @@ from dataclasses import dataclass, replace
 import ml_dtypes
 import numpy as np
 
+from minitp.check.difference import norm
+
 
 @dataclass(frozen=True)
 class NotRecorded:
@@ -73,12 +75,15 @@ class NotRecorded:
         each of them, in the dtype in which the run computes it.
     samples : float
         The smallest number of samples of this value and of those inputs.
+    scale : float64 array
+        c, the scale of this value.
     """
 
     value: np.ndarray
     low_precision_reference: np.ndarray
     roundings: float
     samples: float
+    scale: np.ndarray
 
 
 def both(x):
@@ -87,6 +92,11 @@ def both(x):
     They differ only if the input was not recorded.
     """
     return (x.value, x.low_precision_reference) if isinstance(x, NotRecorded) else (x, x)
+
+
+def scale_of(x):
+    """Return the scale of an input that was not recorded, whose errors an operation passes on; else 0."""
+    return x.scale if isinstance(x, NotRecorded) else 0.0
 
 
 @dataclass(frozen=True)
@@ -129,15 +139,16 @@ class Expected:
             return 0.0, 0.0
         y, r = self.value, self.rounded_reference(dtype)
         finite = np.isfinite(y) & np.isfinite(r)  # an overflow must not widen the bound
-        norm_y = np.linalg.norm(y[finite])
-        if norm_y == 0:
+        if not finite.any():
             return 0.0, 0.0
+        norm_y = norm(y[finite])
         off = np.abs(r[finite] - y[finite])
         s = self._error_of_one_sum(dtype)
         c2 = np.square(self.scale, where=finite, out=np.zeros_like(self.scale))
         n = max(1, _participation(c2.sum(axis=self.common)) / repeats)
         chance = s / n**0.5 + self.roundings / max(1, self.samples / repeats) ** 0.5
-        relative = (2 * np.linalg.norm(off) + chance * c2.sum() ** 0.5) / norm_y
+        relative = 2 * norm(off) + chance * c2.sum() ** 0.5
+        relative = relative / norm_y if norm_y else np.inf  # of zeros, only the absolute error is judged
         largest = 2 * np.max(off) + (s + self.roundings) * np.max(c2) ** 0.5
         return float(relative), float(largest)
 
@@ -146,7 +157,8 @@ class Expected:
         samples = _participation(np.square(self.scale).sum(axis=self.common))
         samples = min(samples, self.samples) if self.roundings else samples
         roundings = self.roundings + self._error_of_one_sum(dtype)
-        return NotRecorded(self.value, self.low_precision_reference.astype(dtype), roundings, samples)
+        lowp = self.low_precision_reference.astype(dtype)
+        return NotRecorded(self.value, lowp, roundings, samples, self.scale)
 
     def rounded_reference(self, dtype):
         """Return r, rounded to `dtype`, in float64."""

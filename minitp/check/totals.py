@@ -16,8 +16,10 @@ keys and values rounded as in the cache, and the bound is larger by SAFETY times
 Because errors of either sign add up by chance, two runs with errors of the same size may end with
 totals that differ by a small factor, which SAFETY covers.
 
-There is no such bound after a router has chosen another expert than the oracle, which is right if two experts
-are equally good up to rounding, and makes a large difference.
+The bound takes errors to be small: that twice the error in has twice the error out. If it exceeds LARGEST,
+the step and all later ones of its sequence have no bound. Neither have those after a router has chosen
+another expert than the oracle, which is right if two experts are equally good up to rounding, and makes a
+large difference.
 """
 
 import numpy as np
@@ -30,6 +32,7 @@ from minitp.trace.names import AFTER, FLOAT32, INTEGERS, full_name, split_name
 from minitp.trace.reference import pass_steps
 
 SAFETY = 8
+LARGEST = 0.5
 CACHES = ("attn.k_cache", "attn.v_cache")
 
 
@@ -131,12 +134,13 @@ class Totals:
         so_far = self._so_far.get(group, [u, 1.0, 0.0])
         allowed, growth, cache = np.fmax(so_far, [local, rounding / u, *(stored or [0.0])])
         self._so_far[group] = allowed, growth, cache
-        if group not in self._unbounded:
-            finding.total_bound = float(SAFETY * (allowed * growth + cache))
+        bound = float(SAFETY * (allowed * growth + cache))
+        if group not in self._unbounded and bound <= LARGEST:
+            finding.total_bound = bound
 
     def _flipped(self, router, exact):
         experts = self.reference.experts_per_token
-        ours, theirs = (oracle_ops.route(x, experts) > 0 for x in (router, exact))  # [T, E] each
+        ours, theirs = (oracle_ops.choose_experts(x, experts) for x in (router, exact))  # [T, E] each
         return not np.array_equal(ours, theirs)
 
 

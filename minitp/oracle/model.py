@@ -24,6 +24,7 @@ from safetensors import safe_open
 from minitp.oracle.ops import (
     attention_factor,
     causal_mask,
+    choose_experts,
     context,
     embed,
     float64,
@@ -318,11 +319,12 @@ class Oracle:
         """
         router = self._project(normed, f"{layer}.gate")  # [T, E]
         yield f"{step}.router", router
-        shares = route(router, self.experts_per_token)  # [T, E]
+        chosen = choose_experts(router, self.experts_per_token)  # [T, E]
+        shares = route(router, self.experts_per_token)  # [T, E], possibly 0 for a chosen expert
         acts, out = [[] for _ in normed], np.zeros_like(normed)  # X arrays [F] for each token; [T, D]
         for e in range(self.experts):
             w1, w2, w3 = (self.tensor(f"{layer}.experts.{e}.w{n}.weight") for n in (1, 2, 3))
-            for t in np.flatnonzero(shares[:, e]):
+            for t in np.flatnonzero(chosen[:, e]):
                 acts[t].append(swiglu(linear(normed[t], w1), linear(normed[t], w3)))  # [F]
                 out[t] += shares[t, e] * linear(acts[t][-1], w2)  # [D]
         yield f"{step}.experts", np.array(acts)  # [T, X, F]

@@ -209,15 +209,22 @@ def geglu(gate, up):
     return gate * np.exp(-np.logaddexp(0, -y)) * float64(up)  # [T, F]
 
 
+def choose_experts(logits, per_token):
+    """Return True for the experts with the largest logits: [T, E] -> bool [T, E].
+
+    Of equal ones, those with the lower number are chosen.
+    """
+    chosen = np.zeros(logits.shape, bool)  # [T, E]
+    for t, row in enumerate(logits):  # [E]
+        chosen[t, sorted(range(len(row)), key=lambda e: (-float(row[e]), e))[:per_token]] = True
+    return chosen
+
+
 def route(logits, per_token):
     """Return the weight of each expert for each token, 0 for most: [T, E] -> [T, E].
 
-    The experts with the largest logits are chosen; of equal ones, those with the lower number. Their weights
-    are the softmax over all experts, divided by its sum over the chosen ones. (Jiang et al., Mixtral of
-    Experts, 2024, section 2.1.)
+    The weights of the chosen experts are the softmax over all experts, divided by its sum over the chosen
+    ones. (Jiang et al., Mixtral of Experts, 2024, section 2.1.)
     """
-    shares = np.zeros(logits.shape)  # [T, E]
-    for t, row in enumerate(softmax(logits)):  # [E]
-        chosen = sorted(range(len(row)), key=lambda e: (-float(logits[t, e]), e))[:per_token]
-        shares[t, chosen] = row[chosen] / row[chosen].sum()
-    return shares
+    shares = np.where(choose_experts(logits, per_token), softmax(logits), 0)  # [T, E]
+    return shares / shares.sum(axis=-1, keepdims=True)  # [T, E]
