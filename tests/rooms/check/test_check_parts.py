@@ -343,10 +343,11 @@ def test_a_float32_input_does_not_tighten_the_bound():
     assert should.bounds(np.float32)[0] < error.relative
 
 
-def test_bounds_ignore_infinite_entries_and_are_zero_for_zeros():
+def test_bounds_ignore_infinite_entries_and_are_absolute_for_zeros():
     should = Expected(np.array([1.0, -np.inf]), np.array([1.25, -np.inf]), np.array([0.0, 1.0]))
     assert should.bounds(np.float32) == pytest.approx((0.5, 0.5), rel=1e-5)
-    assert Expected(np.zeros(2), np.zeros(2), np.zeros(2)).bounds(np.float32) == (0, 0)
+    # Relative to zeros, any error is infinite.
+    assert Expected(np.zeros(2), np.zeros(2), np.zeros(2)).bounds(np.float32) == (np.inf, 0)
     assert expected.exactly(np.ones(2)).bounds(np.float32) == (0, 0)
 
 

@@ -126,7 +126,7 @@ def test_a_rank_that_reads_another_sequences_cache_is_blamed(models):
 
 
 def test_blocks_shared_by_sequences_of_other_tokens_are_blamed(models, monkeypatch):
-    """Key a block by its number alone, so that a sequence reuses blocks of other tokens when it restarts."""
+    """Use a block's number as its key, so that a sequence reuses blocks of other tokens when it restarts."""
 
     def keys(token_ids, block_size, before=()):
         return [bytes([i]) for i in range(len(token_ids) // block_size)]
