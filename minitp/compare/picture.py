@@ -1,4 +1,4 @@
-"""Small pictures of two arrays and of their difference, for the report.
+"""The pictures of two arrays and of their difference that a report shows.
 
 An array is seen as a matrix: its last axis across, all others down. The matrix is divided into at most
 48 x 64 blocks. Each block shows its element of the largest magnitude, so nothing that differs is lost.

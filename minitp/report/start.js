@@ -24,8 +24,6 @@ function startMap() {
   drawModes(); buildMap(); drawLegend(); drawThumbs(); paintMap(); markSelection(state, false); drawDetail(); drawLayer(); markLayer();
   if (data.layers < FEW_LAYERS) $('left').append($('growth-section'));  // a short map leaves room below it
   drawGrowth();
-  const thumbs = document.querySelector('.thumbs'), pressed = document.querySelector('.thumbs [aria-pressed=true]');
-  if (pressed) thumbs.scrollTop = pressed.offsetTop - thumbs.offsetTop - 100;
   const now = placeAt(state), box = $('map');  // on a phone the map scrolls inside its box; show the selected step
   if (now.offsetLeft + 60 > box.clientWidth) box.scrollLeft = now.offsetLeft - box.clientWidth / 2;
   if (now.offsetTop + 60 > box.clientHeight) box.scrollTop = now.offsetTop - box.clientHeight / 2;

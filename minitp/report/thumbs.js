@@ -1,5 +1,6 @@
 // ---- small maps to choose a pass and a rank ----
 const MANY_PASSES = 2;  // more of them get lower maps without numbers
+const THUMBS_HEAD = 18;  // CSS pixels of the line of ranks, which stays at the top
 const thumbLines = [  // the lines of the table: what each shows, its first column and the column after its last
   ...(severalPasses ? [{ label: 'all', pass: anyPass, from: 0, to: columns }] : []),
   ...(weights.length ? [{ label: 'weights', pass: null, from: 0, to: weights.length }] : []),
@@ -49,6 +50,10 @@ function markThumbs() {
     const line = thumbLines[button.dataset.line], shown = line.pass === null ? tensor : !tensor && line.pass === state.pass;
     button.setAttribute('aria-pressed', shown && +button.dataset.view === state.view);
   }
+  const table = document.querySelector('.thumbs'), pressed = document.querySelector('.thumbs [aria-pressed=true]');
+  if (!pressed) return;
+  const box = table.getBoundingClientRect(), { top, bottom } = pressed.getBoundingClientRect();
+  if (top < box.top + THUMBS_HEAD || bottom > box.bottom) table.scrollTop += top - box.top - box.height / 2;
 }
 let ramp = null;  // the colors of the ramp as the canvas needs them; null when the theme or the mode has changed
 function readRamp() {
