@@ -4,7 +4,7 @@ const one = step => [[step, 0, LANES]];
 const side = (...steps) => steps.map((step, i) => [step, i * LANES / steps.length, (i + 1) * LANES / steps.length]);
 const meeting = name => [[null, 0, LANES, name]];
 const BLOCKS = {  // rows of [step, first lane, lane after the last], in the order of computation
-  before: [side('tokens', 'positions'), one('block_table'), one('embed_partial'), meeting('all-reduce'), one('embed')],
+  before: [one('block_table'), side('tokens', 'positions'), one('embed_partial'), meeting('all-reduce'), one('embed')],
   attn: [one('attn.norm'), side('attn.q', 'attn.k', 'attn.v'), side('attn.q_norm', 'attn.k_norm', null).slice(0, 2),
     side('attn.q_rope', 'attn.k_rope', null).slice(0, 2), side(null, 'attn.k_cache', 'attn.v_cache').slice(1),
     [['attn.scores', 0, 4]], [['attn.probs', 0, 4]], one('attn.context'), one('attn.out_partial'), meeting('all-reduce'),

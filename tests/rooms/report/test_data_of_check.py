@@ -70,6 +70,8 @@ def test_every_tensor_of_a_layer_has_a_reader_and_a_column():
         steps = {*names.BEFORE, *names.layer_steps(source.plan), *names.AFTER}
         for tensor in data["weights"]:
             assert data["readers"][tensor] in steps, (golden, tensor)
+        after_attention = data["readers"]["model.layers.*.post_attention_layernorm.weight"]
+        assert after_attention == ("attn.post_norm" if golden == "gemma2" else "mlp.norm")
         assert {"model.embed_tokens.weight", "model.norm.weight"} <= {*data["beside"].values()}
 
 
