@@ -100,8 +100,9 @@ function drawTensors() {
       const bad = found.has(`${name} ${rank}`), where = layersText(found.get(`${name} ${rank}`));
       return bad ? h('td', { class: 'wrong' }, `✕ ${part(rank)}`, where ? h('small', {}, where) : '') : td(part(rank), { class: whole ? 'soft' : null });
     });
-    const marked = ranks.some(rank => found.has(`${name} ${rank}`)) || isWrong(name, null);
-    return h('tr', { class: marked ? 'marked' : null }, td(name, { class: 'name' }), td(count), td(shape.join(' × ')), td(whole ? '–' : axis), parts);
+    const marked = ranks.filter(rank => found.has(`${name} ${rank}`));
+    const where = marked.length ? h('small', { class: 'wrong' }, `✕ rank ${marked.join(', ')}`) : '';  // where the table scrolls sideways
+    return h('tr', { class: marked.length ? 'marked' : null }, h('td', { class: 'name' }, h('bdi', {}, name), where), td(count), td(shape.join(' × ')), td(whole ? '–' : axis), parts);
   });
   $('tensors').append(head, h('tbody', {}, lines));
   hintAtScrolling();

@@ -7,6 +7,7 @@ import pytest
 from paths import GOLDENS
 
 from minitp.check.difference import Difference, difference_of
+from minitp.check.passes import RecordedPass
 from minitp.check.result import CheckResult, Finding
 from minitp.loading.source import open_model
 from minitp.report.check import report_data
@@ -26,10 +27,11 @@ def weight(name, rank=0, layer=0, local=EXACT):
     return found("weights", name, rank, layer, local, bounds=(0.0, 0.0))
 
 
-def data_of(*findings, model="mixtral", problems=(), result=CheckResult, passes=(("prefill", 0, 3),)):
+def data_of(*findings, model="mixtral", problems=(), passes=("prefill",), **more):
     """Return the data of a check with these findings, which must have places on the page."""
     source = open_model(str(GOLDENS / model), 2)
-    made = result(list(findings), list(problems), [1, 2, 3], list(passes), 2)
+    recorded = [RecordedPass(name, 0, 0, 3) for name in passes]
+    made = CheckResult(list(findings), list(problems), [[1, 2, 3]], recorded, 2, **more)
     data = report_data(source, np.dtype(np.float32), made, "the verdict")
     render(data)
     return data
@@ -75,41 +77,30 @@ def test_every_tensor_of_a_layer_has_a_reader_and_a_column():
         assert {"model.embed_tokens.weight", "model.norm.weight"} <= {*data["beside"].values()}
 
 
-class WithTotals(CheckResult):
-    """A result that blames total errors if all local ones are within bounds."""
-
-    def blamed(self):
-        return [f for f in self.findings if f.total and f.total.relative > f.total_bound][:1]
-
-    @property
-    def ok(self):
-        return not self.blamed()
-
-
 def test_a_total_error_can_be_what_is_wrong():
-    wrong = found("decode.1", "attn.q", 1, 0, local=Difference(1e-9, 1e-9, [((0,), 1.0, 1.0)]), total=OFF)
-    fine = found("prefill", "attn.q", 1, 0, total=EXACT)
-    fine.total_bound = wrong.total_bound = 1e-5
-    data = data_of(fine, wrong, result=WithTotals, passes=(("prefill", 0, 3), ("decode.1", 3, 4)))
-    assert [cell["ok"] for cell in data["cells"]] == [True, False]
+    close = Difference(1e-9, 1e-9, [((0,), 1.0, 1.0)])
+    findings = [
+        found("prefill", "attn.q", 1, 0, total=EXACT, total_bound=1e-5),
+        found("decode.1", "attn.q", 1, 0, local=close, total=OFF, total_bound=1e-5),
+        found("decode.1", "attn.k", 1, 0, total=OFF, total_bound=1e-5),  # a consequence
+        found("decode.1", "attn.v", 1, 0, total=OFF),
+    ]
+    data = data_of(*findings, passes=("prefill", "decode.1"))
+    assert [cell["ok"] for cell in data["cells"]] == [True, False, True, True]
     assert data["blamed"] == 1
     cell = data["cells"][1]
     assert cell["total"]["bound"] == 1e-5
     assert cell["worst"] == OFF.worst  # of the error that is out of bounds
-
-
-def test_a_result_without_bounds_of_total_errors_and_without_warnings():
-    data = data_of(found("prefill", "attn.q", total=OFF, layer=0))
-    assert data["cells"][0]["total"]["bound"] is None
-    assert data["cells"][0]["ok"]
-    assert data["warnings"] == []
+    assert data["cells"][3]["total"]["bound"] is None
+    local = found("prefill", "attn.q", 0, 0, OFF)  # explains them all
+    assert [cell["ok"] for cell in data_of(local, *findings[1:])["cells"]] == [False, True, True, True]
 
 
 def test_warnings_are_listed():
-    class Warned(CheckResult):
-        warnings = ("mlp.act rounds more than once",)
-
-    assert data_of(result=Warned)["warnings"] == ["mlp.act rounds more than once"]
+    assert data_of()["warnings"] == []
+    assert data_of(warnings=["mlp.act rounds more than once"])["warnings"] == [
+        "mlp.act rounds more than once"
+    ]
 
 
 def test_a_collective_is_blamed_on_all_ranks():

@@ -35,14 +35,17 @@ def test_a_plan_that_fails_before_anything_runs(drive):
 
 @needs_chromium
 def test_wrong_tensors_are_marked_at_their_ranks(drive):
-    script = """return { error: state().error, marked: all('#tensors tr.marked').map(row => row.textContent),
+    script = """return { error: state().error, marked: all('#tensors tr.marked').map(row => row.innerText),
         wrong: all('#tensors td.wrong').map(part => part.textContent), bars: count('#drawing .fault') };"""
     one, embed, planned = drive(
         script, spoilt_data(), spoilt_data("model.embed_tokens.weight", layer=None, rank=3), plan_data()
     )
     assert one["error"] is embed["error"] is planned["error"] is None
     assert (one["wrong"], len(one["marked"])) == (["✕ 384:768layer 1"], 1)
-    assert one["marked"][0].startswith("model.layers.*.mlp.down_proj.weight")
+    assert one["marked"][0].startswith("model.layers.*.mlp.down_proj.weight\t")
+    assert drive(script, spoilt_data(), width=400)[0]["marked"][0].startswith(
+        "model.layers.*.mlp.down_proj.weight\n✕ rank 1"  # the marked part is out of sight, to the right
+    )
     assert embed["wrong"] == ["✕ 36864:49152"]
     assert planned["wrong"] == ["✕ 768:1152"]
     assert (one["bars"], planned["bars"]) == (0, 1)  # the FFN columns of rank 2
