@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from minitp.cli.main import main
 from minitp.kv_cache import KVCache
@@ -20,11 +20,14 @@ from minitp.util.environment import env_rank
 
 RANK, LAYER = 2, 11
 COMMAND = ["check", "The capital of France is", "--tp", "4"]
-WIDTH, HEIGHT, SCALE = 840, 955, 2  # CSS pixels of the picture, and device pixels for each
+WIDTH, HEIGHT, SCALE = 840, 1400, 2  # CSS pixels of the picture at most, and device pixels for each
+MARGIN = 16  # CSS pixels below the map
 STYLE = f"""<style>
   header, main {{ max-width: {WIDTH}px; margin: 0; padding: 0 20px; }} header {{ padding-top: 18px; }}
-  .buttons, .facts, #modes, #side, #growth-section, #plan-section, footer {{ display: none !important; }}
-  section {{ margin-top: 14px !important; }} #board {{ grid-template-columns: 1fr 190px; }}
+  .buttons, #run, #modes, #side, #growth-section, #plan-section, footer {{ display: none !important; }}
+  section {{ margin-top: 14px !important; }}
+  .legend {{ gap: 6px 12px; }} .scale {{ margin-right: 34px; }}
+  #board {{ grid-template-columns: 1fr 190px; }}
   #map table {{ --row: 14px !important; }}
 </style>"""
 BROWSER = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
@@ -53,6 +56,9 @@ def picture(page, path, options):
         command += [f"--screenshot={shot}", page.as_uri()]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         image = Image.open(shot).convert("RGB").crop((0, 0, SCALE * WIDTH, SCALE * HEIGHT))
+        empty = Image.new("RGB", image.size, image.getpixel((0, 0)))
+        bottom = ImageChops.difference(image, empty).getbbox()[3] + SCALE * MARGIN
+        image = image.crop((0, 0, SCALE * WIDTH, min(bottom, SCALE * HEIGHT)))
         image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1).save(path, optimize=True)
 
 

@@ -56,14 +56,16 @@ class CompareCommand(OneProcess):
         from tqdm import tqdm
 
         from minitp.cli.inputs import check_output
+        from minitp.compare.picture import Pictures
         from minitp.compare.run import compare_files
         from minitp.report.compare import report_data
         from minitp.report.page import write_report
 
         if args.report is not None:
             check_output(args.report, ".html")
+        pictures = None if args.report is None else Pictures()
         with tqdm(desc="comparing", unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
-            result = compare_files(args.a, args.b, args.map, args.tolerance, bar.update)
+            result = compare_files(args.a, args.b, args.map, args.tolerance, bar.update, pictures)
         said = verdict(result)
         lines = [
             f"A, the reference: {args.a}",
@@ -77,7 +79,7 @@ class CompareCommand(OneProcess):
         ]
         write_out("\n".join(lines) + "\n")
         if args.report is not None:
-            write_report(args.report, report_data(args.a, args.b, result, said))
+            write_report(args.report, report_data(args.a, args.b, result, said, pictures.by_name()))
             write_out(f"report: {args.report}\n")
         return 1 if result.departing else 0
 

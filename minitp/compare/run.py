@@ -89,7 +89,7 @@ class Comparison:
         return [step for step in self.steps if step.departs]
 
 
-def compare_files(a_path, b_path, map_path=None, tolerance=None, progress=lambda count: None):
+def compare_files(a_path, b_path, map_path=None, tolerance=None, progress=lambda count: None, pictures=None):
     """Compare the arrays of file B with those of file A.
 
     Parameters
@@ -102,6 +102,8 @@ def compare_files(a_path, b_path, map_path=None, tolerance=None, progress=lambda
         The relative error allowed; by default that of the coarsest dtype in the two files (TOLERANCES).
     progress : callable
         Function that is called with 1 after each pair.
+    pictures : Pictures or None
+        Object to which a picture of each pair is added.
 
     Raises
     ------
@@ -127,6 +129,8 @@ def compare_files(a_path, b_path, map_path=None, tolerance=None, progress=lambda
             cause = diagnose(name, letters_of(name), arrays[0], layout.view(arrays[1]), tolerance, metadata)
             step = replace(step, note="; ".join(filter(None, (step.note, cause))))
         departing += step.departs
+        if pictures is not None:
+            pictures.add(step, *_masked_alike(name, arrays[0], layout.view(arrays[1])))
         result.steps.append(step)
         progress(1)
     return result

@@ -4,17 +4,18 @@ const passColor = pass => PASS_COLORS[pass % PASS_COLORS.length];
 const isResidual = step => /residual$/.test(step);
 
 function growthLines() {  // for each pass its points {pass, row, col, x, y}: x counts layers, y is the error
-  const named = range(columns).filter(col => isResidual(data.steps[col])), cols = named.length ? named : [columns - 1];
+  const named = range(columns).filter(col => col >= weights.length && isResidual(stepOf(first, col)));
+  const cols = named.length ? named : [columns - 1];
   const start = data.before.indexOf('embed');
   return data.passes.map((name, pass) => {
     const points = [], add = (row, col, x) => {
       const y = cellAt({ ...state, pass, row, col })?.total?.relative;
       if (y !== null && y !== undefined) points.push({ pass, row, col, x, y });
     };
-    if (start >= 0) add(start, 0, 0);
+    if (start >= 0) add(start, wide, 0);
     for (let row = first; row < end; row++) cols.forEach((col, k) => add(row, col, row - first + (k + 1) / cols.length));
     return { name, pass, points };
-  }).filter(line => line.points.length > 1);
+  }).filter(line => line.points.length);
 }
 function growthScale(lines, height, top, bottom) {  // a log axis, with a row below it for zeros and one above it for NaN and inf
   const sizes = lines.flatMap(line => line.points.map(point => point.y)), logs = sizes.filter(y => y > 0 && y < Infinity).map(Math.log10);
@@ -30,11 +31,11 @@ function growthScale(lines, height, top, bottom) {  // a log axis, with a row be
   return { at, ticks };
 }
 function drawGrowth() {
-  const lines = data.layers ? growthLines() : [];
-  $('growth-section').hidden = !lines.length;
-  if (!lines.length) return;
+  const lines = data.layers && data.steps.length ? growthLines() : [];
+  $('growth-section').hidden = !lines.some(line => line.points.length > 1);
+  if ($('growth-section').hidden) return;
   const width = $('growth').clientWidth || 800, height = 250, left = 58, top = 26, bottom = 34;
-  const right = 14 + 7 * Math.max(...lines.map(line => Math.min(line.name.length, 14)));
+  const right = 14 + 7.6 * Math.max(...lines.map(line => Math.min(line.name.length, 14)));
   const scale = growthScale(lines, height, top, bottom), x = layers => left + layers / data.layers * (width - left - right);
   const svg = s('svg', { width, height, viewBox: `0 0 ${width} ${height}`, role: 'img',
     'aria-label': 'Total relative error of the residual stream, layer by layer' });
@@ -46,18 +47,22 @@ function drawGrowth() {
   for (let layer = 0; layer < data.layers; layer += every)
     svg.append(s('text', { class: 'soft', x: x(layer + 0.5), y: height - 18, 'text-anchor': 'middle' }, layer));
   svg.append(s('text', { class: 'soft', x: (left + width - right) / 2, y: height - 3, 'text-anchor': 'middle' }, 'layer'));
+  const selected = shownPass(state), many = lines.length > PASS_COLORS.length;
+  const isNow = line => line.pass === selected, stroke = line => many && !isNow(line) ? 'var(--soft)' : passColor(line.pass);
   if (guilty && !isWide(guilty.row)) svg.append(...markFirst(x(guilty.row - first + 0.5), top, height - bottom, width));
-  for (const line of lines) {
-    const now = line.pass === state.pass ? 'now' : '', stroke = passColor(line.pass);
+  for (const line of [...lines].sort((a, b) => isNow(a) - isNow(b))) {  // the selected one on top
+    const now = isNow(line) ? 'now' : many ? 'faint' : '';
     const path = line.points.map(p => `${x(p.x).toFixed(1)} ${scale.at(p.y).toFixed(1)}`).join('L');
-    svg.append(s('path', { class: `curve ${now}`, stroke, d: `M${path}` }));
-    if (line.points.length < 40) svg.append(...line.points.map(p => s('circle', { class: `dot ${now}`, fill: stroke, cx: x(p.x), cy: scale.at(p.y), r: now ? 3 : 2 })));
+    svg.append(s('path', { class: `curve ${now}`, stroke: stroke(line), d: `M${path}` }));
+    const dots = line.points.filter(p => p.y === 0 || now !== 'faint' && line.points.length < 40);  // an error of zero always has its dot
+    svg.append(...dots.map(p => s('circle', { class: `dot ${p.y === 0 ? 'zero' : ''}`, fill: stroke(line), stroke: stroke(line),
+      cx: x(p.x), cy: scale.at(p.y), r: p.y === 0 || now === 'now' ? 3 : 2 })));
   }
-  const named = line => lines.length <= 6 || line.pass === state.pass;  // of many passes only the selected one gets a label
+  const named = line => !many || isNow(line);  // of many passes only the selected one gets a label
   const ends = lines.filter(named).map(line => ({ line, y: scale.at(line.points.at(-1).y) })).sort((a, b) => a.y - b.y);
   ends.forEach((end, i) => { if (i && end.y < ends[i - 1].y + 14) end.y = ends[i - 1].y + 14; });
   const over = Math.max(0, (ends.at(-1)?.y ?? 0) - (height - bottom));
-  for (const { line, y } of ends) svg.append(s('text', { class: line.pass === state.pass ? 'pass now' : 'pass', style: `fill:${passColor(line.pass)}`,
+  for (const { line, y } of ends) svg.append(s('text', { class: isNow(line) ? 'pass now' : 'pass', style: `fill:${passColor(line.pass)}`,
     x: width - right + 8, y: y + 4 - over }, line.name.slice(0, 14)));
   const near = event => {  // the nearest point of all lines
     const box = svg.getBoundingClientRect();
@@ -71,7 +76,8 @@ function drawGrowth() {
   $('growth-what').textContent = growthWords(lines);
 }
 function markFirst(x, top, bottom, width) {  // the layer of the first wrong step
-  const after = x < width * 0.6, text = `layer ${guilty.row - first}: ${stepOf(guilty.row, guilty.col)} ${comparing ? 'differs' : 'is wrong'}`;
+  const after = x < width * 0.6, name = stepOf(guilty.row, guilty.col);
+  const text = `layer ${guilty.row - first}: ${isTensor(guilty.row, guilty.col) ? shortTensor(name) : name} ${comparing ? 'differs' : 'is wrong'}`;
   return [s('line', { class: 'first', x1: x, x2: x, y1: top - 12, y2: bottom }),
     s('text', { class: 'first-name', x: x + (after ? 6 : -6), y: top - 10, 'text-anchor': after ? 'start' : 'end' }, text)];
 }

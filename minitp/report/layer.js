@@ -4,7 +4,7 @@ const one = step => [[step, 0, LANES]];
 const side = (...steps) => steps.map((step, i) => [step, i * LANES / steps.length, (i + 1) * LANES / steps.length]);
 const meeting = name => [[null, 0, LANES, name]];
 const BLOCKS = {  // rows of [step, first lane, lane after the last], in the order of computation
-  before: [one('embed_partial'), meeting('all-reduce'), one('embed')],
+  before: [one('block_table'), side('tokens', 'positions'), one('embed_partial'), meeting('all-reduce'), one('embed')],
   attn: [one('attn.norm'), side('attn.q', 'attn.k', 'attn.v'), side('attn.q_norm', 'attn.k_norm', null).slice(0, 2),
     side('attn.q_rope', 'attn.k_rope', null).slice(0, 2), side(null, 'attn.k_cache', 'attn.v_cache').slice(1),
     [['attn.scores', 0, 4]], [['attn.probs', 0, 4]], one('attn.context'), one('attn.out_partial'), meeting('all-reduce'),
@@ -17,14 +17,21 @@ const boxes = new Map();  // step -> its rectangle and text, a <g>
 const kinds = new Map(cells.map(cell => [stepOf(cell.row, cell.col), cell.kind]));
 let shownLayer = 0;  // the layer that a click on one of its boxes selects
 
-function explanation(step) {  // lines of plain text; none for a name that is not one of minitp's
-  const [shape, formula, operation, sentence] = data.explained?.[step] ?? [];
-  return shape ? [sentence, formula, `${shape}  ${operation}`] : [];
+const tensors = new Set([...weights, ...Object.values(beside)]);  // general names
+const planned = name => data.plan?.tensors?.find(tensor => tensor.name === name);
+function explainedBy(step) {  // [shape, formula, operation, sentence, source]; none for a name that is not one of minitp's
+  if (!tensors.has(step)) return data.explained?.[step];
+  const shape = planned(step)?.shape;
+  return data.explained?.weights && [shape ? `[${shape.join(', ')}]` : '', ...data.explained.weights.slice(1)];
+}
+function explanation(step) {  // lines of plain text
+  const [shape, formula, operation, sentence, source] = explainedBy(step) ?? [];
+  return sentence ? [sentence, formula, [shape, operation, source].filter(Boolean).join('  ')] : [];
 }
 function placeOfStep(step) {
   const before = data.before.indexOf(step), after = data.after.indexOf(step);
-  if (before >= 0) return { row: before, col: 0 };
-  return after >= 0 ? { row: end + after, col: 0 } : { row: first + shownLayer, col: data.steps.indexOf(step) };
+  if (before >= 0) return { row: before, col: wide };
+  return after >= 0 ? { row: end + after, col: wide } : { row: first + shownLayer, col: weights.length + data.steps.indexOf(step) };
 }
 function strip(x, y, width) {  // a split array: a piece in each rank's color
   const pieces = Math.min(data.tp ?? 1, 16);
@@ -55,7 +62,7 @@ function drawBlock(name, top) {  // a block's elements, the y below them, and wh
         const at = above.width < width ? above.x + above.width / 2 : x + width / 2;
         edges.push(s('path', { class: 'edge', d: `M${at} ${above.y + BOX}V${y}` }));
       }
-      last.fill(item, from, to);
+      last.fill(step === 'positions' || step === 'block_table' ? null : item, from, to);  // attention reads these two
       if (meets) drawn.push(s('rect', { class: 'meets', x: 1, y, width: WIDE - 2, height: BOX, rx: BOX / 2 }),
         s('text', { class: 'meets', x: WIDE / 2, y: y + 13, 'text-anchor': 'middle' }, `${meets}: all ranks`));
       else drawn.push(drawBox(step, x, y, width));
@@ -97,7 +104,7 @@ function layerLegend() {
 }
 function markLayer() {  // highlight the selected step, and the wrong steps of the selected layer
   if (!isWide(state.row)) shownLayer = state.row - first;
-  const selected = stepOf(state.row, state.col);
+  const name = stepOf(state.row, state.col), selected = data.readers?.[name] ?? name;  // of a tensor, the step that reads it
   for (const [step, group] of boxes) {
     group.classList.toggle('now', step === selected);
     group.classList.toggle('wrong', cellAt({ ...state, ...placeOfStep(step) })?.ok === false);

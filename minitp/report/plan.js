@@ -10,12 +10,14 @@ function box(rank, x, y, width, text, hint) {  // one rank's part, with its numb
   return [s('rect', { class: 'box', x, y, width: Math.max(width, 0.5), height: 26, rx: 5, fill: rankColor(rank) }, s('title', {}, hint)),
     note(x + width / 2, y + 17, text.length * 7 < width ? text : '', { class: 'on', 'text-anchor': 'middle', 'pointer-events': 'none' })];
 }
-function bar(width, y, name, parts, label, hint) {  // parts of a whole, each as long as its share
+const isWrong = (part, rank) => (data.plan.wrong ?? []).some(([name, of]) => name === part && (of === null || of === rank));
+function bar(width, y, name, parts, label, hint, what) {  // parts of a whole, each as long as its share
   let from = 0;
   return [note(0, y + 12, name, { class: 'soft' }), ...parts.flatMap((part, rank) => {
     const x = from;
     from += part / (sum(parts) || 1) * width;
-    return box(rank, x, y + 18, from - x, label(part), `rank ${rank}: ${hint(rank)}`);
+    return [...box(rank, x, y + 18, from - x, label(part), `rank ${rank}: ${hint(rank)}`),
+      ...(isWrong(what, rank) ? [s('rect', { class: 'fault', x: x + 1, y: y + 19, width: Math.max(from - x - 2, 2), height: 24, rx: 4 })] : [])];
   })];
 }
 function holdersOf(plan) {  // for each KV head, the ranks that hold it
@@ -27,7 +29,7 @@ function drawHeads(plan, width, gap) {  // query heads above, KV heads below, an
   const holders = holdersOf(plan), last = new Map(), lines = [], boxes = [];
   let left = 0;
   plan.head_ranges.forEach(([start, stop], rank) => {
-    const size = sizes[rank] * unit, x = left, [kvStart, kvStop] = plan.kv_head_ranges[rank];
+    const size = sizes[rank] * unit, x = left, [kvStart, kvStop] = plan.kv_head_ranges[rank] ?? [0, 0];
     const kvSize = size / Math.max(1, kvStop - kvStart), kvAt = kv => x + (kv - kvStart + 0.5) * kvSize;
     const label = size > 44 ? `rank ${rank}` : size > 12 ? String(rank) : '';
     boxes.push(note(x + size / 2, 34, label, { 'text-anchor': 'middle' }));
@@ -60,8 +62,8 @@ function drawPlan() {
   $('drawing').replaceChildren(s('svg', { width, height, viewBox: `0 0 ${width} ${height}`, role: 'img',
     'aria-label': 'The sharding plan: heads, FFN columns and vocabulary by rank' },
     drawHeads(plan, width, gap),
-    bar(width, 176, plural(plan.ffn, 'FFN column'), lengths(plan.ffn_ranges), count, span(plan.ffn_ranges)),
-    bar(width, 236, `${count(plan.vocab)} rows of the vocabulary`, lengths(plan.vocab_ranges), count, span(plan.vocab_ranges)),
+    bar(width, 176, plural(plan.ffn, 'FFN column'), lengths(plan.ffn_ranges), count, span(plan.ffn_ranges), 'ffn'),
+    bar(width, 236, `${count(plan.vocab)} rows of the vocabulary`, lengths(plan.vocab_ranges), count, span(plan.vocab_ranges), 'vocab'),
     !held.length ? [] : bar(width, 296, `${bytes(sum(held))} of weights${plan.tp > 1 ? ', all ranks together' : ''}`, held, bytes, rank => bytes(held[rank]))));
   const shared = holdersOf(plan).flatMap((ranks, kv) => ranks.length > 1 ? [`${kv} on ranks ${ranks.join(', ')}`] : []);
   const which = shared.length > 8 ? `${shared.length} of ${plan.kv_heads} are held more than once` : shared.join('; ');
@@ -74,15 +76,33 @@ function hintAtScrolling() {
   const box = $('tensors').parentNode;
   $('tensors-hint').hidden = box.scrollWidth <= box.clientWidth + 1;
 }
+function wrongTensors() {  // general name and rank -> the layers in which the tensor is wrong; null for the plan itself
+  const found = new Map((data.plan.wrong ?? []).flatMap(([name, rank]) =>
+    (rank === null ? range(data.plan.tp) : [rank]).map(of => [`${name} ${of}`, null])));
+  for (const { row, col, rank, ok } of cells) if (!ok && isTensor(row, col)) {
+    const key = `${stepOf(row, col)} ${rank}`;
+    found.set(key, [...(found.get(key) ?? []), ...(isWide(row) ? [] : [row - first])]);
+  }
+  return found;
+}
+function layersText(layers) {
+  if (!layers?.length) return '';
+  return layers.length > 3 ? `${layers.length} layers` : `layer${layers.length > 1 ? 's' : ''} ${layers.join(', ')}`;
+}
 function drawTensors() {
   const plan = data.plan, ranks = range(plan?.tp ?? 0);
   if (!plan?.tensors?.length) return;
-  const swatch = rank => h('i', { style: `background:${rankColor(rank)}` });
+  const swatch = rank => h('i', { style: `background:${rankColor(rank)}` }), found = wrongTensors();
   const head = headings(['tensor', 'count', 'shape', 'split axis', ...ranks.map(rank => [swatch(rank), `rank ${rank}`])]);
   const lines = plan.tensors.map(({ name, count, shape, axis, ranges, replicated }) => {
     const whole = replicated || axis === null, part = rank => whole ? 'all' : ranges[rank]?.join(':') ?? '–';
-    return h('tr', {}, td(name, { class: 'name' }), td(count), td(shape.join(' × ')), td(whole ? '–' : axis),
-      ranks.map(rank => td(part(rank), { class: whole ? 'soft' : null })));
+    const parts = ranks.map(rank => {
+      const bad = found.has(`${name} ${rank}`), where = layersText(found.get(`${name} ${rank}`));
+      return bad ? h('td', { class: 'wrong' }, `✕ ${part(rank)}`, where ? h('small', {}, where) : '') : td(part(rank), { class: whole ? 'soft' : null });
+    });
+    const marked = ranks.filter(rank => found.has(`${name} ${rank}`));
+    const where = marked.length ? h('small', { class: 'wrong' }, `✕ rank ${marked.join(', ')}`) : '';  // where the table scrolls sideways
+    return h('tr', { class: marked.length ? 'marked' : null }, h('td', { class: 'name' }, h('bdi', {}, name), where), td(count), td(shape.join(' × ')), td(whole ? '–' : axis), parts);
   });
   $('tensors').append(head, h('tbody', {}, lines));
   hintAtScrolling();

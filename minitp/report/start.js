@@ -1,29 +1,29 @@
 // ---- light and dark ----
+const isNarrow = () => innerWidth <= 900;  // as in style.css
 const prefersDark = matchMedia('(prefers-color-scheme: dark)');
 const isDark = () => (root.style.colorScheme || (prefersDark.matches ? 'dark' : 'light')) === 'dark';
 function setTheme(theme) {  // '' follows the system
   root.style.colorScheme = theme;
   ramp = null;
-  $('theme').textContent = isDark() ? '☼ Light' : '☾ Dark';
-  if (places.length) drawThumbs();
+  $('theme').replaceChildren(isDark() ? '☼' : '☾', h('span', {}, isDark() ? ' Light' : ' Dark'));
+  if (places.length) { drawThumbs(); drawDetail(); }
 }
 function followTheme() {
   $('theme').addEventListener('click', () => setTheme(isDark() ? 'light' : 'dark'));
   prefersDark.addEventListener('change', () => setTheme(root.style.colorScheme));
   let kept = '';
-  addEventListener('beforeprint', () => { kept = root.style.colorScheme; setTheme('light'); });
-  addEventListener('afterprint', () => setTheme(kept));
+  addEventListener('beforeprint', () => { kept = root.style.colorScheme; setTheme('light'); $('run').open = true; });
+  addEventListener('afterprint', () => { setTheme(kept); $('run').open = !isNarrow(); });
 }
 
 const FEW_LAYERS = 8;
 function startMap() {
   const begin = guilty ?? closest;
-  Object.assign(state, placeOf(begin), { view: guilty ? viewOf(begin) : 0 });
+  Object.assign(state, { row: begin.row, col: begin.col });
+  if (guilty) Object.assign(state, placeOf(guilty), { view: data.everywhere ? 0 : viewOf(guilty) });  // its pass and rank
   drawModes(); buildMap(); drawLegend(); drawThumbs(); paintMap(); markSelection(state, false); drawDetail(); drawLayer(); markLayer();
   if (data.layers < FEW_LAYERS) $('left').append($('growth-section'));  // a short map leaves room below it
   drawGrowth();
-  const thumbs = document.querySelector('.thumbs'), pressed = document.querySelector('.thumbs [aria-pressed=true]');
-  if (pressed) thumbs.scrollTop = pressed.offsetTop - thumbs.offsetTop - 100;
   const now = placeAt(state), box = $('map');  // on a phone the map scrolls inside its box; show the selected step
   if (now.offsetLeft + 60 > box.clientWidth) box.scrollLeft = now.offsetLeft - box.clientWidth / 2;
   if (now.offsetTop + 60 > box.clientHeight) box.scrollTop = now.offsetTop - box.clientHeight / 2;
@@ -38,6 +38,7 @@ function start() {
   addEventListener('resize', () => {
     if (innerWidth === width) return;
     width = innerWidth;
+    $('run').open = !isNarrow();
     if (cells.length) { drawGrowth(); $('detail').hidden = false; }
     drawPlan(); hintAtScrolling();
   });

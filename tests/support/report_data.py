@@ -1,13 +1,8 @@
-"""Data for tests of the reports: invented results of `check` and `compare`.
-
-`python tests/support/report_data.py DIRECTORY` writes a page of each.
-"""
+"""Data for tests of the reports: invented results of `check`."""
 
 import random
-import sys
-from pathlib import Path
 
-from minitp.report.page import write_report
+from minitp.report import weights
 from minitp.report.steps import explain
 from minitp.shard import split_evenly
 from minitp.trace import names as steps
@@ -42,7 +37,7 @@ def made_error(rng, relative, bound=None):
     return error if bound is None else error | {"bound": bound, "absolute_bound": bound * 30}
 
 
-def made_plan(tp, heads=9, kv_heads=3, ffn=1536, vocab=49152, head_dim=64, layers=30):
+def made_plan(tp, heads=9, kv_heads=3, ffn=1536, vocab=49152, head_dim=64, layers=30, experts=0):
     """Return the plan of a model in plain numbers."""
     head_ranges = split_evenly(heads, tp)
     group = heads // kv_heads
@@ -59,10 +54,14 @@ def made_plan(tp, heads=9, kv_heads=3, ffn=1536, vocab=49152, head_dim=64, layer
         ("model.layers.*.self_attn.v_proj.weight", layers, [kv_heads * head_dim, hidden], 0, narrow),
         ("model.layers.*.self_attn.o_proj.weight", layers, [hidden, hidden], 1, wide),
         ("model.layers.*.post_attention_layernorm.weight", layers, [hidden], None, []),
-        ("model.layers.*.mlp.gate_proj.weight", layers, [ffn, hidden], 0, ffn_ranges),
-        ("model.layers.*.mlp.up_proj.weight", layers, [ffn, hidden], 0, ffn_ranges),
-        ("model.layers.*.mlp.down_proj.weight", layers, [hidden, ffn], 1, ffn_ranges),
     ]
+    moe, mlp = "model.layers.*.block_sparse_moe", "model.layers.*.mlp"
+    table += [(f"{moe}.gate.weight", layers, [experts, hidden], None, [])] if experts else []
+    names = [f"{moe}.experts.*.w{n}" for n in (1, 3, 2)]
+    if not experts:
+        names = [f"{mlp}.{part}_proj" for part in ("gate", "up", "down")]
+    table += [(f"{name}.weight", layers, [ffn, hidden], 0, ffn_ranges) for name in names[:2]]
+    table += [(f"{names[2]}.weight", layers, [hidden, ffn], 1, ffn_ranges)]
     held = [0] * tp
     tensors = []
     for name, count, shape, axis, ranges in table:
@@ -88,13 +87,64 @@ def made_plan(tp, heads=9, kv_heads=3, ffn=1536, vocab=49152, head_dim=64, layer
     }
 
 
+def weight_cells(plan, spoilt=None):
+    """Return the cells of a plan's tensors; `spoilt` is None, or a wrong one: (general name, layer, rank)."""
+    cells = []
+    for tensor in plan["tensors"]:
+        layers = range(tensor["count"]) if "layers.*" in tensor["name"] else [None]
+        for layer in layers:
+            for rank in range(plan["tp"]):
+                wrong = spoilt == (tensor["name"], layer, rank)
+                error = {"relative": 0.0, "absolute": 0.0, "bound": 0.0, "absolute_bound": 0.0}
+                if wrong:
+                    error |= {"relative": 3.9e-5, "absolute": 4.7e-4, "index": [3, 28]}
+                    error |= {"value": 0.469219, "expected": 0.46875}
+                cell = {"pass": None, "layer": layer, "step": tensor["name"], "rank": rank, "kind": "sharded"}
+                cell |= {"ok": not wrong, "local": error, "total": None, "worst": [], "note": ""}
+                name = tensor["name"].replace("*", str(layer), 1).replace("*", "5")
+                cells.append(cell | {"name": name})
+    return cells
+
+
+def spoilt_data(tensor="model.layers.*.mlp.down_proj.weight", layer=1, rank=1, **more):
+    """Return the result of a check in which one tensor of one rank is wrong."""
+    data = check_data(**{"layers": 3, "passes": 2, **more})
+    weights = weight_cells(data["plan"], (tensor, layer, rank))
+    data["cells"][: len(weights)] = weights
+    data["blamed"] = next(i for i, cell in enumerate(weights) if not cell["ok"])
+    verdict = f"first wrong step: weights/{weights[data['blamed']]['name']}, rank {rank}: it must be exact"
+    return data | {"ok": False, "verdict": verdict}
+
+
+def total_data():
+    """Return the result of a check in which only total errors are out of bounds."""
+    data = check_data(layers=3, passes=2)
+    wrong = [cell for cell in data["cells"] if (cell["pass"], cell["layer"]) == (1, 2)]
+    for cell in data["cells"]:
+        if cell["total"]:
+            cell["total"]["bound"] = 1e-5
+    for cell in wrong:
+        cell["total"] |= {"relative": 0.99}
+        cell["ok"] = False
+    data["blamed"] = data["cells"].index(wrong[0])
+    verdict = "first wrong step: decode.1/layers.2.attn.norm, rank all: total error 0.99, allowed 1e-05"
+    return data | {"ok": False, "verdict": verdict, "everywhere": True}
+
+
 def check_data(tp=4, layers=30, passes=3, fault=None, **sizes):
-    """Return the result of a check; `fault` is None or (pass, layer, step, rank) of a wrong step."""
+    """Return the result of a check; `fault` is None or (pass, layer, step, rank) of a wrong step.
+
+    `passes` is a number or a list of names.
+    """
     rng = random.Random(0)
+    plan = made_plan(tp, layers=layers, **sizes)
+    names = passes
+    if isinstance(passes, int):
+        names = ["prefill", *(f"decode.{n}" for n in range(1, passes))]
     every = [(None, s) for s in steps.BEFORE]
     every += [(i, s) for i in range(layers) for s in steps.LAYER] + [(None, s) for s in steps.AFTER]
-    cells, blamed = [], None
-    for passed in range(passes):
+    cells, blamed = weight_cells(plan), None
+    for passed in range(len(names)):
         grown = 2e-8  # the total error so far
         for layer, step in every:
             wrong = fault is not None and fault[:3] == (passed, layer, step)
@@ -115,7 +165,6 @@ def check_data(tp=4, layers=30, passes=3, fault=None, **sizes):
                 cell["worst"] = [[worst["index"], worst["value"], worst["expected"]]]
                 cell["worst"] += [[[0, 1, i], rng.gauss(0, 1), rng.gauss(0, 1)] for i in range(2)]
                 cells.append(cell)
-    names = ["prefill", *(f"decode.{n}" for n in range(1, passes))]
     verdict = f"all {len(cells):,} steps within their bounds".replace(",", " ")
     if fault is not None:
         cells[blamed]["note"] = "position 3 holds what position 2 should: the cache is written one place late"
@@ -150,88 +199,29 @@ def check_data(tp=4, layers=30, passes=3, fault=None, **sizes):
         "after": list(steps.AFTER),
         "cells": cells,
         "blamed": blamed,
-        "explained": explain([*steps.BEFORE, *steps.LAYER, *steps.AFTER]),
-        "plan": made_plan(tp, layers=layers, **sizes),
+        "weights": weights.columns(tensor["name"] for tensor in plan["tensors"]),
+        "beside": weights.beside([tensor["name"] for tensor in plan["tensors"]]),
+        "readers": weights.readers(
+            [tensor["name"] for tensor in plan["tensors"]], {*steps.BEFORE, *steps.LAYER, *steps.AFTER}
+        ),
+        "explained": explain([*steps.BEFORE, *steps.LAYER, *steps.AFTER, "weights"]),
+        "plan": plan,
     }
 
 
-def compare_data(names, passes=("",), wrong=()):
-    """Return the result of comparing two dumps without layers; the names in `wrong` differ."""
-    rng = random.Random(1)
-    cells = []
-    for passed in range(len(passes)):
-        for i, name in enumerate(names):
-            relative = 0.4 if name in wrong else 10 ** rng.gauss(-6.2 + i / len(names), 0.3)
-            cell = {"pass": passed, "layer": None, "step": name, "rank": None, "kind": ""}
-            cell |= {"ok": name not in wrong, "local": None, "note": "", "worst": []}
-            cells.append(cell | {"total": made_error(rng, relative, 1e-4)})
-    blamed = next((i for i, cell in enumerate(cells) if not cell["ok"]), None)
-    verdict = f"all {len(cells)} tensors are close"
-    if blamed is not None:
-        verdict = f"first that differs: {cells[blamed]['step']}"
-    return {
-        "command": "compare",
-        "title": "mine.npz against theirs.safetensors",
-        "ok": blamed is None,
-        "verdict": verdict,
-        "facts": [["A", "mine.npz"], ["B", "theirs.safetensors"], ["tolerance", "1e-4"]],
-        "problems": [],
-        "passes": list(passes),
-        "tp": None,
-        "layers": 0,
-        "before": list(names),
-        "steps": [],
-        "after": [],
-        "cells": cells,
-        "blamed": blamed,
-        "plan": None,
-    }
+def many_passes():
+    """Return the names of the passes of a check with --batch."""
+    batches = [f"batch.{n}.seq{i}" for n in range(1, 11) for i in range(3) if n % 4 or i]
+    return ["prefill", "prefill.0", "prefill.1", "decode.1", "decode.2", *batches]
 
 
-def compare_layers_data(layers=12):
-    """Return the result of comparing two traces in which some steps are missing."""
-    data = check_data(tp=1, layers=layers, passes=2, fault=(1, min(7, layers - 1), "attn.k_rope", 0))
-    left_out = ("attn.scores", "attn.probs", "attn.q_rope", "mlp.act", "logits_partial", "embed_partial")
-    data["cells"] = [cell for cell in data["cells"] if cell["step"] not in left_out]
-    for i, cell in enumerate(data["cells"]):
-        bound = {"bound": 1e-3, "absolute_bound": 0.1}
-        cell |= {"rank": None, "local": None, "total": cell["total"] | bound}
-        cell["ok"] = cell["total"]["relative"] <= 1e-3
-        if not cell["ok"] and data["blamed"] is not None:
-            data |= {"blamed": None, "first": i}
-    data["blamed"] = data.pop("first")
-    verdict = f"first step that differs: decode.1/layers.{min(7, layers - 1)}.attn.k_rope"
-    return data | {"command": "compare", "title": "a against b", "verdict": verdict, "tp": None, "plan": None}
-
-
-def foreign_names(count=24):
-    """Return names that another engine might use in its dumps."""
-    return [
-        "tok_embeddings.out",
-        *(f"block{i // 3:02d}/{['qkv', 'o', 'ffn'][i % 3]}" for i in range(count)),
-        "head",
-    ]
-
-
-EXAMPLES = {
-    "ok": lambda: check_data(),
-    "failing": lambda: check_data(fault=(1, 3, "attn.k_cache", 2)),
-    "one": lambda: check_data(tp=1),
-    "nine": lambda: check_data(tp=9, fault=(0, 12, "mlp.act", 7)),
-    "large": lambda: check_data(
-        tp=8,
-        layers=80,
-        fault=(2, 47, "mlp.gate", 5),
-        heads=64,
-        kv_heads=8,
-        ffn=28672,
-        vocab=128256,
-        head_dim=128,
-    ),
-    "foreign": lambda: compare_data(foreign_names(), wrong=["block05/qkv", "block05/o", "block06/ffn"]),
-    "compare": lambda: compare_layers_data(),
-}
-
-if __name__ == "__main__":
-    for example, make in EXAMPLES.items():
-        write_report(Path(sys.argv[1]) / f"{example}.html", make())
+def plan_data():
+    """Return the result of a check that ran nothing because the plan is wrong."""
+    data = check_data(layers=2, passes=1) | {"ok": False, "cells": [], "blamed": None, "passes": []}
+    plan = data["plan"]
+    plan["ffn_ranges"] = [*plan["ffn_ranges"][:2], (770, 1152), *plan["ffn_ranges"][3:]]
+    plan["wrong"] = [["ffn", 2], ["model.layers.*.mlp.up_proj.weight", 2]]
+    plan["kv_head_ranges"] = [*plan["kv_head_ranges"][:2], (1, 2), *plan["kv_head_ranges"][3:]]
+    verdict = "first wrong step: the plan, rank 2: ffn 770 to 1152, expected to begin at 768"
+    problems = ["plan, rank 2: tensor model.layers.0.mlp.up_proj.weight: 768 to 1152, expected (770, 1152)"]
+    return data | {"verdict": verdict, "problems": problems}

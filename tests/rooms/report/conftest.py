@@ -35,6 +35,7 @@ HARNESS = """<!doctype html><meta charset="utf-8">
 HELPERS = """
   const one = selector => page.querySelector(selector), text = selector => one(selector).textContent;
   const all = selector => [...page.querySelectorAll(selector)], count = selector => all(selector).length;
+  const at = name => all('#map td.cell').find(td => td.getAttribute('aria-label').startsWith(`${name}: `));
   const send = (target, Kind, type, more) => target.dispatchEvent(new Kind(type, { bubbles: true, ...more }));
   const press = key => send(page.activeElement, view.KeyboardEvent, 'keydown', { key });
   const colour = selector => view.getComputedStyle(one(selector)).backgroundColor;

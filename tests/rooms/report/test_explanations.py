@@ -3,31 +3,34 @@
 import re
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 from chromium import needs_chromium
-from paths import ROOT
-from report_data import check_data, compare_layers_data
+from paths import GOLDENS, ROOT
+from report_compare_data import compare_layers_data
+from report_data import check_data
 
-from minitp.comm.base import Comm
-from minitp.kv_cache import KVCache
-from minitp.model import Model
-from minitp.report.steps import EXPLAINED, explain, shape
+from minitp.loading.config import read_config
+from minitp.report.steps import EXPLAINED, LETTERS, explain, shape, source_line
 from minitp.trace import names
 from minitp.util.this_run import command_line, facts
 
 STEPS = names.BEFORE | names.LAYER | names.AFTER
-OWNERS = {"comm": Comm, "KVCache": KVCache, "Model": Model}
 
 
 def test_every_step_has_an_explanation():
-    assert EXPLAINED.keys() == STEPS.keys()
+    assert EXPLAINED.keys() == LETTERS.keys() >= STEPS.keys()
     for operation, formula, sentence in EXPLAINED.values():
         assert formula
         assert re.fullmatch(r"[A-Z].*[.]", sentence)
-        owner, name = operation.split(".")
-        assert callable(getattr(OWNERS.get(owner) or import_module(f"minitp.{owner}"), name)), operation
+        path, line = source_line(operation).split(":")
+        lines = (ROOT / path).read_text().split("\n")[int(line) - 1 : int(line) + 2]
+        assert f"def {operation.partition('.')[2]}(" in " ".join(lines)
+
+
+def test_an_operation_that_a_test_has_replaced_has_no_source(monkeypatch):
+    monkeypatch.setattr("minitp.ops.softmax", lambda xp, scores: scores)
+    assert source_line.__wrapped__("ops.softmax") == ""
 
 
 def test_shapes_are_those_of_one_rank_or_of_the_whole():
@@ -35,25 +38,41 @@ def test_shapes_are_those_of_one_rank_or_of_the_whole():
     assert shape("attn.context") == "[T, H_r·d]"
     assert shape("attn.out_partial") == "[T, D]"
     assert (shape("logits_partial"), shape("logits")) == ("[T, V_r]", "[T, V]")
-    assert explain(["attn.k_cache", "foreign"], per_rank=False) == {
-        "attn.k_cache": ["[K, S, d]", *EXPLAINED["attn.k_cache"][1::-1], EXPLAINED["attn.k_cache"][2]]
-    }
+    operation, formula, sentence = EXPLAINED["attn.k_cache"]
+    expected = ["[K, S, d]", formula, operation, sentence, source_line(operation)]
+    assert explain(["attn.k_cache", "foreign"], per_rank=False) == {"attn.k_cache": expected}
 
 
-class Family:
-    """A config of a family that differs in everything."""
+@pytest.mark.parametrize(
+    ("golden", "step", "formula", "operation"),
+    [
+        ("llama2", "attn.norm", EXPLAINED["attn.norm"][1], "ops.rms_norm"),
+        ("llama2", "attn.out", "Σ_r out_partial_r", "comm.all_reduce"),
+        ("llama2", "attn.scores", EXPLAINED["attn.scores"][1], "ops.attention_scores"),
+        ("llama-bias", "attn.out", "Σ_r out_partial_r + bias", "comm.all_reduce"),
+        ("gemma2", "final_norm", "x / √(mean(x²) + eps) · (1 + w)", "ops.rms_norm_plus_one"),
+        ("gemma2", "mlp.act", "gelu(gate) · up", "ops.geglu"),
+        ("gemma2", "mlp.residual", "x + post_norm", "Model._all_reduce_and_add"),
+        ("granite", "logits_partial", "final_norm W_lm_head,r / 8", "ops.logits_partial"),
+        ("mixtral", "attn.out_partial", "context_r W_o,r", "ops.row_parallel"),
+        ("mixtral", "mlp.experts", "silu(norm W_gate,r) · norm W_up,r", "moe.experts_act"),
+        ("qwen2", "attn.q", "norm W_q,r + b_q,r", "ops.column_parallel"),
+        ("qwen3", "attn.q_rope", "q_norm cos θ + rotate_half(q_norm) sin θ", "ops.apply_rope"),
+    ],
+)
+def test_families_have_their_own_formulas(golden, step, formula, operation):
+    _, found, by, _, _ = explain(STEPS, read_config(GOLDENS / golden))[step]
+    assert (found, by) == (formula, operation)
 
-    norm_plus_one, hidden_act, num_local_experts = True, "gelu", 8
 
-
-def test_families_have_their_own_operations():
-    found = {step: operation for step, (_, _, operation, _) in explain(STEPS, Family).items()}
-    assert found["attn.norm"] == found["final_norm"] == "ops.rms_norm_plus_one"
-    assert found["mlp.act"] == "ops.geglu"
-    assert (found["attn.out_partial"], found["mlp.out_partial"]) == (
-        "ops.row_parallel",
-        "moe.experts_partial",
-    )
+def test_multipliers_and_caps_are_in_the_formulas():
+    gemma, granite = (explain(STEPS, read_config(GOLDENS / name)) for name in ("gemma2", "granite"))
+    assert re.fullmatch(r"\d+ · tanh\(\(q · k .*\) / \d+\), and −∞ where masked", gemma["attn.scores"][1])
+    assert re.fullmatch(r"\d+ · tanh\(\(final_norm W_lm_head,r\) / \d+\)", gemma["logits_partial"][1])
+    assert re.fullmatch(r"[\d.]+ · E\[token\] if .*", granite["embed_partial"][1])
+    assert re.fullmatch(r"x \+ [\d.]+ · out", granite["attn.residual"][1])
+    smollm3 = explain(STEPS, read_config(GOLDENS / "smollm3"))["attn.k_rope"][3]
+    assert re.search(r"Layers without RoPE, where θ is 0: \d+", smollm3)
 
 
 @needs_chromium
@@ -61,17 +80,21 @@ def test_a_step_is_explained_where_it_is_pointed_at_and_where_it_is_selected(dri
     script = """
       const seen = { selected: text('#detail'), collapsed: text('.sentence') };
       const hover = target => send(target, view.PointerEvent, 'pointermove', { pointerType: 'mouse' });
-      hover(one('[data-row="4"][data-col="10"]')); seen.cell = text('#tip');
+      hover(at('layers.2.attn.scores')); seen.cell = text('#tip');
+      hover(at('weights/model.layers.2.self_attn.q_proj.weight')); seen.tensor = text('#tip');
       hover(one('th[data-step="attn.probs"]')); seen.heading = text('#tip');
       hover(one('#layer [data-step="mlp.act"]')); seen.box = text('#tip');
       return seen;"""
     (seen,) = drive(script, check_data(layers=5, passes=2, fault=(1, 3, "attn.k_cache", 2)))
     for part in (EXPLAINED["attn.k_cache"][2], "[earlier keys, k_rope]", "[K_r, S, d]", "KVCache.append"):
         assert part in seen["selected"]
-    scores = [EXPLAINED["attn.scores"][2], EXPLAINED["attn.scores"][1], "[H_r, T, S]  ops.attention_scores"]
-    assert seen["cell"].split("\n")[-3:] == scores
-    assert seen["heading"].split("\n")[::3] == ["attn.probs", "[H_r, T, S]  ops.softmax"]
-    assert seen["box"].split("\n")[-1] == "[T, F_r]  ops.swiglu"
+    operation, formula, sentence = EXPLAINED["attn.scores"]
+    lines = [sentence, formula, f"[H_r, T, S]  {operation}  {source_line(operation)}"]
+    assert seen["cell"].split("\n")[-3:] == lines
+    assert "[576, 576]  Loader.load  minitp/loading/weights.py:" in seen["tensor"]
+    line = f"[H_r, T, S]  ops.softmax  {source_line('ops.softmax')}"
+    assert seen["heading"].split("\n")[::3] == ["attn.probs", line]
+    assert seen["box"].split("\n")[-1] == f"[T, F_r]  ops.swiglu  {source_line('ops.swiglu')}"
 
 
 @needs_chromium
@@ -80,7 +103,8 @@ def test_the_drawing_of_a_layer_follows_the_selection(drive):
       const boxes = kind => all(`#layer [data-step]${kind}`).map(box => box.dataset.step);
       const seen = { boxes: boxes(''), meets: all('#layer text.meets').map(bar => bar.textContent),
         now: boxes('.now'), wrong: boxes('.wrong'), pieces: count('#layer [data-step="attn.q"] .piece') };
-      one('[data-row="3"][data-col="3"]').click(); seen.moved = [boxes('.now'), boxes('.wrong')];
+      at('layers.1.attn.v').click(); seen.moved = [boxes('.now'), boxes('.wrong')];
+      at('weights/model.layers.1.mlp.down_proj.weight').click(); seen.reader = boxes('.now');
       send(one('#layer [data-step="mlp.up"]'), view.MouseEvent, 'click'); seen.clicked = text('#detail h2');
       send(one('#layer [data-step="logits"]'), view.MouseEvent, 'click'); seen.after = text('#detail h2');
       return seen;"""
@@ -91,6 +115,7 @@ def test_the_drawing_of_a_layer_follows_the_selection(drive):
     assert seen["now"] == seen["wrong"] == ["attn.k_cache"]
     assert seen["pieces"] == 4
     assert seen["moved"] == [["attn.v"], []]  # layer 1 has no wrong step
+    assert seen["reader"] == ["mlp.out_partial"]  # the step that reads the tensor
     assert (seen["clicked"], seen["after"]) == ("decode.1/layers.1.mlp.up", "decode.1/logits")
 
 
@@ -103,8 +128,7 @@ def test_only_a_share_near_the_bound_has_a_warm_color(drive):
             cell["local"] = {"relative": shares[cell["step"]], "bound": 1}
     script = """
       const steps = %s, seen = {};
-      const heads = all('th[data-step]').map(head => head.dataset.step);
-      const tint = step => colour(`[data-row="2"][data-col="${heads.indexOf(step)}"]`);
+      const tint = step => view.getComputedStyle(at(`layers.0.${step}`)).backgroundColor;
       for (const step of steps) seen[step] = tint(step);
       one('[value=total]').click(); seen.total = tint('mlp.residual');
       return seen;"""
@@ -163,12 +187,15 @@ def test_the_report_as_markdown(drive):
     failed, passed = drive(script, data, check_data(layers=2))
     text = failed["copied"]
     assert text.startswith("### minitp check: smollm2 on 4 ranks\n\n**Failed**: first wrong step: decode.1/")
-    assert "| command | minitp check 'The capital of France is' --tp 4 --report check.html |" in text
+    assert "\n```sh\nminitp check 'The capital of France is' --tp 4 --report check.html\n```\n" in text
     assert "| prompt | a \\| b \\`c\\` |" in text
-    note = data["cells"][data["blamed"]]["note"]
-    assert re.search(
-        rf"\n\| decode.1/layers.3.attn.k\\_cache \| rank 2 \| 0.31 \| 4.0e-7 \| .* \| {note} \|\n", text
-    )
+    blamed = data["cells"][data["blamed"]]
+    assert f"\n`decode.1/layers.3.attn.k_cache`, layer 3, rank 2, sharded\n\n{blamed['note']}\n" in text
+    assert "\n| local | 0.31 | 4.0e-7 | 0.93 | 1.2e-5 |\n| total |" in text
+    index, value, expected = blamed["worst"][0]
+    row = re.search(rf"\n\| {index[0]}, {index[1]}, {index[2]} \| (\S+) \| (\S+) \| ", text)
+    assert [float(number) for number in row.groups()] == pytest.approx([value, expected])
+    assert re.search(r"\n\| 2 \| 0.31 \| 0.\d+ \| wrong \|\n\| 3 \| .* \| within bounds \|\n", text)
     assert "**Passed**" in passed["copied"]
     assert "wrong step" not in passed["copied"]
 
@@ -181,11 +208,12 @@ def test_on_a_phone_the_numbers_are_a_sheet_that_opens_and_closes(drive):
       one('.fold').click(); seen.open = height();
       seen.inside = one('#detail').getBoundingClientRect().bottom <= view.innerHeight;
       seen.expanded = one('.fold').getAttribute('aria-expanded');
-      one('[data-row="3"][data-col="3"]').click(); seen.kept = height() > 100;
+      at('layers.1.attn.v').click(); seen.kept = height() > 100;
       one('.fold').click(); seen.folded = height();
       one('.close').click(); seen.closed = height();
-      one('[data-row="3"][data-col="4"]').click(); seen.again = height();
+      at('layers.1.attn.k').click(); seen.again = height();
       seen.hint = !one('#tensors-hint').hidden;
+      seen.run = one('#run').open;
       return seen;"""
     data = check_data(layers=5, passes=2, fault=(1, 3, "attn.k_cache", 2))
     (phone,) = drive(script, data, width=400)
@@ -196,18 +224,22 @@ def test_on_a_phone_the_numbers_are_a_sheet_that_opens_and_closes(drive):
     (desk,) = drive(script.replace("one('.close').click();", ""), data)
     assert desk["start"] == desk["open"] > 300
     assert not desk["hint"]
+    assert (phone["run"], desk["run"]) == (False, True)  # the facts are folded, too
 
 
 @needs_chromium
 def test_with_few_layers_the_growth_stands_next_to_the_map(drive):
     script = """return { inside: one('#left').contains(one('#growth svg')), said: text('#diagnosis'),
+        note: text('#detail .note'),
         big: parseFloat(view.getComputedStyle(one('#diagnosis')).fontSize) };"""
     few, many = compare_layers_data(layers=7), compare_layers_data(layers=12)
     sentence = "position t of B is position t - 1 of A: shifted by one"
-    few["cells"][few["blamed"]]["note"] = sentence
+    few["cells"][few["blamed"]]["note"] = f"B is [T, K*d]; {sentence}"
+    few["diagnosis"] = sentence
     short, long = drive(script, few, many)
     assert (short["inside"], long["inside"]) == (True, False)
     assert short["said"] == sentence
+    assert short["note"] == "B is [T, K*d]"  # the diagnosis is not repeated
     assert short["big"] > 18
 
 
@@ -237,7 +269,7 @@ def test_a_page_of_the_command_has_the_facts_and_names_its_documentation(tmp_pat
     text = page.read_text()
     values = {"command": "minitp " + " ".join(argv), "machine": "", "minitp": "", "date": "20"}
     assert all(f'["{name}","{value}' in text for name, value in values.items())
-    assert '"explained":{"embed' in text
+    assert re.search(r'"explained":\{"(tokens|embed)"', text)
     assert f"docs/{command}.md" in text
     assert (ROOT / f"docs/{command}.md").exists()
 

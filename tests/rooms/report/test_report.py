@@ -9,13 +9,8 @@ import re
 import numpy as np
 import pytest
 from chromium import needs_chromium
-from report_data import (
-    HOSTILE,
-    check_data,
-    compare_data,
-    compare_layers_data,
-    foreign_names,
-)
+from report_compare_data import compare_data, compare_layers_data, foreign_names
+from report_data import HOSTILE, check_data
 
 from minitp.errors import InputError
 from minitp.report.page import render, write_report
@@ -56,8 +51,8 @@ def test_every_step_is_drawn_and_the_blamed_one_is_named(drive):
     for page, data in zip(pages, (failing, ok, one, nine, missing, foreign), strict=True):
         assert page["error"] is None
         assert page["ready"]
-        wide = len(data["before"]) + len(data["after"])
-        assert page["cells"] == wide + data["layers"] * len(data["steps"])
+        wide = len(data["before"]) + len(data["after"]) + len(data.get("beside", {}))
+        assert page["cells"] == wide + data["layers"] * len([*data.get("weights", []), *data["steps"]])
         assert page["verdict"] == ("Passed" if data["ok"] else "Failed") + data["verdict"]
         assert page["title"] == data["title"]
         assert page["selected"] == 1
@@ -80,7 +75,8 @@ def test_every_step_is_drawn_and_the_blamed_one_is_named(drive):
         sum(not cell["ok"] for cell in missing["cells"]),
         1,
     ]
-    assert [page["thumbs"] for page in pages] == [2 * 5, 3 * 5, 0, 3 * 10, 2, 0]
+    # a line for all passes, one for the weights, and one for each pass
+    assert [page["thumbs"] for page in pages] == [4 * 5, 5 * 5, 0, 5 * 10, 3, 0]
     assert [page["none"] for page in pages] == [0, 0, 0, 0, 12 * 4 + 2, 0]
 
 
@@ -105,7 +101,8 @@ def test_nothing_is_wider_than_a_phone(drive):
 @needs_chromium
 def test_keys_clicks_and_the_pointer(drive):
     data = check_data(layers=5, passes=2, fault=(1, 3, "attn.k_cache", 2))
-    data["cells"][7] |= {"ok": False}  # prefill, embed, rank 3: a second wrong step
+    second = next(cell for cell in data["cells"] if (cell["step"], cell["rank"]) == ("embed", 3))
+    second["ok"], second["total"]["relative"] = False, 0.9  # in prefill
     script = """
       const seen = {}, name = () => text('#detail h2');
       one('#map [aria-selected]').focus();
@@ -114,14 +111,17 @@ def test_keys_clicks_and_the_pointer(drive):
       seen.focus = page.activeElement === one('#map [aria-selected]');
       for (let i = 0; i < 9; i++) press('ArrowUp');
       seen.top = name();
-      one('[data-row="4"][data-col="3"]').click(); seen.click = name();
+      at('embed_partial').click(); press('ArrowLeft'); seen.tensor = name();
+      press('ArrowRight'); seen.back = name();
+      at('layers.2.attn.v').click(); seen.click = name();
       seen.ranks = count('#detail td button');
       one('#detail td button').click(); seen.rank = text('.tags');
-      one('.thumbs button').click(); seen.pass = name();
+      const thumbs = label => all('.thumbs button').find(thumb => thumb.title.startsWith(label));
+      thumbs('prefill worst').click(); seen.pass = name(); seen.shown = text('#shown');
       seen.pressed = count('.thumbs [aria-pressed=true]');
       seen.worst = count('#map td.bad');
-      const local = colour('#map td[data-row="4"]');
-      one('[value=total]').click(); seen.recoloured = local !== colour('#map td[data-row="4"]');
+      const tint = () => view.getComputedStyle(at('layers.2.attn.q')).backgroundColor, local = tint();
+      one('[value=total]').click(); seen.recoloured = local !== tint();
       seen.marked = count('#map td.marked');
       all('.steps button')[1].click(); seen.next = `${name()} ${text('.tags')}`;
       seen.last = all('.steps button').map(button => button.disabled);
@@ -130,7 +130,7 @@ def test_keys_clicks_and_the_pointer(drive):
       one('#theme').click(); const dark = colour('body');
       one('#theme').click(); seen.themes = [light !== dark, light === colour('body')];
       all('.steps button')[1].click();
-      send(one('#map td[data-row="5"]'), view.PointerEvent, 'pointermove', { pointerType: 'mouse' });
+      send(at('layers.3.attn.norm'), view.PointerEvent, 'pointermove', { pointerType: 'mouse' });
       seen.tip = [one('#tip').hidden, text('#tip').split('\\n')[0]];
       send(one('#map table'), view.PointerEvent, 'pointerleave'); seen.left = one('#tip').hidden;
       seen.error = state().error;
@@ -140,11 +140,14 @@ def test_keys_clicks_and_the_pointer(drive):
         "right": "decode.1/layers.3.attn.v_cache",
         "down": "decode.1/layers.4.attn.v_cache",
         "focus": True,
-        "top": "decode.1/embed_partial",
+        "top": f"decode.1/{next(iter(steps.BEFORE))}",
+        "tensor": "weights/model.embed_tokens.weight",
+        "back": "decode.1/embed_partial",
         "click": "decode.1/layers.2.attn.v",
         "ranks": 4,
         "rank": "✓ within boundsrank 0sharded",
         "pass": "prefill/layers.2.attn.v",
+        "shown": "Shown: prefill, the worst of all ranks.",
         "pressed": 1,
         "worst": 1,
         "recoloured": True,
@@ -157,35 +160,6 @@ def test_keys_clicks_and_the_pointer(drive):
         "left": True,
         "error": None,
     }
-
-
-@needs_chromium
-def test_the_plan_is_drawn(drive):
-    data = check_data(layers=2, passes=1)
-    broken = check_data(layers=2, passes=1)
-    broken["plan"]["kv_head_ranges"][2] = (1, 2)  # query head 6 of rank 2 reads KV head 2
-    script = """return { error: state().error, boxes: count('#drawing .box'), reads: count('#drawing .reads'),
-        lost: count('#drawing .lost'), copies: count('#drawing .twice'), said: text('#copies'),
-        rows: count('#tensors tbody tr'), table: text('#tensors'), lines: count('#growth .curve') };"""
-    right, wrong = drive(script, data, broken)
-    assert right["error"] is None
-    # 9 query heads, 5 KV heads since two are held twice, and 4 parts of the FFN, the vocabulary and the bytes
-    assert (right["boxes"], right["reads"], right["lost"], right["copies"]) == (9 + 5 + 3 * 4, 9, 0, 2)
-    assert "1 on ranks 1, 2; 2 on ranks 2, 3." in right["said"]
-    assert right["rows"] == 11
-    assert "192:320" in right["table"]
-    assert right["lines"] == 1
-    assert (wrong["error"], wrong["lost"], wrong["copies"]) == (None, 1, 1)
-
-
-@needs_chromium
-def test_a_plan_that_fails_before_anything_runs(drive):
-    data = check_data(layers=2, passes=1) | {"ok": False, "verdict": "the plan is wrong", "cells": []}
-    data |= {"problems": ["rank 2: query head 5 reads KV head 1", "two"], "passes": [], "plan": None}
-    (page,) = drive("return { ...state(), shown: page.body.innerText };", data)
-    assert (page["error"], page["ready"], page["cells"]) == (None, True, 0)
-    assert "query head 5 reads KV head 1" in page["shown"]
-    assert "Every step" not in page["shown"]
 
 
 @needs_chromium
@@ -265,9 +239,14 @@ def test_numpy_numbers_nan_and_infinities_are_packed():
 
 def test_cells_lie_where_their_steps_are():
     data = check_data(tp=1, layers=2, passes=1)
-    places = [tuple(cell[1:3]) for cell in json_of(render(data))["cells"]]
-    n = len(steps.LAYER)
-    assert places == [(0, 0), (1, 0), *((2 + i, j) for i in (0, 1) for j in range(n)), (4, 0), (5, 0), (6, 0)]
+    places = [(tuple(cell[:3])) for cell in json_of(render(data))["cells"]]
+    tensors, n, before = 9, len(steps.LAYER), len(steps.BEFORE)
+    embed = list(steps.BEFORE).index("embed_partial")
+    weights = [(None, embed, 0), (None, before + 2, 0)]  # next to embed_partial and to final_norm
+    weights += [(None, before + i, j) for j in range(tensors) for i in (0, 1)]
+    wide = [(0, row, tensors) for row in range(before)]
+    inner = [(0, before + i, tensors + j) for i in (0, 1) for j in range(n)]
+    assert places == weights + wide + inner + [(0, before + 2 + row, tensors) for row in range(3)]
 
 
 @pytest.mark.parametrize("place", [{"step": "attn.queue"}, {"layer": None}])
