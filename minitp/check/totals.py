@@ -17,9 +17,10 @@ Because errors of either sign add up by chance, two runs with errors of the same
 totals that differ by a small factor, which SAFETY covers.
 
 The bound takes errors to be small: that twice the error in has twice the error out. If it exceeds LARGEST,
-the step and all later ones of its sequence have no bound. Neither have those after a router has chosen
-another expert than the oracle, which is right if two experts are equally good up to rounding, and makes a
-large difference.
+the step and all later ones of its sequence have no bound. Neither have those after the scores of attention,
+if a score may have an error above LARGEST, which the softmax makes a factor of the probability; nor those
+after a router has chosen another expert than the oracle, which is right if two experts are equally good up
+to rounding, and makes a large difference.
 """
 
 import numpy as np
@@ -54,7 +55,7 @@ class Totals:
         self.reference, self.comm, self.recording, self.kinds = reference, comm, recording, kinds
         self.dtype, self.kv_dtype = dtype, kv_dtype
         self._so_far = {}  # group of sequences -> the largest L, e / u, and error of the cache's dtype so far
-        self._unbounded = set()  # sequences in which a router has chosen another expert
+        self._unbounded = set()  # groups of sequences whose errors may no longer be small
 
     def measure(self, findings, recorded, progress):
         """Enter total errors into `findings`; rank 0 runs the oracle while the other ranks wait.
@@ -137,6 +138,9 @@ class Totals:
         bound = float(SAFETY * (allowed * growth + cache))
         if group not in self._unbounded and bound <= LARGEST:
             finding.total_bound = bound
+        largest = np.max(np.abs(exact), where=np.isfinite(exact), initial=0.0)
+        if finding.step == "attn.scores" and bound * largest > LARGEST:
+            self._unbounded.add(group)  # the softmax multiplies a probability by e^(error of the score)
 
     def _flipped(self, router, exact):
         experts = self.reference.experts_per_token

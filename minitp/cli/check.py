@@ -48,7 +48,8 @@ class CheckCommand(OnRanks):
             "--prompt-tokens",
             type=int,
             metavar="N",
-            help="start from N random token ids instead of PROMPT; some faults show only at later positions",
+            help="start from N random token ids instead of PROMPT, because some faults show only at later "
+            "positions (default: PROMPT or --tokens)",
         )
         add_decode(parser, default=2)
         group = parser.groups["steps"]
