@@ -105,7 +105,7 @@ def test_a_wrong_rank_is_named_and_the_exit_code_is_1(uneven, tmp_path):
     assert verdict.startswith(blame)
     assert verdict.endswith("it must be exact")
     assert report == f"report: {page}"
-    assert "weights/model.layers.1.mlp.down_proj.weight, rank 2" in page.read_text()
+    assert "weights/model.layers.1.mlp.down_proj.weight, layer 1, rank 2" in page.read_text()
     wrong = [line for line in out.splitlines() if line.startswith(("weights/", "prefill/", "decode."))]
     assert len(wrong) == 1, out  # no later step is blamed
 
