@@ -56,7 +56,14 @@ def linear(x, weight, bias=None, dtype=None, sums=IN_FLOAT32):
         lowp[:, out] = rounded(sums.matmul(x_lp, w.T) + b.astype(np.float32), dtype or x_lp.dtype)
         scale[:, out] = squares @ np.square(w.T, dtype=np.float64) + np.square(b, dtype=np.float64)
     terms = weight.shape[1]
-    return Expected(value, lowp, np.sqrt(scale), terms=terms, blocks=sums.blocks(terms)).of(inputs)
+    return Expected(value, lowp, scale_of_sum(value, scale), terms=terms, blocks=sums.blocks(terms)).of(
+        inputs
+    )
+
+
+def scale_of_sum(value, squares):
+    """Return c for sums with these values, from the sums of the squares of their terms; any shape."""
+    return np.sqrt(squares + np.square(value))
 
 
 def rope(x, positions, inverse_frequencies, factor):
@@ -147,7 +154,8 @@ def scores(q, k, mask, root, cap=None, sums=IN_FLOAT32):
     dots = sums.matmul(q, k.transpose(0, 2, 1))  # [H_r, T, S]
     lowp = np.where(mask, dots / root, -np.inf)  # [H_r, T, S]
     squares = np.matmul(np.square(q, dtype=np.float64), np.square(k, dtype=np.float64).transpose(0, 2, 1))
-    scale = np.sqrt(squares) / root  # [H_r, T, S]
+    unmasked = np.where(mask, value, 0) * float(root)  # [H_r, T, S]
+    scale = scale_of_sum(unmasked, squares) / root  # [H_r, T, S]
     terms = q.shape[-1]
     return Expected(value, lowp.astype(np.float64), scale, terms=terms, blocks=sums.blocks(terms))
 
@@ -175,7 +183,7 @@ def context(probs, v):
     value = oracle_ops.context(probs, v)  # [T, H_r * d]
     lowp = np.concatenate(IN_FLOAT32.matmul(probs_lp.astype(v.dtype), v), axis=-1)  # [T, H_r * d]
     squares = np.matmul(np.square(probs, dtype=np.float64), np.square(v, dtype=np.float64))  # [H_r, T, d]
-    scale = np.sqrt(np.concatenate(squares, axis=-1))  # [T, H_r * d]
+    scale = scale_of_sum(value, np.concatenate(squares, axis=-1))  # [T, H_r * d]
     return Expected(value, rounded(lowp, v.dtype), scale, terms=v.shape[1]).of(inputs)
 
 
@@ -229,24 +237,33 @@ def _experts_linear(x, chosen, weights):
     return Expected(value, lowp, scale, terms=x.shape[1])
 
 
-def experts_sum(acts, chosen, router_weights, downs):
-    """Return the Expected of the experts' weighted sum: acts [T, X, F_r], weights [T, E] -> [T, D].
+def experts_sum(acts, router, per_token, downs):
+    """Return the Expected of the experts' weighted sum: acts [T, X, F_r], router [T, E] -> [T, D].
 
-    `chosen` is bool [T, E], and the router's weights are float64. `downs` has a matrix [D, F_r] for each
-    expert.
+    The router's logits determine each token's X = `per_token` experts and their weights. `downs` has a matrix
+    [D, F_r] for each expert.
     """
+    chosen = oracle_ops.choose_experts(router, per_token)  # [T, E]
+    router_weights = oracle_ops.route(router, per_token)  # [T, E]
+    r = np.where(chosen, router.astype(np.float32), -np.inf)  # [T, E]
+    r -= r.max(axis=-1, keepdims=True)
+    weights_lp = np.exp(r) / np.exp(r).sum(axis=-1, keepdims=True)  # [T, E]
     shape = (len(acts), len(downs[0]))
     value, lowp, squares = np.zeros(shape), np.zeros(shape, np.float32), np.zeros(shape)  # [T, D] each
     nth = np.cumsum(chosen, axis=1) - 1  # [T, E]
     for expert, w in enumerate(downs):
         rows = np.flatnonzero(chosen[:, expert])  # [n]
         act, weight = acts[rows, nth[rows, expert]], router_weights[rows, expert, None]  # [n, F_r], [n, 1]
-        value[rows] += weight * oracle_ops.linear(act, w)
-        lowp[rows] += weight.astype(np.float32) * IN_FLOAT32.matmul(act, w.T)
+        y = oracle_ops.linear(act, w)  # [n, D]
+        value[rows] += weight * y
+        lowp[rows] += weights_lp[rows, expert, None] * IN_FLOAT32.matmul(act, w.T)
         terms = np.square(act, dtype=np.float64) @ np.square(w.T, dtype=np.float64)  # [n, D]
-        squares[rows] += np.square(weight) * terms
+        # The relative rounding error of a weight is that of a softmax, and the whole row has it in common.
+        of_weight = 1 - r[rows, expert, None].astype(np.float64)  # [n, 1]
+        squares[rows] += np.square(weight) * (terms + np.square(of_weight * y))
     terms = acts.shape[1] * acts.shape[2]
-    return Expected(value, rounded(lowp, acts.dtype), np.sqrt(squares), terms=terms)
+    scale = scale_of_sum(value, squares)  # [T, D]
+    return Expected(value, rounded(lowp, acts.dtype), scale, terms=terms, common=(-1,))
 
 
 def total(parts, bias=None):
@@ -263,7 +280,7 @@ def total(parts, bias=None):
     lowp = rounded(sum(part.astype(np.float32) for part in lowps), dtype)  # [T, D]
     if bias is not None:
         lowp = rounded(lowp.astype(np.float32) + bias.astype(np.float32), dtype)  # [T, D]
-    scale = np.sqrt(sum(np.square(term, dtype=np.float64) for term in terms))  # [T, D]
+    scale = scale_of_sum(value, sum(np.square(term, dtype=np.float64) for term in terms))  # [T, D]
     return Expected(value, lowp, scale, terms=len(terms)).of(*inputs)
 
 

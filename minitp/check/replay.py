@@ -140,9 +140,8 @@ class Replay:
         parts = {n: [w(f"experts.{e}.w{n}.weight") for e in range(len(gate))] for n in (1, 2, 3)}
         per_token = self.reference.experts_per_token
         chosen = oracle_ops.choose_experts(s("router"), per_token)  # [T, E]
-        shares = oracle_ops.route(s("router"), per_token)  # [T, E]
         yield "mlp.experts", expected.experts_act(s("norm"), chosen, parts[1], parts[3]), None
-        yield "mlp.out_partial", expected.experts_sum(s("experts"), chosen, shares, parts[2]), None
+        yield "mlp.out_partial", expected.experts_sum(s("experts"), s("router"), per_token, parts[2]), None
 
     def after(self, pass_):
         """Yield the expected values of the last norm and of the logits, if the pass has any."""

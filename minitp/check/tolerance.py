@@ -6,7 +6,8 @@ The shapes, the dtypes and the positions of NaN and infinite entries are compare
     x   the array that the rank recorded
     y   the expected value: the oracle's operation, in float64, on the inputs that the rank recorded
     r   the low-precision reference: the same formula with sums in float32, rounded to the dtype of x
-    c   the scale, a number per element: the root of the sum of the squares of the terms that are added up
+    c   the scale, a number per element: the root of the sum of the squares of the result and of the terms
+        that are added up
     m   the number of terms in a sum
     b   the number of blocks in which a tensor core adds these terms; 0 on a CPU
     n   the number of samples: elements whose errors are independent
@@ -38,14 +39,14 @@ A worked example, a product of four terms in float16 (u = 4.9e-4). W is rounded 
 
     y = [1.69934, 1.04980, -1.05035]             ||y|| = 2.257
     r = [1.69922, 1.04980, -1.05078]             ||r - y|| = 4.4e-4
-    c = [3.058, 1.277, 1.433]                    ||c|| = 3.610; 3.058^2 = 0.3^2 + 1.4^2 + 0.1^2 + 2.7^2
-    m = 4, b = 0, s = 9.8e-4, n = 1.8            n < 3: the first element is larger than the other two
+    c = [3.498, 1.653, 1.777]                    ||c|| = 4.258; c_0^2 = 1.7^2 + 0.3^2 + 1.4^2 + 0.1^2 + 2.7^2
+    m = 4, b = 0, s = 9.8e-4, n = 2.0            n < 3: the first element is larger than the other two
 
-    relative bound: (2 * 4.4e-4 + 9.8e-4 * 3.610 / sqrt(1.8)) / 2.257 = 1.6e-3
+    relative bound: (2 * 4.4e-4 + 9.8e-4 * 4.258 / sqrt(2.0)) / 2.257 = 1.7e-3
 
 An engine that rounds every partial sum to float16 gets [1.69824, 1.04980, -1.05078]. Its relative error is
-5.2e-4, a third of the bound. An engine that leaves out the smallest term of the first element, 0.1, gets
-1.59961 there. Its relative error is 4.4e-2, which is 28 times the bound.
+5.2e-4, 31% of the bound. An engine that leaves out the smallest term of the first element, 0.1, gets
+1.59961 there. Its relative error is 4.4e-2, which is 26 times the bound.
 
 A fused kernel does not record its inner steps. An input that it does not record is a NotRecorded: y and r
 each use their own value of it, so 2 ||r - y|| includes the roundings in between. Its errors vary by chance,

@@ -17,10 +17,11 @@ Because errors of either sign add up by chance, two runs with errors of the same
 totals that differ by a small factor, which SAFETY covers.
 
 The bound takes errors to be small: that twice the error in has twice the error out. If it exceeds LARGEST,
-the step and all later ones of its sequence have no bound. Neither have those after the scores of attention,
-if a score may have an error above LARGEST, which the softmax makes a factor of the probability; nor those
-after a router has chosen another expert than the oracle, which is right if two experts are equally good up
-to rounding, and makes a large difference.
+the step and all later ones of its sequence have no bound. The softmax turns an error of a score into a
+factor of the probability. Scores of equal tokens have equal errors in the rounded run, which cancel there. So
+the bound times the largest score is added to the bounds of all later steps, and if it exceeds LARGEST, they
+have none. Neither have those after a router has chosen another expert than the oracle, which is right if two
+experts are equally good up to rounding, and makes a large difference.
 """
 
 import numpy as np
@@ -138,9 +139,12 @@ class Totals:
         bound = float(SAFETY * (allowed * growth + cache))
         if group not in self._unbounded and bound <= LARGEST:
             finding.total_bound = bound
-        largest = np.max(np.abs(exact), where=np.isfinite(exact), initial=0.0)
-        if finding.step == "attn.scores" and bound * largest > LARGEST:
-            self._unbounded.add(group)  # the softmax multiplies a probability by e^(error of the score)
+        if finding.step == "attn.scores":  # the softmax multiplies a probability by e^(error of the score)
+            largest = np.max(np.abs(exact), where=np.isfinite(exact), initial=0.0)
+            factor = SAFETY * allowed * growth * largest
+            self._so_far[group] = allowed, growth, max(cache, factor / SAFETY)
+            if factor > LARGEST:
+                self._unbounded.add(group)
 
     def _flipped(self, router, exact):
         experts = self.reference.experts_per_token

@@ -1,5 +1,7 @@
 """Tests of the runs that `check` makes: chunks, batches, caches of a smaller dtype, and total errors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from check_models import MODELS, PROMPT, SHAPE, blame, write_models
@@ -142,7 +144,8 @@ def test_a_rank_that_forgets_the_length_of_a_reused_prefix_is_blamed(models, mon
 
     def one_short(engine, batch, recording):
         if engine.model.comm.rank == 1:
-            batch.started = [(number, table, max(0, length - 1)) for number, table, length in batch.started]
+            started = [(number, table, max(0, length - 1)) for number, table, length in batch.started]
+            batch = replace(batch, started=started)
         return forward(engine, batch, recording)
 
     monkeypatch.setattr(Engine, "_forward", one_short)
@@ -189,9 +192,9 @@ def test_a_wrong_total_error_is_never_silent(models, monkeypatch):
 
 def test_total_errors_have_useful_bounds(models):
     """The bound leaves room for rounding errors, and little more: a fault changes a result by 10% or more."""
-    for dtype, most in (("float32", 1e-4), ("float16", 0.3)):
+    for dtype, most, step in (("float32", 1e-3, None), ("float16", 0.02, "embed")):
         result = check(models["biased"], 2, dtype=dtype, batch=2)
-        bounds = [finding.total_bound for finding in result.findings if finding.total_bound is not None]
+        bounds = [f.total_bound for f in result.findings if f.total_bound and step in (None, f.step)]
         assert 0 < max(bounds) < most
 
 
