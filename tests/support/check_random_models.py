@@ -79,7 +79,7 @@ class Shares:
 
     def __init__(self):
         self.local, self.total = defaultdict(list), defaultdict(list)
-        self.unbounded = 0  # runs in which a router has chosen other experts than the oracle
+        self.unbounded, self.runs = Counter(), Counter()  # by dtype; the logits have no total bound
 
     def add(self, run, result):
         """Add the CheckResult of a Run."""
@@ -91,13 +91,17 @@ class Shares:
             for largest, value in ((local, found.ratio), (total, share)):
                 for group in ("all", run.dtype, run.fields["model_type"], run.weights, found.step):
                     largest[group] = max(largest[group], value)
-        self.unbounded += any(f.step == "logits" and f.total_bound is None for f in result.findings)
+        self.runs[run.dtype] += 1
+        self.unbounded[run.dtype] += any(
+            found.step == "logits" and found.total_bound is None for found in result.findings
+        )
         for all_runs, largest in ((self.local, local), (self.total, total)):
             for group, value in largest.items():
                 all_runs[group].append(value)
 
     def __str__(self):
-        lines = [f"runs with other experts than the oracle's: {self.unbounded}"]
+        unbounded = (f"{dtype} {self.unbounded[dtype]} of {count}" for dtype, count in self.runs.items())
+        lines = [f"runs whose logits have no bound for the total error: {', '.join(unbounded)}"]
         for what, shares in (("local", self.local), ("total", self.total)):
             lines += ["", f"largest share of a {what} bound   runs   median      90%      99%     max"]
             for group, values in shares.items():
