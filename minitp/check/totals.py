@@ -16,12 +16,9 @@ keys and values rounded as in the cache, and the bound is larger by SAFETY times
 Because errors of either sign add up by chance, two runs with errors of the same size may end with
 totals that differ by a small factor, which SAFETY covers.
 
-The bound takes errors to be small: that twice the error in has twice the error out. If it exceeds LARGEST,
-the step and all later ones of its sequence have no bound. The softmax turns an error of a score into a
-factor of the probability. Scores of equal tokens have equal errors in the rounded run, which cancel there. So
-the bound times the largest score is added to the bounds of all later steps, and if it exceeds LARGEST, they
-have none. Neither have those after a router has chosen another expert than the oracle, which is right if two
-experts are equally good up to rounding, and makes a large difference.
+Scores, probabilities and context have no such bound, because a softmax turns an error of a score into a
+factor, up to a choice of another key. Nor has any step after a router has chosen another expert than the
+oracle, which is right if two experts are equally good up to rounding, and makes a large difference.
 """
 
 import numpy as np
@@ -34,7 +31,7 @@ from minitp.trace.names import AFTER, FLOAT32, INTEGERS, full_name, split_name
 from minitp.trace.reference import pass_steps
 
 SAFETY = 8
-LARGEST = 0.5
+SOFTMAX = ("attn.scores", "attn.probs", "attn.context")
 CACHES = ("attn.k_cache", "attn.v_cache")
 
 
@@ -56,7 +53,7 @@ class Totals:
         self.reference, self.comm, self.recording, self.kinds = reference, comm, recording, kinds
         self.dtype, self.kv_dtype = dtype, kv_dtype
         self._so_far = {}  # group of sequences -> the largest L, e / u, and error of the cache's dtype so far
-        self._unbounded = set()  # groups of sequences whose errors may no longer be small
+        self._unbounded = set()  # groups of sequences in which a router has chosen another expert
 
     def measure(self, findings, recorded, progress):
         """Enter total errors into `findings`; rank 0 runs the oracle while the other ranks wait.
@@ -136,15 +133,8 @@ class Totals:
         so_far = self._so_far.get(group, [u, 1.0, 0.0])
         allowed, growth, cache = np.fmax(so_far, [local, rounding / u, *(stored or [0.0])])
         self._so_far[group] = allowed, growth, cache
-        bound = float(SAFETY * (allowed * growth + cache))
-        if group not in self._unbounded and bound <= LARGEST:
-            finding.total_bound = bound
-        if finding.step == "attn.scores":  # the softmax multiplies a probability by e^(error of the score)
-            largest = np.max(np.abs(exact), where=np.isfinite(exact), initial=0.0)
-            factor = SAFETY * allowed * growth * largest
-            self._so_far[group] = allowed, growth, max(cache, factor / SAFETY)
-            if factor > LARGEST:
-                self._unbounded.add(group)
+        if group not in self._unbounded and finding.step not in SOFTMAX:
+            finding.total_bound = float(SAFETY * (allowed * growth + cache))
 
     def _flipped(self, router, exact):
         experts = self.reference.experts_per_token
