@@ -6,6 +6,7 @@ import sys
 from minitp.cli.color import judged
 from minitp.cli.command import OneProcess
 from minitp.cli.options import add_report
+from minitp.compare.heads import ROPE_LAYOUTS
 from minitp.util.format import aligned
 from minitp.util.stdout import write_out
 
@@ -23,13 +24,19 @@ class CompareCommand(OneProcess):
     summary = "compare two traces, from any engine"
     description = (
         "Compare the arrays in B with those in A, step by step. If a step differs by more than the "
-        "tolerance, the exit code is 1, and the last line names the first such step."
+        "tolerance, the exit code is 1, and the last line names the first such step. In 16 bits, a step also "
+        "differs if its error is much larger than rounding and the errors of its inputs explain. Arrays that "
+        "do not fit are listed, and the rest is compared."
     )
     examples = (
         ("minitp compare minitp.safetensors mine.npz", "compare your engine's arrays with a minitp trace"),
         (
             "minitp compare a.safetensors b.npz --map names.json --report difference.html",
             "B uses other names; write a report",
+        ),
+        (
+            "minitp compare minitp.safetensors mine.npz --rope interleaved",
+            "your engine rotates neighboring dimensions, as Meta's code and GGUF files do",
         ),
     )
 
@@ -49,6 +56,12 @@ class CompareCommand(OneProcess):
             metavar="X",
             help="maximum relative error (default: depends on the dtypes in the files)",
         )
+        group.add_argument(
+            "--rope",
+            choices=ROPE_LAYOUTS,
+            help="the RoPE layout of B's heads; interleaved heads are converted to A's half-split layout "
+            "(default: half)",
+        )
         add_report(parser)
 
     def run(self, args):
@@ -65,16 +78,18 @@ class CompareCommand(OneProcess):
             check_output(args.report, ".html")
         pictures = None if args.report is None else Pictures()
         with tqdm(desc="comparing", unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
-            result = compare_files(args.a, args.b, args.map, args.tolerance, bar.update, pictures)
-        said = verdict(result)
+            result = compare_files(args.a, args.b, args.map, args.tolerance, bar.update, pictures, args.rope)
+        said, left_out = verdict(result), left_out_counts(result)
         lines = [
             f"A, the reference: {args.a}",
             f"B:                {args.b}",
             *[f"only in {side}: {count_and_first(names)}" for side, names in names_of_one(result)],
+            *left_out_lines(result),
             *result.remarks,
             "",
             *(failure_lines(result) if result.departing else success_lines(result)),
             "",
+            *([f"{left_out}, see above"] if result.departing and left_out else []),
             judged(said, not result.departing, sys.stdout),
         ]
         write_out("\n".join(lines) + "\n")
@@ -93,6 +108,34 @@ def count_and_first(names):
     """Return the number of names and the first few of them."""
     shown = ", ".join(names[:NAMES_SHOWN]) + (", .." if len(names) > NAMES_SHOWN else "")
     return f"{len(names)} ({shown})"
+
+
+def left_out_lines(result):
+    """Return a line for each array that was not compared, or only in part; one line for alike arrays."""
+    lines = []
+    for title, steps, text_of in (
+        ("not compared", result.not_compared, str),
+        ("compared in part", result.partial, lambda step: f"{step.name}: {step.rest}"),
+    ):
+        groups = {}
+        for step in steps:
+            text = text_of(step)
+            groups.setdefault(text.replace(step.name, without_numbers(step.name)), []).append(text)
+        for general, texts in groups.items():
+            alike = f" ({len(texts)} arrays)" if len(texts) > 1 else ""
+            lines.append(f"{title}: {general if alike else texts[0]}{alike}")
+    return lines
+
+
+def left_out_counts(result):
+    """Return the numbers of common arrays that were not compared, and only in part, or the empty string."""
+    compared = (f"{len(result.not_compared)} not compared", f"{len(result.partial)} compared only in part")
+    return ", ".join(text for text in compared if not text.startswith("0 "))
+
+
+def without_numbers(name):
+    """Return a step's name with a * for each number."""
+    return re.sub(r"\d+", "*", name)
 
 
 def failure_lines(result):
@@ -117,12 +160,25 @@ def verdict(result):
     """Return the last line: the tolerance that all steps meet, or the first step that does not."""
     if not result.departing:
         count, others = len(result.steps), sum(step.layout != "" for step in result.steps)
-        what = f"all {count} common steps" if count > 1 else "the one common step"
+        same_nan, left_out = sum(step.both_nan > 0 for step in result.steps), left_out_counts(result)
+        what = f"{'all ' if not result.not_compared else ''}{count} common steps"
+        if count == 1:
+            what = "the one common step" if not result.not_compared else "1 common step"
         laid_out = f", {others} of them in another layout" if others else ""
-        return f"{what} within {result.tolerance:g} ({result.why}){laid_out}"
+        nan = f", {same_nan} of them with NaN in both files" if same_nan else ""
+        left_out = f"; {left_out}" if left_out else ""
+        return f"{what} within {result.tolerance:g} ({result.why}){laid_out}{nan}{left_out}"
     step = result.departing[0]
-    error = f"relative error {step.relative:.2g} (tolerance {step.tolerance:g})"
-    where = f"largest difference at {list(step.index)}: {step.a_value:.6g} in A, {step.b_value:.6g} in B"
+    a, b = (shown(value, 6, step.exact) for value in (step.a_value, step.b_value))
+    if step.exact:
+        error, where = "integers must be equal", f"first difference at {list(step.index)}: {a} in A, {b} in B"
+    else:
+        error = f"relative error {step.relative:.2g} (tolerance {step.tolerance:g})"
+        if step.relative <= step.tolerance:
+            error = (
+                f"relative error {step.relative:.2g}, within the tolerance of {step.tolerance:g}, but a jump"
+            )
+        where = f"largest difference at {list(step.index)}: {a} in A, {b} in B"
     note = f" ({step.note})" if step.note else ""
     return f"first differing step: {step.name}: {error}; {where}{note}"
 
@@ -131,7 +187,7 @@ def success_lines(result):
     """Return the table for a success: the worst of each step and layout over all layers and passes."""
     groups = {}
     for step in result.steps:
-        groups.setdefault((re.sub(r"\d+", "*", step.name), step.layout), []).append(step)
+        groups.setdefault((without_numbers(step.name), step.layout, step.rest), []).append(step)
     worst = [max(steps, key=lambda step: step.relative) for steps in groups.values()]
     return ["The worst of each step over layers and passes:", *table(worst)]
 
@@ -144,10 +200,16 @@ def table(steps):
         note = step.note if len(step.note) <= NOTE_WIDTH else ""
         values = ("", "", "")
         if step.absolute > 0:
-            values = (str(list(step.index)), f"{step.a_value:.5g}", f"{step.b_value:.5g}")
+            found = (shown(value, 5, step.exact) for value in (step.a_value, step.b_value))
+            values = (str(list(step.index)), *found)
         rows.append((mark, step.name, f"{step.relative:.1e}", *values, note))
     lines = aligned(rows, "<<><>><")
     for place, step in reversed(list(enumerate(steps, start=2))):
         if len(step.note) > NOTE_WIDTH:
             lines.insert(place, f"     {step.note}")
     return lines
+
+
+def shown(value, digits, exact):
+    """Return a number as text, with this number of significant digits unless it is an exact integer."""
+    return f"{value:.0f}" if exact else f"{value:.{digits}g}"
