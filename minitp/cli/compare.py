@@ -111,20 +111,22 @@ def count_and_first(names):
 
 
 def left_out_lines(result):
-    """Return a line for each array that was not compared, or only in part; one line for alike arrays."""
-    lines = []
-    for title, steps, text_of in (
-        ("not compared", result.not_compared, str),
-        ("compared in part", result.partial, lambda step: f"{step.name}: {step.rest}"),
-    ):
-        groups = {}
-        for step in steps:
-            text = text_of(step)
-            groups.setdefault(text.replace(step.name, without_numbers(step.name)), []).append(text)
-        for general, texts in groups.items():
-            alike = f" ({len(texts)} arrays)" if len(texts) > 1 else ""
-            lines.append(f"{title}: {general if alike else texts[0]}{alike}")
-    return lines
+    """Return a line for each array that was not compared, or only in part; one line for similar arrays."""
+    names, rests = {}, {}
+    for array in result.not_compared:
+        names.setdefault(str(array).replace(array.name, without_numbers(array.name)), []).append(array)
+    for step in result.partial:
+        rests.setdefault(step.rest, []).append(step.name)
+    return [
+        *[
+            f"not compared: {arrays[0] if len(arrays) == 1 else f'{len(arrays)} arrays {text}'}"
+            for text, arrays in names.items()
+        ],
+        *[
+            f"compared in part: {names[0] if len(names) == 1 else count_and_first(names)}: {rest}"
+            for rest, names in rests.items()
+        ],
+    ]
 
 
 def left_out_counts(result):
@@ -175,9 +177,7 @@ def verdict(result):
     else:
         error = f"relative error {step.relative:.2g} (tolerance {step.tolerance:g})"
         if step.relative <= step.tolerance:
-            error = (
-                f"relative error {step.relative:.2g}, within the tolerance of {step.tolerance:g}, but a jump"
-            )
+            error += ", too large for its inputs"
         where = f"largest difference at {list(step.index)}: {a} in A, {b} in B"
     note = f" ({step.note})" if step.note else ""
     return f"first differing step: {step.name}: {error}; {where}{note}"
@@ -195,9 +195,11 @@ def success_lines(result):
 def table(steps):
     """Return a line for each step, and a separate line for a long note about its cause."""
     rows = [("", "step", "error", "differs most at", "A", "B", "note")]
+    # The rest of an array that is compared in part is described above the table.
+    notes = {step.name: step.note.replace(step.rest, "in part") if step.rest else step.note for step in steps}
     for step in steps:
         mark = "!" if step.departs else ""
-        note = step.note if len(step.note) <= NOTE_WIDTH else ""
+        note = notes[step.name] if len(notes[step.name]) <= NOTE_WIDTH else ""
         values = ("", "", "")
         if step.absolute > 0:
             found = (shown(value, 5, step.exact) for value in (step.a_value, step.b_value))
@@ -205,8 +207,8 @@ def table(steps):
         rows.append((mark, step.name, f"{step.relative:.1e}", *values, note))
     lines = aligned(rows, "<<><>><")
     for place, step in reversed(list(enumerate(steps, start=2))):
-        if len(step.note) > NOTE_WIDTH:
-            lines.insert(place, f"     {step.note}")
+        if len(notes[step.name]) > NOTE_WIDTH:
+            lines.insert(place, f"     {notes[step.name]}")
     return lines
 
 

@@ -18,7 +18,7 @@ MUCH_CLOSER = 0.2  # fraction of the error that may remain
 CLOSE = 0.3  # largest relative error that rounding may explain
 
 
-def diagnose(name, letters, a, b, tolerance, metadata=None, rope=None):
+def diagnose(name, letters, a, b, tolerance, metadata=None, name_rope=False):
     """Return a likely cause as text, or the empty string.
 
     Parameters
@@ -33,13 +33,13 @@ def diagnose(name, letters, a, b, tolerance, metadata=None, rope=None):
         The relative error allowed.
     metadata : TraceMetadata or None
         The metadata of A, if it is a trace of minitp.
-    rope : str or None
-        The RoPE layout that the user says B's heads have.
+    name_rope : bool
+        Whether to name the option --rope if it would explain the difference.
     """
     if not (np.isfinite(a).all() and np.isfinite(b).all() and a.any() and b.any()):
         return ""
     tried = [_scaled(a, b), _shifted(letters, a, b), _added(a, b)]
-    tried.append(_interleaved(name, letters, a, b, metadata, rope))
+    tried.append(_interleaved(name, letters, a, b, metadata, name_rope))
     pass_name = split_name(name)[0].rpartition("/")[2]  # without the prefix rank0/
     if metadata and name.endswith(ROTATED) and pass_name in metadata.passes:
         tried.append(_rotated(a, b, metadata, stop=metadata.passes[pass_name][1]))
@@ -64,6 +64,7 @@ def _scaled(a, b):
 def _shifted(letters, a, b):
     """Try a shift by one, along token axes or, if the axes are unknown, along any axis but the last."""
     axes = [i for i in range(a.ndim - 1) if letters is None or letters[i] in "TS"]
+    axes = [0] if letters == ["T"] else axes
     for axis in axes:
         n = a.shape[axis]
         if n < 3:
@@ -81,7 +82,7 @@ def _added(a, b):
         yield f"B is A {'+' if difference > 0 else '-'} {abs(difference):.0f}", a + difference, b
 
 
-def _interleaved(name, letters, a, b, metadata, rope):
+def _interleaved(name, letters, a, b, metadata, name_rope):
     """Try the order of a head's dimensions in the other RoPE layout."""
     if metadata and name.endswith(PROJECTIONS):
         a, b = (by_head(x, metadata.config.head_dim) for x in (a, b))
@@ -89,7 +90,7 @@ def _interleaved(name, letters, a, b, metadata, rope):
         return
     if a.shape[-1] % 2 == 0 and a.shape[-1] > 2:
         text = "each head's dimensions are {} in B and {} in A: the other RoPE layout"
-        way_on = "; --rope interleaved converts them" if rope is None and has_pairs(name) else ""
+        way_on = "; --rope interleaved converts them" if name_rope and has_pairs(name) else ""
         yield text.format("interleaved", "half-split") + way_on, interleaved(a), b
         yield text.format("half-split", "interleaved"), half_split(a), b
 

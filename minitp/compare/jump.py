@@ -65,9 +65,7 @@ class Jump:
 
     @property
     def text(self):
-        """Return a sentence for the note of a step with an error that is too large, or "" for others."""
-        if not self.too_large:
-            return ""
+        """Return a sentence about an error that is too large."""
         error, limit = percent(self.error), f"{self.dtype} explains {percent(self.limit)}"
         if self.inherited is None:
             return f"its error is {error}, of which {limit}"

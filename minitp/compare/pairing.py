@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 from minitp.errors import InputError
 from minitp.loading.config import Config, parse_config, read_json
-from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
+from minitp.trace.names import AFTER, BEFORE, INTEGERS, LAYER, split_name
 from minitp.trace.write import FORMAT
 
 FIRST_PASS = "prefill/"  # the pass of names that have no pass
 MAY_DIFFER = {"dtype", "eos_token_ids", "max_position_embeddings", "num_hidden_layers", "unread"}
 SHOWN = 3  # number of names in an error message
-EXACT = ("tokens", "positions", "block_table")  # steps that are integers, whatever dtype a file gives them
 # Names of passes in the order in which they happen. Other names have the place of `prefill`.
 PASSES = (r"prefill", r"prefill\.(\d+)", r"decode\.(\d+)", r"batch\.(\d+)\.seq(\d+)")
 
@@ -145,8 +144,8 @@ def _order(name):
     name = re.sub(r"^rank\d+/", "", name)
     pass_name, layer, step = split_name(name)
     number = _pass_order(pass_name)
-    if layer is None and step in EXACT:
-        at = -2, EXACT.index(step)
+    if layer is None and step in INTEGERS:
+        at = -2, INTEGERS.index(step)
         return ((-2,), *at) if number == (0,) else (number, *at)
     if name.startswith("weights/"):
         return (-1,), 0, 0

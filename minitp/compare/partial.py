@@ -13,6 +13,7 @@ The values decide which end of the axis, and which sequence of the batch, is com
 
 import math
 from dataclasses import replace
+from itertools import combinations
 
 from minitp.compare.layouts import Layout, layouts
 from minitp.trace.names import AFTER, split_name
@@ -88,18 +89,12 @@ def _sizes(a_shape, b_shape, letters):
         if not all(letter in a for letter in varied):
             continue
         fixed = math.prod(n for letter, n in a.items() if letter not in varied)
-        total = elements // fixed if fixed and elements % fixed == 0 else 0
-        if varied == ("T", "S"):
-            sizes = dict.fromkeys(varied, math.isqrt(total))
-        elif len(varied) == 2:
-            sizes = {"T": 1, VOCABULARY: total}
-        else:
-            sizes = {varied[0]: total}
-        # A merged axis would explain too much, so the size must be that of an axis of B.
-        if math.prod(sizes.values()) == total > 0 and all(n == 1 or n in b_shape for n in sizes.values()):
-            sizes = {letter: n for letter, n in sizes.items() if n != a[letter]}
+        # A merged axis would explain too much, so the sizes must be those of axes of B.
+        for found in combinations((1, *b_shape), len(varied)):
+            sizes = {letter: n for letter, n in zip(varied, found, strict=True) if n != a[letter]}
             # A fraction of the vocabulary is more likely one rank's part of it.
-            if sizes and a.get("V", 0) < 2 * sizes.get(VOCABULARY, math.inf):
+            in_full = a.get(VOCABULARY, 0) < 2 * sizes.get(VOCABULARY, math.inf)
+            if fixed * math.prod(found) == elements > 0 and sizes and in_full:
                 yield sizes
 
 

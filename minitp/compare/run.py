@@ -16,10 +16,10 @@ from minitp.compare.diagnosis import diagnose
 from minitp.compare.files import open_dump
 from minitp.compare.fit import fit, letters_of
 from minitp.compare.jump import JumpRule
-from minitp.compare.pairing import EXACT, exclusions, match, read_map, read_metadata
+from minitp.compare.pairing import exclusions, match, read_map, read_metadata
 from minitp.compare.result import Comparison, StepDifference
 from minitp.errors import InputError
-from minitp.trace.names import split_name
+from minitp.trace.names import INTEGERS, split_name
 
 # The relative errors allowed, by the coarsest floating-point dtype; see docs/compare.md for measurements.
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -81,11 +81,12 @@ def compare_files(
         both = layout.both(*arrays)
         if layout.has_all_of_a:
             layout_of[name] = layout
-            step = _with_jump(step, rule and rule.judge(name, *both), is_first=not departing)
+            step = _with_jump(step, rule and rule.judge(name, *both), departing)
         if step.departs and departing < DIAGNOSED:
             known = metadata if layout.has_all_of_a else None  # it has the positions of A's array
             cause = rule.cause(name, *both, step.jumps) if rule and known else ""
-            cause = cause or diagnose(name, letters_of(name), *both, step.tolerance, known, rope)
+            way_on = rope is None and not departing
+            cause = cause or diagnose(name, letters_of(name), *both, step.tolerance, known, way_on)
             step = replace(step, note=_joined(step.note, cause))
         departing += step.departs
         if pictures is not None:
@@ -114,7 +115,7 @@ def _tolerance(given, a, b, pairs):
 
 def _is_exact(name, a, b):
     """Return whether the arrays, two file entries, must be equal: integers, token ids and positions."""
-    return "float" not in a.dtype or split_name(name)[2] in EXACT
+    return "float" not in a.dtype or split_name(name)[2] in INTEGERS
 
 
 def _step(name, partner, a, b, layouts, tolerance, exact):
@@ -151,14 +152,17 @@ def _first_differing(a, b):
     return [(tuple(index), float(b[tuple(index)]), float(a[tuple(index)])) for index in places]
 
 
-def _with_jump(step, jump, is_first):
-    """Add the judgement of the step's error by those of its inputs, a Jump or None."""
+def _with_jump(step, jump, departing):
+    """Add the judgement of the step's error by those of its inputs, a Jump or None.
+
+    `departing` is the number of steps before it that depart.
+    """
     if jump is None:
         return step
+    explained = "the errors of its inputs explain it" if step.departs and not departing else ""
     if jump.too_large:
-        return replace(step, jumps=True, note=_joined(step.note, jump.text))
-    explained = "the errors of its inputs explain it" if step.departs and is_first else ""
-    return replace(step, note=_joined(step.note, explained))
+        explained = "" if step.departs else jump.text
+    return replace(step, jumps=jump.too_large, note=_joined(step.note, explained))
 
 
 def _masked_alike(name, a, b):

@@ -73,6 +73,66 @@ def test_order_of_the_passes(two):
     assert [step.name for step in result.departing] == names[::-1]
 
 
+def test_order_of_chunks_and_batches(two):
+    passes = [
+        "batch.2.seq10",
+        "decode.1",
+        "prefill.10",
+        "batch.2.seq9",
+        "prefill.2",
+        "batch.1.seq11",
+        "prefill",
+    ]
+    content = {f"{name}/embed": np.ones(3, np.float32) for name in passes}
+    found = [step.name.partition("/")[0] for step in two(content, content).steps]
+    assert found == [
+        *("prefill", "prefill.2", "prefill.10", "decode.1"),
+        *("batch.1.seq11", "batch.2.seq9", "batch.2.seq10"),
+    ]
+
+
+def test_tokens_and_positions_are_the_first_to_be_named(two):
+    """Check that tokens of a later pass come first only there, because they follow from earlier passes."""
+    names = ["decode.1/embed", "decode.1/tokens", "weights/w", "prefill/embed", "prefill/positions"]
+    names.append("prefill/tokens")
+    a = {name: np.arange(3) if name.endswith(("ens", "ons")) else np.ones(3) for name in names}
+    found = [step.name for step in two(a, {name: 1 + array for name, array in a.items()}).departing]
+    assert found == [
+        *("prefill/tokens", "prefill/positions", "weights/w", "prefill/embed"),
+        *("decode.1/tokens", "decode.1/embed"),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.float32])
+def test_integers_must_be_equal(two, tmp_path, capsys, dtype):
+    """Check that a wrong token departs although its relative error is small, also if B has it as a float."""
+    a = {"prefill/tokens": np.arange(128000, 128100), "prefill/embed": np.ones((100, 4), ml_dtypes.bfloat16)}
+    b = a | {"prefill/tokens": a["prefill/tokens"].astype(dtype)}
+    assert two(a, b, tolerance=0.5).departing == []
+    b["prefill/tokens"][[40, 70]] += np.array([1, 30], dtype)
+    for tolerance in (None, 0.5):
+        (step,) = two(a, b, tolerance=tolerance).departing
+        assert step.relative < 1e-4
+        assert step.worst == (((40,), 128040, 128041), ((70,), 128070, 128100))
+    paths = write(tmp_path / "a.safetensors", a), write(tmp_path / "b.safetensors", b)
+    code, out = command(capsys, *paths)
+    assert code == 1
+    assert out.splitlines()[-1] == (
+        "first differing step: prefill/tokens: integers must be equal; "
+        "first difference at [40]: 128040 in A, 128041 in B"
+    )
+
+
+def test_shifted_integers_have_a_cause(two):
+    a = np.arange(5)
+    assert two({"prefill/positions": a}, {"prefill/positions": a + 1}).steps[0].note == "B is A + 1"
+    ids = rng().integers(0, 300, 12)
+    step = two({"prefill/tokens": ids[1:]}, {"prefill/tokens": ids[:-1]}).steps[0]
+    assert step.note == "position t of B is position t - 1 of A: shifted by one"
+    step = two({"prefill/tokens": ids}, {"prefill/tokens": ids // 2 * 2}).steps[0]
+    assert step.note == "", "16-bit numbers are no cause of a difference of integers"
+
+
 def test_names_in_only_one_file(tmp_path, capsys):
     a, b = arrays(), arrays()
     del a["prefill/embed"], b[TRACE.format(1, "attn.q")], b[TRACE.format(1, "mlp.out")]
@@ -440,10 +500,18 @@ def test_masks_of_large_numbers_do_not_hide_the_scores(two, mask):
     assert wrong[0].relative == pytest.approx(7, rel=1e-5)
 
 
-def test_nan_in_both_is_reported(two):
+def test_nan_in_both_is_reported(two, tmp_path, capsys):
     a = arrays(layers=1)
     a["prefill/embed"][2, 3] = np.nan
-    assert two(a, a).steps[0].note == "1 NaN in both"
+    result = two(a, a)
+    assert result.steps[0].note == "1 NaN in both"
+    remark = "prefill/embed has NaN at the same places in A and B; these count as equal, so check A first"
+    assert result.remarks == (remark,)
+    path = write(tmp_path / "a.npz", a)
+    code, out = command(capsys, path, path)
+    assert code == 0
+    assert remark in out.splitlines()
+    assert out.splitlines()[-1].endswith("within 0.0001 (for float32), 1 of them with NaN in both files")
 
 
 def test_empty_arrays_are_in_the_report(tmp_path, capsys):
