@@ -38,7 +38,7 @@ def diagnose(name, letters, a, b, tolerance, metadata=None, name_rope=False):
     """
     if not (np.isfinite(a).all() and np.isfinite(b).all() and a.any() and b.any()):
         return ""
-    tried = [_scaled(a, b), _shifted(letters, a, b), _added(a, b)]
+    tried = [_scaled(a, b), _added(a, b), _shifted(letters, a, b)]
     tried.append(_interleaved(name, letters, a, b, metadata, name_rope))
     pass_name = split_name(name)[0].rpartition("/")[2]  # without the prefix rank0/
     if metadata and name.endswith(ROTATED) and pass_name in metadata.passes:
