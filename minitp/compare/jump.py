@@ -106,7 +106,7 @@ class JumpRule:
         size = np.linalg.norm(a[finite])
         recomputed = self.steps.recompute(name, b_inputs, a_inputs, a)
         if recomputed is None:
-            error = np.linalg.norm((b - a)[finite]) / size if size else 0.0
+            error = float(np.linalg.norm(b[finite] - a[finite]) / size) if size else 0.0
             inherited = _row_error(name, a, names, a_inputs, b_inputs)
             limit = GAIN * (1 + 2 / max(1, a.size) ** 0.5) * inherited + ROUNDINGS * u
             return Jump(inherited, None, limit, error, self.dtype) if np.isfinite(limit) else None
@@ -116,8 +116,9 @@ class JumpRule:
         limit = u * (ROUNDINGS + SCORE_ROUNDINGS * spread / expected) if expected else np.inf
         if not size or not np.isfinite(limit):
             return None
-        error, inherited = (np.linalg.norm((x - a)[finite]) / size for x in (b, value))
-        added = np.linalg.norm((b - value)[finite]) / expected
+        a, b, value = a[finite], b[finite], value[finite]
+        error, inherited = (float(np.linalg.norm(x - a) / size) for x in (b, value))
+        added = float(np.linalg.norm(b - value) / expected)
         return Jump(inherited if names else None, added, limit, error, self.dtype)
 
     def cause(self, name, a, b, jumps):

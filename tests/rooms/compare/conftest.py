@@ -39,6 +39,8 @@ def traces(tmp_path_factory):
     write_tiny(directory / "model")
     write_tiny(directory / "theta", rope_theta=20000.0)
     write_tiny(directory / "seed", seed=1)
+    qwen3 = dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=8, attention_bias=True)
+    write_tiny(directory / "qwen3", **qwen3)
     made = {}
 
     def make(*options, tokens="5,6,7,8,9", model="model"):
