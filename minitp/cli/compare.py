@@ -1,18 +1,16 @@
 """`minitp compare`: compare two traces, from any engine."""
 
-import re
 import sys
 
 from minitp.cli.color import judged
 from minitp.cli.command import OneProcess
 from minitp.cli.options import add_report
-from minitp.compare.heads import ROPE_LAYOUTS
+from minitp.compare.result import count_and_first, without_numbers
 from minitp.util.format import aligned
 from minitp.util.stdout import write_out
 
 BEFORE_FIRST, AFTER_FIRST = 3, 6  # number of steps to show before and from the first that differs
 WORST = 10  # number of steps in the table of the worst
-NAMES_SHOWN = 3
 NOTE_WIDTH = 30  # a longer note gets its own line
 
 
@@ -54,11 +52,12 @@ class CompareCommand(OneProcess):
             "--tolerance",
             type=float,
             metavar="X",
-            help="maximum relative error (default: depends on the dtypes in the files)",
+            help="maximum relative error; if given, nothing else counts (default: depends on the dtypes "
+            "in the files)",
         )
         group.add_argument(
             "--rope",
-            choices=ROPE_LAYOUTS,
+            choices=("interleaved", "half"),
             help="the RoPE layout of B's heads; interleaved heads are converted to A's half-split layout "
             "(default: half)",
         )
@@ -84,7 +83,7 @@ class CompareCommand(OneProcess):
             f"A, the reference: {args.a}",
             f"B:                {args.b}",
             *[f"only in {side}: {count_and_first(names)}" for side, names in names_of_one(result)],
-            *left_out_lines(result),
+            *result.left_out,
             *result.remarks,
             "",
             *(failure_lines(result) if result.departing else success_lines(result)),
@@ -104,40 +103,10 @@ def names_of_one(result):
     return [(side, names) for side, names in (("A", result.only_a), ("B", result.only_b)) if names]
 
 
-def count_and_first(names):
-    """Return the number of names and the first few of them."""
-    shown = ", ".join(names[:NAMES_SHOWN]) + (", .." if len(names) > NAMES_SHOWN else "")
-    return f"{len(names)} ({shown})"
-
-
-def left_out_lines(result):
-    """Return a line for each array that was not compared, or only in part; one line for similar arrays."""
-    names, rests = {}, {}
-    for array in result.not_compared:
-        names.setdefault(str(array).replace(array.name, without_numbers(array.name)), []).append(array)
-    for step in result.partial:
-        rests.setdefault(step.rest, []).append(step.name)
-    return [
-        *[
-            f"not compared: {arrays[0] if len(arrays) == 1 else f'{len(arrays)} arrays {text}'}"
-            for text, arrays in names.items()
-        ],
-        *[
-            f"compared in part: {names[0] if len(names) == 1 else count_and_first(names)}: {rest}"
-            for rest, names in rests.items()
-        ],
-    ]
-
-
 def left_out_counts(result):
     """Return the numbers of common arrays that were not compared, and only in part, or the empty string."""
     compared = (f"{len(result.not_compared)} not compared", f"{len(result.partial)} compared only in part")
     return ", ".join(text for text in compared if not text.startswith("0 "))
-
-
-def without_numbers(name):
-    """Return a step's name with a * for each number."""
-    return re.sub(r"\d+", "*", name)
 
 
 def failure_lines(result):

@@ -9,7 +9,6 @@ import numpy as np
 
 from minitp.trace.names import ATTENTION, split_name
 
-ROPE_LAYOUTS = ("interleaved", "half")  # values of --rope
 HEADS = [f"attn.{part}{step}" for part in "qk" for step in ("", "_norm", "_rope", "_cache")]
 HEADS = {step for step in HEADS if step in ATTENTION}  # [n, T, d], or [K, S, d]
 PROJECTIONS = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")  # [n * d, D], [n * d]

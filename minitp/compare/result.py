@@ -1,6 +1,9 @@
 """The result of a comparison: the difference of each step, and the steps that were left out."""
 
+import re
 from dataclasses import dataclass, field
+
+NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -100,3 +103,30 @@ class Comparison:
     def partial(self):
         """Return the steps that were compared only in part."""
         return [step for step in self.steps if step.rest]
+
+    @property
+    def left_out(self):
+        """Return a line for each array that was not compared, or only in part; similar arrays share one."""
+        shapes, rests, lines = {}, {}, []
+        for array in self.not_compared:
+            shapes.setdefault(str(array).replace(array.name, without_numbers(array.name)), []).append(array)
+        for step in self.partial:
+            rests.setdefault(step.rest, []).append(step.name)
+        for text, arrays in shapes.items():
+            alike = f"{len(arrays)} arrays {text}"
+            lines.append(f"not compared: {arrays[0] if len(arrays) == 1 else alike}")
+        for rest, names in rests.items():
+            which = names[0] if len(names) == 1 else count_and_first(names)
+            lines.append(f"compared in part: {which}: {rest}")
+        return lines
+
+
+def count_and_first(names):
+    """Return the number of names and the first few of them, as text."""
+    shown = ", ".join(names[:NAMES_SHOWN]) + (", .." if len(names) > NAMES_SHOWN else "")
+    return f"{len(names)} ({shown})"
+
+
+def without_numbers(name):
+    """Return a step's name with a * for each number."""
+    return re.sub(r"\d+", "*", name)

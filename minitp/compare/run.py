@@ -46,7 +46,7 @@ def compare_files(
     pictures : Pictures or None
         Object to which a picture of each pair is added.
     rope : str or None
-        The RoPE layout of B's heads, one of heads.ROPE_LAYOUTS; interleaved heads are converted.
+        The RoPE layout of B's heads, `interleaved` or `half`; interleaved heads are converted.
 
     Raises
     ------

@@ -10,11 +10,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from minitp.comm.threads import run_threads
+from minitp.compare.inputs import INPUTS, STREAM
 from minitp.compare.run import compare_files
 from minitp.device import open_device
 from minitp.load import load_model
 from minitp.loading.source import open_model
 from minitp.oracle import ops
+from minitp.trace.names import AFTER, BEFORE, LAYER
 from minitp.trace.record import passes_of, wanted_steps
 from minitp.trace.reference import open_oracle
 from minitp.trace.write import write_oracle_trace, write_trace
@@ -43,6 +45,15 @@ def trace(path, model, tp, dtype, steps=None):
 
 def jumps(result):
     return [(step.name, step.note) for step in result.steps if step.jumps]
+
+
+def test_the_table_of_inputs_has_every_step():
+    not_judged = {"tokens", "positions", "embed_partial", "mlp.experts"}
+    assert INPUTS.keys() == (BEFORE | LAYER | AFTER).keys() - not_judged
+    steps = list(BEFORE | LAYER | AFTER)
+    for step, choices in INPUTS.items():
+        for name in {name for choice in choices for name in choice} - {STREAM}:
+            assert steps.index(name) < steps.index(step)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
