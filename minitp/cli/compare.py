@@ -6,7 +6,7 @@ from minitp.cli.color import judged
 from minitp.cli.command import OneProcess
 from minitp.cli.options import add_report
 from minitp.compare.result import count_and_first, without_numbers
-from minitp.util.format import aligned
+from minitp.util.format import aligned, counted
 from minitp.util.stdout import write_out
 
 BEFORE_FIRST, AFTER_FIRST = 3, 6  # number of steps to show before and from the first that differs
@@ -130,15 +130,19 @@ def failure_lines(result):
 def verdict(result):
     """Return the last line: the tolerance that all steps meet, or the first step that does not."""
     if not result.departing:
-        count, others = len(result.steps), sum(step.layout != "" for step in result.steps)
-        same_nan, left_out = sum(step.both_nan > 0 for step in result.steps), left_out_counts(result)
-        what = f"{'all ' if not result.not_compared else ''}{count} common steps"
-        if count == 1:
-            what = "the one common step" if not result.not_compared else "1 common step"
-        laid_out = f", {others} of them in another layout" if others else ""
-        nan = f", {same_nan} of them with NaN in both files" if same_nan else ""
-        left_out = f"; {left_out}" if left_out else ""
-        return f"{what} within {result.tolerance:g} ({result.why}){laid_out}{nan}{left_out}"
+        count, left_out = len(result.steps), left_out_counts(result)
+        what = f"all {count} common steps" if count > 1 else "the one common step"
+        what = counted(count, "common step") if result.not_compared else what
+        explained = [step for step in result.steps if step.relative > result.tolerance]
+        largest = max((step.tolerance for step in explained), default=0)
+        special = (
+            (len(explained), f"up to {largest:g} as their inputs explain"),
+            (sum(step.layout != "" for step in result.steps), "in another layout"),
+            (sum(step.both_nan > 0 for step in result.steps), "with NaN in both files"),
+        )
+        parts = [f"{what} within {result.tolerance:g} ({result.why})"]
+        parts += [f"{number} of them {text}" for number, text in special if number]
+        return ", ".join(parts) + (f"; {left_out}" if left_out else "")
     step = result.departing[0]
     a, b = (shown(value, 6, step.exact) for value in (step.a_value, step.b_value))
     if step.exact:

@@ -15,7 +15,12 @@ a weight matrix must not have much more error than its input:
     ||B - A|| / ||A||  <=  8 (1 + 2 / sqrt(n)) e + 4 u
 
 e is the relative error of the input, averaged over the tokens with the squared norms of the product's rows as
-weights, and n is the number of elements. docs/compare.md has the measurements from which the factors follow.
+weights, and n is the number of elements. Of logits, the mean of each row is subtracted first, because an
+error that all logits share may be much larger, and does not change a probability.
+
+On the other hand, the errors of a right run may add up to more than the tolerance. Its inputs *explain* a
+step that meets the first bound, or the second with the factor 3 in place of 8, and then its error may be
+LENIENCE times the tolerance. docs/compare.md has the measurements from which the factors follow.
 """
 
 from dataclasses import dataclass
@@ -29,7 +34,10 @@ from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
 
 ROUNDINGS = 4  # roundings of a step, each of which has at most the relative error u
 SCORE_ROUNDINGS = 2  # roundings of the scores before the softmax
-GAIN = 8  # factor by which a product with a weight matrix may multiply the error of its input
+LOGITS = ("logits_partial", "logits")  # [T, V]
+GAIN = 8  # largest factor by which a product with a weight matrix may multiply the error of its input
+USUAL_GAIN = 3  # largest such factor that is not remarkable
+LENIENCE = 3  # factor of the tolerance for a step whose inputs explain its error
 NEWTON_STEPS = 6
 NEGLIGIBLE = 1e-4  # relative error of a context for which no cause is sought
 MUCH_CLOSER = 0.2  # fraction of the error that may remain if a factor of the scores explains it
@@ -47,10 +55,12 @@ class Jump:
     added : float or None
         ||B - f(B's inputs)|| / ||f||; None for a product, which cannot be recomputed.
     limit : float
-        The largest `added`, or for a product the largest relative error, that rounding explains.
+        The largest `added`, or for a product the largest relative error, of a right run.
     error : float
-        The relative error of the step.
+        The relative error of the step; of logits, without the mean of each row.
     dtype : str
+    usual : float
+        The largest relative error of a product that its input explains.
     """
 
     inherited: float | None
@@ -58,10 +68,16 @@ class Jump:
     limit: float
     error: float
     dtype: str
+    usual: float = 0.0
 
     @property
     def too_large(self):
         return not (self.error if self.added is None else self.added) <= self.limit
+
+    @property
+    def explained(self):
+        """Return whether the errors of the inputs explain that of the step."""
+        return self.error <= self.usual if self.added is None else not self.too_large
 
     @property
     def text(self):
@@ -102,16 +118,11 @@ class JumpRule:
             return None
         u = float(ml_dtypes.finfo(self.dtype).eps) / 2
         a_inputs, b_inputs = zip(*map(self.read, names), strict=True) if names else ((), ())
-        finite = np.isfinite(a) & np.isfinite(b)
-        size = np.linalg.norm(a[finite])
         recomputed = self.steps.recompute(name, b_inputs, a_inputs, a)
         if recomputed is None:
-            error = float(np.linalg.norm(b[finite] - a[finite]) / size) if size else 0.0
-            inherited = _row_error(name, a, names, a_inputs, b_inputs)
-            limit = GAIN * (1 + 2 / max(1, a.size) ** 0.5) * inherited + ROUNDINGS * u
-            return Jump(inherited, None, limit, error, self.dtype) if np.isfinite(limit) else None
+            return self._judge_product(name, a, b, names, a_inputs, b_inputs, u)
         value, spread = recomputed
-        finite &= np.isfinite(value)
+        finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(value)
         size, expected = np.linalg.norm(a[finite]), np.linalg.norm(value[finite])
         limit = u * (ROUNDINGS + SCORE_ROUNDINGS * spread / expected) if expected else np.inf
         if not size or not np.isfinite(limit):
@@ -120,6 +131,18 @@ class JumpRule:
         error, inherited = (float(np.linalg.norm(x - a) / size) for x in (b, value))
         added = float(np.linalg.norm(b - value) / expected)
         return Jump(inherited if names else None, added, limit, error, self.dtype)
+
+    def _judge_product(self, name, a, b, names, a_inputs, b_inputs, u):
+        """Return the Jump of a product with a weight matrix, or None for arrays that are not finite."""
+        if split_name(name)[2] in LOGITS and a.size:
+            a, b = (x - x.mean(axis=-1, keepdims=True) for x in (a, b))  # [T, V] each
+        size = np.linalg.norm(a)
+        inherited = _row_error(name, a, names, a_inputs, b_inputs)
+        if not size or not np.isfinite([inherited, np.linalg.norm(b)]).all():
+            return None
+        by_chance = 1 + 2 / a.size**0.5  # a few numbers may be small by chance
+        limit, usual = (gain * by_chance * inherited + ROUNDINGS * u for gain in (GAIN, USUAL_GAIN))
+        return Jump(inherited, None, limit, float(np.linalg.norm(b - a) / size), self.dtype, usual)
 
     def cause(self, name, a, b, jumps):
         """Return a likely cause of a difference that the step's inputs show, or the empty string.

@@ -15,7 +15,7 @@ from minitp.check.difference import WORST, difference_of
 from minitp.compare.diagnosis import diagnose
 from minitp.compare.files import open_dump
 from minitp.compare.fit import fit, letters_of
-from minitp.compare.jump import JumpRule
+from minitp.compare.jump import LENIENCE, JumpRule
 from minitp.compare.pairing import exclusions, match, read_map, read_metadata
 from minitp.compare.result import Comparison, StepDifference
 from minitp.errors import InputError
@@ -159,10 +159,13 @@ def _with_jump(step, jump, departing):
     """
     if jump is None:
         return step
-    explained = "the errors of its inputs explain it" if step.departs and not departing else ""
     if jump.too_large:
-        explained = "" if step.departs else jump.text
-    return replace(step, jumps=jump.too_large, note=_joined(step.note, explained))
+        return replace(step, jumps=True, note=_joined(step.note, "" if step.departs else jump.text))
+    if not (jump.explained and step.departs and np.isfinite(step.relative)):
+        return step
+    step = replace(step, tolerance=LENIENCE * step.tolerance)
+    says_so = not (step.departs and departing)  # not for all that follow from the first
+    return replace(step, note=_joined(step.note, "explained by its inputs" if says_so else ""))
 
 
 def _masked_alike(name, a, b):

@@ -22,6 +22,7 @@ from minitp.trace.reference import open_oracle
 from minitp.trace.write import write_oracle_trace, write_trace
 
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
+AT = "prefill/layers.1.{}"
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 TOKENS = [3, 14, 15, 9, 26, 5, 35]
 PASSES = passes_of(len(TOKENS), 1)
@@ -185,17 +186,38 @@ def test_the_verdict_says_why(files, tmp_path, capsys, step):
     assert "recomputed from B's inputs, it differs by " in verdict
 
 
-def test_an_error_that_the_inputs_explain_is_said(files, tmp_path):
-    """Check a step above the tolerance whose input, which cannot be judged, is almost as wrong."""
+@pytest.mark.parametrize(
+    ("norm", "gate", "departing"), [(1.095, 1.11, ""), (1.2, 1.25, "norm"), (1.2, 1.4, "norm gate")]
+)
+def test_an_error_that_the_inputs_explain_may_be_larger(files, tmp_path, capsys, norm, gate, departing):
+    """Check a product above the tolerance whose input, which cannot be judged, is almost as wrong."""
     a, b = files
-    b = {name: array for name, array in b.items() if name != "prefill/layers.0.mlp.residual"}
-    for name, factor in (("norm", 1.095), ("q", 1.11)):
-        name = f"prefill/layers.1.attn.{name}"
-        b[name] = (b[name] * factor).astype(DTYPES["bfloat16"])
+    b = {name: array for name, array in b.items() if name not in map(AT.format, ("attn.residual", "mlp.act"))}
+    for name, factor in (("mlp.norm", norm), ("mlp.gate", gate)):
+        b[AT.format(name)] = (b[AT.format(name)].astype(np.float64) * factor).astype(DTYPES["bfloat16"])
     save_file(b, tmp_path / "b.safetensors")
-    first = compare_files(a, tmp_path / "b.safetensors").departing[0]
-    assert (first.name, first.jumps) == ("prefill/layers.1.attn.q", False)
-    assert first.note.startswith("the errors of its inputs explain it; B is 1.1")
+    result = compare_files(a, tmp_path / "b.safetensors")
+    assert [step.name for step in result.departing] == [
+        AT.format(f"mlp.{name}") for name in departing.split()
+    ]
+    step = next(step for step in result.steps if step.name == AT.format("mlp.gate"))
+    assert step.tolerance == pytest.approx(0.3)
+    assert step.note.startswith("explained by its inputs") == (departing != "norm gate")
+    _, out = command(capsys, a, tmp_path / "b.safetensors")
+    if not departing:
+        assert "(for bfloat16), 1 of them up to 0.3 as their inputs explain" in out.splitlines()[-1]
+
+
+def test_logits_are_judged_without_a_shift_of_each_row(files, tmp_path):
+    """Check that an error which all logits of a row share is explained: it changes no probability."""
+    a, b = files
+    shift = 0.5 * np.sqrt(np.mean(np.square(b["prefill/logits"]), axis=-1, keepdims=True))  # [T, 1]
+    for factor, departs in ((0.4, False), (0.9, True)):
+        logits = (b["prefill/logits"] + factor * shift).astype(np.float32)
+        save_file(b | {"prefill/logits": logits}, tmp_path / "b.safetensors")
+        steps = {step.name: step for step in compare_files(a, tmp_path / "b.safetensors").steps}
+        step = steps["prefill/logits"]
+        assert (step.departs, step.jumps) == (departs, False)
 
 
 def test_other_experts_are_named(tmp_path, files):
