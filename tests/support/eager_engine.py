@@ -1,4 +1,4 @@
-"""Another engine: the oracle with every intermediate rounded to 16 bits, as eager PyTorch code rounds it.
+"""An engine that rounds every intermediate to 16 bits, as eager PyTorch code does: the oracle with roundings.
 
 It also rounds the cosines and sines of RoPE, the scores, the probabilities and the activation, which minitp
 keeps in float32.
@@ -13,7 +13,7 @@ from minitp.trace.reference import open_oracle, oracle_steps
 
 
 class EagerOps:
-    """Replacements of the oracle's operations that round to a dtype; the arrays are float64."""
+    """The oracle's operations with their results rounded to a dtype; the arrays are float64."""
 
     def __init__(self, dtype):
         self.dtype = dtype

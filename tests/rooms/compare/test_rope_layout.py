@@ -19,7 +19,7 @@ HEADS = tuple(f".attn.{part}{step}" for part in "qk" for step in ("", "_norm", "
 
 
 def interleaved(array, head_dim):
-    """Interleave the two halves of each head, whose dimensions are the rows: [n * d, ..] -> [n * d, ..]."""
+    """Put the two halves of each head, whose dimensions are the rows, in turn: [n * d, ..] -> [n * d, ..]."""
     halves = array.reshape(-1, 2, head_dim // 2, *array.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
 
