@@ -1,17 +1,16 @@
 """`minitp compare`: compare two traces, from any engine."""
 
-import re
 import sys
 
 from minitp.cli.color import judged
 from minitp.cli.command import OneProcess
 from minitp.cli.options import add_report
-from minitp.util.format import aligned
+from minitp.compare.result import count_and_first, without_numbers
+from minitp.util.format import aligned, counted
 from minitp.util.stdout import write_out
 
 BEFORE_FIRST, AFTER_FIRST = 3, 6  # number of steps to show before and from the first that differs
 WORST = 10  # number of steps in the table of the worst
-NAMES_SHOWN = 3
 NOTE_WIDTH = 30  # a longer note gets its own line
 
 
@@ -23,13 +22,19 @@ class CompareCommand(OneProcess):
     summary = "compare two traces, from any engine"
     description = (
         "Compare the arrays in B with those in A, step by step. If a step differs by more than the "
-        "tolerance, the exit code is 1, and the last line names the first such step."
+        "tolerance, the exit code is 1, and the last line names the first such step. In 16 bits, a step also "
+        "differs if its error is much larger than rounding and the errors of its inputs explain. Arrays that "
+        "do not fit are listed, and the rest is compared."
     )
     examples = (
         ("minitp compare minitp.safetensors mine.npz", "compare your engine's arrays with a minitp trace"),
         (
             "minitp compare a.safetensors b.npz --map names.json --report difference.html",
             "B uses other names; write a report",
+        ),
+        (
+            "minitp compare minitp.safetensors mine.npz --rope interleaved",
+            "your engine rotates neighboring dimensions, as Meta's code and GGUF files do",
         ),
     )
 
@@ -47,7 +52,14 @@ class CompareCommand(OneProcess):
             "--tolerance",
             type=float,
             metavar="X",
-            help="maximum relative error (default: depends on the dtypes in the files)",
+            help="maximum relative error; if given, nothing else counts (default: depends on the dtypes "
+            "in the files)",
+        )
+        group.add_argument(
+            "--rope",
+            choices=("interleaved", "half"),
+            help="the RoPE layout of B's heads; interleaved heads are converted to A's half-split layout "
+            "(default: half)",
         )
         add_report(parser)
 
@@ -65,16 +77,18 @@ class CompareCommand(OneProcess):
             check_output(args.report, ".html")
         pictures = None if args.report is None else Pictures()
         with tqdm(desc="comparing", unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
-            result = compare_files(args.a, args.b, args.map, args.tolerance, bar.update, pictures)
-        said = verdict(result)
+            result = compare_files(args.a, args.b, args.map, args.tolerance, bar.update, pictures, args.rope)
+        said, left_out = verdict(result), left_out_counts(result)
         lines = [
             f"A, the reference: {args.a}",
             f"B:                {args.b}",
             *[f"only in {side}: {count_and_first(names)}" for side, names in names_of_one(result)],
+            *result.left_out,
             *result.remarks,
             "",
             *(failure_lines(result) if result.departing else success_lines(result)),
             "",
+            *([f"{left_out}, see above"] if result.departing and left_out else []),
             judged(said, not result.departing, sys.stdout),
         ]
         write_out("\n".join(lines) + "\n")
@@ -89,10 +103,10 @@ def names_of_one(result):
     return [(side, names) for side, names in (("A", result.only_a), ("B", result.only_b)) if names]
 
 
-def count_and_first(names):
-    """Return the number of names and the first few of them."""
-    shown = ", ".join(names[:NAMES_SHOWN]) + (", .." if len(names) > NAMES_SHOWN else "")
-    return f"{len(names)} ({shown})"
+def left_out_counts(result):
+    """Return the numbers of common arrays that were not compared, and only in part, or the empty string."""
+    compared = (f"{len(result.not_compared)} not compared", f"{len(result.partial)} compared only in part")
+    return ", ".join(text for text in compared if not text.startswith("0 "))
 
 
 def failure_lines(result):
@@ -116,13 +130,28 @@ def failure_lines(result):
 def verdict(result):
     """Return the last line: the tolerance that all steps meet, or the first step that does not."""
     if not result.departing:
-        count, others = len(result.steps), sum(step.layout != "" for step in result.steps)
+        count, left_out = len(result.steps), left_out_counts(result)
         what = f"all {count} common steps" if count > 1 else "the one common step"
-        laid_out = f", {others} of them in another layout" if others else ""
-        return f"{what} within {result.tolerance:g} ({result.why}){laid_out}"
+        what = counted(count, "common step") if result.not_compared else what
+        explained = [step for step in result.steps if step.relative > result.tolerance]
+        largest = max((step.tolerance for step in explained), default=0)
+        special = (
+            (len(explained), f"up to {largest:g} as their inputs explain"),
+            (sum(step.layout != "" for step in result.steps), "in another layout"),
+            (sum(step.both_nan > 0 for step in result.steps), "with NaN in both files"),
+        )
+        parts = [f"{what} within {result.tolerance:g} ({result.why})"]
+        parts += [f"{number} of them {text}" for number, text in special if number]
+        return ", ".join(parts) + (f"; {left_out}" if left_out else "")
     step = result.departing[0]
-    error = f"relative error {step.relative:.2g} (tolerance {step.tolerance:g})"
-    where = f"largest difference at {list(step.index)}: {step.a_value:.6g} in A, {step.b_value:.6g} in B"
+    a, b = (shown(value, 6, step.exact) for value in (step.a_value, step.b_value))
+    if step.exact:
+        error, where = "integers must be equal", f"first difference at {list(step.index)}: {a} in A, {b} in B"
+    else:
+        error = f"relative error {step.relative:.2g} (tolerance {step.tolerance:g})"
+        if step.relative <= step.tolerance:
+            error += ", too large for its inputs"
+        where = f"largest difference at {list(step.index)}: {a} in A, {b} in B"
     note = f" ({step.note})" if step.note else ""
     return f"first differing step: {step.name}: {error}; {where}{note}"
 
@@ -131,7 +160,7 @@ def success_lines(result):
     """Return the table for a success: the worst of each step and layout over all layers and passes."""
     groups = {}
     for step in result.steps:
-        groups.setdefault((re.sub(r"\d+", "*", step.name), step.layout), []).append(step)
+        groups.setdefault((without_numbers(step.name), step.layout, step.rest), []).append(step)
     worst = [max(steps, key=lambda step: step.relative) for steps in groups.values()]
     return ["The worst of each step over layers and passes:", *table(worst)]
 
@@ -139,15 +168,23 @@ def success_lines(result):
 def table(steps):
     """Return a line for each step, and a separate line for a long note about its cause."""
     rows = [("", "step", "error", "differs most at", "A", "B", "note")]
+    # The rest of an array that is compared in part is described above the table.
+    notes = {step.name: step.note.replace(step.rest, "in part") if step.rest else step.note for step in steps}
     for step in steps:
         mark = "!" if step.departs else ""
-        note = step.note if len(step.note) <= NOTE_WIDTH else ""
+        note = notes[step.name] if len(notes[step.name]) <= NOTE_WIDTH else ""
         values = ("", "", "")
         if step.absolute > 0:
-            values = (str(list(step.index)), f"{step.a_value:.5g}", f"{step.b_value:.5g}")
+            found = (shown(value, 5, step.exact) for value in (step.a_value, step.b_value))
+            values = (str(list(step.index)), *found)
         rows.append((mark, step.name, f"{step.relative:.1e}", *values, note))
     lines = aligned(rows, "<<><>><")
     for place, step in reversed(list(enumerate(steps, start=2))):
-        if len(step.note) > NOTE_WIDTH:
-            lines.insert(place, f"     {step.note}")
+        if len(notes[step.name]) > NOTE_WIDTH:
+            lines.insert(place, f"     {notes[step.name]}")
     return lines
+
+
+def shown(value, digits, exact):
+    """Return a number as text, with this number of significant digits unless it is an exact integer."""
+    return f"{value:.0f}" if exact else f"{value:.{digits}g}"

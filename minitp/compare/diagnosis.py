@@ -9,16 +9,16 @@ from itertools import chain
 import ml_dtypes
 import numpy as np
 
+from minitp.compare.heads import PROJECTIONS, by_head, half_split, has_pairs, interleaved
 from minitp.oracle import ops as oracle_ops
 from minitp.trace.names import split_name
 
 ROTATED = ("attn.q_rope", "attn.k_rope", "attn.k_cache")  # [n, T, d], or [K, S, d]
-PROJECTIONS = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")  # [n * d, D], [n * d]
 MUCH_CLOSER = 0.2  # fraction of the error that may remain
 CLOSE = 0.3  # largest relative error that rounding may explain
 
 
-def diagnose(name, letters, a, b, tolerance, metadata=None):
+def diagnose(name, letters, a, b, tolerance, metadata=None, name_rope=False):
     """Return a likely cause as text, or the empty string.
 
     Parameters
@@ -33,10 +33,13 @@ def diagnose(name, letters, a, b, tolerance, metadata=None):
         The relative error allowed.
     metadata : TraceMetadata or None
         The metadata of A, if it is a trace of minitp.
+    name_rope : bool
+        Whether to name the option --rope if it would explain the difference.
     """
     if not (np.isfinite(a).all() and np.isfinite(b).all() and a.any() and b.any()):
         return ""
-    tried = [_scaled(a, b), _shifted(letters, a, b), _interleaved(name, letters, a, b, metadata)]
+    tried = [_scaled(a, b), _added(a, b), _shifted(letters, a, b)]
+    tried.append(_interleaved(name, letters, a, b, metadata, name_rope))
     pass_name = split_name(name)[0].rpartition("/")[2]  # without the prefix rank0/
     if metadata and name.endswith(ROTATED) and pass_name in metadata.passes:
         tried.append(_rotated(a, b, metadata, stop=metadata.passes[pass_name][1]))
@@ -45,13 +48,15 @@ def diagnose(name, letters, a, b, tolerance, metadata=None):
         left = np.linalg.norm(found - expected)
         if left <= tolerance * np.linalg.norm(expected) and left <= MUCH_CLOSER * error:
             return text
-    return _rounded(a, b) if error <= CLOSE * np.linalg.norm(a) else ""
+    return _rounded(a, b, tolerance) if error <= CLOSE * np.linalg.norm(a) else ""
 
 
 # Each of these functions yields (description, expected array, actual array) for some mistakes.
 
 
 def _scaled(a, b):
+    if a.size < 2:
+        return
     factor = np.vdot(a, b) / np.vdot(a, a)
     yield f"B is {factor:.6g} * A", factor * a, b
 
@@ -59,6 +64,7 @@ def _scaled(a, b):
 def _shifted(letters, a, b):
     """Try a shift by one, along token axes or, if the axes are unknown, along any axis but the last."""
     axes = [i for i in range(a.ndim - 1) if letters is None or letters[i] in "TS"]
+    axes = [0] if letters == ["T"] else axes
     for axis in axes:
         n = a.shape[axis]
         if n < 3:
@@ -69,16 +75,23 @@ def _shifted(letters, a, b):
         yield "position t of B is position t + 1 of A: shifted by one", a_last, b_first
 
 
-def _interleaved(name, letters, a, b, metadata):
+def _added(a, b):
+    """Try a constant that is added to integers, such as the first position."""
+    difference = (b - a).flat[0]
+    if a.size > 1 and difference.is_integer():
+        yield f"B is A {'+' if difference > 0 else '-'} {abs(difference):.0f}", a + difference, b
+
+
+def _interleaved(name, letters, a, b, metadata, name_rope):
     """Try the order of a head's dimensions in the other RoPE layout."""
     if metadata and name.endswith(PROJECTIONS):
-        by_head = (-1, metadata.config.head_dim, *a.shape[1:])
-        a, b = (np.moveaxis(x.reshape(by_head), 1, -1) for x in (a, b))
+        a, b = (by_head(x, metadata.config.head_dim) for x in (a, b))
     elif not (letters[-1] == "d" if letters else a.ndim > 2):
         return
     if a.shape[-1] % 2 == 0 and a.shape[-1] > 2:
         text = "each head's dimensions are {} in B and {} in A: the other RoPE layout"
-        yield text.format("interleaved", "half-split"), interleaved(a), b
+        way_on = "; --rope interleaved converts them" if name_rope and has_pairs(name) else ""
+        yield text.format("interleaved", "half-split") + way_on, interleaved(a), b
         yield text.format("half-split", "interleaved"), half_split(a), b
 
 
@@ -100,28 +113,16 @@ def _rotated(a, b, metadata, stop):
     yield "B is rotated twice (RoPE)", rotated(a, positions), b
 
 
-def interleaved(x):
-    """Move the pairs (x[i], x[i + d/2]) of the last axis next to each other: [.., d] -> [.., d].
+def _rounded(a, b, tolerance):
+    """Return a description if all of B's values are 16-bit numbers and A's are not.
 
-    >>> interleaved(np.arange(6)).tolist()
-    [0, 3, 1, 4, 2, 5]
+    It is empty for integers, and for a tolerance that allows for the rounding.
     """
-    return np.stack(np.split(x, 2, axis=-1), axis=-1).reshape(x.shape)
-
-
-def half_split(x):
-    """Move the pairs (x[2i], x[2i + 1]) of the last axis d/2 apart: [.., d] -> [.., d].
-
-    >>> half_split(np.arange(6)).tolist()
-    [0, 2, 4, 1, 3, 5]
-    """
-    return np.concatenate((x[..., ::2], x[..., 1::2]), axis=-1)
-
-
-def _rounded(a, b):
-    """Return a description if all of B's values are 16-bit numbers and A's are not."""
+    if (a == np.rint(a)).all():
+        return ""
     for dtype in (ml_dtypes.bfloat16, np.float16):
         with np.errstate(over="ignore"):
-            if (b.astype(dtype) == b).all() and not (a.astype(dtype) == a).all():
+            rounded = (b.astype(dtype) == b).all() and not (a.astype(dtype) == a).all()
+            if rounded and tolerance < ml_dtypes.finfo(dtype).eps / 2:
                 return f"all of B's values are {np.dtype(dtype).name} numbers: see --tolerance"
     return ""

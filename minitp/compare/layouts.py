@@ -18,10 +18,41 @@ MOST_AXES = 5  # an array with more axes is tried only with its axes in the give
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout of B: a description (empty if it is A's layout) and a function that gives B the shape of A."""
+    """A layout of B, with the functions that make the two arrays comparable.
+
+    Attributes
+    ----------
+    text : str
+        A description; empty if B has A's layout.
+    view : callable
+        A function that gives B the shape of A, or of A's `part`.
+    part : tuple of slice
+        The part of A that B has, as an index; all of A by default.
+    rest : str
+        A description of what is not compared; empty if all of A and B is.
+    sequence : int or None
+        The index of the sequence that is compared, if B is a batch.
+    """
 
     text: str
     view: Any
+    part: tuple = (...,)
+    rest: str = ""
+    sequence: int | None = None
+
+    def both(self, a, b):
+        """Return the comparable parts of A's and B's arrays, two arrays of the same shape."""
+        return a[self.part], self.view(b)
+
+    @property
+    def has_all_of_a(self):
+        return self.part == (...,)
+
+    def index(self, index):
+        """Return the index in A's array of an element of its `part`."""
+        if self.has_all_of_a:
+            return index
+        return tuple(i + (cut.start or 0) for i, cut in zip(index, self.part, strict=True))
 
 
 def layouts(a_shape, b_shape, letters=None):

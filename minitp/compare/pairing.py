@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from minitp.errors import InputError
 from minitp.loading.config import Config, parse_config, read_json
-from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
+from minitp.trace.names import AFTER, BEFORE, INTEGERS, LAYER, split_name
 from minitp.trace.write import FORMAT
 
 FIRST_PASS = "prefill/"  # the pass of names that have no pass
 MAY_DIFFER = {"dtype", "eos_token_ids", "max_position_embeddings", "num_hidden_layers", "unread"}
 SHOWN = 3  # number of names in an error message
+# Names of passes in the order in which they happen. Other names have the place of `prefill`.
+PASSES = (r"prefill", r"prefill\.(\d+)", r"decode\.(\d+)", r"batch\.(\d+)\.seq(\d+)")
 
 
 @dataclass(frozen=True)
@@ -136,19 +138,35 @@ def _order(name):
     """Return a sort key: weights come first, then the passes in order, each with its steps in order.
 
     The order in the file is not used, because many libraries sort the names. Names that are not in the tables
-    of `trace.names` come last in their pass.
+    of `trace.names` come last in their pass. The tokens and positions of the prompt come before everything,
+    because nothing can agree if they do not.
     """
     name = re.sub(r"^rank\d+/", "", name)
-    if name.startswith("weights/"):
-        return -1, 0, 0
     pass_name, layer, step = split_name(name)
-    decode = re.fullmatch(r"decode\.(\d+)", pass_name)
-    number = int(decode[1]) if decode else 0
+    number = _pass_order(pass_name)
+    if layer is None and step in INTEGERS:
+        at = -2, INTEGERS.index(step)
+        return ((-2,), *at) if number == (0,) else (number, *at)
+    if name.startswith("weights/"):
+        return (-1,), 0, 0
     table = BEFORE | AFTER if layer is None else LAYER
     if step not in table:
         return number, math.inf, math.inf
     layer = -1 if step in BEFORE else math.inf if layer is None else layer
     return number, layer, list(table).index(step)
+
+
+def _pass_order(name):
+    """Return a tuple by which the names of passes sort.
+
+    >>> sorted(["batch.2.seq10", "decode.1", "prefill.10", "batch.2.seq9", "prefill.9"], key=_pass_order)
+    ['prefill.9', 'prefill.10', 'decode.1', 'batch.2.seq9', 'batch.2.seq10']
+    """
+    for kind, pattern in enumerate(PASSES):
+        match = re.fullmatch(pattern, name)
+        if match:
+            return kind, *map(int, match.groups())
+    return (0,)
 
 
 def _same(name, others):

@@ -1,21 +1,25 @@
 """The comparison of two files of steps: the steps that differ, and the first of them.
 
-A is the reference. Arrays are paired by name or by a map of names, and one pair is in memory at a time. If an
-array of B has another layout than A's (see `layouts`), it is converted to A's layout. A step `departs` if the
-two arrays differ by more than the tolerance.
+A is the reference. Arrays are paired by name or by a map of names, and one pair is in memory at a time, plus
+the inputs of the step in a 16-bit run (see `jump`). If an array of B has another layout than A's (see
+`layouts`), it is converted to A's layout; if only parts of two arrays fit (see `partial`), the parts are
+compared. A step `departs` if the two arrays differ by more than the tolerance, or if its error is much larger
+than those of its inputs.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
-from minitp.check.difference import difference_of
+from minitp.check.difference import WORST, difference_of
 from minitp.compare.diagnosis import diagnose
 from minitp.compare.files import open_dump
-from minitp.compare.layouts import layouts
+from minitp.compare.fit import fit, letters_of
+from minitp.compare.jump import LENIENCE, JumpRule
 from minitp.compare.pairing import exclusions, match, read_map, read_metadata
+from minitp.compare.result import Comparison, StepDifference
 from minitp.errors import InputError
-from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
+from minitp.trace.names import INTEGERS, split_name
 
 # The relative errors allowed, by the coarsest floating-point dtype; see docs/compare.md for measurements.
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -23,73 +27,9 @@ MASKED = -1e4  # lower scores are masks, usually -1e9 or the lowest number of th
 DIAGNOSED = 20  # number of steps, from the first that differs, for which a cause is sought
 
 
-@dataclass(frozen=True)
-class StepDifference:
-    """The difference between B's array of a step and A's.
-
-    Attributes
-    ----------
-    name, b_name : str
-        The step's names in A and in B.
-    relative : float
-        ||b - a|| / ||a|| over the finite entries; infinite if the other entries differ.
-    absolute : float
-        max |b - a|; infinite in the same case.
-    worst : tuple of (index, a, b)
-        Up to three elements, the one with the largest difference first; empty for an empty array. Indices
-        refer to A's layout.
-    tolerance : float
-        The largest `relative` error allowed.
-    layout : str
-        Description of B's layout; empty if it is A's.
-    note : str
-        Remarks about B's layout, entries that are not finite, and the likely cause.
-    """
-
-    name: str
-    b_name: str
-    relative: float
-    absolute: float
-    worst: tuple
-    tolerance: float
-    layout: str = ""
-    note: str = ""
-
-    @property
-    def departs(self):
-        return not self.relative <= self.tolerance
-
-    @property
-    def index(self):
-        """The index of the largest difference, in A's layout."""
-        return self.worst[0][0]
-
-    @property
-    def a_value(self):
-        return self.worst[0][1]
-
-    @property
-    def b_value(self):
-        return self.worst[0][2]
-
-
-@dataclass
-class Comparison:
-    """The differences of all common steps, in the order in which they happen, and the names not compared."""
-
-    tolerance: float
-    why: str  # reason for this tolerance, as text
-    steps: list = field(default_factory=list)
-    only_a: list = field(default_factory=list)  # names that only A has
-    only_b: list = field(default_factory=list)
-    remarks: tuple = ()
-
-    @property
-    def departing(self):
-        return [step for step in self.steps if step.departs]
-
-
-def compare_files(a_path, b_path, map_path=None, tolerance=None, progress=lambda count: None, pictures=None):
+def compare_files(
+    a_path, b_path, map_path=None, tolerance=None, progress=lambda count: None, pictures=None, rope=None
+):
     """Compare the arrays of file B with those of file A.
 
     Parameters
@@ -99,94 +39,133 @@ def compare_files(a_path, b_path, map_path=None, tolerance=None, progress=lambda
     map_path : path or None
         File with a JSON object of names in A to names in B; a `*` stands for the same number in both.
     tolerance : float or None
-        The relative error allowed; by default that of the coarsest dtype in the two files (TOLERANCES).
+        The relative error allowed; by default that of the coarsest dtype in the two files (TOLERANCES), and
+        in 16 bits the rule of `jump`. Integers must be equal at any tolerance.
     progress : callable
         Function that is called with 1 after each pair.
     pictures : Pictures or None
         Object to which a picture of each pair is added.
+    rope : str or None
+        The RoPE layout of B's heads, `interleaved` or `half`; interleaved heads are converted.
 
     Raises
     ------
     InputError
         for a file that cannot be read, traces of different models or tokens, files without a common name, a
-        map with unknown names, or a pair of shapes that no layout explains.
+        map with unknown names, or files of which no two arrays can be compared.
     """
     a, b = open_dump(a_path), open_dump(b_path)
     metadata = read_metadata(a)
     excluded = exclusions(a, b, metadata, read_metadata(b))
     pairs = match(a, b, {} if map_path is None else read_map(map_path, a, b), excluded)
-    tolerance, why = _tolerance(tolerance, a, b, pairs)
-    found = {name: _layouts(a, name, b, partner) for name, partner in pairs.items()}
-    result = Comparison(tolerance, why, remarks=excluded.remarks)
+    found, not_compared = fit(a, b, pairs, rope, metadata)
+    tolerance, why, low = _tolerance(tolerance, a, b, pairs)
+    result = Comparison(tolerance, why, not_compared=not_compared, remarks=excluded.remarks)
     result.only_a = [name for name in a.entries if name not in pairs and name not in excluded]
     paired = set(pairs.values())
     result.only_b = [name for name in b.entries if name not in paired and name not in excluded]
-    departing = 0
-    for name, partner in pairs.items():
-        arrays = a.read(name), b.read(partner)
-        step, layout = _step(name, partner, *arrays, found[name], tolerance)
+    layout_of = {}  # the layout of each step that B has completely
+
+    def read(name):
+        return layout_of[name].both(a.read(name), b.read(pairs[name]))
+
+    rule = JumpRule(metadata, low, read, layout_of) if metadata else None
+    departing, sequence = 0, None
+    for name, layouts in found.items():
+        entries = a.entries[name], b.entries[pairs[name]]
+        arrays = a.read(name), b.read(pairs[name])
+        same = [each for each in layouts if None in (sequence, each.sequence) or each.sequence == sequence]
+        exact = _is_exact(name, *entries)
+        step, layout = _step(name, pairs[name], *arrays, same or layouts, tolerance, exact)
+        sequence = layout.sequence if sequence is None else sequence
+        both = layout.both(*arrays)
+        if layout.has_all_of_a:
+            layout_of[name] = layout
+            step = _with_jump(step, rule and rule.judge(name, *both), departing)
         if step.departs and departing < DIAGNOSED:
-            cause = diagnose(name, letters_of(name), arrays[0], layout.view(arrays[1]), tolerance, metadata)
-            step = replace(step, note="; ".join(filter(None, (step.note, cause))))
+            known = metadata if layout.has_all_of_a else None  # it has the positions of A's array
+            cause = rule.cause(name, *both, step.jumps) if rule and known else ""
+            way_on = rope is None and not departing
+            cause = cause or diagnose(name, letters_of(name), *both, step.tolerance, known, way_on)
+            step = replace(step, note=_joined(step.note, cause))
         departing += step.departs
         if pictures is not None:
-            pictures.add(step, *_masked_alike(name, arrays[0], layout.view(arrays[1])))
+            pictures.add(step, *_masked_alike(name, *both))
         result.steps.append(step)
         progress(1)
+    result.remarks += _nan_remark(result.steps)
     return result
 
 
 def _tolerance(given, a, b, pairs):
-    """Return the relative error allowed and the reason for it, as text."""
+    """Return the relative error allowed, the reason as text, and the dtype if it has 16 bits, else None."""
     if given is not None:
         if not given >= 0:
             raise InputError(f"--tolerance {given}: expected 0 or a positive number")
-        return given, "as given"
+        return given, "as given", None
     dtypes = {a.entries[name].dtype for name in pairs} | {b.entries[name].dtype for name in pairs.values()}
     for dtype in reversed(TOLERANCES):
         if dtype in dtypes:
-            return TOLERANCES[dtype], f"for {dtype}"
-    return TOLERANCES["float32"], "for integers"
+            return TOLERANCES[dtype], f"for {dtype}", dtype if dtype in ("float16", "bfloat16") else None
+    return 0.0, "for integers", None
 
 
 # --- one pair of arrays ---------------------------------------------------------------------------------
 
 
-def _layouts(a, name, b, partner):
-    a_shape, b_shape = a.entries[name].shape, b.entries[partner].shape
-    found = layouts(a_shape, b_shape, letters_of(name))
-    if not found:
-        called = "" if partner == name else f" as {partner}"
-        raise InputError(
-            f"{name}: shape {list(a_shape)} in {a.path} cannot match {list(b_shape)} in {b.path}{called}; "
-            "check that model and tokens are the same; write all positions and heads, or leave this step out"
-        )
-    return found
+def _is_exact(name, a, b):
+    """Return whether the arrays, two file entries, must be equal: integers, token ids and positions."""
+    return "float" not in a.dtype or split_name(name)[2] in INTEGERS
 
 
-def letters_of(name):
-    """Return the letters of a step's axes from the tables of `trace.names`; None for an unknown name."""
-    letters = (BEFORE | LAYER | AFTER).get(split_name(name)[2])
-    return letters and letters.split()
-
-
-def _step(name, partner, a, b, found, tolerance):
+def _step(name, partner, a, b, layouts, tolerance, exact):
     """Return the StepDifference of two float64 arrays and the Layout of B for which it was measured."""
-    best = None
-    for layout in found:
-        expected, value = _masked_alike(name, a, layout.view(b))
+    best, tolerance = None, 0.0 if exact else tolerance
+    for layout in layouts:
+        expected, value = _masked_alike(name, *layout.both(a, b))
         error = difference_of(value, expected)
         # Prefer the likelier layout unless another is clearly closer.
         if best is None or error.relative < best[0].relative / 2:
-            best = error, _note(expected, value), layout
+            best = error, expected, value, layout
         if best[0].relative <= tolerance:
             break
-    error, note, layout = best
-    note = "; ".join(filter(None, (layout.text, note)))
-    worst = tuple((index, ours, theirs) for index, theirs, ours in error.worst)
+    error, expected, value, layout = best
+    worst = _first_differing(expected, value) if exact else error.worst
     return StepDifference(
-        name, partner, error.relative, error.absolute, worst, tolerance, layout.text, note
+        name,
+        partner,
+        error.relative,
+        error.absolute,
+        tuple((layout.index(index), ours, theirs) for index, theirs, ours in worst),
+        tolerance,
+        layout=layout.text,
+        note=_joined(layout.text, layout.rest, _note(expected, value)),
+        rest=layout.rest,
+        exact=exact,
+        both_nan=int((np.isnan(expected) & np.isnan(value)).sum()),
     ), layout
+
+
+def _first_differing(a, b):
+    """Return (index, b, a) of the first elements that differ, or of the first element if none does."""
+    places = np.argwhere(a != b)[:WORST].tolist() or ([[0] * a.ndim] if a.size else [])
+    return [(tuple(index), float(b[tuple(index)]), float(a[tuple(index)])) for index in places]
+
+
+def _with_jump(step, jump, departing):
+    """Add the judgement of the step's error by those of its inputs, a Jump or None.
+
+    `departing` is the number of steps before it that depart.
+    """
+    if jump is None:
+        return step
+    if jump.too_large:
+        return replace(step, jumps=True, note=_joined(step.note, "" if step.departs else jump.text))
+    if not (jump.explained and step.departs and np.isfinite(step.relative)):
+        return step
+    step = replace(step, tolerance=LENIENCE * step.tolerance)
+    says_so = not (step.departs and departing)  # not for all that follow from the first
+    return replace(step, note=_joined(step.note, "explained by its inputs" if says_so else ""))
 
 
 def _masked_alike(name, a, b):
@@ -209,3 +188,16 @@ def _note(a, b):
     if np.isneginf(a).all() and (b < MASKED).all():
         return f"entries that are -inf in A and large negative numbers in B: {count}; do the masks differ?"
     return f"entries that are infinite or NaN in only one of the two: {count}"
+
+
+def _joined(*notes):
+    return "; ".join(filter(None, notes))
+
+
+def _nan_remark(steps):
+    """Return a remark, in a tuple, about steps that are NaN at the same places in both files."""
+    same = [step.name for step in steps if step.both_nan]
+    if not same:
+        return ()
+    which = f"{same[0]} has" if len(same) == 1 else f"{len(same)} steps have, from {same[0]} on,"
+    return (f"{which} NaN at the same places in A and B; these count as equal, so check A first",)

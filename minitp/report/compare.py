@@ -55,7 +55,7 @@ def report_data(a_path, b_path, comparison, verdict, pictures=None):
             *map(list, this_run.facts("compare")),
         ],
         "problems": [],
-        "warnings": list(comparison.remarks),
+        "warnings": [*comparison.left_out, *comparison.remarks],
         "passes": passes,
         "tp": None,
         "layers": max((layer for layer in layers if layer is not None), default=-1) + 1,

@@ -3,83 +3,18 @@
 import json
 import tracemalloc
 import zipfile
-from functools import partial
 from itertools import permutations
 
 import ml_dtypes
 import numpy as np
 import pytest
+from dump_files import TRACE, arrays, command, rng, write
 from safetensors.numpy import load_file, save_file
-from tiny import write_tiny
 
-from minitp.cli.main import main
 from minitp.compare.files import open_dump
 from minitp.compare.layouts import layouts
 from minitp.compare.run import compare_files
 from minitp.oracle import ops as oracle_ops
-
-TRACE = "prefill/layers.{}.{}"
-
-
-def rng(seed=0):
-    return np.random.default_rng(seed)
-
-
-def arrays(seed=0, layers=4, dtype=np.float32):
-    """Return steps of an invented model: heads [4, 6, 8], the rest [6, 32]."""
-    draw = rng(seed).standard_normal
-    found = {"prefill/embed": draw((6, 32))}
-    for i in range(layers):
-        found[TRACE.format(i, "attn.q")] = draw((4, 6, 8))
-        found[TRACE.format(i, "attn.context")] = draw((6, 32))
-        found[TRACE.format(i, "mlp.out")] = draw((6, 32))
-    return {name: array.astype(dtype) for name, array in found.items()}
-
-
-def write(path, content, **metadata):
-    """Write arrays in the order of `content`, which safetensors' save_file would sort by name."""
-    if path.suffix == ".npz":
-        np.savez(path, **content)
-        return path
-    names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
-    header, start = {"__metadata__": metadata} if metadata else {}, 0
-    for name, array in content.items():
-        stop = start + array.nbytes
-        header[name] = {"dtype": names[array.dtype.name], "shape": array.shape, "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(header).encode()
-    data = b"".join(array.tobytes() for array in content.values())
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    return path
-
-
-@pytest.fixture
-def two(tmp_path):
-    """Return a function that writes A and B and compares them."""
-
-    def run(a, b, tolerance=None, mapped=None, kind="safetensors"):
-        map_path = None
-        if mapped is not None:
-            map_path = tmp_path / "map.json"
-            map_path.write_text(json.dumps(mapped))
-        a, b = write(tmp_path / f"a.{kind}", a), write(tmp_path / f"b.{kind}", b)
-        return compare_files(a, b, map_path, tolerance)
-
-    return run
-
-
-def command(capsys, *argv):
-    code = main(["compare", *map(str, argv)])
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return code, captured.out
-
-
-@pytest.fixture
-def refused(refused):
-    """Return a function that runs `minitp compare`, expects an error and returns its line."""
-    return partial(refused, "compare")
-
 
 # --- names, errors and tolerances -----------------------------------------------------------------------
 
@@ -136,6 +71,66 @@ def test_order_of_the_passes(two):
     content = {name: np.ones(3, np.float32) for name in names}
     result = two(content, {name: 2 * array for name, array in content.items()})
     assert [step.name for step in result.departing] == names[::-1]
+
+
+def test_order_of_chunks_and_batches(two):
+    passes = [
+        "batch.2.seq10",
+        "decode.1",
+        "prefill.10",
+        "batch.2.seq9",
+        "prefill.2",
+        "batch.1.seq11",
+        "prefill",
+    ]
+    content = {f"{name}/embed": np.ones(3, np.float32) for name in passes}
+    found = [step.name.partition("/")[0] for step in two(content, content).steps]
+    assert found == [
+        *("prefill", "prefill.2", "prefill.10", "decode.1"),
+        *("batch.1.seq11", "batch.2.seq9", "batch.2.seq10"),
+    ]
+
+
+def test_tokens_and_positions_are_the_first_to_be_named(two):
+    """Check that tokens of a later pass come first only there, because they follow from earlier passes."""
+    names = ["decode.1/embed", "decode.1/tokens", "weights/w", "prefill/embed", "prefill/positions"]
+    names.append("prefill/tokens")
+    a = {name: np.arange(3) if name.endswith(("ens", "ons")) else np.ones(3) for name in names}
+    found = [step.name for step in two(a, {name: 1 + array for name, array in a.items()}).departing]
+    assert found == [
+        *("prefill/tokens", "prefill/positions", "weights/w", "prefill/embed"),
+        *("decode.1/tokens", "decode.1/embed"),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.float32])
+def test_integers_must_be_equal(two, tmp_path, capsys, dtype):
+    """Check that a wrong token departs although its relative error is small, also if B has it as a float."""
+    a = {"prefill/tokens": np.arange(128000, 128100), "prefill/embed": np.ones((100, 4), ml_dtypes.bfloat16)}
+    b = a | {"prefill/tokens": a["prefill/tokens"].astype(dtype)}
+    assert two(a, b, tolerance=0.5).departing == []
+    b["prefill/tokens"][[40, 70]] += np.array([1, 30], dtype)
+    for tolerance in (None, 0.5):
+        (step,) = two(a, b, tolerance=tolerance).departing
+        assert step.relative < 1e-4
+        assert step.worst == (((40,), 128040, 128041), ((70,), 128070, 128100))
+    paths = write(tmp_path / "a.safetensors", a), write(tmp_path / "b.safetensors", b)
+    code, out = command(capsys, *paths)
+    assert code == 1
+    assert out.splitlines()[-1] == (
+        "first differing step: prefill/tokens: integers must be equal; "
+        "first difference at [40]: 128040 in A, 128041 in B"
+    )
+
+
+def test_shifted_integers_have_a_cause(two):
+    a = np.arange(5)
+    assert two({"prefill/positions": a}, {"prefill/positions": a + 1}).steps[0].note == "B is A + 1"
+    ids = rng().integers(0, 300, 12)
+    step = two({"prefill/tokens": ids[1:]}, {"prefill/tokens": ids[:-1]}).steps[0]
+    assert step.note == "position t of B is position t - 1 of A: shifted by one"
+    step = two({"prefill/tokens": ids}, {"prefill/tokens": ids // 2 * 2}).steps[0]
+    assert step.note == "", "16-bit numbers are no cause of a difference of integers"
 
 
 def test_names_in_only_one_file(tmp_path, capsys):
@@ -231,7 +226,7 @@ def test_tolerance_as_given(two, tmp_path, refused):
     assert two(a, b, tolerance=0.02).departing == []
     assert two(a, b, tolerance=0.005).departing
     assert two(a, a, tolerance=0).departing == []
-    assert two({"x": np.arange(5)}, {"x": np.arange(5)}).tolerance == 1e-4
+    assert two({"x": np.arange(5)}, {"x": np.arange(5)}).tolerance == 0, "integers must be equal"
     paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     for value in ("-1", "nan"):
         assert f"--tolerance {float(value)}: expected 0 or a positive" in refused(
@@ -306,10 +301,13 @@ def test_every_order_of_axes_is_found(shape):
 def test_shapes_that_cannot_match(tmp_path, refused):
     a = write(tmp_path / "a.npz", {Q: np.zeros((4, 6, 8)), CONTEXT: np.zeros((4, 6))})
     b = write(tmp_path / "b.npz", {Q: np.zeros((6, 31)), CONTEXT: np.zeros((3, 8))})
-    assert f"{Q}: shape [4, 6, 8] in {a} cannot match [6, 31] in {b}; check that" in refused(a, b)
-    (tmp_path / "map.json").write_text(json.dumps({CONTEXT: CONTEXT}))
+    line = refused(a, b)
+    assert f"{a} and {b} have no array that can be compared: {Q}: [4, 6, 8] in A, [6, 31] in B: " in line
+    assert line.endswith("no order of A's axes has this shape, and 1 more\n")
     b = write(tmp_path / "b.npz", {CONTEXT: np.zeros((3, 8))})
-    assert "[4, 6] in" in refused(a, b), "the same number of elements, but no order of axes fits"
+    line = refused(a, b)
+    assert "[4, 6] in A, [3, 8] in B: no order" in line, "the same number of elements"
+    assert "more" not in line
 
 
 # --- causes ---------------------------------------------------------------------------------------------
@@ -502,10 +500,18 @@ def test_masks_of_large_numbers_do_not_hide_the_scores(two, mask):
     assert wrong[0].relative == pytest.approx(7, rel=1e-5)
 
 
-def test_nan_in_both_is_reported(two):
+def test_nan_in_both_is_reported(two, tmp_path, capsys):
     a = arrays(layers=1)
     a["prefill/embed"][2, 3] = np.nan
-    assert two(a, a).steps[0].note == "1 NaN in both"
+    result = two(a, a)
+    assert result.steps[0].note == "1 NaN in both"
+    remark = "prefill/embed has NaN at the same places in A and B; these count as equal, so check A first"
+    assert result.remarks == (remark,)
+    path = write(tmp_path / "a.npz", a)
+    code, out = command(capsys, path, path)
+    assert code == 0
+    assert remark in out.splitlines()
+    assert out.splitlines()[-1].endswith("within 0.0001 (for float32), 1 of them with NaN in both files")
 
 
 def test_empty_arrays_are_in_the_report(tmp_path, capsys):
@@ -545,27 +551,6 @@ def test_one_pair_in_memory_at_a_time(tmp_path, kind):
 
 
 # --- minitp's traces ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def traces(tmp_path_factory):
-    """Return a function that runs `minitp trace` with options and returns the file, which it also caches."""
-    directory = tmp_path_factory.mktemp("traces")
-    write_tiny(directory / "model")
-    write_tiny(directory / "theta", rope_theta=20000.0)
-    write_tiny(directory / "seed", seed=1)
-    made = {}
-
-    def make(*options, tokens="5,6,7,8,9", model="model"):
-        key = (*options, tokens, model)
-        if key not in made:
-            path = directory / f"{len(made)}.safetensors"
-            argv = ["--tokens", tokens, "--model", str(directory / model), "--tp", "1", "-o", str(path)]
-            assert main(["trace", *argv, *options]) == 0
-            made[key] = path
-        return made[key]
-
-    return make
 
 
 def test_ranks_compared_with_the_oracle(traces, capsys):
