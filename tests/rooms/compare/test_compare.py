@@ -105,10 +105,13 @@ def test_tokens_and_positions_are_the_first_to_be_named(two):
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.float32])
 def test_integers_must_be_equal(two, tmp_path, capsys, dtype):
-    """Check that a wrong token departs although its relative error is small, also if B has it as a float."""
+    """Check that a wrong token departs although its relative error is small, also if tokens are floats."""
     a = {"prefill/tokens": np.arange(128000, 128100), "prefill/embed": np.ones((100, 4), ml_dtypes.bfloat16)}
     b = a | {"prefill/tokens": a["prefill/tokens"].astype(dtype)}
+    if dtype == np.float32:
+        a = b.copy()
     assert two(a, b, tolerance=0.5).departing == []
+    b["prefill/tokens"] = b["prefill/tokens"].copy()
     b["prefill/tokens"][[40, 70]] += np.array([1, 30], dtype)
     for tolerance in (None, 0.5):
         (step,) = two(a, b, tolerance=tolerance).departing

@@ -8,6 +8,7 @@ from eager_engine import eager_steps
 from paths import GOLDENS
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from tiny import write_tiny
 
 from minitp.comm.threads import run_threads
 from minitp.compare.inputs import INPUTS, STREAM
@@ -24,7 +25,7 @@ from minitp.trace.write import write_oracle_trace, write_trace
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
 AT = "prefill/layers.1.{}"
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-TOKENS = [3, 14, 15, 9, 26, 5, 35]
+TOKENS = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 3, 50, 60, 70, 80, 90]  # longer than the goldens' windows
 PASSES = passes_of(len(TOKENS), 1)
 
 
@@ -73,6 +74,23 @@ def test_right_runs_do_not_jump(tmp_path, monkeypatch, name, dtype):
     result = compare_files(a, tmp_path / "c.safetensors")
     assert len(result.steps) > 80
     assert jumps(result) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounded_scores_of_sharp_attention_do_not_jump(tmp_path, monkeypatch, dtype):
+    """Check scores of several hundred: an engine that rounds them changes their probabilities by far more."""
+    model = write_tiny(tmp_path / "model", tokenizer=False)
+    weights = load_file(model / "model.safetensors")
+    for name in weights:
+        weights[name] *= 100 if name.endswith("q_proj.weight") else 1
+    save_file(weights, model / "model.safetensors")
+    a = oracle_trace(tmp_path / "a.safetensors", model)
+    ids = [*TOKENS, int(load_file(a)["decode.1/tokens"][0])]
+    steps = eager_steps(monkeypatch, model, ids, PASSES, DTYPES[dtype])
+    not_dumped = (".scores", ".probs")
+    steps = {name: array for name, array in steps.items() if not name.endswith(not_dumped)}
+    save_file(steps, tmp_path / "b.safetensors")
+    assert jumps(compare_files(a, tmp_path / "b.safetensors")) == []
 
 
 @pytest.fixture(scope="module")
