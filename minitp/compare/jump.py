@@ -124,7 +124,7 @@ class JumpRule:
         value, spread = recomputed
         finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(value)
         size, expected = np.linalg.norm(a[finite]), np.linalg.norm(value[finite])
-        limit = u * (ROUNDINGS + SCORE_ROUNDINGS * spread / expected) if expected else np.inf
+        limit = float(u * (ROUNDINGS + SCORE_ROUNDINGS * spread / expected)) if expected else np.inf
         if not size or not np.isfinite(limit):
             return None
         a, b, value = a[finite], b[finite], value[finite]
