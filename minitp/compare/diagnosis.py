@@ -124,5 +124,6 @@ def _rounded(a, b, tolerance):
         with np.errstate(over="ignore"):
             rounded = (b.astype(dtype) == b).all() and not (a.astype(dtype) == a).all()
             if rounded and tolerance < ml_dtypes.finfo(dtype).eps / 2:
-                return f"all of B's values are {np.dtype(dtype).name} numbers: save them as such, or use --tolerance"
+                name = np.dtype(dtype).name
+                return f"all of B's values are {name} numbers: save them as {name}, or use --tolerance"
     return ""

@@ -39,6 +39,7 @@ GAIN = 8  # largest factor by which a product with a weight matrix may multiply 
 USUAL_GAIN = 3  # largest such factor that is not remarkable
 LENIENCE = 3  # factor of the tolerance for a step whose inputs explain its error
 NEWTON_STEPS = 6
+MOST_SCORES = 1 << 24  # the largest H T S for which the search takes only seconds
 NEGLIGIBLE = 1e-4  # relative error of a context for which no cause is sought
 MUCH_CLOSER = 0.2  # fraction of the error that may remain if a factor of the scores explains it
 
@@ -158,6 +159,8 @@ class JumpRule:
         if step != "attn.context" or explained or names is None or len(names) != 3:
             return ""
         a_inputs, b_inputs = zip(*map(self.read, names), strict=True)
+        if b_inputs[0].shape[0] * b_inputs[0].shape[1] * b_inputs[1].shape[1] > MOST_SCORES:
+            return ""
         return _factor_of_scores(
             lambda factor: self.steps.recompute(name, b_inputs, a_inputs, a, factor)[0], b
         )

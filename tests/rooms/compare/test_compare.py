@@ -350,9 +350,10 @@ def test_interleaved_heads(two):
 def test_values_rounded_to_16_bits(two):
     a = rng().standard_normal((6, 32))
     b = a.astype(ml_dtypes.bfloat16).astype(np.float32)
-    assert cause(two, CONTEXT, a, b) == "all of B's values are bfloat16 numbers: save them as such, or use --tolerance"
+    said = "all of B's values are {0} numbers: save them as {0}, or use --tolerance"
+    assert cause(two, CONTEXT, a, b) == said.format("bfloat16")
     b = a.astype(np.float16).astype(np.float32)
-    assert cause(two, CONTEXT, a, b) == "all of B's values are float16 numbers: save them as such, or use --tolerance"
+    assert cause(two, CONTEXT, a, b) == said.format("float16")
     a = a.astype(np.float16).astype(np.float64)
     b = a.copy()
     b[0, 0] = 2
