@@ -16,7 +16,8 @@ keys and values rounded as in the cache, and the bound is larger by SAFETY times
 Because errors of either sign add up by chance, two runs with errors of the same size may end with
 totals that differ by a small factor, which SAFETY covers.
 
-Scores, probabilities and context have no such bound, because a softmax turns an error of a score into a
+A bound above LARGEST is not used, because the reasoning takes errors to be small: that twice the error in
+has twice the error out. Scores, probabilities and context have no such bound either, because a softmax turns an error of a score into a
 factor, up to a choice of another key. Nor has any step after a router has chosen another expert than the
 oracle, which is right if two experts are equally good up to rounding, and makes a large difference.
 """
@@ -31,6 +32,7 @@ from minitp.trace.names import AFTER, FLOAT32, INTEGERS, full_name, split_name
 from minitp.trace.reference import pass_steps
 
 SAFETY = 8
+LARGEST = 0.5
 SOFTMAX = ("attn.scores", "attn.probs", "attn.context")
 CACHES = ("attn.k_cache", "attn.v_cache")
 
@@ -133,8 +135,9 @@ class Totals:
         so_far = self._so_far.get(group, [u, 1.0, 0.0])
         allowed, growth, cache = np.fmax(so_far, [local, rounding / u, *(stored or [0.0])])
         self._so_far[group] = allowed, growth, cache
-        if group not in self._unbounded and finding.step not in SOFTMAX:
-            finding.total_bound = float(SAFETY * (allowed * growth + cache))
+        bound = float(SAFETY * (allowed * growth + cache))
+        if group not in self._unbounded and finding.step not in SOFTMAX and bound <= LARGEST:
+            finding.total_bound = bound
 
     def _flipped(self, router, exact):
         experts = self.reference.experts_per_token
