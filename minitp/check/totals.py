@@ -17,9 +17,10 @@ Because errors of either sign add up by chance, two runs with errors of the same
 totals that differ by a small factor, which SAFETY covers.
 
 A bound above LARGEST is not used, because the reasoning takes errors to be small: that twice the error in
-has twice the error out. Scores, probabilities and context have no such bound either, because a softmax turns an error of a score into a
-factor, up to a choice of another key. Nor has any step after a router has chosen another expert than the
-oracle, which is right if two experts are equally good up to rounding, and makes a large difference.
+has twice the error out. Scores, probabilities and context have no such bound either, because a softmax turns
+an error of a score into a factor, up to a choice of another key. Nor has any step after a router has chosen
+another expert than the oracle, which is right if two experts are equally good up to rounding, and makes a
+large difference.
 """
 
 import numpy as np
