@@ -34,7 +34,7 @@ def rms_norm(x, weight, eps):
     value = oracle_ops.rms_norm(x, weight, eps)  # [T, D]
     x32, w32 = x_lp.astype(np.float32), weight.astype(np.float32)  # [T, D], [D]
     lowp = x32 / np.sqrt(np.mean(x32 * x32, axis=-1, keepdims=True) + np.float32(eps)) * w32  # [T, D]
-    return Expected(value, rounded(lowp, x_lp.dtype), np.abs(value), common=(-1,)).of(inputs)
+    return Expected(value, rounded(lowp, x_lp.dtype), np.abs(value), common=(-1,)).with_inputs(inputs)
 
 
 def linear(x, weight, bias=None, dtype=None, sums=IN_FLOAT32):
@@ -45,8 +45,8 @@ def linear(x, weight, bias=None, dtype=None, sums=IN_FLOAT32):
     inputs = x
     x, x_lp = both(x)  # [T, in] each
     shape = (len(x), len(weight))
-    value, lowp, scale = np.empty(shape), np.empty(shape), np.empty(shape)  # [T, out] each
-    squares = np.square(x, dtype=np.float64)  # [T, in]
+    value, lowp, squares = np.empty(shape), np.empty(shape), np.empty(shape)  # [T, out] each
+    x2 = np.square(x, dtype=np.float64)  # [T, in]
     rows = max(1, BLOCK // max(1, weight.shape[1]))
     for start in range(0, len(weight), rows):
         out = slice(start, start + rows)
@@ -54,15 +54,14 @@ def linear(x, weight, bias=None, dtype=None, sums=IN_FLOAT32):
         b = np.zeros(len(w), np.float32) if bias is None else bias[out]  # [rows]
         value[:, out] = oracle_ops.linear(x, w, b)
         lowp[:, out] = rounded(sums.matmul(x_lp, w.T) + b.astype(np.float32), dtype or x_lp.dtype)
-        scale[:, out] = squares @ np.square(w.T, dtype=np.float64) + np.square(b, dtype=np.float64)
+        squares[:, out] = x2 @ np.square(w.T, dtype=np.float64) + np.square(b, dtype=np.float64)
     terms = weight.shape[1]
-    return Expected(value, lowp, scale_of_sum(value, scale), terms=terms, blocks=sums.blocks(terms)).of(
-        inputs
-    )
+    scale = scale_of_sum(value, squares)  # [T, out]
+    return Expected(value, lowp, scale, terms=terms, blocks=sums.blocks(terms)).with_inputs(inputs)
 
 
 def scale_of_sum(value, squares):
-    """Return c for sums with these values, from the sums of the squares of their terms; any shape."""
+    """Return c of some sums, from their values and the sums of the squares of their terms; any shape."""
     return np.sqrt(squares + np.square(value))
 
 
@@ -74,51 +73,48 @@ def rope(x, positions, inverse_frequencies, factor):
     inputs = x
     x, x_lp = both(x)  # [n, T, d] each
     value = oracle_ops.rope(x, positions, inverse_frequencies, factor)  # [n, T, d]
-    angles = np.multiply.outer(
-        positions.astype(np.float32), inverse_frequencies.astype(np.float32)
-    )  # [T, d/2]
+    frequencies = inverse_frequencies.astype(np.float32)  # [d/2]
+    angles = np.multiply.outer(positions.astype(np.float32), frequencies)  # [T, d/2]
     factor = np.float32(factor)
     cos, sin = np.cos(angles) * factor, np.sin(angles) * factor  # [T, d/2] each
     first, second = np.split(x_lp.astype(np.float32), 2, axis=-1)  # [n, T, d/2] each
     lowp = np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)  # [n, T, d]
     pair = np.hypot(first, second, dtype=np.float64) * float(factor)  # [n, T, d/2]
     scale = np.concatenate((pair, pair), axis=-1)  # [n, T, d]
-    return Expected(value, rounded(lowp, x_lp.dtype), scale, common=(0, 2)).of(inputs)
+    return Expected(value, rounded(lowp, x_lp.dtype), scale, common=(0, 2)).with_inputs(inputs)
 
 
 def stored(x, kv_dtype):
-    """Return the Expected of keys or values that went through a cache in `kv_dtype`: [K_r, S, d].
+    """Return the Expected of keys or values that are written to a cache in `kv_dtype`: x [K_r, S, d].
 
-    A run must read exactly what this function computes, or else each number must be as close to x as the
-    cache's dtype allows: half a step of int8, which is half the scale of its position and head, or the
-    rounding to float16. On top of that comes the rounding of the result.
+    A run should read exactly what this function computes. If it does not, each number may differ from x by
+    the error of the cache's dtype (for int8, half the scale of the position and head; for float16, the
+    rounding to it), plus the rounding of the result.
     """
     if kv_dtype == "auto":
         return exactly(x)
-    exact = x.astype(np.float64)  # [K_r, S, d]
+    value = x.astype(np.float64)  # [K_r, S, d]
     read = dequantized(x, kv_dtype).astype(x.dtype)  # [K_r, S, d]
     if kv_dtype == "int8":
-        allowed = np.abs(exact).max(axis=-1, keepdims=True, initial=0) / 127 / 2  # [K_r, S, 1]
+        allowed = np.abs(value).max(axis=-1, keepdims=True, initial=0) / 127 / 2  # [K_r, S, 1]
     else:
-        allowed = np.abs(exact) * roundoff(kv_dtype)  # [K_r, S, d]
-    allowed = allowed + 2 * roundoff(x.dtype) * np.abs(exact)  # [K_r, S, d]
-    return Stored(exact, read=read, allowed=allowed)
+        allowed = np.abs(value) * roundoff(kv_dtype)  # [K_r, S, d]
+    allowed = allowed + 2 * roundoff(x.dtype) * np.abs(value)  # [K_r, S, d]
+    return Stored(value, read=read, allowed=allowed)
 
 
 def dequantized(x, kv_dtype):
     """Return x [K_r, S, d] as it is read from a cache in `kv_dtype`, in float32.
 
-    int8 numbers are x / scale, rounded to the nearest integer, where scale = max |x| / 127 of each head and
-    position, all in float32.
+    A cache in int8 holds x / scale, rounded to the nearest integer, where scale is max |x| / 127 of each head
+    and position; all of this is computed in float32.
     """
     x = x.astype(np.float32)  # [K_r, S, d]
     if kv_dtype != "int8":
         return x.astype(kv_dtype).astype(np.float32)  # [K_r, S, d]
     scale = np.abs(x).max(axis=-1, keepdims=True, initial=0) / np.float32(127)  # [K_r, S, 1]
-    values = np.rint(np.divide(x, scale, where=scale > 0, out=np.zeros_like(x))).astype(
-        np.int8
-    )  # [K_r, S, d]
-    return values * scale  # [K_r, S, d]
+    units = np.divide(x, scale, where=scale > 0, out=np.zeros_like(x))  # [K_r, S, d]
+    return np.rint(units).astype(np.int8) * scale  # [K_r, S, d]
 
 
 def scaled(x, factor):
@@ -134,8 +130,8 @@ def soft_cap(x, cap):
     x, x_lp = both(x)
     value, cap32 = oracle_ops.soft_cap(x, cap), np.float32(cap)
     lowp = np.tanh(x_lp.astype(np.float32) / cap32) * cap32
-    slope = 1 - np.square(value / cap)  # the derivative of the value by x
-    return Expected(value, lowp.astype(np.float64), np.hypot(value, slope * x_scale)).of(inputs)
+    slope = 1 - np.square(value / cap)  # the derivative by x, which multiplies the errors of x
+    return Expected(value, lowp.astype(np.float64), np.hypot(value, slope * x_scale)).with_inputs(inputs)
 
 
 def scores(q, k, mask, root, cap=None, sums=IN_FLOAT32):
@@ -170,7 +166,7 @@ def softmax(x):
     lowp = terms / np.sum(terms, axis=-1, keepdims=True)  # [H_r, T, S]
     # The relative rounding error of e^(s - max) is proportional to |s - max|.
     scale = value * (1 + np.where(np.isfinite(shifted), -shifted, 0))  # [H_r, T, S]
-    return Expected(value, lowp.astype(np.float64), scale, common=(-1,)).of(inputs)
+    return Expected(value, lowp.astype(np.float64), scale, common=(-1,)).with_inputs(inputs)
 
 
 def context(probs, v):
@@ -184,7 +180,7 @@ def context(probs, v):
     lowp = np.concatenate(IN_FLOAT32.matmul(probs_lp.astype(v.dtype), v), axis=-1)  # [T, H_r * d]
     squares = np.matmul(np.square(probs, dtype=np.float64), np.square(v, dtype=np.float64))  # [H_r, T, d]
     scale = scale_of_sum(value, np.concatenate(squares, axis=-1))  # [T, H_r * d]
-    return Expected(value, rounded(lowp, v.dtype), scale, terms=v.shape[1]).of(inputs)
+    return Expected(value, rounded(lowp, v.dtype), scale, terms=v.shape[1]).with_inputs(inputs)
 
 
 def geglu(gate, up):
@@ -206,11 +202,12 @@ def swiglu(gate, up):
     g = gate_lp.astype(np.float32)  # [T, F_r]
     with np.errstate(over="ignore"):
         lowp = g / (1 + np.exp(-g)) * up_lp.astype(np.float32)  # [T, F_r]
-    # |silu(x)| <= |x|, and its derivative is at most 1.1. In float32, sigmoid(x) may not become smaller than
-    # 1e-34, so that exp(-x) does not overflow; the last term times any roundoff allows for that.
+    # The errors of gate and up are multiplied by the derivatives: silu'(x) <= 1.1, and |silu(x)| <= |x|.
+    # Code that limits exp(-x), so that it does not overflow in float32, keeps sigmoid(x) above some 1e-35.
+    # The last term, times a roundoff of at least 6e-8, allows for that.
     g, u = np.abs(gate, dtype=np.float64), np.abs(up, dtype=np.float64)  # [T, F_r] each
     scale = np.sqrt(np.square(value) + np.square(1.1 * gate_scale * u) + np.square(g * up_scale))
-    return Expected(value, rounded(lowp, gate_lp.dtype), scale + 1e-26 * g * u).of(*inputs)
+    return Expected(value, rounded(lowp, gate_lp.dtype), scale + 1e-26 * g * u).with_inputs(*inputs)
 
 
 def experts_act(x, chosen, gates, ups):
@@ -245,9 +242,9 @@ def experts_sum(acts, router, per_token, downs):
     """
     chosen = oracle_ops.choose_experts(router, per_token)  # [T, E]
     router_weights = oracle_ops.route(router, per_token)  # [T, E]
-    r = np.where(chosen, router.astype(np.float32), -np.inf)  # [T, E]
-    r -= r.max(axis=-1, keepdims=True)
-    weights_lp = np.exp(r) / np.exp(r).sum(axis=-1, keepdims=True)  # [T, E]
+    shifted = np.where(chosen, router.astype(np.float32), -np.inf)  # [T, E]
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    weights_lp = np.exp(shifted) / np.exp(shifted).sum(axis=-1, keepdims=True)  # [T, E]
     shape = (len(acts), len(downs[0]))
     value, lowp, squares = np.zeros(shape), np.zeros(shape, np.float32), np.zeros(shape)  # [T, D] each
     nth = np.cumsum(chosen, axis=1) - 1  # [T, E]
@@ -257,10 +254,10 @@ def experts_sum(acts, router, per_token, downs):
         y = oracle_ops.linear(act, w)  # [n, D]
         value[rows] += weight * y
         lowp[rows] += weights_lp[rows, expert, None] * IN_FLOAT32.matmul(act, w.T)
-        terms = np.square(act, dtype=np.float64) @ np.square(w.T, dtype=np.float64)  # [n, D]
-        # The relative rounding error of a weight is that of a softmax, and the whole row has it in common.
-        of_weight = 1 - r[rows, expert, None].astype(np.float64)  # [n, 1]
-        squares[rows] += np.square(weight) * (terms + np.square(of_weight * y))
+        y_squares = np.square(act, dtype=np.float64) @ np.square(w.T, dtype=np.float64)  # [n, D]
+        # A weight has the relative rounding error of a softmax, and all elements of its row share that error.
+        weight_scale = 1 - shifted[rows, expert, None].astype(np.float64)  # [n, 1], relative to the weight
+        squares[rows] += np.square(weight) * (y_squares + np.square(weight_scale * y))
     terms = acts.shape[1] * acts.shape[2]
     scale = scale_of_sum(value, squares)  # [T, D]
     return Expected(value, rounded(lowp, acts.dtype), scale, terms=terms, common=(-1,))
@@ -281,7 +278,7 @@ def total(parts, bias=None):
     if bias is not None:
         lowp = rounded(lowp.astype(np.float32) + bias.astype(np.float32), dtype)  # [T, D]
     scale = scale_of_sum(value, sum(np.square(term, dtype=np.float64) for term in terms))  # [T, D]
-    return Expected(value, lowp, scale, terms=len(terms)).of(*inputs)
+    return Expected(value, lowp, scale, terms=len(terms)).with_inputs(*inputs)
 
 
 def add(x, y, multiplier=1):
@@ -294,4 +291,4 @@ def add(x, y, multiplier=1):
     value = x.astype(np.float64) + multiplier * y.astype(np.float64)
     term = (np.float32(multiplier) * y_lp.astype(np.float32)).astype(x_lp.dtype)
     lowp = rounded(x_lp.astype(np.float32) + term.astype(np.float32), x_lp.dtype)
-    return Expected(value, lowp, np.abs(value)).of(*inputs)
+    return Expected(value, lowp, np.abs(value)).with_inputs(*inputs)

@@ -1,4 +1,4 @@
-"""The forward passes that a check records: they run the code that `generate` and `serve` run.
+"""The forward passes that a check runs and records, with the code of `generate` and `serve`.
 
     prefill, decode.1, ..   the prompt in one pass, then one token per pass
     prefill.0, prefill.1    the same prompt again in two chunks, with a cache of its own; only the last
@@ -16,9 +16,9 @@ import numpy as np
 from minitp.engine.engine import Engine
 from minitp.engine.scheduler import Scheduler
 from minitp.trace.names import BLOCK_TABLE
-from minitp.trace.record import greedy_request, passes_of, run_passes
+from minitp.trace.record import Recorder, greedy_request, passes_of, run_passes
 
-UNWRITTEN = ("", 0)  # origin of a position of the cache that no pass has written
+UNWRITTEN = ("", 0)  # the origin of a position of the cache that no pass has written
 BLOCK_SIZE = 4  # slots in a block of the engine's pool; small, so that a short prompt fills some blocks
 
 
@@ -30,15 +30,15 @@ class RecordedPass:
     ----------
     name : str
     sequence : int
-        Index of the sequence in Recording.sequences.
+        Index of the sequence in RecordedRun.sequences.
     start, stop : int
         The positions of its tokens in this pass.
     cached : tuple of (str, int)
-        For each position before `start`, the name of the pass that wrote its key and value to the cache, and
-        its row in that pass.
+        The origin of each position before `start`: the name of the pass that wrote its key and value to the
+        cache, and its row in that pass.
     block_table : tuple of int
-        The blocks of the sequence in a paged cache.
-    logits : int
+        The blocks of the sequence in a paged cache; empty for another cache.
+    logit_rows : int
         The number of rows of logits, which belong to the last positions.
     """
 
@@ -48,21 +48,32 @@ class RecordedPass:
     stop: int
     cached: tuple = ()
     block_table: tuple = ()
-    logits: int = 0
+    logit_rows: int = 0
 
     @property
-    def rows(self):
-        """The origins of the keys and values of this pass, as in `cached`."""
+    def origins(self):
+        """The origins of the positions from `start` to `stop`, as in `cached`."""
         return tuple((self.name, row) for row in range(self.stop - self.start))
 
 
 @dataclass(frozen=True)
-class Recording:
-    """The recorded passes, in order, and the token ids of each sequence, as rank 0 knows them."""
+class RecordedRun:
+    """The passes and sequences of a check, as rank 0 knows them; the arrays are in each rank's StepFile.
+
+    Attributes
+    ----------
+    passes : list of RecordedPass
+        The passes in the order of the findings.
+    sequences : list of list of int
+        The token ids of each sequence that went through the model; sequence 0 is the user's prompt and the
+        tokens decoded after it.
+    prompt_lengths : list of int
+        The number of prompt tokens of each sequence.
+    """
 
     passes: list
     sequences: list
-    prompts: list  # number of prompt tokens of each sequence
+    prompt_lengths: list
 
 
 def chunk_stops(tokens):
@@ -70,8 +81,8 @@ def chunk_stops(tokens):
     return [max(1, 2 * tokens // 5), tokens] if tokens > 1 else []
 
 
-def run_all(model, prompt, decode, batch, recorder, take):
-    """Run all passes of a check; return the Recording on every rank.
+def run_all_passes(model, prompt, decode, batch, step_file):
+    """Run all passes of a check; return the RecordedRun on every rank.
 
     Parameters
     ----------
@@ -81,106 +92,115 @@ def run_all(model, prompt, decode, batch, recorder, take):
         The number of tokens to decode after the prompt.
     batch : int
         The number of sequences that run through the engine; 0 for none.
-    recorder : Recorder
-    take : callable
-        A function take(full name, array) that gets each rank's block tables.
+    step_file : StepFile
+        The file that gets this rank's steps.
     """
-    whole = passes_of(len(prompt), decode)
-    ids = run_passes(model, prompt, whole, recorder)
+    recorder = Recorder(model.device, None, step_file.write)
+    prefill_and_decode = passes_of(len(prompt), decode)
+    ids = run_passes(model, prompt, prefill_and_decode, recorder)
     passes, cached = [], ()
-    for name, start, stop in whole:
-        passes.append(RecordedPass(name, 0, start, stop, cached, logits=stop - start))
-        cached += passes[-1].rows
-    passes[1:1] = run_chunks(model, prompt, recorder)
-    sequences, prompts = [ids], [len(prompt)]
+    for name, start, stop in prefill_and_decode:
+        passes.append(RecordedPass(name, 0, start, stop, cached, logit_rows=stop - start))
+        cached += passes[-1].origins
+    passes[1:1] = run_chunks(model, prompt, recorder)  # the chunks are listed next to `prefill`
+    sequences, prompts = [ids], [prompt]
     if batch:
-        batches = Batches(model, prompt, batch, recorder, take)
-        passes += batches.run()
-        sequences += batches.sequences
-        prompts += map(len, batches.prompts)
-    return model.comm.broadcast(Recording(passes, sequences, prompts))
+        engine_run = EngineRun(model, prompt, batch, recorder, step_file)
+        passes += engine_run.run()
+        sequences += engine_run.sequences
+        prompts += engine_run.prompts
+    return model.comm.broadcast(RecordedRun(passes, sequences, list(map(len, prompts))))
 
 
 def run_chunks(model, prompt, recorder):
-    """Run a prompt in two chunks, as `generate.prefill` runs a long one; return their Recording."""
+    """Run a prompt in two chunks, as `generate.prefill` runs a long one; return a list of RecordedPass."""
     passes, start, cached, cache = [], 0, (), model.new_cache(len(prompt))
     for number, stop in enumerate(chunk_stops(len(prompt))):
         name = f"prefill.{number}"
         recorder.begin(name)
         last = stop == len(prompt)
         model.forward(prompt[start:stop], cache, slice(-1, None) if last else None, recorder)
-        passes.append(RecordedPass(name, 0, start, stop, cached, logits=int(last)))
-        start, cached = stop, cached + passes[-1].rows
+        passes.append(RecordedPass(name, 0, start, stop, cached, logit_rows=int(last)))
+        start, cached = stop, cached + passes[-1].origins
     return passes
 
 
-class Batches:
+class EngineRun:
     """A run of several sequences through the engine.
 
     Parameters
     ----------
-    model, prompt, recorder, take
-        The same as for `run_all`.
+    model, prompt, step_file
+        The same as for `run_all_passes`.
     count : int
         The number of sequences.
+    recorder : Recorder
 
     Attributes
     ----------
-    prompts, sequences : list of list of int
-        The tokens of each prompt; those of each sequence after the run, on rank 0.
+    prompts : list of list of int
+        The tokens of each prompt.
+    sequences : list of list of int
+        The tokens of each sequence that went through the model; on rank 0, after `run`.
     """
 
-    def __init__(self, model, prompt, count, recorder, take):
-        self.model, self.recorder, self.take = model, recorder, take
+    def __init__(self, model, prompt, count, recorder, step_file):
+        self.model, self.recorder, self.step_file = model, recorder, step_file
         self.prompts = batch_prompts(prompt, count, model.config.vocab_size)
-        self.budget = max(BLOCK_SIZE, sum(map(len, self.prompts)) * 2 // 3)  # so that a prompt is divided
+        # The maximum number of tokens in a batch: fewer than those of all prompts, so that one is divided.
+        self.budget = max(BLOCK_SIZE, sum(map(len, self.prompts)) * 2 // 3)
         self.sequences = []
-        self._number, self._passes = 0, []
-        self._written = {}  # slot of the pool -> (pass name, row) that wrote it last
-        self._state = {}  # sequence number -> [block table, length]
+        self._passes, self._num_batches = [], 0
+        self._origins = {}  # slot of the pool -> the origin of the key and value that it holds
+        self._block_tables, self._lengths = {}, {}  # by the engine's number of a sequence
 
     def run(self):
-        """Run all sequences to their ends; return the Recording."""
+        """Run all sequences to their ends; return a list of RecordedPass."""
         rank0 = self.model.comm.rank == 0
         blocks = self.model.comm.broadcast(scarce_blocks(self.prompts, self.budget) if rank0 else None)
         engine = Engine(self.model, blocks, BLOCK_SIZE, self.budget, len(self.prompts))
         requests = requests_for(self.prompts) if rank0 else []
         for request in requests[:-1]:
             engine.add(request)
-        engine.run_batch(self._recording)
+        engine.run_batch(self._begin_batch)
         for request in requests[-1:]:  # it arrives when the blocks of the common tokens are full
             engine.add(request)
-        while engine.run_batch(self._recording) is not None:
+        while engine.run_batch(self._begin_batch) is not None:
             pass
         # The last token of a sequence has been chosen but not run.
         self.sequences = [[*request.prompt_ids, *request.token_ids[:-1]] for request in requests]
         return self._passes
 
-    def _recording(self, batch, parts):
-        """Note the passes of a batch; return the recorder that records them."""
-        self._number += 1
+    def _begin_batch(self, batch, parts):
+        """Note the passes of a batch and begin to record them; return the recorder (see Engine.run_batch)."""
+        self._num_batches += 1
         for number, block_table, length in batch.started:
-            self._state[number] = [list(block_table), length]
-        stops = np.cumsum([len(tokens) for _, tokens, _ in batch.chunks])
-        now = []
-        for (number, tokens, blocks), stop, (_, cache) in zip(batch.chunks, stops, parts, strict=True):
-            state = self._state[number]
-            state[0] += blocks
-            name = f"batch.{self._number}.seq{number}"
-            slots = [self._slot(state[0], position) for position in range(state[1] + len(tokens))]
-            cached = tuple(self._written.get(slot, UNWRITTEN) for slot in slots[: state[1]])
-            table, logits = tuple(state[0]), int(stop - 1 in batch.logits_at)
-            now.append(RecordedPass(name, 1 + number, state[1], len(slots), cached, table, logits))
-            self._written.update(zip(slots[state[1] :], now[-1].rows, strict=True))
-            state[1] = len(slots)
-            self.take(f"{name}/{BLOCK_TABLE}", np.array(cache.block_table, np.int64))
-        self._passes += now
-        rows = [pass_.stop - pass_.start for pass_ in now]
-        self.recorder.begin(*(p.name for p in now), rows=rows, logit_rows=[p.logits for p in now])
+            self._block_tables[number], self._lengths[number] = list(block_table), length
+        row_stops = np.cumsum([len(tokens) for _, tokens, _ in batch.chunks])  # among the rows of the batch
+        passes = []
+        chunks = zip(batch.chunks, row_stops, parts, strict=True)
+        for (number, tokens, new_blocks), row_stop, (_, cache) in chunks:
+            block_table, start = self._block_tables[number], self._lengths[number]
+            block_table += new_blocks
+            stop = self._lengths[number] = start + len(tokens)
+            slots = [slot_of(block_table, position) for position in range(stop)]
+            cached = tuple(self._origins.get(slot, UNWRITTEN) for slot in slots[:start])
+            name, logit_rows = f"batch.{self._num_batches}.seq{number}", int(row_stop - 1 in batch.logits_at)
+            sequence = 1 + number  # sequence 0 of the RecordedRun has not run in the engine
+            pass_ = RecordedPass(name, sequence, start, stop, cached, tuple(block_table), logit_rows)
+            self._origins.update(zip(slots[start:], pass_.origins, strict=True))
+            passes.append(pass_)
+            self.step_file.write(f"{name}/{BLOCK_TABLE}", np.array(cache.block_table, np.int64))  # [B]
+        self._passes += passes
+        rows = [pass_.stop - pass_.start for pass_ in passes]
+        logit_rows = [pass_.logit_rows for pass_ in passes]
+        self.recorder.begin(*(pass_.name for pass_ in passes), rows=rows, logit_rows=logit_rows)
         return self.recorder
 
-    def _slot(self, block_table, position):
-        return block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+
+def slot_of(block_table, position):
+    """Return the slot of the pool that holds a position of a sequence."""
+    return block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
 
 
 def batch_prompts(prompt, count, vocab_size):
@@ -191,7 +211,7 @@ def batch_prompts(prompt, count, vocab_size):
 
 
 def requests_for(prompts):
-    """Return a request for each prompt, whose new tokens do not fit in its last block."""
+    """Return a request for each prompt, whose new tokens do not fit in the prompt's last block."""
     return [greedy_request(prompt, len(prompt) + BLOCK_SIZE + 1) for prompt in prompts]
 
 
@@ -201,21 +221,25 @@ def longest_positions(prompts):
 
 
 def scarce_blocks(prompts, budget):
-    """Return the largest number of blocks with which a sequence is preempted."""
+    """Return the largest number of blocks with which a sequence is preempted.
+
+    If none is preempted with any number, return the number of blocks that the longest sequence needs.
+    `budget` is the maximum number of tokens in a batch.
+    """
     needed = -(-longest_positions(prompts) // BLOCK_SIZE)
     pools = range(needed * len(prompts), needed, -1)
     return next((blocks for blocks in pools if preemptions(prompts, blocks, budget)), needed)
 
 
 def preemptions(prompts, blocks, budget):
-    """Return how often the scheduler preempts a sequence when the model always chooses token 0."""
+    """Return how often the scheduler preempts a sequence if the model always chooses token 0."""
     scheduler = Scheduler(blocks, BLOCK_SIZE, budget, len(prompts), lambda past: budget)
     waiting = requests_for(prompts)
     for request in waiting[:-1]:
         scheduler.add(request)
     while (batch := scheduler.schedule()) is not None:
         scheduler.commit(batch, np.zeros((len(batch.logits_at), 1), np.float32))
-        for request in waiting[-1:]:
+        for request in waiting[-1:]:  # it arrives after the first batch, as in EngineRun.run
             scheduler.add(request)
         waiting = []
     return scheduler.num_preempted

@@ -1,4 +1,4 @@
-"""A rank's check of its own weights and steps: the local errors, and the bits that ranks have in common."""
+"""A rank's check of its own weights and steps: the local errors, and the bits that ranks must share."""
 
 import hashlib
 
@@ -15,36 +15,45 @@ from minitp.trace.names import BLOCK_TABLE, FLOAT32, INTEGERS, Kind, full_name, 
 
 
 class RankCheck:
-    """A rank that checks its own steps, and its findings by full name.
+    """A check of a rank's own weights and steps.
 
     Parameters
     ----------
     source : ModelSource
     reference : Oracle
     model : Model
-    recorded : StepFile
-    recording : Recording
+    run : RecordedRun
+    step_file : StepFile
+        The file with the steps that this rank has recorded.
+
+    Attributes
+    ----------
+    findings : dict of str to Finding
+        This rank's findings by full name.
+    kinds : dict of str to Kind
+        The distribution of each step over the ranks.
+    rounding : RoundingStatistic
     """
 
-    def __init__(self, source, reference, model, recorded, recording):
+    def __init__(self, source, reference, model, run, step_file):
         self.plan, self.comm, self.reference = source.plan, model.comm, reference
         self.fused, self.dtype, self.kv_dtype = model.fused, model.device.dtype, model.kv_dtype
         self.sums = sums_of(model.device)
-        self.not_recorded = {}  # full name -> NotRecorded, for steps inside a fused operation
-        self.weights, self.recorded, self.recording = HostWeights(model, source.plan), recorded, recording
+        self.weights, self.run, self.step_file = HostWeights(model, source.plan), run, step_file
         self.kinds = kinds(source.plan, source.config.head_dim) | {BLOCK_TABLE: Kind("replicated")}
         self.findings = {}
         self.rounding = RoundingStatistic()
-        self.bits = []  # (full name, hash of the inputs, hash of the output) of replicated steps
+        self._not_recorded = {}  # full name -> NotRecorded, for steps inside a fused operation
+        self._hashes = []  # (full name, hash of the inputs, hash of the array) of each replicated step
 
     def recorded_array(self, pass_name, layer, step):
         """Return this rank's array of a step, or a NotRecorded inside a fused operation."""
         name = full_name(pass_name, layer, step)
-        return self.not_recorded[name] if name in self.not_recorded else self.recorded.read(name)
+        return self._not_recorded[name] if name in self._not_recorded else self.step_file.read(name)
 
     def check_weights(self, progress):
         """Compare each weight with its slice of the checkpoint, which the oracle reads."""
-        layers = set()
+        done = set()  # layers that `progress` has counted; None stands for tensors outside the layers
         for name in self.weights:
             array, shard = self.weights[name], self.plan.tensors[name]
             expected = np.empty(array.shape, array.dtype)
@@ -54,11 +63,11 @@ class RankCheck:
             layer = split_name(name.removeprefix("model."))[1]
             finding = Finding("weights", layer, name, self.comm.rank, kind, difference_of(array, expected))
             self.findings[finding.name] = finding
-            progress(int(layer not in {None, *layers}))
-            layers.add(layer)
+            progress(int(layer not in {None, *done}))
+            done.add(layer)
 
     def check_locally(self, progress):
-        """Compute the local error of every step, layer by layer."""
+        """Compare every step with the oracle's operation on this rank's inputs, layer by layer."""
         replay = Replay(
             self.reference,
             self.plan,
@@ -69,40 +78,41 @@ class RankCheck:
             kv_dtype=self.kv_dtype,
             sums=self.sums,
         )
-        for pass_ in self.recording.passes:
-            self._judge(pass_, None, replay.before(pass_))
+        for pass_ in self.run.passes:
+            self._check_steps(pass_, None, replay.before(pass_))
         for i in range(self.plan.layers):
-            for pass_ in self.recording.passes:
-                self._judge(pass_, i, replay.attention(i, pass_))
-                self._judge(pass_, i, replay.mlp(i, pass_))
+            for pass_ in self.run.passes:
+                self._check_steps(pass_, i, replay.attention(i, pass_))
+                self._check_steps(pass_, i, replay.mlp(i, pass_))
             progress(1)
-        for pass_ in self.recording.passes:
-            self._judge(pass_, None, replay.after(pass_))
-        self._check_shared_blocks()
+        for pass_ in self.run.passes:
+            self._check_steps(pass_, None, replay.after(pass_))
+        self._check_cached_tokens()
 
     def _expected_tokens(self):
         """Return the tokens of each sequence: the prompt, then the most probable ones of rank 0's logits."""
-        expected = [
-            ids[:prompt] for ids, prompt in zip(self.recording.sequences, self.recording.prompts, strict=True)
-        ]
+        lengths = zip(self.run.sequences, self.run.prompt_lengths, strict=True)
+        expected = [ids[:length] for ids, length in lengths]
         if self.comm.rank == 0:
-            for pass_ in self.recording.passes:
+            for pass_ in self.run.passes:
                 ids = expected[pass_.sequence]
-                # A later pass may end where an earlier one did: a chunk, or a sequence that was preempted.
-                if pass_.stop == len(ids) and pass_.logits:
-                    logits = self.recorded.read(f"{pass_.name}/logits")  # [n, V]
+                # Other passes with logits give a token that an earlier pass has given: that of the second
+                # chunk, or one that computes a preempted sequence again.
+                if pass_.stop == len(ids) and pass_.logit_rows:
+                    logits = self.step_file.read(f"{pass_.name}/logits")  # [n, V]
                     ids.append(int(np.argmax(logits[-1])))
         return self.comm.broadcast(expected)
 
-    def _judge(self, pass_, layer, steps):
-        ids = self.recording.sequences[pass_.sequence][pass_.start : pass_.stop]
-        repeats = len(ids) / len(set(ids))
+    def _check_steps(self, pass_, layer, steps):
+        """Enter a finding for each of `steps`, some (step, Expected, inputs) of a pass as in `replay`."""
+        ids = self.run.sequences[pass_.sequence][pass_.start : pass_.stop]
+        repeats = len(ids) / len(set(ids))  # the average number of times that a token occurs
         for step, expected, inputs in steps:
             name, dtype = full_name(pass_.name, layer, step), self._dtype_of(step)
-            if self.fused and name not in self.recorded:
-                self.not_recorded[name] = expected.not_recorded(dtype)
+            if self.fused and name not in self.step_file:
+                self._not_recorded[name] = expected.not_recorded(dtype)
                 continue
-            array = self.recorded.read(name)
+            array = self.step_file.read(name)
             finding = Finding(pass_.name, layer, step, self.comm.rank, self.kinds[step].kind, local=None)
             self.findings[finding.name] = finding
             if array.shape != expected.value.shape:
@@ -112,60 +122,60 @@ class RankCheck:
                 finding.note = f"dtype {array.dtype}, expected {dtype}"
             finding.bounds = expected.bounds(dtype, repeats)
             if isinstance(expected, Stored):
-                self._judge_stored(finding, array, expected)
+                self._check_stored(finding, array, expected)
             else:
                 finding.local = difference_of(array, expected.value)
                 self.rounding.add(step, array, expected, dtype, repeats)
             if inputs is not None and not any(isinstance(x, NotRecorded) for x in inputs):
-                self.bits.append((finding.name, _digest(*inputs), _digest(array)))
+                self._hashes.append((finding.name, _hash(*inputs), _hash(array)))
 
-    def _judge_stored(self, finding, array, expected):
-        """Judge a cache of a smaller dtype: by its bits, or else by the error that the dtype allows."""
-        exact = same_bits(array, expected.read)
-        finding.local = difference_of(array, expected.read if exact else expected.value)
-        beyond = None if exact else expected.beyond(array)
-        if beyond is not None:
-            finding.note = f"at {list(beyond)} the error is larger than a {self.kv_dtype} cache allows"
+    def _check_stored(self, finding, array, expected):
+        """Check a cache of a smaller dtype: its bits, or else the error of each number."""
+        same = same_bits(array, expected.read)
+        finding.local = difference_of(array, expected.read if same else expected.value)
+        index = None if same else expected.first_outside(array)
+        if index is not None:
+            finding.note = f"at {list(index)} the error is larger than a {self.kv_dtype} cache allows"
 
     def _dtype_of(self, step):
         if step in INTEGERS:
             return np.dtype(np.int64)
         return np.dtype(np.float32) if step in FLOAT32 else self.dtype
 
-    def _check_shared_blocks(self):
-        """Check that each cached position was written for the same tokens, up to and including its own."""
-        passes = {pass_.name: pass_ for pass_ in self.recording.passes}
-        for pass_ in self.recording.passes:
-            ids = self.recording.sequences[pass_.sequence]
+    def _check_cached_tokens(self):
+        """Check that each cached key was written for the same tokens, up to and including its position."""
+        passes = {pass_.name: pass_ for pass_ in self.run.passes}
+        for pass_ in self.run.passes:
+            ids = self.run.sequences[pass_.sequence]
             for position, (name, row) in enumerate(pass_.cached):
-                origin = passes.get(name)  # None: UNWRITTEN
-                tokens = origin and self.recording.sequences[origin.sequence][: origin.start + row + 1]
+                writer = passes.get(name)  # None: UNWRITTEN
+                tokens = writer and self.run.sequences[writer.sequence][: writer.start + row + 1]
                 if tokens != ids[: position + 1]:
-                    whose = f"has the key of other tokens, those of {name}" if origin else "was never written"
+                    fault = f"has the key of other tokens, those of {name}" if writer else "was never written"
                     finding = self.findings[full_name(pass_.name, None, "positions")]
-                    finding.note = f"position {position} of the cache {whose}"
+                    finding.note = f"position {position} of the cache {fault}"
                     break
 
     def check_bits(self):
         """Check that replicated steps with the same inputs have the same bits on all ranks.
 
-        If they differ, an array within bounds is right; if there are several, the one that most ranks have;
-        and if that does not decide, the one nearest to the expected value.
+        If they differ, the right array is one within bounds; of several, the one that most ranks have; and if
+        that does not decide, the one nearest to the expected value.
         """
         ratios = {name: np.inf if f.note else f.ratio for name, f in self.findings.items()}
-        mine = [(name, *digests, ratios[name]) for name, *digests in self.bits]
-        for ranks in zip(*self.comm.allgather_object(mine), strict=True):  # one step on all ranks
-            name = ranks[0][0]
-            results = [result for _, _, result, _ in ranks]
-            likely = [(ratio <= 1, results.count(result), -ratio) for _, _, result, ratio in ranks]
-            right = results[likely.index(max(likely))]
-            inputs = {digest for _, digest, _, _ in ranks}
-            if len(inputs) == 1 and results[self.comm.rank] != right and not self.findings[name].note:
+        own = [(*hashes, ratios[hashes[0]]) for hashes in self._hashes]
+        for ranks in zip(*self.comm.allgather_object(own), strict=True):  # the same step on all ranks
+            names, inputs, arrays, step_ratios = zip(*ranks, strict=True)
+            name = names[0]
+            pairs = zip(arrays, step_ratios, strict=True)
+            merits = [(ratio <= 1, arrays.count(array), -ratio) for array, ratio in pairs]
+            right = arrays[merits.index(max(merits))]
+            if len(set(inputs)) == 1 and arrays[self.comm.rank] != right and not self.findings[name].note:
                 self.findings[name].note = "not the same bits as on the other ranks"
 
 
 class HostWeights:
-    """The slices of a rank by checkpoint name, [out, in] as in the file, copied to the host when read."""
+    """A rank's slices by checkpoint name, [out, in] as in the file, copied to the host when read."""
 
     def __init__(self, model, plan):
         self._to_host = model.device.to_host
@@ -182,9 +192,10 @@ class HostWeights:
         return self[name] if name in self._slices else default
 
 
-def _digest(*arrays):
-    digest = hashlib.blake2b(digest_size=16)
+def _hash(*arrays):
+    """Return a hash of the dtypes, shapes and bits of some arrays."""
+    found = hashlib.blake2b(digest_size=16)
     for array in arrays:
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.digest()
+        found.update(f"{array.dtype}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return found.digest()

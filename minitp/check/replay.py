@@ -1,8 +1,9 @@
 """The replay of a run: the oracle's operations, step by step, on the inputs that a rank recorded.
 
 There is one method for each part of a forward pass. Each yields (step, Expected, inputs). For a replicated
-step, `inputs` is a list of the arrays from which the step is computed, or [] if it is computed from arrays of
-all ranks: ranks with the same inputs must have the same bits. For other steps it is None.
+step, `inputs` is a list of the arrays from which the step is computed, and ranks with the same inputs must
+have the same bits. The list is empty if the step is computed from arrays of all ranks or comes from rank 0.
+For other steps, `inputs` is None.
 """
 
 import numpy as np
@@ -28,9 +29,9 @@ class Replay:
     weights : dict of str to array
         This rank's slices by checkpoint name, [out, in] as in the file.
     recorded : callable
-        A function (pass name, layer, step) -> this rank's array, or NotRecorded.
+        A function recorded(pass name, layer, step) that returns this rank's array, or a NotRecorded.
     sequences : list of list of int
-        The token ids of each sequence.
+        The token ids that each sequence should have.
     kv_dtype : str
         The dtype of the cache: auto, float16 or int8.
     sums : Float32Sums or TensorCoreSums
@@ -41,9 +42,9 @@ class Replay:
         self.reference, self.plan, self.comm = reference, plan, comm
         self.weights, self.recorded = weights, recorded
         self.sequences, self.kv_dtype, self.sums = sequences, kv_dtype, sums
-        group = reference.heads // reference.kv_heads
+        heads_per_kv = reference.heads // reference.kv_heads
         first_kv = plan.kv_head_ranges[comm.rank][0]
-        self.kv_of_head = [h // group - first_kv for h in range(*plan.head_ranges[comm.rank])]  # [H_r]
+        self.kv_of_head = [h // heads_per_kv - first_kv for h in range(*plan.head_ranges[comm.rank])]  # [H_r]
 
     def before(self, pass_):
         """Yield the expected values of the inputs of a RecordedPass and of its embedding steps."""
@@ -77,15 +78,15 @@ class Replay:
             yield f"attn.{part}", y.as_heads(self.reference.head_dim), None  # [n, T, d]
         positions = self.recorded(name, None, "positions")  # [T]
         for part in "qk":
-            made, norm = part, w(f"{part}_norm.weight")  # [d], or None
+            before_rope, norm = part, w(f"{part}_norm.weight")  # [d], or None
             if norm is not None:
-                made = f"{part}_norm"
-                yield f"attn.{made}", expected.rms_norm(s(part), norm, self.reference.eps), None
+                before_rope = f"{part}_norm"
+                yield f"attn.{before_rope}", expected.rms_norm(s(part), norm, self.reference.eps), None
             angles = self.reference.inverse_frequencies, self.reference.attention_factor  # [d/2], one number
-            turned = expected.rope(s(made), positions, *angles)  # [n, T, d]
-            if not self.reference.turns[i]:
-                turned = expected.exactly(s(made))  # [n, T, d]
-            yield f"attn.{part}_rope", turned, None
+            rotated = expected.rope(s(before_rope), positions, *angles)  # [n, T, d]
+            if not self.reference.turns[i]:  # a layer without RoPE
+                rotated = expected.exactly(s(before_rope))  # [n, T, d]
+            yield f"attn.{part}_rope", rotated, None
         yield from self._cache(i, pass_)
         k, v = (s(part)[self.kv_of_head] for part in ("k_cache", "v_cache"))  # [H_r, S, d] each
         keys = np.arange(pass_.stop - k.shape[1], pass_.stop)  # [S]
@@ -100,14 +101,15 @@ class Replay:
     def _cache(self, i, pass_):
         """Yield the expected cache: the keys and values of the passes that wrote it, within the window."""
         start, stop, window = pass_.start, pass_.stop, self.reference.windows[i]
-        needed = stop if window is None else min(stop, stop - start + window - 1)  # keys that a query sees
-        for cached, made in (("attn.k_cache", "attn.k_rope"), ("attn.v_cache", "attn.v")):
-            read = max(needed, self.recorded(pass_.name, i, cached).shape[1])
-            written = (*pass_.cached, *pass_.rows)[-read:]
-            arrays = {name: self.recorded(name, i, made) for name, _ in written if name}  # [K_r, T, d] each
-            arrays[UNWRITTEN[0]] = np.full_like(arrays[pass_.name], np.nan)  # [K_r, T, d]
-            rows = np.stack([arrays[name][:, row] for name, row in written], axis=1)  # [K_r, S, d]
-            yield cached, expected.stored(rows, self.kv_dtype), None
+        seen = stop if window is None else min(stop, stop - start + window - 1)  # keys that the queries see
+        for step, source in (("attn.k_cache", "attn.k_rope"), ("attn.v_cache", "attn.v")):
+            # A run may read more keys than its queries see; they are compared, too.
+            length = max(seen, self.recorded(pass_.name, i, step).shape[1])
+            origins = (*pass_.cached, *pass_.origins)[-length:]
+            arrays = {name: self.recorded(name, i, source) for name, _ in origins if name}  # [K_r, n, d] each
+            arrays[UNWRITTEN[0]] = np.full_like(arrays[pass_.name], np.nan)  # [K_r, n, d]
+            written = np.stack([arrays[name][:, row] for name, row in origins], axis=1)  # [K_r, S, d]
+            yield step, expected.stored(written, self.kv_dtype), None
 
     def mlp(self, i, pass_):
         """Yield the expected values of the steps of layer i's feed-forward block."""
@@ -137,18 +139,19 @@ class Replay:
         s, w = self._steps(name, i, "mlp"), self._weights(i, "block_sparse_moe")
         gate = w("gate.weight")  # [E, D]
         yield "mlp.router", expected.linear(s("norm"), gate), [s("norm"), gate]
-        parts = {n: [w(f"experts.{e}.w{n}.weight") for e in range(len(gate))] for n in (1, 2, 3)}
+        matrices = {n: [w(f"experts.{e}.w{n}.weight") for e in range(len(gate))] for n in (1, 2, 3)}
         per_token = self.reference.experts_per_token
         chosen = oracle_ops.choose_experts(s("router"), per_token)  # [T, E]
-        yield "mlp.experts", expected.experts_act(s("norm"), chosen, parts[1], parts[3]), None
-        yield "mlp.out_partial", expected.experts_sum(s("experts"), s("router"), per_token, parts[2]), None
+        yield "mlp.experts", expected.experts_act(s("norm"), chosen, matrices[1], matrices[3]), None
+        summed = expected.experts_sum(s("experts"), s("router"), per_token, matrices[2])  # [T, D]
+        yield "mlp.out_partial", summed, None
 
     def after(self, pass_):
         """Yield the expected values of the last norm and of the logits, if the pass has any."""
-        if pass_.logits == 0:
+        if pass_.logit_rows == 0:
             return
         name = pass_.name
-        x = self._stream(name, self.plan.layers)[-pass_.logits :]  # [n, D]
+        x = self._stream(name, self.plan.layers)[-pass_.logit_rows :]  # [n, D]
         norm = self._gain("model.norm.weight")  # [D]
         yield "final_norm", expected.rms_norm(x, norm, self.reference.eps), [x, norm]
         w = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])  # [V_r, D]
@@ -156,8 +159,8 @@ class Replay:
         logits_r = expected.linear(x, w, dtype=np.float32, sums=self.sums)  # [n, V_r]
         logits_r = logits_r.divided(self.reference.logits_divisor)  # [n, V_r]
         if self.reference.logits_cap is not None:
-            hidden = logits_r.not_recorded(np.float32)  # [n, V_r]
-            logits_r = expected.soft_cap(hidden, self.reference.logits_cap)  # [n, V_r]
+            uncapped = logits_r.not_recorded(np.float32)  # [n, V_r]
+            logits_r = expected.soft_cap(uncapped, self.reference.logits_cap)  # [n, V_r]
         yield "logits_partial", logits_r, None
         own = self.recorded(name, None, "logits_partial")  # [n, V_r]
         parts = self.comm.allgather_object(own)  # [n, V_r] of each rank
@@ -176,7 +179,7 @@ class Replay:
         yield f"{block}.residual", expected.add(x, out, self.reference.residual_scale), [x, out]
 
     def _gain(self, name):
-        """Return the numbers by which a norm multiplies, [D]."""
+        """Return the weights of a norm as it applies them, [D]; Gemma's are 1 + the tensor in the file."""
         weight = self.weights[name]  # [D]
         return weight if self.reference.norm_offset == 0 else weight.astype(np.float64) + 1
 

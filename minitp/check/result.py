@@ -5,12 +5,13 @@ from dataclasses import dataclass, field, replace
 from minitp.check.difference import Difference
 from minitp.trace.names import full_name
 
-# Steps that combine arrays of all ranks: if one is wrong on all ranks, no single rank is to blame.
+# Steps that combine arrays of all ranks or come from rank 0: if one is wrong on all ranks, no single rank is
+# to blame.
 COLLECTIVE = ("tokens", "embed", "attn.out", "mlp.out", "logits")
 ALL = "all"
 
 
-def share(error, bound):
+def ratio_of(error, bound):
     """Return an error as a fraction of its bound; an infinite bound allows any error."""
     if bound == float("inf"):
         return 0.0
@@ -64,11 +65,11 @@ class Finding:
 
     @property
     def ratio(self):
-        """The larger of relative and absolute local error, each divided by its bound; above 1 is wrong."""
+        """The larger of relative and absolute local error, each divided by its bound; above 1 it is wrong."""
         if self.local is None:
             return float("inf")
         pairs = zip((self.local.relative, self.local.absolute), self.bounds, strict=True)
-        return max(share(error, bound) for error, bound in pairs)
+        return max(ratio_of(error, bound) for error, bound in pairs)
 
     @property
     def ok(self):
@@ -76,7 +77,7 @@ class Finding:
 
     @property
     def unexplained(self):
-        """True if the total error exceeds its bound, which is a fault only if no local error explains it."""
+        """True if the total error exceeds its bound, which is a fault only if no step is wrong locally."""
         return None not in (self.total, self.total_bound) and not self.total.relative <= self.total_bound
 
 
@@ -91,8 +92,8 @@ class CheckResult:
     problems : list of (rank or "all", str)
         Faults of the sharding plan.
     sequences : list of list of int
-        Tokens of each sequence of the run: those of the prompt, then the decoded ones. The first is the
-        prompt of the user, the others ran through the engine.
+        Tokens of each sequence of the run: those of the prompt, then the decoded ones. The first sequence is
+        the user's prompt; the others ran through the engine.
     passes : list of RecordedPass
     tp : int
     warnings : list of str

@@ -1,4 +1,4 @@
-"""A temporary file with the steps that a rank has recorded, which may need more room than its memory has."""
+"""A temporary file with the steps that a rank has recorded, which may not fit in memory."""
 
 import os
 import tempfile
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class StepFile:
-    """A file of named arrays. It has no name in the file system, so a rank that is killed leaves no file.
+    """A temporary file of named arrays. It has no path, so a rank that is killed leaves no file.
 
     >>> steps = StepFile()
     >>> steps.write("prefill/embed", np.ones((5, 3), np.float32))

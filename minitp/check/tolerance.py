@@ -1,6 +1,6 @@
 """The tolerance of a check: how far a recorded array may be from its expected value.
 
-The shapes, the dtypes and the positions of NaN and infinite entries are compared first (see `run` and
+The shapes, the dtypes and the positions of NaN and infinite entries are compared first (see `rank` and
 `difference`); the bounds apply to the finite entries. The symbols, for one array of a run:
 
     x   the array that the rank recorded
@@ -50,7 +50,8 @@ An engine that rounds every partial sum to float16 gets [1.69824, 1.04980, -1.05
 
 A fused kernel does not record its inner steps. An input that it does not record is a NotRecorded: y and r
 each use their own value of it, so 2 ||r - y|| includes the roundings in between. Its errors vary by chance,
-too, so the second term is added again with the roundings and samples of that input.
+too, so the second term is added again with the roundings and samples of that input. For
+SwiGLU and soft caps, c includes the scale of the input, which may be a sum whose terms cancel.
 """
 
 from dataclasses import dataclass, replace
@@ -149,7 +150,7 @@ class Expected:
         n = max(1, _participation(c2.sum(axis=self.common)) / repeats)
         chance = s / n**0.5 + self.roundings / max(1, self.samples / repeats) ** 0.5
         relative = 2 * norm(off) + chance * c2.sum() ** 0.5
-        relative = relative / norm_y if norm_y else np.inf  # of zeros, only the absolute error is judged
+        relative = relative / norm_y if norm_y else np.inf  # if y is zero, only the absolute bound applies
         largest = 2 * np.max(off) + (s + self.roundings) * np.max(c2) ** 0.5
         return float(relative), float(largest)
 
@@ -165,11 +166,11 @@ class Expected:
         """Return r, rounded to `dtype`, in float64."""
         return rounded(self.low_precision_reference, dtype)
 
-    def roundings_to_sample(self):
-        """Return the number of elements that determine the norm, each of which is rounded by itself."""
+    def effective_elements(self):
+        """Return the effective number of elements, each of which is rounded by itself."""
         return _participation(np.square(self.scale))
 
-    def of(self, *inputs):
+    def with_inputs(self, *inputs):
         """Return a copy that includes the roundings of those `inputs` that are NotRecorded."""
         hidden = [x for x in inputs if isinstance(x, NotRecorded)]
         if not hidden:
@@ -197,7 +198,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Stored(Expected):
-    """The expected content of a cache whose dtype is smaller than the run's.
+    """The expected content of a cache whose dtype is smaller than the run's; `value` is what was written.
 
     Attributes
     ----------
@@ -211,15 +212,15 @@ class Stored(Expected):
     allowed: np.ndarray | None = None
 
     def bounds(self, dtype, repeats=1):
-        """Return the largest relative and the largest absolute error allowed."""
+        """Return the largest relative and the largest absolute error allowed, which follow from `allowed`."""
         norm_y = np.linalg.norm(self.value)
         relative = np.linalg.norm(self.allowed) / norm_y if norm_y else 0.0
         return float(relative), float(self.allowed.max(initial=0.0))
 
-    def beyond(self, x):
-        """Return the index of the first element of x that exceeds its own bound, or None."""
-        beyond = np.argwhere(~(np.abs(x.astype(np.float64) - self.value) <= self.allowed))
-        return tuple(map(int, beyond[0])) if len(beyond) else None
+    def first_outside(self, x):
+        """Return the index of the first element of x whose error exceeds its own bound, or None."""
+        outside = np.argwhere(~(np.abs(x.astype(np.float64) - self.value) <= self.allowed))
+        return tuple(map(int, outside[0])) if len(outside) else None
 
 
 def _participation(squares):

@@ -1,27 +1,34 @@
 """The total errors of a run, compared with the oracle's own run from the tokens, and their bounds.
 
-Errors add up, so the bound of a total error must follow from the model: some amplify a rounding a hundred
-times, others do not. The oracle shows how much: it runs the tokens once more, with every step rounded to the
-run's dtype. The total error of this second run has the size that one rounding per step has at the end. If the
-steps of a run may have larger errors, say L where a rounding has u, then its total error may be L / u times
-as large. So with
+Rounding errors add up, and some models amplify them a hundred times while others do not. So the bound of a
+total error must follow from the model, and the oracle runs the tokens more than once:
 
-    e   the relative total error of the rounded run, the largest so far; see `noise`
-    L   the largest bound of a local error so far, on any rank; at least u, the rounding of the weights
+    exact       in float64; the total errors are the differences from this run
+    rounded     with every step rounded to the run's dtype
+    quantized   with exact sums, but with keys and values rounded as in the cache; only if the cache has a
+                smaller dtype than the run
+
+The total error of the rounded run is the error that one rounding per step has grown to. If the steps of a
+run may have larger local errors, L instead of a roundoff u, its total error may be L / u times as large. With
+
+    e   the relative total error of the rounded run, the largest so far (see `part_error`)
+    L   the largest bound of a local error so far, on any rank, without those of partial sums; at least u,
+        the rounding of the weights
     u   the unit roundoff of the run's dtype
+    q   the relative total error of the quantized run, the largest so far; 0 without such a run
 
-the bound is SAFETY * L * max(1, e / u). "So far" means the steps before this one, in all passes of its
-sequence. If the cache has a smaller dtype, the oracle runs the tokens a third time, with exact sums but with
-keys and values rounded as in the cache, and the bound is larger by SAFETY times the total error of this run.
-Because errors of either sign add up by chance, two runs with errors of the same size may end with
-totals that differ by a small factor, which SAFETY covers.
+the bound is SAFETY * (L * max(1, e / u) + q). "So far" means up to this step, in all passes of this sequence
+and of those that share its cache. Errors of either sign add up by chance, so two runs with local errors of
+the same size have total errors that differ by a small factor. SAFETY covers that factor.
 
-A bound above LARGEST is not used, because the reasoning takes errors to be small: that twice the error in
-has twice the error out. Scores, probabilities and context have no such bound either, because a softmax turns
-an error of a score into a factor, up to a choice of another key. Nor has any step after a router has chosen
-another expert than the oracle, which is right if two experts are equally good up to rounding, and makes a
-large difference.
+A bound above MOST is not used, because the reasoning takes errors to be small: twice the error in the inputs
+gives twice the error in the output. `attn.scores`, `attn.probs` and `attn.context` have no such bound,
+because a softmax turns an error of a score into a factor of the probability, and two keys with nearly equal
+scores may change places. Once a router has chosen another expert than the oracle's, no later step has a
+bound: such a choice is right if two experts are equally good up to rounding, and it makes a large difference.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,9 +40,41 @@ from minitp.trace.names import AFTER, FLOAT32, INTEGERS, full_name, split_name
 from minitp.trace.reference import pass_steps
 
 SAFETY = 8
-LARGEST = 0.5
+MOST = 0.5
 SOFTMAX = ("attn.scores", "attn.probs", "attn.context")
 CACHES = ("attn.k_cache", "attn.v_cache")
+
+
+@dataclass
+class LargestSoFar:
+    """The quantities from which the bounds of total errors follow, each the largest so far.
+
+    Attributes
+    ----------
+    local_bound : float
+        L, a relative error; at first u.
+    growth : float
+        max(1, e / u).
+    quantization : float
+        q, a relative error.
+    bounded : bool
+        False once a router has chosen another expert than the oracle's.
+    """
+
+    local_bound: float
+    growth: float = 1.0
+    quantization: float = 0.0
+    bounded: bool = True
+
+    def add(self, *quantities):
+        """Enter the next step's local bound, e / u and q."""
+        so_far = self.local_bound, self.growth, self.quantization
+        self.local_bound, self.growth, self.quantization = map(float, np.fmax(so_far, quantities))
+
+    @property
+    def total_bound(self):
+        """The largest relative total error allowed."""
+        return SAFETY * (self.local_bound * self.growth + self.quantization)
 
 
 class Totals:
@@ -45,102 +84,113 @@ class Totals:
     ----------
     reference : Oracle
     comm : Comm
-    recording : Recording
+    run : RecordedRun
     kinds : dict of str to Kind
+        The distribution of each step over the ranks.
     dtype : numpy.dtype
         The dtype of the run.
     kv_dtype : str
+        The dtype of the cache: auto, float16 or int8.
     """
 
-    def __init__(self, reference, comm, recording, kinds, dtype, kv_dtype):
-        self.reference, self.comm, self.recording, self.kinds = reference, comm, recording, kinds
+    def __init__(self, reference, comm, run, kinds, dtype, kv_dtype):
+        self.reference, self.comm, self.run, self.kinds = reference, comm, run, kinds
         self.dtype, self.kv_dtype = dtype, kv_dtype
-        self._so_far = {}  # group of sequences -> the largest L, e / u, and error of the cache's dtype so far
-        self._unbounded = set()  # groups of sequences in which a router has chosen another expert
+        # One for the user's prompt, and one for the sequences in the engine, which share blocks of the cache.
+        self._largest = [LargestSoFar(roundoff(dtype)) for _ in range(2)]
 
-    def measure(self, findings, recorded, progress):
+    def measure(self, findings, step_file, progress):
         """Enter total errors into `findings`; rank 0 runs the oracle while the other ranks wait.
 
         Parameters
         ----------
         findings : dict of str to Finding
             This rank's findings by full name, with their local errors.
-        recorded : callable
-            A function from a full name to this rank's array.
+        step_file : StepFile
+            The file with this rank's steps.
         progress : callable
             Function that is called with 1 after each layer.
         """
-        every = self.comm.allgather_object({name: finding.bounds[0] for name, finding in findings.items()})
-        local = {name: max(bounds.get(name, 0.0) for bounds in every) for name in findings}
+        by_rank = self.comm.allgather_object({name: f.bounds[0] for name, f in findings.items()})
+        local_bounds = {name: max(bounds.get(name, 0.0) for bounds in by_rank) for name in findings}
         layers = self._layers() if self.comm.rank == 0 else iter(())
         for number in range(self.reference.layers + 2):  # the embedding, the layers, the logits
             with self.comm.agreed():
-                mine = next(layers, None)
-            for sequence, name, arrays in self.comm.allgather_object(mine)[0]:
-                for pass_ in self.recording.passes:
+                steps = next(layers, None)
+            # Not `broadcast`, whose rank 0 gives up after a minute: a large layer may take longer.
+            for sequence, step, arrays in self.comm.allgather_object(steps)[0]:
+                for pass_ in self.run.passes:
                     if pass_.sequence == sequence:
-                        self._measure_step(pass_, name, arrays, findings, recorded, local)
+                        self._measure_pass(pass_, step, arrays, findings, step_file, local_bounds)
             progress(1 if 0 < number <= self.reference.layers else 0)
 
     def _layers(self):
-        """Yield the steps of a layer of all sequences: a list of (sequence, name, arrays of the runs)."""
+        """Yield lists of (sequence, the oracle's step, its arrays in the exact run and the other runs).
+
+        Each list has the steps of one layer, or those before or after the layers, of all sequences.
+        """
+        # All runs go through a layer before the next one begins, so only one layer is in memory.
         self.reference.tensor = one_layer_cached(self.reference.tensor)
-        changes = [unchanged, self._rounded, *([self._stored] if self.kv_dtype != "auto" else [])]
+        changes = [unchanged, self._rounded, *([self._quantized] if self.kv_dtype != "auto" else [])]
         sequences = [
-            [by_layer(self.reference, ids, change) for change in changes] for ids in self.recording.sequences
+            [by_layer(self.reference, ids, change) for change in changes] for ids in self.run.sequences
         ]
         for _ in range(self.reference.layers + 2):
             found = []
             for sequence, runs in enumerate(sequences):
-                for steps in zip(*map(next, runs), strict=True):  # the same step of each run
-                    found.append((sequence, steps[0][0], [array for _, array in steps]))
+                for same_step in zip(*map(next, runs), strict=True):  # (name, array) in each run
+                    found.append((sequence, same_step[0][0], [array for _, array in same_step]))
             yield found
 
     def _rounded(self, step, array):
+        """Return an array of the rounded run."""
         if step in INTEGERS:
             return array
         with np.errstate(over="ignore"):
             return array.astype(np.float32 if step in FLOAT32 else self.dtype)
 
-    def _stored(self, step, array):
+    def _quantized(self, step, array):
+        """Return an array of the quantized run."""
         return dequantized(array, self.kv_dtype) if step in ("attn.k_rope", "attn.v") else array
 
-    def _measure_step(self, pass_, name, arrays, findings, recorded, local):
-        """Enter the total errors of all steps of a pass that are parts of the oracle's step `name`."""
-        exact, *others = arrays
-        typical = [typical_error(other, exact) for other in others]
-        for layer, step, index in pass_steps(self.reference, name, pass_.start, pass_.stop):
-            if step in AFTER and pass_.logits == 0:
+    def _measure_pass(self, pass_, oracle_step, arrays, findings, step_file, local_bounds):
+        """Enter the total errors of the steps of a pass that are parts of the oracle's step."""
+        typical = [typical_error(array, arrays[0]) for array in arrays[1:]]
+        for layer, step, index in pass_steps(self.reference, oracle_step, pass_.start, pass_.stop):
+            if step in AFTER and pass_.logit_rows == 0:
                 continue
             for recorded_step in (step, "logits_partial") if step == "logits" else (step,):
                 name = full_name(pass_.name, layer, recorded_step)
-                if name in findings:
-                    kind = self.kinds[recorded_step]
-                    parts = [rank_part(kind, whole[index], self.comm.rank) for whole in arrays]
-                    if step in AFTER:
-                        parts = [part[-pass_.logits :] for part in parts]
-                    errors = [noise(parts[0], *pair) for pair in zip(parts[1:], typical, strict=True)]
-                    self._enter(findings[name], pass_.sequence, recorded(name), parts[0], errors, local[name])
+                if name not in findings:  # inside a fused kernel
+                    continue
+                kind = self.kinds[recorded_step]
+                exact, *others = (rank_part(kind, whole[index], self.comm.rank) for whole in arrays)
+                if step in AFTER:
+                    exact, *others = (part[-pass_.logit_rows :] for part in (exact, *others))
+                errors = [part_error(*pair, exact) for pair in zip(others, typical, strict=True)]
+                largest = self._largest[min(pass_.sequence, 1)]
+                self._enter(findings[name], step_file.read(name), exact, errors, local_bounds[name], largest)
 
-    def _enter(self, finding, sequence, array, exact, errors, local):
-        group = min(sequence, 1)  # the sequences in the engine share blocks of the cache
+    def _enter(self, finding, array, exact, errors, local_bound, largest):
+        """Enter the total error of an array, and its bound if it has one.
+
+        `errors` are the relative total errors of the rounded run and, if there is one, the quantized run.
+        """
         if array.shape == exact.shape:
             finding.total = difference_of(array, exact)
-            if finding.step == "mlp.router" and self._flipped(array, exact):
-                self._unbounded.add(group)
+            if finding.step == "mlp.router" and self._chooses_others(array, exact):
+                largest.bounded = False
         if finding.step in INTEGERS:
             return
-        u = roundoff(self.dtype)
-        rounding, *stored = errors
-        local = 0.0 if stored and finding.step in CACHES else local
-        so_far = self._so_far.get(group, [u, 1.0, 0.0])
-        allowed, growth, cache = np.fmax(so_far, [local, rounding / u, *(stored or [0.0])])
-        self._so_far[group] = allowed, growth, cache
-        bound = float(SAFETY * (allowed * growth + cache))
-        if group not in self._unbounded and finding.step not in SOFTMAX and bound <= LARGEST:
-            finding.total_bound = bound
+        of_rounded, *of_quantized = errors
+        if of_quantized and finding.step in CACHES:
+            local_bound = 0.0  # it allows for the quantization, which the quantized run has already
+        largest.add(local_bound, of_rounded / roundoff(self.dtype), *(of_quantized or [0.0]))
+        if largest.bounded and finding.step not in SOFTMAX and largest.total_bound <= MOST:
+            finding.total_bound = largest.total_bound
 
-    def _flipped(self, router, exact):
+    def _chooses_others(self, router, exact):
+        """Return whether a router [T, E] chooses other experts than the oracle's."""
         experts = self.reference.experts_per_token
         ours, theirs = (oracle_ops.choose_experts(x, experts) for x in (router, exact))  # [T, E] each
         return not np.array_equal(ours, theirs)
@@ -156,27 +206,27 @@ def by_layer(oracle, token_ids, change):
 
     Each array is replaced by change(step, array) before the oracle continues with it.
     """
-    group = []
+    steps = []
     for name, array in oracle.steps(token_ids):
         array[...] = change(split_name(name)[2], array)
-        group.append((name, array))
+        steps.append((name, array))
         if name == "embed" or name.endswith("mlp.residual"):
-            yield group
-            group = []
-    yield group
+            yield steps
+            steps = []
+    yield steps
 
 
 def one_layer_cached(tensor):
     """Wrap an oracle's `tensor` so that it keeps the tensors of one layer in float64 for several runs."""
-    kept, layer = {}, None
+    kept, kept_layer = {}, None
 
     def read(name, *index):
-        nonlocal kept, layer
+        nonlocal kept, kept_layer
         if not name.startswith("model.layers.") or index:
             return tensor(name, *index)
-        number = name.split(".")[2]
-        if number != layer:
-            kept, layer = {}, number
+        layer = name.split(".")[2]
+        if layer != kept_layer:
+            kept, kept_layer = {}, layer
         if name not in kept:
             kept[name] = np.asarray(tensor(name), np.float64)
         return kept[name]
@@ -191,20 +241,20 @@ def rank_part(kind, whole, rank):
     return whole[(slice(None),) * kind.axis + (slice(*kind.ranges[rank]),)]
 
 
-def typical_error(noisy, exact):
+def typical_error(array, exact):
     """Return the root mean square error of an element in a typical vector along the last axis."""
-    squares = np.square(np.where(np.isfinite(exact) & np.isfinite(noisy), noisy - exact, 0.0))
+    squares = np.square(np.where(np.isfinite(exact) & np.isfinite(array), array - exact, 0.0))
     return float(np.median(np.atleast_1d(squares.mean(axis=-1)))) ** 0.5 if squares.size else 0.0
 
 
-def noise(exact, noisy, typical):
-    """Return the relative error of a part of a step in the rounded run.
+def part_error(array, typical, exact):
+    """Return the relative error of a part of a step in the rounded or quantized run.
 
-    By chance the error of a part with few elements may be close to zero. So the typical error of the whole
-    step's elements is added to it.
+    By chance the error of a part with few elements may be close to zero. So the error that it would have if
+    each element had the `typical` error of the whole step is added to it.
     """
-    finite = np.isfinite(exact) & np.isfinite(noisy)
+    finite = np.isfinite(exact) & np.isfinite(array)
     size = np.linalg.norm(exact[finite])
     if size == 0:
         return 0.0
-    return float((np.linalg.norm(noisy[finite] - exact[finite]) + typical * finite.sum() ** 0.5) / size)
+    return float((np.linalg.norm(array[finite] - exact[finite]) + typical * finite.sum() ** 0.5) / size)

@@ -72,7 +72,7 @@ class CheckCommand(OnRanks):
         add_report(parser)
 
     def prepare(self, args, source):
-        """Return the prompt's tokens."""
+        """Return the prompt's tokens; refuse a prompt or options that the model does not allow."""
         from minitp.check.passes import batch_prompts, longest_positions
         from minitp.cli.inputs import check_output, check_passes
 
@@ -170,7 +170,7 @@ def table(result, every_layer=True):
         steps["weights" if finding.pass_name == "weights" else finding.step].append(finding)
         if finding.layer is not None:
             layers[f"layer {finding.layer}"].append(finding)
-    # A step that is inside a fused kernel has no findings.
+    # A step that the run does not have, or that is inside a fused kernel, has no findings.
     rows = [row(name, findings) for name, findings in steps.items() if findings]
     shown = {
         name: findings
@@ -200,18 +200,19 @@ def not_shown(hidden, shown):
 def errors(finding):
     """Return a finding's local error, the error allowed, and their ratio, as text."""
     allowed = number(finding.bounds[0]) if finding.bounds[0] else "exact"
-    return number(finding.local.relative) if finding.local else "-", allowed, share(finding.ratio)
+    return number(finding.local.relative) if finding.local else "-", allowed, percent(finding.ratio)
 
 
 def totals(findings):
     """Return the largest total error, and the largest share of the bound of a total error, as text."""
-    totals = [finding.total.relative for finding in findings if finding.total is not None]
-    shares = [f.total.relative / f.total_bound for f in findings if f.total is not None and f.total_bound]
-    return number(max(totals)) if totals else "", share(max(shares)) if shares else ""
+    found = [finding for finding in findings if finding.total is not None]
+    errors = [finding.total.relative for finding in found]
+    ratios = [finding.total.relative / finding.total_bound for finding in found if finding.total_bound]
+    return number(max(errors)) if errors else "", percent(max(ratios)) if ratios else ""
 
 
-def share(ratio):
-    """Return an error as a share of the error allowed."""
+def percent(ratio):
+    """Return the ratio of an error and its bound as a percentage, the text in the columns named share."""
     return f"{ratio:.0%}" if ratio < 1000 else "> 1000"
 
 

@@ -1,4 +1,4 @@
-"""A recorder of the steps of a forward pass on a rank."""
+"""The recording of a rank's steps, and the passes of a trace."""
 
 from fnmatch import fnmatchcase
 
@@ -30,28 +30,31 @@ class Recorder:
     device : Device
     wanted : container of str or None
         Full names of the wanted steps; None for all.
-    take : callable
-        Function that is called as take(full name, this rank's array) for each wanted step.
+    callback : callable
+        Function that is called as callback(full name, this rank's array) for each wanted step.
     """
 
-    def __init__(self, device, wanted, take):
-        self._device, self._wanted, self._take = device, wanted, take
+    def __init__(self, device, wanted, callback):
+        self._device, self._wanted, self._callback = device, wanted, callback
         self._names, self._rows, self._logit_rows = [], [], []
 
     def begin(self, *names, rows=(), logit_rows=()):
-        """Begin a pass over some sequences; the steps of each are recorded under its own pass name.
+        """Begin a forward pass over one or more sequences, each of which has its own pass name in the trace.
 
         Parameters
         ----------
         names : str
-            A pass name for each sequence.
+            The pass name of each sequence.
         rows, logit_rows : list of int
-            The numbers of tokens and of rows of logits of each sequence, if there are several.
+            The number of tokens, and of rows of logits, of each sequence; needed only for several sequences.
         """
         self._names, self._rows, self._logit_rows = names, rows, logit_rows
 
     def __call__(self, block=None, layer=None, sequence=None):
-        """Return a namespace whose attribute NAME is the step `layers.{layer}.{block}.NAME`, or just NAME."""
+        """Return a namespace whose attribute NAME is the step `layers.{layer}.{block}.NAME`, or just NAME.
+
+        The arrays are those of all sequences of the pass, or only of number `sequence`.
+        """
         before = "" if block is None else f"{block}."
 
         def observe(step, array):
@@ -62,23 +65,26 @@ class Recorder:
                 return
             array = self._device.to_host(array)
             if step in INTEGERS:
-                array = array.astype(np.int64)  # the fused path has int32
+                array = array.astype(np.int64)  # the fused kernels use int32
             for name, part in zip(names, self._parts(step, array, len(names)), strict=True):
                 if self._is_wanted(name) and part is not None:
-                    self._take(name, part)
+                    self._callback(name, part)
 
         return ObservedSteps(observe)
 
     def _is_wanted(self, name):
         return self._wanted is None or name in self._wanted
 
-    def _parts(self, step, array, sequences):
-        """Split an array of all tokens, or of all rows of logits, by sequence; None for one without rows."""
-        if sequences == 1:
+    def _parts(self, step, array, count):
+        """Split an array of all tokens, or of all rows of logits, into those of `count` sequences.
+
+        The part of a sequence without rows is None.
+        """
+        if count == 1:
             return [array]
         axis = (BEFORE | LAYER | AFTER)[step].split().index("T")
         stops = np.cumsum(self._logit_rows if step in AFTER else self._rows)
-        parts = np.split(array, stops, axis=axis)[:sequences]  # a decode graph may have rows of padding
+        parts = np.split(array, stops, axis=axis)[:count]  # a decode graph may have rows of padding
         return [part if part.shape[axis] else None for part in parts]
 
 
@@ -114,12 +120,19 @@ def wanted_steps(plan, passes, globs=None, oracle=False):
 
 
 def run_passes(model, token_ids, passes, record):
-    """Run the prompt, then one token per pass, chosen as `generate` does; return all token ids that were run.
+    """Run the prompt and then the most probable token of each pass; return all token ids that were run.
 
-    The token is the most probable one.
+    Parameters
+    ----------
+    model : Model
+    token_ids : list of int
+        The prompt.
+    passes : list of (name, start, stop)
+        The passes as in `passes_of`. Tokens after the prompt are chosen as in `generate`.
+    record : Recorder
     """
-    ids, cache = list(token_ids), model.new_cache(passes[-1][2])
-    request, logits = greedy_request(ids, passes[-1][2]), None
+    ids, positions = list(token_ids), passes[-1][2]
+    request, cache, logits = greedy_request(ids, positions), model.new_cache(positions), None
     for name, start, stop in passes:
         if start == len(ids):
             token, _ = next_token(model.comm, request, host_logits(model, logits)[-1])
@@ -130,6 +143,6 @@ def run_passes(model, token_ids, passes, record):
 
 
 def greedy_request(prompt_ids, positions):
-    """Return a Request for the most probable tokens, up to `positions` positions in all."""
+    """Return a Request for the most probable tokens: one or more, up to `positions` positions in all."""
     params = SamplingParams(max_new_tokens=max(1, positions - len(prompt_ids)), ignore_eos=True)
-    return Request(params, (), list(prompt_ids), positions + 1)
+    return Request(params, (), list(prompt_ids), max_context=positions + 1)  # room for the one token

@@ -33,13 +33,14 @@ def oracle_steps(oracle, token_ids, passes):
 def pass_steps(oracle, name, start, stop):
     """Yield (layer, step, index) of the steps of a pass that are parts of the oracle's step `name`.
 
-    The pass has the tokens at positions start .. stop - 1. Keys and values are also steps of the cache.
+    The pass has the tokens at positions start .. stop - 1, and `index` selects its part of the oracle's array
+    of all tokens. Keys and values give a step of the cache, too.
     """
     _, layer, step = split_name(name)
     window = None if layer is None else oracle.windows[layer]
     first = 0 if window is None else max(0, start - window + 1)
     cuts = {"T": slice(start, stop), "S": slice(first, stop)}
     cached = {"attn.k_rope": "attn.k_cache", "attn.v": "attn.v_cache"}.get(step)
-    for part in filter(None, (step, cached)):
-        letters = (BEFORE | LAYER | AFTER)[part].split()
-        yield layer, part, tuple(cuts.get(letter, slice(None)) for letter in letters)
+    for step_of_pass in filter(None, (step, cached)):
+        letters = (BEFORE | LAYER | AFTER)[step_of_pass].split()
+        yield layer, step_of_pass, tuple(cuts.get(letter, slice(None)) for letter in letters)

@@ -87,7 +87,7 @@ class Fault:
             by_name = lambda pass_: pass_.name.startswith(self.passes)  # noqa: E731
             names = [pass_.name for pass_ in filter(chosen.get(self.passes, by_name), passes)]
         inner = layer if self.block else None
-        with_logits = {pass_.name for pass_ in passes if pass_.logits}
+        with_logits = {pass_.name for pass_ in passes if pass_.logit_rows}
         return [
             (full_name(name, inner, step), blamed)
             for name in names
