@@ -69,7 +69,8 @@ class LargestSoFar:
     def add(self, *quantities):
         """Enter the next step's local bound, e / u and q."""
         so_far = self.local_bound, self.growth, self.quantization
-        self.local_bound, self.growth, self.quantization = map(float, np.fmax(so_far, quantities))
+        finite = np.where(np.isfinite(quantities), quantities, 0)  # the relative bound of zeros is infinite
+        self.local_bound, self.growth, self.quantization = map(float, np.maximum(so_far, finite))
 
     @property
     def total_bound(self):
