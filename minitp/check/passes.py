@@ -69,11 +69,14 @@ class RecordedRun:
         tokens decoded after it.
     prompt_lengths : list of int
         The number of prompt tokens of each sequence.
+    results : list of list of int
+        The token ids of each sequence at the end, including a last one that was chosen but not run.
     """
 
     passes: list
     sequences: list
     prompt_lengths: list
+    results: list
 
 
 def chunk_stops(tokens):
@@ -103,13 +106,14 @@ def run_all_passes(model, prompt, decode, batch, step_file):
         passes.append(RecordedPass(name, 0, start, stop, cached, logit_rows=stop - start))
         cached += passes[-1].origins
     passes[1:1] = run_chunks(model, prompt, recorder)  # the chunks are listed next to `prefill`
-    sequences, prompts = [ids], [prompt]
+    sequences, prompts, results = [ids], [prompt], [ids]
     if batch:
         engine_run = EngineRun(model, prompt, batch, recorder, step_file)
         passes += engine_run.run()
         sequences += engine_run.sequences
         prompts += engine_run.prompts
-    return model.comm.broadcast(RecordedRun(passes, sequences, list(map(len, prompts))))
+        results += engine_run.results
+    return model.comm.broadcast(RecordedRun(passes, sequences, list(map(len, prompts)), results))
 
 
 def run_chunks(model, prompt, recorder):
@@ -142,6 +146,8 @@ class EngineRun:
         The tokens of each prompt.
     sequences : list of list of int
         The tokens of each sequence that went through the model; on rank 0, after `run`.
+    results : list of list of int
+        The tokens of each sequence and the last one, which has not gone through it; on rank 0, after `run`.
     """
 
     def __init__(self, model, prompt, count, recorder, step_file):
@@ -149,7 +155,7 @@ class EngineRun:
         self.prompts = batch_prompts(prompt, count, model.config.vocab_size)
         # The maximum number of tokens in a batch: fewer than those of all prompts, so that one is divided.
         self.budget = max(BLOCK_SIZE, sum(map(len, self.prompts)) * 2 // 3)
-        self.sequences = []
+        self.sequences, self.results = [], []
         self._passes, self._num_batches = [], 0
         self._origins = {}  # slot of the pool -> the origin of the key and value that it holds
         self._block_tables, self._lengths = {}, {}  # by the engine's number of a sequence
@@ -167,8 +173,8 @@ class EngineRun:
             engine.add(request)
         while engine.run_batch(self._begin_batch) is not None:
             pass
-        # The last token of a sequence has been chosen but not run.
-        self.sequences = [[*request.prompt_ids, *request.token_ids[:-1]] for request in requests]
+        self.results = [[*request.prompt_ids, *request.token_ids] for request in requests]
+        self.sequences = [ids[:-1] for ids in self.results]  # the last token has been chosen but not run
         return self._passes
 
     def _begin_batch(self, batch, parts):

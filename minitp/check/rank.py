@@ -1,6 +1,7 @@
 """A rank's check of its own weights and steps: the local errors, and the bits that ranks must share."""
 
 import hashlib
+from itertools import zip_longest
 
 import numpy as np
 
@@ -56,25 +57,39 @@ class RankCheck:
         done = set()  # layers that `progress` has counted; None stands for tensors outside the layers
         for name in self.weights:
             array, shard = self.weights[name], self.plan.tensors[name]
-            expected = np.empty(array.shape, array.dtype)
-            if array.size:
-                expected = self.reference.tensor(name, shard.index(self.comm.rank)).astype(array.dtype)
             kind = "replicated" if shard.axis is None else "sharded"
             layer = split_name(name.removeprefix("model."))[1]
-            finding = Finding("weights", layer, name, self.comm.rank, kind, difference_of(array, expected))
+            finding = Finding("weights", layer, name, self.comm.rank, kind, local=None)
             self.findings[finding.name] = finding
+            expected = np.empty(shard.shape_on(self.comm.rank), array.dtype)
+            if expected.size:
+                expected = self.reference.tensor(name, shard.index(self.comm.rank)).astype(array.dtype)
+            if array.shape == expected.shape:
+                finding.local = difference_of(array, expected)
+            else:
+                finding.note = _other_shape(array, expected)
             progress(int(layer not in {None, *done}))
             done.add(layer)
 
     def check_locally(self, progress):
-        """Compare every step with the oracle's operation on this rank's inputs, layer by layer."""
+        """Compare every step with the oracle's operation on this rank's inputs, layer by layer.
+
+        Returns
+        -------
+        bool
+            False if a rank has other passes or another number of tokens, which is then its only finding: the
+            arrays of the ranks do not fit together.
+        """
+        if not self._has_all_tokens():
+            return False
+        expected_tokens = self._expected_tokens()
         replay = Replay(
             self.reference,
             self.plan,
             self.comm,
             weights=self.weights,
             recorded=self.recorded_array,
-            sequences=self._expected_tokens(),
+            sequences=expected_tokens,
             kv_dtype=self.kv_dtype,
             sums=self.sums,
         )
@@ -88,6 +103,23 @@ class RankCheck:
         for pass_ in self.run.passes:
             self._check_steps(pass_, None, replay.after(pass_))
         self._check_cached_tokens()
+        self._check_results(expected_tokens)
+        return True
+
+    def _has_all_tokens(self):
+        """Check that all ranks have run all passes, with the right number of tokens."""
+        wrong = False
+        for pass_ in self.run.passes:
+            name, expected = full_name(pass_.name, None, "tokens"), np.empty(pass_.stop - pass_.start)  # [T]
+            note = "this rank has not run this pass"
+            if name in self.step_file:
+                array = self.step_file.read(name)  # [T]
+                note = _other_shape(array, expected) if array.shape != expected.shape else ""
+            if note:
+                wrong, kind = True, self.kinds["tokens"].kind
+                finding = Finding(pass_.name, None, "tokens", self.comm.rank, kind, local=None, note=note)
+                self.findings[name] = finding
+        return not any(self.comm.allgather_object(wrong))
 
     def _expected_tokens(self):
         """Return the tokens of each sequence: the prompt, then the most probable ones of rank 0's logits."""
@@ -100,7 +132,8 @@ class RankCheck:
                 # chunk, or one that computes a preempted sequence again.
                 if pass_.stop == len(ids) and pass_.logit_rows:
                     logits = self.step_file.read(f"{pass_.name}/logits")  # [n, V]
-                    ids.append(int(np.argmax(logits[-1])))
+                    if len(logits):  # else a finding says that there are none
+                        ids.append(int(np.argmax(logits[-1])))
         return self.comm.broadcast(expected)
 
     def _check_steps(self, pass_, layer, steps):
@@ -116,7 +149,7 @@ class RankCheck:
             finding = Finding(pass_.name, layer, step, self.comm.rank, self.kinds[step].kind, local=None)
             self.findings[finding.name] = finding
             if array.shape != expected.value.shape:
-                finding.note = f"shape {list(array.shape)}, expected {list(expected.value.shape)}"
+                finding.note = _other_shape(array, expected.value)
                 continue
             if array.dtype != dtype:
                 finding.note = f"dtype {array.dtype}, expected {dtype}"
@@ -131,11 +164,14 @@ class RankCheck:
 
     def _check_stored(self, finding, array, expected):
         """Check a cache of a smaller dtype: its bits, or else the error of each number."""
-        same = same_bits(array, expected.read)
+        overflow = np.isinf(array) & np.isfinite(expected.value)  # [K_r, S, d]
+        same = same_bits(array, expected.read) and not overflow.any()
         finding.local = difference_of(array, expected.read if same else expected.value)
         index = None if same else expected.first_outside(array)
         if index is not None:
             finding.note = f"at {list(index)} the error is larger than a {self.kv_dtype} cache allows"
+        elif not same and np.array_equal(array, expected.value):
+            finding.note = f"the cache is not {self.kv_dtype}: it has the numbers as they were written"
 
     def _dtype_of(self, step):
         if step in INTEGERS:
@@ -156,6 +192,21 @@ class RankCheck:
                     finding.note = f"position {position} of the cache {fault}"
                     break
 
+    def _check_results(self, expected_tokens):
+        """Check that each request on rank 0 got the tokens that were chosen, including the last one."""
+        if self.comm.rank != 0:
+            return
+        for number, result in enumerate(self.run.results):
+            expected = expected_tokens[number][: len(result)]
+            if result != expected:
+                pairs = enumerate(zip_longest(result, expected))
+                position, (got, chosen) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+                what = "no token was chosen" if chosen is None else f"the most probable one is {chosen}"
+                last = [pass_.name for pass_ in self.run.passes if pass_.sequence == number][-1]
+                finding = self.findings[full_name(last, None, "tokens")]
+                note = f"position {position} of the result is token {got}, but {what}"
+                finding.note = finding.note or note
+
     def check_bits(self):
         """Check that replicated steps with the same inputs have the same bits on all ranks.
 
@@ -163,10 +214,12 @@ class RankCheck:
         that does not decide, the one nearest to the expected value.
         """
         ratios = {name: np.inf if f.note else f.ratio for name, f in self.findings.items()}
-        own = [(*hashes, ratios[hashes[0]]) for hashes in self._hashes]
-        for ranks in zip(*self.comm.allgather_object(own), strict=True):  # the same step on all ranks
-            names, inputs, arrays, step_ratios = zip(*ranks, strict=True)
-            name = names[0]
+        own = {name: (*hashes, ratios[name]) for name, *hashes in self._hashes}
+        every = self.comm.allgather_object(own)
+        for name in own:
+            if not all(name in hashes for hashes in every):  # an array of another shape is already blamed
+                continue
+            inputs, arrays, step_ratios = zip(*(hashes[name] for hashes in every), strict=True)
             pairs = zip(arrays, step_ratios, strict=True)
             merits = [(ratio <= 1, arrays.count(array), -ratio) for array, ratio in pairs]
             right = arrays[merits.index(max(merits))]
@@ -190,6 +243,11 @@ class HostWeights:
     def get(self, name, default=None):
         """Return a slice, or `default` if the model has no such tensor."""
         return self[name] if name in self._slices else default
+
+
+def _other_shape(array, expected):
+    """Return a note that an array does not have the shape of its expected value."""
+    return f"shape {list(array.shape)}, expected {list(expected.shape)}"
 
 
 def _hash(*arrays):

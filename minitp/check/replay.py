@@ -164,6 +164,8 @@ class Replay:
         yield "logits_partial", logits_r, None
         own = self.recorded(name, None, "logits_partial")  # [n, V_r]
         parts = self.comm.allgather_object(own)  # [n, V_r] of each rank
+        if len(set(map(len, parts))) > 1:  # a rank that has other rows of logits is already blamed
+            return
         yield "logits", expected.exactly(np.concatenate(parts, axis=-1)), []
 
     def _sum(self, name, i, block, x, bias):

@@ -12,10 +12,10 @@ ALL = "all"
 
 
 def ratio_of(error, bound):
-    """Return an error as a fraction of its bound; an infinite bound allows any error."""
-    if bound == float("inf"):
+    """Return an error as a fraction of its bound; an infinite bound allows any error, and NaN none."""
+    if bound == float("inf") or error == 0:
         return 0.0
-    return error / bound if bound else (float("inf") if error else 0.0)
+    return error / bound if bound > 0 else float("inf")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from minitp.check.rank import RankCheck
 from minitp.check.result import CheckResult
 from minitp.check.step_file import StepFile
 from minitp.check.totals import Totals
+from minitp.errors import MinitpError, RankError, one_line
 from minitp.trace.names import BEFORE, BLOCK_TABLE, WEIGHTS, step_names
 from minitp.trace.reference import open_oracle
 
@@ -46,17 +47,28 @@ def check_model(source, model, token_ids, decode=0, batch=0, progress=lambda lay
     with np.errstate(all="ignore"):  # the findings report what is not finite
         with comm.agreed():
             step_file = StepFile()
-        run = run_all_passes(model, token_ids, decode, batch, step_file)
+        run = _run_all_passes(model, token_ids, decode, batch, step_file)
         rank = RankCheck(source, reference, model, run, step_file)
         rank.check_weights(progress)
-        rank.check_locally(progress)
-        rank.check_bits()
-        totals = Totals(reference, comm, run, rank.kinds, model.device.dtype, model.kv_dtype)
-        totals.measure(rank.findings, step_file, progress)
+        if rank.check_locally(progress):
+            rank.check_bits()
+            totals = Totals(reference, comm, run, rank.kinds, model.device.dtype, model.kv_dtype)
+            totals.measure(rank.findings, step_file, progress)
         warnings = rank.rounding.warnings(comm)
     by_rank = comm.allgather_object(list(rank.findings.values()))
     findings = _in_order([finding for findings in by_rank for finding in findings], source.plan, run.passes)
     return CheckResult(findings, problems, run.sequences, run.passes, comm.size, warnings)
+
+
+def _run_all_passes(model, token_ids, decode, batch, step_file):
+    """Run all passes; if the model fails, raise a RankError that names the last step."""
+    try:
+        return run_all_passes(model, token_ids, decode, batch, step_file)
+    except MinitpError:
+        raise
+    except Exception as error:
+        after = f" after the step {step_file.last}" if step_file.last else ""
+        raise RankError(f"rank {model.comm.rank}: the model failed{after}: {one_line(error)}") from error
 
 
 def _in_order(findings, plan, passes):

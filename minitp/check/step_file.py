@@ -18,6 +18,7 @@ class StepFile:
     def __init__(self):
         self._file = tempfile.TemporaryFile(prefix="minitp-check-", buffering=0)  # noqa: SIM115
         self._entries, self._end = {}, 0  # name -> (offset, dtype, shape)
+        self.last = None  # name of the array that was written last
 
     def __contains__(self, name):
         return name in self._entries
@@ -26,6 +27,7 @@ class StepFile:
         """Add an array of any shape, dtype and memory order."""
         array = np.ascontiguousarray(array)
         self._entries[name] = self._end, array.dtype, array.shape
+        self.last = name
         bytes_left = memoryview(array.reshape(-1).view(np.uint8))
         while bytes_left:
             written = os.pwrite(self._file.fileno(), bytes_left, self._end)

@@ -64,10 +64,10 @@ class Recorder:
             if not any(map(self._is_wanted, names)):
                 return
             array = self._device.to_host(array)
-            if step in INTEGERS:
+            if step in INTEGERS and array.dtype == np.int32:
                 array = array.astype(np.int64)  # the fused kernels use int32
             for name, part in zip(names, self._parts(step, array, len(names)), strict=True):
-                if self._is_wanted(name) and part is not None:
+                if self._is_wanted(name):
                     self._callback(name, part)
 
         return ObservedSteps(observe)
@@ -76,16 +76,12 @@ class Recorder:
         return self._wanted is None or name in self._wanted
 
     def _parts(self, step, array, count):
-        """Split an array of all tokens, or of all rows of logits, into those of `count` sequences.
-
-        The part of a sequence without rows is None.
-        """
+        """Split an array of all tokens, or of all rows of logits, into those of `count` sequences."""
         if count == 1:
             return [array]
         axis = (BEFORE | LAYER | AFTER)[step].split().index("T")
         stops = np.cumsum(self._logit_rows if step in AFTER else self._rows)
-        parts = np.split(array, stops, axis=axis)[:count]  # a decode graph may have rows of padding
-        return [part if part.shape[axis] else None for part in parts]
+        return np.split(array, stops, axis=axis)[:count]  # a decode graph may have rows of padding
 
 
 def passes_of(tokens, decode):

@@ -7,18 +7,25 @@ import pytest
 from check_models import MODELS, PROMPT, SHAPE, blame, write_models
 from faults import Fault
 from faulty_model import FaultyModel, hook_ops
+from safetensors.numpy import load_file, save_file
 
+from minitp import kv_cache
+from minitp import model as model_module
 from minitp.check.passes import BLOCK_SIZE, batch_prompts, chunk_stops, preemptions, scarce_blocks
 from minitp.check.replay import Replay
+from minitp.check.result import ratio_of
 from minitp.check.run import check_model
 from minitp.comm import run_threads
 from minitp.device import open_device
 from minitp.engine import scheduler
 from minitp.engine.engine import Engine
+from minitp.engine.scheduler import Scheduler
+from minitp.errors import RankError
 from minitp.kv_cache import Int8KVStorage
 from minitp.load import load_model
 from minitp.loading.source import open_model
 from minitp.loading.weights import Loader
+from minitp.request import Request
 
 
 @pytest.fixture(scope="session")
@@ -334,3 +341,163 @@ def every_layer(self, block, i, *args, **kwargs):
 def test_no_second_rounding_is_found_in_right_runs(dtype, models):
     for name in MODELS:
         assert check(models[name], 1, [*PROMPT, *PROMPT[::-1], *range(20, 40)], dtype=dtype).warnings == []
+
+
+# --- runs that do not fit together ----------------------------------------------------------------------
+
+
+def on_batches(monkeypatch, change, rank=None):
+    """Let change(batch) replace the batches of one rank, or of all ranks."""
+    forward = Engine._forward
+
+    def changed(engine, batch, recording):
+        if rank in (None, engine.model.comm.rank):
+            batch = change(batch)
+        return forward(engine, batch, recording)
+
+    monkeypatch.setattr(Engine, "_forward", changed)
+
+
+def test_a_rank_with_logits_of_other_rows_is_blamed(models, monkeypatch):
+    on_batches(
+        monkeypatch, lambda batch: replace(batch, logits_at=[max(0, row - 1) for row in batch.logits_at]), 1
+    )
+    result = check(models["biased"], 2, batch=3)
+    assert first_blamed(result) == ("batch.1.seq0/final_norm", 1)
+    assert {finding.rank for finding in result.blamed()} == {1}
+
+
+def test_a_block_table_that_is_too_long_on_one_rank_is_blamed(models):
+    def change(model):
+        forward = model.forward_batch
+
+        def longer(parts, *args):
+            for _, cache in parts:
+                if len(getattr(cache, "block_table", [])) == 4:
+                    cache.block_table.append(0)
+            return forward(parts, *args)
+
+        model.forward_batch = longer
+
+    result = check(models["biased"], 2, batch=3, spoil=on_rank(1, change))
+    assert first_blamed(result) == ("batch.2.seq0/block_table", 1)
+    assert result.blamed()[0].note == "shape [5], expected [4]"
+
+
+def test_logits_that_are_too_wide_on_one_rank_are_blamed(models):
+    def change(model):
+        gather = model.comm.all_gather
+        model.comm.all_gather = lambda x, widths: np.pad(gather(x, widths), ((0, 0), (0, 3)))
+
+    result = check(models["biased"], 2, spoil=on_rank(1, change))
+    assert first_blamed(result) == ("prefill/logits", 1)
+
+
+@pytest.mark.parametrize("change", [lambda ids: [*ids, 0], lambda ids: ids[1:]], ids=["more", "fewer"])
+def test_another_number_of_tokens_is_the_only_finding(change, models):
+    def spoil(model):
+        forward = model.forward
+        model.forward = lambda ids, *args, **options: forward(
+            change(ids) if len(ids) > 3 else ids, *args, **options
+        )
+
+    result = check(models["biased"], 2, spoil=spoil)
+    assert blame(result) == [
+        ("prefill/tokens", "all"),
+        ("prefill.0/tokens", "all"),
+        ("prefill.1/tokens", "all"),
+    ]
+
+
+def test_a_shard_of_another_shape_is_blamed(models):
+    """Let rank 1 compute with the feed-forward columns of rank 0, of which there is one more."""
+
+    def spoil(model):
+        first = model.comm.allgather_object(model.weights.layers[1])[0]
+        if model.comm.rank == 1:
+            for part in ("w_down", "w_gate_up", "b_gate_up"):
+                setattr(model.weights.layers[1], part, getattr(first, part))
+
+    result = check(models["biased"], 2, spoil=spoil)
+    notes = {finding.step.split(".", 3)[-1]: finding.note for finding in result.blamed()}
+    assert notes["mlp.down_proj.weight"] == "shape [20, 19], expected [20, 18]"
+    assert {finding.rank for finding in result.blamed() if finding.pass_name == "weights"} == {1}
+
+
+def test_a_model_that_fails_names_the_last_step(models):
+    def change(model):
+        def broken(*args):
+            raise ValueError("no such head")
+
+        model._attend = broken
+
+    with pytest.raises(RankError, match=r"rank 1: .* the step prefill/layers.0.attn.k_rope: .*no such head"):
+        check(models["biased"], 2, spoil=on_rank(1, change))
+
+
+# --- the results of requests ----------------------------------------------------------------------------
+
+
+def test_a_preempted_sequence_that_loses_its_tokens_is_blamed(models, monkeypatch):
+    preempt = Scheduler._preempt
+
+    def forgetful(scheduler, sequence):
+        preempt(scheduler, sequence)
+        scheduler.waiting[0].token_ids = list(sequence.request.prompt_ids)
+
+    monkeypatch.setattr(Scheduler, "_preempt", forgetful)
+    (finding,) = check(models["biased"], 2, batch=4).blamed()
+    assert (finding.name, finding.rank) == ("batch.6.seq3/tokens", 0)
+    assert finding.note == "position 19 of the result is token 46, but no token was chosen"
+
+
+def test_a_wrong_last_token_of_a_request_is_blamed(models, monkeypatch):
+    sample = Request.sample
+
+    def wrong(request, logits):
+        token, last = sample(request, logits)
+        if last:
+            request.token_ids[-1] = (token + 1) % 101
+        return token, last
+
+    monkeypatch.setattr(Request, "sample", wrong)
+    findings = check(models["biased"], 2, batch=2).blamed()
+    assert {(finding.step, finding.rank) for finding in findings} == {("tokens", 0)}
+    assert "of the result is token" in findings[0].note
+
+
+def test_a_cache_that_is_not_quantized_is_blamed(models, monkeypatch):
+    make = kv_cache.make_storage
+    monkeypatch.setattr(kv_cache, "make_storage", lambda *args: make(*args[:-1], "auto"))
+    finding = check(models["biased"], 2, kv_dtype="int8").blamed()[0]
+    assert finding.name == "prefill/layers.0.attn.k_cache"
+    assert finding.note == "the cache is not int8: it has the numbers as they were written"
+
+
+def test_positions_of_another_dtype_are_blamed(models, monkeypatch):
+    class Floats(model_module.SequenceSlice):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.positions = self.positions.astype(np.float32)
+
+    monkeypatch.setattr(model_module, "SequenceSlice", Floats)
+    finding = check(models["biased"], 2).blamed()[0]
+    assert (finding.name, finding.note) == ("prefill/positions", "dtype float32, expected int64")
+
+
+def test_keys_that_are_too_large_for_the_cache_are_blamed(tmp_path):
+    directory = write_models(tmp_path, SHAPE)["biased"]
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.bias"] += 1e5
+    save_file(tensors, directory / "model.safetensors")
+    first = check(directory, 1, kv_dtype="float16").blamed()[0]
+    assert first.name == "prefill/layers.0.attn.k_cache"
+    assert "larger than a float16 cache allows" in first.note
+
+
+@pytest.mark.parametrize(
+    ("error", "bound", "expected"),
+    [(1, 2, 0.5), (0, 0, 0), (1, 0, np.inf), (1, np.inf, 0), (0, np.nan, 0), (1, np.nan, np.inf)],
+)
+def test_an_error_as_a_share_of_its_bound(error, bound, expected):
+    assert ratio_of(error, bound) == expected
