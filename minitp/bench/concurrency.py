@@ -6,6 +6,7 @@ from time import perf_counter
 from minitp.bench.rounds import BLOCK_SIZE, keys_read, random_prompt, request_of
 from minitp.engine.engine import Engine
 from minitp.generate import generate
+from minitp.model import unrecorded
 
 
 def measure_requests(model, roofline, job, progress):
@@ -69,13 +70,13 @@ class RecordingModel:
         self.config, self.plan = model.config, model.plan
         self.fused, self.prefill_chunk = model.fused, model.prefill_chunk
 
-    def forward_batch(self, parts, logits_at=slice(None)):
+    def forward_batch(self, parts, logits_at=slice(None), record=unrecorded):
         """Record the shapes of a pass, then run Model.forward_batch."""
         shapes = [
             (len(ids), keys_read(self.model, cache.length + len(ids), len(ids))) for ids, cache in parts
         ]
         self.passes.append((shapes, 0 if logits_at is None else len(logits_at)))
-        return self.model.forward_batch(parts, logits_at)
+        return self.model.forward_batch(parts, logits_at, record)
 
 
 def one_by_one_seconds(model, prompts, new_tokens):

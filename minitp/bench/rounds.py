@@ -139,7 +139,7 @@ class StepTimer:
         """Begin a pass."""
         self._last = perf_counter()
 
-    def __call__(self, block=None, layer=None):
+    def __call__(self, block=None, layer=None, sequence=None):
         before = "" if block is None else f"{block}."
 
         def observe(step, array):
