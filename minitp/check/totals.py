@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minitp.check.difference import difference_of
+from minitp.check.difference import difference_of, norm
 from minitp.check.expected import dequantized
 from minitp.check.tolerance import roundoff
 from minitp.oracle import ops as oracle_ops
@@ -187,7 +187,8 @@ class Totals:
         if of_quantized and finding.step in CACHES:
             local_bound = 0.0  # it allows for the quantization, which the quantized run has already
         largest.add(local_bound, of_rounded / roundoff(self.dtype), *(of_quantized or [0.0]))
-        if largest.bounded and finding.step not in SOFTMAX and largest.total_bound <= MOST:
+        has_bound = largest.bounded and finding.step not in SOFTMAX and np.any(exact)  # zeros have no size
+        if has_bound and largest.total_bound <= MOST:
             finding.total_bound = largest.total_bound
 
     def _chooses_others(self, router, exact):
@@ -255,7 +256,7 @@ def part_error(array, typical, exact):
     each element had the `typical` error of the whole step is added to it.
     """
     finite = np.isfinite(exact) & np.isfinite(array)
-    size = np.linalg.norm(exact[finite])
+    size = norm(exact[finite])
     if size == 0:
         return 0.0
-    return float((np.linalg.norm(array[finite] - exact[finite]) + typical * finite.sum() ** 0.5) / size)
+    return float((norm(array[finite] - exact[finite]) + typical * finite.sum() ** 0.5) / size)
