@@ -40,7 +40,7 @@ from minitp.trace.names import AFTER, FLOAT32, INTEGERS, full_name, split_name
 from minitp.trace.reference import pass_steps
 
 SAFETY = 8
-MOST = 0.5
+MOST = 0.25
 SOFTMAX = ("attn.scores", "attn.probs", "attn.context")
 CACHES = ("attn.k_cache", "attn.v_cache")
 
