@@ -205,7 +205,10 @@ class EngineRun:
 
 
 def slot_of(block_table, position):
-    """Return the slot of the pool that holds a position of a sequence."""
+    """Return the slot of the pool that holds a position of a sequence.
+
+    This repeats `paged_cache.slot_mapping`, which is under test and so must not be what it is compared with.
+    """
     return block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
 
 

@@ -213,8 +213,8 @@ class Stored(Expected):
 
     def bounds(self, dtype, repeats=1):
         """Return the largest relative and the largest absolute error allowed, which follow from `allowed`."""
-        norm_y = np.linalg.norm(self.value)
-        relative = np.linalg.norm(self.allowed) / norm_y if norm_y else 0.0
+        norm_y = norm(self.value)
+        relative = norm(self.allowed) / norm_y if norm_y else 0.0
         return float(relative), float(self.allowed.max(initial=0.0))
 
     def first_outside(self, x):

@@ -120,9 +120,10 @@ class Totals:
                 steps = next(layers, None)
             # Not `broadcast`, whose rank 0 gives up after a minute: a large layer may take longer.
             for sequence, step, arrays in self.comm.allgather_object(steps)[0]:
+                typical = [typical_error(array, arrays[0]) for array in arrays[1:]]
                 for pass_ in self.run.passes:
                     if pass_.sequence == sequence:
-                        self._measure_pass(pass_, step, arrays, findings, step_file, local_bounds)
+                        self._measure_pass(pass_, step, arrays, typical, findings, step_file, local_bounds)
             progress(1 if 0 < number <= self.reference.layers else 0)
 
     def _layers(self):
@@ -154,9 +155,11 @@ class Totals:
         """Return an array of the quantized run."""
         return dequantized(array, self.kv_dtype) if step in ("attn.k_rope", "attn.v") else array
 
-    def _measure_pass(self, pass_, oracle_step, arrays, findings, step_file, local_bounds):
-        """Enter the total errors of the steps of a pass that are parts of the oracle's step."""
-        typical = [typical_error(array, arrays[0]) for array in arrays[1:]]
+    def _measure_pass(self, pass_, oracle_step, arrays, typical, findings, step_file, local_bounds):
+        """Enter the total errors of the steps of a pass that are parts of the oracle's step.
+
+        `arrays` are those of the exact run and the other runs, `typical` the typical errors of the others.
+        """
         for layer, step, index in pass_steps(self.reference, oracle_step, pass_.start, pass_.stop):
             if step in AFTER and pass_.logit_rows == 0:
                 continue

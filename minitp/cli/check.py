@@ -73,22 +73,14 @@ class CheckCommand(OnRanks):
 
     def prepare(self, args, source):
         """Return the prompt's tokens; refuse a prompt or options that the model does not allow."""
-        from minitp.check.passes import batch_prompts, longest_positions
         from minitp.cli.inputs import check_output, check_passes
 
         ids = prompt_of(args, source)
         if args.report is not None:
             check_output(args.report, ".html")
         check_passes(args, source, ids)
-        if not (args.batch == 0 or 2 <= args.batch <= MOST_SEQUENCES):
-            raise InputError(f"--batch {args.batch}: expected 0, or 2 to {MOST_SEQUENCES} sequences")
-        context = source.config.max_position_embeddings
-        longest = longest_positions(batch_prompts(ids, args.batch, source.config.vocab_size))
-        if longest > context:
-            raise InputError(
-                f"--batch {args.batch}: its longest sequence has {longest} tokens, which exceeds the model's "
-                f"context of {context}; give a shorter prompt"
-            )
+        if args.batch:
+            check_batch(args.batch, source, ids)
         return ids
 
     def run(self, args, comm, source, prepared):
@@ -124,6 +116,21 @@ class CheckCommand(OnRanks):
         if comm.rank == 0:
             write_out(judged(said, result.ok, sys.stdout) + "\n")
         return 0 if result.ok else 1
+
+
+def check_batch(count, source, prompt):
+    """Reject a number of sequences that is not allowed, or one whose longest sequence exceeds the context."""
+    from minitp.check.passes import batch_prompts, longest_positions
+
+    if not 2 <= count <= MOST_SEQUENCES:
+        raise InputError(f"--batch {count}: expected 0, or 2 to {MOST_SEQUENCES} sequences")
+    context = source.config.max_position_embeddings
+    longest = longest_positions(batch_prompts(prompt, count, source.config.vocab_size))
+    if longest > context:
+        raise InputError(
+            f"--batch {count}: its longest sequence has {longest} tokens, which exceeds the model's context "
+            f"of {context}; give a shorter prompt"
+        )
 
 
 def prompt_of(args, source):

@@ -25,9 +25,9 @@ LENIENCE times the tolerance. docs/compare.md has the measurements from which th
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
+from minitp.check.tolerance import roundoff
 from minitp.compare.inputs import StepInputs
 from minitp.oracle import ops as oracle_ops
 from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
@@ -117,7 +117,7 @@ class JumpRule:
         names = self.steps.of(name, self.known)
         if names is None or self.dtype is None:
             return None
-        u = float(ml_dtypes.finfo(self.dtype).eps) / 2
+        u = roundoff(self.dtype)
         a_inputs, b_inputs = zip(*map(self.read, names), strict=True) if names else ((), ())
         recomputed = self.steps.recompute(name, b_inputs, a_inputs, a)
         if recomputed is None:
@@ -167,8 +167,9 @@ class JumpRule:
 
     def _other_experts(self, a, b):
         """Describe the tokens that go to other experts in B than in A, whose router logits are [T, E]."""
-        chosen = [oracle_ops.route(x, self.steps.model.experts_per_token) > 0 for x in (a, b)]  # [T, E] each
-        tokens = np.flatnonzero((chosen[0] != chosen[1]).any(axis=1)).tolist()
+        per_token = self.steps.model.experts_per_token
+        ours, theirs = (oracle_ops.choose_experts(x, per_token) for x in (a, b))  # bool [T, E] each
+        tokens = np.flatnonzero((ours != theirs).any(axis=1)).tolist()
         return f"B's router logits choose other experts for tokens {tokens}" if tokens else ""
 
 
