@@ -220,7 +220,12 @@ class LLM:
         return self._pieces(self.encode(prompt), sampling(params, options))
 
     def chat(
-        self, messages: Messages, params: SamplingParams | None = None, **options: Unpack[SamplingFields]
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        chat_template_kwargs: dict[str, object] | None = None,
+        **options: Unpack[SamplingFields],
     ) -> Completion:
         """Generate the answer to a conversation.
 
@@ -230,15 +235,22 @@ class LLM:
             A user's message, or the whole conversation: {"role": "user", "content": ".."} and so on.
         params : SamplingParams, optional
             If neither `params` nor max_new_tokens is given, the answer may fill the context.
+        chat_template_kwargs : dict, optional
+            Variables of the model's chat template, such as {"enable_thinking": False} for Qwen 3.
         """
-        ids, params = self._conversation(messages, params, options)
+        ids, params = self._conversation(messages, params, chat_template_kwargs, options)
         return self.generate(ids, params)
 
     def stream_chat(
-        self, messages: Messages, params: SamplingParams | None = None, **options: Unpack[SamplingFields]
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        chat_template_kwargs: dict[str, object] | None = None,
+        **options: Unpack[SamplingFields],
     ) -> Iterator[str]:
         """Return an iterator over the pieces of an answer; parameters are as in `chat`."""
-        return self._pieces(*self._conversation(messages, params, options))
+        return self._pieces(*self._conversation(messages, params, chat_template_kwargs, options))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Tokenize a prompt, unless it is token ids already; check the ids and return them."""
@@ -251,9 +263,11 @@ class LLM:
         check_prompt(ids, self.source.config, self.description["context"])
         return ids
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: list[dict[str, str]], chat_template_kwargs: dict[str, object] | None = None
+    ) -> list[int]:
         """Return the token ids of a conversation, rendered by the model's chat template."""
-        text = self.chat_template.render(messages)
+        text = self.chat_template.render(messages, chat_template_kwargs)
         return self.encode(self._require_tokenizer().encode(text, add_special_tokens=False))
 
     @cached_property
@@ -308,12 +322,12 @@ class LLM:
 
         return pieces()
 
-    def _conversation(self, messages, params, options):
+    def _conversation(self, messages, params, variables, options):
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if params is None:
             options = {"max_new_tokens": self.description["context"], **options}
-        return self.encode_chat(messages), sampling(params, options)
+        return self.encode_chat(messages, variables), sampling(params, options)
 
     def _require_tokenizer(self):
         if self.tokenizer is None:

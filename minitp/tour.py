@@ -162,12 +162,11 @@ def rope(xp, x, cos, sin):
 
 
 def attention(xp, model, layer, x, start, keys, values, cos, sin):
-    """Return this rank's term of the attention output: the contribution of its own heads."""
+    """Return the term of this rank's heads. Heads mix only in the output projection; no others are cached."""
     T, d, S = len(x), model.config["head_dim"], start + len(x)
     h = rms_norm(xp, x, layer.attn_norm, model.config["rms_norm_eps"])  # [T, D]
     q, k, v = h @ layer.w_q, h @ layer.w_k, h @ layer.w_v  # [T, H_r d], [T, K_r d], [T, K_r d]
     q, k, v = (y.reshape(T, -1, d).transpose(1, 0, 2) for y in (q, k, v))  # [H_r, T, d], 2x [K_r, T, d]
-    # Heads do not mix before the output projection, so a rank caches keys and values of its own heads only.
     keys[:, start:S], values[:, start:S] = rope(xp, k, cos, sin), v  # [K_r, T, d], [K_r, T, d]
     k, v = keys[model.kv_of_head, :S], values[model.kv_of_head, :S]  # [H_r, S, d], [H_r, S, d]
     seen = xp.arange(S) <= xp.arange(start, S)[:, None]  # [T, S]: a token sees no later one
@@ -208,8 +207,7 @@ def generate(model, ranks, prompt_ids, count):
     start, token_ids = 0, prompt_ids
     for _ in range(count):
         logits = forward(model, ranks, token_ids, start, cache)  # [V]
-        # Rank 0 chooses for all: if last bits differed, the ranks might continue with different texts.
-        token = ranks.world.bcast(int(np.argmax(logits)))
+        token = ranks.world.bcast(int(np.argmax(logits)))  # rank 0's: last bits may differ between ranks
         yield token
         if token in model.config["eos_token_id"]:
             return
@@ -236,8 +234,8 @@ def read_config(directory):
     config["num_key_value_heads"] = config.get("num_key_value_heads") or config["num_attention_heads"]
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     generation = directory / "generation_config.json"
-    eos = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
-    config["eos_token_id"] = np.ravel(config["eos_token_id"] if eos is None else eos).tolist()  # one or more
+    more = json.loads(generation.read_text()).get("eos_token_id", []) if generation.exists() else []
+    config["eos_token_id"] = [*np.ravel(config["eos_token_id"]), *np.ravel(more)]  # each is one id or several
     return config
 
 
@@ -255,7 +253,9 @@ def prepare(argv, world):
     config = read_config(args.model)
     if world.Get_size() > (most := min(config[n] for n in SPLIT)):
         raise ValueError(f"use at most {most} ranks (one per attention head, FFN column and token)")
-    tokenizer = None if args.tokens else Tokenizer.from_str((args.model / "tokenizer.json").read_text())
+    fields = {} if args.tokens else json.loads((args.model / "tokenizer.json").read_text())
+    fields |= {"truncation": None, "padding": None}  # the prompt is used as it is
+    tokenizer = None if args.tokens else Tokenizer.from_str(json.dumps(fields))
     prompt_ids = tokenizer.encode(args.prompt).ids if tokenizer else list(map(int, args.tokens.split(",")))
     V, limit, n = config["vocab_size"], config["max_position_embeddings"], len(prompt_ids)
     if unknown := [token for token in prompt_ids if not 0 <= token < V]:

@@ -6,7 +6,7 @@ stdout receives the model's answers, and stderr everything else.
 import sys
 
 from minitp.cli.command import Caller
-from minitp.cli.options import add_max_context, add_run, add_sampling, llm_options
+from minitp.cli.options import add_chat_template_kwargs, add_max_context, add_run, add_sampling, llm_options
 from minitp.errors import InputError
 from minitp.launch.run import Terminated, raised_on_sigterm
 
@@ -31,6 +31,7 @@ class ChatCommand(Caller):
             metavar="TEXT",
             help="system message: instructions for the model (default: none)",
         )
+        add_chat_template_kwargs(parser, "input")
         add_sampling(parser, max_new_tokens=None)
         add_run(parser)
         add_max_context(parser)
@@ -50,7 +51,7 @@ class ChatCommand(Caller):
         sys.stdin.reconfigure(errors="replace")
         try:
             with raised_on_sigterm(), LLM(**llm_options(args, tp)) as llm:
-                conversation = Conversation(llm, params, opening, args.stats)
+                conversation = Conversation(llm, params, opening, args.stats, args.chat_template_kwargs)
                 if sys.stdin.isatty():
                     at_terminal(conversation)
                 else:
@@ -73,7 +74,7 @@ def check(args, tp, shortest):
     tokenizer, context = source.tokenizer(), context_length(source.config, args.max_context)
     if tokenizer is None:
         raise InputError(f"{source.name} has no tokenizer.json, which chat needs")
-    text = source.chat_template().render(shortest)
+    text = source.chat_template().render(shortest, args.chat_template_kwargs)
     check_prompt(tokenizer.encode(text, add_special_tokens=False), source.config, context)
     if args.max_new_tokens is None:
         args.max_new_tokens = context

@@ -32,9 +32,12 @@ class Conversation:
         The system message, if there is one; it is never dropped.
     stats : bool
         Print the length and speed of each answer.
+    chat_template_kwargs : dict, optional
+        Variables of the chat template.
     """
 
-    def __init__(self, llm, params, opening, stats):
+    def __init__(self, llm, params, opening, stats, chat_template_kwargs=None):
+        self.chat_template_kwargs = chat_template_kwargs
         self.llm, self.params, self.opening, self.stats = llm, params, opening, stats
         self._updates = queue.SimpleQueue()  # updates of the current answer
         self.reset()
@@ -81,7 +84,7 @@ class Conversation:
         kept = messages
         while True:
             try:
-                ids = self.llm.encode_chat([*self.opening, *kept])
+                ids = self.llm.encode_chat([*self.opening, *kept], self.chat_template_kwargs)
                 if len(ids) <= most or len(kept) == 1:
                     break
             except ContextError:

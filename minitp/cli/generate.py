@@ -71,12 +71,13 @@ class GenerateCommand(OnRanks):
         model, load_s = load(args, comm, source)
         request = None
         if comm.rank == 0:
+            tokenizer = source.tokenizer()
             request = Request(
                 params=sampling_params(args),
-                eos_token_ids=source.config.eos_token_ids,
+                eos_token_ids=source.eos_token_ids(tokenizer),
                 prompt_ids=ids,
                 max_context=context,
-                tokenizer=source.tokenizer(),
+                tokenizer=tokenizer,
                 emit=(lambda piece: True) if args.json else write_out,
             )
             if args.prompt and not args.json and sys.stdout.isatty():

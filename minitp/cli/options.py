@@ -1,6 +1,7 @@
 """Options that several commands share. Each function adds options to groups of an `arguments.Parser`."""
 
 import argparse
+import json
 from dataclasses import fields
 
 from minitp.engine.options import CHOICES, EngineOptions
@@ -86,6 +87,16 @@ def add_max_context(parser):
         metavar="N",
         help="maximum number of tokens in a prompt and its continuation (default: the model's context "
         "length)",
+    )
+
+
+def add_chat_template_kwargs(parser, group):
+    parser.groups[group].add_argument(
+        "--chat-template-kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="variables of the model's chat template, as in '{\"enable_thinking\": false}' for Qwen 3 "
+        "(default: none)",
     )
 
 
@@ -186,6 +197,17 @@ def token_ids(text):
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: expected numbers and commas, as in 1,2,3") from None
+
+
+def json_object(text):
+    """Parse the value of an option that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r:.100}: expected a JSON object, as in '{{\"name\": true}}'")
+    return value
 
 
 def llm_options(args, tp):

@@ -3,10 +3,11 @@
 import ipaddress
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from minitp.cli.command import Caller
-from minitp.cli.options import add_max_context, add_run, llm_options
+from minitp.cli.options import add_chat_template_kwargs, add_max_context, add_run, llm_options
 from minitp.engine.options import option
 from minitp.errors import InputError
 from minitp.util.format import counted
@@ -31,6 +32,7 @@ class ServeCommand(Caller):
 
     def add_options(self, parser):
         add_server(parser)
+        add_chat_template_kwargs(parser, "server")
         add_batching(parser)
         add_run(parser)
         add_max_context(parser)
@@ -45,6 +47,7 @@ class ServeCommand(Caller):
                 f"minitp serve needs the package {error.name!r}: pip install 'minitp[serve]'"
             ) from error
         from minitp.llm import LLM
+        from minitp.loading.source import open_model
 
         check(args)
         api_key = args.api_key or os.environ.get("MINITP_API_KEY")
@@ -57,6 +60,7 @@ class ServeCommand(Caller):
             )
 
         def start(on_end):
+            check_chat_template(open_model(args.model, tp, args.layers), args.chat_template_kwargs)
             llm = LLM(**llm_options(args, tp), on_end=on_end)
             print(ready_line(llm, host, port), file=sys.stderr, flush=True)
             return llm
@@ -67,6 +71,7 @@ class ServeCommand(Caller):
             served_name(args.model),
             listener,
             api_key=api_key,
+            chat_template_kwargs=args.chat_template_kwargs,
             restart=args.restart,
             drain_seconds=args.drain_timeout,
             verbose=args.verbose,
@@ -158,6 +163,17 @@ def check(args):
     for name, least in (("max_queue", 0), ("request_timeout", 1), ("drain_timeout", 0)):
         if getattr(args, name) < least:
             raise InputError(f"{option(name)} {getattr(args, name)}: expected {least} or more")
+
+
+def check_chat_template(source, variables):
+    """Raise InputError if a model has a chat template that fails, so that not every chat fails later.
+
+    A model without one can still complete texts, and a template may reject a conversation as short as this.
+    """
+    from minitp.text.chat_template import NoChatTemplateError, RejectedMessagesError
+
+    with suppress(NoChatTemplateError, RejectedMessagesError):
+        source.chat_template().render([{"role": "user", "content": "?"}], variables)
 
 
 def served_name(model):

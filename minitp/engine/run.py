@@ -40,11 +40,12 @@ def run_engine(options, comm, caller):
         sizes = options.block_size, options.max_tokens_per_step, options.max_sequences
         engine = Engine(model, num_blocks, *sizes)
         tokenizer = source.tokenizer() if comm.rank == 0 else None
+        eos_token_ids = source.eos_token_ids(tokenizer)
     if comm.rank == 0:
         caller.send({"ready": describe(options, engine, context), "load": engine.scheduler.load()})
 
     def make_request(prompt_ids, params):
-        return Request(params, source.config.eos_token_ids, prompt_ids, context, tokenizer)
+        return Request(params, eos_token_ids, prompt_ids, context, tokenizer)
 
     serve(engine, caller, make_request)
     return 0

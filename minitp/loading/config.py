@@ -1,6 +1,7 @@
 """A model's configuration: the fields of config.json under Hugging Face's names."""
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,7 +80,7 @@ class Config:
 
 
 def read_config(directory):
-    """Read and check `directory`/config.json (and generation_config.json for the end-of-text tokens).
+    """Read and check `directory`/config.json; generation_config.json may list more end-of-text tokens.
 
     Raises
     ------
@@ -91,9 +92,9 @@ def read_config(directory):
     fields = read_json(path)
     generation = Path(directory) / "generation_config.json"
     if generation.exists():
-        eos = read_json(generation).get("eos_token_id")
-        if eos is not None:
-            fields = {**fields, "eos_token_id": eos}
+        both = (one.get("eos_token_id") for one in (fields, read_json(generation)))
+        lists = (eos if isinstance(eos, list) else [eos] for eos in both if eos is not None)
+        fields = {**fields, "eos_token_id": list(dict.fromkeys(itertools.chain(*lists)))}
     return parse_config(fields, str(path))
 
 

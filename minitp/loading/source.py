@@ -88,6 +88,16 @@ class ModelSource:
             return None if raw is None else Tokenizer(raw)
         return None if self.is_random else load_tokenizer(self.directory)
 
+    def eos_token_ids(self, tokenizer):
+        """Return the ids of all tokens that end a text or an answer: those of the config and the tokenizer's.
+
+        A chat model's config may name only the token that ends a document, and its tokenizer the one that
+        ends an answer.
+        """
+        ids = self.config.eos_token_ids
+        eos = None if tokenizer is None else tokenizer.eos_token_id
+        return ids if eos is None or eos in ids else (*ids, eos)
+
     def chat_template(self):
         """Return the model's ChatTemplate, or raise an InputError if it has none."""
         if self.is_random:

@@ -21,9 +21,9 @@ BODY_SECONDS = 60  # time for a body to arrive
 PAGE = Path(__file__).with_name("page.html")
 
 
-def make_app(backend, metrics, model, api_key=None):
-    """Return the ASGI application; `model` is the name that clients must use for the model."""
-    api = Api(backend, metrics, model, api_key)
+def make_app(backend, metrics, model, api_key=None, chat_template_kwargs=None):
+    """Return the ASGI application; see `run.serve_forever` for the parameters."""
+    api = Api(backend, metrics, model, api_key, chat_template_kwargs or {})
     routes = [
         Route("/", lambda request: FileResponse(PAGE)),
         Route("/health", api.health),
@@ -40,8 +40,9 @@ def make_app(backend, metrics, model, api_key=None):
 class Api:
     """The handlers of the routes."""
 
-    def __init__(self, backend, metrics, model, api_key):
+    def __init__(self, backend, metrics, model, api_key, chat_template_kwargs):
         self.backend, self.metrics, self.model, self.api_key = backend, metrics, model, api_key
+        self.chat_template_kwargs = chat_template_kwargs
         self.created = int(time.time())
 
     async def health(self, request):
@@ -75,7 +76,8 @@ class Api:
             api_request = parse(read_json(await read_body(request)))
             self.check_model(api_request.model)
             llm = self.backend.ready()
-            prompts = await in_thread(lambda: encode_prompts(llm, api_request, self.model))
+            variables = self.chat_template_kwargs | api_request.chat_template_kwargs
+            prompts = await in_thread(lambda: encode_prompts(llm, api_request, self.model, variables))
             running = self.backend.submit(make_sequences(llm, api_request, prompts))
         except ApiError as error:
             timer.finish(error.status)
@@ -177,11 +179,11 @@ class RequestTimer:
             self.metrics.each_token.observe((now - self.first) / (longest - 1))
 
 
-def encode_prompts(llm, api_request, model):
+def encode_prompts(llm, api_request, model, chat_template_kwargs):
     """Return the token ids of each prompt; `model` is the model's name in error messages."""
     try:
         if api_request.messages is not None:
-            return [llm.encode_chat(api_request.messages)]
+            return [llm.encode_chat(api_request.messages, chat_template_kwargs)]
         return [llm.encode(prompt) for prompt in api_request.prompts]
     except InputError as error:
         code = "context_length_exceeded" if isinstance(error, ContextError) else None

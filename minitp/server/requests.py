@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from minitp.sampling import SamplingParams
+from minitp.text.chat_template import RESERVED
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -48,6 +49,8 @@ class ApiRequest:
         The prompts of a completion: strings or lists of token ids.
     messages : list of dict or None
         The messages of a chat.
+    chat_template_kwargs : dict
+        Variables of the chat template.
     params : SamplingParams
         All sampling parameters but `max_new_tokens`, which depends on `max_tokens` and the context.
     max_tokens : int or None
@@ -68,6 +71,7 @@ class ApiRequest:
     usage: bool
     prompts: list = field(default_factory=list)
     messages: list | None = None
+    chat_template_kwargs: dict = field(default_factory=dict)
 
 
 class Field(NamedTuple):
@@ -142,6 +146,10 @@ COMPLETION = {
 }
 CHAT = {
     "messages": Field("a list of messages", lambda value: isinstance(value, list) and bool(value)),
+    "chat_template_kwargs": Field(
+        f"an object of variables of the chat template, none of them {', '.join(RESERVED)}",
+        lambda value: isinstance(value, dict) and not value.keys() & set(RESERVED),
+    ),
     "max_completion_tokens": COMMON["max_tokens"],
     "logprobs": FLAG,
     "top_logprobs": whole_number(0, 20),
@@ -197,7 +205,14 @@ def chat_request(body):
     logprobs = body.get("top_logprobs", 0) if body.get("logprobs") else None
     max_tokens = body.get("max_completion_tokens", body.get("max_tokens"))
     messages = [check_message(value, index) for index, value in enumerate(body["messages"])]
-    return _api_request(body, max_tokens, None, logprobs, messages=messages)
+    return _api_request(
+        body,
+        max_tokens,
+        None,
+        logprobs,
+        messages=messages,
+        chat_template_kwargs=body.get("chat_template_kwargs", {}),
+    )
 
 
 def check_fields(body, fields, required):

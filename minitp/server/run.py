@@ -31,7 +31,9 @@ def listen(host, port):
     return listener
 
 
-def serve_forever(start, limits, model, listener, *, api_key, restart, drain_seconds, verbose):
+def serve_forever(
+    start, limits, model, listener, *, api_key, chat_template_kwargs, restart, drain_seconds, verbose
+):
     """Serve until SIGTERM, Ctrl-C, or the death of a rank; return the exit code.
 
     Parameters
@@ -43,6 +45,8 @@ def serve_forever(start, limits, model, listener, *, api_key, restart, drain_sec
         The name that clients must use for the model.
     listener : socket
     api_key : str or None
+    chat_template_kwargs : dict or None
+        Variables of the chat template, which a request may override.
     restart : bool
         Start the ranks again if one dies.
     drain_seconds : float
@@ -51,7 +55,7 @@ def serve_forever(start, limits, model, listener, *, api_key, restart, drain_sec
         Log every request.
     """
     backend = Backend(start, limits, restart)
-    app = make_app(backend, Metrics(backend), model, api_key)
+    app = make_app(backend, Metrics(backend), model, api_key, chat_template_kwargs)
     config = uvicorn.Config(
         app,
         lifespan="off",

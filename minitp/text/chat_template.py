@@ -1,109 +1,154 @@
 """A model's chat template, written in Jinja, which turns messages into a prompt."""
 
-import json
-from datetime import datetime
 from pathlib import Path
 
 from minitp.errors import InputError, one_line
+from minitp.text.tokenizer_config import read_object, read_tokenizer_config, special_tokens
 
 EXPECTED = "messages must be a list of objects with the strings role (system, user, assistant) and content"
+# The variables of a template that its caller sets, in addition to special tokens and keyword arguments.
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 def load_chat_template(directory, name):
-    """Return the ChatTemplate of a model's directory.
+    """Return the ChatTemplate of a model's directory; `name` is the model's name in errors.
 
-    The template is in the file chat_template.jinja, or else in the field chat_template of
-    tokenizer_config.json: one template, or several named ones, of which "default" is used.
+    Templates are in chat_template.jinja and additional_chat_templates/NAME.jinja, or else in the field
+    chat_template of tokenizer_config.json, or else in that of chat_template.json. Of several templates, the
+    one named "default" is used; chat_template.jinja has this name.
 
     Raises
     ------
+    NoChatTemplateError
+        if there is no template.
     InputError
-        if there is no template, or it is not valid.
+        if the template is not valid, or there are several and none is the default.
     """
-    path, jinja_file = Path(directory) / "tokenizer_config.json", Path(directory) / "chat_template.jinja"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        template = fields.get("chat_template")
-        if isinstance(template, list):
-            template = {one["name"]: one["template"] for one in template}.get("default")
-        if jinja_file.exists():
-            template = jinja_file.read_text(encoding="utf-8")
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{path.name} or {jinja_file.name} of {name} cannot be read: {one_line(error)}"
-        ) from error
-    if template is not None and not isinstance(template, str):
-        raise InputError(f"{path.name} of {name}: chat_template is {template!r:.50}, expected a string")
+    fields = read_tokenizer_config(directory)
+    template = template_files(Path(directory)) or fields.get("chat_template")
+    if template is None:
+        template = read_object(Path(directory) / "chat_template.json").get("chat_template")
     return make_chat_template({**fields, "chat_template": template}, name)
 
 
+def template_files(directory):
+    """Return the templates in a directory's .jinja files, by name."""
+    named = directory / "additional_chat_templates"
+    files = {"default": directory / "chat_template.jinja"} | {
+        path.stem: path for path in sorted(named.glob("*.jinja"))
+    }
+    return {name: read_text(path) for name, path in files.items() if path.exists()}
+
+
+def read_text(path):
+    """Return a file's text, or raise an InputError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise InputError(f"{path}: not UTF-8: {one_line(error)}") from error
+
+
 def make_chat_template(fields, name):
-    """Return the ChatTemplate in the fields of a tokenizer_config.json; chat_template is a string or None.
+    """Return the ChatTemplate in the settings of a tokenizer; see `read_tokenizer_config`.
+
+    The field chat_template is null, a template, or several: an object of templates by name, or a list of
+    objects with the fields "name" and "template".
 
     Raises
     ------
+    NoChatTemplateError
+        if there is no template.
     InputError
-        if chat_template is None or not a valid template.
+        if the template is not valid, or there are several and none is the default.
     """
     template = fields["chat_template"]
-    if template is None:
-        raise InputError(
+    if isinstance(template, list) and all(isinstance(one, dict) and "template" in one for one in template):
+        template = {str(one.get("name")): one["template"] for one in template}
+    if isinstance(template, dict) and template:
+        if "default" not in template:
+            raise InputError(
+                f"{name} has chat templates with the names {', '.join(template)}, and none is the default; "
+                "copy the one to use to chat_template.jinja in the model's directory"
+            )
+        template = template["default"]
+    if template in (None, [], {}):
+        raise NoChatTemplateError(
             f"{name} has no chat template, so it cannot chat; ask for a completion, or use a chat model"
         )
-    tokens = {key: token_text(fields.get(key)) for key in ("bos_token", "eos_token")}
-    return ChatTemplate(template, tokens, name)
+    if not isinstance(template, str):
+        raise InputError(f"chat_template of {name} is {template!r:.50}, expected a string")
+    return ChatTemplate(template, special_tokens(fields), name)
 
 
-def token_text(field):
-    """Return the text of a special token, which is a string or an object in tokenizer_config.json."""
-    return (field.get("content") if isinstance(field, dict) else field) or ""
+class NoChatTemplateError(InputError):
+    """The error for a model without a chat template."""
+
+
+class RejectedMessagesError(InputError):
+    """The error for messages that a template rejects by calling `raise_exception`."""
 
 
 class ChatTemplate:
     """A template that renders messages as the model was trained to read them.
 
-    The Jinja environment is configured as in Hugging Face's library: it is sandboxed, trims blocks, and has
-    `raise_exception` and `strftime_now`.
+    Parameters
+    ----------
+    template : str
+    tokens : dict
+        The text of each special token, by the name that templates use, such as "bos_token".
+    name : str
+        The model's name in errors.
     """
 
     def __init__(self, template, tokens, name):
-        import jinja2
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2 import TemplateError
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(
-            value, **{"ensure_ascii": False} | options
-        )
+        from minitp.text.template_environment import template_environment
+
         self._tokens, self._name = tokens, name
         try:
-            self._template = environment.from_string(template)
-        except jinja2.TemplateError as error:
+            self._template = template_environment().from_string(template)
+        except TemplateError as error:
             raise InputError(f"the chat template of {name} is not valid: {one_line(error)}") from error
 
-    def render(self, messages):
+    def render(self, messages, variables=None):
         """Return the prompt of a conversation, up to the start of the assistant's answer.
 
         Parameters
         ----------
         messages : list of dict
-            Objects with the strings "role" and "content".
+            Objects with the strings "role" and "content". Other fields may be None, which means absent.
+        variables : dict, optional
+            Further variables of the template, such as Qwen 3's enable_thinking.
 
         Raises
         ------
+        RejectedMessagesError
+            if the template rejects the messages.
         InputError
-            if the messages do not have this form, or the template rejects them.
+            if the messages do not have this form, a variable is reserved, or the template fails.
         """
+        from minitp.text.template_environment import RejectionError
+
         check_messages(messages)
+        check_variables(variables or {})
+        messages = [{key: value for key, value in one.items() if value is not None} for one in messages]
+        values = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._tokens)
+            return self._template.render(self._tokens | (variables or {}) | values)
         except Exception as error:  # a template is a program and may raise anything
             reason = " ".join(str(error).split())
-            raise InputError(f"the chat template of {self._name} rejects these messages: {reason}") from error
+            if isinstance(error, RejectionError):
+                message = f"the chat template of {self._name} rejects these messages: {reason}"
+                raise RejectedMessagesError(message) from error
+            raise InputError(f"the chat template of {self._name} fails: {reason}") from error
+
+
+def check_variables(variables):
+    """Reject variables of a template that are not its user's to set."""
+    for name in RESERVED:
+        if name in variables:
+            raise InputError(f"chat_template_kwargs has {name!r}, which minitp sets itself; leave it out")
 
 
 def check_messages(messages):
@@ -118,10 +163,3 @@ def check_messages(messages):
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise InputError(f"{EXPECTED}; message {number} has no string {key!r}")
-
-
-def raise_exception(message):
-    """Raise the error by which a template rejects a conversation."""
-    import jinja2
-
-    raise jinja2.TemplateError(message)

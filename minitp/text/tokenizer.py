@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from minitp.errors import InputError
+from minitp.text.tokenizer_config import read_tokenizer_config, special_tokens
 
+FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")  # of an added token
 REPLACEMENT = "\ufffd"  # an incomplete character decodes to it
 
 
@@ -15,21 +17,60 @@ def load_tokenizer(directory):
     import tokenizers
 
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+        raw = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{path}: not a valid tokenizer.json: {' '.join(str(error).split())}") from error
+    fields = read_tokenizer_config(directory)
+    tokens = special_tokens(fields)
+    add_listed_tokens(raw, fields["added_tokens_decoder"], tokens.values())
+    raw.encode_special_tokens = fields.get("split_special_tokens") is True
+    return Tokenizer(raw, raw.token_to_id(tokens.get("eos_token", "")))
+
+
+def add_listed_tokens(raw, listed, special):
+    """Add tokens that tokenizer.json does not list as added tokens, so that their text is never split.
+
+    A listed token whose id would differ is left out, because the model has another embedding there.
+
+    Parameters
+    ----------
+    raw : tokenizers.Tokenizer
+    listed : dict
+        Tokens by id: the field `added_tokens_decoder` of `read_tokenizer_config`.
+    special : iterable of str
+        The special tokens; those outside the vocabulary get the next ids.
+    """
+    from tokenizers import AddedToken
+
+    known = {token.content for token in raw.get_added_tokens_decoder().values()}
+    for number, token in sorted(listed.items(), key=lambda item: int(item[0])):
+        text = token["content"]
+        found = raw.token_to_id(text)
+        if text not in known and int(number) == (raw.get_vocab_size() if found is None else found):
+            flags = {key: bool(value) for key, value in token.items() if key in FLAGS}
+            raw.add_tokens([AddedToken(text, **flags)])
+            known.add(text)
+    raw.add_special_tokens([text for text in special if text and text not in known])
 
 
 class Tokenizer:
     """A tokenizer whose post-processor adds special tokens, such as BOS.
 
+    Settings that would change a prompt or make it random are off: truncation, padding, and BPE dropout.
+
     Parameters
     ----------
     tokenizer : tokenizers.Tokenizer
+    eos_token_id : int, optional
+        The token that ends a text or an answer, if the tokenizer knows it.
     """
 
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer, eos_token_id=None):
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None) is not None:
+            tokenizer.model.dropout = None
+        self._tokenizer, self.eos_token_id = tokenizer, eos_token_id
 
     def encode(self, text, add_special_tokens=True):
         """Return the token ids of a text.

@@ -13,7 +13,7 @@ import pytest
 from on_gpu import ENVIRONMENT
 from paths import GOLDENS
 from running import START_S, under_mpirun
-from tiny import UNEVEN, write_tiny
+from tiny import UNEVEN, byte_tokenizer, write_tiny
 
 from minitp.comm import run_threads
 from minitp.oracle import Oracle
@@ -142,8 +142,15 @@ def test_large_gates_do_not_overflow():
 
 @pytest.fixture(scope="module")
 def model_of_bytes(tmp_path_factory):
-    """A model that generates incomplete characters, and ends at a token of generation_config.json."""
+    """A model that generates incomplete characters, and ends at a token of generation_config.json.
+
+    Its tokenizer.json cuts and pads prompts, which does not count.
+    """
     directory = write_tiny(tmp_path_factory.mktemp("models") / "bytes", seed=4)
+    tokenizer = byte_tokenizer()
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 213}))
     return directory
 

@@ -1,6 +1,7 @@
 """`LLM`: single prompts, many at a time, streams, several threads, and conversations."""
 
 import io
+import json
 import os
 import random
 import signal
@@ -235,6 +236,26 @@ def test_a_chat_accepts_params(llm, model):
     check([llm.chat("Hi", temperature=1.0, seed=1, max_new_tokens=5)], expected[:1])
     check([llm.chat("Hi", params)], expected[1:])
     assert "".join(llm.stream_chat("Hi", params)) == expected[1].text
+
+
+def test_variables_of_the_chat_template(llm, model):
+    prompt, loud = [BOS, *ids("[user]Hi![assistant]")], {"loud": "!"}
+    expected = alone(model, [(prompt, SamplingParams(max_new_tokens=5))])
+    assert llm.encode_chat([{"role": "user", "content": "Hi"}], loud) == prompt
+    check([llm.chat("Hi", max_new_tokens=5, chat_template_kwargs=loud)], expected)
+    assert "".join(llm.stream_chat("Hi", max_new_tokens=5, chat_template_kwargs=loud)) == expected[0].text
+
+
+def test_an_answer_ends_at_the_end_of_sequence_token_of_the_tokenizer(tmp_path):
+    """The config names another token, as for chat models whose config is that of the base model."""
+    model = write_model(tmp_path / "model", eos_token_id=0)
+    (answer,) = alone(model, [(ids("Hi"), SamplingParams(max_new_tokens=9, ignore_eos=True))])
+    end = answer.token_ids[4]
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": byte_tokenizer().id_to_token(end)}))
+    with LLM(model, tp=1, cache_tokens=CONTEXT) as llm:
+        completion = llm.generate("Hi", max_new_tokens=9)
+    assert completion.token_ids == answer.token_ids[: answer.token_ids.index(end) + 1]
+    assert completion.finish_reason == "stop"
 
 
 def test_a_conversation_has_as_many_bos_tokens_as_its_template_writes(endless):

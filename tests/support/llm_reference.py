@@ -16,7 +16,7 @@ TP = 2
 
 CONTEXT = 400  # positions in the context of most tests; the cache has room for one full sequence
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{m.role}}]{{m.content}}{% endfor %}{{ loud }}[assistant]"
 
 END_S = 10
 
@@ -32,7 +32,8 @@ def write_model(directory, **options):
 def alone(model, wanted, tp=TP, layers=None):
     """Return a finished Request for each (prompt_ids, params), run alone and without an engine."""
     source = open_model(str(model), tp, layers)
-    eos, tokenizer = source.config.eos_token_ids, source.tokenizer()
+    tokenizer = source.tokenizer()
+    eos = source.eos_token_ids(tokenizer)
     requests = [Request(params, eos, ids, CONTEXT, tokenizer) for ids, params in wanted]
 
     def rank(comm):

@@ -18,7 +18,7 @@ from minitp.loading.source import open_model
 from minitp.request import Request
 from minitp.sampling import SamplingParams
 
-CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{{ loud }}[assistant]"
 URL = re.compile(r"at (http://\S+)/v1 ")
 START_S = 60
 

@@ -36,6 +36,9 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
+# Special tokens that chat templates use, and GGUF's names for them.
+TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}
+
 
 class GgufModel:
     """A GGUF file that has been opened and checked.
@@ -67,8 +70,8 @@ class GgufModel:
         metadata = self.file.metadata
         tokens = metadata.get("tokenizer.ggml.tokens", [])
         fields = {"chat_template": metadata.get("tokenizer.chat_template")}
-        for name in ("bos", "eos"):
-            number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        for name, key in TOKENS.items():
+            number = metadata.get(f"tokenizer.ggml.{key}_token_id")
             fields[f"{name}_token"] = tokens[number] if number is not None and number < len(tokens) else None
         return fields
 

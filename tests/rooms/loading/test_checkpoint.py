@@ -553,10 +553,15 @@ def test_layers_of_qwen_with_a_window():
     assert parse_config({**fields, **listed}, "here").unread == ()
 
 
-def test_generation_config_overrides_end_of_text_tokens(directory):
+def test_generation_config_has_more_end_of_text_tokens(directory):
     assert read_config(directory).eos_token_ids == (CONFIG["eos_token_id"],)
     (directory / "generation_config.json").write_text('{"eos_token_id": [5, 0]}')
-    assert read_config(directory).eos_token_ids == (5, 0)
+    assert read_config(directory).eos_token_ids == (CONFIG["eos_token_id"], 5, 0)
+    (directory / "generation_config.json").write_text(f'{{"eos_token_id": {CONFIG["eos_token_id"]}}}')
+    assert read_config(directory).eos_token_ids == (CONFIG["eos_token_id"],)
+    (directory / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(InputError, match="eos_token_id"):
+        read_config(directory)
 
 
 # --- random weights -------------------------------------------------------------------------------------

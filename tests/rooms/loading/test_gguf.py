@@ -257,11 +257,12 @@ def test_unknown_metadata_is_named_in_a_warning(folder, capsys):
 
 def test_chat_template(folder):
     def edit(writer, tensors):
-        writer.add_chat_template("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+        writer.add_pad_token_id(256)
+        writer.add_chat_template("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ pad_token }}")
 
     path = write_gguf(folder / "chat.gguf", edit=edit)
     template = open_model(str(path), 1).chat_template()
-    assert template.render([{"role": "user", "content": "Hi"}]) == "<s>Hi</s>"
+    assert template.render([{"role": "user", "content": "Hi"}]) == "<s>Hi</s><s>"
 
 
 @pytest.mark.mpi

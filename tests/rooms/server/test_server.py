@@ -120,6 +120,12 @@ def test_chat_is_the_completion_of_the_rendered_conversation(client, alone):
     assert all(piece.usage is None for piece in pieces)
 
 
+def test_chat_with_variables_of_the_template(client):
+    fields = {"model": "chatty", "messages": CONVERSATION, "max_completion_tokens": 1}
+    loud = client.chat.completions.create(**fields, extra_body={"chat_template_kwargs": {"loud": "!"}})
+    assert loud.usage.prompt_tokens == len(PROMPT) + 1
+
+
 def test_chat_without_max_tokens_may_fill_the_context(client):
     answer = client.chat.completions.create(
         model="chatty", messages=CONVERSATION, temperature=0, extra_body={"ignore_eos": True}

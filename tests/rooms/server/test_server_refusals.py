@@ -208,6 +208,24 @@ def test_a_model_without_chat_template_completes_and_does_not_chat(tmp_path):
     served.stop()
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [("{% for %}", "is not valid"), ("{{ unknown.name }}", "fails"), ("{{ bos_token + 'x' }}", "fails")],
+)
+def test_a_chat_template_that_cannot_be_rendered_is_refused_at_the_start(refused, tmp_path, template, reason):
+    model = write_chatty(tmp_path / "chatty")
+    (model / "chat_template.jinja").write_text(template)
+    assert f"the chat template of {model} {reason}: " in refused("serve", "--model", model, "--port", 0)
+
+
+def test_a_chat_template_that_rejects_short_conversations_is_served(tmp_path):
+    model = write_chatty(tmp_path / "chatty")
+    (model / "chat_template.jinja").write_text("{{ raise_exception('short') }}")
+    served = Served(model, "--tp", 1)
+    check_error(post(served, CHAT, TALK), 400, "rejects these messages: short")
+    served.stop()
+
+
 def test_a_model_without_tokenizer_takes_token_ids(tmp_path):
     served = Served(write_tiny(tmp_path / "chatty", tokenizer=False), "--tp", 1)
     check_error(post(served, COMPLETIONS, HI), 400, "no tokenizer.json")
@@ -217,8 +235,9 @@ def test_a_model_without_tokenizer_takes_token_ids(tmp_path):
     served.stop()
 
 
-def test_api_key(tmp_path):
-    served = Served(write_chatty(tmp_path / "chatty"), "--tp", 1, MINITP_API_KEY="secret")
+def test_api_key_and_variables_of_the_chat_template(tmp_path):
+    loud = ["--chat-template-kwargs", '{"loud": "!"}']
+    served = Served(write_chatty(tmp_path / "chatty"), "--tp", 1, *loud, MINITP_API_KEY="secret")
     for key in ("none", "secre", "secret2"):
         with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong") as caught:
             served.client(api_key=key).models.list()
@@ -226,6 +245,9 @@ def test_api_key(tmp_path):
     check_error(post(served, CHAT, b"{"), 401, "API key")
     client = served.client(api_key="secret")
     assert client.models.list().data[0].id == "chatty"
-    assert client.chat.completions.create(**TALK).choices[0].message.content is not None
+    answer = client.chat.completions.create(**TALK)
+    assert answer.choices[0].message.content is not None
+    quiet = client.chat.completions.create(**TALK, extra_body={"chat_template_kwargs": {"loud": ""}})
+    assert quiet.usage.prompt_tokens == answer.usage.prompt_tokens - 1
     assert httpx.get(f"{served.url}/health").status_code == 200
     served.stop()

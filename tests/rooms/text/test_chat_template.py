@@ -8,7 +8,7 @@ import pytest
 
 from minitp.errors import InputError
 from minitp.loading.demo import demo_directory
-from minitp.text.chat_template import ChatTemplate, load_chat_template
+from minitp.text.chat_template import RESERVED, ChatTemplate, RejectedMessagesError, load_chat_template
 
 HI = [{"role": "user", "content": "Hi"}]
 TALK = [
@@ -53,9 +53,16 @@ def test_sources_of_a_template(tmp_path, fields, jinja, expected):
     assert template_of(tmp_path, fields, jinja).render(HI) == expected
 
 
+def test_template_of_a_processor(tmp_path):
+    """Check that chat_template.json, which belongs to a model's image processor, is the last choice."""
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "of the processor"}')
+    assert template_of(tmp_path).render(HI) == "of the processor"
+    assert template_of(tmp_path, {"chat_template": "of the tokenizer"}).render(HI) == "of the tokenizer"
+
+
 @pytest.mark.parametrize(
     "fields",
-    [None, {}, {"chat_template": None}, {"chat_template": [NAMED[0]]}, {"chat_template": []}],
+    [None, {}, {"chat_template": None}, {"chat_template": {}}, {"chat_template": []}],
     ids=json.dumps,
 )
 def test_model_without_a_template(tmp_path, fields):
@@ -76,9 +83,18 @@ def test_special_tokens_as_text_and_as_objects(tmp_path, form):
 
 
 @pytest.mark.parametrize("fields", [{}, {"bos_token": None, "eos_token": None}], ids=json.dumps)
-def test_missing_special_tokens_are_empty(tmp_path, fields):
-    fields = {**fields, "chat_template": "[{{ bos_token }}{{ eos_token }}{{ bos_token + 'x' }}]"}
-    assert template_of(tmp_path, fields).render(HI) == "[x]"
+def test_missing_special_tokens_are_undefined(tmp_path, fields):
+    text = "[{{ bos_token }}{{ eos_token }}{% if bos_token is defined %}defined{% endif %}]"
+    assert template_of(tmp_path, {**fields, "chat_template": text}).render(HI) == "[]"
+    template = template_of(tmp_path, {**fields, "chat_template": "{{ bos_token + 'x' }}"})
+    with pytest.raises(InputError, match="'bos_token' is undefined"):
+        template.render(HI)
+
+
+@pytest.mark.parametrize("form", [list, lambda named: {one["name"]: one["template"] for one in named}])
+def test_several_templates_without_a_default(tmp_path, form):
+    with pytest.raises(InputError, match="names tool_use, rag, and none is the default; copy the one to use"):
+        template_of(tmp_path, {"chat_template": form([NAMED[0], {"name": "rag", "template": "documents"}])})
 
 
 @pytest.mark.parametrize(
@@ -177,10 +193,19 @@ def test_today():
     ],
 )
 def test_error_of_a_template_names_the_reason(template, reason):
-    with pytest.raises(InputError, match="the chat template of a model rejects these messages: ") as caught:
+    rejects = "raise_exception" in template
+    verb = "rejects these messages" if rejects else "fails"
+    with pytest.raises(InputError, match=f"the chat template of a model {verb}: ") as caught:
         rendered(template)
+    assert isinstance(caught.value, RejectedMessagesError) == rejects
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_variables_that_minitp_sets_are_reserved(name):
+    with pytest.raises(InputError, match=f"chat_template_kwargs has '{name}', which minitp sets itself"):
+        ChatTemplate("", {}, "a model").render(HI, {name: None})
 
 
 # --- messages -------------------------------------------------------------------------------------------
