@@ -140,6 +140,7 @@ def span(bounds):
 
 def run(example):
     """Call example(here) on this rank, and end the process with the exit code."""
+    read_arguments()
     prepare_streams()
     comm = None
     try:
@@ -163,6 +164,19 @@ def run(example):
         if comm is not None:
             comm.abort(RankError.exit_code)
         sys.exit(RankError.exit_code)
+
+
+def read_arguments():
+    """End the process after printing the script's docstring for --help, or refusing other arguments."""
+    arguments, wants_help = sys.argv[1:], sys.argv[1:] in (["-h"], ["--help"])
+    if not arguments:
+        return
+    if environment.env_rank(os.environ) == 0:
+        if wants_help:
+            write_out(sys.modules["__main__"].__doc__ + "\n" + __doc__[__doc__.index("Two environment") :])
+        else:
+            print(f"{SCRIPT} {arguments[0]}: only --help is accepted; set MODEL and LAYERS", file=sys.stderr)
+    sys.exit(0 if wants_help else InputError.exit_code)
 
 
 def chosen_model(tp):

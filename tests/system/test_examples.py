@@ -99,6 +99,23 @@ def test_example_without_mpirun(tmp_path):
     assert "1 rank on this CPU" in out
 
 
+def test_help(tmp_path):
+    for name, *_ in LADDER:
+        code, out, err = start([sys.executable, EXAMPLES / f"{name}.py", "--help"], tmp_path)
+        assert (code, err) == (0, "")
+        assert f"mpirun -n 4 python examples/{name}.py" in out
+        assert "LAYERS   number of layers" in out
+        assert "oracle: " not in out, "the example did not run"
+
+
+@pytest.mark.mpi
+def test_other_arguments(tmp_path):
+    command = [find_mpirun(), "-n", 2, sys.executable, EXAMPLES / "tp_ffn.py", "4"]
+    code, out, err = start(command, tmp_path)
+    assert (code, out) == (2, "")
+    assert err == "tp_ffn.py 4: only --help is accepted; set MODEL and LAYERS\n"
+
+
 def test_layers(tmp_path):
     code, out, _ = alone("tp_full_model", tmp_path, LAYERS="1")
     assert code == 0
