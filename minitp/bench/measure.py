@@ -7,6 +7,7 @@ from statistics import median
 
 from minitp.bench.concurrency import measure_requests
 from minitp.bench.cpu_roofline import BareProducts
+from minitp.bench.duration import expected_seconds
 from minitp.bench.load_rate import loading
 from minitp.bench.roofline import token_bytes
 from minitp.bench.rounds import (
@@ -22,7 +23,7 @@ from minitp.comm.single import ShardOnly
 from minitp.util.environment import BLAS_THREADS, cores
 
 
-def measure(model, source, job, load_s, progress):
+def measure(model, source, job, load_s, progress, announce):
     """Measure the model; all ranks call this and all get the results, as a dict for JSON.
 
     Parameters
@@ -35,12 +36,16 @@ def measure(model, source, job, load_s, progress):
         Seconds that loading took on this rank.
     progress : callable
         Called with a short description before each measurement.
+    announce : callable
+        Called with the expected seconds of all measurements once they can be estimated from the limits.
     """
     roofline = roofline_of(model)
     result = conditions(model, source) | {"load_s": load_s}
     progress("limits")
     result["loading"] = loading(model, source, load_s)
     result["limits"] = roofline.measure(job.prompt_tokens)
+    if job.requests is None:
+        announce(expected_seconds(job, result["limits"], model))
     if job.sweep == "context":
         result["sweep"] = {"over": "context", "points": context_sweep(model, roofline, job, progress)}
     elif job.sweep == "batch":

@@ -9,6 +9,16 @@ KINDS = {  # kinds of a profile's steps; the others are small operations
 }
 
 
+# What it means if a speed is above its limit, by device.
+ABOVE_LIMIT = {
+    "cpu": ["A speed is above its limit: the machine was busy with other work; run again when it is idle."],
+    "cuda": [
+        "A speed is above its limit: the GPU was busy with other work, or the model fits in its L2 cache, "
+        "which is faster than its memory."
+    ],
+}
+
+
 def lines(result):
     """Return the results as lines of text."""
     parts = [head(result), limit_lines(result), [loading_line(result["loading"])]]
@@ -19,7 +29,18 @@ def lines(result):
     else:
         parts += [speed_lines(result), *profile_lines(result.get("profile", {}))]
     parts.append(memory_lines(result))
+    if above_limit(result):
+        parts.append(ABOVE_LIMIT[result["device"]])
     return "\n\n".join("\n".join(part) for part in parts).split("\n")
+
+
+def above_limit(result):
+    """Return whether a speed is above its limit, so that the limit must be wrong."""
+    if "sweep" in result:
+        return any(point["tokens_per_s"] > point["limit_tokens_per_s"] for point in result["sweep"]["points"])
+    if "requests" in result:
+        return result["requests"]["share_of_limit"] > 1
+    return any(result[part]["share_of_limit"]["median"] > 1 for part in ("prefill", "decode"))
 
 
 def head(result):

@@ -10,12 +10,14 @@ from minitp.cli.command import OnRanks
 from minitp.cli.options import add_json, add_run
 from minitp.errors import InputError
 from minitp.util.environment import limit_blas_threads, world_size
+from minitp.util.format import duration
 from minitp.util.stdout import write_out
 
 PLOTS = (".png", ".svg")
 BATCHES = (1, 2, 4, 8, 16, 32)
 FIRST_CONTEXT, LAST_CONTEXT = 32, 2048
 PROMPT_TOKENS = 128
+ANNOUNCED_S = 20  # the expected time of a shorter measurement is not announced
 # Defaults of --max-new-tokens and --rounds: without a sweep, and for each point of a sweep.
 NEW_TOKENS, ROUNDS = (64, 16), (5, 3)
 
@@ -159,7 +161,12 @@ class BenchCommand(OnRanks):
                 )
         hidden = comm.rank != 0 or not sys.stderr.isatty()
         with tqdm(bar_format="measuring: {desc}", leave=False, disable=hidden) as bar:
-            result = measure(model, source, prepared, load_s, bar.set_description_str)
+
+            def announce(seconds):
+                if comm.rank == 0 and seconds >= ANNOUNCED_S:
+                    tqdm.write(f"minitp: measuring takes about {duration(seconds)}", file=sys.stderr)
+
+            result = measure(model, source, prepared, load_s, bar.set_description_str, announce)
         if comm.rank == 0:
             if args.plot:
                 from minitp.bench.plot import plot

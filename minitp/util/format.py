@@ -6,6 +6,15 @@ def counted(number, noun):
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def duration(seconds):
+    """Return a rough duration as text.
+
+    >>> duration(1.4), duration(89), duration(200)
+    ('1 second', '89 seconds', '3 minutes')
+    """
+    return counted(round(seconds), "second") if seconds < 90 else counted(round(seconds / 60), "minute")
+
+
 def size(nbytes):
     """Return a number of bytes as text.
 

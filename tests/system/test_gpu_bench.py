@@ -44,7 +44,9 @@ def test_graphs_are_captured_before_the_first_round(tiny, cupy, monkeypatch, kin
 
     def rank(comm):
         model, source = model_on_gpu(tiny, comm), open_model(str(tiny), 1)
-        measure(model, source, job, 1.0, lambda words: "round" in words and rounds.append(len(captured)))
+        measure(
+            model, source, job, 1.0, lambda words: "round" in words and rounds.append(len(captured)), print
+        )
 
     run_on_gpus(1, rank)
     assert len(rounds) >= 2

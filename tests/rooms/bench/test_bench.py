@@ -6,19 +6,22 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from tiny import write_tiny
 
 import minitp
-from minitp.bench.cpu_roofline import BareProducts, all_reduce_seconds
+from minitp.bench.cpu_roofline import LEAST_S, BareProducts, all_reduce_seconds
+from minitp.bench.duration import SLOWER, expected_seconds
 from minitp.bench.fake_weights import TiledWeights
 from minitp.bench.plot import plot
 from minitp.bench.roofline import total_elements
 from minitp.bench.rounds import StepTimer, keys_read, profile, timed_batch, timed_round
-from minitp.bench.table import lines
-from minitp.cli.bench import contexts
+from minitp.bench.table import above_limit, lines
+from minitp.cli.bench import Job, contexts
+from minitp.cli.main import main
 from minitp.comm import run_threads
 from minitp.comm.single import ShardOnly, SingleRank
 from minitp.device import Device
@@ -251,6 +254,56 @@ def test_figures_agree_with_each_other(tiny, tmp_path):
     text = "\n".join(lines(result))
     for value in (f"{decode['tokens_per_s']['median']:.1f} tokens/s", "mlp.gate up", "rank 1"):
         assert value in text
+    result["prefill"]["share_of_limit"]["median"] = 1.5
+    assert lines(result)[-1].startswith("A speed is above its limit: the machine was busy with other work")
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        {"prefill": {"share_of_limit": {"median": 1.01}}, "decode": {"share_of_limit": {"median": 0.7}}},
+        {"prefill": {"share_of_limit": {"median": 0.9}}, "decode": {"share_of_limit": {"median": 1.2}}},
+        {"requests": {"share_of_limit": 1.05}},
+        {"sweep": {"points": [{"tokens_per_s": 8, "limit_tokens_per_s": 9},
+                              {"tokens_per_s": 9, "limit_tokens_per_s": 8}]}},
+    ],
+)  # fmt: skip
+def test_a_speed_above_its_limit_is_noticed(measured):
+    assert above_limit(measured)
+    text = json.dumps(measured)
+    for above, below in (("1.01", "1.0"), ("1.2", "0.9"), ("1.05", "0.5"), ('_per_s": 9', '_per_s": 8')):
+        text = text.replace(above, below)
+    assert not above_limit(json.loads(text))
+
+
+def test_a_long_sweep_is_announced(tiny, monkeypatch, capsys):
+    argv = ["bench", "--model", str(tiny), "--as-rank", "0", "--of", "1", "--rounds", "1", "-n", "2"]
+    argv += ["--sweep", "context", "--max-context", "34", "--json"]
+    assert main(argv) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("minitp.cli.bench.ANNOUNCED_S", 0)
+    assert main(argv) == 0
+    assert re.fullmatch(r"minitp: measuring takes about \d+ seconds?\n", capsys.readouterr().err)
+
+
+def test_the_expected_time_counts_rounds_points_and_tokens(tmp_path):
+    """The limits are such that each pass takes a second per token, and the products of attention nothing."""
+    model = counted_model(tmp_path, 1, SingleRank())
+    read = 2 * model.device.dtype.itemsize
+    limits = {"bytes_per_token": 1e9 * read, "bandwidth_gb_per_s": read, "matrix_gflop_per_s": 4}
+    job = Job(prompt_tokens=10, new_tokens=4, rounds=3, profile=False, sweep=None)
+    bare = 2 * LEAST_S + 10
+    assert expected_seconds(job, limits, model) == pytest.approx(3 * (SLOWER * (10 + 4) + bare), rel=1e-3)
+    batches = replace(job, sweep="batch", points=(1, 8))
+    more = 3 * (SLOWER * (8 * 10 + 8 * 4) + bare)
+    assert expected_seconds(batches, limits, model) == pytest.approx(
+        expected_seconds(job, limits, model) + more, rel=1e-3
+    )
+    contexts = replace(job, sweep="context", points=(10, 20))
+    more = 3 * (SLOWER * (20 + 4) + bare + 10)
+    assert expected_seconds(contexts, limits, model) == pytest.approx(
+        expected_seconds(job, limits, model) + more, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(("over", "suffix"), [("context", ".svg"), ("batch", ".png")])
