@@ -42,6 +42,10 @@ def test_graphs_are_captured_before_the_first_round(tiny, cupy, monkeypatch, kin
     monkeypatch.setattr("minitp.cuda.fused.KEPT_BLOCKS", 1)
     job = Job(prompt_tokens=20, new_tokens=20, rounds=2, profile=False, **{"sweep": None, **kind})
 
+    def progress(words):
+        if "round" in words:
+            rounds.append(len(captured))
+
     def rank(comm):
         model, source = model_on_gpu(tiny, comm), open_model(str(tiny), 1)
         measure(
