@@ -9,6 +9,7 @@ from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from minitp.util import this_run
+from minitp.util.format import counted
 
 # Colors and fonts of the reports (report/style.css).
 INK, SOFT, LINE, PAGE, MEASURED = "#1b2026", "#5a636d", "#dfe2e1", "#fdfdfc", "#3b74b8"
@@ -55,7 +56,7 @@ def plot(result, path):
             axes.xaxis.set_minor_locator(NullLocator())
             axes.grid(axis="y")
             axes.set_axisbelow(True)
-        head = f"{result['model']} on {result['tp']} rank{'s' * (result['tp'] > 1)}, {result['dtype']}"
+        head = f"{result['model']} on {counted(result['tp'], 'rank')}, {result['dtype']}"
         figure.text(0.06, 0.94, head, fontsize=15, fontweight="bold")
         figure.text(0.06, 0.025, footer(result), fontsize=8, color=SOFT, linespacing=1.5)
         figure.savefig(path, dpi=150)
@@ -114,7 +115,7 @@ def logarithmic(axes):
 def footer(result):
     """Return what the lines mean, the machine, the date, minitp's version and the command."""
     facts = dict(this_run.facts("bench"))
-    cores = f", {result['cores']} cores" if "cores" in result else ""
+    cores = f", {counted(result['cores'], 'core')}" if "cores" in result else ""
     run = f"{result['machine']}{cores} · {result.get('date', facts['date'])} · minitp {facts['minitp']}"
     command = textwrap.shorten(facts.get("command", ""), 150, placeholder=" ..")
     legend = "Dots are medians over the rounds; the band is their range."

@@ -105,7 +105,8 @@ def speed_lines(result):
     ]
     return [
         *aligned(rows, "<>>>>"),
-        f"with a prompt of {prefill['prompt_tokens']} tokens and {decode['new_tokens']} new tokens",
+        f"with a prompt of {counted(prefill['prompt_tokens'], 'token')} and "
+        f"{counted(decode['new_tokens'], 'new token')}",
         *(gpu_speed_lines if "share_of_copy" in decode else cpu_speed_lines)(prefill, decode),
     ]
 
@@ -198,14 +199,14 @@ def request_lines(found):
         f"{found[f'{name}_tokens_per_s']:.1f} tokens/s" for name in ("together", "one_by_one", "limit")
     )
     rows = [
-        ("all at once", together, "in 1 batch" if found["steps"] == 1 else f"in {found['steps']} batches"),
+        ("all at once", together, f"in {counted(found['steps'], 'batch')}"),
         ("one by one", one_by_one, ""),
         ("limit", limit, "for the same batches"),
     ]
-    lengths = f"{found['prompt_tokens']} prompt tokens and {found['new_tokens']} new tokens each"
+    prompt, new = counted(found["prompt_tokens"], "prompt token"), counted(found["new_tokens"], "new token")
     ratio, share = found["times_one_by_one"], found["share_of_limit"]
     return [
-        f"{counted(found['count'], 'request')} of {lengths}; speeds count new tokens",
+        f"{counted(found['count'], 'request')} of {prompt} and {new} each; speeds count new tokens",
         *aligned(rows, "<><"),
         f"{ratio:.2f} times as fast as one by one, {share:.0%} of the limit",
     ]

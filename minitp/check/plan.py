@@ -2,6 +2,8 @@
 
 import re
 
+from minitp.util.format import counted
+
 # Tensor name -> the axis in the file that is split, and the units in which it is split: heads, key/value
 # heads, FFN columns or vocabulary rows.
 SPLIT = {
@@ -43,7 +45,8 @@ def plan_problems(oracle, plan):
     by_rank = {what: ranges for what, (_, ranges) in runs.items()} | {"kv_heads": plan.kv_head_ranges}
     for what, ranges in by_rank.items():
         if len(ranges) != plan.tp:
-            problems.append(("all", f"{what}: {len(ranges)} ranges for {plan.tp} ranks"))
+            found = f"{counted(len(ranges), 'range')} for {counted(plan.tp, 'rank')}"
+            problems.append(("all", f"{what}: {found}"))
     if problems:
         return problems  # the other checks need the ranges of every rank
     for what, (count, ranges) in runs.items():
@@ -116,7 +119,8 @@ def _wrong_tensors(oracle, plan):
         if shard.axis != axis:
             problems.append(("all", f"tensor {name} is split along axis {shard.axis}, expected {axis}"))
         elif axis is not None and len(shard.ranges) != plan.tp:
-            problems.append(("all", f"tensor {name}: {len(shard.ranges)} ranges for {plan.tp} ranks"))
+            found = f"{counted(len(shard.ranges), 'range')} for {counted(plan.tp, 'rank')}"
+            problems.append(("all", f"tensor {name}: {found}"))
         elif axis is not None:
             for rank, (found, right) in enumerate(zip(shard.ranges, ranges[what], strict=True)):
                 if tuple(found) != right:

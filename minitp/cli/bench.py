@@ -10,7 +10,7 @@ from minitp.cli.command import OnRanks
 from minitp.cli.options import add_json, add_run
 from minitp.errors import InputError
 from minitp.util.environment import limit_blas_threads, world_size
-from minitp.util.format import duration
+from minitp.util.format import counted, duration
 from minitp.util.stdout import write_out
 
 PLOTS = (".png", ".svg")
@@ -134,8 +134,8 @@ class BenchCommand(OnRanks):
         needed = prompt_tokens + new_tokens + (args.sweep == "batch")  # a batch warms up with one more
         if args.sweep != "context" and needed > context:
             raise InputError(
-                f"--prompt-tokens {prompt_tokens} and {needed - prompt_tokens} new tokens exceed the context "
-                f"of {context} tokens"
+                f"--prompt-tokens {prompt_tokens} and {counted(needed - prompt_tokens, 'new token')} exceed "
+                f"the context of {counted(context, 'token')}"
             )
         check_plot(args)
         points = ()
@@ -224,8 +224,8 @@ def contexts(last, new_tokens):
     """Return context lengths that double up to `last`, minus the new tokens."""
     if last <= new_tokens:
         raise InputError(
-            f"a context of {last} tokens has no room for the {new_tokens} tokens that the sweep decodes; "
-            "increase --max-context or reduce -n"
+            f"a context of {counted(last, 'token')} has no room for {counted(new_tokens, 'new token')} in a "
+            "sweep; increase --max-context or reduce -n"
         )
     found, length = [], FIRST_CONTEXT
     while length < last - new_tokens:

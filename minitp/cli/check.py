@@ -128,8 +128,8 @@ def check_batch(count, source, prompt):
     longest = longest_positions(batch_prompts(prompt, count, source.config.vocab_size))
     if longest > context:
         raise InputError(
-            f"--batch {count}: its longest sequence has {longest} tokens, which exceeds the model's context "
-            f"of {context}; give a shorter prompt"
+            f"--batch {count}: its longest sequence has {counted(longest, 'token')}, which exceeds the "
+            f"model's context of {context}; give a shorter prompt"
         )
 
 
@@ -233,7 +233,7 @@ def verdict(source, result):
         rank, text = result.problems[0]
         return f"first wrong step: the plan, rank {rank}: {text}"
     if result.ok:
-        arrays = f"{len(result.findings)} arrays on {counted(result.tp, 'rank')}"
+        arrays = f"{counted(len(result.findings), 'array')} on {counted(result.tp, 'rank')}"
         layers = f"all {source.plan.layers} layers" if source.plan.layers > 1 else "the 1 layer"
         return f"all steps within bounds for {layers} ({arrays})"
     first = result.blamed()[0]

@@ -6,6 +6,7 @@ from time import perf_counter
 
 from minitp.engine.completion import Completion
 from minitp.errors import ContextError, InputError
+from minitp.util.format import counted
 from minitp.util.stdout import write_out
 
 ROOM = 4  # 1 / ROOM of the context, or max_new_tokens if that is less, is left for an answer
@@ -94,7 +95,7 @@ class Conversation:
         if len(kept) < len(messages) and not self.has_outgrown:
             self.has_outgrown = True
             note(
-                f"[the conversation has outgrown its context of {context} tokens; "
+                f"[the conversation has outgrown its context of {counted(context, 'token')}; "
                 "the oldest messages are dropped]"
             )
         return kept, ids
@@ -116,12 +117,12 @@ class Conversation:
         """Print whether the answer was cut off and, with --stats, its length and speed."""
         new = len(answer.token_ids)
         if answer.finish_reason == "length" and new == self.params.max_new_tokens:
-            note(f"[cut at {new} tokens; -n allows more]")
+            note(f"[cut at {counted(new, 'token')}; -n allows more]")
         elif answer.finish_reason == "length":
-            note(f"[cut at {new} tokens: the context is full]")
+            note(f"[cut at {counted(new, 'token')}: the context is full]")
         if self.stats and new:
             speed = f", {(new - 1) / (times[-1] - times[1]):.1f} tokens/s after the first" if new > 1 else ""
             note(
-                f"[{len(answer.prompt_token_ids)} prompt tokens, first new token after "
-                f"{times[1] - times[0]:.3f} s; {new} new tokens{speed}]"
+                f"[{counted(len(answer.prompt_token_ids), 'prompt token')}, first new token after "
+                f"{times[1] - times[0]:.3f} s; {counted(new, 'new token')}{speed}]"
             )

@@ -130,6 +130,7 @@ def statistics_text(request, stats):
     return (
         f"{counted(stats['tp'], 'rank')}, {stats['dtype']}, {megabytes:.1f} MB of weights on rank 0, "
         f"loaded in {stats['load_s']:.2f} s\n"
-        f"{len(request.prompt_ids)} prompt tokens, first new token after {stats['ttft_s']:.3f} s\n"
-        f"{len(request.token_ids)} new tokens{after}; {stats['comm_share']:.0%} of the time in collectives"
+        f"{counted(len(request.prompt_ids), 'prompt token')}, first new token after {stats['ttft_s']:.3f} s\n"
+        f"{counted(len(request.token_ids), 'new token')}{after}; {stats['comm_share']:.0%} of the time in "
+        "collectives"
     )

@@ -7,6 +7,7 @@ from minitp.engine.options import option
 from minitp.errors import InputError, ParameterError
 from minitp.request import check_vocabulary
 from minitp.sampling import SamplingParams
+from minitp.util.format import counted
 
 
 def prompt_tokens(args, source):
@@ -52,7 +53,8 @@ def check_passes(args, source, token_ids):
     context = source.config.max_position_embeddings
     if len(token_ids) + args.decode > context:
         raise InputError(
-            f"{len(token_ids)} tokens and --decode {args.decode} exceed the model's context of {context}"
+            f"{counted(len(token_ids), 'token')} and --decode {args.decode} exceed the model's context of "
+            f"{context}"
         )
 
 

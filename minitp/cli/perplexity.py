@@ -75,7 +75,7 @@ class PerplexityCommand(OnRanks):
             value, scored = perplexity(model, ids, context, bar.update)
         if comm.rank == 0:
             result = {"perplexity": value, "scored_tokens": scored, "tokens": len(ids)}
-            text = f"perplexity {value:.4f} over {scored} tokens"
+            text = f"perplexity {value:.4f} over {counted(scored, 'token')}"
             write_out((json.dumps(result) if args.json else text) + "\n")
         return 0
 

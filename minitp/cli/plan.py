@@ -8,6 +8,7 @@ from minitp.cli.options import add_dtype, add_json, add_model
 from minitp.errors import InputError
 from minitp.estimate.hardware import GPUS, GPUS_PER_NODE
 from minitp.util.environment import BLAS_THREADS
+from minitp.util.format import counted
 from minitp.util.stdout import write_out
 
 CONTEXT, PROMPT = 4096, 512
@@ -84,7 +85,7 @@ def read_workload(args, config):
     context = min(CONTEXT, longest) if args.context is None else args.context
     if not 2 <= context <= longest:
         raise InputError(
-            f"--context {context}: this model's context is {longest} tokens; give 2 to {longest}"
+            f"--context {context}: this model's context is {counted(longest, 'token')}; give 2 to {longest}"
         )
     prompt = min(PROMPT, context - 1) if args.prompt_tokens is None else args.prompt_tokens
     if not 1 <= prompt < context:

@@ -111,7 +111,8 @@ def notes(config, hardware, result, left_out):
     on_cpu, found = hardware.cores is not None, []
     if left_out:
         sizes = " and ".join(map(str, left_out)) if len(left_out) < 3 else f"{left_out[0]} and more"
-        found.append(f"TP={sizes} left out: the model has only {config.num_attention_heads} attention heads.")
+        heads = counted(config.num_attention_heads, "attention head")
+        found.append(f"TP={sizes} left out: the model has only {heads}.")
     held = size(hardware.reserve_bytes)
     if on_cpu:
         found.append(f"Memory: all ranks share the machine's memory; {held} per rank is reserved for Python.")

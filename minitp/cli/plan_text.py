@@ -44,7 +44,7 @@ def head(result):
 def answer(result):
     """Return the sentence that says whether the marked row fits, and the speed to expect."""
     row = next(r for r in result["estimates"] if (r["tp"], r["nodes"]) == (result["tp"], result["nodes"]))
-    load = f"{counted(result['batch'] or 1, 'sequence')} of {result['context_tokens']} tokens"
+    load = f"{counted(result['batch'] or 1, 'sequence')} of {counted(result['context_tokens'], 'token')}"
     place = f"TP={row['tp']}" + (f" over {row['nodes']} nodes" if row["nodes"] > 1 else "")
     if row["fits"]:
         prefill, speed = duration(row["prefill_expected_s"]), rounded(row["decode_expected_tokens_per_s"])

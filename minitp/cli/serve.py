@@ -188,6 +188,6 @@ def ready_line(llm, host, port):
     return (
         f"minitp: {llm.source.name} on {counted(about['tp'], 'rank')}, {about['dtype']}, "
         f"at http://{address}:{port}/v1 "
-        f"(context {about['context']}, cache of {about['blocks'] * about['block_size']} tokens); "
+        f"(context {about['context']}, cache of {counted(about['blocks'] * about['block_size'], 'token')}); "
         f"chat page: http://{address}:{port}/"
     )

@@ -23,8 +23,9 @@ def title(source):
     c, tp = source.config, source.plan.tp
     sizes = (
         f"{counted(c.num_hidden_layers, 'layer')}, hidden size {c.hidden_size}, "
-        f"{c.num_attention_heads} query heads and "
-        f"{c.num_key_value_heads} KV heads of {c.head_dim} dimensions, {c.intermediate_size} FFN columns, "
+        f"{counted(c.num_attention_heads, 'query head')} and "
+        f"{counted(c.num_key_value_heads, 'KV head')} of {counted(c.head_dim, 'dimension')}, "
+        f"{counted(c.intermediate_size, 'FFN column')}, "
         f"vocabulary of {c.vocab_size}"
     )
     return [f"{source.name} over {counted(tp, 'rank')}", *wrapped(sizes)]

@@ -89,6 +89,6 @@ class TraceCommand(OnRanks):
         if comm.rank == 0:
             who = "the oracle, float64" if args.oracle else counted(comm.size, "rank")
             megabytes = path.stat().st_size / 1e6
-            tokens = len(ids) + args.decode
-            write_out(f"{path}: {tokens} tokens through {source.name} on {who}, {megabytes:.1f} MB\n")
+            tokens = counted(len(ids) + args.decode, "token")
+            write_out(f"{path}: {tokens} through {source.name} on {who}, {megabytes:.1f} MB\n")
         return 0

@@ -21,6 +21,7 @@ from minitp import __version__
 from minitp.comm.base import Comm
 from minitp.comm.wait import Backoff
 from minitp.errors import RankError, one_line
+from minitp.util.format import counted
 
 LAST_WORDS_S = 0.3  # time for mpirun to forward a rank's output before the abort
 ARRAY, OBJECT = 1, 2  # message tags
@@ -68,7 +69,7 @@ class MpiComm(Comm):
             if "SLURM_STEP_NUM_TASKS" in os.environ and "PMI_SIZE" not in os.environ:
                 launcher, remedy = "srun", "use srun --mpi=pmi2, or another type that srun --mpi=list shows"
             raise RankError(
-                f"{launcher} started {expected} processes but mpi4py sees a world of {self.size}: "
+                f"{launcher} started {counted(expected, 'process')} but mpi4py sees a world of {self.size}: "
                 f"they belong to different MPIs (mpi4py uses {library}); {remedy}"
             )
         own = (__version__, self._job.Get_rank(), os.getpid(), platform.node())

@@ -17,6 +17,7 @@ from itertools import combinations
 
 from minitp.compare.layouts import Layout, layouts
 from minitp.trace.names import AFTER, split_name
+from minitp.util.format import counted
 
 POSITIONS = "T", "S"  # tokens of the pass and tokens in the cache
 VOCABULARY = "V"
@@ -51,7 +52,7 @@ def partial_layouts(name, a_shape, b_shape, letters):
 
 def _of_batch(layout, i, sequences):
     """Return the Layout of sequence `i` of a batch, given that of a single sequence."""
-    rest = f"B has {sequences} sequences; number {i} is compared"
+    rest = f"B has {counted(sequences, 'sequence')}; number {i} is compared"
     return replace(
         layout,
         view=lambda array: layout.view(array[i]),

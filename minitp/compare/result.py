@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass, field
 
+from minitp.util.format import counted
+
 NAMES_SHOWN = 3
 
 
@@ -113,7 +115,7 @@ class Comparison:
         for step in self.partial:
             rests.setdefault(step.rest, []).append(step.name)
         for text, arrays in shapes.items():
-            alike = f"{len(arrays)} arrays {text}"
+            alike = f"{counted(len(arrays), 'array')} {text}"
             lines.append(f"not compared: {arrays[0] if len(arrays) == 1 else alike}")
         for rest, names in rests.items():
             which = names[0] if len(names) == 1 else count_and_first(names)

@@ -12,6 +12,7 @@ from minitp.cuda.kernels.linear import MAX_TOKENS
 from minitp.cuda.loader import padded
 from minitp.model import Model, joined, unrecorded
 from minitp.paged_cache import BlockPool, PagedCache
+from minitp.util.format import counted
 
 BLOCK_SIZE = 16
 KEPT_BLOCKS = (
@@ -33,7 +34,7 @@ def unfit(config, plan, device, kv_dtype):
         )
     for ranges, what in ((plan.ffn_ranges, "FFN columns"), (plan.vocab_ranges, "rows of the vocabulary")):
         if any(start == stop for start, stop in ranges):
-            return f"{ranges[-1][1]} {what} are too few for {plan.tp} ranks"
+            return f"{ranges[-1][1]} {what} are too few for {counted(plan.tp, 'rank')}"
     if config.rope.attention_factor != 1:
         return f"its kernels have no RoPE attention factor, which {config.rope.rope_type} scaling needs"
     for field in dataclasses.fields(config):

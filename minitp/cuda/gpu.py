@@ -9,6 +9,7 @@ import numpy as np
 from minitp.cuda.arrays import Arrays
 from minitp.device import DTYPES, Device
 from minitp.errors import InputError, RankError, one_line
+from minitp.util.format import counted
 
 EXTRA = "pip install 'minitp[cuda12]' (or cuda13, for a driver of CUDA 13)"
 CACHE_SHARE = 0.8  # the KV cache's share of the memory left by the weights; activations need the rest
@@ -105,7 +106,7 @@ def open_gpu(local_rank=0, share=False):
     gpus = cupy.cuda.runtime.getDeviceCount()
     if local_rank >= gpus and not share:
         there = "is only 1" if gpus == 1 else f"are only {gpus}"
-        ranks = "1 rank" if gpus == 1 else f"{gpus} ranks"
+        ranks = counted(gpus, "rank")
         raise InputError(
             f"--device cuda: rank {local_rank} of this host has no GPU: there {there}; use at "
             f"most {ranks} on this host, or --share-gpu (results are correct but slow), or --device cpu"

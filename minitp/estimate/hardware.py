@@ -7,6 +7,8 @@ measured.
 
 from dataclasses import dataclass, replace
 
+from minitp.util.format import counted
+
 
 @dataclass(frozen=True)
 class Link:
@@ -211,7 +213,7 @@ def cpu(cores, memory_bytes, memory_bytes_per_s, flops_per_s):
     `memory_bytes_per_s` and `flops_per_s`, a dict by dtype, are measured on all cores together.
     """
     link = Link("shared memory", 0.0, SHARED_MEMORY_HOP_S, memory_bytes_per_s)
-    title = f"this machine, {cores} core{'s' if cores > 1 else ''}, {memory_bytes / 1e9:.0f} GB"
+    title = f"this machine, {counted(cores, 'core')}, {memory_bytes / 1e9:.0f} GB"
     # Python and the libraries take 0.2 GB in each rank.
     return Hardware(
         *("cpu", title, memory_bytes, memory_bytes_per_s, flops_per_s, link, CPU_EFFICIENCY, 0.2e9),

@@ -105,7 +105,7 @@ def _weight_cell(group):
     shown = (wrong or group)[0]
     cell = _cell(shown, None, shown.ok) | {"step": weights.general_name(shown.step), "name": shown.step}
     if len(group) > 1:
-        of_experts = f"{len(wrong) or 'none'} of the {len(group)} experts differ"
+        of_experts = f"{len(wrong) or 'none'} of the {counted(len(group), 'expert')} differ"
         cell["note"] = "; ".join(filter(None, (shown.note, of_experts))) if wrong else ""
     if not wrong:  # the slices are equal, so no element is the worst
         cell["worst"] = []

@@ -2,8 +2,10 @@
 
 
 def counted(number, noun):
-    """Return a count with its noun: `1 rank`, `2 ranks`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """Return a count with its noun: `1 rank`, `2 ranks`, `2 processes`."""
+    if number == 1:
+        return f"{number} {noun}"
+    return f"{number} {noun}{'es' if noun.endswith(('s', 'ch')) else 's'}"
 
 
 def duration(seconds):
