@@ -12,7 +12,7 @@ import threading
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 
-from minitp.errors import InputError, MinitpError, RankError
+from minitp.errors import InputError, MinitpError, RankError, one_line
 from minitp.launch.run import WORKER
 from minitp.launch.supervisor import rank_processes
 
@@ -172,6 +172,8 @@ class StartedRanks(Ranks):
                 code = self._job.watch()
             except RankError as failure:
                 self._failure, code = failure, failure.exit_code
+            except Exception as error:  # of a callback, or in a message; without this, callers would wait
+                self._failure, code = RankError(f"{one_line(error)} in the supervisor"), RankError.exit_code
             self._record_end(code, self._job.output_of("rank0"))
 
     def _send(self, message):

@@ -85,6 +85,8 @@ class RequestLoop:
         elif "abort" in message:
             if message["abort"] in self._by_number:  # the request may have finished already
                 self._abort(self._by_number[message["abort"]])
+        elif "close" not in message:
+            raise ValueError(f"unknown message {message!r:.100}")
         else:
             self.closed = True
             for tracked in list(self._by_number.values()):

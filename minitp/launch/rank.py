@@ -18,6 +18,7 @@ import traceback
 from contextlib import contextmanager, suppress
 
 from minitp.errors import AgreedError, RankError, one_line
+from minitp.launch.heartbeat import start_beating
 from minitp.util.environment import SOCKET_VARIABLE, check_world, env_rank
 
 
@@ -41,6 +42,8 @@ def run_alone(work, options, comm, serving=False):
     caller = supervisor if serving else None
     try:
         comm = select_comm(comm, options.device, options.comm, options.share_gpu)
+        if supervisor is not None:
+            start_beating(supervisor.send)
         code = work(comm, supervisor)
     except AgreedError as error:
         code = _exit_together(error, options, comm, caller)
@@ -80,6 +83,8 @@ def run_in_world(work, options, world, caller=None, serving=False):
             with comm.agreed():
                 check_world(options.tp, world)
             comm = select_comm(comm, options.device, options.comm, options.share_gpu)
+            if supervisor is not None:
+                start_beating(supervisor.send)
             code = work(comm, caller)
         except AgreedError as error:
             code = _exit_together(error, options, comm, caller if serving else None)
@@ -171,19 +176,25 @@ class SupervisorLink:
         for number, descriptor in enumerate(descriptors, start=1):
             os.dup2(descriptor, number)
             os.close(descriptor)
-        self.inbox = queue.SimpleQueue()
+        self.inbox, self._sending = queue.SimpleQueue(), threading.Lock()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self):
-        """Queue the supervisor's messages; if the connection closes, it has died: kill this process, too."""
-        with suppress(ConnectionResetError):
+        """Queue the supervisor's messages; if that fails, or the supervisor has died, kill this process."""
+        try:
             for line in self._socket.makefile("rb"):
                 self.inbox.put(json.loads(line))
+        except OSError:
+            pass  # the supervisor has died
+        except Exception as error:
+            with suppress(OSError):
+                self.send_exit(RankError.exit_code, f"reading a message: {one_line(error)}")
         os.kill(os.getpid(), signal.SIGKILL)
 
     def send(self, message):
-        """Send an object to the supervisor."""
-        self._socket.sendall(json.dumps(message).encode() + b"\n")
+        """Send an object to the supervisor, from any thread."""
+        with self._sending:
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def send_exit(self, exit_code, error=None):
         """Send the last message of this rank."""

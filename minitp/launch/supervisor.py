@@ -7,6 +7,7 @@ last lines are shown if the rank dies. Rank 0 may instead get the supervisor's o
 as file descriptors: if they are a terminal, rank 0 sees a terminal, and nothing has to be copied.
 
     rank -> supervisor      {"rank": 2, "pid": 4711}     the first message, answered with two descriptors
+    rank -> supervisor      {"beat": true}               a sign of life; see `launch.heartbeat`
     rank -> supervisor      {"exit": 0, "error": null}   the last message
     supervisor <-> rank 0   any other object             requests and their output; see `engine.service`
 
@@ -15,6 +16,7 @@ Each message is one line of JSON.
 
 import json
 import os
+import queue
 import selectors
 import shutil
 import signal
@@ -28,6 +30,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minitp.errors import RankError
+from minitp.launch import heartbeat
 from minitp.util.environment import ALONE_VARIABLE, SOCKET_VARIABLE, limit_blas_threads
 
 START_LIMIT_S = 60  # time for all ranks to connect
@@ -97,7 +100,7 @@ class Rank:
         self.rank, self.pid, self.connection = rank, pid, connection
         self.exit_code = None  # until the rank's last message
         self.received = b""  # the beginning of a line
-        self.send_lock = threading.Lock()
+        self.pulse = heartbeat.Pulse(pid)
 
 
 class RankProcesses:
@@ -121,6 +124,10 @@ class RankProcesses:
         self.on_message = None  # called with each message of rank 0 but the first and the last
         self.leader = None  # the process of mpirun, or of the only rank
         self.cancelled = False  # set by another thread to end `watch`
+        self.outbox, self.sender = (
+            queue.SimpleQueue(),
+            None,
+        )  # lines for rank 0, and the thread that sends them
         self.selector = selectors.DefaultSelector()
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(folder / "supervisor"))
@@ -152,9 +159,9 @@ class RankProcesses:
         Raises
         ------
         RankError
-            As soon as a rank fails, with the last lines that the rank wrote.
+            As soon as a rank fails or stands still, with the last lines that the rank wrote.
         """
-        started = time.monotonic()
+        started = checked = time.monotonic()
         while len(self.ranks) < self.size or any(rank.exit_code is None for rank in self.ranks.values()):
             for key, _ in self.selector.select(timeout=0.2):
                 if key.fileobj is self.listener:
@@ -163,6 +170,9 @@ class RankProcesses:
                     self.receive(key.data)
             if self.cancelled:
                 return RankError.exit_code
+            if time.monotonic() - checked >= heartbeat.CHECK_S:
+                checked = time.monotonic()
+                self.check_pulses()
             if len(self.ranks) < self.size:
                 if self.leader.poll() is not None:
                     self.fail_to_start()
@@ -174,6 +184,12 @@ class RankProcesses:
         except subprocess.TimeoutExpired:
             self.fail(f"mpirun has not ended within {END_LIMIT_S} s after its last rank")
         return max(rank.exit_code for rank in self.ranks.values())
+
+    def check_pulses(self):
+        """Raise a RankError if a rank stands still."""
+        for rank in self.ranks.values():
+            if rank.exit_code is None and (reason := rank.pulse.check()):
+                self.fail(f"rank {rank.rank} (pid {rank.pid}) {reason}", rank)
 
     def fail_to_start(self):
         """Raise a RankError for a process that ended during startup; only mpirun may know which one."""
@@ -201,22 +217,23 @@ class RankProcesses:
             streams = self.streams if rank.rank == 0 and self.streams else [output.fileno()] * 2
             with suppress(BrokenPipeError):  # the rank may have died in the meantime
                 socket.send_fds(connection, [b"\n"], streams)
-        self.ranks[rank.rank] = rank  # from now on, messages can be sent to it
+        connection.settimeout(None)
+        self.ranks[rank.rank] = rank
         self.selector.register(connection, selectors.EVENT_READ, rank)
+        if rank.rank == 0:
+            self.sender = threading.Thread(target=self._send_lines, args=(connection,), daemon=True)
+            self.sender.start()
 
     def send(self, message):
-        """Send rank 0 an object, from any thread, once rank 0 has connected; do nothing if rank 0 is gone."""
-        rank = self.ranks[0]
+        """Send rank 0 an object, from any thread, without waiting; do nothing if rank 0 is gone."""
         line = json.dumps(message, default=lambda number: number.item())  # for NumPy's numbers
-        try:
-            with rank.send_lock:
-                rank.connection.sendall(line.encode() + b"\n")
-        except TimeoutError:
-            raise RankError(
-                f"rank 0 (pid {rank.pid}) has read no message for {END_LIMIT_S} s: it has stopped or hung"
-            ) from None
-        except OSError:
-            pass  # rank 0 is gone, which `watch` reports
+        self.outbox.put(line.encode() + b"\n")
+
+    def _send_lines(self, connection):
+        """Send rank 0 the lines in the outbox, each for as long as it takes, until the job ends."""
+        with suppress(OSError):  # rank 0 is gone, which `watch` reports
+            for line in iter(self.outbox.get, None):
+                connection.sendall(line)
 
     def receive(self, rank):
         """Handle messages of a rank; raise RankError if it has failed, or ended without a last message."""
@@ -224,10 +241,13 @@ class RankProcesses:
             data = rank.connection.recv(1 << 20)
         except ConnectionResetError:
             data = b""
+        rank.pulse.heard = True
         *lines, rank.received = (rank.received + data).split(b"\n")
         for line in lines:
             message = json.loads(line)
-            if "exit" not in message:
+            if "beat" in message:
+                rank.pulse.beating = True
+            elif "exit" not in message:
                 self.on_message(message)
             elif rank.exit_code is None:  # after an abort another exit message may follow
                 rank.exit_code = message["exit"]
@@ -253,6 +273,7 @@ class RankProcesses:
         """End all processes: first mpirun, which ends its ranks, then any ranks that remain."""
         if self.leader is not None and self.leader.poll() is None:
             self.leader.terminate()
+            self.leader.send_signal(signal.SIGCONT)  # a stopped process gets SIGTERM when it continues
             try:
                 self.leader.wait(2)
             except subprocess.TimeoutExpired:
@@ -261,6 +282,12 @@ class RankProcesses:
         for rank in self.ranks.values():
             if not self.has_ended(rank):
                 _kill(rank.pid)
+            with suppress(OSError):
+                rank.connection.shutdown(socket.SHUT_RDWR)  # ends an unfinished `sendall`
+        if self.sender is not None:
+            self.outbox.put(None)
+            self.sender.join()
+        for rank in self.ranks.values():
             rank.connection.close()
         if self.verbose:
             self.print_output()
@@ -271,7 +298,9 @@ class RankProcesses:
         """Return whether a rank's process has ended, which closes its end of the connection."""
         rank.connection.setblocking(False)
         try:
-            return rank.connection.recv(1) == b""
+            while rank.connection.recv(1 << 16):  # messages that `watch` has not read
+                pass
+            return True
         except BlockingIOError:
             return False
         except OSError:
