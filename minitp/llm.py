@@ -145,8 +145,13 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """End the ranks and wait until they have ended; requests still running raise a RankError."""
+    def close(self, wait: bool = True) -> None:
+        """End the ranks and wait until they have ended; requests still running raise a RankError.
+
+        With `wait=False` the ranks are killed, even if another thread is waiting in `close` for them to end.
+        """
+        if not wait:
+            self._ranks.kill()
         self._close()
 
     @property

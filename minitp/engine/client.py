@@ -92,6 +92,9 @@ class Ranks:
         """End the ranks and wait until they have exited; unfinished requests get a RankError."""
         raise NotImplementedError
 
+    def kill(self):
+        """Let `close`, which may be waiting in another thread, kill the ranks; ignored under mpirun."""
+
     def _send(self, message):
         raise NotImplementedError
 
@@ -192,6 +195,9 @@ class StartedRanks(Ranks):
         finally:  # also if Ctrl-C interrupts the wait
             self._job.cancelled = True
             self._thread.join()
+
+    def kill(self):
+        self.closing = self._job.cancelled = True
 
 
 class JoinedRanks(Ranks):

@@ -1,6 +1,7 @@
 """Start ranks, and run as one of them.
 
 run.py          the launcher: start the ranks of a command and wait until they end
+heartbeat.py    ranks that stand still
 supervisor.py   the ranks as child processes: start them with mpirun, watch them, talk to them, end them
 rank.py         the process of one rank, from its start to its exit code
 devices.py      one GPU for each rank

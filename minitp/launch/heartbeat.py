@@ -55,7 +55,7 @@ class Pulse:
         self._still_s = self._cpu_s = 0.0
 
     def check(self):
-        """Count CHECK_S seconds unless there was a sign of life; return why the rank stands still, or None."""
+        """Count CHECK_S unless there was a sign of life; return why the rank stands still, or None."""
         state, cpu_s = process_state(self.pid)
         judged = state == STOPPED or (self.beating and state not in NOT_JUDGED)
         if self.heard or not judged or cpu_s - self._cpu_s >= ACTIVE_S:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -256,6 +257,8 @@ async def read_body(request):
         return await asyncio.wait_for(read(), BODY_SECONDS)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s") from None
+    except ClientDisconnect:
+        raise ApiError(499, "the client has disconnected") from None
 
 
 async def api_error(request, error):

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from minitp.errors import MinitpError, RankError
 from minitp.server.requests import ApiError
 
 RETRY_AFTER = {"Retry-After": "5"}  # seconds
+DRAIN_CHECK_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,11 @@ class Backend:
             )
         return RunningRequest(self, llm, sequences)
 
-    def abort_all(self):
-        """End all unfinished requests with an error."""
+    async def drain(self, seconds):
+        """Accept no more requests, wait until all have finished, and end those that remain with an error."""
+        self.state, end = "draining", time.monotonic() + seconds
+        while self.running and time.monotonic() < end:
+            await asyncio.sleep(DRAIN_CHECK_S)
         for running in self.running:
             running.put(0, Update(finish_reason="error", error=RankError("the server is shutting down")))
 

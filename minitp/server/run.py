@@ -1,6 +1,7 @@
 """The server's process: its socket, its signals, and its exit."""
 
 import asyncio
+import logging
 import signal
 import socket
 import sys
@@ -10,8 +11,10 @@ import uvicorn
 
 from minitp.errors import InputError
 from minitp.server.app import make_app
-from minitp.server.backend import Backend
+from minitp.server.backend import Backend, in_thread
+from minitp.server.connection import Connection
 from minitp.server.metrics import Metrics
+from minitp.util.format import counted
 
 FAILED_S = 2  # time for which /health reports the failure before the process exits
 FORCED_S = 3  # time for connections to close after their streams have been ended
@@ -58,11 +61,13 @@ def serve_forever(
     app = make_app(backend, Metrics(backend), model, api_key, chat_template_kwargs)
     config = uvicorn.Config(
         app,
+        http=Connection,
         lifespan="off",
         log_level="info" if verbose else "error",
         access_log=verbose,
-        timeout_graceful_shutdown=drain_seconds + FORCED_S,
+        timeout_graceful_shutdown=FORCED_S,
     )
+    logging.getLogger("uvicorn.error").addFilter(is_not_cancellation)
     try:
         return asyncio.run(serve(backend, Server(config), listener, drain_seconds))
     finally:
@@ -77,31 +82,61 @@ class Server(uvicorn.Server):
     def capture_signals(self):
         yield
 
+    def end_now(self):
+        """End all connections and the server, without waiting for responses."""
+        self.should_exit = self.force_exit = True
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
 
 async def serve(backend, server, listener, drain_seconds):
     """Run the HTTP server and the ranks until either of them ends; return the exit code."""
     loop = asyncio.get_running_loop()
+    first, second = loop.create_future(), loop.create_future()  # the names of signals
 
-    def shut_down():
-        server.force_exit = server.should_exit  # a second signal ends the server at once
-        server.should_exit = True
-        backend.state = "draining"
-        loop.call_later(drain_seconds, backend.abort_all)
+    def on_signal(number):
+        if not first.done():
+            first.set_result(number.name)
+        elif not second.done():
+            second.set_result(number.name)
+            server.end_now()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, shut_down)
+        loop.add_signal_handler(number, on_signal, number)
     ranks = asyncio.ensure_future(backend.run())
     http = asyncio.ensure_future(server.serve(sockets=[listener]))
-    await asyncio.wait({ranks, http}, return_when=asyncio.FIRST_COMPLETED)
+    drained = asyncio.ensure_future(drain(backend, first, drain_seconds))
+    await asyncio.wait({ranks, http, drained, second}, return_when=asyncio.FIRST_COMPLETED)
     code = 0
     if ranks.done():
         error = ranks.result()
         print(f"minitp: {error}", file=sys.stderr)
         code = error.exit_code
-        if not server.should_exit and backend.llm is not None:
+        if not first.done() and backend.llm is not None:
             await asyncio.sleep(FAILED_S)
-        server.config.timeout_graceful_shutdown = FORCED_S
-        server.should_exit = True
-        await http
+    server.should_exit = True
+    await http
     ranks.cancel()
+    drained.cancel()
+    if backend.llm is not None:
+        closing = asyncio.ensure_future(in_thread(backend.llm.close))
+        await asyncio.wait({closing, second}, return_when=asyncio.FIRST_COMPLETED)
+        if second.done():
+            backend.llm.close(wait=False)
+        await closing
     return code
+
+
+async def drain(backend, first, seconds):
+    """After the first signal, reject new requests and give the others time to finish."""
+    name = await first
+    what = "shutting down"
+    if count := len(backend.running):
+        what = f"finishing {counted(count, 'request')}, up to {seconds:g} s; a second signal ends at once"
+    print(f"minitp: {name}: {what}", file=sys.stderr, flush=True)
+    await backend.drain(seconds)
+
+
+def is_not_cancellation(record):
+    """Return False for log records of tasks that were cancelled because the server ends."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))

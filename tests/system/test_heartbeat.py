@@ -33,13 +33,14 @@ LARGE = {"text": "x" * (4 << 20)}  # larger than a socket's buffer
 def _short_limits(monkeypatch):
     monkeypatch.setattr(heartbeat, "CHECK_S", 0.2)
     monkeypatch.setattr(heartbeat, "STILL_LIMIT_S", LIMIT_S)
+    monkeypatch.setattr(heartbeat, "ACTIVE_S", 0.03)
 
 
-def watch(script, before=lambda job: None):
+def watch(script, before=lambda job: None, beginning=BEGINNING):
     """Run a rank until it ends, calling before(job) at its first message; return its exit code."""
     with rank_processes(1) as job:
         job.on_message = lambda message: before(job)
-        job.start([sys.executable, "-c", BEGINNING + script + END])
+        job.start([sys.executable, "-c", beginning + script + END])
         return job.watch()
 
 
@@ -59,10 +60,9 @@ def test_a_rank_that_stands_still_ends_the_job(script, words):
 
 
 def test_a_rank_that_is_stopped_before_its_first_beat():
-    with rank_processes(1) as job, pytest.raises(RankError, match="rank 0 .* is stopped"):
-        stopping = BEGINNING.replace("heartbeat.start_beating", "os.kill(os.getpid(), signal.SIGSTOP) #")
-        job.start([sys.executable, "-c", stopping])
-        job.watch()
+    stops = BEGINNING.replace("heartbeat.start_beating", "os.kill(os.getpid(), signal.SIGSTOP) #")
+    with pytest.raises(RankError, match=r"rank 0 .* is stopped"):
+        watch("", beginning=stops)
 
 
 @pytest.mark.parametrize(
@@ -80,12 +80,9 @@ def test_a_rank_that_works_for_longer_than_the_limit_goes_on(script):
 
 def test_a_rank_that_has_not_begun_to_beat_may_keep_the_lock():
     """While MPI starts, a rank may wait for others without letting its own threads run."""
-    waits = BEGINNING.replace(
-        "heartbeat.start_beating", f"ctypes.PyDLL(None).usleep({1_600_000 * LIMIT_S}) #"
-    )
-    with rank_processes(1) as job:
-        job.start([sys.executable, "-c", waits + END])
-        assert job.watch() == 0
+    keeps_the_lock = f"ctypes.PyDLL(None).usleep({1_600_000 * LIMIT_S}) #"
+    waits = BEGINNING.replace("heartbeat.start_beating", keeps_the_lock)
+    assert watch("", beginning=waits) == 0
 
 
 def test_the_time_in_which_the_supervisor_was_paused_does_not_count(monkeypatch):
@@ -119,10 +116,10 @@ def test_a_message_reaches_a_rank_that_was_paused_in_the_middle_of_it():
 
 
 def test_a_message_that_cannot_be_sent_ends_the_job():
-    with pytest.raises(RankError, match="rank 0 .* is stopped"):
+    with pytest.raises(RankError, match=r"rank 0 .* is stopped"):
         watch(pause_then(""), lambda job: job.send(LARGE))
 
 
 def test_a_rank_that_cannot_read_a_message_ends_with_a_reason():
-    with pytest.raises(RankError, match="rank 0 failed: reading a message: JSONDecodeError: .*"):
+    with pytest.raises(RankError, match=r"rank 0 failed: reading a message: JSONDecodeError: .*"):
         watch("link.send({})\ntime.sleep(60)", lambda job: job.outbox.put(b"half a li\n"))
