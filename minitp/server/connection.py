@@ -11,12 +11,25 @@ class Connection(H11Protocol):
     """A uvicorn connection that is closed if its client sends headers, or reads a response, too slowly.
 
     uvicorn limits only the time between two requests. app.BODY_SECONDS limits the body.
+
+    Parameters
+    ----------
+    most : int
+        The maximum number of connections; further ones are closed at once, because a server that can open no
+        more files does not even close connections.
+    **options
+        The parameters of H11Protocol.
     """
+
+    def __init__(self, *, most, **options):
+        super().__init__(**options)
+        self._most, self._header_timer, self._stalled_timer = most, None, None
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self._header_timer = self._stalled_timer = None
         self._limit_headers()
+        if len(self.connections) > self._most:
+            transport.abort()
 
     def data_received(self, data):
         super().data_received(data)

@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 import sys
 from contextlib import contextmanager
+from functools import partial
 
 import uvicorn
 
@@ -18,6 +20,10 @@ from minitp.util.format import counted
 
 FAILED_S = 2  # time for which /health reports the failure before the process exits
 FORCED_S = 3  # time for connections to close after their streams have been ended
+SIGNALS = signal.SIGTERM, signal.SIGINT
+BACKLOG = 256  # maximum number of connections that are accepted at a time
+OPEN_FILES = 10240  # limit on open files to ask for, the highest that macOS allows
+SPARE_FILES = 2 * BACKLOG  # open files for other purposes
 
 
 def listen(host, port):
@@ -32,6 +38,16 @@ def listen(host, port):
         raise InputError(f"--host {host} --port {port}: {reason}; choose another") from error
     listener.set_inheritable(False)
     return listener
+
+
+def most_connections():
+    """Raise the limit on open files, if it is low, and return the number of connections that it allows."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+        limit = wanted
+    return OPEN_FILES if limit == resource.RLIM_INFINITY else max(limit - SPARE_FILES, limit // 2)
 
 
 def serve_forever(
@@ -61,7 +77,8 @@ def serve_forever(
     app = make_app(backend, Metrics(backend), model, api_key, chat_template_kwargs)
     config = uvicorn.Config(
         app,
-        http=Connection,
+        http=partial(Connection, most=most_connections()),
+        backlog=BACKLOG,
         lifespan="off",
         log_level="info" if verbose else "error",
         access_log=verbose,
@@ -71,6 +88,8 @@ def serve_forever(
     try:
         return asyncio.run(serve(backend, Server(config), listener, drain_seconds))
     finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # what is left to do ends soon
         if backend.llm is not None:
             backend.llm.close()
 
@@ -101,7 +120,7 @@ async def serve(backend, server, listener, drain_seconds):
             second.set_result(number.name)
             server.end_now()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
     ranks = asyncio.ensure_future(backend.run())
     http = asyncio.ensure_future(server.serve(sockets=[listener]))
