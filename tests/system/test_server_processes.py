@@ -1,5 +1,6 @@
 """The server as a process: clients that disconnect, a full queue, ranks that die, signals."""
 
+import json
 import os
 import re
 import signal
@@ -19,6 +20,15 @@ from minitp.launch import supervisor
 pytestmark = pytest.mark.mpi
 LONG = {"model": "long", "prompt": "Hello", "max_tokens": 50_000, "extra_body": {"ignore_eos": True}}
 SHORT = {"model": "long", "prompt": "Hello", "max_tokens": 3}
+IMPATIENT = [
+    sys.executable,
+    "-c",
+    "import sys\n"
+    "from minitp.cli.main import main\n"
+    "from minitp.launch import heartbeat\n"
+    "heartbeat.STILL_LIMIT_S = 4\n"
+    "sys.exit(main())",
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +69,16 @@ def begin(served, **more):
     return stream
 
 
+def raw_request(served, fields, missing=0):
+    """Send a request without its last `missing` bytes; return the connection."""
+    url, body = httpx.URL(served.url), json.dumps(fields).encode()
+    connection = socket.create_connection((url.host, url.port))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
+    connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body))
+    connection.sendall(body[: len(body) - missing])
+    return connection
+
+
 # --- clients -----------------------------------------------------------------------------------------------
 
 
@@ -77,6 +97,15 @@ def test_blocks_are_freed_when_a_client_disconnects(long):
     )
     assert disconnected == ["2.0"]
     served.stop()
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_counted(long):
+    served = start(long)
+    raw_request(served, SHORT, missing=10).close()
+    counted = 'minitp_requests_total{route="/v1/completions",status="499"} 1.0'
+    wait_until(lambda: counted in httpx.get(f"{served.url}/metrics").text)
+    served.stop()
+    assert served.lines[1:] == ["minitp: SIGTERM: shutting down\n"]
 
 
 def test_a_full_queue_rejects_requests(long):
@@ -118,12 +147,16 @@ def test_a_signal_drains_and_ends_the_server(long, number):
     stream = served.client().completions.create(**LONG | {"max_tokens": 400}, stream=True)
     first = next(iter(stream))
     served.process.send_signal(number)
-    time.sleep(0.3)
-    with pytest.raises(openai.APIConnectionError):
+    wait_until(lambda: httpx.get(f"{served.url}/health").status_code == 503)
+    assert httpx.get(f"{served.url}/health").json() == {"status": "draining"}
+    with pytest.raises(openai.InternalServerError, match="the server is shutting down") as caught:
         served.client().completions.create(**SHORT)
+    assert caught.value.status_code == 503
     pieces = [first, *stream]
     assert pieces[-1].choices[0].finish_reason == "length", "a running request is finished"
     assert served.end_within(10) == 0
+    said = f"minitp: {number.name}: finishing 1 request, up to 30 s; a second signal ends at once\n"
+    assert served.lines[1:] == [said]
 
 
 def test_draining_has_a_time_limit(long):
@@ -135,13 +168,20 @@ def test_draining_has_a_time_limit(long):
     assert served.end_within(10) == 0
 
 
-def test_a_second_signal_does_not_wait(long):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait(long, number):
+    """Send it while there are a stream and a request without one; a third one changes nothing."""
     served = start(long)
-    begin(served)
-    served.process.terminate()
-    time.sleep(0.5)
-    served.process.terminate()
-    assert served.end_within(10) == 0
+    stream = begin(served)
+    whole = raw_request(served, SHORT | {"max_tokens": 50_000, "ignore_eos": True})
+    wait_until(lambda: metric(served, "minitp_sequences_running") == 2)
+    for _ in range(3):
+        served.process.send_signal(number)
+        time.sleep(0.1)
+    assert served.end_within(5) == 0
+    assert len(served.lines) == 2, served.lines
+    whole.close()
+    stream.close()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -174,6 +214,31 @@ def test_restart_starts_the_ranks_again(long):
         assert metric(served, "minitp_rank_restarts_total") == times
         assert blocks_in_use(served) == 0
     served.stop()
+
+
+def test_a_paused_rank_is_waited_for_and_a_stopped_one_is_restarted(long):
+    """Pause rank 0 in the middle of a message larger than a socket's buffer, then stop rank 1 for good."""
+    served = start(long, "--restart", command=IMPATIENT)
+    rank_0 = pid_of_rank(served, 0)
+    os.kill(rank_0, signal.SIGSTOP)
+    large = raw_request(served, SHORT | {"prompt": [5] * 100_000})
+    for _ in range(10):
+        assert httpx.get(f"{served.url}/health", timeout=1).status_code == 200, "no rank blocks the server"
+        time.sleep(0.1)
+    os.kill(rank_0, signal.SIGCONT)
+    large.close()
+    assert served.client().completions.create(**SHORT).choices[0].text
+
+    stream, rank_1 = begin(served), pid_of_rank(served, 1)
+    os.kill(rank_1, signal.SIGSTOP)
+    said = f"rank 1 (pid {rank_1}) has stood still for 4 s: its process is stopped (state T)"
+    with pytest.raises(openai.APIError, match=re.escape(said)):
+        list(stream)
+    assert httpx.get(f"{served.url}/health").json() == {"status": "loading"}
+    wait_until(lambda: httpx.get(f"{served.url}/health").status_code == 200, 20)
+    assert served.client().completions.create(**SHORT).choices[0].text
+    served.stop()
+    assert f"minitp: {said}\n" in served.lines
 
 
 def test_ranks_end_when_the_server_is_killed(long):
