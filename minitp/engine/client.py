@@ -171,12 +171,13 @@ class StartedRanks(Ranks):
 
     def _watch(self):
         with self._stack:
+            code = RankError.exit_code
             try:
                 code = self._job.watch()
             except RankError as failure:
-                self._failure, code = failure, failure.exit_code
-            except Exception as error:  # of a callback, or in a message; without this, callers would wait
-                self._failure, code = RankError(f"{one_line(error)} in the supervisor"), RankError.exit_code
+                self._failure = failure
+            except Exception as error:  # of a callback, or in a message; callers must not wait forever
+                self._failure = RankError(f"the supervisor failed: {one_line(error)}")
             self._record_end(code, self._job.output_of("rank0"))
 
     def _send(self, message):

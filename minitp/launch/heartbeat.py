@@ -1,4 +1,4 @@
-"""Notice a rank that stands still, although its process exists and its connection is open.
+"""Detect a rank that stands still, although its process exists and its connection is open.
 
 Once its communicator is ready, every rank sends its supervisor a beat every two seconds, from a separate
 thread. Beats continue while the rank computes, however long that takes, and while it waits. They end if the

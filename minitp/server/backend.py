@@ -76,7 +76,7 @@ class Backend:
             if not self._restart or self.state == "draining":
                 self.state = "failed"
                 return error
-            print(f"minitp: {error}", file=sys.stderr)
+            log(error)
             self.state = "loading"
             self.restarts += 1
             await in_thread(self.llm.close)
@@ -167,6 +167,12 @@ class RunningRequest:
         for stop in self._stops:
             stop()
         self._stops = []
+
+
+def log(text):
+    """Print a line on stderr, unless nothing reads it any more."""
+    with suppress(OSError):
+        print(f"minitp: {text}", file=sys.stderr, flush=True)
 
 
 def client_message(error):

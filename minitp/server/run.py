@@ -5,7 +5,6 @@ import logging
 import resource
 import signal
 import socket
-import sys
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,7 +12,7 @@ import uvicorn
 
 from minitp.errors import InputError
 from minitp.server.app import make_app
-from minitp.server.backend import Backend, in_thread
+from minitp.server.backend import Backend, in_thread, log
 from minitp.server.connection import Connection
 from minitp.server.metrics import Metrics
 from minitp.util.format import counted
@@ -129,7 +128,7 @@ async def serve(backend, server, listener, drain_seconds):
     code = 0
     if ranks.done():
         error = ranks.result()
-        print(f"minitp: {error}", file=sys.stderr)
+        log(error)
         code = error.exit_code
         if not first.done() and backend.llm is not None:
             await asyncio.sleep(FAILED_S)
@@ -147,12 +146,12 @@ async def serve(backend, server, listener, drain_seconds):
 
 
 async def drain(backend, first, seconds):
-    """After the first signal, reject new requests and give the others time to finish."""
+    """Reject new requests after the first signal, and give the others time to finish."""
     name = await first
     what = "shutting down"
     if count := len(backend.running):
         what = f"finishing {counted(count, 'request')}, up to {seconds:g} s; a second signal ends at once"
-    print(f"minitp: {name}: {what}", file=sys.stderr, flush=True)
+    log(f"{name}: {what}")
     await backend.drain(seconds)
 
 

@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from minitp.engine.client import StartedRanks
+from minitp.engine.options import EngineOptions
 from minitp.errors import RankError
 from minitp.launch import heartbeat
 from minitp.launch.supervisor import rank_processes
@@ -79,7 +81,7 @@ def test_a_rank_that_works_for_longer_than_the_limit_goes_on(script):
 
 
 def test_a_rank_that_has_not_begun_to_beat_may_keep_the_lock():
-    """While MPI starts, a rank may wait for others without letting its own threads run."""
+    """A rank may wait for others without letting its own threads run while MPI starts."""
     keeps_the_lock = f"ctypes.PyDLL(None).usleep({1_600_000 * LIMIT_S}) #"
     waits = BEGINNING.replace("heartbeat.start_beating", keeps_the_lock)
     assert watch("", beginning=waits) == 0
@@ -123,3 +125,19 @@ def test_a_message_that_cannot_be_sent_ends_the_job():
 def test_a_rank_that_cannot_read_a_message_ends_with_a_reason():
     with pytest.raises(RankError, match=r"rank 0 failed: reading a message: JSONDecodeError: .*"):
         watch("link.send({})\ntime.sleep(60)", lambda job: job.outbox.put(b"half a li\n"))
+
+
+def test_an_error_in_a_callback_ends_the_job_and_is_reported():
+    """Let the progress bar fail, as it does if stderr is closed: no caller waits forever."""
+
+    def on_loading(done, total):
+        raise BrokenPipeError("stderr is closed")
+
+    ended = []
+    sends = "link.send({'loading': 1, 'of': 2})\ntime.sleep(60)"
+    worker = [sys.executable, "-c", BEGINNING + sends]
+    ranks = StartedRanks(EngineOptions(), 1, worker, on_loading=on_loading, on_end=ended.append)
+    assert ranks.started.wait(10)
+    ranks.close()
+    assert str(ranks.error) == "the supervisor failed: BrokenPipeError: stderr is closed"
+    assert ended == [ranks.error]

@@ -13,6 +13,7 @@ from minitp.device import open_device
 from minitp.engine.blocks import BlockAllocator
 from minitp.engine.engine import Engine
 from minitp.engine.prefix_cache import block_keys
+from minitp.engine.service import RequestLoop
 from minitp.errors import InputError
 from minitp.load import load_model
 from minitp.loading.source import open_model
@@ -269,3 +270,9 @@ def test_random_operations_agree_with_a_plain_count(seed):
         users.update(blocks)
         tables.append(blocks)
         assert allocator.num_free_blocks == sum(users[block] == 0 for block in range(9))
+
+
+def test_an_unknown_message_is_an_error():
+    """Check that it does not end the ranks as "close" does, without a reason."""
+    with pytest.raises(ValueError, match="unknown message"):
+        RequestLoop(None, None, None)._handle({"clsoe": True})
