@@ -1,6 +1,7 @@
 """Clients that send headers slowly, do not read, or open too many connections; no model is needed."""
 
 import asyncio
+import resource
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from starlette.routing import Route
 
 from minitp.server import connection
 from minitp.server.connection import Connection
+from minitp.server.run import most_connections
 
 LIMIT_S = 0.4
 MOST = 4  # connections
@@ -153,3 +155,21 @@ def test_one_connection_too_many_is_closed(site):
     while len(site.server.server_state.connections) >= MOST and time.monotonic() < deadline:
         time.sleep(0.01)
     receive(site.connect("/answer"), b"answered")
+
+
+@pytest.mark.parametrize(
+    ("limits", "raised_to", "connections"),
+    [
+        ((1024, 4096), 4096, 3584),
+        ((1024, resource.RLIM_INFINITY), 10240, 9728),
+        ((20000, 20000), None, 19488),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, 10240),
+        ((600, 600), None, 300),
+    ],
+)
+def test_the_number_of_connections_leaves_files_for_the_rest(monkeypatch, limits, raised_to, connections):
+    new = []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: new.append(pair))
+    assert most_connections() == connections
+    assert new == ([] if raised_to is None else [(raised_to, limits[1])])
