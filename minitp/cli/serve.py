@@ -4,6 +4,7 @@ import ipaddress
 import os
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from minitp.cli.command import Caller
@@ -61,12 +62,11 @@ class ServeCommand(Caller):
 
         def start(on_end):
             check_chat_template(open_model(args.model, tp, args.layers), args.chat_template_kwargs)
-            llm = LLM(**llm_options(args, tp), on_end=on_end)
-            print(ready_line(llm, host, port), file=sys.stderr, flush=True)
-            return llm
+            return LLM(**llm_options(args, tp), on_end=on_end)
 
         return serve_forever(
             start,
+            partial(ready_line, host=host, port=port),
             AdmissionLimits(args.max_sequences + args.max_queue, args.request_timeout),
             served_name(args.model),
             listener,
@@ -186,7 +186,7 @@ def ready_line(llm, host, port):
     about = llm.description
     address = f"[{host}]" if ":" in host else host
     return (
-        f"minitp: {llm.source.name} on {counted(about['tp'], 'rank')}, {about['dtype']}, "
+        f"{llm.source.name} on {counted(about['tp'], 'rank')}, {about['dtype']}, "
         f"at http://{address}:{port}/v1 "
         f"(context {about['context']}, cache of {counted(about['blocks'] * about['block_size'], 'token')}); "
         f"chat page: http://{address}:{port}/"

@@ -39,6 +39,8 @@ class Backend:
     ----------
     start : callable
         start(on_end) -> LLM. It may take minutes.
+    ready_line : callable
+        ready_line(llm) -> the line to print once the LLM accepts requests.
     limits : AdmissionLimits
     restart : bool
         Start the ranks again if one dies.
@@ -49,8 +51,8 @@ class Backend:
         "loading", "ready", "draining" (no new requests) or "failed".
     """
 
-    def __init__(self, start, limits, restart=False):
-        self._start, self.limits, self._restart = start, limits, restart
+    def __init__(self, start, ready_line, limits, restart=False):
+        self._start, self._ready_line, self.limits, self._restart = start, ready_line, limits, restart
         self.state, self.llm = "loading", None
         self.restarts = 0
         self.running = set()  # the RunningRequest of each unfinished request
@@ -69,6 +71,7 @@ class Backend:
                 self.llm = await in_thread(lambda on_end=on_end: self._start(on_end))
                 if self.state == "loading":
                     self.state = "ready"
+                    log(self._ready_line(self.llm))
                 error = await ended
             except MinitpError as failure:
                 self.state = "failed"

@@ -50,14 +50,24 @@ def most_connections():
 
 
 def serve_forever(
-    start, limits, model, listener, *, api_key, chat_template_kwargs, restart, drain_seconds, verbose
+    start,
+    ready_line,
+    limits,
+    model,
+    listener,
+    *,
+    api_key,
+    chat_template_kwargs,
+    restart,
+    drain_seconds,
+    verbose,
 ):
     """Serve until SIGTERM, Ctrl-C, or the death of a rank; return the exit code.
 
     Parameters
     ----------
-    start : callable
-        A function that starts the LLM; see Backend.
+    start, ready_line : callable
+        Functions that start the LLM and describe it; see Backend.
     limits : AdmissionLimits
     model : str
         The name that clients must use for the model.
@@ -72,7 +82,7 @@ def serve_forever(
     verbose : bool
         Log every request.
     """
-    backend = Backend(start, limits, restart)
+    backend = Backend(start, ready_line, limits, restart)
     app = make_app(backend, Metrics(backend), model, api_key, chat_template_kwargs)
     config = uvicorn.Config(
         app,
