@@ -30,7 +30,8 @@ large n this is small, and only the factor 2 remains.
 Not every element is a sample. A few elements may be far larger than the rest and determine the norm, so
 n = (sum c^2)^2 / (sum c^4), which is the number of elements if all have the same size. Positions with the
 same token have nearly the same numbers and errors, so n is divided by the average number of times that a
-token occurs.
+token occurs. If most elements are equal, as in layers without RoPE whose weights are nearly zero, then so are
+their errors, and n is at most the number of different values.
 
 A worked example, a product of four terms in float16 (u = 4.9e-4). W is rounded to float16 first, so 0.3 is
 0.30005:
@@ -147,7 +148,8 @@ class Expected:
         off = np.abs(r[finite] - y[finite])
         s = self._error_of_one_sum(dtype)
         c2 = np.square(self.scale, where=finite, out=np.zeros_like(self.scale))
-        n = max(1, _participation(c2.sum(axis=self.common)) / repeats)
+        n = _participation(c2.sum(axis=self.common)) / repeats
+        n = max(1, min(n, _different_values(y[finite])))
         chance = s / n**0.5 + self.roundings / max(1, self.samples / repeats) ** 0.5
         relative = 2 * norm(off) + chance * c2.sum() ** 0.5
         relative = relative / norm_y if norm_y else np.inf  # if y is zero, only the absolute bound applies
@@ -227,6 +229,16 @@ def _participation(squares):
     """Return (sum q)^2 / sum q^2, the effective number of elements in the sum: [..] -> float."""
     total = squares.sum()
     return float(total**2 / np.square(squares).sum()) if total else 1.0
+
+
+def _different_values(values, most=4096):
+    """Return the number of different values, to 7 digits, if most are equal; else infinity: [n] -> float.
+
+    Of a long array, `most` values are a sufficient sample.
+    """
+    sample = values[:: max(1, len(values) // most)].astype(np.float32)
+    different = len(np.unique(sample))
+    return different if different < len(sample) / 2 else np.inf
 
 
 def roundoff(dtype):

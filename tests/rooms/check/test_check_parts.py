@@ -348,6 +348,16 @@ def test_bounds_ignore_infinite_entries_and_are_absolute_for_zeros():
     assert should.bounds(np.float32) == pytest.approx((0.5, 0.5), rel=1e-5)
     # Relative to zeros, any error is infinite.
     assert Expected(np.zeros(2), np.zeros(2), np.zeros(2)).bounds(np.float32) == (np.inf, 0)
+
+
+def test_equal_elements_are_one_sample():
+    """Their errors are equal, too, so all of them may have the error of one sum, s."""
+    equal, different = np.full(400, 3.25), np.linspace(3.25, 3.5, 400).astype(np.float32).astype(float)
+    s = 2**-24 * (2 + 9**0.5)
+    assert Expected(equal, equal, equal, terms=9).bounds(np.float32)[0] == pytest.approx(s)
+    assert Expected(different, different, different, terms=9).bounds(np.float32)[0] < s / 19
+    half = np.where(np.arange(400) % 2, different, 3.25)  # not most of them
+    assert Expected(half, half, half, terms=9).bounds(np.float32)[0] < s / 19
     assert expected.exactly(np.ones(2)).bounds(np.float32) == (0, 0)
 
 
