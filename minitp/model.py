@@ -77,8 +77,8 @@ class Model:
         self.activate = ops.swiglu if config.hidden_act == "silu" else ops.geglu
         self.score_options = dict(scale=config.attention_multiplier, softcap=config.attn_logit_softcapping)
         self.logit_options = dict(softcap=config.final_logit_softcapping, scaling=config.logits_scaling)
-        frequencies = rope_inverse_frequencies(config.rope, config.head_dim)
-        self.inverse_frequencies = device.xp.asarray(frequencies, dtype=device.xp.float32)  # [d/2]
+        frequencies = rope_inverse_frequencies(config.rope, config.rotary_dim)
+        self.inverse_frequencies = device.xp.asarray(frequencies, dtype=device.xp.float32)  # [R/2]
 
     def connect(self):
         """Prepare the collectives of forward passes; all ranks call this after loading the model."""
@@ -255,15 +255,15 @@ class ForwardContext:
             start += len(ids)
         self.positions = joined(xp, [s.positions for s in self.sequences[config.windows[0]]])  # [T]
         angles = self.positions, inverse_frequencies, config.rope.attention_factor
-        self.cos, self.sin = ops.rope_cos_sin(xp, *angles)  # [T, d] each
+        self.cos, self.sin = ops.rope_cos_sin(xp, *angles)  # [T, R] each
         self.layers_without_rope = config.layers_without_rope
         if self.layers_without_rope:
-            zeros = xp.zeros(self.cos.shape, dtype=self.cos.dtype)  # [T, d]
-            self.no_rotation = zeros + 1, zeros  # [T, d] each
+            zeros = xp.zeros(self.cos.shape, dtype=self.cos.dtype)  # [T, R]
+            self.no_rotation = zeros + 1, zeros  # [T, R] each
 
     def angles(self, layer):
-        """Return the cosines and sines for a layer's RoPE, [T, d] each; 1 and 0 in a layer without RoPE."""
-        return self.no_rotation if layer in self.layers_without_rope else (self.cos, self.sin)  # [T, d] each
+        """Return the cosines and sines for a layer's RoPE, [T, R] each; 1 and 0 in a layer without RoPE."""
+        return self.no_rotation if layer in self.layers_without_rope else (self.cos, self.sin)  # [T, R] each
 
 
 class SequenceSlice:

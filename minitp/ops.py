@@ -3,6 +3,7 @@
 `xp` is the array module, `numpy` or `cupy`; every function works with both. Shape letters in this package:
 
     T tokens of this pass    D hidden size         d head_dim            V vocabulary size
+    R dimensions of each head that RoPE rotates: d, or fewer with `partial_rotary_factor`
     H query heads            K key/value heads     G query heads that share a KV head
     S keys that attention reads: all so far, or those within the sliding window
     F FFN columns            E experts             X experts that each token goes through
@@ -140,32 +141,36 @@ def soft_cap(xp, x, cap):
 def rope_cos_sin(xp, positions, inverse_frequencies, attention_factor=1.0):
     """Compute the cosines and signed sines of each position's angles, in the form that `apply_rope` takes.
 
-    `positions` is int [T] and `inverse_frequencies` float32 [d/2]. The results are float32 [T, d] each:
+    `positions` is int [T] and `inverse_frequencies` float32 [R/2]. The results are float32 [T, R] each:
     [cos(angles), cos(angles)] and [-sin(angles), sin(angles)]. Both are multiplied by `attention_factor`, so
-    the scores are multiplied by its square. (Peng et al., YaRN, 2023, section 3.4.)
+    the rotated part of the scores is multiplied by its square. (Peng et al., YaRN, 2023, section 3.4.)
     """
-    angles = positions.astype(xp.float32)[:, None] * inverse_frequencies[None, :]  # [T, d/2]
-    cos, sin = xp.cos(angles) * attention_factor, xp.sin(angles) * attention_factor  # [T, d/2], [T, d/2]
-    return xp.concatenate((cos, cos), axis=-1), xp.concatenate((-sin, sin), axis=-1)  # [T, d], [T, d]
+    angles = positions.astype(xp.float32)[:, None] * inverse_frequencies[None, :]  # [T, R/2]
+    cos, sin = xp.cos(angles) * attention_factor, xp.sin(angles) * attention_factor  # [T, R/2], [T, R/2]
+    return xp.concatenate((cos, cos), axis=-1), xp.concatenate((-sin, sin), axis=-1)  # [T, R], [T, R]
 
 
 def apply_rope(xp, x, cos, sin):
-    """Rotate the pairs (x[i], x[i + d/2]) of each head by the angles of its position.
+    """Rotate the pairs (x[i], x[i + R/2]) of each head by the angles of its position.
 
-        rotated[i]       = x[i] * cos(angle[i])       - x[i + d/2] * sin(angle[i])
-        rotated[i + d/2] = x[i + d/2] * cos(angle[i]) + x[i] * sin(angle[i])
+        rotated[i]       = x[i] * cos(angle[i])       - x[i + R/2] * sin(angle[i])
+        rotated[i + R/2] = x[i + R/2] * cos(angle[i]) + x[i] * sin(angle[i])
+
+    In most models R is d. Phi-4-mini rotates only the first R = 0.75 d dimensions of each head, and the
+    others stay as they are. (Black et al., GPT-NeoX-20B, 2022, section 2.1.)
 
     This is the half-split ("rotate_half") layout of Hugging Face checkpoints. Meta's original files pair
     (x[2i], x[2i + 1]) instead. Weights in one layout with code for the other give fluent-looking garbage.
 
-    `x` is [n, T, d] for n heads; `cos` and the signed `sin`, [T, d] each, come from `rope_cos_sin`.
+    `x` is [n, T, d] for n heads; `cos` and the signed `sin`, [T, R] each, come from `rope_cos_sin`.
     The result is [n, T, d] in the dtype of `x`. (Su et al., RoFormer, 2021, section 3.2.2.)
     """
-    x32 = x.astype(xp.float32, copy=False)  # [n, T, d]
-    half = x.shape[-1] // 2
-    partner = xp.concatenate((x32[..., half:], x32[..., :half]), axis=-1)  # [n, T, d]
-    rotated = x32 * cos + partner * sin  # [n, T, d]
-    return rotated.astype(x.dtype, copy=False)  # [n, T, d]
+    half = cos.shape[-1] // 2  # R/2
+    x32 = x[..., : 2 * half].astype(xp.float32, copy=False)  # [n, T, R]
+    partner = xp.concatenate((x32[..., half:], x32[..., :half]), axis=-1)  # [n, T, R]
+    rotated = (x32 * cos + partner * sin).astype(x.dtype, copy=False)  # [n, T, R]
+    rest = x[..., 2 * half :]  # [n, T, d - R]
+    return xp.concatenate((rotated, rest), axis=-1) if rest.shape[-1] else rotated  # [n, T, d]
 
 
 # --- attention ------------------------------------------------------------------------------------------

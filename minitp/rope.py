@@ -3,17 +3,19 @@
 import math
 
 
-def rope_inverse_frequencies(rope, head_dim):
-    """Return the rotation per position of each pair of dimensions, in radians: head_dim / 2 floats.
+def rope_inverse_frequencies(rope, rotary_dim):
+    """Return the rotation per position of each pair of dimensions, in radians: R / 2 floats.
 
-    default   theta^(-2i / d)                                   (Su et al., RoFormer, 2021, section 3.2.2)
+    R is `rotary_dim`, the number of dimensions of each head that RoPE rotates.
+
+    default   theta^(-2i / R)                                   (Su et al., RoFormer, 2021, section 3.2.2)
     linear    all frequencies divided by `factor`               (Chen et al., Position Interpolation, 2023)
     llama3    frequencies with few rotations over the original context divided by `factor`, those with many
               kept, and a smooth transition in between          (Llama 3.1's reference code)
     yarn      the same idea, with a linear ramp over the pairs  (Peng et al., YaRN, 2023, section 3.2)
     longrope  each frequency divided by its own factor          (Ding et al., LongRoPE, 2024, section 3)
     """
-    plain = [rope.rope_theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    plain = [rope.rope_theta ** (-2 * i / rotary_dim) for i in range(rotary_dim // 2)]
     if rope.rope_type == "default":
         return plain
     if rope.rope_type == "linear":
@@ -32,7 +34,7 @@ def rope_inverse_frequencies(rope, head_dim):
 
 
 def yarn_inverse_frequencies(rope, plain):
-    """Scale the d/2 frequencies `plain` as YaRN does.
+    """Scale the R/2 frequencies `plain` as YaRN does.
 
     Pairs with more than `beta_fast` rotations over the original context keep their frequency, those with
     fewer than `beta_slow` have it divided by `factor`, and a linear ramp over the pairs joins the two. (Peng

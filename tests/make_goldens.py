@@ -184,6 +184,24 @@ VARIANTS = {
             }
         },
     },
+    "phi3-partial": {  # RoPE over 6 of each head's 8 dimensions, as in Phi-4-mini
+        "by_hand": True,
+        "config": PHI3
+        | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "torch_dtype": "bfloat16"}
+        | {"original_max_position_embeddings": 64, "partial_rotary_factor": 0.75, "sliding_window": 11}
+        | {
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.25, 2.0],
+                "long_factor": [2.0, 4.0, 8.0],
+            }
+        },
+    },
+    "phi3-half": {  # the newer spelling, and another type of RoPE
+        "config": PHI3
+        | {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "dtype": "bfloat16"}
+        | {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_type": "default"}},
+    },
     "mixtral": {  # two of five experts
         "config": MIXTRAL
         | {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 21}

@@ -66,21 +66,25 @@ def scale_of_sum(value, squares):
 
 
 def rope(x, positions, inverse_frequencies, factor):
-    """Return the Expected of RoPE: x [n, T, d], positions int [T], frequencies [d/2] -> [n, T, d].
+    """Return the Expected of RoPE: x [n, T, d], positions int [T], frequencies [R/2] -> [n, T, d].
 
-    The low-precision reference computes the angles in float32, as every implementation does.
+    The low-precision reference computes the angles in float32, as every implementation does. The dimensions
+    after the first R are copied, so their only errors are those of an input that was not recorded.
     """
-    inputs = x
+    inputs, copied = x, scale_of(x)
     x, x_lp = both(x)  # [n, T, d] each
     value = oracle_ops.rope(x, positions, inverse_frequencies, factor)  # [n, T, d]
-    frequencies = inverse_frequencies.astype(np.float32)  # [d/2]
-    angles = np.multiply.outer(positions.astype(np.float32), frequencies)  # [T, d/2]
-    factor = np.float32(factor)
-    cos, sin = np.cos(angles) * factor, np.sin(angles) * factor  # [T, d/2] each
-    first, second = np.split(x_lp.astype(np.float32), 2, axis=-1)  # [n, T, d/2] each
-    lowp = np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)  # [n, T, d]
-    pair = np.hypot(first, second, dtype=np.float64) * float(factor)  # [n, T, d/2]
-    scale = np.concatenate((pair, pair), axis=-1)  # [n, T, d]
+    frequencies = inverse_frequencies.astype(np.float32)  # [R/2]
+    angles = np.multiply.outer(positions.astype(np.float32), frequencies)  # [T, R/2]
+    factor, pairs = np.float32(factor), len(frequencies)
+    cos, sin = np.cos(angles) * factor, np.sin(angles) * factor  # [T, R/2] each
+    # [n, T, R/2], [n, T, R/2], [n, T, d - R]
+    first, second, rest = np.split(x_lp.astype(np.float32), [pairs, 2 * pairs], axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin  # [n, T, R/2] each
+    lowp = np.concatenate((*turned, rest), axis=-1)  # [n, T, d]
+    pair = np.hypot(first, second, dtype=np.float64) * float(factor)  # [n, T, R/2]
+    scale = np.broadcast_to(copied, x.shape).copy()  # [n, T, d]
+    scale[..., : 2 * pairs] = np.concatenate((pair, pair), axis=-1)  # [n, T, R]
     return Expected(value, rounded(lowp, x_lp.dtype), scale, common=(0, 2)).with_inputs(inputs)
 
 

@@ -35,6 +35,8 @@ def unfit(config, plan, device, kv_dtype):
     for ranges, what in ((plan.ffn_ranges, "FFN columns"), (plan.vocab_ranges, "rows of the vocabulary")):
         if any(start == stop for start, stop in ranges):
             return f"{ranges[-1][1]} {what} are too few for {counted(plan.tp, 'rank')}"
+    if config.rotary_dim != config.head_dim:
+        return f"its kernels rotate whole heads, not {config.rotary_dim} of {config.head_dim} dimensions"
     if config.rope.attention_factor != 1:
         return f"its kernels have no RoPE attention factor, which {config.rope.rope_type} scaling needs"
     for field in dataclasses.fields(config):

@@ -61,6 +61,11 @@ class Config:
     hidden_act: str = option("silu", "hidden_act {}")  # or gelu_pytorch_tanh
     unread: tuple = ()  # names of unknown fields, for a warning
 
+    @property
+    def rotary_dim(self):
+        """The number of dimensions of each head that RoPE rotates, from the first."""
+        return int(self.head_dim * self.rope.partial_rotary_factor)
+
     @cached_property
     def windows(self):
         """The sliding window of each layer, or None for full attention."""

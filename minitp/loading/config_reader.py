@@ -8,7 +8,6 @@ from minitp.loading.rope_config import read_rope
 # Fields that would change the computation, with the only value that is supported.
 ONLY_VALUE = {
     "rope_interleaved": False,
-    "partial_rotary_factor": 1.0,
     "quantization_config": None,
     "add_cross_attention": False,
     "use_bidirectional_attention": False,
@@ -72,7 +71,7 @@ class Reader:
         self.always = family.get("always", ())
         self.rope_aliases = family.get("rope_aliases", {})
         self.where, self.types = where, types
-        self.read = set()
+        self.read, self.unknown = set(), []
 
     def get(self, name, default=None):
         self.read.add(name)
@@ -256,7 +255,7 @@ class Reader:
 
         A field that is null is like one that is absent. Any other value may turn on a feature, false too.
         """
-        unknown = []
+        unknown = list(self.unknown)
         for name, value in self.fields.items():
             if value is None or name in self.read or name in NO_EFFECT:
                 continue

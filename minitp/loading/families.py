@@ -104,9 +104,9 @@ FAMILIES = {
             "rope_theta": 1e6,
         },
     },
-    "phi3": {  # Phi-3 and Phi-4, except models that rotate only a part of each head
+    "phi3": {  # and Phi-4
         "architecture": "Phi3ForCausalLM",
-        "reads": ("sliding_window",),
+        "reads": ("sliding_window", "partial_rotary_factor"),
         "defaults": {
             "max_position_embeddings": 4096,
             "original_max_position_embeddings": 4096,

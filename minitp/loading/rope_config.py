@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from minitp.errors import InputError
+from minitp.util.format import counted
 
 ORIGINAL = "original_max_position_embeddings"
 ROPE_TYPES = {  # rope_type -> required fields, optional fields
@@ -17,6 +18,7 @@ ROPE_TYPES = {  # rope_type -> required fields, optional fields
     "longrope": (("short_factor", "long_factor", ORIGINAL), ("attention_factor", "factor")),
 }
 LISTS = ("short_factor", "long_factor")
+PARTIAL = "partial_rotary_factor"
 ANYWHERE = ROPE_TYPES["llama3"][0]  # fields that some checkpoints have with a type that ignores them
 
 
@@ -25,7 +27,8 @@ class Rope:
     """A rotary position embedding, with the fields of Hugging Face's `rope_parameters`.
 
     Cosines and sines are multiplied by `attention_factor`. `short_factor` has a divisor for each frequency,
-    for contexts of at most `original_max_position_embeddings` tokens.
+    for contexts of at most `original_max_position_embeddings` tokens. Only the first `partial_rotary_factor`
+    of each head's dimensions are rotated.
     """
 
     rope_theta: float
@@ -39,6 +42,7 @@ class Rope:
     truncate: bool = True
     attention_factor: float = 1.0
     short_factor: tuple = ()
+    partial_rotary_factor: float = 1.0
 
 
 def read_rope(reader, head_dim, longest):
@@ -54,9 +58,11 @@ def read_rope(reader, head_dim, longest):
     Raises
     ------
     InputError
-        if a field is missing, unknown or has an unsupported value.
+        if a field is missing or has an unsupported value. A field that the type does not have is added to
+        `reader.unknown`, for a warning; transformers warns of it, too, and does not use it.
     """
-    fields, original = _fields(reader), reader.get(ORIGINAL)
+    name, fields = _fields(reader)
+    original, rotated = reader.get(ORIGINAL), _rotated_part(reader, fields, head_dim)
     theta = fields.pop("rope_theta", reader.get("rope_theta", 10000.0))
     rope_type = fields.pop("rope_type", fields.pop("type", "default"))
     fields.pop("type", None)
@@ -64,16 +70,16 @@ def read_rope(reader, head_dim, longest):
     if rope_type not in list(ROPE_TYPES):  # a list, because the value may not be hashable
         reader.reject("rope_type", rope_type, "one of " + ", ".join(ROPE_TYPES))
     needed, optional = ROPE_TYPES[rope_type]
-    for name in fields:
-        if name not in (*needed, *optional, *ANYWHERE):
-            raise InputError(f"{reader.where}: rope_type {rope_type!r} has an unknown field {name!r}")
+    known = (*needed, *optional, *ANYWHERE)
+    foreign = [field for field in fields if field not in known and fields[field] is not None]
+    reader.unknown += [f"{name}.{field}" for field in foreign]
     if ORIGINAL in needed:
         fields[ORIGINAL] = original or fields.get(ORIGINAL)
     values = {name: fields.get(name) for name in needed}
     values |= {name: fields[name] for name in optional if fields.get(name) is not None}
     values["rope_theta"] = theta
     for name, value in values.items():
-        _check(reader, rope_type, name, value, head_dim)
+        _check(reader, rope_type, name, value, int(head_dim * rotated) // 2)
     if rope_type == "llama3" and not values["low_freq_factor"] < values["high_freq_factor"]:
         low = values["low_freq_factor"]
         reader.reject("high_freq_factor", values["high_freq_factor"], f"more than low_freq_factor, {low}")
@@ -82,25 +88,41 @@ def read_rope(reader, head_dim, longest):
     if rope_type == "longrope":
         values["short_factor"] = tuple(values["short_factor"])
     known = {name: value for name, value in values.items() if name in Rope.__dataclass_fields__}
-    return Rope(rope_type=rope_type, **known)
+    return Rope(rope_type=rope_type, partial_rotary_factor=rotated, **known)
 
 
 def _fields(reader):
-    """Return the fields of rope_scaling, which takes precedence in transformers, or of rope_parameters."""
+    """Return the name and the fields of rope_scaling, which takes precedence, or of rope_parameters."""
     for name in ("rope_scaling", "rope_parameters"):
         fields = reader.get(name)
         if fields:
             break
     if fields and not isinstance(fields, dict):
         reader.reject(name, fields, "an object")
-    fields = dict(fields or {})
-    if fields.pop("partial_rotary_factor", 1.0) != 1.0:
-        reader.reject(name, reader.get(name), "partial_rotary_factor 1.0")
-    return fields
+    return name, dict(fields or {})
 
 
-def _check(reader, rope_type, name, value, head_dim):
-    """Reject a value of the wrong type or out of range."""
+def _rotated_part(reader, fields, head_dim):
+    """Return the fraction of each head that is rotated: 1.0 in all families that do not read the field.
+
+    It is popped from `fields`; the top-level field applies if they do not have it.
+    """
+    value, top_level = fields.pop(PARTIAL, None), reader.get(PARTIAL, 1.0)
+    value = top_level if value is None else value
+    if PARTIAL not in reader.family_reads and value != 1:
+        family = reader.get("model_type")
+        reader.reject(PARTIAL, value, f"1.0: in models of type {family!r}, RoPE rotates all of each head")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        reader.reject(PARTIAL, value, "a number above 0, up to 1")
+    rotated = int(head_dim * value)
+    if rotated % 2 or rotated == 0:
+        even = f"a factor that rotates an even number of each head's {head_dim} dimensions, not {rotated}"
+        reader.reject(PARTIAL, value, even)
+    return float(value)
+
+
+def _check(reader, rope_type, name, value, pairs):
+    """Reject a value of the wrong type or out of range; RoPE rotates `pairs` pairs of dimensions."""
 
     def positive(x):
         return isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0
@@ -110,8 +132,12 @@ def _check(reader, rope_type, name, value, head_dim):
         if not isinstance(value, bool):
             reader.reject(called, value, "true or false")
     elif name in LISTS:
-        if not isinstance(value, list) or len(value) != head_dim // 2 or not all(map(positive, value)):
-            reader.reject(called, value, f"a list of {head_dim // 2} positive numbers")
+        expected = f"a list of {pairs} positive numbers, one for each pair of dimensions that RoPE rotates"
+        if isinstance(value, list) and len(value) != pairs:
+            found = counted(len(value), "number")
+            raise InputError(f"{reader.where}: {called} has {found}, expected {expected}")
+        if not isinstance(value, list) or not all(map(positive, value)):
+            reader.reject(called, value, expected)
     elif not positive(value):
         reader.reject(called, value, "a positive number")
     elif name == ORIGINAL and value <= 1:  # its logarithm is a divisor

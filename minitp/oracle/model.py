@@ -145,7 +145,7 @@ class Oracle:
         post_norms = {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
         self.post_norms = post_norms if gemma else {}  # norms after each block
         self.tensor = self._parts_of(tensor) if family == "phi3" else tensor
-        self.inverse_frequencies = rope_inverse_frequencies(fields)  # [d/2]
+        self.inverse_frequencies = rope_inverse_frequencies(fields)  # [R/2]
         self.attention_factor = attention_factor(fields)
         scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
         self.longest = original_length(fields, scaling) if "short_factor" in scaling else np.inf

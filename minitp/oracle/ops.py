@@ -40,9 +40,10 @@ def linear(x, weight, bias=None):
 
 
 def rope_inverse_frequencies(config):
-    """Return theta_i, the RoPE angle per position of pair i, for the dict in config.json: [d/2].
+    """Return theta_i, the RoPE angle per position of pair i, for the dict in config.json: [R/2].
 
-    theta_i = base^(-2i/d) (Su et al., RoFormer, 2021, section 3.2.2). `linear` divides all of them by
+    theta_i = base^(-2i/R) (Su et al., RoFormer, 2021, section 3.2.2), where R is the head size d times
+    `partial_rotary_factor`, rounded down. `linear` divides all of them by
     `factor` (Chen et al., Position Interpolation, 2023, section 2.3). `llama3` divides those with wavelengths
     above L / low_freq_factor, keeps those with wavelengths below L / high_freq_factor, and interpolates in
     between; L is original_max_position_embeddings (apply_scaling in Meta's llama-models). `yarn` does so with
@@ -59,25 +60,26 @@ def rope_inverse_frequencies(config):
     theta = rope.get("rope_theta") or config.get("rope_theta") or ROPE_THETA
     kind = rope.get("rope_type") or rope.get("type") or "default"
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    plain = np.power(float(theta), -np.arange(0, head_dim, 2) / head_dim)  # [d/2]
+    rotated = int(head_dim * (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1))
+    plain = np.power(float(theta), -np.arange(0, rotated, 2) / rotated)  # [R/2]
     if kind == "default":
         return plain
     if kind == "linear":
-        return plain / rope["factor"]  # [d/2]
+        return plain / rope["factor"]  # [R/2]
     if kind in longrope_names(config):
-        return plain / np.array(rope["short_factor"])  # [d/2]
+        return plain / np.array(rope["short_factor"])  # [R/2]
     if kind == "yarn":
-        share = yarn_share(rope, plain, original_length(config, rope), float(theta))  # [d/2]
-        return plain * (1 - share + share / rope["factor"])  # [d/2]
+        share = yarn_share(rope, plain, original_length(config, rope), float(theta))  # [R/2]
+        return plain * (1 - share + share / rope["factor"])  # [R/2]
     if kind != "llama3":
         raise ValueError(f"rope_type {kind!r}: expected default, linear, llama3, yarn or longrope")
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     length = original_length(config, rope)
-    wavelength = 2 * np.pi / plain  # [d/2]
-    shrunk = plain / rope["factor"]  # [d/2]
-    smooth = (length / wavelength - low) / (high - low)  # [d/2]
-    mixed = (1 - smooth) * shrunk + smooth * plain  # [d/2]
-    return np.select([wavelength > length / low, wavelength < length / high], [shrunk, plain], mixed)  # [d/2]
+    wavelength = 2 * np.pi / plain  # [R/2]
+    shrunk = plain / rope["factor"]  # [R/2]
+    smooth = (length / wavelength - low) / (high - low)  # [R/2]
+    mixed = (1 - smooth) * shrunk + smooth * plain  # [R/2]
+    return np.select([wavelength > length / low, wavelength < length / high], [shrunk, plain], mixed)  # [R/2]
 
 
 def original_length(config, rope):
@@ -91,15 +93,15 @@ def longrope_names(config):
 
 
 def yarn_share(rope, plain, length, theta):
-    """Return the fraction of each frequency, from 0 to 1, that is divided by `factor`: [d/2] -> [d/2]."""
+    """Return the fraction of each frequency, from 0 to 1, that is divided by `factor`: [R/2] -> [R/2]."""
     turns = np.array([rope.get("beta_fast") or 32, rope.get("beta_slow") or 1])
-    # solve theta^(-i / n) L = 2 pi turns for i, the index of a pair; n = d/2
+    # solve theta^(-i / n) L = 2 pi turns for i, the index of a pair; n = R/2
     ends = len(plain) * np.log(length / (2 * np.pi * turns)) / np.log(theta)  # [2]
     if rope.get("truncate", True):
         ends = np.array([np.floor(ends[0]), np.ceil(ends[1])])
     ends = np.clip(ends, [0, -np.inf], [np.inf, 2 * len(plain) - 1])
     ends += [0, 0.001 * (ends[0] == ends[1])]
-    return np.clip((np.arange(len(plain)) - ends[0]) / np.diff(ends), 0, 1)  # [d/2]
+    return np.clip((np.arange(len(plain)) - ends[0]) / np.diff(ends), 0, 1)  # [R/2]
 
 
 def attention_factor(config):
@@ -127,15 +129,17 @@ def attention_factor(config):
 
 
 def rope(x, positions, inverse_frequencies, factor=1.0):
-    """Multiply the complex numbers x[i] + j x[i + d/2] by factor e^(j m theta_i) at position m.
+    """Multiply the complex numbers x[i] + j x[i + R/2] by factor e^(j m theta_i) at position m.
 
-    x [n, T, d], positions int [T], inverse_frequencies [d/2] -> [n, T, d]. (RoFormer, section 3.2.2, with the
-    pairs of Hugging Face's checkpoints: each element of a head's first half with one of its second half.)
+    x [n, T, d], positions int [T], inverse_frequencies [R/2] -> [n, T, d]. (RoFormer, section 3.2.2, with the
+    pairs of Hugging Face's checkpoints: each element of the first half of the R dimensions that are rotated
+    with one of their second half.) The d - R dimensions after them are copied.
     """
-    first, second = np.split(float64(x), 2, axis=-1)  # [n, T, d/2] each
-    rotation = factor * np.exp(1j * np.multiply.outer(positions, inverse_frequencies))  # complex [T, d/2]
-    turned = (first + 1j * second) * rotation  # complex [n, T, d/2]
-    return np.concatenate((turned.real, turned.imag), axis=-1)  # [n, T, d]
+    pairs = len(inverse_frequencies)
+    first, second, rest = np.split(float64(x), [pairs, 2 * pairs], axis=-1)  # [n, T, R/2] twice, [n, T, d-R]
+    rotation = factor * np.exp(1j * np.multiply.outer(positions, inverse_frequencies))  # complex [T, R/2]
+    turned = (first + 1j * second) * rotation  # complex [n, T, R/2]
+    return np.concatenate((turned.real, turned.imag, rest), axis=-1)  # [n, T, d]
 
 
 def causal_mask(query_positions, key_positions, window=None):

@@ -60,7 +60,7 @@ def test_all_goldens_are_there():
     llama = "llama1 llama2 llama-bias llama3 llama-linear tinyllama smollm2 text"
     mistral = "mistral-v01 mistral-v02 mistral-v03 mistral-nemo"
     qwen = "qwen2 qwen2-window qwen3 qwen3-bias qwen3-yarn"
-    phi = "phi3 phi3-longrope"
+    phi = "phi3 phi3-longrope phi3-partial phi3-half"
     others = "mixtral mixtral-window gemma2 gemma2-uncapped granite granite-bias smollm3 smollm3-window"
     assert set(NAMES) == {*llama.split(), *mistral.split(), *qwen.split(), *phi.split(), *others.split()}
 

@@ -225,6 +225,33 @@ def test_rope_cos_sin(rope):
     check(sin, np.hstack((-np.sin(angles), np.sin(angles))), bound, np.float32)
 
 
+@pytest.mark.parametrize("factor", [0.5, 0.75])
+@pytest.mark.parametrize("kind", ["default", "linear, oldest spelling", "longrope"])
+@pytest.mark.parametrize("where", ["top level", "in the RoPE fields"])
+def test_frequencies_of_a_part_of_each_head(kind, factor, where):
+    """Check that they are those of a head with that many dimensions, wherever the factor stands."""
+    rotated = int(64 * factor)
+    fields = rope_config(ROPES[kind], rotated) | {"model_type": "phi3", "head_dim": 64}
+    name = "rope_scaling" if "rope_scaling" in fields else "rope_parameters"
+    partial = {"partial_rotary_factor": factor}
+    fields |= partial if where == "top level" else {name: fields.get(name, {}) | partial}
+    config = parse_config(fields, "config.json")
+    assert (config.rotary_dim, config.unread) == (rotated, ())
+    found = rope_inverse_frequencies(config.rope, config.rotary_dim)
+    np.testing.assert_allclose(found, inverse_frequencies(ROPES[kind], rotated), rtol=1e-15)
+    np.testing.assert_allclose(found, oracle_ops.rope_inverse_frequencies(fields), rtol=1e-14 * 13, atol=0)
+
+
+def test_apply_rope_to_a_part_of_each_head(rng):
+    x = draw(rng, (3, 5, 10), np.float32)
+    positions, frequencies = np.arange(5), np.array([1.0, 0.1, 0.01])
+    cos, sin = ops.rope_cos_sin(np, positions, frequencies.astype(np.float32))  # [T, 6] each
+    rotated = ops.apply_rope(np, x, cos, sin)
+    np.testing.assert_array_equal(rotated[..., :6], ops.apply_rope(np, x[..., :6].copy(), cos, sin))
+    np.testing.assert_array_equal(rotated[..., 6:], x[..., 6:])
+    np.testing.assert_allclose(rotated, oracle_ops.rope(x, positions, frequencies), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 2), (1, 4, 64), (3, 5, 6)])
 @pytest.mark.parametrize("past", [0, 1000])
 @all_dtypes

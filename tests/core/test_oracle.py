@@ -110,6 +110,15 @@ def test_rope_by_ninety_degrees_turns_the_first_half_into_the_second():
     np.testing.assert_allclose(turned, [[[1, 2, 3, 4], [-3, 2, 1, 4], [-1, 2, -3, 4]]], atol=1e-15)
 
 
+def test_rope_of_a_part_of_each_head():
+    x = np.array([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 2])  # [1, T, d]: the pairs are (1, 3) and (2, 4)
+    turned = oracle_ops.rope(x, [0, 1], np.array([np.pi / 2, 0]), factor=2)
+    np.testing.assert_allclose(turned, [[[2, 4, 6, 8, 5, 6], [-6, 4, 2, 8, 5, 6]]], atol=1e-15)
+    for fields in ({"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}):
+        found = oracle_ops.rope_inverse_frequencies(rope_config(**fields) | {"head_dim": 8})
+        np.testing.assert_allclose(found, [1, 0.01], rtol=1e-15)
+
+
 def rope_config(**rope):
     return {"head_dim": 4, "hidden_size": 99, "num_attention_heads": 7, **rope}
 

@@ -157,7 +157,7 @@ def with_context(change):
 def rotate(context, positions, **rope):
     """Use the angles of other positions or of changed RoPE parameters."""
     config = state.model.config
-    frequencies = rope_inverse_frequencies(replace(config.rope, **rope), config.head_dim)
+    frequencies = rope_inverse_frequencies(replace(config.rope, **rope), config.rotary_dim)
     context.cos, context.sin = ops.rope_cos_sin(np, positions, np.float32(frequencies))
 
 

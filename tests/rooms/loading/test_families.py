@@ -255,6 +255,7 @@ def test_parameter_count_of_the_plan(name):
         ("gemma2", "1 + weight"),
         ("granite", "scaled embeddings"),
         ("phi3-longrope", "longrope"),
+        ("phi3-half", "whole heads, not 4 of 8 dimensions"),
         ("qwen2-window", "one sliding window"),
         ("qwen3", "QK norm"),
         ("qwen3-yarn", "yarn"),
@@ -495,9 +496,22 @@ def test_names_of_longrope_in_phi3(alias):
     assert (config.rope.rope_type, config.rope.original_max_position_embeddings) == ("longrope", 4096)
 
 
-def test_phi_with_partial_rotary_factor_is_rejected():
-    with pytest.raises(InputError, match=r"partial_rotary_factor is 0\.75"):
-        parse_config({**CONFIG, **PHI3, "partial_rotary_factor": 0.75}, "here")
+def test_phi_rotates_a_part_of_each_head():
+    fields = {**CONFIG, **PHI3, "hidden_size": 64, "partial_rotary_factor": 0.75}  # 12 of 16 dimensions
+    assert parse_config(fields, "here").rotary_dim == 12
+    inner = {"rope_parameters": {"partial_rotary_factor": 0.5}}
+    assert parse_config({**fields, **inner}, "here").rotary_dim == 8  # this one comes first
+    scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
+    for change, words in (
+        ({"partial_rotary_factor": 0.7}, "an even number of each head's 16 dimensions, not 11"),
+        ({"partial_rotary_factor": 0.01}, "dimensions, not 0"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, expected a number above 0, up to 1"),
+        ({"partial_rotary_factor": 0}, "expected a number above 0, up to 1"),
+        ({"partial_rotary_factor": "0.5"}, "expected a number above 0, up to 1"),
+        ({"rope_scaling": scaling}, "has 8 numbers, expected a list of 6 positive numbers, one for each pair"),
+    ):
+        with pytest.raises(InputError, match=words):
+            parse_config({**fields, **change}, "here")
 
 
 SMOLLM3 = {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4}
