@@ -88,29 +88,42 @@ def _interleaved(name, letters, a, b, metadata, name_rope):
         a, b = (by_head(x, metadata.config.head_dim) for x in (a, b))
     elif not (letters[-1] == "d" if letters else a.ndim > 2):
         return
-    if a.shape[-1] % 2 == 0 and a.shape[-1] > 2:
+    rotary_dim = metadata.config.rotary_dim if metadata else a.shape[-1]
+    if rotary_dim % 2 == 0 and rotary_dim > 2:
         text = "each head's dimensions are {} in B and {} in A: the other RoPE layout"
         way_on = "; --rope interleaved converts them" if name_rope and has_pairs(name) else ""
-        yield text.format("interleaved", "half-split") + way_on, interleaved(a), b
-        yield text.format("half-split", "interleaved"), half_split(a), b
+        yield text.format("interleaved", "half-split") + way_on, interleaved(a, rotary_dim), b
+        yield text.format("half-split", "interleaved"), half_split(a, rotary_dim), b
 
 
 def _rotated(a, b, metadata, stop):
     """Try other RoPE rotations than A's; `stop` is the position after A's last one."""
     positions = np.arange(stop - a.shape[1], stop)  # [T]
-    frequencies = oracle_ops.rope_inverse_frequencies(metadata.fields)  # [d/2]
+    frequencies = oracle_ops.rope_inverse_frequencies(metadata.fields)  # [R/2]
+    factor, rotary_dim = oracle_ops.attention_factor(metadata.fields), 2 * len(frequencies)
 
     def rotated(x, by):
-        return oracle_ops.rope(x, by, frequencies)  # [n, T, d]
+        return oracle_ops.rope(x, by, frequencies, factor)  # [n, T, d]
 
-    plain = rotated(a, -positions)  # [n, T, d]
+    plain = oracle_ops.rope(a, -positions, frequencies, 1 / factor)  # [n, T, d]
     yield "B is not rotated (RoPE)", plain, b
-    pairwise = interleaved(rotated(half_split(plain), positions))  # [n, T, d]
+    if rotary_dim < a.shape[-1]:
+        yield from _wholly_rotated(plain, b, positions, metadata, rotary_dim)
+    pairwise = interleaved(rotated(half_split(plain, rotary_dim), positions), rotary_dim)  # [n, T, d]
     yield "B is rotated in pairs (x[2i], x[2i+1]), not (x[i], x[i+d/2]): the other RoPE layout", pairwise, b
     yield "B is rotated in the opposite direction (RoPE)", rotated(plain, -positions), b
     yield "B's positions are one too large (RoPE)", rotated(plain, positions + 1), b
     yield "B's positions are one too small (RoPE)", rotated(plain, positions - 1), b
     yield "B is rotated twice (RoPE)", rotated(a, positions), b
+
+
+def _wholly_rotated(plain, b, positions, metadata, rotary_dim):
+    """Try RoPE over all of each head, for a model that rotates a part; `plain` [n, T, d] is not rotated."""
+    fields = {**metadata.fields, "partial_rotary_factor": 1.0, "rope_scaling": None, "rope_parameters": None}
+    fields["rope_theta"] = metadata.config.rope.rope_theta
+    frequencies = oracle_ops.rope_inverse_frequencies(fields)  # [d/2]
+    text = f"B rotates all {plain.shape[-1]} dimensions of a head, not the first {rotary_dim} (RoPE)"
+    yield text, oracle_ops.rope(plain, positions, frequencies), b  # without scaling: it has R/2 factors
 
 
 def _rounded(a, b, tolerance):

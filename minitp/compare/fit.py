@@ -30,6 +30,7 @@ def fit(a, b, pairs, rope, metadata):
     """
     found, not_compared = {}, []
     head_dim = _head_dim(a, metadata)
+    rotary_dim = metadata and metadata.config.rotary_dim  # None: all of a head
     for name, partner in pairs.items():
         shapes = a.entries[name].shape, b.entries[partner].shape
         letters = letters_of(name)
@@ -39,7 +40,7 @@ def fit(a, b, pairs, rope, metadata):
         elif rope == "interleaved" and has_pairs(name):
             if name.endswith(PROJECTIONS) and head_dim is None:
                 fitting, why = [], "--rope needs the head size, which is in the traces of minitp"
-            fitting = [_converted(layout, name, head_dim) for layout in fitting]
+            fitting = [_converted(layout, name, head_dim, rotary_dim) for layout in fitting]
         if fitting:
             found[name] = fitting
         else:
@@ -67,7 +68,7 @@ def _head_dim(a, metadata):
     return next((shape[-1] for shape in heads if shape), None)
 
 
-def _converted(layout, name, head_dim):
-    """Return a Layout that also converts interleaved heads to half-split ones."""
+def _converted(layout, name, *dims):
+    """Return a Layout that also converts interleaved heads to half-split ones; see `to_half_split`."""
     text = f"{layout.text}, interleaved" if layout.text else "B is interleaved"
-    return replace(layout, text=text, view=lambda array: to_half_split(name, layout.view(array), head_dim))
+    return replace(layout, text=text, view=lambda array: to_half_split(name, layout.view(array), *dims))

@@ -2,7 +2,8 @@
 
 RoPE rotates pairs of dimensions. In the half-split layout, which minitp and Hugging Face use, the pairs are
 (x[i], x[i + d/2]); in the interleaved layout of Meta's code and of GGUF files they are (x[2i], x[2i + 1]).
-The rows of the q and k projections have the same order as the dimensions.
+The rows of the q and k projections have the same order as the dimensions. If RoPE rotates only the first R
+dimensions of a head, the pairs are those of the first R, and the others keep their places.
 """
 
 import numpy as np
@@ -20,14 +21,14 @@ def has_pairs(name):
     return split_name(name)[2] in HEADS or name.endswith((*PROJECTIONS, *HEAD_NORMS))
 
 
-def to_half_split(name, array, head_dim):
+def to_half_split(name, array, head_dim, rotary_dim=None):
     """Convert an array for which `has_pairs` is true, in A's shape, from interleaved to half-split heads.
 
-    `head_dim` is needed for the weights and biases of projections only.
+    `head_dim` is needed for the weights and biases of projections only; `rotary_dim` is R, by default d.
     """
     if not name.endswith(PROJECTIONS):
-        return half_split(array)
-    heads = half_split(by_head(array, head_dim))  # [n, .., d]
+        return half_split(array, rotary_dim)
+    heads = half_split(by_head(array, head_dim), rotary_dim)  # [n, .., d]
     return np.moveaxis(heads, -1, 1).reshape(array.shape)
 
 
@@ -36,19 +37,26 @@ def by_head(weight, head_dim):
     return np.moveaxis(weight.reshape(-1, head_dim, *weight.shape[1:]), 1, -1)
 
 
-def interleaved(x):
-    """Move the pairs (x[i], x[i + d/2]) of the last axis next to each other: [.., d] -> [.., d].
+def interleaved(x, rotary_dim=None):
+    """Move the pairs (x[i], x[i + R/2]) of the last axis next to each other: [.., d] -> [.., d].
 
-    >>> interleaved(np.arange(6)).tolist()
-    [0, 3, 1, 4, 2, 5]
+    R is `rotary_dim`, by default d.
+
+    >>> interleaved(np.arange(6)).tolist(), interleaved(np.arange(6), 4).tolist()
+    ([0, 3, 1, 4, 2, 5], [0, 2, 1, 3, 4, 5])
     """
-    return np.stack(np.split(x, 2, axis=-1), axis=-1).reshape(x.shape)
+    turned, rest = np.split(x, [rotary_dim or x.shape[-1]], axis=-1)  # [.., R], [.., d - R]
+    pairs = np.stack(np.split(turned, 2, axis=-1), axis=-1).reshape(turned.shape)  # [.., R]
+    return np.concatenate((pairs, rest), axis=-1)
 
 
-def half_split(x):
-    """Move the pairs (x[2i], x[2i + 1]) of the last axis d/2 apart: [.., d] -> [.., d].
+def half_split(x, rotary_dim=None):
+    """Move the pairs (x[2i], x[2i + 1]) of the last axis R/2 apart: [.., d] -> [.., d].
 
-    >>> half_split(np.arange(6)).tolist()
-    [0, 2, 4, 1, 3, 5]
+    R is `rotary_dim`, by default d.
+
+    >>> half_split(np.arange(6)).tolist(), half_split(np.arange(6), 4).tolist()
+    ([0, 2, 4, 1, 3, 5], [0, 2, 1, 3, 4, 5])
     """
-    return np.concatenate((x[..., ::2], x[..., 1::2]), axis=-1)
+    turned, rest = np.split(x, [rotary_dim or x.shape[-1]], axis=-1)  # [.., R], [.., d - R]
+    return np.concatenate((turned[..., ::2], turned[..., 1::2], rest), axis=-1)

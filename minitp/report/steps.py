@@ -234,6 +234,10 @@ def _variants(config):
         change(f"attn.{name}", f"norm W_{name},r + b_{name},r")
     for name in "qk" if config.qk_norm else "":
         change(f"attn.{name}_rope", f"{name}_norm cos θ + rotate_half({name}_norm) sin θ")
+    if config.rotary_dim < config.head_dim:
+        first = f"Only the first {config.rotary_dim} of each head's {config.head_dim} dimensions are rotated."
+        for name in "qk":
+            change(f"attn.{name}_rope", more=f" {first}")
     if config.layers_without_rope:
         layers = ", ".join(map(str, sorted(config.layers_without_rope)))
         for name in "qk":

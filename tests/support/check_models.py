@@ -34,6 +34,11 @@ MODELS = {
     },
     "normed": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
     "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5},
+    "partial": {
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "partial_rotary_factor": 0.75,
+    },
 }
 
 

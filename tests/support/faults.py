@@ -139,6 +139,7 @@ restarting = wrong.in_chunks({"sequence_slice": wrong.from_position_zero})
 always_rotated = with_context(lambda context, s: setattr(context, "layers_without_rope", frozenset()))
 no_attention_factor = with_context(lambda context, s: wrong.rotate(context, s.positions))
 other_theta = with_context(lambda context, s: wrong.rotate(context, s.positions, rope_theta=5e5))
+whole_heads = with_context(lambda context, s: wrong.rotate(context, s.positions, partial_rotary_factor=1.0))
 over_all_experts = {"route": wrong.softmax_over_all}
 no_scaling = with_context(lambda context, s: wrong.rotate(context, s.positions, rope_type="default"))
 qkv_shifted = reload("w_qkv", "b_qkv", change=wrong.shifted_by_one)
@@ -300,4 +301,5 @@ FAULTS = [
     Fault("prompt shifted by one", "tokens", {"forward": changed(_0=wrong.shifted_tokens)}, passes="prefill"),
     Fault("positions restart in a later chunk", "positions", restarting, passes=("prefill.1",)),
     Fault("angles restart in a later chunk", ROPES, wrong.in_chunks(from_zero), passes=("prefill.1",)),
+    Fault("RoPE over the whole head", ROPES, whole_heads, model="partial"),
 ]

@@ -156,8 +156,8 @@ def with_context(change):
 
 def rotate(context, positions, **rope):
     """Use the angles of other positions or of changed RoPE parameters."""
-    config = state.model.config
-    frequencies = rope_inverse_frequencies(replace(config.rope, **rope), config.rotary_dim)
+    config = replace(state.model.config, rope=replace(state.model.config.rope, **rope))
+    frequencies = rope_inverse_frequencies(config.rope, config.rotary_dim)
     context.cos, context.sin = ops.rope_cos_sin(np, positions, np.float32(frequencies))
 
 

@@ -127,7 +127,7 @@ def draw_run(seed, number, on_gpu=False):
     fields |= draw_options(rng, family, fields, on_gpu)
     fields |= draw_rope(rng, family, fields["head_dim"], on_gpu)
     stored = dtype if chance(rng, 0.5) else pick(rng, *DTYPES)
-    return Run(
+    run = Run(
         fields=fields,
         stored=stored,
         dtype=dtype,
@@ -139,6 +139,10 @@ def draw_run(seed, number, on_gpu=False):
         kv_dtype="auto" if on_gpu else pick(rng, "auto", "auto", "auto", "float16", "int8"),
         seed=[seed, number, 1],
     )
+    # Draw what was added later after everything else, so that the other models stay as they were.
+    if "partial_rotary_factor" in FAMILIES[family]["reads"] and not on_gpu and chance(rng, 0.5):
+        rotate_a_part(rng, fields)
+    return run
 
 
 def draw_sizes(rng, on_gpu):
@@ -224,6 +228,17 @@ def draw_rope(rng, family, head_dim, on_gpu):
     if chance(rng, 0.5):
         return {"rope_parameters": {**rope, "rope_theta": theta}}
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope}
+
+
+def rotate_a_part(rng, fields):
+    """Change `fields` to a model that rotates only some dimensions of each head, perhaps all but two."""
+    pairs = int(rng.integers(1, fields["head_dim"] // 2))
+    factor = (2 * pairs + 0.5) / fields["head_dim"]  # 0.5, because the product is rounded down
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling")
+    for name in ("short_factor", "long_factor"):
+        if rope and name in rope:
+            rope[name] = rope[name][:pairs]
+    (rope if rope and chance(rng, 0.5) else fields)["partial_rotary_factor"] = factor
 
 
 def draw_scales(rng, float16):

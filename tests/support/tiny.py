@@ -68,8 +68,8 @@ def random_tensors(fields, seed=0):
             values = 1 + values / 10
         elif not name.startswith(("model.embed_tokens", "lm_head")):
             values /= np.float32(shard.shape[-1] ** 0.5)
-        tensors[name] = values
-    return tensors
+        tensors.setdefault(shard.part_of or name, []).append(values)
+    return {name: np.concatenate(parts) for name, parts in tensors.items()}
 
 
 def byte_tokens():

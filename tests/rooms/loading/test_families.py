@@ -508,7 +508,7 @@ def test_phi_rotates_a_part_of_each_head():
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, expected a number above 0, up to 1"),
         ({"partial_rotary_factor": 0}, "expected a number above 0, up to 1"),
         ({"partial_rotary_factor": "0.5"}, "expected a number above 0, up to 1"),
-        ({"rope_scaling": scaling}, "has 8 numbers, expected a list of 6 positive numbers, one for each pair"),
+        ({"rope_scaling": scaling}, "has 8 numbers, expected a list of 6 positive numbers, one for each"),
     ):
         with pytest.raises(InputError, match=words):
             parse_config({**fields, **change}, "here")
