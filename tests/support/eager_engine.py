@@ -32,12 +32,13 @@ class EagerOps:
         return self.round(self.round(ops.rms_norm(x, np.ones(x.shape[-1]), eps)) * self.round(weight))
 
     def rope(self, x, positions, inverse_frequencies, factor=1.0):
-        angles = np.multiply.outer(positions, inverse_frequencies)  # [T, d/2]
-        cos, sin = self.round(np.cos(angles) * factor), self.round(np.sin(angles) * factor)  # [T, d/2] each
-        a, b = np.split(x, 2, axis=-1)  # [n, T, d/2] each
-        first = self.round(a * cos) - self.round(b * sin)  # [n, T, d/2]
-        second = self.round(b * cos) + self.round(a * sin)  # [n, T, d/2]
-        return self.round(np.concatenate((first, second), axis=-1))
+        angles = np.multiply.outer(positions, inverse_frequencies)  # [T, R/2]
+        cos, sin = self.round(np.cos(angles) * factor), self.round(np.sin(angles) * factor)  # [T, R/2] each
+        half = len(inverse_frequencies)  # R/2
+        a, b, rest = np.split(x, [half, 2 * half], axis=-1)  # [n, T, R/2], [n, T, R/2], [n, T, d - R]
+        first = self.round(a * cos) - self.round(b * sin)  # [n, T, R/2]
+        second = self.round(b * cos) + self.round(a * sin)  # [n, T, R/2]
+        return self.round(np.concatenate((first, second, rest), axis=-1))
 
     def scores(self, q, k, mask, root=None, cap=None):
         dots = self.round(ops.scores(q, k, np.ones_like(mask), 1.0))  # [H, T, S]

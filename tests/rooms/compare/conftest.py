@@ -41,6 +41,8 @@ def traces(tmp_path_factory):
     write_tiny(directory / "seed", seed=1)
     qwen3 = dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=8, attention_bias=True)
     write_tiny(directory / "qwen3", **qwen3)
+    partial = dict(model_type="phi3", architectures=["Phi3ForCausalLM"], partial_rotary_factor=0.75)
+    write_tiny(directory / "partial", **partial)  # 6 of 8 dimensions
     made = {}
 
     def make(*options, tokens="5,6,7,8,9", model="model"):

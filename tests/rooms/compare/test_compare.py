@@ -653,6 +653,19 @@ def test_rope_mistakes(traces, tmp_path, text, pass_name):
     assert all(text in step.note for step in result.departing)
 
 
+def test_rope_over_the_whole_head(traces, tmp_path):
+    """Check the cause if an engine ignores partial_rotary_factor, and if it does not rotate at all."""
+    a, name = traces(model="partial"), "prefill/layers.1.attn.k"
+    plain, frequencies = load_file(a)[name], 10000.0 ** -(np.arange(4) / 4)
+    whole = oracle_ops.rope(plain, np.arange(plain.shape[1]), frequencies)
+    for found, cause in (
+        (whole, "B rotates all 8 dimensions of a head, not the first 6 (RoPE)"),
+        (plain, "B is not rotated (RoPE)"),
+    ):
+        step = compare_files(a, write(tmp_path / "b.npz", {f"{name}_rope": found})).steps[0]
+        assert step.note == cause
+
+
 def test_rope_mistake_in_a_rank_s_part(traces, tmp_path):
     a = traces("--per-rank")
     name = "rank0/prefill/layers.0.attn.k_rope"

@@ -18,29 +18,31 @@ PROJECTIONS = (
 HEADS = tuple(f".attn.{part}{step}" for part in "qk" for step in ("", "_norm", "_rope"))
 
 
-def interleaved(array, head_dim):
-    """Put the two halves of each head, whose dimensions are the rows, in turn: [n * d, ..] -> [n * d, ..]."""
-    halves = array.reshape(-1, 2, head_dim // 2, *array.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
+def interleaved(array, head_dim, rotary_dim):
+    """Put the halves of each head's first rows, its dimensions, in turn: [n * d, ..] -> [n * d, ..]."""
+    order = [*np.arange(rotary_dim).reshape(2, -1).T.flat, *range(rotary_dim, head_dim)]
+    heads = array.reshape(-1, head_dim, *array.shape[1:])[:, order]
+    return np.ascontiguousarray(heads).reshape(array.shape)
 
 
-def other_layout(steps, head_dim=8):
+def other_layout(steps, head_dim=8, rotary_dim=8):
     """Return steps as an engine with interleaved heads has them."""
     found = dict(steps)
     for name, array in steps.items():
         if name.endswith(PROJECTIONS):
-            found[name] = interleaved(array, head_dim)
+            found[name] = interleaved(array, head_dim, rotary_dim)
         elif name.endswith((*HEADS, "k_cache")):
-            found[name] = np.ascontiguousarray(interleaved(array.swapaxes(0, -1), head_dim).swapaxes(0, -1))
+            rows = interleaved(array.swapaxes(0, -1), head_dim, rotary_dim)
+            found[name] = np.ascontiguousarray(rows.swapaxes(0, -1))
     return found
 
 
-@pytest.mark.parametrize("model", ["model", "qwen3"])
+@pytest.mark.parametrize("model", ["model", "qwen3", "partial"])
 def test_all_steps_and_weights_are_converted(traces, tmp_path, capsys, model):
     a = traces("--steps", "*", "--steps", "weights/*", "--decode", "1", model=model)
     steps = load_file(a)
     b = tmp_path / "b.safetensors"
-    save_file(other_layout(steps), b)
+    save_file(other_layout(steps, rotary_dim=6 if model == "partial" else 8), b)
     capsys.readouterr()
     result = compare_files(a, b, rope="interleaved")
     assert [(step.name, step.note) for step in result.departing] == []
