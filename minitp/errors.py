@@ -1,5 +1,8 @@
 """The errors that a user sees, each with a message and an exit code."""
 
+LONGEST = 290  # characters of an InputError, so that with "minitp: " its line stays below 300
+LONGEST_VALUE = 60  # characters of a value in it
+
 
 class MinitpError(Exception):
     """An error that ends the command with one line on stderr and with `exit_code`."""
@@ -8,9 +11,16 @@ class MinitpError(Exception):
 
 
 class InputError(MinitpError):
-    """An error in the usage or the input that the user can correct; exit code 2."""
+    """An error in the usage or the input that the user can correct; exit code 2.
+
+    The message is one line of at most LONGEST characters. It begins with what is wrong and ends with what to
+    do, so a longer one is cut in the middle, where paths, values and lists of names are.
+    """
 
     exit_code = 2
+
+    def __init__(self, message):
+        super().__init__(shortened(" ".join(message.splitlines()), LONGEST))
 
 
 class ParameterError(InputError):
@@ -30,7 +40,7 @@ class ParameterError(InputError):
     """
 
     def __init__(self, name, value, expected):
-        super().__init__(f"{name} {value!r}: expected {expected}")
+        super().__init__(f"{name} {shown(value)}: expected {expected}")
         self.name, self.value, self.expected = name, value, expected
 
 
@@ -67,6 +77,30 @@ class AgreedError(MinitpError):
     def __init__(self, message, exit_code):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def shown(value):
+    """Return the repr of a value for a message; only its beginning and end if it is long.
+
+    >>> shown(0.5), shown("x" * 1000)
+    ('0.5', "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx .. xxxxxxxxxxxxxxxxxxxx'")
+    """
+    try:
+        return shortened(repr(value), LONGEST_VALUE)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return "a number of thousands of digits"
+
+
+def shortened(text, most):
+    """Return a text of at most `most` characters: the middle of a longer one is left out.
+
+    >>> shortened("0123456789" * 3, 20)
+    '0123456789 .. 456789'
+    """
+    if len(text) <= most:
+        return text
+    tail = (most - len(" .. ")) * 2 // 5
+    return f"{text[: most - len(' .. ') - tail]} .. {text[-tail:]}"
 
 
 def one_line(error):

@@ -3,7 +3,7 @@
 import operator
 from dataclasses import dataclass, fields
 
-from minitp.errors import InputError
+from minitp.errors import InputError, shown
 from minitp.util.suggest import reject_unknown
 
 CHOICES = {
@@ -98,14 +98,14 @@ def options_from(given):
 def one_of(choices, name, value):
     """Return str(value), which must be one of `choices`; this accepts a NumPy dtype, too."""
     if str(value) not in choices:
-        raise InputError(f"{option(name)} {value!r}: expected one of {', '.join(choices)}")
+        raise InputError(f"{option(name)} {shown(value)}: expected one of {', '.join(choices)}")
     return str(value)
 
 
 def flag(name, value):
     """Convert a Python or NumPy bool to a Python bool; reject anything else."""
     if type(value).__name__ != "bool":
-        raise InputError(f"{option(name)} {value!r}: expected True or False")
+        raise InputError(f"{option(name)} {shown(value)}: expected True or False")
     return bool(value)
 
 
@@ -116,7 +116,7 @@ def whole_number(name, value):
             raise TypeError
         return int(value) if isinstance(value, str) else operator.index(value)
     except (TypeError, ValueError):
-        raise InputError(f"{option(name)} {value!r}: expected a whole number") from None
+        raise InputError(f"{option(name)} {shown(value)}: expected a whole number") from None
 
 
 def option(name):

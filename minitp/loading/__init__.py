@@ -5,6 +5,7 @@ config.py              a checked config.json: one Config for all families
 config_reader.py       the checks of config.json's fields, one by one
 families.py            the differences between families, as a table
 rope_config.py         the part of config.json about rotary position embedding
+quantized.py           the refusal of quantized checkpoints
 checkpoint.py          the tensors of safetensors files, read slice by slice
 weights.py             a rank's slices, in the layout that `model` multiplies by
 random_weights.py      weights drawn from a counter, for true shapes without a file

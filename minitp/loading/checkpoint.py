@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint: the location of each tensor, checked before any data is loaded."""
 
+import re
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,11 +10,16 @@ from safetensors import SafetensorError, safe_open
 
 from minitp.errors import InputError
 from minitp.loading.config import read_json
+from minitp.loading.quantized import hint_for, refuse_quantized_tensor
 
 DTYPES = ("F32", "F16", "BF16")
 
-# Older checkpoints have tensors with this name, whose values follow from config.json.
-REDUNDANT = "self_attn.rotary_emb.inv_freq"
+# Buffers that some checkpoints have besides the weights. Their values follow from config.json or are not
+# used, and transformers passes over them, too.
+BUFFERS = re.compile(
+    r"(^|\.)(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|attn\.bias|attention\.bias"
+    r"|masked_bias|position_ids|num_batches_tracked)$"
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class Checkpoint:
         """Reject a checkpoint in which a tensor is missing or has the wrong shape."""
         info = self.tensors.get(name)
         if info is None:
+            refuse_quantized_tensor(self.tensors, name, self.directory)
             raise InputError(f"{self.directory}: tensor {name} is missing, expected shape {list(shape)}")
         if info.shape != shape:
             raise InputError(
@@ -111,11 +118,12 @@ class Checkpoint:
             info = self.tensors[name]
             if info.dtype not in DTYPES:
                 raise InputError(
-                    f"{info.file}: tensor {name} has dtype {info.dtype}, expected one of {', '.join(DTYPES)}"
+                    f"{info.file}: tensor {name} has dtype {info.dtype}, expected one of "
+                    f"{', '.join(DTYPES)}{hint_for(info.dtype)}"
                 )
         skipped = tuple(f"model.layers.{i}." for i in range(plan.layers, layers_in_file))
         for name, info in self.tensors.items():
-            if name in plan.tensors or name.endswith(REDUNDANT) or name.startswith(skipped):
+            if name in plan.tensors or BUFFERS.search(name) or name.startswith(skipped):
                 continue
             if name == "lm_head.weight":  # a copy of tied embeddings; the loader compares the two
                 continue

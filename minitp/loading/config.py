@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from minitp.errors import InputError
+from minitp.errors import InputError, shown
 from minitp.loading.config_reader import Reader
 from minitp.loading.families import FAMILIES
 from minitp.loading.rope_config import Rope
@@ -121,12 +121,17 @@ def read_json(path):
 
 def parse_config(fields, where):
     """Return the Config for the fields of a config.json; `where` names the file in errors."""
-    family = FAMILIES.get(str(fields.get("model_type")))
-    if family is None or fields.get("architectures") not in (None, [family["architecture"]]):
-        known = ", ".join(f"{name} ({f['architecture']})" for name, f in FAMILIES.items())
+    model_type, architectures = fields.get("model_type"), fields.get("architectures")
+    family = FAMILIES.get(str(model_type))
+    if family is None:
         raise InputError(
-            f"{where}: model_type {fields.get('model_type')!r} with architectures "
-            f"{fields.get('architectures')!r} is not supported; supported: {known}"
+            f"{where}: model_type {shown(model_type)} with architectures {shown(architectures)} is not "
+            f"supported; supported: {', '.join(FAMILIES)}"
+        )
+    if architectures not in (None, [family["architecture"]]):
+        raise InputError(
+            f"{where}: architectures {shown(architectures)} of model_type {model_type!r} is not supported; "
+            f"supported: {family['architecture']}"
         )
     types = {field.name: field.type for field in dataclasses.fields(Config)}
     return Config(**Reader({**family["defaults"], **fields}, family, where, types).values())

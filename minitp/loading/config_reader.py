@@ -2,13 +2,13 @@
 
 import math
 
-from minitp.errors import InputError
-from minitp.loading.rope_config import read_rope
+from minitp.errors import InputError, shown
+from minitp.loading.quantized import FIELDS, refuse_quantized_config
+from minitp.loading.rope_config import is_positive, read_rope
 
 # Fields that would change the computation, with the only value that is supported.
 ONLY_VALUE = {
     "rope_interleaved": False,
-    "quantization_config": None,
     "add_cross_attention": False,
     "use_bidirectional_attention": False,
 }
@@ -45,6 +45,9 @@ TURNED_OFF = {
     "pruned_heads": {},
 }
 
+# The largest integers that are read, far above those of any model, so that wrong ones are refused at once.
+MOST, MOST_OF_ALL = {"num_hidden_layers": 10_000}, 2**31 - 1
+
 GELU = "gelu_pytorch_tanh"
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -79,7 +82,7 @@ class Reader:
         return default if value is None else value
 
     def reject(self, name, value, expected):
-        raise InputError(f"{self.where}: {name} is {value!r}, expected {expected}")
+        raise InputError(f"{self.where}: {name} is {shown(value)}, expected {expected}")
 
     def count(self, name):
         """Return a field that must be an integer of at least 0."""
@@ -92,9 +95,12 @@ class Reader:
         value = self.get(name, default)
         if value is None:
             raise InputError(f"{self.where}: {name} is missing")
-        right_type = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-        if not right_type or not value > 0:
+        right_type = isinstance(value, int) or (kind is float and isinstance(value, float))
+        if not right_type or not is_positive(value):
             self.reject(name, value, "a positive number" if kind is float else "a positive integer")
+        most = MOST.get(name, MOST_OF_ALL)
+        if kind is int and value > most:
+            self.reject(name, value, f"at most {most}")
         return kind(value)
 
     def optional_number(self, name):
@@ -109,6 +115,8 @@ class Reader:
 
     def values(self):
         """Return the arguments of Config, by name."""
+        refuse_quantized_config(self.fields, self.where)
+        self.read |= FIELDS.keys()
         heads = self.number("num_attention_heads", int)
         kv_heads = self.number("num_key_value_heads", int, heads)
         hidden = self.number("hidden_size", int)
@@ -119,9 +127,7 @@ class Reader:
         head_dim = self.number("head_dim", int, hidden // heads)
         if head_dim % 2:
             self.reject("head_dim", head_dim, "an even number (RoPE rotates pairs)")
-        dtype = self.get("dtype") or self.get("torch_dtype") or "float32"
-        if dtype not in DTYPES:
-            self.reject("dtype", dtype, "one of " + ", ".join(DTYPES))
+        dtype = self.dtype()
         longest = self.number("max_position_embeddings", int)
         rope = read_rope(self, head_dim, longest)
         if rope.rope_type == "longrope":  # the frequencies for longer contexts are not supported
@@ -234,6 +240,14 @@ class Reader:
         if value not in choices:
             self.reject(name, value, f"{choices[0]!r}")
         return choices[0]
+
+    def dtype(self):
+        """Return the checkpoint's dtype: `dtype`, or `torch_dtype` in older files."""
+        older = self.get("torch_dtype") or "float32"  # read even if the newer field is there
+        value = self.get("dtype") or older
+        if value not in DTYPES:
+            self.reject("dtype" if self.get("dtype") else "torch_dtype", value, f"one of {', '.join(DTYPES)}")
+        return value
 
     def experts(self):
         """Return the number of experts, and the number of experts that process each token."""

@@ -1,6 +1,7 @@
 """The rotary position embedding in config.json: `rope_parameters`, or the older `rope_scaling`."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 from minitp.errors import InputError
@@ -112,7 +113,7 @@ def _rotated_part(reader, fields, head_dim):
     if PARTIAL not in reader.family_reads and value != 1:
         family = reader.get("model_type")
         reader.reject(PARTIAL, value, f"1.0: in models of type {family!r}, RoPE rotates all of each head")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+    if not is_positive(value) or value > 1:
         reader.reject(PARTIAL, value, "a number above 0, up to 1")
     rotated = int(head_dim * value)
     if rotated % 2 or rotated == 0:
@@ -121,12 +122,13 @@ def _rotated_part(reader, fields, head_dim):
     return float(value)
 
 
+def is_positive(value):
+    """Return whether a value from a JSON file is a positive number that a float can hold."""
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
+
+
 def _check(reader, rope_type, name, value, pairs):
     """Reject a value of the wrong type or out of range; RoPE rotates `pairs` pairs of dimensions."""
-
-    def positive(x):
-        return isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0
-
     called = f"{name} of rope_type {rope_type!r}"
     if name == "truncate":
         if not isinstance(value, bool):
@@ -136,9 +138,9 @@ def _check(reader, rope_type, name, value, pairs):
         if isinstance(value, list) and len(value) != pairs:
             found = counted(len(value), "number")
             raise InputError(f"{reader.where}: {called} has {found}, expected {expected}")
-        if not isinstance(value, list) or not all(map(positive, value)):
+        if not isinstance(value, list) or not all(map(is_positive, value)):
             reader.reject(called, value, expected)
-    elif not positive(value):
+    elif not is_positive(value):
         reader.reject(called, value, "a positive number")
     elif name == ORIGINAL and value <= 1:  # its logarithm is a divisor
         reader.reject(called, value, "more than 1")

@@ -5,6 +5,7 @@ import math
 import re
 from itertools import pairwise
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -163,12 +164,47 @@ def test_dtypes_may_be_mixed(directory):
     assert_same_weights(load(directory), expected)
 
 
-def test_redundant_inverse_frequencies_are_accepted(directory):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.{}.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+        "model.layers.{}.self_attn.rotary_emb.cos_cached",
+        "model.layers.{}.attn.masked_bias",
+        "model.layers.{}.attention.bias",
+        "model.position_ids",
+        "num_batches_tracked",
+    ],
+)
+def test_buffers_are_passed_over(directory, name):
     expected = load(directory)
-    name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
-    redundant = {name.format(i): np.ones(4, np.float32) for i in range(2)}
-    change_tensors(directory, lambda tensors: tensors.update(redundant))
+    buffers = {name.format(i): np.ones(4, np.int64) for i in range(2)}
+    change_tensors(directory, lambda tensors: tensors.update(buffers))
     assert_same_weights(load(directory), expected)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dtype", "said"),
+    [
+        ("qweight", np.int32, "GPTQ or AWQ"),
+        ("weight_packed", np.int32, "compressed-tensors"),
+        ("weight", np.int8, "dtype I8"),
+        ("weight", ml_dtypes.float8_e4m3fn, "dtype F8_E4M3"),
+    ],
+)
+def test_quantized_tensors_without_a_word_in_the_config(directory, suffix, dtype, said):
+    name = f"model.layers.1.self_attn.q_proj.{suffix}"
+
+    def quantize(tensors):
+        tensors[name] = tensors.pop(Q_PROJ).astype(dtype)
+
+    change_tensors(directory, quantize)
+    with pytest.raises(InputError) as error:
+        load(directory)
+    assert name in str(error.value)
+    assert said in str(error.value)
+    assert str(error.value).endswith("use an unquantized checkpoint of this model, or a GGUF file")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -379,7 +415,13 @@ ORIGINAL = {"original_max_position_embeddings": 64}
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
         ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM", "'llama'"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "expected 'silu'"]),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config", "gptq"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config", "(GPTQ)"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["(FP8)", "an unquantized checkpoint"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["(AWQ)", "or a GGUF file"]),
+        ({"quantization_config": {"load_in_4bit": True}}, ["(bitsandbytes)"]),
+        ({"compression_config": {"format": "x"}}, ["(compressed-tensors)"]),
+        ({"quantization": {"group_size": 64, "bits": 4}}, ["(MLX)"]),
+        ({"quantization_config": {"bits": 4}}, ["({'bits': 4})", "or a GGUF file"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5", "'llama'", "all of each head"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads is 3", "divisor of num_attention_heads, 4"]),
         ({"num_key_value_heads": 8}, ["num_key_value_heads is 8", "divisor of num_attention_heads, 4"]),

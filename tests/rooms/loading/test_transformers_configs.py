@@ -1,27 +1,14 @@
 """Tests of config.json against what transformers writes and computes (support/transformers_configs.json)."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
-from paths import SUPPORT
 from tiny import CONFIG
+from written_configs import KNOWN, NEWEST, WRITTEN
 
 from minitp.loading.config import parse_config
 from minitp.oracle import Oracle
 from minitp.oracle import ops as oracle_ops
 from minitp.rope import rope_inverse_frequencies
-
-KNOWN = json.loads(Path(SUPPORT, "transformers_configs.json").read_text(encoding="utf-8"))
-WRITTEN = {
-    (version, family): {**families["shared"], **fields}
-    for version, families in KNOWN["defaults"].items()
-    for family, fields in families.items()
-    if family != "shared"
-}
-LAST = max(KNOWN["defaults"])
-NEWEST = {family: fields for (version, family), fields in WRITTEN.items() if version == LAST}
 
 
 @pytest.mark.parametrize("written", WRITTEN, ids=" ".join)
