@@ -43,6 +43,8 @@ TURNED_OFF = {
     "use_sliding_window": False,
     "is_encoder_decoder": False,
     "pruned_heads": {},
+    "full_attn_mod": 1,  # of Phi-4-mini's own code, like the next one
+    "interpolate_factor": 1,
 }
 
 # The largest integers that are read, far above those of any model, so that wrong ones are refused at once.
