@@ -6,14 +6,14 @@ import math
 import re
 from dataclasses import dataclass
 
-from minitp.errors import InputError
+from minitp.errors import InputError, shown
 from minitp.loading.config import Config, parse_config, read_json
 from minitp.trace.names import AFTER, BEFORE, INTEGERS, LAYER, split_name
 from minitp.trace.write import FORMAT
 
 FIRST_PASS = "prefill/"  # the pass of names that have no pass
 MAY_DIFFER = {"dtype", "eos_token_ids", "max_position_embeddings", "num_hidden_layers", "unread"}
-SHOWN = 3  # number of names in an error message
+SHOWN = 2  # number of names in an error message
 # Names of passes in the order in which they happen. Other names have the place of `prefill`.
 PASSES = (r"prefill", r"prefill\.(\d+)", r"decode\.(\d+)", r"batch\.(\d+)\.seq(\d+)")
 
@@ -71,12 +71,11 @@ def exclusions(a, b, a_metadata, b_metadata):
     """
     if a_metadata is None or b_metadata is None:
         return Exclusions()
-    for field in dataclasses.fields(Config):
-        ours, theirs = getattr(a_metadata.config, field.name), getattr(b_metadata.config, field.name)
-        if ours != theirs and field.name not in MAY_DIFFER:
+    for name, ours, theirs in _differing(a_metadata.config, b_metadata.config):
+        if name not in MAY_DIFFER:
             raise InputError(
-                f"{a.path} and {b.path} are traces of different models: {field.name} is {ours} in the first "
-                f"and {theirs} in the second"
+                f"{a.path} and {b.path} are traces of different models: {name} is {shown(ours)} in the first "
+                f"and {shown(theirs)} in the second"
             )
     patterns, remarks = [], []
     if a_metadata.tp != b_metadata.tp:
@@ -132,6 +131,16 @@ def match(a, b, mapped, excluded):
             f"{_some(b.entries)}; pair the names with --map NAMES.json"
         )
     return pairs
+
+
+def _differing(first, second):
+    """Yield (name, value in the first, value in the second) of the fields of two dataclasses that differ."""
+    for field in dataclasses.fields(first):
+        ours, theirs = getattr(first, field.name), getattr(second, field.name)
+        if dataclasses.is_dataclass(ours):
+            yield from _differing(ours, theirs)
+        elif ours != theirs:
+            yield field.name, ours, theirs
 
 
 def _order(name):

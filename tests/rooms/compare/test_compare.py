@@ -579,8 +579,8 @@ def test_trace_of_another_model_or_other_tokens(traces, refused, capsys):
     longer, other = traces(tokens="5,6,7,8,9,10"), traces(tokens="5,6,7,3,9")
     capsys.readouterr()
     line = refused(a, theta)
-    assert f"{theta} are traces of different models: rope is " in line
-    assert "20000.0" in line
+    theta_differs = "rope_theta is 10000.0 in the first and 20000.0 in the second"
+    assert f"{theta} are traces of different models: {theta_differs}" in line
     assert "are traces of different tokens" in refused(a, longer)
     assert "positions 0 to 4 in A and 0 to 5 in B" in refused(a, longer)
     assert "token 3 is 8 in A and 3 in B" in refused(a, other)
