@@ -73,6 +73,8 @@ def test_multipliers_and_caps_are_in_the_formulas():
     assert re.fullmatch(r"x \+ [\d.]+ · out", granite["attn.residual"][1])
     smollm3 = explain(STEPS, read_config(GOLDENS / "smollm3"))["attn.k_rope"][3]
     assert re.search(r"Layers without RoPE, where θ is 0: \d+", smollm3)
+    phi = explain(STEPS, read_config(GOLDENS / "phi3-partial"))["attn.q_rope"][3]
+    assert phi.endswith("Only the first 6 of each head's 8 dimensions are rotated.")
 
 
 @needs_chromium
