@@ -82,8 +82,8 @@ class AgreedError(MinitpError):
 def shown(value):
     """Return the repr of a value for a message; only its beginning and end if it is long.
 
-    >>> shown(0.5), shown("x" * 1000)
-    ('0.5', "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx .. xxxxxxxxxxxxxxxxxxxx'")
+    >>> shown(0.5), shown([0] * 1000)
+    ('0.5', '[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,  .. , 0, 0, 0, 0, 0, 0, 0]')
     """
     try:
         return shortened(repr(value), LONGEST_VALUE)
