@@ -351,7 +351,7 @@ def test_bounds_ignore_infinite_entries_and_are_absolute_for_zeros():
 
 
 def test_equal_elements_are_one_sample():
-    """Their errors are equal, too, so all of them may have the error of one sum, s."""
+    """Check that all of them may have the error of one sum, s, because their errors are equal, too."""
     equal, different = np.full(400, 3.25), np.linspace(3.25, 3.5, 400).astype(np.float32).astype(float)
     s = 2**-24 * (2 + 9**0.5)
     assert Expected(equal, equal, equal, terms=9).bounds(np.float32)[0] == pytest.approx(s)
