@@ -57,6 +57,8 @@ class LLM:
     tp : int or str
         The number of ranks, or "auto": one per GPU, or without GPUs one per physical core, at most 4. Under
         mpirun, it must be "auto" or the number of ranks that mpirun has started.
+    revision : str
+        A branch, tag or commit of a Hugging Face id; by default its main branch.
     layers, device, dtype, kv_dtype, comm, share_gpu, max_context, cache_tokens, block_size
         See `engine.options.EngineOptions` for these parameters and the next three.
     max_tokens_per_step, max_sequences, verbose
@@ -82,6 +84,7 @@ class LLM:
         model: str | os.PathLike[str] = "smollm2",
         tp: int | str = "auto",
         *,
+        revision: str | None = None,
         layers: int | None = None,
         device: str = "auto",
         dtype: str = "auto",
@@ -100,16 +103,18 @@ class LLM:
         given = dict(
             model=model, tp=tp, layers=layers, device=device, dtype=dtype, kv_dtype=kv_dtype, comm=comm
         )
-        given |= dict(share_gpu=share_gpu, max_context=max_context, cache_tokens=cache_tokens)
-        given |= dict(block_size=block_size, max_tokens_per_step=max_tokens_per_step)
-        given |= dict(max_sequences=max_sequences, verbose=verbose, **unknown)
+        given |= dict(revision=revision, share_gpu=share_gpu, max_context=max_context)
+        given |= dict(cache_tokens=cache_tokens, block_size=block_size, max_sequences=max_sequences)
+        given |= dict(max_tokens_per_step=max_tokens_per_step, verbose=verbose, **unknown)
         world = environment.world_size(os.environ)
         if world is not None and environment.env_rank(os.environ) != 0:
             raise SystemExit(_serve_rank_0(given, world))
         options = options_from(given)
-        size = world or ranks_to_start(options.tp, options.device, options.model, options.layers)
+        size = world or ranks_to_start(
+            options.tp, options.device, options.model, options.layers, options.revision
+        )
         if world is None:  # under mpirun the ranks check the model together
-            self.source = open_model(options.model, size, options.layers)
+            self.source = open_model(options.model, size, options.layers, options.revision)
             context_length(self.source.config, options.max_context)
             warn_of_unread_fields(self.source)
         with loading_bar(options.model) as show:
@@ -128,7 +133,7 @@ class LLM:
             raise self._ranks.error
         self.description = self._ranks.description
         if world is not None:
-            self.source = open_model(options.model, size, options.layers)
+            self.source = open_model(options.model, size, options.layers, options.revision)
         self.tokenizer = self.source.tokenizer()
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ from minitp.util.environment import SOCKET_VARIABLE
 from minitp.util.format import counted, size
 
 
-def open_source(comm, name, layers=None):
+def open_source(comm, name, layers=None, revision=None):
     """Open the ModelSource of a name on every rank, and check that all ranks have found the same model.
 
     Raises
@@ -22,10 +22,10 @@ def open_source(comm, name, layers=None):
     source = fingerprint = None
     with comm.agreed():  # rank 0 goes first, because it may have to download the model
         if comm.rank == 0:
-            source = open_model(name, comm.size, layers)
+            source = open_model(name, comm.size, layers, revision)
     with comm.agreed():
         if comm.rank != 0:
-            source = open_model(name, comm.size, layers)
+            source = open_model(name, comm.size, layers, revision)
         fingerprint = source.fingerprint()
     first, *others = comm.allgather_object(fingerprint)
     with comm.agreed():

@@ -86,14 +86,14 @@ class OnRanks(Command):
             return self.run_alone(args)
         from minitp.loading.source import open_model, warn_of_unread_fields
 
-        source = open_model(args.model, size, args.layers)
+        source = open_model(args.model, size, args.layers, args.revision)
         warn_of_unread_fields(source)
         self.prepare(args, source)  # rejects bad input before any rank starts
         return run_ranks(rank_command, size, verbose=args.verbose)
 
     def ranks(self, args):
         """Return the number of ranks to start."""
-        return ranks_to_start(args.tp, args.device, args.model, args.layers)
+        return ranks_to_start(args.tp, args.device, args.model, args.layers, args.revision)
 
     def run_alone(self, args):
         """Run the command as the only rank, in this process and without MPI."""
@@ -109,7 +109,7 @@ class OnRanks(Command):
             from minitp.load import open_source
 
             prepared = None
-            source = open_source(comm, args.model, args.layers)
+            source = open_source(comm, args.model, args.layers, args.revision)
             with comm.agreed():
                 if comm.rank == 0:
                     prepared = self.prepare(args, source)
@@ -135,7 +135,7 @@ class Caller(Command):
     def start(self, args, rank_command):
         environment.divide_cores(os.environ)
         world = environment.world_size(os.environ)
-        tp = world or ranks_to_start(args.tp, args.device, args.model, args.layers)
+        tp = world or ranks_to_start(args.tp, args.device, args.model, args.layers, args.revision)
         if environment.env_rank(os.environ) != 0:
             from minitp.llm import LLM
 

@@ -116,14 +116,23 @@ def add_model(parser, tp=TP):
     group.add_argument(
         "--model",
         default="smollm2",
-        help="a directory, a .gguf file, a Hugging Face id, smollm2 (the demo model), or random:NAME for "
-        "random weights, where NAME is mistral-7b, llama-3-8b, tinyllama-1.1b or smollm2-135m (default: "
-        "smollm2)",
+        help="a directory, a .gguf file, a Hugging Face id (owner/name, or owner/name:Q4_K_M for GGUF), "
+        "smollm2 (the demo model), or random:NAME for random weights, where NAME is mistral-7b, llama-3-8b, "
+        "tinyllama-1.1b or smollm2-135m (default: smollm2)",
     )
+    add_revision(parser)
     group.add_argument(
         "--layers", type=int, metavar="N", help="use only the first N layers (default: all layers)"
     )
     parser.groups["ranks"].add_argument("--tp", default="auto", metavar="N", help=tp)
+
+
+def add_revision(parser):
+    parser.groups["model"].add_argument(
+        "--revision",
+        metavar="NAME",
+        help="branch, tag or commit of a Hugging Face id (default: its main branch)",
+    )
 
 
 def add_dtype(parser):

@@ -71,7 +71,7 @@ class PlanCommand(OneProcess):
         from minitp.cli.plan_text import text
         from minitp.loading.source import open_config
 
-        config = open_config(args.model, args.layers)
+        config = open_config(args.model, args.layers, args.revision)
         result = predict(args, config, read_workload(args, config))
         write_out(json.dumps(result) + "\n" if args.json else text(result))
         return 0

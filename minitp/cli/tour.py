@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from minitp.cli.command import Command
-from minitp.cli.options import PROMPT_OR_TOKENS, add_max_new_tokens, add_prompt
+from minitp.cli.options import PROMPT_OR_TOKENS, add_max_new_tokens, add_prompt, add_revision
 from minitp.errors import InputError
 from minitp.launch.run import Terminated, raised_on_sigterm, ranks_to_start
 from minitp.launch.supervisor import find_mpirun, mpi_environment
@@ -39,6 +39,7 @@ class TourCommand(Command):
             default="smollm2",
             help="smollm2, or a directory or Hugging Face id of a Llama or Mistral model (default: smollm2)",
         )
+        add_revision(parser)
         group = parser.groups["ranks"]
         group.add_argument(
             "--tp",
@@ -63,7 +64,7 @@ class TourCommand(Command):
             from minitp import tour
 
             return tour.main(argv)
-        tp = ranks_to_start(args.tp, "cuda" if args.gpu else "cpu", args.model)
+        tp = ranks_to_start(args.tp, "cuda" if args.gpu else "cpu", args.model, revision=args.revision)
         command = [sys.executable, "-m", "minitp.tour", *tour_arguments(args, tp)]
         if tp > 1:
             command = [find_mpirun(), "-n", str(tp), *command]
@@ -77,7 +78,7 @@ def tour_arguments(args, tp):
     from minitp.cli.inputs import tokenizer_of
     from minitp.loading.source import open_model
 
-    source = open_model(args.model, tp)
+    source = open_model(args.model, tp, revision=args.revision)
     if source.directory is None:
         raise InputError(
             f"--model {args.model}: the tour needs a checkpoint in Hugging Face's format; give a directory "

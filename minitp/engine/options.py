@@ -24,6 +24,8 @@ class EngineOptions:
         A directory, a .gguf file, a Hugging Face id, "smollm2", or "random:NAME".
     tp : str
         The number of ranks, or "auto".
+    revision : str or None
+        A branch, tag or commit of a Hugging Face id; None means its main branch.
     layers : int or None
         The number of layers to load, from the first; None loads all.
     device, dtype, kv_dtype, comm : str
@@ -46,6 +48,7 @@ class EngineOptions:
 
     model: str = "smollm2"
     tp: str = "auto"
+    revision: str | None = None
     layers: int | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -90,7 +93,7 @@ def options_from(given):
         If a parameter does not exist, or has an invalid value.
     """
     reject_unknown("LLM", given, [field.name for field in fields(EngineOptions)])
-    as_text = ("model", "tp")  # the caller may pass a Path and an int
+    as_text = ("model", "revision", "tp")  # the caller may pass a Path and an int
     given = {name: value for name, value in given.items() if value is not None}
     return EngineOptions(**{name: str(value) if name in as_text else value for name, value in given.items()})
 

@@ -24,7 +24,7 @@ def run_engine(options, comm, caller):
     int
         The exit code.
     """
-    source = open_source(comm, options.model, options.layers)
+    source = open_source(comm, options.model, options.layers, options.revision)
     with comm.agreed():
         context_length(source.config, options.max_context)
     device = device_of(comm, source, options.dtype)

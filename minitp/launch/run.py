@@ -31,19 +31,19 @@ def run_ranks(command, size, verbose=False):
             return 130
 
 
-def ranks_to_start(tp, device, model, layers=None):
+def ranks_to_start(tp, device, model, layers=None, revision=None):
     """Return the number of ranks that --tp asks for; "auto" is at most one rank per attention head.
 
     Parameters
     ----------
-    tp, device, model, layers
+    tp, device, model, layers, revision
         The values of the options with these names.
     """
     if tp != "auto" or ranks_wanted(tp, device) == 1:
         return ranks_wanted(tp, device)  # without reading config.json
     from minitp.loading.source import open_config  # imports numpy
 
-    return ranks_for(open_config(model, layers), tp, device)
+    return ranks_for(open_config(model, layers, revision), tp, device)
 
 
 def ranks_for(config, tp, device):

@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint: the location of each tensor, checked before any data is loaded."""
 
+import os
 import re
 import threading
 from dataclasses import dataclass, replace
@@ -10,7 +11,10 @@ from safetensors import SafetensorError, safe_open
 
 from minitp.errors import InputError
 from minitp.loading.config import read_json
+from minitp.loading.hub import how_to_replace
+from minitp.loading.kinds import explain_directory
 from minitp.loading.quantized import hint_for, refuse_quantized_tensor
+from minitp.util.files import require_readable
 
 DTYPES = ("F32", "F16", "BF16")
 
@@ -57,15 +61,12 @@ class Checkpoint:
         self._open_files = threading.local()  # file handles per thread, because ranks may be threads
         single = self.directory / "model.safetensors"
         index = self.directory / "model.safetensors.index.json"
-        if single.exists():
+        if os.path.lexists(single):
             self.tensors = _read_header(single)
-        elif index.exists():
+        elif os.path.lexists(index):
             self.tensors = self._read_index(index)
         else:
-            raise InputError(
-                f"{directory} has neither model.safetensors nor model.safetensors.index.json; "
-                "--model needs a Hugging Face directory with safetensors files"
-            )
+            raise InputError(f"--model {directory}: the directory {explain_directory(directory)}")
 
     def _read_index(self, index):
         weight_map = read_json(index).get("weight_map")
@@ -152,6 +153,8 @@ class Checkpoint:
 
 
 def _read_header(path):
+    if os.path.lexists(path):
+        require_readable(path)  # the library would report any failure as a missing file
     try:
         with safe_open(path, framework="np") as file:
             tensors = {}
@@ -162,4 +165,7 @@ def _read_header(path):
     except FileNotFoundError:
         raise InputError(f"{path}: listed in the index, but missing") from None
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: truncated, or not a safetensors file: {error}") from error
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise InputError(
+            f"{path}: truncated, or not a safetensors file ({reason[:100]}); {how_to_replace(path)}"
+        ) from error

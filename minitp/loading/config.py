@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 from minitp.errors import InputError, shown
 from minitp.loading.config_reader import Reader
 from minitp.loading.families import FAMILIES
+from minitp.loading.hub import how_to_replace
 from minitp.loading.rope_config import Rope
+from minitp.util.files import why_unreadable
 
 
 def option(plain, words):
@@ -96,7 +99,7 @@ def read_config(directory):
     path = Path(directory) / "config.json"
     fields = read_json(path)
     generation = Path(directory) / "generation_config.json"
-    if generation.exists():
+    if os.path.lexists(generation):
         both = (one.get("eos_token_id") for one in (fields, read_json(generation)))
         lists = (eos if isinstance(eos, list) else [eos] for eos in both if eos is not None)
         fields = {**fields, "eos_token_id": list(dict.fromkeys(itertools.chain(*lists)))}
@@ -107,13 +110,10 @@ def read_json(path):
     """Return the object in a JSON file, or raise an InputError that says what is wrong with the file."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        hint = "; --model needs a Hugging Face model directory" if Path(path).name == "config.json" else ""
-        raise InputError(f"{path}: no such file{hint}") from None
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply for Python
-        raise InputError(f"{path}: not valid JSON: {error}") from error
+        raise InputError(f"{path}: not valid JSON: {error}; {how_to_replace(path)}") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{path}: {why_unreadable(path, error)}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,28 +10,15 @@ from pathlib import Path
 from minitp.errors import InputError
 from minitp.loading.checkpoint import Checkpoint
 from minitp.loading.config import Config, parse_config, read_config, read_json
+from minitp.loading.kinds import CONFIG
+from minitp.loading.locate import DEMO, RANDOM, locate, refuse_revision
 from minitp.loading.random_weights import RandomWeights, random_config
 from minitp.shard import make_plan
 from minitp.text.chat_template import load_chat_template, make_chat_template
 from minitp.text.tokenizer import Tokenizer, load_tokenizer
 
-DEMO = "smollm2"
 DEMO_SHAPES = "smollm2-135m"  # random model with the demo's shapes
-RANDOM = "random:"
 SAMPLE_BYTES = 4096
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-# The files to download. A repository may also hold the same weights in other formats.
-HUB_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-]
 
 
 @dataclass(frozen=True)
@@ -107,7 +93,7 @@ class ModelSource:
         return load_chat_template(self.directory, self.name)
 
 
-def open_model(name, tp, layers=None):
+def open_model(name, tp, layers=None, revision=None):
     """Find a model, download it if needed, and check everything but the values of its weights.
 
     Parameters
@@ -117,19 +103,23 @@ def open_model(name, tp, layers=None):
     tp : int
     layers : int or None
         The number of layers to keep, from the first; None keeps all.
+    revision : str or None
+        A branch, tag or commit of a Hugging Face id; None means its main branch.
 
     Raises
     ------
     InputError
     """
     if name.startswith(RANDOM):
+        refuse_revision(name, revision)
         fields = random_config(name.removeprefix(RANDOM))
         config = parse_config(fields, name).with_layers(layers, name)
         plan = make_plan(config, tp)
         shapes = {tensor: shard.shape for tensor, shard in plan.tensors.items()}
         return ModelSource(name, None, config, RandomWeights(shapes), plan)
-    gguf = open_gguf(name) if is_gguf(name) else None
-    directory = find_directory(name) if gguf is None else None
+    path = locate(name, revision)
+    gguf = open_gguf(path) if path.is_file() else None
+    directory = path if gguf is None else None
     whole = read_config(directory) if gguf is None else parse_config(gguf.fields, name)
     config = whole.with_layers(layers, directory or name)
     plan = make_plan(config, tp)
@@ -153,30 +143,25 @@ def sample(path):
     return b"".join(pieces)
 
 
-def open_config(name, layers=None):
+def open_config(name, layers=None, revision=None):
     """Return the Config of the model that a value of `--model` names; no weights are needed.
 
-    A directory needs only config.json. For a Hugging Face id, only config.json is downloaded; for the demo,
-    nothing is.
+    A directory needs only config.json. For a Hugging Face id, only config.json is downloaded, but the whole
+    of a GGUF file; for the demo, nothing is.
 
     Raises
     ------
     InputError
     """
     if name.startswith(RANDOM):
+        refuse_revision(name, revision)
         config = parse_config(random_config(name.removeprefix(RANDOM)), name)
-    elif name == DEMO and not os.path.isdir(name):
+    elif name == DEMO and revision is None and not os.path.lexists(name):
         config = parse_config(random_config(DEMO_SHAPES) | {"torch_dtype": "float16"}, name)
-    elif is_gguf(name):
-        config = parse_config(open_gguf(name).fields, name)
     else:
-        config = read_config(find_directory(name, ["config.json"]))
+        path = locate(name, revision, [CONFIG])
+        config = read_config(path) if path.is_dir() else parse_config(open_gguf(path).fields, name)
     return config.with_layers(layers, name)
-
-
-def is_gguf(name):
-    """Return whether a value of `--model` names a file, which must then be a GGUF file."""
-    return os.path.isfile(name) or (name.endswith(".gguf") and not os.path.isdir(name))
 
 
 def open_gguf(path):
@@ -189,39 +174,6 @@ def open_gguf(path):
             "or use another --model"
         ) from error
     return GgufModel(path)
-
-
-def find_directory(name, files=HUB_FILES):
-    """Return a model's local directory; download `files` of a Hugging Face id, or the demo, first."""
-    if name == DEMO and not os.path.isdir(name):
-        from minitp.loading.demo import demo_directory
-
-        return demo_directory()
-    if os.path.isdir(name):
-        return Path(name)
-    if HUB_ID.fullmatch(name):
-        return _download(name, files)
-    raise InputError(
-        f"--model {name}: no such directory; give a directory, a .gguf file, a Hugging Face id (owner/name), "
-        f"{DEMO}, or {RANDOM}NAME"
-    )
-
-
-def _download(hub_id, files):
-    """Download `files` (names or patterns) into huggingface_hub's cache, and return their directory."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=files))
-    except Exception as error:  # the hub client may raise any exception of its HTTP library
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"--model {hub_id}: no such directory, and the download from the Hugging Face Hub failed: "
-            f"{type(error).__name__}: {reason[:300]}"
-        ) from error
 
 
 def warn_of_unread_fields(source):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +21,11 @@ WANTED = {
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "chat_templates/tools.jinja",
     "model.safetensors.index.json",
     "model-00001-of-00002.safetensors",
     "model-00002-of-00002.safetensors",
@@ -48,12 +54,14 @@ UNWANTED = {
 class Hub:
     """A server that answers as the hub does, for one repository, and records the requests.
 
-    `files` maps paths to bytes. If `status` is set to another value than 200, it is the answer to everything.
+    `files` maps paths to bytes, and `revisions` a branch or tag to its commit and its own files. If `status`
+    is set to another value than 200, it is the answer to everything, with `headers`.
     """
 
-    def __init__(self, files):
-        self.files = files
-        self.status = 200
+    def __init__(self, files, revisions=()):
+        self.revisions = {"main": (COMMIT, files), **dict(revisions)}
+        self.status, self.headers = 200, {"X-Error-Message": "an error set by the test"}
+        self.truncated = False  # whether the weights end before their length
         self.requests = []  # (method, path)
         hub = self
 
@@ -80,42 +88,61 @@ class Hub:
 
     def fetched(self):
         """Return the files that were downloaded, each once per download."""
-        start = f"/{OWNER_NAME}/resolve/{COMMIT}/"
-        return sorted(
-            path[len(start) :] for method, path in self.requests if method == "GET" and start in path
-        )
+        start = f"/{OWNER_NAME}/resolve/"
+        paths = [path for method, path in self.requests if method == "GET" and path.startswith(start)]
+        return sorted(path[len(start) :].partition("/")[2] for path in paths)
 
     def answer(self, request):
         path = unquote(urlsplit(request.path).path)
         self.requests.append((request.command, path))
-        status, body, headers = self.status, b"", {}
-        api, resolve = f"/api/models/{OWNER_NAME}", f"/{OWNER_NAME}/resolve/"
-        if status != 200:
-            headers["X-Error-Message"] = "an error set by the test"
-        elif path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
-            siblings = [{"rfilename": name} for name in self.files]
-            body = json.dumps({"id": OWNER_NAME, "sha": COMMIT, "siblings": siblings}).encode()
-            headers["Content-Type"] = "application/json"
-        elif path.startswith(f"{api}/tree/"):
-            body = json.dumps([self.entry(name) for name in self.files]).encode()
-            headers["Content-Type"] = "application/json"
-        elif path.startswith(resolve) and path[len(resolve) :].partition("/")[2] in self.files:
-            body = self.files[path[len(resolve) :].partition("/")[2]]
-            headers |= {"X-Repo-Commit": COMMIT, "ETag": f'"{etag(body)}"', "Accept-Ranges": "bytes"}
-        else:
-            status = 404
-            headers["X-Error-Code"] = "EntryNotFound" if path.startswith(resolve) else "RepoNotFound"
+        status, headers, body = self.status, self.headers, b""
+        if status == 200:
+            status, headers, body = self.found(path)
         request.send_response(status)
         for name, value in headers.items():
             request.send_header(name, value)
         request.send_header("Content-Length", str(len(body)))
         request.end_headers()
-        if request.command == "GET":
+        if request.command == "GET" and self.truncated and path.endswith(".safetensors"):
+            request.wfile.write(body[: len(body) // 2])
+            request.close_connection = True
+        elif request.command == "GET":
             request.wfile.write(body)
 
-    def entry(self, name):
-        """Return a file's entry in the listing of the repository."""
-        return {"type": "file", "path": name, "size": len(self.files[name]), "oid": etag(self.files[name])}
+    def found(self, path):
+        """Return the status, headers and body of the answer to a path."""
+        about = re.fullmatch(rf"/api/models/{OWNER_NAME}(?:/(refs|revision|tree)/?([^/]*).*)?", path)
+        file = re.fullmatch(rf"/{OWNER_NAME}/resolve/([^/]+)/(.+)", path)
+        if about is None and file is None:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
+        if about is not None and about[1] == "refs":
+            heads = [(name, commit) for name, (commit, _) in self.revisions.items()]
+            branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": commit} for n, commit in heads]
+            return in_json({"branches": branches, "tags": [], "converts": []})
+        commits = {commit: (commit, files) for commit, files in self.revisions.values()}
+        revision = about[2] or "main" if file is None else file[1]
+        if revision not in self.revisions | commits:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        commit, files = (self.revisions | commits)[revision]
+        if file is None and about[1] == "tree":
+            return in_json([entry(name, data) for name, data in files.items()])
+        if file is None:
+            names = [{"rfilename": name} for name in files]
+            return in_json({"id": OWNER_NAME, "sha": commit, "siblings": names})
+        if file[2] not in files:
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""
+        body = files[file[2]]
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{etag(body)}"', "Accept-Ranges": "bytes"}
+        return 200, headers, body
+
+
+def in_json(value):
+    return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
+
+
+def entry(name, data):
+    """Return a file's entry in the listing of the repository."""
+    return {"type": "file", "path": name, "size": len(data), "oid": etag(data)}
 
 
 def etag(body):

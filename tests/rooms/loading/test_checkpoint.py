@@ -314,7 +314,7 @@ def test_directory_in_place_of_the_file(directory):
 def test_no_weights(directory):
     (directory / "model.safetensors").unlink()
     (directory / "pytorch_model.bin").write_bytes(b"pickle")
-    assert_rejected(lambda: load(directory), directory, "model.safetensors", "model.safetensors.index.json")
+    assert_rejected(lambda: load(directory), directory, "PyTorch's format (pytorch_model.bin)", "safetensors")
 
 
 def test_several_files(directory):
@@ -388,7 +388,7 @@ def test_config_that_is_not_an_object(directory, content, said):
 
 def test_missing_config(directory):
     (directory / "config.json").unlink()
-    assert_rejected(lambda: load(directory), directory / "config.json", "no such file")
+    assert_rejected(lambda: load(directory), directory, "has weights but no config.json")
 
 
 def rope(**fields):
