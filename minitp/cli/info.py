@@ -31,7 +31,8 @@ PACKAGES = ("safetensors", "tokenizers", "ml_dtypes", "huggingface_hub", "jinja2
 PACKAGES += ("starlette", "uvicorn", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 
 # Environment variables that affect a run: names and prefixes.
-VARIABLES = (*BLAS_THREADS, "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
+VARIABLES = (*BLAS_THREADS, "CUDA_VISIBLE_DEVICES", "XDG_CACHE_HOME")
+VARIABLES += ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN")
 PREFIXES = ("NCCL_", "MINITP_", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NUM_NODES")
 PREFIXES += (
     "OMPI_MCA_",
@@ -43,7 +44,7 @@ PREFIXES += (
     "UCX_",
     "FI_",
 )  # MPI libraries
-SECRET = "MINITP_API_KEY"
+SECRETS = ("MINITP_API_KEY", "HF_TOKEN")
 
 # Families of MPIs that can start each other's ranks, with words in their version texts.
 MPI_FAMILIES = {
@@ -84,6 +85,7 @@ def facts():
         "system": attempt(system),
         "environment": attempt(variables),
         "demo_model": attempt(demo_model),
+        "hugging_face": attempt(hugging_face),
         "mpirun": attempt(mpirun),
     }
     found |= {name: attempt(answer, probe) for name, probe in probes.items()}
@@ -147,9 +149,9 @@ def system():
 
 
 def variables():
-    """Return the environment variables that affect a run, without the value of the API key."""
+    """Return the environment variables that affect a run, without the values of secrets."""
     names = [name for name in sorted(os.environ) if name in VARIABLES or name.startswith(PREFIXES)]
-    found = {name: "(set)" if name == SECRET else os.environ[name] for name in names}
+    found = {name: "(set)" if name in SECRETS else os.environ[name] for name in names}
     world = world_size(os.environ)
     return found if world is None else found | {"(ranks of this MPI world)": str(world)}
 
@@ -159,6 +161,18 @@ def demo_model():
     path = demo.cache_directory() / demo.NAME
     files = [file for file in path.rglob("*") if file.is_file()]
     return {"path": str(path), "bytes": sum(file.stat().st_size for file in files) if files else None}
+
+
+def hugging_face():
+    """Return the hub's address, its cache, and whether a token is set and downloads are allowed."""
+    from huggingface_hub import constants, get_token
+
+    return {
+        "HF_ENDPOINT": constants.ENDPOINT,
+        "HF_HUB_CACHE": constants.HF_HUB_CACHE,
+        "HF_TOKEN": get_token() is not None,
+        "HF_HUB_OFFLINE": constants.HF_HUB_OFFLINE,
+    }
 
 
 def mpirun():

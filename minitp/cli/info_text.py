@@ -31,6 +31,7 @@ def text(found):
             or_error(found["environment"], lambda part: entries(part, "=") or "none set"),
         ),
         ("demo model", or_error(found["demo_model"], demo_model)),
+        ("Hugging Face", or_error(found["hugging_face"], hugging_face)),
     ]
     return "\n".join(aligned(rows, "<<")) + "\n"
 
@@ -94,3 +95,10 @@ def demo_model(part):
     if part["bytes"] is None:
         return f"not downloaded yet; it will be stored in {part['path']}"
     return f"{part['path']}, {size(part['bytes'])}"
+
+
+def hugging_face(part):
+    """Return the hub's address and cache, and whether there is a token."""
+    token = "set" if part["HF_TOKEN"] else "not set"
+    offline = ", HF_HUB_OFFLINE is set: no downloads" if part["HF_HUB_OFFLINE"] else ""
+    return f"{part['HF_ENDPOINT']}, cache {part['HF_HUB_CACHE']}, HF_TOKEN {token}{offline}"

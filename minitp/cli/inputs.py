@@ -69,4 +69,7 @@ def check_output(name, suffix):
         with tempfile.TemporaryFile(dir=path.parent):  # os.access is not enough: for root it is always true
             pass
     except OSError as error:
-        raise InputError(f"{name}: cannot be written; give a file name in a writable directory") from error
+        reason = error.strerror or "it is a directory"
+        raise InputError(
+            f"{name}: cannot be written ({reason}); give a file name in a writable directory"
+        ) from error

@@ -63,7 +63,8 @@ def prepare_directory(directory, source):
         raise InputError(
             f"-o {directory}: cannot create this directory: {error.strerror}; choose another"
         ) from error
-    if not os.access(directory, os.W_OK | os.X_OK):
+    effective = os.access in os.supports_effective_ids
+    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=effective):
         raise InputError(f"-o {directory}: no permission to write there; choose another directory")
     stale = directory / f"rank{source.plan.tp}.safetensors"
     if stale.exists():

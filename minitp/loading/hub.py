@@ -13,7 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minitp.errors import InputError
-from minitp.loading.kinds import CONFIG, WEIGHTS, explain, quantization_of, quantizations, short_list
+from minitp.loading.kinds import (
+    CONFIG,
+    WEIGHTS,
+    explain,
+    gguf_models,
+    quantization_of,
+    quantizations,
+    short_list,
+)
 
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?", re.ASCII)  # owner/name, then a quantization
 
@@ -53,7 +61,7 @@ def download(hub_id, revision, files=HUB_FILES):
 
 def download_gguf(hub_id, quantization, revision):
     """Download the GGUF files of one quantization, and return the path of the only or first one."""
-    names = [name for name in _file_names(hub_id, revision) if name.endswith(".gguf")]
+    names = gguf_models(_file_names(hub_id, revision))
     model = f"--model {hub_id}:{quantization}"
     if not names:
         raise InputError(f"{model}: the repository has no GGUF files; omit :{quantization}")

@@ -35,7 +35,7 @@ def explain(names, hub_id=None):
     def having(*patterns):
         return sorted(name for name in names if any(fnmatch.fnmatch(name, p) for p in patterns))
 
-    gguf, weights = having("*.gguf"), having("*.safetensors")
+    gguf, weights = gguf_models(names), having("*.safetensors")
     pytorch = [name for name in having(*PYTORCH) if not name.startswith(TRAINING)]
     if not names:
         return "is empty; copy or download the model again"
@@ -67,15 +67,15 @@ def explain(names, hub_id=None):
             f"has its weights only in PyTorch's format ({pytorch[0]}), and minitp reads safetensors; "
             f"load them in transformers and write them with save_pretrained(){revision}"
         )
+    inner = having("*/config.json")
+    if inner and hub_id is None and CONFIG not in names:
+        return f"has no config.json, but its folder {os.path.dirname(inner[0])} has one; give that folder"
     if having("model-*-of-*.safetensors") and not having(*WEIGHTS):
         return "lacks model.safetensors.index.json, which lists its files of weights; copy that, too"
     if weights and not having(*WEIGHTS):
         return f"has no model.safetensors and no model.safetensors.index.json, only {short_list(weights)}"
     if having(*WEIGHTS):
         return "has weights but no config.json; copy that, too"
-    inner = having("*/config.json")
-    if inner and hub_id is None and CONFIG not in names:
-        return f"has no config.json, but its folder {os.path.dirname(inner[0])} has one; give that folder"
     if CONFIG in names:
         return (
             "has a config.json but neither model.safetensors nor model.safetensors.index.json; copy or "
@@ -145,10 +145,16 @@ def quantization_of(name):
     return os.path.basename(name) if found is None else found[1].upper()
 
 
+def gguf_models(names):
+    """Return those of the names that are GGUF files of language models, not of parts for images, sorted."""
+    return sorted(
+        name for name in names if name.endswith(".gguf") and not os.path.basename(name).startswith("mmproj")
+    )
+
+
 def quantizations(names):
-    """Return the quantizations of GGUF files, sorted, without files that are no language model."""
-    models = [name for name in names if not re.match(r"(mmproj|imatrix)", os.path.basename(name))]
-    return sorted({quantization_of(name) for name in models or names})
+    """Return the quantizations of GGUF files, sorted."""
+    return sorted({quantization_of(name) for name in names})
 
 
 def short_list(words, room=100):

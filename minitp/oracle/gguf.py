@@ -5,6 +5,10 @@ It differs from `loading.gguf` on purpose: the `gguf` library reads the header a
 reordered by reshaping, not with an index.
 """
 
+import glob
+import re
+from pathlib import Path
+
 import gguf
 
 # Hugging Face's names of modules -> llama.cpp's names
@@ -23,8 +27,8 @@ def gguf_tensor(path):
         A function tensor(name, index=...) that returns a tensor by its Hugging Face name, or a part of it, in
         float32 or float16.
     """
-    reader = gguf.GGUFReader(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    readers = [gguf.GGUFReader(part) for part in parts(Path(path))]
+    reader, tensors = readers[0], {tensor.name: tensor for each in readers for tensor in each.tensors}
     heads = reader.get_field("llama.attention.head_count").contents()
     kv_heads = reader.get_field("llama.attention.head_count_kv")
     kv_heads = heads if kv_heads is None else kv_heads.contents()
@@ -43,6 +47,14 @@ def gguf_tensor(path):
         return whole[index]
 
     return tensor
+
+
+def parts(path):
+    """Return the paths of all parts of a model in order; `path` is the first or the only one."""
+    beginning = re.fullmatch(r"(.*-)00001(-of-\d{5}\.gguf)", path.name)
+    if beginning is None:
+        return [path]
+    return sorted(path.parent.glob(f"{glob.escape(beginning[1])}?????{beginning[2]}"))
 
 
 def gguf_name(name):

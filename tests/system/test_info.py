@@ -178,6 +178,22 @@ def test_environment_variables_without_secrets(monkeypatch):
     assert "OMP_NUM_THREADS=3" in info_text.text(info.facts())
 
 
+def test_hugging_face(tmp_path):
+    home = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "https://hub.example", "HF_TOKEN": "hf_do_not_tell"}
+    found = run("--json", HF_HUB_OFFLINE="1", **home)
+    assert found["hugging_face"] == {
+        "HF_ENDPOINT": "https://hub.example",
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_TOKEN": True,
+        "HF_HUB_OFFLINE": True,
+    }
+    assert found["environment"]["HF_TOKEN"] == "(set)"
+    assert "do_not_tell" not in json.dumps(found)
+    expected = f"https://hub.example, cache {tmp_path / 'hub'}, HF_TOKEN set, HF_HUB_OFFLINE is set"
+    assert f"Hugging Face  {expected}" in info_text.text(found)
+    assert "HF_TOKEN not set" in info_text.hugging_face(found["hugging_face"] | {"HF_TOKEN": False})
+
+
 def test_demo_model(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert info.demo_model()["bytes"] is None

@@ -1,172 +1,52 @@
-"""A reader of GGUF files: metadata, and slices of tensors, which are dequantized as they are read.
+"""The GGUF file or files of a model, whose tensors are dequantized slice by slice as they are read.
 
-The format (docs/gguf.md of ggml), all numbers little-endian:
-
-    magic "GGUF" | version u32 | number of tensors u64 | number of metadata entries u64
-    entries: key, type u32, value              a string is its length u64 and UTF-8 bytes,
-    tensors: name, dimensions u32, each u64,   an array its items' type u32, its length u64 and the items
-             type u32, offset u64
-    padding to a multiple of general.alignment, then the tensors' data
-
-Dimensions come innermost first. A quantized tensor's rows are divided into blocks of 32 or 256 numbers, each
-block a few bytes; the `gguf` library dequantizes the blocks. The library could read the header too, but it
-takes 2 s for the 100,000 strings of a small vocabulary, and every rank reads them; this module takes 0.1 s.
+A large model may be split into files, name-00001-of-00003.gguf and so on, each with its own header and its
+own tensors. The first one has the metadata of the model, and all of them `split.no` and `split.count`.
 """
 
-import mmap
-import struct
-from dataclasses import dataclass
-from math import prod
+import re
 from pathlib import Path
 
 import gguf
-import ml_dtypes
 import numpy as np
 
 from minitp.errors import InputError
+from minitp.loading.gguf.header import FLOATS, GgufHeader
 
-VERSIONS = (2, 3)
-ALIGNMENT = 32  # unless general.alignment says otherwise
-
-# Metadata types: code -> struct's format letter.
-NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-
-FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # not quantized
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """The type (F16, Q4_K, ..), shape (outermost first) and first byte of one tensor."""
-
-    type: gguf.GGMLQuantizationType
-    shape: tuple
-    start: int
-
-    @property
-    def block(self):
-        """The size of a block, as (numbers, bytes)."""
-        return gguf.GGML_QUANT_SIZES[self.type]
-
-    @property
-    def row_bytes(self):
-        numbers, nbytes = self.block
-        return self.shape[-1] // numbers * nbytes
-
-    @property
-    def nbytes(self):
-        return prod(self.shape[:-1]) * self.row_bytes
-
-    @property
-    def dtype(self):
-        """The dtype that reading yields (safetensors' name): the tensor's own, or F32 if it is quantized."""
-        return self.type.name if self.type.name in FLOATS else "F32"
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 class GgufFile:
-    """An open GGUF file, whose header has been checked and whose tensors are memory-mapped.
+    """An open model in GGUF format, whose headers have been checked.
 
     Parameters
     ----------
     path : str or Path
+        The file, or any part of a model that is split into several files.
 
     Attributes
     ----------
+    path : Path
+        The file, or the first part.
     metadata : dict of str to number, str or list
     tensors : dict of str to GgufTensor
 
     Raises
     ------
     InputError
-        if the file does not exist, is not a GGUF file, is truncated, is one part of a split model, or has a
-        tensor of a type that cannot be dequantized.
+        if a file or part does not exist, is not a GGUF file, is truncated, does not belong to the others, or
+        has a tensor of a type that cannot be dequantized.
     """
 
     def __init__(self, path):
-        self.path = Path(path)
-        try:
-            with open(self.path, "rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file") from None
-        except (OSError, ValueError) as error:  # ValueError: the file is empty
-            raise InputError(f"{path}: cannot be read: {error}") from error
-        try:
-            self._read_header()
-        except (struct.error, ValueError, IndexError, ZeroDivisionError, TypeError) as error:
-            raise InputError(f"{path}: truncated, or not a GGUF file: {error}") from error
-        self._check()
-
-    def _read_header(self):
-        if self._bytes[:4] != b"GGUF":
-            raise InputError(f"{self.path}: not a GGUF file; --model needs a directory or a .gguf file")
-        self._at = 4
-        version = self._number("I")
-        if version not in VERSIONS:
-            kind = "is big-endian" if version & 0xFFFF == 0 else f"has version {version}"
-            raise InputError(f"{self.path}: this GGUF file {kind}; expected little-endian, version 2 or 3")
-        tensors, entries = self._number("Q"), self._number("Q")
-        self.metadata = {}
-        for _ in range(entries):
-            key = self._string()
-            self.metadata[key] = self._value(self._number("I"))
-        raw = {}  # name -> type, shape, offset in the data
-        for _ in range(tensors):
-            name, dimensions = self._string(), self._number("I")
-            if not 1 <= dimensions <= 4:
-                raise ValueError(f"tensor {name} has {dimensions} dimensions")
-            shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
-            raw[name] = (self._type(name, self._number("I")), shape, self._number("Q"))
-        alignment = self.metadata.get("general.alignment", ALIGNMENT)
-        data = -(-self._at // alignment) * alignment
-        self.tensors = {name: GgufTensor(t, shape, data + at) for name, (t, shape, at) in raw.items()}
-
-    def _number(self, letter):
-        layout = struct.Struct("<" + letter)
-        (value,) = layout.unpack_from(self._bytes, self._at)
-        self._at += layout.size
-        return value
-
-    def _string(self):
-        length = self._number("Q")
-        text = self._bytes[self._at : self._at + length]
-        if len(text) < length:
-            raise IndexError(f"a string of {length} bytes begins at byte {self._at}")
-        self._at += length
-        return text.decode("utf-8")
-
-    def _value(self, kind):
-        if kind == STRING:
-            return self._string()
-        if kind != ARRAY:
-            return self._number(self._letter(kind))
-        of, length = self._number("I"), self._number("Q")
-        if of in (STRING, ARRAY):
-            return [self._value(of) for _ in range(length)]
-        layout = struct.Struct(f"<{length}{self._letter(of)}")
-        values = layout.unpack_from(self._bytes, self._at)
-        self._at += layout.size
-        return list(values)
-
-    def _letter(self, kind):
-        if kind not in NUMBERS:
-            raise InputError(f"{self.path}: damaged: a metadata value has the unknown type {kind}")
-        return NUMBERS[kind]
-
-    def _type(self, name, code):
-        try:
-            return gguf.GGMLQuantizationType(code)
-        except ValueError:
+        headers = open_parts(path)
+        self.path, self.metadata = headers[0].path, headers[0].metadata
+        self.tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+        expected = self.metadata.get("split.tensors.count", len(self.tensors))
+        if len(self.tensors) != expected:
             raise InputError(
-                f"{self.path}: tensor {name} is of type {code}, which this version of the gguf package "
-                "does not know; pip install --upgrade gguf"
-            ) from None
-
-    def _check(self):
-        parts = self.metadata.get("split.count", 1)
-        if parts > 1:
-            raise InputError(
-                f"{self.path}: one of {parts} parts of a model; join them with llama-gguf-split --merge"
+                f"{self.path}: the model's parts have {len(self.tensors)} tensors, expected {expected}; "
+                "download them again, all from the same place"
             )
         for kind in {tensor.type for tensor in self.tensors.values()}:
             try:
@@ -176,17 +56,6 @@ class GgufFile:
                     f"{self.path}: has tensors of type {kind.name}, which the gguf package cannot "
                     "dequantize; use a file in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"
                 ) from None
-        for name, tensor in self.tensors.items():
-            if tensor.shape[-1] % tensor.block[0]:
-                raise InputError(
-                    f"{self.path}: tensor {name} has rows of {tensor.shape[-1]} numbers, expected a multiple "
-                    f"of {tensor.block[0]}, the block size of {tensor.type.name}"
-                )
-            if tensor.start + tensor.nbytes > len(self._bytes):
-                raise InputError(
-                    f"{self.path}: truncated: tensor {name} ends at byte {tensor.start + tensor.nbytes}, "
-                    f"but the file ends at byte {len(self._bytes)}; download it again"
-                )
 
     def read(self, name, rows, columns):
         """Read part of a matrix, dequantized; a vector counts as a matrix of one row.
@@ -206,7 +75,7 @@ class GgufFile:
             In float32 for a quantized tensor, else in the tensor's dtype.
         """
         tensor, (numbers, nbytes) = self.tensors[name], self.tensors[name].block
-        packed = np.frombuffer(self._bytes, np.uint8, tensor.nbytes, tensor.start)  # [all bytes]
+        packed = np.frombuffer(tensor.file.bytes, np.uint8, tensor.nbytes, tensor.start)  # [all bytes]
         first, last = columns.start // numbers, -(-columns.stop // numbers)  # blocks
         packed = packed.reshape(-1, tensor.row_bytes)[:, first * nbytes : last * nbytes]
         packed = packed[rows]  # [rows, bytes]
@@ -217,3 +86,34 @@ class GgufFile:
         values = gguf.quants.dequantize(packed, tensor.type)  # float32 [rows, columns of the blocks]
         start = columns.start - first * numbers
         return values[:, start : start + columns.stop - columns.start]  # [rows, columns]
+
+
+def open_parts(path):
+    """Return the GgufHeader of each part of the model that `path` belongs to, in order; usually only one."""
+    path = Path(path)
+    given = GgufHeader(path)
+    count = given.metadata.get("split.count", 1)
+    if count <= 1:
+        return [given]
+    named = PART.fullmatch(path.name)
+    if named is None or int(named[3]) != count:
+        raise InputError(
+            f"{path}: one of {count} parts of a model; name the parts as llama-gguf-split does "
+            f"(name-00001-of-{count:05d}.gguf, ..), so that the others can be found"
+        )
+    headers = []
+    for number in range(count):
+        part = path.with_name(f"{named[1]}-{number + 1:05d}-of-{count:05d}.gguf")
+        if not part.exists():
+            raise InputError(
+                f"{path}: the model has {count} parts, and {part.name} is missing; download or copy it, too"
+            )
+        header = GgufHeader(part)
+        found = header.metadata.get("split.no"), header.metadata.get("split.count")
+        if found != (number, count):
+            raise InputError(
+                f"{part}: expected part {number + 1} of {count}, but its split.no is {found[0]} and its "
+                f"split.count {found[1]}; download it again"
+            )
+        headers.append(header)
+    return headers

@@ -1,4 +1,4 @@
-"""A GGUF file of the llama architecture, read like a Hugging Face directory: config, tensors, tokenizer.
+"""A GGUF model of the llama architecture, read like a Hugging Face directory: config, tensors, tokenizer.
 
 Nothing is converted on disk: a rank reads the blocks of its own rows and columns. GGUF differs from Hugging
 Face's files in three ways:
@@ -13,13 +13,13 @@ import json
 import re
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from minitp.errors import InputError
 from minitp.loading.checkpoint import Checkpoint, TensorInfo
 from minitp.loading.gguf.config import ROPE_FACTORS, make_fields
 from minitp.loading.gguf.file import GgufFile
 from minitp.loading.gguf.tokenizer import make_tokenizer
+from minitp.loading.safetensors_writer import TensorWriter
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -77,11 +77,11 @@ class GgufModel:
 
     def write_directory(self, directory):
         """Write the model as a Hugging Face directory in float16; `directory` must exist."""
-        tensors = {}
-        for name, info in self.tensors.tensors.items():
-            whole = self.tensors.read(name, tuple(slice(0, n) for n in info.shape))
-            tensors[name] = np.ascontiguousarray(whole, dtype=np.float16)
-        save_file(tensors, directory / "model.safetensors")
+        infos = self.tensors.tensors
+        with TensorWriter(directory / "model.safetensors", infos, {"format": "pt"}) as file:
+            for name, info in infos.items():
+                whole = self.tensors.read(name, tuple(slice(0, n) for n in info.shape))
+                file.write(name, whole.astype(np.float16, copy=False))
         write_json(directory / "config.json", self.fields | {"dtype": "float16"})
         write_json(directory / "tokenizer_config.json", self.tokenizer_fields())
         tokenizer = self.tokenizer()
@@ -104,8 +104,8 @@ class GgufCheckpoint(Checkpoint):
         names = {name: hugging_face_name(name, file.path) for name in file.tensors if name != ROPE_FACTORS}
         self._names = {name: gguf_name for gguf_name, name in names.items()}
         self.tensors = {
-            name: TensorInfo(file.path, file.tensors[gguf_name].dtype, file.tensors[gguf_name].shape)
-            for gguf_name, name in names.items()
+            name: TensorInfo(tensor.file.path, tensor.dtype, tensor.shape)
+            for name, tensor in ((name, file.tensors[gguf_name]) for gguf_name, name in names.items())
         }
         self._head_dim = fields["head_dim"]
 

@@ -3,23 +3,10 @@
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from minitp.errors import InputError, one_line
+from minitp.loading.gguf.splits import SPLITS, Splits
 
 # tokenizer.ggml.token_type
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-
-# The patterns by which byte-level BPE splits a text before merging, by tokenizer.ggml.pre. They are those of
-# the models' tokenizer.json; None stands for GPT-2's pattern, which is built into the library.
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PATTERNS = {
-    "gpt-2": None,
-    "smollm": None,  # each digit is split off first
-    "llama-bpe": LLAMA_3,
-    "qwen2": LLAMA_3.replace("{1,3}", ""),
-}
-WHOLE_WORDS_FIRST = ("llama-bpe",)  # a word in the vocabulary is one token, even if no merges produce it
 
 
 def make_tokenizer(metadata, where):
@@ -35,32 +22,29 @@ def make_tokenizer(metadata, where):
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind in (None, "none", "no_vocab"):
         return None
-    if kind != "llama" and (kind != "gpt2" or pre not in PATTERNS):
+    if kind != "llama" and (kind != "gpt2" or pre not in SPLITS):
         raise InputError(
             f"{where}: tokenizer {kind!r} with tokenizer.ggml.pre {pre!r} is not supported; supported: "
-            f"'llama', and 'gpt2' with one of {', '.join(PATTERNS)}"
+            f"'llama', and 'gpt2' with one of {', '.join(SPLITS)}"
         )
+    splits = Splits(bos=True) if kind == "llama" else SPLITS[pre]  # SentencePiece does not split
     try:
-        tokenizer = sentencepiece_bpe(metadata) if kind == "llama" else byte_level_bpe(metadata, pre)
+        tokenizer = sentencepiece_bpe(metadata) if kind == "llama" else byte_level_bpe(metadata, splits)
         add_special_tokens(tokenizer, metadata)
-        add_bos_and_eos(tokenizer, metadata, bos=kind == "llama" or pre == "llama-bpe")
+        add_bos_and_eos(tokenizer, metadata, splits.bos)
     except Exception as error:  # an entry is missing or invalid; the library raises plain Exception
         raise InputError(f"{where}: cannot build a tokenizer from its metadata: {one_line(error)}") from error
     return tokenizer
 
 
-def byte_level_bpe(metadata, pre):
+def byte_level_bpe(metadata, splits):
     """Build GPT-2's tokenizer, which merges bytes in a listed order (Radford et al., 2019, section 2.2)."""
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    whole = pre in WHOLE_WORDS_FIRST
-    tokenizer = Tokenizer(models.BPE(vocabulary(metadata), merges, ignore_merges=whole))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=PATTERNS[pre] is None)
-    stages = [byte_level]
-    if pre == "smollm":
-        stages.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    if PATTERNS[pre] is not None:
-        stages.insert(0, pre_tokenizers.Split(Regex(PATTERNS[pre]), behavior="isolated"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(stages)
+    model = models.BPE(vocabulary(metadata), merges, ignore_merges=splits.whole_words_first)
+    tokenizer = Tokenizer(model)
+    stages = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splits.patterns]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splits.gpt_2)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*stages, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

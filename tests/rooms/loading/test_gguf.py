@@ -292,7 +292,7 @@ def edits():
     down = "blk.1.ffn_down.weight"
     return {
         "experts": (lambda w, _: w.add_expert_count(8), "a mixture of experts"),
-        "part": (lambda w, _: w.add_uint16("split.count", 3), "one of 3 parts of a model"),
+        "part": (lambda w, _: w.add_uint16("split.count", 3), "one of 3 parts of a model; name the parts"),
         "yarn": (
             lambda w, _: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
             "llama.rope.scaling.type 'yarn' is not supported",

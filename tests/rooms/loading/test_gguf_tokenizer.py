@@ -1,13 +1,16 @@
 """Tests of tokenizers built from a GGUF file's metadata."""
 
 import itertools
+import json
 import random
 
 import pytest
 from gguf_files import CONTROL, NORMAL, write_gguf
+from paths import SUPPORT
 from tiny import byte_tokens
 
-from minitp.loading.gguf.tokenizer import PATTERNS, make_tokenizer
+from minitp.loading.gguf.splits import SPLITS
+from minitp.loading.gguf.tokenizer import make_tokenizer
 from minitp.loading.source import open_model
 from minitp.text.tokenizer import TextStream, Tokenizer
 
@@ -45,7 +48,7 @@ def pieces(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).tokens
 
 
-@pytest.mark.parametrize("pre", PATTERNS)
+@pytest.mark.parametrize("pre", SPLITS)
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
 def test_byte_level_round_trip(pre, text):
     tokenizer = Tokenizer(byte_level(pre, ["Ġ t", "o n", "1 2"]))
@@ -59,6 +62,9 @@ def test_byte_level_round_trip(pre, text):
         ("smollm", ["1", "2", "3", "4", "5", "Ġ", "1", "2"]),
         ("llama-bpe", ["12", "3", "4", "5", "Ġ", "12"]),
         ("qwen2", ["1", "2", "3", "4", "5", "Ġ", "1", "2"]),
+        ("tekken", ["1", "2", "3", "4", "5", "Ġ", "1", "2"]),
+        ("deepseek-llm", ["1", "2", "3", "4", "5", "Ġ", "1", "2"]),
+        ("smaug-bpe", ["12", "3", "4", "5", "Ġ", "12"]),
     ],
 )
 def test_digits_are_split_as_in_training(pre, expected):
@@ -71,7 +77,9 @@ def test_merges_apply_in_order():
 
 
 def test_whole_words_of_llama_3_need_no_merges():
-    assert pieces(byte_level("llama-bpe", words=["ton"]), "ton") == ["ton"]
+    for pre in ("llama-bpe", "tekken"):
+        assert pieces(byte_level(pre, words=["ton"]), "ton") == ["ton"]
+    assert pieces(byte_level("smaug-bpe", words=["ton"]), "ton") == ["t", "o", "n"]
     assert pieces(byte_level("gpt-2", words=["ton"]), "ton") == ["t", "o", "n"]
 
 
@@ -80,6 +88,8 @@ def test_whole_words_of_llama_3_need_no_merges():
     [
         ("gpt-2", {}, ["a"]),
         ("llama-bpe", {}, ["<s>", "a"]),
+        ("tekken", {}, ["<s>", "a"]),
+        ("deepseek-llm", {}, ["a"]),
         ("gpt-2", {"add_bos_token": True}, ["<s>", "a"]),
         ("llama-bpe", {"add_bos_token": False}, ["a"]),
         ("gpt-2", {"add_eos_token": True, "add_bos_token": True}, ["<s>", "a", "</s>"]),
@@ -93,6 +103,27 @@ def test_special_tokens_are_encoded_but_not_decoded():
     tokenizer = byte_level("gpt-2")
     assert pieces(tokenizer, "<s>a</s>") == ["<s>", "a", "</s>"]
     assert tokenizer.decode(tokenizer.encode("<s>a</s>").ids) == "a"
+
+
+VECTORS = json.loads((SUPPORT / "gguf_tokenizers.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "tekken", "deepseek-llm"])
+def test_tokens_are_those_of_the_real_tokenizers(pre):
+    """Compare with published tokenizers on llama.cpp's texts; make_gguf_tokenizers.py has the sources."""
+    vectors = VECTORS["llama-bpe" if pre == "llama3" else pre]
+    tokens = sorted(vectors["tokens"], key=vectors["tokens"].get)
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": vectors["merges"],
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    tokenizer = make_tokenizer(metadata, "a file")
+    for text, expected in zip(VECTORS["texts"], vectors["ids"], strict=True):
+        assert [vectors["tokens"][token] for token in pieces(tokenizer, text)] == expected, text
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
 # --- SentencePiece --------------------------------------------------------------------------------------
