@@ -47,7 +47,7 @@ Under your own `mpirun` or `srun`, the exit code is theirs, which may be a diffe
 | `MINITP_API_KEY` | `serve`: the key that clients must send, if `--api-key` is not given |
 | `NO_COLOR` | if set and not empty, no colors on terminals |
 | `XDG_CACHE_HOME` | the folder for the demo model and the history of `chat` (default: `~/.cache`) |
-| `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN` | Hugging Face's download folder, offline mode and access token |
+| `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_ENDPOINT` | Hugging Face's folders, offline mode, access token and address ([models](models.md#the-hugging-face-hub)) |
 | `CUDA_VISIBLE_DEVICES` | the GPUs that ranks may use |
 | `OMP_NUM_THREADS` | BLAS threads of each rank (default: the cores of the host divided by its ranks) |
 | `SLURM_CPUS_PER_TASK` | the same, set by Slurm |
