@@ -8,6 +8,7 @@ from pathlib import Path
 from minitp.cli.command import OnRanks
 from minitp.cli.options import add_json, add_run
 from minitp.errors import InputError
+from minitp.util.files import why_unreadable
 from minitp.util.format import counted
 from minitp.util.stdout import write_out
 
@@ -50,7 +51,7 @@ class PerplexityCommand(OnRanks):
         try:
             text = Path(args.file).read_text(encoding="utf-8")
         except OSError as error:
-            raise InputError(f"{args.file}: cannot be read: {error.strerror}") from error
+            raise InputError(f"{args.file}: {why_unreadable(args.file, error)}") from error
         except UnicodeDecodeError as error:
             raise InputError(f"{args.file}: not UTF-8 text: {error}") from error
         ids = tokenizer.encode(text)

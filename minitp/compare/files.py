@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from minitp.errors import InputError
+from minitp.util.files import why_unreadable
 
 ZIPS = (b"PK\x03\x04", b"PK\x05\x06")  # first bytes of a zip archive; the second is for an empty one
 SAFETENSORS_DTYPES = {
@@ -123,7 +124,7 @@ def open_dump(path):
             start = file.read(4)
         dump = (NpzFile if start in ZIPS else SafetensorsFile)(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise InputError(f"{path}: {why_unreadable(path, error)}") from error
     except (*BROKEN, SafetensorError) as error:
         raise InputError(f"{path}: not a valid .safetensors or .npz file: {error}") from error
     if not dump.entries:

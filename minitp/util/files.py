@@ -35,7 +35,7 @@ def why_unreadable(path, error):
         return "no such file"
     if isinstance(error, IsADirectoryError):
         return "a directory, expected a file"
-    return f"cannot be read: {error.strerror}"
+    return f"cannot be read: {error.strerror or error}"
 
 
 def broken_link(path):

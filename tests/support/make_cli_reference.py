@@ -47,7 +47,8 @@ Under your own `mpirun` or `srun`, the exit code is theirs, which may be a diffe
 | `MINITP_API_KEY` | `serve`: the key that clients must send, if `--api-key` is not given |
 | `NO_COLOR` | if set and not empty, no colors on terminals |
 | `XDG_CACHE_HOME` | the folder for the demo model and the history of `chat` (default: `~/.cache`) |
-| `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_ENDPOINT` | Hugging Face's folders, offline mode, access token and address ([models](models.md#the-hugging-face-hub)) |
+| `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE` | Hugging Face's folder, its cache, and offline mode |
+| `HF_TOKEN`, `HF_ENDPOINT` | the access token and address of the [hub](models.md#the-hugging-face-hub) |
 | `CUDA_VISIBLE_DEVICES` | the GPUs that ranks may use |
 | `OMP_NUM_THREADS` | BLAS threads of each rank (default: the cores of the host divided by its ranks) |
 | `SLURM_CPUS_PER_TASK` | the same, set by Slurm |

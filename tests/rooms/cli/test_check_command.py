@@ -188,7 +188,9 @@ def test_a_file_that_cannot_be_written(refused, tiny, tmp_path, option, name):
 def test_a_directory_in_the_files_place(refused, tiny, tmp_path):
     path = tmp_path / "there.safetensors"
     path.mkdir()
-    assert f"{path}: cannot be written; " in refused("trace", "a", "--model", tiny, "-o", path)
+    assert f"{path}: cannot be written (it is a directory); " in refused(
+        "trace", "a", "--model", tiny, "-o", path
+    )
 
 
 def test_steps_that_match_nothing(refused, tiny, tmp_path):

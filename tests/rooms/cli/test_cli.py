@@ -359,7 +359,7 @@ SPOILT = {
     spoil_config: ("config.json", "not valid JSON"),
     spoil_config_bytes: ("config.json", "not valid JSON"),
     spoil_config_type: ("config.json", "expected a JSON object"),
-    remove_config: ("config.json", "no such file"),
+    remove_config: ("model", "has weights but no config.json"),
     spoil_weights: ("model.safetensors", "not a safetensors file"),
     empty_weights: ("model.safetensors", "not a safetensors file"),
     truncate_weights: ("model.safetensors", "truncated"),
@@ -410,7 +410,7 @@ def test_bad_perplexity_input(refused, tiny, tmp_path, how):
             path.write_bytes(content)
         return refused("perplexity", path, "--model", tiny, *how, *argv)
 
-    assert "text: cannot be read: No such file" in line(None)
+    assert "text: no such file" in line(None)
     assert "text: not UTF-8 text" in line(b"caf\xe9 au lait")
     assert "text: 0 tokens; perplexity needs at least 2" in line(b"")
     assert "text: 1 token; perplexity needs at least 2" in line(b"a")
@@ -418,7 +418,7 @@ def test_bad_perplexity_input(refused, tiny, tmp_path, how):
     assert "--max-context 513" in line(b"some text", "--max-context", "513")
     assert "--layers 9" in line(b"some text", "--layers", "9")
     line(b"some text", "--max-context", "1")
-    assert "cannot be read" in refused("perplexity", tmp_path, "--model", tiny, *how)
+    assert "a directory, expected a file" in refused("perplexity", tmp_path, "--model", tiny, *how)
     assert "no tokenizer.json" in refused("perplexity", tmp_path / "text", "--model", NO_TOKENIZER, *how)
 
 

@@ -250,7 +250,7 @@ def test_directories_that_cannot_be_written(refused, tiny, tmp_path, monkeypatch
     assert f"-o {file}: cannot create this directory: File exists" in refused("--model", tiny, "-o", file)
     assert "cannot create this directory" in refused("--model", tiny, "-o", file / "deeper")
     assert "-o /proc/shards: cannot create this directory" in refused("--model", tiny, "-o", "/proc/shards")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: False)  # root may write everywhere
     assert "no permission to write there" in refused("--model", tiny, "-o", tmp_path)
 
 

@@ -422,8 +422,8 @@ def test_files_without_arrays(tmp_path, refused):
         assert str(path) in first
         return first
 
-    assert "cannot be read: No such file" in line(tmp_path / "missing.npz")
-    assert "cannot be read: Is a directory" in line(tmp_path)
+    assert "missing.npz: no such file" in line(tmp_path / "missing.npz")
+    assert "a directory, expected a file" in line(tmp_path)
     invalid = "not a valid .safetensors or .npz file"
     assert invalid in line(tmp_path / "text.safetensors", b"It was a dark and stormy night.")
     assert invalid in line(tmp_path / "empty", b"")

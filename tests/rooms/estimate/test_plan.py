@@ -372,6 +372,6 @@ def test_choices_are_listed(refused):
 
 
 def test_directory_without_a_config(refused, tmp_path):
-    assert "config.json: no such file" in refused("--gpu", "h100", "--model", tmp_path)
+    assert f"--model {tmp_path}: the directory is empty" in refused("--gpu", "h100", "--model", tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     assert "model_type 'mamba'" in refused("--gpu", "h100", "--model", tmp_path)

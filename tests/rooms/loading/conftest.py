@@ -20,6 +20,8 @@ def serving(tmp_path, monkeypatch):
         hub = Hub(files, **more)
         hubs.append(hub)
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)  # for processes that the test starts
+        monkeypatch.setenv("HF_HUB_CACHE", constants.HF_HUB_CACHE)
         template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         return hub

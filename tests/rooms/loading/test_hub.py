@@ -72,7 +72,13 @@ def test_no_progress_bar_without_a_terminal(hub, tmp_path):
 
 
 @pytest.mark.mpi
-def test_ranks_share_one_download(repository, hub, tmp_path):
-    done = run_minitp(tmp_path, hub.address, "--model", OWNER_NAME, "--tp", "2")
+def test_ranks_share_one_download(repository, tmp_path):
+    """Check that all ranks use one download, of the revision that the command line names."""
+    hub = Hub({}, {"v2": ("f" * 40, repository[1])})
+    try:
+        by_id = ["--model", OWNER_NAME, "--revision", "v2"]
+        done = run_minitp(tmp_path, hub.address, *by_id, "--tp", "2")
+    finally:
+        hub.close()
     assert tokens_of(done) == tokens_of(run_minitp(tmp_path, "", "--model", repository[0], "--tp", "2"))
     assert hub.fetched() == sorted(WANTED)

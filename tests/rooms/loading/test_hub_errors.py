@@ -10,6 +10,7 @@ from hub import OWNER_NAME
 from huggingface_hub import constants
 from tiny import write_tiny
 
+from minitp import LLM
 from minitp.errors import InputError
 from minitp.loading import locate
 from minitp.loading.source import open_config, open_model
@@ -113,6 +114,13 @@ def test_revision(serving, files, tmp_path, monkeypatch):
         assert open_model(OWNER_NAME, 1, revision="v2").config.rms_norm_eps == 1e-3
         assert open_config(OWNER_NAME, revision=OTHER_COMMIT).rms_norm_eps == 1e-3
         offline(monkeypatch)
+
+
+@pytest.mark.mpi
+def test_revision_reaches_the_ranks(serving, files):
+    serving({}, revisions={"v2": (OTHER_COMMIT, files)})
+    with LLM(OWNER_NAME, tp=1, revision="v2") as llm:
+        assert len(llm.generate("hi", max_new_tokens=2, ignore_eos=True).token_ids) == 2
 
 
 def test_no_such_revision(serving, files, refusal):

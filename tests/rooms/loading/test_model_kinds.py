@@ -197,6 +197,18 @@ def test_link_into_a_directory_of_another_user(tmp_path, refused, as_other_user)
     assert f"permission denied: {blobs} belongs to root" in refused("generate", "hi", "--model", directory)
 
 
+@pytest.mark.parametrize("command", ["perplexity", "compare"])
+def test_inputs_of_another_user(tmp_path, tiny, refused, as_other_user, command):
+    path = tmp_path / "input"
+    path.touch(mode=0o600)
+    model = ["--model", write_tiny(tmp_path / "model"), "--tp", "1"] if command == "perplexity" else [path]
+    if command == "perplexity":
+        (tmp_path / "model" / "model.safetensors").chmod(0o644)
+    as_other_user()
+    line = refused(command, path, *model)
+    assert f"{path}: permission denied: it belongs to root and has mode 0600" in line
+
+
 def test_owner_without_an_account(tmp_path, as_other_user):
     path = tmp_path / "file"
     path.touch(mode=0o600)
