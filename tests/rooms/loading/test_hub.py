@@ -14,8 +14,9 @@ def repository(tmp_path_factory):
     directory = write_tiny(tmp_path_factory.mktemp("repository") / "model")
     (directory / "generation_config.json").write_text('{"eos_token_id": [257]}')
     (directory / "chat_templates").mkdir()
-    for name in ("tokenizer_config", "special_tokens_map", "added_tokens", "chat_template"):
-        (directory / f"{name}.json").write_text(f'{{"file": "{name}"}}')
+    names = "tokenizer_config", "special_tokens_map", "added_tokens", "chat_template"
+    for number, name in enumerate(names):  # equal files would be downloaded once
+        (directory / f"{name}.json").write_text("{}" + number * "\n")
     for name in ("chat_template", "chat_templates/tools"):
         (directory / f"{name}.jinja").write_text(f"{name} {{{{ messages[0].content }}}}")
     tensors = load_file(directory / "model.safetensors")
