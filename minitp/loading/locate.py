@@ -37,7 +37,13 @@ def locate(name, revision=None, files=HUB_FILES):
     if hub_id is not None and hub_id[2] is not None:
         return download_gguf(hub_id[1], hub_id[2], revision)
     if hub_id is not None and not name.endswith(".gguf"):
-        return _readable(download(name, revision, files))
+        try:
+            return _readable(download(name, revision, files))
+        except InputError as error:
+            likely = _sibling(name)  # owner/name may be a mistyped directory, too
+            if likely is None:
+                raise
+            raise InputError(f"{error}; or did you mean {likely}?") from error
     refuse_revision(name, revision)
     if mode is None and name == DEMO:
         from minitp.loading.demo import demo_directory
@@ -85,15 +91,22 @@ def _nothing(name):
     full = os.path.expanduser(name)
     if full != name and os.path.exists(full):
         return f"--model {name}: the shell did not expand ~; give {full}"
-    parent = os.path.dirname(name.rstrip("/")) or "."
-    siblings = os.listdir(parent) if os.path.isdir(parent) else []
-    likely = did_you_mean(os.path.basename(name.rstrip("/")), siblings, {}) if name.strip("./") else None
-    if likely:
-        return f"--model {name}: no such directory; did you mean {os.path.join(parent, likely)}?"
+    likely = _sibling(name)
+    if likely is not None:
+        return f"--model {name}: no such directory; did you mean {likely}?"
     return (
         f"--model {name}: no such directory; give a directory, a .gguf file, a Hugging Face id (owner/name), "
         f"{DEMO}, or {RANDOM}NAME"
     )
+
+
+def _sibling(name):
+    """Return the path of an existing file or directory that is spelled almost like `name`, or None."""
+    parent, last = os.path.split(name.rstrip("/"))
+    if not last.strip(".") or not os.path.isdir(parent or ".") or not os.access(parent or ".", os.R_OK):
+        return None
+    likely = did_you_mean(last, os.listdir(parent or "."), {})
+    return None if likely is None else os.path.join(parent, likely)
 
 
 def _readable(directory):

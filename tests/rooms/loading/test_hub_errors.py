@@ -257,10 +257,14 @@ def test_address_of_a_repository(refusal, address):
     assert "give the id alone, owner/name" in refusal(model=address)
 
 
-def test_mistyped_directory(tmp_path, refusal, monkeypatch, tiny):
+def test_mistyped_directory(serving, tmp_path, refusal, monkeypatch, tiny):
+    serving({})
     shutil.copytree(tiny, tmp_path / "models" / "tiny-llama")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert "did you mean ./models/tiny-llama?" in refusal(model="./models/tiny-lama")
+    assert "no such directory; did you mean ./models/tiny-llama?" in refusal(model="./models/tiny-lama")
+    line = refusal(model="models/tiny-lama")  # may be an id
+    assert "no such repository at" in line
+    assert line.endswith("; or did you mean models/tiny-llama?")
     assert f"the shell did not expand ~; give {tmp_path}/models" in refusal(model="~/models")
     assert open_config("models/tiny-llama").vocab_size == 258
