@@ -4,6 +4,7 @@ A large model may be split into files, name-00001-of-00003.gguf and so on, each 
 own tensors. The first one has the metadata of the model, and all of them `split.no` and `split.count`.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def open_parts(path):
     headers = []
     for number in range(count):
         part = path.with_name(f"{named[1]}-{number + 1:05d}-of-{count:05d}.gguf")
-        if not part.exists():
+        if not os.path.lexists(part):  # a link that leads nowhere has its own error
             raise InputError(
                 f"{path}: the model has {count} parts, and {part.name} is missing; download or copy it, too"
             )

@@ -67,6 +67,10 @@ def test_missing_part(whole, tmp_path, refused):
     for path in (first, tmp_path / "model-00003-of-00003.gguf"):
         line = refused("generate", "hi", "--model", path)
         assert f"{path}: the model has 3 parts, and model-00002-of-00003.gguf is missing; download or" in line
+    (tmp_path / "model-00002-of-00003.gguf").symlink_to("nowhere")
+    assert "model-00002-of-00003.gguf: a link to nowhere, which is missing" in refused(
+        "plan", "--model", first
+    )
 
 
 def test_part_of_another_model(whole, tmp_path, refused):
