@@ -7,9 +7,10 @@ import re
 from dataclasses import dataclass
 
 from minitp.errors import InputError, shown
-from minitp.loading.config import Config, parse_config, read_json
+from minitp.loading.config import Config, parse_config
 from minitp.trace.names import AFTER, BEFORE, INTEGERS, LAYER, split_name
 from minitp.trace.write import FORMAT
+from minitp.util.files import read_json
 
 FIRST_PASS = "prefill/"  # the pass of names that have no pass
 MAY_DIFFER = {"dtype", "eos_token_ids", "max_position_embeddings", "num_hidden_layers", "unread"}

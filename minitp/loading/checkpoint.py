@@ -10,11 +10,9 @@ import ml_dtypes  # noqa: F401  registers bfloat16, which the safetensors librar
 from safetensors import SafetensorError, safe_open
 
 from minitp.errors import InputError
-from minitp.loading.config import read_json
-from minitp.loading.hub import how_to_replace
 from minitp.loading.kinds import explain_directory
 from minitp.loading.quantized import hint_for, refuse_quantized_tensor
-from minitp.util.files import require_readable
+from minitp.util.files import how_to_replace, read_json, require_readable
 
 DTYPES = ("F32", "F16", "BF16")
 

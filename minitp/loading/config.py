@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +10,8 @@ from pathlib import Path
 from minitp.errors import InputError, shown
 from minitp.loading.config_reader import Reader
 from minitp.loading.families import FAMILIES
-from minitp.loading.hub import how_to_replace
 from minitp.loading.rope_config import Rope
-from minitp.util.files import why_unreadable
+from minitp.util.files import read_json
 
 
 def option(plain, words):
@@ -104,19 +102,6 @@ def read_config(directory):
         lists = (eos if isinstance(eos, list) else [eos] for eos in both if eos is not None)
         fields = {**fields, "eos_token_id": list(dict.fromkeys(itertools.chain(*lists)))}
     return parse_config(fields, str(path))
-
-
-def read_json(path):
-    """Return the object in a JSON file, or raise an InputError that says what is wrong with the file."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply for Python
-        raise InputError(f"{path}: not valid JSON: {error}; {how_to_replace(path)}") from error
-    except OSError as error:
-        raise InputError(f"{path}: {why_unreadable(path, error)}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def parse_config(fields, where):

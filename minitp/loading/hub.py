@@ -35,13 +35,10 @@ HUB_FILES = [
     "added_tokens.json",
     "chat_template.json",
     "chat_template.jinja",
-    "chat_templates/*.jinja",
+    "additional_chat_templates/*.jinja",
     *WEIGHTS,
     "model-*-of-*.safetensors",
 ]
-
-
-LFS_POINTER = b"version https://git-lfs"  # the first bytes of a file that stands for a large one in git
 
 
 def download(hub_id, revision, files=HUB_FILES):
@@ -88,16 +85,6 @@ def cache_directory():
     from huggingface_hub import constants
 
     return constants.HF_HUB_CACHE
-
-
-def how_to_replace(path):
-    """Return how to get a damaged file again; deleting a file of the cache leaves its contents there."""
-    with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            return "it is a Git LFS pointer without the contents: run git lfs pull in its directory"
-    if any(part.startswith("models--") for part in Path(path).parts):
-        return "delete its models--* folder and run the command again"
-    return "download or copy it again"
 
 
 def _snapshot(hub_id, revision, patterns):

@@ -6,9 +6,9 @@ import stat
 from pathlib import Path
 
 from minitp.errors import InputError
-from minitp.loading.hub import HUB_FILES, HUB_ID, LFS_POINTER, download, download_gguf, how_to_replace
+from minitp.loading.hub import HUB_FILES, HUB_ID, download, download_gguf
 from minitp.loading.kinds import CONFIG, explain_directory, explain_file
-from minitp.util.files import broken_link, require_readable, why_unreadable
+from minitp.util.files import LFS_POINTER, broken_link, how_to_replace, require_readable, why_unreadable
 from minitp.util.suggest import did_you_mean
 
 DEMO = "smollm2"

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from minitp.errors import InputError
 from minitp.loading.checkpoint import Checkpoint
-from minitp.loading.config import Config, parse_config, read_config, read_json
+from minitp.loading.config import Config, parse_config, read_config
 from minitp.loading.kinds import CONFIG
 from minitp.loading.locate import DEMO, RANDOM, locate, refuse_revision
 from minitp.loading.random_weights import RandomWeights, random_config
 from minitp.shard import make_plan
 from minitp.text.chat_template import load_chat_template, make_chat_template
 from minitp.text.tokenizer import Tokenizer, load_tokenizer
+from minitp.util.files import read_json
 
 DEMO_SHAPES = "smollm2-135m"  # random model with the demo's shapes
 SAMPLE_BYTES = 4096

@@ -1,9 +1,11 @@
 """A model's chat template, written in Jinja, which turns messages into a prompt."""
 
+import os
 from pathlib import Path
 
 from minitp.errors import InputError, one_line
 from minitp.text.tokenizer_config import read_object, read_tokenizer_config, special_tokens
+from minitp.util.files import why_unreadable
 
 EXPECTED = "messages must be a list of objects with the strings role (system, user, assistant) and content"
 # The variables of a template that its caller sets, in addition to special tokens and keyword arguments.
@@ -37,13 +39,15 @@ def template_files(directory):
     files = {"default": directory / "chat_template.jinja"} | {
         path.stem: path for path in sorted(named.glob("*.jinja"))
     }
-    return {name: read_text(path) for name, path in files.items() if path.exists()}
+    return {name: read_text(path) for name, path in files.items() if os.path.lexists(path)}
 
 
 def read_text(path):
-    """Return a file's text, or raise an InputError if it is not UTF-8."""
+    """Return a file's text, or raise an InputError if it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {why_unreadable(path, error)}") from error
     except ValueError as error:
         raise InputError(f"{path}: not UTF-8: {one_line(error)}") from error
 

@@ -4,10 +4,11 @@ They are in tokenizer_config.json and, for tokenizers saved by old versions, in 
 added_tokens.json. add_bos_token and add_eos_token have no effect: tokenizer.json says what is added.
 """
 
-import json
+import os
 from pathlib import Path
 
-from minitp.errors import InputError, one_line
+from minitp.errors import InputError
+from minitp.util.files import read_json
 
 # Special tokens that a tokenizer class has by default, by its name without "Fast".
 CLASS_TOKENS = {
@@ -54,13 +55,7 @@ def read_tokenizer_config(directory):
 
 def read_object(path):
     """Return the object in a JSON file, or {} if there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def check_added_tokens(added, directory):

@@ -1,10 +1,36 @@
-"""The reasons why a file or directory cannot be read, in words for an error of one line."""
+"""Reading of files, and the reasons why one cannot be read, in words for an error of one line."""
 
+import json
 import os
 import pwd
 from pathlib import Path
 
 from minitp.errors import InputError
+
+LFS_POINTER = b"version https://git-lfs"  # the first bytes of a file that stands for a large one in git
+
+
+def read_json(path):
+    """Return the object in a JSON file, or raise an InputError that says what is wrong with the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply for Python
+        raise InputError(f"{path}: not valid JSON: {error}; {how_to_replace(path)}") from error
+    except OSError as error:
+        raise InputError(f"{path}: {why_unreadable(path, error)}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def how_to_replace(path):
+    """Return how to get a damaged file again; deleting a file of the cache leaves its contents there."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            return "it is a Git LFS pointer without the contents: run git lfs pull in its directory"
+    if any(part.startswith("models--") for part in Path(path).parts):
+        return "delete its models--* folder and run the command again"
+    return "download or copy it again"
 
 
 def require_readable(path):

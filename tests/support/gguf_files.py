@@ -5,7 +5,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from tiny import byte_tokens, write_tiny
 
-from minitp.loading.config import read_json
+from minitp.util.files import read_json
 
 NAMES = {
     "model.embed_tokens": "token_embd",

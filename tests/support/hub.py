@@ -25,7 +25,7 @@ WANTED = {
     "added_tokens.json",
     "chat_template.json",
     "chat_template.jinja",
-    "chat_templates/tools.jinja",
+    "additional_chat_templates/tools.jinja",
     "model.safetensors.index.json",
     "model-00001-of-00002.safetensors",
     "model-00002-of-00002.safetensors",

@@ -13,11 +13,11 @@ def repository(tmp_path_factory):
     """A model's directory, and the files of a repository with that model and files that minitp ignores."""
     directory = write_tiny(tmp_path_factory.mktemp("repository") / "model")
     (directory / "generation_config.json").write_text('{"eos_token_id": [257]}')
-    (directory / "chat_templates").mkdir()
+    (directory / "additional_chat_templates").mkdir()
     names = "tokenizer_config", "special_tokens_map", "added_tokens", "chat_template"
     for number, name in enumerate(names):  # equal files would be downloaded once
         (directory / f"{name}.json").write_text("{}" + number * "\n")
-    for name in ("chat_template", "chat_templates/tools"):
+    for name in ("chat_template", "additional_chat_templates/tools"):
         (directory / f"{name}.jinja").write_text(f"{name} {{{{ messages[0].content }}}}")
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
