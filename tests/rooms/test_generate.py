@@ -139,6 +139,29 @@ def test_stop_strings_against_brute_force():
     assert 100 < found < 500, "both cases must occur"
 
 
+class CountedText(str):
+    """A string that counts how often one of its characters is read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        CountedText.reads += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("beginning", ["a" * 999, "ab" * 499 + "a", ""])
+def test_the_work_for_stop_strings_is_linear(beginning):
+    """Whatever the text before a piece, reading it takes a few comparisons per character on average."""
+    stops = [CountedText("a" * 999 + "b"), CountedText("ab" * 500 + "c")]
+    filter_ = StopStrings(stops)
+    text = beginning + "x" + beginning * 3 + "x" + "aab" * 2000
+    CountedText.reads = 0
+    for char in text:
+        filter_.push(char)
+    assert not filter_.found
+    assert CountedText.reads <= 3 * len(stops) * len(text)
+
+
 # --- streamed text --------------------------------------------------------------------------------------
 
 STORY = "Grüße 😀 an 你好吗 — naïve 🧑‍🚀, \u200dŁódź."
