@@ -10,6 +10,10 @@ import numpy as np
 from minitp.errors import ParameterError
 from minitp.util.suggest import suggests_fields
 
+MAX_STOPS = 32  # stop strings of a request
+MAX_STOP_LENGTH = 1024  # characters of a stop string
+STOPS = f"up to {MAX_STOPS} non-empty strings of up to {MAX_STOP_LENGTH} characters"
+
 
 @suggests_fields
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class SamplingParams:
         The seed of the random numbers; with the same number of ranks it gives the same text again. None
         draws a new seed.
     stop : tuple of str
-        Strings that end the text, which is cut before the first of them. A single string is also accepted.
+        Up to 32 strings of up to 1024 characters, which end the text; it is cut before the first of them. A
+        single string is also accepted.
     ignore_eos : bool
         Continue after an end-of-text token.
     logprobs : int or None
@@ -60,7 +65,7 @@ class SamplingParams:
         self._check("top_k", Integral, lambda n: n >= 0, "0 (all) or more")
         self._check("top_p", Real, lambda x: 0 < x <= 1, "above 0 and at most 1")
         self._check("seed", Integral | None, lambda n: n is None or n >= 0, "0 or more")
-        self._check("stop", tuple | list, all_nonempty_strings, "non-empty strings")
+        self._check("stop", tuple | list, are_stops, STOPS)
         self._check("ignore_eos", bool, lambda _: True, "True or False")
         self._check("logprobs", Integral | None, lambda n: n is None or n >= 0, "None, 0 or more")
 
@@ -84,9 +89,11 @@ class SamplingFields(TypedDict, total=False):
     logprobs: int | None
 
 
-def all_nonempty_strings(values):
-    """Return True if all values are strings and none of them is empty."""
-    return all(isinstance(value, str) and value for value in values)
+def are_stops(values):
+    """Return whether the values are valid stop strings, and not too many or too long."""
+    return len(values) <= MAX_STOPS and all(
+        isinstance(value, str) and 0 < len(value) <= MAX_STOP_LENGTH for value in values
+    )
 
 
 class Sampler:

@@ -40,7 +40,7 @@ def sampling_params(args):
             ignore_eos=args.ignore_eos,
         )
     except ParameterError as error:
-        raise InputError(f"{option(error.name)} {error.value}: expected {error.expected}") from error
+        raise InputError(f"{option(error.name)} {error.value!s:.100}: expected {error.expected}") from error
 
 
 def check_passes(args, source, token_ids):

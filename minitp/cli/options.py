@@ -71,7 +71,8 @@ def add_sampling(parser, max_new_tokens):
         action="append",
         default=[],
         metavar="TEXT",
-        help="end the output before this text; can be repeated (default: none)",
+        help="end the output before this text, of up to 1024 characters; can be repeated up to 32 times "
+        "(default: none)",
     )
     group.add_argument(
         "--ignore-eos",

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from minitp.sampling import SamplingParams
+from minitp.sampling import MAX_STOP_LENGTH, MAX_STOPS, SamplingParams, are_stops
 from minitp.text.chat_template import RESERVED
 
 MAX_CHOICES = 128
-MAX_STOPS = 16
 MAX_SEED = 1 << 64
 
 
@@ -115,7 +114,7 @@ def is_prompt(value):
 
 def is_stop(value):
     stops = [value] if is_text(value) else value
-    return isinstance(stops, list) and len(stops) <= MAX_STOPS and all(is_text(s) and s for s in stops)
+    return isinstance(stops, list) and are_stops(stops)
 
 
 FLAG = Field("true or false", lambda value: isinstance(value, bool))
@@ -135,7 +134,9 @@ COMMON = {
     "temperature": number(0, 2),
     "top_p": Field("a number above 0, up to 1", lambda x: number(0, 1).test(x) and x > 0),
     "seed": whole_number(0, MAX_SEED),
-    "stop": Field(f"a non-empty string, or a list of up to {MAX_STOPS}", is_stop),
+    "stop": Field(
+        f"a non-empty string of up to {MAX_STOP_LENGTH} characters, or a list of up to {MAX_STOPS}", is_stop
+    ),
     # Not in the API of OpenAI, but common in other servers.
     "top_k": whole_number(0, 1 << 31),
     "ignore_eos": FLAG,

@@ -151,7 +151,7 @@ class CountedText(str):
 
 @pytest.mark.parametrize("beginning", ["a" * 999, "ab" * 499 + "a", ""])
 def test_the_work_for_stop_strings_is_linear(beginning):
-    """Whatever the text before a piece, reading it takes a few comparisons per character on average."""
+    """Reading a piece takes a few comparisons per character, however long the text before it is."""
     stops = [CountedText("a" * 999 + "b"), CountedText("ab" * 500 + "c")]
     filter_ = StopStrings(stops)
     text = beginning + "x" + beginning * 3 + "x" + "aab" * 2000

@@ -1,12 +1,14 @@
 """Tests of SamplingParams, which refuse invalid values, and of log-probabilities."""
 
+import argparse
 import math
 
 import numpy as np
 import pytest
 
+from minitp.cli.options import add_sampling
 from minitp.errors import InputError, ParameterError
-from minitp.sampling import SamplingParams, token_logprobs
+from minitp.sampling import MAX_STOP_LENGTH, MAX_STOPS, SamplingParams, token_logprobs
 
 NAN, INF = float("nan"), float("inf")
 INVALID = {
@@ -15,7 +17,7 @@ INVALID = {
     "top_k": [-1, 2.0, "5", None, False],
     "top_p": [0, 0.0, -0.5, 1.01, NAN, "0.5", None, True],
     "seed": [-1, 0.0, "1", True],
-    "stop": ["", ("",), ["a", ""], 5, b"a", ("a", 1), [None], None, {"a"}],
+    "stop": ["", ("",), ["a", ""], 5, b"a", ("a", 1), [None], None, {"a"}, "a" * 1025, ["a"] * 33],
     "ignore_eos": [0, 1, None, "yes"],
     "logprobs": [-1, 2.0, "1", True, False],
 }
@@ -25,7 +27,7 @@ VALID = {
     "top_k": [0, 1, 10**6, np.int32(4)],
     "top_p": [1, 1.0, 5e-324, np.float64(0.5)],
     "seed": [None, 0, 2**80, np.uint64(2**63)],
-    "stop": [(), [], ("a",), ["a", "bc"]],
+    "stop": [(), [], ("a",), ["a", "bc"], ["a" * 1024] * 32],
     "ignore_eos": [True, False],
     "logprobs": [None, 0, 5, np.int64(5)],
 }
@@ -35,23 +37,32 @@ def cases(table):
     return [(name, value) for name, values in table.items() for value in values]
 
 
-@pytest.mark.parametrize(("name", "value"), cases(INVALID), ids=str)
+@pytest.mark.parametrize(("name", "value"), cases(INVALID), ids=lambda x: f"{x!s:.40}")
 def test_an_invalid_value_is_rejected_with_its_name(name, value):
     with pytest.raises(ParameterError, match=rf"^{name} .*: expected ") as caught:
         SamplingParams(**{name: value})
     assert isinstance(caught.value, InputError)
     shown = (value,) if name == "stop" and isinstance(value, str) else value
-    assert str(caught.value).startswith(f"{name} {shown!r}: expected {caught.value.expected}")
+    assert str(caught.value) == f"{name} {shown!r:.100}: expected {caught.value.expected}"
     assert (caught.value.name, repr(caught.value.value)) == (name, repr(shown))
 
 
-@pytest.mark.parametrize(("name", "value"), cases(VALID), ids=str)
+@pytest.mark.parametrize(("name", "value"), cases(VALID), ids=lambda x: f"{x!s:.40}")
 def test_a_valid_value_is_kept_unchanged(name, value):
     assert getattr(SamplingParams(**{name: value}), name) is value
 
 
 def test_a_single_stop_string_becomes_a_tuple():
     assert SamplingParams(stop="END").stop == ("END",)
+
+
+def test_the_help_of_stop_states_its_limits():
+    parser = argparse.ArgumentParser()
+    parser.groups = {"sampling": parser}
+    add_sampling(parser, max_new_tokens=1)
+    assert f"up to {MAX_STOP_LENGTH} characters; can be repeated up to {MAX_STOPS} times" in " ".join(
+        parser.format_help().split()
+    )
 
 
 def test_defaults():

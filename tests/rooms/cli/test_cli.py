@@ -83,7 +83,9 @@ BAD_GENERATE = {
     "top-k negative": (["hi", "--top-k", "-1"], "--top-k -1: expected 0 (all) or more"),
     "seed negative": (["hi", "--seed", "-1"], "--seed -1: expected 0 or more"),
     "stop empty": (["hi", "--stop", ""], "--stop"),
-    "one stop of two empty": (["hi", "--stop", "a", "--stop", ""], "expected non-empty strings"),
+    "one stop of two empty": (["hi", "--stop", "a", "--stop", ""], "expected up to 32 non-empty strings"),
+    "stop too long": (["hi", "--stop", "a" * 1025], "non-empty strings of up to 1024 characters"),
+    "too many stops": (["hi", *["--stop", "a"] * 33], "expected up to 32 non-empty strings"),
     "max-context 0": (["hi", "--max-context", "0"], "--max-context 0: this model's context is 512"),
     "max-context too large": (
         ["hi", "--max-context", "513"],

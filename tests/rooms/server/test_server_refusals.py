@@ -77,6 +77,8 @@ BAD_FIELDS = {
     "stream_options": (CHAT, {"stream_options": {"x": 1}}, 400, "stream_options", "include_usage"),
     "stop number": (CHAT, {"stop": 3}, 400, "stop", "expected a non-empty string"),
     "stop empty": (CHAT, {"stop": [""]}, 400, "stop", "non-empty"),
+    "stop too long": (CHAT, {"stop": "a" * 1025}, 400, "stop", "of up to 1024 characters"),
+    "too many stops": (COMPLETIONS, {"stop": ["a"] * 100_000}, 400, "stop", "a list of up to 32"),
     "seed below": (CHAT, {"seed": -1}, 400, "seed", "from 0"),
     "logprobs number": (CHAT, {"logprobs": 3}, 400, "logprobs", "expected true or false"),
     "top_logprobs": (CHAT, {"top_logprobs": 3}, 400, "top_logprobs", "needs logprobs: true"),
