@@ -2,7 +2,7 @@
 
     python benchmarks/server_floods.py [--context 8192] [--tp 2] [--only WORD]
 
-The model is tiny and has the demo model's tokenizer, so the time goes to HTTP, JSON and text instead of matrix
+The model is tiny and has the demo model's tokenizer, so the time goes to HTTP, JSON and text, not to matrix
 products. While a stream runs and /health is asked every 20 ms, each heavy request is sent and answered. The
 table has, for each request, the status and time of its answer, the longest time that /health took, and the
 longest gap between two pieces of the stream. The last line has the worst of both. Needs minitp[serve], an
@@ -97,7 +97,7 @@ def heavy_requests(context):
     cases = {
         "text of 8 MB": (COMPLETIONS, {"prompt": text}),
         "digits, 8 MB": (COMPLETIONS, {"prompt": "1" * (8 * MEGABYTE - 1000)}),
-        "text, the longest allowed": (COMPLETIONS, {"prompt": text[: 64 * context]}),
+        "text, the longest allowed": (COMPLETIONS, {"prompt": text[: 128 * context]}),
         "text that fills the context": (COMPLETIONS, {"prompt": text[: 5 * context]} | short),
         "message of 8 MB": (CHAT, {"messages": [{"role": "user", "content": text}]}),
         "8 MB of ids": (COMPLETIONS, {"prompt": ids}),
@@ -117,11 +117,10 @@ def heavy_requests(context):
         "100,000 prompts": (COMPLETIONS, {"prompt": ["Hello"] * 100_000}),
         "200,000 messages": (CHAT, {"messages": [message] * 200_000}),
         "messages that fill the context": (CHAT, {"messages": [message] * (context // 8)} | short),
-        "a message of 400,000 parts": (
+        "a message of 250,000 parts": (
             CHAT,
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 250_000}]},
         ),
-        "stop of 1 MB": (COMPLETIONS, {"prompt": "Hi", "stop": "ab" * (MEGABYTE // 2), "max_tokens": 50}),
         "32 stops of 1024": (
             COMPLETIONS,
             {"prompt": "Hi", "stop": ["a" * 1024] * 32, "n": 64, "max_tokens": 64},
@@ -151,6 +150,7 @@ def heavy_requests(context):
             COMPLETIONS,
             {"prompt": "Hi", "n": 1, "logprobs": 20, "max_tokens": min(context, 16384) - 100},
         ),
+        "stop of 1 MB": (COMPLETIONS, {"prompt": "Hi", "stop": "ab" * (MEGABYTE // 2), "max_tokens": 50}),
     }
     fixed = {"model": "tiny", "temperature": 0, "ignore_eos": True}
     return {

@@ -23,7 +23,7 @@ from minitp.engine.options import options_from
 from minitp.errors import InputError, RankError
 from minitp.launch.run import ranks_to_start
 from minitp.loading.source import open_model, warn_of_unread_fields
-from minitp.request import check_prompt, context_length
+from minitp.request import check_length, check_prompt, context_length
 from minitp.util import environment
 from minitp.util.format import counted
 
@@ -265,6 +265,7 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """Tokenize a prompt, unless it is token ids already; check the ids and return them."""
         if isinstance(prompt, str):
+            check_length(prompt, self.description["context"])
             prompt = self._require_tokenizer().encode(prompt)
         elif not isinstance(prompt, list | tuple) or not is_tokens(prompt):
             shown = " ".join(repr(prompt).split())[:50]
@@ -278,6 +279,7 @@ class LLM:
     ) -> list[int]:
         """Return the token ids of a conversation, rendered by the model's chat template."""
         text = self.chat_template.render(messages, chat_template_kwargs)
+        check_length(text, self.description["context"])
         return self.encode(self._require_tokenizer().encode(text, add_special_tokens=False))
 
     @cached_property

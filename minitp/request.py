@@ -9,6 +9,9 @@ from minitp.text.stop_strings import StopStrings
 from minitp.text.tokenizer import TextStream
 from minitp.util.format import counted
 
+# The longest tokens of most vocabularies, such as runs of spaces, have about as many; words have four.
+CHARACTERS_PER_TOKEN = 128
+
 
 @dataclass
 class Request:
@@ -119,6 +122,15 @@ def context_length(config, max_context):
     return max_context or limit
 
 
+def check_length(text, context):
+    """Reject a text that is far too long for the context, before it is tokenized, which takes a while."""
+    if len(text) > CHARACTERS_PER_TOKEN * context:
+        raise ContextError(
+            f"the prompt has {len(text)} characters, which is too long for a context of {context} tokens "
+            f"(at most {CHARACTERS_PER_TOKEN} characters per token); shorten the prompt"
+        )
+
+
 def check_prompt(token_ids, config, context):
     """Reject a prompt that is empty, leaves no room in `context` positions, or has an unknown token id."""
     if not token_ids:
@@ -133,6 +145,7 @@ def check_prompt(token_ids, config, context):
 
 def check_vocabulary(token_ids, config):
     """Reject token ids that have no embedding; a tokenizer may have more tokens than the model."""
-    for token in token_ids:
-        if not 0 <= token < config.vocab_size:
-            raise InputError(f"token id {token} is outside the vocabulary, 0 to {config.vocab_size - 1}")
+    if min(token_ids, default=0) >= 0 and max(token_ids, default=0) < config.vocab_size:
+        return
+    token = next(token for token in token_ids if not 0 <= token < config.vocab_size)
+    raise InputError(f"token id {token!s:.30} is outside the vocabulary, 0 to {config.vocab_size - 1}")

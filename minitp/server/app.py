@@ -8,17 +8,16 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from minitp.errors import ContextError, InputError
 from minitp.server.backend import in_thread
-from minitp.server.requests import ApiError, chat_request, completion_request, read_json
+from minitp.server.body import largest_body, read_body, read_json
+from minitp.server.requests import MAX_CHOICES, ApiError, chat_request, completion_request
 from minitp.server.responses import ChatResponse, CompletionResponse, event
 
-LARGEST_BODY = 8 << 20  # bytes
-BODY_SECONDS = 60  # time for a body to arrive
+WORKERS = 4  # requests that are parsed and tokenized at the same time, and responses that are written
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -45,6 +44,7 @@ class Api:
         self.backend, self.metrics, self.model, self.api_key = backend, metrics, model, api_key
         self.chat_template_kwargs = chat_template_kwargs
         self.created = int(time.time())
+        self.workers = asyncio.Semaphore(WORKERS)
 
     async def health(self, request):
         """Respond with 200 if requests are accepted, otherwise with 503."""
@@ -74,12 +74,14 @@ class Api:
         timer = RequestTimer(self.metrics, request.url.path)
         try:
             self.check_key(request)
-            api_request = parse(read_json(await read_body(request)))
+            body = await read_body(request, self.largest_body())
+            api_request = await self.in_worker(lambda: parse(read_json(body)))
             self.check_model(api_request.model)
             llm = self.backend.ready()
+            self.backend.check_room(api_request.sequences)
             variables = self.chat_template_kwargs | api_request.chat_template_kwargs
-            prompts = await in_thread(lambda: encode_prompts(llm, api_request, self.model, variables))
-            running = self.backend.submit(make_sequences(llm, api_request, prompts))
+            prompts = await self.in_worker(lambda: encode_prompts(llm, api_request, self.model, variables))
+            running = await self.backend.submit(make_sequences(llm, api_request, prompts))
         except ApiError as error:
             timer.finish(error.status)
             raise
@@ -91,14 +93,25 @@ class Api:
         status = 499  # unless changed below, the client has disconnected
         try:
             await cancel_on_disconnect(request, collect(running, response, timer))
+            content = await self.in_worker(response.json)
             status = 200
-            return JSONResponse(response.whole())
+            return Response(content, media_type="application/json")
         except ApiError as error:
             status = error.status
             raise
         finally:
             running.stop()
             timer.finish(status, response)
+
+    def largest_body(self):
+        """Return the size limit of a body in bytes; raise ApiError 503 while there is no LLM."""
+        context = self.backend.ready().description["context"]
+        return largest_body(context, min(MAX_CHOICES, self.backend.limits.sequences))
+
+    async def in_worker(self, function):
+        """Run function() in one of a few threads, so that streams and /health go on; return its result."""
+        async with self.workers:
+            return await in_thread(function)
 
     def check_key(self, request):
         """Raise ApiError 401 if the server requires a key that the request does not have."""
@@ -237,28 +250,6 @@ async def wait_for_disconnect(request):
     """Wait until the client disconnects; the request's body must have been read before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def read_body(request):
-    """Return the bytes of the body; reject a body that is not JSON, too large, or too slow to arrive."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise ApiError(415, f"Content-Type {content_type!r:.80}: expected application/json")
-
-    async def read():
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > LARGEST_BODY:
-                raise ApiError(413, f"the body has more than {LARGEST_BODY} bytes")
-        return bytes(body)
-
-    try:
-        return await asyncio.wait_for(read(), BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s") from None
-    except ClientDisconnect:
-        raise ApiError(499, "the client has disconnected") from None
 
 
 async def api_error(request, error):

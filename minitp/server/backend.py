@@ -95,15 +95,9 @@ class Backend:
             raise ApiError(503, messages[self.state], code=self.state, headers=RETRY_AFTER)
         return self.llm
 
-    def submit(self, sequences):
-        """Send the sequences, (prompt_ids, SamplingParams) each, to the LLM; return their RunningRequest.
-
-        Raises
-        ------
-        ApiError
-            429 if too many sequences are running or waiting, 400 if the request alone has too many.
-        """
-        llm, count, limit = self.ready(), len(sequences), self.limits.sequences
+    def check_room(self, count):
+        """Raise ApiError 400 if a request may not have `count` sequences, 429 if there is no room now."""
+        limit = self.limits.sequences
         if count > limit:
             raise ApiError(
                 400, f"the request asks for {count} sequences; this server allows {limit} at a time", "n"
@@ -116,7 +110,24 @@ class Backend:
                 code="queue_full",
                 headers=RETRY_AFTER,
             )
-        return RunningRequest(self, llm, sequences)
+
+    async def submit(self, sequences):
+        """Send the sequences, (prompt_ids, SamplingParams) each, to the LLM; return their RunningRequest.
+
+        Raises
+        ------
+        ApiError
+            as `ready` and `check_room` do.
+        """
+        llm = self.ready()
+        self.check_room(len(sequences))
+        running = RunningRequest(self, len(sequences))
+        try:
+            await in_thread(lambda: running.start(llm, sequences))
+        except BaseException:
+            running.stop()
+            raise
+        return running
 
     async def drain(self, seconds):
         """Accept no more requests, wait until all have finished, and end those that remain with an error."""
@@ -130,16 +141,18 @@ class Backend:
 class RunningRequest:
     """An asynchronous iterator over (index, Update) of a request's sequences; call `stop` at the end."""
 
-    def __init__(self, backend, llm, sequences):
-        self._backend, self._unfinished, self.count = backend, len(sequences), len(sequences)
+    def __init__(self, backend, count):
+        self._backend, self._unfinished, self.count = backend, count, count
         self._loop, self._updates, self._stops = asyncio.get_running_loop(), asyncio.Queue(), []
         self._deadline = self._loop.time() + backend.limits.seconds
         backend.running.add(self)
+
+    def start(self, llm, sequences):
+        """Send the sequences to the LLM; with many long prompts, this takes a second."""
         try:
             for index, (ids, params) in enumerate(sequences):
                 self._stops.append(llm.submit(ids, params, partial(self.put, index)))
         except MinitpError as error:
-            self.stop()
             raise ApiError(503, client_message(error), code="failed", headers=RETRY_AFTER) from error
 
     def put(self, index, update):

@@ -4,7 +4,6 @@ Fields that minitp does not support are accepted only with values that change no
 With any other value the request is rejected, because ignoring the value would answer a different request.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -71,6 +70,11 @@ class ApiRequest:
     prompts: list = field(default_factory=list)
     messages: list | None = None
     chat_template_kwargs: dict = field(default_factory=dict)
+
+    @property
+    def sequences(self):
+        """The number of choices over all prompts."""
+        return self.choices * (1 if self.messages is not None else len(self.prompts))
 
 
 class Field(NamedTuple):
@@ -172,22 +176,6 @@ UNSUPPORTED = {
 }
 # Fields that never change the response.
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-
-
-def read_json(data):
-    """Return the JSON object in the body of a request."""
-    try:
-        body = json.loads(data, parse_constant=reject_constant)
-        json.dumps(body, ensure_ascii=False).encode()  # raises ValueError for half a surrogate pair
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body is JSON, but not an object")
-    return body
-
-
-def reject_constant(name):
-    raise ValueError(f"{name} is not JSON")
 
 
 def completion_request(body):

@@ -4,6 +4,7 @@ import json
 import time
 import uuid
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 
 def event(value):
@@ -87,6 +88,11 @@ class ApiResponse:
         ]
         return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
 
+    def json(self):
+        """Return the whole response as bytes of JSON, written in Python so that other threads can run."""
+        encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return "".join(encoder.iterencode(self.whole())).encode()
+
     def first_chunks(self):
         """Return the opening chunks of a stream: an empty list, unless a subclass overrides this."""
         return []
@@ -135,7 +141,7 @@ class CompletionResponse(ApiResponse):
         if self.request.params.logprobs is None:
             return None
         texts = [self.token_text(token) for token, _, _ in tokens]
-        offsets = [offset + sum(map(len, texts[:n])) for n in range(len(texts))]
+        offsets = list(accumulate(map(len, texts[:-1]), initial=offset))
         return {
             "tokens": texts,
             "token_logprobs": [logprob for _, logprob, _ in tokens],

@@ -7,6 +7,7 @@ from minitp.text.tokenizer_config import read_tokenizer_config, special_tokens
 
 FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")  # of an added token
 REPLACEMENT = "\ufffd"  # an incomplete character decodes to it
+LONG_TEXT = 10_000  # characters, which take milliseconds to tokenize
 
 
 def load_tokenizer(directory):
@@ -83,7 +84,10 @@ class Tokenizer:
             raise InputError(
                 f"the text has an unpaired surrogate at character {error.start}; use valid Unicode"
             ) from error
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) < LONG_TEXT:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # Lets other threads run, unlike `encode`, but starts threads, so that a later fork prints a warning.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def token_text(self, token_id):
         """Return the text of a token, which may be special, as it appears in the middle of a text.
@@ -115,7 +119,7 @@ class TextStream:
 
     def __init__(self, tokenizer, prompt_ids):
         self._decode = tokenizer.decode
-        self._ids = list(prompt_ids)
+        self._ids = self._end_of(prompt_ids)
         self._known = len(self._ids)  # tokens of _ids whose text has been returned
 
     def push(self, token_id):
@@ -126,6 +130,16 @@ class TextStream:
     def finish(self):
         """Return the remaining text, with a replacement character for each incomplete character."""
         return self._next_piece(final=True)
+
+    def _end_of(self, prompt_ids):
+        """Return the last tokens of the prompt whose text begins with a whole character, or all tokens."""
+        count = 8
+        while count < len(prompt_ids):
+            text = self._decode(prompt_ids[-count:])
+            if text and not text.startswith(REPLACEMENT):
+                break
+            count *= 2
+        return list(prompt_ids[-count:])
 
     def _next_piece(self, final):
         before = self._decode(self._ids[: self._known])

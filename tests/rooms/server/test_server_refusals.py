@@ -116,7 +116,7 @@ BAD_BODIES = {
     "half a character": (b'{"prompt": "\\ud800"}', 400, "the body is not JSON"),
     "very deep": (b"[" * 100_000, 400, "the body is not JSON"),
     "long number": (b'{"n": ' + b"9" * 5000 + b"}", 400, "the body is not JSON"),
-    "too large": (b" " * ((8 << 20) + 1), 413, "more than 8388608 bytes"),
+    "too large": (b" " * ((1 << 20) + 1), 413, "more than 1048576 bytes"),
 }
 
 

@@ -1,0 +1,96 @@
+"""The bodies of requests: their size limit, how they are received, and their JSON.
+
+A body may be large: it may hold several prompts that fill the context. While `json` parses in C, no other
+thread runs, and so no stream and no /health. So larger bodies are parsed in Python, which takes longer and
+lets other threads run.
+"""
+
+import asyncio
+import json
+from json import scanner
+
+from minitp.server.requests import ApiError
+
+BODY_SECONDS = 60  # time for a body to arrive
+BYTES_PER_TOKEN = 16  # of JSON: an id has up to 8, a word of a text fewer, and escapes more
+SMALL_BODY = 1 << 20  # bytes: allowed for every model, and parsed in C, which takes less than 0.1 s
+LARGE_BODY = 8 << 20  # bytes: not exceeded for the sake of several prompts
+
+
+def largest_body(context, prompts):
+    """Return the size limit of a body in bytes: for one prompt that fills the context, or several in 8 MiB.
+
+    Parameters
+    ----------
+    context : int
+        The context in tokens.
+    prompts : int
+        The maximum number of prompts in a request.
+    """
+    one = BYTES_PER_TOKEN * context
+    return max(SMALL_BODY, one, min(LARGE_BODY, prompts * one))
+
+
+async def read_body(request, limit):
+    """Return the bytes of the body; reject a body that is not JSON, over `limit` bytes, or slow to arrive."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise ApiError(415, f"Content-Type {content_type!r:.80}: expected application/json")
+    check_size(int(request.headers.get("content-length", 0)), limit)
+
+    async def read():
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            check_size(len(body), limit)
+        return bytes(body)
+
+    try:
+        return await asyncio.wait_for(read(), BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s") from None
+
+
+def check_size(size, limit):
+    """Raise ApiError 413 for a body above the limit; uvicorn drops what still arrives of it."""
+    if size > limit:
+        raise ApiError(413, f"the body has more than {limit} bytes, the limit for this model's context")
+
+
+def read_json(data):
+    """Return the JSON object in a body."""
+    try:
+        decoder = json.JSONDecoder if len(data) <= SMALL_BODY else SharingDecoder
+        text = data.decode(json.detect_encoding(data))
+        body = json.loads(text, cls=decoder, parse_constant=reject_constant)
+        check_texts(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is JSON, but not an object")
+    return body
+
+
+class SharingDecoder(json.JSONDecoder):
+    """A JSON decoder in Python, which other threads can interrupt; only strings are read in C."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.scan_once = scanner.py_make_scanner(self)
+
+
+def check_texts(value):
+    """Raise ValueError if a string in this JSON value has half a surrogate pair."""
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, list):
+        for item in value:
+            check_texts(item)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            name.encode()
+            check_texts(item)
+
+
+def reject_constant(name):
+    raise ValueError(f"{name} is not JSON")
