@@ -201,7 +201,7 @@ def post(address, route, body):
 
 
 class Watch:
-    """Other clients of the server: one that asks /health, and one that reads a stream."""
+    """The other clients of the server: one that asks /health, and one that reads a stream."""
 
     def __init__(self):
         self._asked = self._last = None  # times of the question not yet answered and of the last piece

@@ -7,14 +7,17 @@ lets other threads run.
 
 import asyncio
 import json
+from itertools import count
 from json import scanner
 
 from minitp.server.requests import ApiError
 
 BODY_SECONDS = 60  # time for a body to arrive
 BYTES_PER_TOKEN = 16  # of JSON: an id has up to 8, a word of a text fewer, and escapes more
-SMALL_BODY = 1 << 20  # bytes: allowed for every model, and parsed in C, which takes less than 0.1 s
-LARGE_BODY = 8 << 20  # bytes: not exceeded for the sake of several prompts
+SMALL_BODY = 1 << 20  # bytes, allowed for every model
+LARGE_BODY = 8 << 20  # bytes, not exceeded for the sake of several prompts
+PARSED_IN_C = 1 << 18  # bytes, which take at most 0.05 s
+MAX_LISTS, MAX_MEMBERS = 100_000, 10_000  # in a body that is parsed in Python; see SharingDecoder
 
 
 def largest_body(context, prompts):
@@ -60,7 +63,7 @@ def check_size(size, limit):
 def read_json(data):
     """Return the JSON object in a body."""
     try:
-        decoder = json.JSONDecoder if len(data) <= SMALL_BODY else SharingDecoder
+        decoder = json.JSONDecoder if len(data) <= PARSED_IN_C else SharingDecoder
         text = data.decode(json.detect_encoding(data))
         body = json.loads(text, cls=decoder, parse_constant=reject_constant)
         check_texts(body)
@@ -72,11 +75,38 @@ def read_json(data):
 
 
 class SharingDecoder(json.JSONDecoder):
-    """A JSON decoder in Python, which other threads can interrupt; only strings are read in C."""
+    """A JSON decoder in Python, which other threads can interrupt; only strings are read in C.
+
+    It rejects bodies of too many lists and objects, for which the garbage collector stops all threads, and
+    objects of too many members, whose hash table is built in one go.
+    """
 
     def __init__(self, **options):
         super().__init__(**options)
+        parse_array, parse_object, values = self.parse_array, self.parse_object, count(1)
+
+        def array(*arguments):
+            check_count(next(values), MAX_LISTS, "lists and objects")
+            return parse_array(*arguments)
+
+        def object_(start, strict, scan, *rest):
+            check_count(next(values), MAX_LISTS, "lists and objects")
+            members = count(1)
+
+            def member(text, index):
+                check_count(next(members), MAX_MEMBERS, "members in an object")
+                return scan(text, index)
+
+            return parse_object(start, strict, member, *rest)
+
+        self.parse_array, self.parse_object = array, object_
         self.scan_once = scanner.py_make_scanner(self)
+
+
+def check_count(number, limit, things):
+    """Raise ValueError for more than `limit` things."""
+    if number > limit:
+        raise ValueError(f"more than {limit} {things}")
 
 
 def check_texts(value):

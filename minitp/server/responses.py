@@ -3,13 +3,39 @@
 import json
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 
 def event(value):
-    """Return a server-sent event with a string or a JSON object."""
-    return f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n"
+    """Return a server-sent event with a string or a JSON object, which may have iterators as lists."""
+    return f"data: {value if isinstance(value, str) else json.dumps(value, default=list)}\n\n"
+
+
+def json_pieces(value, levels=5):
+    """Yield the JSON of a value in pieces, down to the tokens of logprobs, which are `levels` deep.
+
+    No other thread runs while `json` writes a piece, so a large response must not be a single one. Nor must
+    its objects exist all at once, for the garbage collector's sake, so an iterator is written as a list.
+    """
+    if levels and isinstance(value, dict):
+        yield "{"
+        for number, (name, item) in enumerate(value.items()):
+            yield f"{',' if number else ''}{compact_json(name)}:"
+            yield from json_pieces(item, levels - 1)
+        yield "}"
+    elif levels and isinstance(value, list | Iterator):
+        yield "["
+        for number, item in enumerate(value):
+            yield "," if number else ""
+            yield from json_pieces(item, levels - 1)
+        yield "]"
+    else:
+        yield compact_json(value)
+
+
+compact_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 @dataclass
@@ -76,8 +102,8 @@ class ApiResponse:
         }
 
     def whole(self):
-        """Return the whole response as one object, for a request without `stream`."""
-        choices = [
+        """Return the whole response as one object, for a request without `stream`; its lists are iterators."""
+        choices = (
             {
                 "index": index,
                 **self.content(choice.text),
@@ -85,13 +111,12 @@ class ApiResponse:
                 "finish_reason": choice.finish_reason,
             }
             for index, choice in enumerate(self.choices)
-        ]
+        )
         return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
 
     def json(self):
-        """Return the whole response as bytes of JSON, written in Python so that other threads can run."""
-        encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return "".join(encoder.iterencode(self.whole())).encode()
+        """Return the whole response as bytes of JSON."""
+        return "".join(json_pieces(self.whole())).encode()
 
     def first_chunks(self):
         """Return the opening chunks of a stream: an empty list, unless a subclass overrides this."""
@@ -175,10 +200,10 @@ class ChatResponse(ApiResponse):
         if self.request.params.logprobs is None:
             return None
         return {
-            "content": [
+            "content": (
                 self.token(token, logprob) | {"top_logprobs": [self.token(*one) for one in top]}
                 for token, logprob, top in tokens
-            ],
+            ),
             "refusal": None,
         }
 
