@@ -102,7 +102,7 @@ class ApiResponse:
         }
 
     def whole(self):
-        """Return the whole response as one object, for a request without `stream`; its lists are iterators."""
+        """Return the whole response as one object with iterators as lists, for a request without `stream`."""
         choices = (
             {
                 "index": index,
