@@ -132,14 +132,13 @@ class TextStream:
         return self._next_piece(final=True)
 
     def _end_of(self, prompt_ids):
-        """Return the last tokens of the prompt whose text begins with a whole character, or all tokens."""
-        count = 8
-        while count < len(prompt_ids):
-            text = self._decode(prompt_ids[-count:])
-            if text and not text.startswith(REPLACEMENT):
-                break
-            count *= 2
-        return list(prompt_ids[-count:])
+        """Return the last tokens of the prompt: few, but their text must begin with a whole character."""
+        for count in (8, 64, 1024):
+            for start in range(-count, 4 - count):  # a character may be spread over four tokens
+                text = self._decode(prompt_ids[start:])
+                if text and not text.startswith(REPLACEMENT):
+                    return list(prompt_ids[start:])
+        return list(prompt_ids[-1024:])
 
     def _next_piece(self, final):
         before = self._decode(self._ids[: self._known])

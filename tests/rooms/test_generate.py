@@ -181,11 +181,37 @@ def test_characters_are_streamed_whole(tokenizer):
 
 
 def test_incomplete_characters_in_the_prompts_last_tokens_are_ignored(tokenizer):
-    """The stream decodes only the last six tokens of the prompt, which may begin inside a character."""
+    """The stream decodes only the last eight tokens of the prompt, which may begin inside a character."""
     for length in range(1, 12):
         stream = TextStream(tokenizer, byte_ids(("ab" + "好" * length).encode()))
         text = "".join(stream.push(token) for token in byte_ids("好😀x".encode()))
         assert text == "好😀x"
+
+
+class CountingTokenizer:
+    """A tokenizer that counts the tokens it decodes."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.decoded = tokenizer, 0
+
+    def decode(self, ids):
+        self.decoded += len(ids)
+        return self.tokenizer.decode(ids)
+
+
+def test_the_work_for_a_token_does_not_depend_on_the_prompt(tokenizer):
+    """A few tokens of the prompt are decoded, and more only if their text does not begin with a character."""
+    data = ("a好" * 5000).encode()
+    for cut in range(4):
+        counting = CountingTokenizer(tokenizer)
+        stream = TextStream(counting, byte_ids(data[: len(data) - cut]))
+        for token in byte_ids(b"\xe5\xa5abc"):
+            stream.push(token)
+        assert counting.decoded < 200
+    for invalid in ([EOS], byte_ids(b"\x80")):
+        counting = CountingTokenizer(tokenizer)
+        assert TextStream(counting, byte_ids(b"Hi") + invalid * 100_000).push(byte_ids(b"x")[0]) == "x"
+        assert counting.decoded < 8000
 
 
 def test_invalid_bytes_become_replacement_characters(tokenizer):
