@@ -117,7 +117,7 @@ def test_a_body_over_the_limit_is_not_read(announced):
     ("context", "prompts", "megabytes"), [(512, 8, 1), (8192, 8, 1), (8192, 128, 8), (1 << 20, 8, 16)]
 )
 def test_the_limit_of_a_body_follows_from_the_context(context, prompts, megabytes):
-    """It holds one prompt that fills the context, in ids or escaped text, or 8 MiB of several prompts."""
+    """A body may hold one prompt that fills the context, as ids or escaped text, or 8 MiB of prompts."""
     assert body.largest_body(context, prompts) == megabytes * MEGABYTE
 
 
@@ -155,7 +155,7 @@ def test_a_text_too_long_for_the_context_is_refused_before_it_is_tokenized():
 
 @pytest.mark.parametrize("held", ["read_json", "encode", "submit", "token_text"])
 def test_health_answers_while_a_request_is_being_handled(held, monkeypatch):
-    """Parsing, tokenizing, sending to rank 0 and writing the response may take long for a large request."""
+    """The server parses, tokenizes, sends to rank 0 and writes the response outside the event loop."""
     llm = FakeLLM(held)
 
     def held_read_json(data):
@@ -199,7 +199,7 @@ def test_few_requests_are_tokenized_at_the_same_time():
 @pytest.mark.parametrize("text", ["Grüße 😀 " * 2000, "a" * LONG_TEXT, " " * (LONG_TEXT - 1)])
 @pytest.mark.parametrize("special", [True, False])
 def test_long_texts_have_the_same_tokens(text, special):
-    """They are tokenized by a function of the library that lets other threads run."""
+    """A long text is tokenized by another function of the library, which lets other threads run."""
     tokenizer = byte_tokenizer(bos=True)
     expected = tokenizer.encode(text, add_special_tokens=special).ids
     assert Tokenizer(tokenizer).encode(text, add_special_tokens=special) == expected
