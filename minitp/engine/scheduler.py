@@ -96,7 +96,8 @@ class Scheduler:
                 f"the prompt and the new tokens need up to {request.positions} positions, but the cache has "
                 f"only {room}; ask for fewer new tokens"
             )
-        self.waiting.append(Sequence(self._arrived, request, list(request.prompt_ids)))
+        keys = block_keys(request.prompt_ids, self.allocator.block_size)
+        self.waiting.append(Sequence(self._arrived, request, list(request.prompt_ids), block_keys=keys))
         self._arrived += 1
 
     def abort(self, request):
@@ -144,7 +145,7 @@ class Scheduler:
         for number, tokens, _ in batch.chunks:
             sequence = self._scheduled[number][0]
             sequence.num_computed_tokens += len(tokens)
-            self._register_full_blocks(sequence)
+            self._register_full_blocks(sequence, len(tokens))
             if sequence.num_uncomputed_tokens:
                 continue
             token, last = sequence.request.sample(next(rows))
@@ -203,12 +204,14 @@ class Scheduler:
         self.allocator.free(sequence.block_table)
         self._finished.append(sequence.number)
 
-    def _register_full_blocks(self, sequence):
-        """Register full blocks of a sequence in the prefix cache."""
-        size = self.allocator.block_size
-        full = sequence.num_computed_tokens // size
-        sequence.block_keys = block_keys(sequence.token_ids[: full * size], size, sequence.block_keys[:full])
-        for block, key in zip(sequence.block_table[:full], sequence.block_keys, strict=True):
+    def _register_full_blocks(self, sequence, tokens):
+        """Register the blocks that the last `tokens` computed tokens have filled in the prefix cache."""
+        size, done = self.allocator.block_size, sequence.num_computed_tokens
+        new = slice((done - tokens) // size, done // size)
+        if new.start == new.stop:
+            return
+        sequence.block_keys = block_keys(sequence.token_ids[: new.stop * size], size, sequence.block_keys)
+        for block, key in zip(sequence.block_table[new], sequence.block_keys[new], strict=True):
             self.allocator.prefixes.register(block, key)
 
     def _batch(self):

@@ -12,10 +12,13 @@ The caller of rank 0 is the supervisor, or a thread of rank 0's own process. The
 """
 
 from dataclasses import dataclass
+from time import perf_counter
 
 from minitp.errors import InputError
 from minitp.request import Request
 from minitp.sampling import SamplingParams
+
+MESSAGES_SECONDS = 0.02  # time for messages between two batches
 
 
 def serve(engine, caller, make_request):
@@ -66,9 +69,12 @@ class RequestLoop:
         return not self.closed
 
     def handle_messages(self):
-        """Handle the messages that have arrived and report the load."""
+        """Handle the messages that have arrived, for a limited time, and report the load."""
+        end = perf_counter() + MESSAGES_SECONDS
         while not self.caller.inbox.empty():
             self._handle(self.caller.inbox.get())
+            if perf_counter() > end:
+                break  # many long prompts have arrived: running sequences must not wait for all of them
         self.report([])
 
     def report(self, advanced):

@@ -122,7 +122,7 @@ class Api:
     def check_model(self, name):
         """Raise ApiError 404 unless `name` is the model that this server runs."""
         if name != self.model:
-            message = f"model {name!r:.200} not found; this server runs {self.model!r}"
+            message = f"model {name[:200]!r} not found; this server runs {self.model!r}"
             raise ApiError(404, message, "model", "model_not_found")
 
     def about_model(self):

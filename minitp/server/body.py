@@ -10,6 +10,8 @@ import json
 from itertools import count
 from json import scanner
 
+from starlette.requests import ClientDisconnect
+
 from minitp.server.requests import ApiError
 
 BODY_SECONDS = 60  # time for a body to arrive
@@ -52,6 +54,8 @@ async def read_body(request, limit):
         return await asyncio.wait_for(read(), BODY_SECONDS)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s") from None
+    except ClientDisconnect:
+        raise ApiError(499, "the client has disconnected") from None
 
 
 def check_size(size, limit):

@@ -1,6 +1,8 @@
 """The engine: each of many requests gets the tokens that it gets alone, and all blocks are freed."""
 
+import queue
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ from tiny import write_tiny
 from minitp.comm import run_threads
 from minitp.comm.single import SingleRank
 from minitp.device import open_device
+from minitp.engine import service
 from minitp.engine.blocks import BlockAllocator
 from minitp.engine.engine import Engine
-from minitp.engine.prefix_cache import block_keys
+from minitp.engine.prefix_cache import PrefixCache, block_keys
 from minitp.engine.service import RequestLoop
 from minitp.errors import InputError
 from minitp.load import load_model
@@ -103,6 +106,30 @@ def test_cached_prefixes_are_not_computed_again(tmp_path):
     engine.run()
     assert computed == [19, 1 + 3, 1 + 1, 1, 3, 1, 1]
     assert same[0].token_ids == same[1].token_ids == same[2].token_ids
+
+
+def test_running_sequences_do_not_wait_for_many_new_requests(tmp_path, monkeypatch):
+    """Rank 0 accepts requests between two batches for a limited time, but at least one of them."""
+    monkeypatch.setattr(service, "MESSAGES_SECONDS", 0)
+    caller = SimpleNamespace(inbox=queue.SimpleQueue(), send=lambda message: None)
+    for number in range(3):
+        caller.inbox.put({"add": number, "prompt_ids": [1, 2, 3], "params": {"max_new_tokens": 5}})
+    engine = Engine(tiny_model(tmp_path), num_blocks=20, block_size=4)
+    loop = RequestLoop(engine, caller, lambda ids, params: Request(params, (), ids, CONTEXT))
+    for running in (1, 2, 3, 3):
+        loop.handle_messages()
+        engine.run_batch()
+        assert engine.scheduler.load()["running"] == running
+
+
+def test_each_block_is_registered_once(tmp_path, monkeypatch):
+    """The work for a token must not grow with the number of blocks of its sequence."""
+    registered = []
+    monkeypatch.setattr(PrefixCache, "register", lambda self, block, key: registered.append((block, key)))
+    (request,) = wanted = requests(1, longest=30)
+    run_requests(tiny_model(tmp_path), wanted, num_blocks=40, block_size=4, max_tokens_per_step=7)
+    tokens = [*request.prompt_ids, *request.token_ids][:-1]
+    assert [key for _, key in registered] == block_keys(tokens, 4)
 
 
 def test_an_aborted_request_frees_its_blocks_at_once(tmp_path):
