@@ -1,6 +1,7 @@
 """The server's model: its state (loading, ready, draining, failed), its requests and their limits."""
 
 import asyncio
+import gc
 import sys
 import threading
 import time
@@ -69,6 +70,7 @@ class Backend:
 
             try:
                 self.llm = await in_thread(lambda on_end=on_end: self._start(on_end))
+                gc.freeze()  # what has been loaded stays, and the garbage collector need not look at it again
                 if self.state == "loading":
                     self.state = "ready"
                     log(self._ready_line(self.llm))

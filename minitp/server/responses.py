@@ -78,7 +78,9 @@ class ApiResponse:
         choice.text += update.text
         choice.tokens += len(update.token_ids)
         choice.finish_reason = update.finish_reason
-        new = [(token, *logprob) for token, logprob in zip(update.token_ids, update.logprobs, strict=False)]
+        logprobs = zip(update.token_ids, update.logprobs, strict=False)
+        # Tuples of numbers are no work for the garbage collector, which stops all threads.
+        new = [(token, logprob, tuple(top)) for token, (logprob, top) in logprobs]
         choice.logprobs += new
         return new
 
