@@ -10,7 +10,7 @@ STALLED_SECONDS = 60  # time in which a client must read something of a response
 class Connection(H11Protocol):
     """A uvicorn connection that is closed if its client sends headers, or reads a response, too slowly.
 
-    uvicorn limits only the time between two requests. app.BODY_SECONDS limits the body.
+    uvicorn limits only the time between two requests. body.BODY_SECONDS limits the body.
 
     Parameters
     ----------

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minitp.cli.options import add_sampling
-from minitp.errors import InputError, ParameterError
+from minitp.errors import InputError, ParameterError, shown
 from minitp.sampling import MAX_STOP_LENGTH, MAX_STOPS, SamplingParams, token_logprobs
 
 NAN, INF = float("nan"), float("inf")
@@ -42,9 +42,9 @@ def test_an_invalid_value_is_rejected_with_its_name(name, value):
     with pytest.raises(ParameterError, match=rf"^{name} .*: expected ") as caught:
         SamplingParams(**{name: value})
     assert isinstance(caught.value, InputError)
-    shown = (value,) if name == "stop" and isinstance(value, str) else value
-    assert str(caught.value) == f"{name} {shown!r:.100}: expected {caught.value.expected}"
-    assert (caught.value.name, repr(caught.value.value)) == (name, repr(shown))
+    kept = (value,) if name == "stop" and isinstance(value, str) else value
+    assert str(caught.value) == f"{name} {shown(kept)}: expected {caught.value.expected}"
+    assert (caught.value.name, repr(caught.value.value)) == (name, repr(kept))
 
 
 @pytest.mark.parametrize(("name", "value"), cases(VALID), ids=lambda x: f"{x!s:.40}")

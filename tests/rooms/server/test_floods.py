@@ -65,7 +65,7 @@ def serve(llm, use, sequences=8):
     """Call use(client) with a client of a server of this LLM; return its result."""
 
     async def run():
-        backend = Backend(lambda on_end: llm, AdmissionLimits(sequences, 60))
+        backend = Backend(lambda on_end: llm, str, AdmissionLimits(sequences, 60))
         backend.state, backend.llm = "ready", llm
         app = make_app(backend, FakeMetrics(), "fake")
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
