@@ -10,6 +10,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$root/.venv
 python=$venv/bin/python
+# Python is run with -I, or as a script, so that it imports nothing from the current directory.
 commands=" generate perplexity trace check compare shard plan bench serve chat tour info "
 
 say() { printf 'minitp: %s\n' "$*" >&2; }
@@ -18,7 +19,7 @@ fail() { say "$*"; exit 2; }
 find_python() {
     local candidate
     for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python3.10; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        if "$candidate" -I -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             command -v "$candidate"
             return
         fi
@@ -33,8 +34,8 @@ make_venv() {
     system=$(find_python) || exit
     say "creating .venv with $("$system" --version)"
     # Debian has a part of venv in a separate package; without it, the system's pip can install pip.
-    "$system" -m venv "$venv" >/dev/null 2>&1 ||
-        { "$system" -m venv --clear --without-pip "$venv" && "$system" -m pip --python "$python" install --quiet pip; } ||
+    "$system" -I -m venv "$venv" >/dev/null 2>&1 ||
+        { "$system" -I -m venv --clear --without-pip "$venv" && "$system" -I -m pip --python "$python" install --quiet pip; } ||
         fail "cannot create .venv: $system lacks venv and pip; on Debian: apt install python3-venv python3-pip"
     touch "$venv/made"
 }
@@ -45,7 +46,7 @@ install() {
     want=$(cat "$root/setup.cfg" "$root/pyproject.toml" - <<<"$2 $root" | cksum)
     [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return
     say "installing minitp[$2] into .venv"
-    "$python" -m pip install --disable-pip-version-check --editable "$root[$2]" 2>"$venv/pip-errors" |
+    "$python" -I -m pip install --disable-pip-version-check --editable "$root[$2]" 2>"$venv/pip-errors" |
         sed -un 's/^Collecting \([^ ]*\).*/  fetching \1/p
                  s#^Processing .*/\([^/ ]*\)\.whl.*#  using \1#p
                  s/^Installing collected.*/  installing/p' >&2 ||
@@ -57,7 +58,7 @@ install() {
 setup_mpi() {
     if [ ! -e "$venv/installed-mpi" ]; then
         [ ! -e "$venv/system-mpi" ] || return 0
-        if command -v mpirun >/dev/null && "$python" -c 'from mpi4py import MPI' 2>/dev/null; then
+        if command -v mpirun >/dev/null && "$python" -I -c 'from mpi4py import MPI' 2>/dev/null; then
             touch "$venv/system-mpi"
             return
         fi
@@ -90,8 +91,8 @@ case ${1:-} in
     test)
         shift
         setup test
-        "$python" -c 'from minitp.loading.demo import demo_directory; demo_directory()'
         cd "$root"
+        "$python" -c 'from minitp.loading.demo import demo_directory; demo_directory()'
         if [ "${1:-}" = --all ]; then
             shift
             # Starting MPI under Slurm sometimes fails on busy cores, so these tests run separately.
@@ -113,7 +114,7 @@ case ${1:-} in
             python=$MINITP_PYTHON
         else
             setup test
-            PIP_RETRIES=1 PIP_TIMEOUT=10 "$python" -m minitp shard --tp 1 >/dev/null ||
+            PIP_RETRIES=1 PIP_TIMEOUT=10 "$venv/bin/minitp" shard --tp 1 >/dev/null ||
                 say "there is no demo model, so its checks are skipped"
         fi
         cd "$root" && PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" benchmarks/gpu/run.py "$@"
@@ -122,6 +123,6 @@ case ${1:-} in
         setup "$1"
         # Every option begins with a dash; a first word that is not a command is a prompt.
         if [[ $1 != -* && ($1 == *" "* || $commands != *" $1 "*) ]]; then set -- generate "$@"; fi
-        exec "$python" -m minitp "$@"
+        exec "$venv/bin/minitp" "$@"
         ;;
 esac

@@ -36,7 +36,7 @@ def open_source(comm, name, layers=None, revision=None):
                     f"--model {source.name}: {comm.name(rank)} found a different model than {comm.name(0)} "
                     f"(in {' and '.join(parts)}); copy the same files to all hosts"
                 )
-    if comm.rank == 0 and SOCKET_VARIABLE not in os.environ:  # otherwise the launcher has already warned
+    if comm.rank == 0 and not os.environ.get(SOCKET_VARIABLE):  # otherwise the launcher has already warned
         warn_of_unread_fields(source)
     return source
 

@@ -35,7 +35,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # The ranks share the cores. NumPy reads this on import. MPICH gives the number of ranks; else assume 4.
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() // int(os.getenv("MPI_LOCALNRANKS", "4")) or 1))
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() // int(os.getenv("MPI_LOCALNRANKS") or 4) or 1))
 import numpy as np
 from safetensors import safe_open
 from tokenizers import Tokenizer

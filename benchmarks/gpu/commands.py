@@ -8,7 +8,7 @@ from pathlib import Path
 from tasks import Task
 
 from minitp.errors import MinitpError, one_line
-from minitp.launch.supervisor import find_mpirun
+from minitp.launch.mpirun import find_mpirun
 from minitp.loading.demo import NAME, cache_directory
 
 MODEL = "random:mistral-7b"

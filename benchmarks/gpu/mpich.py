@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 from minitp.errors import InputError
-from minitp.launch.supervisor import find_mpirun
+from minitp.launch.mpirun import find_mpirun
 
 VARIABLE = "MINITP_MPICH"
 

@@ -78,7 +78,7 @@ class OnRanks(Command):
             from minitp.launch.rank import run_in_world
 
             return run_in_world(self.work(args), args, world)
-        if ALONE_VARIABLE in os.environ:
+        if os.environ.get(ALONE_VARIABLE):
             return self.run_alone(args)
         refuse_unknown_mpi()
         size = self.ranks(args)
@@ -159,7 +159,7 @@ class Caller(Command):
 
 def refuse_unknown_mpi():
     """Raise RankError if this process is itself a rank, of an MPI that does not announce its size."""
-    if SOCKET_VARIABLE in os.environ:
+    if os.environ.get(SOCKET_VARIABLE):
         raise RankError(
             "mpirun gives its ranks neither PMI_SIZE nor OMPI_COMM_WORLD_SIZE; use MPICH or Open MPI"
         )

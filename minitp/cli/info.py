@@ -20,9 +20,10 @@ from minitp.cli.command import OneProcess
 from minitp.cli.info_text import text
 from minitp.cli.options import add_json
 from minitp.errors import one_line
-from minitp.launch.supervisor import find_mpirun
+from minitp.launch.mpirun import find_mpirun
 from minitp.loading import demo
 from minitp.util.environment import BLAS_THREADS, cores, cpu_name, memory, physical_cores, world_size
+from minitp.util.run_module import RUN_MODULE
 from minitp.util.stdout import write_out
 
 LIMIT_S = 10  # time limit of a separate process in seconds
@@ -204,7 +205,7 @@ def start(name):
         return {"error": "mpi4py is not installed: pip install mpi4py"}
     if name == "cuda" and importlib.util.find_spec("cupy") is None:
         return {"error": "CuPy is not installed; for NVIDIA GPUs: pip install 'minitp[cuda12]' (or cuda13)"}
-    command = [sys.executable, "-c", f"from minitp.cli.info import tell, {name}; tell({name})"]
+    command = [*RUN_MODULE, "minitp.cli.info", name]
     if name == "nvidia_smi":
         path = shutil.which("nvidia-smi")
         if path is None:
@@ -281,3 +282,7 @@ def gpu(properties):
         "memory_bytes": properties["totalGlobalMem"],
         "compute_capability": f"{properties['major']}.{properties['minor']}",
     }
+
+
+if __name__ == "__main__":
+    tell({"mpi": mpi, "cuda": cuda}[sys.argv[1]])

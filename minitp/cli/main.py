@@ -23,12 +23,14 @@ def main(argv=None, worker=WORKER):
     """
     argv = sys.argv[1:] if argv is None else argv
     prepare_streams()
+    rank = 0
     try:
+        rank = environment.env_rank(os.environ)
         refuse_undecodable(argv)
         args = parser().parse_args(argv)
         return COMMANDS[args.command].start(args, [*worker, *argv])
     except MinitpError as error:
-        if environment.env_rank(os.environ) == 0:  # under a user's mpirun all ranks have the same error
+        if rank == 0:  # under a user's mpirun all ranks have the same error
             print(f"minitp: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -24,7 +24,7 @@ class RanksCommand(Command):
 
     def start(self, args, rank_command):
         """Run this rank and return its exit code."""
-        if SOCKET_VARIABLE not in os.environ:
+        if not os.environ.get(SOCKET_VARIABLE):
             raise InputError("minitp ranks is internal; use LLM, minitp chat or minitp serve, which start it")
         try:
             options = EngineOptions(**json.loads(args.options))
@@ -36,6 +36,6 @@ class RanksCommand(Command):
 
         if world is not None:
             return join_world(options, world)
-        if ALONE_VARIABLE not in os.environ:
+        if not os.environ.get(ALONE_VARIABLE):
             refuse_unknown_mpi()
         return run_alone_for_caller(options)

@@ -4,14 +4,14 @@ import codecs
 import os
 import signal
 import subprocess
-import sys
 
 from minitp.cli.command import Command
 from minitp.cli.options import PROMPT_OR_TOKENS, add_max_new_tokens, add_prompt, add_revision
 from minitp.errors import InputError
+from minitp.launch.mpirun import find_mpirun, mpi_environment
 from minitp.launch.run import Terminated, raised_on_sigterm, ranks_to_start
-from minitp.launch.supervisor import find_mpirun, mpi_environment
 from minitp.util.environment import check_world, divide_cores, world_size
+from minitp.util.run_module import RUN_MODULE
 from minitp.util.stdout import write_out
 
 
@@ -65,7 +65,7 @@ class TourCommand(Command):
 
             return tour.main(argv)
         tp = ranks_to_start(args.tp, "cuda" if args.gpu else "cpu", args.model, revision=args.revision)
-        command = [sys.executable, "-m", "minitp.tour", *tour_arguments(args, tp)]
+        command = [*RUN_MODULE, "minitp.tour", *tour_arguments(args, tp)]
         if tp > 1:
             command = [find_mpirun(), "-n", str(tp), *command]
         return pass_on(command, mpi_environment(tp))

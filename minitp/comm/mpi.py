@@ -66,7 +66,7 @@ class MpiComm(Comm):
         if expected is not None and expected != self.size:
             library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
             launcher, remedy = "mpirun", "use the mpirun of that MPI"
-            if "SLURM_STEP_NUM_TASKS" in os.environ and "PMI_SIZE" not in os.environ:
+            if os.environ.get("SLURM_STEP_NUM_TASKS") and not os.environ.get("PMI_SIZE"):
                 launcher, remedy = "srun", "use srun --mpi=pmi2, or another type that srun --mpi=list shows"
             raise RankError(
                 f"{launcher} started {counted(expected, 'process')} but mpi4py sees a world of {self.size}: "

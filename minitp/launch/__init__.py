@@ -3,6 +3,7 @@
 run.py          the launcher: start the ranks of a command and wait until they end
 heartbeat.py    ranks that stand still
 supervisor.py   the ranks as child processes: start them with mpirun, watch them, talk to them, end them
+mpirun.py       the mpirun that the launcher starts, and its environment
 rank.py         the process of one rank, from its start to its exit code
 devices.py      one GPU for each rank
 transport.py    the Comm that --comm selects

@@ -97,7 +97,8 @@ def run_in_world(work, options, world, caller=None, serving=False):
 
 
 def _supervisor_link():
-    return SupervisorLink(os.environ[SOCKET_VARIABLE]) if SOCKET_VARIABLE in os.environ else None
+    path = os.environ.get(SOCKET_VARIABLE)
+    return SupervisorLink(path) if path else None
 
 
 @contextmanager

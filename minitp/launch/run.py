@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from minitp.errors import RankError
 from minitp.launch.supervisor import rank_processes
 from minitp.util.environment import ranks_wanted
+from minitp.util.run_module import RUN_MODULE
 
-WORKER = [sys.executable, "-m", "minitp"]
+WORKER = [*RUN_MODULE, "minitp"]
 
 
 def run_ranks(command, size, verbose=False):

@@ -18,7 +18,6 @@ import json
 import os
 import queue
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
@@ -31,52 +30,12 @@ from pathlib import Path
 
 from minitp.errors import RankError
 from minitp.launch import heartbeat
-from minitp.util.environment import ALONE_VARIABLE, SOCKET_VARIABLE, limit_blas_threads
+from minitp.launch.mpirun import find_mpirun, mpi_environment, warn_of_other_nodes
+from minitp.util.environment import ALONE_VARIABLE, SOCKET_VARIABLE
 
 START_LIMIT_S = 60  # time for all ranks to connect
 LONGEST_PARENT = 80  # bytes; a Unix socket's path may have 103 (macOS) or 107 (Linux)
 END_LIMIT_S = 10  # time for mpirun to end after the last message of the last rank
-
-# By default Open MPI refuses to run as root or with more ranks than cores, binds each rank to a core, and
-# lets waiting ranks keep their cores busy. The names differ between versions 4 and 5; other MPIs ignore them.
-OPEN_MPI = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    "OMPI_MCA_hwloc_base_binding_policy": "none",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "PRTE_ALLOW_RUN_AS_ROOT": "1",
-    "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "PRTE_MCA_hwloc_default_binding_policy": "none",
-}
-
-# All ranks must be on this host, where the supervisor's socket is, even if a batch system has allocated more.
-THIS_HOST = {
-    "HYDRA_RMK": "user",
-    "HYDRA_LAUNCHER": "fork",
-    "OMPI_MCA_plm": "isolated",
-    "OMPI_MCA_ras": "^slurm,tm,lsf,gridengine",
-    "PRTE_MCA_plm": "^slurm,lsf,tm",
-    "PRTE_MCA_ras": "^slurm,lsf,pbs,gridengine",
-}
-
-
-def find_mpirun():
-    """Return the mpirun next to this Python, whose MPI mpi4py also uses, or else the one in the PATH."""
-    adjacent = Path(sys.executable).parent / "mpirun"
-    found = str(adjacent) if adjacent.exists() else shutil.which("mpirun") or shutil.which("mpiexec")
-    if found is None:
-        raise RankError("no mpirun found; pip install 'minitp[mpi]', install another MPI, or use --tp 1")
-    return found
-
-
-def mpi_environment(size):
-    """Return the environment for an mpirun of `size` ranks on this host that divide its cores."""
-    environment = {**OPEN_MPI, **os.environ, **THIS_HOST}
-    environment.pop("HYDRA_HOST_FILE", None)
-    limit_blas_threads(environment, size)
-    return environment
 
 
 @contextmanager
@@ -137,7 +96,8 @@ class RankProcesses:
     def start(self, command):
         """Start the ranks in a new session, so that only the supervisor gets Ctrl-C from the terminal."""
         environment = {**mpi_environment(self.size), SOCKET_VARIABLE: str(self.folder / "supervisor")}
-        environment.setdefault("HF_HUB_OFFLINE", "1")  # the launcher has downloaded everything already
+        if not environment.get("HF_HUB_OFFLINE"):
+            environment["HF_HUB_OFFLINE"] = "1"  # the launcher has downloaded everything already
         if self.size == 1:
             environment[ALONE_VARIABLE] = "1"
         else:
@@ -311,17 +271,6 @@ class RankProcesses:
         for name in ["mpirun", *[f"rank{rank}" for rank in range(self.size)]]:
             for line in self.output_of(name):
                 print(f"[{name}] {line}", file=sys.stderr)
-
-
-def warn_of_other_nodes(environment):
-    """Warn if a batch system has allocated several nodes, since all ranks start on this one."""
-    nodes = int(environment.get("SLURM_JOB_NUM_NODES", 1))
-    if nodes > 1:
-        print(
-            f"minitp: warning: all ranks start on this host, one of the {nodes} nodes of the allocation; "
-            "to use them all, run srun -K --mpi=pmi2 minitp ... or mpirun minitp ... without --tp",
-            file=sys.stderr,
-        )
 
 
 def _kill(pid):

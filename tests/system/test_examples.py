@@ -8,7 +8,7 @@ import sys
 import pytest
 from paths import EXAMPLES
 
-from minitp.launch.supervisor import OPEN_MPI, find_mpirun
+from minitp.launch.mpirun import OPEN_MPI, find_mpirun
 
 MODEL = "smollm2-135m"  # small, and uneven over four ranks: 9 query heads, 3 KV heads
 TERMS = 1536  # number of terms in its longest sum, F

@@ -16,7 +16,7 @@ from paths import ROOT, SUPPORT
 
 from minitp import ops
 from minitp.errors import InputError
-from minitp.launch.supervisor import find_mpirun
+from minitp.launch.mpirun import find_mpirun
 
 FACTS = {"gpu": "A GPU 80GB", "date": "2030-01-02", "versions": {"cupy": "14.2.0"}}
 MODULES = ("commands", "mpich", "parts", "results", "table", "tasks")

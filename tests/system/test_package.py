@@ -24,16 +24,34 @@ def output_of(command, **options):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Build the wheel from a copy, because building leaves files in the source folder."""
+def source(tmp_path_factory):
+    """Return a copy of the source folder, because building leaves files in it."""
     copy = tmp_path_factory.mktemp("package") / "source"
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         copy.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, copy)
     shutil.copytree(ROOT / "minitp", copy / "minitp", ignore=shutil.ignore_patterns("__pycache__"))
-    output_of([*PIP, "wheel", "--no-deps", "--wheel-dir", str(copy.parent), str(copy)])
-    (found,) = copy.parent.glob("*.whl")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source):
+    output_of([*PIP, "wheel", "--no-deps", "--wheel-dir", str(source.parent), str(source)])
+    (found,) = source.parent.glob("*.whl")
     return found
+
+
+def test_an_editable_install_is_a_plain_path(source, tmp_path):
+    """A path comes before a folder minitp without __init__.py; an import hook comes after it."""
+    tools = tmp_path / "tools"
+    output_of([*PIP, "install", "--target", str(tools), "setuptools>=77"])
+    code = "import sys; from setuptools.build_meta import build_editable; build_editable(sys.argv[1])"
+    options = dict(cwd=source, env={**os.environ, "PYTHONPATH": str(tools)})
+    output_of([sys.executable, "-c", code, str(tmp_path)], **options)
+    (found,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(found) as archive:
+        files = [name for name in archive.namelist() if ".dist-info/" not in name]
+        assert [archive.read(name).decode().strip() for name in files] == [str(source)]
 
 
 def test_wheel_contains_every_file(wheel):

@@ -30,6 +30,7 @@ from tiny import write_tiny
 from minitp.cli import main as cli
 from minitp.errors import RankError
 from minitp.launch import supervisor
+from minitp.launch.mpirun import OPEN_MPI
 from minitp.loading.demo import demo_directory
 
 pytestmark = pytest.mark.mpi
@@ -105,6 +106,21 @@ def test_a_job_survives_the_death_of_another(tiny, endless, capsys):
     assert result_of(living)["text"] == alone(argv, capsys)["text"]
 
 
+SHELLS = {
+    "PMIx": {"PMIX_NAMESPACE": "slurm.pmix.7.0", "PMIX_RANK": "0"},
+    "pmi2": {"PMI_SIZE": "1", "PMI_RANK": "0", "PMI_FD": "77", "PMIX_NAMESPACE": "x"},
+    "empty": dict.fromkeys(["PMI_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"], "")
+    | dict.fromkeys(["PMIX_RANK", "MPI_LOCALNRANKS", "SLURM_PROCID", "SLURM_CPUS_PER_TASK"], "")
+    | dict.fromkeys(["SLURM_JOB_NUM_NODES", "OMP_NUM_THREADS", supervisor.SOCKET_VARIABLE], ""),
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_variables_of_a_shell_that_is_no_rank(tiny, shell):
+    argv = ["generate", "Hello", "--model", tiny, "-n", "4", "--json"]
+    assert result_of(under_launcher(argv, ranks=2, **SHELLS[shell]))["stats"]["tp"] == 2
+
+
 def open_mpi():
     """Return Open MPI's mpirun and the variables with which mpi4py uses it; skip if it is not installed."""
     names = [shutil.which(name) for name in ("mpirun.openmpi", "mpirun")]
@@ -133,10 +149,7 @@ def test_open_mpi(tiny, endless, capsys):
     expected = alone(argv, capsys)["token_ids"]
     launcher = {**variables, "MINITP_TEST_MPIRUN": mpirun}
     assert result_of(under_launcher(argv, **launcher))["token_ids"] == expected
-    assert (
-        result_of(under_mpirun(argv, mpirun=mpirun, **supervisor.OPEN_MPI, **variables))["token_ids"]
-        == expected
-    )
+    assert result_of(under_mpirun(argv, mpirun=mpirun, **OPEN_MPI, **variables))["token_ids"] == expected
     check_fault_under_launcher("kill forward 2", endless, **launcher)
     check_fault_under_launcher("raise forward 1", endless, **launcher)
 

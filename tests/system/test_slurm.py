@@ -65,6 +65,14 @@ def test_the_launcher_starts_all_ranks_on_its_host(slurm, argv, capsys):
     assert "one of the 2 nodes of the allocation; to use them all, run srun -K" in done.stderr
 
 
+@pytest.mark.parametrize("kind", ["pmi2", "none"])
+def test_a_shell_of_srun_is_no_rank(slurm, argv, kind):
+    done = slurm(
+        "srun", f"--mpi={kind}", "-n", "1", "bash", "-c", '"$@"', "bash", "minitp", *argv, "--tp", "2"
+    )
+    assert (done.returncode, json.loads(done.stdout)["stats"]["tp"]) == (0, 2), done.stderr
+
+
 def test_a_killed_rank_ends_all(slurm, tmp_path):
     model = write_tiny(tmp_path / "endless", tokenizer=False, max_position_embeddings=1_000_000)
     endless = ["minitp", "generate", "--tokens", "1,2,3", "-n", "900000", "--ignore-eos", "--model", model]

@@ -17,6 +17,7 @@ from minitp.cli.main import main
 from minitp.comm import run_threads
 from minitp.device import open_device
 from minitp.generate import generate
+from minitp.launch.mpirun import mpi_environment
 from minitp.launch.run import ranks_to_start
 from minitp.load import load_model
 from minitp.loading.source import open_model
@@ -281,6 +282,12 @@ def test_auto_is_at_most_a_rank_for_each_head(monkeypatch, tiny):
         ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5"}, 8, 5),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None, 0),  # a shell
         ({"SLURM_NTASKS": "8"}, None, 0),  # a batch script, before srun
+        ({"PMI_SIZE": "1", "PMI_RANK": "0", "SLURM_STEP_NUM_TASKS": "1"}, None, 0),  # srun --mpi=pmi2 --pty
+        ({"PMI_SIZE": "1", "PMI_RANK": "0", "MPI_LOCALNRANKS": "1"}, 1, 0),  # mpirun -n 1
+        ({"PMIX_NAMESPACE": "slurm.pmix.7.0", "PMIX_RANK": "0"}, None, 0),  # a shell under PMIx
+        ({"PMI_SIZE": "", "OMPI_COMM_WORLD_SIZE": "", "SLURM_STEP_NUM_TASKS": ""}, None, 0),
+        ({"PMI_RANK": "", "OMPI_COMM_WORLD_RANK": "", "PMIX_RANK": "", "SLURM_PROCID": ""}, None, 0),
+        ({"PMI_SIZE": "", "PMI_RANK": "", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, 4, 3),
     ],
 )
 def test_launchers_are_recognised(variables, world, rank):
@@ -288,8 +295,31 @@ def test_launchers_are_recognised(variables, world, rank):
     assert environment.env_rank(variables) == rank
 
 
+@pytest.mark.parametrize("name", ["PMI_SIZE", "PMI_RANK"])
+def test_a_variable_that_is_no_number(tiny, refused, monkeypatch, name):
+    monkeypatch.setenv(name, "four")
+    said = refused("generate", "hi", "--model", tiny, "--tp", "2")
+    assert said == f"minitp: {name}=four: expected a number; unset the variable\n"
+
+
+def test_ranks_of_the_launcher_are_a_world_of_their_own(monkeypatch):
+    tuning = ["OMPI_MCA_btl", "PMIX_MCA_gds", "PRTE_MCA_rmaps", "MPICH_ASYNC_PROGRESS", "MPIR_CVAR_DEBUG"]
+    tuning += ["UCX_TLS", "FI_PROVIDER", "HYDRA_IFACE", "I_MPI_DEBUG", "NCCL_DEBUG", "SLURM_JOB_ID", "HOME"]
+    places = ["PMI_SIZE", "PMI_FD", "PMIX_NAMESPACE", "PMIX_RANK", "HYDI_CONTROL_FD", "MPI_LOCALRANKID"]
+    places += ["OMPI_COMM_WORLD_RANK", "OMPI_MCA_ess_base_jobid", "PRTE_LAUNCHED", "SLURM_PROCID"]
+    places += ["SLURM_STEP_NUM_TASKS", "HYDRA_HOST_FILE"]
+    for name in [*tuning, *places]:
+        monkeypatch.setenv(name, "7")
+    found = mpi_environment(2)
+    assert {found.get(name) for name in tuning} == {"7"}
+    assert [name for name in places if name in found] == []
+
+
 def test_cores_are_shared(monkeypatch):
     monkeypatch.setattr(environment, "cores", lambda: 10)
+    empty = {"OMP_NUM_THREADS": "", "SLURM_CPUS_PER_TASK": ""}
+    environment.limit_blas_threads(empty, 4)
+    assert {empty[name] for name in environment.BLAS_THREADS} == {"2"}
     environment.limit_blas_threads(variables := {}, 4)
     assert set(variables) == set(environment.BLAS_THREADS)
     assert set(variables.values()) == {"2"}

@@ -7,7 +7,7 @@ import pytest
 from tiny import write_tiny
 
 from minitp.comm.shared_memory import SLOT_BYTES
-from minitp.launch.supervisor import find_mpirun
+from minitp.launch.mpirun import find_mpirun
 
 LIMIT_S = 120
 
