@@ -4,9 +4,11 @@ import codecs
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 from minitp.cli.command import Command
 from minitp.cli.options import PROMPT_OR_TOKENS, add_max_new_tokens, add_prompt, add_revision
+from minitp.comm import dev_shm
 from minitp.errors import InputError
 from minitp.launch.mpirun import find_mpirun, mpi_environment
 from minitp.launch.run import Terminated, raised_on_sigterm, ranks_to_start
@@ -67,6 +69,7 @@ class TourCommand(Command):
         tp = ranks_to_start(args.tp, "cuda" if args.gpu else "cpu", args.model, revision=args.revision)
         command = [*RUN_MODULE, "minitp.tour", *tour_arguments(args, tp)]
         if tp > 1:
+            dev_shm.check_room(tp)
             command = [find_mpirun(), "-n", str(tp), *command]
         return pass_on(command, mpi_environment(tp))
 
@@ -114,4 +117,13 @@ def pass_on(command, environment):
             return 143
         finally:  # on Ctrl-C, too, which only this process receives
             if process.poll() is None:
+                for pid in descendants(process.pid):
+                    dev_shm.delete_mapped_files(pid)
                 os.killpg(process.pid, signal.SIGKILL)  # at SIGTERM mpirun would print its own report
+
+
+def descendants(pid):
+    """Return the pids of a process's children, their children, and so on, on Linux."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    children = [int(child) for child in path.read_text().split()] if path.exists() else []
+    return children + [pid for child in children for pid in descendants(child)]

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from minitp import __version__
+from minitp.comm import dev_shm
 from minitp.comm.base import Comm
 from minitp.comm.wait import Backoff
 from minitp.errors import RankError, one_line
+from minitp.util.environment import local_ranks
 from minitp.util.format import counted
 
 LAST_WORDS_S = 0.3  # time for mpirun to forward a rank's output before the abort
@@ -53,11 +55,13 @@ class MpiComm(Comm):
     Raises
     ------
     RankError
-        On all ranks, if the number of ranks is not the expected one, or if ranks have different versions of
-        minitp.
+        On all ranks, if the number of ranks is not the expected one, if ranks have different versions of
+        minitp, or if there is too little shared memory.
     """
 
     def __init__(self, expected=None, world=None):
+        if expected is not None:
+            dev_shm.check_room(local_ranks(os.environ, expected), starting=False)
         self._mpi = MPI = import_mpi()
         self._job = MPI.COMM_WORLD
         self._world = self._job if world is None else world
@@ -74,6 +78,7 @@ class MpiComm(Comm):
             )
         own = (__version__, self._job.Get_rank(), os.getpid(), platform.node())
         gathered = self._world.allgather(own)  # plain types, which any version of minitp can unpickle
+        dev_shm.delete_mapped_files()  # all ranks have mapped them by now
         self._processes = [Process(*fields) for _, *fields in gathered]
         for process, (version, *_) in zip(self._processes, gathered, strict=True):
             if version != gathered[0][0]:

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from minitp.comm import dev_shm
 from minitp.errors import RankError
 from minitp.util.environment import limit_blas_threads, number_in
 
@@ -60,6 +61,8 @@ def mpi_environment(size):
     own = {name: value for name, value in os.environ.items() if not WORLD.match(name)}
     environment = {**OPEN_MPI, **own, **THIS_HOST}
     limit_blas_threads(environment, size)
+    if dev_shm.is_small():
+        environment.setdefault("UCX_TLS", "^posix")  # UCX would crash if its files do not fit
     return environment
 
 

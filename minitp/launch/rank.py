@@ -17,6 +17,7 @@ import threading
 import traceback
 from contextlib import contextmanager, suppress
 
+from minitp.comm import dev_shm
 from minitp.errors import AgreedError, RankError, one_line
 from minitp.launch.heartbeat import start_beating
 from minitp.util.environment import SOCKET_VARIABLE, check_world, env_rank
@@ -190,6 +191,7 @@ class SupervisorLink:
         except Exception as error:
             with suppress(OSError):
                 self.send_exit(RankError.exit_code, f"reading a message: {one_line(error)}")
+        dev_shm.delete_mapped_files()
         os.kill(os.getpid(), signal.SIGKILL)
 
     def send(self, message):

@@ -28,6 +28,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from minitp.comm import dev_shm
 from minitp.errors import RankError
 from minitp.launch import heartbeat
 from minitp.launch.mpirun import find_mpirun, mpi_environment, warn_of_other_nodes
@@ -101,6 +102,7 @@ class RankProcesses:
         if self.size == 1:
             environment[ALONE_VARIABLE] = "1"
         else:
+            dev_shm.check_room(self.size)
             command = [find_mpirun(), "-n", str(self.size), *command]
             warn_of_other_nodes(os.environ)
         with open(self.folder / "mpirun", "wb") as output:
@@ -218,7 +220,15 @@ class RankProcesses:
             if rank.exit_code is None and len(self.ranks) < self.size:
                 self.fail_to_start()
             if rank.exit_code is None:
-                self.fail(f"rank {rank.rank} (pid {rank.pid}) died: killed, out of memory, or crashed", rank)
+                self.fail(f"rank {rank.rank} (pid {rank.pid}) died: {self.cause_of_death()}", rank)
+
+    def cause_of_death(self):
+        """Return the likely cause of a rank's death, of which mpirun may know the signal."""
+        with suppress(subprocess.TimeoutExpired):
+            self.leader.wait(1)
+        if any("Bus error" in line for line in self.output_of("mpirun")):
+            return f"bus error, most likely because {dev_shm.described()}"
+        return "killed, out of memory, or crashed"
 
     def output_of(self, name):
         """Return the lines that a process, "mpirun" or "rank2", has written to its file."""
@@ -241,6 +251,7 @@ class RankProcesses:
                 self.leader.wait()
         for rank in self.ranks.values():
             if not self.has_ended(rank):
+                dev_shm.delete_mapped_files(rank.pid)
                 _kill(rank.pid)
             with suppress(OSError):
                 rank.connection.shutdown(socket.SHUT_RDWR)  # ends an unfinished `sendall`
