@@ -48,7 +48,7 @@ class LLM:
     mpirun has started. The script continues on rank 0 only: on the other ranks this call does not return;
     they serve rank 0 and exit when it is done. So the script does its work once in either case.
 
-    An LLM can be used from several threads.
+    An LLM can be used from several threads, but not in a forked child, which needs its own.
 
     Parameters
     ----------

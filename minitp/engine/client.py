@@ -70,9 +70,20 @@ class Ranks:
         self.closing = False
         self._numbers, self._listeners, self._lock = itertools.count(), {}, threading.Lock()
         self._failure = None  # the reason why all ranks are exiting, once one is known
+        self._owner = os.getpid()
+
+    @property
+    def forked(self):
+        """Whether this process is a fork of the one that owns the ranks, which it must leave alone."""
+        return os.getpid() != self._owner
 
     def add(self, prompt_ids, params, listener):
         """Send a request, whose Updates go to `listener`; return its number, for `abort`."""
+        if self.forked:
+            raise InputError(
+                f"this process was forked from process {self._owner}, and only that one can use its LLM; "
+                "create another LLM here"
+            )
         with self._lock:
             if self.error is not None:
                 raise self.error
@@ -83,6 +94,8 @@ class Ranks:
 
     def abort(self, number):
         """Stop a request and free its blocks, without another Update; ignore a finished request."""
+        if self.forked:
+            return
         with self._lock:
             unfinished = self._listeners.pop(number, None) is not None
         if unfinished and self.error is None:
@@ -185,6 +198,8 @@ class StartedRanks(Ranks):
 
     def close(self):
         """End the ranks as Ranks.close does, and kill those that do not exit by themselves."""
+        if self.forked:
+            return
         self.closing = True
         if threading.current_thread() is self._thread:  # an LLM may be garbage-collected in this thread
             self._job.cancelled = True
@@ -239,6 +254,8 @@ class JoinedRanks(Ranks):
 
     def close(self):
         """End the ranks and wait for them, as Ranks.close does."""
+        if self.forked:
+            return
         self.closing = True
         self.inbox.put({"close": True})
         self._thread.join()

@@ -18,6 +18,7 @@ import json
 import os
 import queue
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -45,12 +47,16 @@ def rank_processes(size, verbose=False, streams=None):
     parent = tempfile.gettempdir()
     if len(parent) > LONGEST_PARENT:
         parent = "/tmp"
-    with tempfile.TemporaryDirectory(prefix="minitp-", dir=parent, ignore_cleanup_errors=True) as folder:
-        job = RankProcesses(Path(folder), size, verbose, streams)
+    owner, folder = os.getpid(), Path(tempfile.mkdtemp(prefix="minitp-", dir=parent))
+    try:
+        job = RankProcesses(folder, size, verbose, streams)
         try:
             yield job
         finally:
             job.end()
+    finally:
+        if os.getpid() == owner:  # not in a forked child
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Rank:
@@ -93,6 +99,15 @@ class RankProcesses:
         self.listener.bind(str(folder / "supervisor"))
         self.listener.listen(size)
         self.selector.register(self.listener, selectors.EVENT_READ)
+        self.forked = False  # True in a forked child, to which the ranks do not belong
+        job = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: job() and job().disown())
+
+    def disown(self):
+        """Close the copies of the connections in a forked child, which would outlive the supervisor's own."""
+        self.forked = True
+        for file in (self.listener, self.selector, *(rank.connection for rank in self.ranks.values())):
+            file.close()
 
     def start(self, command):
         """Start the ranks in a new session, so that only the supervisor gets Ctrl-C from the terminal."""
@@ -241,6 +256,8 @@ class RankProcesses:
 
     def end(self):
         """End all processes: first mpirun, which ends its ranks, then any ranks that remain."""
+        if self.forked:
+            return
         if self.leader is not None and self.leader.poll() is None:
             self.leader.terminate()
             self.leader.send_signal(signal.SIGCONT)  # a stopped process gets SIGTERM when it continues

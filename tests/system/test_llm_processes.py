@@ -189,6 +189,72 @@ GENERATING = "llm = start()\nprint(os.getpid(), flush=True)\nllm.generate(['Hell
 STARTING = "print(os.getpid(), flush=True)\nllm = start()\nprint('too late')"
 
 
+IN_CHILD = """
+llm = start()
+expected = llm.generate([1, 2], max_new_tokens=9).token_ids
+pieces = llm.stream("Hello", max_new_tokens=9, ignore_eos=True)
+next(pieces)
+
+def child(work):
+    print(flush=True)
+    if os.fork() == 0:
+        work()
+        os._exit(0) if ENDS == "os._exit" else sys.exit()
+    os.wait()
+
+def drop():
+    del globals()["llm"], globals()["pieces"]
+    gc.collect()
+
+def use():
+    for call in (lambda: llm.generate("Hello"), lambda: llm.stream("Hello").__next__()):
+        try:
+            call()
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+
+def leave():
+    with llm:
+        pass
+
+def start_another():
+    with start() as other:
+        print(other.generate([1, 2], max_new_tokens=9).token_ids == expected, flush=True)
+"""
+CAN = "create another LLM here"
+
+
+@pytest.mark.parametrize(
+    ("started", "ends", "works", "says"),
+    [
+        (plain, "sys.exit", ["drop", "use", "leave", "gc.collect", "start_another"], "True"),
+        (plain, "os._exit", ["drop", "multiprocessing.Process(target=print).run"], ""),
+        (under_mpirun, "os._exit", ["drop", "use", "leave"], ""),  # MPI cannot exit in a forked child
+    ],
+)
+def test_a_forked_child_leaves_the_ranks_alone(model, started, ends, works, says):
+    calls = "".join(f"child({work})\n" for work in works)
+    script = f"import multiprocessing\nENDS = {ends!r}\n{IN_CHILD}{calls}"
+    script += "assert len(''.join(pieces)) > 0\n"
+    script += "print(llm.generate([1, 2], max_new_tokens=9).token_ids == expected)"
+    code, out, err = started(script, model).end(START_S)
+    said = [line for line in out.split("\n") if line]
+    assert (code, said[-1], err) == (0, "True", "")
+    refusals = [line for line in said if line.startswith("InputError this process was forked from process ")]
+    assert len(refusals) == 2 * ("use" in works)
+    assert all(line.endswith(CAN) for line in refusals)
+    assert said.count("True") == 1 + bool(says)
+
+
+def test_ranks_end_with_their_script_although_a_forked_child_lives(model):
+    running = plain("llm = start()\npid = os.fork()\nprint(pid, flush=True)\ntime.sleep(600)", model)
+    child = max(int(line_of(running)), int(line_of(running)))
+    os.kill(running.process.pid, signal.SIGKILL)
+    wait_until(lambda: list(running.processes()) == [child])
+    os.kill(child, signal.SIGKILL)
+    check_all_end(running)
+
+
 def test_ctrl_c_while_it_generates(model):
     running = plain(GENERATING, model)
     line_of(running)
