@@ -113,7 +113,8 @@ class LLM:
         size = world or ranks_to_start(
             options.tp, options.device, options.model, options.layers, options.revision
         )
-        if world is None:  # under mpirun the ranks check the model together
+        if world is None:  # under mpirun the ranks check these together
+            environment.check_cupy(options.device)
             self.source = open_model(options.model, size, options.layers, options.revision)
             context_length(self.source.config, options.max_context)
             warn_of_unread_fields(self.source)

@@ -81,6 +81,7 @@ class OnRanks(Command):
         if os.environ.get(ALONE_VARIABLE):
             return self.run_alone(args)
         refuse_unknown_mpi()
+        environment.check_cupy(args.device)
         size = self.ranks(args)
         if size == 1:
             return self.run_alone(args)
@@ -135,6 +136,8 @@ class Caller(Command):
     def start(self, args, rank_command):
         environment.divide_cores(os.environ)
         world = environment.world_size(os.environ)
+        if world is None:
+            environment.check_cupy(args.device)
         tp = world or ranks_to_start(args.tp, args.device, args.model, args.layers, args.revision)
         if environment.env_rank(os.environ) != 0:
             from minitp.llm import LLM

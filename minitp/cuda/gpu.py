@@ -9,9 +9,9 @@ import numpy as np
 from minitp.cuda.arrays import Arrays
 from minitp.device import DTYPES, Device
 from minitp.errors import InputError, RankError, one_line
+from minitp.util.environment import CUPY_EXTRA
 from minitp.util.format import counted
 
-EXTRA = "pip install 'minitp[cuda12]' (or cuda13, for a driver of CUDA 13)"
 CACHE_SHARE = 0.8  # the KV cache's share of the memory left by the weights; activations need the rest
 PINNED_BYTES = 1 << 24  # size of each buffer from which slices are copied to the GPU
 
@@ -98,9 +98,9 @@ def open_gpu(local_rank=0, share=False):
     Raises
     ------
     RankError
-        if there is no CuPy or no GPU.
+        if there is no GPU.
     InputError
-        if there are more ranks than GPUs.
+        if there is no CuPy, or there are more ranks than GPUs.
     """
     cupy = find_cupy()
     gpus = cupy.cuda.runtime.getDeviceCount()
@@ -127,13 +127,13 @@ def with_dtype(gpu, dtype, checkpoint_dtype):
 
 
 def find_cupy():
-    """Import `cupy` and return it; raise RankError if it is missing or finds no GPU."""
+    """Import `cupy` and return it; raise InputError if it is missing, RankError if it finds no GPU."""
     try:
         import cupy
 
         gpus = cupy.cuda.runtime.getDeviceCount()
     except ImportError as error:
-        raise RankError(f"--device cuda needs CuPy: {EXTRA}; {one_line(error)[:80]}") from error
+        raise InputError(f"--device cuda needs CuPy: {CUPY_EXTRA}; {one_line(error)[:80]}") from error
     except RuntimeError as error:  # CuPy's CUDARuntimeError
         raise RankError(f"--device cuda: CUDA finds no GPU: {one_line(error)[:100]}") from error
     if gpus == 0:

@@ -12,6 +12,7 @@ from minitp.util.format import counted
 
 SOCKET_VARIABLE = "MINITP_SUPERVISOR"  # the supervisor's socket, for a rank that the launcher has started
 ALONE_VARIABLE = "MINITP_ALONE"  # set for a single rank, which the launcher starts without mpirun
+CUPY_EXTRA = "pip install 'minitp[cuda12]' (or cuda13, for a driver of CUDA 13)"
 BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -88,6 +89,12 @@ def check_world(tp, world):
     """Reject a --tp that differs from the number of ranks started by mpirun or srun; auto always fits."""
     if tp != "auto" and ranks_wanted(tp) != world:
         raise InputError(f"--tp {tp}, but MPI started {counted(world, 'rank')}; omit --tp")
+
+
+def check_cupy(device):
+    """Refuse --device cuda without CuPy, before any rank starts."""
+    if device == "cuda" and importlib.util.find_spec("cupy") is None:
+        raise InputError(f"--device cuda needs CuPy: {CUPY_EXTRA}")
 
 
 def gpus():

@@ -37,6 +37,12 @@ def idle(llm, monkeypatch):
     return llm
 
 
+def test_a_gpu_needs_cupy(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(InputError, match="--device cuda needs CuPy: pip install "):
+        LLM(tiny, device="cuda")
+
+
 def refusal(call):
     """Return the message of the InputError that a call raises, and check that it is one line."""
     with pytest.raises(InputError) as caught:

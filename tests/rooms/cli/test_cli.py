@@ -295,6 +295,16 @@ def test_launchers_are_recognised(variables, world, rank):
     assert environment.env_rank(variables) == rank
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(
+    "command", ["generate hi", "perplexity text", "trace hi -o t", "check hi", "bench", "chat", "serve"]
+)
+def test_a_gpu_needs_cupy(tiny, refused, monkeypatch, command, tp):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    said = refused(*command.split(), "--model", tiny, "--device", "cuda", "--tp", tp)
+    assert said.startswith("minitp: --device cuda needs CuPy: pip install 'minitp[cuda12]'")
+
+
 @pytest.mark.parametrize("name", ["PMI_SIZE", "PMI_RANK"])
 def test_a_variable_that_is_no_number(tiny, refused, monkeypatch, name):
     monkeypatch.setenv(name, "four")
