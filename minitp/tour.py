@@ -215,7 +215,7 @@ def generate(model, ranks, prompt_ids, count):
 
 
 # --- 4. The command: it checks its arguments and the model, and all ranks exit together ---
-DEMO = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitp" / "smollm2-135m-instruct-q4_1"
+DEMO = os.path.expanduser(os.getenv("XDG_CACHE_HOME") or "~/.cache") + "/minitp/smollm2-135m-instruct-q4_1"
 SPLIT = "num_attention_heads", "intermediate_size", "vocab_size"  # H, F and V
 DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "eos_token_id": []}
 PLAIN = {"model_type": ("llama", "mistral"), "hidden_act": (None, "silu"), "rope_type": (None, "default")}
@@ -248,7 +248,7 @@ def prepare(argv, world):
     parser.add_argument("-n", "--max-new-tokens", type=int, default=40, metavar="N")
     parser.add_argument("--gpu", action="store_true", help="CuPy and NCCL instead of NumPy and MPI")
     args = parser.parse_args(argv)
-    if args.model == DEMO and not DEMO.exists():
+    if args.model == Path(DEMO) and not args.model.exists():
         raise ValueError("there is no demo model yet; `minitp generate Hello` downloads it")
     config = read_config(args.model)
     if world.Get_size() > (most := min(config[n] for n in SPLIT)):

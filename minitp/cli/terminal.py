@@ -5,6 +5,7 @@ import sys
 from contextlib import contextmanager, suppress
 
 from minitp.cli.conversation import note
+from minitp.errors import InputError
 from minitp.loading.demo import cache_directory
 from minitp.util.format import counted
 
@@ -82,7 +83,11 @@ def line_editing():
     except ImportError:
         yield
         return
-    path = cache_directory() / "chat-history"
+    try:
+        path = cache_directory() / "chat-history"
+    except InputError:  # there is no home directory
+        yield
+        return
     readline.set_history_length(KEPT_LINES)
     with suppress(OSError):  # the history is missing or unreadable, which is no problem
         readline.read_history_file(path)

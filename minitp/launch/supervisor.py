@@ -31,7 +31,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minitp.comm import dev_shm
-from minitp.errors import RankError
+from minitp.errors import InputError, RankError, one_line
 from minitp.launch import heartbeat
 from minitp.launch.mpirun import find_mpirun, mpi_environment, warn_of_other_nodes
 from minitp.util.environment import ALONE_VARIABLE, SOCKET_VARIABLE
@@ -44,10 +44,7 @@ END_LIMIT_S = 10  # time for mpirun to end after the last message of the last ra
 @contextmanager
 def rank_processes(size, verbose=False, streams=None):
     """Yield a RankProcesses; when the block is left, end the processes and remove their files."""
-    parent = tempfile.gettempdir()
-    if len(parent) > LONGEST_PARENT:
-        parent = "/tmp"
-    owner, folder = os.getpid(), Path(tempfile.mkdtemp(prefix="minitp-", dir=parent))
+    owner, folder = os.getpid(), make_folder()
     try:
         job = RankProcesses(folder, size, verbose, streams)
         try:
@@ -57,6 +54,20 @@ def rank_processes(size, verbose=False, streams=None):
     finally:
         if os.getpid() == owner:  # not in a forked child
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_folder():
+    """Return a new folder, whose path leaves room for the name of a Unix socket."""
+    try:
+        parent = tempfile.gettempdir()
+        if len(os.fsencode(parent)) > LONGEST_PARENT:
+            parent = "/tmp"
+        return Path(tempfile.mkdtemp(prefix="minitp-", dir=parent))
+    except OSError as error:
+        raise InputError(
+            f"no folder for the ranks' socket: {one_line(error)[:150]}; set TMPDIR to a folder that can be "
+            f"written, with a path of at most {LONGEST_PARENT} bytes"
+        ) from error
 
 
 class Rank:

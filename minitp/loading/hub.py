@@ -22,6 +22,8 @@ from minitp.loading.kinds import (
     quantizations,
     short_list,
 )
+from minitp.util.environment import home_directory
+
 
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?", re.ASCII)  # owner/name, then a quantization
 
@@ -87,7 +89,14 @@ def cache_directory():
     return constants.HF_HUB_CACHE
 
 
+def _check_home():
+    """Raise InputError without a home directory, unless the cache is somewhere else."""
+    if not any(map(os.environ.get, ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"))):
+        home_directory("HF_HOME")
+
+
 def _snapshot(hub_id, revision, patterns):
+    _check_home()
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars, logging
 
@@ -100,6 +109,7 @@ def _snapshot(hub_id, revision, patterns):
 
 def _file_names(hub_id, revision):
     """Return the names of a repository's files, or of those in the cache if the hub does not answer."""
+    _check_home()
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 

@@ -71,6 +71,17 @@ def memory():
     return machine if limit == "max" else min(machine, int(limit))
 
 
+def home_directory(variable):
+    """Return the user's home directory; without one, raise InputError that names a variable to set."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise InputError(
+            f"there is no home directory: HOME is not set, and no user has the number {os.getuid()}; "
+            f"set HOME, or set {variable} to a directory"
+        ) from None
+
+
 def ranks_wanted(tp, device="auto"):
     """Return the number of ranks that --tp asks for.
 

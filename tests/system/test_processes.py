@@ -407,18 +407,6 @@ def test_only_the_first_exit_message_of_a_rank_counts():
 # --- the launcher in unusual environments ---------------------------------------------------------------
 
 
-def test_long_path_of_temporary_files(tiny, tmp_path):
-    folder = tmp_path / ("t" * 100)
-    folder.mkdir()
-    argv = ["generate", "Hello", "--model", tiny, "-n", "2", "--tp", "2"]
-    done = subprocess.run(
-        [str(part) for part in [*WORKER, *argv]],
-        env={**os.environ, "TMPDIR": str(folder)},
-        capture_output=True,
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-
-
 def test_closed_stdout(tiny):
     argv = [*WORKER, "generate", "Hello", "--model", str(tiny), "-n", "2", "--tp", "2"]
     done = subprocess.run(["/bin/sh", "-c", 'exec "$@" >&-', "sh", *argv], stderr=subprocess.PIPE)
