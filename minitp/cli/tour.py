@@ -8,10 +8,10 @@ from pathlib import Path
 
 from minitp.cli.command import Command
 from minitp.cli.options import PROMPT_OR_TOKENS, add_max_new_tokens, add_prompt, add_revision
-from minitp.comm import dev_shm
 from minitp.errors import InputError
 from minitp.launch.mpirun import find_mpirun, mpi_environment
 from minitp.launch.run import Terminated, raised_on_sigterm, ranks_to_start
+from minitp.util import dev_shm
 from minitp.util.environment import check_world, divide_cores, world_size
 from minitp.util.run_module import RUN_MODULE
 from minitp.util.stdout import write_out

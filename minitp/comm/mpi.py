@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from minitp import __version__
-from minitp.comm import dev_shm
 from minitp.comm.base import Comm
 from minitp.comm.wait import Backoff
 from minitp.errors import RankError, one_line
+from minitp.util import dev_shm
 from minitp.util.environment import local_ranks
 from minitp.util.format import counted
 

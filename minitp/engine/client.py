@@ -74,7 +74,7 @@ class Ranks:
 
     @property
     def forked(self):
-        """Whether this process is a fork of the one that owns the ranks, which it must leave alone."""
+        """True in a forked child of the process that owns the ranks, which must leave them alone."""
         return os.getpid() != self._owner
 
     def add(self, prompt_ids, params, listener):

@@ -6,8 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from minitp.comm import dev_shm
 from minitp.errors import RankError
+from minitp.util import dev_shm
 from minitp.util.environment import limit_blas_threads, number_in
 
 # By default Open MPI refuses to run as root or with more ranks than cores, binds each rank to a core, and

@@ -17,9 +17,9 @@ import threading
 import traceback
 from contextlib import contextmanager, suppress
 
-from minitp.comm import dev_shm
 from minitp.errors import AgreedError, RankError, one_line
 from minitp.launch.heartbeat import start_beating
+from minitp.util import dev_shm
 from minitp.util.environment import SOCKET_VARIABLE, check_world, env_rank
 
 

@@ -30,10 +30,10 @@ import weakref
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from minitp.comm import dev_shm
 from minitp.errors import InputError, RankError, one_line
 from minitp.launch import heartbeat
 from minitp.launch.mpirun import find_mpirun, mpi_environment, warn_of_other_nodes
+from minitp.util import dev_shm
 from minitp.util.environment import ALONE_VARIABLE, SOCKET_VARIABLE
 
 START_LIMIT_S = 60  # time for all ranks to connect

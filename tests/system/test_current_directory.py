@@ -101,7 +101,7 @@ def test_pip_is_that_of_this_python():
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH is new in Python 3.11")
 def test_python_adds_no_folder_itself(command, model):
-    """With PYTHONSAFEPATH, the first folder on sys.path is one that is needed."""
+    """Keep the first folder on sys.path with PYTHONSAFEPATH, since Python then adds none."""
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     argv = ["generate", "Hello", "--model", model, "-n", "4", "--tp", "2"]
     done = subprocess.run([*command, *argv], env=environment, capture_output=True)

@@ -1,4 +1,4 @@
-"""Users without a home directory, and temporary folders that cannot be used."""
+"""Tests as a user without a home directory, and with temporary folders that cannot be used."""
 
 import os
 import shutil
