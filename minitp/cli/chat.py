@@ -8,7 +8,6 @@ import sys
 from minitp.cli.command import Caller
 from minitp.cli.options import add_chat_template_kwargs, add_max_context, add_run, add_sampling, llm_options
 from minitp.errors import InputError
-from minitp.launch.run import Terminated, raised_on_sigterm
 
 
 class ChatCommand(Caller):
@@ -49,16 +48,13 @@ class ChatCommand(Caller):
         opening = [] if args.system is None else [message("system", args.system)]
         params = check(args, tp, [*opening, message("user", "?")])
         sys.stdin.reconfigure(errors="replace")
-        try:
-            with raised_on_sigterm(), LLM(**llm_options(args, tp)) as llm:
-                conversation = Conversation(llm, params, opening, args.stats, args.chat_template_kwargs)
-                if sys.stdin.isatty():
-                    at_terminal(conversation)
-                else:
-                    line_by_line(conversation)
-            return 0
-        except Terminated:
-            return 143
+        with LLM(**llm_options(args, tp)) as llm:
+            conversation = Conversation(llm, params, opening, args.stats, args.chat_template_kwargs)
+            if sys.stdin.isatty():
+                at_terminal(conversation)
+            else:
+                line_by_line(conversation)
+        return 0
 
 
 def check(args, tp, shortest):

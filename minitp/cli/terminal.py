@@ -29,7 +29,7 @@ def at_terminal(conversation):
     """Read messages and commands until the user leaves or stdout is closed."""
     if sys.stderr.isatty():
         note(banner(conversation.llm))
-    with line_editing():
+    with line_editing(), on_ctrl_c(clear_line):
         for line in typed_lines():
             command = line.rstrip()
             if command == "/exit":
@@ -45,6 +45,11 @@ def at_terminal(conversation):
                 with on_ctrl_c(conversation.interrupt):
                     if not conversation.say(line.strip()):
                         return
+
+
+def clear_line():
+    """Raise KeyboardInterrupt, which `typed_lines` handles."""
+    raise KeyboardInterrupt
 
 
 def banner(llm):

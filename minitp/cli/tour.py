@@ -10,7 +10,7 @@ from minitp.cli.command import Command
 from minitp.cli.options import PROMPT_OR_TOKENS, add_max_new_tokens, add_prompt, add_revision
 from minitp.errors import InputError
 from minitp.launch.mpirun import find_mpirun, mpi_environment
-from minitp.launch.run import Terminated, raised_on_sigterm, ranks_to_start
+from minitp.launch.run import ranks_to_start
 from minitp.util import dev_shm
 from minitp.util.environment import check_world, divide_cores, world_size
 from minitp.util.run_module import RUN_MODULE
@@ -108,14 +108,11 @@ def pass_on(command, environment):
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
     ) as process:
         try:
-            with raised_on_sigterm():
-                while data := process.stdout.read1():
-                    if not write_out(text.decode(data)):
-                        return 0
-                return process.wait()
-        except Terminated:
-            return 143
-        finally:  # on Ctrl-C, too, which only this process receives
+            while data := process.stdout.read1():
+                if not write_out(text.decode(data)):
+                    return 0
+            return process.wait()
+        finally:  # on Ctrl-C or SIGTERM, too, which only this process receives
             if process.poll() is None:
                 for pid in descendants(process.pid):
                     dev_shm.delete_mapped_files(pid)

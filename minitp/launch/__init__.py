@@ -4,6 +4,7 @@ run.py          the launcher: start the ranks of a command and wait until they e
 heartbeat.py    ranks that stand still
 supervisor.py   the ranks as child processes: start them with mpirun, watch them, talk to them, end them
 mpirun.py       the mpirun that the launcher starts, and its environment
+signals.py      SIGTERM and Ctrl-C
 rank.py         the process of one rank, from its start to its exit code
 devices.py      one GPU for each rank
 transport.py    the Comm that --comm selects

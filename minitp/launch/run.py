@@ -1,10 +1,9 @@
 """The launcher: a process outside MPI that starts the ranks of a command and ends after them."""
 
-import signal
 import sys
-from contextlib import contextmanager
 
 from minitp.errors import RankError
+from minitp.launch.signals import Terminated
 from minitp.launch.supervisor import rank_processes
 from minitp.util.environment import ranks_wanted
 from minitp.util.run_module import RUN_MODULE
@@ -16,13 +15,12 @@ def run_ranks(command, size, verbose=False):
     """Start `size` ranks of `command`, wait until they end, and return the exit code of the job.
 
     The code is 3 if a rank dies or fails, after a line on stderr that names the rank; 130 on Ctrl-C; 143 on
-    SIGTERM. No process of the job is left when this returns.
+    SIGTERM, within `ended_by_signals`. No process of the job is left when this returns.
     """
     with rank_processes(size, verbose, streams=(1, 2)) as job:
         try:
-            with raised_on_sigterm():
-                job.start(command)
-                return job.watch()
+            job.start(command)
+            return job.watch()
         except RankError as error:
             print(f"minitp: {error}", file=sys.stderr)
             return error.exit_code
@@ -51,21 +49,3 @@ def ranks_for(config, tp, device):
     """Return the number of ranks that --tp asks for, for a model whose Config is known."""
     size = ranks_wanted(tp, device)
     return min(size, config.num_attention_heads) if tp == "auto" else size
-
-
-class Terminated(BaseException):
-    """The exception that SIGTERM raises within `raised_on_sigterm`."""
-
-
-@contextmanager
-def raised_on_sigterm():
-    """Let SIGTERM raise Terminated within the block, so that the ranks are ended as with Ctrl-C."""
-
-    def raise_terminated(number, frame):
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, raise_terminated)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,7 +1,7 @@
 """The folder /dev/shm of Linux, whose files are the shared memory of the ranks on a host.
 
-MPICH 5 deletes its file there when it ends, so a killed job would leave about a megabyte per rank. The name is
-not needed once all ranks have mapped the file, so it is deleted then, and however the job ends, the kernel
+MPICH 5 deletes its file there when it ends, so a killed job would leave about a megabyte per rank. The name
+is not needed once all ranks have mapped the file, so it is deleted then, and however the job ends, the kernel
 frees the memory.
 """
 

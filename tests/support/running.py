@@ -72,7 +72,7 @@ class Running:
             out, err = self.process.communicate()
             pytest.fail(f"still running after {within} s; stderr:\n{err.decode()}")
         self.check_nothing_is_left(within=2)
-        return self.process.returncode, (out or b"").decode(), err.decode()
+        return self.process.returncode, (out or b"").decode(errors="replace"), err.decode()
 
     def check_nothing_is_left(self, within):
         deadline = time.monotonic() + within
