@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the first one ends a command, further ones are ignored while it ends."""
+"""The end of a command by SIGTERM or Ctrl-C; further ones are ignored while it ends."""
 
 import signal
 from contextlib import contextmanager
@@ -15,8 +15,8 @@ def ended_by_signals():
     """Let the first SIGTERM raise Terminated within the block, or the first Ctrl-C KeyboardInterrupt.
 
     Further signals are ignored until the process has ended, so that the ranks are ended in order, without a
-    traceback, and the exit code is that of the first signal. If Ctrl-C is ignored already, as for background
-    jobs of a script, it stays so.
+    traceback, and the exit code is that of the first signal, or of either if both come at once. If Ctrl-C is
+    ignored already, as for background jobs of a script, it stays so.
     """
 
     def end(number, frame):

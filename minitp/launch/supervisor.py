@@ -23,21 +23,19 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
-from minitp.errors import InputError, RankError, one_line
+from minitp.errors import RankError
 from minitp.launch import heartbeat
+from minitp.launch.folder import make_folder
 from minitp.launch.mpirun import find_mpirun, mpi_environment, warn_of_other_nodes
 from minitp.util import dev_shm
 from minitp.util.environment import ALONE_VARIABLE, SOCKET_VARIABLE
 
 START_LIMIT_S = 60  # time for all ranks to connect
-LONGEST_PARENT = 80  # bytes; a Unix socket's path may have 103 (macOS) or 107 (Linux)
 END_LIMIT_S = 10  # time for mpirun to end after the last message of the last rank
 
 
@@ -54,20 +52,6 @@ def rank_processes(size, verbose=False, streams=None):
     finally:
         if os.getpid() == owner:  # not in a forked child
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def make_folder():
-    """Return a new folder, whose path leaves room for the name of a Unix socket."""
-    try:
-        parent = tempfile.gettempdir()
-        if len(os.fsencode(parent)) > LONGEST_PARENT:
-            parent = "/tmp"
-        return Path(tempfile.mkdtemp(prefix="minitp-", dir=parent))
-    except OSError as error:
-        raise InputError(
-            f"no folder for the ranks' socket: {one_line(error)[:150]}; set TMPDIR to a folder that can be "
-            f"written, with a path of at most {LONGEST_PARENT} bytes"
-        ) from error
 
 
 class Rank:
