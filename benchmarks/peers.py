@@ -25,6 +25,7 @@ from datetime import date
 from pathlib import Path
 from time import perf_counter
 
+from minitp.launch.run import WORKER
 from minitp.loading.demo import cache_directory, demo_directory, fetch_gguf
 from minitp.util.environment import cores
 
@@ -76,7 +77,7 @@ def measure(name, prompt, args):
         this = [sys.executable, __file__, "--engine", name, "--tokens", str(args.tokens)]
         return json.loads(run([*this, "--prompt-tokens", str(len(prompt))]).splitlines()[-1])
     ids = ",".join(map(str, prompt))
-    command = [sys.executable, "-m", "minitp", "generate", "--tokens", ids, "--ignore-eos", "--json"]
+    command = [*WORKER, "generate", "--tokens", ids, "--ignore-eos", "--json"]
     stats = json.loads(run([*command, "-n", str(args.tokens), "--tp", name.split("=")[1]]))["stats"]
     return {"decode": stats["decode_tokens_per_s"], "prefill": stats["ttft_s"]}
 

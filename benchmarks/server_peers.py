@@ -21,6 +21,7 @@ from time import perf_counter, sleep
 import httpx
 from peers import gguf_file
 
+from minitp.launch.run import WORKER
 from minitp.util.environment import cores
 
 URL = re.compile(r"(http://[0-9.]+:[0-9]+)")
@@ -39,7 +40,7 @@ def main():
     args = arguments.parse_args()
     if args.llama_cpp:
         return llama_cpp(args.requests, args.prompt_tokens + args.tokens)
-    minitp = [sys.executable, "-m", "minitp", "serve", "--port", "0", "--tp", str(args.tp)]
+    minitp = [*WORKER, "serve", "--port", "0", "--tp", str(args.tp)]
     shape = ["--requests", str(args.requests), "--prompt-tokens", str(args.prompt_tokens)]
     peer = [sys.executable, __file__, "--llama-cpp", *shape, "--tokens", str(args.tokens)]
     servers = {"minitp": start(minitp), "llama.cpp": start(peer)}
