@@ -24,7 +24,6 @@ from minitp.loading.kinds import (
 )
 from minitp.util.environment import home_directory
 
-
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?", re.ASCII)  # owner/name, then a quantization
 
 # The files to download. A repository may also hold the same weights in other formats.
