@@ -207,7 +207,7 @@ class LLM:
         each = list(params) if isinstance(params, list | tuple) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise InputError(
-                f"{len(each)} SamplingParams for {len(prompts)} prompts; pass one, or one for each"
+                f"{len(each)} SamplingParams for {counted(len(prompts), 'prompt')}; pass one, or one for each"
             )
         wanted = [
             (self.encode(prompt), sampling(p, options)) for prompt, p in zip(prompts, each, strict=True)

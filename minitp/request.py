@@ -117,7 +117,8 @@ def context_length(config, max_context):
     limit = config.max_position_embeddings
     if max_context is not None and not 1 <= max_context <= limit:
         raise InputError(
-            f"--max-context {max_context}: this model's context is {limit} tokens; give 1 to {limit}"
+            f"--max-context {max_context}: this model's context is {counted(limit, 'token')}; "
+            f"give 1 to {limit}"
         )
     return max_context or limit
 
@@ -126,7 +127,8 @@ def check_length(text, context):
     """Reject a text that is far too long for the context, before it is tokenized, which takes a while."""
     if len(text) > CHARACTERS_PER_TOKEN * context:
         raise ContextError(
-            f"the prompt has {len(text)} characters, which is too long for a context of {context} tokens "
+            f"the prompt has {counted(len(text), 'character')}, which is too long for a context of "
+            f"{counted(context, 'token')} "
             f"(at most {CHARACTERS_PER_TOKEN} characters per token); shorten the prompt"
         )
 

@@ -22,6 +22,7 @@ from itertools import pairwise
 
 from minitp.errors import InputError
 from minitp.tensors import JOINED, tensor_table
+from minitp.util.format import counted
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,10 @@ def make_plan(config, tp):
     InputError
         If there are more ranks than attention heads; the message says which sizes work.
     """
-    max_tp = config.num_attention_heads
-    if not 1 <= tp <= max_tp:
+    if not 1 <= tp <= (max_tp := config.num_attention_heads):
         raise InputError(
-            f"--tp {tp}: this model has {max_tp} attention heads and a rank needs at least one; any size "
-            f"from 1 to {max_tp} works"
+            f"--tp {tp}: this model has {counted(max_tp, 'attention head')} and a rank needs at least one; "
+            f"any size from 1 to {max_tp} works"
         )
     heads = split_evenly(config.num_attention_heads, tp)
     per_kv_head = config.num_attention_heads // config.num_key_value_heads

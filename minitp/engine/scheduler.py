@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from minitp.engine.blocks import BlockAllocator
 from minitp.engine.prefix_cache import block_keys
 from minitp.errors import InputError
+from minitp.util.format import counted
 
 
 @dataclass(eq=False)
@@ -93,7 +94,8 @@ class Scheduler:
         room = self.allocator.num_blocks * self.allocator.block_size
         if request.positions > room:
             raise InputError(
-                f"the prompt and the new tokens need up to {request.positions} positions, but the cache has "
+                f"the prompt and the new tokens need up to {counted(request.positions, 'position')}, but the "
+                "cache has "
                 f"only {room}; ask for fewer new tokens"
             )
         keys = block_keys(request.prompt_ids, self.allocator.block_size)

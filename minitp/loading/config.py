@@ -12,6 +12,7 @@ from minitp.loading.config_reader import Reader
 from minitp.loading.families import FAMILIES
 from minitp.loading.rope_config import Rope
 from minitp.util.files import read_json
+from minitp.util.format import counted
 
 
 def option(plain, words):
@@ -79,7 +80,7 @@ class Config:
             return self
         if not 1 <= layers <= self.num_hidden_layers:
             raise InputError(
-                f"--layers {layers}: {where} has {self.num_hidden_layers} layers; "
+                f"--layers {layers}: {where} has {counted(self.num_hidden_layers, 'layer')}; "
                 f"choose from 1 to {self.num_hidden_layers}"
             )
         return dataclasses.replace(self, num_hidden_layers=layers)

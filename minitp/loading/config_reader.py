@@ -5,6 +5,7 @@ import math
 from minitp.errors import InputError, shown
 from minitp.loading.quantized import FIELDS, refuse_quantized_config
 from minitp.loading.rope_config import is_positive, read_rope
+from minitp.util.format import counted
 
 # Fields that would change the computation, with the only value that is supported.
 ONLY_VALUE = {
@@ -190,7 +191,9 @@ class Reader:
             has_rope = [(i + 1) % interval != 0 for i in layers]
         is_list = isinstance(has_rope, list) and len(has_rope) >= len(layers)
         if not is_list or any(entry not in (0, 1) for entry in has_rope):
-            self.reject("no_rope_layers", has_rope, f"a list of {len(layers)} numbers, each 0 or 1")
+            self.reject(
+                "no_rope_layers", has_rope, f"a list of {counted(len(layers), 'number')}, each 0 or 1"
+            )
         return frozenset(i for i in layers if not has_rope[i])
 
     def windows(self):
@@ -230,7 +233,9 @@ class Reader:
             return frozenset(layers[: self.count("max_window_layers")])
         known = ("full_attention", "sliding_attention")
         if not isinstance(types, list) or len(types) != len(layers) or any(t not in known for t in types):
-            self.reject("layer_types", types, f"a list of {len(layers)} names, each {' or '.join(known)}")
+            self.reject(
+                "layer_types", types, f"a list of {counted(len(layers), 'name')}, each {' or '.join(known)}"
+            )
         return frozenset(i for i in layers if types[i] == "full_attention")
 
     def activation(self):

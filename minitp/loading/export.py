@@ -25,6 +25,7 @@ from math import prod
 from minitp.errors import InputError, RankError
 from minitp.loading.safetensors_writer import TensorWriter
 from minitp.loading.weights import BLOCK_BYTES, EMBED, LM_HEAD
+from minitp.util.format import counted
 
 FORMAT = "minitp-shards-1"
 PLAN = "plan.json"
@@ -69,8 +70,8 @@ def prepare_directory(directory, source):
     stale = directory / f"rank{source.plan.tp}.safetensors"
     if stale.exists():
         raise InputError(
-            f"{stale} belongs to a plan for more than {source.plan.tp} ranks; remove it, or choose another "
-            "directory"
+            f"{stale} belongs to a plan for more than {counted(source.plan.tp, 'rank')}; remove it, or "
+            "choose another directory"
         )
     needed = sum(rank_nbytes(source, rank) for rank in range(source.plan.tp))
     free = shutil.disk_usage(directory).free

@@ -117,7 +117,8 @@ def _rotated_part(reader, fields, head_dim):
         reader.reject(PARTIAL, value, "a number above 0, up to 1")
     rotated = int(head_dim * value)
     if rotated % 2 or rotated == 0:
-        even = f"a factor that rotates an even number of each head's {head_dim} dimensions, not {rotated}"
+        dimensions = counted(head_dim, "dimension")
+        even = f"a factor that rotates an even number of each head's {dimensions}, not {rotated}"
         reader.reject(PARTIAL, value, even)
     return float(value)
 

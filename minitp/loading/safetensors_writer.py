@@ -11,6 +11,8 @@ import os
 
 import numpy as np
 
+from minitp.util.format import counted
+
 ENTRY_BYTES = 160  # upper bound for a header entry without its name: dtype, shape and two offsets
 
 DTYPES = {
@@ -85,7 +87,8 @@ class TensorWriter:
         header = json.dumps({"__metadata__": self.metadata, **self._entries}, separators=(",", ":")).encode()
         if len(header) > self._room:
             raise ValueError(
-                f"{self._path}: the header needs {len(header)} bytes, but only {self._room} are reserved"
+                f"{self._path}: the header needs {counted(len(header), 'byte')}, but only {self._room} are "
+                "reserved"
             )
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))

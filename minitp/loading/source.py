@@ -17,6 +17,7 @@ from minitp.shard import make_plan
 from minitp.text.chat_template import load_chat_template, make_chat_template
 from minitp.text.tokenizer import Tokenizer, load_tokenizer
 from minitp.util.files import read_json
+from minitp.util.format import counted
 
 DEMO_SHAPES = "smollm2-135m"  # random model with the demo's shapes
 SAMPLE_BYTES = 4096
@@ -182,7 +183,7 @@ def warn_of_unread_fields(source):
     if source.config.rope.rope_type == "longrope":
         print(
             f"minitp: warning: {source.name}: rope_type 'longrope' is supported only up to its original "
-            f"context of {source.config.max_position_embeddings} tokens",
+            f"context of {counted(source.config.max_position_embeddings, 'token')}",
             file=sys.stderr,
         )
     where = "config.json" if source.gguf is None else "the metadata"

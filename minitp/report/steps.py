@@ -13,6 +13,7 @@ from pathlib import Path
 
 import minitp
 from minitp.trace.names import AFTER, BEFORE, LAYER, PARTIAL
+from minitp.util.format import counted
 
 NORM = "x / √(mean(x²) + eps) · w"
 SPLIT_AXES = {"H": "H_r", "K": "K_r", "F": "F_r", "V": "V_r", "Hd": "H_r·d"}  # an axis as one rank has it
@@ -235,7 +236,8 @@ def _variants(config):
     for name in "qk" if config.qk_norm else "":
         change(f"attn.{name}_rope", f"{name}_norm cos θ + rotate_half({name}_norm) sin θ")
     if config.rotary_dim < config.head_dim:
-        first = f"Only the first {config.rotary_dim} of each head's {config.head_dim} dimensions are rotated."
+        dimensions = counted(config.head_dim, "dimension")
+        first = f"Only the first {config.rotary_dim} of each head's {dimensions} are rotated."
         for name in "qk":
             change(f"attn.{name}_rope", more=f" {first}")
     if config.layers_without_rope:

@@ -16,6 +16,7 @@ from minitp.server.backend import in_thread
 from minitp.server.body import largest_body, read_body, read_json
 from minitp.server.requests import MAX_CHOICES, ApiError, chat_request, completion_request
 from minitp.server.responses import ChatResponse, CompletionResponse, event
+from minitp.util.format import counted
 
 WORKERS = 4  # requests that are parsed and tokenized at the same time, and responses that are written
 PAGE = Path(__file__).with_name("page.html")
@@ -214,7 +215,8 @@ def make_sequences(llm, api_request, prompts):
         room = context - len(ids)
         if max_tokens is not None and max_tokens > room:
             message = (
-                f"a prompt of {len(ids)} tokens plus max_tokens {max_tokens} exceed the context of {context}"
+                f"a prompt of {counted(len(ids), 'token')} plus max_tokens {max_tokens} exceed the context "
+                f"of {context}"
             )
             raise ApiError(400, message, "max_tokens", "context_length_exceeded")
         max_new_tokens = max_tokens or min(room, api_request.default_tokens or room)

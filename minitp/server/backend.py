@@ -12,6 +12,7 @@ from functools import partial
 from minitp.engine.client import Update
 from minitp.errors import MinitpError, RankError
 from minitp.server.requests import ApiError
+from minitp.util.format import counted
 
 RETRY_AFTER = {"Retry-After": "5"}  # seconds
 DRAIN_CHECK_S = 0.05
@@ -102,13 +103,16 @@ class Backend:
         limit = self.limits.sequences
         if count > limit:
             raise ApiError(
-                400, f"the request asks for {count} sequences; this server allows {limit} at a time", "n"
+                400,
+                f"the request asks for {counted(count, 'sequence')}; this server allows {limit} at a time",
+                "n",
             )
         unfinished = sum(running.count for running in self.running)
         if unfinished + count > limit:
             raise ApiError(
                 429,
-                f"the queue is full: {unfinished} of at most {limit} sequences are running or waiting",
+                f"the queue is full: {unfinished} of at most {counted(limit, 'sequence')} are running or "
+                "waiting",
                 code="queue_full",
                 headers=RETRY_AFTER,
             )

@@ -13,6 +13,7 @@ from json import scanner
 from starlette.requests import ClientDisconnect
 
 from minitp.server.requests import ApiError
+from minitp.util.format import counted
 
 BODY_SECONDS = 60  # time for a body to arrive
 BYTES_PER_TOKEN = 16  # of JSON: an id has up to 8, a word of a text fewer, and escapes more
@@ -61,7 +62,8 @@ async def read_body(request, limit):
 def check_size(size, limit):
     """Raise ApiError 413 for a body above the limit; uvicorn drops what still arrives of it."""
     if size > limit:
-        raise ApiError(413, f"the body has more than {limit} bytes, the limit for this model's context")
+        most = counted(limit, "byte")
+        raise ApiError(413, f"the body has more than {most}, the limit for this model's context")
 
 
 def read_json(data):

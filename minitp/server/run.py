@@ -94,6 +94,7 @@ def serve_forever(
         timeout_graceful_shutdown=FORCED_S,
     )
     logging.getLogger("uvicorn.error").addFilter(is_not_cancellation)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         return asyncio.run(serve(backend, Server(config), listener, drain_seconds))
     finally:
@@ -101,6 +102,9 @@ def serve_forever(
             signal.signal(number, signal.SIG_IGN)  # what is left to do ends soon
         if backend.llm is not None:
             backend.llm.close()
+        if backend.state != "draining":  # else further signals are ignored until the process has ended
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class Server(uvicorn.Server):

@@ -144,3 +144,43 @@ def test_no_class_name_twice():
                 if isinstance(node, ast.ClassDef):
                     places[node.name].append(str(path.relative_to(ROOT)))
     assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
+
+
+# Nouns that messages count. `counted` gives them the right number; "times" and "bytes/s" are no counts.
+COUNTED = (
+    "token rank byte row line column head layer file sequence request position process host node GPU point "
+    "tensor array dimension range step expert element core second minute character message prompt part name"
+)
+PLURAL = re.compile(
+    rf" (?!has |needs |for )(?:\w+ )?(?:{COUNTED.replace(' ', '|')})(?:s|es)\b(?![/-])(?! as)"
+)
+
+
+def counts_without_counted(path):
+    """Yield (line, code) of each number in an f-string that is followed by a plural noun.
+
+    A constant is known not to be one. So is a number in a conditional expression, or after "all" or "the".
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    known = {id(part) for node in ast.walk(tree) if isinstance(node, ast.IfExp) for part in ast.walk(node)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.JoinedStr) or id(node) in known:
+            continue
+        texts = [part.value if isinstance(part, ast.Constant) else "" for part in node.values]
+        for before, value, after in zip(["", *texts], node.values, [*texts[1:], ""], strict=False):
+            if isinstance(value, ast.FormattedValue) and PLURAL.match(after):
+                code = ast.unparse(value.value)
+                if not code.isupper() and not before.endswith(("all ", "the ", " of ")):
+                    yield value.lineno, code + after
+
+
+def test_counts_agree_with_their_nouns():
+    """Check that no message can say "1 tokens". Kernels raise errors only for a mistake in minitp."""
+    alone = {"kernels", "oracle", "tour.py"}  # which cannot use `counted`, or need not
+    paths = [path for path in PACKAGE.rglob("*.py") if not alone & {*path.parts}]
+    wrong = [
+        f"{path.relative_to(PACKAGE)}:{line}: {code}"
+        for path in paths
+        for line, code in counts_without_counted(path)
+    ]
+    assert wrong == [], "use counted(number, noun)"

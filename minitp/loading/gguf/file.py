@@ -13,6 +13,7 @@ import numpy as np
 
 from minitp.errors import InputError
 from minitp.loading.gguf.header import FLOATS, GgufHeader
+from minitp.util.format import counted
 
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -46,8 +47,8 @@ class GgufFile:
         expected = self.metadata.get("split.tensors.count", len(self.tensors))
         if len(self.tensors) != expected:
             raise InputError(
-                f"{self.path}: the model's parts have {len(self.tensors)} tensors, expected {expected}; "
-                "download them again, all from the same place"
+                f"{self.path}: the model's parts have {counted(len(self.tensors), 'tensor')}, expected "
+                f"{expected}; download them again, all from the same place"
             )
         for kind in {tensor.type for tensor in self.tensors.values()}:
             try:
@@ -107,7 +108,7 @@ def open_parts(path):
         part = path.with_name(f"{named[1]}-{number + 1:05d}-of-{count:05d}.gguf")
         if not os.path.lexists(part):  # a link that leads nowhere has its own error
             raise InputError(
-                f"{path}: the model has {count} parts, and {part.name} is missing; download or copy it, too"
+                f"{path}: the model has {counted(count, 'part')}, and {part.name} is missing; download or copy it, too"
             )
         header = GgufHeader(part)
         found = header.metadata.get("split.no"), header.metadata.get("split.count")

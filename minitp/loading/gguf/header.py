@@ -25,6 +25,7 @@ import numpy as np
 
 from minitp.errors import InputError
 from minitp.util.files import why_unreadable
+from minitp.util.format import counted
 
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # unless general.alignment says otherwise
@@ -113,7 +114,7 @@ class GgufHeader:
         for _ in range(tensors):
             name, dimensions = self._string(), self._number("I")
             if not 1 <= dimensions <= 4:
-                raise ValueError(f"tensor {name} has {dimensions} dimensions")
+                raise ValueError(f"tensor {name} has {counted(dimensions, 'dimension')}")
             shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
             raw[name] = (self._type(name, self._number("I")), shape, self._number("Q"))
         alignment = self.metadata.get("general.alignment", ALIGNMENT)
@@ -130,7 +131,7 @@ class GgufHeader:
         length = self._number("Q")
         text = self.bytes[self._at : self._at + length]
         if len(text) < length:
-            raise IndexError(f"a string of {length} bytes begins at byte {self._at}")
+            raise IndexError(f"a string of {counted(length, 'byte')} begins at byte {self._at}")
         self._at += length
         return text.decode("utf-8")
 

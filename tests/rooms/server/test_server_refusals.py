@@ -1,6 +1,7 @@
 """Requests that the server rejects; nothing that a client sends may stop the server."""
 
 import json
+import signal
 import socket
 import string
 
@@ -217,7 +218,9 @@ def test_a_model_without_chat_template_completes_and_does_not_chat(tmp_path):
 def test_a_chat_template_that_cannot_be_rendered_is_refused_at_the_start(refused, tmp_path, template, reason):
     model = write_chatty(tmp_path / "chatty")
     (model / "chat_template.jinja").write_text(template)
+    before = signal.getsignal(signal.SIGINT)
     assert f"the chat template of {model} {reason}: " in refused("serve", "--model", model, "--port", 0)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_chat_template_that_rejects_short_conversations_is_served(tmp_path):
