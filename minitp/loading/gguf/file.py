@@ -108,7 +108,8 @@ def open_parts(path):
         part = path.with_name(f"{named[1]}-{number + 1:05d}-of-{count:05d}.gguf")
         if not os.path.lexists(part):  # a link that leads nowhere has its own error
             raise InputError(
-                f"{path}: the model has {counted(count, 'part')}, and {part.name} is missing; download or copy it, too"
+                f"{path}: the model has {counted(count, 'part')}, and {part.name} is missing; "
+                "download or copy it, too"
             )
         header = GgufHeader(part)
         found = header.metadata.get("split.no"), header.metadata.get("split.count")
