@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from minitp.errors import InputError
-from minitp.text.tokenizer_config import read_tokenizer_config, special_tokens
+from minitp.text.tokenizer_config import named_tokens, read_tokenizer_config, token_text, unnamed_tokens
 
 FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")  # of an added token
 REPLACEMENT = "\ufffd"  # an incomplete character decodes to it
@@ -22,36 +22,50 @@ def load_tokenizer(directory):
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{path}: not a valid tokenizer.json: {' '.join(str(error).split())}") from error
     fields = read_tokenizer_config(directory)
-    tokens = special_tokens(fields)
-    add_listed_tokens(raw, fields["added_tokens_decoder"], tokens.values())
+    named = named_tokens(fields)
+    add_tokens(raw, fields["added_tokens_decoder"], list(named.values()), unnamed_tokens(fields))
     raw.encode_special_tokens = fields.get("split_special_tokens") is True
-    return Tokenizer(raw, raw.token_to_id(tokens.get("eos_token", "")))
+    return Tokenizer(raw, raw.token_to_id(token_text(named.get("eos_token", ""))))
 
 
-def add_listed_tokens(raw, listed, special):
-    """Add tokens that tokenizer.json does not list as added tokens, so that their text is never split.
+def add_tokens(raw, listed, named, unnamed):
+    """Add the tokens that tokenizer.json does not list as added tokens, so that their text is never split.
 
-    A listed token whose id would differ is left out, because the model has another embedding there.
+    A listed token whose id would differ is left out, because the model has another embedding there. One that
+    tokenizer.json lists with other flags gets those of `listed`.
 
     Parameters
     ----------
     raw : tokenizers.Tokenizer
     listed : dict
         Tokens by id: the field `added_tokens_decoder` of `read_tokenizer_config`.
-    special : iterable of str
-        The special tokens; those outside the vocabulary get the next ids.
+    named, unnamed : list
+        The special tokens, which are strings or objects like those of `listed`; those outside the vocabulary
+        get the next ids.
     """
+    names = {token_text(token) for token in named}
+    known = {token.content: repr(token) for token in raw.get_added_tokens_decoder().values()}
+    for number, token in sorted(listed.items(), key=lambda item: int(item[0])):
+        text, new = token["content"], added_token(token)
+        found = raw.token_to_id(text)
+        same_id = int(number) == (raw.get_vocab_size() if found is None else found)
+        if same_id and repr(new) != known.get(text):
+            new.special = new.special or text in names
+            raw.add_tokens([new])
+            known[text] = repr(new)
+    for token in map(added_token, [*named, *unnamed]):
+        if token.content and token.content not in known:
+            token.special = token.special or token.content in names
+            raw.add_tokens([token])
+
+
+def added_token(token):
+    """Return the AddedToken of a text, which is special, or of an object like those of `listed`."""
     from tokenizers import AddedToken
 
-    known = {token.content for token in raw.get_added_tokens_decoder().values()}
-    for number, token in sorted(listed.items(), key=lambda item: int(item[0])):
-        text = token["content"]
-        found = raw.token_to_id(text)
-        if text not in known and int(number) == (raw.get_vocab_size() if found is None else found):
-            flags = {key: bool(value) for key, value in token.items() if key in FLAGS}
-            raw.add_tokens([AddedToken(text, **flags)])
-            known.add(text)
-    raw.add_special_tokens([text for text in special if text and text not in known])
+    if isinstance(token, str):
+        return AddedToken(token, special=True)
+    return AddedToken(token["content"], **{key: bool(token[key]) for key in FLAGS if key in token})
 
 
 class Tokenizer:

@@ -10,6 +10,8 @@ from pathlib import Path
 from minitp.errors import InputError
 from minitp.util.files import read_json
 
+# The names of special tokens that any tokenizer may have, in the order in which new ones get their ids.
+STANDARD = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 # Special tokens that a tokenizer class has by default, by its name without "Fast".
 CLASS_TOKENS = {
     "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
@@ -29,8 +31,9 @@ def read_tokenizer_config(directory):
     """Return the merged settings of a model's directory as a dict; a missing file has no settings.
 
     special_tokens_map.json overrides tokenizer_config.json, except where the latter has the field
-    `added_tokens_decoder`: then the map is only a copy for old versions. The tokens that added_tokens.json
-    lists become entries of that field. A padding token may also be in tokenizer.json.
+    `added_tokens_decoder`: then the map is only a copy for old versions. Otherwise this field gets the tokens
+    that added_tokens.json and tokenizer.json list. Tokens without a field are those of the tokenizer class; a
+    padding token may also be in tokenizer.json.
 
     Raises
     ------
@@ -39,18 +42,33 @@ def read_tokenizer_config(directory):
     """
     directory = Path(directory)
     fields = read_object(directory / "tokenizer_config.json")
-    if "added_tokens_decoder" not in fields:
+    listed = "added_tokens_decoder" in fields
+    if not listed:
         fields |= read_object(directory / "special_tokens_map.json")
-        added = read_object(directory / "added_tokens.json")
-        special = special_tokens(fields).values()
-        fields["added_tokens_decoder"] = {
-            number: {"content": text, "special": text in special} for text, number in added.items()
-        }
+    fields = class_tokens(fields, directory) | fields
+    raw = {} if listed and "pad_token" in fields else read_object(directory / "tokenizer.json")
     if "pad_token" not in fields:
-        padding = read_object(directory / "tokenizer.json").get("padding") or {}
+        padding = raw.get("padding") or {}
         fields |= {"pad_token": padding["pad_token"]} if "pad_token" in padding else {}
+    if not listed:
+        special = [token_text(one) for one in (*named_tokens(fields).values(), *unnamed_tokens(fields))]
+        added = read_object(directory / "added_tokens.json")
+        legacy = {number: {"content": text, "special": text in special} for text, number in added.items()}
+        tokens = [one for one in raw.get("added_tokens") or [] if isinstance(one, dict)]
+        fields["added_tokens_decoder"] = legacy | {token.get("id"): token for token in tokens}
     check_added_tokens(fields["added_tokens_decoder"], directory)
     return fields
+
+
+def class_tokens(fields, directory):
+    """Return the default special tokens of a tokenizer class; Llama's has none for byte-level BPE."""
+    name = str(fields.get("tokenizer_class")).removesuffix("Fast")
+    tokens = CLASS_TOKENS.get(name, {})
+    if name == "LlamaTokenizer" and tokens.keys() - fields:
+        raw = read_object(directory / "tokenizer.json")
+        if "ByteLevel" in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")]):
+            return {}
+    return tokens
 
 
 def read_object(path):
@@ -71,15 +89,28 @@ def check_added_tokens(added, directory):
 
 
 def special_tokens(fields):
-    """Return the text of each special token that a tokenizer has, by name, as in {"bos_token": "<s>"}.
+    """Return the text of each named special token of a tokenizer, as in {"bos_token": "<s>"}."""
+    return {name: token_text(value) for name, value in named_tokens(fields).items()}
 
-    A field is null, a string, or an object with the field "content". Without the field, a token is that of
-    the tokenizer class.
+
+def named_tokens(fields):
+    """Return the value of each named special token: a string, or an object with the field "content".
+
+    Names end in "_token", or are in the object `extra_special_tokens`. A field that is null has no token.
     """
-    name = str(fields.get("tokenizer_class")).removesuffix("Fast")
-    fields = CLASS_TOKENS.get(name, {}) | fields
-    tokens = {key: token_text(value) for key, value in fields.items() if key.endswith("_token")}
-    return {key: text for key, text in tokens.items() if text is not None}
+    extra = fields.get("extra_special_tokens")
+    tokens = dict.fromkeys(STANDARD) | {key: value for key, value in fields.items() if key.endswith("_token")}
+    tokens |= extra if isinstance(extra, dict) else {}
+    return {key: value for key, value in tokens.items() if token_text(value) is not None}
+
+
+def unnamed_tokens(fields):
+    """Return the values of special tokens without a name: the list `extra_special_tokens`.
+
+    Old versions of transformers call this list `additional_special_tokens`.
+    """
+    tokens = fields.get("extra_special_tokens") or fields.get("additional_special_tokens")
+    return [one for one in tokens if token_text(one) is not None] if isinstance(tokens, list) else []
 
 
 def token_text(value):

@@ -38,7 +38,7 @@ MAP = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "p
 DECODER = {"256": {"content": "<s>", "special": True}, "257": {"content": "</s>", "special": True}}
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
 PIECES = {"pre_tokenizer": METASPACE, "decoder": METASPACE}
-UNKNOWN = {"__type": "AddedToken", "content": "<unk>"}
+STRIPPED = {"__type": "AddedToken", "content": "<unk>", "lstrip": True, "rstrip": True, "special": True}
 FOLDER = "additional_chat_templates"
 VOCABULARY = ["<s>", "</s>", "<unk>", "<pad>", "<bos>", "<eos>", "<mask>", "<|endoftext|>"]  # ids 256 to 263
 NEXT = {"264": {"content": "<t>", "special": True}, "265": {"content": "<|im_end|>", "special": False}}
@@ -94,6 +94,14 @@ CASES = {
     "Gemma's class": case(config={"tokenizer_class": "GemmaTokenizer", "mask_token": None}),
     "Qwen's class": case(config={"tokenizer_class": "Qwen2Tokenizer", "eos_token": "</s>"}),
     "GPT-2's class": case(config={"tokenizer_class": "GPT2TokenizerFast"}),
+    "Llama's class, byte-level": case(config={"tokenizer_class": "LlamaTokenizer"}),
+    "Qwen's class and padding": case({"padding": PADDING}, {"tokenizer_class": "Qwen2Tokenizer"}),
+    "extra": case(config=BOTH | {"extra_special_tokens": ["<t>", "<unk>"]}),
+    "extra, named": case(config=BOTH | {"extra_special_tokens": {"image_token": "<t>", "boi": "<unk>"}}),
+    "additional": case(config={"additional_special_tokens": ["<|im_end|>", STRIPPED], "eos_token": "</s>"}),
+    "flags": case(config={"eos_token": STRIPPED, "bos_token": "<unk>", "sep_token": "<pad>"}),
+    "flags listed": case(config={"added_tokens_decoder": {"256": STRIPPED | {"content": "<s>"}}}),
+    "flags and added_tokens.json": case(added_tokens={"<s>": 256, "<t>": 264}),
     "generation": case(config={"chat_template": GENERATION}),
     "arguments": case(config=BOTH | {"chat_template": ARGUMENTS}, variables={"enable_thinking": False}),
     "override": case(config=BOTH | {"chat_template": ARGUMENTS}, variables={"bos_token": "<x>"}),
