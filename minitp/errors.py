@@ -1,5 +1,7 @@
 """The errors that a user sees, each with a message and an exit code."""
 
+import copyreg
+
 LONGEST = 290  # characters of an InputError, so that with "minitp: " its line stays below 300
 LONGEST_VALUE = 60  # characters of a value in it
 
@@ -9,18 +11,24 @@ class MinitpError(Exception):
 
     exit_code = 3
 
+    def __reduce__(self):
+        """Return a recipe for pickle that does not call __init__, whose parameters may differ from `args`."""
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)
+
 
 class InputError(MinitpError):
     """An error in the usage or the input that the user can correct; exit code 2.
 
-    The message is one line of at most LONGEST characters. It begins with what is wrong and ends with what to
-    do, so a longer one is cut in the middle, where paths, values and lists of names are.
+    The message is one line of at most LONGEST printable characters. It begins with what is wrong and ends
+    with what to do, so a longer one is cut in the middle, where paths, values and lists of names are. Other
+    characters, which names in a model's files may have, are escaped: they could control a terminal.
     """
 
     exit_code = 2
 
     def __init__(self, message):
-        super().__init__(shortened(" ".join(message.splitlines()), LONGEST))
+        line = " ".join(message.splitlines())
+        super().__init__(shortened("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), LONGEST))
 
 
 class ParameterError(InputError):

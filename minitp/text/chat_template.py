@@ -11,6 +11,8 @@ EXPECTED = "messages must be a list of objects with the strings role (system, us
 # The variables of a template that its caller sets, in addition to special tokens and keyword arguments.
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning, in clients
+
 
 def load_chat_template(directory, name):
     """Return the ChatTemplate of a model's directory; `name` is the model's name in errors.
@@ -136,7 +138,7 @@ class ChatTemplate:
 
         check_messages(messages)
         check_variables(variables or {})
-        messages = [{key: value for key, value in one.items() if value is not None} for one in messages]
+        messages = [with_reasoning(present_fields(one)) for one in messages]
         values = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
         try:
             return self._template.render(self._tokens | (variables or {}) | values)
@@ -146,6 +148,19 @@ class ChatTemplate:
                 message = f"the chat template of {self._name} rejects these messages: {reason}"
                 raise RejectedMessagesError(message) from error
             raise InputError(f"the chat template of {self._name} fails: {reason}") from error
+
+
+def present_fields(message):
+    """Return a message without the fields that are None."""
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def with_reasoning(message):
+    """Return a message whose reasoning has the names that templates use, as in Hugging Face's library."""
+    for name in REASONING:
+        if name in message:
+            return {"thinking": message[name], **message, "reasoning_content": message[name]}
+    return message
 
 
 def check_variables(variables):

@@ -243,6 +243,21 @@ def test_content_may_be_empty_and_messages_may_have_more_fields():
     assert rendered("{{ messages[0].name }}:{{ messages[0].content }}", messages) == "clock:"
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"reasoning": "a"}, "a/a"),
+        ({"thinking": "a", "reasoning": "b"}, "a/a"),
+        ({"reasoning_content": "a", "thinking": "b"}, "a/b"),
+        ({"reasoning_content": None, "reasoning": "b"}, "b/b"),
+        ({}, "/"),
+    ],
+)
+def test_names_of_reasoning(fields, expected):
+    messages = [{"role": "assistant", "content": ""} | fields]
+    assert rendered("{{ messages[0].reasoning_content }}/{{ messages[0].thinking }}", messages) == expected
+
+
 def test_template_of_the_demo_model():
     template = load_chat_template(demo_directory(), "smollm2")
     assert template.render(TALK) == (
