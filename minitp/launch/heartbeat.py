@@ -6,7 +6,8 @@ process is stopped, or if a call keeps the interpreter's lock and does not retur
 
 A missing beat alone proves nothing: a computation may keep the lock, too, and a loaded machine may not let
 the process run. A rank therefore stands still only if there was no other sign of life for ten seconds either:
-no message and next to no CPU time. A process that waits for a disk or is held by a debugger is not judged.
+no message and next to no CPU time. A process that could run, waits for a disk, or is held by a debugger is
+not judged.
 Until its first beat, while MPI starts, a rank is judged only if it is stopped (SIGSTOP).
 
 The supervisor checks every second and counts each check as one second, so a machine that was suspended, or a
@@ -24,7 +25,7 @@ BEAT_S = 2.0  # time between two beats
 CHECK_S = 1.0  # time between two checks
 STILL_LIMIT_S = 10.0  # time without a sign of life after which a rank stands still
 ACTIVE_S = 0.1  # CPU time that is a sign of life; threads that wait for the interpreter's lock use less
-STOPPED, NOT_JUDGED = "T", "tDXZ"  # states: stopped by a signal; debugger, disk, dead
+STOPPED, NOT_JUDGED = "T", "RtDXZ"  # states: stopped by a signal; can run, debugger, disk, dead
 
 
 def start_beating(send):

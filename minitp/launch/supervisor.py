@@ -85,10 +85,7 @@ class RankProcesses:
         self.on_message = None  # called with each message of rank 0 but the first and the last
         self.leader = None  # the process of mpirun, or of the only rank
         self.cancelled = False  # set by another thread to end `watch`
-        self.outbox, self.sender = (
-            queue.SimpleQueue(),
-            None,
-        )  # lines for rank 0, and the thread that sends them
+        self.outbox, self.sender = queue.SimpleQueue(), None  # lines for rank 0; the thread that sends them
         self.selector = selectors.DefaultSelector()
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(folder / "supervisor"))
@@ -133,7 +130,7 @@ class RankProcesses:
         RankError
             As soon as a rank fails or stands still, with the last lines that the rank wrote.
         """
-        started = checked = time.monotonic()
+        checked, starting_s = time.monotonic(), 0.0
         while len(self.ranks) < self.size or any(rank.exit_code is None for rank in self.ranks.values()):
             for key, _ in self.selector.select(timeout=0.2):
                 if key.fileobj is self.listener:
@@ -143,12 +140,13 @@ class RankProcesses:
             if self.cancelled:
                 return RankError.exit_code
             if time.monotonic() - checked >= heartbeat.CHECK_S:
-                checked = time.monotonic()
+                # One check counts CHECK_S, however late it is: this process may have been paused.
+                checked, starting_s = time.monotonic(), starting_s + heartbeat.CHECK_S
                 self.check_pulses()
             if len(self.ranks) < self.size:
                 if self.leader.poll() is not None:
                     self.fail_to_start()
-                if time.monotonic() - started > START_LIMIT_S:
+                if starting_s > START_LIMIT_S:
                     missing = sorted(set(range(self.size)) - set(self.ranks))
                     self.fail(f"ranks {missing} have not started within {START_LIMIT_S} s")
         try:

@@ -14,7 +14,7 @@ import pytest
 from minitp.engine.client import StartedRanks
 from minitp.engine.options import EngineOptions
 from minitp.errors import RankError
-from minitp.launch import heartbeat
+from minitp.launch import heartbeat, supervisor
 from minitp.launch.supervisor import rank_processes
 
 LIMIT_S = 1
@@ -94,6 +94,30 @@ def test_the_time_in_which_the_supervisor_was_paused_does_not_count(monkeypatch)
     assert pulse.check() is None, "one check counts CHECK_S, however late it is"
     monkeypatch.setattr(heartbeat, "process_state", lambda pid: ("S", 0.0))
     assert [pulse.check() for _ in range(10)] == [None] * 10
+
+
+def test_a_process_that_waits_for_a_core_is_not_judged(monkeypatch):
+    monkeypatch.setattr(heartbeat, "process_state", lambda pid: ("R", 0.0))
+    pulse = heartbeat.Pulse(1)
+    pulse.beating = True
+    assert [pulse.check() for _ in range(20)] == [None] * 20
+
+
+def test_a_supervisor_that_was_paused_still_waits_for_its_ranks(monkeypatch):
+    """Pause it for longer than the limit, by a slow `select`, before the rank connects."""
+    monkeypatch.setattr(supervisor, "START_LIMIT_S", 2)
+    late = BEGINNING.replace("link =", "time.sleep(2.6)\nlink =")
+    with rank_processes(1) as job:
+        select = job.selector.select
+
+        def pauses(timeout):
+            job.selector.select = select
+            time.sleep(2.3)
+            return []
+
+        job.selector.select = pauses
+        job.start([sys.executable, "-c", late + END])
+        assert job.watch() == 0
 
 
 def pause_then(rank_does):
