@@ -1,7 +1,6 @@
 """A model's configuration: the fields of config.json under Hugging Face's names."""
 
 import dataclasses
-import itertools
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,12 +96,13 @@ def read_config(directory):
     """
     path = Path(directory) / "config.json"
     fields = read_json(path)
+    config = parse_config(fields, str(path))
     generation = Path(directory) / "generation_config.json"
-    if os.path.lexists(generation):
-        both = (one.get("eos_token_id") for one in (fields, read_json(generation)))
-        lists = (eos if isinstance(eos, list) else [eos] for eos in both if eos is not None)
-        fields = {**fields, "eos_token_id": list(dict.fromkeys(itertools.chain(*lists)))}
-    return parse_config(fields, str(path))
+    if not os.path.lexists(generation):
+        return config
+    fields = {**fields, "eos_token_id": read_json(generation).get("eos_token_id")}
+    more = parse_config(fields, str(generation)).eos_token_ids  # the fields of config.json are valid
+    return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
 
 
 def parse_config(fields, where):

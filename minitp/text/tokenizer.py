@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minitp.errors import InputError
+from minitp.errors import InputError, shown
 from minitp.text.tokenizer_config import named_tokens, read_tokenizer_config, token_text, unnamed_tokens
 
 FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")  # of an added token
@@ -63,9 +63,14 @@ def added_token(token):
     """Return the AddedToken of a text, which is special, or of an object like those of `listed`."""
     from tokenizers import AddedToken
 
-    if isinstance(token, str):
-        return AddedToken(token, special=True)
-    return AddedToken(token["content"], **{key: bool(token[key]) for key in FLAGS if key in token})
+    fields = {"content": token, "special": True} if isinstance(token, str) else token
+    try:
+        return AddedToken(fields["content"], **{key: bool(fields[key]) for key in FLAGS if key in fields})
+    except UnicodeEncodeError as error:
+        text = shown(fields["content"])
+        raise InputError(
+            f"the special token {text} has an unpaired surrogate; correct it in tokenizer_config.json"
+        ) from error
 
 
 class Tokenizer:

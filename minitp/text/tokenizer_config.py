@@ -48,14 +48,16 @@ def read_tokenizer_config(directory):
     fields = class_tokens(fields, directory) | fields
     raw = {} if listed and "pad_token" in fields else read_object(directory / "tokenizer.json")
     if "pad_token" not in fields:
-        padding = raw.get("padding") or {}
-        fields |= {"pad_token": padding["pad_token"]} if "pad_token" in padding else {}
+        padding = raw.get("padding")
+        fields |= {"pad_token": padding.get("pad_token")} if isinstance(padding, dict) else {}
     if not listed:
         special = [token_text(one) for one in (*named_tokens(fields).values(), *unnamed_tokens(fields))]
         added = read_object(directory / "added_tokens.json")
-        legacy = {number: {"content": text, "special": text in special} for text, number in added.items()}
+        legacy = {
+            str(number): {"content": text, "special": text in special} for text, number in added.items()
+        }
         tokens = [one for one in raw.get("added_tokens") or [] if isinstance(one, dict)]
-        fields["added_tokens_decoder"] = legacy | {token.get("id"): token for token in tokens}
+        fields["added_tokens_decoder"] = legacy | {str(token.get("id")): token for token in tokens}
     check_added_tokens(fields["added_tokens_decoder"], directory)
     return fields
 

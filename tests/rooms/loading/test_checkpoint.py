@@ -599,8 +599,17 @@ def test_generation_config_has_more_end_of_text_tokens(directory):
     assert read_config(directory).eos_token_ids == (CONFIG["eos_token_id"], 5, 0)
     (directory / "generation_config.json").write_text(f'{{"eos_token_id": {CONFIG["eos_token_id"]}}}')
     assert read_config(directory).eos_token_ids == (CONFIG["eos_token_id"],)
-    (directory / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(InputError, match="eos_token_id"):
+    (directory / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert read_config(directory).eos_token_ids == (CONFIG["eos_token_id"],)
+
+
+@pytest.mark.parametrize("value", ['"</s>"', "[{}]", "[[257]]", "-1"])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_malformed_end_of_text_tokens(directory, file, value):
+    (directory / "generation_config.json").write_text("{}")
+    fields = json.loads((directory / file).read_text()) | {"eos_token_id": json.loads(value)}
+    (directory / file).write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=rf"/{file}: eos_token_id "):
         read_config(directory)
 
 

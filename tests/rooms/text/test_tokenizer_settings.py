@@ -57,6 +57,8 @@ def test_dropout_is_off(tmp_path):
         ("tokenizer_config.json", '{"added_tokens_decoder": {"one": {"content": "<s>"}}}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"1": "<s>"}}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": []}'),
+        ("tokenizer_config.json", r'{"eos_token": "\ud800"}'),
+        ("added_tokens.json", '{"<s>": [256]}'),
     ],
 )
 def test_malformed_settings(tmp_path, file, content):
