@@ -68,7 +68,7 @@ def class_tokens(fields, directory):
     tokens = CLASS_TOKENS.get(name, {})
     if name == "LlamaTokenizer" and tokens.keys() - fields:
         raw = read_object(directory / "tokenizer.json")
-        if "ByteLevel" in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")]):
+        if "ByteLevel" in str([raw.get("pre_tokenizer"), raw.get("decoder")]):
             return {}
     return tokens
 
