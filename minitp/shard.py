@@ -119,7 +119,8 @@ def make_plan(config, tp):
     InputError
         If there are more ranks than attention heads; the message says which sizes work.
     """
-    if not 1 <= tp <= (max_tp := config.num_attention_heads):
+    max_tp = config.num_attention_heads
+    if not 1 <= tp <= max_tp:
         raise InputError(
             f"--tp {tp}: this model has {counted(max_tp, 'attention head')} and a rank needs at least one; "
             f"any size from 1 to {max_tp} works"
