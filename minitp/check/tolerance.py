@@ -30,8 +30,9 @@ large n this is small, and only the factor 2 remains.
 Not every element is a sample. A few elements may be far larger than the rest and determine the norm, so
 n = (sum c^2)^2 / (sum c^4), which is the number of elements if all have the same size. Positions with the
 same token have nearly the same numbers and errors, so n is divided by the average number of times that a
-token occurs. If most elements are equal, as in layers without RoPE whose weights are nearly zero, then so are
-their errors, and n is at most the number of different values.
+token occurs. Positions may also be equal for another reason, such as weights that are nearly zero; then n is
+divided by the number of positions that equal a typical one. If most elements are equal, n is at most the
+number of different values.
 
 A worked example, a product of four terms in float16 (u = 4.9e-4). W is rounded to float16 first, so 0.3 is
 0.30005:
@@ -148,7 +149,7 @@ class Expected:
         off = np.abs(r[finite] - y[finite])
         s = self._error_of_one_sum(dtype)
         c2 = np.square(self.scale, where=finite, out=np.zeros_like(self.scale))
-        n = _participation(c2.sum(axis=self.common)) / repeats
+        n = _participation(c2.sum(axis=self.common)) / max(repeats, _equal_rows(r))
         n = max(1, min(n, _different_values(y[finite])))
         chance = s / n**0.5 + self.roundings / max(1, self.samples / repeats) ** 0.5
         relative = 2 * norm(off) + chance * c2.sum() ** 0.5
@@ -229,6 +230,22 @@ def _participation(squares):
     """Return (sum q)^2 / sum q^2, the effective number of elements in the sum: [..] -> float."""
     total = squares.sum()
     return float(total**2 / np.square(squares).sum()) if total else 1.0
+
+
+def _equal_rows(array, most=64):
+    """Return how many rows [n] of an array [.., n] equal a typical row, itself included, as a float.
+
+    Rows are compared column by column, and large columns count more. Of a wide array, `most` columns are a
+    sufficient sample.
+    """
+    rows = array.reshape(-1, array.shape[-1] if array.ndim else 1)  # [rows, n]
+    finite = np.where(np.isfinite(rows), rows, 0.0)[:, :: max(1, rows.shape[1] // most)]  # [rows, columns]
+    squares = np.square(finite).sum(axis=0)  # [columns]
+    if not squares.any():
+        return 1.0
+    groups = [np.unique(column, return_counts=True)[1] for column in finite.T]  # sizes, for each column
+    equal = [np.square(sizes).sum() / len(rows) for sizes in groups]
+    return float(np.average(equal, weights=squares))
 
 
 def _different_values(values, most=4096):

@@ -358,6 +358,23 @@ def test_equal_elements_are_one_sample():
     assert Expected(different, different, different, terms=9).bounds(np.float32)[0] < s / 19
     half = np.where(np.arange(400) % 2, different, 3.25)  # not most of them
     assert Expected(half, half, half, terms=9).bounds(np.float32)[0] < s / 19
+
+
+def test_equal_rows_are_one_sample():
+    """Check rows that share one error, as in norms, and of which half are equal."""
+    rows = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32).astype(float)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = rows.astype(np.float32).astype(float)
+    s = 2**-24 * (2 + 9**0.5)
+
+    def bound(values):
+        return Expected(values, values, values, terms=9, common=(-1,)).bounds(np.float32)[0]
+
+    assert bound(rows) == pytest.approx(s / 10, rel=0.01)
+    rows[:50] = rows[0]  # a typical row equals 50 others or only itself, 25.5 on average
+    assert bound(rows) == pytest.approx(s / (100 / 25.5) ** 0.5, rel=0.01)
+    rows[:] = rows[0]
+    assert bound(rows) == pytest.approx(s, rel=0.01)
     assert expected.exactly(np.ones(2)).bounds(np.float32) == (0, 0)
 
 
