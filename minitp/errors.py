@@ -1,9 +1,11 @@
 """The errors that a user sees, each with a message and an exit code."""
 
 import copyreg
+import re
 
 LONGEST = 290  # characters of an InputError, so that with "minitp: " its line stays below 300
-LONGEST_VALUE = 60  # characters of a value in it
+LONGEST_VALUE = 60  # characters of a value in it, and of a path in a long one
+PATH = re.compile(r"""[^\s,;:"'()]*/[^\s,;:"'()]+""")
 
 
 class MinitpError(Exception):
@@ -19,16 +21,19 @@ class MinitpError(Exception):
 class InputError(MinitpError):
     """An error in the usage or the input that the user can correct; exit code 2.
 
-    The message is one line of at most LONGEST printable characters. It begins with what is wrong and ends
-    with what to do, so a longer one is cut in the middle, where paths, values and lists of names are. Other
-    characters, which names in a model's files may have, are escaped: they could control a terminal.
+    The message is one line of at most LONGEST printable characters. In a longer one, the middle of long paths
+    is left out, and then its own middle, where values and lists of names are: it begins with what is wrong
+    and ends with what to do. Other characters, which names in a model's files may have, are escaped: they
+    could control a terminal.
     """
 
     exit_code = 2
 
     def __init__(self, message):
-        line = " ".join(message.splitlines())
-        super().__init__(shortened("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), LONGEST))
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.splitlines()))
+        if len(line) > LONGEST:
+            line = PATH.sub(lambda path: shortened(path[0], LONGEST_VALUE, ".."), line)
+        super().__init__(shortened(line, LONGEST))
 
 
 class ParameterError(InputError):
@@ -99,7 +104,7 @@ def shown(value):
         return "a number of thousands of digits"
 
 
-def shortened(text, most):
+def shortened(text, most, gap=" .. "):
     """Return a text of at most `most` characters: the middle of a longer one is left out.
 
     >>> shortened("0123456789" * 3, 20)
@@ -107,8 +112,8 @@ def shortened(text, most):
     """
     if len(text) <= most:
         return text
-    tail = (most - len(" .. ")) * 2 // 5
-    return f"{text[: most - len(' .. ') - tail]} .. {text[-tail:]}"
+    tail = (most - len(gap)) * 2 // 5
+    return f"{text[: most - len(gap) - tail]}{gap}{text[-tail:]}"
 
 
 def one_line(error):

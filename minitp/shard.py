@@ -119,8 +119,7 @@ def make_plan(config, tp):
     InputError
         If there are more ranks than attention heads; the message says which sizes work.
     """
-    max_tp = config.num_attention_heads
-    if not 1 <= tp <= max_tp:
+    if not (max_tp := config.num_attention_heads) >= tp >= 1:
         raise InputError(
             f"--tp {tp}: this model has {counted(max_tp, 'attention head')} and a rank needs at least one; "
             f"any size from 1 to {max_tp} works"

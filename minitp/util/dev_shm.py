@@ -42,8 +42,8 @@ def check_room(ranks, starting=True):
     size, free = _room()
     if (free if starting else size) < ranks * RANK_BYTES:
         raise RankError(
-            f"{format.size(ranks * RANK_BYTES)} of shared memory are needed for "
-            f"{format.counted(ranks, 'rank')}, but {described()}"
+            f"{format.counted(ranks, 'rank')} {'needs' if ranks == 1 else 'need'} "
+            f"{format.size(ranks * RANK_BYTES)} of shared memory, but {described()}"
         )
 
 

@@ -109,6 +109,8 @@ def test_check(model):
 def test_llm(model, expected, monkeypatch):
     """Check several prompts at once, and a sampled one."""
     monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+    for folder in ENVIRONMENT["PYTHONPATH"].split(os.pathsep):
+        monkeypatch.syspath_prepend(folder)
     drawn = {"max_new_tokens": 6, "temperature": 0.9, "seed": 3}
     with LLM(str(model), tp=2, device="cuda", dtype="float16", cache_tokens=256) as llm:
         assert llm.description["dtype"] == "float16"

@@ -90,7 +90,7 @@ def test_no_model_on_the_other_host(pair, tmp_path):
     with pair[1].seeing(empty, model):
         code, out, err = run_both(pair[0], ["generate", "Hello", "--model", model], ranks=2)
     assert (code, out) == (2, "")
-    assert re.fullmatch(f"minitp: {model}/config.json.*\n", err)
+    assert re.fullmatch(f"minitp: --model {model}: the directory is empty; .*\n", err)
 
 
 def test_another_version_on_the_other_host(pair, tiny):

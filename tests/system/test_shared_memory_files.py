@@ -53,7 +53,7 @@ def test_too_little_memory(tiny, command, options, expected):
         argv = [find_mpirun(), "-n", "2", *WORKER, "generate", "Hello", "--model", tiny, "-n", "4"]
     with small_shm.shared_memory(options) as memory:
         code, out, err = Running(memory.inside(*argv)).end(START_S)
-    said = [line for line in err.splitlines() if line.startswith("minitp: ")]
+    said = re.findall("minitp: .*", err)  # perhaps after a part of what the other rank was writing
     assert (code, out, len(said)) == (3, "", 1), err
     assert re.match(f"minitp: {expected}", said[0])
     assert len(said[0]) < 300
@@ -73,7 +73,7 @@ def test_memory_is_used_up_by_a_long_prompt(tmp_path):
     argv = ["generate", "--tokens", ",".join(["1"] * 510), "--model", model, "--tp", "2"]
     with small_shm.shared_memory("size=4m") as memory:
         code, _, err = Running(memory.inside(*WORKER, *argv)).end(START_S)
-    said = [line for line in err.splitlines() if line.startswith("minitp: ")]
+    said = re.findall("minitp: .*", err)  # perhaps after a part of what the other rank was writing
     assert (code, len(said)) == (3, 1), err
     assert re.search(
         r"rank [01] \(pid \d+\) died: bus error, most likely because /dev/shm has only 4\.2 MB, ", err

@@ -305,7 +305,8 @@ def test_shapes_that_cannot_match(tmp_path, refused):
     a = write(tmp_path / "a.npz", {Q: np.zeros((4, 6, 8)), CONTEXT: np.zeros((4, 6))})
     b = write(tmp_path / "b.npz", {Q: np.zeros((6, 31)), CONTEXT: np.zeros((3, 8))})
     line = refused(a, b)
-    assert f"{a} and {b} have no array that can be compared: {Q}: [4, 6, 8] in A, [6, 31] in B: " in line
+    assert "a.npz and " in line
+    assert f"b.npz have no array that can be compared: {Q}: [4, 6, 8] in A, [6, 31] in B: " in line
     assert line.endswith("no order of A's axes has this shape, and 1 more\n")
     b = write(tmp_path / "b.npz", {CONTEXT: np.zeros((3, 8))})
     line = refused(a, b)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 
 import huggingface_hub
@@ -220,7 +221,7 @@ def test_copied_cache_without_blobs(serving, files, refusal, monkeypatch):
     weights.resolve().unlink()
     offline(monkeypatch)
     line = refusal(model=weights.parent)
-    assert f"{weights}: a link to {target}, which is missing" in line
+    assert re.search(f"{weights.name}: a link to .*{target[-20:]}, which is missing", line)
     assert "lacks the model or a part of it" in refusal()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert open_model(OWNER_NAME, 1).config.vocab_size == 258
