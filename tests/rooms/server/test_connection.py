@@ -5,6 +5,7 @@ import resource
 import socket
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -148,8 +149,8 @@ def test_one_connection_too_many_is_closed(site):
     for client in clients:
         receive(client, b"answered")
     further = site.connect("/answer")
-    with pytest.raises(ConnectionResetError):
-        further.recv(1000)
+    with suppress(ConnectionResetError):  # raised if the request arrives after the connection is closed
+        assert further.recv(1000) == b""
     clients[0].close()
     deadline = time.monotonic() + 5
     while len(site.server.server_state.connections) >= MOST and time.monotonic() < deadline:
