@@ -232,20 +232,24 @@ def _participation(squares):
     return float(total**2 / np.square(squares).sum()) if total else 1.0
 
 
-def _equal_rows(array, most=64):
+def _equal_rows(array, most=16):
     """Return how many rows [n] of an array [.., n] equal a typical row, itself included, as a float.
 
     Rows are compared column by column, and large columns count more. Of a wide array, `most` columns are a
     sufficient sample.
     """
     rows = array.reshape(-1, array.shape[-1] if array.ndim else 1)  # [rows, n]
-    finite = np.where(np.isfinite(rows), rows, 0.0)[:, :: max(1, rows.shape[1] // most)]  # [rows, columns]
-    squares = np.square(finite).sum(axis=0)  # [columns]
-    if not squares.any():
+    if len(rows) < 2 or not rows.shape[1]:
         return 1.0
-    groups = [np.unique(column, return_counts=True)[1] for column in finite.T]  # sizes, for each column
-    equal = [np.square(sizes).sum() / len(rows) for sizes in groups]
-    return float(np.average(equal, weights=squares))
+    columns = rows[:, :: -(-rows.shape[1] // most)]  # [rows, columns]
+    columns = np.sort(np.where(np.isfinite(columns), columns, 0.0).T)  # [columns, rows]
+    squares = np.square(columns).sum(axis=1)  # [columns]
+    begins = np.ones(columns.shape, dtype=bool)  # [columns, rows]: whether a group of equal values begins
+    begins[:, 1:] = columns[:, 1:] != columns[:, :-1]
+    starts = np.flatnonzero(begins)  # [groups]
+    sizes = np.diff(starts, append=begins.size)  # [groups]
+    equal = np.bincount(starts // len(rows), weights=sizes**2) / len(rows)  # [columns]
+    return float(np.average(equal, weights=squares)) if squares.any() else 1.0
 
 
 def _different_values(values, most=4096):
