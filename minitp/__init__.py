@@ -9,7 +9,11 @@ from minitp.util.environment import divide_cores
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "SamplingParams"]
 
-_HOMES = {"LLM": "minitp.llm", "Completion": "minitp.engine.completion", "SamplingParams": "minitp.sampling"}
+_HOMES = {
+    "LLM": "minitp.llm",
+    "Completion": "minitp.engine.completion",
+    "SamplingParams": "minitp.sampling",
+}
 
 
 def __getattr__(name):

@@ -70,12 +70,14 @@ def generate(model, prompt_ids, request, use_cache=True):
     InputError
         On every rank, if the prompt is empty, fills the context, or has an id outside the vocabulary.
     """
-    comm = model.comm
-    ids = list(prompt_ids)
+    comm, ids = model.comm, list(prompt_ids)
     check_prompt(ids, model.config, model.config.max_position_embeddings)
-    with model.sequence_cache(comm.broadcast(request.positions if comm.rank == 0 else None)) as cache:
+    positions = comm.broadcast(request and request.finish_reason is None and request.positions)
+    if not positions:  # no new token is requested
+        return
+    with model.sequence_cache(positions) as cache:
         logits = prefill(model, cache, ids)  # [V]
-        if model.fused and use_cache and comm.broadcast(request.params.logprobs is None if request else None):
+        if model.fused and use_cache and not comm.broadcast(request and request.params.needs_host):
             yield from generate_ahead(model, cache, logits, request)
             return
         while True:
@@ -92,10 +94,7 @@ def generate(model, prompt_ids, request, use_cache=True):
 
 
 def next_token(comm, request, logits):
-    """Choose the next token on rank 0, from logits [V]; return (token, whether it is the last) on every rank.
-
-    The ranks other than 0 may pass None as `request`.
-    """
+    """Choose the next token on rank 0, from logits [V]; return (token, is it the last) on every rank."""
     return comm.broadcast(request.sample(logits) if comm.rank == 0 else None)
 
 

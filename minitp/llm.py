@@ -23,7 +23,7 @@ from minitp.engine.options import options_from
 from minitp.errors import InputError, RankError
 from minitp.launch.run import ranks_to_start
 from minitp.loading.source import open_model, warn_of_unread_fields
-from minitp.request import check_length, check_prompt, context_length
+from minitp.request import check_length, check_logit_bias, check_prompt, context_length
 from minitp.util import environment
 from minitp.util.format import counted
 
@@ -209,8 +209,10 @@ class LLM:
             raise InputError(
                 f"{len(each)} SamplingParams for {counted(len(prompts), 'prompt')}; pass one, or one for each"
             )
+        each = [self._sampling(one, options) for one in each]
         wanted = [
-            (self.encode(prompt), sampling(p, options)) for prompt, p in zip(prompts, each, strict=True)
+            (self.encode(prompt, room=min(1, one.max_new_tokens)), one)
+            for prompt, one in zip(prompts, each, strict=True)
         ]
         completions = [Completion(ids) for ids, _ in wanted]
         disable = None if progress and many else True  # None: disabled unless stderr is a terminal
@@ -228,7 +230,7 @@ class LLM:
 
         Closing the iterator stops the request. Parameters and errors are as in `generate`.
         """
-        return self._pieces(self.encode(prompt), sampling(params, options))
+        return self._pieces(self.encode(prompt), self._sampling(params, options))
 
     def chat(
         self,
@@ -263,8 +265,11 @@ class LLM:
         """Return an iterator over the pieces of an answer; parameters are as in `chat`."""
         return self._pieces(*self._conversation(messages, params, chat_template_kwargs, options))
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Tokenize a prompt, unless it is token ids already; check the ids and return them."""
+    def encode(self, prompt: Prompt, room: int = 1) -> list[int]:
+        """Tokenize a prompt, unless it is token ids already; check the ids and return them.
+
+        The prompt must leave `room` positions of the context for new tokens.
+        """
         if isinstance(prompt, str):
             check_length(prompt, self.description["context"])
             prompt = self._require_tokenizer().encode(prompt)
@@ -272,7 +277,7 @@ class LLM:
             shown = " ".join(repr(prompt).split())[:50]
             raise InputError(f"prompt {shown}: expected a string or a list of token ids")
         ids = [int(token) for token in prompt]
-        check_prompt(ids, self.source.config, self.description["context"])
+        check_prompt(ids, self.source.config, self.description["context"], room)
         return ids
 
     def encode_chat(
@@ -340,7 +345,12 @@ class LLM:
             messages = [{"role": "user", "content": messages}]
         if params is None:
             options = {"max_new_tokens": self.description["context"], **options}
-        return self.encode_chat(messages, variables), sampling(params, options)
+        return self.encode_chat(messages, variables), self._sampling(params, options)
+
+    def _sampling(self, params, options):
+        params = sampling(params, options)
+        check_logit_bias(params, self.source.config)
+        return params
 
     def _require_tokenizer(self):
         if self.tokenizer is None:

@@ -40,6 +40,10 @@ class Request:
         "stop" (an end-of-text token or a stop string), "length", or "closed" (the output has been closed).
     logprobs : list of (float, list of (int, float))
         The log-probabilities of each new token, if `params` asks for them; see `sampling.token_logprobs`.
+    prompt_logprobs : list of None or (float, list of (int, float))
+        The same for the prompt's tokens, if `params` asks for them; None for the first one.
+    num_cached_tokens : int or None
+        The number of prompt tokens whose keys and values were in the engine's cache; None before it started.
     """
 
     params: object
@@ -52,9 +56,15 @@ class Request:
     text: str = ""
     finish_reason: str | None = None
     logprobs: list = field(default_factory=list)
+    prompt_logprobs: list = field(default_factory=list)
+    num_cached_tokens: int | None = None
 
     def __post_init__(self):
-        self.sampler = Sampler(self.params)
+        self.sampler = Sampler(self.params, self.prompt_ids)
+        if self.params.max_new_tokens == 0:
+            self.finish_reason = "length"
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs.append(None)
         self.times = [perf_counter()]  # times of the start and of each token
         self._stream = TextStream(self.tokenizer, self.prompt_ids) if self.tokenizer else None
         self._stops = StopStrings(self.params.stop)
@@ -65,6 +75,20 @@ class Request:
         if self.params.logprobs is not None:
             self.logprobs.append(token_logprobs(logits, token, self.params.logprobs))
         return token, self.append_token(token)
+
+    def positions_to_score(self, start, stop):
+        """Return the range of positions, of those from start to stop, whose logits `score_prompt` needs next.
+
+        The logits of a position score the token after it.
+        """
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        return range(max(start, len(self.prompt_logprobs) - 1), min(stop, len(self.prompt_ids) - 1))
+
+    def score_prompt(self, logits):
+        """Append the log-probability of the next token of the prompt, from the logits [V] before it."""
+        token = self.prompt_ids[len(self.prompt_logprobs)]
+        self.prompt_logprobs.append(token_logprobs(logits, token, self.params.prompt_logprobs))
 
     def append_token(self, token):
         """Append the next token and write its text; return whether it is the last one."""
@@ -133,12 +157,26 @@ def check_length(text, context):
         )
 
 
-def check_prompt(token_ids, config, context):
-    """Reject a prompt that is empty, leaves no room in `context` positions, or has an unknown token id."""
+def check_request(prompt_ids, params, config, context):
+    """Reject a prompt and SamplingParams that are invalid for the model or the context."""
+    check_prompt(prompt_ids, config, context, min(1, params.max_new_tokens))
+    check_logit_bias(params, config)
+
+
+def check_logit_bias(params, config):
+    """Reject a bias on a token that the model does not have."""
+    try:
+        check_vocabulary(params.logit_bias or (), config)
+    except InputError as error:
+        raise InputError(f"logit_bias: {error}") from error
+
+
+def check_prompt(token_ids, config, context, room=1):
+    """Reject a prompt that is empty, has an unknown token id, or does not leave `room` of the context."""
     if not token_ids:
         raise InputError("the prompt is empty and this model adds no BOS token; give at least one word")
     check_vocabulary(token_ids, config)
-    if len(token_ids) >= context:
+    if len(token_ids) + room > context:
         raise ContextError(
             f"the prompt has {counted(len(token_ids), 'token')}, which leaves no room for a new one in a "
             f"context of {context}; shorten the prompt"

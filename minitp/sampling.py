@@ -1,7 +1,7 @@
 """Sampling: choosing the next token from the logits of one position, on rank 0."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TypedDict
 
@@ -12,6 +12,8 @@ from minitp.util.suggest import suggests_fields
 
 MAX_STOPS = 32  # stop strings of a request
 MAX_STOP_LENGTH = 1024  # characters of a stop string
+MAX_ID_DIGITS = 18  # of a token id as a string
+BIASES = "None, or numbers from -100 to 100 by token id"
 STOPS = f"up to {MAX_STOPS} non-empty strings of up to {MAX_STOP_LENGTH} characters"
 
 
@@ -23,6 +25,7 @@ class SamplingParams:
     Attributes
     ----------
     max_new_tokens : int
+        The maximum number of new tokens. With 0, a request only reads its prompt, for `prompt_logprobs`.
     temperature : float
         The divisor of the logits. 0 always chooses the most probable token (greedy decoding).
     top_k : int
@@ -40,7 +43,22 @@ class SamplingParams:
         Continue after an end-of-text token.
     logprobs : int or None
         Return the log-probability of each token, and those of the `logprobs` most probable tokens at its
-        position. They are computed before temperature, top-k and top-p are applied.
+        position. They are computed from the model's logits, before any other parameter is applied.
+    min_p : float
+        Choose only among tokens whose probability is at least min_p times that of the most probable one.
+        (Nguyen et al., Turning Up the Heat: Min-p Sampling, 2024, section 3.)
+    presence_penalty, frequency_penalty : float
+        From -2 to 2: subtracted from the logit of each token that the continuation already has, once and once
+        for each time. (Defined in the API of OpenAI.)
+    repetition_penalty : float
+        The divisor of a positive logit, and factor of a negative one, of each token that the prompt or the
+        continuation already has; 1 changes nothing. (Keskar et al., CTRL, 2019, section 4.1.)
+    logit_bias : dict of int to float, or None
+        Numbers from -100 to 100, by token id, that are added to the logits of these tokens. The ids may be
+        strings of digits, as in JSON.
+    prompt_logprobs : int or None
+        Return the log-probabilities of the prompt's tokens as `logprobs` does for new ones. `LLM` and the
+        server support this.
 
     Raises
     ------
@@ -56,11 +74,17 @@ class SamplingParams:
     stop: tuple[str, ...] | str = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = field(default=None, hash=False)
+    prompt_logprobs: int | None = None
 
     def __post_init__(self):
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        self._check("max_new_tokens", Integral, lambda n: n >= 1, "at least 1")
+        self._check("max_new_tokens", Integral, lambda n: n >= 0, "0 or more")
         self._check("temperature", Real, lambda x: 0 <= x < float("inf"), "0 or a positive number")
         self._check("top_k", Integral, lambda n: n >= 0, "0 (all) or more")
         self._check("top_p", Real, lambda x: 0 < x <= 1, "above 0 and at most 1")
@@ -68,6 +92,26 @@ class SamplingParams:
         self._check("stop", tuple | list, are_stops, STOPS)
         self._check("ignore_eos", bool, lambda _: True, "True or False")
         self._check("logprobs", Integral | None, lambda n: n is None or n >= 0, "None, 0 or more")
+        self._check("min_p", Real, lambda x: 0 <= x <= 1, "from 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check(name, Real, lambda x: -2 <= x <= 2, "from -2 to 2")
+        self._check("repetition_penalty", Real, lambda x: 0.01 <= x <= 100, "from 0.01 to 100")
+        self._check("logit_bias", dict | None, lambda bias: bias is None or are_biases(bias), BIASES)
+        self._check("prompt_logprobs", Integral | None, lambda n: n is None or n >= 0, "None, 0 or more")
+        if self.logit_bias is not None:
+            biases = {int(token): float(bias) for token, bias in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", biases)
+
+    @property
+    def changes_logits(self):
+        """True if logits are changed before a token is chosen from them; see `changed_logits`."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(penalties or self.logit_bias)
+
+    @property
+    def needs_host(self):
+        """True if a GPU cannot choose the tokens itself, because it does not have all of these options."""
+        return self.logprobs is not None or self.min_p > 0 or self.changes_logits
 
     def _check(self, name, types, is_valid, expected):
         value = getattr(self, name)
@@ -87,6 +131,12 @@ class SamplingFields(TypedDict, total=False):
     stop: tuple[str, ...] | str
     ignore_eos: bool
     logprobs: int | None
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: dict[int, float] | None
+    prompt_logprobs: int | None
 
 
 def are_stops(values):
@@ -96,8 +146,31 @@ def are_stops(values):
     )
 
 
+def are_biases(biases):
+    """Return whether a dict has token ids, or strings of digits, with numbers from -100 to 100."""
+    return all(is_token_id(token) and is_bias(bias) for token, bias in biases.items())
+
+
+def is_token_id(value):
+    """Return whether a value is a whole number that is not negative, or a string of ASCII digits."""
+    if isinstance(value, str):
+        return value.isascii() and value.isdecimal() and len(value) <= MAX_ID_DIGITS
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
+
+
+def is_bias(value):
+    """Return whether a value is a number from -100 to 100."""
+    return isinstance(value, Real) and not isinstance(value, bool) and -100 <= value <= 100
+
+
 class Sampler:
     """A sampler with one random generator, so that a seed determines the whole continuation.
+
+    Parameters
+    ----------
+    params : SamplingParams
+    prompt_ids : list of int
+        The prompt, for `repetition_penalty`.
 
     Attributes
     ----------
@@ -105,8 +178,9 @@ class Sampler:
         The seed in use; None for greedy decoding.
     """
 
-    def __init__(self, params):
-        self._params = params
+    def __init__(self, params, prompt_ids=()):
+        self._params, self._prompt_ids = params, prompt_ids
+        self._counts = self._seen = None
         self.seed = None
         if params.temperature > 0:
             self.seed = secrets.randbits(32) if params.seed is None else params.seed
@@ -114,6 +188,18 @@ class Sampler:
 
     def choose(self, logits):
         """Choose a token id from float32 logits [V]."""
+        if not self._params.changes_logits:
+            return self._choose(logits)
+        if self._counts is None:
+            self._counts = np.zeros(len(logits), np.int32)  # [V]
+            self._seen = np.zeros(len(logits), bool)  # [V]
+            self._seen[list(self._prompt_ids)] = True
+        token = self._choose(changed_logits(logits, self._params, self._counts, self._seen))
+        self._counts[token] += 1
+        self._seen[token] = True
+        return token
+
+    def _choose(self, logits):
         if self._params.temperature == 0:
             return int(np.argmax(logits))
         probs = token_probabilities(logits, self._params)  # [V]
@@ -126,8 +212,48 @@ class Sampler:
         return np.zeros(count) if self._params.temperature == 0 else self._generator.random(count)
 
 
+def changed_logits(logits, params, counts, seen):
+    """Apply logit_bias and the repetition, frequency and presence penalties, in this order.
+
+    Parameters
+    ----------
+    logits : float32 [V]
+    params : SamplingParams
+    counts : int32 [V]
+        The number of times that the continuation has each token.
+    seen : bool [V]
+        True for tokens of the prompt or the continuation.
+
+    Returns
+    -------
+    float32 [V]
+        New logits. Each operation is rounded to float32.
+    """
+    logits = logits.copy()  # [V]
+    for token, bias in (params.logit_bias or {}).items():
+        logits[token] += np.float32(bias)
+    if params.repetition_penalty != 1:
+        penalty = np.float32(params.repetition_penalty)
+        repeated = logits[seen]  # [n]
+        logits[seen] = np.where(repeated > 0, repeated / penalty, repeated * penalty)  # [n]
+    logits -= np.float32(params.frequency_penalty) * counts.astype(np.float32)  # [V]
+    logits -= np.float32(params.presence_penalty) * (counts > 0).astype(np.float32)  # [V]
+    return logits
+
+
 def token_probabilities(logits, params):
-    """Apply temperature, top-k and top-p, in this order; return the probabilities, float64 [V] with sum 1."""
+    """Apply temperature, top-k, top-p and min-p, in this order.
+
+    Parameters
+    ----------
+    logits : float32 [V]
+    params : SamplingParams
+
+    Returns
+    -------
+    float64 [V]
+        Probabilities, with sum 1.
+    """
     below_best = logits.astype(np.float64) - logits.max()  # [V]
     with np.errstate(over="ignore"):  # with a tiny temperature all tokens but the best become -inf
         scaled = below_best / params.temperature  # [V]
@@ -139,6 +265,9 @@ def token_probabilities(logits, params):
     if params.top_p < 1:
         needed = int(np.searchsorted(np.cumsum(probs), params.top_p)) + 1
         probs = probs[:needed] / probs[:needed].sum()  # [needed]
+    if params.min_p > 0:
+        probs = probs[probs >= params.min_p * probs[0]]  # [kept], a beginning of probs
+        probs /= probs.sum()
     result = np.zeros(len(logits))  # [V]
     result[order[: len(probs)]] = probs
     return result

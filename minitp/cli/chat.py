@@ -74,4 +74,4 @@ def check(args, tp, shortest):
     check_prompt(tokenizer.encode(text, add_special_tokens=False), source.config, context)
     if args.max_new_tokens is None:
         args.max_new_tokens = context
-    return sampling_params(args)
+    return sampling_params(args, source.config)

@@ -50,7 +50,7 @@ class GenerateCommand(OnRanks):
         from minitp.cli.inputs import prompt_tokens, sampling_params
         from minitp.request import check_prompt, context_length
 
-        sampling_params(args)
+        sampling_params(args, source.config)
         ids = prompt_tokens(args, source)
         if args.stop or args.tokens is not None:  # otherwise prompt_tokens has read it
             tokenizer = source.tokenizer()
@@ -73,7 +73,7 @@ class GenerateCommand(OnRanks):
         if comm.rank == 0:
             tokenizer = source.tokenizer()
             request = Request(
-                params=sampling_params(args),
+                params=sampling_params(args, source.config),
                 eos_token_ids=source.eos_token_ids(tokenizer),
                 prompt_ids=ids,
                 max_context=context,

@@ -1,11 +1,12 @@
 """Checks of inputs that several commands share: prompts, sampling parameters, passes, output files."""
 
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 from minitp.engine.options import option
 from minitp.errors import InputError, ParameterError
-from minitp.request import check_vocabulary
+from minitp.request import check_logit_bias, check_vocabulary
 from minitp.sampling import SamplingParams
 from minitp.util.format import counted
 
@@ -27,20 +28,15 @@ def tokenizer_of(source):
     return tokenizer
 
 
-def sampling_params(args):
-    """Return the SamplingParams from the options; raise InputError if one is invalid."""
+def sampling_params(args, config):
+    """Return the SamplingParams from the options; raise InputError if one is invalid for the model."""
+    given = {one.name: getattr(args, one.name) for one in fields(SamplingParams) if hasattr(args, one.name)}
     try:
-        return SamplingParams(
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-            stop=tuple(args.stop),
-            ignore_eos=args.ignore_eos,
-        )
+        params = SamplingParams(**{**given, "stop": tuple(args.stop)})
     except ParameterError as error:
         raise InputError(f"{option(error.name)} {error.value!s:.100}: expected {error.expected}") from error
+    check_logit_bias(params, config)
+    return params
 
 
 def check_passes(args, source, token_ids):

@@ -61,6 +61,38 @@ def add_sampling(parser, max_new_tokens):
         "is at least P (default: 1)",
     )
     group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="sample only from tokens with at least P times the probability of the most probable one "
+        "(default: 0)",
+    )
+    for name in ("presence", "frequency"):
+        times = {"presence": "once", "frequency": "once for each time"}[name]
+        group.add_argument(
+            f"--{name}-penalty",
+            type=float,
+            default=0.0,
+            metavar="X",
+            help=f"subtract X, from -2 to 2, {times} from the logit of a token that the output already has "
+            "(default: 0)",
+        )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="divide a positive logit, or multiply a negative one, by X if the prompt or the output already "
+        "has the token (default: 1)",
+    )
+    group.add_argument(
+        "--logit-bias",
+        type=json_object,
+        metavar="JSON",
+        help="numbers from -100 to 100 to add to logits, by token id, as in '{\"13\": -100}' (default: none)",
+    )
+    group.add_argument(
         "--seed",
         type=int,
         metavar="N",

@@ -26,8 +26,10 @@ class Update:
 
     Attributes
     ----------
-    token_ids, text, logprobs
+    token_ids, text, logprobs, prompt_logprobs
         The same as for request.Request, but only the new part.
+    cached_tokens : int
+        The number of prompt tokens that were in the cache; see request.Request.
     finish_reason : str or None
         None until the last update; then the same as for request.Request, or "error".
     error : MinitpError or None
@@ -37,6 +39,8 @@ class Update:
     token_ids: list = field(default_factory=list)
     text: str = ""
     logprobs: list = field(default_factory=list)
+    prompt_logprobs: list = field(default_factory=list)
+    cached_tokens: int = 0
     finish_reason: str | None = None
     error: MinitpError | None = None
 
@@ -131,7 +135,8 @@ class Ranks:
             update = Update(finish_reason="error", error=InputError(update["error"]))
         else:
             update = Update(**update)
-            update.logprobs = [(logprob, list(map(tuple, top))) for logprob, top in update.logprobs]
+            for logprobs in (update.logprobs, update.prompt_logprobs):
+                logprobs[:] = [one and (one[0], list(map(tuple, one[1]))) for one in logprobs]
         with self._lock:
             listener = self._listeners.get(number)
             if update.finish_reason is not None:

@@ -32,6 +32,10 @@ class Completion:
     logprobs : list of (float, list of (int, float))
         With SamplingParams(logprobs=N): the log-probability of each new token, and the N most probable tokens
         with theirs.
+    prompt_logprobs : list of None or (float, list of (int, float))
+        With SamplingParams(prompt_logprobs=N): the same for the prompt's tokens; None for the first one.
+    cached_tokens : int
+        The number of prompt tokens whose keys and values were still in the KV cache.
     """
 
     prompt_token_ids: list[int]
@@ -39,12 +43,16 @@ class Completion:
     text: str = ""
     finish_reason: str | None = None
     logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[float, list[tuple[int, float]]] | None] = field(default_factory=list)
+    cached_tokens: int = 0
 
     def add(self, update: Update) -> None:
         """Append new output."""
         self.token_ids += update.token_ids
         self.text += update.text
         self.logprobs += update.logprobs
+        self.prompt_logprobs += update.prompt_logprobs
+        self.cached_tokens = update.cached_tokens
         self.finish_reason = update.finish_reason
 
 

@@ -6,7 +6,7 @@ from minitp.engine.scheduler import Scheduler
 from minitp.generate import host_logits, largest_pass
 from minitp.model import unrecorded
 from minitp.paged_cache import PagedCache
-from minitp.request import check_prompt
+from minitp.request import check_request
 
 
 class Engine:
@@ -40,9 +40,9 @@ class Engine:
         Raises
         ------
         InputError
-            If the prompt is invalid for the model, or the request would not fit in the pool even alone.
+            If the request is invalid for the model, or would not fit in the pool even alone.
         """
-        check_prompt(request.prompt_ids, self.model.config, request.max_context)
+        check_request(request.prompt_ids, request.params, self.model.config, request.max_context)
         self.scheduler.add(request)
 
     def run_batch(self, recording=lambda batch, parts: unrecorded):
@@ -57,7 +57,7 @@ class Engine:
         Returns
         -------
         list of Request or None
-            The requests that got a token (on ranks other than 0 an empty list), or None if there was no work.
+            The requests that have new output (an empty list except on rank 0), or None without work.
         """
         comm = self.model.comm
         batch = comm.broadcast(self.scheduler.schedule() if comm.rank == 0 else None)

@@ -5,6 +5,9 @@ the oldest first. Then come running sequences whose prompts are not finished, wi
 still has room for, and then waiting sequences. If no block is free, the youngest sequence is preempted: its
 blocks are freed, and it waits. It starts again later, with its generated tokens as part of the prompt, which
 gives the same result.
+
+A request may ask for the log-probabilities of its prompt's tokens. Then every position of the prompt is
+computed, instead of being taken from the prefix cache, and gets logits.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +16,8 @@ from minitp.engine.blocks import BlockAllocator
 from minitp.engine.prefix_cache import block_keys
 from minitp.errors import InputError
 from minitp.util.format import counted
+
+MAX_SCORED = 128  # prompt positions with logits in a batch, whose rows [V] rank 0 gathers and normalizes
 
 
 @dataclass(eq=False)
@@ -45,7 +50,8 @@ class ScheduledBatch:
     finished : list of int
         Sequences that have stopped running since the last batch.
     logits_at : list of int
-        The row, among all tokens of the batch, of the last token of each sequence that gets a new one.
+        The rows, among all tokens of the batch, that get logits: for each sequence, the positions that score
+        its prompt, and the last one if it gets a new token.
     """
 
     chunks: list
@@ -88,6 +94,7 @@ class Scheduler:
         self.num_reused_tokens = 0  # tokens found in the prefix cache
         self._arrived, self._started, self._finished = 0, [], []
         self._scheduled = {}  # sequence number -> (sequence, number of tokens, new blocks)
+        self._num_scored = 0  # prompt positions with logits in the batch that is being scheduled
 
     def add(self, request):
         """Queue a request; raise InputError if it would not fit in the pool even alone."""
@@ -125,7 +132,7 @@ class Scheduler:
 
     def schedule(self):
         """Return the next ScheduledBatch, or None if there is nothing to do."""
-        self._scheduled = {}
+        self._scheduled, self._num_scored = {}, 0
         decoding = [s for s in self.running if s.num_uncomputed_tokens == 1]
         for sequence in decoding + [s for s in self.running if s.num_uncomputed_tokens > 1]:
             if sequence in self.running:  # an older sequence may have preempted it
@@ -136,24 +143,33 @@ class Scheduler:
         return self._batch()
 
     def commit(self, batch, logits):
-        """Sample the next token of each sequence that gets one, from logits [len(batch.logits_at), V].
+        """Sample the next token of each sequence that gets one, and score the prompts that ask for it.
+
+        Parameters
+        ----------
+        batch : ScheduledBatch
+        logits : float32 [len(batch.logits_at), V], or None
 
         Returns
         -------
         list of Request
-            The requests that got a token.
+            The requests that have new output.
         """
         rows, advanced = iter(logits if batch.logits_at else []), []
         for number, tokens, _ in batch.chunks:
             sequence = self._scheduled[number][0]
+            request, start = sequence.request, sequence.num_computed_tokens
             sequence.num_computed_tokens += len(tokens)
             self._register_full_blocks(sequence, len(tokens))
-            if sequence.num_uncomputed_tokens:
-                continue
-            token, last = sequence.request.sample(next(rows))
-            sequence.token_ids.append(token)
-            advanced.append(sequence.request)
-            if last:
+            scored = request.positions_to_score(start, sequence.num_computed_tokens)
+            for _ in scored:
+                request.score_prompt(next(rows))
+            is_done = not sequence.num_uncomputed_tokens
+            if is_done and request.finish_reason is None:  # it is not None if no new token is requested
+                sequence.token_ids.append(request.sample(next(rows))[0])
+            if is_done or scored:
+                advanced.append(request)
+            if is_done and request.finish_reason is not None:
                 self._stop(sequence)
         return advanced
 
@@ -164,6 +180,8 @@ class Scheduler:
         """Schedule as many tokens of a sequence as fit, preempting the youngest sequences for blocks."""
         done = sequence.num_computed_tokens
         tokens = min(sequence.num_uncomputed_tokens, self._tokens_left(), self.largest_pass(done))
+        if sequence.request.positions_to_score(done, done + tokens):
+            tokens = min(tokens, MAX_SCORED - self._num_scored)
         if tokens == 0:
             return
         needed = -(-(done + tokens) // self.allocator.block_size) - len(sequence.block_table)
@@ -174,6 +192,7 @@ class Scheduler:
                 return
         sequence.block_table += blocks
         self._scheduled[sequence.number] = sequence, tokens, blocks
+        self._num_scored += len(sequence.request.positions_to_score(done, done + tokens))
 
     def _admit(self):
         """Start the oldest waiting sequences while the batch has room and there are blocks for the prompt."""
@@ -181,8 +200,10 @@ class Scheduler:
             sequence = self.waiting[0]
             size = self.allocator.block_size
             sequence.block_keys = block_keys(sequence.token_ids, size, sequence.block_keys)
-            # The last token is always computed, for its logits.
-            cached = self.allocator.lookup(sequence.block_keys[: (len(sequence.token_ids) - 1) // size])
+            # The last token is always computed, for its logits; so are positions that score the prompt.
+            scored = sequence.request.positions_to_score(0, len(sequence.token_ids))
+            reusable = scored.start if scored else len(sequence.token_ids) - 1
+            cached = self.allocator.lookup(sequence.block_keys[: reusable // size])
             needed = -(-len(sequence.token_ids) // size) - len(cached)
             if needed > self.allocator.num_free_blocks:
                 self.allocator.free(cached)
@@ -190,6 +211,8 @@ class Scheduler:
             sequence.block_table, sequence.num_computed_tokens = cached, len(cached) * size
             self._started.append((sequence.number, list(cached), sequence.num_computed_tokens))
             self.num_reused_tokens += sequence.num_computed_tokens
+            if sequence.request.num_cached_tokens is None:  # otherwise it was preempted
+                sequence.request.num_cached_tokens = sequence.num_computed_tokens
             self.waiting.pop(0)
             self.running.append(sequence)
             self._schedule_tokens(sequence)
@@ -219,10 +242,12 @@ class Scheduler:
     def _batch(self):
         chunks, logits_at, rows = [], [], 0
         for number, (sequence, tokens, blocks) in self._scheduled.items():
-            stop = sequence.num_computed_tokens + tokens
-            chunks.append((number, sequence.token_ids[sequence.num_computed_tokens : stop], blocks))
+            request, start = sequence.request, sequence.num_computed_tokens
+            stop = start + tokens
+            chunks.append((number, sequence.token_ids[start:stop], blocks))
+            logits_at += [rows + n - start for n in request.positions_to_score(start, stop)]
             rows += tokens
-            if stop == len(sequence.token_ids):
+            if stop == len(sequence.token_ids) and request.finish_reason is None:
                 logits_at.append(rows - 1)
         batch = ScheduledBatch(chunks, self._started, self._finished, logits_at)
         self._started, self._finished = [], []

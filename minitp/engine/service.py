@@ -49,6 +49,7 @@ class TrackedRequest:
     request: Request
     tokens: int = 0
     text: int = 0  # characters
+    prompt_logprobs: int = 0
 
 
 class RequestLoop:
@@ -120,9 +121,12 @@ class RequestLoop:
             "token_ids": request.token_ids[tracked.tokens :],
             "text": request.text[tracked.text :],
             "logprobs": request.logprobs[tracked.tokens :],
+            "prompt_logprobs": request.prompt_logprobs[tracked.prompt_logprobs :],
+            "cached_tokens": request.num_cached_tokens,
             "finish_reason": request.finish_reason,
         }
         tracked.tokens, tracked.text = len(request.token_ids), len(request.text)
+        tracked.prompt_logprobs = len(request.prompt_logprobs)
         if request.finish_reason is not None:
             self._forget(tracked)
         return [tracked.number, update]

@@ -1,7 +1,9 @@
 """Tests of SamplingParams, which refuse invalid values, and of log-probabilities."""
 
 import argparse
+import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from minitp.sampling import MAX_STOP_LENGTH, MAX_STOPS, SamplingParams, token_lo
 
 NAN, INF = float("nan"), float("inf")
 INVALID = {
-    "max_new_tokens": [0, -1, 1.0, "5", None, True, NAN, np.float32(3)],
+    "max_new_tokens": [-1, 1.0, "5", None, True, NAN, np.float32(3)],
     "temperature": [-0.1, INF, NAN, "1", None, True, 1j],
     "top_k": [-1, 2.0, "5", None, False],
     "top_p": [0, 0.0, -0.5, 1.01, NAN, "0.5", None, True],
@@ -20,9 +22,16 @@ INVALID = {
     "stop": ["", ("",), ["a", ""], 5, b"a", ("a", 1), [None], None, {"a"}, "a" * 1025, ["a"] * 33],
     "ignore_eos": [0, 1, None, "yes"],
     "logprobs": [-1, 2.0, "1", True, False],
+    "min_p": [-0.1, 1.1, NAN, "0.1", None, True],
+    "presence_penalty": [-2.1, 2.1, NAN, "1", None, False],
+    "frequency_penalty": [-2.1, 2.1, INF, "1", None, False],
+    "repetition_penalty": [0, 0.0, -1, 1e-9, 101, INF, NAN, "1", None, True],
+    "logit_bias": [[], "5", {-1: 0}, {"-1": 0}, {"a": 0}, {"٥": 0}, {1.0: 0}, {True: 0}, {5: 101}, {5: NAN}]
+    + [{5: "1"}, {5: None}, {5: True}, {"9" * 19: 0}],
+    "prompt_logprobs": [-1, 2.0, "1", True, False],
 }
 VALID = {
-    "max_new_tokens": [1, 10**6, np.int64(3)],
+    "max_new_tokens": [0, 1, 10**6, np.int64(3)],
     "temperature": [0, 0.0, 1, 5e-324, 1e300, np.float32(0.5)],
     "top_k": [0, 1, 10**6, np.int32(4)],
     "top_p": [1, 1.0, 5e-324, np.float64(0.5)],
@@ -30,6 +39,12 @@ VALID = {
     "stop": [(), [], ("a",), ["a", "bc"], ["a" * 1024] * 32],
     "ignore_eos": [True, False],
     "logprobs": [None, 0, 5, np.int64(5)],
+    "min_p": [0, 1, 0.05, np.float32(0.5)],
+    "presence_penalty": [-2, 0, 2.0],
+    "frequency_penalty": [-2, 0, np.float64(0.5)],
+    "repetition_penalty": [0.01, 1, 1.3, 100],
+    "logit_bias": [None],
+    "prompt_logprobs": [None, 0, 5],
 }
 
 
@@ -50,6 +65,34 @@ def test_an_invalid_value_is_rejected_with_its_name(name, value):
 @pytest.mark.parametrize(("name", "value"), cases(VALID), ids=lambda x: f"{x!s:.40}")
 def test_a_valid_value_is_kept_unchanged(name, value):
     assert getattr(SamplingParams(**{name: value}), name) is value
+
+
+def test_logit_bias_has_whole_numbers_as_ids_even_if_json_made_them_strings():
+    given = {"5": 1, 7: np.float32(-100), np.int64(8): 2}
+    params = SamplingParams(logit_bias=given)
+    assert params.logit_bias == {5: 1.0, 7: -100.0, 8: 2.0}
+    assert [type(token) for token in params.logit_bias] == [int] * 3
+    again = SamplingParams(**json.loads(json.dumps(asdict(params))))
+    assert again == params
+    assert hash(again) == hash(params)
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes", "host"),
+    [
+        ({"temperature": 1.0, "top_k": 3, "top_p": 0.5, "seed": 1, "logit_bias": {}}, False, False),
+        ({"logprobs": 0}, False, True),
+        ({"min_p": 0.1}, False, True),
+        ({"presence_penalty": -1}, True, True),
+        ({"frequency_penalty": 0.1}, True, True),
+        ({"repetition_penalty": 1.1}, True, True),
+        ({"logit_bias": {0: 0}}, True, True),
+    ],
+    ids=str,
+)
+def test_which_options_a_gpu_leaves_to_the_host(fields, changes, host):
+    params = SamplingParams(**fields)
+    assert (params.changes_logits, params.needs_host) == (changes, host)
 
 
 def test_a_single_stop_string_becomes_a_tuple():
