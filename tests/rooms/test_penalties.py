@@ -15,7 +15,7 @@ from minitp.generate import generate
 from minitp.load import load_model
 from minitp.loading.source import open_model
 from minitp.request import Request
-from minitp.sampling import Sampler, SamplingParams, token_probabilities
+from minitp.sampling import Sampler, SamplingParams, changed_logits, token_probabilities
 
 CONTEXT = 512
 PENALTIES = {
@@ -46,6 +46,18 @@ def plain_logits(logits, prompt, new, params):
         logit -= np.float32(params.presence_penalty) * np.float32(token in counts)
         changed.append(logit)
     return np.array(changed, dtype=np.float32)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_every_changed_logit_equals_that_of_the_plain_statement(name):
+    params, prompt, new = SamplingParams(**PENALTIES[name]), [3, 4, 5, 6], [5, 6, 7, 8, 7]
+    counts, seen = np.bincount(new, minlength=20).astype(np.int32), np.zeros(20, bool)
+    seen[prompt + new] = True
+    for seed in range(5):
+        logits = np.random.default_rng(seed).normal(scale=5, size=20).astype(np.float32)
+        changed = changed_logits(logits, params, counts, seen)
+        assert changed.dtype == np.float32
+        assert np.array_equal(changed, plain_logits(logits, prompt, new, params))
 
 
 @pytest.mark.parametrize("name", PENALTIES)
@@ -146,6 +158,7 @@ def test_options_hold_in_batches_and_over_preemption(model):
     assert scheduler.num_preempted > 0
     assert [request.token_ids for request in wanted] == expected
     assert expected[3] == [65] * 30
+    assert {request.num_cached_tokens for request in wanted} == {0}, "a block of its own is no cached prompt"
     plain = [Request(SamplingParams(max_new_tokens=30), (), r.prompt_ids, CONTEXT) for r in wanted]
     assert all(list(generate(model, p.prompt_ids, p)) != e for p, e in zip(plain[:4], expected, strict=False))
 
@@ -225,6 +238,7 @@ def test_every_token_of_a_prompt_is_scored_whatever_the_cache_and_the_chunks(mod
 def test_a_long_prompt_is_scored_in_parts_while_others_decode(model):
     """The logits of one batch stay few, and a decoding sequence gets a token from each batch."""
     long = Request(SamplingParams(max_new_tokens=0, prompt_logprobs=0), (), list(range(200)) * 2, CONTEXT)
+    again = Request(long.params, (), long.prompt_ids[::-1], CONTEXT)
     other = Request(SamplingParams(max_new_tokens=20, ignore_eos=True), (), [1, 2, 3], CONTEXT)
     sizes = []
     original = model.forward_batch
@@ -235,13 +249,22 @@ def test_a_long_prompt_is_scored_in_parts_while_others_decode(model):
 
     model.forward_batch = counted_batch
     try:
-        run_requests(model, [other, long], 200, 4)
+        run_requests(model, [other, long, again], 300, 4)
     finally:
         del model.forward_batch
     assert max(sizes) == 129
-    assert sum(sizes) == 399 + 20
+    assert sum(sizes) == 399 + 399 + 20
     assert_scores(long.prompt_logprobs, scored_alone(model, long.prompt_ids, 0))
-    assert long.token_ids == []
+    assert_scores(again.prompt_logprobs, scored_alone(model, again.prompt_ids, 0))
+    assert long.token_ids == again.token_ids == []
+
+
+def test_a_request_that_is_preempted_within_its_prompt_scores_each_token_once(model):
+    older = Request(SamplingParams(max_new_tokens=36, ignore_eos=True), (), [1] * 8, CONTEXT)
+    scored = Request(SamplingParams(max_new_tokens=1, prompt_logprobs=1), (), list(range(36)), CONTEXT)
+    scheduler = run_requests(model, [older, scored], num_blocks=12, block_size=4, max_tokens_per_step=5)
+    assert scheduler.num_preempted == 1
+    assert_scores(scored.prompt_logprobs, scored_alone(model, scored.prompt_ids, 1))
 
 
 def test_the_number_of_cached_tokens_is_reported(model):
