@@ -163,12 +163,12 @@ def check_request(prompt_ids, params, config, context):
     check_logit_bias(params, config)
 
 
-def check_logit_bias(params, config):
-    """Reject a bias on a token that the model does not have."""
+def check_logit_bias(params, config, name="logit_bias"):
+    """Reject a bias on a token that the model does not have; `name` is the parameter's name in errors."""
     try:
         check_vocabulary(params.logit_bias or (), config)
     except InputError as error:
-        raise InputError(f"logit_bias: {error}") from error
+        raise InputError(f"{name}: {error}") from error
 
 
 def check_prompt(token_ids, config, context, room=1):

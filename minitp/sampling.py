@@ -13,7 +13,7 @@ from minitp.util.suggest import suggests_fields
 MAX_STOPS = 32  # stop strings of a request
 MAX_STOP_LENGTH = 1024  # characters of a stop string
 MAX_ID_DIGITS = 18  # of a token id as a string
-BIASES = "None, or numbers from -100 to 100 by token id"
+BIASES = "numbers from -100 to 100 by token id"
 STOPS = f"up to {MAX_STOPS} non-empty strings of up to {MAX_STOP_LENGTH} characters"
 
 
@@ -92,10 +92,10 @@ class SamplingParams:
         self._check("stop", tuple | list, are_stops, STOPS)
         self._check("ignore_eos", bool, lambda _: True, "True or False")
         self._check("logprobs", Integral | None, lambda n: n is None or n >= 0, "None, 0 or more")
-        self._check("min_p", Real, lambda x: 0 <= x <= 1, "from 0 to 1")
+        self._check("min_p", Real, lambda x: 0 <= x <= 1, "a number from 0 to 1")
         for name in ("presence_penalty", "frequency_penalty"):
-            self._check(name, Real, lambda x: -2 <= x <= 2, "from -2 to 2")
-        self._check("repetition_penalty", Real, lambda x: 0.01 <= x <= 100, "from 0.01 to 100")
+            self._check(name, Real, lambda x: -2 <= x <= 2, "a number from -2 to 2")
+        self._check("repetition_penalty", Real, lambda x: 0.01 <= x <= 100, "a number from 0.01 to 100")
         self._check("logit_bias", dict | None, lambda bias: bias is None or are_biases(bias), BIASES)
         self._check("prompt_logprobs", Integral | None, lambda n: n is None or n >= 0, "None, 0 or more")
         if self.logit_bias is not None:

@@ -30,12 +30,14 @@ def tokenizer_of(source):
 
 def sampling_params(args, config):
     """Return the SamplingParams from the options; raise InputError if one is invalid for the model."""
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
     given = {one.name: getattr(args, one.name) for one in fields(SamplingParams) if hasattr(args, one.name)}
     try:
         params = SamplingParams(**{**given, "stop": tuple(args.stop)})
     except ParameterError as error:
         raise InputError(f"{option(error.name)} {error.value!s:.100}: expected {error.expected}") from error
-    check_logit_bias(params, config)
+    check_logit_bias(params, config, option("logit_bias"))
     return params
 
 

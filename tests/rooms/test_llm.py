@@ -17,6 +17,7 @@ from tiny import BOS, EOS, byte_tokenizer
 from minitp import LLM, Completion, SamplingParams
 from minitp.comm.single import SingleRank
 from minitp.device import open_device
+from minitp.errors import InputError
 from minitp.load import load_model
 from minitp.loading.source import open_model
 
@@ -24,7 +25,7 @@ from minitp.loading.source import open_model
 def check(completions, requests):
     """Check that completions equal those of requests that ran alone."""
     expected = [Completion(r.prompt_ids, r.token_ids, r.text, r.finish_reason) for r in requests]
-    assert [replace(completion, logprobs=[]) for completion in completions] == expected
+    assert [replace(one, logprobs=[], prompt_logprobs=[], cached_tokens=0) for one in completions] == expected
 
 
 def ids(text):
@@ -143,6 +144,48 @@ def test_logprobs_are_those_of_the_models_softmax(llm, model):
         assert logprob == pytest.approx(expected[token], abs=1e-4)
         assert [t for t, _ in top] == list(np.argsort(-expected)[:3])
         assert [x for _, x in top] == pytest.approx(np.sort(expected)[:-4:-1], abs=1e-4)
+
+
+def test_penalties_min_p_and_bias_give_the_same_tokens_as_alone(llm, model):
+    wanted = [
+        ([65, 66, 65], SamplingParams(max_new_tokens=40, ignore_eos=True, **options))
+        for options in (
+            {"presence_penalty": 1.5, "frequency_penalty": 0.5},
+            {"repetition_penalty": 1.4, "temperature": 0.9, "seed": 2},
+            {"min_p": 0.3, "temperature": 1.5, "seed": 2},
+            {"logit_bias": {70: 6}},
+            {},
+        )
+    ]
+    expected = alone(model, wanted)
+    check(llm.generate([prompt for prompt, _ in wanted], [params for _, params in wanted]), expected)
+    assert len({tuple(request.token_ids) for request in expected}) == len(wanted)
+
+
+def test_prompt_logprobs_are_those_that_the_tokens_have_as_continuations(llm):
+    """A token of the prompt has the log-probability that it has where the model generates it."""
+    text = llm.generate([1, 2], max_new_tokens=60, ignore_eos=True, logprobs=2)
+    again = llm.generate([1, 2, *text.token_ids], max_new_tokens=0, prompt_logprobs=2)
+    assert (again.token_ids, again.text, again.finish_reason, again.cached_tokens) == ([], "", "length", 0)
+    assert again.prompt_logprobs[0] is None
+    for found, expected in zip(again.prompt_logprobs[2:], text.logprobs, strict=True):
+        # A pass over many tokens sums products in another order than one over a single token.
+        assert found[0] == pytest.approx(expected[0], abs=1e-5)
+        assert [token for token, _ in found[1]] == [token for token, _ in expected[1]]
+        assert type(found[1][0]) is tuple
+    assert text.prompt_logprobs == []
+
+
+def test_a_repeated_prompt_is_in_the_cache(llm):
+    prompt = [[7] * 5 + list(range(50, 90))]
+    first, second = (llm.generate(prompt, max_new_tokens=1)[0].cached_tokens for _ in range(2))
+    assert (first, second) == (0, 44)
+
+
+def test_a_bias_on_a_token_that_the_model_lacks_is_rejected(llm):
+    for call in (llm.generate, llm.chat, llm.stream, llm.stream_chat):
+        with pytest.raises(InputError, match="logit_bias: token id 300 is outside the vocabulary, 0 to"):
+            call("Hello", logit_bias={300: 1})
 
 
 def test_logprobs_only_if_they_are_requested(llm):

@@ -102,7 +102,7 @@ def test_an_invalid_prompt_is_rejected(idle, prompt, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens 0: expected at least 1"),
+        ({"max_new_tokens": -1}, "max_new_tokens -1: expected 0 or more"),
         ({"temperature": -1}, "temperature -1: expected 0 or a positive number"),
         ({"top_p": 2}, "top_p 2: expected above 0 and at most 1"),
         ({"stop": 5}, "stop 5: expected up to 32 non-empty strings"),

@@ -15,6 +15,7 @@ from minitp.cli.arguments import GROUPS, parser
 from minitp.cli.commands import COMMANDS
 from minitp.cli.main import main
 from minitp.comm import run_threads
+from minitp.comm.single import SingleRank
 from minitp.device import open_device
 from minitp.generate import generate
 from minitp.launch.mpirun import mpi_environment
@@ -643,6 +644,71 @@ def test_same_seed_same_text(tiny, capsys):
     assert fresh["token_ids"] == text("--seed", str(fresh["stats"]["seed"]))["token_ids"], (
         "the seed is reported"
     )
+
+
+@pytest.mark.parametrize(
+    ("argv", "options"),
+    [
+        (["--presence-penalty", "1.5"], {"presence_penalty": 1.5}),
+        (["--frequency-penalty", "-0.5"], {"frequency_penalty": -0.5}),
+        (["--repetition-penalty", "1.3"], {"repetition_penalty": 1.3}),
+        (["--logit-bias", '{"70": 6}'], {"logit_bias": {70: 6}}),
+        (
+            ["--min-p", "0.3", "--temperature", "1.5", "--seed", "2"],
+            {"min_p": 0.3, "temperature": 1.5, "seed": 2},
+        ),
+    ],
+)
+def test_options_that_change_the_choice(tiny, capsys, argv, options):
+    assert (
+        main(
+            [
+                "generate",
+                "--tokens",
+                "65,66,65",
+                "-n",
+                "40",
+                "--model",
+                str(tiny),
+                "--tp",
+                "1",
+                "--json",
+                *argv,
+            ]
+        )
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)["token_ids"]
+    model = load_model(open_model(str(tiny), 1), SingleRank(), open_device())
+    eos = model.config.eos_token_ids
+
+    def tokens(**options):
+        request = Request(SamplingParams(max_new_tokens=40, **options), eos, [65, 66, 65], 512)
+        return list(generate(model, [65, 66, 65], request))
+
+    assert found == tokens(**options)
+    assert found != tokens()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--min-p", "1.5"], "--min-p 1.5: expected a number from 0 to 1"),
+        (["--presence-penalty", "3"], "--presence-penalty 3.0: expected a number from -2 to 2"),
+        (["--repetition-penalty", "0"], "--repetition-penalty 0.0: expected a number from 0.01 to 100"),
+        (
+            ["--logit-bias", '{"a": 1}'],
+            "--logit-bias {'a': 1}: expected numbers from -100 to 100 by token id",
+        ),
+        (["--logit-bias", '{"999": 1}'], "--logit-bias: token id 999 is outside the vocabulary"),
+        (["--logit-bias", "5"], "--logit-bias: '5': expected a JSON object"),
+    ],
+)
+def test_an_option_that_is_out_of_range_is_rejected(tiny, capsys, argv, words):
+    code = main(["generate", "hi", "--model", str(tiny), "--tp", "1", *argv])
+    captured = capsys.readouterr()
+    check_refusal(code, *captured)
+    assert words in captured.err
 
 
 @pytest.mark.mpi
