@@ -348,6 +348,8 @@ ENDS = {  # fields of SamplingParams, and further arguments of `generated`
     "a stop string": {"max_new_tokens": 14, "stop_at": 6},
     "the reader stops": {"max_new_tokens": 14, "read": 5},
     "logprobs": {"max_new_tokens": 8, "logprobs": 3},
+    "penalties": {"max_new_tokens": 14, "frequency_penalty": 2.0, "logit_bias": {66: 4}, "ignore_eos": True},
+    "min p": {"max_new_tokens": 14, "temperature": 2.0, "min_p": 0.05, "seed": 7},
     "no cache": {"max_new_tokens": 8, "use_cache": False},
     "no cache, a prompt of one token": {"max_new_tokens": 8, "use_cache": False, "prompt": LETTERS[:1]},
     "a prompt of one token": {"max_new_tokens": 8, "prompt": LETTERS[:1]},
@@ -402,7 +404,7 @@ def generated(model, directory, plain, case):
     ("name", "tp"),
     [
         *((name, 1) for name in ENDS),
-        *((name, 3) for name in ("top p", "end of text", "logprobs", "no cache")),
+        *((name, 3) for name in ("top p", "end of text", "logprobs", "penalties", "no cache")),
     ],
 )
 def test_generation(speaking, plain_tokens, name, tp):
@@ -589,6 +591,27 @@ def served_and_alone(model, count, blocks, block_size=16, **limits):
     model.new_pool = lambda *size: pools.append(new_pool(*size)) or pools[-1]
     scheduler = run_requests(model, batch, blocks, block_size, **limits)
     return [request.token_ids for request in batch], expected, scheduler, pools[0]
+
+
+@pytest.mark.parametrize(("path", "tp"), [("fused", 1), ("fused", 3), ("explicit", 1)])
+def test_prompts_are_scored_as_on_a_cpu(speaking, path, tp):
+    """Score prompts of one token and of several blocks, beside a request that only generates."""
+
+    def scored(model):
+        prompts = [LETTERS[:1], LETTERS[:2], (LETTERS * 7)[:20], LETTERS]
+        params = [SamplingParams(max_new_tokens=3 * (n % 2), prompt_logprobs=2) for n in range(3)]
+        batch = [Request(p, (), ids, 64) for p, ids in zip([*params, SamplingParams()], prompts, strict=True)]
+        run_requests(model, batch, 40, 16, max_tokens_per_step=15)
+        return [request.prompt_logprobs for request in batch]
+
+    expected = scored(model_on_cpu(speaking, SingleRank(), "float16"))
+    found = run_on_gpus(tp, lambda comm: scored(model_on_gpu(speaking, comm, path=path)))[0]
+    assert [len(one) for one in found] == [1, 2, 20, 0]
+    for of_gpu, of_cpu in zip(found, expected, strict=True):
+        assert of_gpu[:1] == of_cpu[:1] == [None] * len(of_gpu[:1])
+        for (logprob, top), (right, right_top) in zip(of_gpu[1:], of_cpu[1:], strict=True):
+            assert logprob == pytest.approx(right, abs=0.05)  # as in test_generation
+            assert [x for _, x in top] == pytest.approx([x for _, x in right_top], abs=0.05)
 
 
 @pytest.mark.parametrize(
