@@ -1,4 +1,4 @@
-"""Min-p, penalties and logit bias, compared with a plain statement of each."""
+"""Tests of min-p, penalties and logit bias against a plain statement of each, and of scored prompts."""
 
 from collections import Counter
 from dataclasses import replace
