@@ -72,7 +72,7 @@ def generate(model, prompt_ids, request, use_cache=True):
     """
     comm, ids = model.comm, list(prompt_ids)
     check_prompt(ids, model.config, model.config.max_position_embeddings)
-    positions = comm.broadcast(request and request.finish_reason is None and request.positions)
+    positions = comm.broadcast(request and request.params.max_new_tokens and request.positions)
     if not positions:  # no new token is requested
         return
     with model.sequence_cache(positions) as cache:

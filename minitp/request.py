@@ -61,8 +61,6 @@ class Request:
 
     def __post_init__(self):
         self.sampler = Sampler(self.params, self.prompt_ids)
-        if self.params.max_new_tokens == 0:
-            self.finish_reason = "length"
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs.append(None)
         self.times = [perf_counter()]  # times of the start and of each token

@@ -165,7 +165,9 @@ class Scheduler:
             for _ in scored:
                 request.score_prompt(next(rows))
             is_done = not sequence.num_uncomputed_tokens
-            if is_done and request.finish_reason is None:  # it is not None if no new token is requested
+            if is_done and request.params.max_new_tokens == 0:
+                request.finish_reason = "length"
+            elif is_done:
                 sequence.token_ids.append(request.sample(next(rows))[0])
             if is_done or scored:
                 advanced.append(request)
@@ -247,7 +249,7 @@ class Scheduler:
             chunks.append((number, sequence.token_ids[start:stop], blocks))
             logits_at += [rows + n - start for n in request.positions_to_score(start, stop)]
             rows += tokens
-            if stop == len(sequence.token_ids) and request.finish_reason is None:
+            if stop == len(sequence.token_ids) and request.params.max_new_tokens > 0:
                 logits_at.append(rows - 1)
         batch = ScheduledBatch(chunks, self._started, self._finished, logits_at)
         self._started, self._finished = [], []
