@@ -58,7 +58,17 @@ class ParameterError(InputError):
 
 
 class ContextError(InputError):
-    """A prompt that leaves no room in the context for a new token; exit code 2."""
+    """A prompt that leaves no room in the context for a new token; exit code 2.
+
+    Attributes
+    ----------
+    tokens : int or None
+        The number of tokens in the prompt; None if it is too long to be tokenized.
+    """
+
+    def __init__(self, message, tokens=None):
+        super().__init__(message)
+        self.tokens = tokens
 
 
 class RankError(MinitpError):

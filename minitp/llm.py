@@ -238,6 +238,8 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         chat_template_kwargs: dict[str, object] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         **options: Unpack[SamplingFields],
     ) -> Completion:
         """Generate the answer to a conversation.
@@ -250,8 +252,14 @@ class LLM:
             If neither `params` nor max_new_tokens is given, the answer may fill the context.
         chat_template_kwargs : dict, optional
             Variables of the model's chat template, such as {"enable_thinking": False} for Qwen 3.
+        continue_final_message : bool
+            Continue the final message, as in [.., {"role": "assistant", "content": "Sure,"}]; the text of the
+            completion is only what follows.
+        add_generation_prompt : bool, optional
+            Begin a new message of the assistant; the default unless the final message is continued.
         """
-        ids, params = self._conversation(messages, params, chat_template_kwargs, options)
+        prefill = add_generation_prompt, continue_final_message
+        ids, params = self._conversation(messages, params, chat_template_kwargs, prefill, options)
         return self.generate(ids, params)
 
     def stream_chat(
@@ -260,10 +268,13 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         chat_template_kwargs: dict[str, object] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         **options: Unpack[SamplingFields],
     ) -> Iterator[str]:
         """Return an iterator over the pieces of an answer; parameters are as in `chat`."""
-        return self._pieces(*self._conversation(messages, params, chat_template_kwargs, options))
+        prefill = add_generation_prompt, continue_final_message
+        return self._pieces(*self._conversation(messages, params, chat_template_kwargs, prefill, options))
 
     def encode(self, prompt: Prompt, room: int = 1) -> list[int]:
         """Tokenize a prompt, unless it is token ids already; check the ids and return them.
@@ -281,10 +292,16 @@ class LLM:
         return ids
 
     def encode_chat(
-        self, messages: list[dict[str, str]], chat_template_kwargs: dict[str, object] | None = None
+        self,
+        messages: list[dict[str, str]],
+        chat_template_kwargs: dict[str, object] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Return the token ids of a conversation, rendered by the model's chat template."""
-        text = self.chat_template.render(messages, chat_template_kwargs)
+        text = self.chat_template.render(
+            messages, chat_template_kwargs, add_generation_prompt, continue_final_message
+        )
         check_length(text, self.description["context"])
         return self.encode(self._require_tokenizer().encode(text, add_special_tokens=False))
 
@@ -340,12 +357,12 @@ class LLM:
 
         return pieces()
 
-    def _conversation(self, messages, params, variables, options):
+    def _conversation(self, messages, params, variables, prefill, options):
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if params is None:
             options = {"max_new_tokens": self.description["context"], **options}
-        return self.encode_chat(messages, variables), self._sampling(params, options)
+        return self.encode_chat(messages, variables, *prefill), self._sampling(params, options)
 
     def _sampling(self, params, options):
         params = sampling(params, options)

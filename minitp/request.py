@@ -177,7 +177,8 @@ def check_prompt(token_ids, config, context, room=1):
     if len(token_ids) + room > context:
         raise ContextError(
             f"the prompt has {counted(len(token_ids), 'token')}, which leaves no room for a new one in a "
-            f"context of {context}; shorten the prompt"
+            f"context of {context}; shorten the prompt",
+            len(token_ids),
         )
 
 

@@ -8,10 +8,12 @@ from minitp.text.tokenizer_config import read_object, read_tokenizer_config, spe
 from minitp.util.files import why_unreadable
 
 EXPECTED = "messages must be a list of objects with the strings role (system, user, assistant) and content"
-# The variables of a template that its caller sets, in addition to special tokens and keyword arguments.
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
-
+# What a template's caller sets, in addition to special tokens and keyword arguments.
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning, in clients
+CALLS = ("tool_calls", "function_call", "audio")  # content of a message that is not text
+# Added to a message that the answer continues. A template that strips messages drops the space at its end.
+MARKER = "THE-FINAL-MESSAGE-ENDS-HERE "
 
 
 def load_chat_template(directory, name):
@@ -117,31 +119,65 @@ class ChatTemplate:
         except TemplateError as error:
             raise InputError(f"the chat template of {name} is not valid: {one_line(error)}") from error
 
-    def render(self, messages, variables=None):
+    def render(self, messages, variables=None, add_generation_prompt=None, continue_final_message=False):
         """Return the prompt of a conversation, up to the start of the assistant's answer.
 
         Parameters
         ----------
         messages : list of dict
-            Objects with the strings "role" and "content". Other fields may be None, which means absent.
+            Objects with the strings "role" and "content", which an assistant's message may lack. Other fields
+            may be None, which means absent.
         variables : dict, optional
             Further variables of the template, such as Qwen 3's enable_thinking.
+        add_generation_prompt : bool, optional
+            End with the header of the assistant's answer; by default if no message is continued.
+        continue_final_message : bool
+            End with the content of the final message, which the answer continues. Only spaces at the end of
+            the content are left out if the template does so.
 
         Raises
         ------
         RejectedMessagesError
             if the template rejects the messages.
         InputError
-            if the messages do not have this form, a variable is reserved, or the template fails.
+            if the messages do not have this form, a variable is reserved, the template fails, or the final
+            message cannot be continued.
         """
-        from minitp.text.template_environment import RejectionError
-
         check_messages(messages)
         check_variables(variables or {})
+        if add_generation_prompt and continue_final_message:
+            raise InputError(
+                "add_generation_prompt and continue_final_message are both true, but the answer is either a new "
+                "message or continues the final one; set one of them to false"
+            )
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
         messages = [with_reasoning(present_fields(one)) for one in messages]
-        values = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
+        content = messages[-1]["content"]
+        if continue_final_message:
+            messages[-1] = messages[-1] | {"content": content + MARKER}
+        values = dict(
+            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt
+        )
+        prompt = self._run(self._tokens | (variables or {}) | values)
+        return self._up_to_marker(prompt, content) if continue_final_message else prompt
+
+    def _up_to_marker(self, prompt, content):
+        """Return the part of a prompt that ends with the final message's content, where MARKER begins."""
+        text, marker, rest = prompt.rpartition(MARKER.strip())
+        if not marker or not text.rstrip().endswith(content.strip()):
+            raise InputError(
+                f"the chat template of {self._name} does not print the content of the final message as it is; "
+                "leave out continue_final_message"
+            )
+        return text if rest.startswith(" ") else text.rstrip()
+
+    def _run(self, values):
+        """Run the template with these variables; return its output."""
+        from minitp.text.template_environment import RejectionError
+
         try:
-            return self._template.render(self._tokens | (variables or {}) | values)
+            return self._template.render(values)
         except Exception as error:  # a template is a program and may raise anything
             reason = " ".join(str(error).split())
             if isinstance(error, RejectionError):
@@ -151,8 +187,11 @@ class ChatTemplate:
 
 
 def present_fields(message):
-    """Return a message without the fields that are None."""
-    return {key: value for key, value in message.items() if value is not None}
+    """Return a message without the fields that are None or have no calls, and with a content."""
+    present = {
+        key: value for key, value in message.items() if value is not None and (value or key not in CALLS)
+    }
+    return present | {"content": present.get("content", "")}
 
 
 def with_reasoning(message):
@@ -180,5 +219,11 @@ def check_messages(messages):
         if not isinstance(message, dict):
             raise InputError(f"{EXPECTED}; message {number} is not an object")
         for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
+            absent = key == "content" and message.get("role") == "assistant" and message.get(key) is None
+            if not absent and not isinstance(message.get(key), str):
                 raise InputError(f"{EXPECTED}; message {number} has no string {key!r}")
+        for key in CALLS:
+            if message.get(key):
+                raise InputError(
+                    f"message {number} has {key}, which minitp does not support; leave it out, or write it as text"
+                )

@@ -1,0 +1,64 @@
+"""Prompts and sampling parameters: what the LLM is given for a request."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+from minitp.errors import ContextError, InputError
+from minitp.request import check_logit_bias
+from minitp.server.errors import ApiError
+from minitp.util.format import counted
+
+
+def encode_prompts(llm, request, model, chat_template_kwargs):
+    """Return the token ids of each prompt of an ApiRequest; `model` is the model's name in error messages."""
+    with errors_of("logit_bias", llm, model):
+        check_logit_bias(request.params, llm.source.config)
+    if request.messages is None:
+        room = 0 if request.max_tokens == 0 else 1
+        with errors_of("prompt", llm, model):
+            return [llm.encode(prompt, room) for prompt in request.prompts]
+    variables = chat_template_kwargs | request.chat_template_kwargs
+    prefill = request.add_generation_prompt, request.continue_final_message
+    with errors_of("messages", llm, model):
+        return [llm.encode_chat(request.messages, variables, *prefill)]
+
+
+@contextmanager
+def errors_of(param, llm, model):
+    """Raise an ApiError for an InputError about a field; `model` is the model's name in its message."""
+    try:
+        yield
+    except ContextError as error:
+        raise ApiError(400, too_long(error, param, llm), param, "context_length_exceeded") from error
+    except InputError as error:
+        # Clients must not learn the path of the model.
+        raise ApiError(400, str(error).replace(str(llm.source.name), model), param) from error
+
+
+def too_long(error, param, llm):
+    """Return the message for a prompt without room in the context, in the words that clients look for."""
+    context = llm.description["context"]
+    words = str(error)
+    if error.tokens is not None:
+        words = (
+            f"you requested {counted(error.tokens + 1, 'token')} ({error.tokens} in the {param}, 1 in the "
+            "completion)"
+        )
+    return (
+        f"This model's maximum context length is {counted(context, 'token')}. However, {words}. "
+        f"Please reduce the length of the {param} or completion."
+    )
+
+
+def make_sequences(llm, request, prompts):
+    """Return (prompt_ids, SamplingParams) of each choice of an ApiRequest, prompt after prompt."""
+    sequences, context = [], llm.description["context"]
+    for ids in prompts:
+        room = context - len(ids)
+        wanted = request.default_tokens if request.max_tokens is None else request.max_tokens
+        max_new_tokens = room if wanted is None else min(wanted, room)
+        for choice in range(request.choices):
+            seed = None if request.params.seed is None else request.params.seed + choice
+            params = replace(request.params, max_new_tokens=max_new_tokens, seed=seed)
+            sequences.append((ids, params))
+    return sequences
