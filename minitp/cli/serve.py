@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 import sys
 from contextlib import suppress
 from functools import partial
@@ -10,8 +11,10 @@ from pathlib import Path
 from minitp.cli.command import Caller
 from minitp.cli.options import add_chat_template_kwargs, add_max_context, add_run, llm_options
 from minitp.engine.options import option
-from minitp.errors import InputError
+from minitp.errors import InputError, shown
 from minitp.util.format import counted
+
+ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/A-Z\s]+")  # as browsers send it
 
 
 class ServeCommand(Caller):
@@ -21,7 +24,8 @@ class ServeCommand(Caller):
     summary = "serve a model over HTTP with an OpenAI-compatible API"
     description = (
         "Serve a model over HTTP until SIGTERM or Ctrl-C. The paths are /v1/completions, "
-        "/v1/chat/completions, /v1/models, /health, /metrics, and a chat page at /."
+        "/v1/chat/completions, /v1/models, /tokenize, /detokenize, /tokenizer_info, /health, /metrics, and a "
+        "chat page at /."
     )
     examples = (
         ("minitp serve --port 8000", "serve the demo model on this machine"),
@@ -68,9 +72,10 @@ class ServeCommand(Caller):
             start,
             partial(ready_line, host=host, port=port),
             AdmissionLimits(args.max_sequences + args.max_queue, args.request_timeout),
-            served_name(args.model),
+            list(dict.fromkeys(args.served_model_name or [served_name(args.model)])),
             listener,
             api_key=api_key,
+            origins=args.allow_origin or [],
             chat_template_kwargs=args.chat_template_kwargs,
             restart=args.restart,
             drain_seconds=args.drain_timeout,
@@ -98,6 +103,20 @@ def add_server(parser):
         "--api-key",
         metavar="KEY",
         help="key that clients must send; `ps` shows it, so prefer MINITP_API_KEY (default: no key)",
+    )
+    group.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names of the model for clients; responses have the first one (default: the value of --model, "
+        "or the last part of a path)",
+    )
+    group.add_argument(
+        "--allow-origin",
+        action="append",
+        metavar="ORIGIN",
+        help="allow web pages of this origin, such as https://example.com, to send requests; repeatable; * "
+        "for all origins (default: none but the chat page)",
     )
     group.add_argument(
         "--max-queue",
@@ -157,12 +176,20 @@ def add_batching(parser):
 
 
 def check(args):
-    """Reject numbers that are out of range."""
+    """Reject numbers that are out of range, an empty name, and origins that no browser sends."""
     if not 0 <= args.port < 1 << 16:  # getaddrinfo would reduce it modulo 65536
         raise InputError(f"--port {args.port}: expected a number from 0 to 65535")
     for name, least in (("max_queue", 0), ("request_timeout", 1), ("drain_timeout", 0)):
         if getattr(args, name) < least:
             raise InputError(f"{option(name)} {getattr(args, name)}: expected {least} or more")
+    if "" in (args.served_model_name or []):
+        raise InputError("--served-model-name '': expected a name that is not empty")
+    for origin in args.allow_origin or []:
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise InputError(
+                f"--allow-origin {shown(origin)}: expected * or an origin such as https://example.com or "
+                "http://localhost:3000, in lower case and without a path"
+            )
 
 
 def check_chat_template(source, variables):

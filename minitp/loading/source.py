@@ -16,6 +16,7 @@ from minitp.loading.random_weights import RandomWeights, random_config
 from minitp.shard import make_plan
 from minitp.text.chat_template import load_chat_template, make_chat_template
 from minitp.text.tokenizer import Tokenizer, load_tokenizer
+from minitp.text.tokenizer_config import read_tokenizer_config
 from minitp.util.files import read_json
 from minitp.util.format import counted
 
@@ -75,6 +76,12 @@ class ModelSource:
             raw = self.gguf.tokenizer()
             return None if raw is None else Tokenizer(raw)
         return None if self.is_random else load_tokenizer(self.directory)
+
+    def tokenizer_fields(self):
+        """Return the settings of the tokenizer, as in tokenizer_config.json; {} if it has none."""
+        if self.gguf is not None:
+            return self.gguf.tokenizer_fields()
+        return {} if self.is_random else read_tokenizer_config(self.directory)
 
     def eos_token_ids(self, tokenizer):
         """Return the ids of all tokens that end a text or an answer: those of the config and the tokenizer's.

@@ -7,23 +7,27 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from minitp.errors import ContextError, InputError
+from minitp.server import tokenization
 from minitp.server.backend import in_thread
 from minitp.server.body import largest_body, read_body, read_json
-from minitp.server.requests import MAX_CHOICES, ApiError, chat_request, completion_request
-from minitp.server.responses import ChatResponse, CompletionResponse, event
-from minitp.util.format import counted
+from minitp.server.errors import ApiError, api_error, route_error, unexpected_error
+from minitp.server.fields import MAX_CHOICES
+from minitp.server.middleware import surround
+from minitp.server.prompts import encode_prompts, make_sequences
+from minitp.server.requests import chat_request, completion_request
+from minitp.server.responses import ChatResponse, CompletionResponse, json_pieces
+from minitp.server.streams import EventStream, RequestTimer, cancel_on_disconnect, collect
 
 WORKERS = 4  # requests that are parsed and tokenized at the same time, and responses that are written
 PAGE = Path(__file__).with_name("page.html")
 
 
-def make_app(backend, metrics, model, api_key=None, chat_template_kwargs=None):
+def make_app(backend, metrics, names, api_key=None, chat_template_kwargs=None, origins=()):
     """Return the ASGI application; see `run.serve_forever` for the parameters."""
-    api = Api(backend, metrics, model, api_key, chat_template_kwargs or {})
+    api = Api(backend, metrics, names, api_key, chat_template_kwargs or {})
     routes = [
         Route("/", lambda request: FileResponse(PAGE)),
         Route("/health", api.health),
@@ -32,16 +36,23 @@ def make_app(backend, metrics, model, api_key=None, chat_template_kwargs=None):
         Route("/v1/models/{name:path}", api.one_model),
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
+        Route("/tokenize", api.tokenize, methods=["POST"]),
+        Route("/detokenize", api.detokenize, methods=["POST"]),
+        Route("/tokenizer_info", api.tokenizer_info),
     ]
-    handlers = {ApiError: api_error, HTTPException: route_error, Exception: unexpected_error}
-    return Starlette(routes=routes, exception_handlers=handlers)
+    paths = [route.path for route in routes if route.path != "/v1/models/{name:path}"]
+    handlers = {ApiError: api_error, HTTPException: route_error(paths), Exception: unexpected_error}
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return surround(app, origins)
 
 
 class Api:
     """The handlers of the routes."""
 
-    def __init__(self, backend, metrics, model, api_key, chat_template_kwargs):
-        self.backend, self.metrics, self.model, self.api_key = backend, metrics, model, api_key
+    def __init__(self, backend, metrics, names, api_key, chat_template_kwargs):
+        self.backend, self.metrics, self.names, self.api_key = backend, metrics, names, api_key
+        self.model = names[0]  # in responses
         self.chat_template_kwargs = chat_template_kwargs
         self.created = int(time.time())
         self.workers = asyncio.Semaphore(WORKERS)
@@ -56,12 +67,12 @@ class Api:
 
     async def models(self, request):
         self.check_key(request)
-        return JSONResponse({"object": "list", "data": [self.about_model()]})
+        return JSONResponse({"object": "list", "data": [self.about_model(name) for name in self.names]})
 
     async def one_model(self, request):
         self.check_key(request)
         self.check_model(request.path_params["name"])
-        return JSONResponse(self.about_model())
+        return JSONResponse(self.about_model(request.path_params["name"]))
 
     async def completions(self, request):
         return await self.respond(request, completion_request, CompletionResponse)
@@ -69,17 +80,59 @@ class Api:
     async def chat(self, request):
         return await self.respond(request, chat_request, ChatResponse)
 
+    async def tokenize(self, request):
+        variables = self.chat_template_kwargs
+        return await self.answer(
+            request,
+            tokenization.tokenize_request,
+            lambda llm, parsed: tokenization.tokenize(llm, parsed, self.model, variables),
+        )
+
+    async def detokenize(self, request):
+        return await self.answer(
+            request,
+            tokenization.detokenize_request,
+            lambda llm, parsed: tokenization.detokenize(llm, parsed, self.model),
+        )
+
+    async def tokenizer_info(self, request):
+        self.check_key(request)
+        llm = self.backend.ready()
+        return JSONResponse(await self.in_worker(lambda: tokenization.tokenizer_info(llm, self.model)))
+
+    async def answer(self, request, parse, function):
+        """Respond with the object that function(llm, parsed request) returns, which is computed at once."""
+        timer, status = RequestTimer(self.metrics, request.url.path), 500
+        try:
+            parsed = await self.receive(request, parse)
+            llm = self.backend.ready()
+            content = await self.in_worker(lambda: "".join(json_pieces(function(llm, parsed))))
+            status = 200
+            return Response(content, media_type="application/json")
+        except ApiError as error:
+            status = error.status
+            raise
+        finally:
+            timer.finish(status)
+
+    async def receive(self, request, parse):
+        """Return the body of a request as `parse` returns it, after checks of the key and the model."""
+        self.check_key(request)
+        body = await read_body(request, self.largest_body())
+        parsed = await self.in_worker(lambda: parse(read_json(body)))
+        if parsed.model is not None:
+            self.check_model(parsed.model)
+        return parsed
+
     async def respond(self, request, parse, response_class):
         """Respond to a request as a whole or as a stream; `parse` turns its body into an ApiRequest."""
         timer = RequestTimer(self.metrics, request.url.path)
         try:
-            self.check_key(request)
-            body = await read_body(request, self.largest_body())
-            api_request = await self.in_worker(lambda: parse(read_json(body)))
-            self.check_model(api_request.model)
+            api_request = await self.receive(request, parse)
+            api_request.model = self.model  # the name in the response
             llm = self.backend.ready()
             self.backend.check_room(api_request.sequences)
-            variables = self.chat_template_kwargs | api_request.chat_template_kwargs
+            variables = self.chat_template_kwargs
             prompts = await self.in_worker(lambda: encode_prompts(llm, api_request, self.model, variables))
             running = await self.backend.submit(make_sequences(llm, api_request, prompts))
         except ApiError as error:
@@ -115,18 +168,21 @@ class Api:
 
     def check_key(self, request):
         """Raise ApiError 401 if the server requires a key that the request does not have."""
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        sent = key.strip().encode() if scheme.lower() == "bearer" else b""
         if self.api_key is not None and not hmac.compare_digest(sent, self.api_key.encode()):
-            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+            message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key")
 
     def check_model(self, name):
-        """Raise ApiError 404 unless `name` is the model that this server runs."""
-        if name != self.model:
-            message = f"model {name[:200]!r} not found; this server runs {self.model!r}"
+        """Raise ApiError 404 unless `name` is one of the names of the model that this server runs."""
+        if name not in self.names:
+            names = " or ".join(map(repr, self.names))
+            message = f"model {name[:200]!r} not found; this server runs {names}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def about_model(self):
-        about = {"id": self.model, "object": "model", "created": self.created, "owned_by": "minitp"}
+    def about_model(self, name):
+        about = {"id": name, "object": "model", "created": self.created, "owned_by": "minitp"}
         if self.backend.llm is not None:
             about["max_model_len"] = self.backend.llm.description["context"]
         return about

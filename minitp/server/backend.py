@@ -11,7 +11,7 @@ from functools import partial
 
 from minitp.engine.client import Update
 from minitp.errors import MinitpError, RankError
-from minitp.server.requests import ApiError
+from minitp.server.errors import ApiError
 from minitp.util.format import counted
 
 RETRY_AFTER = {"Retry-After": "5"}  # seconds

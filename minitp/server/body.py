@@ -12,7 +12,7 @@ from json import scanner
 
 from starlette.requests import ClientDisconnect
 
-from minitp.server.requests import ApiError
+from minitp.server.errors import ApiError
 from minitp.util.format import counted
 
 BODY_SECONDS = 60  # time for a body to arrive
@@ -38,10 +38,13 @@ def largest_body(context, prompts):
 
 
 async def read_body(request, limit):
-    """Return the bytes of the body; reject a body that is not JSON, over `limit` bytes, or slow to arrive."""
+    """Return the bytes of the body; reject one that is not plain JSON, too large, or slow."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise ApiError(415, f"Content-Type {content_type!r:.80}: expected application/json")
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(415, f"Content-Encoding {encoding!r:.80}: send the body uncompressed")
     check_size(int(request.headers.get("content-length", 0)), limit)
 
     async def read():

@@ -53,10 +53,11 @@ def serve_forever(
     start,
     ready_line,
     limits,
-    model,
+    names,
     listener,
     *,
     api_key,
+    origins,
     chat_template_kwargs,
     restart,
     drain_seconds,
@@ -69,10 +70,12 @@ def serve_forever(
     start, ready_line : callable
         Functions that start the LLM and describe it; see Backend.
     limits : AdmissionLimits
-    model : str
-        The name that clients must use for the model.
+    names : list of str
+        The names that clients may use for the model; responses have the first one.
     listener : socket
     api_key : str or None
+    origins : list of str
+        The origins whose pages may use the server, such as "https://example.com"; "*" for all.
     chat_template_kwargs : dict or None
         Variables of the chat template, which a request may override.
     restart : bool
@@ -83,7 +86,7 @@ def serve_forever(
         Log every request.
     """
     backend = Backend(start, ready_line, limits, restart)
-    app = make_app(backend, Metrics(backend), model, api_key, chat_template_kwargs)
+    app = make_app(backend, Metrics(backend), names, api_key, chat_template_kwargs, origins)
     config = uvicorn.Config(
         app,
         http=partial(Connection, most=most_connections()),

@@ -6,9 +6,19 @@ from dataclasses import dataclass
 from minitp.errors import InputError
 from minitp.request import check_length, check_vocabulary
 from minitp.server.errors import ApiError
-from minitp.server.fields import COMMON, FLAG, MESSAGES, UNSUPPORTED, Field, check_fields, is_int, is_text
-from minitp.server.prompts import errors_of, render
+from minitp.server.fields import (
+    COMMON,
+    FLAG,
+    MESSAGES,
+    UNSUPPORTED,
+    Field,
+    check_fields,
+    is_int,
+    is_text,
+)
+from minitp.server.prompts import errors_of
 from minitp.server.requests import conversation
+from minitp.text.chat_template import NoChatTemplateError
 from minitp.text.tokenizer_config import STANDARD, special_tokens
 
 TOKENIZE = MESSAGES | {
@@ -27,22 +37,94 @@ DETOKENIZE = {
 
 @dataclass
 class TokenizeRequest:
-    """A request of /tokenize: a text, or else a chat.
+    """A request of /tokenize, whose fields have been checked.
 
     Attributes
     ----------
     model : str or None
     prompt : str or None
-    chat : dict
-        The fields of the chat as `conversation` returns them.
-    add_special_tokens, token_strs : bool
-        Add special tokens to the text, and respond with the tokens of the vocabulary, too.
+        A text; None for a chat.
+    chat : dict or None
+        The fields of a chat, as `requests.conversation` returns them.
+    add_special_tokens : bool
+    token_strs : bool
+        Respond with the tokens as they are in the vocabulary, too.
     """
 
     model: str | None
     prompt: str | None
-    chat: dict
+    chat: dict | None
     add_special_tokens: bool
     token_strs: bool
-"""
-"""
+
+
+@dataclass
+class DetokenizeRequest:
+    """A request of /detokenize, whose fields have been checked."""
+
+    model: str | None
+    tokens: list
+
+
+def tokenize_request(body):
+    """Return the TokenizeRequest of a body of /tokenize."""
+    body = check_fields(body, TOKENIZE, UNSUPPORTED, required=())
+    if ("prompt" in body) == ("messages" in body):
+        raise ApiError(400, "expected either prompt or messages", "prompt", "missing_required_parameter")
+    is_chat = "messages" in body
+    return TokenizeRequest(
+        model=body.get("model"),
+        prompt=body.get("prompt"),
+        chat=conversation(body) if is_chat else None,
+        add_special_tokens=body.get("add_special_tokens", not is_chat),
+        token_strs=body.get("return_token_strs", False),
+    )
+
+
+def detokenize_request(body):
+    """Return the DetokenizeRequest of a body of /detokenize."""
+    body = check_fields(body, DETOKENIZE, {}, required=("tokens",))
+    return DetokenizeRequest(body.get("model"), body["tokens"])
+
+
+def tokenize(llm, request, model, chat_template_kwargs):
+    """Return the response of /tokenize; `model` is the model's name in error messages."""
+    context = llm.description["context"]
+    with errors_of("prompt" if request.chat is None else "messages", llm, model):
+        tokenizer, text = require_tokenizer(llm), request.prompt
+        if request.chat is not None:
+            messages, variables, *prefill = request.chat.values()
+            text = llm.chat_template.render(messages, chat_template_kwargs | variables, *prefill)
+        check_length(text, context)
+        tokens = tokenizer.encode(text, request.add_special_tokens)
+    response = {"count": len(tokens), "max_model_len": context, "tokens": tokens}
+    return response | ({"token_strs": tokenizer.vocabulary_texts(tokens)} if request.token_strs else {})
+
+
+def detokenize(llm, request, model):
+    """Return the response of /detokenize, a text with special tokens."""
+    with errors_of("tokens", llm, model):
+        tokenizer = require_tokenizer(llm)
+        check_vocabulary(request.tokens, llm.source.config)
+        return {"prompt": tokenizer.decode(request.tokens, skip_special_tokens=False)}
+
+
+def tokenizer_info(llm, model):
+    """Return the response of /tokenizer_info: the names of special tokens, and the chat template."""
+    fields, template = llm.source.tokenizer_fields(), None
+    with errors_of(None, llm, model), suppress(NoChatTemplateError):
+        require_tokenizer(llm)
+        template = llm.chat_template.text
+    return {
+        "tokenizer_class": fields.get("tokenizer_class", "PreTrainedTokenizerFast"),
+        **dict.fromkeys(STANDARD),
+        **special_tokens(fields),
+        "chat_template": template,
+    }
+
+
+def require_tokenizer(llm):
+    """Return the LLM's tokenizer; raise InputError if it has none."""
+    if llm.tokenizer is None:
+        raise InputError(f"{llm.source.name} has no tokenizer.json; send token ids as the prompt")
+    return llm.tokenizer

@@ -106,6 +106,11 @@ class ChatTemplate:
         The text of each special token, by the name that templates use, such as "bos_token".
     name : str
         The model's name in errors.
+
+    Attributes
+    ----------
+    text : str
+        The template.
     """
 
     def __init__(self, template, tokens, name):
@@ -113,7 +118,7 @@ class ChatTemplate:
 
         from minitp.text.template_environment import template_environment
 
-        self._tokens, self._name = tokens, name
+        self.text, self._tokens, self._name = template, tokens, name
         try:
             self._template = template_environment().from_string(template)
         except TemplateError as error:
@@ -147,8 +152,8 @@ class ChatTemplate:
         check_variables(variables or {})
         if add_generation_prompt and continue_final_message:
             raise InputError(
-                "add_generation_prompt and continue_final_message are both true, but the answer is either a new "
-                "message or continues the final one; set one of them to false"
+                "add_generation_prompt and continue_final_message are both true: an answer begins a message "
+                "or continues the final one; leave one of them out"
             )
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
@@ -167,8 +172,8 @@ class ChatTemplate:
         text, marker, rest = prompt.rpartition(MARKER.strip())
         if not marker or not text.rstrip().endswith(content.strip()):
             raise InputError(
-                f"the chat template of {self._name} does not print the content of the final message as it is; "
-                "leave out continue_final_message"
+                f"the chat template of {self._name} changes or omits the content of the final message, so an "
+                "answer cannot continue it; leave out continue_final_message"
             )
         return text if rest.startswith(" ") else text.rstrip()
 
@@ -225,5 +230,5 @@ def check_messages(messages):
         for key in CALLS:
             if message.get(key):
                 raise InputError(
-                    f"message {number} has {key}, which minitp does not support; leave it out, or write it as text"
+                    f"message {number} has {key}, which minitp does not support; leave the field out"
                 )

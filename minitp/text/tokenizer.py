@@ -116,9 +116,13 @@ class Tokenizer:
         once, twice = (self._tokenizer.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
         return twice[len(once) :]
 
-    def decode(self, token_ids):
-        """Return the text of tokens, leaving out special tokens."""
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    def vocabulary_texts(self, token_ids):
+        """Return tokens as they are in the vocabulary, as in "ĠHello"; None for an id without a token."""
+        return [self._tokenizer.id_to_token(token) for token in token_ids]
+
+    def decode(self, token_ids, skip_special_tokens=True):
+        """Return the text of tokens, by default leaving out special tokens."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
 
 class TextStream:

@@ -28,13 +28,14 @@ from minitp.text.tokenizer import LONG_TEXT, Tokenizer
 COMPLETIONS = "/v1/completions"
 HI = {"model": "fake", "prompt": "Hi", "max_tokens": 1}
 MEGABYTE = 1 << 20
+CONFIG = SimpleNamespace(vocab_size=3)
 
 
 class FakeLLM:
     """An LLM whose answers have one token; `held` names a method that waits until `release` is set."""
 
     def __init__(self, held=None, context=512):
-        self.description, self.source = {"context": context}, SimpleNamespace(name="fake")
+        self.description, self.source = {"context": context}, SimpleNamespace(name="fake", config=CONFIG)
         self.tokenizer, self.encoded = self, 0
         self.held, self.entered, self.release = held, threading.Semaphore(0), threading.Event()
 
@@ -43,14 +44,14 @@ class FakeLLM:
             self.entered.release()
             assert self.release.wait(10)
 
-    def encode(self, prompt):
+    def encode(self, prompt, room):
         self.encoded += 1
         self.wait_if("encode")
         return [1] * len(prompt)
 
     def submit(self, ids, params, listener):
         self.wait_if("submit")
-        listener(Update([1], "x", [(-1.0, [(2, -1.0)])], "length"))
+        listener(Update([1], "x", [(-1.0, [(2, -1.0)])], finish_reason="length"))
         return lambda: None
 
     def token_text(self, token):
@@ -67,7 +68,7 @@ def serve(llm, use, sequences=8):
     async def run():
         backend = Backend(lambda on_end: llm, str, AdmissionLimits(sequences, 60))
         backend.state, backend.llm = "ready", llm
-        app = make_app(backend, FakeMetrics(), "fake")
+        app = make_app(backend, FakeMetrics(), ["fake"])
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
             return await use(client)
 
