@@ -63,7 +63,7 @@ BAD_FIELDS = {
         {"prompt": "a" * 512},
         400,
         "prompt",
-        "maximum context length is 512 tokens. However, you requested 513 tokens (512 in the prompt, 1 in the",
+        "context length is 512 tokens. However, you requested 513 tokens (512 in the prompt, 1 in the",
     ),
     "max_tokens -2": (COMPLETIONS, {"max_tokens": -2}, 400, "max_tokens", "expected a whole number from -1"),
     "max_tokens text": (COMPLETIONS, {"max_tokens": "9"}, 400, "max_tokens", "expected a whole number"),

@@ -5,6 +5,7 @@ import re
 from datetime import datetime
 
 import pytest
+from continued_messages import EXPECTED, TEMPLATES, TEXTS, TOKENS, conversation
 
 from minitp.errors import InputError
 from minitp.loading.demo import demo_directory
@@ -238,6 +239,30 @@ def test_error_for_malformed_messages_has_the_message_number(messages, fault):
     assert str(caught.value).startswith("messages must be a list of objects with the strings role")
 
 
+@pytest.mark.parametrize("fields", [{}, {"content": None}, {"content": ""}], ids=json.dumps)
+def test_an_assistants_message_without_content_is_an_empty_text(fields):
+    messages = [*HI, {"role": "assistant"} | fields]
+    assert rendered("{{ messages[1].content + '.' }}", messages) == "."
+
+
+NOTHING = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": []}
+
+
+def test_messages_of_the_openai_package_are_accepted():
+    """Check a message as its `model_dump` returns it: templates must not see an empty list of calls."""
+    messages = [*HI, {"role": "assistant", "content": "Yo"} | NOTHING]
+    assert (
+        rendered("{% for key in messages[1] %}{{ key }} {% endfor %}", messages)
+        == "role content annotations "
+    )
+
+
+@pytest.mark.parametrize("name", ["tool_calls", "function_call", "audio"])
+def test_a_message_with_calls_is_refused(name):
+    with pytest.raises(InputError, match=f"message 1 has {name}, which minitp does not support"):
+        rendered("never rendered", [*HI, {"role": "assistant", "content": None, name: {"id": "x"}}])
+
+
 def test_content_may_be_empty_and_messages_may_have_more_fields():
     messages = [{"role": "tool", "content": "", "name": "clock"}]
     assert rendered("{{ messages[0].name }}:{{ messages[0].content }}", messages) == "clock:"
@@ -268,3 +293,37 @@ def test_template_of_the_demo_model():
         "<|im_start|>assistant\n"
     )
     assert template.render(HI).startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+
+
+# --- the end of the prompt ------------------------------------------------------------------------------
+
+
+CONTINUED = json.loads(EXPECTED.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("number", range(len(TEXTS)))
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_continued_message_ends_as_in_transformers(name, number):
+    template, expected = ChatTemplate(TEMPLATES[name], TOKENS, "a model"), CONTINUED[name][number]
+    if expected is not None:
+        messages = conversation(TEXTS[number])
+        assert template.render(messages, continue_final_message=True) == expected
+        assert template.render(messages, None, False, True) == expected
+    else:
+        with pytest.raises(InputError, match="of a model changes or omits the content of the final message"):
+            template.render(conversation(TEXTS[number]), continue_final_message=True)
+
+
+def test_the_demo_model_continues_a_message_exactly():
+    template = load_chat_template(demo_directory(), "smollm2")
+    messages = [*TALK, {"role": "assistant", "content": "Good "}]
+    prompt = template.render(TALK, add_generation_prompt=True)
+    assert template.render(messages, continue_final_message=True) == prompt + "Good "
+    assert template.render(TALK, add_generation_prompt=False) == prompt.removesuffix(
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_an_answer_either_begins_a_message_or_continues_one():
+    with pytest.raises(InputError, match="add_generation_prompt and continue_final_message are both true"):
+        ChatTemplate("", {}, "a model").render(HI, None, True, True)
