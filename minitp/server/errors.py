@@ -36,9 +36,10 @@ def route_error(routes):
     """Return the handler of Starlette's 404 and 405; a 404 names the routes that there are."""
 
     async def handler(request, error):
-        message = f"{request.method} {shortened(request.url.path, 100)}: {error.detail}"
+        detail = error.detail
         if error.status_code == 404:
-            message += f"; minitp has no such route, only {', '.join(routes)}"
+            detail = f"minitp has no such route, only {', '.join(routes)}"
+        message = f"{request.method} {shortened(request.url.path, 100)}: {detail}"
         body = ApiError(error.status_code, message).object()
         return JSONResponse(body, error.status_code, headers=error.headers)
 

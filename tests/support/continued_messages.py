@@ -1,12 +1,12 @@
-"""Chat templates of the common forms, and the prompts that Hugging Face transformers makes to continue a message.
+"""Chat templates of the common forms, and prompts of Hugging Face transformers that continue a message.
 
 The expected prompts in continued_messages.json are made by running this file with transformers:
 
     pip install transformers==5.23.0 jinja2==3.1.6      (the file records the versions)
     python tests/support/continued_messages.py
 
-They are, for each template and each text of the final message: the prompt that ends with this text, or null if
-the template omits or changes the text.
+They are, for each template and each text of the final message: the prompt that ends with this text, or null
+if the template omits or changes the text.
 """
 
 import json
@@ -18,17 +18,20 @@ TEMPLATES = {
     "ChatML": """{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}""",
-    "Llama 2": """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}
+    "Llama 2": """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}
+[INST] {{ m.content + ' [/INST]' }}
 {%- else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}""",
     "Llama 3": """{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>
 
 {{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>{% endif %}""",
-    "Mistral": """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]
+    "Mistral": """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}
+[INST] {{ m.content }}[/INST]
 {%- else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}""",
-    "Gemma": """{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}<start_of_turn>
-{{- role + '\n' + m.content.strip() }}<end_of_turn>
+    "Gemma": """{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}
+<start_of_turn>{{ role + '\n' + m.content.strip() }}<end_of_turn>
 {% endfor %}""",
-    "without reasoning": """{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1].lstrip() }}
+    "without reasoning": """{% for m in messages %}
+<{{ m.role }}>{{ m.content.split('</think>')[-1].lstrip() }}
 {% endfor %}""",
     "without the last message": "{% for m in messages[:-1] %}<{{ m.role }}>{{ m.content }}{% endfor %}",
     "in upper case": "{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}",
