@@ -1,4 +1,4 @@
-"""What surrounds the routes: request ids, permissions for pages of other origins, and trailing slashes."""
+"""The layers around the routes: request ids, permissions for other origins, and trailing slashes."""
 
 import uuid
 

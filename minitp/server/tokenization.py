@@ -1,4 +1,4 @@
-"""Tokenization over HTTP, with the fields of vLLM: /tokenize, /detokenize and /tokenizer_info."""
+"""The routes /tokenize, /detokenize and /tokenizer_info, with the fields of vLLM."""
 
 from contextlib import suppress
 from dataclasses import dataclass

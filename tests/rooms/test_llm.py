@@ -264,6 +264,19 @@ def test_threads_share_one_llm(llm, model):
 # --- conversations --------------------------------------------------------------------------------------
 
 
+def test_an_answer_may_continue_the_final_message(llm, model):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sure, "}]
+    prompt = [BOS, *ids("[user]Hi[assistant]Sure, ")]
+    params = SamplingParams(max_new_tokens=6)
+    expected = alone(model, [(prompt, params)])
+    assert llm.encode_chat(messages, continue_final_message=True) == prompt
+    check([llm.chat(messages, params, continue_final_message=True)], expected)
+    assert "".join(llm.stream_chat(messages, params, continue_final_message=True)) == expected[0].text
+    for call in (llm.chat, llm.stream_chat, llm.encode_chat):
+        with pytest.raises(InputError, match="are both true"):
+            call(messages, add_generation_prompt=True, continue_final_message=True)
+
+
 def test_a_chat_continues_the_rendered_conversation(llm, model):
     prompt = [BOS, *ids("[user]Hi[assistant]")]
     expected = alone(model, [(prompt, SamplingParams(max_new_tokens=CONTEXT))])

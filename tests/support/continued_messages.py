@@ -1,4 +1,4 @@
-"""Chat templates of the common forms, and prompts of Hugging Face transformers that continue a message.
+"""Templates of the common forms, and prompts of Hugging Face transformers that continue a message.
 
 The expected prompts in continued_messages.json are made by running this file with transformers:
 

@@ -1,4 +1,4 @@
-"""What surrounds the routes: names of the model, origins, keys, request ids, slashes, unknown routes."""
+"""Tests of names of the model, other origins, keys, request ids, slashes, encodings and unknown routes."""
 
 import asyncio
 import gzip
