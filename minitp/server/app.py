@@ -138,9 +138,7 @@ class Api:
         except ApiError as error:
             timer.finish(error.status)
             raise
-        token_text = str if llm.tokenizer is None else llm.tokenizer.token_text
-        prompt_tokens, choices = sum(map(len, prompts)), len(prompts) * api_request.choices
-        response = response_class(api_request, prompt_tokens, choices, token_text)
+        response = response_class(api_request, prompts, llm.tokenizer)
         if api_request.stream:
             return EventStream(running, response, timer)
         status = 499  # unless changed below, the client has disconnected

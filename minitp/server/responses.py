@@ -5,7 +5,8 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+
+from minitp.server.token_texts import TextOffsets, TokenTexts
 
 
 def event(value):
@@ -42,11 +43,18 @@ compact_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=
 class Choice:
     """One continuation of a prompt, as far as it has been received."""
 
+    prompt_ids: list
+    prompt: str  # text
     text: str = ""
     tokens: int = 0
+    cached_tokens: int = 0
     logprobs: list = field(default_factory=list)  # (token, logprob, top) of each token, if requested
-    offset: int = 0  # characters in the tokens whose logprobs have been streamed
+    prompt_logprobs: list = field(default_factory=list)  # the same for the prompt
     finish_reason: str | None = None
+    echoed: bool = False  # whether a stream has sent the prompt
+
+    def __post_init__(self):
+        self.offsets = TextOffsets(self.prompt or " ")
 
 
 class ApiResponse:
@@ -55,17 +63,22 @@ class ApiResponse:
     Parameters
     ----------
     request : requests.ApiRequest
-    prompt_tokens, choices : int
-        The number of prompt tokens and of choices, each over all prompts.
-    token_text : callable
-        token_text(token id) -> text.
+    prompts : list of list of int
+        The tokens of each prompt.
+    tokenizer : Tokenizer or None
     """
 
     prefix = kind = chunk_kind = None
 
-    def __init__(self, request, prompt_tokens, choices, token_text):
-        self.request, self.prompt_tokens, self.token_text = request, prompt_tokens, token_text
-        self.choices = [Choice() for _ in range(choices)]
+    def __init__(self, request, prompts, tokenizer):
+        self.request, self.prompts, self.texts = request, prompts, TokenTexts(tokenizer)
+        self.choices = []
+        for number, ids in enumerate(prompts):
+            text = ""
+            if request.echo:
+                text = request.prompts[number]
+                text = text if isinstance(text, str) else self.texts.decode(ids)
+            self.choices += [Choice(ids, text) for _ in range(request.choices)]
         self.head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -73,34 +86,49 @@ class ApiResponse:
         }
 
     def add(self, index, update):
-        """Add an Update to a choice; return (token, logprob, top) of each of its tokens with logprobs."""
+        """Add an Update to a choice; return (token, logprob, top) of each of its tokens with logprobs.
+
+        With `echo`, clients count tokens, so special ones are listed, too. Otherwise the listed tokens are
+        those of the text.
+        """
         choice = self.choices[index]
+        scored = choice.prompt_ids[len(choice.prompt_logprobs) :]
+        choice.prompt_logprobs += triples(scored, update.prompt_logprobs)
+        choice.cached_tokens = update.cached_tokens
         choice.text += update.text
         choice.tokens += len(update.token_ids)
         choice.finish_reason = update.finish_reason
-        logprobs = zip(update.token_ids, update.logprobs, strict=False)
-        # Tuples of numbers are no work for the garbage collector, which stops all threads.
-        new = [(token, logprob, tuple(top)) for token, (logprob, top) in logprobs]
+        new = triples(update.token_ids, update.logprobs)
+        if not self.request.echo:
+            new = [one for one in new if not self.texts.is_special(one[0])]
         choice.logprobs += new
         return new
 
     def chunks(self, index, update):
         """Add an Update to a choice; return its chunks for a stream."""
         new, choice, chunks = self.add(index, update), self.choices[index], []
+        if not update.token_ids and update.finish_reason is None:
+            return []  # the rest of the prompt's logprobs is still to come
+        if self.request.echo and not choice.echoed:
+            choice.echoed = True
+            logprobs = self.logprobs(choice.prompt_logprobs, choice)
+            chunks.append(self.chunk(index, choice.prompt, logprobs, None))
         if update.text or new:
-            chunks.append(self.chunk(index, update.text, self.logprobs(new, choice.offset), None))
-        choice.offset += sum(len(self.token_text(token)) for token, *_ in new)
+            chunks.append(self.chunk(index, update.text, self.logprobs(new, choice), None))
         if update.finish_reason is not None:
             chunks.append(self.chunk(index, "", None, update.finish_reason))
         return chunks
 
     def usage(self):
         """Return the `usage` object: the numbers of prompt tokens and new tokens."""
+        prompt_tokens = sum(map(len, self.prompts))
         new = sum(choice.tokens for choice in self.choices)
+        first_choices = self.choices[:: self.request.choices]  # the others find the prompt of the first
         return {
-            "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens": prompt_tokens,
             "completion_tokens": new,
-            "total_tokens": self.prompt_tokens + new,
+            "total_tokens": prompt_tokens + new,
+            "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in first_choices)},
         }
 
     def whole(self):
@@ -108,8 +136,8 @@ class ApiResponse:
         choices = (
             {
                 "index": index,
-                **self.content(choice.text),
-                "logprobs": self.logprobs(choice.logprobs, 0),
+                **self.content(choice.prompt + choice.text),
+                "logprobs": self.logprobs(choice.prompt_logprobs + choice.logprobs, choice),
                 "finish_reason": choice.finish_reason,
             }
             for index, choice in enumerate(self.choices)
@@ -149,9 +177,18 @@ class ApiResponse:
         """Return the fields with a choice's text in a chunk."""
         raise NotImplementedError
 
-    def logprobs(self, tokens, offset):
-        """Return the logprobs object of (token, logprob, top) triples that begin at `offset` of the text."""
+    def logprobs(self, tokens, choice):
+        """Return the logprobs object of a choice's next (token, logprob, top) triples."""
         raise NotImplementedError
+
+
+def triples(tokens, logprobs):
+    """Return (token, logprob, top) of each token with log-probabilities, which may be None."""
+    # Tuples of numbers are no work for the garbage collector, which stops all threads.
+    return [
+        (token, None, ()) if found is None else (token, found[0], tuple(found[1]))
+        for token, found in zip(tokens, logprobs, strict=False)
+    ]
 
 
 class CompletionResponse(ApiResponse):
@@ -164,21 +201,23 @@ class CompletionResponse(ApiResponse):
 
     delta = content
 
-    def logprobs(self, tokens, offset):
+    def logprobs(self, tokens, choice):
         if self.request.params.logprobs is None:
             return None
-        texts = [self.token_text(token) for token, _, _ in tokens]
-        offsets = list(accumulate(map(len, texts[:-1]), initial=offset))
         return {
-            "tokens": texts,
+            "tokens": [self.texts.completion_name(token) for token, _, _ in tokens],
             "token_logprobs": [logprob for _, logprob, _ in tokens],
-            "top_logprobs": [self.by_text(top) for _, _, top in tokens],
-            "text_offset": offsets,
+            "top_logprobs": (self.by_name(*one) for one in tokens),
+            "text_offset": [choice.offsets.of_next(self.texts.shown_bytes(token)) for token, _, _ in tokens],
         }
 
-    def by_text(self, top):
-        """Return {text: logprob}; of tokens with one text, such as parts of characters, keep the best."""
-        return {self.token_text(token): logprob for token, logprob in reversed(top)}
+    def by_name(self, token, logprob, top):
+        """Return {name: logprob} of the most probable tokens and the token itself; null for a first token."""
+        if logprob is None:
+            return None
+        # If two tokens have the same name, the more probable one is kept.
+        best = {self.texts.completion_name(token): logprob for token, logprob in reversed(top)}
+        return {self.texts.completion_name(token): logprob} | best
 
 
 class ChatResponse(ApiResponse):
@@ -198,7 +237,7 @@ class ChatResponse(ApiResponse):
             chunk["choices"][0]["delta"] = {"role": "assistant", "content": ""}
         return chunks
 
-    def logprobs(self, tokens, offset):
+    def logprobs(self, tokens, choice):
         if self.request.params.logprobs is None:
             return None
         return {
@@ -210,6 +249,5 @@ class ChatResponse(ApiResponse):
         }
 
     def token(self, token, logprob):
-        text = self.token_text(token)
-        whole = "\ufffd" not in text  # otherwise a part of a character, whose bytes are unknown
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+        data = list(self.texts.bytes(token))
+        return {"token": self.texts.chat_name(token), "logprob": logprob, "bytes": data}

@@ -1,5 +1,7 @@
 """Conversion of text to tokens and back with the `tokenizers` library, and streamed text."""
 
+import re
+from functools import cache, cached_property
 from pathlib import Path
 
 from minitp.errors import InputError, shown
@@ -8,6 +10,7 @@ from minitp.text.tokenizer_config import named_tokens, read_tokenizer_config, to
 FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")  # of an added token
 REPLACEMENT = "\ufffd"  # an incomplete character decodes to it
 LONG_TEXT = 10_000  # characters, which take milliseconds to tokenize
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # the name of a byte in vocabularies of SentencePiece
 
 
 def load_tokenizer(directory):
@@ -116,6 +119,24 @@ class Tokenizer:
         once, twice = (self._tokenizer.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
         return twice[len(once) :]
 
+    def token_bytes(self, token_id):
+        """Return the bytes of a token in the middle of a text; several tokens may share a character."""
+        text, name = self.token_text(token_id), self._tokenizer.id_to_token(token_id)
+        if REPLACEMENT in text and BYTE_TOKEN.fullmatch(name):
+            return bytes.fromhex(name[3:5])
+        if REPLACEMENT in text and byte_of_character().keys() >= set(name):
+            return bytes(byte_of_character()[character] for character in name)
+        return text.encode()
+
+    def is_special(self, token_id):
+        """Return whether `decode` leaves out a token."""
+        return token_id in self._special_ids
+
+    @cached_property
+    def _special_ids(self):
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {number for number, token in added if token.special}
+
     def vocabulary_texts(self, token_ids):
         """Return tokens as they are in the vocabulary, as in "ĠHello"; None for an id without a token."""
         return [self._tokenizer.id_to_token(token) for token in token_ids]
@@ -123,6 +144,18 @@ class Tokenizer:
     def decode(self, token_ids, skip_special_tokens=True):
         """Return the text of tokens, by default leaving out special tokens."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+
+@cache
+def byte_of_character():
+    """Return the byte of each character in the names of byte-level tokens.
+
+    GPT-2 (Radford et al., 2019) names the printable bytes by their Latin-1 characters, and the others, in
+    order, by the characters from 256.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 class TextStream:

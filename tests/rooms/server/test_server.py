@@ -1,6 +1,7 @@
 """The server through the openai client: it returns the texts of the model alone, whole and streamed."""
 
 import asyncio
+import codecs
 import math
 import random
 
@@ -169,7 +170,9 @@ def test_logprobs_are_those_of_the_logits(client, alone):
     for top, expected in zip(scored.top_logprobs, best, strict=True):
         assert max(top.values()) == pytest.approx(expected[0], abs=1e-4)
         assert min(top.values()) >= expected[2] - 1e-4
-    assert scored.text_offset == [sum(map(len, scored.tokens[:n])) for n in range(6)]
+    pieces = [alone.tokenizer.token_bytes(token) for token in tokens]
+    ends = [codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(pieces[:n])) for n in range(6)]
+    assert scored.text_offset == list(map(len, ends)), "a character counts where its last byte is"
 
     whole = client.chat.completions.create(**fields, messages=CONVERSATION, logprobs=True, top_logprobs=2)
     streamed = client.chat.completions.create(
@@ -180,7 +183,79 @@ def test_logprobs_are_those_of_the_logits(client, alone):
     assert [t.token for piece in pieces for t in piece] == [t.token for t in content]
     assert all(math.exp(t.logprob) <= 1 and len(t.top_logprobs) == 2 for t in content)
     assert all(t.top_logprobs[0].logprob == t.logprob for t in content), "greedy decoding takes the best"
-    assert [t.bytes for t in content if t.bytes] == [list(t.token.encode()) for t in content if t.bytes]
+    text = bytes(byte for t in content for byte in t.bytes).decode(errors="replace")
+    assert text == whole.choices[0].message.content
+
+
+def test_echo_scores_the_prompt(client, alone):
+    """The tokens of a prompt have the log-probabilities of the logits, whole, streamed and cached."""
+    ids = alone.tokenizer.encode("Hello, you")
+    new = alone.request("Hello, you", max_new_tokens=3)
+    logits = alone.model.forward([*ids, *new.token_ids], alone.model.new_cache(20)).astype(float)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))  # [13, V]
+    expected = logprobs[range(12), [*ids, *new.token_ids][1:]]
+    fields = {"model": "chatty", "temperature": 0, "echo": True, "logprobs": 1, "max_tokens": 3}
+    for prompt in ("Hello, you", ids, ["Hello, you"]):
+        (choice,) = client.completions.create(**fields, prompt=prompt).choices
+        assert choice.text == "Hello, you" + new.text
+        assert choice.logprobs.tokens[:10] == list("Hello, you")
+        assert choice.logprobs.token_logprobs[0] is choice.logprobs.top_logprobs[0] is None
+        # float32, TP=4, and chunks of 40 tokens
+        np.testing.assert_allclose(choice.logprobs.token_logprobs[1:], expected, atol=1e-4)
+        for top, row in zip(choice.logprobs.top_logprobs[1:], logprobs, strict=False):
+            assert max(top.values()) == pytest.approx(row.max(), abs=1e-4)
+    streamed = [piece.choices[0] for piece in client.completions.create(**fields, prompt=ids, stream=True)]
+    assert "".join(piece.text for piece in streamed) == choice.text
+    assert streamed[0].text == "Hello, you"
+    found = [x for piece in streamed if piece.logprobs for x in piece.logprobs.token_logprobs]
+    np.testing.assert_allclose(found[1:], expected, atol=1e-4)
+    answer = client.completions.create(**fields | {"max_tokens": 0}, prompt="Hello, you")
+    (only,) = answer.choices
+    assert (only.text, only.finish_reason, len(only.logprobs.tokens)) == ("Hello, you", "length", 10)
+    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (0, 10)
+
+
+def test_a_prompt_that_fills_the_context_can_be_scored(client):
+    fields = {"model": "chatty", "prompt": [65] * 512, "echo": True, "logprobs": 0}
+    (choice,) = client.completions.create(**fields, max_tokens=0).choices
+    assert len(choice.logprobs.token_logprobs) == 512
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 512 tokens"):
+        client.completions.create(**fields, max_tokens=1)
+
+
+def test_options_that_change_the_choice(client, alone):
+    for options in (
+        {"presence_penalty": 1.5, "frequency_penalty": 0.5},
+        {"repetition_penalty": 1.4},
+        {"logit_bias": {"70": 6}},
+        {"min_p": 0.3, "temperature": 1.5, "seed": 2},
+    ):
+        body = {"model": "chatty", "prompt": "ABAB", "max_tokens": 30, "temperature": 0} | options
+        answer = httpx.post(f"{client.base_url}completions", json=body).json()
+        expected = alone.text("ABAB", max_new_tokens=30, **options)
+        assert answer["choices"][0]["text"] == expected
+        assert expected != alone.text("ABAB", max_new_tokens=30, seed=2, temperature=body["temperature"])
+
+
+def test_usage_has_the_number_of_cached_tokens(client):
+    fields = {
+        "model": "chatty",
+        "prompt": "A prompt of more than two blocks of tokens",
+        "max_tokens": 2,
+        "n": 2,
+    }
+    first, second = (client.completions.create(**fields).usage for _ in range(2))
+    assert first.prompt_tokens_details.cached_tokens == 0
+    assert second.prompt_tokens_details.cached_tokens == 32
+    assert second.prompt_tokens == len(fields["prompt"])
+    *_, last = client.chat.completions.create(
+        model="chatty",
+        messages=CONVERSATION,
+        max_tokens=1,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    assert last.usage.prompt_tokens_details.cached_tokens > 0
 
 
 def test_metrics_count(server, client):
