@@ -51,7 +51,7 @@ class Choice:
     logprobs: list = field(default_factory=list)  # (token, logprob, top) of each token, if requested
     prompt_logprobs: list = field(default_factory=list)  # the same for the prompt
     finish_reason: str | None = None
-    echoed: bool = False  # whether a stream has sent the prompt
+    echoed: bool = False  # whether a stream has sent the whole prompt
 
     def __post_init__(self):
         self.offsets = TextOffsets(self.prompt or " ")
@@ -86,14 +86,14 @@ class ApiResponse:
         }
 
     def add(self, index, update):
-        """Add an Update to a choice; return (token, logprob, top) of each of its tokens with logprobs.
+        """Add an Update to a choice; return the new (token, logprob, top) of its prompt and of its text.
 
         With `echo`, clients count tokens, so special ones are listed, too. Otherwise the listed tokens are
         those of the text.
         """
         choice = self.choices[index]
-        scored = choice.prompt_ids[len(choice.prompt_logprobs) :]
-        choice.prompt_logprobs += triples(scored, update.prompt_logprobs)
+        scored = triples(choice.prompt_ids[len(choice.prompt_logprobs) :], update.prompt_logprobs)
+        choice.prompt_logprobs += scored
         choice.cached_tokens = update.cached_tokens
         choice.text += update.text
         choice.tokens += len(update.token_ids)
@@ -102,22 +102,30 @@ class ApiResponse:
         if not self.request.echo:
             new = [one for one in new if not self.texts.is_special(one[0])]
         choice.logprobs += new
-        return new
+        return scored, new
 
     def chunks(self, index, update):
         """Add an Update to a choice; return its chunks for a stream."""
-        new, choice, chunks = self.add(index, update), self.choices[index], []
-        if not update.token_ids and update.finish_reason is None:
-            return []  # the rest of the prompt's logprobs is still to come
-        if self.request.echo and not choice.echoed:
-            choice.echoed = True
-            logprobs = self.logprobs(choice.prompt_logprobs, choice)
-            chunks.append(self.chunk(index, choice.prompt, logprobs, None))
+        scored, new = self.add(index, update)
+        choice, chunks = self.choices[index], []
+        has_begun = bool(update.token_ids) or update.finish_reason is not None
+        if self.request.echo and (scored or has_begun):
+            chunks += self.echo_chunks(index, scored, has_begun)
         if update.text or new:
             chunks.append(self.chunk(index, update.text, self.logprobs(new, choice), None))
         if update.finish_reason is not None:
             chunks.append(self.chunk(index, "", None, update.finish_reason))
         return chunks
+
+    def echo_chunks(self, index, scored, is_last):
+        """Return the chunk of the next part of a prompt, whose log-probabilities arrive in parts."""
+        choice = self.choices[index]
+        if choice.echoed:
+            return []
+        start, choice.echoed = choice.offsets.length, is_last
+        logprobs = self.logprobs(scored, choice)
+        stop = None if is_last else choice.offsets.length
+        return [self.chunk(index, choice.prompt[start:stop], logprobs, None)]
 
     def usage(self):
         """Return the `usage` object: the numbers of prompt tokens and new tokens."""

@@ -56,16 +56,21 @@ class TextOffsets:
     ----------
     text : str
         The beginning of the text, if it is known: tokenizers may drop a space at the start of a text.
+
+    Attributes
+    ----------
+    length : int
+        The number of characters of the tokens so far.
     """
 
     def __init__(self, text=" "):
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._length, self._dropped = 0, b"" if text.startswith(" ") else b" "
+        self.length, self._dropped = 0, b"" if text.startswith(" ") else b" "
 
     def of_next(self, data):
         """Return the offset of the next token, and add its bytes to the text."""
-        offset = self._length
+        offset = self.length
         if data:
             data, self._dropped = data.removeprefix(self._dropped), b""
-        self._length += len(self._decoder.decode(data))
+        self.length += len(self._decoder.decode(data))
         return offset

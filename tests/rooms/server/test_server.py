@@ -230,11 +230,11 @@ def test_options_that_change_the_choice(client, alone):
         {"logit_bias": {"70": 6}},
         {"min_p": 0.3, "temperature": 1.5, "seed": 2},
     ):
-        body = {"model": "chatty", "prompt": "ABAB", "max_tokens": 30, "temperature": 0} | options
+        body = {"model": "chatty", "prompt": "baobab", "max_tokens": 40, "temperature": 0} | options
         answer = httpx.post(f"{client.base_url}completions", json=body).json()
-        expected = alone.text("ABAB", max_new_tokens=30, **options)
+        expected = alone.text("baobab", max_new_tokens=40, **options)
         assert answer["choices"][0]["text"] == expected
-        assert expected != alone.text("ABAB", max_new_tokens=30, seed=2, temperature=body["temperature"])
+        assert expected != alone.text("baobab", max_new_tokens=40, seed=2, temperature=body["temperature"])
 
 
 def test_usage_has_the_number_of_cached_tokens(client):
