@@ -112,6 +112,23 @@ def test_the_chosen_token_is_among_the_top_logprobs_of_a_completion():
     assert top == [{texts[0]: -3.0, texts[1]: -1.0}]
 
 
+def test_of_two_tokens_with_one_text_the_more_probable_one_is_kept():
+    tokenizer = sentencepiece()
+    piece, byte = (tokenizer._tokenizer.token_to_id(name) for name in ("n", "<0x6E>"))
+    response = CompletionResponse(request(), [[1]], tokenizer)
+    response.add(0, Update([5], "!", [(-3.0, [(piece, -1.0), (byte, -2.0)])], finish_reason="length"))
+    assert body(response)["choices"][0]["logprobs"]["top_logprobs"][0]["n"] == -1.0
+
+
+def test_added_tokens_that_texts_show_are_listed():
+    raw = byte_tokenizer()
+    raw.add_tokens([AddedToken("<think>", special=False)])
+    response = CompletionResponse(request(), [[1]], Tokenizer(raw))
+    response.add(0, update([raw.token_to_id("<think>"), EOS], "<think>", "stop"))
+    (choice,) = body(response)["choices"]
+    assert choice["logprobs"]["tokens"] == ["<think>"]
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_special_tokens_are_not_listed(chat):
     tokenizer = byte_level()
