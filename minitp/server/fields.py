@@ -5,11 +5,12 @@ Clients of other servers send many fields with a default value. Such a value is 
 different request.
 """
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from minitp.errors import shown
+from minitp.errors import LONGEST_VALUE, shortened
 from minitp.sampling import MAX_STOP_LENGTH, MAX_STOPS, are_biases, are_stops
 from minitp.server.errors import ApiError
 from minitp.text.chat_template import RESERVED
@@ -262,10 +263,13 @@ def check_fields(body, fields, unsupported, required):
     return {name: fields[name].convert(value) for name, value in body.items() if name in fields}
 
 
-def unsupported_value(name, value):
+def unsupported_value(param, value):
     """Return the ApiError for a value that would change the response."""
-    message = f"{name} {shown(value)} is not supported by minitp; leave it out"
-    return ApiError(400, message, name, "unsupported_parameter")
+    name = param
+    if not isinstance(value, list | dict):
+        name += f" {shortened(json.dumps(value, ensure_ascii=False), LONGEST_VALUE)}"
+    message = f"{name} is not supported by minitp; leave it out"
+    return ApiError(400, message, param, "unsupported_parameter")
 
 
 def is_same(value, neutral):

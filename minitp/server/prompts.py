@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from minitp.errors import ContextError, InputError
-from minitp.request import check_logit_bias
+from minitp.request import CHARACTERS_PER_TOKEN, check_logit_bias
 from minitp.server.errors import ApiError
 from minitp.util.format import counted
 
@@ -38,14 +38,15 @@ def errors_of(param, llm, model):
 def too_long(error, param, llm):
     """Return the message for a prompt without room in the context, in the words that clients look for."""
     context = llm.description["context"]
-    words = str(error)
-    if error.tokens is not None:
-        words = (
-            f"you requested {counted(error.tokens + 1, 'token')} ({error.tokens} in the {param}, 1 in the "
-            "completion)"
+    if error.tokens is None:
+        excess = f"the prompt is too long: it has over {CHARACTERS_PER_TOKEN} characters for each of them"
+    else:
+        excess = (
+            f"you requested {error.tokens + 1} tokens ({error.tokens} in the {param}, 1 in the completion): "
+            "the prompt is too long"
         )
     return (
-        f"This model's maximum context length is {counted(context, 'token')}. However, {words}. "
+        f"This model's maximum context length is {counted(context, 'token')}. However, {excess}. "
         f"Please reduce the length of the {param} or completion."
     )
 

@@ -10,7 +10,7 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served import Served, write_chatty
+from served import Served, rendered, write_chatty
 from tiny import write_tiny
 
 from minitp.server.fields import CHAT as CHAT_FIELDS
@@ -19,7 +19,8 @@ from minitp.server.fields import COMMON, COMPLETION, UNSUPPORTED
 pytestmark = pytest.mark.mpi
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HI = {"model": "chatty", "prompt": "Hi", "max_tokens": 2}
-TALK = {"model": "chatty", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+USER = {"role": "user", "content": "Hi"}
+TALK = {"model": "chatty", "messages": [USER], "max_tokens": 2}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ BAD_FIELDS = {
     "unknown field": (CHAT, {"temprature": 1}, 400, "temprature", "unknown parameter 'temprature'"),
     "penalty": (CHAT, {"presence_penalty": 2.5}, 400, "presence_penalty", "a number from -2 to 2"),
     "tools": (CHAT, {"tools": [{"type": "function"}]}, 400, "tools", "not supported by minitp"),
-    "echo": (CHAT, {"echo": True}, 400, "echo", "echo True is not supported by minitp"),
+    "echo": (CHAT, {"echo": True}, 400, "echo", "echo true is not supported by minitp"),
     "no messages": (CHAT, {"messages": []}, 400, "messages", "expected a list of messages"),
     "message a text": (CHAT, {"messages": ["Hi"]}, 400, "messages[0]", "expected a role, and content"),
     "no role": (CHAT, {"messages": [{"content": "Hi"}]}, 400, "messages[0]", "expected a role"),
@@ -139,6 +140,22 @@ def test_unknown_routes_and_methods(server):
     response = httpx.get(server.url + CHAT)
     check_error(response, 405, "Method Not Allowed")
     assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("length", [512, 65537])
+@pytest.mark.parametrize(("route", "param"), [(COMPLETIONS, "prompt"), (CHAT, "messages")])
+def test_a_prompt_without_room_has_the_words_that_clients_look_for(server, route, param, length):
+    """LiteLLM looks for the first words, LangChain for "prompt is too long", and others for the numbers."""
+    text = "a" * length
+    body = HI | {"prompt": text} if route == COMPLETIONS else TALK | {"messages": [USER | {"content": text}]}
+    error = check_error(post(server, route, body), 400, "the prompt is too long", param)
+    start, end = "This model's maximum context length is 512 tokens. However, ", f"{param} or completion."
+    assert error["message"].startswith(start)
+    assert error["message"].endswith(f"Please reduce the length of the {end}")
+    assert error["code"] == "context_length_exceeded"
+    tokens = {COMPLETIONS: 512, CHAT: 512 + len(rendered(("user", "")))}[route]
+    if length == 512:
+        assert f"you requested {tokens + 1} tokens ({tokens} in the {param}, 1 in the" in error["message"]
 
 
 def test_the_openai_client_raises_its_usual_errors(server):
