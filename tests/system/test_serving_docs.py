@@ -1,5 +1,6 @@
 """Tests of docs/serving.md: its examples, and its tables of options and metrics."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -40,11 +41,12 @@ def test_the_openai_example(server):
     assert len(rest) > 30
 
 
-def test_the_curl_example(server):
-    (example,) = re.findall(r"\$ (curl .*?)\n```", PAGE, re.DOTALL)
-    out = output_of(*shlex.split(example.replace("http://127.0.0.1:8000", server.url).replace("\\\n", "")))
-    assert '"text": " Paris"' in out
-    assert out.endswith("data: [DONE]\n\n")
+def test_the_curl_examples(server):
+    examples = re.findall(r"\$ (curl .*?)\n```", PAGE.replace("http://127.0.0.1:8000", server.url), re.DOTALL)
+    streamed, prefilled = (output_of(*shlex.split(one.replace("\\\n", ""))) for one in examples)
+    assert '"text": " Paris"' in streamed
+    assert streamed.endswith("data: [DONE]\n\n")
+    assert json.loads(prefilled)["choices"][0]["message"]["content"].startswith(" ")
 
 
 def test_the_llm_example():

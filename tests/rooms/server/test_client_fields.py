@@ -11,6 +11,7 @@ from minitp.server.requests import chat_request, completion_request
 
 pytestmark = pytest.mark.mpi
 CONTEXT = 96  # tokens, few, because some tests fill it
+HTTP = httpx.Client(timeout=60)  # a new one for each request takes longer
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HI = {"model": "chatty", "prompt": "Hello", "max_tokens": 12, "temperature": 0}
 USER = {"role": "user", "content": "Hi"}
@@ -36,7 +37,7 @@ def server(directory):
 
 def choice(server, route, fields):
     """Return the text and the finish reason of a response's only choice."""
-    response = httpx.post(server.url + route, json=fields, timeout=60)
+    response = HTTP.post(server.url + route, json=fields)
     assert response.status_code == 200, response.text
     (one,) = response.json()["choices"]
     return one["text"] if route == COMPLETIONS else one["message"]["content"], one["finish_reason"]
@@ -44,7 +45,7 @@ def choice(server, route, fields):
 
 def refusal(server, route, fields):
     """Return the error object of a response with status 400."""
-    response = httpx.post(server.url + route, json=fields, timeout=60)
+    response = HTTP.post(server.url + route, json=fields)
     assert response.status_code == 400, response.text
     return response.json()["error"]
 
@@ -318,7 +319,7 @@ def test_wrong_prefill(server, fields, words, param):
 
 
 def post(server, route, fields):
-    response = httpx.post(server.url + route, json=fields, timeout=60)
+    response = HTTP.post(server.url + route, json=fields)
     assert response.status_code == 200, response.text
     return response.json()
 
@@ -347,7 +348,7 @@ def test_tokenize_a_conversation(server, alone):
 
 
 def test_tokenizer_info(server):
-    info = httpx.get(f"{server.url}/tokenizer_info").json()
+    info = HTTP.get(f"{server.url}/tokenizer_info").json()
     assert (info["eos_token"], info["bos_token"], info["pad_token"]) == ("</s>", None, None)
     assert info["chat_template"].startswith("{% for m in messages %}")
 
@@ -372,5 +373,5 @@ def test_refused_tokenization(server, route, fields, words):
 
 
 def test_the_routes_of_tokenization_check_the_model(server):
-    response = httpx.post(f"{server.url}/tokenize", json={"model": "gpt-4", "prompt": "a"})
+    response = HTTP.post(f"{server.url}/tokenize", json={"model": "gpt-4", "prompt": "a"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")

@@ -14,6 +14,7 @@ from minitp.server.app import make_app
 from minitp.server.middleware import LONGEST_ID
 
 pytestmark = pytest.mark.mpi
+HTTP = httpx.Client(timeout=60)  # a new one for each request takes longer
 ORIGIN, OTHER = "https://example.com", "https://example.org"
 KEY = {"Authorization": "Bearer secret"}
 TALK = {"model": "second", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
@@ -33,7 +34,7 @@ def server(tmp_path_factory):
 
 
 def post(server, path, fields, **headers):
-    return httpx.post(server.url + path, json=fields, headers=KEY | headers, timeout=60)
+    return HTTP.post(server.url + path, json=fields, headers=KEY | headers)
 
 
 # --- names of the model ---------------------------------------------------------------------------------
@@ -56,13 +57,13 @@ def test_all_names_are_accepted_and_listed_and_responses_have_the_first(server):
 
 def test_a_preflight_request_of_an_allowed_origin(server):
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-a"}
-    response = httpx.options(f"{server.url}/v1/chat/completions", headers={"Origin": ORIGIN} | asked)
+    response = HTTP.options(f"{server.url}/v1/chat/completions", headers={"Origin": ORIGIN} | asked)
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == ORIGIN
     assert "POST" in response.headers["access-control-allow-methods"]
     assert response.headers["access-control-allow-headers"] == "authorization,x-a"
     assert response.headers["x-request-id"]
-    refused = httpx.options(f"{server.url}/v1/chat/completions", headers={"Origin": OTHER} | asked)
+    refused = HTTP.options(f"{server.url}/v1/chat/completions", headers={"Origin": OTHER} | asked)
     assert refused.status_code == 400
     assert "access-control-allow-origin" not in refused.headers
 
@@ -86,7 +87,7 @@ def test_every_response_allows_the_origin(server, path, fields, status):
 
 
 def test_a_response_without_the_key_allows_the_origin(server):
-    response = httpx.get(f"{server.url}/v1/models", headers={"Origin": ORIGIN})
+    response = HTTP.get(f"{server.url}/v1/models", headers={"Origin": ORIGIN})
     assert response.status_code == 401
     assert response.headers["access-control-allow-origin"] == ORIGIN
 
@@ -139,7 +140,7 @@ def test_refused_options(refused, options, words):
     ],
 )
 def test_a_key_has_a_scheme_in_any_case(server, header, status):
-    response = httpx.get(f"{server.url}/v1/models", headers={"Authorization": header})
+    response = HTTP.get(f"{server.url}/v1/models", headers={"Authorization": header})
     assert response.status_code == status
 
 
@@ -147,7 +148,7 @@ def test_a_key_has_a_scheme_in_any_case(server, header, status):
     ("method", "path"), [("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/tokenizer_info")]
 )
 def test_the_routes_of_tokenization_need_the_key(server, method, path):
-    assert httpx.request(method, server.url + path, json={"prompt": "a"}).status_code == 401
+    assert HTTP.request(method, server.url + path, json={"prompt": "a"}).status_code == 401
 
 
 # --- request ids, slashes, encodings, unknown routes ----------------------------------------------------
@@ -155,18 +156,18 @@ def test_the_routes_of_tokenization_need_the_key(server, method, path):
 
 @pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/v1/models", "/nothing", "/v1/completions"])
 def test_every_response_has_a_request_id(server, path):
-    ids = [httpx.get(server.url + path).headers["x-request-id"] for _ in range(2)]
+    ids = [HTTP.get(server.url + path).headers["x-request-id"] for _ in range(2)]
     assert all(set(one) <= set(string.hexdigits) and len(one) == 32 for one in ids)
     assert ids[0] != ids[1]
     assert (
-        httpx.get(server.url + path, headers={"X-Request-Id": "my id/7"}).headers["x-request-id"] == "my id/7"
+        HTTP.get(server.url + path, headers={"X-Request-Id": "my id/7"}).headers["x-request-id"] == "my id/7"
     )
 
 
 @pytest.mark.parametrize("sent", ["", "a" * (LONGEST_ID + 1), "é", "a\tb"], ids=repr)
 def test_an_unusable_request_id_is_replaced(server, sent):
     headers = {"X-Request-Id": sent.encode()}
-    assert len(httpx.get(f"{server.url}/health", headers=headers).headers["x-request-id"]) == 32
+    assert len(HTTP.get(f"{server.url}/health", headers=headers).headers["x-request-id"]) == 32
 
 
 def test_a_stream_has_the_clients_request_id(server):
@@ -180,15 +181,15 @@ def test_a_slash_at_the_end_changes_nothing(server, slash):
     assert post(server, f"/v1/chat/completions{slash}", TALK).status_code == 200
     assert post(server, f"/tokenize{slash}", {"prompt": "a"}).status_code == 200
     for path in ("/v1/models", "/v1/models/first", "/health", "/metrics"):
-        assert httpx.get(server.url + path + slash, headers=KEY).status_code == 200
-    assert httpx.get(f"{server.url}/nothing{slash}").status_code == 404
+        assert HTTP.get(server.url + path + slash, headers=KEY).status_code == 200
+    assert HTTP.get(f"{server.url}/nothing{slash}").status_code == 404
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "GZIP, identity"])
 def test_a_compressed_body_is_refused(server, encoding):
     headers = KEY | {"Content-Encoding": encoding, "Content-Type": "application/json"}
     body = gzip.compress(json.dumps(TALK).encode())
-    response = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+    response = HTTP.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
     assert response.status_code == 415
     message = response.json()["error"]["message"]
     assert message == f"Content-Encoding {encoding.lower()!r}: send the body uncompressed"
@@ -211,7 +212,7 @@ ROUTES = (
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_a_route_of_other_servers_is_refused_with_the_routes_of_this_one(server, method, path):
-    response = httpx.request(method, server.url + path)
+    response = HTTP.request(method, server.url + path)
     assert response.status_code == 404
     error = response.json()["error"]
     assert error["message"] == f"{method} {path}: minitp has no such route, only {ROUTES}"
