@@ -41,10 +41,10 @@ def too_long(error, param, llm):
     if error.tokens is None:
         excess = f"the prompt is too long: it has over {CHARACTERS_PER_TOKEN} characters for each of them"
     else:
-        excess = (
-            f"you requested {error.tokens + 1} tokens ({error.tokens} in the {param}, 1 in the completion): "
-            "the prompt is too long"
+        requested = (
+            f"{counted(error.tokens + 1, 'token')} ({error.tokens} in the {param}, 1 in the completion)"
         )
+        excess = f"you requested {requested}: the prompt is too long"
     return (
         f"This model's maximum context length is {counted(context, 'token')}. However, {excess}. "
         f"Please reduce the length of the {param} or completion."

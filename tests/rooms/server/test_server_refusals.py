@@ -145,7 +145,7 @@ def test_unknown_routes_and_methods(server):
 @pytest.mark.parametrize("length", [512, 65537])
 @pytest.mark.parametrize(("route", "param"), [(COMPLETIONS, "prompt"), (CHAT, "messages")])
 def test_a_prompt_without_room_has_the_words_that_clients_look_for(server, route, param, length):
-    """LiteLLM looks for the first words, LangChain for "prompt is too long", and others for the numbers."""
+    """Check for the first words, which LiteLLM looks for, and for "prompt is too long", as LangChain does."""
     text = "a" * length
     body = HI | {"prompt": text} if route == COMPLETIONS else TALK | {"messages": [USER | {"content": text}]}
     error = check_error(post(server, route, body), 400, "the prompt is too long", param)
