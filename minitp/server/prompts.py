@@ -41,10 +41,9 @@ def too_long(error, param, llm):
     if error.tokens is None:
         excess = f"the prompt is too long: it has over {CHARACTERS_PER_TOKEN} characters for each of them"
     else:
-        requested = (
-            f"{counted(error.tokens + 1, 'token')} ({error.tokens} in the {param}, 1 in the completion)"
-        )
-        excess = f"you requested {requested}: the prompt is too long"
+        requested = counted(error.tokens + 1, "token")
+        parts = f"{error.tokens} in the {param}, 1 in the completion"
+        excess = f"you requested {requested} ({parts}): the prompt is too long"
     return (
         f"This model's maximum context length is {counted(context, 'token')}. However, {excess}. "
         f"Please reduce the length of the {param} or completion."
