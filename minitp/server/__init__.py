@@ -5,6 +5,7 @@ fields.py     the fields of requests, their valid values, and the values of othe
 requests.py   requests: parsed and checked; bad ones are rejected with the API's error objects (errors.py)
 prompts.py    prompts and sampling parameters for the LLM
 responses.py  responses of /v1/completions and /v1/chat/completions, whole or in chunks
+token_texts.py  the names, bytes and offsets of tokens in them
 streams.py    responses on their way to the client
 tokenization.py  /tokenize, /detokenize and /tokenizer_info
 backend.py    the state of the model (loading, ready, failed), and the limits on requests

@@ -232,7 +232,7 @@ UNSUPPORTED = {
     "extra_query": [{}],
 }
 UNSUPPORTED_IN_COMPLETION = UNSUPPORTED | {"add_special_tokens": [True], "top_logprobs": [0]}
-UNSUPPORTED_IN_CHAT = UNSUPPORTED | {"add_special_tokens": [False], "echo": [False]}
+UNSUPPORTED_IN_CHAT = UNSUPPORTED | {"add_special_tokens": [False], "echo": [False], "best_of": [1]}
 
 # Fields that never change the response: they are about accounts and caches, or belong to an unsupported field
 # that is accepted only if it is off.

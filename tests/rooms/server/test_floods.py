@@ -49,6 +49,12 @@ class FakeLLM:
         self.wait_if("encode")
         return [1] * len(prompt)
 
+    def token_bytes(self, token):
+        return self.token_text(token).encode()
+
+    def is_special(self, token):
+        return False
+
     def submit(self, ids, params, listener):
         self.wait_if("submit")
         listener(Update([1], "x", [(-1.0, [(2, -1.0)])], finish_reason="length"))
