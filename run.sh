@@ -79,6 +79,7 @@ setup() {
     install base "$extras"
     setup_mpi
     case ${1:-} in test | serve) install "$1" "$1" ;; esac
+    if [ "${2:-}" = --all ]; then install clients clients; fi
     exec 9>&-
 }
 
@@ -90,7 +91,7 @@ case ${1:-} in
         ;;
     test)
         shift
-        setup test
+        setup test "${1:-}"
         cd "$root"
         "$python" -c 'from minitp.loading.demo import demo_directory; demo_directory()'
         if [ "${1:-}" = --all ]; then

@@ -16,7 +16,8 @@ from minitp.loading.demo import demo_directory
 
 pytestmark = pytest.mark.mpi
 PAGE = (DOCS / "serving.md").read_text(encoding="utf-8")
-WITH_OPENAI, WITH_LLM = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+# test_clients runs the examples between these two.
+WITH_OPENAI, *_, WITH_LLM = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
