@@ -170,6 +170,12 @@ class LLM:
         """The current load, by name: running, waiting, blocks_in_use, preempted, reused_tokens."""
         return self._ranks.load
 
+    @property
+    def ranks(self) -> list[dict[str, object]]:
+        """The part of each rank, with its times so far; see engine.run.describe_rank and service.RankTimes."""
+        held = self.description["ranks"]
+        return [{**one, **times} for one, times in zip(held, self._ranks.rank_times, strict=True)]
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],

@@ -63,13 +63,15 @@ class Ranks:
         The settings and sizes of the ranks, once they are ready; see engine.run.describe.
     load : dict
         The current load; see Scheduler.load.
+    rank_times : list of dict
+        The times of each rank; see service.RankTimes.
     error : MinitpError or None
         The reason why the ranks have ended.
     """
 
     def __init__(self, on_loading=lambda done, total: None, on_end=lambda error: None):
         self.on_loading, self.on_end = on_loading, on_end
-        self.description, self.load, self.error = None, {}, None
+        self.description, self.load, self.rank_times, self.error = None, {}, [], None
         self.started = threading.Event()  # set when the ranks are ready or have ended
         self.closing = False
         self._numbers, self._listeners, self._lock = itertools.count(), {}, threading.Lock()
@@ -127,6 +129,7 @@ class Ranks:
             self.started.set()
         else:
             self.load = message.get("load", self.load)
+            self.rank_times = message.get("rank_times", self.rank_times)
             for number, update in message["updates"]:
                 self._deliver(number, update)
 

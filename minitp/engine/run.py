@@ -1,7 +1,7 @@
 """Run a rank of `LLM`, `minitp chat` or `minitp serve`: load the model, then serve requests."""
 
 from minitp.engine.engine import Engine
-from minitp.engine.service import serve
+from minitp.engine.service import RankTimes, report_times, serve
 from minitp.load import check_room, device_of, load_model, open_source
 from minitp.loading.weights import shard_nbytes
 from minitp.request import Request, context_length
@@ -41,13 +41,17 @@ def run_engine(options, comm, caller):
         engine = Engine(model, num_blocks, *sizes)
         tokenizer = source.tokenizer() if comm.rank == 0 else None
         eos_token_ids = source.eos_token_ids(tokenizer)
+    times = RankTimes(comm_seconds=None if device.is_gpu else 0.0)
+    report_times(comm, caller, times)
+    holdings = comm.allgather_object(describe_rank(engine))
     if comm.rank == 0:
-        caller.send({"ready": describe(options, engine, context), "load": engine.scheduler.load()})
+        description = describe(options, engine, context, holdings)
+        caller.send({"ready": description, "load": engine.scheduler.load()})
 
     def make_request(prompt_ids, params):
         return Request(params, eos_token_ids, prompt_ids, context, tokenizer)
 
-    serve(engine, caller, make_request)
+    serve(engine, caller, make_request, times)
     return 0
 
 
@@ -77,8 +81,21 @@ class LoadProgress:
             self.caller.send({"loading": self.done, "of": self.total})
 
 
-def describe(options, engine, context):
-    """Return the settings and sizes of the ranks, for the caller."""
+def describe_rank(engine):
+    """Return what this rank holds: its heads, each as [start, stop], and its bytes."""
+    model = engine.model
+    rank, plan = model.comm.rank, model.plan
+    return {
+        "rank": rank,
+        "query_heads": list(plan.head_ranges[rank]),
+        "kv_heads": list(plan.kv_head_ranges[rank]),
+        "weight_bytes": model.weights.nbytes,
+        "cache_bytes": engine.pool.nbytes,
+    }
+
+
+def describe(options, engine, context, holdings):
+    """Return the settings and sizes of the ranks, for the caller; `holdings` has each describe_rank."""
     return {
         "tp": engine.model.comm.size,
         "dtype": engine.model.device.dtype.name,
@@ -90,4 +107,5 @@ def describe(options, engine, context):
         "max_tokens_per_step": options.max_tokens_per_step,
         "weight_bytes_per_rank": engine.model.weights.nbytes,
         "cache_bytes_per_rank": engine.pool.nbytes,
+        "ranks": holdings,
     }

@@ -9,9 +9,10 @@ The caller of rank 0 is the supervisor, or a thread of rank 0's own process. The
                   {"failed": "..", "exit_code": 2}                  the reason why all ranks are exiting
                   {"ready": {..}, "load": {..}}                     the ranks accept requests
                   {"updates": [[7, {..}], ..], "load": {..}}        new output of requests; the load
+                  {"updates": [], "rank_times": [{..}, ..]}         the RankTimes of all ranks, in rank order
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter
 
 from minitp.errors import InputError
@@ -19,9 +20,27 @@ from minitp.request import Request
 from minitp.sampling import SamplingParams
 
 MESSAGES_SECONDS = 0.02  # time for messages between two batches
+BATCHES = 100  # number of batches after which the ranks report their times, even if there are more
 
 
-def serve(engine, caller, make_request):
+@dataclass
+class RankTimes:
+    """The time that a rank has spent on batches since it started.
+
+    Attributes
+    ----------
+    comm_seconds : float or None
+        The time in all-reduces and all-gathers, including waiting for other ranks; None on a GPU, where the
+        host only launches them.
+    busy_seconds : float
+        The whole time, from the first batch of a series to the end of its last one.
+    """
+
+    comm_seconds: float | None = 0.0
+    busy_seconds: float = 0.0
+
+
+def serve(engine, caller, make_request, times):
     """Serve a caller until it sends "close"; all ranks call this.
 
     Parameters
@@ -31,14 +50,36 @@ def serve(engine, caller, make_request):
         The caller of rank 0: `inbox` is a queue of its messages, and `send(message)` sends it one.
     make_request : callable
         make_request(prompt_ids, params) -> Request.
+    times : RankTimes
+        The times of this rank, which are reported after each series of batches.
     """
     comm = engine.model.comm
     loop = RequestLoop(engine, caller, make_request) if comm.rank == 0 else None
     while comm.allgather_object(loop.wait() if loop else None)[0]:  # the other ranks sleep in this call
-        while (advanced := engine.run_batch()) is not None:
-            if loop:
-                loop.report(advanced)
-                loop.handle_messages()
+        started, comm_started = perf_counter(), comm.seconds
+        run_batches(engine, loop)
+        times.busy_seconds += perf_counter() - started
+        if times.comm_seconds is not None:
+            times.comm_seconds += comm.seconds - comm_started
+        report_times(comm, caller, times)
+
+
+def run_batches(engine, loop):
+    """Run batches until there is no work, but at most BATCHES of them; all ranks run the same number."""
+    for _ in range(BATCHES):
+        advanced = engine.run_batch()
+        if advanced is None:
+            return
+        if loop:
+            loop.report(advanced)
+            loop.handle_messages()
+
+
+def report_times(comm, caller, times):
+    """Send the RankTimes of all ranks to the caller of rank 0; all ranks call this."""
+    by_rank = comm.allgather_object(asdict(times))
+    if comm.rank == 0:
+        caller.send({"updates": [], "rank_times": by_rank})
 
 
 @dataclass(eq=False)

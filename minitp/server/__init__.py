@@ -11,6 +11,7 @@ tokenization.py  /tokenize, /detokenize and /tokenizer_info
 backend.py    the state of the model (loading, ready, failed), and the limits on requests
 app.py        the routes
 middleware.py  what surrounds them: request ids, other origins, trailing slashes
+ranks.py      the answer to /ranks: what each rank holds, and its time in collectives
 metrics.py    the metrics for Prometheus
 run.py        the process: its socket, its signals, its exit
 """

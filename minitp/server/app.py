@@ -17,6 +17,7 @@ from minitp.server.errors import ApiError, api_error, route_error, unexpected_er
 from minitp.server.fields import MAX_CHOICES
 from minitp.server.middleware import surround
 from minitp.server.prompts import encode_prompts, make_sequences
+from minitp.server.ranks import ranks_route
 from minitp.server.requests import chat_request, completion_request
 from minitp.server.responses import ChatResponse, CompletionResponse, json_pieces
 from minitp.server.streams import EventStream, RequestTimer, cancel_on_disconnect, collect
@@ -31,6 +32,7 @@ def make_app(backend, metrics, names, api_key=None, chat_template_kwargs=None, o
     routes = [
         Route("/", lambda request: FileResponse(PAGE)),
         Route("/health", api.health),
+        Route("/ranks", ranks_route(api)),
         Route("/metrics", api.metrics_page),
         Route("/v1/models", api.models),
         Route("/v1/models/{name:path}", api.one_model),

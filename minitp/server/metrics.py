@@ -20,6 +20,13 @@ COUNTERS = {
         "Prompt tokens found in the prefix cache, since the ranks started",
     ),
 }
+RANK_COUNTERS = {
+    "comm_seconds": (
+        "minitp_rank_collective_seconds",
+        "Time of each rank in collectives of arrays, waiting included, since it started",
+    ),
+    "busy_seconds": ("minitp_rank_busy_seconds", "Time of each rank in batches, since it started"),
+}
 
 
 class Metrics:
@@ -81,6 +88,12 @@ class Load:
             yield gauge(name, description, llm.load.get(key, 0))
         for key, (name, description) in COUNTERS.items():
             yield CounterMetricFamily(name, description, llm.load.get(key, 0))
+        for key, (name, description) in RANK_COUNTERS.items():
+            counter = CounterMetricFamily(name, description, labels=["rank"])
+            for one in llm.ranks:
+                if one[key] is not None:  # on a GPU the time in collectives is not known
+                    counter.add_metric([str(one["rank"])], one[key])
+            yield counter
 
 
 def gauge(name, description, value):

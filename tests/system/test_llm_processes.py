@@ -110,6 +110,7 @@ with start() as llm:
     for piece in llm.stream("Hello", temperature=1.0, seed=1, max_new_tokens=20):
         print(piece, end="|")
     print(llm.description["tp"], llm.load["blocks_in_use"])
+    print([(one["rank"], one["query_heads"], one["comm_seconds"] >= 0) for one in llm.ranks])
 print("the end")
 """
 
@@ -118,7 +119,8 @@ def test_a_script_prints_the_same_with_and_without_mpirun_once(model):
     code, out, err = plain(SAME, model).end(START_S)
     assert (code, err) == (0, "")
     assert out.startswith(f"{greedy(model, [1, 2, 3], 20)} ")
-    assert out.endswith("|2 0\nthe end\n")
+    holdings = "[(0, [0, 2], True), (1, [2, 4], True)]"
+    assert out.endswith(f"|2 0\n{holdings}\nthe end\n")
     assert under_mpirun(SAME, model).end(START_S) == (0, out, "")
 
 

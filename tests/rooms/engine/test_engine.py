@@ -122,6 +122,46 @@ def test_running_sequences_do_not_wait_for_many_new_requests(tmp_path, monkeypat
         assert engine.scheduler.load()["running"] == running
 
 
+@pytest.mark.parametrize("tp", [1, 3])
+def test_times_are_reported_during_a_long_series_of_batches_and_after_it(tmp_path, tp):
+    source = open_model(str(write_tiny(tmp_path)), tp)
+    inbox, sent = queue.SimpleQueue(), []
+    inbox.put({"add": 0, "prompt_ids": [1, 2, 3], "params": {"max_new_tokens": 250, "ignore_eos": True}})
+
+    def send(message):
+        sent.append(message)
+        if [len(times) for times in map(times_of, sent) if times] == [tp] * 3:
+            inbox.put({"close": True})
+
+    def times_of(message):
+        return message.get("rank_times", [])
+
+    def rank(comm):
+        model = load_model(source, comm, open_device("float32"))
+        engine = Engine(model, num_blocks=20)
+        service.serve(
+            engine,
+            SimpleNamespace(inbox=inbox, send=send),
+            lambda ids, params: Request(params, (), ids, CONTEXT),
+            service.RankTimes(),
+        )
+        return comm.seconds
+
+    in_collectives = run_threads(tp, rank)
+    tokens, counts = 0, []
+    for message in sent:
+        tokens += sum(len(update["token_ids"]) for _, update in message["updates"])
+        if times_of(message):
+            counts.append(tokens)
+    assert counts == [100, 200, 250]
+    reports = [times_of(message) for message in sent if times_of(message)]
+    assert [one["comm_seconds"] for one in reports[-1]] == pytest.approx(in_collectives)
+    for earlier, later in zip([[vars(service.RankTimes())] * tp, *reports], reports, strict=False):
+        for before, after in zip(earlier, later, strict=True):
+            assert before["comm_seconds"] < after["comm_seconds"] < after["busy_seconds"]
+            assert before["busy_seconds"] < after["busy_seconds"]
+
+
 def test_each_block_is_registered_once(tmp_path, monkeypatch):
     """The work for a token must not grow with the number of blocks of its sequence."""
     registered = []
