@@ -172,7 +172,7 @@ class LLM:
 
     @property
     def ranks(self) -> list[dict[str, object]]:
-        """The part of each rank, with its times so far; see engine.run.describe_rank and service.RankTimes."""
+        """The part of each rank and its times so far; see engine.run.describe_rank and service.RankTimes."""
         held = self.description["ranks"]
         return [{**one, **times} for one, times in zip(held, self._ranks.rank_times, strict=True)]
 

@@ -12,6 +12,7 @@ backend.py    the state of the model (loading, ready, failed), and the limits on
 app.py        the routes
 middleware.py  what surrounds them: request ids, other origins, trailing slashes
 ranks.py      the answer to /ranks: what each rank holds, and its time in collectives
+page/         the chat page
 metrics.py    the metrics for Prometheus
 run.py        the process: its socket, its signals, its exit
 """

@@ -3,11 +3,10 @@
 import asyncio
 import hmac
 import time
-from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from minitp.server import tokenization
@@ -16,6 +15,7 @@ from minitp.server.body import largest_body, read_body, read_json
 from minitp.server.errors import ApiError, api_error, route_error, unexpected_error
 from minitp.server.fields import MAX_CHOICES
 from minitp.server.middleware import surround
+from minitp.server.page import render
 from minitp.server.prompts import encode_prompts, make_sequences
 from minitp.server.ranks import ranks_route
 from minitp.server.requests import chat_request, completion_request
@@ -23,14 +23,14 @@ from minitp.server.responses import ChatResponse, CompletionResponse, json_piece
 from minitp.server.streams import EventStream, RequestTimer, cancel_on_disconnect, collect
 
 WORKERS = 4  # requests that are parsed and tokenized at the same time, and responses that are written
-PAGE = Path(__file__).with_name("page.html")
 
 
 def make_app(backend, metrics, names, api_key=None, chat_template_kwargs=None, origins=()):
     """Return the ASGI application; see `run.serve_forever` for the parameters."""
     api = Api(backend, metrics, names, api_key, chat_template_kwargs or {})
+    page = render()
     routes = [
-        Route("/", lambda request: FileResponse(PAGE)),
+        Route("/", lambda request: HTMLResponse(page)),
         Route("/health", api.health),
         Route("/ranks", ranks_route(api)),
         Route("/metrics", api.metrics_page),

@@ -15,7 +15,7 @@ import pytest
 from chromium import CHROMIUM, needs_chromium
 from served import Served, write_chatty
 
-from minitp.server.app import PAGE
+from minitp.server.page import render
 from minitp.server.requests import ApiError
 from minitp.server.responses import event
 
@@ -432,7 +432,7 @@ def test_the_key_is_asked_for_and_the_end_of_the_server_is_shown(browser, direct
 
 
 def test_the_page_is_one_file():
-    page = PAGE.read_text(encoding="utf-8")
+    page = render()
     policy = re.search(r'Content-Security-Policy"\s+content="([^"]*)"', page)[1]
     assert policy.startswith(
         "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
