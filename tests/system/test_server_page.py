@@ -129,6 +129,10 @@ class Browser:
     def wait_for_answer(self):
         self.wait("document.querySelector('#stop').hidden")
 
+    def answers(self):
+        """Return the raw texts of the answers."""
+        return self.run("messages.filter(one => one.role === 'assistant').map(one => one.content)")
+
     def fake(self, path, status, body):
         """Answer the page's requests to `path` with this body, in chunks of one byte."""
         self.run(
@@ -142,6 +146,13 @@ class Browser:
                 stream.close();
             };
             return Promise.resolve(new Response(new ReadableStream({ start }), { status }));
+        }; null""")
+
+    def keep_requests(self):
+        """Keep the bodies of the page's requests in `sent`."""
+        self.run("""window.sent = []; window.unkept = fetch; fetch = (path, options) => {
+            if (options.body) sent.push(JSON.parse(options.body));
+            return unkept(path, options);
         }; null""")
 
     def resize(self, width, height):
@@ -165,7 +176,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(directory):
-    served = Served(directory, "--tp", 2)
+    served = Served(directory, "--tp", 3)
     yield served
     served.stop()
 
@@ -242,12 +253,12 @@ def test_a_conversation_equals_that_of_the_api(page, server):
     page.send("And then?")
     page.wait_for_answer()
     assert page.texts(".user .text") == ["Hello\nthere", "And then?"]
-    assert page.texts(".assistant .text") == [text_of(first), text_of(second)]
+    assert page.answers() == [text_of(first), text_of(second)]
     assert page.value("#box") == ""
     for told, answer in zip(page.texts(".told"), (first, second), strict=True):
         of_prompt = answer["usage"]["prompt_tokens"]
         assert re.fullmatch(
-            rf"24 tokens\s· \d+\.\d tok/s\s· first token \d+\.\d+ s\s· prompt {of_prompt}"
+            rf"24 tokens\s· \d+\.\d tok/s\s· first token \d+\.\d+ s\s· prompt of {of_prompt} tokens"
             r"\s· cut off at max tokens",
             told,
         )
@@ -255,21 +266,18 @@ def test_a_conversation_equals_that_of_the_api(page, server):
     page.wait("!document.querySelector('article')")
     page.send("Hello\nthere")
     page.wait_for_answer()
-    assert page.texts(".assistant .text") == [text_of(first)]  # the earlier messages were not sent
+    assert page.answers() == [text_of(first)]  # the earlier messages were not sent
     assert page.complaints == []
 
 
 @needs_chromium
 def test_the_temperature_is_sent(page):
-    page.run("""window.real = fetch; fetch = (path, options) => {
-        if (options.body) window.sent = JSON.parse(options.body);
-        return real(path, options);
-    }; null""")
+    page.keep_requests()
     page.fill("#temperature", "1.25")
     page.fill("#most", "1")
     page.send("Hello")
     page.wait_for_answer()
-    assert page.run("sent") == {
+    assert page.run("sent.pop()") == {
         "messages": [{"role": "user", "content": "Hello"}],
         "temperature": 1.25,
         "max_tokens": 1,
@@ -277,15 +285,14 @@ def test_the_temperature_is_sent(page):
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    page.run("sent = null")
     page.fill("#temperature", "3")  # the browser rejects the value
     page.send("Hello")
     page.fill("#temperature", "0")
     page.fill("#most", "")
-    assert page.run("sent") is None
+    assert page.run("sent") == []
     page.press_enter()
-    page.wait("sent")
-    assert page.run("[sent.temperature, 'max_tokens' in sent]") == [0, False]
+    page.wait("sent.length")
+    assert page.run("[sent[0].temperature, 'max_tokens' in sent[0]]") == [0, False]
     page.click("#stop")
 
 
@@ -309,7 +316,7 @@ def test_an_answer_is_shown_as_it_comes_until_it_is_stopped(page, server, button
     assert page.value("#box") == "not yet"
     if button == "#stop":
         assert page.text(".told").startswith("stopped")
-        assert page.text(".assistant .text").startswith(early)
+        assert text_of(asked(server, "Hello", max_tokens=1)) == page.answers()[0][0]
     page.wait(f"document.querySelectorAll('article').length === {2 if button == '#stop' else 0}")
     assert page.texts(".error") == [""]  # the empty error of the key form
     assert page.complaints == []
@@ -366,7 +373,7 @@ def test_a_rejected_message_goes_back_into_the_box(page, server):
     page.wait_for_answer()
     assert page.texts("#log .error") == []
     assert page.texts(".user") == ["Hello"]
-    assert page.texts(".assistant .text") == [text_of(asked(server, "Hello", max_tokens=4))]
+    assert page.answers() == [text_of(asked(server, "Hello", max_tokens=4))]
 
 
 @needs_chromium
@@ -404,7 +411,7 @@ def test_the_state_of_the_server_is_shown(page):
 
 @needs_chromium
 def test_the_key_is_asked_for_and_the_end_of_the_server_is_shown(browser, directory):
-    server = Served(directory, "--api-key", "sesame")
+    server = Served(directory, "--tp", 1, "--api-key", "sesame")
     browser.open(server.url)
     browser.wait_for("#state", "ready")
     browser.wait("document.querySelector('#key-form').checkVisibility()")
@@ -416,6 +423,8 @@ def test_the_key_is_asked_for_and_the_end_of_the_server_is_shown(browser, direct
     browser.press_enter()
     browser.wait_for("#model", "chatty")
     assert not browser.is_shown("#key-form")
+    browser.wait_for("#ranks-told", "1 rank, no collectives")
+    assert httpx.get(f"{server.url}/ranks").status_code == 401
     browser.open(server.url)  # the key is still known
     browser.wait_for("#model", "chatty")
     assert not browser.is_shown("#key-form")
@@ -429,6 +438,273 @@ def test_the_key_is_asked_for_and_the_end_of_the_server_is_shown(browser, direct
     browser.wait_for("#state", "not reachable")
     assert browser.value("#box") == "Anybody there?"
     assert len(browser.texts("article")) == 2
+
+
+# Markdown, and the HTML of the elements that show it, without `dir` and the copy buttons.
+MARKDOWN = [
+    ("One\ntwo\n\nthree", "<p>One\ntwo</p><p>three</p>"),
+    ("**bold**, *italic*, __bold__", "<p><strong>bold</strong>, <em>italic</em>, <strong>bold</strong></p>"),
+    ("***x*** **a *b***", "<p><strong><em>x</em></strong> <strong>a <em>b</em></strong></p>"),
+    ("`x*y*`, ``a`b``", "<p><code>x*y*</code>, <code>a`b</code></p>"),
+    ("2 * 3 * 4, a_b_c, \\*a\\*", "<p>2 * 3 * 4, a_b_c, *a*</p>"),
+    ("# A *b*\n### C", "<h2>A <em>b</em></h2><h4>C</h4>"),
+    ("#1 and #", "<p>#1 and #</p>"),
+    ("Text:\n- a\n- b\n\nEnd", "<p>Text:</p><ul><li>a</li><li>b</li></ul><p>End</p>"),
+    ("* a\n  more\n  * b\n* c", "<ul><li>a\nmore<ul><li>b</li></ul></li><li>c</li></ul>"),
+    ("1. a\n\n2. b\n   - c", "<ol start=1><li>a</li><li>b<ul><li>c</li></ul></li></ol>"),
+    ("3) a\n\n   b\n4) c", "<ol start=3><li>a<p>b</p></li><li>c</li></ol>"),
+    ("- a\n\n1. b", "<ul><li>a</li></ul><ol start=1><li>b</li></ol>"),
+    ("```py\nx = '<b>'\n\n  **y**\n```\nend", "[py|x = '&lt;b&gt;'\n\n  **y**]<p>end</p>"),
+    ("1. a\n   ```\n   b\n     c\n   ```\n2. d", "<ol start=1><li>a[|b\n  c]</li><li>d</li></ol>"),
+    ("~~~~\n```\n~~~~", "[|```]"),
+    ("a\n\n---\n\nb", "<p>a</p><hr><p>b</p>"),
+    ("**שלום** a\n\n- b", "<p><strong>שלום</strong> a</p><ul><li>b</li></ul>"),
+    ("<b>a</b> &amp; **<i>**", "<p>&lt;b&gt;a&lt;/b&gt; &amp;amp; <strong>&lt;i&gt;</strong></p>"),
+]
+# Markers without their other half, which are text in the end.
+UNFINISHED = [
+    ("**a", "<p>**a</p>"),
+    ("a `b", "<p>a `b</p>"),
+    ("*a **b* c", "<p><em>a **b</em> c</p>"),
+    ("*a *b*", "<p>*a <em>b</em></p>"),
+    ("**a\n\nb**", "<p>**a</p><p>b**</p>"),
+    ("```\na\n``", "[|a\n``]"),
+    ("****a****", "<p>****a****</p>"),
+    ("-", "<ul><li></li></ul>"),
+    ("42", "<p>42</p>"),
+]
+SHOW = """(texts => texts.map(text => {
+    const body = document.createElement('div'), markdown = new Markdown(body), seen = [];
+    const copy = () => body.cloneNode(true);
+    const bare = node => {
+        node.querySelectorAll('.bar').forEach(bar => bar.remove());
+        return node.textContent;
+    };
+    if (STEP) for (let to = 1; to <= text.length; to += STEP) {
+        markdown.show(text.slice(0, to), true);
+        seen.push(bare(copy()));
+    }
+    markdown.show(text, false);
+    const whole = copy();
+    whole.querySelectorAll('.code').forEach(one => one.replaceWith(
+        `[${one.querySelector('span').textContent}|`, one.querySelector('code').firstChild ?? '', ']'));
+    const html = whole.innerHTML.replace(/ dir="(auto|ltr)"/g, '');
+    return [html.replace(/start="(.*?)"/g, 'start=$1'), bare(copy()), seen];
+}))"""
+
+
+def shown(page, texts, step=0):
+    """Return [HTML, text, texts shown before the end] of Markdown texts that arrive in steps, or at once."""
+    return page.run(SHOW.replace("STEP", str(step)) + f"({json.dumps(texts)})")
+
+
+@needs_chromium
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_markdown_becomes_elements_however_it_arrives(page, step):
+    texts, expected = zip(*MARKDOWN, *UNFINISHED, strict=True)
+    assert [html for html, *_ in shown(page, texts, step)] == list(expected)
+    assert page.complaints == []
+
+
+@needs_chromium
+def test_what_is_shown_of_an_unfinished_answer_stays(page):
+    """With all markers in pairs, the text on the page only grows: no half of a marker is shown meanwhile."""
+    texts = [text for text, _ in MARKDOWN]
+    for text, (_, whole, before) in zip(texts, shown(page, texts, step=1), strict=True):
+        for early in before:
+            assert whole.startswith(early.rstrip("\n")), (text, early)
+
+
+@needs_chromium
+def test_a_selection_stays_while_the_answer_grows(page):
+    page.run("""window.body = document.createElement('div'); log.append(body);
+        window.markdown = new Markdown(body); window.text = ''; null""")
+    page.run("markdown.show(text += 'The **first** paragraph\\n\\n- an item\\n- anoth', true)")
+    pieces = ["er\\n", "- and **one", "** more\\n", "\\n```\\ncode", "\\n```\\n", "\\n- another\\n- anoth"]
+    for selector, part in (("p strong", "first"), ("li:nth-child(2)", "another")):
+        page.run(f"getSelection().selectAllChildren(body.querySelector('{selector}')); null")
+        for more in pieces:
+            page.run(f"markdown.show(text += '{more}', true)")
+            assert page.run("getSelection().toString()").strip() in (part, part[:5])
+    assert page.run("body.querySelectorAll('li').length") == 8
+
+
+@needs_chromium
+def test_a_long_answer_is_drawn_quickly(page):
+    """Include a list of 8000 tokens, which is one block, and markers that have no other half."""
+    page.run("""window.drawing = text => {
+        const markdown = new Markdown(document.createElement('div')), started = performance.now();
+        for (let to = 0; to < text.length; to += text.length / 20) markdown.show(text.slice(0, to), true);
+        markdown.show(text, false);
+        return performance.now() - started;
+    }; null""")
+    texts = [
+        "word " * 8000,
+        "- one of many items\n" * 2000,
+        "```\n" + "x = 1\n" * 8000,
+        "a **bold** word\n\n" * 2000,
+    ]
+    texts += ["*a **b " * 4000, "- " * 12000 + "x", "> " * 12000, "``` " + " " * 24000 + "`", "*" * 24000]
+    texts += ["".join("`" * n + " " for n in range(220)), "".join(" " * n + "- a\n" for n in range(220))]
+    took = {text[:12]: page.run(f"drawing({json.dumps(text)})") for text in texts}
+    assert max(took.values()) < 4000, took  # ms; what is quadratic takes minutes
+
+
+@needs_chromium
+@pytest.mark.parametrize("clipboard", [True, False])
+def test_copying_an_answer_and_its_code(page, server, clipboard):
+    page.call("Emulation.setFocusEmulationEnabled", enabled=True)
+    permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+    page.call("Browser.grantPermissions", permissions=permissions, origin=server.url)
+    answer = "**Do**:\n\n```py\nx = 1\n\n```\n"
+    page.fake(CHAT, 200, answer_of("**Do**", answer[6:]))
+    page.send("How?")
+    page.wait_for_answer()
+    page.run("window.read = () => clipboard.readText(); window.clipboard = navigator.clipboard; null")
+    if not clipboard:  # as on a page that another machine serves over http
+        page.run("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    for button, text in ((".below .copy", answer), (".code .copy", "x = 1\n")):
+        page.run("clipboard.writeText('before')")
+        page.click(button)
+        page.wait_for(button, "Copied")
+        assert page.run("read()") == text
+    page.wait_for(".code .copy", "Copy")
+
+
+@needs_chromium
+def test_the_last_answer_can_be_replaced(page):
+    page.fill("#most", "5")
+    page.keep_requests()
+    for n, text in enumerate(("one", "two")):
+        page.fake(CHAT, 200, answer_of(text))
+        page.send(f"Question {n}")
+        page.wait_for_answer()
+    shown = "[...document.querySelectorAll('.again')].map(one => one.checkVisibility())"
+    assert page.run(shown) == [False, True]
+    page.fake(CHAT, 200, answer_of("three ", "3"))
+    page.run("document.querySelectorAll('.again')[1].click()")
+    page.wait_for_answer()
+    assert page.answers() == ["one", "three 3"]
+    assert page.texts(".assistant .text") == ["one", "three 3"]
+    assert page.texts(".user") == ["Question 0", "Question 1"]
+    assert page.run(shown) == [False, True]
+    page.fake(CHAT, 503, json.dumps(ApiError(503, "the model is loading").object()))
+    page.run("document.querySelectorAll('.again')[1].click()")
+    page.wait_for("#log > .error", "Error: the model is loading")
+    page.wait_for_answer()
+    assert page.texts(".assistant .text") == ["one", "three 3"]
+    assert page.run("document.querySelectorAll('.assistant')[1].checkVisibility()")
+    assert page.answers() == ["one", "three 3"]
+    assert page.value("#box") == ""
+
+
+@needs_chromium
+def test_the_system_prompt_is_used_from_the_next_message_on(page):
+    page.fake(CHAT, 200, answer_of("Yes"))
+    page.keep_requests()
+    page.send("One")
+    page.wait_for_answer()
+    assert not page.is_shown("#system")
+    page.click("#system-told")
+    page.type("Be brief.", "#system")
+    page.click("#system-told")
+    assert page.text("#system-told") == "System prompt (in use)"
+    page.send("Two")
+    page.wait_for_answer()
+    page.click("#new")
+    page.wait("!document.querySelector('article')")
+    page.send("Three")
+    page.wait_for_answer()
+    page.run("system.value = ''; system.dispatchEvent(new Event('input')); null")
+    assert page.text("#system-told") == "System prompt"
+    page.click(".again")
+    page.wait_for_answer()
+    sent = [[one["content"] for one in body["messages"]] for body in page.run("sent")]
+    assert sent == [["One"], ["Be brief.", "One", "Yes", "Two"], ["Be brief.", "Three"], ["Three"]]
+    assert page.run("sent[1].messages[0].role") == "system"
+
+
+@needs_chromium
+def test_an_empty_conversation_says_what_runs_and_offers_prompts(page):
+    page.wait_for("#about", "chatty on 3 ranks, float32, context of 100000 tokens")
+    prompts = page.texts("#prompts button")
+    assert len(prompts) == 3
+    page.fill("#most", "2")
+    page.type("a draft")
+    page.run("document.querySelectorAll('#prompts button')[1].click()")
+    page.wait_for_answer()
+    assert page.texts(".user") == [prompts[1]]
+    assert page.text(".told").startswith("2 tokens\u00a0· ")
+    assert page.value("#box") == "a draft"
+    assert not page.is_shown("#hint")
+    page.click("#new")
+    page.wait("hint.checkVisibility()")
+
+
+def holding(tp, comm_seconds=0.5):
+    """Return what /ranks says about `tp` ranks of 2 heads each."""
+    each = {
+        "weight_bytes": 1_610_000_000,
+        "cache_bytes": 10,
+        "comm_seconds": comm_seconds,
+        "busy_seconds": 2.0,
+    }
+    ranks = [
+        {"rank": r, "query_heads": [2 * r, 2 * r + 2], "kv_heads": [r, r + 1], **each} for r in range(tp)
+    ]
+    about = {"model": "chatty", "tp": tp, "dtype": "float16", "kv_dtype": "auto", "context": 1}
+    return {**about, "chat_error": None, "ranks": ranks}
+
+
+@needs_chromium
+def test_the_parts_and_times_of_the_ranks_are_shown(page, server):
+    page.wait_for("#ranks-told", "3 ranks")
+    page.fill("#most", "150")
+    page.send("Hello")
+    page.wait_for_answer()
+    time.sleep(0.1)  # the ranks report their times after the end of the answer
+    about = httpx.get(f"{server.url}/ranks").json()
+    assert about["model"] == "chatty"
+    assert about["chat_error"] is None
+    assert [one["query_heads"] for one in about["ranks"]] == [[0, 2], [2, 3], [3, 4]]
+    shares = [one["comm_seconds"] / one["busy_seconds"] for one in about["ranks"]]
+    assert all(0 < share < 1 for share in shares)
+    shown = "[...document.querySelectorAll('.share')].map(one => one.textContent).join()"
+    expected = ",".join(f"{share:.0%} in collectives" for share in shares)
+    page.wait(f"{shown} === {json.dumps(expected)}")
+    assert page.text("#ranks-told") == f"3 ranks, {sum(shares) / 3:.0%} of their time in collectives"
+    held = [line.split("kB ")[0].rsplit(" ", 2)[0] for line in page.texts("#ranks-list li")]
+    assert held == ["rank 0 heads 0-1, KV 0", "rank 1 head 2, KV 1", "rank 2 head 3, KV 1"]
+    metrics = httpx.get(f"{server.url}/metrics").text
+    for key, name in (("busy_seconds", "busy"), ("comm_seconds", "collective")):
+        found = re.findall(rf'^minitp_rank_{name}_seconds_total{{rank="(\d)"}} (\S+)$', metrics, re.MULTILINE)
+        assert [(int(rank), float(value)) for rank, value in found] == [
+            (one["rank"], one[key]) for one in about["ranks"]
+        ]
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("tp", [4, 16])
+def test_many_ranks_fit(page, width, tp):
+    page.resize(width, 844)
+    page.run(f"isFirst = true; showRanks({json.dumps(holding(tp))})")
+    assert page.run("ranks.open") == (tp == 4 or width == 1400)
+    page.run("ranks.open = true")
+    assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run("document.querySelector('header').offsetHeight") < 844 * 0.45
+    assert page.run("document.querySelector('#ranks-list li:last-child').offsetHeight") < 24  # one line
+    assert page.run("log.clientHeight") > 200
+
+
+@needs_chromium
+def test_what_is_not_known_of_the_ranks_is_said(page):
+    page.run(f"showRanks({json.dumps(holding(2, comm_seconds=None))})")
+    assert page.text("#ranks-told") == "2 ranks, time in collectives not measured on GPUs"
+    assert page.text("#about") == "chatty on 2 ranks, float16, context of 1 token"
+    page.run(f"showRanks({json.dumps({**holding(1), 'chat_error': 'chatty has no tokenizer.json'})})")
+    assert page.text("#prompts") == "This model cannot chat: chatty has no tokenizer.json"
+    assert not page.run("document.querySelector('#prompts button')")
 
 
 def test_the_page_is_one_file():

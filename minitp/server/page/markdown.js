@@ -1,7 +1,7 @@
 // ---- Markdown: paragraphs, headings, lists, code, bold and italics; only elements and text nodes, never HTML ----
 const FENCE = /^ *(`{3,}|~{3,})([^`]*)$/, HEADING = /^ {0,3}(#{1,6})\s+(\S.*)$/, RULE = /^ {0,3}(?:([-*_]) *)(?:\1 *){2,}$/;
 const ITEM = /^(\s*)(?!(?:[-*_] *){3,}$)([-*+•]|\d{1,9}[.)])( +|$)/;
-const BEGINNING = /^\s*(?:[-*+•]|\d{1,9}[.)]?|#{1,6}|`{1,2}|~{1,2})?$/;  // a last line that may still become any block
+const BEGINNING = /^\s*(?:[-*_]+|[+•]|\d{1,9}[.)]?|#{1,6}|`+|~+)?\s*$/;  // a last line that may still become any block
 const DEEPEST = 8;  // lists within lists; what is deeper is text
 
 function h(tag, properties, ...children) {
@@ -87,7 +87,7 @@ function codeBlock(language, code) {
 const MARKER = /\\([\\`*_~#+\-.!>])|(`+)|(\*+|_+)/g, isWord = text => /[\p{L}\p{N}]/u.test(text), isSpace = text => /\s/.test(text);
 function inline(text, isOpen) {  // code, bold and italics; a marker without its other half formats what follows if `isOpen`, else it is text
   const root = document.createDocumentFragment(), open = [];  // open: markers without their other half so far, the outermost first
-  const put = part => (open.at(-1)?.node ?? root).append(part);
+  const put = part => part && (open.at(-1)?.node ?? root).append(part);
   const close = i => open.splice(i).slice(1).forEach(unwrap);  // those within the i-th have no other half
   let end = text.length, at = 0;
   while (isOpen && '*_`\\'.includes(text[end - 1] ?? '-')) end--;  // they may be half of a marker

@@ -4,7 +4,7 @@ const FEW = 4, NARROW_PX = 600;  // on a narrow window, more ranks are folded at
 let areRanksKnown = false, isFirst = true;
 
 const counted = (count, noun) => `${count} ${noun}${count === 1 ? '' : 's'}`;
-const heads = (noun, [start, stop]) => (stop - start === 1 ? `${noun} ${start}` : `${noun}s ${start}-${stop - 1}`);
+const range = ([start, stop]) => (stop - start === 1 ? `${start}` : `${start}-${stop - 1}`);
 const percent = share => `${Math.round(100 * share)}%`;
 function bytes(count) {
   const [size, unit, digits] = count >= 1e9 ? [1e9, 'GB', 2] : count >= 1e6 ? [1e6, 'MB', 1] : [1e3, 'kB', 1];
@@ -14,21 +14,26 @@ function shareOf({ comm_seconds: collectives, busy_seconds: busy }) {  // null: 
   return collectives === null || !busy ? null : collectives / busy;
 }
 function rankItem(rank, tp) {
-  const held = `${heads('head', rank.query_heads)}, ${heads('KV head', rank.kv_heads)}`, share = tp === 1 ? null : shareOf(rank);
+  const heads = range(rank.query_heads), held = `head${/-/.test(heads) ? 's' : ''} ${heads}, KV ${range(rank.kv_heads)}`;
+  const share = tp === 1 ? null : shareOf(rank);
   const item = h('li', {}, ...[`rank ${rank.rank}`, held, bytes(rank.weight_bytes)].map(text => h('span', {}, `${text} `)));
   if (share !== null) item.append(h('span', { className: 'share' }, percent(share), h('span', { className: 'away' }, ' in collectives')));
   item.style.setProperty('--share', percent(share ?? 0));
   return item;
 }
-function showRanks({ tp, dtype, context, ranks, chat_error: problem }) {
+function timeOfAll(tp, ranks) {
+  if (tp === 1) return ', no collectives';
+  if (ranks.some(rank => rank.comm_seconds === null)) return ', time in collectives not measured on GPUs';
   const shares = ranks.map(shareOf).filter(share => share !== null), sum = shares.reduce((total, share) => total + share, 0);
-  const time = tp === 1 ? ', no collectives' : shares.length ? `, ${percent(sum / shares.length)} of their time in collectives` : '';
-  $('ranks-told').textContent = counted(tp, 'rank') + time;
+  return shares.length ? `, ${percent(sum / shares.length)} of their time in collectives` : '';
+}
+function showRanks({ model: name, tp, dtype, context, ranks, chat_error: problem }) {
+  $('ranks-told').textContent = counted(tp, 'rank') + timeOfAll(tp, ranks);
   $('ranks-list').replaceChildren(...ranks.map(rank => rankItem(rank, tp)));
   if (isFirst) $('ranks').open = tp <= FEW || innerWidth > NARROW_PX;
   $('ranks').hidden = isFirst = false;
   areRanksKnown = true;
-  $('about').textContent = `${model} on ${counted(tp, 'rank')}, ${dtype}, context of ${counted(context, 'token')}`;
+  $('about').textContent = `${name} on ${counted(tp, 'rank')}, ${dtype}, context of ${counted(context, 'token')}`;
   const chats = problem ? [h('p', { className: 'error' }, `This model cannot chat: ${problem}`)]
     : PROMPTS.map(prompt => h('button', { type: 'button' }, prompt));
   $('prompts').replaceChildren(...chats);
