@@ -116,6 +116,7 @@ def test_llm(model, expected, monkeypatch):
         assert llm.description["dtype"] == "float16"
         found = llm.generate(["Hello", "Good", "Hello"], max_new_tokens=NEW)
         sampled = llm.generate("Hello", **drawn)
+        assert [one["comm_seconds"] for one in llm.ranks] == [None, None]  # the host only launches them
     good = on_cpu(model, "Good", max_new_tokens=NEW)
     assert [result.token_ids for result in found] == [expected, good, expected]
     assert sampled.token_ids == on_cpu(model, "Hello", **drawn)
