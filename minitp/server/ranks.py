@@ -29,7 +29,7 @@ def about_ranks(llm, model):
 def chat_error(llm, model):
     """Return the reason why a model has no chat, or None."""
     if llm.tokenizer is None:
-        return f"{model} has no tokenizer.json"
+        return f"{model} has no tokenizer.json, so it cannot chat"
     try:
         llm.chat_template  # noqa: B018  (the property raises the error)
     except InputError as error:

@@ -508,7 +508,7 @@ def test_markdown_becomes_elements_however_it_arrives(page, step):
 
 @needs_chromium
 def test_what_is_shown_of_an_unfinished_answer_stays(page):
-    """With all markers in pairs, the text on the page only grows: no half of a marker is shown meanwhile."""
+    """The text on the page only grows: half of a marker is never shown while the other half may follow."""
     texts = [text for text, _ in MARKDOWN]
     for text, (_, whole, before) in zip(texts, shown(page, texts, step=1), strict=True):
         for early in before:
@@ -703,8 +703,9 @@ def test_what_is_not_known_of_the_ranks_is_said(page):
     page.run(f"showRanks({json.dumps(holding(2, comm_seconds=None))})")
     assert page.text("#ranks-told") == "2 ranks, time in collectives not measured on GPUs"
     assert page.text("#about") == "chatty on 2 ranks, float16, context of 1 token"
-    page.run(f"showRanks({json.dumps({**holding(1), 'chat_error': 'chatty has no tokenizer.json'})})")
-    assert page.text("#prompts") == "This model cannot chat: chatty has no tokenizer.json"
+    problem = "chatty has no tokenizer.json, so it cannot chat"
+    page.run(f"showRanks({json.dumps({**holding(1), 'chat_error': problem})})")
+    assert page.text("#prompts") == problem
     assert not page.run("document.querySelector('#prompts button')")
 
 

@@ -34,7 +34,7 @@ function showRanks({ model: name, tp, dtype, context, ranks, chat_error: problem
   $('ranks').hidden = isFirst = false;
   areRanksKnown = true;
   $('about').textContent = `${name} on ${counted(tp, 'rank')}, ${dtype}, context of ${counted(context, 'token')}`;
-  const chats = problem ? [h('p', { className: 'error' }, `This model cannot chat: ${problem}`)]
+  const chats = problem ? [h('p', { className: 'error' }, problem)]
     : PROMPTS.map(prompt => h('button', { type: 'button' }, prompt));
   $('prompts').replaceChildren(...chats);
 }
