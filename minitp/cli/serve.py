@@ -24,8 +24,8 @@ class ServeCommand(Caller):
     summary = "serve a model over HTTP with an OpenAI-compatible API"
     description = (
         "Serve a model over HTTP until SIGTERM or Ctrl-C. The paths are /v1/completions, "
-        "/v1/chat/completions, /v1/models, /tokenize, /detokenize, /tokenizer_info, /ranks, /health, /metrics, "
-        "and a chat page at /."
+        "/v1/chat/completions, /v1/models, /tokenize, /detokenize, /tokenizer_info, /ranks, /health, "
+        "/metrics, and a chat page at /."
     )
     examples = (
         ("minitp serve --port 8000", "serve the demo model on this machine"),

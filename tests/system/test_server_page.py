@@ -1,18 +1,15 @@
 """The chat page in a headless Chromium, in front of a real server: what it shows, sends and stops.
 
-Chromium is driven through the DevTools protocol. Answers that a healthy server does not give come from a
-fetch that the test replaces.
+Answers that a healthy server does not give come from a fetch that the test replaces.
 """
 
 import json
 import re
-import select
-import subprocess
 import time
 
 import httpx
 import pytest
-from chromium import CHROMIUM, needs_chromium
+from chromium import SHIFT, Browser, needs_chromium
 from served import Served, write_chatty
 
 from minitp.server.page import render
@@ -21,152 +18,7 @@ from minitp.server.responses import event
 
 pytestmark = pytest.mark.mpi
 
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-pipe"]
-WAIT_S = 15
-SHIFT = 8  # bit of the Shift key in the modifiers
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"><b>bold</b>\n  & &amp; \u202e"
-
-
-class Browser:
-    """A Chromium with one page, driven by JSON objects, each terminated by a zero byte."""
-
-    def __init__(self, profile):
-        # Chromium reads from descriptor 3 and writes to 4; the shell makes them from stdin and stdout.
-        command = ["/bin/sh", "-c", 'exec "$@" 3<&0 4>&1 </dev/null >&2', "sh", CHROMIUM, *FLAGS]
-        command += [f"--user-data-dir={profile}", "about:blank"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
-        )
-        self._unread, self._sent, self._session = b"", 0, {}
-        self.complaints = []  # messages of the console
-        (target,) = [t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"]
-        attached = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
-        self._session = {"sessionId": attached["sessionId"]}
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method, **params):
-        """Return the result of a command; complaints that arrive meanwhile are kept."""
-        self._sent += 1
-        command = {"id": self._sent, "method": method, "params": params, **self._session}
-        self._process.stdin.write(json.dumps(command).encode() + b"\0")
-        while (message := self._hear()).get("id") != self._sent:
-            if message.get("method") in (
-                "Runtime.exceptionThrown",
-                "Runtime.consoleAPICalled",
-                "Log.entryAdded",
-            ):
-                self.complaints.append(message["params"])
-        assert "error" not in message, message
-        return message["result"]
-
-    def _hear(self):
-        while b"\0" not in self._unread:
-            assert select.select([self._process.stdout], [], [], WAIT_S)[0], "the browser does not answer"
-            new = self._process.stdout.read(1 << 16)
-            assert new, "the browser has ended"
-            self._unread += new
-        message, _, self._unread = self._unread.partition(b"\0")
-        return json.loads(message)
-
-    def run(self, expression):
-        """Return the value of an expression in the page."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def wait(self, expression):
-        """Return once the expression is true."""
-        deadline = time.monotonic() + WAIT_S
-        while not self.run(expression):
-            assert time.monotonic() < deadline, f"not {expression}:\n{self.run('document.body.innerText')}"
-            time.sleep(0.02)
-
-    def open(self, url):
-        self.run("window.old = true")
-        self.complaints.clear()
-        self.call("Page.navigate", url=url)
-        self.wait("!window.old && document.readyState === 'complete'")
-
-    def text(self, selector):
-        return self.run(f"document.querySelector({json.dumps(selector)}).textContent")
-
-    def texts(self, selector):
-        return self.run(f"[...document.querySelectorAll({json.dumps(selector)})].map(one => one.textContent)")
-
-    def wait_for(self, selector, start):
-        """Return once the text of such an element begins with `start`."""
-        self.wait(
-            f"document.querySelector({json.dumps(selector)})?.textContent.startsWith({json.dumps(start)})"
-        )
-
-    def is_shown(self, selector):
-        return self.run(f"document.querySelector({json.dumps(selector)}).checkVisibility()")
-
-    def fill(self, selector, value):
-        self.run(f"document.querySelector({json.dumps(selector)}).value = {json.dumps(value)}")
-
-    def value(self, selector):
-        return self.run(f"document.querySelector({json.dumps(selector)}).value")
-
-    def click(self, selector):
-        self.run(f"document.querySelector({json.dumps(selector)}).click()")
-
-    def type(self, text, selector="#box"):
-        self.run(f"document.querySelector({json.dumps(selector)}).focus()")
-        self.call("Input.insertText", text=text)
-
-    def press_enter(self, modifiers=0):
-        key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "modifiers": modifiers}
-        self.call("Input.dispatchKeyEvent", type="keyDown", text="\r", **key)
-        self.call("Input.dispatchKeyEvent", type="keyUp", **key)
-
-    def send(self, text):
-        self.type(text)
-        self.press_enter()
-
-    def wait_for_answer(self):
-        self.wait("document.querySelector('#stop').hidden")
-
-    def answers(self):
-        """Return the raw texts of the answers."""
-        return self.run("messages.filter(one => one.role === 'assistant').map(one => one.content)")
-
-    def fake(self, path, status, body):
-        """Answer the page's requests to `path` with this body, in chunks of one byte."""
-        self.run(
-            f"window.fakes = {{ ...window.fakes, [{json.dumps(path)}]: [{status}, {list(body.encode())}] }}"
-        )
-        self.run("""window.real ??= fetch; fetch = (path, options) => {
-            if (!(path in fakes)) return real(path, options);
-            const [status, bytes] = fakes[path];
-            const start = stream => {
-                bytes.forEach(byte => stream.enqueue(new Uint8Array([byte])));
-                stream.close();
-            };
-            return Promise.resolve(new Response(new ReadableStream({ start }), { status }));
-        }; null""")
-
-    def keep_requests(self):
-        """Keep the bodies of the page's requests in `sent`."""
-        self.run("""window.sent = []; window.unkept = fetch; fetch = (path, options) => {
-            if (options.body) sent.push(JSON.parse(options.body));
-            return unkept(path, options);
-        }; null""")
-
-    def resize(self, width, height):
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
-
-    def close(self):
-        self.call("Browser.close")
-        self._process.wait(WAIT_S)
 
 
 @pytest.fixture(scope="module")
@@ -438,116 +290,6 @@ def test_the_key_is_asked_for_and_the_end_of_the_server_is_shown(browser, direct
     browser.wait_for("#state", "not reachable")
     assert browser.value("#box") == "Anybody there?"
     assert len(browser.texts("article")) == 2
-
-
-# Markdown, and the HTML of the elements that show it, without `dir` and the copy buttons.
-MARKDOWN = [
-    ("One\ntwo\n\nthree", "<p>One\ntwo</p><p>three</p>"),
-    ("**bold**, *italic*, __bold__", "<p><strong>bold</strong>, <em>italic</em>, <strong>bold</strong></p>"),
-    ("***x*** **a *b***", "<p><strong><em>x</em></strong> <strong>a <em>b</em></strong></p>"),
-    ("`x*y*`, ``a`b``", "<p><code>x*y*</code>, <code>a`b</code></p>"),
-    ("2 * 3 * 4, a_b_c, \\*a\\*", "<p>2 * 3 * 4, a_b_c, *a*</p>"),
-    ("# A *b*\n### C", "<h2>A <em>b</em></h2><h4>C</h4>"),
-    ("#1 and #", "<p>#1 and #</p>"),
-    ("Text:\n- a\n- b\n\nEnd", "<p>Text:</p><ul><li>a</li><li>b</li></ul><p>End</p>"),
-    ("* a\n  more\n  * b\n* c", "<ul><li>a\nmore<ul><li>b</li></ul></li><li>c</li></ul>"),
-    ("1. a\n\n2. b\n   - c", "<ol start=1><li>a</li><li>b<ul><li>c</li></ul></li></ol>"),
-    ("3) a\n\n   b\n4) c", "<ol start=3><li>a<p>b</p></li><li>c</li></ol>"),
-    ("- a\n\n1. b", "<ul><li>a</li></ul><ol start=1><li>b</li></ol>"),
-    ("```py\nx = '<b>'\n\n  **y**\n```\nend", "[py|x = '&lt;b&gt;'\n\n  **y**]<p>end</p>"),
-    ("1. a\n   ```\n   b\n     c\n   ```\n2. d", "<ol start=1><li>a[|b\n  c]</li><li>d</li></ol>"),
-    ("~~~~\n```\n~~~~", "[|```]"),
-    ("a\n\n---\n\nb", "<p>a</p><hr><p>b</p>"),
-    ("**שלום** a\n\n- b", "<p><strong>שלום</strong> a</p><ul><li>b</li></ul>"),
-    ("<b>a</b> &amp; **<i>**", "<p>&lt;b&gt;a&lt;/b&gt; &amp;amp; <strong>&lt;i&gt;</strong></p>"),
-]
-# Markers without their other half, which are text in the end.
-UNFINISHED = [
-    ("**a", "<p>**a</p>"),
-    ("a `b", "<p>a `b</p>"),
-    ("*a **b* c", "<p><em>a **b</em> c</p>"),
-    ("*a *b*", "<p>*a <em>b</em></p>"),
-    ("**a\n\nb**", "<p>**a</p><p>b**</p>"),
-    ("```\na\n``", "[|a\n``]"),
-    ("****a****", "<p>****a****</p>"),
-    ("-", "<ul><li></li></ul>"),
-    ("42", "<p>42</p>"),
-]
-SHOW = """(texts => texts.map(text => {
-    const body = document.createElement('div'), markdown = new Markdown(body), seen = [];
-    const copy = () => body.cloneNode(true);
-    const bare = node => {
-        node.querySelectorAll('.bar').forEach(bar => bar.remove());
-        return node.textContent;
-    };
-    if (STEP) for (let to = 1; to <= text.length; to += STEP) {
-        markdown.show(text.slice(0, to), true);
-        seen.push(bare(copy()));
-    }
-    markdown.show(text, false);
-    const whole = copy();
-    whole.querySelectorAll('.code').forEach(one => one.replaceWith(
-        `[${one.querySelector('span').textContent}|`, one.querySelector('code').firstChild ?? '', ']'));
-    const html = whole.innerHTML.replace(/ dir="(auto|ltr)"/g, '');
-    return [html.replace(/start="(.*?)"/g, 'start=$1'), bare(copy()), seen];
-}))"""
-
-
-def shown(page, texts, step=0):
-    """Return [HTML, text, texts shown before the end] of Markdown texts that arrive in steps, or at once."""
-    return page.run(SHOW.replace("STEP", str(step)) + f"({json.dumps(texts)})")
-
-
-@needs_chromium
-@pytest.mark.parametrize("step", [0, 1, 3])
-def test_markdown_becomes_elements_however_it_arrives(page, step):
-    texts, expected = zip(*MARKDOWN, *UNFINISHED, strict=True)
-    assert [html for html, *_ in shown(page, texts, step)] == list(expected)
-    assert page.complaints == []
-
-
-@needs_chromium
-def test_what_is_shown_of_an_unfinished_answer_stays(page):
-    """The text on the page only grows: half of a marker is never shown while the other half may follow."""
-    texts = [text for text, _ in MARKDOWN]
-    for text, (_, whole, before) in zip(texts, shown(page, texts, step=1), strict=True):
-        for early in before:
-            assert whole.startswith(early.rstrip("\n")), (text, early)
-
-
-@needs_chromium
-def test_a_selection_stays_while_the_answer_grows(page):
-    page.run("""window.body = document.createElement('div'); log.append(body);
-        window.markdown = new Markdown(body); window.text = ''; null""")
-    page.run("markdown.show(text += 'The **first** paragraph\\n\\n- an item\\n- anoth', true)")
-    pieces = ["er\\n", "- and **one", "** more\\n", "\\n```\\ncode", "\\n```\\n", "\\n- another\\n- anoth"]
-    for selector, part in (("p strong", "first"), ("li:nth-child(2)", "another")):
-        page.run(f"getSelection().selectAllChildren(body.querySelector('{selector}')); null")
-        for more in pieces:
-            page.run(f"markdown.show(text += '{more}', true)")
-            assert page.run("getSelection().toString()").strip() in (part, part[:5])
-    assert page.run("body.querySelectorAll('li').length") == 8
-
-
-@needs_chromium
-def test_a_long_answer_is_drawn_quickly(page):
-    """Include a list of 8000 tokens, which is one block, and markers that have no other half."""
-    page.run("""window.drawing = text => {
-        const markdown = new Markdown(document.createElement('div')), started = performance.now();
-        for (let to = 0; to < text.length; to += text.length / 20) markdown.show(text.slice(0, to), true);
-        markdown.show(text, false);
-        return performance.now() - started;
-    }; null""")
-    texts = [
-        "word " * 8000,
-        "- one of many items\n" * 2000,
-        "```\n" + "x = 1\n" * 8000,
-        "a **bold** word\n\n" * 2000,
-    ]
-    texts += ["*a **b " * 4000, "- " * 12000 + "x", "> " * 12000, "``` " + " " * 24000 + "`", "*" * 24000]
-    texts += ["".join("`" * n + " " for n in range(220)), "".join(" " * n + "- a\n" for n in range(220))]
-    took = {text[:12]: page.run(f"drawing({json.dumps(text)})") for text in texts}
-    assert max(took.values()) < 4000, took  # ms; what is quadratic takes minutes
 
 
 @needs_chromium
