@@ -105,7 +105,8 @@ def test_a_selection_stays_while_the_answer_grows(page):
         window.markdown = new Markdown(body); window.text = ''; null""")
     page.run("markdown.show(text += 'The **first** paragraph\\n\\n- an item\\n- anoth', true)")
     pieces = ["er\\n", "- and **one", "** more\\n", "\\n```\\ncode", "\\n```\\n", "\\n- another\\n- anoth"]
-    for selector, part in (("p strong", "first"), ("li:nth-child(2)", "another"), ("ul:last-child li", "another")):
+    places = {"p strong": "first", "li:nth-child(2)": "another", "ul:last-child li": "another"}
+    for selector, part in places.items():
         page.run(f"getSelection().selectAllChildren(body.querySelector('{selector}')); null")
         for more in pieces:
             page.run(f"markdown.show(text += '{more}', true)")
