@@ -1,7 +1,10 @@
-"""The chat page: one file that needs no other, because style.css and the scripts are inserted into page.html.
+"""The chat page, which is served as one file: style.css and the scripts are inserted into page.html.
 
-The scripts: markdown.js turns a text into elements, server.js sends the requests, ranks.js shows the ranks
-and the examples of messages, answer.js shows an answer while it arrives, chat.js holds the conversation.
+markdown.js  turns a text into elements
+server.js    requests to the server, and its state
+ranks.js     the ranks, and the examples of messages in an empty conversation
+answer.js    an answer while it arrives, and copying
+chat.js      the conversation
 """
 
 from importlib.resources import files
