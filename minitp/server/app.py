@@ -17,12 +17,12 @@ from minitp.server.fields import MAX_CHOICES
 from minitp.server.middleware import surround
 from minitp.server.page import render
 from minitp.server.prompts import encode_prompts, make_sequences
-from minitp.server.ranks import ranks_route
+from minitp.server.ranks import about_ranks
 from minitp.server.requests import chat_request, completion_request
 from minitp.server.responses import ChatResponse, CompletionResponse, json_pieces
 from minitp.server.streams import EventStream, RequestTimer, cancel_on_disconnect, collect
 
-WORKERS = 4  # requests that are parsed and tokenized at the same time, and responses that are written
+WORKERS = 4  # maximum number of threads that parse and tokenize requests and write responses
 
 
 def make_app(backend, metrics, names, api_key=None, chat_template_kwargs=None, origins=()):
@@ -32,7 +32,7 @@ def make_app(backend, metrics, names, api_key=None, chat_template_kwargs=None, o
     routes = [
         Route("/", lambda request: HTMLResponse(page)),
         Route("/health", api.health),
-        Route("/ranks", ranks_route(api)),
+        Route("/ranks", api.ranks),
         Route("/metrics", api.metrics_page),
         Route("/v1/models", api.models),
         Route("/v1/models/{name:path}", api.one_model),
@@ -102,8 +102,14 @@ class Api:
         llm = self.backend.ready()
         return JSONResponse(await self.in_worker(lambda: tokenization.tokenizer_info(llm, self.model)))
 
+    async def ranks(self, request):
+        self.check_key(request)
+        llm = self.backend.ready()
+        # Not one of the workers, so that the chat page need not wait for long requests.
+        return JSONResponse(await in_thread(lambda: about_ranks(llm, self.model)))
+
     async def answer(self, request, parse, function):
-        """Respond with the object that function(llm, parsed request) returns, which is computed at once."""
+        """Respond with the object that function(llm, parsed request) returns, without using the ranks."""
         timer, status = RequestTimer(self.metrics, request.url.path), 500
         try:
             parsed = await self.receive(request, parse)
@@ -118,7 +124,7 @@ class Api:
             timer.finish(status)
 
     async def receive(self, request, parse):
-        """Return the body of a request as `parse` returns it, after checks of the key and the model."""
+        """Receive the body of a request, check the key and the model, and return the parsed body."""
         self.check_key(request)
         body = await read_body(request, self.largest_body())
         parsed = await self.in_worker(lambda: parse(read_json(body)))
@@ -127,23 +133,31 @@ class Api:
         return parsed
 
     async def respond(self, request, parse, response_class):
-        """Respond to a request as a whole or as a stream; `parse` turns its body into an ApiRequest."""
+        """Respond to a request for completions; `parse` turns its body into an ApiRequest."""
         timer = RequestTimer(self.metrics, request.url.path)
         try:
-            api_request = await self.receive(request, parse)
-            api_request.model = self.model  # the name in the response
-            llm = self.backend.ready()
-            self.backend.check_room(api_request.sequences)
-            variables = self.chat_template_kwargs
-            prompts = await self.in_worker(lambda: encode_prompts(llm, api_request, self.model, variables))
-            running = await self.backend.submit(make_sequences(llm, api_request, prompts))
+            running, response = await self.submit(request, parse, response_class)
         except ApiError as error:
             timer.finish(error.status)
             raise
-        response = response_class(api_request, prompts, llm.tokenizer)
-        if api_request.stream:
+        if response.request.stream:
             return EventStream(running, response, timer)
-        status = 499  # unless changed below, the client has disconnected
+        return await self.whole_response(request, running, response, timer)
+
+    async def submit(self, request, parse, response_class):
+        """Send a request for completions to the ranks; return (RunningRequest, the ApiResponse to fill)."""
+        api_request = await self.receive(request, parse)
+        api_request.model = self.model  # the name in the response
+        llm = self.backend.ready()
+        self.backend.check_room(api_request.sequences)
+        variables = self.chat_template_kwargs
+        prompts = await self.in_worker(lambda: encode_prompts(llm, api_request, self.model, variables))
+        running = await self.backend.submit(make_sequences(llm, api_request, prompts))
+        return running, response_class(api_request, prompts, llm.tokenizer)
+
+    async def whole_response(self, request, running, response, timer):
+        """Collect the output of a running request and respond with all of it at once."""
+        status = 499  # the client has disconnected, unless one of the next lines sets another status
         try:
             await cancel_on_disconnect(request, collect(running, response, timer))
             content = await self.in_worker(response.json)

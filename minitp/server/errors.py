@@ -27,13 +27,18 @@ class ApiError(Exception):
         }
 
 
+def without_path(error, llm, model):
+    """Return an InputError's message with the name `model`: clients must not learn the path of the model."""
+    return str(error).replace(str(llm.source.name), model)
+
+
 async def api_error(request, error):
     """Respond to an ApiError with its error object."""
     return JSONResponse(error.object(), error.status, headers=error.headers)
 
 
 def route_error(routes):
-    """Return the handler of Starlette's 404 and 405; a 404 names the routes that there are."""
+    """Return the handler of Starlette's 404 and 405; a 404 lists the existing routes."""
 
     async def handler(request, error):
         detail = error.detail

@@ -1,16 +1,26 @@
-"""Prompts and sampling parameters: what the LLM is given for a request."""
+"""The prompts and sampling parameters that an LLM gets for a request."""
 
 from contextlib import contextmanager
 from dataclasses import replace
 
 from minitp.errors import ContextError, InputError
 from minitp.request import CHARACTERS_PER_TOKEN, check_logit_bias
-from minitp.server.errors import ApiError
+from minitp.server.errors import ApiError, without_path
 from minitp.util.format import counted
 
 
 def encode_prompts(llm, request, model, chat_template_kwargs):
-    """Return the token ids of each prompt of an ApiRequest; `model` is the model's name in error messages."""
+    """Return the token ids of each prompt of an ApiRequest, after checking its logit_bias.
+
+    Parameters
+    ----------
+    llm : LLM
+    request : requests.ApiRequest
+    model : str
+        The model's name in error messages.
+    chat_template_kwargs : dict
+        Variables of the chat template, which the request may override.
+    """
     with errors_of("logit_bias", llm, model):
         check_logit_bias(request.params, llm.source.config)
     if request.messages is None:
@@ -18,25 +28,27 @@ def encode_prompts(llm, request, model, chat_template_kwargs):
         with errors_of("prompt", llm, model):
             return [llm.encode(prompt, room) for prompt in request.prompts]
     variables = chat_template_kwargs | request.chat_template_kwargs
-    prefill = request.add_generation_prompt, request.continue_final_message
+    ending = request.add_generation_prompt, request.continue_final_message
     with errors_of("messages", llm, model):
-        return [llm.encode_chat(request.messages, variables, *prefill)]
+        return [llm.encode_chat(request.messages, variables, *ending)]
 
 
 @contextmanager
 def errors_of(param, llm, model):
-    """Raise an ApiError for an InputError about a field; `model` is the model's name in its message."""
+    """Turn an InputError into an ApiError about the field `param`; `model` is the model's name in it."""
     try:
         yield
     except ContextError as error:
         raise ApiError(400, too_long(error, param, llm), param, "context_length_exceeded") from error
     except InputError as error:
-        # Clients must not learn the path of the model.
-        raise ApiError(400, str(error).replace(str(llm.source.name), model), param) from error
+        raise ApiError(400, without_path(error, llm, model), param) from error
 
 
 def too_long(error, param, llm):
-    """Return the message for a prompt without room in the context, in the words that clients look for."""
+    """Return the message for a prompt that leaves no room in the context.
+
+    LiteLLM and LangChain look for words of it: "maximum context length is" and "prompt is too long".
+    """
     context = llm.description["context"]
     if error.tokens is None:
         excess = f"the prompt is too long: it has over {CHARACTERS_PER_TOKEN} characters for each of them"
@@ -51,12 +63,11 @@ def too_long(error, param, llm):
 
 
 def make_sequences(llm, request, prompts):
-    """Return (prompt_ids, SamplingParams) of each choice of an ApiRequest, prompt after prompt."""
+    """Return the (prompt_ids, SamplingParams) of each choice of an ApiRequest, one prompt after another."""
     sequences, context = [], llm.description["context"]
     for ids in prompts:
         room = context - len(ids)
-        wanted = request.default_tokens if request.max_tokens is None else request.max_tokens
-        max_new_tokens = room if wanted is None else min(wanted, room)
+        max_new_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
         for choice in range(request.choices):
             seed = None if request.params.seed is None else request.params.seed + choice
             params = replace(request.params, max_new_tokens=max_new_tokens, seed=seed)

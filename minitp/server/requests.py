@@ -1,4 +1,4 @@
-"""Requests: their fields, checked and with the defaults of the API, as one object for both routes."""
+"""Requests to the two completion routes: their checked fields, with the API's defaults, in one object."""
 
 from dataclasses import dataclass, field
 
@@ -29,20 +29,20 @@ class ApiRequest:
     Attributes
     ----------
     model : str
+        The name of the model in the request, and later in the response.
     prompts : list
         The prompts of a completion: strings or lists of token ids.
     messages : list of dict or None
         The messages of a chat.
     chat_template_kwargs : dict
         Variables of the chat template.
-    add_generation_prompt, continue_final_message
+    add_generation_prompt : bool or None
+    continue_final_message : bool
         See `ChatTemplate.render`.
     params : SamplingParams
         All sampling parameters but `max_new_tokens`, which depends on `max_tokens` and the context.
     max_tokens : int or None
-        The maximum number of new tokens; what does not fit into the context is cut off.
-    default_tokens : int or None
-        The default of `max_tokens`; None means the rest of the context.
+        The maximum number of new tokens, if the context has room for that many; None for all that fit.
     choices : int
         The number of choices for each prompt.
     stream, usage : bool
@@ -54,7 +54,6 @@ class ApiRequest:
     model: str
     params: SamplingParams
     max_tokens: int | None
-    default_tokens: int | None
     choices: int
     stream: bool
     usage: bool
@@ -79,7 +78,7 @@ def completion_request(body):
         raise unsupported_value("best_of", body["best_of"])
     prompt = body["prompt"]
     prompts = [prompt] if is_text(prompt) or is_tokens(prompt) else prompt
-    return _api_request(body, body.get("max_tokens"), 16, body.get("logprobs"), prompts=prompts)
+    return _api_request(body, body.get("max_tokens", 16), body.get("logprobs"), prompts=prompts)
 
 
 def chat_request(body):
@@ -89,11 +88,11 @@ def chat_request(body):
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     logprobs = body.get("top_logprobs", 0) if body.get("logprobs") else None
     max_tokens = body.get("max_completion_tokens", body.get("max_tokens"))
-    return _api_request(body, max_tokens, None, logprobs, **conversation(body))
+    return _api_request(body, max_tokens, logprobs, **conversation(body))
 
 
 def conversation(body):
-    """Return the fields of a chat that make its prompt; see ApiRequest."""
+    """Return the fields of an ApiRequest that make the prompt of a chat, by name."""
     if body.get("add_generation_prompt") and body.get("continue_final_message"):
         message = "add_generation_prompt and continue_final_message cannot both be true"
         raise ApiError(400, message, "add_generation_prompt")
@@ -130,8 +129,9 @@ def is_text_part(part):
     return isinstance(part, dict) and part.get("type") == "text" and is_text(part.get("text"))
 
 
-def _api_request(body, max_tokens, default_tokens, logprobs, **prompts_or_messages):
+def _api_request(body, max_tokens, logprobs, **prompts_or_messages):
     """Return an ApiRequest from the checked fields of a body, for both routes."""
+    check_penalty_window(body)
     echo = body.get("echo", False)
     params = SamplingParams(
         temperature=body.get("temperature", 1.0),
@@ -140,18 +140,20 @@ def _api_request(body, max_tokens, default_tokens, logprobs, **prompts_or_messag
         prompt_logprobs=logprobs if echo else None,
         **{name: body[name] for name in SAMPLING if name in body},
     )
-    window = body.get("repeat_last_n", -1)
-    if window != -1 and any(body.get(name, neutral) != neutral for name, neutral in PENALTIES.items()):
-        raise unsupported_value("repeat_last_n", window)
-    usage = body.get("stream_options", {}).get("include_usage", False)
     return ApiRequest(
         model=body["model"],
         params=params,
         max_tokens=max_tokens,
-        default_tokens=default_tokens,
         choices=body.get("n", 1),
         stream=body.get("stream", False),
-        usage=usage,
+        usage=body.get("stream_options", {}).get("include_usage", False),
         echo=echo,
         **prompts_or_messages,
     )
+
+
+def check_penalty_window(body):
+    """Reject repeat_last_n, which limits penalties to the last tokens, if there is a penalty to limit."""
+    window = body.get("repeat_last_n", -1)
+    if window != -1 and any(body.get(name, neutral) != neutral for name, neutral in PENALTIES.items()):
+        raise unsupported_value("repeat_last_n", window)

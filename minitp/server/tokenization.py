@@ -29,15 +29,13 @@ TOKENIZE = MESSAGES | {
 }
 DETOKENIZE = {
     "model": COMMON["model"],
-    "tokens": Field(
-        "a list of token ids", lambda value: isinstance(value, list) and all(is_int(one) for one in value)
-    ),
+    "tokens": Field("a list of token ids", lambda value: isinstance(value, list) and all(map(is_int, value))),
 }
 
 
 @dataclass
 class TokenizeRequest:
-    """A request of /tokenize, whose fields have been checked.
+    """A request to /tokenize, whose fields have been checked.
 
     Attributes
     ----------
@@ -48,7 +46,7 @@ class TokenizeRequest:
         The fields of a chat, as `requests.conversation` returns them.
     add_special_tokens : bool
     token_strs : bool
-        Respond with the tokens as they are in the vocabulary, too.
+        Add the names of the tokens in the vocabulary to the response.
     """
 
     model: str | None
@@ -60,7 +58,7 @@ class TokenizeRequest:
 
 @dataclass
 class DetokenizeRequest:
-    """A request of /detokenize, whose fields have been checked."""
+    """A request to /detokenize, whose fields have been checked."""
 
     model: str | None
     tokens: list
@@ -93,8 +91,10 @@ def tokenize(llm, request, model, chat_template_kwargs):
     with errors_of("prompt" if request.chat is None else "messages", llm, model):
         tokenizer, text = require_tokenizer(llm), request.prompt
         if request.chat is not None:
-            messages, variables, *prefill = request.chat.values()
-            text = llm.chat_template.render(messages, chat_template_kwargs | variables, *prefill)
+            chat = request.chat
+            variables = chat_template_kwargs | chat["chat_template_kwargs"]
+            ending = chat["add_generation_prompt"], chat["continue_final_message"]
+            text = llm.chat_template.render(chat["messages"], variables, *ending)
         check_length(text, context)
         tokens = tokenizer.encode(text, request.add_special_tokens)
     response = {"count": len(tokens), "max_model_len": context, "tokens": tokens}
@@ -102,7 +102,7 @@ def tokenize(llm, request, model, chat_template_kwargs):
 
 
 def detokenize(llm, request, model):
-    """Return the response of /detokenize, a text with special tokens."""
+    """Return the response of /detokenize: the text of the tokens, special ones included."""
     with errors_of("tokens", llm, model):
         tokenizer = require_tokenizer(llm)
         check_vocabulary(request.tokens, llm.source.config)

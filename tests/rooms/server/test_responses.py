@@ -35,7 +35,7 @@ def sentencepiece():
 def request(chat=False, echo=False, choices=1, logprobs=1, prompts=("x",)):
     params = SamplingParams(logprobs=logprobs, prompt_logprobs=logprobs if echo else None)
     messages = [{"role": "user", "content": "x"}] if chat else None
-    return ApiRequest("m", params, None, None, choices, False, False, echo, list(prompts), messages)
+    return ApiRequest("m", params, None, choices, False, False, echo, list(prompts), messages)
 
 
 def update(tokens, text, finish_reason=None, **fields):
