@@ -16,11 +16,11 @@ from minitp.server.errors import ApiError
 from minitp.text.chat_template import RESERVED
 
 MAX_CHOICES = 128
-MOST = 1 << 64  # the highest whole number in a field
+MOST = 1 << 64  # the highest whole number that a field may have
 
 
 class Field(NamedTuple):
-    """A field of the API: a description of its valid values, a test for them, and what they mean."""
+    """A field of the API: a description of its valid values, a test for them, and their conversion."""
 
     expected: str
     test: Callable[[Any], bool]
@@ -28,7 +28,7 @@ class Field(NamedTuple):
 
 
 def whole_number(least, most, meanings=None):
-    """Return the Field of a whole number, which may be written as 5.0; `meanings` replaces some values."""
+    """Return the Field of a whole number, which may be written as 5.0; `meanings` has special values."""
     return Field(
         f"a whole number from {least} to {most}",
         lambda x: is_number(x) and x == int(x) and least <= x <= most,
@@ -66,13 +66,13 @@ def is_prompt(value):
 
 
 def stops(value):
-    """Return the stop strings in a value, of which empty ones stop nothing."""
+    """Return the list of stop strings in a value, without null and empty strings, which stop nothing."""
     values = value if isinstance(value, list) else [value]
     return [one for one in values if one not in ("", None)]
 
 
 def present(value):
-    """Return an object without its members that are null; another value as it is."""
+    """Return a JSON object without its null members, or any other value as it is."""
     if isinstance(value, dict):
         return {name: member for name, member in value.items() if member is not None}
     return value
@@ -113,7 +113,7 @@ COMMON = {
         lambda value: value == [] or (isinstance(value, dict) and are_biases(value)),
         lambda value: {token: bias for token, bias in dict(value).items() if bias} or None,
     ),
-    # Not in the API of OpenAI, but common in other servers.
+    # These are not in OpenAI's API, but in those of other servers.
     "repetition_penalty": number(0.01, 100),
     "min_p": number(0, 1),
     "top_k": whole_number(-1, MOST, {-1: 0}),
@@ -226,7 +226,7 @@ UNSUPPORTED = {
     "temperature_last": [False],
     "ban_eos_token": [False],
     "add_bos_token": [True],
-    # Clients that pass on what was meant for their own library
+    # Parameters of the openai package, which some clients put into the body
     "extra_body": [{}],
     "extra_headers": [{}],
     "extra_query": [{}],
@@ -247,7 +247,24 @@ IGNORED = {
 
 
 def check_fields(body, fields, unsupported, required):
-    """Return the meaning of a body's fields that are not null; raise ApiError 400 for one that is wrong."""
+    """Check the fields of a body and return them, converted; a field that is null counts as absent.
+
+    Parameters
+    ----------
+    body : dict
+        The JSON object that a client has sent.
+    fields : dict
+        The Field of each supported field, by name.
+    unsupported : dict
+        The values that change nothing of each unsupported field, by name; see UNSUPPORTED.
+    required : tuple of str
+        The names of fields that must be there.
+
+    Raises
+    ------
+    ApiError
+        400, for a field that is missing, unknown or unsupported, or has an invalid value.
+    """
     body = {name: value for name, value in body.items() if value is not None and name not in IGNORED}
     for name in required:
         if name not in body:
@@ -264,7 +281,7 @@ def check_fields(body, fields, unsupported, required):
 
 
 def unsupported_value(param, value):
-    """Return the ApiError for a value that would change the response."""
+    """Return the ApiError for an unsupported value, which would change the response."""
     name = param
     if not isinstance(value, list | dict):
         name += f" {shortened(json.dumps(value, ensure_ascii=False), LONGEST_VALUE)}"

@@ -44,14 +44,14 @@ class Choice:
     """One continuation of a prompt, as far as it has been received."""
 
     prompt_ids: list
-    prompt: str  # text
+    prompt: str  # the text to echo; empty without `echo`
     text: str = ""
     tokens: int = 0
     cached_tokens: int = 0
     logprobs: list = field(default_factory=list)  # (token, logprob, top) of each token, if requested
-    prompt_logprobs: list = field(default_factory=list)  # the same for the prompt
+    prompt_logprobs: list = field(default_factory=list)  # the same for the prompt's tokens
     finish_reason: str | None = None
-    echoed: bool = False  # whether a stream has sent the whole prompt
+    echoed: bool = False  # True once a stream has sent the whole prompt
 
     def __post_init__(self):
         self.offsets = TextOffsets(self.prompt or " ")
@@ -86,10 +86,10 @@ class ApiResponse:
         }
 
     def add(self, index, update):
-        """Add an Update to a choice; return the new (token, logprob, top) of its prompt and of its text.
+        """Add an Update to a choice; return the new (token, logprob, top) triples of its prompt and its text.
 
-        With `echo`, clients count tokens, so special ones are listed, too. Otherwise the listed tokens are
-        those of the text.
+        Special tokens are left out, as they are from the text, but not with `echo`: clients that send it
+        count tokens to find where the continuation begins and ends.
         """
         choice = self.choices[index]
         scored = triples(choice.prompt_ids[len(choice.prompt_logprobs) :], update.prompt_logprobs)
@@ -118,7 +118,10 @@ class ApiResponse:
         return chunks
 
     def echo_chunks(self, index, scored, is_last):
-        """Return the chunk of the next part of a prompt, whose log-probabilities arrive in parts."""
+        """Return the chunk with the next part of a prompt, or no chunk once all of it has been sent.
+
+        The log-probabilities of a long prompt arrive in parts.
+        """
         choice = self.choices[index]
         if choice.echoed:
             return []
@@ -128,10 +131,10 @@ class ApiResponse:
         return [self.chunk(index, choice.prompt[start:stop], logprobs, None)]
 
     def usage(self):
-        """Return the `usage` object: the numbers of prompt tokens and new tokens."""
+        """Return the `usage` object: the numbers of prompt tokens, new tokens and cached tokens."""
         prompt_tokens = sum(map(len, self.prompts))
         new = sum(choice.tokens for choice in self.choices)
-        first_choices = self.choices[:: self.request.choices]  # the others find the prompt of the first
+        first_choices = self.choices[:: self.request.choices]  # the others reuse the blocks of these
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": new,
@@ -191,11 +194,14 @@ class ApiResponse:
 
 
 def triples(tokens, logprobs):
-    """Return (token, logprob, top) of each token with log-probabilities, which may be None."""
+    """Return the (token, logprob, top) of each token for which there are log-probabilities.
+
+    The log-probability of a prompt's first token is None.
+    """
     # Tuples of numbers are no work for the garbage collector, which stops all threads.
     return [
         (token, None, ()) if found is None else (token, found[0], tuple(found[1]))
-        for token, found in zip(tokens, logprobs, strict=False)
+        for token, found in zip(tokens, logprobs, strict=False)  # `logprobs` has those that have arrived
     ]
 
 
@@ -216,11 +222,11 @@ class CompletionResponse(ApiResponse):
             "tokens": [self.texts.completion_name(token) for token, _, _ in tokens],
             "token_logprobs": [logprob for _, logprob, _ in tokens],
             "top_logprobs": (self.by_name(*one) for one in tokens),
-            "text_offset": [choice.offsets.of_next(self.texts.shown_bytes(token)) for token, _, _ in tokens],
+            "text_offset": [choice.offsets.add(self.texts.shown_bytes(token)) for token, _, _ in tokens],
         }
 
     def by_name(self, token, logprob, top):
-        """Return {name: logprob} of the most probable tokens and the token itself; null for a first token."""
+        """Return {name: logprob} of the most probable tokens and the token itself; None for a first token."""
         if logprob is None:
             return None
         # If two tokens have the same name, the more probable one is kept.

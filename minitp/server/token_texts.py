@@ -1,4 +1,4 @@
-"""The texts, names and bytes of tokens in responses with log-probabilities."""
+"""The names, bytes and offsets of tokens in responses with log-probabilities."""
 
 import codecs
 
@@ -19,7 +19,7 @@ class TokenTexts:
         self._tokenizer = tokenizer
 
     def decode(self, token_ids):
-        """Return the text of tokens; an empty one without a tokenizer."""
+        """Return the text of tokens, which is empty without a tokenizer."""
         return "" if self._tokenizer is None else self._tokenizer.decode(token_ids)
 
     def bytes(self, token):
@@ -27,19 +27,19 @@ class TokenTexts:
         return str(token).encode() if self._tokenizer is None else self._tokenizer.token_bytes(token)
 
     def shown_bytes(self, token):
-        """Return the bytes of a token in a text, which a special token does not have."""
+        """Return the bytes that a token adds to a text: none for a special token."""
         return b"" if self._tokenizer is None or self.is_special(token) else self.bytes(token)
 
     def is_special(self, token):
-        """Return whether texts leave out a token."""
+        """Return whether a token is special, so that texts leave it out."""
         return self._tokenizer is not None and self._tokenizer.is_special(token)
 
     def chat_name(self, token):
-        r"""Return the name of a token in a chat: its text, or the bytes of a part of a character as \xe2."""
+        r"""Return a token's name in a chat: its text, or its bytes, as in \xe2, for a part of a character."""
         return self._name(token, "")
 
     def completion_name(self, token):
-        r"""Return the name of a token in a completion: its text, or the bytes of a part as bytes:\xe2."""
+        r"""Return a token's name in a completion, where bytes have a prefix, as in bytes:\xe2."""
         return self._name(token, "bytes:")
 
     def _name(self, token, prefix_of_bytes):
@@ -55,7 +55,8 @@ class TextOffsets:
     Parameters
     ----------
     text : str
-        The beginning of the text, if it is known: tokenizers may drop a space at the start of a text.
+        The beginning of the text. If it does not start with a space, but the bytes of its first token do,
+        this space does not count: tokenizers like Llama's add it and drop it.
 
     Attributes
     ----------
@@ -65,12 +66,12 @@ class TextOffsets:
 
     def __init__(self, text=" "):
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.length, self._dropped = 0, b"" if text.startswith(" ") else b" "
+        self.length, self._uncounted = 0, b"" if text.startswith(" ") else b" "
 
-    def of_next(self, data):
-        """Return the offset of the next token, and add its bytes to the text."""
+    def add(self, data):
+        """Add the bytes of the next token to the text, and return its offset."""
         offset = self.length
         if data:
-            data, self._dropped = data.removeprefix(self._dropped), b""
+            data, self._uncounted = data.removeprefix(self._uncounted), b""
         self.length += len(self._decoder.decode(data))
         return offset
