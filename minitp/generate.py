@@ -73,7 +73,7 @@ def generate(model, prompt_ids, request, use_cache=True):
     comm, ids = model.comm, list(prompt_ids)
     check_prompt(ids, model.config, model.config.max_position_embeddings)
     positions = comm.broadcast(request and request.params.max_new_tokens and request.positions)
-    if not positions:  # no new token is requested
+    if not positions:  # max_new_tokens is 0
         return
     with model.sequence_cache(positions) as cache:
         logits = prefill(model, cache, ids)  # [V]

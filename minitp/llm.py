@@ -173,8 +173,8 @@ class LLM:
     @property
     def ranks(self) -> list[dict[str, object]]:
         """The part of each rank and its times so far; see engine.run.describe_rank and service.RankTimes."""
-        held = self.description["ranks"]
-        return [{**one, **times} for one, times in zip(held, self._ranks.rank_times, strict=True)]
+        parts = self.description["ranks"]
+        return [{**part, **times} for part, times in zip(parts, self._ranks.rank_times, strict=True)]
 
     def generate(
         self,
@@ -258,14 +258,16 @@ class LLM:
             If neither `params` nor max_new_tokens is given, the answer may fill the context.
         chat_template_kwargs : dict, optional
             Variables of the model's chat template, such as {"enable_thinking": False} for Qwen 3.
-        continue_final_message : bool
-            Continue the final message, as in [.., {"role": "assistant", "content": "Sure,"}]; the text of the
-            completion is only what follows.
         add_generation_prompt : bool, optional
             Begin a new message of the assistant; the default unless the final message is continued.
+        continue_final_message : bool
+            Continue the final message, as in [.., {"role": "assistant", "content": "Sure,"}]; the completion
+            has only the text that follows it.
+        **options
+            Fields of SamplingParams, which override those of `params`.
         """
-        prefill = add_generation_prompt, continue_final_message
-        ids, params = self._conversation(messages, params, chat_template_kwargs, prefill, options)
+        ending = add_generation_prompt, continue_final_message
+        ids, params = self._conversation(messages, params, chat_template_kwargs, ending, options)
         return self.generate(ids, params)
 
     def stream_chat(
@@ -279,8 +281,8 @@ class LLM:
         **options: Unpack[SamplingFields],
     ) -> Iterator[str]:
         """Return an iterator over the pieces of an answer; parameters are as in `chat`."""
-        prefill = add_generation_prompt, continue_final_message
-        return self._pieces(*self._conversation(messages, params, chat_template_kwargs, prefill, options))
+        ending = add_generation_prompt, continue_final_message
+        return self._pieces(*self._conversation(messages, params, chat_template_kwargs, ending, options))
 
     def encode(self, prompt: Prompt, room: int = 1) -> list[int]:
         """Tokenize a prompt, unless it is token ids already; check the ids and return them.
@@ -304,7 +306,7 @@ class LLM:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
     ) -> list[int]:
-        """Return the token ids of a conversation, rendered by the model's chat template."""
+        """Return the token ids of a conversation, rendered by the model's chat template; see `chat`."""
         text = self.chat_template.render(
             messages, chat_template_kwargs, add_generation_prompt, continue_final_message
         )
@@ -363,14 +365,16 @@ class LLM:
 
         return pieces()
 
-    def _conversation(self, messages, params, variables, prefill, options):
+    def _conversation(self, messages, params, variables, ending, options):
+        """Return the token ids and the SamplingParams of a chat."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if params is None:
             options = {"max_new_tokens": self.description["context"], **options}
-        return self.encode_chat(messages, variables, *prefill), self._sampling(params, options)
+        return self.encode_chat(messages, variables, *ending), self._sampling(params, options)
 
     def _sampling(self, params, options):
+        """Return `params` with the fields in `options` replaced, checked against the model."""
         params = sampling(params, options)
         check_logit_bias(params, self.source.config)
         return params

@@ -9,7 +9,7 @@ from minitp.text.stop_strings import StopStrings
 from minitp.text.tokenizer import TextStream
 from minitp.util.format import counted
 
-# The longest tokens of most vocabularies, such as runs of spaces, have about as many; words have four.
+# The longest tokens of most vocabularies, such as runs of spaces, have about this many; words have four.
 CHARACTERS_PER_TOKEN = 128
 
 
@@ -43,7 +43,8 @@ class Request:
     prompt_logprobs : list of None or (float, list of (int, float))
         The same for the prompt's tokens, if `params` asks for them; None for the first one.
     num_cached_tokens : int or None
-        The number of prompt tokens whose keys and values were in the engine's cache; None before it started.
+        The number of prompt tokens whose keys and values were in the engine's cache; None until the request
+        has started.
     """
 
     params: object
@@ -62,7 +63,7 @@ class Request:
     def __post_init__(self):
         self.sampler = Sampler(self.params, self.prompt_ids)
         if self.params.prompt_logprobs is not None:
-            self.prompt_logprobs.append(None)
+            self.prompt_logprobs.append(None)  # no logits precede the first token
         self.times = [perf_counter()]  # times of the start and of each token
         self._stream = TextStream(self.tokenizer, self.prompt_ids) if self.tokenizer else None
         self._stops = StopStrings(self.params.stop)
@@ -75,7 +76,7 @@ class Request:
         return token, self.append_token(token)
 
     def positions_to_score(self, start, stop):
-        """Return the range of positions, of those from start to stop, whose logits `score_prompt` needs next.
+        """Return the range of the positions from `start` to `stop` whose logits `score_prompt` still needs.
 
         The logits of a position score the token after it.
         """
@@ -156,7 +157,7 @@ def check_length(text, context):
 
 
 def check_request(prompt_ids, params, config, context):
-    """Reject a prompt and SamplingParams that are invalid for the model or the context."""
+    """Reject a prompt or SamplingParams that are invalid for the model or the context."""
     check_prompt(prompt_ids, config, context, min(1, params.max_new_tokens))
     check_logit_bias(params, config)
 
@@ -170,7 +171,7 @@ def check_logit_bias(params, config, name="logit_bias"):
 
 
 def check_prompt(token_ids, config, context, room=1):
-    """Reject a prompt that is empty, has an unknown token id, or does not leave `room` of the context."""
+    """Reject a prompt that is empty, has an unknown token id, or leaves less than `room` of the context."""
     if not token_ids:
         raise InputError("the prompt is empty and this model adds no BOS token; give at least one word")
     check_vocabulary(token_ids, config)

@@ -12,7 +12,7 @@ from minitp.util.suggest import suggests_fields
 
 MAX_STOPS = 32  # stop strings of a request
 MAX_STOP_LENGTH = 1024  # characters of a stop string
-MAX_ID_DIGITS = 18  # of a token id as a string
+MAX_ID_DIGITS = 18  # digits of a token id that is a string
 BIASES = "numbers from -100 to 100 by token id"
 STOPS = f"up to {MAX_STOPS} non-empty strings of up to {MAX_STOP_LENGTH} characters"
 
@@ -21,6 +21,9 @@ STOPS = f"up to {MAX_STOPS} non-empty strings of up to {MAX_STOP_LENGTH} charact
 @dataclass(frozen=True)
 class SamplingParams:
     """The parameters that say how the tokens of a continuation are chosen and when it ends.
+
+    They are applied in this order: logit_bias, repetition_penalty, frequency_penalty, presence_penalty, then,
+    unless decoding is greedy, temperature, top_k, top_p, min_p.
 
     Attributes
     ----------
@@ -47,18 +50,18 @@ class SamplingParams:
     min_p : float
         Choose only among tokens whose probability is at least min_p times that of the most probable one.
         (Nguyen et al., Turning Up the Heat: Min-p Sampling, 2024, section 3.)
-    presence_penalty, frequency_penalty : float
-        From -2 to 2: subtracted from the logit of each token that the continuation already has, once and once
-        for each time. (Defined in the API of OpenAI.)
+    presence_penalty : float
+        A number from -2 to 2 to subtract from the logit of each token that the continuation already has.
+    frequency_penalty : float
+        A number from -2 to 2 to subtract from a token's logit for each time that the continuation has it.
     repetition_penalty : float
-        The divisor of a positive logit, and factor of a negative one, of each token that the prompt or the
-        continuation already has; 1 changes nothing. (Keskar et al., CTRL, 2019, section 4.1.)
+        A number from 0.01 to 100 by which the positive logits of tokens that the prompt or the continuation
+        already has are divided, and the negative ones multiplied. (Keskar et al., CTRL, 2019, section 4.1.)
     logit_bias : dict of int to float, or None
-        Numbers from -100 to 100, by token id, that are added to the logits of these tokens. The ids may be
-        strings of digits, as in JSON.
+        Numbers from -100 to 100 to add to logits, by token id. An id may be a string of digits, as in JSON.
     prompt_logprobs : int or None
-        Return the log-probabilities of the prompt's tokens as `logprobs` does for new ones. `LLM` and the
-        server support this.
+        Return the log-probabilities of the prompt's tokens as `logprobs` does for new ones. Only the engine
+        computes them, for `LLM` and the server; `generate.generate` does not.
 
     Raises
     ------
@@ -78,7 +81,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] | None = field(default=None, hash=False)
+    logit_bias: dict[int, float] | None = field(default=None, hash=False)  # a dict has no hash
     prompt_logprobs: int | None = None
 
     def __post_init__(self):
@@ -104,13 +107,13 @@ class SamplingParams:
 
     @property
     def changes_logits(self):
-        """True if logits are changed before a token is chosen from them; see `changed_logits`."""
+        """True if `changed_logits` has to change logits before a token is chosen from them."""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         return bool(penalties or self.logit_bias)
 
     @property
     def needs_host(self):
-        """True if a GPU cannot choose the tokens itself, because it does not have all of these options."""
+        """True if the host must choose the tokens, because a GPU does not support all of these parameters."""
         return self.logprobs is not None or self.min_p > 0 or self.changes_logits
 
     def _check(self, name, types, is_valid, expected):
@@ -140,19 +143,19 @@ class SamplingFields(TypedDict, total=False):
 
 
 def are_stops(values):
-    """Return whether the values are valid stop strings, and not too many or too long."""
+    """Return whether the values are valid stop strings, neither too many nor too long."""
     return len(values) <= MAX_STOPS and all(
         isinstance(value, str) and 0 < len(value) <= MAX_STOP_LENGTH for value in values
     )
 
 
 def are_biases(biases):
-    """Return whether a dict has token ids, or strings of digits, with numbers from -100 to 100."""
+    """Return whether a dict has only numbers from -100 to 100, by token id."""
     return all(is_token_id(token) and is_bias(bias) for token, bias in biases.items())
 
 
 def is_token_id(value):
-    """Return whether a value is a whole number that is not negative, or a string of ASCII digits."""
+    """Return whether a value is a token id: a whole number that is not negative, or a string of digits."""
     if isinstance(value, str):
         return value.isascii() and value.isdecimal() and len(value) <= MAX_ID_DIGITS
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
@@ -180,7 +183,7 @@ class Sampler:
 
     def __init__(self, params, prompt_ids=()):
         self._params, self._prompt_ids = params, prompt_ids
-        self._counts = self._seen = None
+        self._counts = self._seen = None  # see changed_logits; made once V is known
         self.seed = None
         if params.temperature > 0:
             self.seed = secrets.randbits(32) if params.seed is None else params.seed
@@ -200,6 +203,7 @@ class Sampler:
         return token
 
     def _choose(self, logits):
+        """Choose a token id from logits [V] as they are."""
         if self._params.temperature == 0:
             return int(np.argmax(logits))
         probs = token_probabilities(logits, self._params)  # [V]
@@ -220,7 +224,7 @@ def changed_logits(logits, params, counts, seen):
     logits : float32 [V]
     params : SamplingParams
     counts : int32 [V]
-        The number of times that the continuation has each token.
+        The number of times that each token is in the continuation.
     seen : bool [V]
         True for tokens of the prompt or the continuation.
 
@@ -266,7 +270,7 @@ def token_probabilities(logits, params):
         needed = int(np.searchsorted(np.cumsum(probs), params.top_p)) + 1
         probs = probs[:needed] / probs[:needed].sum()  # [needed]
     if params.min_p > 0:
-        probs = probs[probs >= params.min_p * probs[0]]  # [kept], a beginning of probs
+        probs = probs[probs >= params.min_p * probs[0]]  # [likely], the first ones
         probs /= probs.sum()
     result = np.zeros(len(logits))  # [V]
     result[order[: len(probs)]] = probs

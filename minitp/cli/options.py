@@ -60,38 +60,7 @@ def add_sampling(parser, max_new_tokens):
         help="nucleus sampling: sample from the smallest set of most probable tokens whose total probability "
         "is at least P (default: 1)",
     )
-    group.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="sample only from tokens with at least P times the probability of the most probable one "
-        "(default: 0)",
-    )
-    for name in ("presence", "frequency"):
-        times = {"presence": "once", "frequency": "once for each time"}[name]
-        group.add_argument(
-            f"--{name}-penalty",
-            type=float,
-            default=0.0,
-            metavar="X",
-            help=f"subtract X, from -2 to 2, {times} from the logit of a token that the output already has "
-            "(default: 0)",
-        )
-    group.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="divide a positive logit, or multiply a negative one, by X if the prompt or the output already "
-        "has the token (default: 1)",
-    )
-    group.add_argument(
-        "--logit-bias",
-        type=json_object,
-        metavar="JSON",
-        help="numbers from -100 to 100 to add to logits, by token id, as in '{\"13\": -100}' (default: none)",
-    )
+    add_penalties(group)
     group.add_argument(
         "--seed",
         type=int,
@@ -113,6 +82,48 @@ def add_sampling(parser, max_new_tokens):
     )
 
 
+def add_penalties(group):
+    """Add min-p, the penalties, and the logit bias to the options of sampling."""
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="sample only from tokens with at least P times the probability of the most probable one "
+        "(default: 0)",
+    )
+    group.add_argument(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="subtract X, from -2 to 2, from the logit of each token that the output already has "
+        "(default: 0)",
+    )
+    group.add_argument(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="subtract X, from -2 to 2, from a token's logit for each time that the output already has it "
+        "(default: 0)",
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="for tokens that the prompt or the output already has, divide positive logits by X, from 0.01 "
+        "to 100, and multiply negative ones by X; above 1 reduces repetition (default: 1)",
+    )
+    group.add_argument(
+        "--logit-bias",
+        type=json_object('{"13": -100}'),
+        metavar="JSON",
+        help="numbers from -100 to 100 to add to logits, by token id, as in '{\"13\": -100}' (default: none)",
+    )
+
+
 def add_max_context(parser):
     parser.groups["model"].add_argument(
         "--max-context",
@@ -126,7 +137,7 @@ def add_max_context(parser):
 def add_chat_template_kwargs(parser, group):
     parser.groups[group].add_argument(
         "--chat-template-kwargs",
-        type=json_object,
+        type=json_object('{"enable_thinking": false}'),
         metavar="JSON",
         help="variables of the model's chat template, as in '{\"enable_thinking\": false}' for Qwen 3 "
         "(default: none)",
@@ -241,15 +252,19 @@ def token_ids(text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected numbers and commas, as in 1,2,3") from None
 
 
-def json_object(text):
-    """Parse the value of an option that is a JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r:.100}: expected a JSON object, as in '{{\"name\": true}}'")
-    return value
+def json_object(example):
+    """Return the parser of an option that is a JSON object; its error message shows `example`."""
+
+    def parse(text):
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise argparse.ArgumentTypeError(f"{text!r:.100}: expected a JSON object, as in '{example}'")
+        return value
+
+    return parse
 
 
 def llm_options(args, tp):

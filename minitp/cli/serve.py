@@ -115,8 +115,8 @@ def add_server(parser):
         "--allow-origin",
         action="append",
         metavar="ORIGIN",
-        help="allow web pages of this origin, such as https://example.com, to send requests; repeatable; * "
-        "for all origins (default: none but the chat page)",
+        help="allow web pages of this origin, such as https://example.com, to send requests; * for all "
+        "origins; can be repeated (default: only the chat page)",
     )
     group.add_argument(
         "--max-queue",

@@ -42,10 +42,10 @@ def run_engine(options, comm, caller):
         tokenizer = source.tokenizer() if comm.rank == 0 else None
         eos_token_ids = source.eos_token_ids(tokenizer)
     times = RankTimes(comm_seconds=None if device.is_gpu else 0.0)
-    report_times(comm, caller, times)
-    holdings = comm.allgather_object(describe_rank(engine))
+    report_times(comm, caller, times)  # so that the caller has times as soon as the ranks are ready
+    parts = comm.allgather_object(describe_rank(engine))
     if comm.rank == 0:
-        description = describe(options, engine, context, holdings)
+        description = describe(options, engine, context, parts)
         caller.send({"ready": description, "load": engine.scheduler.load()})
 
     def make_request(prompt_ids, params):
@@ -82,7 +82,7 @@ class LoadProgress:
 
 
 def describe_rank(engine):
-    """Return what this rank holds: its heads, each as [start, stop], and its bytes."""
+    """Return this rank's part of the model: the ranges [start, stop] of its heads, and its bytes."""
     model = engine.model
     rank, plan = model.comm.rank, model.plan
     return {
@@ -94,8 +94,8 @@ def describe_rank(engine):
     }
 
 
-def describe(options, engine, context, holdings):
-    """Return the settings and sizes of the ranks, for the caller; `holdings` has each describe_rank."""
+def describe(options, engine, context, parts):
+    """Return the settings and sizes of the ranks, for the caller; `parts` has describe_rank of each rank."""
     return {
         "tp": engine.model.comm.size,
         "dtype": engine.model.device.dtype.name,
@@ -107,5 +107,5 @@ def describe(options, engine, context, holdings):
         "max_tokens_per_step": options.max_tokens_per_step,
         "weight_bytes_per_rank": engine.model.weights.nbytes,
         "cache_bytes_per_rank": engine.pool.nbytes,
-        "ranks": holdings,
+        "ranks": parts,
     }

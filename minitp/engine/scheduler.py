@@ -6,8 +6,8 @@ still has room for, and then waiting sequences. If no block is free, the younges
 blocks are freed, and it waits. It starts again later, with its generated tokens as part of the prompt, which
 gives the same result.
 
-A request may ask for the log-probabilities of its prompt's tokens. Then every position of the prompt is
-computed, instead of being taken from the prefix cache, and gets logits.
+A request may ask for the log-probabilities of its prompt's tokens. They need the logits of every position of
+the prompt, and the prefix cache has only keys and values, so these positions are computed in any case.
 """
 
 from dataclasses import dataclass, field
@@ -102,8 +102,7 @@ class Scheduler:
         if request.positions > room:
             raise InputError(
                 f"the prompt and the new tokens need up to {counted(request.positions, 'position')}, but the "
-                "cache has "
-                f"only {room}; ask for fewer new tokens"
+                f"cache has only {room}; ask for fewer new tokens"
             )
         keys = block_keys(request.prompt_ids, self.allocator.block_size)
         self.waiting.append(Sequence(self._arrived, request, list(request.prompt_ids), block_keys=keys))
@@ -143,7 +142,7 @@ class Scheduler:
         return self._batch()
 
     def commit(self, batch, logits):
-        """Sample the next token of each sequence that gets one, and score the prompts that ask for it.
+        """Sample the next token of each sequence that gets one, and score prompts whose requests ask for it.
 
         Parameters
         ----------
@@ -202,7 +201,7 @@ class Scheduler:
             sequence = self.waiting[0]
             size = self.allocator.block_size
             sequence.block_keys = block_keys(sequence.token_ids, size, sequence.block_keys)
-            # The last token is always computed, for its logits; so are positions that score the prompt.
+            # The last token is always computed, for its logits, and so are positions that score the prompt.
             scored = sequence.request.positions_to_score(0, len(sequence.token_ids))
             reusable = scored.start if scored else len(sequence.token_ids) - 1
             cached = self.allocator.lookup(sequence.block_keys[: reusable // size])

@@ -20,7 +20,7 @@ from minitp.request import Request
 from minitp.sampling import SamplingParams
 
 MESSAGES_SECONDS = 0.02  # time for messages between two batches
-BATCHES = 100  # number of batches after which the ranks report their times, even if there are more
+BATCHES = 100  # maximum number of batches in a series, after which the ranks report their times
 
 
 @dataclass
@@ -33,7 +33,7 @@ class RankTimes:
         The time in all-reduces and all-gathers, including waiting for other ranks; None on a GPU, where the
         host only launches them.
     busy_seconds : float
-        The whole time, from the first batch of a series to the end of its last one.
+        The time of all series of consecutive batches, from the start of a series to its end.
     """
 
     comm_seconds: float | None = 0.0
@@ -51,7 +51,7 @@ def serve(engine, caller, make_request, times):
     make_request : callable
         make_request(prompt_ids, params) -> Request.
     times : RankTimes
-        The times of this rank, which are reported after each series of batches.
+        The times of this rank, which are reported after each series of consecutive batches.
     """
     comm = engine.model.comm
     loop = RequestLoop(engine, caller, make_request) if comm.rank == 0 else None
@@ -65,7 +65,7 @@ def serve(engine, caller, make_request, times):
 
 
 def run_batches(engine, loop):
-    """Run batches until there is no work, but at most BATCHES of them; all ranks run the same number."""
+    """Run a series of at most BATCHES batches, until there is no work; all ranks run the same number."""
     for _ in range(BATCHES):
         advanced = engine.run_batch()
         if advanced is None:

@@ -8,11 +8,11 @@ from minitp.text.tokenizer_config import read_object, read_tokenizer_config, spe
 from minitp.util.files import why_unreadable
 
 EXPECTED = "messages must be a list of objects with the strings role (system, user, assistant) and content"
-# What a template's caller sets, in addition to special tokens and keyword arguments.
+# Variables that minitp sets itself; those of chat_template_kwargs must have other names.
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning, in clients
 CALLS = ("tool_calls", "function_call", "audio")  # content of a message that is not text
-# Added to a message that the answer continues. A template that strips messages drops the space at its end.
+# Text added to a message that the answer continues. A template that strips messages drops the final space.
 MARKER = "THE-FINAL-MESSAGE-ENDS-HERE "
 
 
@@ -137,8 +137,8 @@ class ChatTemplate:
         add_generation_prompt : bool, optional
             End with the header of the assistant's answer; by default if no message is continued.
         continue_final_message : bool
-            End with the content of the final message, which the answer continues. Only spaces at the end of
-            the content are left out if the template does so.
+            End with the content of the final message, which the answer continues. Spaces at the end of the
+            content are left out only if the template strips messages.
 
         Raises
         ------
@@ -192,7 +192,7 @@ class ChatTemplate:
 
 
 def present_fields(message):
-    """Return a message without the fields that are None or have no calls, and with a content."""
+    """Return a message without fields that are None or empty calls; absent content becomes an empty text."""
     present = {
         key: value for key, value in message.items() if value is not None and (value or key not in CALLS)
     }
@@ -200,7 +200,7 @@ def present_fields(message):
 
 
 def with_reasoning(message):
-    """Return a message whose reasoning has the names that templates use, as in Hugging Face's library."""
+    """Return a message whose reasoning has each name that templates use, as in transformers."""
     for name in REASONING:
         if name in message:
             return {"thinking": message[name], **message, "reasoning_content": message[name]}
@@ -208,7 +208,7 @@ def with_reasoning(message):
 
 
 def check_variables(variables):
-    """Reject variables of a template that are not its user's to set."""
+    """Reject variables of a template that minitp sets itself."""
     for name in RESERVED:
         if name in variables:
             raise InputError(f"chat_template_kwargs has {name!r}, which minitp sets itself; leave it out")

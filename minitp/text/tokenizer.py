@@ -7,8 +7,8 @@ from pathlib import Path
 from minitp.errors import InputError, shown
 from minitp.text.tokenizer_config import named_tokens, read_tokenizer_config, token_text, unnamed_tokens
 
-FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")  # of an added token
-REPLACEMENT = "\ufffd"  # an incomplete character decodes to it
+FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")  # flags of an added token
+REPLACEMENT = "\ufffd"  # the text of an incomplete character
 LONG_TEXT = 10_000  # characters, which take milliseconds to tokenize
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # the name of a byte in vocabularies of SentencePiece
 
@@ -120,7 +120,7 @@ class Tokenizer:
         return twice[len(once) :]
 
     def token_bytes(self, token_id):
-        """Return the bytes of a token in the middle of a text; several tokens may share a character."""
+        """Return the bytes of a token in the middle of a text, which may be only a part of a character."""
         text, name = self.token_text(token_id), self._tokenizer.id_to_token(token_id)
         if REPLACEMENT in text and BYTE_TOKEN.fullmatch(name):
             return bytes.fromhex(name[3:5])
@@ -129,7 +129,7 @@ class Tokenizer:
         return text.encode()
 
     def is_special(self, token_id):
-        """Return whether `decode` leaves out a token."""
+        """Return whether a token is special, so that `decode` leaves it out by default."""
         return token_id in self._special_ids
 
     @cached_property
@@ -138,7 +138,7 @@ class Tokenizer:
         return {number for number, token in added if token.special}
 
     def vocabulary_texts(self, token_ids):
-        """Return tokens as they are in the vocabulary, as in "ĠHello"; None for an id without a token."""
+        """Return the names of tokens in the vocabulary, such as "ĠHello"; None for an id without a token."""
         return [self._tokenizer.id_to_token(token) for token in token_ids]
 
     def decode(self, token_ids, skip_special_tokens=True):
