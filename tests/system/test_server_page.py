@@ -107,12 +107,12 @@ def test_a_conversation_equals_that_of_the_api(page, server):
     assert page.texts(".user .text") == ["Hello\nthere", "And then?"]
     assert page.answers() == [text_of(first), text_of(second)]
     assert page.value("#box") == ""
-    for told, answer in zip(page.texts(".told"), (first, second), strict=True):
+    for stats, answer in zip(page.texts(".stats"), (first, second), strict=True):
         of_prompt = answer["usage"]["prompt_tokens"]
         assert re.fullmatch(
             rf"24 tokens\s· \d+\.\d tok/s\s· first token \d+\.\d+ s\s· prompt of {of_prompt} tokens"
             r"\s· cut off at max tokens",
-            told,
+            stats,
         )
     page.click("#new")
     page.wait("!document.querySelector('article')")
@@ -152,7 +152,7 @@ def test_the_temperature_is_sent(page):
 @pytest.mark.parametrize("button", ["#stop", "#new"])
 def test_an_answer_is_shown_as_it_comes_until_it_is_stopped(page, server, button):
     page.send("Hello")
-    page.wait("/\\d tokens?.* tok\\/s.*first token/.test(document.querySelector('.told')?.textContent)")
+    page.wait("/\\d tokens?.* tok\\/s.*first token/.test(document.querySelector('.stats')?.textContent)")
     early = page.text(".assistant .text")
     assert early
     page.wait(f"document.querySelector('.assistant .text').textContent.length > {len(early)}")
@@ -167,7 +167,7 @@ def test_an_answer_is_shown_as_it_comes_until_it_is_stopped(page, server, button
         time.sleep(0.02)
     assert page.value("#box") == "not yet"
     if button == "#stop":
-        assert page.text(".told").startswith("stopped")
+        assert page.text(".stats").startswith("stopped")
         assert text_of(asked(server, "Hello", max_tokens=1)) == page.answers()[0][0]
     page.wait(f"document.querySelectorAll('article').length === {2 if button == '#stop' else 0}")
     assert page.texts(".error") == [""]  # the empty error of the key form
@@ -251,7 +251,7 @@ def test_the_state_of_the_server_is_shown(page):
     page.wait_for("#state", "loading")  # the page polls
     page.run("for (let timer = 0; timer < 10_000; timer++) clearTimeout(timer)")  # stops the polling
     fake_health("draining")
-    page.run("look()")
+    page.run("checkHealth()")
     assert page.text("#state") == "shutting down"
     fake_health("failed")
     failed = ApiError(503, "the model has failed; the server is shutting down")
@@ -267,15 +267,15 @@ def test_the_key_is_asked_for_and_the_end_of_the_server_is_shown(browser, direct
     browser.open(server.url)
     browser.wait_for("#state", "ready")
     browser.wait("document.querySelector('#key-form').checkVisibility()")
-    assert browser.text("#key-told") == ""
+    assert browser.text("#key-error") == ""
     browser.type("wrong", "#key")
     browser.press_enter()
-    browser.wait_for("#key-told", "the API key is missing or wrong")
+    browser.wait_for("#key-error", "the API key is missing or wrong")
     browser.type("sesame", "#key")
     browser.press_enter()
     browser.wait_for("#model", "chatty")
     assert not browser.is_shown("#key-form")
-    browser.wait_for("#ranks-told", "1 rank, no collectives")
+    browser.wait_for("#ranks-summary", "1 rank, no collectives")
     assert httpx.get(f"{server.url}/ranks").status_code == 401
     browser.open(server.url)  # the key is still known
     browser.wait_for("#model", "chatty")
@@ -283,7 +283,7 @@ def test_the_key_is_asked_for_and_the_end_of_the_server_is_shown(browser, direct
     browser.fill("#most", "3")
     browser.send("Hello")
     browser.wait_for_answer()
-    assert browser.text(".told").startswith("3 tokens\u00a0· ")
+    assert browser.text(".stats").startswith("3 tokens\u00a0· ")
     server.stop()
     browser.send("Anybody there?")
     browser.wait_for("#log > .error", "Error: the server cannot be reached")
@@ -348,10 +348,10 @@ def test_the_system_prompt_is_used_from_the_next_message_on(page):
     page.send("One")
     page.wait_for_answer()
     assert not page.is_shown("#system")
-    page.click("#system-told")
+    page.click("#system-summary")
     page.type("Be brief.", "#system")
-    page.click("#system-told")
-    assert page.text("#system-told") == "System prompt (in use)"
+    page.click("#system-summary")
+    assert page.text("#system-summary") == "System prompt (in use)"
     page.send("Two")
     page.wait_for_answer()
     page.click("#new")
@@ -359,7 +359,7 @@ def test_the_system_prompt_is_used_from_the_next_message_on(page):
     page.send("Three")
     page.wait_for_answer()
     page.run("system.value = ''; system.dispatchEvent(new Event('input')); null")
-    assert page.text("#system-told") == "System prompt"
+    assert page.text("#system-summary") == "System prompt"
     page.click(".again")
     page.wait_for_answer()
     sent = [[one["content"] for one in body["messages"]] for body in page.run("sent")]
@@ -377,7 +377,7 @@ def test_an_empty_conversation_says_what_runs_and_offers_prompts(page):
     page.run("document.querySelectorAll('#prompts button')[1].click()")
     page.wait_for_answer()
     assert page.texts(".user") == [prompts[1]]
-    assert page.text(".told").startswith("2 tokens\u00a0· ")
+    assert page.text(".stats").startswith("2 tokens\u00a0· ")
     assert page.value("#box") == "a draft"
     assert not page.is_shown("#hint")
     page.click("#new")
@@ -401,7 +401,7 @@ def holding(tp, comm_seconds=0.5):
 
 @needs_chromium
 def test_the_parts_and_times_of_the_ranks_are_shown(page, server):
-    page.wait_for("#ranks-told", "3 ranks")
+    page.wait_for("#ranks-summary", "3 ranks")
     page.fill("#most", "150")
     page.send("Hello")
     page.wait_for_answer()
@@ -415,7 +415,7 @@ def test_the_parts_and_times_of_the_ranks_are_shown(page, server):
     shown = "[...document.querySelectorAll('.share')].map(one => one.textContent).join()"
     expected = ",".join(f"{share:.0%} in collectives" for share in shares)
     page.wait(f"{shown} === {json.dumps(expected)}")
-    assert page.text("#ranks-told") == f"3 ranks, {sum(shares) / 3:.0%} of their time in collectives"
+    assert page.text("#ranks-summary") == f"3 ranks, {sum(shares) / 3:.0%} of their time in collectives"
     held = [line.split("kB ")[0].rsplit(" ", 2)[0] for line in page.texts("#ranks-list li")]
     assert held == ["rank 0 heads 0-1, KV 0", "rank 1 head 2, KV 1", "rank 2 head 3, KV 1"]
     metrics = httpx.get(f"{server.url}/metrics").text
@@ -443,7 +443,7 @@ def test_many_ranks_fit(page, width, tp):
 @needs_chromium
 def test_what_is_not_known_of_the_ranks_is_said(page):
     page.run(f"showRanks({json.dumps(holding(2, comm_seconds=None))})")
-    assert page.text("#ranks-told") == "2 ranks, time in collectives not measured on GPUs"
+    assert page.text("#ranks-summary") == "2 ranks, time in collectives not measured on GPUs"
     assert page.text("#about") == "chatty on 2 ranks, float16, context of 1 token"
     problem = "chatty has no tokenizer.json, so it cannot chat"
     page.run(f"showRanks({json.dumps({**holding(1), 'chat_error': problem})})")

@@ -1,8 +1,8 @@
 // ---- the conversation ----
-const RANKS_MS = 300;  // time until the ranks have told rank 0 about their last batches
-let messages = [];     // the conversation, as the API takes it, without the system prompt
+const RANKS_MS = 300;  // time for the ranks to report the times of their last batches to rank 0
+let messages = [];     // the conversation, in the form of the API, without the system prompt
 
-async function receive(asked, signal) {  // shows the answer to the messages; returns whether there is one
+async function receive(asked, signal) {  // shows the answer to the messages `asked`; returns whether there is one
   $('hint').hidden = true;
   $('log').querySelectorAll(':scope > .error').forEach(old => old.remove());
   const answer = new Answer(), system = $('system').value.trim();
@@ -11,10 +11,10 @@ async function receive(asked, signal) {  // shows the answer to the messages; re
   const most = $('most').valueAsNumber || undefined;
   let end, error;
   try {
-    if (!model) await learnModel();
+    if (!model) await loadModel();
     const sent = system ? [{ role: 'system', content: system }, ...asked] : asked;
     const body = { messages: sent, temperature: $('temperature').valueAsNumber, max_tokens: most };
-    end = await stream(body, signal, piece => answer.take(piece));
+    end = await stream(body, signal, piece => answer.add(piece));
   } catch (failure) { error = failure; }
   clearInterval(drawing);
   answer.finish(end ? answer.summary(end, most) : (signal.aborted ? `stopped${DOT}` : '') + answer.progress());
@@ -23,9 +23,9 @@ async function receive(asked, signal) {  // shows the answer to the messages; re
   else answer.article.remove();
   if (!end && !signal.aborted) {
     scrollAlong(() => (answer.text ? answer.article : $('log')).append(h('p', { className: 'error' }, `Error: ${error.message}`)));
-    look();
+    checkHealth();
   }
-  setTimeout(() => learnRanks().catch(() => {}), RANKS_MS);
+  setTimeout(() => loadRanks().catch(() => {}), RANKS_MS);
   return isAnswered;
 }
 async function ask(content, signal) {
@@ -40,7 +40,7 @@ async function regenerate(signal) {  // replaces the last answer, once another o
   if (await receive(messages.slice(0, -1), signal)) old.remove();
   else old.hidden = false;
 }
-async function run(work) {  // one answer at a time
+async function run(work) {  // runs work(signal) unless an answer is arriving
   if (running || !$('form').reportValidity()) return;
   const abort = new AbortController(), done = work(abort.signal);
   setRunning({ abort, done });
@@ -82,6 +82,6 @@ $('new').addEventListener('click', async () => {
   $('box').focus();
 });
 $('system').addEventListener('input', () => {
-  $('system-told').textContent = $('system').value.trim() ? 'System prompt (in use)' : 'System prompt';
+  $('system-summary').textContent = $('system').value.trim() ? 'System prompt (in use)' : 'System prompt';
 });
-(async function watch() { await look(); setTimeout(watch, POLL_MS); })();
+(async function watch() { await checkHealth(); setTimeout(watch, POLL_MS); })();

@@ -2,7 +2,7 @@
 const FENCE = /^ *(`{3,}|~{3,})([^`]*)$/, HEADING = /^ {0,3}(#{1,6})\s+(\S.*)$/, RULE = /^ {0,3}(?:([-*_]) *)(?:\1 *){2,}$/;
 const ITEM = /^(\s*)(?!(?:[-*_] *){3,}$)([-*+•]|\d{1,9}[.)])( +|$)/;
 const BEGINNING = /^\s*(?:[-*_]+|[+•]|\d{1,9}[.)]?|#{1,6}|`+|~+)?\s*$/;  // a last line that may still become any block
-const DEEPEST = 8;  // lists within lists; what is deeper is text
+const DEEPEST = 8;  // levels of lists within lists; deeper ones are shown as text
 
 function h(tag, properties, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
@@ -12,7 +12,7 @@ function h(tag, properties, ...children) {
 const indentation = line => line.search(/\S|$/);
 const startsBlock = line => [FENCE, HEADING, RULE, ITEM].some(pattern => pattern.test(line));
 
-class Markdown {  // shows a text that grows: only its last block is drawn again, the others are left alone
+class Markdown {  // shows a growing text: only its last block is drawn again
   constructor(parent) { Object.assign(this, { parent, from: 0, done: 0 }); }
   show(text, isOpen) {  // `isOpen`: more text will follow, so the end of it may be half of a marker
     const lines = text.slice(this.from).split('\n');
@@ -88,7 +88,7 @@ const MARKER = /\\([\\`*_~#+\-.!>])|(`+)|(\*+|_+)/g, isWord = text => /[\p{L}\p{
 function inline(text, isOpen) {  // code, bold and italics; a marker without its other half formats what follows if `isOpen`, else it is text
   const root = document.createDocumentFragment(), open = [];  // open: markers without their other half so far, the outermost first
   const put = part => part && (open.at(-1)?.node ?? root).append(part);
-  const close = i => open.splice(i).slice(1).forEach(unwrap);  // those within the i-th have no other half
+  const close = i => open.splice(i).slice(1).forEach(unwrap);  // markers within the i-th have no other half
   let end = text.length, at = 0;
   while (isOpen && '*_`\\'.includes(text[end - 1] ?? '-')) end--;  // they may be half of a marker
   text = text.slice(0, end);
@@ -103,7 +103,7 @@ function inline(text, isOpen) {  // code, bold and italics; a marker without its
   }
   function emphasis(run, before, after) {
     if (run.length > 3) return put(run);
-    const isWhole = run[0] === '_';  // it is no marker within a word
+    const isWhole = run[0] === '_';  // within a word, _ is not a marker
     const opens = !isSpace(after) && !(isWhole && isWord(before)), closes = !isSpace(before) && !(isWhole && isWord(after));
     let left = run.length;
     for (let i = open.length - 1; closes && left && i >= 0; i--) {

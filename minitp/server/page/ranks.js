@@ -1,7 +1,7 @@
 // ---- the ranks, and the empty conversation ----
 const PROMPTS = ['What is the capital of France?', 'List three tips for better sleep.', 'Write a Python function that adds two numbers.'];
-const FEW = 4, NARROW_PX = 600;  // on a narrow window, more ranks are folded at first
-let areRanksKnown = false, isFirst = true;
+const FEW = 4, NARROW_PX = 600;  // in a narrow window, a longer list of ranks is closed at first
+let areRanksKnown = false, isFirst = true;  // isFirst: the list has not been shown yet
 
 const counted = (count, noun) => `${count} ${noun}${count === 1 ? '' : 's'}`;
 const range = ([start, stop]) => (stop - start === 1 ? `${start}` : `${start}-${stop - 1}`);
@@ -17,7 +17,7 @@ function rankItem(rank, tp) {
   const heads = range(rank.query_heads), held = `head${/-/.test(heads) ? 's' : ''} ${heads}, KV ${range(rank.kv_heads)}`;
   const share = tp === 1 ? null : shareOf(rank);
   const item = h('li', {}, ...[`rank ${rank.rank}`, held, bytes(rank.weight_bytes)].map(text => h('span', {}, `${text} `)));
-  if (share !== null) item.append(h('span', { className: 'share' }, percent(share), h('span', { className: 'away' }, ' in collectives')));
+  if (share !== null) item.append(h('span', { className: 'share' }, percent(share), h('span', { className: 'visually-hidden' }, ' in collectives')));
   item.style.setProperty('--share', percent(share ?? 0));
   return item;
 }
@@ -28,7 +28,7 @@ function timeOfAll(tp, ranks) {
   return shares.length ? `, ${percent(sum / shares.length)} of their time in collectives` : '';
 }
 function showRanks({ model: name, tp, dtype, context, ranks, chat_error: problem }) {
-  $('ranks-told').textContent = counted(tp, 'rank') + timeOfAll(tp, ranks);
+  $('ranks-summary').textContent = counted(tp, 'rank') + timeOfAll(tp, ranks);
   $('ranks-list').replaceChildren(...ranks.map(rank => rankItem(rank, tp)));
   if (isFirst) $('ranks').open = tp <= FEW || innerWidth > NARROW_PX;
   $('ranks').hidden = isFirst = false;

@@ -10,34 +10,34 @@ async function api(path, options) {
   if (key) headers.Authorization = `Bearer ${key}`;
   const answer = await fetch(path, { headers, ...options }).catch(() => { throw new Error('the server cannot be reached'); });
   if (answer.ok) return answer;
-  const told = await answer.json().catch(() => null);
-  const message = told?.error?.message ?? `the server answered ${answer.status} ${answer.statusText}`;
+  const body = await answer.json().catch(() => null);
+  const message = body?.error?.message ?? `the server answered ${answer.status} ${answer.statusText}`;
   if (answer.status === 401) askForKey(key ? message : '');
   if (answer.status === 404) model = null;  // the server may have been restarted with another model
   throw new Error(message);
 }
-async function learnModel() {
+async function loadModel() {
   model = (await (await api('v1/models')).json()).data[0].id;
   $('key-form').hidden = true;
   $('model').textContent = model;
   document.title = `${model} · minitp`;
 }
-async function learnRanks() {
+async function loadRanks() {
   showRanks(await (await api('ranks')).json());
 }
-async function look() {
-  const asked = fetch('health', { cache: 'no-store', signal: AbortSignal.timeout(2 * POLL_MS) });
-  const now = await asked.then(answer => answer.json()).then(told => told.status).catch(() => 'gone');
+async function checkHealth() {
+  const response = fetch('health', { cache: 'no-store', signal: AbortSignal.timeout(2 * POLL_MS) });
+  const now = await response.then(answer => answer.json()).then(body => body.status).catch(() => 'gone');
   $('state').className = now === 'ok' ? 'good' : now === 'loading' ? '' : 'bad';
   const words = STATES[now] ?? now;
   if ($('state').textContent !== words) $('state').textContent = words;  // otherwise a screen reader repeats it each time
   if (now === 'gone') model = null;  // the server may return with another model
-  else if (!model && $('key-form').hidden) await learnModel().catch(() => {});
-  if (now !== 'ok') areRanksKnown = false;  // they may start again
-  else if (model && (running || !areRanksKnown)) await learnRanks().catch(() => {});
+  else if (!model && $('key-form').hidden) await loadModel().catch(() => {});
+  if (now !== 'ok') areRanksKnown = false;  // the ranks may be started again
+  else if (model && (running || !areRanksKnown)) await loadRanks().catch(() => {});
 }
 function askForKey(message) {
-  $('key-told').textContent = message;
+  $('key-error').textContent = message;
   $('key-form').hidden = false;
   $('key').focus();
 }
@@ -45,7 +45,7 @@ $('key-form').addEventListener('submit', event => {
   event.preventDefault();
   sessionStorage.setItem('key', $('key').value.trim());
   $('key').value = '';
-  learnModel().then(() => { $('box').focus(); look(); }, () => {});  // asks again if this key is also wrong
+  loadModel().then(() => { $('box').focus(); checkHealth(); }, () => {});  // asks again if this key is also wrong
 });
 async function* events(answer) {  // yields the data of server-sent events
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -57,14 +57,14 @@ async function* events(answer) {  // yields the data of server-sent events
     yield* parts.map(part => part.replace(/^data: ?/, ''));
   }
 }
-async function stream(asked, signal, take) {  // calls take(text) for each piece; returns the usage and the finish reason
-  const body = JSON.stringify({ ...asked, model, stream: true, stream_options: { include_usage: true } }), end = {};
+async function stream(fields, signal, onText) {  // calls onText(piece) for each piece; returns the usage and the finish reason
+  const body = JSON.stringify({ ...fields, model, stream: true, stream_options: { include_usage: true } }), end = {};
   for await (const data of events(await api('v1/chat/completions', { method: 'POST', body, signal }))) {
     if (data === '[DONE]') return end;
     const { error, choices, usage } = JSON.parse(data);
     if (error) throw new Error(error.message);
     if (usage) end.usage = usage;
     if (choices[0]?.finish_reason) end.reason = choices[0].finish_reason;
-    if (choices[0]?.delta.content) take(choices[0].delta.content);
+    if (choices[0]?.delta.content) onText(choices[0].delta.content);
   }
 }
