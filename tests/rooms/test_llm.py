@@ -163,7 +163,7 @@ def test_penalties_min_p_and_bias_give_the_same_tokens_as_alone(llm, model):
 
 
 def test_prompt_logprobs_are_those_that_the_tokens_have_as_continuations(llm):
-    """A token of the prompt has the log-probability that it has where the model generates it."""
+    """A token of a prompt has the same log-probability as when the model generates it."""
     text = llm.generate([1, 2], max_new_tokens=300, ignore_eos=True, logprobs=2)  # more than a batch scores
     again = llm.generate([1, 2, *text.token_ids], max_new_tokens=0, prompt_logprobs=2)
     assert (again.token_ids, again.text, again.finish_reason, again.cached_tokens) == ([], "", "length", 0)

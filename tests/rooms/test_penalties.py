@@ -1,4 +1,4 @@
-"""Tests of min-p, penalties and logit bias against a plain statement of each, and of scored prompts."""
+"""Tests of min-p, penalties and logit bias against their formulas, and of scored prompts."""
 
 from collections import Counter
 from dataclasses import replace
@@ -34,8 +34,8 @@ PENALTIES = {
 }
 
 
-def plain_logits(logits, prompt, new, params):
-    """Return the changed logits, token by token with float32 scalars."""
+def reference_logits(logits, prompt, new, params):
+    """Return the changed logits [V], computed one token at a time with float32 scalars."""
     changed, counts = [], Counter(new)
     for token, logit in enumerate(logits):
         logit += np.float32((params.logit_bias or {}).get(token, 0))
@@ -49,30 +49,28 @@ def plain_logits(logits, prompt, new, params):
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-def test_every_changed_logit_equals_that_of_the_plain_statement(name):
+def test_changed_logits_equal_the_reference(name):
     params, prompt, new = SamplingParams(**PENALTIES[name]), [3, 4, 5, 6], [5, 6, 7, 8, 7]
-    counts, seen = np.bincount(new, minlength=20).astype(np.int32), np.zeros(20, bool)
+    counts, seen = np.bincount(new, minlength=20).astype(np.int32), np.zeros(20, bool)  # [V], [V]
     seen[prompt + new] = True
     for seed in range(5):
-        logits = np.random.default_rng(seed).normal(scale=5, size=20).astype(np.float32)
+        logits = np.random.default_rng(seed).normal(scale=5, size=20).astype(np.float32)  # [V]
         changed = changed_logits(logits, params, counts, seen)
         assert changed.dtype == np.float32
-        assert np.array_equal(changed, plain_logits(logits, prompt, new, params))
+        assert np.array_equal(changed, reference_logits(logits, prompt, new, params))
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-def test_greedy_choices_equal_those_of_the_plain_statement(name):
+def test_greedy_choices_equal_the_argmax_of_the_reference(name):
     params, rng = SamplingParams(**PENALTIES[name]), np.random.default_rng(1)
     prompt, new, unchanged = [2, 2, 9, 11], [], []
     sampler = Sampler(params, prompt)
     for _ in range(60):
-        logits = rng.normal(scale=1.5, size=20).astype(np.float32)
+        logits = rng.normal(scale=1.5, size=20).astype(np.float32)  # [V]
         kept = logits.copy()
         token = sampler.choose(logits)
-        assert token == int(np.argmax(plain_logits(logits, prompt, new, params)))
-        assert np.array_equal(logits, kept), (
-            "the caller's logits, which logprobs are made from, are unchanged"
-        )
+        assert token == int(np.argmax(reference_logits(logits, prompt, new, params)))
+        assert np.array_equal(logits, kept), "log-probabilities need the caller's logits unchanged"
         new.append(token)
         unchanged.append(int(np.argmax(logits)))
     assert new != unchanged
@@ -80,13 +78,13 @@ def test_greedy_choices_equal_those_of_the_plain_statement(name):
 
 @pytest.mark.parametrize("name", PENALTIES)
 def test_draws_come_from_the_changed_logits(name):
-    """Each draw uses one random number, with the probabilities of the plain statement's logits."""
+    """Each draw uses one random number, with the probabilities of the reference logits."""
     params, rng = SamplingParams(temperature=0.9, seed=4, **PENALTIES[name]), np.random.default_rng(2)
     prompt, new, uniform = [5, 6], [], np.random.Generator(np.random.PCG64(4))
     sampler = Sampler(params, prompt)
     for _ in range(40):
-        logits = rng.normal(scale=2, size=20).astype(np.float32)
-        probs = token_probabilities(plain_logits(logits, prompt, new, params), params)
+        logits = rng.normal(scale=2, size=20).astype(np.float32)  # [V]
+        probs = token_probabilities(reference_logits(logits, prompt, new, params), params)
         expected = int(np.searchsorted(np.cumsum(probs), uniform.random() * probs.sum(), side="right"))
         new.append(sampler.choose(logits))
         assert new[-1] == expected
@@ -113,7 +111,7 @@ def test_min_p_of_one_keeps_all_equally_probable_tokens():
     assert probs.tolist() == [0.5, 0, 0.5]
 
 
-def test_min_p_uses_the_probabilities_after_temperature_and_counts_within_top_k_and_top_p():
+def test_min_p_is_applied_after_temperature_top_k_and_top_p():
     logits = np.log(np.array([0.5, 0.25, 0.15, 0.1], dtype=np.float32))
     # With temperature 0.5 the ratios to the best are squared: 1, 0.25, 0.09, 0.04.
     for options, kept in [
@@ -147,8 +145,8 @@ def fresh(request):
     return Request(request.params, (), request.prompt_ids, CONTEXT)
 
 
-def test_options_hold_in_batches_and_over_preemption(model):
-    """A preempted request goes on with the penalties of the tokens that it has."""
+def test_batches_and_preemption_do_not_change_the_tokens(model):
+    """A preempted request continues with the penalties of the tokens that it already has."""
     wanted = [
         Request(SamplingParams(max_new_tokens=30, **options), (), [10 + n, 20, 30], CONTEXT)
         for n, options in enumerate(MIXED)
@@ -158,13 +156,13 @@ def test_options_hold_in_batches_and_over_preemption(model):
     assert scheduler.num_preempted > 0
     assert [request.token_ids for request in wanted] == expected
     assert expected[3] == [65] * 30
-    assert {request.num_cached_tokens for request in wanted} == {0}, "a block of its own is no cached prompt"
+    assert {request.num_cached_tokens for request in wanted} == {0}, "its own blocks do not count"
     plain = [Request(SamplingParams(max_new_tokens=30), (), r.prompt_ids, CONTEXT) for r in wanted]
     assert all(list(generate(model, p.prompt_ids, p)) != e for p, e in zip(plain[:4], expected, strict=False))
 
 
 def test_logprobs_are_those_of_the_unchanged_logits(model):
-    """A bias that decides the choice leaves its log-probability as the model has it."""
+    """A bias that decides the choice does not change the reported log-probability."""
     free = Request(SamplingParams(max_new_tokens=1, logprobs=300), (), [1, 2], CONTEXT)
     list(generate(model, [1, 2], free))
     every = dict(free.logprobs[0][1])
@@ -180,7 +178,7 @@ def test_a_bias_on_a_token_that_the_model_lacks_is_rejected(model):
         run_requests(model, [request], 10, 4)
 
 
-# --- prompts of which every token is scored -------------------------------------------------------------
+# --- scored prompts --------------------------------------------------------------------------------------
 
 
 def scored_alone(model, prompt, top):
@@ -214,8 +212,8 @@ def assert_scores(found, expected):
         (22, {"max_tokens_per_step": 33}),  # preempts
     ],
 )
-def test_every_token_of_a_prompt_is_scored_whatever_the_cache_and_the_chunks(model, blocks, limits):
-    """Requests with and without scores share beginnings of prompts."""
+def test_every_token_of_a_prompt_is_scored_with_any_cache_and_chunks(model, blocks, limits):
+    """Requests whose prompts begin alike are scored or not, so that some find cached blocks."""
     rng = np.random.default_rng(5)
     common = rng.integers(0, 256, 24).tolist()
     prompts = [common + rng.integers(0, 256, n).tolist() for n in (1, 8, 25, 3)] + [[7], [7, 8]]
@@ -236,7 +234,7 @@ def test_every_token_of_a_prompt_is_scored_whatever_the_cache_and_the_chunks(mod
 
 
 def test_a_long_prompt_is_scored_in_parts_while_others_decode(model):
-    """The logits of one batch stay few, and a decoding sequence gets a token from each batch."""
+    """Each batch has few logits, and a decoding sequence gets a token from each batch."""
     long = Request(SamplingParams(max_new_tokens=0, prompt_logprobs=0), (), list(range(200)) * 2, CONTEXT)
     again = Request(long.params, (), long.prompt_ids[::-1], CONTEXT)
     other = Request(SamplingParams(max_new_tokens=20, ignore_eos=True), (), [1, 2, 3], CONTEXT)

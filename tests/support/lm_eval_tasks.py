@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 
 LIMIT_S = 120
-# After its answer, the next token is the end of the text, which must not count as the answer's last token.
+# The model ends its text after this answer. The end-of-text token must not count as part of the answer.
 CHAT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
 CHAT += "<|im_start|>assistant\nThe capital of France is"
 CHOICES = [
@@ -88,9 +88,15 @@ def run_lm_eval(command, folder):
 
 
 def log_likelihood(alone, context, ids):
-    """Return the log-likelihood of token ids after those of a context, and whether each is the best one."""
+    """Return the log-likelihood of token ids after a context, and whether each is the most probable token.
+
+    Parameters
+    ----------
+    alone : served.Reference
+    context, ids : list of int
+    """
     both, start = [*context, *ids], len(context)
     cache = alone.model.new_cache(len(both))
-    logits = alone.model.forward(both, cache, logits_at=slice(start - 1, -1)).astype(float)
+    logits = alone.model.forward(both, cache, logits_at=slice(start - 1, -1)).astype(float)  # [len(ids), V]
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))  # [len(ids), V]
     return logprobs[range(len(ids)), ids].sum(), logprobs.argmax(-1).tolist() == ids

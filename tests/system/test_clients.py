@@ -48,7 +48,7 @@ def installed(package):
 
 @pytest.fixture(scope="module", autouse=True)
 def offline():
-    """Let nothing but the server be reached, so that a client that downloads something fails."""
+    """Let clients reach only the server, so that one that downloads something fails."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in OFFLINE.items():
             patch.setenv(name, value)
@@ -178,11 +178,11 @@ def test_langchain_sampling_options(chat_model, text_model, alone):
     (paris,) = alone.tokenizer.encode(" Paris")
     assert "Paris" not in chat_model(logit_bias={str(paris): -100}).invoke(QUESTION).content
     assert text_model(logit_bias={"5": 0}).invoke(PROMPTS[0]) == text_model().invoke(PROMPTS[0])
-    laugh, penalties = "ha ha ha ha", {"presence_penalty": 1.0, "frequency_penalty": 1.0}
+    repetitive, penalties = "ha ha ha ha", {"presence_penalty": 1.0, "frequency_penalty": 1.0}
     other = {"repetition_penalty": 1.1, "min_p": 0.05, "top_k": 5}
-    penalized = text_model(**penalties, extra_body=other).invoke(laugh)
-    assert penalized == alone.text(laugh, max_new_tokens=6, **penalties, **other)
-    assert penalized != text_model().invoke(laugh)
+    penalized = text_model(**penalties, extra_body=other).invoke(repetitive)
+    assert penalized == alone.text(repetitive, max_new_tokens=6, **penalties, **other)
+    assert penalized != text_model().invoke(repetitive)
     ((*choices,),) = text_model(n=2, best_of=2, temperature=1).generate(PROMPTS[:1]).generations
     assert len(choices) == 2
 
@@ -210,8 +210,8 @@ def test_litellm_chat(lite):
     assert asyncio.run(asynchronous()) == (ANSWER, ANSWER)
     assert lite(model="hosted_vllm/smollm2", top_k=4).choices[0].message.content == ANSWER
     assert lite(stop=["Paris"]).choices[0].message.content == "The capital of France is "
-    for unspoken in ({}, {"tool_calls": []}):
-        messages = [*MESSAGES, {"role": "assistant", "content": None, **unspoken}, *MESSAGES]
+    for no_calls in ({}, {"tool_calls": []}):
+        messages = [*MESSAGES, {"role": "assistant", "content": None, **no_calls}, *MESSAGES]
         assert lite(messages=messages).choices[0].message.content
 
 
@@ -230,7 +230,7 @@ def test_litellm_completions(lite, alone):
     assert sum(rest) == pytest.approx(log_likelihood(alone, ids[:1], ids[1:])[0], abs=1e-3)
 
 
-# ---- Both
+# ---- LangChain and LiteLLM
 
 
 def test_a_prompt_that_exceeds_the_context(chat_model, lite, litellm):
@@ -253,9 +253,9 @@ def test_a_prompt_that_exceeds_the_context(chat_model, lite, litellm):
 def test_the_example_in_the_page(package, server, capsys):
     installed(package)
     (example,) = (code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if package in code)
-    here = example.replace("http://127.0.0.1:8000", server.url)
-    assert here != example
-    exec(here, {})
+    code = example.replace("http://127.0.0.1:8000", server.url)
+    assert code != example
+    exec(code, {})
     first, *_ = capsys.readouterr().out.splitlines()
     assert f"  # {first}\n" in example
 
@@ -264,7 +264,7 @@ def test_the_example_in_the_page(package, server, capsys):
 
 
 def test_lm_eval(server, alone, tmp_path):
-    """The page's command gives the log-likelihoods and texts of the model alone, with tasks of its own."""
+    """The page's command, with other tasks, gives the log-likelihoods and texts of the model alone."""
     installed("lm_eval")
     write_tasks(tmp_path)
     (example,) = re.findall(r"\$ (lm_eval .*?)\n```", PAGE, re.DOTALL)
@@ -283,7 +283,7 @@ def test_lm_eval(server, alone, tmp_path):
             assert greedy == str(expected_greedy)
             totals.append(expected)
         right += totals.index(max(totals)) == item["answer"]
-    assert 0 < right < len(CHOICES), "items that the model answers right, and wrong"
+    assert 0 < right < len(CHOICES), "the model must answer some items right and some wrong"
     assert metrics["choices"]["acc,none"] == right / len(CHOICES)
 
     texts = [

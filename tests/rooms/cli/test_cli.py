@@ -660,24 +660,8 @@ def test_same_seed_same_text(tiny, capsys):
     ],
 )
 def test_options_that_change_the_choice(tiny, capsys, argv, options):
-    assert (
-        main(
-            [
-                "generate",
-                "--tokens",
-                "65,66,65",
-                "-n",
-                "40",
-                "--model",
-                str(tiny),
-                "--tp",
-                "1",
-                "--json",
-                *argv,
-            ]
-        )
-        == 0
-    )
+    command = f"generate --tokens 65,66,65 -n 40 --tp 1 --json --model {tiny}".split()
+    assert main([*command, *argv]) == 0
     found = json.loads(capsys.readouterr().out)["token_ids"]
     model = load_model(open_model(str(tiny), 1), SingleRank(), open_device())
     eos = model.config.eos_token_ids

@@ -1,4 +1,4 @@
-"""The fields that clients send: without an effect, with one on the text, prefilled answers, tokenization."""
+"""Tests of fields that clients send: neutral values, sampling, messages, prefilled answers, tokenization."""
 
 import httpx
 import pytest
@@ -50,10 +50,10 @@ def refusal(server, route, fields):
     return response.json()["error"]
 
 
-# --- fields that ask for nothing ------------------------------------------------------------------------
+# --- values that change nothing -------------------------------------------------------------------------
 
 
-NOTHING = {
+NEUTRAL = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
@@ -100,11 +100,11 @@ NOTHING = {
 
 
 @pytest.mark.parametrize("stop", ["", [], [""], ["", None], None])
-def test_values_that_ask_for_nothing_change_nothing(server, stop):
-    assert choice(server, COMPLETIONS, HI | NOTHING | {"stop": stop, "best_of": 1}) == choice(
+def test_neutral_values_change_nothing(server, stop):
+    assert choice(server, COMPLETIONS, HI | NEUTRAL | {"stop": stop, "best_of": 1}) == choice(
         server, COMPLETIONS, HI
     )
-    assert choice(server, CHAT, TALK | NOTHING | {"stop": stop}) == choice(server, CHAT, TALK)
+    assert choice(server, CHAT, TALK | NEUTRAL | {"stop": stop}) == choice(server, CHAT, TALK)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_max_tokens_of_a_chat_are_cut_to_the_context(server, name):
         assert choice(server, CHAT, fields | {name: most}) == whole
 
 
-def test_no_tokens_at_all(server):
+def test_max_tokens_of_zero(server):
     assert choice(server, COMPLETIONS, HI | {"max_tokens": 0}) == ("", "length")
     assert choice(server, COMPLETIONS, HI | {"prompt": "a" * CONTEXT, "max_tokens": 0}) == ("", "length")
 
@@ -227,7 +227,7 @@ def test_whole_numbers_may_be_written_with_a_point(server):
 
 @pytest.mark.parametrize("value", [5.5, "5", True, [5], float("inf")], ids=str)
 @pytest.mark.parametrize("name", ["max_tokens", "n", "seed", "top_k", "logprobs", "best_of"])
-def test_other_values_are_no_whole_numbers(name, value):
+def test_other_values_are_refused_as_whole_numbers(name, value):
     with pytest.raises(ApiError, match=f"^{name}: expected a whole number from -?[01] to "):
         completion_request(HI | {name: value})
 
@@ -269,7 +269,7 @@ def test_messages_with_calls_are_refused(server, field, value):
     assert error["param"] == f"messages[1].{field}"
 
 
-def test_only_assistants_may_say_nothing(server):
+def test_only_an_assistants_message_may_lack_content(server):
     error = refusal(server, CHAT, TALK | {"messages": [{"role": "user", "content": None}]})
     assert error["message"].startswith("messages[0]: expected a role, and content that is a string")
 
@@ -286,8 +286,8 @@ def test_an_answer_continues_the_final_message(server, alone, text, flags):
     assert choice(server, CHAT, TALK | fields | {"messages": messages})[0] == expected
 
 
-def test_an_answer_without_its_header(server, alone):
-    """Check that `add_generation_prompt` reaches the template, which ignores it: both give one text."""
+def test_add_generation_prompt_is_accepted(server, alone):
+    """The template of this model ignores `add_generation_prompt`, so the text stays the same."""
     expected = alone.text(rendered(("user", "Hi")), max_new_tokens=12)
     for flag in (True, False, None):
         assert choice(server, CHAT, TALK | {"add_generation_prompt": flag})[0] == expected
@@ -309,7 +309,7 @@ def test_an_answer_without_its_header(server, alone):
         ),
     ],
 )
-def test_wrong_prefill(server, fields, words, param):
+def test_a_wrong_ending_of_the_prompt_is_refused(server, fields, words, param):
     error = refusal(server, CHAT, TALK | fields)
     assert error["message"].startswith(words)
     assert param in (None, error["param"])

@@ -56,7 +56,7 @@ def streamed(response, updates):
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level(), sentencepiece()], ids=["byte-level", "byte fallback"])
-def test_the_bytes_of_a_texts_tokens_are_the_bytes_of_the_text(tokenizer):
+def test_the_bytes_of_tokens_join_to_the_bytes_of_the_text(tokenizer):
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
     joined = b"".join(tokenizer.token_bytes(token) for token in ids)
     assert joined.removeprefix(b" ") == TEXT.encode()

@@ -245,12 +245,12 @@ def test_an_assistants_message_without_content_is_an_empty_text(fields):
     assert rendered("{{ messages[1].content + '.' }}", messages) == "."
 
 
-NOTHING = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": []}
+EMPTY = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": []}
 
 
 def test_messages_of_the_openai_package_are_accepted():
     """Check a message as its `model_dump` returns it: templates must not see an empty list of calls."""
-    messages = [*HI, {"role": "assistant", "content": "Yo"} | NOTHING]
+    messages = [*HI, {"role": "assistant", "content": "Yo"} | EMPTY]
     assert (
         rendered("{% for key in messages[1] %}{{ key }} {% endfor %}", messages)
         == "role content annotations "
