@@ -181,7 +181,7 @@ class Scheduler:
         """Schedule as many tokens of a sequence as fit, preempting the youngest sequences for blocks."""
         done = sequence.num_computed_tokens
         tokens = min(sequence.num_uncomputed_tokens, self._tokens_left(), self.largest_pass(done))
-        if sequence.request.positions_to_score(done, done + tokens):
+        if sequence.request.positions_to_score(done, done + tokens):  # each of these tokens gets logits
             tokens = min(tokens, MAX_SCORED - self._num_scored)
         if tokens == 0:
             return
@@ -241,6 +241,7 @@ class Scheduler:
             self.allocator.prefixes.register(block, key)
 
     def _batch(self):
+        """Return the ScheduledBatch of the tokens that are scheduled."""
         chunks, logits_at, rows = [], [], 0
         for number, (sequence, tokens, blocks) in self._scheduled.items():
             request, start = sequence.request, sequence.num_computed_tokens

@@ -8,7 +8,7 @@ The caller of rank 0 is the supervisor, or a thread of rank 0's own process. The
     from rank 0   {"loading": n, "of": m}                           bytes of weights loaded so far
                   {"failed": "..", "exit_code": 2}                  the reason why all ranks are exiting
                   {"ready": {..}, "load": {..}}                     the ranks accept requests
-                  {"updates": [[7, {..}], ..], "load": {..}}        new output of requests; the load
+                  {"updates": [[7, {..}], ..], "load": {..}}        new output of requests; Scheduler.load
                   {"updates": [], "rank_times": [{..}, ..]}         the RankTimes of all ranks, in rank order
 """
 

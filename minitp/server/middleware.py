@@ -10,7 +10,7 @@ LONGEST_ID = 128  # characters
 
 
 def surround(app, origins):
-    """Return an ASGI application around `app`; pages of `origins` may use it ("*": of all origins)."""
+    """Return `app` with these layers; web pages of `origins` may use it ("*": of all origins)."""
     app = without_trailing_slash(app)
     if origins:
         app = CORSMiddleware(
@@ -38,12 +38,16 @@ def with_request_id(app):
     """Return an ASGI application whose responses have the client's X-Request-Id, or else a new one."""
 
     async def wrapped(scope, receive, send):
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        value = request_id(Headers(scope=scope).get(REQUEST_ID, ""))
+
         async def send_with_id(message):
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID] = number
+                MutableHeaders(scope=message)[REQUEST_ID] = value
             await send(message)
 
-        number = request_id(Headers(scope=scope).get(REQUEST_ID, "")) if scope["type"] == "http" else None
         await app(scope, receive, send_with_id)
 
     return wrapped
