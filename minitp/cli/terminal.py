@@ -1,21 +1,21 @@
 """The input of `minitp chat`: a terminal with line editing and commands, or a pipe."""
 
+import re
 import signal
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from minitp.cli.conversation import note
-from minitp.errors import InputError
-from minitp.loading.demo import cache_directory
+from minitp.cli.editors import message_editor
 from minitp.util.format import counted
 
-KEPT_LINES = 1000  # lines of the history file
 HELP = """\
 /help   show this
 /reset  forget the conversation so far
 /exit   leave (or press Ctrl-D)
 Ctrl-C stops an answer; the part that was printed stays in the conversation.
-To send a message that begins with a slash, put a space before it."""
+To send a message that begins with a slash, put a space before it.
+"""
 
 
 def line_by_line(conversation):
@@ -29,26 +29,31 @@ def at_terminal(conversation):
     """Read messages and commands until the user leaves or stdout is closed."""
     if sys.stderr.isatty():
         note(banner(conversation.llm))
-    with line_editing(), on_ctrl_c(clear_line):
-        for line in typed_lines():
-            command = line.rstrip()
-            if command == "/exit":
-                return
-            if command == "/help":
-                note(HELP)
-            elif command == "/reset":
-                conversation.reset()
-                note("[conversation reset]")
-            elif command.startswith("/"):
-                note(f"{command.split()[0]} is not a command; /help lists the commands")
-            elif command:
+    with message_editor() as editor, on_ctrl_c(clear_line):
+        for text in typed_messages(editor):
+            if "\n" not in text and text.startswith("/"):
+                if text == "/exit":
+                    return
+                obey(text, conversation, editor)
+            elif text:
                 with on_ctrl_c(conversation.interrupt):
-                    if not conversation.say(line.strip()):
+                    if not conversation.say(text if "\n" in text else text.lstrip()):
                         return
 
 
+def obey(command, conversation, editor):
+    """Carry out a command other than /exit."""
+    if command == "/help":
+        note(HELP + editor.help)
+    elif command == "/reset":
+        conversation.reset()
+        note("[conversation reset]")
+    else:
+        note(f"{command.split()[0]} is not a command; /help lists the commands")
+
+
 def clear_line():
-    """Raise KeyboardInterrupt, which `typed_lines` handles."""
+    """Raise KeyboardInterrupt, which `typed_messages` handles."""
     raise KeyboardInterrupt
 
 
@@ -61,48 +66,24 @@ def banner(llm):
     )
 
 
-def typed_lines():
-    """Yield typed lines until Ctrl-D, or Ctrl-C twice in a row; a single Ctrl-C clears the line."""
+def typed_messages(editor):
+    """Yield what is typed until Ctrl-D, or Ctrl-C twice in a row; a single Ctrl-C clears the message.
+
+    Blank lines around a message are removed. The indentation of its first line stays, because it may be code.
+    """
     interrupted = False
     while True:
         try:
-            line = input("> " if sys.stdout.isatty() else "")
+            text = editor.read()
             interrupted = False
-            yield line
+            yield re.sub(r"\A\s*\n", "", text.rstrip())
         except EOFError:
-            note("")
             return
         except KeyboardInterrupt:
-            note("")
             if interrupted:
                 raise
             interrupted = True
             note("press Ctrl-C again, or Ctrl-D, to leave")
-
-
-@contextmanager
-def line_editing():
-    """Enable line editing and a history across conversations, if Python has readline."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    try:
-        path = cache_directory() / "chat-history"
-    except InputError:  # there is no home directory
-        yield
-        return
-    readline.set_history_length(KEPT_LINES)
-    with suppress(OSError):  # the history is missing or unreadable, which is no problem
-        readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-            readline.write_history_file(path)
 
 
 @contextmanager

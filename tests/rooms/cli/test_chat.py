@@ -2,11 +2,9 @@
 
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
-import termios
 import time
 from string import ascii_lowercase
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 from running import END_S, START_S, Running
 from safetensors.numpy import load_file, save_file
+from terminal import Terminal
 from tiny import byte_tokens, write_tiny
 
 from minitp import LLM, SamplingParams
@@ -181,38 +180,6 @@ def test_what_cannot_be_is_refused_before_ranks_start(refused, tmp_path, files, 
 
 
 # --- in a terminal --------------------------------------------------------------------------------------
-
-
-class Terminal(Running):
-    """A chat in its own terminal, which also shows its stderr."""
-
-    def __init__(self, command, folder):
-        self.ours, self.theirs = os.openpty()
-        settings = termios.tcgetattr(self.theirs)
-        settings[3] |= termios.NOFLSH  # otherwise Ctrl-C drops output that is not yet shown
-        termios.tcsetattr(self.theirs, termios.TCSANOW, settings)
-        self.seen = ""
-        shell = ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>"$0"', os.ttyname(self.theirs)]
-        super().__init__([*shell, *command], TERM="dumb", XDG_CACHE_HOME=str(folder))
-
-    def type(self, keys):
-        os.write(self.ours, keys.encode())
-
-    def until(self, text):
-        """Wait for `text`, and return what has appeared before it."""
-        deadline = time.monotonic() + START_S / 4
-        while text not in self.seen:
-            ready = select.select([self.ours], [], [], max(0, deadline - time.monotonic()))[0]
-            assert ready, f"no {text!r} in {self.seen[-1000:]!r}"
-            self.seen += os.read(self.ours, 1 << 16).decode()
-        before, _, self.seen = self.seen.partition(text)
-        return before.replace("\r\n", "\n")
-
-    def prompt(self):
-        """Return what has appeared before the prompt, when it is ready for keys."""
-        before = self.until("> ")
-        time.sleep(0.1)  # a signal before readline waits would be seen only after it
-        return before
 
 
 @pytest.fixture
