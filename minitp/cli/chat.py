@@ -16,8 +16,9 @@ class ChatCommand(Caller):
     name = "chat"
     summary = "chat with a model in the terminal"
     description = (
-        "Chat with a model in the terminal. If stdin is not a terminal, each line of it is a message, which "
-        "the model answers."
+        "Chat with a model in the terminal. A pasted text of several lines is one message, and Alt+Enter "
+        "starts a new line; such messages are easy to edit if the Python package prompt_toolkit is there. "
+        "If stdin is not a terminal, each line of it is a message, which the model answers."
     )
     examples = (
         ("minitp chat --system 'You are a poet.' --temperature 0.7", "a conversation with the demo model"),

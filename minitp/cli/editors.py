@@ -38,25 +38,25 @@ def message_editor():
     try:
         yield choose_editor(entries)
     finally:
-        lines = [f"{entry}\n".encode(errors="replace") for entry in one_line_each(entries[-KEPT_ENTRIES:])]
+        lines = [entry.replace("\n", "\r") + "\n" for entry in entries[-KEPT_ENTRIES:]]
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)
-            path.write_bytes(b"".join(lines))
-
-
-def one_line_each(entries):
-    """Return history entries with a carriage return in place of each line's end."""
-    return [entry.replace("\n", "\r") for entry in entries]
+            path.write_bytes("".join(lines).encode(errors="replace"))
 
 
 def choose_editor(entries):
     """Return an editor for the terminal; messages are appended to `entries`, the history."""
     if sys.stdout.isatty():
-        for editor in (PromptToolkitEditor, ReadlineEditor):
+        for editor in [ReadlineEditor] if is_dumb_terminal() else [PromptToolkitEditor, ReadlineEditor]:
             with suppress(ImportError):
                 return editor(entries)
     return PlainEditor(entries)
+
+
+def is_dumb_terminal():
+    """Return whether the terminal cannot move its cursor."""
+    return os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
 
 
 @contextmanager
@@ -127,7 +127,7 @@ class ReadlineEditor(PlainEditor):
             readline.add_history(entry)
         if "libedit" not in readline.__doc__:
             readline.parse_and_bind(r'"\e\C-m": "\C-v\C-j"')
-            if os.environ.get("TERM", "dumb") != "dumb":
+            if not is_dumb_terminal():
                 readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
             self.help = f"{NEW_LINE}\n{PASTED}"
 
@@ -144,10 +144,7 @@ class ReadlineEditor(PlainEditor):
 
 
 class PromptToolkitEditor(PlainEditor):
-    """An editor for messages of several lines, on top of prompt_toolkit.
-
-    Raises ImportError if prompt_toolkit is not installed, or cannot use the terminal.
-    """
+    """An editor for messages of several lines, on top of prompt_toolkit."""
 
     help = f"{NEW_LINE}\n{PASTED}"
 
@@ -155,10 +152,7 @@ class PromptToolkitEditor(PlainEditor):
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import InMemoryHistory
         from prompt_toolkit.output import create_output
-        from prompt_toolkit.utils import is_dumb_terminal
 
-        if is_dumb_terminal():
-            raise ImportError("prompt_toolkit needs a terminal that can move its cursor")
         super().__init__(entries)
         output = create_output()
         output.enable_cpr = False  # the terminal's reply would be taken for a pasted text
@@ -206,9 +200,9 @@ def key_bindings():
 def more_input():
     """Return whether more has been typed or pasted after the end of a line.
 
-    Nobody types that fast, so it is another line of a pasted text, or it was typed during an answer. The two
-    look alike, so lines typed during an answer are one message, too: the model then replies to all of them at
-    once, which is better than an answer to each line of a text.
+    It is too early for a new message, so it is another line of a pasted text, or it was typed during an
+    answer. The two look alike, so lines typed during an answer are one message, too: one answer to several
+    questions is better than an answer to each line of a text.
     """
     terminal = sys.stdin.fileno()
     before, settings = termios.tcgetattr(terminal), termios.tcgetattr(terminal)

@@ -42,7 +42,7 @@ def at_terminal(conversation):
 
 
 def obey(command, conversation, editor):
-    """Carry out a command other than /exit."""
+    """Run a command other than /exit."""
     if command == "/help":
         note(HELP + editor.help)
     elif command == "/reset":

@@ -37,9 +37,14 @@ class Terminal(Running):
 
     def prompt(self):
         """Return what has appeared before the prompt, when it is ready for keys."""
-        before = self.until("> ")
+        before = self.until(">")
         time.sleep(0.1)  # a signal before readline waits would be seen only after it
         return before
+
+    def echoes(self):
+        """Return whether the terminal shows typed lines, as it does while no editor uses it."""
+        flags = termios.ECHO | termios.ICANON
+        return termios.tcgetattr(self.theirs)[3] & flags == flags
 
     def close(self):
         """End the command, if it has not ended."""

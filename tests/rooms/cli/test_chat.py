@@ -187,16 +187,14 @@ def start(endless, tmp_path):
     """Start a chat in a terminal, up to its prompt."""
     started = []
 
-    def start(*options, banner="endless on 1 rank, float32, context 1000000\n/help for help"):
-        started.append(Terminal([*CHAT, *endless, *options], tmp_path))
+    def start(*options, banner="endless on 1 rank, float32, context 1000000\n/help for help", **variables):
+        started.append(Terminal([*CHAT, *endless, *options], tmp_path, **variables))
         assert banner in started[-1].prompt()
         return started[-1]
 
     yield start
     for terminal in started:
-        terminal.kill_all()
-        os.close(terminal.ours)
-        os.close(terminal.theirs)
+        terminal.close()
 
 
 def test_a_conversation_in_a_terminal(start, tmp_path):
@@ -267,8 +265,27 @@ def test_a_killed_rank(start, in_answer):
     assert terminal.end(END_S)[0] == 3
 
 
-@pytest.mark.parametrize("code", [0, 143])
-def test_exit_and_sigterm(start, code):
-    terminal = start("--tp", "1")
+@pytest.mark.parametrize(("code", "term"), [(0, "dumb"), (143, "dumb"), (143, "xterm")])
+def test_exit_and_sigterm(start, code, term):
+    terminal = start("--tp", "1", TERM=term)
     terminal.type("/exit\n") if code == 0 else terminal.process.terminate()
     assert terminal.end(END_S)[0] == code
+    assert terminal.echoes()
+
+
+def test_prompt_toolkit_and_an_answer(start):
+    """The answer is printed as it is, and Ctrl-C stops it."""
+    pytest.importorskip("prompt_toolkit")
+    terminal = start("--tp", "1", "--stats", TERM="xterm")
+    for _ in range(2):
+        terminal.type("/reset\r")
+        terminal.until("[conversation reset]")
+        terminal.prompt()
+        terminal.type("Hi\r  Ho\r")
+        terminal.until("jx")
+        terminal.type("\x03")
+        after = re.fullmatch(r"\w*(?:\^C)?\w*\n\[(\d+) prompt tokens, ", terminal.until("first new token"))
+        assert int(after[1]) == prompt_length("Hi\n  Ho")
+    terminal.prompt()
+    terminal.type("\x04")
+    assert terminal.end(END_S)[0] == 0

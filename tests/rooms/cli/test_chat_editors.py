@@ -60,7 +60,7 @@ class EchoChat(Terminal):
         self.type(keys)
 
     def leave(self):
-        """Press Ctrl-D at the prompt."""
+        """End the chat with Ctrl-D at the prompt."""
         time.sleep(PAUSE_S)
         self.type("\x04")
         assert self.end(END_S)[0] == 0
@@ -138,7 +138,7 @@ def test_bracketed_paste(start, editor):
 
 @pytest.mark.parametrize("editor", ["prompt_toolkit", "readline"])
 def test_a_long_text_without_bracketed_paste(start, editor):
-    """Its lines do not fit the terminal's buffer and arrive while others are read."""
+    """The text does not fit the terminal's buffer, so lines arrive while others are read."""
     text = "\n".join(f"{number} {'x' * 70}" for number in range(100))
     terminal = start(editor)
     sender = Thread(target=terminal.paste, args=[text + "\n"])
