@@ -17,10 +17,10 @@ from check_models import (
 )
 from faults import FAULTS, Fault, places_of
 from faulty_model import FaultyModel, hook_ops
+from one_core import run_threads
 from tiny import write_tiny
 
 from minitp.check.run import check_model
-from minitp.comm import run_threads
 from minitp.device import open_device
 from minitp.load import load_model
 from minitp.loading import random_weights
