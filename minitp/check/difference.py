@@ -1,5 +1,6 @@
 """The difference between two arrays, as a relative and an absolute error."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,31 +47,46 @@ def difference_of(value, expected):
     if same_bits(value, expected):
         first = (0,) * value.ndim
         return Difference(0.0, 0.0, [(first, float(value[first]), float(expected[first]))])
-    value, expected = (np.asarray(x).astype(np.float64) for x in (value, expected))
-    finite = np.isfinite(value) & np.isfinite(expected)
-    same = (value == expected) | (np.isnan(value) & np.isnan(expected))
-    apart = np.abs(np.where(finite, value, 0) - np.where(finite, expected, 0))
-    apart = np.where(finite | same, apart, np.inf)
-    flat = apart.reshape(-1)
-    farthest = np.flatnonzero(np.isinf(flat))[:WORST]
-    if not len(farthest):
-        farthest = np.argpartition(-flat, min(WORST, flat.size) - 1)[:WORST]
-        farthest = sorted(farthest, key=lambda i: (-flat[i], i))
-    worst = []
-    for i in farthest:
-        index = tuple(int(n) for n in np.unravel_index(i, apart.shape))
-        worst.append((index, float(value[index]), float(expected[index])))
-    size, off = norm(expected[finite]), norm(apart)
+    value, expected = value.astype(np.float64, copy=False), expected.astype(np.float64, copy=False)
+    with np.errstate(invalid="ignore", over="ignore"):
+        apart = np.abs(value - expected)
+        if np.isfinite(apart).all():
+            size, off = norm(expected), norm(apart)
+        else:
+            finite = np.isfinite(value) & np.isfinite(expected)
+            same = (value == expected) | (np.isnan(value) & np.isnan(expected))
+            apart = np.where(finite, apart, np.where(same, 0.0, np.inf))
+            size, off = norm(expected[finite]), norm(apart)
     relative = off / size if size else (np.inf if off else 0.0)
-    return Difference(float(relative), float(apart.max()), worst)
+    worst = []
+    for i in _largest(apart.reshape(-1)):
+        index = tuple(map(int, np.unravel_index(i, apart.shape)))
+        worst.append((index, float(value[index]), float(expected[index])))
+    return Difference(float(relative), float(apart[worst[0][0]]), worst)
+
+
+def _largest(errors):
+    """Return the indices of the `WORST` largest errors, the largest first: [n] -> a sequence of int."""
+    infinite = np.flatnonzero(errors == np.inf)[:WORST]
+    if infinite.size:
+        return infinite
+    found = (-errors).argpartition(min(WORST, errors.size) - 1)[:WORST].tolist()
+    return sorted(found, key=lambda i: (-errors[i], i))
 
 
 def norm(x):
-    """Return ||x||, also if the squares are too large or too small for float64."""
-    largest = np.max(np.abs(x), initial=0.0)
-    if largest == 0 or not np.isfinite(largest):
-        return float(largest)
-    return float(largest * np.linalg.norm(x.reshape(-1) / largest))
+    """Return ||x||, also if the squares are too large or too small for float64.
+
+    NumPy may warn of an overflow.
+    """
+    x = x.reshape(-1)
+    squares = float(x.dot(x))
+    if 1e-200 < squares < 1e200:
+        return math.sqrt(squares)
+    largest = float(np.abs(x).max(initial=0.0))
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * float(np.linalg.norm(x / largest))
 
 
 def same_bits(a, b):

@@ -57,6 +57,7 @@ SwiGLU and soft caps, c includes the scale of the input, which may be a sum whos
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import ml_dtypes
 import numpy as np
@@ -141,20 +142,23 @@ class Expected:
         """
         if self.low_precision_reference is None:
             return 0.0, 0.0
-        y, r = self.value, self.rounded_reference(dtype)
-        finite = np.isfinite(y) & np.isfinite(r)  # an overflow must not widen the bound
+        y, r, c2 = self.value, self.rounded_reference(dtype), np.square(self.scale)
+        finite = np.isfinite(y) & np.isfinite(r)
         if not finite.any():
             return 0.0, 0.0
-        norm_y = norm(y[finite])
-        off = np.abs(r[finite] - y[finite])
+        equal_rows = _equal_rows(r)
+        if not finite.all():  # an overflow must not widen the bound
+            c2[~finite] = 0.0
+            y, r = y[finite], r[finite]
+        norm_y = norm(y)
+        off = np.abs(r - y)
         s = self._error_of_one_sum(dtype)
-        c2 = np.square(self.scale, where=finite, out=np.zeros_like(self.scale))
-        n = _participation(c2.sum(axis=self.common)) / max(repeats, _equal_rows(r))
-        n = max(1, min(n, _different_values(y[finite])))
+        n = _participation(c2.sum(axis=self.common)) / max(repeats, equal_rows)
+        n = max(1, min(n, _different_values(y.reshape(-1))))
         chance = s / n**0.5 + self.roundings / max(1, self.samples / repeats) ** 0.5
         relative = 2 * norm(off) + chance * c2.sum() ** 0.5
         relative = relative / norm_y if norm_y else np.inf  # if y is zero, only the absolute bound applies
-        largest = 2 * np.max(off) + (s + self.roundings) * np.max(c2) ** 0.5
+        largest = 2 * off.max() + (s + self.roundings) * c2.max() ** 0.5
         return float(relative), float(largest)
 
     def not_recorded(self, dtype):
@@ -242,14 +246,15 @@ def _equal_rows(array, most=16):
     if len(rows) < 2 or not rows.shape[1]:
         return 1.0
     columns = rows[:, :: -(-rows.shape[1] // most)]  # [rows, columns]
-    columns = np.sort(np.where(np.isfinite(columns), columns, 0.0).T)  # [columns, rows]
+    columns = np.where(np.isfinite(columns), columns, 0.0).T  # [columns, rows]
+    columns.sort()
     squares = np.square(columns).sum(axis=1)  # [columns]
     begins = np.ones(columns.shape, dtype=bool)  # [columns, rows]: whether a group of equal values begins
     begins[:, 1:] = columns[:, 1:] != columns[:, :-1]
     starts = np.flatnonzero(begins)  # [groups]
-    sizes = np.diff(starts, append=begins.size)  # [groups]
+    sizes = np.append(starts[1:], begins.size) - starts  # [groups]
     equal = np.bincount(starts // len(rows), weights=sizes**2) / len(rows)  # [columns]
-    return float(np.average(equal, weights=squares)) if squares.any() else 1.0
+    return float(equal.dot(squares) / squares.sum()) if squares.any() else 1.0
 
 
 def _different_values(values, most=4096):
@@ -262,6 +267,7 @@ def _different_values(values, most=4096):
     return different if different < len(sample) / 2 else np.inf
 
 
+@cache
 def roundoff(dtype):
     """Return u, the unit roundoff of a dtype."""
     return float(ml_dtypes.finfo(dtype).eps) / 2

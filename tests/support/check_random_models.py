@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 from on_gpu import model_on_gpu, run_on_gpus, stand_in
+from one_core import run_threads
 from random_models import draw_run
 
 from minitp.check.run import check_model
-from minitp.comm import run_threads
 from minitp.device import open_device
 from minitp.load import load_model
 from minitp.loading.source import open_model

@@ -1,4 +1,4 @@
-"""Ranks as threads on one core: small arrays, whose threads would otherwise wake each other up all the time."""
+"""Ranks as threads that share one core: with tiny arrays, this takes half the CPU time of two cores."""
 
 import os
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ def run_threads(size, function):
 
 @contextmanager
 def one_core():
-    """Run this thread, and those that it starts, on one core; each worker of pytest-xdist uses another one."""
+    """Run this thread and those that it starts on one core, a different one for each worker of xdist."""
     if not hasattr(os, "sched_setaffinity"):  # not Linux
         yield
         return

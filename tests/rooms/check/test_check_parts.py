@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from one_core import run_threads
 from paths import DOCS, GOLDENS
 from tiny import UNEVEN, write_tiny
 
@@ -14,7 +15,6 @@ from minitp.check.plan import plan_problems
 from minitp.check.result import CheckResult, Finding
 from minitp.check.run import check_model
 from minitp.check.tolerance import Expected
-from minitp.comm import run_threads
 from minitp.device import open_device
 from minitp.load import load_model
 from minitp.loading.source import open_model

@@ -7,6 +7,7 @@ import pytest
 from check_models import MODELS, PROMPT, SHAPE, blame, write_models
 from faults import Fault
 from faulty_model import FaultyModel, hook_ops
+from one_core import run_threads
 from safetensors.numpy import load_file, save_file
 
 from minitp import kv_cache
@@ -15,7 +16,6 @@ from minitp.check.passes import BLOCK_SIZE, batch_prompts, chunk_stops, preempti
 from minitp.check.replay import Replay
 from minitp.check.result import ratio_of
 from minitp.check.run import check_model
-from minitp.comm import run_threads
 from minitp.device import open_device
 from minitp.engine import scheduler
 from minitp.engine.engine import Engine

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from engine_requests import CONTEXT, SHAPES, alone, check_blocks, requests, run_requests
+from one_core import run_threads
 from tiny import write_tiny
 
-from minitp.comm import run_threads
 from minitp.comm.single import SingleRank
 from minitp.device import open_device
 from minitp.engine import service
