@@ -106,8 +106,9 @@ def private_bytes(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("rank", range(TP))
+@pytest.mark.parametrize("rank", [0, TP - 1])
 def test_peak_memory_of_loading(directory, rank):
+    """Load the ranks at both ends: a faulty one may read to the end of a tensor, or from its start."""
     command = [sys.executable, "-c", RANK, str(directory), str(rank), str(TP)]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
