@@ -9,7 +9,7 @@ from one_core import run_threads
 from paths import DOCS, GOLDENS
 from tiny import UNEVEN, write_tiny
 
-from minitp.check import expected, tolerance
+from minitp.check import difference, expected, tolerance
 from minitp.check.difference import Difference, difference_of
 from minitp.check.plan import plan_problems
 from minitp.check.result import CheckResult, Finding
@@ -407,3 +407,9 @@ def test_a_collective_that_is_wrong_everywhere_is_blamed_once():
     assert blamed(*not_collective) == [(f"{name}mlp.act", rank) for rank in range(3)]
     assert blamed(finding("mlp.act", 0)) == []
     assert not CheckResult([], [(0, "the plan")], [], [], tp=1).ok
+
+
+@pytest.mark.parametrize("factor", [5e-324, 1e-300, 1e-150, 1.0, 1e150, 1e300])
+def test_norm_of_numbers_whose_squares_have_no_float64(factor):
+    with np.errstate(over="ignore"):
+        assert difference.norm(factor * np.array([[3.0], [4.0]])) == pytest.approx(5 * factor, abs=0)
