@@ -6,6 +6,7 @@ from minitp.cli.check import CheckCommand
 from minitp.cli.compare import CompareCommand
 from minitp.cli.generate import GenerateCommand
 from minitp.cli.info import InfoCommand
+from minitp.cli.logprobs import LogprobsCommand
 from minitp.cli.perplexity import PerplexityCommand
 from minitp.cli.plan import PlanCommand
 from minitp.cli.ranks import RanksCommand
@@ -16,7 +17,13 @@ from minitp.cli.trace import TraceCommand
 
 SECTIONS = {
     "run a model": (GenerateCommand(), ChatCommand(), ServeCommand()),
-    "check and compare": (CheckCommand(), TraceCommand(), CompareCommand(), PerplexityCommand()),
+    "check and compare": (
+        CheckCommand(),
+        TraceCommand(),
+        CompareCommand(),
+        PerplexityCommand(),
+        LogprobsCommand(),
+    ),
     "plan and measure": (ShardCommand(), PlanCommand(), BenchCommand()),
     "learn and report": (TourCommand(), InfoCommand()),
 }

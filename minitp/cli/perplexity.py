@@ -12,8 +12,6 @@ from minitp.util.files import why_unreadable
 from minitp.util.format import counted
 from minitp.util.stdout import write_out
 
-CHUNK = 128  # positions per forward pass, whose logits are float32 [128, V]
-
 
 class PerplexityCommand(OnRanks):
     """The command `minitp perplexity`."""
@@ -92,25 +90,11 @@ def perplexity(model, token_ids, context, progress=lambda tokens: None):
     (perplexity, scored) : float, int
         The perplexity and the number of scored tokens; the same on every rank.
     """
-    from minitp.generate import host_logits
+    from minitp.cli.likelihood import log_likelihoods
 
     total, scored = 0.0, 0
     for start in range(0, len(token_ids) - 1, context):
         window = token_ids[start : start + context]
-        cache = model.new_cache(len(window))
-        for at in range(0, len(window), CHUNK):
-            logits = model.forward(window[at : at + CHUNK], cache, logits_at=slice(None))  # [n, V]
-            found = sum_log_likelihood(model.device.xp, logits, window[at + 1 : at + 1 + CHUNK])
-            total -= host_logits(model, found).item()
-            progress(len(logits))
+        total -= log_likelihoods(model, window, progress).sum().item()
         scored += len(window) - 1
     return math.exp(total / scored), scored
-
-
-def sum_log_likelihood(xp, logits, targets):
-    """Return the sum of log softmax(logits[i])[targets[i]] over i; logits [n, V], at most n targets."""
-    count = len(targets)
-    logits = logits[:count].astype(xp.float64)  # [count, V]
-    top = logits.max(axis=-1, keepdims=True)  # [count, 1]
-    log_sum = xp.log(xp.exp(logits - top).sum(axis=-1)) + top[:, 0]  # [count]
-    return (logits[xp.arange(count), xp.asarray(targets, dtype=int)] - log_sum).sum()
