@@ -258,7 +258,7 @@ def json_object(example):
     def parse(text):
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
             raise argparse.ArgumentTypeError(f"{text!r:.100}: expected a JSON object, as in '{example}'")

@@ -65,7 +65,8 @@ class ServeCommand(Caller):
             )
 
         def start(on_end):
-            check_chat_template(open_model(args.model, tp, args.layers), args.chat_template_kwargs)
+            source = open_model(args.model, tp, args.layers, args.revision)
+            check_chat_template(source, args.chat_template_kwargs)
             return LLM(**llm_options(args, tp), on_end=on_end)
 
         return serve_forever(

@@ -14,7 +14,7 @@ from minitp.loading.kinds import CONFIG
 from minitp.loading.locate import DEMO, RANDOM, locate, refuse_revision
 from minitp.loading.random_weights import RandomWeights, random_config
 from minitp.shard import make_plan
-from minitp.text.chat_template import load_chat_template, make_chat_template
+from minitp.text.chat_template import NoChatTemplateError, load_chat_template, make_chat_template
 from minitp.text.tokenizer import Tokenizer, load_tokenizer
 from minitp.text.tokenizer_config import read_tokenizer_config
 from minitp.util.files import read_json
@@ -96,7 +96,7 @@ class ModelSource:
     def chat_template(self):
         """Return the model's ChatTemplate, or raise an InputError if it has none."""
         if self.is_random:
-            raise InputError(f"{self.name} has no chat template: its weights are random")
+            raise NoChatTemplateError(f"{self.name} has no chat template: its weights are random")
         if self.gguf is not None:
             return make_chat_template(self.gguf.tokenizer_fields(), self.name)
         return load_chat_template(self.directory, self.name)

@@ -10,6 +10,8 @@ import openai
 import pytest
 from served import Served, write_chatty
 
+from minitp.cli.main import main
+from minitp.loading.source import open_model
 from minitp.server.app import make_app
 from minitp.server.middleware import LONGEST_ID
 
@@ -116,10 +118,31 @@ def test_an_unexpected_error_allows_the_origin(origins, allowed):
         (["--allow-origin", "https://example.com/"], "--allow-origin 'https://example.com/': expected"),
         (["--allow-origin", "*", "--allow-origin", ""], "--allow-origin '': expected"),
         (["--served-model-name", "a", ""], "--served-model-name '': expected a name that is not empty"),
+        (
+            ["--chat-template-kwargs", "x"],
+            """'x': expected a JSON object, as in '{"enable_thinking": false}'""",
+        ),
     ],
 )
 def test_refused_options(refused, options, words):
     assert words in refused("serve", *options)
+
+
+@pytest.mark.parametrize("revision", ["", "v1"])
+def test_serve_starts_a_model_without_a_chat_template(monkeypatch, revision):
+    opened = []
+
+    def open_and_note(name, tp, layers=None, revision=None):
+        opened.append(revision)
+        return open_model(name, tp, layers)
+
+    monkeypatch.setattr("minitp.cli.command.ranks_to_start", lambda *_: 1)
+    monkeypatch.setattr("minitp.loading.source.open_model", open_and_note)
+    monkeypatch.setattr("minitp.llm.LLM", lambda **given: 0)
+    monkeypatch.setattr("minitp.server.run.serve_forever", lambda start, *_, **__: start(None))
+    model = ["--model", "random:smollm2-135m", "--layers", "1", "--revision", revision]
+    assert main(["serve", "--port", "0", *model]) == 0
+    assert opened == [revision]
 
 
 # --- keys -----------------------------------------------------------------------------------------------
