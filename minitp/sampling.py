@@ -234,8 +234,8 @@ def changed_logits(logits, params, counts, seen):
         New logits. Each operation is rounded to float32.
     """
     logits = logits.copy()  # [V]
-    for token, bias in (params.logit_bias or {}).items():
-        logits[token] += np.float32(bias)
+    if params.logit_bias:
+        logits[list(params.logit_bias)] += np.fromiter(params.logit_bias.values(), np.float32)  # [n]
     if params.repetition_penalty != 1:
         penalty = np.float32(params.repetition_penalty)
         repeated = logits[seen]  # [n]

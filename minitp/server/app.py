@@ -152,7 +152,8 @@ class Api:
         self.backend.check_room(api_request.sequences)
         variables = self.chat_template_kwargs
         prompts = await self.in_worker(lambda: encode_prompts(llm, api_request, self.model, variables))
-        running = await self.backend.submit(make_sequences(llm, api_request, prompts))
+        sequences = await self.in_worker(lambda: make_sequences(llm, api_request, prompts))
+        running = await self.backend.submit(sequences)
         return running, response_class(api_request, prompts, llm.tokenizer)
 
     async def whole_response(self, request, running, response, timer):

@@ -160,16 +160,22 @@ def test_a_text_too_long_for_the_context_is_refused_before_it_is_tokenized():
 # --- outside the event loop --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("held", ["read_json", "encode", "submit", "token_text"])
+@pytest.mark.parametrize("held", ["read_json", "encode", "make_sequences", "submit", "token_text"])
 def test_health_answers_while_a_request_is_being_handled(held, monkeypatch):
     """The server parses, tokenizes, sends to rank 0 and writes the response outside the event loop."""
     llm = FakeLLM(held)
 
-    def held_read_json(data):
-        llm.wait_if("read_json")
-        return json.loads(data)
+    def hold(name):
+        function = getattr(app_module, name)
 
-    monkeypatch.setattr(app_module, "read_json", held_read_json)
+        def held_function(*arguments):
+            llm.wait_if(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(app_module, name, held_function)
+
+    hold("read_json")
+    hold("make_sequences")
 
     async def use(client):
         answer = asyncio.ensure_future(post(client, HI | {"logprobs": 1}))
