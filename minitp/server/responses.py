@@ -222,8 +222,16 @@ class CompletionResponse(ApiResponse):
             "tokens": [self.texts.completion_name(token) for token, _, _ in tokens],
             "token_logprobs": [logprob for _, logprob, _ in tokens],
             "top_logprobs": (self.by_name(*one) for one in tokens),
-            "text_offset": [choice.offsets.add(self.texts.shown_bytes(token)) for token, _, _ in tokens],
+            "text_offset": [self.next_offset(token, choice) for token, _, _ in tokens],
         }
+
+    def next_offset(self, token, choice):
+        """Return the offset of a choice's next token in its text; a prompt may write out special tokens."""
+        offsets, data = choice.offsets, self.texts.shown_bytes(token)
+        if self.texts.is_special(token):
+            name = self.texts.bytes(token)
+            data = name if choice.prompt.startswith(name.decode(), offsets.length) else b""
+        return offsets.add(data)
 
     def by_name(self, token, logprob, top):
         """Return {name: logprob} of the most probable tokens and the token itself; None for a first token."""

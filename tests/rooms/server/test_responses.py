@@ -184,6 +184,23 @@ def test_an_echo_has_every_token_of_prompt_and_continuation(tokenizer):
         assert [value for piece in pieces for value in piece[name]] == values, name
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text", "offsets"),
+    [("<s>a</s>é", "<s>a</s>é!", [0, 3, 4, 8, 8, 9]), ([BOS, 65, EOS, 66], "bc!", [0, 0, 1, 1, 2])],
+    ids=["text", "token ids"],
+)
+def test_an_echo_has_the_offsets_of_special_tokens_in_its_text(prompt, text, offsets):
+    raw = byte_tokenizer()
+    ids = Tokenizer(raw).encode(prompt) if isinstance(prompt, str) else prompt
+    (mark,) = Tokenizer(raw).encode("!")
+    response = CompletionResponse(request(echo=True, prompts=[prompt]), [ids], Tokenizer(raw))
+    scores = [None] + [(-2.0, [])] * (len(ids) - 1)
+    response.add(0, update([mark], "!", "length", prompt_logprobs=scores))
+    (choice,) = body(response)["choices"]
+    assert choice["text"] == text
+    assert choice["logprobs"]["text_offset"] == offsets
+
+
 def test_an_echo_without_logprobs_and_of_token_ids():
     tokenizer = byte_level()
     ids = tokenizer.encode("Hi")
