@@ -305,13 +305,17 @@ class LLM:
         chat_template_kwargs: dict[str, object] | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
+        room: int = 1,
     ) -> list[int]:
-        """Return the token ids of a conversation, rendered by the model's chat template; see `chat`."""
+        """Return the token ids of a conversation, rendered by the model's chat template; see `chat`.
+
+        The prompt must leave `room` positions of the context for new tokens.
+        """
         text = self.chat_template.render(
             messages, chat_template_kwargs, add_generation_prompt, continue_final_message
         )
         check_length(text, self.description["context"])
-        return self.encode(self._require_tokenizer().encode(text, add_special_tokens=False))
+        return self.encode(self._require_tokenizer().encode(text, add_special_tokens=False), room)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -371,7 +375,8 @@ class LLM:
             messages = [{"role": "user", "content": messages}]
         if params is None:
             options = {"max_new_tokens": self.description["context"], **options}
-        return self.encode_chat(messages, variables, *ending), self._sampling(params, options)
+        params = self._sampling(params, options)
+        return self.encode_chat(messages, variables, *ending, min(1, params.max_new_tokens)), params
 
     def _sampling(self, params, options):
         """Return `params` with the fields in `options` replaced, checked against the model."""

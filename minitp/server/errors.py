@@ -29,7 +29,9 @@ class ApiError(Exception):
 
 def without_path(error, llm, model):
     """Return an InputError's message with the name `model`: clients must not learn the path of the model."""
-    return str(error).replace(str(llm.source.name), model)
+    path = str(llm.source.name)
+    # A name without a slash may be a word of the message, such as "model".
+    return str(error).replace(path, model) if "/" in path else str(error)
 
 
 async def api_error(request, error):

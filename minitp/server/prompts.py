@@ -23,29 +23,32 @@ def encode_prompts(llm, request, model, chat_template_kwargs):
     """
     with errors_of("logit_bias", llm, model):
         check_logit_bias(request.params, llm.source.config)
+    room = 0 if request.max_tokens == 0 else 1
     if request.messages is None:
-        room = 0 if request.max_tokens == 0 else 1
-        with errors_of("prompt", llm, model):
+        with errors_of("prompt", llm, model, room):
             return [llm.encode(prompt, room) for prompt in request.prompts]
     variables = chat_template_kwargs | request.chat_template_kwargs
     ending = request.add_generation_prompt, request.continue_final_message
-    with errors_of("messages", llm, model):
-        return [llm.encode_chat(request.messages, variables, *ending)]
+    with errors_of("messages", llm, model, room):
+        return [llm.encode_chat(request.messages, variables, *ending, room)]
 
 
 @contextmanager
-def errors_of(param, llm, model):
-    """Turn an InputError into an ApiError about the field `param`; `model` is the model's name in it."""
+def errors_of(param, llm, model, room=1):
+    """Turn an InputError into an ApiError about the field `param`; `model` is the model's name in it.
+
+    `room` is the number of new tokens for which the context must have room.
+    """
     try:
         yield
     except ContextError as error:
-        raise ApiError(400, too_long(error, param, llm), param, "context_length_exceeded") from error
+        raise ApiError(400, too_long(error, param, llm, room), param, "context_length_exceeded") from error
     except InputError as error:
         raise ApiError(400, without_path(error, llm, model), param) from error
 
 
-def too_long(error, param, llm):
-    """Return the message for a prompt that leaves no room in the context.
+def too_long(error, param, llm, room):
+    """Return the message for a prompt that does not leave `room` in the context.
 
     LiteLLM and LangChain look for words of it: "maximum context length is" and "prompt is too long".
     """
@@ -53,8 +56,8 @@ def too_long(error, param, llm):
     if error.tokens is None:
         excess = f"the prompt is too long: it has over {CHARACTERS_PER_TOKEN} characters for each of them"
     else:
-        requested = counted(error.tokens + 1, "token")
-        parts = f"{error.tokens} in the {param}, 1 in the completion"
+        requested = counted(error.tokens + room, "token")
+        parts = f"{error.tokens} in the {param}, {room} in the completion"
         excess = f"you requested {requested} ({parts}): the prompt is too long"
     return (
         f"This model's maximum context length is {counted(context, 'token')}. However, {excess}. "

@@ -17,7 +17,7 @@ from tiny import BOS, EOS, byte_tokenizer
 from minitp import LLM, Completion, SamplingParams
 from minitp.comm.single import SingleRank
 from minitp.device import open_device
-from minitp.errors import InputError
+from minitp.errors import ContextError, InputError
 from minitp.load import load_model
 from minitp.loading.source import open_model
 
@@ -284,6 +284,16 @@ def test_a_chat_continues_the_rendered_conversation(llm, model):
     check([llm.chat("Hi"), llm.chat([{"role": "user", "content": "Hi"}])], expected * 2)
     assert "".join(llm.stream_chat("Hi")) == expected[0].text
     assert len(expected[0].token_ids) > SamplingParams().max_new_tokens, "it may fill the context"
+
+
+def test_a_chat_without_new_tokens_may_fill_the_context(llm):
+    around = len(llm.encode_chat([{"role": "user", "content": ""}]))
+    text = "a" * (CONTEXT - around)
+    answer = llm.chat(text, max_new_tokens=0, prompt_logprobs=0)
+    assert (len(answer.prompt_logprobs), answer.token_ids, answer.finish_reason) == (CONTEXT, [], "length")
+    for refused in (lambda: llm.chat(text), lambda: llm.chat(text + "a", max_new_tokens=0)):
+        with pytest.raises(ContextError, match="leaves no room"):
+            refused()
 
 
 def test_a_chat_accepts_params(llm, model):

@@ -4,6 +4,7 @@ import json
 import signal
 import socket
 import string
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from served import Served, rendered, write_chatty
 from tiny import write_tiny
 
+from minitp.errors import InputError
+from minitp.server.errors import without_path
 from minitp.server.fields import CHAT as CHAT_FIELDS
 from minitp.server.fields import COMMON, COMPLETION, UNSUPPORTED
 
@@ -156,6 +159,28 @@ def test_a_prompt_without_room_has_the_words_that_clients_look_for(server, route
     tokens = {COMPLETIONS: 512, CHAT: 512 + len(rendered(("user", "")))}[route]
     if length == 512:
         assert f"you requested {tokens + 1} tokens ({tokens} in the {param}, 1 in the" in error["message"]
+
+
+@pytest.mark.parametrize(("route", "param"), [(COMPLETIONS, "prompt"), (CHAT, "messages")])
+def test_a_prompt_without_new_tokens_may_fill_the_context(server, route, param):
+    for length, status in ((512, 200), (513, 400)):
+        text = "a" * (length - (0 if route == COMPLETIONS else len(rendered(("user", "")))))
+        body = (
+            HI | {"prompt": text} if route == COMPLETIONS else TALK | {"messages": [USER | {"content": text}]}
+        )
+        response = post(server, route, body | {"max_tokens": 0})
+        assert response.status_code == status, response.text
+    check_error(response, 400, f"you requested 513 tokens (513 in the {param}, 0 in the completion)", param)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("/models/a", "served"), ("./a", "served"), ("org/a", "served"), ("a", "a"), ("model", "model")],
+)
+def test_only_a_path_is_replaced_in_messages(name, shown):
+    llm = SimpleNamespace(source=SimpleNamespace(name=name))
+    message = without_path(InputError(f"{name} is not a chat model"), llm, "served")
+    assert message == f"{shown} is not a chat model"
 
 
 def test_the_openai_client_raises_its_usual_errors(server):
