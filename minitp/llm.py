@@ -386,7 +386,7 @@ class LLM:
 
     def _require_tokenizer(self):
         if self.tokenizer is None:
-            raise InputError(f"{self.source.name} has no tokenizer.json; pass token ids to `generate`")
+            raise InputError(f"{self.source.name} has no tokenizer.json; pass token ids as the prompt")
         return self.tokenizer
 
 

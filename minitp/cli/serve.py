@@ -56,6 +56,7 @@ class ServeCommand(Caller):
 
         check(args)
         api_key = args.api_key or os.environ.get("MINITP_API_KEY")
+        check_key(api_key)
         listener = listen(args.host, args.port)
         host, port = listener.getsockname()[:2]
         if not ipaddress.ip_address(host).is_loopback and not api_key:
@@ -191,6 +192,15 @@ def check(args):
                 f"--allow-origin {shown(origin)}: expected * or an origin such as https://example.com or "
                 "http://localhost:3000, in lower case and without a path"
             )
+
+
+def check_key(key):
+    """Reject a key that clients cannot send in a header, without showing it."""
+    if key and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise InputError(
+            "the API key has spaces at its ends, or characters that are not printable ASCII, so clients "
+            "cannot send it in a header; choose another"
+        )
 
 
 def check_chat_template(source, variables):

@@ -137,7 +137,7 @@ def test_random_weights_take_token_ids_only():
         completion = llm.generate([1, 2], params)
         assert completion.token_ids == alone(name, [([1, 2], params)], tp=1, layers=1)[0].token_ids
         assert completion.text == ""
-        no_text = f"{name} has no tokenizer.json; pass token ids to `generate`"
+        no_text = f"{name} has no tokenizer.json; pass token ids as the prompt"
         assert refusal(lambda: llm.generate("Hi")) == no_text
         assert refusal(lambda: llm.stream([1, 2])) == no_text
         assert refusal(lambda: llm.chat("Hi")) == f"{name} has no chat template: its weights are random"

@@ -128,6 +128,15 @@ def test_refused_options(refused, options, words):
     assert words in refused("serve", *options)
 
 
+@pytest.mark.parametrize("key", ["secret\n", " secret", "schlüssel", "a\tb"], ids=repr)
+def test_a_key_that_no_header_can_have_is_refused_and_not_shown(refused, monkeypatch, key):
+    with_option = refused("serve", "--api-key", key)
+    monkeypatch.setenv("MINITP_API_KEY", key)
+    assert refused("serve") == with_option
+    assert "the API key has spaces at its ends, or characters that are not printable ASCII" in with_option
+    assert key.strip() not in with_option
+
+
 @pytest.mark.parametrize("revision", ["", "v1"])
 def test_serve_starts_a_model_without_a_chat_template(monkeypatch, revision):
     opened = []
