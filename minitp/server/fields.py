@@ -71,6 +71,12 @@ def stops(value):
     return [one for one in values if one not in ("", None)]
 
 
+def biases(value):
+    """Return the biases by token id, or None if there are none but 0; of "5" and "05" the last one counts."""
+    by_id = {int(token): bias for token, bias in value.items()}
+    return {token: bias for token, bias in by_id.items() if bias} or None
+
+
 def present(value):
     """Return a JSON object without its null members, or any other value as it is."""
     if isinstance(value, dict):
@@ -111,7 +117,7 @@ COMMON = {
     "logit_bias": Field(
         "an object of numbers from -100 to 100 by token id",
         lambda value: value == [] or (isinstance(value, dict) and are_biases(value)),
-        lambda value: {token: bias for token, bias in dict(value).items() if bias} or None,
+        lambda value: biases(dict(value)),
     ),
     # These are not in OpenAI's API, but in those of other servers.
     "repetition_penalty": number(0.01, 100),

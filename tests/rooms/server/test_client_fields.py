@@ -217,6 +217,13 @@ def test_max_tokens_of_zero(server):
     assert choice(server, COMPLETIONS, HI | {"prompt": "a" * CONTEXT, "max_tokens": 0}) == ("", "length")
 
 
+@pytest.mark.parametrize(
+    ("sent", "meant"), [({"5": 1, "05": 2}, {5: 2}), ({"5": 1, "05": 0}, None), ({"05": 0, "5": 1}, {5: 1})]
+)
+def test_the_last_bias_of_a_token_counts(sent, meant):
+    assert completion_request(HI | {"logit_bias": sent}).params.logit_bias == meant
+
+
 def test_whole_numbers_may_be_written_with_a_point(server):
     fields = {"max_tokens": 5, "n": 1, "seed": 7, "top_k": 4, "temperature": 1}
     floats = {name: float(value) for name, value in fields.items()}
