@@ -55,7 +55,7 @@ class ServeCommand(Caller):
         from minitp.loading.source import open_model
 
         check(args)
-        api_key = args.api_key or os.environ.get("MINITP_API_KEY")
+        api_key = os.environ.get("MINITP_API_KEY") or None if args.api_key is None else args.api_key
         check_key(api_key)
         listener = listen(args.host, args.port)
         host, port = listener.getsockname()[:2]
@@ -196,6 +196,8 @@ def check(args):
 
 def check_key(key):
     """Reject a key that clients cannot send in a header, without showing it."""
+    if key == "":  # such as that of a variable that is not set
+        raise InputError("--api-key is empty; give a key, or leave the option out")
     if key and not (key.isascii() and key.isprintable() and key == key.strip()):
         raise InputError(
             "the API key has spaces at its ends, or characters that are not printable ASCII, so clients "

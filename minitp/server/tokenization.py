@@ -20,6 +20,7 @@ from minitp.server.prompts import errors_of
 from minitp.server.requests import conversation
 from minitp.text.chat_template import NoChatTemplateError
 from minitp.text.tokenizer_config import STANDARD, special_tokens
+from minitp.util.format import counted
 
 TOKENIZE = MESSAGES | {
     "model": COMMON["model"],
@@ -106,6 +107,9 @@ def detokenize(llm, request, model):
     with errors_of("tokens", llm, model):
         tokenizer = require_tokenizer(llm)
         check_vocabulary(request.tokens, llm.source.config)
+        context = llm.description["context"]
+        if len(request.tokens) > context:  # decoding them would delay other requests
+            raise InputError(f"{counted(len(request.tokens), 'token')} exceed the context of {context}")
         return {"prompt": tokenizer.decode(request.tokens, skip_special_tokens=False)}
 
 

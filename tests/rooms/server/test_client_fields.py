@@ -371,6 +371,7 @@ def test_tokenizer_info(server):
         ("/tokenize", {"prompt": "a" * 65537}, "This model's maximum context length is 96 tokens. However,"),
         ("/detokenize", {}, "tokens is missing"),
         ("/detokenize", {"tokens": ["a"]}, "tokens: expected a list of token ids"),
+        ("/detokenize", {"tokens": [5] * 513}, "513 tokens exceed the context of 96"),
         ("/detokenize", {"tokens": [258]}, "token id 258 is outside the vocabulary"),
         ("/detokenize", {"tokens": [-1]}, "token id -1 is outside the vocabulary"),
     ],

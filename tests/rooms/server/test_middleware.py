@@ -117,6 +117,7 @@ def test_an_unexpected_error_allows_the_origin(origins, allowed):
         (["--allow-origin", "example.com"], "--allow-origin 'example.com': expected * or an origin such as"),
         (["--allow-origin", "https://example.com/"], "--allow-origin 'https://example.com/': expected"),
         (["--allow-origin", "*", "--allow-origin", ""], "--allow-origin '': expected"),
+        (["--api-key", ""], "--api-key is empty; give a key, or leave the option out"),
         (["--served-model-name", "a", ""], "--served-model-name '': expected a name that is not empty"),
         (
             ["--chat-template-kwargs", "x"],

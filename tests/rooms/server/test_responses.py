@@ -1,6 +1,7 @@
 """Responses made from updates: names and bytes of tokens, offsets, the echo of a prompt, and usage."""
 
 import json
+import tracemalloc
 
 import pytest
 from tiny import BOS, EOS, byte_tokenizer, byte_tokens
@@ -217,6 +218,19 @@ def test_without_a_tokenizer_a_token_is_its_number():
     assert logprobs["tokens"] == ["7", "8"]
     assert logprobs["text_offset"] == [0, 0]
     assert logprobs["top_logprobs"][1] == {"8": -0.5, "70": -1.5}
+
+
+def test_a_scored_token_takes_little_memory():
+    """A response with many choices may keep a million scored tokens until the last one is there."""
+    response = CompletionResponse(request(logprobs=20), [[1]], byte_level())
+    top = [(n, -float(n)) for n in range(20)]
+    tracemalloc.start()
+    for _ in range(1000):
+        response.add(0, Update([65], "a", [(-1.0, [(n, x * 1.5) for n, x in top])]))
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used < 1000 * 900  # bytes; as pairs, a token takes more than twice as much
+    assert len(body(response)["choices"][0]["logprobs"]["top_logprobs"][999]) == 21
 
 
 def test_usage_counts_each_prompt_once():
