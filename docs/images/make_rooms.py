@@ -24,6 +24,7 @@ BOXES = {
     "report": (1, 6, 1, "HTML pages"),
     "tour": (1, 7, 1, "all in one file"),
     "check": (2, 5, 1, "judges the steps"),
+    "probe": (2, 7, 1, "other engines' steps"),
     "engine": (3, 0, 3.25, "many requests: scheduler, blocks, prefix cache"),
     "estimate": (3, 3.25, 1.25, "predicts, for plan"),
     "trace": (4, 4.5, 3.5, "the steps of a forward pass, by name"),
@@ -87,7 +88,7 @@ STYLE = """
   .arrow { fill: none; stroke: var(--line); stroke-width: 1.3; }
   .head { fill: var(--line); }
 """
-JUDGES = ("compare", "report", "check", "trace", "oracle")
+JUDGES = ("compare", "report", "check", "probe", "trace", "oracle")
 
 
 def arrows():

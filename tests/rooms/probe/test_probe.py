@@ -1,0 +1,140 @@
+"""The probe: recordings of a NumPy model with transformers' modules, and files that transformers made."""
+
+import json
+import os
+
+import fake_transformers
+import numpy as np
+import pytest
+from fake_transformers import FakeLlama, FakeModule, FakeTensor, apply_rotary_pos_emb, eager_attention_forward
+from paths import GOLDENS, PROBED
+from safetensors import safe_open
+
+import minitp.probe
+from minitp.check.difference import difference_of
+from minitp.compare.run import compare_files
+from minitp.errors import InputError
+from minitp.loading.source import open_model
+from minitp.probe.recipes import TRANSFORMERS
+from minitp.trace.names import step_names
+from minitp.trace.record import passes_of
+from minitp.trace.write import write_oracle_trace
+
+PROMPT = [3, 50, 7, 7, 91]
+# Steps that are no input or output of a module or function; with one process, a partial sum is the sum.
+UNSEEN = (
+    "embed_partial",
+    "attn.out_partial",
+    "mlp.out_partial",
+    "logits_partial",
+    "attn.scores",
+    "mlp.experts",
+)
+
+
+def expected_names(source, decode):
+    rotated = [f"layers.{i}.attn.{part}_rope" for i in source.config.layers_without_rope for part in "qk"]
+    names = [
+        f"{name}/{step}" for name, _, _ in passes_of(len(PROMPT), decode) for step in step_names(source.plan)
+    ]
+    return {name for name in names if not name.endswith((*UNSEEN, *rotated))}
+
+
+def metadata_of(path):
+    with safe_open(path, "np") as file:
+        return file.metadata(), set(file.keys())
+
+
+def check_against_oracle(directory, path, decode, tmp_path, tolerance=None):
+    """Check that a recording has all steps, and that they are the oracle's."""
+    source = open_model(str(directory), 1)
+    metadata, names = metadata_of(path)
+    assert names == expected_names(source, decode)
+    passes = passes_of(len(PROMPT), decode)
+    assert json.loads(metadata["passes"]) == [list(one) for one in passes]
+    ids = json.loads(metadata["token_ids"])
+    wanted = [name for name in names if not name.endswith("positions")]
+    oracle = tmp_path / "oracle.safetensors"
+    write_oracle_trace(oracle, source, ids[: len(PROMPT)], passes, wanted)
+    result = compare_files(oracle, path, tolerance=tolerance)
+    assert [step.name for step in result.steps if step.departs] == []
+    assert not result.not_compared
+    assert {step.name for step in result.steps} == set(wanted)
+
+
+@pytest.fixture
+def model():
+    return FakeLlama(GOLDENS / "llama2")
+
+
+def ids(*tokens):
+    return FakeTensor(np.array([tokens]), "torch.int64")
+
+
+def greedy(output):
+    return int(output.logits.array[0, -1].argmax())
+
+
+def test_a_recording_has_all_steps_of_prefill_and_decoding(model, tmp_path):
+    path = tmp_path / "steps.safetensors"
+    with minitp.probe.record(model, path):
+        token = greedy(model(input_ids=ids(*PROMPT)))
+        token = greedy(model(ids(token)))
+        model(ids(token))
+    check_against_oracle(GOLDENS / "llama2", path, 2, tmp_path)
+
+
+def test_nothing_of_the_probe_is_left_on_the_model(model, tmp_path):
+    with minitp.probe.record(model, tmp_path / "steps.safetensors"):
+        assert model.config._attn_implementation == "eager"
+        assert fake_transformers.apply_rotary_pos_emb is not apply_rotary_pos_emb
+        model(ids(*PROMPT))
+    assert model.config._attn_implementation == "sdpa"
+    assert fake_transformers.apply_rotary_pos_emb is apply_rotary_pos_emb
+    assert fake_transformers.eager_attention_forward is eager_attention_forward
+    modules = [module for _, module in model.named_modules() if isinstance(module, FakeModule)]
+    assert len(modules) > 20
+    assert all(module.before == module.after == [] for module in modules)
+
+
+def test_an_error_in_the_block_writes_no_file_and_removes_the_hooks(model, tmp_path):
+    path = tmp_path / "steps.safetensors"
+    with pytest.raises(AttributeError), minitp.probe.record(model, path):
+        model(ids(*PROMPT)).no_such_field  # noqa: B018
+    assert not path.exists()
+    assert model.before == []
+
+
+def test_what_the_probe_cannot_record_is_refused(model, tmp_path):
+    def refused(words, run=lambda: None, path=tmp_path / "steps.safetensors", **options):
+        with pytest.raises(InputError, match=words), minitp.probe.record(model, path, **options):
+            run()
+
+    refused("recipe 'bert': there are recipes for llama, ", recipe="bert")
+    refused("no forward pass was run")
+    refused(r"one sequence, with input_ids \[1, T\]", lambda: model(FakeTensor(np.array([PROMPT, PROMPT]))))
+    refused(f"there is no folder {tmp_path / 'missing'}", path=tmp_path / "missing" / "steps.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PROBED.glob("*.safetensors")))
+def test_a_recording_of_transformers_is_the_oracles(name, tmp_path):
+    """The files were made by tests/support/make_probe_dumps.py."""
+    tolerance = 0.05 if name == "tinyllama" else None  # bfloat16, whose roundings add up over two layers
+    check_against_oracle(GOLDENS / name, PROBED / f"{name}.safetensors", 1, tmp_path, tolerance)
+
+
+def test_every_recipe_has_a_recording_of_transformers():
+    recorded = {metadata_of(path)[0]["source"].split()[-1] for path in PROBED.glob("*.safetensors")}
+    assert recorded == set(TRANSFORMERS)
+
+
+def test_a_recording_in_bfloat16_has_the_bits_of_the_model():
+    metadata, _ = metadata_of(PROBED / "tinyllama.safetensors")
+    assert metadata["dtype"] == "bfloat16"
+    with safe_open(PROBED / "tinyllama.safetensors", "np") as file:
+        embed, tokens = file.get_tensor("prefill/embed"), file.get_tensor("prefill/tokens")
+    with safe_open(GOLDENS / "tinyllama" / "model.safetensors", "np") as file:
+        table = file.get_tensor("model.embed_tokens.weight")
+    assert embed.dtype.name == "bfloat16"
+    assert difference_of(embed, table[tokens]).absolute == 0
