@@ -20,33 +20,34 @@ BOXES = {
     "server": (1, 0, 1, "HTTP"),
     "llm": (1, 1, 1, "the Python API"),
     "bench": (1, 2, 3, "measures speed"),
-    "compare": (1, 5, 1, "two traces"),
+    "judge": (1, 5, 1, "another engine"),
+    "compare": (2, 5, 1, "two traces"),
     "report": (1, 6, 1, "HTML pages"),
     "tour": (1, 7, 1, "all in one file"),
-    "check": (2, 5, 1, "judges the steps"),
-    "probe": (2, 7, 1, "other engines' steps"),
-    "engine": (3, 0, 3.25, "many requests: scheduler, blocks, prefix cache"),
-    "estimate": (3, 3.25, 1.25, "predicts, for plan"),
-    "trace": (4, 4.5, 3.5, "the steps of a forward pass, by name"),
-    "generate": (5, 0, 1, "prompt to tokens"),
-    "launch": (5, 1, 1.25, "starts the ranks"),
-    "load": (5, 2.25, 1, "makes a Model"),
-    "request": (6, 0, 1, "one continuation"),
-    "cuda": (6, 1, 2.75, "GPUs: NCCL, graphs, the fused model"),
-    "oracle": (6, 6, 2, "the same model in float64"),
-    "sampling": (7, 0, 0.87, "the next token"),
-    "model": (7, 1, 2, "one rank's forward pass"),
-    "comm": (7, 3, 0.87, "collectives"),
-    "loading": (7, 4.5, 3.5, "--model: config, files, one rank's weights"),
-    "paged_cache": (8, 1, 1, "blocks of a pool"),
-    "moe": (8, 2, 1, "experts"),
-    "rope": (8, 3, 0.87, "frequencies"),
-    "shard": (8, 4, 1, "sharding plan"),
-    "device": (8, 6, 2, "NumPy or CuPy, and a dtype"),
-    "kv_cache": (9, 1, 1, "keys and values"),
-    "ops": (9, 2, 1, "all operations"),
-    "tensors": (9, 4, 1, "how each is cut"),
-    "text": (10, 0, 8, "tokenizer, chat template, stop strings"),
+    "check": (3, 5, 1, "judges the steps"),
+    "probe": (2, 7, 1, "records steps"),
+    "engine": (4, 0, 3.25, "many requests: scheduler, blocks, prefix cache"),
+    "estimate": (4, 3.25, 1.25, "predicts, for plan"),
+    "trace": (5, 4.5, 3.5, "the steps of a forward pass, by name"),
+    "generate": (6, 0, 1, "prompt to tokens"),
+    "launch": (6, 1, 1.25, "starts the ranks"),
+    "load": (6, 2.25, 1, "makes a Model"),
+    "request": (7, 0, 1, "one continuation"),
+    "cuda": (7, 1, 2.75, "GPUs: NCCL, graphs, the fused model"),
+    "oracle": (7, 6, 2, "the same model in float64"),
+    "sampling": (8, 0, 0.87, "the next token"),
+    "model": (8, 1, 2, "one rank's forward pass"),
+    "comm": (8, 3, 0.87, "collectives"),
+    "loading": (8, 4.5, 3.5, "--model: config, files, one rank's weights"),
+    "paged_cache": (9, 1, 1, "blocks of a pool"),
+    "moe": (9, 2, 1, "experts"),
+    "rope": (9, 3, 0.87, "frequencies"),
+    "shard": (9, 4, 1, "sharding plan"),
+    "device": (9, 6, 2, "NumPy or CuPy, and a dtype"),
+    "kv_cache": (10, 1, 1, "keys and values"),
+    "ops": (10, 2, 1, "all operations"),
+    "tensors": (10, 4, 1, "how each is cut"),
+    "text": (11, 0, 8, "tokenizer, chat template, stop strings"),
 }
 FLOOR = ("errors", "util")
 # Where an arrow leaves and enters, in columns, if not in the middle of what its two boxes have in common.
@@ -88,7 +89,7 @@ STYLE = """
   .arrow { fill: none; stroke: var(--line); stroke-width: 1.3; }
   .head { fill: var(--line); }
 """
-JUDGES = ("compare", "report", "check", "probe", "trace", "oracle")
+JUDGES = ("judge", "compare", "report", "check", "probe", "trace", "oracle")
 
 
 def arrows():

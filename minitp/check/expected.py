@@ -244,6 +244,8 @@ def experts_sum(acts, router, per_token, downs):
     The router's logits determine each token's X = `per_token` experts and their weights. `downs` has a matrix
     [D, F_r] for each expert.
     """
+    inputs = acts
+    acts, acts_lp = both(acts)  # [T, X, F_r] each
     chosen = oracle_ops.choose_experts(router, per_token)  # [T, E]
     router_weights = oracle_ops.route(router, per_token)  # [T, E]
     shifted = np.where(chosen, router.astype(np.float32), -np.inf)  # [T, E]
@@ -257,14 +259,16 @@ def experts_sum(acts, router, per_token, downs):
         act, weight = acts[rows, nth[rows, expert]], router_weights[rows, expert, None]  # [n, F_r], [n, 1]
         y = oracle_ops.linear(act, w)  # [n, D]
         value[rows] += weight * y
-        lowp[rows] += weights_lp[rows, expert, None] * IN_FLOAT32.matmul(act, w.T)
+        act_lp = acts_lp[rows, nth[rows, expert]]  # [n, F_r]
+        lowp[rows] += weights_lp[rows, expert, None] * IN_FLOAT32.matmul(act_lp, w.T)
         y_squares = np.square(act, dtype=np.float64) @ np.square(w.T, dtype=np.float64)  # [n, D]
         # A weight has the relative rounding error of a softmax, and all elements of its row share that error.
         weight_scale = 1 - shifted[rows, expert, None].astype(np.float64)  # [n, 1], relative to the weight
         squares[rows] += np.square(weight) * (y_squares + np.square(weight_scale * y))
     terms = acts.shape[1] * acts.shape[2]
     scale = scale_of_sum(value, squares)  # [T, D]
-    return Expected(value, rounded(lowp, acts.dtype), scale, terms=terms, common=(-1,))
+    found = Expected(value, rounded(lowp, acts_lp.dtype), scale, terms=terms, common=(-1,))
+    return found.with_inputs(inputs)
 
 
 def total(parts, bias=None):

@@ -6,6 +6,7 @@ from minitp.cli.check import CheckCommand
 from minitp.cli.compare import CompareCommand
 from minitp.cli.generate import GenerateCommand
 from minitp.cli.info import InfoCommand
+from minitp.cli.judge import JudgeCommand
 from minitp.cli.logprobs import LogprobsCommand
 from minitp.cli.perplexity import PerplexityCommand
 from minitp.cli.plan import PlanCommand
@@ -19,6 +20,7 @@ SECTIONS = {
     "run a model": (GenerateCommand(), ChatCommand(), ServeCommand()),
     "check and compare": (
         CheckCommand(),
+        JudgeCommand(),
         TraceCommand(),
         CompareCommand(),
         PerplexityCommand(),

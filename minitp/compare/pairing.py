@@ -72,7 +72,7 @@ def exclusions(a, b, a_metadata, b_metadata):
     """
     if a_metadata is None or b_metadata is None:
         return Exclusions()
-    for name, ours, theirs in _differing(a_metadata.config, b_metadata.config):
+    for name, ours, theirs in differing(a_metadata.config, b_metadata.config):
         if name not in MAY_DIFFER:
             raise InputError(
                 f"{a.path} and {b.path} are traces of different models: {name} is {shown(ours)} in the first "
@@ -134,12 +134,12 @@ def match(a, b, mapped, excluded):
     return pairs
 
 
-def _differing(first, second):
+def differing(first, second):
     """Yield (name, value in the first, value in the second) of the fields of two dataclasses that differ."""
     for field in dataclasses.fields(first):
         ours, theirs = getattr(first, field.name), getattr(second, field.name)
         if dataclasses.is_dataclass(ours):
-            yield from _differing(ours, theirs)
+            yield from differing(ours, theirs)
         elif ours != theirs:
             yield field.name, ours, theirs
 

@@ -1,0 +1,6 @@
+"""`minitp judge`: repeat the recorded operations of another engine, and name the first wrong one.
+
+run.py          the judgement: each recorded step against the operation on its recorded inputs; start here
+recording.py    the recording, as the replay of `check` reads it
+hypotheses.py   common mistakes in each operation, tried one by one on the first wrong step
+"""

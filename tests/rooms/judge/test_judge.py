@@ -1,0 +1,184 @@
+"""The judgement of recordings: of transformers with and without faults, and of a model in this process."""
+
+import json
+import shutil
+
+import fake_transformers
+import numpy as np
+import pytest
+from fake_transformers import FakeLlama, FakeTensor
+from paths import GOLDENS, PROBED, SUPPORT
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import minitp.probe
+from minitp.cli.main import main
+from minitp.judge.recording import EngineRecording
+from minitp.judge.run import judge
+from minitp.loading.source import open_model
+from minitp.trace.reference import open_oracle
+
+FAULTY = json.loads((SUPPORT / "faulty_recordings.json").read_text())
+RIGHT = sorted(path.stem for path in PROBED.glob("*.safetensors"))
+PROMPT = [3, 50, 7, 7, 91]
+
+
+def judged(path, golden):
+    source = open_model(str(GOLDENS / golden), 1)
+    return judge(EngineRecording(path), source, open_oracle(source))
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_the_first_wrong_operation_is_named_and_explained(name):
+    """The recordings were made by tests/support/make_faulty_recordings.py."""
+    case = FAULTY[name]
+    judgement = judged(SUPPORT / "faulty_recordings" / case["file"], case["model"])
+    first = judgement.result.blamed()[0]
+    assert first.name.partition("/")[2] == case["step"]
+    assert case["words"] in judgement.explanation
+
+
+def test_a_fault_is_blamed_only_where_it_is():
+    """A fault of one layer does not make steps wrong whose inputs it only spoils."""
+    for name in ("v of layer 0", "gelu", "mlp left out", "norm without weight"):
+        case = FAULTY[name]
+        blamed = judged(SUPPORT / "faulty_recordings" / case["file"], case["model"]).result.blamed()
+        assert {finding.name.partition("/")[2] for finding in blamed} == {case["step"]}, name
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_nothing_is_blamed_in_a_right_recording(name):
+    judgement = judged(PROBED / f"{name}.safetensors", name)
+    assert judgement.result.blamed() == []
+    assert judgement.explanation == ""
+    assert max(finding.ratio for finding in judgement.result.findings) < 0.8
+    assert len(judgement.result.findings) > 70
+
+
+# --- a model in this process ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A function that records a FakeLlama, changed by `fault(model)`, and returns the file."""
+
+    def recorded(fault=lambda model: None):
+        model, path = FakeLlama(GOLDENS / "llama2"), tmp_path / "engine.safetensors"
+        fault(model)
+        with minitp.probe.record(model, path):
+            token = model(FakeTensor(np.array([PROMPT]))).logits.array[0, -1].argmax()
+            model(FakeTensor(np.array([[token]])))
+        return path
+
+    return recorded
+
+
+def test_a_right_model_is_within_bounds(recorded):
+    assert judged(recorded(), "llama2").result.ok
+
+
+def test_a_cache_that_loses_a_position_is_blamed(recorded, monkeypatch):
+    original = fake_transformers.eager_attention_forward
+
+    def stale(module, query, key, value, mask):
+        if query.shape[2] == 1:
+            key = FakeTensor(np.concatenate((key.array[:, :, :-1], key.array[:, :, -2:-1]), axis=2))
+        return original(module, query, key, value, mask)
+
+    def fault(model):
+        monkeypatch.setattr(fake_transformers, "eager_attention_forward", stale)
+
+    first = judged(recorded(fault), "llama2").result.blamed()[0]
+    assert first.name == "decode.1/layers.0.attn.probs", "attention got the right keys and used others"
+
+
+def test_a_mistake_that_no_table_has_is_blamed_without_an_explanation(recorded):
+    def fault(model):
+        norm = model.model.layers[1].input_layernorm
+        forward = norm.forward
+        norm.forward = lambda x: FakeTensor(np.sort(forward(x).array, axis=-1))
+
+    judgement = judged(recorded(fault), "llama2")
+    assert judgement.result.blamed()[0].name == "prefill/layers.1.attn.norm"
+    assert judgement.explanation == ""
+
+
+def test_a_factor_is_the_last_resort(recorded):
+    def fault(model):
+        model.model.layers[0].mlp.up_proj.weight = 1.25 * model.model.layers[0].mlp.up_proj.weight
+
+    judgement = judged(recorded(fault), "llama2")
+    assert judgement.result.blamed()[0].name == "prefill/layers.0.mlp.up"
+    assert judgement.explanation == "the right result times 1.25"
+
+
+# --- the command ----------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_the_operation_and_the_mistake(capsys):
+    path, model = SUPPORT / "faulty_recordings" / "rope-in-pairs.safetensors", GOLDENS / "llama2"
+    assert main(["judge", str(path), "--model", str(model)]) == 1
+    *_, verdict, mistake = capsys.readouterr().out.splitlines()
+    assert verdict.startswith(
+        "first wrong operation: prefill/layers.0.attn.q_rope, layer 0, rank 0: relative error "
+    )
+    assert mistake.startswith("what it seems to compute: rotated in pairs (x[2i], x[2i+1])")
+
+
+def test_the_command_on_a_right_recording(capsys):
+    assert main(["judge", str(PROBED / "qwen3.safetensors"), "--model", str(GOLDENS / "qwen3"), "-v"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "transformers, qwen3, float32, 6 tokens in 2 passes, judged with " in lines[0]
+    assert any(line.startswith("layer 1 ") for line in lines)
+    assert lines[-2].startswith("not recorded: embed_partial, attn.scores, ")
+    assert lines[-1] == "all steps within bounds for all 2 layers (90 arrays on 1 rank)"
+
+
+def test_the_model_of_the_recording_is_the_default(capsys, monkeypatch, tmp_path):
+    shutil.copytree(GOLDENS / "llama2", tmp_path / "llama2")
+    monkeypatch.chdir(tmp_path)
+    assert main(["judge", str(PROBED / "llama2.safetensors")]) == 0
+    assert "judged with llama2" in capsys.readouterr().out
+
+
+def changed(path, target, change=lambda arrays, metadata: None):
+    """Write a copy of a recording, changed by change(arrays, metadata)."""
+    with safe_open(path, "np") as file:
+        arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    change(arrays, metadata)
+    save_file(arrays, target, metadata)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda arrays, metadata: metadata.pop("format"), "not a trace; record the engine with minitp.probe"),
+        (
+            lambda arrays, metadata: arrays.pop("prefill/layers.1.attn.k_cache"),
+            "it lacks prefill/layers.1.attn.k_cache, which judge needs",
+        ),
+        (
+            lambda arrays, metadata: metadata.update(
+                config=metadata["config"].replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06')
+            ),
+            "the engine's config has rms_norm_eps 1e-06, and that of",
+        ),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(change, words, tmp_path, capsys):
+    path = changed(PROBED / "llama2.safetensors", tmp_path / "changed.safetensors", change)
+    code = main(["judge", str(path), "--model", str(GOLDENS / "llama2")])
+    captured = capsys.readouterr()
+    assert code == 2
+    assert words in captured.err
+    assert captured.out == ""
+
+
+def test_an_array_of_another_shape_is_blamed(tmp_path):
+    def change(arrays, metadata):
+        arrays["prefill/layers.0.mlp.act"] = arrays["prefill/layers.0.mlp.act"][:, :-1].copy()
+
+    path = changed(PROBED / "llama2.safetensors", tmp_path / "changed.safetensors", change)
+    first = judged(path, "llama2").result.blamed()[0]
+    assert (first.name, first.note) == ("prefill/layers.0.mlp.act", "shape [5, 63], expected [5, 64]")
