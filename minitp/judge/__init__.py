@@ -2,5 +2,6 @@
 
 run.py          the judgement: each recorded step against the operation on its recorded inputs; start here
 recording.py    the recording, as the replay of `check` reads it
-hypotheses.py   common mistakes in each operation, tried one by one on the first wrong step
+hypotheses.py   the mistakes, tried one by one on the first wrong step
+attention_mistakes.py, other_mistakes.py: what each operation may compute instead; wrong_step.py: its inputs
 """

@@ -1,0 +1,58 @@
+"""A wrong step, with the inputs and weights from which its mistakes are computed."""
+
+import numpy as np
+
+from minitp.trace.names import full_name
+
+
+class WrongStep:
+    """A wrong step, with access to its inputs and weights.
+
+    Attributes
+    ----------
+    reference : Oracle
+    block : str
+        "attn", "mlp" or "" outside the layers.
+    step : str
+        The step's name within its block.
+    """
+
+    def __init__(self, case, pass_, layer, step):
+        self.case, self.pass_, self.layer = case, pass_, layer
+        self.reference = case.reference
+        self.block, _, self.step = step.rpartition(".")
+
+    def s(self, step, block=None):
+        """Return a recorded step of this layer in float64, or the value that follows from its inputs."""
+        prefix = self.block if block is None else block
+        array = self.case.recorded(self.pass_.name, self.layer, f"{prefix}.{step}" if prefix else step)
+        return np.asarray(getattr(array, "value", array), np.float64)
+
+    def outside(self, step):
+        """Return a recorded step outside the layers."""
+        array = self.case.recorded(self.pass_.name, None, step)
+        return np.asarray(getattr(array, "value", array), np.float64)
+
+    def w(self, name, layer=None):
+        """Return a tensor of this layer, or of another one, in float64; None if the model has none."""
+        layer = self.layer if layer is None else layer
+        tensor = self.case.weights.get(name if layer is None else f"model.layers.{layer}.{name}")
+        return None if tensor is None else tensor.astype(np.float64)
+
+    def stream(self):
+        """Return the residual stream before this block."""
+        if self.block == "mlp":
+            return self.s("residual", "attn")  # [T, D]
+        if self.layer == 0:
+            return self.outside("embed")  # [T, D]
+        name = full_name(self.pass_.name, self.layer - 1, "mlp.residual")
+        array = self.case.recording.read(name) if name in self.case.recording else self.outside("embed")
+        return array.astype(np.float64)  # [T, D]
+
+    @property
+    def positions(self):
+        return self.outside("positions").astype(int)  # [T]
+
+    @property
+    def other_layers(self):
+        return [i for i in range(self.case.plan.layers) if i != self.layer]
