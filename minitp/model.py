@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from minitp import moe, ops
 from minitp.kv_cache import KVCache
 from minitp.paged_cache import BlockPool
-from minitp.rope import rope_inverse_frequencies
+from minitp.rope import rotations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -75,10 +75,14 @@ class Model:
         # Operations and options that differ between families.
         self.norm = ops.rms_norm_plus_one if config.norm_plus_one else ops.rms_norm
         self.activate = ops.swiglu if config.hidden_act == "silu" else ops.geglu
+        self.routing = config.num_experts_per_tok, config.norm_topk_prob
         self.score_options = dict(scale=config.attention_multiplier, softcap=config.attn_logit_softcapping)
         self.logit_options = dict(softcap=config.final_logit_softcapping, scaling=config.logits_scaling)
-        frequencies = rope_inverse_frequencies(config.rope, config.rotary_dim)
-        self.inverse_frequencies = device.xp.asarray(frequencies, dtype=device.xp.float32)  # [R/2]
+        # The inverse frequencies, float32 [R/2], and the factor of each RoPE.
+        self.rotations = {
+            rope: (device.xp.asarray(frequencies, dtype=device.xp.float32), factor)
+            for rope, (frequencies, factor) in rotations(config).items()
+        }
 
     def connect(self):
         """Prepare the collectives of forward passes; all ranks call this after loading the model."""
@@ -143,7 +147,7 @@ class Model:
         """
         xp, w = self.device.xp, self.weights
         token_ids = joined(xp, [xp.asarray(ids) for ids, _ in parts])  # [T]
-        ctx = ForwardContext(xp, parts, self.inverse_frequencies, self.config, record)
+        ctx = ForwardContext(xp, parts, self.rotations, self.config, record)
 
         s = record()
         s.tokens, s.positions = token_ids, ctx.positions  # [T] each
@@ -174,7 +178,7 @@ class Model:
             s.q_norm = self._norm(s.q, layer.q_norm)  # [H_r, T, d]
             s.k_norm = self._norm(s.k, layer.k_norm)  # [K_r, T, d]
             qk = xp.concatenate((s.q_norm, s.k_norm))  # [H_r + K_r, T, d]
-        qk = ops.apply_rope(xp, qk, *ctx.angles(i))  # [H_r + K_r, T, d]
+        qk = ops.apply_rope(xp, qk, *ctx.angles[self.config.ropes[i]])  # [H_r + K_r, T, d]
         s.q_rope, s.k_rope = qk[:heads], qk[heads:]  # [H_r, T, d], [K_r, T, d]
         sequences = ctx.sequences[self.config.windows[i]]
         contexts = [self._attend(i, s.q_rope, s.k_rope, s.v, sequence, ctx.record) for sequence in sequences]
@@ -214,7 +218,7 @@ class Model:
         """Compute this rank's term of a mixture of experts, [T, D]; all ranks choose the same experts."""
         xp = self.device.xp
         s.router = ops.column_parallel(xp, s.norm, layer.w_router)  # [T, E]
-        chosen, weights = moe.route(xp, s.router, self.config.num_experts_per_tok)  # [T, X], [T, X]
+        chosen, weights = moe.route(xp, s.router, *self.routing)  # [T, X], [T, X]
         w_gate_up, w_down = zip(*((e.w_gate_up, e.w_down) for e in layer.experts), strict=True)
         s.experts = moe.experts_act(xp, s.norm, chosen, w_gate_up)  # [T, X, F_r]
         return moe.experts_partial(xp, s.experts, chosen, weights, w_down)  # [T, D]
@@ -242,11 +246,11 @@ class Model:
 class ForwardContext:
     """The state that all layers of a forward pass share: RoPE angles, and each sequence's cache and mask.
 
-    `sequences` maps each window that occurs in the model to a list of SequenceSlice, one per sequence; most
-    models use the same window in all layers.
+    `sequences` maps each window that occurs in the model to a list of SequenceSlice, one per sequence, and
+    `angles` each RoPE to its cosines and sines, [T, R] each; most models have one window and one RoPE.
     """
 
-    def __init__(self, xp, parts, inverse_frequencies, config, record):
+    def __init__(self, xp, parts, rotations, config, record):
         self.record = record
         self.sequences, start = {window: [] for window in config.windows}, 0
         for index, (ids, cache) in enumerate(parts):
@@ -254,16 +258,7 @@ class ForwardContext:
                 sequences.append(SequenceSlice(xp, index, slice(start, start + len(ids)), cache, window))
             start += len(ids)
         self.positions = joined(xp, [s.positions for s in self.sequences[config.windows[0]]])  # [T]
-        angles = self.positions, inverse_frequencies, config.rope.attention_factor
-        self.cos, self.sin = ops.rope_cos_sin(xp, *angles)  # [T, R] each
-        self.layers_without_rope = config.layers_without_rope
-        if self.layers_without_rope:
-            zeros = xp.zeros(self.cos.shape, dtype=self.cos.dtype)  # [T, R]
-            self.no_rotation = zeros + 1, zeros  # [T, R] each
-
-    def angles(self, layer):
-        """Return the cosines and sines for a layer's RoPE, [T, R] each; 1 and 0 in a layer without RoPE."""
-        return self.no_rotation if layer in self.layers_without_rope else (self.cos, self.sin)  # [T, R] each
+        self.angles = {rope: ops.rope_cos_sin(xp, self.positions, *each) for rope, each in rotations.items()}
 
 
 class SequenceSlice:

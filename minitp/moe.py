@@ -8,18 +8,21 @@ as in a dense model. The shape letters are those of `ops`. (Jiang et al., Mixtra
 from minitp import ops
 
 
-def route(xp, logits, per_token):
+def route(xp, logits, per_token, normalized=True):
     """Choose the X experts of each token, and the weights of their outputs.
 
     The X largest logits decide; of equal logits, the first is preferred. The weights are a softmax over these
     X logits only. (Jiang et al., Mixtral of Experts, 2024, section 2.1.) A softmax over all E logits,
-    restricted to the X experts and normalized again, gives the same weights.
+    restricted to the X experts and normalized again, gives the same weights. Some Qwen3 models do not
+    normalize again, so that the weights of a token add up to less than 1.
 
     Parameters
     ----------
     logits : [T, E]
     per_token : int
         The number of experts per token, X <= E.
+    normalized : bool
+        Whether the weights of each token add up to 1.
 
     Returns
     -------
@@ -33,7 +36,9 @@ def route(xp, logits, per_token):
         remaining = xp.where(best, -xp.inf, remaining)  # [T, E]
     chosen = xp.nonzero(remaining == -xp.inf)[1].reshape(-1, per_token)  # [T, X]
     rows = xp.arange(logits.shape[0])[:, None]  # [T, 1]
-    return chosen, ops.softmax(xp, logits[rows, chosen])  # [T, X], [T, X]
+    if normalized:
+        return chosen, ops.softmax(xp, logits[rows, chosen])  # [T, X], [T, X]
+    return chosen, ops.softmax(xp, logits)[rows, chosen]  # [T, X], [T, X]
 
 
 def experts_act(xp, x, chosen, w_gate_up):

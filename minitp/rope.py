@@ -3,6 +3,18 @@
 import math
 
 
+def rotations(config):
+    """Return each RoPE of a model's layers with its (rotations per position, factor of q and k).
+
+    A layer without RoPE, whose key is None, rotates by an angle of zero.
+    """
+    zero = [0.0] * (config.rotary_dim // 2), 1.0
+    return {
+        rope: (rope_inverse_frequencies(rope, config.rotary_dim), rope.attention_factor) if rope else zero
+        for rope in config.ropes
+    }
+
+
 def rope_inverse_frequencies(rope, rotary_dim):
     """Return the rotation per position of each pair of dimensions, in radians: R / 2 floats.
 

@@ -75,13 +75,20 @@ OPTIONAL_TENSORS = {
         "pre_feedforward_layernorm.weight": replicated("D"),
         "post_feedforward_layernorm.weight": replicated("D"),
     },
-    "num_local_experts": {"block_sparse_moe.gate.weight": replicated("E", "D")},
 }
-# Gate, down and up of each expert, under block_sparse_moe.experts.{n}; they replace those of the dense mlp.
+# The router and the matrices of each expert {n}; they replace the matrices of the dense mlp.
 EXPERT_TENSORS = {
-    "w1.weight": column("F", "D"),
-    "w2.weight": row("D", "F"),
-    "w3.weight": column("F", "D"),
+    "block_sparse_moe.gate.weight": replicated("E", "D"),
+    "block_sparse_moe.experts.{n}.w1.weight": column("F", "D"),  # gate
+    "block_sparse_moe.experts.{n}.w2.weight": row("D", "F"),  # down
+    "block_sparse_moe.experts.{n}.w3.weight": column("F", "D"),  # up
+}
+# The same tensors in a checkpoint with `experts_in_mlp`.
+MLP_EXPERT_TENSORS = {
+    "mlp.gate.weight": replicated("E", "D"),
+    "mlp.experts.{n}.gate_proj.weight": column("F", "D"),
+    "mlp.experts.{n}.up_proj.weight": column("F", "D"),
+    "mlp.experts.{n}.down_proj.weight": row("D", "F"),
 }
 # Tensors that some checkpoints store as one, concatenated along `out`.
 JOINED = {
@@ -98,8 +105,9 @@ def tensor_table(config):
             layer |= tensors
     if config.num_local_experts:
         layer = {name: split for name, split in layer.items() if not name.startswith("mlp.")}
-    for n in range(config.num_local_experts):
-        layer |= {f"block_sparse_moe.experts.{n}.{name}": split for name, split in EXPERT_TENSORS.items()}
+        experts = MLP_EXPERT_TENSORS if config.experts_in_mlp else EXPERT_TENSORS
+        for n in range(config.num_local_experts):
+            layer |= {name.format(n=n): split for name, split in experts.items()}
     table = dict(MODEL_TENSORS)
     if config.tie_word_embeddings:
         del table["lm_head.weight"]

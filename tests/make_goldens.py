@@ -57,6 +57,8 @@ PHI3 = {**LLAMA, "model_type": "phi3", "pad_token_id": 0}
 QWEN3 = {**QWEN2, "model_type": "qwen3"}
 SMOLLM3 = {**LLAMA, "model_type": "smollm3", "num_hidden_layers": 3, "pad_token_id": 0}
 GRANITE = {**LLAMA, "model_type": "granite"}
+QWEN3_MOE = {**QWEN2, "model_type": "qwen3_moe", "intermediate_size": 64}  # of layers without experts
+GEMMA3 = {**GEMMA2, "model_type": "gemma3_text", "tie_word_embeddings": False}
 
 # NAME -> the fields of config.json, and options. With "by_hand", config.json is written as it stands below,
 # in the older spelling; otherwise transformers writes it.
@@ -251,6 +253,40 @@ VARIANTS = {
         | {"embedding_multiplier": 0.3, "residual_multiplier": 1.7, "logits_scaling": 3}
         | {"rope_theta": 500000.0, "torch_dtype": "float32"},
     },
+    "qwen3-moe": {  # three of five experts; their weights do not add up to 1
+        "config": QWEN3_MOE
+        | {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+        | {"moe_intermediate_size": 13, "num_experts": 5, "num_experts_per_tok": 3}
+        | {"norm_topk_prob": False, "dtype": "bfloat16"},
+    },
+    "qwen3-moe-window": {  # as it is published, but with a window, in all layers; two of four experts
+        "by_hand": True,
+        "config": QWEN3_MOE
+        | {"hidden_size": 30, "num_attention_heads": 5, "num_key_value_heads": 1, "attention_bias": True}
+        | {"moe_intermediate_size": 10, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+        | {"decoder_sparse_step": 1, "mlp_only_layers": [], "rope_theta": 1000.0}
+        | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    },
+    "gemma3": {  # a RoPE for the window of the first and third layer, a scaled one for the second
+        "config": GEMMA3
+        | {"hidden_size": 42, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
+        | {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 7, "sliding_window_pattern": 2}
+        | {"dtype": "bfloat16", "final_logit_softcapping": 20.0}
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+            }
+        },
+    },
+    "gemma3-older": {  # the older spelling, with the default pattern: only the sixth layer has no window
+        "by_hand": True,
+        "config": {name: value for name, value in GEMMA3.items() if name != "tie_word_embeddings"}
+        | {"hidden_size": 20, "num_attention_heads": 5, "num_key_value_heads": 1, "num_hidden_layers": 6}
+        | {"head_dim": 6, "query_pre_attn_scalar": 24, "intermediate_size": 11, "sliding_window": 5}
+        | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "attention_bias": True}
+        | {"torch_dtype": "float16"},
+    },
     "text": {  # a tokenizer; bfloat16; a padded vocabulary; end-of-text in the middle of the continuation
         "prompt": "The cat and the dog: 12 of them, and 30 more in the house",
         "config": LLAMA
@@ -300,8 +336,13 @@ def check_config(name, config, fields):
     """Check that transformers understands a config as the variant intends."""
     rope = config.rope_parameters
     scaling = {**(fields.get("rope_scaling") or fields.get("rope_parameters") or {})}
+    theta = config.default_theta
+    if config.model_type == "gemma3_text":  # one RoPE for the layers with a window, one for the others
+        local, rope, theta = rope["sliding_attention"], rope["full_attention"], theta["global"]
+        assert local == scaling.get("sliding_attention", {"rope_type": "default", "rope_theta": 10000.0})
+        scaling = scaling.get("full_attention", scaling)
     assert rope["rope_type"] == scaling.get("rope_type", scaling.get("type", "default"))
-    assert rope["rope_theta"] == scaling.get("rope_theta", fields.get("rope_theta", config.default_theta))
+    assert rope["rope_theta"] == scaling.get("rope_theta", fields.get("rope_theta", theta))
     window = None if fields.get("use_sliding_window") is False else fields.get("sliding_window")
     assert getattr(config, "sliding_window", None) == window
     if name == "mistral-v01":

@@ -238,17 +238,18 @@ def _experts_linear(x, chosen, weights):
     return Expected(value, lowp, scale, terms=x.shape[1])
 
 
-def experts_sum(acts, router, per_token, downs):
+def experts_sum(acts, router, per_token, normalized, downs):
     """Return the Expected of the experts' weighted sum: acts [T, X, F_r], router [T, E] -> [T, D].
 
-    The router's logits determine each token's X = `per_token` experts and their weights. `downs` has a matrix
-    [D, F_r] for each expert.
+    The router's logits determine each token's X = `per_token` experts and their weights, which are a softmax
+    over these experts if they are `normalized`, otherwise over all. `downs` has a matrix [D, F_r] for each
+    expert.
     """
     inputs = acts
     acts, acts_lp = both(acts)  # [T, X, F_r] each
     chosen = oracle_ops.choose_experts(router, per_token)  # [T, E]
-    router_weights = oracle_ops.route(router, per_token)  # [T, E]
-    shifted = np.where(chosen, router.astype(np.float32), -np.inf)  # [T, E]
+    router_weights = oracle_ops.route(router, per_token, normalized)  # [T, E]
+    shifted = np.where(chosen | (not normalized), router.astype(np.float32), -np.inf)  # [T, E]
     shifted -= shifted.max(axis=-1, keepdims=True)
     weights_lp = np.exp(shifted) / np.exp(shifted).sum(axis=-1, keepdims=True)  # [T, E]
     shape = (len(acts), len(downs[0]))

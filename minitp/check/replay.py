@@ -79,12 +79,13 @@ class Replay:
             yield f"attn.{part}", y.as_heads(self.reference.head_dim), None  # [n, T, d]
         positions = self.recorded(name, None, "positions")  # [T]
         for part in "qk":
-            before_rope, norm = part, w(f"{part}_norm.weight")  # [d], or None
-            if norm is not None:
+            before_rope = part
+            if self.reference.norms_heads:
+                norm = self._gain(f"model.layers.{i}.self_attn.{part}_norm.weight")  # [d]
                 before_rope = f"{part}_norm"
                 yield f"attn.{before_rope}", expected.rms_norm(s(part), norm, self.reference.eps), None
-            angles = self.reference.inverse_frequencies, self.reference.attention_factor  # [d/2], one number
-            rotated = expected.rope(s(before_rope), positions, *angles)  # [n, T, d]
+            rotation = self.reference.rotations[i]  # [d/2], one number
+            rotated = expected.rope(s(before_rope), positions, *rotation)  # [n, T, d]
             if not self.reference.turns[i]:  # a layer without RoPE
                 rotated = expected.exactly(s(before_rope))  # [n, T, d]
             yield f"attn.{part}_rope", rotated, None
@@ -137,14 +138,15 @@ class Replay:
 
     def _experts(self, name, i):
         """Yield the expected values from `router` to `out_partial`, for this rank's choice of experts."""
-        s, w = self._steps(name, i, "mlp"), self._weights(i, "block_sparse_moe")
+        s, w = self._steps(name, i, "mlp"), self._weights(i, self.reference.expert_block)
         gate = w("gate.weight")  # [E, D]
         yield "mlp.router", expected.linear(s("norm"), gate), [s("norm"), gate]
-        matrices = {n: [w(f"experts.{e}.w{n}.weight") for e in range(len(gate))] for n in (1, 2, 3)}
-        per_token = self.reference.experts_per_token
-        chosen = oracle_ops.choose_experts(s("router"), per_token)  # [T, E]
-        yield "mlp.experts", expected.experts_act(s("norm"), chosen, matrices[1], matrices[3]), None
-        summed = expected.experts_sum(s("experts"), s("router"), per_token, matrices[2])  # [T, D]
+        parts, numbers = self.reference.expert_parts, range(self.reference.experts)
+        gates, ups, downs = ([w(f"experts.{e}.{part}.weight") for e in numbers] for part in parts)
+        routing = self.reference.experts_per_token, self.reference.normalizes_shares
+        chosen = oracle_ops.choose_experts(s("router"), routing[0])  # [T, E]
+        yield "mlp.experts", expected.experts_act(s("norm"), chosen, gates, ups), None
+        summed = expected.experts_sum(s("experts"), s("router"), *routing, downs)  # [T, D]
         yield "mlp.out_partial", summed, None
 
     def after(self, pass_):

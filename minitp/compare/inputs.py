@@ -156,9 +156,7 @@ class StepInputs:
     def _rope(self, layer, positions, inputs, a_inputs, a):
         if not self.model.turns[layer]:
             return inputs[0]
-        return oracle_ops.rope(
-            inputs[0], positions, self.model.inverse_frequencies, self.model.attention_factor
-        )
+        return oracle_ops.rope(inputs[0], positions, *self.model.rotations[layer])
 
     def _cache(self, layer, positions, inputs, a_inputs, a):
         new, *before = inputs  # [K, T, d], and [K, S, d] of the pass before

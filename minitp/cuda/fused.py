@@ -70,6 +70,7 @@ class FusedModel(Model):
     def __init__(self, *parts, **options):
         super().__init__(*parts, **options)
         self.kernels = Kernels(self)
+        self.inverse_frequencies = self.rotations[self.config.rope][0]  # [d/2]
         self._kept_pool = None  # the pool of the last sequence_cache
 
     def connect(self):

@@ -30,7 +30,7 @@ class Config:
     model_type: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of each expert, if there are experts
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -48,6 +48,8 @@ class Config:
     sliding_window: int | None = None
     full_attention_layers: frozenset = frozenset()  # layers without the sliding window
     num_experts_per_tok: int = 0
+    norm_topk_prob: bool = True  # the weights of a token's experts are normalized to add up to 1
+    experts_in_mlp: bool = False  # the names in the file are mlp.experts.{n}.gate_proj, not .. .w1
     num_local_experts: int = option(0, "experts")
     qk_norm: bool = option(False, "QK norm")
     norm_plus_one: bool = option(False, "norms that multiply by 1 + weight")
@@ -59,6 +61,7 @@ class Config:
     attn_logit_softcapping: float | None = option(None, "soft caps")
     final_logit_softcapping: float | None = option(None, "soft caps")
     layers_without_rope: frozenset = option(frozenset(), "layers without RoPE")
+    local_rope: Rope | None = option(None, "another RoPE in layers with a window")  # noqa: RUF009
     hidden_act: str = option("silu", "hidden_act {}")  # or gelu_pytorch_tanh
     unread: tuple = ()  # names of unknown fields, for a warning
 
@@ -72,6 +75,13 @@ class Config:
         """The sliding window of each layer, or None for full attention."""
         layers = range(self.num_hidden_layers)
         return [None if i in self.full_attention_layers else self.sliding_window for i in layers]
+
+    @cached_property
+    def ropes(self):
+        """The Rope of each layer, or None for a layer without RoPE."""
+        local = self.local_rope or self.rope
+        ropes = [self.rope if window is None else local for window in self.windows]
+        return [None if i in self.layers_without_rope else rope for i, rope in enumerate(ropes)]
 
     def with_layers(self, layers, where):
         """Return the same model cut to its first `layers` layers (None: all of them)."""

@@ -4,7 +4,7 @@ import math
 
 from minitp.errors import InputError, shown
 from minitp.loading.quantized import FIELDS, refuse_quantized_config
-from minitp.loading.rope_config import is_positive, read_rope
+from minitp.loading.rope_config import is_positive, read_ropes
 from minitp.util.format import counted
 
 # Fields that would change the computation, with the only value that is supported.
@@ -12,6 +12,8 @@ ONLY_VALUE = {
     "rope_interleaved": False,
     "add_cross_attention": False,
     "use_bidirectional_attention": False,
+    "decoder_sparse_step": 1,  # all layers have experts
+    "mlp_only_layers": [],
 }
 
 # Fields that do not affect the forward pass, whatever their value.
@@ -24,7 +26,7 @@ NO_EFFECT = {
     "name_or_path", "auto_map", "attn_implementation", "_attn_implementation_autoset", "sep_token_id",
     "decoder_start_token_id", "is_decoder", "tie_encoder_decoder", "tokenizer_class", "prefix",
     "tf_legacy_loss", "sliding_window_size", "resid_pdrop", "embd_pdrop", "output_router_logits",
-    "router_aux_loss_coef", "router_jitter_noise", "max_sequence_length",
+    "router_aux_loss_coef", "router_jitter_noise", "max_sequence_length", "_sliding_window_pattern",
     # Sampling, for which minitp has its own options.
     "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
     "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "length_penalty",
@@ -106,6 +108,10 @@ class Reader:
             self.reject(name, value, f"at most {most}")
         return kind(value)
 
+    def optional_count(self, name):
+        """Return a field that must be a positive integer, or None if it is null or absent."""
+        return None if self.get(name) is None else self.number(name, int)
+
     def optional_number(self, name):
         """Return a field that must be a positive number, or None if it is null or absent."""
         return None if self.get(name) is None else self.number(name, float)
@@ -132,7 +138,7 @@ class Reader:
             self.reject("head_dim", head_dim, "an even number (RoPE rotates pairs)")
         dtype = self.dtype()
         longest = self.number("max_position_embeddings", int)
-        rope = read_rope(self, head_dim, longest)
+        rope, local_rope = read_ropes(self, head_dim, longest)
         if rope.rope_type == "longrope":  # the frequencies for longer contexts are not supported
             longest = min(longest, rope.original_max_position_embeddings)
         window, full_attention_layers = self.windows()
@@ -140,13 +146,14 @@ class Reader:
             model_type=self.get("model_type"),
             vocab_size=self.number("vocab_size", int),
             hidden_size=hidden,
-            intermediate_size=self.number("intermediate_size", int),
+            intermediate_size=self.ffn_columns(),
             num_hidden_layers=self.number("num_hidden_layers", int),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=self.number("rms_norm_eps", float, 1e-6),
             rope=rope,
+            local_rope=local_rope,
             max_position_embeddings=longest,
             sliding_window=window,
             full_attention_layers=full_attention_layers,
@@ -203,7 +210,7 @@ class Reader:
         """
         if "use_sliding_window" in self.family_reads:
             switched_on = self.flag("use_sliding_window")
-            self.read |= {"sliding_window", "max_window_layers", "layer_types"}
+            self.read |= {"sliding_window", "max_window_layers"} | {"layer_types"} & set(self.family_reads)
             if not switched_on:
                 types = self.get("layer_types", [])
                 if not isinstance(types, list) or "sliding_attention" in types:
@@ -212,11 +219,14 @@ class Reader:
                 return None, frozenset()
         elif "sliding_window" not in self.family_reads:
             return None, frozenset()
-        if self.get("sliding_window") is None:
+        window = self.optional_count("sliding_window")
+        if window is None and "rope_local_base_freq" not in self.family_reads:
             return None, frozenset()
-        window, full_attention_layers = self.number("sliding_window", int), self.full_attention_layers()
+        full_attention_layers = self.full_attention_layers()
         if len(full_attention_layers) == self.number("num_hidden_layers", int):
             return None, frozenset()
+        if window is None:  # the layers with a window have another RoPE, so their window cannot be left out
+            self.reject("sliding_window", None, "a positive integer, because some layers have a window")
         return window, full_attention_layers
 
     def full_attention_layers(self):
@@ -227,6 +237,10 @@ class Reader:
         types = self.get("layer_types")
         if types is None and "alternating_windows" in self.always:
             return frozenset(layers[1::2])
+        if "sliding_window_pattern" in self.family_reads:
+            pattern = self.number("sliding_window_pattern", int)  # ignored if the layers are listed
+            if types is None:
+                return frozenset(layers[pattern - 1 :: pattern])
         if types is None and "no_rope_layers" in self.family_reads:
             return frozenset(layers) - self.layers_without_rope()
         if types is None:
@@ -258,10 +272,19 @@ class Reader:
 
     def experts(self):
         """Return the number of experts, and the number of experts that process each token."""
-        experts, per_token = (self.number(n, int) for n in ("num_local_experts", "num_experts_per_tok"))
+        names = [name for name in ("num_local_experts", "num_experts") if name in self.family_reads]
+        self.read |= set(names)  # the first that is there applies
+        name = next((name for name in names if self.get(name) is not None), names[0])
+        experts, per_token = self.number(name, int), self.number("num_experts_per_tok", int)
         if per_token > experts:
-            self.reject("num_experts_per_tok", per_token, f"at most num_local_experts, {experts}")
+            self.reject("num_experts_per_tok", per_token, f"at most {name}, {experts}")
         return experts, per_token
+
+    def ffn_columns(self):
+        """Return the number of FFN columns, of each expert in a model with experts."""
+        own = "moe_intermediate_size" in self.family_reads
+        self.read.add("intermediate_size")  # in a family with its own field, that of layers without experts
+        return self.number("moe_intermediate_size" if own else "intermediate_size", int)
 
     def eos(self):
         value = self.get("eos_token_id", [])

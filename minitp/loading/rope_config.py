@@ -46,8 +46,12 @@ class Rope:
     partial_rotary_factor: float = 1.0
 
 
-def read_rope(reader, head_dim, longest):
-    """Return the Rope of a config.json, from `rope_parameters` or from `rope_theta` and `rope_scaling`.
+def read_ropes(reader, head_dim, longest):
+    """Return the Rope of a config.json, and another one for the layers with a window, or None.
+
+    They are read from `rope_parameters`, or from `rope_theta` and `rope_scaling`. In a family with
+    `rope_local_base_freq`, that is the theta of the layers with a window, and `rope_parameters` has an object
+    for each of the two kinds of layers.
 
     Parameters
     ----------
@@ -62,9 +66,26 @@ def read_rope(reader, head_dim, longest):
         if a field is missing or has an unsupported value. A field that the type does not have is added to
         `reader.unknown`, for a warning; transformers warns of it, too, and does not use it.
     """
-    name, fields = _fields(reader)
+    theta = reader.get("rope_theta", 10000.0)
+    if "rope_local_base_freq" not in reader.family_reads:
+        return _read_rope(reader, *_fields(reader), theta, head_dim, longest), None
+    kinds = _object(reader, "rope_parameters")
+    if not kinds.keys() <= {"full_attention", "sliding_attention"}:
+        reader.reject("rope_parameters", kinds, "the objects full_attention and sliding_attention")
+    whole, local = (_object(reader, name, kinds) for name in ("full_attention", "sliding_attention"))
+    whole |= _object(reader, "rope_scaling")
+    rope = _read_rope(reader, "rope_scaling", whole, theta, head_dim, longest)
+    local_theta = reader.number("rope_local_base_freq", float)
+    local_rope = _read_rope(reader, "rope_parameters", local, local_theta, head_dim, longest)
+    if local_rope.rope_type == "longrope":
+        reader.reject("rope_type of sliding_attention", "longrope", "another type")
+    return rope, local_rope
+
+
+def _read_rope(reader, name, fields, theta, head_dim, longest):
+    """Return the Rope of an object `name` of config.json, with `theta` unless the object has its own."""
     original, rotated = reader.get(ORIGINAL), _rotated_part(reader, fields, head_dim)
-    theta = fields.pop("rope_theta", reader.get("rope_theta", 10000.0))
+    theta = fields.pop("rope_theta", theta)
     rope_type = fields.pop("rope_type", fields.pop("type", "default"))
     fields.pop("type", None)
     rope_type = reader.rope_aliases.get(rope_type, rope_type) if isinstance(rope_type, str) else rope_type
@@ -94,13 +115,16 @@ def read_rope(reader, head_dim, longest):
 
 def _fields(reader):
     """Return the name and the fields of rope_scaling, which takes precedence, or of rope_parameters."""
-    for name in ("rope_scaling", "rope_parameters"):
-        fields = reader.get(name)
-        if fields:
-            break
-    if fields and not isinstance(fields, dict):
+    scaling, parameters = (_object(reader, name) for name in ("rope_scaling", "rope_parameters"))
+    return ("rope_scaling", scaling) if scaling else ("rope_parameters", parameters)
+
+
+def _object(reader, name, parent=None):
+    """Return a copy of an object in config.json, or in `parent`; {} if it is null or absent."""
+    fields = (reader.get(name) if parent is None else parent.get(name)) or {}
+    if not isinstance(fields, dict):
         reader.reject(name, fields, "an object")
-    return name, dict(fields or {})
+    return dict(fields)
 
 
 def _rotated_part(reader, fields, head_dim):

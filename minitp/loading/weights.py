@@ -35,11 +35,12 @@ POST_NORM_PARTS = {
     "attn_post_norm": ["post_attention_layernorm.weight"],
     "mlp_post_norm": ["post_feedforward_layernorm.weight"],
 }
-EXPERTS = "block_sparse_moe.experts"
-EXPERT_PARTS = {  # the arrays of an Expert
-    "w_gate_up": ["w1.weight", "w3.weight"],
-    "w_down": ["w2.weight"],
+# The arrays of an Expert, in the two kinds of checkpoints (see `tensors`).
+EXPERT_PARTS = {
+    "block_sparse_moe": {"w_gate_up": ["w1.weight", "w3.weight"], "w_down": ["w2.weight"]},
+    "mlp": {"w_gate_up": ["gate_proj.weight", "up_proj.weight"], "w_down": ["down_proj.weight"]},
 }
+MLP_ROUTER = {"w_router": ["mlp.gate.weight"]}
 
 
 @dataclass
@@ -158,8 +159,8 @@ class Loader:
 
     def _layer(self, i):
         layer = f"model.layers.{i}."
-        numbers = range(self.plan.experts)
-        experts = [Expert(**self._arrays(f"{layer}{EXPERTS}.{n}.", EXPERT_PARTS)) for n in numbers]
+        tables = expert_tables(self.plan)
+        experts = [Expert(**self._arrays(layer + prefix, table)) for prefix, table in tables]
         return Layer(**self._arrays(layer, layer_parts(self.plan)), experts=experts)
 
     def _arrays(self, prefix, table):
@@ -203,9 +204,20 @@ class Loader:
 
 
 def layer_parts(plan):
-    """Return LAYER_PARTS, with the entries for norms after the blocks if this plan has them."""
+    """Return LAYER_PARTS, with the entries that differ in a model with this plan."""
     post_norms = "model.layers.0.pre_feedforward_layernorm.weight" in plan.tensors
-    return LAYER_PARTS | (POST_NORM_PARTS if post_norms else {})
+    return LAYER_PARTS | (POST_NORM_PARTS if post_norms else {}) | (MLP_ROUTER if in_mlp(plan) else {})
+
+
+def in_mlp(plan):
+    """Return whether the experts of a model are named as a part of its mlp."""
+    return "model.layers.0.mlp.gate.weight" in plan.tensors
+
+
+def expert_tables(plan):
+    """Return the beginning of the tensors' names and the entry of EXPERT_PARTS for each expert of a layer."""
+    block = "mlp" if in_mlp(plan) else "block_sparse_moe"
+    return [(f"{block}.experts.{n}.", EXPERT_PARTS[block]) for n in range(plan.experts)]
 
 
 def named_slices(weights, plan, rank):
@@ -216,8 +228,8 @@ def named_slices(weights, plan, rank):
         yield LM_HEAD, weights.lm_head.T  # [V_r, D]
     for i, layer in enumerate(weights.layers):
         yield from _slices(layer, layer_parts(plan), f"model.layers.{i}.", plan, rank)
-        for n, expert in enumerate(layer.experts):
-            yield from _slices(expert, EXPERT_PARTS, f"model.layers.{i}.{EXPERTS}.{n}.", plan, rank)
+        for expert, (prefix, table) in zip(layer.experts, expert_tables(plan), strict=True):
+            yield from _slices(expert, table, f"model.layers.{i}.{prefix}", plan, rank)
 
 
 def _slices(holder, table, prefix, plan, rank):

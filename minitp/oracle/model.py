@@ -21,8 +21,17 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, so that the safet
 import numpy as np
 from safetensors import safe_open
 
+from minitp.oracle.families import (
+    EXPERT_NAMES,
+    GEMMA,
+    activation,
+    has_rope,
+    longest_context,
+    rotation,
+    settings,
+    sliding_window,
+)
 from minitp.oracle.ops import (
-    attention_factor,
     causal_mask,
     choose_experts,
     context,
@@ -30,10 +39,8 @@ from minitp.oracle.ops import (
     float64,
     geglu,
     linear,
-    original_length,
     rms_norm,
     rope,
-    rope_inverse_frequencies,
     route,
     scores,
     soft_cap,
@@ -41,41 +48,11 @@ from minitp.oracle.ops import (
     swiglu,
 )
 
-# DEFAULTS are the values that transformers assumes for fields that config.json omits, FAMILY_DEFAULTS those
-# that it assumes for a family instead, and NOT_READ the fields that it does not read for a family.
-DEFAULTS = dict(num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6)
-DEFAULTS |= dict(tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
-FAMILY_DEFAULTS = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-}
-FAMILY_DEFAULTS["qwen3"] = FAMILY_DEFAULTS["qwen2"] | {"head_dim": 128}
-FAMILY_DEFAULTS["phi3"] = dict(rms_norm_eps=1e-5, sliding_window=None, max_position_embeddings=4096)
-FAMILY_DEFAULTS["phi3"] |= dict(original_max_position_embeddings=4096)
-FAMILY_DEFAULTS["gemma2"] = dict(num_key_value_heads=4, head_dim=256, sliding_window=4096)
-FAMILY_DEFAULTS["gemma2"] |= dict(tie_word_embeddings=True, query_pre_attn_scalar=256)
-FAMILY_DEFAULTS["gemma2"] |= dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
-FAMILY_DEFAULTS["gemma2"] |= dict(hidden_activation="gelu_pytorch_tanh")
-FAMILY_DEFAULTS["mixtral"] = dict(num_key_value_heads=8, sliding_window=None, rms_norm_eps=1e-5)
-FAMILY_DEFAULTS["mixtral"] |= dict(num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6)
-FAMILY_DEFAULTS["smollm3"] = dict(num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True)
-FAMILY_DEFAULTS["smollm3"] |= dict(sliding_window=None, no_rope_layers=None, no_rope_layer_interval=4)
-FAMILY_DEFAULTS["granite"] = dict(embedding_multiplier=1, attention_multiplier=1)
-FAMILY_DEFAULTS["granite"] |= dict(residual_multiplier=1, logits_scaling=1)
-NO_BIASES = {"attention_bias": False, "mlp_bias": False}
-NOT_READ = {"llama": {"sliding_window": None}, "mistral": NO_BIASES, "qwen2": NO_BIASES}
-NOT_READ["gemma2"] = {"mlp_bias": False}
-NOT_READ |= {"phi3": NO_BIASES, "mixtral": NO_BIASES}
-NOT_READ["qwen3"] = {"mlp_bias": False}
-NOT_READ["smollm3"] = {}
-NOT_READ["granite"] = {"sliding_window": None}
-
 VOCABULARY_BLOCK = 8192  # rows of the output matrix that are converted to float64 at a time
 
 
 class Oracle:
-    """A model of a family in FAMILY_DEFAULTS that keeps one layer in memory at a time.
+    """A model of one of the supported families that keeps one layer in memory at a time.
 
     Parameters
     ----------
@@ -97,23 +74,19 @@ class Oracle:
     def __init__(
         self, config: dict[str, Any], tensor: Callable[..., np.ndarray], layers: int | None = None
     ) -> None:
-        family = config.get("model_type")
-        if family not in FAMILY_DEFAULTS:
-            raise ValueError(f"model_type {family!r}: expected one of {', '.join(FAMILY_DEFAULTS)}")
-        fields = {**DEFAULTS, **FAMILY_DEFAULTS[family], **config, **NOT_READ[family]}
-        act = fields["hidden_activation" if family == "gemma2" else "hidden_act"]
-        self.activation = "silu" if act == "swish" else act
-        expected = "gelu_pytorch_tanh" if family == "gemma2" else "silu"
-        if self.activation != expected:
-            raise ValueError(f"hidden_act {act!r}: expected {expected}")
+        fields = settings(config)
+        family = fields["model_type"]
+        self.activation = activation(fields)
         self.layers = fields["num_hidden_layers"] if layers is None else layers
         if not 1 <= self.layers <= fields["num_hidden_layers"]:
             raise ValueError(f"{layers} layers: the model has {fields['num_hidden_layers']}")
         self.heads = fields["num_attention_heads"]
         self.kv_heads = fields["num_key_value_heads"] or self.heads
         self.eps = fields["rms_norm_eps"]
-        self.windows = [sliding_window(family, fields, i) for i in range(self.layers)]
-        self.turns = [has_rope(family, fields, i) for i in range(self.layers)]
+        self.windows = [sliding_window(fields, i) for i in range(self.layers)]
+        self.turns = [has_rope(fields, i) for i in range(self.layers)]
+        self.rotations = [rotation(fields, i) for i in range(self.layers)]  # ([R/2], factor) of each layer
+        self.longest = longest_context(fields)
         self.biased = set()  # projections that have a bias
         if fields["attention_bias"]:
             self.biased |= {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -121,15 +94,17 @@ class Oracle:
             self.biased |= {"gate_proj", "up_proj", "down_proj"}
         if family == "qwen2":
             self.biased = {"q_proj", "k_proj", "v_proj"}
-        self.experts = fields["num_local_experts"] if family == "mixtral" else 0
+        self.expert_block, self.expert_parts = EXPERT_NAMES.get(family, (None, ()))
+        self.experts = fields["num_local_experts"] if self.expert_block else 0
         self.experts_per_token = fields["num_experts_per_tok"] if self.experts else 0
-        self.norms_heads = family == "qwen3"
+        self.normalizes_shares = fields.get("norm_topk_prob")
+        self.norms_heads = family in ("qwen3", "qwen3_moe", "gemma3_text")
         self.tied = fields["tie_word_embeddings"]
         self.hidden_size = fields["hidden_size"]
         self.intermediate_size = fields["intermediate_size"]
         self.vocab_size = fields["vocab_size"]
         self.head_dim = fields["head_dim"] or self.hidden_size // self.heads
-        gemma = family == "gemma2"
+        gemma = family in GEMMA
         self.norm_offset = 1 if gemma else 0  # norms multiply by the weight plus this
         self.embedding_scale = np.sqrt(self.hidden_size) if gemma else 1
         self.score_root = np.sqrt(fields["query_pre_attn_scalar"] if gemma else self.head_dim)
@@ -145,10 +120,6 @@ class Oracle:
         post_norms = {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
         self.post_norms = post_norms if gemma else {}  # norms after each block
         self.tensor = self._parts_of(tensor) if family == "phi3" else tensor
-        self.inverse_frequencies = rope_inverse_frequencies(fields)  # [R/2]
-        self.attention_factor = attention_factor(fields)
-        scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-        self.longest = original_length(fields, scaling) if "short_factor" in scaling else np.inf
 
     @classmethod
     def from_directory(cls, path: str | Path, layers: int | None = None) -> Oracle:
@@ -193,6 +164,7 @@ class Oracle:
         ins = {"self_attn.o_proj": q, "mlp.down_proj": ffn}
         if not self.experts:
             outs |= {"mlp.gate_proj": ffn, "mlp.up_proj": ffn, "mlp.down_proj": hidden}
+        expert_shapes = (ffn, hidden), (ffn, hidden), (hidden, ffn)  # of gate, up and down
         shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
         if not self.tied:
             shapes["lm_head.weight"] = (vocab, hidden)
@@ -203,10 +175,10 @@ class Oracle:
                 for part in "qk":
                     shapes[f"model.layers.{i}.self_attn.{part}_norm.weight"] = (self.head_dim,)
             if self.experts:
-                moe = f"model.layers.{i}.block_sparse_moe"
+                moe = f"model.layers.{i}.{self.expert_block}"
                 shapes[f"{moe}.gate.weight"] = (self.experts, hidden)
                 for e in range(self.experts):
-                    for part, shape in (("w1", (ffn, hidden)), ("w2", (hidden, ffn)), ("w3", (ffn, hidden))):
+                    for part, shape in zip(self.expert_parts, expert_shapes, strict=True):
                         shapes[f"{moe}.experts.{e}.{part}.weight"] = shape
             for part, out in outs.items():
                 shapes[f"model.layers.{i}.{part}.weight"] = (out, ins.get(part, hidden))
@@ -260,8 +232,7 @@ class Oracle:
                 heads[part] = normed_heads  # [H, T, d], [K, T, d]
                 yield f"{step}.{part}_norm", heads[part]
             if self.turns[i]:
-                turned = rope(heads[part], positions, self.inverse_frequencies, self.attention_factor)
-                heads[part] = turned  # [H, T, d], [K, T, d]
+                heads[part] = rope(heads[part], positions, *self.rotations[i])  # [H, T, d], [K, T, d]
             yield f"{step}.{part}_rope", heads[part]
         mask = causal_mask(positions, positions, self.windows[i])  # [T, T]
         masked = scores(heads["q"], heads["k"], mask, self.score_root, self.score_cap)  # [H, T, T]
@@ -279,7 +250,7 @@ class Oracle:
         normed = self._norm(x, f"{layer}.{self.mlp_norm}")  # [T, D]
         yield f"{step}.norm", normed
         if self.experts:
-            out = yield from self._mixture(step, f"{layer}.block_sparse_moe", normed)  # [T, D]
+            out = yield from self._mixture(step, f"{layer}.{self.expert_block}", normed)  # [T, D]
         else:
             out = yield from self._dense(step, layer, normed)  # [T, D]
         return (yield from self._add(i, "mlp", x, out))  # [T, D]
@@ -320,13 +291,14 @@ class Oracle:
         router = self._project(normed, f"{layer}.gate")  # [T, E]
         yield f"{step}.router", router
         chosen = choose_experts(router, self.experts_per_token)  # [T, E]
-        shares = route(router, self.experts_per_token)  # [T, E], possibly 0 for a chosen expert
+        # [T, E], possibly 0 for a chosen expert
+        shares = route(router, self.experts_per_token, self.normalizes_shares)
         acts, out = [[] for _ in normed], np.zeros_like(normed)  # X arrays [F] for each token; [T, D]
         for e in range(self.experts):
-            w1, w2, w3 = (self.tensor(f"{layer}.experts.{e}.w{n}.weight") for n in (1, 2, 3))
+            gate, up, down = (self.tensor(f"{layer}.experts.{e}.{p}.weight") for p in self.expert_parts)
             for t in np.flatnonzero(chosen[:, e]):
-                acts[t].append(swiglu(linear(normed[t], w1), linear(normed[t], w3)))  # [F]
-                out[t] += shares[t, e] * linear(acts[t][-1], w2)  # [D]
+                acts[t].append(swiglu(linear(normed[t], gate), linear(normed[t], up)))  # [F]
+                out[t] += shares[t, e] * linear(acts[t][-1], down)  # [D]
         yield f"{step}.experts", np.array(acts)  # [T, X, F]
         return out  # [T, D]
 
@@ -340,28 +312,3 @@ class Oracle:
         w = self.tensor("model.embed_tokens.weight" if self.tied else "lm_head.weight")  # [V, D]
         starts = range(0, len(w), VOCABULARY_BLOCK)
         return np.hstack([linear(x, w[i : i + VOCABULARY_BLOCK]) for i in starts])  # [T, V]
-
-
-def has_rope(family, fields, layer):
-    """Return True if a layer applies RoPE, as all do except, by default, every fourth layer of SmolLM3."""
-    if family != "smollm3":
-        return True
-    listed, interval = fields["no_rope_layers"], fields["no_rope_layer_interval"]
-    return (layer + 1) % interval > 0 if listed is None else listed[layer] == 1
-
-
-def sliding_window(family, fields, layer):
-    """Return the number of keys that a query of this layer sees, including its own; None for all."""
-    if family in ("qwen2", "qwen3", "smollm3"):
-        types = fields.get("layer_types")
-        if types is not None:
-            sliding = types[layer][0] == "s"
-        elif family == "smollm3":
-            sliding = not has_rope(family, fields, layer)
-        else:
-            sliding = layer >= fields["max_window_layers"]
-        return fields["sliding_window"] if fields.get("use_sliding_window") and sliding else None
-    if family == "gemma2":
-        types = fields.get("layer_types") or ["sliding_attention", "full_attention"] * (1 + layer // 2)
-        return fields["sliding_window"] if types[layer] == "sliding_attention" else None
-    return fields["sliding_window"]

@@ -224,11 +224,12 @@ def choose_experts(logits, per_token):
     return chosen
 
 
-def route(logits, per_token):
+def route(logits, per_token, normalized=True):
     """Return the weight of each expert for each token, 0 for most: [T, E] -> [T, E].
 
-    The weights of the chosen experts are the softmax over all experts, divided by its sum over the chosen
-    ones. (Jiang et al., Mixtral of Experts, 2024, section 2.1.)
+    The weights of the chosen experts are the softmax over all experts, and in most models that is divided by
+    its sum over the chosen ones. (Jiang et al., Mixtral of Experts, 2024, section 2.1.) Some Qwen3 models do
+    not divide it (`norm_topk_prob` is false).
     """
     shares = np.where(choose_experts(logits, per_token), softmax(logits), 0)  # [T, E]
-    return shares / shares.sum(axis=-1, keepdims=True)  # [T, E]
+    return shares / shares.sum(axis=-1, keepdims=True) if normalized else shares  # [T, E]

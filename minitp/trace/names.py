@@ -56,16 +56,17 @@ AFTER = {
     "logits": "T V",
 }
 LAYER = ATTENTION | MLP
-ONLY_WITH = {  # steps of only some models -> a tensor that exactly those models have
-    "attn.q_norm": "self_attn.q_norm.weight",
-    "attn.k_norm": "self_attn.k_norm.weight",
-    "attn.post_norm": "pre_feedforward_layernorm.weight",
-    "mlp.post_norm": "post_feedforward_layernorm.weight",
-    "mlp.router": "block_sparse_moe.gate.weight",
-    "mlp.experts": "block_sparse_moe.gate.weight",
-    "mlp.gate": "mlp.gate_proj.weight",
-    "mlp.up": "mlp.gate_proj.weight",
-    "mlp.act": "mlp.gate_proj.weight",
+ROUTERS = ("block_sparse_moe.gate.weight", "mlp.gate.weight")  # its names in the two kinds of checkpoints
+ONLY_WITH = {  # steps of only some models -> tensors of which exactly those models have one
+    "attn.q_norm": ("self_attn.q_norm.weight",),
+    "attn.k_norm": ("self_attn.k_norm.weight",),
+    "attn.post_norm": ("pre_feedforward_layernorm.weight",),
+    "mlp.post_norm": ("post_feedforward_layernorm.weight",),
+    "mlp.router": ROUTERS,
+    "mlp.experts": ROUTERS,
+    "mlp.gate": ("mlp.gate_proj.weight",),
+    "mlp.up": ("mlp.gate_proj.weight",),
+    "mlp.act": ("mlp.gate_proj.weight",),
 }
 WEIGHTS = "weights/"  # prefix of a checkpoint tensor's name in a trace
 PARTIAL = ("embed_partial", "attn.out_partial", "mlp.out_partial")
@@ -90,7 +91,8 @@ def layer_steps(plan):
     """Return the entries of LAYER that apply to a model with this Plan."""
 
     def has(step):
-        return step not in ONLY_WITH or f"model.layers.0.{ONLY_WITH[step]}" in plan.tensors
+        names = ONLY_WITH.get(step)
+        return names is None or any(f"model.layers.0.{name}" in plan.tensors for name in names)
 
     return {step: letters for step, letters in LAYER.items() if has(step)}
 

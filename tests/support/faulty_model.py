@@ -158,7 +158,8 @@ def rotate(context, positions, **rope):
     """Use the angles of other positions or of changed RoPE parameters."""
     config = replace(state.model.config, rope=replace(state.model.config.rope, **rope))
     frequencies = rope_inverse_frequencies(config.rope, config.rotary_dim)
-    context.cos, context.sin = ops.rope_cos_sin(np, positions, np.float32(frequencies))
+    angles = ops.rope_cos_sin(np, positions, np.float32(frequencies))
+    context.angles = dict.fromkeys(context.angles, angles)
 
 
 def shifted_mask(by):

@@ -151,7 +151,7 @@ FAULTS = {  # step of layer 1 -> the array in B
 
 
 def frequencies():
-    return open_oracle(open_model(str(GOLDENS / "llama3"), 1)).inverse_frequencies
+    return open_oracle(open_model(str(GOLDENS / "llama3"), 1)).rotations[0][0]
 
 
 @pytest.mark.parametrize("name", FAULTS)
