@@ -279,11 +279,12 @@ VARIANTS = {
             }
         },
     },
-    "gemma3-older": {  # the older spelling, with the default pattern: only the sixth layer has no window
+    "gemma3-older": {  # the older spelling; only the third layer has no window
         "by_hand": True,
         "config": {name: value for name, value in GEMMA3.items() if name != "tie_word_embeddings"}
-        | {"hidden_size": 20, "num_attention_heads": 5, "num_key_value_heads": 1, "num_hidden_layers": 6}
+        | {"hidden_size": 20, "num_attention_heads": 5, "num_key_value_heads": 1, "num_hidden_layers": 3}
         | {"head_dim": 6, "query_pre_attn_scalar": 24, "intermediate_size": 11, "sliding_window": 5}
+        | {"sliding_window_pattern": 3}
         | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "attention_bias": True}
         | {"torch_dtype": "float16"},
     },

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from minitp.compare.heads import PROJECTIONS, by_head, half_split, has_pairs, interleaved
+from minitp.oracle import Oracle
 from minitp.oracle import ops as oracle_ops
 from minitp.trace.names import split_name
 
@@ -42,7 +43,8 @@ def diagnose(name, letters, a, b, tolerance, metadata=None, name_rope=False):
     tried.append(_interleaved(name, letters, a, b, metadata, name_rope))
     pass_name = split_name(name)[0].rpartition("/")[2]  # without the prefix rank0/
     if metadata and name.endswith(ROTATED) and pass_name in metadata.passes:
-        tried.append(_rotated(a, b, metadata, stop=metadata.passes[pass_name][1]))
+        layer = split_name(name)[1]
+        tried.append(_rotated(a, b, metadata, layer, stop=metadata.passes[pass_name][1]))
     error = np.linalg.norm(b - a)
     for text, expected, found in chain(*tried):
         left = np.linalg.norm(found - expected)
@@ -96,15 +98,19 @@ def _interleaved(name, letters, a, b, metadata, name_rope):
         yield text.format("half-split", "interleaved"), half_split(a, rotary_dim), b
 
 
-def _rotated(a, b, metadata, stop):
+def _rotated(a, b, metadata, layer, stop):
     """Try other RoPE rotations than A's; `stop` is the position after A's last one."""
+    reference = Oracle(metadata.fields, None, metadata.layers)  # for its settings; it has no weights
     positions = np.arange(stop - a.shape[1], stop)  # [T]
-    frequencies = oracle_ops.rope_inverse_frequencies(metadata.fields)  # [R/2]
-    factor, rotary_dim = oracle_ops.attention_factor(metadata.fields), 2 * len(frequencies)
+    frequencies, factor = reference.rotations[layer]  # [R/2]
+    rotary_dim = 2 * len(frequencies)
 
     def rotated(x, by):
         return oracle_ops.rope(x, by, frequencies, factor)  # [n, T, d]
 
+    if not reference.turns[layer]:
+        yield "B is rotated (RoPE) in a layer without RoPE", rotated(a, positions), b
+        return
     plain = oracle_ops.rope(a, -positions, frequencies, 1 / factor)  # [n, T, d]
     yield "B is not rotated (RoPE)", plain, b
     if rotary_dim < a.shape[-1]:
@@ -115,6 +121,11 @@ def _rotated(a, b, metadata, stop):
     yield "B's positions are one too large (RoPE)", rotated(plain, positions + 1), b
     yield "B's positions are one too small (RoPE)", rotated(plain, positions - 1), b
     yield "B is rotated twice (RoPE)", rotated(a, positions), b
+    for other, rotation in enumerate(reference.rotations):
+        if (rotation[0] != frequencies).any():
+            text = f"B is rotated with the RoPE of layer {other}, not of layer {layer}"
+            yield text, oracle_ops.rope(plain, positions, *rotation), b
+            return
 
 
 def _wholly_rotated(plain, b, positions, metadata, rotary_dim):

@@ -24,6 +24,7 @@ LAST_RANK = ((4, 0, 3), (3, 0, 2), (9, 0, 8), (1, 0, 0))  # the vocabulary is sp
 SEVERAL = ((4, 0, 0), (4, 2, 3), (2, 1, 1), (9, 1, 5))  # several ranks, because one rank has no all-reduce
 SHARED_KV_HEAD = ((4, 0, 1), (4, 2, 2))  # the KV head is also on another rank
 FIRST_RANK = ((4, 0, 0), (9, 2, 0), (1, 1, 0))
+WITH_WINDOW = ((4, 0, 0), (2, 2, 1))  # layers with a window in the model gemma3
 LATER_LAYERS = ((4, 1, 0), (4, 2, 3), (1, 2, 0))  # not the first layer
 
 
@@ -140,7 +141,8 @@ always_rotated = with_context(lambda context, s: wrong.rotate(context, s.positio
 no_attention_factor = with_context(lambda context, s: wrong.rotate(context, s.positions))
 other_theta = with_context(lambda context, s: wrong.rotate(context, s.positions, rope_theta=5e5))
 whole_heads = with_context(lambda context, s: wrong.rotate(context, s.positions, partial_rotary_factor=1.0))
-over_all_experts = {"route": wrong.softmax_over_all}
+over_all_experts = {"route": changed(_3=lambda normalized: False)}
+over_own_experts = {"route": changed(_3=lambda normalized: True)}
 no_scaling = with_context(lambda context, s: wrong.rotate(context, s.positions, rope_type="default"))
 qkv_shifted = reload("w_qkv", "b_qkv", change=wrong.shifted_by_one)
 next_kv_heads = reload("w_qkv", "b_qkv", change=wrong.neighbors_kv_heads)
@@ -245,6 +247,51 @@ FAULTS = [
     Fault("output of attention not scaled", "attn.residual", not_scaled, model="granite"),
     Fault("output of the mlp not scaled", "mlp.residual", not_scaled, model="granite"),
     Fault("logits not scaled", "logits_partial", logits_as_they_are, model="granite"),
+    Fault(
+        "expert weights normalized",
+        "mlp.out_partial",
+        over_own_experts,
+        model="shares",
+        places=FIRST_AND_LAST,
+    ),
+    Fault(
+        "expert weights of a sigmoid",
+        "mlp.out_partial",
+        {"route": wrong.sigmoid_shares},
+        model="shares",
+        places=FIRST_AND_LAST,
+    ),
+    Fault(
+        "head norms without added one",
+        "attn.q_norm attn.k_norm",
+        wrong.no_added_one_in_heads,
+        model="gemma3",
+        places=FIRST_AND_LAST,
+    ),
+    Fault(
+        "RoPE of the layers of the other kind",
+        ROPES,
+        with_context(wrong.angles_of_the_other_layers),
+        model="gemma3",
+        places=((4, 0, 0), (2, 1, 1)),
+    ),
+    Fault(
+        "window left out in one layer",
+        "attn.scores",
+        with_context(wrong.window_of_the_other_layers),
+        passes=("prefill", "prefill.1", "decode.1"),  # prefill.0 has fewer tokens than the window
+        model="gemma3",
+        places=WITH_WINDOW,
+    ),
+    Fault(
+        "window in a layer with full attention",
+        "attn.scores",
+        wrong.without_cache(with_context(wrong.window_of_the_other_layers)),
+        passes=("prefill", "prefill.0"),
+        model="gemma3",
+        decode=0,
+        places=((4, 1, 2),),
+    ),
     # vocabulary
     Fault(
         "embedding off by one", "embed_partial", {"embed_partial": changed(_3=lambda row: row + 1)}, decode=0

@@ -185,6 +185,20 @@ def other_window(by):
     return with_context(change)
 
 
+def window_of_the_other_layers(context, sequence):
+    """Use the window of the layers of the other kind, in a model with windows in some layers."""
+    windows = state.model.config.windows
+    other = next(window for window in windows if window != windows[state.model.layer])
+    of_layer = SequenceSlice(np, sequence.index, sequence.tokens, sequence.cache, other)
+    sequence.mask, sequence.first_key = of_layer.mask, of_layer.first_key
+
+
+def angles_of_the_other_layers(context, sequence):
+    """Swap the two RoPEs of a model that has one for the layers with a window and one for the others."""
+    (one, angles), (other, other_angles) = context.angles.items()
+    context.angles = {one: other_angles, other: angles}
+
+
 def in_decode(hooks):
     """Return the hooks restricted to decode passes."""
     return restricted(hooks, lambda: state.decoding)
@@ -299,6 +313,13 @@ def other_layer(original, layer, k, v, first):
 no_added_one = {"rms_norm_plus_one": lambda norm, xp, *args: ops.rms_norm(xp, *args)}
 
 
+def _no_added_one_in_heads(norm, xp, x, *rest):
+    return ops.rms_norm(xp, x, *rest) if x.ndim == 3 else norm(xp, x, *rest)
+
+
+no_added_one_in_heads = {"rms_norm_plus_one": _no_added_one_in_heads}
+
+
 def without(norm_name):
     """Return hooks that leave out one of the Layer's norms."""
 
@@ -312,22 +333,23 @@ def silu_instead_of_gelu(geglu, xp, gate_up):
     return ops.swiglu(xp, gate_up)
 
 
-def next_experts(route, xp, logits, per_token):
+def next_experts(route, xp, logits, *routing):
     """Choose the experts that follow the right ones."""
-    chosen, shares = route(xp, logits, per_token)
+    chosen, shares = route(xp, logits, *routing)
     return (chosen + 1) % logits.shape[1], shares
 
 
-def softmax_over_all(route, xp, logits, per_token):
-    """Use the softmax over all experts, so that the chosen ones' weights do not add up to 1."""
-    chosen, _ = route(xp, logits, per_token)
-    return chosen, np.take_along_axis(ops.softmax(xp, logits), chosen, axis=1)
-
-
-def no_expert_weights(route, xp, logits, per_token):
+def no_expert_weights(route, xp, logits, per_token, normalized):
     """Give all chosen experts the same weight."""
-    chosen, shares = route(xp, logits, per_token)
+    chosen, shares = route(xp, logits, per_token, normalized)
     return chosen, np.full_like(shares, 1 / per_token)
+
+
+def sigmoid_shares(route, xp, logits, *routing):
+    """Normalize the sigmoids of the chosen experts' logits, as in models with another router."""
+    chosen, _ = route(xp, logits, *routing)
+    shares = 1 / (1 + np.exp(-np.take_along_axis(logits, chosen, axis=1)))
+    return chosen, shares / shares.sum(axis=1, keepdims=True)
 
 
 def _other_router(column_parallel, xp, x, w, *bias):

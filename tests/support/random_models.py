@@ -27,7 +27,7 @@ GROUPS = {
     "head": ("lm_head",),
     "qk": ("q_proj", "k_proj"),
     "vo": ("v_proj", "o_proj"),
-    "router": ("block_sparse_moe.gate",),
+    "router": ("block_sparse_moe.gate.", "mlp.gate."),
     "ffn": ("",),
 }
 # The factors that a group is drawn from, in float32 and bfloat16; in float16 large ones would overflow.
@@ -188,18 +188,24 @@ def draw_options(rng, family, fields, on_gpu):
         options["no_rope_layer_interval"] = int(rng.integers(1, 5))
         options["no_rope_layers"] = [int(rng.integers(0, 2)) for _ in range(layers)]
         del options[pick(rng, *(name for name in options if name.startswith("no_rope")))]
-    if family == "gemma2":
+    if "query_pre_attn_scalar" in reads:
         options["query_pre_attn_scalar"] = pick(rng, 1, fields["head_dim"], 144)
-        options["attn_logit_softcapping"] = pick(rng, None, 1.5, 50.0)
-        options["final_logit_softcapping"] = pick(rng, None, 2.0, 30.0)
+    for name, caps in (("attn_logit_softcapping", (1.5, 50.0)), ("final_logit_softcapping", (2.0, 30.0))):
+        if name in reads:
+            options[name] = pick(rng, None, *caps)
+    if "sliding_window_pattern" in reads:
+        options["sliding_window"] = options["sliding_window"] or 1000  # these models always have a window
+        options["sliding_window_pattern"] = int(rng.integers(1, 5))
     if family == "granite":
         options["embedding_multiplier"] = pick(rng, 1.0, 0.3, 12.0)
         options["attention_multiplier"] = pick(rng, 0.015625, 0.25, 1.0)
         options["residual_multiplier"] = pick(rng, 0.22, 1.0, 1.7)
         options["logits_scaling"] = pick(rng, 1.0, 8.0, 13.0)
-    if family == "mixtral":
+    if "num_local_experts" in reads:
         experts = int(rng.integers(1, 9))
         options |= {"num_local_experts": experts, "num_experts_per_tok": int(rng.integers(1, experts + 1))}
+    if "moe_intermediate_size" in reads:
+        options |= {"norm_topk_prob": chance(rng, 0.5), "moe_intermediate_size": fields["intermediate_size"]}
     return options
 
 
@@ -225,9 +231,14 @@ def draw_rope(rng, family, head_dim, on_gpu):
         rope |= {name: rng.uniform(1, 6, head_dim // 2).tolist() for name in ("short_factor", "long_factor")}
         rope["original_max_position_embeddings"] = LONGEST
         rope |= pick(rng, {}, {"attention_factor": 1.2}, {"factor": 4.0})
-    if chance(rng, 0.5):
-        return {"rope_parameters": {**rope, "rope_theta": theta}}
-    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope}
+    newer = chance(rng, 0.5)
+    older = {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope}
+    if "rope_local_base_freq" in FAMILIES[family]["reads"]:  # another RoPE in the layers with a window
+        local = pick(rng, 10.0, 10000.0)
+        kinds = {"full_attention": {**rope, "rope_theta": theta}}
+        kinds["sliding_attention"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": local}
+        return {"rope_parameters": kinds} if newer else older | {"rope_local_base_freq": local}
+    return {"rope_parameters": {**rope, "rope_theta": theta}} if newer else older
 
 
 def rotate_a_part(rng, fields):
