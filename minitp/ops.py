@@ -76,7 +76,8 @@ def rms_norm(xp, x, weight, eps):
 def rms_norm_plus_one(xp, x, weight, eps):
     """Compute Gemma's x / sqrt(mean(x^2) + eps) * (1 + weight) in float32, and round once.
 
-    `x` is [T, D] and `weight` [D]; the result is [T, D] in the dtype of `x`. (Gemma Team, Gemma 2, 2024.)
+    `x` is [T, D] and `weight` [D], or [n, T, d] and [d] to normalize each head; the result has the shape and
+    dtype of `x`. (Gemma Team, Gemma 2, 2024.)
     """
     x32 = x.astype(xp.float32, copy=False)  # [T, D]
     mean_square = (x32 * x32).sum(axis=-1, keepdims=True) / x.shape[-1]  # [T, 1]

@@ -3,6 +3,7 @@
 source.py              the model sources: a directory, a GGUF file, a Hugging Face id, the demo, random:NAME
 config.py              a checked config.json: one Config for all families
 config_reader.py       the checks of config.json's fields, one by one
+config_fields.py       the fields without an effect, or with one supported value
 families.py            the differences between families, as a table
 rope_config.py         the part of config.json about rotary position embedding
 quantized.py           the refusal of quantized checkpoints

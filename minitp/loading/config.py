@@ -119,6 +119,11 @@ def parse_config(fields, where):
     """Return the Config for the fields of a config.json; `where` names the file in errors."""
     model_type, architectures = fields.get("model_type"), fields.get("architectures")
     family = FAMILIES.get(str(model_type))
+    if family is None and "text_config" in fields:
+        raise InputError(
+            f"{where}: model_type {shown(model_type)} is not for text alone (it has a text_config); "
+            f"supported are models for text alone: {', '.join(FAMILIES)}"
+        )
     if family is None:
         raise InputError(
             f"{where}: model_type {shown(model_type)} with architectures {shown(architectures)} is not "

@@ -1,4 +1,4 @@
-"""The families' settings, read from the dict in config.json: defaults, windows, RoPE and tensor names.
+"""The families' settings, read from the dict in config.json: defaults, windows, RoPE and tensors.
 
 DEFAULTS are the values that transformers assumes for fields that config.json omits, FAMILY_DEFAULTS those
 that it assumes for a family instead, and NOT_READ the fields that it does not read for a family.
@@ -123,3 +123,22 @@ def longest_context(fields):
     scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     scaling = scaling.get("full_attention") or scaling  # as Gemma 3 writes it
     return original_length(fields, scaling) if "short_factor" in scaling else np.inf
+
+
+def parts_of_joined(tensor, q, kv, ffn):
+    """Wrap `tensor` for a checkpoint with q, k and v in one tensor, and gate and up in another.
+
+    The numbers of rows of q, of k or v, and of gate or up are `q`, `kv` and `ffn`.
+    """
+    rows = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
+    rows |= {"gate_proj": (0, ffn), "up_proj": (ffn, 2 * ffn)}
+
+    def part(name, *index):
+        block, _, kind = name.rpartition(".")
+        block, _, projection = block.rpartition(".")
+        if projection not in rows:
+            return tensor(name, *index)
+        joined = "qkv_proj" if block.endswith("self_attn") else "gate_up_proj"
+        return tensor(f"{block}.{joined}.{kind}")[slice(*rows[projection])][index[0] if index else ...]
+
+    return part

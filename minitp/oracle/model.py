@@ -27,6 +27,7 @@ from minitp.oracle.families import (
     activation,
     has_rope,
     longest_context,
+    parts_of_joined,
     rotation,
     settings,
     sliding_window,
@@ -119,7 +120,10 @@ class Oracle:
         self.mlp_norm = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
         post_norms = {"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
         self.post_norms = post_norms if gemma else {}  # norms after each block
-        self.tensor = self._parts_of(tensor) if family == "phi3" else tensor
+        self.tensor = tensor
+        if family == "phi3":
+            rows = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate_size
+            self.tensor = parts_of_joined(tensor, *rows)
 
     @classmethod
     def from_directory(cls, path: str | Path, layers: int | None = None) -> Oracle:
@@ -134,22 +138,6 @@ class Oracle:
                 return file.get_slice(name)[index]
 
         return cls(json.loads((path / "config.json").read_bytes()), tensor, layers)
-
-    def _parts_of(self, tensor):
-        """Wrap `tensor` for a checkpoint with q, k and v in one tensor, and gate and up in another."""
-        q, kv, ffn = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate_size
-        rows = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
-        rows |= {"gate_proj": (0, ffn), "up_proj": (ffn, 2 * ffn)}
-
-        def part(name, *index):
-            block, _, kind = name.rpartition(".")
-            block, _, projection = block.rpartition(".")
-            if projection not in rows:
-                return tensor(name, *index)
-            joined = "qkv_proj" if block.endswith("self_attn") else "gate_up_proj"
-            return tensor(f"{block}.{joined}.{kind}")[slice(*rows[projection])][index[0] if index else ...]
-
-        return part
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor by name, from config.json; joined tensors are listed as parts."""

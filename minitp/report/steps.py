@@ -244,6 +244,9 @@ def _variants(config):
         layers = ", ".join(map(str, sorted(config.layers_without_rope)))
         for name in "qk":
             change(f"attn.{name}_rope", more=f" Layers without RoPE, where θ is 0: {layers}.")
+    if config.local_rope:
+        for name in "qk":
+            change(f"attn.{name}_rope", more=" The layers with a window have a RoPE of their own.")
     change("attn.scores", _scores(config))
     for block, bias in (("attn", config.o_bias), ("mlp", config.mlp_bias)):
         change(f"{block}.out", f"Σ_r out_partial_r{' + bias' if bias else ''}")
@@ -256,7 +259,9 @@ def _variants(config):
         change("mlp.act", "gelu(gate) · up", "ops.geglu")
     if config.num_local_experts:
         partial = "Σ over its experts: weight · experts_r W_down,r"
-        change("mlp.out_partial", partial, "moe.experts_partial")
+        weights = "these experts, so that they add up to 1" if config.norm_topk_prob else "all experts"
+        more = f" The weights of a token's experts are a softmax over {weights}."
+        change("mlp.out_partial", partial, "moe.experts_partial", more)
     change("logits_partial", _logits(config))
     return found
 

@@ -37,6 +37,10 @@ READERS = {  # end of a layer tensor's general name -> the step that reads it
     "block_sparse_moe.experts.*.w1.weight": "mlp.experts",
     "block_sparse_moe.experts.*.w2.weight": "mlp.out_partial",
     "block_sparse_moe.experts.*.w3.weight": "mlp.experts",
+    "mlp.gate.weight": "mlp.router",
+    "mlp.experts.*.gate_proj.weight": "mlp.experts",
+    "mlp.experts.*.up_proj.weight": "mlp.experts",
+    "mlp.experts.*.down_proj.weight": "mlp.out_partial",
 }
 
 
@@ -72,7 +76,7 @@ def readers(names, steps):
     table = {prefix + end: step for end, step in READERS.items()}
     table |= {tensor: step for step, tensor in BESIDE.items()}
     general = {general_name(name) for name in names}
-    if f"{prefix}pre_feedforward_layernorm.weight" in general:  # Gemma 2, where this norm follows the block
+    if f"{prefix}pre_feedforward_layernorm.weight" in general:  # Gemma, where this norm follows the block
         table[f"{prefix}post_attention_layernorm.weight"] = "attn.post_norm"
     return {name: table[name] for name in general if table.get(name) in steps}
 

@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FILE = Path(__file__).parent / "transformers_configs.json"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "granite", "mixtral", "phi3")
+FAMILIES += ("qwen3_moe", "gemma3_text")
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
 QWEN = {"model_type": "qwen3", "head_dim": 128, "hidden_size": 4096, "num_attention_heads": 32}

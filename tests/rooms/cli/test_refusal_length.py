@@ -8,7 +8,7 @@ from written_configs import NEWEST
 from minitp.cli.arguments import parser
 from minitp.errors import LONGEST, InputError
 from minitp.loading.config import parse_config
-from minitp.loading.config_reader import ONLY_VALUE
+from minitp.loading.config_fields import ONLY_VALUE
 from minitp.loading.quantized import FIELDS
 from minitp.loading.rope_config import LISTS, ROPE_TYPES
 

@@ -27,12 +27,15 @@ from minitp.loading.export import write_shards
 from minitp.loading.source import open_model, warn_of_unread_fields
 from minitp.oracle import Oracle
 from minitp.oracle import ops as oracle_ops
+from minitp.rope import rope_inverse_frequencies
 from minitp.shard import make_plan
 
 QKV = "model.layers.1.self_attn.qkv_proj.weight"
 GEMMA2 = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+GEMMA3 = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
 GRANITE = {"model_type": "granite", "architectures": ["GraniteForCausalLM"]}
 MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+QWEN3_MOE = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
 PHI3 = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
 
 
@@ -87,6 +90,35 @@ PUBLISHED = {
         "sliding_window": None,
         "tie_word_embeddings": True,
         "use_sliding_window": False,
+    },
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
     },
     "Mistral-Nemo": {
         "architectures": ["MistralForCausalLM"],
@@ -196,6 +228,32 @@ PUBLISHED = {
         "sliding_window": 4096,
         "sliding_window_size": 4096,
     },
+    "gemma-3-1b-it": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        "cache_implementation": "hybrid",
+        "eos_token_id": [1, 106],
+        "final_logit_softcapping": None,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "max_position_embeddings": 32768,
+        "model_type": "gemma3_text",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "vocab_size": 262144,
+    },
     "SmolLM3-3B": {
         "architectures": ["SmolLM3ForCausalLM"],
         "attention_bias": False,
@@ -248,7 +306,9 @@ PARAMETERS = {
     "Mixtral-8x7B": 46.70e9,
     "Phi-3-mini-128k": 3.82e9,
     "Phi-4-mini": 3.84e9,
+    "Qwen3-30B-A3B": 30.53e9,
     "SmolLM3-3B": 3.08e9,
+    "gemma-3-1b-it": 1.0e9,
 }
 
 
@@ -285,7 +345,9 @@ def test_parameter_count_of_the_plan(name):
         ("phi3-longrope", "longrope"),
         ("phi3-half", "whole heads, not 4 of 8 dimensions"),
         ("qwen2-window", "one sliding window"),
+        ("gemma3", "QK norm"),
         ("qwen3", "QK norm"),
+        ("qwen3-moe", "experts"),
         ("qwen3-yarn", "yarn"),
         ("smollm3", "layers without RoPE"),
     ],
@@ -389,6 +451,76 @@ def test_embedding_multiplier_of_gemma_is_rounded_to_the_dtype():
     assert found == float(ml_dtypes.bfloat16(math.sqrt(42))) != math.sqrt(42)
 
 
+def test_gemma3_has_a_rope_for_the_layers_with_a_window():
+    published = {
+        **SIZES,
+        **PUBLISHED["gemma-3-1b-it"],
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    config, reference = parse_config(published, "here"), Oracle(published, None)
+    full = {5, 11, 17, 23}
+    assert config.windows == reference.windows == [None if i in full else 512 for i in range(26)]
+    found = [(rope.rope_theta, rope.rope_type, rope.factor) for rope in config.ropes]
+    assert found == [(1e6, "linear", 8.0) if i in full else (1e4, "default", 1.0) for i in range(26)]
+    for i, (frequencies, factor) in enumerate(reference.rotations):
+        expected = rope_inverse_frequencies(config.ropes[i], 256), config.ropes[i].attention_factor
+        np.testing.assert_allclose(frequencies, expected[0], rtol=1e-13)
+        assert factor == expected[1]
+    kinds = {"full_attention": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}}
+    newer = {name: value for name, value in published.items() if not name.startswith("rope_")}
+    newer |= {"rope_parameters": {**kinds, "sliding_attention": {"rope_theta": 50.0}}}
+    config, reference = parse_config(newer, "here"), Oracle(newer, None)
+    assert (config.rope.rope_type, config.rope.rope_theta, config.local_rope.rope_theta) == ("yarn", 1e6, 50)
+    assert [factor for _, factor in reference.rotations] == [rope.attention_factor for rope in config.ropes]
+
+
+def test_defaults_and_errors_of_gemma3():
+    config = parse_config({**CONFIG, **GEMMA3, "num_hidden_layers": 7}, "here")
+    assert config.full_attention_layers == {5}
+    assert (config.final_logit_softcapping, config.attention_multiplier) == (None, None)
+    capped = parse_config({**CONFIG, **GEMMA3, "attn_logit_softcapping": 50.0}, "here")
+    assert capped.unread == ("attn_logit_softcapping",)  # transformers does not use it, either
+    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 128, "long_factor": [1.0] * 128}
+    longrope |= {"original_max_position_embeddings": 64}
+    for fields, words in (
+        (
+            {"sliding_window": None},
+            "sliding_window is None, expected a positive integer, because some layers",
+        ),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern is 0, expected a positive integer"),
+        ({"rope_local_base_freq": -1}, "rope_local_base_freq is -1, expected a positive number"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 8.0}},
+            "expected the objects full_attention and",
+        ),
+        ({"rope_parameters": {"full_attention": 3}}, "full_attention is 3, expected an object"),
+        (
+            {"rope_parameters": {"sliding_attention": longrope}},
+            "sliding_attention is 'longrope', expected an",
+        ),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+    ):
+        with pytest.raises(InputError, match=words):
+            parse_config({**CONFIG, **GEMMA3, **fields}, "here")
+    full = {"sliding_window": None, "layer_types": ["full_attention"] * 2}
+    assert parse_config({**CONFIG, **GEMMA3, **full}, "here").windows == [None, None]
+
+
+def test_models_of_images_and_text_are_refused():
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34}
+    fields = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": text,
+    }
+    words = (
+        r"'gemma3' is not for text alone \(it has a text_config\); supported are models for text alone: llama"
+    )
+    with pytest.raises(InputError, match=words) as error:
+        parse_config(fields, "here")
+    assert len(str(error.value)) < 300
+
+
 @pytest.mark.parametrize("cap", [0.5, 30.0])
 def test_soft_cap(cap):
     x = np.array([-1e4, -3.0, -1e-3, 0.0, 0.2, 5.0, 1e4])
@@ -429,6 +561,48 @@ def test_plan_counts_the_layers_with_a_window(capsys):
 def test_more_experts_per_token_than_experts():
     with pytest.raises(InputError, match="num_experts_per_tok is 3, expected at most num_local_experts, 2"):
         parse_config({**CONFIG, **MIXTRAL, "num_local_experts": 2, "num_experts_per_tok": 3}, "here")
+
+
+def test_defaults_and_errors_of_qwen3_moe():
+    config = parse_config({**CONFIG, **QWEN3_MOE}, "here")
+    assert (config.num_local_experts, config.num_experts_per_tok, config.intermediate_size) == (128, 8, 768)
+    assert (config.norm_topk_prob, config.head_dim) == (False, 8)
+    both = parse_config({**CONFIG, **QWEN3_MOE, "num_experts": 16, "num_local_experts": 32}, "here")
+    assert (both.num_local_experts, both.unread) == (32, ())  # as in transformers
+    window = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    assert parse_config({**CONFIG, **QWEN3_MOE, **window}, "here").windows == [5, 5]  # in all layers
+    listed = parse_config({**CONFIG, **QWEN3_MOE, **window, "layer_types": ["full_attention"] * 2}, "here")
+    assert listed.unread == ("layer_types",)  # transformers does not read it in this family
+    for fields, words in (
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2, expected 1, the only supported value"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\], expected \[\], the only supported value"),
+        ({"num_experts": 0}, "num_experts is 0, expected a positive integer"),
+        ({"num_experts": 4}, "num_experts_per_tok is 8, expected at most num_experts, 4"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
+    ):
+        with pytest.raises(InputError, match=words):
+            parse_config({**CONFIG, **QWEN3_MOE, **fields}, "here")
+    for fields in ({"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}):
+        with pytest.raises(ValueError, match="layers without experts"):
+            Oracle({**CONFIG, **QWEN3_MOE, **fields}, None)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_weights_of_the_chosen_experts(normalized):
+    logits = np.log(np.float32([[1, 4, 2, 3]]))  # the softmax over all is 0.1, 0.4, 0.2, 0.3
+    expected = [4 / 7, 3 / 7] if normalized else [0.4, 0.3]
+    chosen, weights = moe.route(np, logits, 2, normalized)
+    assert chosen.tolist() == [[1, 3]]
+    np.testing.assert_allclose(weights, [expected], rtol=1e-6)
+    np.testing.assert_allclose(oracle_ops.route(logits, 2, normalized)[0, [1, 3]], expected, rtol=1e-6)
+
+
+def test_the_active_parameters_of_a_published_mixture():
+    """Compare with the published 3.3 billion, which include the embeddings."""
+    config = parse_config({**SIZES, **PUBLISHED["Qwen3-30B-A3B"]}, "here")
+    (nbytes, _), _ = rank_work(config, make_plan(config, 1), 0, Pass(1, 1, 0), "bfloat16")
+    assert nbytes / 2 + config.vocab_size * config.hidden_size == pytest.approx(3.35e9, rel=1e-2)
 
 
 def test_routing_breaks_ties_by_index():

@@ -57,6 +57,8 @@ def test_shapes_are_those_of_one_rank_or_of_the_whole():
         ("mixtral", "attn.out_partial", "context_r W_o,r", "ops.row_parallel"),
         ("mixtral", "mlp.experts", "silu(norm W_gate,r) · norm W_up,r", "moe.experts_act"),
         ("qwen2", "attn.q", "norm W_q,r + b_q,r", "ops.column_parallel"),
+        ("qwen3-moe", "mlp.experts", "silu(norm W_gate,r) · norm W_up,r", "moe.experts_act"),
+        ("gemma3", "attn.q_norm", "x / √(mean(x²) + eps) · (1 + w)", "ops.rms_norm_plus_one"),
         ("qwen3", "attn.q_rope", "q_norm cos θ + rotate_half(q_norm) sin θ", "ops.apply_rope"),
     ],
 )
@@ -75,6 +77,11 @@ def test_multipliers_and_caps_are_in_the_formulas():
     assert re.search(r"Layers without RoPE, where θ is 0: \d+", smollm3)
     phi = explain(STEPS, read_config(GOLDENS / "phi3-partial"))["attn.q_rope"][3]
     assert phi.endswith("Only the first 6 of each head's 8 dimensions are rotated.")
+    gemma3 = explain(STEPS, read_config(GOLDENS / "gemma3"))["attn.k_rope"][3]
+    assert gemma3.endswith("The layers with a window have a RoPE of their own.")
+    mixtures = [explain(STEPS, read_config(GOLDENS / name)) for name in ("qwen3-moe", "qwen3-moe-window")]
+    over = [found["mlp.out_partial"][3].rpartition("over ")[2] for found in mixtures]
+    assert over == ["all experts.", "these experts, so that they add up to 1."]
 
 
 @needs_chromium
