@@ -287,7 +287,7 @@ FAULTS = [
         "window in a layer with full attention",
         "attn.scores",
         wrong.without_cache(with_context(wrong.window_of_the_other_layers)),
-        passes=("prefill", "prefill.0"),
+        passes=("prefill",),
         model="gemma3",
         decode=0,
         places=((4, 1, 2),),

@@ -184,7 +184,7 @@ def calls(xp, half):
         "attention_context": [(scores, k, [(0, 2)])],
         "swiglu": [(x,)],
         "geglu": [(x,)],
-        "route": [(x, 2)],
+        "route": [(x, 2), (x, 2, False)],
         "experts_act": [(x, chosen, [w, w])],
         "experts_partial": [(half(3, 2, 8), chosen, shares, [w, w])],
     }
