@@ -50,7 +50,8 @@ def experts_act(xp, x, chosen, w_gate_up):
     acts = xp.empty((*chosen.shape, w_gate_up[0].shape[1] // 2), dtype=x.dtype)  # [T, X, F_r]
     for expert, w_r in enumerate(w_gate_up):
         rows, nth = xp.nonzero(chosen == expert)  # [n], [n]: tokens; the expert's index among their X
-        acts[rows, nth] = ops.swiglu(xp, ops.column_parallel(xp, x[rows], w_r))  # [n, F_r]
+        if len(rows):  # in a decode pass, most experts have no token
+            acts[rows, nth] = ops.swiglu(xp, ops.column_parallel(xp, x[rows], w_r))  # [n, F_r]
     return acts  # [T, X, F_r]
 
 
@@ -63,6 +64,7 @@ def experts_partial(xp, acts, chosen, weights, w_down):
     total = xp.zeros((acts.shape[0], w_down[0].shape[1]), dtype=xp.float32)  # [T, D]
     for expert, w_r in enumerate(w_down):
         rows, nth = xp.nonzero(chosen == expert)  # [n], [n]; no row occurs twice, so += below is safe
-        out = xp.matmul(acts[rows, nth], w_r, dtype=xp.float32)  # [n, D]
-        total[rows] += weights[rows, nth][:, None] * out  # [n, D]
+        if len(rows):
+            out = xp.matmul(acts[rows, nth], w_r, dtype=xp.float32)  # [n, D]
+            total[rows] += weights[rows, nth][:, None] * out  # [n, D]
     return total.astype(acts.dtype, copy=False)  # [T, D]

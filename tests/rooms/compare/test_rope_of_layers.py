@@ -1,4 +1,4 @@
-"""Causes that `minitp compare` names in models whose layers differ in their RoPE."""
+"""Tests of the causes that `minitp compare` names in models whose layers differ in their RoPE."""
 
 import numpy as np
 import pytest

@@ -66,14 +66,15 @@ def test_the_experts_of_a_layer_share_a_cell():
 
 
 def test_every_tensor_of_a_layer_has_a_reader_and_a_column():
-    for golden in ("mixtral", "gemma2", "qwen2", "qwen3", "llama-bias", "phi3", "granite"):
+    post_normed = "gemma2", "gemma3"
+    for golden in (*post_normed, "mixtral", "qwen2", "qwen3", "qwen3-moe", "llama-bias", "phi3", "granite"):
         source = open_model(str(GOLDENS / golden), 2)
         data = data_of(model=golden)
         steps = {*names.BEFORE, *names.layer_steps(source.plan), *names.AFTER}
         for tensor in data["weights"]:
             assert data["readers"][tensor] in steps, (golden, tensor)
         after_attention = data["readers"]["model.layers.*.post_attention_layernorm.weight"]
-        assert after_attention == ("attn.post_norm" if golden == "gemma2" else "mlp.norm")
+        assert after_attention == ("attn.post_norm" if golden in post_normed else "mlp.norm")
         assert {"model.embed_tokens.weight", "model.norm.weight"} <= {*data["beside"].values()}
 
 
