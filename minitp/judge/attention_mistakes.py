@@ -14,7 +14,7 @@ def rope_mistakes(wrong):
     """Try mistakes in RoPE."""
     reference, part = wrong.reference, wrong.step[0]
     x = wrong.s(f"{part}_norm" if reference.norms_heads else part)  # [n, T, d]
-    at, frequencies, factor = wrong.positions, reference.inverse_frequencies, reference.attention_factor
+    at, (frequencies, factor) = wrong.positions, reference.rotations[wrong.layer]
     pairs = 2 * len(frequencies)
 
     def turned(by, frequencies=frequencies, factor=factor):
@@ -32,6 +32,10 @@ def rope_mistakes(wrong):
     yield "rotated twice", ops.rope(turned(at), at, frequencies, factor)
     if factor != 1:
         yield "without the attention factor", turned(at, factor=1.0)
+    for layer, rotation in enumerate(reference.rotations):
+        if (rotation[0] != frequencies).any():
+            yield f"rotated with the RoPE of layer {layer}, not of layer {wrong.layer}", turned(at, *rotation)
+            break
     plain = [2 * i / pairs for i in range(pairs // 2)]
     thetas = {float(wrong.case.recording.metadata.config.rope.rope_theta), 1e4, 1e5, 5e5, 1e6}
     for theta in sorted(thetas):

@@ -100,7 +100,7 @@ def projection_mistakes(wrong):
         )
     yield "the input is the residual stream, not its norm", result(wrong.stream(), weight, bias)
     if len(shape) == 3:
-        right_heads, pairs = result(x, weight, bias), 2 * len(wrong.reference.inverse_frequencies)
+        right_heads, pairs = result(x, weight, bias), 2 * len(wrong.reference.rotations[0][0])
         text = "the rows of each head are in the other RoPE layout: {}"
         yield text.format("interleaved, not half-split"), interleaved(right_heads, pairs)
         yield text.format("half-split, not interleaved"), half_split(right_heads, pairs)

@@ -16,6 +16,7 @@ from minitp.cli.main import main
 from minitp.judge.recording import EngineRecording
 from minitp.judge.run import judge
 from minitp.loading.source import open_model
+from minitp.oracle import ops as oracle_ops
 from minitp.trace.reference import open_oracle
 
 FAULTY = json.loads((SUPPORT / "faulty_recordings.json").read_text())
@@ -182,3 +183,20 @@ def test_an_array_of_another_shape_is_blamed(tmp_path):
     path = changed(PROBED / "llama2.safetensors", tmp_path / "changed.safetensors", change)
     first = judged(path, "llama2").result.blamed()[0]
     assert (first.name, first.note) == ("prefill/layers.0.mlp.act", "shape [5, 63], expected [5, 64]")
+
+
+def test_the_rope_of_another_layer_is_named(tmp_path):
+    """The recording is a trace of minitp in which one array is rotated with the RoPE of layer 0."""
+    path, model = tmp_path / "engine.safetensors", str(GOLDENS / "gemma3")
+    tokens = ",".join(map(str, PROMPT))
+    assert main(["trace", "--tokens", tokens, "--model", model, "--tp", "1", "-o", str(path)]) == 0
+    assert judged(path, "gemma3").result.ok
+    with safe_open(path, framework="np") as file:
+        arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    rotation = open_oracle(open_model(model, 1)).rotations[0]
+    turned = oracle_ops.rope(arrays["prefill/layers.1.attn.q_norm"], np.arange(len(PROMPT)), *rotation)
+    name = "prefill/layers.1.attn.q_rope"
+    save_file({**arrays, name: turned.astype(np.float32)}, path, metadata)
+    judgement = judged(path, "gemma3")
+    assert judgement.result.blamed()[0].name == name
+    assert "rotated with the RoPE of layer 0, not of layer 1" in judgement.explanation
