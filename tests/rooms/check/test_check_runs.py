@@ -300,8 +300,8 @@ def angles_rounded(apply_rope, xp, x, cos, sin):
     return apply_rope(xp, x, *(rounded(y, x.dtype) for y in (cos, sin)))
 
 
-def shares_rounded(route, xp, logits, per_token):
-    chosen, shares = route(xp, logits, per_token)
+def shares_rounded(route, xp, logits, *routing):
+    chosen, shares = route(xp, logits, *routing)
     return chosen, rounded(shares, logits.dtype)
 
 
