@@ -64,6 +64,10 @@ HEAD_NORMS = {
     f"{ATTENTION}.q_norm": [out("attn.q_norm", "1 T H d")],
     f"{ATTENTION}.k_norm": [out("attn.k_norm", "1 T K d")],
 }
+TRANSPOSED_HEAD_NORMS = {  # Gemma 3 transposes before the norm
+    f"{ATTENTION}.q_norm": [out("attn.q_norm", "1 H T d")],
+    f"{ATTENTION}.k_norm": [out("attn.k_norm", "1 K T d")],
+}
 JOINED = {
     f"{ATTENTION}.qkv_proj": [out("attn.q attn.k attn.v", "1 T Hd")],
     f"{MLP}.gate_up_proj": [out("mlp.gate mlp.up", "1 T F")],
@@ -83,7 +87,9 @@ TRANSFORMERS = {
     "qwen3": LLAMA | HEAD_NORMS,
     "phi3": LLAMA | JOINED,
     "gemma2": LLAMA | POST_NORMS,
+    "gemma3_text": LLAMA | POST_NORMS | TRANSPOSED_HEAD_NORMS,
     "mixtral": LLAMA | EXPERTS,
+    "qwen3_moe": LLAMA | HEAD_NORMS | EXPERTS,
 }
 
 

@@ -24,8 +24,10 @@ NAMES = [
     "qwen3",
     "smollm3",
     "gemma2",
+    "gemma3",
     "granite",
     "mixtral",
+    "qwen3-moe",
     "phi3",
 ]
 
