@@ -22,6 +22,7 @@ from minitp.judge.other_mistakes import (
 from minitp.judge.wrong_step import WrongStep
 
 ROOM = 4  # how much a mistake's own rounding may exceed the bound of the right operation
+BETTER = 2  # how many times smaller the error must be than that of the right operation
 
 OPERATIONS = {
     **dict.fromkeys(("norm", "q_norm", "k_norm", "post_norm", "final_norm"), norm_mistakes),
@@ -47,7 +48,7 @@ def explain(case, finding):
             continue
         found = difference_of(array, np.asarray(value, np.float64))
         pairs = zip((found.relative, found.absolute), finding.bounds, strict=True)
-        if max(ratio_of(error, ROOM * bound) for error, bound in pairs) <= 1:
+        if max(ratio_of(error, bound) for error, bound in pairs) <= min(ROOM, finding.ratio / BETTER):
             return text
     return ""
 

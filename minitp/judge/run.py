@@ -4,13 +4,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minitp.check.difference import difference_of
+from minitp.check.difference import difference_of, norm
 from minitp.check.replay import Replay
 from minitp.check.result import CheckResult, Finding
 from minitp.check.sums import IN_FLOAT32
 from minitp.comm.single import SingleRank
 from minitp.judge.hypotheses import explain
 from minitp.trace.names import INTEGERS, full_name
+
+ROTATED = ("attn.q_rope", "attn.k_rope")
+# The relative error of an engine's frequencies. Transformers computes them in float32: for a theta up to 1e7
+# and with scaling, the error is up to 8 * 2^-24.
+FREQUENCY_ERROR = 2.0**-20
 
 
 @dataclass
@@ -128,7 +133,19 @@ class Case:
                 self._derive(name, step, expected)
                 continue
             finding.bounds = expected.bounds(array.dtype, repeats)
+            if step in ROTATED and expected.scale is not None:
+                finding.bounds = self._with_angle_errors(pass_, expected, finding.bounds)
             finding.local = difference_of(array, expected.value)
+
+    def _with_angle_errors(self, pass_, expected, bounds):
+        """Return the bounds of RoPE for frequencies in float32, whose errors grow with the position."""
+        positions = np.abs(self.recorded(pass_.name, None, "positions"))  # [T]
+        angles = np.multiply.outer(positions, self.reference.inverse_frequencies)  # [T, R/2]
+        pairs = angles.shape[1]
+        errors = FREQUENCY_ERROR * angles * expected.scale[..., :pairs]  # [n, T, R/2]
+        size = norm(expected.value)
+        relative = 2**0.5 * norm(errors) / size if size else 0.0  # of both elements of each pair
+        return bounds[0] + relative, bounds[1] + errors.max(initial=0.0)
 
     def _derive(self, name, step, expected):
         """Let later operations have what an Expected says of a step, in place of a recorded array."""

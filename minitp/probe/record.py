@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from minitp.errors import InputError, shown
@@ -19,6 +20,10 @@ from minitp.probe.recipes import IN, TRANSFORMERS, split_joined, to_step
 from minitp.trace.names import full_name
 from minitp.trace.write import FORMAT
 
+NOT_A_MODEL = (
+    "the probe needs a causal language model of transformers itself, without a wrapper (of torch.compile: "
+    "model._orig_mod; of PEFT: model.merge_and_unload())"
+)
 ROPE, ATTENTION = "apply_rotary_pos_emb", "eager_attention_forward"
 
 
@@ -41,14 +46,20 @@ def record(model, path, recipe="auto"):
     Raises
     ------
     InputError
-        If there is no recipe for the model, a pass has several sequences, or the file's folder is missing.
+        If there is no recipe for the model, a pass has several sequences, padding or a static cache, a
+        later pass does not read the cache, or the file cannot be written.
     """
+    if not hasattr(model, "set_attn_implementation"):
+        raise InputError(f"{NOT_A_MODEL}, not a {type(model).__name__}")
     fields = model.config.to_dict()
     name = fields.get("model_type") if recipe == "auto" else recipe
     if name not in TRANSFORMERS:
         raise InputError(f"recipe {shown(name)}: there are recipes for {', '.join(TRANSFORMERS)}")
     if not Path(path).parent.is_dir():
         raise InputError(f"{path}: there is no folder {Path(path).parent}; create it first")
+    modules = {path for path, _ in model.named_modules()}
+    if not {"model.layers.0.self_attn", "lm_head"} <= modules:
+        raise InputError(f"{NOT_A_MODEL}; {type(model).__name__} has no model.layers.0.self_attn or lm_head")
     recorder = ProbeRecorder(fields)
     with ExitStack() as stack:
         stack.callback(partial(model.set_attn_implementation, model.config._attn_implementation))
@@ -120,6 +131,16 @@ class ProbeRecorder:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None or ids.shape[0] != 1:
             raise InputError("the probe records passes of one sequence, with input_ids [1, T]")
+        if not isinstance(kwargs.get("logits_to_keep", 0), int):
+            raise InputError("the probe needs the logits of the last positions; pass logits_to_keep as an int")
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if getattr(mask, "ndim", 0) == 2 and not bool(mask.all()):
+            raise InputError("the attention_mask hides tokens; pass the sequence without padding")
+        if getattr(cache, "is_compileable", False):
+            raise InputError(
+                f"the probe cannot record a {type(cache).__name__}, which has positions that are not written "
+                'yet; use a DynamicCache (in generate: cache_implementation="dynamic")'
+            )
         start = len(self.token_ids)
         self.token_ids += ids[0].tolist()
         name = f"decode.{len(self.passes)}" if self.passes else "prefill"
@@ -139,6 +160,11 @@ class ProbeRecorder:
         """Record a module's output, or the first of several."""
         output = output.logits if hasattr(output, "logits") else output
         self.take(source, layer, output[0] if isinstance(output, tuple) else output)
+        if source.step == "logits":  # with logits_to_keep, as in `generate`, those of the last positions
+            pass_name = self.passes[-1][0]
+            logits = self.arrays[full_name(pass_name, None, "logits")]  # [n, V]
+            norm = self.arrays[full_name(pass_name, None, "final_norm")]  # [T, D]
+            self.keep("final_norm", None, norm[len(norm) - len(logits) :])  # [n, D]
 
     def take(self, source, layer, tensor):
         """Record an array of a layout that the source describes."""
@@ -160,6 +186,12 @@ class ProbeRecorder:
             return q, k
 
         def observed_attention(module, query, key, value, *args, **kwargs):
+            pass_name, start, _ = self.passes[-1]
+            if start > 0 and key.shape[2] == query.shape[2]:
+                raise InputError(
+                    f"{pass_name} reads no cache: record one prompt in a file, and give its later passes the "
+                    "cache of the one before (use_cache=True, past_key_values)"
+                )
             for step, tensor in (("attn.k_cache", key), ("attn.v_cache", value)):
                 self.keep(step, self.layer, to_step(step, to_numpy(tensor), "1 K S d", self.sizes))
             output, probs = function(module, query, key, value, *args, **kwargs)
@@ -170,6 +202,8 @@ class ProbeRecorder:
 
     def keep(self, step, layer, array):
         """Keep a step of the current pass."""
+        if not self.passes:
+            raise InputError("the probe records passes of the whole model; call the model, not a part of it")
         self.arrays[full_name(self.passes[-1][0], layer, step)] = array
 
     def write(self, path, recipe):
@@ -189,7 +223,10 @@ class ProbeRecorder:
             "token_ids": json.dumps(self.token_ids),
             "passes": json.dumps(self.passes),
         }
-        save_file(self.arrays, str(path), metadata)
+        try:
+            save_file(self.arrays, str(path), metadata)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: cannot be written: {error}") from error
 
 
 def to_numpy(tensor):
