@@ -108,16 +108,17 @@ def context_mistakes(wrong):
 
 def cache_mistakes(wrong):
     """Try mistakes in the keys and values that attention reads."""
-    source = {"k_cache": "k_rope", "v_cache": "v"}[wrong.step]
-    new, found = wrong.s(source), wrong.s(wrong.step)  # [K, T, d], [K, S, d]
+    cache = wrong.right()  # [K, S, d]
     if wrong.step == "k_cache":
         unrotated = wrong.s("k_norm" if wrong.reference.norms_heads else "k")  # [K, T, d]
         yield "the keys are not rotated", unrotated
         yield "the keys are the values", wrong.s("v")
     else:
         yield "the values are the keys", wrong.s("k_rope")
-    yield (
-        "the newest position holds the one before it",
-        np.concatenate((found[:, :-1], found[:, -2:-1]), axis=1),
-    )
-    yield "the heads are in the reverse order", new[::-1]
+    if cache.shape[1] > 1:
+        before, newest = cache[:, -2:-1], cache[:, -1:]  # [K, 1, d] each
+        yield "the newest position holds the one before it", np.concatenate((cache[:, :-1], before), axis=1)
+        overwritten = np.concatenate((cache[:, :-2], newest, newest), axis=1)  # [K, S, d]
+        yield "the position before the newest is overwritten with the newest", overwritten
+    yield "all positions are one slot too late", np.roll(cache, 1, axis=1)
+    yield "the heads are in the reverse order", cache[::-1]

@@ -64,7 +64,7 @@ def mistakes(case, finding):
 
 def scaled(wrong):
     """Try a factor, the last resort."""
-    found, expected = wrong.s(wrong.step), right(wrong)
+    found, expected = wrong.s(wrong.step), wrong.right()
     if expected is None or expected.shape != found.shape or expected.size < 2:
         return
     finite = np.isfinite(expected) & np.isfinite(found)
@@ -72,12 +72,3 @@ def scaled(wrong):
         np.vdot(expected[finite], expected[finite]), 1e-300
     )
     yield f"the right result times {factor:.6g}", np.where(finite, factor * expected, expected)
-
-
-def right(wrong):
-    """Return the expected value of the wrong step, computed again."""
-    replay, pass_, layer = wrong.case.replay, wrong.pass_, wrong.layer
-    parts = {"attn": replay.attention, "mlp": replay.mlp}
-    steps = parts[wrong.block](layer, pass_) if wrong.block else [*replay.before(pass_), *replay.after(pass_)]
-    name = f"{wrong.block}.{wrong.step}" if wrong.block else wrong.step
-    return next((expected.value for step, expected, _ in steps if step == name), None)

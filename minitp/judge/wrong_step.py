@@ -39,6 +39,16 @@ class WrongStep:
         tensor = self.case.weights.get(name if layer is None else f"model.layers.{layer}.{name}")
         return None if tensor is None else tensor.astype(np.float64)
 
+    def right(self):
+        """Return the expected value of this step, computed again."""
+        replay, parts = self.case.replay, {"attn": "attention", "mlp": "mlp"}
+        if self.block:
+            steps = getattr(replay, parts[self.block])(self.layer, self.pass_)
+        else:
+            steps = [*replay.before(self.pass_), *replay.after(self.pass_)]
+        name = f"{self.block}.{self.step}" if self.block else self.step
+        return next((expected.value for step, expected, _ in steps if step == name), None)
+
     def stream(self):
         """Return the residual stream before this block."""
         if self.block == "mlp":

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from minitp.errors import InputError, shown
-from minitp.probe.recipes import IN, TRANSFORMERS, split_joined, to_step
+from minitp.probe.recipes import IN, LAYERS, TRANSFORMERS, split_joined, to_step
 from minitp.trace.names import full_name
 from minitp.trace.write import FORMAT
 
@@ -57,22 +57,23 @@ def record(model, path, recipe="auto"):
         raise InputError(f"recipe {shown(name)}: there are recipes for {', '.join(TRANSFORMERS)}")
     if not Path(path).parent.is_dir():
         raise InputError(f"{path}: there is no folder {Path(path).parent}; create it first")
-    modules = {path for path, _ in model.named_modules()}
-    if not {"model.layers.0.self_attn", "lm_head"} <= modules:
-        raise InputError(f"{NOT_A_MODEL}; {type(model).__name__} has no model.layers.0.self_attn or lm_head")
     recorder = ProbeRecorder(fields)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for needed in ("lm_head", *[f"{LAYERS.format(i=layer)}.self_attn" for layer in range(recorder.layers)]):
+        if needed not in modules:
+            raise InputError(f"{NOT_A_MODEL}; this {type(model).__name__} has no {needed}")
     with ExitStack() as stack:
         stack.callback(partial(model.set_attn_implementation, model.config._attn_implementation))
         model.set_attn_implementation("eager")
-        stack.enter_context(hooked(model, TRANSFORMERS[name], recorder))
+        stack.enter_context(hooked(model, modules, TRANSFORMERS[name], recorder))
         yield recorder
     recorder.write(path, name)
 
 
 @contextmanager
-def hooked(model, recipe, recorder):
+def hooked(model, modules, recipe, recorder):
     """Give a recorder what the modules and functions of a model get and return, within a `with` block."""
-    modules = dict(model.named_modules())
+    path_of = {}  # the path of each module that has a hook
     with ExitStack() as stack:
 
         def add(register, hook, **options):
@@ -83,9 +84,16 @@ def hooked(model, recipe, recorder):
         for pattern, sources in recipe.items():
             layers = range(recorder.layers) if "{i}" in pattern else [None]
             for layer in layers:
-                module = modules.get(pattern.format(i=layer))
+                path = pattern.format(i=layer)
+                module = modules.get(path)
                 if module is None:
                     continue  # a joined projection takes its place
+                first = path_of.setdefault(module, path)
+                if first != path:
+                    raise InputError(
+                        f"{first} and {path} are one module, so the probe cannot tell their steps apart; "
+                        "make one of them a copy (copy.deepcopy)"
+                    )
                 for source in sources:
                     if source.where == IN:
                         hook = partial(recorder.take_input, source, layer)
@@ -132,7 +140,7 @@ class ProbeRecorder:
         if ids is None or ids.shape[0] != 1:
             raise InputError("the probe records passes of one sequence, with input_ids [1, T]")
         if not isinstance(kwargs.get("logits_to_keep", 0), int):
-            raise InputError("the probe needs the logits of the last positions; pass logits_to_keep as an int")
+            raise InputError("the probe needs logits of the last positions; pass logits_to_keep as an int")
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         if getattr(mask, "ndim", 0) == 2 and not bool(mask.all()):
             raise InputError("the attention_mask hides tokens; pass the sequence without padding")

@@ -67,7 +67,7 @@ class FakeModule:
             hook(self, args, output)
         return output
 
-    def named_modules(self, path=""):
+    def named_modules(self, path="", remove_duplicate=False):
         yield path, self
         for name, child in vars(self).items():
             children = {name: child} if isinstance(child, FakeModule) else {}
@@ -203,12 +203,11 @@ class FakeLlama(FakeModule):
         self.sizes = {"d": fields.get("head_dim") or fields["hidden_size"] // heads}
         self.frequencies = ops.rope_inverse_frequencies(fields)
         self.model = FakeBody(self, tensors)
-        self.head = tensors["lm_head.weight"]
+        self.lm_head = FakeLinear(tensors["lm_head.weight"])
 
     def set_attn_implementation(self, name):
         self.config._attn_implementation = name
 
-    def forward(self, input_ids):
-        x = self.model(input_ids)
-        logits = ops.linear(x.array[0], self.head)[None].astype(np.float32)  # [1, T, V]
-        return SimpleNamespace(logits=FakeTensor(logits))
+    def forward(self, input_ids, logits_to_keep=0, **_):
+        x = self.model(input_ids).array[:, -logits_to_keep:]  # [1, n, D]; 0 keeps all positions
+        return SimpleNamespace(logits=self.lm_head(FakeTensor(x)))

@@ -93,6 +93,64 @@ def test_a_cache_that_loses_a_position_is_blamed(recorded, monkeypatch):
     assert first.name == "decode.1/layers.0.attn.probs", "attention got the right keys and used others"
 
 
+@pytest.mark.parametrize(
+    ("order", "mistake"),
+    [
+        ([0, 1, 2, 3, 4, 4], "the newest position holds the one before it"),
+        ([0, 1, 2, 3, 5, 5], "the position before the newest is overwritten with the newest"),
+        ([5, 0, 1, 2, 3, 4], "all positions are one slot too late"),
+        ([0, 0, 2, 3, 4, 4], ""),
+    ],
+)
+def test_a_cache_with_positions_in_the_wrong_slots_is_explained(order, mistake, recorded, tmp_path):
+    def change(arrays, metadata):
+        name = "decode.1/layers.0.attn.k_cache"
+        arrays[name] = arrays[name][:, order].copy()
+
+    judgement = judged(changed(recorded(), tmp_path / "changed.safetensors", change), "llama2")
+    assert judgement.result.blamed()[0].name == "decode.1/layers.0.attn.k_cache"
+    assert judgement.explanation == mistake
+
+
+def test_a_mistake_must_explain_more_than_the_right_operation(recorded, tmp_path):
+    """All tokens of a decode pass have the first position, and an error a little too large has factor 1."""
+
+    def change(arrays, metadata):
+        x = arrays["decode.1/layers.0.attn.q_rope"]
+        x += np.random.default_rng(0).normal(size=x.shape).astype(np.float32) * np.abs(x).max() * 5e-6
+
+    judgement = judged(changed(recorded(), tmp_path / "changed.safetensors", change), "llama2")
+    first = judgement.result.blamed()[0]
+    assert first.name == "decode.1/layers.0.attn.q_rope"
+    assert 1 < first.ratio < 4
+    assert judgement.explanation == ""
+
+
+def test_the_rounding_of_frequencies_is_not_blamed_at_large_positions(recorded, tmp_path):
+    def change(arrays, metadata):
+        oracle = open_oracle(open_model(str(GOLDENS / "llama2"), 1))
+        positions = np.arange(len(PROMPT)) + 2000
+        frequencies = oracle.inverse_frequencies * (1 + 2.0**-22)  # as far off as those of transformers
+        arrays["prefill/positions"] = positions
+        for part in "qk":
+            x = arrays[f"prefill/layers.0.attn.{part}"]
+            turned = oracle_ops.rope(x, positions, frequencies, 1.0).astype(np.float32)
+            arrays[f"prefill/layers.0.attn.{part}_rope"] = turned
+
+    blamed = judged(changed(recorded(), tmp_path / "changed.safetensors", change), "llama2").result.blamed()
+    names = {finding.name for finding in blamed}
+    assert "prefill/positions" in names
+    assert not names & {"prefill/layers.0.attn.q_rope", "prefill/layers.0.attn.k_rope"}
+
+
+def test_logits_of_the_last_position_alone_are_judged(recorded, tmp_path):
+    """`generate` of transformers computes the logits of the last position."""
+    model, path = FakeLlama(GOLDENS / "llama2"), tmp_path / "engine.safetensors"
+    with minitp.probe.record(model, path):
+        model(FakeTensor(np.array([PROMPT])), logits_to_keep=1)
+    assert judged(path, "llama2").result.ok
+
+
 def test_a_mistake_that_no_table_has_is_blamed_without_an_explanation(recorded):
     def fault(model):
         norm = model.model.layers[1].input_layernorm
@@ -158,6 +216,10 @@ def changed(path, target, change=lambda arrays, metadata: None):
         (
             lambda arrays, metadata: arrays.pop("prefill/layers.1.attn.k_cache"),
             "it lacks prefill/layers.1.attn.k_cache, which judge needs",
+        ),
+        (
+            lambda arrays, metadata: [arrays.pop(name) for name in list(arrays) if "layers.1." in name],
+            "it has no steps of layer 1 in prefill; if all layers were recorded, the engine skips this one",
         ),
         (
             lambda arrays, metadata: metadata.update(

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import fake_transformers
 import numpy as np
@@ -115,6 +116,76 @@ def test_what_the_probe_cannot_record_is_refused(model, tmp_path):
     refused(r"one sequence, with input_ids \[1, T\]", lambda: model(FakeTensor(np.array([PROMPT, PROMPT]))))
     refused(f"there is no folder {tmp_path / 'missing'}", path=tmp_path / "missing" / "steps.safetensors")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            {"attention_mask": np.array([[0, 1, 1, 1, 1]])},
+            "attention_mask hides tokens; pass the sequence without",
+        ),
+        (
+            {"past_key_values": SimpleNamespace(is_compileable=True)},
+            "cannot record a SimpleNamespace, .* use a Dyn",
+        ),
+        ({"logits_to_keep": ids(0, 2)}, "pass logits_to_keep as an int"),
+    ],
+)
+def test_a_pass_that_cannot_be_recorded_is_refused(arguments, words, model, tmp_path):
+    with pytest.raises(InputError, match=words), minitp.probe.record(model, tmp_path / "steps.safetensors"):
+        model(ids(*PROMPT), **arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_second_prompt_is_refused(model, tmp_path):
+    def run_two_prompts():
+        model(ids(*PROMPT))
+        for layer in model.model.layers:
+            layer.self_attn.cache = None
+        model(ids(*PROMPT))
+
+    words = "^decode.1 reads no cache: record one prompt in a file, "
+    with pytest.raises(InputError, match=words), minitp.probe.record(model, tmp_path / "steps.safetensors"):
+        run_two_prompts()
+
+
+def test_what_is_not_a_whole_model_of_transformers_is_refused(model, tmp_path):
+    path = tmp_path / "steps.safetensors"
+
+    def refused(words, model):
+        with pytest.raises(InputError, match=words) as caught, minitp.probe.record(model, path):
+            pass
+        assert len(str(caught.value)) < 300
+
+    class Wrapper(FakeModule):
+        def __init__(self, model):
+            super().__init__()
+            self.base_model, self.config = model, model.config
+            self.set_attn_implementation = model.set_attn_implementation
+
+    refused("of transformers itself, without a wrapper .* not a list", [])
+    refused("without a wrapper .* this Wrapper has no lm_head", Wrapper(model))
+    last = model.model.layers.pop()
+    refused(r"this FakeLlama has no model.layers.1.self_attn", model)
+    model.model.layers.append(last)
+    own, last.input_layernorm = last.input_layernorm, model.model.norm
+    refused("layers.1.input_layernorm and model.norm are one module", model)
+    last.input_layernorm = own
+    with (
+        pytest.raises(InputError, match="call the model, not a part of it"),
+        minitp.probe.record(model, path),
+    ):
+        model.model(ids(*PROMPT))
+
+
+def test_logits_of_the_last_position_have_the_norm_of_the_last_position(model, tmp_path):
+    path = tmp_path / "steps.safetensors"
+    with minitp.probe.record(model, path):
+        model(ids(*PROMPT), logits_to_keep=1)
+    with safe_open(path, "np") as file:
+        assert file.get_tensor("prefill/final_norm").shape == (1, 36)
+        assert file.get_tensor("prefill/logits").shape[0] == 1
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PROBED.glob("*.safetensors")))
