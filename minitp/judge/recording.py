@@ -6,8 +6,10 @@ from minitp.check.passes import RecordedPass
 from minitp.compare.files import open_dump
 from minitp.compare.pairing import MAY_DIFFER, differing, read_metadata
 from minitp.errors import InputError, shown
-from minitp.trace.names import full_name
+from minitp.trace.names import INTEGERS, full_name
+from minitp.util.format import counted
 
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Steps that the replay needs as arrays, because the operations after them cannot bridge a missing one.
 NEEDED = ("q_rope", "k_rope", "k_cache", "v_cache", "v")
 
@@ -39,7 +41,13 @@ class EngineRecording:
                 "without metadata"
             )
         facts = self._file.metadata
+        missing = [name for name in ("dtype", "source", "model") if name not in facts]
+        if missing:
+            raise InputError(f"{path}: the metadata of a trace needs {', '.join(missing)}, too")
+        if facts["dtype"] not in DTYPES:
+            raise InputError(f"{path}: dtype {shown(facts['dtype'])}: judge needs {', '.join(DTYPES)}")
         self.dtype, self.engine, self.model = np.dtype(facts["dtype"]), facts["source"], facts["model"]
+        self._check_passes()
         self.passes, cached = [], ()
         for name, (start, stop) in self.metadata.passes.items():
             logits = self._file.entries.get(f"{name}/logits")
@@ -52,8 +60,9 @@ class EngineRecording:
         return name in self._file.entries
 
     def read(self, name):
-        """Return an array in the dtype in which it was recorded."""
-        return self._file.read(name).astype(self._file.entries[name].dtype)
+        """Return an array in the dtype in which it was recorded; token ids and positions are int64."""
+        dtype = np.int64 if name.endswith(INTEGERS) else self._file.entries[name].dtype
+        return self._file.read(name).astype(dtype)
 
     def check_model(self, source):
         """Reject a ModelSource whose config differs from the engine's; the message names the field."""
@@ -63,6 +72,20 @@ class EngineRecording:
                     f"{self._file.path}: the engine's config has {name} {shown(theirs)}, and that of "
                     f"{source.name} {shown(ours)}: it runs another model, or reads its config wrongly"
                 )
+
+    def _check_passes(self):
+        path, ids, stop = self._file.path, self.metadata.token_ids, 0
+        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+            raise InputError(f"{path}: token_ids {shown(ids)}: expected a list of numbers")
+        for name, (start, end) in self.metadata.passes.items():
+            if start != stop or not isinstance(end, int) or not start < end <= len(ids):
+                raise InputError(
+                    f"{path}: {name} has positions {start} to {end}: passes must follow each other from 0, "
+                    f"within the {counted(len(ids), 'token')} of token_ids"
+                )
+            stop = end
+        if not stop:
+            raise InputError(f"{path}: its metadata has no passes; record at least one forward pass")
 
     def _check(self):
         for pass_ in self.passes:

@@ -10,6 +10,7 @@ from minitp.check.result import CheckResult, Finding
 from minitp.check.sums import IN_FLOAT32
 from minitp.comm.single import SingleRank
 from minitp.judge.hypotheses import explain
+from minitp.judge.recording import NEEDED
 from minitp.trace.names import INTEGERS, full_name
 
 ROTATED = ("attn.q_rope", "attn.k_rope")
@@ -132,6 +133,10 @@ class Case:
                 finding.note = f"shape {list(array.shape)}, expected {list(expected.value.shape)}"
                 self._derive(name, step, expected)
                 continue
+            if array.dtype.kind in "biu" and step not in INTEGERS:
+                finding.note = f"dtype {array.dtype.name}, expected {self.recording.dtype.name}"
+                self._derive(name, step, expected)
+                continue
             finding.bounds = expected.bounds(array.dtype, repeats)
             if step in ROTATED and expected.scale is not None:
                 finding.bounds = self._with_angle_errors(pass_, expected, finding.bounds)
@@ -150,5 +155,5 @@ class Case:
     def _derive(self, name, step, expected):
         """Let later operations have what an Expected says of a step, in place of a recorded array."""
         dtype = np.int64 if step in INTEGERS else self.recording.dtype
-        is_copy = expected.low_precision_reference is None
+        is_copy = expected.low_precision_reference is None or step.rpartition(".")[2] in NEEDED
         self._derived[name] = expected.value.astype(dtype) if is_copy else expected.not_recorded(dtype)

@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from minitp.trace.names import full_name
-
 
 class WrongStep:
     """A wrong step, with access to its inputs and weights.
@@ -55,9 +53,8 @@ class WrongStep:
             return self.s("residual", "attn")  # [T, D]
         if self.layer == 0:
             return self.outside("embed")  # [T, D]
-        name = full_name(self.pass_.name, self.layer - 1, "mlp.residual")
-        array = self.case.recording.read(name) if name in self.case.recording else self.outside("embed")
-        return array.astype(np.float64)  # [T, D]
+        array = self.case.recorded(self.pass_.name, self.layer - 1, "mlp.residual")  # [T, D]
+        return np.asarray(getattr(array, "value", array), np.float64)  # [T, D]
 
     @property
     def positions(self):

@@ -217,6 +217,20 @@ def changed(path, target, change=lambda arrays, metadata: None):
             lambda arrays, metadata: arrays.pop("prefill/layers.1.attn.k_cache"),
             "it lacks prefill/layers.1.attn.k_cache, which judge needs",
         ),
+        (lambda arrays, metadata: metadata.pop("dtype"), "the metadata of a trace needs dtype, too"),
+        (
+            lambda arrays, metadata: metadata.update(dtype="q4_0"),
+            "dtype 'q4_0': judge needs float32, float16, bfloat16, float64",
+        ),
+        (lambda arrays, metadata: metadata.update(token_ids="5"), "token_ids 5: expected a list of numbers"),
+        (
+            lambda arrays, metadata: metadata.update(passes='[["prefill", 0, 5], ["decode.1", 7, 8]]'),
+            "decode.1 has positions 7 to 8: passes must follow each other from 0, within the 6 tokens",
+        ),
+        (
+            lambda arrays, metadata: metadata.update(passes="[]"),
+            "its metadata has no passes; record at least",
+        ),
         (
             lambda arrays, metadata: [arrays.pop(name) for name in list(arrays) if "layers.1." in name],
             "it has no steps of layer 1 in prefill; if all layers were recorded, the engine skips this one",
@@ -235,7 +249,30 @@ def test_what_cannot_be_judged_is_refused(change, words, tmp_path, capsys):
     captured = capsys.readouterr()
     assert code == 2
     assert words in captured.err
+    assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("step", ["q", "q_rope", "k_rope", "k_cache", "v_cache", "v", "probs", "context"])
+def test_a_step_of_another_shape_does_not_stop_the_judgement(step, tmp_path):
+    name = f"prefill/layers.0.attn.{step}"
+
+    def change(arrays, metadata):
+        arrays[name] = arrays[name][:-1].copy()
+
+    path = changed(PROBED / "llama2.safetensors", tmp_path / "changed.safetensors", change)
+    first = judged(path, "llama2").result.blamed()[0]
+    assert first.name == name
+    assert first.note.startswith("shape ")
+
+
+def test_an_array_of_integers_is_blamed(tmp_path):
+    def change(arrays, metadata):
+        arrays["prefill/layers.0.attn.q"] = arrays["prefill/layers.0.attn.q"].astype(np.int32)
+
+    path = changed(PROBED / "llama2.safetensors", tmp_path / "changed.safetensors", change)
+    first = judged(path, "llama2").result.blamed()[0]
+    assert (first.name, first.note) == ("prefill/layers.0.attn.q", "dtype int32, expected float32")
 
 
 def test_an_array_of_another_shape_is_blamed(tmp_path):
