@@ -139,13 +139,13 @@ class Case:
                 continue
             finding.bounds = expected.bounds(array.dtype, repeats)
             if step in ROTATED and expected.scale is not None:
-                finding.bounds = self._with_angle_errors(pass_, expected, finding.bounds)
+                finding.bounds = self._with_angle_errors(pass_, layer, expected, finding.bounds)
             finding.local = difference_of(array, expected.value)
 
-    def _with_angle_errors(self, pass_, expected, bounds):
+    def _with_angle_errors(self, pass_, layer, expected, bounds):
         """Return the bounds of RoPE for frequencies in float32, whose errors grow with the position."""
         positions = np.abs(self.recorded(pass_.name, None, "positions"))  # [T]
-        angles = np.multiply.outer(positions, self.reference.inverse_frequencies)  # [T, R/2]
+        angles = np.multiply.outer(positions, self.reference.rotations[layer][0])  # [T, R/2]
         pairs = angles.shape[1]
         errors = FREQUENCY_ERROR * angles * expected.scale[..., :pairs]  # [n, T, R/2]
         size = norm(expected.value)

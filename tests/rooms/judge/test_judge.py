@@ -130,7 +130,7 @@ def test_the_rounding_of_frequencies_is_not_blamed_at_large_positions(recorded, 
     def change(arrays, metadata):
         oracle = open_oracle(open_model(str(GOLDENS / "llama2"), 1))
         positions = np.arange(len(PROMPT)) + 2000
-        frequencies = oracle.inverse_frequencies * (1 + 2.0**-22)  # as far off as those of transformers
+        frequencies = oracle.rotations[0][0] * (1 + 2.0**-22)  # as far off as those of transformers
         arrays["prefill/positions"] = positions
         for part in "qk":
             x = arrays[f"prefill/layers.0.attn.{part}"]
