@@ -59,9 +59,12 @@ def record(model, path, recipe="auto"):
         raise InputError(f"{path}: there is no folder {Path(path).parent}; create it first")
     recorder = ProbeRecorder(fields)
     modules = dict(model.named_modules(remove_duplicate=False))
-    for needed in ("lm_head", *[f"{LAYERS.format(i=layer)}.self_attn" for layer in range(recorder.layers)]):
-        if needed not in modules:
-            raise InputError(f"{NOT_A_MODEL}; this {type(model).__name__} has no {needed}")
+    attention = [f"{LAYERS.format(i=layer)}.self_attn" for layer in range(recorder.layers)]
+    missing = [path for path in ("lm_head", *attention) if path not in modules]
+    if missing and missing[0] in ("lm_head", attention[0]):
+        raise InputError(f"{NOT_A_MODEL}; this {type(model).__name__} has no {missing[0]}")
+    if missing:
+        raise InputError(f"the config has {recorder.layers} layers, and the model has no {missing[0]}")
     with ExitStack() as stack:
         stack.callback(partial(model.set_attn_implementation, model.config._attn_implementation))
         model.set_attn_implementation("eager")

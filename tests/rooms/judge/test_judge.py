@@ -232,8 +232,8 @@ def changed(path, target, change=lambda arrays, metadata: None):
             "its metadata has no passes; record at least",
         ),
         (
-            lambda arrays, metadata: [arrays.pop(name) for name in list(arrays) if "layers.1." in name],
-            "it has no steps of layer 1 in prefill; if all layers were recorded, the engine skips this one",
+            lambda arrays, metadata: [arrays.pop(name) for name in list(arrays) if "layers.1.attn" in name],
+            "it has no attention steps of layer 1 in prefill; if all layers were recorded, the engine skips this one",
         ),
         (
             lambda arrays, metadata: metadata.update(
