@@ -93,8 +93,8 @@ class EngineRecording:
                 prefix = full_name(pass_.name, layer, "attn.")
                 if not any(name.startswith(prefix) for name in self._file.entries):
                     raise InputError(
-                        f"{self._file.path}: it has no attention steps of layer {layer} in {pass_.name}; if all "
-                        "layers were recorded, the engine skips this one"
+                        f"{self._file.path}: it has no attention steps of layer {layer} in {pass_.name}; if "
+                        "all layers were recorded, the engine skips this one"
                     )
                 for step in NEEDED:
                     name = full_name(pass_.name, layer, f"attn.{step}")

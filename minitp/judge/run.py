@@ -11,6 +11,7 @@ from minitp.check.sums import IN_FLOAT32
 from minitp.comm.single import SingleRank
 from minitp.judge.hypotheses import explain
 from minitp.judge.recording import NEEDED
+from minitp.judge.ties import break_ties
 from minitp.trace.names import INTEGERS, full_name
 
 ROTATED = ("attn.q_rope", "attn.k_rope")
@@ -76,6 +77,7 @@ def judge(recording, source, reference, progress=lambda layers: None):
         for layer in range(source.plan.layers):
             for pass_ in recording.passes:
                 case.check(pass_, layer, case.replay.attention(layer, pass_))
+                case.break_ties(pass_, layer)
                 case.check(pass_, layer, case.replay.mlp(layer, pass_))
             progress(1)
         for pass_ in recording.passes:
@@ -141,6 +143,20 @@ class Case:
             if step in ROTATED and expected.scale is not None:
                 finding.bounds = self._with_angle_errors(pass_, layer, expected, finding.bounds)
             finding.local = difference_of(array, expected.value)
+
+    def break_ties(self, pass_, layer):
+        """Let the replay choose the engine's experts where the router's logits are equal."""
+        names = [full_name(pass_.name, layer, f"mlp.{step}") for step in ("router", "norm", "out")]
+        if not self.reference.experts or not all(name in self.recording for name in names):
+            return
+        router, x, out = (self.recording.read(name).astype(np.float64) for name in names)
+        if router.ndim == x.ndim == out.ndim == 2 and len(router) == len(x) == len(out):
+            block = f"model.layers.{layer}.{self.reference.expert_block}.experts"
+
+            def weight(expert, part):
+                return self.weights[f"{block}.{expert}.{part}.weight"]
+
+            self._derived[names[0]] = break_ties(router, x, out, self.reference, weight)
 
     def _with_angle_errors(self, pass_, layer, expected, bounds):
         """Return the bounds of RoPE for frequencies in float32, whose errors grow with the position."""

@@ -19,6 +19,7 @@ from minitp.errors import InputError, shown
 from minitp.probe.recipes import IN, LAYERS, TRANSFORMERS, split_joined, to_step
 from minitp.trace.names import full_name
 from minitp.trace.write import FORMAT
+from minitp.util.format import counted
 
 NOT_A_MODEL = (
     "the probe needs a causal language model of transformers itself, without a wrapper (of torch.compile: "
@@ -64,7 +65,9 @@ def record(model, path, recipe="auto"):
     if missing and missing[0] in ("lm_head", attention[0]):
         raise InputError(f"{NOT_A_MODEL}; this {type(model).__name__} has no {missing[0]}")
     if missing:
-        raise InputError(f"the config has {recorder.layers} layers, and the model has no {missing[0]}")
+        raise InputError(
+            f"the config has {counted(recorder.layers, 'layer')}, and the model has no {missing[0]}"
+        )
     with ExitStack() as stack:
         stack.callback(partial(model.set_attn_implementation, model.config._attn_implementation))
         model.set_attn_implementation("eager")
