@@ -11,8 +11,8 @@ import pytest
 from running import START_S, WORKER, Running, result_of
 
 from minitp.cli import info
+from minitp.cli.editors import message_editor
 from minitp.cli.main import main
-from minitp.cli.terminal import line_editing
 
 pytestmark = pytest.mark.mpi
 
@@ -81,8 +81,8 @@ def no_home(monkeypatch):
 
 
 def test_chat_keeps_no_history_without_a_home(no_home):
-    with line_editing():
-        pass
+    with message_editor() as editor:
+        assert editor.help
 
 
 def test_info_without_a_home(no_home):
