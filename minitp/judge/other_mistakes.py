@@ -21,9 +21,7 @@ def norm_mistakes(wrong):
     reference, inputs = wrong.reference, {"q_norm": "q", "k_norm": "k", "post_norm": "out"}
     if wrong.step == "final_norm":
         rows = wrong.outside("final_norm").shape[0]
-        wrong.layer = wrong.case.plan.layers - 1
-        x, name = wrong.s("residual", "mlp")[-rows:], "model.norm.weight"  # [n, D]
-        wrong.layer = None
+        x, name = wrong.last_stream()[-rows:], "model.norm.weight"  # [n, D]
         tensor = wrong.w(name)
     else:
         x = wrong.s(inputs[wrong.step]) if wrong.step in inputs else wrong.stream()  # [T, D] or [n, T, d]
@@ -45,7 +43,7 @@ def norm_mistakes(wrong):
     yield "the mean is subtracted first, as in LayerNorm", ops.rms_norm(centered, weight, eps)
     sums = np.sum(x * x, axis=-1, keepdims=True)
     yield "divided by the root of the sum of squares, not of their mean", x / np.sqrt(sums + eps) * weight
-    if wrong.block and wrong.layer is not None:
+    if wrong.block:
         for i in wrong.other_layers:
             yield (
                 f"the weight is that of layer {i}",
@@ -171,9 +169,7 @@ def logits_mistakes(wrong):
         yield "the soft cap of the logits is left out", plain
     if head is not None:
         yield "the output matrix is the embedding table, although they are not tied", ops.linear(x, table)
-    wrong.layer = wrong.case.plan.layers - 1
-    stream = wrong.s("residual", "mlp")[-len(x) :]  # [n, D]
-    wrong.layer = None
+    stream = wrong.last_stream()[-len(x) :]  # [n, D]
     yield (
         "the input is the residual stream, not its norm",
         ops.linear(stream, table if head is None else head),

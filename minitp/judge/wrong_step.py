@@ -23,13 +23,20 @@ class WrongStep:
     def s(self, step, block=None):
         """Return a recorded step of this layer in float64, or the value that follows from its inputs."""
         prefix = self.block if block is None else block
-        array = self.case.recorded(self.pass_.name, self.layer, f"{prefix}.{step}" if prefix else step)
-        return np.asarray(getattr(array, "value", array), np.float64)
+        return self.of_layer(self.layer, f"{prefix}.{step}" if prefix else step)
 
     def outside(self, step):
-        """Return a recorded step outside the layers."""
-        array = self.case.recorded(self.pass_.name, None, step)
+        """Return a step outside the layers, as `s` does."""
+        return self.of_layer(None, step)
+
+    def of_layer(self, layer, step):
+        """Return a step of any layer, as `s` does."""
+        array = self.case.recorded(self.pass_.name, layer, step)
         return np.asarray(getattr(array, "value", array), np.float64)
+
+    def last_stream(self):
+        """Return the residual stream after the last layer."""
+        return self.of_layer(self.case.plan.layers - 1, "mlp.residual")  # [T, D]
 
     def w(self, name, layer=None):
         """Return a tensor of this layer, or of another one, in float64; None if the model has none."""
@@ -53,8 +60,7 @@ class WrongStep:
             return self.s("residual", "attn")  # [T, D]
         if self.layer == 0:
             return self.outside("embed")  # [T, D]
-        array = self.case.recorded(self.pass_.name, self.layer - 1, "mlp.residual")  # [T, D]
-        return np.asarray(getattr(array, "value", array), np.float64)  # [T, D]
+        return self.of_layer(self.layer - 1, "mlp.residual")  # [T, D]
 
     @property
     def positions(self):

@@ -44,7 +44,7 @@ def into(step, layout="1 T D"):
 LAYERS = "model.layers.{i}"
 ATTENTION, MLP = f"{LAYERS}.self_attn", f"{LAYERS}.mlp"
 # Hugging Face transformers, by model_type. Rotated queries and keys, the cache and the probabilities are
-# arguments and results of functions; see `record.FUNCTIONS`.
+# arguments and results of functions; see `record.ProbeRecorder.observed`.
 LLAMA = {
     "model.layers.0": [into("embed")],
     f"{LAYERS}.input_layernorm": [out("attn.norm")],

@@ -110,18 +110,11 @@ class Api:
 
     async def answer(self, request, parse, function):
         """Respond with the object that function(llm, parsed request) returns, without using the ranks."""
-        timer, status = RequestTimer(self.metrics, request.url.path), 500
-        try:
+        with RequestTimer(self.metrics, request.url.path).finishing(500):
             parsed = await self.receive(request, parse)
             llm = self.backend.ready()
             content = await self.in_worker(lambda: "".join(json_pieces(function(llm, parsed))))
-            status = 200
             return Response(content, media_type="application/json")
-        except ApiError as error:
-            status = error.status
-            raise
-        finally:
-            timer.finish(status)
 
     async def receive(self, request, parse):
         """Receive the body of a request, check the key and the model, and return the parsed body."""
@@ -158,18 +151,13 @@ class Api:
 
     async def whole_response(self, request, running, response, timer):
         """Collect the output of a running request and respond with all of it at once."""
-        status = 499  # the client has disconnected, unless one of the next lines sets another status
-        try:
-            await cancel_on_disconnect(request, collect(running, response, timer))
-            content = await self.in_worker(response.json)
-            status = 200
-            return Response(content, media_type="application/json")
-        except ApiError as error:
-            status = error.status
-            raise
-        finally:
-            running.stop()
-            timer.finish(status, response)
+        with timer.finishing(499, response):  # what ends the block without a response is a lost client
+            try:
+                await cancel_on_disconnect(request, collect(running, response, timer))
+                content = await self.in_worker(response.json)
+                return Response(content, media_type="application/json")
+            finally:
+                running.stop()
 
     def largest_body(self):
         """Return the size limit of a body in bytes; raise ApiError 503 while there is no LLM."""

@@ -237,9 +237,8 @@ class CompletionResponse(ApiResponse):
     def next_offset(self, token, choice):
         """Return the offset of a choice's next token in its text; a prompt may write out special tokens."""
         offsets, data = choice.offsets, self.texts.shown_bytes(token)
-        if self.texts.is_special(token):
-            name = self.texts.bytes(token)
-            data = name if choice.prompt.startswith(name.decode(), offsets.length) else b""
+        if self.texts.is_special(token) and not choice.prompt.startswith(data.decode(), offsets.length):
+            data = b""
         return offsets.add(data)
 
     def by_name(self, token, logprob, top):

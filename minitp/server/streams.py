@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import contextmanager
 
 from starlette.responses import StreamingResponse
 
@@ -54,6 +55,18 @@ class RequestTimer:
         if self.first is None and update.token_ids:
             self.first = time.perf_counter()
             self.metrics.first_token.observe(self.first - self.started)
+
+    @contextmanager
+    def finishing(self, status, response=None):
+        """Record the end of a `with` block: 200, the status of its ApiError, or else `status`."""
+        try:
+            yield
+            status = 200
+        except ApiError as error:
+            status = error.status
+            raise
+        finally:
+            self.finish(status, response)
 
     def finish(self, status, response=None):
         """Record the end of the request, with its response if it was accepted."""

@@ -27,8 +27,8 @@ class TokenTexts:
         return str(token).encode() if self._tokenizer is None else self._tokenizer.token_bytes(token)
 
     def shown_bytes(self, token):
-        """Return the bytes that a token adds to a text: none for a special token."""
-        return b"" if self._tokenizer is None or self.is_special(token) else self.bytes(token)
+        """Return the bytes that a token adds to a text that shows it: none without a tokenizer."""
+        return b"" if self._tokenizer is None else self.bytes(token)
 
     def is_special(self, token):
         """Return whether a token is special, so that texts leave it out."""
