@@ -26,6 +26,7 @@ BOXES = {
     "tour": (1, 7, 1, "all in one file"),
     "check": (3, 5, 1, "judges the steps"),
     "probe": (2, 7, 1, "records steps"),
+    "mapping": (3, 7, 1, "other engines"),
     "engine": (4, 0, 3.25, "many requests: scheduler, blocks, prefix cache"),
     "estimate": (4, 3.25, 1.25, "predicts, for plan"),
     "trace": (5, 4.5, 3.5, "the steps of a forward pass, by name"),
@@ -89,7 +90,7 @@ STYLE = """
   .arrow { fill: none; stroke: var(--line); stroke-width: 1.3; }
   .head { fill: var(--line); }
 """
-JUDGES = ("judge", "compare", "report", "check", "probe", "trace", "oracle")
+JUDGES = ("judge", "compare", "report", "check", "probe", "mapping", "trace", "oracle")
 
 
 def arrows():

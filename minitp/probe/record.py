@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from minitp.errors import InputError, shown
-from minitp.probe.recipes import IN, LAYERS, TRANSFORMERS, split_joined, to_step
+from minitp.mapping.convert import split_joined, to_step
+from minitp.mapping.table import IN
+from minitp.mapping.transformers import LAYERS, TRANSFORMERS
 from minitp.trace.names import full_name
 from minitp.trace.write import FORMAT
 from minitp.util.format import counted
@@ -42,7 +44,7 @@ def record(model, path, recipe="auto"):
     path : str or Path
         The .safetensors file to write.
     recipe : str
-        A model_type of `recipes.TRANSFORMERS`; "auto" takes that of the model's config.
+        A model_type of `mapping.transformers.TRANSFORMERS`; "auto" takes that of the model's config.
 
     Raises
     ------

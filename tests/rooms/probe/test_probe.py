@@ -16,7 +16,7 @@ from minitp.check.difference import difference_of
 from minitp.compare.run import compare_files
 from minitp.errors import InputError
 from minitp.loading.source import open_model
-from minitp.probe.recipes import TRANSFORMERS
+from minitp.mapping.transformers import TRANSFORMERS
 from minitp.trace.names import step_names
 from minitp.trace.record import passes_of
 from minitp.trace.write import write_oracle_trace

@@ -1,0 +1,88 @@
+"""The words of the table: what an engine's arrays and tensors are.
+
+Shape letters are those of `trace.names`; "1" is the batch of one sequence, and a name such as Hd is the
+product of two sizes. In names, {i} is the number of a layer and {n} that of an expert.
+"""
+
+from dataclasses import dataclass, field
+
+IN, OUT = "input", "output"
+# The orders in which tensors are joined along axis 0 of [out, in].
+PLAIN = "one after another"
+GROUPED = "for each KV head: its query heads, its key head, its value head"
+# The orders of the rows of a head, and of its dimensions.
+HALF_SPLIT = "RoPE rotates (x[i], x[i + d/2])"
+INTERLEAVED = "RoPE rotates (x[2i], x[2i + 1])"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An array of an engine that is a step: an input or output of a module, or a named result.
+
+    Attributes
+    ----------
+    step : str
+        The step, or several that are joined along the last axis, as in "attn.q attn.k attn.v".
+    where : str
+        IN or OUT. Of several inputs or outputs it is the first.
+    layout : str
+        The letters of the engine's axes.
+    """
+
+    step: str
+    where: str
+    layout: str
+
+
+def out(step, layout="1 T D"):
+    """Return the Source of a module's output."""
+    return Source(step, OUT, layout)
+
+
+def into(step, layout="1 T D"):
+    """Return the Source of a module's input."""
+    return Source(step, IN, layout)
+
+
+@dataclass(frozen=True)
+class EngineTensor:
+    """A tensor of an engine's weights: one tensor of a Hugging Face checkpoint, or several joined ones.
+
+    Attributes
+    ----------
+    parts : tuple of str
+        The checkpoint's names of the joined tensors, as in `tensors`.
+    order : str
+        PLAIN or GROUPED.
+    rope : str
+        HALF_SPLIT or INTERLEAVED, the order of the rows of each query and key head.
+    """
+
+    parts: tuple
+    order: str = PLAIN
+    rope: str = HALF_SPLIT
+
+
+@dataclass(frozen=True)
+class OtherEngine:
+    """An engine: the names and layouts of its arrays and of its tensors.
+
+    Attributes
+    ----------
+    name : str
+        The value of `compare --map`.
+    steps : dict of str to list of Source
+        The arrays by the path of their module, or by the name in the engine's own dumps.
+    tensors : dict of str to EngineTensor
+        The tensors by name. Names that are not listed are those of a Hugging Face checkpoint.
+    rope : str
+        HALF_SPLIT or INTERLEAVED, the order of the dimensions of its queries and keys.
+    roundings : dict of str to str
+        Steps that the engine is known to round more often than once in 16 bits, with an explanation.
+    """
+
+    name: str
+    steps: dict
+    tensors: dict = field(default_factory=dict)
+    rope: str = HALF_SPLIT
+    roundings: dict = field(default_factory=dict)
