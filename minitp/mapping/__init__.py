@@ -3,6 +3,8 @@
 The probe, `minitp lint` and `minitp compare --map` read it.
 
 table.py          the words of the table: Source, an array that is a step; EngineTensor, a weight; OtherEngine
-convert.py        from an engine's layout to that of a step
-transformers.py   Hugging Face transformers, by model_type
+tensors.py        the tensors of each engine
+lookup.py         an engine's tensor, looked up by its name
+transformers.py   the steps of Hugging Face transformers, by model_type
+convert.py        the conversion from an engine's layout to that of a step
 """
