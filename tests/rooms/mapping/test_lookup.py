@@ -33,17 +33,15 @@ def test_the_names_of_each_engine_reach_every_tensor(family):
 
 def test_a_name_is_filled_with_its_numbers():
     config = read_config(GOLDENS / "qwen3-moe")
-    assert TensorLookup("megatron", config).find(
-        "decoder.layers.12.mlp.experts.linear_fc1.weight34"
-    ).parts == (
+    megatron = TensorLookup("megatron", config)
+    assert megatron.find("module.decoder.layers.12.mlp.experts.linear_fc1.weight34").parts == (
         "model.layers.12.mlp.experts.34.gate_proj.weight",
         "model.layers.12.mlp.experts.34.up_proj.weight",
     )
     stacked = TensorLookup("vllm", config).find("model.layers.2.mlp.experts.w2_weight")
     assert stacked.parts == ("model.layers.2.mlp.experts.{n}.down_proj.weight",)
-    assert TensorLookup("hf", config).find("model.layers.2.other.weight").parts == (
-        "model.layers.2.other.weight",
-    )
+    unlisted = "model.layers.2.other.weight"
+    assert TensorLookup("hf", config).find(unlisted).parts == (unlisted,)
 
 
 def test_only_some_gguf_files_have_interleaved_heads():
@@ -76,27 +74,20 @@ def test_an_engine_is_known_by_its_names(name, engine):
 def test_grouped_rows_are_those_of_the_plan(tp):
     """Each rank's rows of q, k and v are the plan's, with the query heads of a KV head before it."""
     config = open_config("random:smollm2-135m")
-    plan, tensor = (
-        make_plan(config, tp),
-        TensorLookup("megatron", config).find("decoder.layers.0.self_attention.linear_qkv.weight"),
-    )
+    plan, d = make_plan(config, tp), config.head_dim
+    lookup = TensorLookup("megatron", config)
+    tensor = lookup.find("decoder.layers.0.self_attention.linear_qkv.weight")
     assert tensor.order == GROUPED
     for rank in range(tp):
-        blocks = rows_on_rank(tensor, plan, rank, config.head_dim)
+        blocks = rows_on_rank(tensor, plan, rank, d)
         for part in tensor.parts:
             rows = np.concatenate([np.arange(start, stop) for name, start, stop in blocks if name == part])
             held = plan.tensors[part].index(rank)[0]
             np.testing.assert_array_equal(rows, np.arange(held.start, held.stop))
-        for (first, q_start, q_stop), (_, k_start, k_stop), (_, v_start, v_stop) in zip(
-            blocks[::3], blocks[1::3], blocks[2::3], strict=True
-        ):
-            assert first == tensor.parts[0]
-            assert (k_start, k_stop) == (v_start, v_stop)
-            assert (
-                q_start // (3 * config.head_dim)
-                == (q_stop - 1) // (3 * config.head_dim)
-                == k_start // config.head_dim
-            )
+        for q, k, v in zip(blocks[::3], blocks[1::3], blocks[2::3], strict=True):
+            assert (q[0], k[0], v[0]) == tensor.parts
+            assert k[1:] == v[1:]
+            assert q[1] // (3 * d) == (q[2] - 1) // (3 * d) == k[1] // d
 
 
 def test_plain_rows_are_those_of_the_plan():
