@@ -33,6 +33,10 @@ class CompareCommand(OneProcess):
             "B uses other names; write a report",
         ),
         (
+            "minitp compare minitp.safetensors dumps --map megatron",
+            "the ranks' files dumps/rank0.npz, dumps/rank1.npz, .. have the names of Megatron's modules",
+        ),
+        (
             "minitp compare minitp.safetensors mine.npz --rope interleaved",
             "your engine rotates neighboring dimensions, as Meta's code and GGUF files do",
         ),
@@ -41,12 +45,15 @@ class CompareCommand(OneProcess):
     def add_options(self, parser):
         group = parser.groups["input"]
         group.add_argument("a", metavar="A", help="the reference, a .safetensors or .npz file")
-        group.add_argument("b", metavar="B", help="the file to compare with it")
+        group.add_argument(
+            "b", metavar="B", help="the file to compare with it, or a folder with a file for each rank"
+        )
         group = parser.groups["comparison"]
         group.add_argument(
             "--map",
-            metavar="NAMES.json",
-            help="a JSON file that maps names in A to names in B (default: equal names)",
+            metavar="ENGINE|NAMES.json",
+            help="the engine whose names B has: hf, llama.cpp, megatron, vllm or mlx; or a JSON file that "
+            "maps names in A to names in B (default: equal names)",
         )
         group.add_argument(
             "--tolerance",

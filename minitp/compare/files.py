@@ -61,6 +61,10 @@ class TensorFile:
         except (*BROKEN, SafetensorError, OSError) as error:
             raise InputError(f"{self.path}: {name} cannot be read: {error}") from error
 
+    def blame(self, name, tolerance):
+        """Return which ranks have a part of an array that differs; "" if the file is not of ranks."""
+        return ""
+
     def _read(self, name):
         raise NotImplementedError
 

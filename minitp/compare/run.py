@@ -16,9 +16,11 @@ from minitp.compare.diagnosis import diagnose
 from minitp.compare.files import open_dump
 from minitp.compare.fit import fit, letters_of
 from minitp.compare.jump import LENIENCE, JumpRule
+from minitp.compare.open_other import open_other
 from minitp.compare.pairing import exclusions, match, read_map, read_metadata
 from minitp.compare.result import Comparison, StepDifference
 from minitp.errors import InputError
+from minitp.mapping.tensors import ENGINES, rotates_neighbors
 from minitp.trace.names import INTEGERS, split_name
 
 # The relative errors allowed, by the coarsest floating-point dtype; see docs/compare.md for measurements.
@@ -28,16 +30,17 @@ DIAGNOSED = 20  # number of steps, from the first that differs, for which a caus
 
 
 def compare_files(
-    a_path, b_path, map_path=None, tolerance=None, progress=lambda count: None, pictures=None, rope=None
+    a_path, b_path, mapping=None, tolerance=None, progress=lambda count: None, pictures=None, rope=None
 ):
     """Compare the arrays of file B with those of file A.
 
     Parameters
     ----------
     a_path, b_path : path
-        Files in .safetensors or .npz format; A is the reference.
-    map_path : path or None
-        File with a JSON object of names in A to names in B; a `*` stands for the same number in both.
+        Files in .safetensors or .npz format; A is the reference. B may be a folder with a file per rank.
+    mapping : str, path or None
+        An engine of `mapping.tensors.ENGINES`, whose names B has; or a file with a JSON object of names in A
+        to names in B, in which a `*` stands for the same number in both.
     tolerance : float or None
         The relative error allowed; by default that of the coarsest dtype in the two files (TOLERANCES), and
         in 16 bits the rule of `jump`. Integers must be equal at any tolerance.
@@ -54,10 +57,14 @@ def compare_files(
         for a file that cannot be read, traces of different models or tokens, files without a common name, a
         map with unknown names, or files of which no two arrays can be compared.
     """
-    a, b = open_dump(a_path), open_dump(b_path)
+    a = open_dump(a_path)
     metadata = read_metadata(a)
+    engine = mapping if mapping in ENGINES else None
+    b = open_other(b_path, a, metadata, engine)
+    if engine and rotates_neighbors(engine, metadata.config):
+        rope = rope or "interleaved"
     excluded = exclusions(a, b, metadata, read_metadata(b))
-    pairs = match(a, b, {} if map_path is None else read_map(map_path, a, b), excluded)
+    pairs = match(a, b, read_map(mapping, a, b) if mapping and not engine else {}, excluded)
     found, not_compared = fit(a, b, pairs, rope, metadata)
     tolerance, why, low = _tolerance(tolerance, a, b, pairs)
     result = Comparison(tolerance, why, not_compared=not_compared, remarks=excluded.remarks)
@@ -87,7 +94,7 @@ def compare_files(
             cause = rule.cause(name, *both, step.jumps) if rule and known else ""
             way_on = rope is None and not departing
             cause = cause or diagnose(name, letters_of(name), *both, step.tolerance, known, way_on)
-            step = replace(step, note=_joined(step.note, cause))
+            step = replace(step, note=_joined(b.blame(pairs[name], step.tolerance), step.note, cause))
         departing += step.departs
         if pictures is not None:
             pictures.add(step, *_masked_alike(name, *both))

@@ -21,6 +21,14 @@ def engine_of(names):
     )
 
 
+def number_pattern(name):
+    """Return a compiled pattern of a name with {i} and {n}, whose numbers are the groups i and n."""
+    pattern = re.escape(name)
+    for letter in "in":
+        pattern = pattern.replace(rf"\{{{letter}\}}", rf"(?P<{letter}>\d+)")
+    return re.compile(pattern)
+
+
 class TensorLookup:
     """The tensors of an engine, for one model.
 
@@ -32,12 +40,9 @@ class TensorLookup:
     """
 
     def __init__(self, engine, config):
-        self._words, self._table = checkpoint_names(config), []
-        for name, tensor in tensor_tables(config)[engine].items():
-            pattern = re.escape(name)
-            for letter in "in":
-                pattern = pattern.replace(rf"\{{{letter}\}}", rf"(?P<{letter}>\d+)")
-            self._table.append((re.compile(pattern), tensor))
+        self._words = checkpoint_names(config)
+        tensors = tensor_tables(config)[engine].items()
+        self._table = [(number_pattern(name), tensor) for name, tensor in tensors]
 
     def find(self, name):
         """Return the EngineTensor of a name, with the checkpoint's own names as `parts`.

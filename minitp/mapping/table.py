@@ -24,24 +24,30 @@ class Source:
     step : str
         The step, or several that are joined along the last axis, as in "attn.q attn.k attn.v".
     where : str
-        IN or OUT. Of several inputs or outputs it is the first.
+        IN or OUT.
     layout : str
         The letters of the engine's axes.
+    order : str
+        PLAIN or GROUPED, the order of joined queries, keys and values.
+    index : int
+        The number of the input or output, of several.
     """
 
     step: str
     where: str
     layout: str
+    order: str = PLAIN
+    index: int = 0
 
 
-def out(step, layout="1 T D"):
+def out(step, layout="1 T D", index=0):
     """Return the Source of a module's output."""
-    return Source(step, OUT, layout)
+    return Source(step, OUT, layout, index=index)
 
 
-def into(step, layout="1 T D"):
+def into(step, layout="1 T D", index=0):
     """Return the Source of a module's input."""
-    return Source(step, IN, layout)
+    return Source(step, IN, layout, index=index)
 
 
 @dataclass(frozen=True)

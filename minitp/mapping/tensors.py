@@ -111,8 +111,14 @@ MLX = {
     for block in ("mlp", "block_sparse_moe")
     for part in ("gate", "up", "down")
 } | {name: HF[name] for name in HF if "_proj." in name}
+ENGINES = ("hf", "llama.cpp", "megatron", "vllm", "mlx")
 # Architectures of GGUF whose queries and keys are rotated in pairs of neighbors, by model_type.
 NEIGHBORS = ("llama", "mistral", "mixtral", "granite", "smollm3")
+
+
+def rotates_neighbors(engine, config):
+    """Return whether an engine's queries and keys are in the interleaved layout."""
+    return engine == "llama.cpp" and config.model_type in NEIGHBORS
 
 
 def tensor_tables(config):
@@ -122,7 +128,7 @@ def tensor_tables(config):
     ----------
     config : Config
     """
-    rope = INTERLEAVED if config.model_type in NEIGHBORS else HALF_SPLIT
+    rope = INTERLEAVED if rotates_neighbors("llama.cpp", config) else HALF_SPLIT
     return {"hf": HF, "vllm": VLLM, "megatron": MEGATRON, "llama.cpp": llama_cpp(rope), "mlx": MLX}
 
 

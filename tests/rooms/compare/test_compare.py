@@ -424,7 +424,8 @@ def test_files_without_arrays(tmp_path, refused):
         return first
 
     assert "missing.npz: no such file" in line(tmp_path / "missing.npz")
-    assert "a directory, expected a file" in line(tmp_path)
+    assert "a directory, expected a file" in refused(tmp_path, good)
+    assert "no file of a rank, such as rank0.safetensors" in refused(good, tmp_path)
     invalid = "not a valid .safetensors or .npz file"
     assert invalid in line(tmp_path / "text.safetensors", b"It was a dark and stormy night.")
     assert invalid in line(tmp_path / "empty", b"")
