@@ -72,8 +72,10 @@ class RankFiles(TensorFile):
                 entry = Entry(a.entries[name].shape, entry.dtype)
             entries[name] = entry
         for rank, file in enumerate(files):
-            names = [name for name in file.entries if f"rank{rank}/{name}" in a.entries]
-            entries |= {f"rank{rank}/{name}": file.entries[name] for name in names}
+            for name, entry in file.entries.items():
+                its_own = not (name.endswith("/logits") and self._is_sharded(name))
+                if its_own and f"rank{rank}/{name}" in a.entries:
+                    entries[f"rank{rank}/{name}"] = entry
         super().__init__(path, entries, files[0].metadata)
 
     def read(self, name):
@@ -106,6 +108,9 @@ class RankFiles(TensorFile):
             return "on all ranks"
         return f"on rank{'s' * (len(found) > 1)} {', '.join(found)} only"
 
+    def _is_sharded(self, name):
+        return name in self._whole and self._whole[name].kind == "sharded"
+
     def _fitting_kind(self, name):
         """Return the Kind of an array if the shapes on all ranks fit it, else None."""
         if name.startswith(WEIGHTS):
@@ -134,9 +139,9 @@ class RankFiles(TensorFile):
 
     def _index(self, name, rank):
         """Return the index in A's array of what a rank has."""
-        kind = self._whole[name]
-        if kind.kind != "sharded":
+        if not self._is_sharded(name):
             return (...,)
+        kind = self._whole[name]
         return (*[slice(None)] * kind.axis, slice(*kind.ranges[rank]))
 
     def _parts(self, name):
