@@ -39,7 +39,7 @@ def open_other(path, a, metadata, engine=None):
     files = [open_dump(each) for each in paths]
     if metadata is None:
         return files[0]
-    config = metadata.config.with_layers(metadata.layers, a.path)
+    config = metadata.config
     plan = make_plan(config, len(files))
     if engine:
         files = [MappedFile(file, engine, config, plan, rank) for rank, file in enumerate(files)]

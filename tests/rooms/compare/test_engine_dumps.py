@@ -301,7 +301,7 @@ def test_gguf_names_and_interleaved_heads(references, tmp_path, oracle_like):
         "token_embd.weight": tensors["model.embed_tokens.weight"],
         "blk.1.attn_q.weight": gguf("self_attn.q_proj.weight"),
         "blk.1.attn_k.weight": gguf("self_attn.k_proj.weight"),
-        "blk.1.attn_v.weight": tensors["model.layers.1.self_attn.v_proj.weight"],
+        "weights/blk.1.attn_v.weight": tensors["model.layers.1.self_attn.v_proj.weight"],
         "blk.1.ffn_norm.weight": tensors["model.layers.1.post_attention_layernorm.weight"],
     }
     b = write(tmp_path / "b.npz", dump)

@@ -1,0 +1,43 @@
+"""Tests of the tables of other engines' steps."""
+
+import pytest
+from paths import GOLDENS
+
+from minitp.loading.config import read_config
+from minitp.mapping.steps import StepLookup
+
+
+def found(engine, family, name):
+    """Return the layer and step of an array's name, or None."""
+    match = StepLookup(engine, read_config(GOLDENS / family)).find(name)
+    return match and (match[0], match[1].step)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.12.self_attn.o_proj.input", (12, "attn.context")),
+        ("model.layers.12.self_attn.o_proj.input.0", (12, "attn.context")),
+        ("model.layers.12.self_attn.o_proj", (12, "attn.out")),
+        ("model.layers.12.self_attn.o_proj.output", (12, "attn.out")),
+        ("model.layers.0", (0, "mlp.residual")),
+        ("model.layers.0.input", (None, "embed")),
+        ("model.norm", (None, "final_norm")),
+        ("model.layers.1.self_attn.o_proj.input.1", None),
+        ("model.layers.1.mlp.dropout", None),
+    ],
+)
+def test_inputs_and_outputs_of_modules_are_steps(name, expected):
+    assert found("hf", "llama2", name) == expected
+
+
+def test_what_happens_outside_a_module_is_not_its_output():
+    """Gemma 2 multiplies the embeddings after the table, and caps the logits after the head."""
+    for name, step in (("model.embed_tokens", "embed"), ("lm_head", "logits")):
+        assert found("hf", "llama2", name) == (None, step)
+        assert found("hf", "gemma2", name) is None
+
+
+def test_norms_have_other_names_in_gemma():
+    assert found("hf", "gemma2", "model.layers.1.post_attention_layernorm") == (1, "attn.post_norm")
+    assert found("hf", "llama2", "model.layers.1.post_attention_layernorm") == (1, "mlp.norm")
