@@ -29,15 +29,6 @@ def test_the_table_of_names_has_all_steps():
     assert [name for name, _ in rows] == list(STEPS), "in the order in which they happen"
 
 
-def test_names_in_the_example_are_steps():
-    named = re.findall(
-        r"""keep(?:_\w+)?\([^"\n]*f?"([^"]+)"\)|keep\(f?"([^"]+)",""", "".join(blocks("python"))
-    )
-    names = {(first or second).replace("{at}", "layers.{i}") for first, second in named}
-    assert len(names) == 20
-    assert names <= set(STEPS)
-
-
 def test_the_tolerances_agree_with_the_code():
     rows = re.findall(r"^\| ([a-z0-9, ]+) \| ([0-9]e-[0-9]) \|", PAGE, re.MULTILINE)
     assert {name: float(value) for names, value in rows for name in names.split(", ")} == TOLERANCES
@@ -70,5 +61,6 @@ def test_the_worked_example(tmp_path, monkeypatch, capsys):
             ran.append((shlex.split(command)[0], main(shlex.split(command))))
             printed = iter(map(masked, capsys.readouterr().out.splitlines()))
             for line in expected.splitlines():
-                assert line == "..." or masked(line) in printed, line
-    assert ran == [("trace", 0), ("compare", 0), ("compare", 1)]
+                start, cut = masked(line.removesuffix("...")), line.endswith("...")
+                assert any(each.startswith(start) if cut else each == start for each in printed), line
+    assert ran == [("trace", 0), ("trace", 0), ("compare", 0), ("compare", 1)]
