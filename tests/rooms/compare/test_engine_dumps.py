@@ -1,4 +1,4 @@
-"""Dumps with the names of other engines, and folders with a file for each rank."""
+"""Tests of dumps with the names of other engines, and of folders with a file for each rank."""
 
 import json
 
@@ -230,7 +230,7 @@ def scaled(name):
 )
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_wrong_rank_is_blamed(name, step, at, references, tmp_path, oracle_like):
-    """Also if all ranks should have the array, and only a later one is wrong."""
+    """The array of `mlp.residual` should be on all ranks, and only a later rank may be wrong."""
     folder = write_ranks(tmp_path / "dump", broken(hf_steps, scaled(name), at), references(**DENSE))
     result = compare_files(oracle_like(references(**DENSE)), folder, "hf")
     assert [found.name for found in result.departing] == [step]
