@@ -19,8 +19,11 @@ STEPS = BEFORE | {f"layers.{{i}}.{step}": letters for step, letters in LAYER.ite
 MISSING = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+PYTORCH, OF_RANKS = PAGE.split("### Example: a file for each rank")
+
+
+def blocks(language, text=PYTORCH):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def test_the_table_of_names_has_all_steps():
@@ -39,8 +42,29 @@ def masked(line):
     return re.sub(r"-?\d[\d.]*(e[-+]\d+)?|inf", "#", " ".join(line.split()))
 
 
+def commands(block, capfd):
+    """Run the commands of a block, which must print what is shown; yield each name and exit code."""
+    for command, expected in re.findall(r"^\$ minitp (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+        if "DIR" in command:
+            continue
+        yield shlex.split(command)[0], main(shlex.split(command))
+        printed = iter(map(masked, capfd.readouterr().out.splitlines()))
+        for line in expected.splitlines():
+            start, cut = masked(line.removesuffix("...")), line.endswith("...")
+            assert any(each.startswith(start) if cut else each == start for each in printed), line
+
+
+def test_the_example_of_ranks(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    traces, comparisons = blocks("console", OF_RANKS)
+    assert list(commands(traces, capfd)) == [("trace", 0)] * 2
+    (script,) = blocks("python", OF_RANKS)
+    exec(script, {})
+    assert list(commands(comparisons, capfd)) == [("compare", code) for code in (0, 1, 0, 0, 0)]
+
+
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-def test_the_worked_example(tmp_path, monkeypatch, capsys):
+def test_the_worked_example(tmp_path, monkeypatch, capfd):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     script = "\n".join(blocks("python"))
     done = subprocess.run(
@@ -53,14 +77,5 @@ def test_the_worked_example(tmp_path, monkeypatch, capsys):
     )
     assert done.returncode == 0, done.stderr
     monkeypatch.chdir(tmp_path)
-    ran = []
-    for block in blocks("console"):
-        for command, expected in re.findall(r"^\$ minitp (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
-            if "DIR" in command:
-                continue
-            ran.append((shlex.split(command)[0], main(shlex.split(command))))
-            printed = iter(map(masked, capsys.readouterr().out.splitlines()))
-            for line in expected.splitlines():
-                start, cut = masked(line.removesuffix("...")), line.endswith("...")
-                assert any(each.startswith(start) if cut else each == start for each in printed), line
+    ran = [run for block in blocks("console") for run in commands(block, capfd)]
     assert ran == [("trace", 0), ("trace", 0), ("compare", 0), ("compare", 1)]
