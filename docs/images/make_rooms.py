@@ -19,7 +19,8 @@ BOXES = {
     "cli": (0, 0, 8, "the commands"),
     "server": (1, 0, 1, "HTTP"),
     "llm": (1, 1, 1, "the Python API"),
-    "bench": (1, 2, 3, "measures speed"),
+    "bits": (1, 2, 1, "which bits change"),
+    "bench": (1, 3, 2, "measures speed"),
     "judge": (1, 5, 1, "another engine"),
     "compare": (2, 5, 1, "two traces"),
     "report": (1, 6, 1, "HTML pages"),
@@ -53,6 +54,7 @@ BOXES = {
 FLOOR = ("errors", "util")
 # Where an arrow leaves and enters, in columns, if not in the middle of what its two boxes have in common.
 PORTS = {
+    ("bits", "compare"): (2.5, 5.2),
     ("bench", "trace"): (4.7, 4.7),
     ("bench", "estimate"): (3.9, 3.9),
     ("estimate", "shard"): (4.2, 4.2),
@@ -90,7 +92,7 @@ STYLE = """
   .arrow { fill: none; stroke: var(--line); stroke-width: 1.3; }
   .head { fill: var(--line); }
 """
-JUDGES = ("judge", "compare", "report", "check", "probe", "mapping", "trace", "oracle")
+JUDGES = ("bits", "judge", "compare", "report", "check", "probe", "mapping", "trace", "oracle")
 
 
 def arrows():

@@ -1,6 +1,7 @@
 """The table of all commands, in the order in which `minitp --help` lists them."""
 
 from minitp.cli.bench import BenchCommand
+from minitp.cli.bits import BitsCommand
 from minitp.cli.chat import ChatCommand
 from minitp.cli.check import CheckCommand
 from minitp.cli.compare import CompareCommand
@@ -23,6 +24,7 @@ SECTIONS = {
         JudgeCommand(),
         TraceCommand(),
         CompareCommand(),
+        BitsCommand(),
         PerplexityCommand(),
         LogprobsCommand(),
     ),

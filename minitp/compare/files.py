@@ -50,6 +50,10 @@ class TensorFile:
 
     def read(self, name):
         """Return an array in float64, in its own shape; raise InputError if its dtype is not supported."""
+        return self.read_as_stored(name).astype(np.float64)
+
+    def read_as_stored(self, name):
+        """Return an array in its own shape and dtype; raise InputError if its dtype is not supported."""
         dtype = self.entries[name].dtype
         if dtype not in SAFETENSORS_DTYPES.values():
             raise InputError(
@@ -57,7 +61,7 @@ class TensorFile:
                 "integers"
             )
         try:
-            return self._read(name).astype(np.float64)
+            return self._read(name)
         except (*BROKEN, SafetensorError, OSError) as error:
             raise InputError(f"{self.path}: {name} cannot be read: {error}") from error
 

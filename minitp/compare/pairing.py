@@ -153,7 +153,7 @@ def _order(name):
     """
     name = re.sub(r"^rank\d+/", "", name)
     pass_name, layer, step = split_name(name)
-    number = _pass_order(pass_name)
+    number = pass_order(pass_name)
     if layer is None and step in INTEGERS:
         at = -2, INTEGERS.index(step)
         return ((-2,), *at) if number == (0,) else (number, *at)
@@ -166,10 +166,10 @@ def _order(name):
     return number, layer, list(table).index(step)
 
 
-def _pass_order(name):
+def pass_order(name):
     """Return a tuple by which the names of passes sort.
 
-    >>> sorted(["batch.2.seq10", "decode.1", "prefill.10", "batch.2.seq9", "prefill.9"], key=_pass_order)
+    >>> sorted(["batch.2.seq10", "decode.1", "prefill.10", "batch.2.seq9", "prefill.9"], key=pass_order)
     ['prefill.9', 'prefill.10', 'decode.1', 'batch.2.seq9', 'batch.2.seq10']
     """
     for kind, pattern in enumerate(PASSES):

@@ -11,13 +11,15 @@ from minitp.util.run_module import RUN_MODULE
 WORKER = [*RUN_MODULE, "minitp"]
 
 
-def run_ranks(command, size, verbose=False):
+def run_ranks(command, size, verbose=False, stdout=1):
     """Start `size` ranks of `command`, wait until they end, and return the exit code of the job.
+
+    Rank 0 writes to the file descriptor `stdout`, by default that of this process.
 
     The code is 3 if a rank dies or fails, after a line on stderr that names the rank; 130 on Ctrl-C; 143 on
     SIGTERM, within `ended_by_signals`. No process of the job is left when this returns.
     """
-    with rank_processes(size, verbose, streams=(1, 2)) as job:
+    with rank_processes(size, verbose, streams=(stdout, 2)) as job:
         try:
             job.start(command)
             return job.watch()

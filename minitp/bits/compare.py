@@ -1,0 +1,287 @@
+"""The comparison of two recordings bit by bit, position by position: the steps in which changes begin.
+
+The two recordings may have different passes: one prefill in one, chunks or decode passes in the other. So a
+row of a step is compared with the row of the same position. Keys that only one of the two passes has are
+later than the position, and masked.
+
+A change begins in a row whose bits differ although those of all its inputs are the same. The first change in
+the order of the forward pass is always such a beginning. Later ones are counted.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from minitp.bits.difference import BitDifference, bit_difference, differing
+from minitp.bits.recording import LETTERS, PassRows
+from minitp.compare.inputs import HEAD_NORMS, INPUTS, POST_NORMS, STREAM
+from minitp.errors import InputError
+from minitp.trace.names import AFTER, BEFORE, LAYER, PARTIAL, full_name
+
+# Inputs that a comparison does not need, before those of the table; the first tuple that is recorded is used.
+OWN_INPUTS = {
+    "tokens": [()],
+    "positions": [()],
+    "embed_partial": [("tokens",)],
+    "embed": [("embed_partial",), ("tokens",)],
+    "attn.k_cache": [("attn.k_rope",)],
+    "attn.v_cache": [("attn.v",)],
+    "attn.probs": [("attn.scores",), ("attn.q_rope", "attn.k_cache")],
+    "mlp.experts": [("mlp.norm", "mlp.router")],
+    "logits": [("logits_partial",), ("final_norm",)],
+}
+BLOCK_INPUTS = ("embed", "attn.residual", "mlp.residual")
+GROWTH = 4  # factor by which a block may enlarge the rounding errors that arise in it
+
+
+@dataclass(frozen=True)
+class Change:
+    """A step in which a change begins, and what is known about it.
+
+    Attributes
+    ----------
+    layer : int or None
+    step : str
+        The step's name in the tables of `trace.names`, or in the file.
+    a_pass, b_pass : PassRows or None
+        The passes that have the rows; None for an array that is not a step.
+    positions : tuple of int
+        The positions of the rows, the first of which is in the pass of `a_pass` and `b_pass`.
+    difference : BitDifference
+        The difference of those rows.
+    a_shape, b_shape : tuple of int
+        The shapes of the whole arrays.
+    at : tuple of int
+        The place of the step in the order of the second recording: its pass, and its number in the pass.
+    """
+
+    layer: int | None
+    step: str
+    a_pass: PassRows | None
+    b_pass: PassRows | None
+    positions: tuple
+    difference: BitDifference
+    a_shape: tuple
+    b_shape: tuple
+    at: tuple = (-1, 0)
+
+    @property
+    def name(self):
+        """The full name of the step in the second recording."""
+        return self.step if self.b_pass is None else full_name(self.b_pass.name, self.layer, self.step)
+
+    @property
+    def is_rounding(self):
+        """True if another order of a sum explains the difference."""
+        return self.difference.excess <= 1
+
+
+@dataclass
+class BitComparison:
+    """The result of a comparison.
+
+    Attributes
+    ----------
+    first : Change or None
+        The first change; None if all bits are the same.
+    suspects : list of Change
+        The changes that seem to be larger than rounding.
+    begins : list of str
+        The steps in which changes begin, without layers and passes.
+    arrays, positions : int
+        The number of arrays that were compared, and of positions that both recordings have.
+    """
+
+    first: Change | None = None
+    suspects: list = field(default_factory=list)
+    begins: list = field(default_factory=list)
+    arrays: int = 0
+    positions: int = 0
+
+    def add(self, change):
+        self.first = self.first or change
+        if not change.is_rounding:
+            self.suspects.append(change)
+        if change.step not in self.begins:
+            self.begins.append(change.step)
+
+
+def compare_bits(a, b, stop=None, forced=False):
+    """Compare the steps of recording b with those of a, for the positions before `stop`.
+
+    The recordings are of one model; if their numbers of ranks differ, terms of sums are not compared. If b is
+    `forced`, its blocks had the inputs of a (see `forced`), and a change within a block may grow.
+
+    Raises
+    ------
+    InputError
+        If the recordings have nothing in common, or an array in two dtypes.
+    """
+    result = BitComparison()
+    for name in a.others:
+        if name in b:
+            _compare_whole(result, name, a.read(name), b.read(name))
+    pairs = _Pairs(a, b, stop, result, forced)
+    for b_pass in b.passes:
+        a_passes = [one for one in a.passes if one.start < b_pass.stop and b_pass.start < one.stop]
+        for layer, step in pairs.steps:
+            for a_pass in a_passes:
+                pairs.compare(layer, step, a_pass, b_pass)
+    result.positions = int(pairs.seen.sum())
+    if not result.arrays:
+        raise InputError("the recordings have no step of the same position in common")
+    return result
+
+
+def _compare_whole(result, name, a, b):
+    """Compare two arrays that are not steps, if their shapes are the same."""
+    if a.shape != b.shape:
+        return
+    _check_dtypes(name, a, b)
+    result.arrays += 1
+    if differing(a, b).any():
+        result.add(Change(None, name, None, None, (0,), bit_difference(a, b), a.shape, b.shape))
+
+
+def _check_dtypes(name, a, b):
+    if a.dtype != b.dtype:
+        raise InputError(
+            f"{name} is {a.dtype} in one recording and {b.dtype} in the other: bits can be compared only in "
+            "one dtype"
+        )
+
+
+class _Pairs:
+    """The pairs of rows of two recordings, and the positions whose bits have changed in each step."""
+
+    def __init__(self, a, b, stop, result, forced):
+        self.a, self.b, self.stop, self.result, self.forced = a, b, stop, result, forced
+        inner = [(layer, step) for layer in range(min(a.layers, b.layers)) for step in LAYER]
+        steps = [*((None, step) for step in BEFORE), *inner, *((None, step) for step in AFTER)]
+        left_out = PARTIAL if a.tp != b.tp else ()
+        self.steps = [
+            (layer, step)
+            for layer, step in steps
+            if step not in left_out and _has(a, layer, step) and _has(b, layer, step)
+        ]
+        self.known = set(self.steps)
+        self.seen = np.zeros(max((one.stop for one in b.passes), default=0), dtype=bool)  # [positions]
+        self.changed = {}  # (layer, step) -> bool [positions]
+        self.any_changed = np.zeros_like(self.seen)  # [positions]
+
+    def compare(self, layer, step, a_pass, b_pass):
+        """Compare the rows of a step that both passes have."""
+        names = [full_name(one.name, layer, step) for one in (a_pass, b_pass)]
+        if names[0] not in self.a or names[1] not in self.b:
+            return
+        whole = self.a.read(names[0]), self.b.read(names[1])
+        a, b, rows = self._common(step, a_pass, b_pass, *whole)
+        if a is None or not a.size:
+            return
+        _check_dtypes(names[1], a, b)
+        self.result.arrays += 1
+        axis = row_axis(step)
+        differs = differing(a, b)
+        by_row = differs.any(axis=tuple(i for i in range(differs.ndim) if i != axis))  # [rows]
+        before = self._inputs_changed(layer, step, rows)  # [rows]
+        begins = by_row & ~before  # [rows]
+        self.seen[rows] = True
+        self.changed.setdefault((layer, step), np.zeros_like(self.seen))[rows] = by_row
+        self.any_changed[rows] |= by_row
+        known = layer, step, a_pass, b_pass, rows.start, *whole
+        if begins.any():
+            self.result.add(self._change(*known, a, b, begins))
+        if self.forced and (by_row & ~begins).any():
+            change = self._change(*known, a, b, by_row)
+            if change.difference.excess > GROWTH:
+                self.result.suspects.append(change)
+
+    def _change(self, layer, step, a_pass, b_pass, start, a_whole, b_whole, a, b, chosen):
+        """Return the Change of the `chosen` rows, bool [rows], of two arrays; row 0 is at `start`."""
+        axis = row_axis(step)
+        pick = (slice(None),) * axis + (chosen,)
+        terms = self._terms(layer, step, a_pass) or a.shape[-1]
+        difference = bit_difference(a[pick], b[pick], terms)
+        positions = tuple(map(int, start + np.flatnonzero(chosen)))
+        index = list(difference.index)
+        index[axis] = positions[index[axis]]
+        difference = replace(difference, index=tuple(index))
+        at = self.b.passes.index(b_pass), self.steps.index((layer, step))
+        return Change(layer, step, a_pass, b_pass, positions, difference, a_whole.shape, b_whole.shape, at)
+
+    def _common(self, step, a_pass, b_pass, a, b):
+        """Return the common parts of two arrays, and the slice of positions that are their rows; else Nones.
+
+        A row of the steps after the layers may be missing: an array has the last positions of its pass.
+        """
+        cuts, rows = ([], []), None
+        for axis, letter in enumerate(LETTERS[step]):
+            if letter in "TS":
+                first = max(one.stop - x.shape[axis] for one, x in ((a_pass, a), (b_pass, b)))
+                last = min(a_pass.stop, b_pass.stop)
+                last = last if self.stop is None else min(last, self.stop)
+                if first < 0 or first >= last:
+                    return None, None, None
+                for cut, one, x in zip(cuts, (a_pass, b_pass), (a, b), strict=True):
+                    offset = one.stop - x.shape[axis]
+                    cut.append(slice(first - offset, last - offset))
+                if axis == row_axis(step):
+                    rows = slice(first, last)
+            elif a.shape[axis] != b.shape[axis]:
+                return None, None, None
+            else:
+                for cut in cuts:
+                    cut.append(slice(None))
+        return a[tuple(cuts[0])], b[tuple(cuts[1])], rows
+
+    def _inputs_changed(self, layer, step, rows):
+        """Return for which positions the bits of an input have changed: bool [rows]."""
+        inputs = self._inputs(layer, step)
+        if inputs is None:
+            return self.any_changed[rows].copy()
+        found = np.zeros(rows.stop - rows.start, dtype=bool)  # [rows]
+        for key in inputs:
+            changed = self.changed.get(key)
+            if changed is None or (self.forced and key[1] in BLOCK_INPUTS):
+                continue
+            if "T" in LETTERS[key[1]]:
+                found |= changed[rows]
+            else:  # a query reads the keys at its own position and before, within the window
+                window = self.a.windows[layer]
+                before = np.concatenate(([0], np.cumsum(changed)))  # [positions + 1]
+                stops = np.arange(rows.start, rows.stop) + 1  # [rows]
+                starts = np.zeros_like(stops) if window is None else np.maximum(0, stops - window)
+                found |= before[stops] > before[starts]
+        return found
+
+    def _inputs(self, layer, step):
+        """Return the (layer, step) of each input of a step, or None if they are not all recorded."""
+        tables = HEAD_NORMS, POST_NORMS, OWN_INPUTS, INPUTS
+        for names in [names for table in tables for names in table.get(step, ())]:
+            keys = [self._key(layer, name) for name in names]
+            if all(key in self.known for key in keys):
+                return keys
+        return None
+
+    def _key(self, layer, step):
+        if step == STREAM:
+            last = self.a.layers if layer is None else layer
+            return (last - 1, "mlp.residual") if last else (None, "embed")
+        return (None if step in BEFORE | AFTER else layer), step
+
+    def _terms(self, layer, step, a_pass):
+        """Return the number of terms in the sum that gives an element: the width of the first input."""
+        inputs = self._inputs(layer, step)
+        name = inputs and full_name(a_pass.name, *inputs[0])
+        array = self.a.read(name) if name in self.a else None
+        return None if array is None or array.ndim < 2 else array.shape[-1]
+
+
+def _has(recording, layer, step):
+    return any(full_name(one.name, layer, step) in recording for one in recording.passes)
+
+
+def row_axis(step):
+    """Return the axis of a step's rows: its tokens, or the keys of a cache."""
+    letters = LETTERS[step]
+    return letters.index("T" if "T" in letters else "S")

@@ -1,0 +1,188 @@
+"""Runs of the same tokens, compared bit by bit: the first step that changes in each, and why."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from minitp.bits.compare import compare_bits, row_axis
+from minitp.bits.difference import differing
+from minitp.bits.exact import ExactCheck
+from minitp.bits.forced import PREFIX, run_forced
+from minitp.bits.reasons import reason
+from minitp.bits.recording import FileRecording, common_positions
+from minitp.bits.variants import Variants
+from minitp.check.step_file import StepFile
+from minitp.errors import InputError
+from minitp.trace.names import LAYER, full_name
+from minitp.util.format import counted
+
+SAME, ROUNDING, LARGER, RACE = "same", "rounding", "larger", "race"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of a run: a row of the table, with plain values.
+
+    Attributes
+    ----------
+    title : str
+        The run that is compared with the reference.
+    outcome : str
+        `SAME`, `ROUNDING` (another order of a sum explains the change), `LARGER` (it does not), or `RACE`
+        (the same run differs from itself).
+    step : str
+        The full name of the first step whose bits change; empty if none does.
+    rank : int or None
+        The rank whose array it is; None if the arrays of all ranks are joined.
+    elements, size : int
+        The number of elements that differ in the rows of the step in which the change begins, and of all
+        elements of these rows.
+    largest : str
+        The largest difference.
+    why : list of str
+        The reason, and what confirms it.
+    arrays, positions : int
+        The number of arrays that were compared, and of positions.
+    """
+
+    title: str
+    outcome: str
+    step: str = ""
+    rank: int | None = None
+    elements: int = 0
+    size: int = 0
+    largest: str = ""
+    why: tuple = ()
+    arrays: int = 0
+    positions: int = 0
+
+
+def bits_of_model(source, model, ids, batch, repeats, progress=lambda count: None):
+    """Run the variants of a prompt and compare their bits; all ranks call this and get the same list of Row.
+
+    Parameters
+    ----------
+    source : ModelSource
+    model : Model
+    ids : list of int
+        The prompt.
+    batch : int
+        The number of sequences in a batch; 1 for no batches.
+    repeats : int
+        The number of times that the same run is repeated.
+    progress : callable
+        A function that is called with 1 after each comparison.
+    """
+    rows, steps = [], StepFile()
+    with np.errstate(all="ignore"):  # a row reports what is not finite
+        exact = ExactCheck(source, model, ids, steps)
+        for variant in Variants(model, ids, steps).run(batch, repeats):
+            row = _row_of_variant(model, variant, exact)
+            if rows and rows[-1].title == row.title:  # another repetition of the same run
+                before = rows.pop()
+                row = row if before.outcome == SAME else before
+            rows.append(row)
+            progress(1)
+    return rows
+
+
+def bits_of_files(paths, titles=None):
+    """Compare the recordings in files with the first one; return a list of Row.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read, or the recordings are of different models, dtypes or prompts.
+    """
+    first, rows = FileRecording(paths[0]), []
+    for path, title in zip(paths[1:], titles or paths[1:], strict=True):
+        other = FileRecording(path)
+        stop, common = common_positions(first, other)
+        try:
+            result = compare_bits(first, other, stop)
+        except InputError as error:
+            raise InputError(f"{first.path} and {path}: {error}") from error
+        unlike = [f"positions from {stop} on are not compared: the tokens differ"] if stop < common else []
+        if result.first is None:
+            rows.append(replace(_same(title, result), why=tuple(unlike)))
+            continue
+        why, outcome = [*unlike, reason(result.first, first.tp, other.tp)], ROUNDING
+        if result.suspects:
+            outcome, larger = LARGER, result.suspects[0]
+            where = "" if larger is result.first else f"{larger.name}: "
+            why.append(
+                f"{where}not rounding: the difference is {larger.difference.excess:.2g} times as large as "
+                "another order of a sum explains"
+            )
+        why += _also(result.first, result.begins)
+        if first.tp != other.tp and None not in (first.tp, other.tp):
+            terms = " or ".join(counted(each.tp, "rounded term") for each in (first, other))
+            why.append(f"in any case attn.out and mlp.out are sums over the ranks, of {terms}")
+        rows.append(_changed(title, outcome, result, None, why))
+    return rows
+
+
+def _row_of_variant(model, variant, exact):
+    """Return the Row of a Variant; of several ranks whose bits change, the first in the forward pass."""
+    comm, a, b = model.comm, variant.a, variant.b
+    results = comm.allgather_object(compare_bits(a, b))
+    changed = [rank for rank, result in enumerate(results) if result.first]
+    if not changed:
+        return _same(variant.title, results[0])
+    rank = min(changed, key=lambda rank: results[rank].first.at)
+    change = results[rank].first
+    forced = run_forced(model, a, b)
+    alone = comm.allgather_object((compare_bits(a, forced, forced=True), _repeats(forced, b, change)))
+    suspects = [one for found in (*results, *(found for found, _ in alone)) for one in found.suspects]
+    wrong = exact.first_wrong(b, [(one.at[0], one.layer, one.step) for one in suspects])
+    confirmed = alone[rank][1]
+    why = [reason(change, comm.size, comm.size, variant.repeated)]
+    outcome = RACE if variant.repeated else LARGER if wrong else ROUNDING
+    if wrong is not None:
+        why.append(
+            f"{wrong.name} on rank {wrong.rank} is not rounding: its error is {wrong.ratio:.2g} times what "
+            "`minitp check` allows"
+        )
+    if not variant.repeated:
+        if confirmed:
+            why.append("confirmed: the block by itself, with the same inputs and shapes, repeats the bits")
+        elif confirmed is False:
+            why.append(
+                "not confirmed: the block by itself, with the same inputs and shapes, gives other bits; it "
+                "may be a race"
+            )
+        begins = {step for found, _ in alone for step in found.begins}
+        why += _also(change, sorted(begins, key=list(LAYER).index))
+    return _changed(variant.title, outcome, results[rank], rank, why)
+
+
+def _repeats(forced, b, change):
+    """Return whether the block of a Change repeats the bits of b; None for a step outside the layers."""
+    name = full_name(change.b_pass.name, change.layer, change.step)
+    if PREFIX + name not in forced:
+        return None
+    axis = row_axis(change.step)
+    first = change.b_pass.stop - b.read(name).shape[axis]
+    rows = [position - first for position in change.positions]
+    again, recorded = (steps.take(rows, axis) for steps in (forced.read(PREFIX + name), b.read(name)))
+    return not differing(again, recorded).any()
+
+
+def _also(change, begins):
+    """Return a line, in a list, with other steps in which changes begin."""
+    others = [step for step in begins if step != change.step]
+    return [f"bits also change for equal inputs in {', '.join(others)}"] if others else []
+
+
+def _same(title, result):
+    return Row(title, SAME, arrays=result.arrays, positions=result.positions)
+
+
+def _changed(title, outcome, result, rank, why):
+    difference = result.first.difference
+    largest = f"at {list(difference.index)}: {difference.a_value:.9g} and {difference.b_value:.9g}"
+    if difference.ulps is not None:
+        largest = f"{difference.ulps} ulp {largest}" if difference.ulps else f"the sign of zero {largest}"
+    counts = difference.elements, difference.size
+    found = result.arrays, result.positions
+    return Row(title, outcome, result.first.name, rank, *counts, largest, tuple(why), *found)
