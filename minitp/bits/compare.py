@@ -272,9 +272,10 @@ class _Pairs:
     def _terms(self, layer, step, a_pass):
         """Return the number of terms in the sum that gives an element: the width of the first input."""
         inputs = self._inputs(layer, step)
-        name = inputs and full_name(a_pass.name, *inputs[0])
-        array = self.a.read(name) if name in self.a else None
-        return None if array is None or array.ndim < 2 else array.shape[-1]
+        if not inputs or full_name(a_pass.name, *inputs[0]) not in self.a:
+            return None
+        array = self.a.read(full_name(a_pass.name, *inputs[0]))
+        return array.shape[-1] if array.ndim > 1 else None
 
 
 def _has(recording, layer, step):

@@ -30,7 +30,7 @@ class BitDifference:
 
         Here x is the element, c the root mean square of its row, m the number of terms in the sum, and u the
         unit roundoff of the arrays' dtype; u32 is that of float32, or u if it is smaller. More than 1 is a
-        different computation rather than another order.
+        different computation rather than another order. Infinite for integers.
     """
 
     elements: int
@@ -68,7 +68,7 @@ def bit_difference(a, b, terms=1):
         apart[~np.isfinite(apart)] = np.inf
         apart[~where] = -1.0  # also where both are infinite
         index = np.unravel_index(int(apart.argmax()), apart.shape)
-        excess = 0.0
+        excess = np.inf  # no integer is rounded
         if a.dtype.kind not in "biu":
             excess = float((apart / _rounding(x, y, a.dtype, terms)).max(where=where, initial=0.0))
     ulps = None

@@ -70,8 +70,8 @@ def _reason_of_ranks(step, a_tp, b_tp):
         )
     if step in PRODUCTS:
         return (
-            f"a rank multiplies by {_share(b_tp, 'the weight')}, not {_share(a_tp, 'it')}, and may have another "
-            f"number of threads: {OTHER_KERNEL}"
+            f"a rank multiplies by {_share(b_tp, 'the weight')}, not {_share(a_tp, 'it')}, and may have "
+            f"another number of threads: {OTHER_KERNEL}"
         )
     parts = _share(b_tp, "the heads or columns"), _share(a_tp, "them")
     return f"a rank has {parts[0]}, not {parts[1]}: {OTHER_KERNEL}"

@@ -7,6 +7,7 @@ from minitp.compare.files import open_dump
 from minitp.compare.pairing import FIRST_PASS, MAY_DIFFER, differing, pass_order, read_metadata
 from minitp.errors import InputError, shown
 from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
+from minitp.util.format import counted
 
 NEIGHBOR = "neighbor."  # beginning of the pass names of the other sequences of a batch
 LETTERS = {step: letters.split() for step, letters in (BEFORE | LAYER | AFTER).items()}
@@ -174,7 +175,7 @@ def common_positions(a, b):
             )
     if a.layers != b.layers:
         raise InputError(
-            f"{a.path} has {a.layers} layers and {b.path} has {b.layers}: record the same number of layers"
+            f"{a.path} has {counted(a.layers, 'layer')} and {b.path} has {b.layers}: record the same number"
         )
     pairs = zip(a.metadata.token_ids[:stop], b.metadata.token_ids[:stop], strict=False)
     same = next((position for position, (ours, theirs) in enumerate(pairs) if ours != theirs), stop)

@@ -109,6 +109,7 @@ def bits_of_files(paths, titles=None):
         why, outcome = [*unlike, reason(result.first, first.tp, other.tp)], ROUNDING
         if result.suspects:
             outcome, larger = LARGER, result.suspects[0]
+        if result.suspects and np.isfinite(larger.difference.excess):
             where = "" if larger is result.first else f"{larger.name}: "
             why.append(
                 f"{where}not rounding: the difference is {larger.difference.excess:.2g} times as large as "

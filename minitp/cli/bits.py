@@ -163,7 +163,7 @@ def compare_recordings(args):
 
     if args.tokens is not None:
         raise InputError(
-            "bits needs a PROMPT or --tokens 1,2,3, or two or more recordings, and only one of them"
+            "bits needs a PROMPT, --tokens 1,2,3, or two or more recordings, and only one of them"
         )
     rows = bits_of_files(args.inputs)
     return show(f"each recording is compared with {args.inputs[0]}", rows, "minitp judge")
