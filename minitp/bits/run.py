@@ -1,6 +1,6 @@
 """Runs of the same tokens, compared bit by bit: the first step that changes in each, and why."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -102,25 +102,29 @@ def bits_of_files(paths, titles=None):
             result = compare_bits(first, other, stop)
         except InputError as error:
             raise InputError(f"{first.path} and {path}: {error}") from error
-        unlike = [f"positions from {stop} on are not compared: the tokens differ"] if stop < common else []
-        if result.first is None:
-            rows.append(replace(_same(title, result), why=tuple(unlike)))
-            continue
-        why, outcome = [*unlike, reason(result.first, first.tp, other.tp)], ROUNDING
-        if result.suspects:
-            outcome, larger = LARGER, result.suspects[0]
-        if result.suspects and np.isfinite(larger.difference.excess):
-            where = "" if larger is result.first else f"{larger.name}: "
-            why.append(
-                f"{where}not rounding: the difference is {larger.difference.excess:.2g} times as large as "
-                "another order of a sum explains"
-            )
-        why += _also(result.first, result.begins)
-        if first.tp != other.tp and None not in (first.tp, other.tp):
-            terms = " or ".join(counted(each.tp, "rounded term") for each in (first, other))
-            why.append(f"in any case attn.out and mlp.out are sums over the ranks, of {terms}")
-        rows.append(_changed(title, outcome, result, None, why))
+        why = [f"positions from {stop} on are not compared: the tokens differ"] if stop < common else []
+        outcome = SAME
+        if result.first is not None:
+            why.append(reason(result.first, first.tp, other.tp))
+            outcome, found = _by_size(result)
+            why += found + _also(result.first, result.begins)
+            if first.tp != other.tp and None not in (first.tp, other.tp):
+                terms = " or ".join(counted(each.tp, "rounded term") for each in (first, other))
+                why.append(f"in any case attn.out and mlp.out are sums over the ranks, of {terms}")
+        rows.append(_row(title, outcome, result, None, why))
     return rows
+
+
+def _by_size(result):
+    """Return whether a change seems to be larger than rounding, as an outcome and lines for the reasons."""
+    if not result.suspects:
+        return ROUNDING, []
+    larger = result.suspects[0]
+    if not np.isfinite(larger.difference.excess):
+        return LARGER, []
+    where = "" if larger is result.first else f"{larger.name}: "
+    times = f"{larger.difference.excess:.2g} times as large as another order of a sum explains"
+    return LARGER, [f"{where}not rounding: the difference is {times}"]
 
 
 def _row_of_variant(model, variant, exact):
@@ -129,32 +133,47 @@ def _row_of_variant(model, variant, exact):
     results = comm.allgather_object(compare_bits(a, b))
     changed = [rank for rank, result in enumerate(results) if result.first]
     if not changed:
-        return _same(variant.title, results[0])
+        return _row(variant.title, SAME, results[0], None, [])
     rank = min(changed, key=lambda rank: results[rank].first.at)
     change = results[rank].first
+    if model.fused:  # its kernels join steps, so that blocks cannot be run by themselves
+        outcome, found = _by_size(results[rank])
+    else:
+        outcome, found = _judged_by_blocks(model, variant, exact, results, rank)
+    if variant.repeated:
+        outcome = RACE
+    why = [reason(change, comm.size, comm.size, variant.repeated), *found]
+    return _row(variant.title, outcome, results[rank], rank, why)
+
+
+def _judged_by_blocks(model, variant, exact, results, rank):
+    """Run the blocks of a Variant by themselves; return the outcome and lines for the reasons.
+
+    `results` are the BitComparisons of all ranks, of which that of `rank` has the first change.
+    """
+    a, b, change = variant.a, variant.b, results[rank].first
     forced = run_forced(model, a, b)
-    alone = comm.allgather_object((compare_bits(a, forced, forced=True), _repeats(forced, b, change)))
-    suspects = [one for found in (*results, *(found for found, _ in alone)) for one in found.suspects]
+    own = compare_bits(a, forced, forced=True), _repeats(forced, b, change)
+    alone, repeats = zip(*model.comm.allgather_object(own), strict=True)
+    suspects = [one for found in (*results, *alone) for one in found.suspects]
     wrong = exact.first_wrong(b, [(one.at[0], one.layer, one.step) for one in suspects])
-    confirmed = alone[rank][1]
-    why = [reason(change, comm.size, comm.size, variant.repeated)]
-    outcome = RACE if variant.repeated else LARGER if wrong else ROUNDING
+    why = []
     if wrong is not None:
         why.append(
             f"{wrong.name} on rank {wrong.rank} is not rounding: its error is {wrong.ratio:.2g} times what "
             "`minitp check` allows"
         )
     if not variant.repeated:
-        if confirmed:
+        if repeats[rank]:
             why.append("confirmed: the block by itself, with the same inputs and shapes, repeats the bits")
-        elif confirmed is False:
+        elif repeats[rank] is False:
             why.append(
                 "not confirmed: the block by itself, with the same inputs and shapes, gives other bits; it "
                 "may be a race"
             )
-        begins = {step for found, _ in alone for step in found.begins}
+        begins = {step for found in alone for step in found.begins}
         why += _also(change, sorted(begins, key=list(LAYER).index))
-    return _changed(variant.title, outcome, results[rank], rank, why)
+    return LARGER if wrong else ROUNDING, why
 
 
 def _repeats(forced, b, change):
@@ -175,15 +194,14 @@ def _also(change, begins):
     return [f"bits also change for equal inputs in {', '.join(others)}"] if others else []
 
 
-def _same(title, result):
-    return Row(title, SAME, arrays=result.arrays, positions=result.positions)
-
-
-def _changed(title, outcome, result, rank, why):
+def _row(title, outcome, result, rank, why):
+    """Return the Row of a BitComparison."""
+    counts = dict(why=tuple(why), arrays=result.arrays, positions=result.positions)
+    if result.first is None:
+        return Row(title, outcome, **counts)
     difference = result.first.difference
     largest = f"at {list(difference.index)}: {difference.a_value:.9g} and {difference.b_value:.9g}"
     if difference.ulps is not None:
         largest = f"{difference.ulps} ulp {largest}" if difference.ulps else f"the sign of zero {largest}"
-    counts = difference.elements, difference.size
-    found = result.arrays, result.positions
-    return Row(title, outcome, result.first.name, rank, *counts, largest, tuple(why), *found)
+    elements = difference.elements, difference.size
+    return Row(title, outcome, result.first.name, rank, *elements, largest, **counts)

@@ -76,6 +76,13 @@ class BitsCommand(OnRanks):
             help="number of times to repeat the same run, because a race may not show every time "
             "(default: 2)",
         )
+        group.add_argument(
+            "--path",
+            choices=["explicit", "fused"],
+            default="explicit",
+            help="explicit: every operation by itself; fused: the fused GPU kernels, which needs --device "
+            "cuda, on --tp ranks only (default: explicit)",
+        )
         add_model(parser)
         add_device(parser)
 
@@ -99,7 +106,7 @@ class BitsCommand(OnRanks):
         source = open_model(args.model, size, args.layers, args.revision)
         warn_of_unread_fields(source)
         ids = self.prepare(args, source)
-        sizes = range(size, 0, -1) if size > 1 else ()
+        sizes = range(size, 0, -1) if size > 1 and args.path == "explicit" else ()
         with tempfile.TemporaryDirectory(prefix="minitp-bits-") as folder:
             output = Path(folder, "rows")
             paths = [Path(folder, f"tp{tp}.safetensors") for tp in sizes]
@@ -141,7 +148,7 @@ class BitsCommand(OnRanks):
         from minitp.bits.run import bits_of_model
         from minitp.cli.load_progress import load
 
-        model, _ = load(args, comm, source, "explicit")
+        model, _ = load(args, comm, source, args.path)
         rows = bits_of_model(source, model, prepared, args.batch, args.repeats)
         heading = (
             f"{source.name} on {counted(comm.size, 'rank')}, {model.device.dtype.name}: "
