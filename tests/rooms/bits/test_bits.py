@@ -8,6 +8,7 @@ import pytest
 from check_models import SHAPE, write_models
 from one_core import run_threads
 
+from minitp.bits import compare
 from minitp.bits.difference import bit_difference, differing
 from minitp.bits.run import bits_of_model
 from minitp.bits.variants import MOST_DECODED
@@ -190,6 +191,54 @@ def test_a_wrong_computation_after_a_rounding_change_is_found(models, dtype):
     assert rows[BATCH].outcome == "larger"
     assert any("layers.1.mlp.out_partial" in line and "not rounding" in line for line in rows[BATCH].why)
     assert rows[AGAIN].outcome == rows[CHUNKS].outcome == "same"
+
+
+def test_check_clears_a_suspect(models, monkeypatch):
+    """A large difference may still be rounding, if the terms of a sum cancel."""
+    monkeypatch.setattr(compare, "GROWTH", 1e-9)  # every difference is a suspect
+    rows = rows_of(models["tied"], change=in_product("w_qkv", backwards))
+    assert outcomes(rows) == SAME | {BATCH: "rounding"}
+
+
+def test_all_steps_that_change_are_listed(models):
+    """The inputs of layer 1 have already changed in layer 0."""
+
+    def spoil(model):
+        layers = model.weights.layers
+        spoiled, norm = layers[0].w_down, model.norm
+
+        def other_norm(xp, x, weight, eps):
+            y = norm(xp, x, weight, eps)
+            return np.nextafter(y, np.float32(np.inf)) if weight is layers[1].attn_norm and len(x) > 6 else y
+
+        def change(a, b, product):
+            return backwards(a, b, product) if b is spoiled else product
+
+        model.norm = other_norm
+        object.__setattr__(model, "device", replace(model.device, xp=RowByRow(change)))
+
+    row = rows_of(models["tied"], change=spoil)[BATCH]
+    assert row.step == "batch/layers.0.mlp.out_partial"
+    assert row.why[-1] == "bits also change for equal inputs in attn.norm"
+
+
+def test_the_neighbors_tokens_share_the_experts(models):
+    """The order of the sum depends on the number of tokens that an expert has in the batch."""
+
+    def spoil(model):
+        weights = [expert.w_down for expert in model.weights.layers[1].experts]
+
+        def change(a, b, product):
+            if not any(b is w for w in weights):
+                return product
+            order = np.roll(np.arange(a.shape[-1]), len(a))
+            return RowByRow().matmul(a[:, order], b[order], np.float32)
+
+        object.__setattr__(model, "device", replace(model.device, xp=RowByRow(change)))
+
+    row = rows_of(models["mixture"], change=spoil)[BATCH]
+    assert (row.outcome, row.step) == ("rounding", "batch/layers.1.mlp.out_partial")
+    assert row.why[1].startswith("confirmed")
 
 
 def test_a_long_prompt_and_one_of_a_single_token(models):
