@@ -30,8 +30,7 @@ OWN_INPUTS = {
     "mlp.experts": [("mlp.norm", "mlp.router")],
     "logits": [("logits_partial",), ("final_norm",)],
 }
-BLOCK_INPUTS = ("embed", "attn.residual", "mlp.residual")
-GROWTH = 4  # factor by which a block may enlarge the rounding errors that arise in it
+BLOCK_INPUTS = ("attn.residual", "mlp.residual")
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ class _Pairs:
             self.result.add(self._change(*known, a, b, begins))
         if self.forced and (by_row & ~begins).any():
             change = self._change(*known, a, b, by_row)
-            if change.difference.excess > GROWTH:
+            if change.difference.excess > 1:
                 self.result.suspects.append(change)
 
     def _change(self, layer, step, a_pass, b_pass, start, a_whole, b_whole, a, b, chosen):

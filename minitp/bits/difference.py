@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-SUM_ERRORS = 16  # the errors allowed for a sum, in units of u32 sqrt(m) c; see `BitDifference.excess`
+ROUNDINGS, SUM_ERRORS = 4, 64  # factors of the two terms in `BitDifference.excess`
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class BitDifference:
     excess : float
         The largest |b - a|, relative to the error that another order of a sum may cause:
 
-            2 u (|x| + c) + 16 u32 sqrt(m) c
+            8 u (|x| + c) + 64 u32 sqrt(m) c
 
         Here x is the element, c the root mean square of its row, m the number of terms in the sum, and u the
-        unit roundoff of the arrays' dtype; u32 is that of float32, or u if it is smaller. More than 1 is a
-        different computation rather than another order. Infinite for integers.
+        unit roundoff of the arrays' dtype; u32 is that of float32, or u if it is smaller. The factors are
+        larger than one sum needs, because c only estimates the size of the terms, and because a few
+        operations in a row may enlarge an error. More than 1 is probably a different computation. Infinite
+        for integers.
     """
 
     elements: int
@@ -87,7 +89,7 @@ def _rounding(x, y, dtype, terms):
     count = np.maximum(np.count_nonzero(finite, axis=-1, keepdims=True), 1)
     c = np.sqrt(np.square(finite).sum(axis=-1, keepdims=True) / count)  # root mean square of each row
     tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)
-    return 2 * u * (finite + c) + SUM_ERRORS * u32 * terms**0.5 * c + tiny
+    return 2 * ROUNDINGS * u * (finite + c) + SUM_ERRORS * u32 * terms**0.5 * c + tiny
 
 
 def _ordinal(value):

@@ -60,29 +60,26 @@ class Variants:
         self.windows = list(model.config.windows)
 
     def run(self, batch, repeats):
-        """Run all variants, with `batch` sequences and `repeats` repetitions; return a list of Variant."""
+        """Run all variants, with `batch` sequences and `repeats` repetitions, and yield each Variant."""
         tokens = len(self.ids)
         alone = self._record(["prefill"], [0, tokens])
-        found = []
         title = "the same run again" + (f", {counted(repeats, 'time')}" if repeats > 1 else "")
         for number in range(1, repeats + 1):
-            found.append(Variant(title, alone, self._record([f"again.{number}"], [0, tokens]), True))
+            yield Variant(title, alone, self._record([f"again.{number}"], [0, tokens]), True)
         if batch > 1:
             title = f"in a batch of {counted(batch, 'sequence')}"
-            found.append(Variant(title, alone, self._record(["batch"], [0, tokens], batch)))
+            yield Variant(title, alone, self._record(["batch"], [0, tokens], batch))
         if tokens == 1:
-            return found
+            return
         stops = [0, *chunk_stops(tokens)]
-        found.append(Variant("in two chunks", alone, self._record(["chunk.0", "chunk.1"], stops)))
+        yield Variant("in two chunks", alone, self._record(["chunk.0", "chunk.1"], stops))
         stops = range(max(0, tokens - MOST_DECODED), tokens + 1)
         one_by_one = self._record([f"token.{position}" for position in stops[:-1]], stops)
-        found.append(Variant("one token per pass", alone, one_by_one))
+        yield Variant("one token per pass", alone, one_by_one)
         if batch > 1:
             names = [f"batch.token.{position}" for position in stops[:-1]]
             each = self._record(names, stops, batch)
-            title = f"one token per pass, in a batch of {batch}"
-            found.append(Variant(title, one_by_one, each))
-        return found
+            yield Variant(f"one token per pass, in a batch of {batch}", one_by_one, each)
 
     def _record(self, names, stops, count=1):
         """Run the prompt as one of `count` sequences, and record its passes.

@@ -98,8 +98,6 @@ class BitsCommand(OnRanks):
         refuse_unknown_mpi()
         environment.check_cupy(args.device)
         size = self.ranks(args)
-        from tqdm import tqdm
-
         from minitp.bits.run import Row, bits_of_files
         from minitp.loading.source import open_model, warn_of_unread_fields
 
@@ -115,8 +113,7 @@ class BitsCommand(OnRanks):
                 (trace_command(args, ids, tp, path), tp, os.devnull)
                 for tp, path in zip(sizes, paths, strict=True)
             ]
-            hidden = not sys.stderr.isatty()
-            for command, tp, stdout in tqdm(runs, desc="running", leave=False, disable=hidden):
+            for command, tp, stdout in runs:
                 with open(stdout, "wb") as file:
                     code = run_ranks(command, tp, args.verbose, file.fileno())
                 if code:
@@ -145,11 +142,15 @@ class BitsCommand(OnRanks):
 
     def run(self, args, comm, source, prepared):
         """Run the variants on the ranks; rank 0 prints the results, or sends them to the launcher."""
+        from tqdm import tqdm
+
         from minitp.bits.run import bits_of_model
         from minitp.cli.load_progress import load
 
         model, _ = load(args, comm, source, args.path)
-        rows = bits_of_model(source, model, prepared, args.batch, args.repeats)
+        hidden = comm.rank != 0 or not sys.stderr.isatty()
+        with tqdm(desc="comparing", unit="run", leave=False, disable=hidden) as bar:
+            rows = bits_of_model(source, model, prepared, args.batch, args.repeats, bar.update)
         heading = (
             f"{source.name} on {counted(comm.size, 'rank')}, {model.device.dtype.name}: "
             f"{counted(len(prepared), 'token')}, {counted(source.plan.layers, 'layer')}; each run is "

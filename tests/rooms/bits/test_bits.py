@@ -8,7 +8,7 @@ import pytest
 from check_models import SHAPE, write_models
 from one_core import run_threads
 
-from minitp.bits import compare
+from minitp.bits import difference
 from minitp.bits.difference import bit_difference, differing
 from minitp.bits.run import bits_of_model
 from minitp.bits.variants import MOST_DECODED
@@ -195,7 +195,8 @@ def test_a_wrong_computation_after_a_rounding_change_is_found(models, dtype):
 
 def test_check_clears_a_suspect(models, monkeypatch):
     """A large difference may still be rounding, if the terms of a sum cancel."""
-    monkeypatch.setattr(compare, "GROWTH", 1e-9)  # every difference is a suspect
+    monkeypatch.setattr(difference, "ROUNDINGS", 0)  # every difference is a suspect
+    monkeypatch.setattr(difference, "SUM_ERRORS", 0)
     rows = rows_of(models["tied"], change=in_product("w_qkv", backwards))
     assert outcomes(rows) == SAME | {BATCH: "rounding"}
 
