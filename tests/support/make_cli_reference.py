@@ -32,7 +32,7 @@ END = """\
 | code | meaning |
 |---|---|
 | 0 | success, also if the reader of stdout exits early, as in `\\| head` |
-| 1 | `check` found a wrong step, or `compare` found a difference |
+| 1 | `check` or `judge` found a wrong step, or `compare` or `bits` found a difference |
 | 2 | bad usage or bad input; one line on stderr says what is wrong |
 | 3 | a rank, MPI or a device failed; one line on stderr names the rank, and the other ranks are ended |
 | 130 | ended by Ctrl-C |

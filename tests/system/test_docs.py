@@ -17,7 +17,8 @@ from minitp.cli.arguments import parser
 from minitp.loading.demo import demo_directory
 
 ROOT = DOCS.parent
-ANYWHERE = {"guide": 5, "troubleshooting": 7, "check": 2, "performance": 2}  # page -> console blocks
+# The number of console blocks on each page.
+ANYWHERE = {"bits": 1, "guide": 5, "troubleshooting": 7, "check": 2, "performance": 2}
 FROM_A_CHECKOUT = {"adding-a-family": 8}
 ON_TWO_HOSTS = {"several-nodes": 9}
 NEEDS_GPUS = {"gpus": 1}  # pages whose commands are only parsed
