@@ -3,8 +3,11 @@
 run.py          the runs of a model, or the recordings in files, compared one by one; start here
 variants.py     the runs of a prompt: again, in a batch, in chunks, one token per pass
 recording.py    the passes and steps of a run, in a rank's file or in a recording of any engine
-compare.py      the comparison of two recordings, position by position
+names.py        the steps among the arrays of a dump, also under the names of an engine's modules
+rows.py         the rows that two arrays have in common, by position, and a sequence of a batch
+compare.py      the comparison of two recordings: the steps in which changes begin
 difference.py   the bits of two arrays, and the error that another order of a sum may cause
 forced.py       every block on the inputs of the reference run, so that only the shapes differ
+exact.py        a large difference, checked with the bounds of `check`
 reasons.py      the reasons, from the shapes of the two runs
 """

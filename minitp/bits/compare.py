@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from minitp.bits.difference import BitDifference, bit_difference, differing
-from minitp.bits.recording import LETTERS, PassRows
+from minitp.bits.names import LETTERS
+from minitp.bits.recording import PassRows
+from minitp.bits.rows import Sequences, common_rows, fits
 from minitp.compare.inputs import HEAD_NORMS, INPUTS, POST_NORMS, STREAM
 from minitp.errors import InputError
-from minitp.trace.names import AFTER, BEFORE, LAYER, PARTIAL, full_name
+from minitp.trace.names import AFTER, BEFORE, LAYER, PARTIAL, WEIGHTS, full_name
 
 # Inputs that a comparison does not need, before those of the table; the first tuple that is recorded is used.
 OWN_INPUTS = {
@@ -87,6 +89,8 @@ class BitComparison:
         The changes that seem to be larger than rounding.
     begins : list of str
         The steps in which changes begin, without layers and passes.
+    left_out : list of str
+        Names of arrays that both recordings have and that could not be compared.
     arrays, positions : int
         The number of arrays that were compared, and of positions that both recordings have.
     """
@@ -94,6 +98,7 @@ class BitComparison:
     first: Change | None = None
     suspects: list = field(default_factory=list)
     begins: list = field(default_factory=list)
+    left_out: list = field(default_factory=list)
     arrays: int = 0
     positions: int = 0
 
@@ -135,10 +140,11 @@ def compare_bits(a, b, stop=None, forced=False):
 def _compare_whole(result, name, a, b):
     """Compare two arrays that are not steps, if their shapes are the same."""
     if a.shape != b.shape:
+        result.left_out.append(name)
         return
     _check_dtypes(name, a, b)
     result.arrays += 1
-    if differing(a, b).any():
+    if differing(a, b).any() and (result.first is None or name.startswith(WEIGHTS)):
         result.add(Change(None, name, None, None, (0,), bit_difference(a, b), a.shape, b.shape))
 
 
@@ -163,7 +169,7 @@ class _Pairs:
             for layer, step in steps
             if step not in left_out and _has(a, layer, step) and _has(b, layer, step)
         ]
-        self.known = set(self.steps)
+        self.known, self._sequences = set(self.steps), Sequences()
         self.seen = np.zeros(max((one.stop for one in b.passes), default=0), dtype=bool)  # [positions]
         self.changed = {}  # (layer, step) -> bool [positions]
         self.any_changed = np.zeros_like(self.seen)  # [positions]
@@ -173,65 +179,41 @@ class _Pairs:
         names = [full_name(one.name, layer, step) for one in (a_pass, b_pass)]
         if names[0] not in self.a or names[1] not in self.b:
             return
-        whole = self.a.read(names[0]), self.b.read(names[1])
-        a, b, rows = self._common(step, a_pass, b_pass, *whole)
-        if a is None or not a.size:
+        a = self._sequences.read(self.a, a_pass, names[0])
+        b = self._sequences.read(self.b, b_pass, names[1], a)
+        found = common_rows(a, b, self.stop) if fits(a, b) else None
+        if not fits(a, b):
+            self.result.left_out.append(names[1])
+        if found is None or not found[0].size:
             return
-        _check_dtypes(names[1], a, b)
+        _check_dtypes(names[1], *found[:2])
         self.result.arrays += 1
-        axis = row_axis(step)
-        differs = differing(a, b)
-        by_row = differs.any(axis=tuple(i for i in range(differs.ndim) if i != axis))  # [rows]
-        before = self._inputs_changed(layer, step, rows)  # [rows]
-        begins = by_row & ~before  # [rows]
+        rows, differs = found[2], differing(*found[:2])
+        by_row = differs.any(axis=tuple(i for i in range(differs.ndim) if i != a.row_axis))  # [rows]
+        begins = by_row & ~self._inputs_changed(layer, step, rows)  # [rows]
         self.seen[rows] = True
         self.changed.setdefault((layer, step), np.zeros_like(self.seen))[rows] = by_row
         self.any_changed[rows] |= by_row
-        known = layer, step, a_pass, b_pass, rows.start, *whole
+        at = self.b.passes.index(b_pass), self.steps.index((layer, step))
         if begins.any():
-            self.result.add(self._change(*known, a, b, begins))
+            self.result.add(self._change(layer, step, a, b, found, begins, at))
         if self.forced and (by_row & ~begins).any():
-            change = self._change(*known, a, b, by_row)
-            if change.difference.excess > 1:
+            change = self._change(layer, step, a, b, found, by_row, at)
+            if not change.is_rounding:
                 self.result.suspects.append(change)
 
-    def _change(self, layer, step, a_pass, b_pass, start, a_whole, b_whole, a, b, chosen):
-        """Return the Change of the `chosen` rows, bool [rows], of two arrays; row 0 is at `start`."""
-        axis = row_axis(step)
+    def _change(self, layer, step, a, b, found, chosen, at):
+        """Return the Change of the `chosen` rows, bool [rows], of the common rows of two StepArrays."""
+        axis, start = a.row_axis, found[2].start
         pick = (slice(None),) * axis + (chosen,)
-        terms = self._terms(layer, step, a_pass) or a.shape[-1]
-        difference = bit_difference(a[pick], b[pick], terms)
+        terms = self._terms(layer, step, a.pass_) or found[0].shape[-1]
+        difference = bit_difference(found[0][pick], found[1][pick], terms)
         positions = tuple(map(int, start + np.flatnonzero(chosen)))
         index = list(difference.index)
         index[axis] = positions[index[axis]]
         difference = replace(difference, index=tuple(index))
-        at = self.b.passes.index(b_pass), self.steps.index((layer, step))
-        return Change(layer, step, a_pass, b_pass, positions, difference, a_whole.shape, b_whole.shape, at)
-
-    def _common(self, step, a_pass, b_pass, a, b):
-        """Return the common parts of two arrays, and the slice of positions that are their rows; else Nones.
-
-        A row of the steps after the layers may be missing: an array has the last positions of its pass.
-        """
-        cuts, rows = ([], []), None
-        for axis, letter in enumerate(LETTERS[step]):
-            if letter in "TS":
-                first = max(one.stop - x.shape[axis] for one, x in ((a_pass, a), (b_pass, b)))
-                last = min(a_pass.stop, b_pass.stop)
-                last = last if self.stop is None else min(last, self.stop)
-                if first < 0 or first >= last:
-                    return None, None, None
-                for cut, one, x in zip(cuts, (a_pass, b_pass), (a, b), strict=True):
-                    offset = one.stop - x.shape[axis]
-                    cut.append(slice(first - offset, last - offset))
-                if axis == row_axis(step):
-                    rows = slice(first, last)
-            elif a.shape[axis] != b.shape[axis]:
-                return None, None, None
-            else:
-                for cut in cuts:
-                    cut.append(slice(None))
-        return a[tuple(cuts[0])], b[tuple(cuts[1])], rows
+        shapes = a.array.shape, b.array.shape
+        return Change(layer, step, a.pass_, b.pass_, positions, difference, *shapes, at)
 
     def _inputs_changed(self, layer, step, rows):
         """Return for which positions the bits of an input have changed: bool [rows]."""
@@ -279,9 +261,3 @@ class _Pairs:
 
 def _has(recording, layer, step):
     return any(full_name(one.name, layer, step) in recording for one in recording.passes)
-
-
-def row_axis(step):
-    """Return the axis of a step's rows: its tokens, or the keys of a cache."""
-    letters = LETTERS[step]
-    return letters.index("T" if "T" in letters else "S")

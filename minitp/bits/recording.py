@@ -3,14 +3,14 @@
 import re
 from dataclasses import dataclass
 
+from minitp.bits.names import LETTERS, steps_of
 from minitp.compare.files import open_dump
-from minitp.compare.pairing import FIRST_PASS, MAY_DIFFER, differing, pass_order, read_metadata
+from minitp.compare.pairing import MAY_DIFFER, differing, pass_order, read_metadata
 from minitp.errors import InputError, shown
-from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
+from minitp.trace.names import AFTER, split_name
 from minitp.util.format import counted
 
 NEIGHBOR = "neighbor."  # beginning of the pass names of the other sequences of a batch
-LETTERS = {step: letters.split() for step, letters in (BEFORE | LAYER | AFTER).items()}
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ class RankRecording:
     def read(self, name):
         return self.steps.read(name)
 
+    def letters(self, name):
+        """Return the letters of the axes of a step's array."""
+        return LETTERS[split_name(name)[2]]
+
     def write(self, name, array):
         """Add a step; of the neighbors in a batch, only the input of the mlp, where they share experts."""
         if not name.startswith(NEIGHBOR) or name.endswith("attn.residual"):
@@ -80,7 +84,7 @@ def own_index(count):
 
 
 class FileRecording:
-    """A recording in a file: a trace, or a dump of arrays under the names of the steps.
+    """A recording in a file: a trace, or a dump of arrays under the names of steps or of an engine's modules.
 
     Attributes
     ----------
@@ -104,17 +108,15 @@ class FileRecording:
     def __init__(self, path):
         self.path, self._file = path, open_dump(path)
         self.metadata = read_metadata(self._file)
-        self._names, self.others = {}, []  # the name of a step in the tables -> its name in the file
-        for name, entry in self._file.entries.items():
-            step = split_name(name)[2]
-            if re.match(r"rank\d+/", name):
-                continue
-            if step in LETTERS and len(entry.shape) == len(LETTERS[step]):
-                self._names[name if "/" in name else FIRST_PASS + name] = name
-            else:
-                self.others.append(name)
+        self._own, self._letters, self.others = {}, {}, []  # the first two by a step's full name
+        entries = {
+            name: entry.shape for name, entry in self._file.entries.items() if not re.match(r"rank\d+/", name)
+        }
+        for name, (step, letters) in steps_of(entries).items():
+            self._own[step], self._letters[step] = name, letters
+        self.others = [name for name in entries if name not in self._own.values()]
         if self.metadata is None:
-            self.tp, self.layers = None, 1 + max((_layer(name) for name in self._names), default=-1)
+            self.tp, self.layers = None, 1 + max((_layer(name) for name in self._own), default=-1)
             self.windows, self.passes = [None] * self.layers, self._passes_of_shapes()
         else:
             self.tp, self.layers = self.metadata.tp, self.metadata.layers
@@ -123,10 +125,18 @@ class FileRecording:
             self.passes = [PassRows(name, start, stop, stop - start) for name, (start, stop) in ranges]
 
     def __contains__(self, name):
-        return name in self._names or name in self.others
+        return name in self._own or name in self.others
 
     def read(self, name):
-        return self._file.read_as_stored(self._names.get(name, name))
+        return self._file.read_as_stored(self.own_name(name))
+
+    def letters(self, name):
+        """Return the letters of the axes of a step's array; 1 is the sequences of a batch."""
+        return self._letters[name]
+
+    def own_name(self, name):
+        """Return the name in the file of a step."""
+        return self._own.get(name, name)
 
     @property
     def dtype(self):
@@ -136,10 +146,10 @@ class FileRecording:
     def _passes_of_shapes(self):
         """Return passes that follow each other, with the number of tokens that the arrays have."""
         tokens = {}
-        for name, own in self._names.items():
-            pass_name, _, step = split_name(name)
-            if "T" in LETTERS[step] and step not in AFTER:
-                tokens[pass_name] = self._file.entries[own].shape[LETTERS[step].index("T")]
+        for name, own in self._own.items():
+            letters = self._letters[name]
+            if "T" in letters and split_name(name)[2] not in AFTER:
+                tokens[split_name(name)[0]] = self._file.entries[own].shape[letters.index("T")]
         passes, start = [], 0
         for name in sorted(tokens, key=pass_order):
             passes.append(PassRows(name, start, start + tokens[name], tokens[name]))

@@ -1,15 +1,16 @@
 """Runs of the same tokens, compared bit by bit: the first step that changes in each, and why."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minitp.bits.compare import compare_bits, row_axis
+from minitp.bits.compare import compare_bits
 from minitp.bits.difference import differing
 from minitp.bits.exact import ExactCheck
 from minitp.bits.forced import PREFIX, run_forced
 from minitp.bits.reasons import reason
 from minitp.bits.recording import FileRecording, common_positions
+from minitp.bits.rows import StepArray
 from minitp.bits.variants import Variants
 from minitp.check.step_file import StepFile
 from minitp.errors import InputError
@@ -103,6 +104,9 @@ def bits_of_files(paths, titles=None):
         except InputError as error:
             raise InputError(f"{first.path} and {path}: {error}") from error
         why = [f"positions from {stop} on are not compared: the tokens differ"] if stop < common else []
+        if result.left_out:
+            count = counted(len(result.left_out), "array")
+            why.append(f"not compared, because the shapes differ: {count}, such as {result.left_out[0]}")
         outcome = SAME
         if result.first is not None:
             why.append(reason(result.first, first.tp, other.tp))
@@ -111,7 +115,8 @@ def bits_of_files(paths, titles=None):
             if first.tp != other.tp and None not in (first.tp, other.tp):
                 terms = " or ".join(counted(each.tp, "rounded term") for each in (first, other))
                 why.append(f"in any case attn.out and mlp.out are sums over the ranks, of {terms}")
-        rows.append(_row(title, outcome, result, None, why))
+        row = _row(title, outcome, result, None, why)
+        rows.append(replace(row, step=other.own_name(row.step)))
     return rows
 
 
@@ -181,11 +186,13 @@ def _repeats(forced, b, change):
     name = full_name(change.b_pass.name, change.layer, change.step)
     if PREFIX + name not in forced:
         return None
-    axis = row_axis(change.step)
-    first = change.b_pass.stop - b.read(name).shape[axis]
-    rows = [position - first for position in change.positions]
-    again, recorded = (steps.take(rows, axis) for steps in (forced.read(PREFIX + name), b.read(name)))
-    return not differing(again, recorded).any()
+    recorded, again = (
+        StepArray(change.b_pass, one.read(each), one.letters(each))
+        for one, each in ((b, name), (forced, PREFIX + name))
+    )
+    axis = recorded.row_axis
+    rows = [position - recorded.first(axis) for position in change.positions]
+    return not differing(again.array.take(rows, axis), recorded.array.take(rows, axis)).any()
 
 
 def _also(change, begins):

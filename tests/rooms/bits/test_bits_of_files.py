@@ -215,6 +215,88 @@ def test_dumps_without_metadata(traces, tmp_path):
     assert (row.outcome, row.step, row.positions) == ("rounding", "decode.1/layers.0.mlp.act", 7)
 
 
+# --- names and layouts of other engines -----------------------------------------------------------------
+
+
+def module_outputs(pass_name="prefill"):
+    """Return the recorded steps as the outputs of a model's modules: [1, T, D], by the modules' paths."""
+    arrays, found = read(RECORDED)[0], {}
+    for layer in range(2):
+        path = f"model.layers.{layer}"
+        for part, module in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")):
+            heads = arrays[f"{pass_name}/layers.{layer}.attn.{part}"]  # [n, T, d]
+            found[f"{path}.self_attn.{module}"] = heads.transpose(1, 0, 2).reshape(1, heads.shape[1], -1)
+        for step, module in (
+            ("attn.norm", "input_layernorm"),
+            ("attn.out", "self_attn.o_proj"),
+            ("mlp.norm", "post_attention_layernorm"),
+            ("mlp.gate", "mlp.gate_proj"),
+            ("mlp.up", "mlp.up_proj"),
+            ("mlp.out", "mlp.down_proj"),
+        ):
+            found[f"{path}.{module}"] = arrays[f"{pass_name}/layers.{layer}.{step}"][None]
+        found[path] = arrays[f"{pass_name}/layers.{layer}.mlp.residual"][None]
+    return {name: np.ascontiguousarray(array) for name, array in found.items()}
+
+
+def in_batch(outputs, index=2):
+    """Return the outputs in a batch of four sequences, of which the others are different."""
+    rng, found = np.random.default_rng(0), {}
+    for name, array in outputs.items():
+        found[name] = rng.standard_normal((4, *array.shape[1:]), dtype=np.float32)
+        found[name][index] = array[0]
+    return found
+
+
+def test_modules_in_a_batch_are_compared_by_their_sequence(tmp_path):
+    """The names sort in another order than the modules run."""
+    save_file(module_outputs(), tmp_path / "alone")
+    outputs = in_batch(module_outputs())
+    save_file(outputs, tmp_path / "batch")
+    row = row_of(tmp_path / "alone", tmp_path / "batch")
+    assert (row.outcome, row.arrays, row.positions) == ("same", 20, 5)
+    next_number(outputs["model.layers.0.self_attn.v_proj"], (2, 3, 1))
+    next_number(outputs["model.layers.0.mlp.gate_proj"], (2, 3, 1))  # this name comes first
+    save_file(outputs, tmp_path / "changed")
+    row = row_of(tmp_path / "alone", tmp_path / "changed")
+    assert (row.outcome, row.step) == ("rounding", "model.layers.0.self_attn.v_proj")
+    assert row.largest.startswith("1 ulp at [3, 1]: ")
+    assert row.why[0].startswith("a product of 20 rows, not 5: ")
+
+
+def test_modules_in_a_decode_pass_are_compared_by_position(tmp_path):
+    outputs = module_outputs()
+    save_file(outputs, tmp_path / "prefill")
+    divided = {f"prefill/{name}": np.ascontiguousarray(x[:, :4]) for name, x in outputs.items()}
+    divided |= {f"decode.1/{name}": np.ascontiguousarray(x[:, 4:]) for name, x in outputs.items()}
+    save_file(divided, tmp_path / "decode")
+    row = row_of(tmp_path / "prefill", tmp_path / "decode")
+    assert (row.outcome, row.arrays, row.positions) == ("same", 40, 5)
+    next_number(divided["decode.1/model.layers.1.mlp.up_proj"], (0, 0, 7))
+    save_file(divided, tmp_path / "changed")
+    row = row_of(tmp_path / "prefill", tmp_path / "changed")
+    assert row.step == "decode.1/model.layers.1.mlp.up_proj"
+    assert row.why[0].startswith("a product of 1 row, not 5: ")
+
+
+def test_steps_in_a_batch(changed):
+    def change(arrays, metadata):
+        for name, array in arrays.items():
+            arrays[name] = np.stack((array + 1, array))
+
+    row = row_of(RECORDED, changed(change))
+    assert (row.outcome, row.arrays) == ("same", len(read(RECORDED)[0]))
+
+
+def test_arrays_of_other_shapes_are_counted(changed):
+    def change(arrays, metadata):
+        arrays["prefill/embed"] = arrays["prefill/embed"][:, :-1].copy()
+
+    row = row_of(RECORDED, changed(change))
+    assert row.outcome == "same"
+    assert row.why == ("not compared, because the shapes differ: 1 array, such as prefill/embed",)
+
+
 def test_arrays_that_are_not_steps_are_compared_whole(tmp_path):
     a = {"blk.0.out": np.ones((2, 3), np.float32), "other": np.ones(4, np.float32)}
     b = {"blk.0.out": a["blk.0.out"].copy(), "other": np.ones(5, np.float32)}
