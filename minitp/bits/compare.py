@@ -123,7 +123,7 @@ def compare_bits(a, b, stop=None, forced=False):
     """
     result = BitComparison()
     for name in a.others:
-        if name in b:
+        if name in b and name.startswith(WEIGHTS):
             _compare_whole(result, name, a.read(name), b.read(name))
     pairs = _Pairs(a, b, stop, result, forced)
     for b_pass in b.passes:
@@ -131,6 +131,9 @@ def compare_bits(a, b, stop=None, forced=False):
         for layer, step in pairs.steps:
             for a_pass in a_passes:
                 pairs.compare(layer, step, a_pass, b_pass)
+    for name in a.others:
+        if name in b and not name.startswith(WEIGHTS):
+            _compare_whole(result, name, *pairs.of_one_sequence(a.read(name), b.read(name)))
     result.positions = int(pairs.seen.sum())
     if not result.arrays:
         raise InputError("the recordings have no step of the same position in common")
@@ -144,7 +147,7 @@ def _compare_whole(result, name, a, b):
         return
     _check_dtypes(name, a, b)
     result.arrays += 1
-    if differing(a, b).any() and (result.first is None or name.startswith(WEIGHTS)):
+    if differing(a, b).any() and result.first is None:
         result.add(Change(None, name, None, None, (0,), bit_difference(a, b), a.shape, b.shape))
 
 
@@ -202,6 +205,12 @@ class _Pairs:
             if not change.is_rounding:
                 self.result.suspects.append(change)
 
+    def of_one_sequence(self, a, b):
+        """Return two arrays that are not steps, of batches only the sequence that the steps have."""
+        if a.ndim == b.ndim > 0 and len(a) != len(b) and a.shape[1:] == b.shape[1:]:
+            a, b = self._sequences.take(self.a, a), self._sequences.take(self.b, b)
+        return a, b
+
     def _change(self, layer, step, a, b, found, chosen, at):
         """Return the Change of the `chosen` rows, bool [rows], of the common rows of two StepArrays."""
         axis, start = a.row_axis, found[2].start
@@ -219,7 +228,7 @@ class _Pairs:
         """Return for which positions the bits of an input have changed: bool [rows]."""
         inputs = self._inputs(layer, step)
         if inputs is None:
-            return self.any_changed[rows].copy()
+            return np.logical_or.accumulate(self.any_changed)[rows]  # attention reads earlier positions
         found = np.zeros(rows.stop - rows.start, dtype=bool)  # [rows]
         for key in inputs:
             changed = self.changed.get(key)

@@ -56,6 +56,11 @@ class Sequences:
             self._chosen[id(recording)] = min(range(count), key=lambda n: _distance(other, choices[n]))
         return choices[self._chosen[id(recording)]]
 
+    def take(self, recording, array):
+        """Return the chosen sequence of an array whose first axis is that of sequences, with this axis."""
+        index = self._chosen.get(id(recording))
+        return array if index is None or index >= len(array) else array[index : index + 1]
+
 
 def _distance(a, b):
     """Return the number of elements whose bits differ in two StepArrays; 0 without a first one."""

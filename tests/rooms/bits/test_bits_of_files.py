@@ -250,11 +250,13 @@ def in_batch(outputs, index=2):
 
 def test_modules_in_a_batch_are_compared_by_their_sequence(tmp_path):
     """The names sort in another order than the modules run."""
-    save_file(module_outputs(), tmp_path / "alone")
-    outputs = in_batch(module_outputs())
+    alone = module_outputs()
+    alone["model.layers.0.mlp.act_fn"] = alone["model.layers.0.mlp.gate_proj"] + 1  # no step of the table
+    save_file(alone, tmp_path / "alone")
+    outputs = in_batch(alone)
     save_file(outputs, tmp_path / "batch")
     row = row_of(tmp_path / "alone", tmp_path / "batch")
-    assert (row.outcome, row.arrays, row.positions) == ("same", 20, 5)
+    assert (row.outcome, row.arrays, row.positions, row.why) == ("same", 21, 5, ())
     next_number(outputs["model.layers.0.self_attn.v_proj"], (2, 3, 1))
     next_number(outputs["model.layers.0.mlp.gate_proj"], (2, 3, 1))  # this name comes first
     save_file(outputs, tmp_path / "changed")
@@ -273,6 +275,7 @@ def test_modules_in_a_decode_pass_are_compared_by_position(tmp_path):
     row = row_of(tmp_path / "prefill", tmp_path / "decode")
     assert (row.outcome, row.arrays, row.positions) == ("same", 40, 5)
     next_number(divided["decode.1/model.layers.1.mlp.up_proj"], (0, 0, 7))
+    divided["decode.1/model.layers.1.mlp.down_proj"] *= np.float32(1.1)  # its input was not recorded
     save_file(divided, tmp_path / "changed")
     row = row_of(tmp_path / "prefill", tmp_path / "changed")
     assert row.step == "decode.1/model.layers.1.mlp.up_proj"
