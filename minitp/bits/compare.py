@@ -5,7 +5,7 @@ row of a step is compared with the row of the same position. Keys that only one 
 later than the position, and masked.
 
 A change begins in a row whose bits differ although those of all its inputs are the same. The first change in
-the order of the forward pass is always such a beginning. Later ones are counted.
+the order of the forward pass is always such a beginning; the steps of later ones are listed.
 """
 
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,8 @@ from minitp.compare.inputs import HEAD_NORMS, INPUTS, POST_NORMS, STREAM
 from minitp.errors import InputError
 from minitp.trace.names import AFTER, BEFORE, LAYER, PARTIAL, WEIGHTS, full_name
 
-# Inputs that a comparison does not need, before those of the table; the first tuple that is recorded is used.
+# The inputs of steps for which the table of `compare.inputs` has none, or others; the first tuple that is
+# recorded is used.
 OWN_INPUTS = {
     "tokens": [()],
     "positions": [()],
@@ -47,7 +48,7 @@ class Change:
     a_pass, b_pass : PassRows or None
         The passes that have the rows; None for an array that is not a step.
     positions : tuple of int
-        The positions of the rows, the first of which is in the pass of `a_pass` and `b_pass`.
+        The positions of the rows in which the change begins.
     difference : BitDifference
         The difference of those rows.
     a_shape, b_shape : tuple of int
