@@ -32,7 +32,7 @@ def test_inputs_and_outputs_of_modules_are_steps(name, expected):
 
 
 def test_what_happens_outside_a_module_is_not_its_output():
-    """Gemma 2 multiplies the embeddings after the table, and caps the logits after the head."""
+    """The embeddings of Gemma 2 are multiplied after the table, and its logits capped after the head."""
     for name, step in (("model.embed_tokens", "embed"), ("lm_head", "logits")):
         assert found("hf", "llama2", name) == (None, step)
         assert found("hf", "gemma2", name) is None
