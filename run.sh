@@ -11,7 +11,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$root/.venv
 python=$venv/bin/python
 # Python is run with -I, or as a script, so that it imports nothing from the current directory.
-commands=" generate perplexity logprobs trace check judge compare bits shard plan bench serve chat tour info "
+commands=" generate perplexity logprobs trace check judge lint compare bits shard plan bench serve chat tour info "
 
 say() { printf 'minitp: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 2; }

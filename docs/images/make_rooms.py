@@ -20,7 +20,8 @@ BOXES = {
     "server": (1, 0, 1, "HTTP"),
     "llm": (1, 1, 1, "the Python API"),
     "bits": (1, 2, 1, "which bits change"),
-    "bench": (1, 3, 2, "measures speed"),
+    "bench": (1, 3, 1, "measures speed"),
+    "lint": (1, 4, 1, "checks shards"),
     "judge": (1, 5, 1, "another engine"),
     "compare": (2, 5, 1, "two traces"),
     "report": (1, 6, 1, "HTML pages"),
@@ -55,8 +56,9 @@ FLOOR = ("errors", "util")
 # Where an arrow leaves and enters, in columns, if not in the middle of what its two boxes have in common.
 PORTS = {
     ("bits", "compare"): (2.5, 5.2),
-    ("bench", "trace"): (4.7, 4.7),
-    ("bench", "estimate"): (3.9, 3.9),
+    ("bench", "trace"): (3.75, 4.7),
+    ("lint", "compare"): (4.8, 5.2),
+    ("bench", "estimate"): (3.5, 3.5),
     ("estimate", "shard"): (4.2, 4.2),
     ("check", "engine"): (5.2, 2.9),
     ("check", "trace"): (5.43, 5.43),
@@ -92,7 +94,7 @@ STYLE = """
   .arrow { fill: none; stroke: var(--line); stroke-width: 1.3; }
   .head { fill: var(--line); }
 """
-JUDGES = ("bits", "judge", "compare", "report", "check", "probe", "mapping", "trace", "oracle")
+JUDGES = ("bits", "judge", "lint", "compare", "report", "check", "probe", "mapping", "trace", "oracle")
 
 
 def arrows():

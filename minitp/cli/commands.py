@@ -8,6 +8,7 @@ from minitp.cli.compare import CompareCommand
 from minitp.cli.generate import GenerateCommand
 from minitp.cli.info import InfoCommand
 from minitp.cli.judge import JudgeCommand
+from minitp.cli.lint import LintCommand
 from minitp.cli.logprobs import LogprobsCommand
 from minitp.cli.perplexity import PerplexityCommand
 from minitp.cli.plan import PlanCommand
@@ -22,6 +23,7 @@ SECTIONS = {
     "check and compare": (
         CheckCommand(),
         JudgeCommand(),
+        LintCommand(),
         TraceCommand(),
         CompareCommand(),
         BitsCommand(),

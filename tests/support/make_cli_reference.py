@@ -24,7 +24,7 @@ END = """\
 | option | meaning |
 |---|---|
 | `-h`, `--help` | show the command's options and examples, and exit |
-| `-v`, `--verbose` | show Python tracebacks and all of the ranks' stderr; `check`: also a row per layer |
+| `-v`, `--verbose` | show Python tracebacks and the ranks' stderr; `check`, `judge`, `lint`: each layer |
 | `--version` | only without a command: show the version, and exit |
 
 ## Exit codes
@@ -32,7 +32,7 @@ END = """\
 | code | meaning |
 |---|---|
 | 0 | success, also if the reader of stdout exits early, as in `\\| head` |
-| 1 | `check` or `judge` found a wrong step, or `compare` or `bits` found a difference |
+| 1 | `check`, `judge` or `lint` found something wrong, or `compare` or `bits` a difference |
 | 2 | bad usage or bad input; one line on stderr says what is wrong |
 | 3 | a rank, MPI or a device failed; one line on stderr names the rank, and the other ranks are ended |
 | 130 | ended by Ctrl-C |

@@ -13,7 +13,7 @@ ROOMS = [
     *["sampling", "text", "request", "generate"],
     *["loading", "cuda", "load"],
     *["launch", "engine"],
-    *["oracle", "trace", "mapping", "probe", "check", "compare", "judge", "bits", "report"],
+    *["oracle", "trace", "mapping", "probe", "check", "compare", "judge", "lint", "bits", "report"],
     *["llm", "server", "estimate", "bench", "tour", "cli", "__main__"],
 ]
 ALONE = ["oracle", "tour"]  # rooms that import nothing from the rest of the package

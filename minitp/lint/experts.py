@@ -1,0 +1,79 @@
+"""The numbers of the experts that a rank holds: some engines count them from 0 on each rank."""
+
+import re
+
+import numpy as np
+
+from minitp.lint.pieces import as_matrix, piece_hashes
+
+EXPERT = re.compile(r"model\.layers\.(\d+)\..*\.experts\.(\d+|\{n\})\.")
+
+
+class ExpertNumbers:
+    """The number in the checkpoint of each expert that a rank holds.
+
+    With expert parallelism, a rank holds some of the experts. If it counts them from 0, each is found by its
+    content; if that fails, the ranks are assumed to hold contiguous ranges.
+
+    Parameters
+    ----------
+    ranks : list of RankTensors
+    layouts : dict of str to EngineTensor or None
+        The layout of each tensor by the engine's name.
+    pieces : CheckpointPieces
+    experts : int
+        The number of experts in a layer.
+    """
+
+    def __init__(self, ranks, layouts, pieces, experts):
+        self._ranks, self._pieces, self._experts = ranks, pieces, experts
+        self._tensors = [{} for _ in ranks]  # (layer, own number) -> (name, index in a stack or None, layout)
+        self._numbers = {}
+        for own, rank in zip(self._tensors, ranks, strict=True):
+            for name, entry in rank.entries.items():
+                found = layouts.get(name) and EXPERT.match(layouts[name].parts[0])
+                if not found:
+                    continue
+                stacked = found[2] == "{n}"
+                for number in range(entry.shape[0]) if stacked else [int(found[2])]:
+                    key = int(found[1]), number
+                    own.setdefault(key, (name, number if stacked else None, layouts[name]))
+
+    def number(self, rank, part, own):
+        """Return the checkpoint's number of an expert.
+
+        Parameters
+        ----------
+        rank : int
+        part : str
+            The checkpoint's name of a tensor of the expert's layer.
+        own : int
+            The number that the rank gives to the expert.
+        """
+        layer = int(EXPERT.match(part)[1])
+        if (rank, layer) not in self._numbers:
+            self._numbers[rank, layer] = self._of_layer(rank, layer)
+        return self._numbers[rank, layer][own]
+
+    def _of_layer(self, rank, layer):
+        """Return own number -> the checkpoint's number, for the experts of a layer."""
+        own = sorted(number for at, number in self._tensors[rank] if at == layer)
+        if len(own) >= self._experts or own != list(range(len(own))) or len(self._ranks) == 1:
+            return {number: number for number in own}
+        found = [self._by_content(rank, *self._tensors[rank][layer, number]) for number in own]
+        if None in found or len(set(found)) < len(found):
+            first = rank * len(own)
+            found = [min(first + number, self._experts - 1) for number in own]
+        return dict(zip(own, found, strict=True))
+
+    def _by_content(self, rank, name, index, layout):
+        """Return the number of the expert that has the most pieces of a tensor, or None."""
+        array = self._ranks[rank].read(name)
+        matrix, part = as_matrix(array if index is None else array[index]), layout.parts[0]
+        template = re.sub(r"\.experts\.(\d+|\{n\})\.", ".experts.{n}.", part)
+        axis = self._pieces.axis(template.format(n=0))
+        hashes, counts = piece_hashes(matrix, axis), []
+        for number in range(self._experts):
+            of_expert = self._pieces.hashes(template.format(n=number), axis, matrix.dtype)
+            counts.append(np.isin(hashes, of_expert).sum())
+        return int(np.argmax(counts)) if max(counts) else None

@@ -1,0 +1,81 @@
+"""`minitp lint`: an engine's shards, compared with the checkpoint that they were made from."""
+
+from dataclasses import dataclass
+
+from minitp.errors import InputError
+from minitp.lint.judgement import Judge
+from minitp.lint.layout import Expectation
+from minitp.lint.pieces import UNKNOWN, CheckpointPieces
+from minitp.lint.tensors import collect
+from minitp.lint.trace import Tracer
+from minitp.mapping.lookup import TensorLookup, engine_of
+
+
+@dataclass
+class LintResult:
+    """The result of linting shards.
+
+    Attributes
+    ----------
+    engine : str
+        The engine whose names the tensors have.
+    tensors : list of ShardedTensor
+        In the order of the checkpoint.
+    pieces : CheckpointPieces
+    faults, notes : dict of str to str
+        As in `Judge`.
+    """
+
+    engine: str
+    tensors: list
+    pieces: CheckpointPieces
+    faults: dict
+    notes: dict
+
+    @property
+    def is_other_model(self):
+        """True if most tensors have values that the checkpoint does not have."""
+        held = [one for tensor in self.tensors for one in tensor.held if one is not None]
+        return sum(bool(one.values) or (one.codes == UNKNOWN).any() for one in held) > len(held) / 2
+
+
+def lint(ranks, source, engine=None, progress=lambda nbytes: None):
+    """Compare the shards of all ranks with a checkpoint.
+
+    Parameters
+    ----------
+    ranks : list of RankTensors
+    source : ModelSource
+    engine : str or None
+        The engine whose names the tensors have; None: recognized by the names.
+    progress : callable
+        A function that is called with the bytes read since its last call.
+
+    Returns
+    -------
+    LintResult
+
+    Raises
+    ------
+    InputError
+        if a tensor has a dtype or a shape that weights cannot have, or no tensor belongs to the checkpoint.
+    """
+    pieces = CheckpointPieces(source)
+    engine = engine or engine_of([name for rank in ranks for name in rank.entries])
+    lookup = TensorLookup(engine, source.config)
+    tensors = collect(ranks, lookup, pieces, source.config.num_local_experts)
+    tracer = Tracer(pieces, Expectation(source.config, len(ranks), pieces))
+    named = [tensor for tensor in tensors if tensor.by_name]
+    tracer.trace(named, ranks, progress)
+    claimed = {part for tensor in named for part in tensor.layout.parts}
+    tracer.identify([tensor for tensor in tensors if not tensor.by_name], ranks, claimed, progress)
+    if not any(tensor.layout.parts for tensor in tensors):
+        raise InputError(
+            f"{ranks[0].paths[0]}: no tensor belongs to {source.name}, by its name or by its content; are "
+            "these the shards of another model?"
+        )
+    order = {name: number for number, name in enumerate(pieces.names)}
+    tensors.sort(key=lambda tensor: min((order[part] for part in tensor.layout.parts), default=len(order)))
+    judge = Judge(tensors, pieces, tracer.expectation)
+    judge.judge()
+    return LintResult(engine, tensors, pieces, judge.faults, judge.notes)

@@ -1,0 +1,182 @@
+"""The tensors of an engine over all ranks: their names, what they should hold, and what they do hold."""
+
+import re
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from minitp.errors import InputError
+from minitp.lint.experts import EXPERT, ExpertNumbers
+from minitp.loading.checkpoint import BUFFERS
+from minitp.loading.weights import EMBED, LM_HEAD
+from minitp.mapping.table import EngineTensor
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+# Entries of engines that are no weights: states of layers, RoPE's frequencies, scales of a cache.
+IGNORED = re.compile(r"_extra_state|(^|\.)rope_freqs\.weight$|\.attn\._?[qkv]_(scale|range)$")
+
+
+@dataclass
+class HeldPieces:
+    """The pieces that one rank holds of a tensor.
+
+    Attributes
+    ----------
+    codes : array
+        The code of each piece, [n]; see `pieces`.
+    axis : int
+        The axis of the shard along which its pieces lie.
+    source_axis : int
+        The axis of the checkpoint's tensor along which they lie there.
+    values : str
+        The difference between the values of some pieces and those of the checkpoint; "" if they are equal.
+        The codes of these pieces are the expected ones.
+    changed : array or None
+        The pieces that `values` is about, [n] bool.
+    """
+
+    codes: np.ndarray
+    axis: int
+    source_axis: int
+    values: str = ""
+    changed: np.ndarray | None = None
+
+
+@dataclass
+class ShardedTensor:
+    """One tensor of an engine, on all ranks.
+
+    Attributes
+    ----------
+    name : str
+        The engine's name; a matrix of stacked experts has the number of its expert in brackets.
+    layout : EngineTensor
+        The checkpoint's tensors that it joins.
+    by_name : bool
+        Whether the layout follows from the name. Otherwise it was found by content.
+    entries : list of (str, int or None) or None
+        For each rank: the name in its files, and the index of an expert in a stack. None if it is not there.
+    shapes : list of tuple or None
+        The shape on each rank.
+    expected : list of array or None
+        The expected codes of each rank.
+    held : list of HeldPieces or None
+        The pieces of each rank.
+    """
+
+    name: str
+    layout: EngineTensor
+    by_name: bool
+    entries: list
+    shapes: list
+    expected: list = field(default_factory=list)
+    held: list = field(default_factory=list)
+
+    @property
+    def holders(self):
+        """The ranks that have the tensor."""
+        return [rank for rank, entry in enumerate(self.entries) if entry is not None]
+
+    @property
+    def is_expected(self):
+        """True if each rank holds exactly the expected pieces."""
+        return all(
+            self.expected[rank] is not None
+            and self.held[rank].axis == self.held[rank].source_axis
+            and not self.held[rank].values
+            and np.array_equal(self.held[rank].codes, self.expected[rank])
+            for rank in self.holders
+        )
+
+
+def matrix_shape(shape):
+    """Return the shape of a matrix, or that of a vector as a matrix of one column."""
+    return shape if len(shape) == 2 else (*shape, 1)
+
+
+def known_layout(name, lookup, pieces):
+    """Return the EngineTensor of a name, or None if the name does not say what the tensor is.
+
+    Prefixes that a wrapper has added to the name are removed, such as `language_model.`.
+    """
+    words = name.split(".")
+    for start in range(len(words)):
+        for candidate in (".".join(words[start:]), ".".join(["model", *words[start:]])):
+            layout = lookup.find(candidate)
+            parts = tuple(
+                EMBED if part == LM_HEAD and LM_HEAD not in pieces else part for part in layout.parts
+            )
+            if all(part.replace("{n}", "0") in pieces for part in parts):
+                return replace(layout, parts=parts)
+    return None
+
+
+def collect(ranks, lookup, pieces, experts):
+    """Return the tensors of all ranks, without what they hold.
+
+    The layout of a tensor whose name explains nothing has no parts yet.
+
+    Parameters
+    ----------
+    ranks : list of RankTensors
+    lookup : TensorLookup
+    pieces : CheckpointPieces
+    experts : int
+        The number of experts in a layer.
+
+    Returns
+    -------
+    list of ShardedTensor
+    """
+    names = dict.fromkeys(name for rank in ranks for name in rank.entries)
+    names = [name for name in names if not BUFFERS.search(name) and not IGNORED.search(name)]
+    layouts = {name: known_layout(name, lookup, pieces) for name in names}
+    numbers = ExpertNumbers(ranks, layouts, pieces, experts)
+    tensors = {}
+    for name, layout in layouts.items():
+        for rank, files in enumerate(ranks):
+            if name not in files.entries:
+                continue
+            shape = _checked_shape(files, name, layout)
+            for index in range(shape[0]) if is_stacked(layout) else [None]:
+                called, one = _of_expert(name, layout, index, numbers, rank)
+                empty = [None] * len(ranks)
+                new = ShardedTensor(called, one or EngineTensor(()), one is not None, empty, list(empty))
+                tensor = tensors.setdefault(called, new)
+                tensor.entries[rank] = name, index
+                tensor.shapes[rank] = matrix_shape(shape[1:] if is_stacked(layout) else shape)
+    return list(tensors.values())
+
+
+def is_stacked(layout):
+    """Return whether a tensor has the matrices of several experts, along a first axis."""
+    return layout is not None and "{n}" in layout.parts[0]
+
+
+def _of_expert(name, layout, index, numbers, rank):
+    """Return the name and the layout of a tensor, with the checkpoint's number of its expert."""
+    found = layout and EXPERT.match(layout.parts[0])
+    if not found:
+        return name, layout
+    own = int(found[2]) if index is None else index
+    number = numbers.number(rank, layout.parts[0], own)
+    parts = tuple(re.sub(r"\.experts\.(\d+|\{n\})\.", f".experts.{number}.", part) for part in layout.parts)
+    called = name if index is None else f"{name}[{number}]"
+    if index is None and number != own:
+        called = f"{name} (expert {number})"
+    return called, replace(layout, parts=parts)
+
+
+def _checked_shape(files, name, layout):
+    """Return the shape of a tensor, or raise an InputError if it is none of weights."""
+    entry = files.entries[name]
+    if entry.dtype not in FLOATS:
+        raise InputError(
+            f"{files.paths[0]}: {name} has dtype {entry.dtype}; lint compares bits, so it needs shards in "
+            f"{', '.join(FLOATS)}, before they are quantized"
+        )
+    allowed = (3,) if is_stacked(layout) else (1, 2)
+    if len(entry.shape) not in allowed:
+        axes = "[experts, out, in]" if is_stacked(layout) else "[out, in] or [out]"
+        raise InputError(f"{files.paths[0]}: {name} has shape {list(entry.shape)}, expected {axes}")
+    return entry.shape

@@ -1,0 +1,277 @@
+"""Shards of several engines that are right, and the files that hold them."""
+
+import engine_shards as engines
+import ml_dtypes
+import numpy as np
+import pytest
+from engine_shards import DENSE, linted, of_engine
+
+from minitp.errors import InputError
+from minitp.lint.files import open_ranks, rank_of
+from minitp.lint.run import lint
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 4])
+@pytest.mark.parametrize("engine", ["hf", "vllm", "megatron"])
+@pytest.mark.parametrize("name", engines.MODELS)
+def test_right_shards_are_right(name, engine, tp, models, tmp_path):
+    if engine == "megatron" and name not in DENSE:
+        pytest.skip("engine_shards writes only dense models without biases for Megatron")
+    model = models[name]
+    result = linted(model, of_engine(engine, model, tp), tmp_path)
+    assert (result.faults, result.notes) == ({}, {})
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize(
+    "file", ["rank{}.safetensors", "tp_rank_{}/weights.npz", "mp_rank_0{}/model.safetensors"]
+)
+def test_shards_may_have_another_dtype(file, dtype, models, tmp_path):
+    model = models["uneven"]
+    ranks = [{name: x.astype(dtype) for name, x in held.items()} for held in of_engine("vllm", model, 3)]
+    result = linted(model, ranks, tmp_path, file=file)
+    assert (result.faults, result.notes) == ({}, {})
+
+
+def test_the_files_of_a_rank_may_be_several_parts(models, tmp_path):
+    """Read the files of vLLM's save_sharded_state: model-rank-{rank}-part-{part}.safetensors."""
+    model = models["llama"]
+    for rank, held in enumerate(of_engine("vllm", model, 2)):
+        names = sorted(held)
+        for part, some in enumerate((names[::2], names[1::2])):
+            file = f"model-rank-{rank}-part-{part}.safetensors"
+            engines.write(tmp_path, [{name: held[name] for name in some}], file)
+    result = lint(open_ranks(tmp_path), model.source)
+    assert (result.faults, result.notes, result.engine) == ({}, {}, "vllm")
+
+
+def test_a_checkpoint_that_is_not_sharded_is_one_rank(models, tmp_path):
+    model = models["phi3"]
+    assert lint(open_ranks(model.source.directory), model.source).faults == {}
+    assert lint(open_ranks(model.source.directory / "model.safetensors"), model.source).faults == {}
+
+
+@pytest.mark.parametrize("padding", ["zeros", "the last row", "anything"])
+def test_the_vocabulary_may_be_padded_at_its_end(padding, models, tmp_path):
+    model = models["uneven"]
+    ranks = of_engine("hf", model, 4)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = model.tensors[name]
+        fill = {
+            "zeros": np.zeros_like(rows),
+            "the last row": rows[-1:].repeat(101, 0),
+            "anything": rows[::-1] + 1,
+        }[padding]
+        padded = np.concatenate((rows, fill))[:160]
+        for rank, held in enumerate(ranks):
+            held[name] = padded[40 * rank : 40 * (rank + 1)]
+    result = linted(model, ranks, tmp_path)
+    assert (result.faults, result.notes) == ({}, {})
+
+
+def test_tied_embeddings_may_have_either_name(models, tmp_path):
+    """Accept lm_head.weight, which vLLM's sharded state has if the two share memory."""
+    model = models["tied"]
+    ranks = of_engine("vllm", model, 2)
+    for held in ranks:
+        held["lm_head.weight"] = held.pop("model.embed_tokens.weight")
+    assert linted(model, ranks, tmp_path).faults == {}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.language_model.", "module.module."])
+def test_prefixes_of_wrappers_are_removed(prefix, models, tmp_path):
+    model = models["uneven"]
+    ranks = [
+        {prefix + name.removeprefix("model."): x for name, x in held.items()}
+        for held in of_engine("vllm", model, 2)
+    ]
+    result = linted(model, ranks, tmp_path)
+    assert (result.faults, result.notes) == ({}, {})
+    assert all(tensor.by_name for tensor in result.tensors)
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm", "megatron"])
+@pytest.mark.parametrize("name", ["llama", "uneven", "bias"])
+def test_tensors_are_found_by_content(name, engine, models, tmp_path):
+    model = models[name]
+    if engine == "megatron" and name not in DENSE:
+        pytest.skip("engine_shards writes only models without biases for Megatron")
+    ranks = of_engine(engine, model, 2)
+    numbers = {key: number for number, key in enumerate(ranks[0])}
+    ranks = [{f"weight_{numbers[key]}": x for key, x in held.items()} for held in ranks]
+    result = linted(model, ranks, tmp_path)
+    assert (result.faults, result.notes) == ({}, {})
+    assert not any(tensor.by_name for tensor in result.tensors)
+    assert {part for tensor in result.tensors for part in tensor.layout.parts} == set(
+        model.source.plan.tensors
+    )
+
+
+# --- experts on ranks -----------------------------------------------------------------------------------
+
+
+def with_experts(model, tp, numbers, names):
+    """Return ranks that hold whole experts, those of `numbers[rank]`; `names` are theirs on the rank."""
+    ranks = engines.cut(model.tensors, model.config, tp)
+    for rank, held in enumerate(ranks):
+        for name in [name for name in held if ".experts." in name]:
+            del held[name]
+        for name, x in model.tensors.items():
+            head, _, tail = name.partition(".experts.")
+            number, _, matrix = tail.partition(".")
+            if tail and int(number) in numbers[rank]:
+                own = names[rank][numbers[rank].index(int(number))]
+                held[f"{head}.experts.{own}.{matrix}"] = x
+    return ranks
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("numbers", [[[0, 1], [2, 3]], [[0, 2], [1, 3]]])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_experts_may_be_on_ranks_and_counted_from_0(name, numbers, stacked, models, tmp_path):
+    model = models[name]
+    ranks = with_experts(model, 2, numbers, [[0, 1], [0, 1]])
+    result = linted(model, engines.vllm(ranks) if stacked else ranks, tmp_path)
+    assert (result.faults, result.notes) == ({}, {})
+
+
+def test_experts_may_be_on_ranks_under_their_own_numbers(models, tmp_path):
+    numbers = [[1, 2], [0, 3]]
+    result = linted(models["mixtral"], with_experts(models["mixtral"], 2, numbers, numbers), tmp_path)
+    assert (result.faults, result.notes) == ({}, {})
+
+
+# --- right, but unusual ---------------------------------------------------------------------------------
+
+
+def test_a_permutation_of_heads_in_which_all_agree_is_right(models, tmp_path):
+    """The two ranks' files of the layers are exchanged, but not the vocabulary."""
+    model = models["llama"]
+    first, second = of_engine("hf", model, 2)
+    for name in first:
+        if "layers" in name:
+            first[name], second[name] = second[name], first[name]
+    result = linted(model, [first, second], tmp_path)
+    assert result.faults == {}
+    assert set(result.notes) == {name for name in first if "_proj" in name}
+    text = result.notes["model.layers.1.mlp.down_proj.weight"]
+    assert text.startswith("consistent, but not contiguous: rank 0 has columns 24:48, expected columns 0:24")
+
+
+def test_strided_columns_in_which_all_agree_are_right(models, tmp_path):
+    model = models["llama"]
+    ranks = of_engine("hf", model, 2)
+    for rank, held in enumerate(ranks):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            name = f"model.layers.0.mlp.{part}.weight"
+            held[name] = (
+                model.tensors[name][rank::2] if part != "down_proj" else model.tensors[name][:, rank::2]
+            )
+    result = linted(model, ranks, tmp_path)
+    assert result.faults == {}
+    assert len(result.notes) == 3
+
+
+def test_attention_may_be_whole_on_every_rank(models, tmp_path):
+    model = models["llama"]
+    ranks = of_engine("hf", model, 4)
+    for held in ranks:
+        held.update({name: x for name, x in model.tensors.items() if "self_attn" in name})
+    result = linted(model, ranks, tmp_path)
+    assert (result.faults, result.notes) == ({}, {})
+
+
+@pytest.mark.parametrize("elsewhere", ["zero", "absent", "divided"])
+def test_a_bias_may_be_added_before_the_sum(elsewhere, models, tmp_path):
+    model = models["bias"]
+    ranks = of_engine("hf", model, 2)
+    names = [name for name in ranks[1] if name.endswith(("o_proj.bias", "down_proj.bias"))]
+    for name in names:
+        bias = ranks[1].pop(name)
+        if elsewhere == "zero":
+            ranks[1][name] = np.zeros_like(bias)
+        if elsewhere == "divided":
+            ranks[0][name], ranks[1][name] = bias / 2, bias / 2
+    result = linted(model, ranks, tmp_path)
+    assert result.faults == {}
+    assert set(result.notes) == set(names)
+
+
+def test_padding_of_ffn_columns_that_agrees_is_right(models, tmp_path):
+    model = models["uneven"]  # 37 columns: 13, 12 and 12 on three ranks
+    ranks = of_engine("hf", model, 3)
+    for held in ranks:
+        for name, x in held.items():
+            if ".mlp." in name:
+                more = 16 - x.shape[name.endswith("down_proj.weight")]
+                pad = ((0, 0), (0, more)) if name.endswith("down_proj.weight") else ((0, more), (0, 0))
+                held[name] = np.pad(x, pad)
+    assert linted(model, ranks, tmp_path).faults == {}
+    assert linted(model, engines.vllm(ranks), tmp_path / "joined").faults == {}
+
+
+def test_equal_rows_are_not_mistaken_for_one_another(models, tmp_path):
+    """Vocabulary rows that no text uses are often equal, and biases are often zero."""
+    model = models["bias"]
+    repeated = {
+        name: np.zeros_like(x) if name.endswith("bias") else x.copy() for name, x in model.tensors.items()
+    }
+    repeated["model.embed_tokens.weight"][100:200] = repeated["model.embed_tokens.weight"][7]
+    source = engines.Model(tmp_path / "repeated", "bias", repeated)
+    ranks = of_engine("vllm", source, 3)
+    result = linted(source, ranks, tmp_path)
+    assert (result.faults, result.notes) == ({}, {})
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("rank0.safetensors", 0),
+        ("rank_12", 12),
+        ("model-rank-3-part-0.safetensors", 3),
+        ("mp_rank_01", 1),
+        ("tp_rank_2", 2),
+        ("model2-mp4.safetensors", 2),
+        ("consolidated.01.safetensors", 1),
+        ("tp1.npz", 1),
+        ("model-00001-of-00002.safetensors", None),
+        ("plan.json", None),
+    ],
+)
+def test_the_rank_is_in_the_name(name, rank):
+    assert rank_of(name) == rank
+
+
+def test_files_that_cannot_be_linted_are_refused(models, tmp_path):
+    model = models["llama"]
+    ranks = of_engine("hf", model, 4)
+
+    def refused(words, path):
+        with pytest.raises(InputError) as error:
+            lint(open_ranks(path), model.source)
+        assert words in str(error.value)
+
+    engines.write(tmp_path / "gap", ranks)
+    (tmp_path / "gap/rank2.safetensors").unlink()
+    refused("has files of 3 ranks up to rank 3, but none of rank 2", tmp_path / "gap")
+    (tmp_path / "mp_rank_00").mkdir()
+    (tmp_path / "mp_rank_00/model_optim_rng.pt").write_bytes(b"pickle")
+    refused("model_optim_rng.pt is a pickle", tmp_path)
+    (tmp_path / "pipeline/mp_rank_00_001").mkdir(parents=True)
+    refused("pipeline", tmp_path / "pipeline")
+    refused("no shards found", tmp_path / "pipeline/mp_rank_00_001")
+    refused("no such file", tmp_path / "nowhere")
+    engines.write(tmp_path / "megatron/iter_0000100", ranks, "mp_rank_0{}/model.safetensors")
+    refused("its folder iter_0000100 has some", tmp_path / "megatron")
+    engines.write(tmp_path / "twice", ranks[:1])
+    engines.write(tmp_path / "twice", ranks[:1], "rank-{}-again.safetensors")
+    refused("is also in", tmp_path / "twice")
+    engines.write(tmp_path / "quantized", [{"model.norm.weight": np.zeros(32, np.int8)}])
+    refused("has dtype int8", tmp_path / "quantized")
+    engines.write(tmp_path / "axes", [{"model.norm.weight": np.zeros((2, 2, 32), np.float32)}])
+    refused("has shape [2, 2, 32], expected", tmp_path / "axes")
+    engines.write(tmp_path / "foreign", [{"weight": np.ones((3, 5), np.float32)}])
+    refused("no tensor belongs to", tmp_path / "foreign")
