@@ -8,6 +8,8 @@ from minitp.lint.pieces import as_matrix, piece_hashes
 
 EXPERT = re.compile(r"model\.layers\.(\d+)\..*\.experts\.(\d+|\{n\})\.")
 
+NUMBER = re.compile(r"\.experts\.(\d+|\{n\})\.")
+
 
 class ExpertNumbers:
     """The number in the checkpoint of each expert that a rank holds.
@@ -60,20 +62,25 @@ class ExpertNumbers:
         own = sorted(number for at, number in self._tensors[rank] if at == layer)
         if len(own) >= self._experts or own != list(range(len(own))) or len(self._ranks) == 1:
             return {number: number for number in own}
-        found = [self._by_content(rank, *self._tensors[rank][layer, number]) for number in own]
+        name, arrays, found = None, None, []
+        for number in own:
+            new, index, layout = self._tensors[rank][layer, number]
+            arrays = arrays if new == name else self._ranks[rank].read(new)
+            name = new
+            found.append(self._by_content(arrays if index is None else arrays[index], layout.parts[0]))
         if None in found or len(set(found)) < len(found):
             first = rank * len(own)
             found = [min(first + number, self._experts - 1) for number in own]
         return dict(zip(own, found, strict=True))
 
-    def _by_content(self, rank, name, index, layout):
+    def _by_content(self, array, part):
         """Return the number of the expert that has the most pieces of a tensor, or None."""
-        array = self._ranks[rank].read(name)
-        matrix, part = as_matrix(array if index is None else array[index]), layout.parts[0]
-        template = re.sub(r"\.experts\.(\d+|\{n\})\.", ".experts.{n}.", part)
-        axis = self._pieces.axis(template.format(n=0))
-        hashes, counts = piece_hashes(matrix, axis), []
-        for number in range(self._experts):
-            of_expert = self._pieces.hashes(template.format(n=number), axis, matrix.dtype)
-            counts.append(np.isin(hashes, of_expert).sum())
+        matrix, template = as_matrix(array), NUMBER.sub(".experts.{n}.", part)
+        names = [template.format(n=number) for number in range(self._experts)]
+        axis, width = self._pieces.axis(names[0]), self._pieces.shape(names[0])
+        if matrix.shape[1 - axis] != width[1 - axis]:
+            return None
+        zero = hash(bytes(matrix.shape[1 - axis] * matrix.itemsize))
+        codes = self._pieces.search(piece_hashes(matrix, axis), names, axis, matrix.dtype, zero)
+        counts = [len(self._pieces.pieces_of(name, codes)) for name in names]
         return int(np.argmax(counts)) if max(counts) else None

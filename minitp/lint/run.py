@@ -8,6 +8,7 @@ from minitp.lint.layout import Expectation
 from minitp.lint.pieces import UNKNOWN, CheckpointPieces
 from minitp.lint.tensors import collect
 from minitp.lint.trace import Tracer
+from minitp.lint.values import DIFFERENT
 from minitp.mapping.lookup import TensorLookup, engine_of
 
 
@@ -36,7 +37,10 @@ class LintResult:
     def is_other_model(self):
         """True if most tensors have values that the checkpoint does not have."""
         held = [one for tensor in self.tensors for one in tensor.held if one is not None]
-        return sum(bool(one.values) or (one.codes == UNKNOWN).any() for one in held) > len(held) / 2
+        return (
+            sum(one.values.startswith(DIFFERENT) or (one.codes == UNKNOWN).any() for one in held)
+            > len(held) / 2
+        )
 
 
 def lint(ranks, source, engine=None, progress=lambda nbytes: None):

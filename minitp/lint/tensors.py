@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from minitp.errors import InputError
-from minitp.lint.experts import EXPERT, ExpertNumbers
+from minitp.lint.experts import EXPERT, NUMBER, ExpertNumbers
 from minitp.loading.checkpoint import BUFFERS
 from minitp.loading.weights import EMBED, LM_HEAD
 from minitp.mapping.table import EngineTensor
+from minitp.util.format import counted
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 # Entries of engines that are no weights: states of layers, RoPE's frequencies, scales of a cache.
@@ -53,7 +54,7 @@ class ShardedTensor:
     layout : EngineTensor
         The checkpoint's tensors that it joins.
     by_name : bool
-        Whether the layout follows from the name. Otherwise it was found by content.
+        True if the layout follows from the name; otherwise the tensor was found by content.
     entries : list of (str, int or None) or None
         For each rank: the name in its files, and the index of an expert in a stack. None if it is not there.
     shapes : list of tuple or None
@@ -137,7 +138,7 @@ def collect(ranks, lookup, pieces, experts):
         for rank, files in enumerate(ranks):
             if name not in files.entries:
                 continue
-            shape = _checked_shape(files, name, layout)
+            shape = _checked_shape(files, name, layout, experts)
             for index in range(shape[0]) if is_stacked(layout) else [None]:
                 called, one = _of_expert(name, layout, index, numbers, rank)
                 empty = [None] * len(ranks)
@@ -160,14 +161,14 @@ def _of_expert(name, layout, index, numbers, rank):
         return name, layout
     own = int(found[2]) if index is None else index
     number = numbers.number(rank, layout.parts[0], own)
-    parts = tuple(re.sub(r"\.experts\.(\d+|\{n\})\.", f".experts.{number}.", part) for part in layout.parts)
+    parts = tuple(NUMBER.sub(f".experts.{number}.", part) for part in layout.parts)
     called = name if index is None else f"{name}[{number}]"
     if index is None and number != own:
         called = f"{name} (expert {number})"
     return called, replace(layout, parts=parts)
 
 
-def _checked_shape(files, name, layout):
+def _checked_shape(files, name, layout, experts):
     """Return the shape of a tensor, or raise an InputError if it is none of weights."""
     entry = files.entries[name]
     if entry.dtype not in FLOATS:
@@ -179,4 +180,9 @@ def _checked_shape(files, name, layout):
     if len(entry.shape) not in allowed:
         axes = "[experts, out, in]" if is_stacked(layout) else "[out, in] or [out]"
         raise InputError(f"{files.paths[0]}: {name} has shape {list(entry.shape)}, expected {axes}")
+    if is_stacked(layout) and entry.shape[0] > experts:
+        raise InputError(
+            f"{files.paths[0]}: {name} has {counted(entry.shape[0], 'expert')}, but a layer of the model has "
+            f"{experts}; remove copies and padding"
+        )
     return entry.shape

@@ -60,18 +60,19 @@ class Tracer:
             Tensors whose names explain nothing.
         ranks : list of RankTensors
         claimed : set of str
-            The checkpoint's tensors that others hold. They are searched last, because tensors may be equal.
+            The checkpoint's tensors that others hold; of equal tensors, another one is taken.
         progress : callable
         """
         for tensor in tensors:
             tensor.held = [None] * len(ranks)
-            candidates = sorted(self.pieces.names, key=lambda name: name in claimed)
             for rank in tensor.holders:
                 array = ranks[rank].read(tensor.entries[rank][0])
-                tensor.held[rank] = self.held(array, candidates, None)
+                tensor.held[rank] = self.held(array, self.pieces.names, None)
                 progress(array.nbytes)
             codes = [tensor.held[rank].codes for rank in tensor.holders]
             found = self.pieces.names_in(np.concatenate(codes))
+            if len(found) == 1:
+                found = [self._unclaimed(found[0], claimed, array.dtype)]
             claimed.update(found)
             tensor.expected = [None] * len(ranks)
             if found:
@@ -79,6 +80,17 @@ class Tracer:
                 self.expect(tensor)
             if len(found) == 1:
                 self._prefer_expected(tensor, ranks)
+
+    def _unclaimed(self, name, claimed, dtype):
+        """Return the first tensor that is equal to one of the checkpoint and that no other tensor holds."""
+        axis = self.pieces.axis(name)
+        for other in self.pieces.names if name in claimed else ():
+            equal = self.pieces.shape(other) == self.pieces.shape(name) and np.array_equal(
+                self.pieces.hashes(other, axis, dtype), self.pieces.hashes(name, axis, dtype)
+            )
+            if equal and other not in claimed:
+                return other
+        return name
 
     def _layout(self, parts, codes):
         """Return the layout that fits the codes of each rank, for a tensor that was found by content."""
@@ -166,9 +178,8 @@ class Tracer:
         Most values of a vector in 16 bits occur in many others, too. So the elements must follow one another
         as they do in the checkpoint.
         """
-        if expected is not None and not np.array_equal(
-            self.pieces.hashes_of(expected, 0, dtype, zero), hashes
-        ):
+        right = None if expected is None else self.pieces.hashes_of(expected, 0, dtype, zero)
+        if right is not None and not np.array_equal(right, hashes):
             codes = self.pieces.find_run(hashes, names, dtype)
             if codes is not None:
                 return codes
@@ -176,10 +187,7 @@ class Tracer:
         if np.isin(hashes, [*known_hashes, zero]).all():
             codes = self.pieces.search(hashes, names, 0, dtype, zero, expected)
             return codes if np.array_equal(codes, expected) or in_runs(codes) else None
-        if expected is None:
-            return None
-        same = self.pieces.hashes_of(expected, 0, dtype, zero) == hashes
-        return np.where(same, expected, UNKNOWN)
+        return None if right is None else np.where(right == hashes, expected, UNKNOWN)
 
     def _lost(self, held, expected):
         """Return the pieces that are not found, except for any that follow the last of the vocabulary."""

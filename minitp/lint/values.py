@@ -11,6 +11,7 @@ ROUNDED = {  # dtypes through which weights may have been rounded
     "float8 (e4m3)": ml_dtypes.float8_e4m3fn,
     "float8 (e5m2)": ml_dtypes.float8_e5m2,
 }
+DIFFERENT = "has values that differ from the expected ones"
 SIMILAR = 0.5  # the relative difference up to which two arrays are taken for the same weights
 
 
@@ -66,4 +67,4 @@ def similar_values(found, right):
     difference = found.astype(np.float64) - right
     if np.linalg.norm(difference) > SIMILAR * np.linalg.norm(right):
         return ""
-    return f"has values that differ from the expected ones by up to {np.abs(difference).max():.2g}"
+    return f"{DIFFERENT} by up to {np.abs(difference).max():.2g}"

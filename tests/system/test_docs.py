@@ -22,12 +22,8 @@ ANYWHERE = {"bits": 1, "guide": 5, "troubleshooting": 7, "check": 2, "performanc
 FROM_A_CHECKOUT = {"adding-a-family": 8}
 ON_TWO_HOSTS = {"several-nodes": 9}
 NEEDS_GPUS = {"gpus": 1}  # pages whose commands are only parsed
-IN_OTHER_TESTS = {
-    "serving": 4,
-    "compare": 5,
-    "judge": 2,
-    "lint": 2,
-}  # test_serving_docs, test_clients, test_.._docs
+# In test_serving_docs, test_clients and test_.._docs.
+IN_OTHER_TESTS = {"serving": 4, "compare": 5, "judge": 2, "lint": 2}
 
 
 def every_block(pages):

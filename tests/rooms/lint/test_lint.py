@@ -210,6 +210,17 @@ def test_padding_of_ffn_columns_that_agrees_is_right(models, tmp_path):
     assert linted(model, engines.vllm(ranks), tmp_path / "joined").faults == {}
 
 
+def test_equal_tensors_are_each_found(models, tmp_path):
+    """Norms of a model that is not trained are all ones."""
+    model = models["uneven"]
+    ones = {name: np.ones_like(x) if "norm" in name else x for name, x in model.tensors.items()}
+    fresh = engines.Model(tmp_path / "fresh", "uneven", ones)
+    ranks = of_engine("hf", fresh, 3)
+    ranks = [{f"w{number}": x for number, x in enumerate(held.values())} for held in ranks]
+    result = linted(fresh, ranks, tmp_path)
+    assert (result.faults, result.notes) == ({}, {})
+
+
 def test_equal_rows_are_not_mistaken_for_one_another(models, tmp_path):
     """Vocabulary rows that no text uses are often equal, and biases are often zero."""
     model = models["bias"]
@@ -273,5 +284,10 @@ def test_files_that_cannot_be_linted_are_refused(models, tmp_path):
     refused("has dtype int8", tmp_path / "quantized")
     engines.write(tmp_path / "axes", [{"model.norm.weight": np.zeros((2, 2, 32), np.float32)}])
     refused("has shape [2, 2, 32], expected", tmp_path / "axes")
+    stacks = {"model.layers.0.block_sparse_moe.experts.w2_weight": np.zeros((5, 32, 48), np.float32)}
+    engines.write(tmp_path / "experts", [stacks])
+    model = models["mixtral"]
+    refused("has 5 experts, but a layer of the model has 4", tmp_path / "experts")
+    model = models["llama"]
     engines.write(tmp_path / "foreign", [{"weight": np.ones((3, 5), np.float32)}])
     refused("no tensor belongs to", tmp_path / "foreign")
