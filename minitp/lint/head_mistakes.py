@@ -92,7 +92,7 @@ def joined_matrix_cut(case):
             has = f"rank 0 has {held_text(case.held[0], case.layout, case.pieces)}"
             return (
                 f"the joined matrix was cut into {len(case.ranks)} pieces: {has}; each part must be cut by "
-                "itself, unless the engine gathers the outputs before it separates them"
+                "itself, unless the engine gathers the outputs, as transformers does (--engine hf)"
             )
     return ""
 

@@ -10,6 +10,7 @@ finds a token by its number.
 import numpy as np
 
 from minitp.lint.blocks import Block, coverage
+from minitp.lint.head_mistakes import joined_matrix_cut
 from minitp.lint.layout import VOCABULARY
 from minitp.lint.mistakes import explain
 from minitp.lint.pieces import PADDING, UNKNOWN, piece_numbers
@@ -17,6 +18,7 @@ from minitp.lint.words import ranks_text
 from minitp.lint.wrong_tensor import WrongTensor, described
 
 CONSISTENT = "consistent, but not contiguous"
+GATHERED = "the joined matrix was cut as a whole: right if its outputs are gathered, as with tp_plan"
 
 
 class Judge:
@@ -31,7 +33,8 @@ class Judge:
         What is unusual about a tensor that is right.
     """
 
-    def __init__(self, tensors, pieces, expectation):
+    def __init__(self, tensors, pieces, expectation, engine):
+        self.engine = engine
         self.tensors, self.pieces, self.expectation = tensors, pieces, expectation
         self.config, self.tp = expectation.config, expectation.tp
         self.faults, self.notes, self.of_part = {}, {}, {}
@@ -137,6 +140,10 @@ class Judge:
         """Judge the tensors of a block together, and blame those that are not as expected."""
         tensors = {name: self.of_part[name][0] for name in names if name in self.of_part}
         is_attention = ".self_attn." in names[0]
+        if self.engine == "hf" and self._is_gathered(tensors):
+            joined = [tensor for tensor in tensors.values() if len(tensor.layout.parts) > 1]
+            self.notes |= {tensor.name: GATHERED for tensor in joined}
+            return
         if is_attention:
             for tensor, text in self._sound(tensors).broken_heads():
                 self.faults.setdefault(tensor.name, text if tensor.is_expected else self._explained(tensor))
@@ -153,6 +160,16 @@ class Judge:
             self.faults.setdefault(tensor.name, text)
         for tensor, text in self._sound(tensors).bias_faults():
             self.faults.setdefault(tensor.name, text if tensor.is_expected else self._explained(tensor))
+
+    def _is_gathered(self, tensors):
+        """Return whether joined matrices were cut as wholes, and the other matrices of a block evenly."""
+        cut = set()
+        for tensor in tensors.values():
+            if joined_matrix_cut(WrongTensor(tensor, self.pieces, self.expectation)):
+                cut.add(tensor.name)
+            elif tensor.name in self.faults or not tensor.is_expected:
+                return False
+        return bool(cut)
 
     def _sound(self, tensors):
         """Return the Block of the tensors that are not wrong by themselves."""

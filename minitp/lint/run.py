@@ -80,6 +80,6 @@ def lint(ranks, source, engine=None, progress=lambda nbytes: None):
         )
     order = {name: number for number, name in enumerate(pieces.names)}
     tensors.sort(key=lambda tensor: min((order[part] for part in tensor.layout.parts), default=len(order)))
-    judge = Judge(tensors, pieces, tracer.expectation)
+    judge = Judge(tensors, pieces, tracer.expectation, engine)
     judge.judge()
     return LintResult(engine, tensors, pieces, judge.faults, judge.notes)

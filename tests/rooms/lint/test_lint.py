@@ -197,6 +197,21 @@ def test_a_bias_may_be_added_before_the_sum(elsewhere, models, tmp_path):
     assert set(result.notes) == set(names)
 
 
+def test_transformers_cuts_joined_matrices_as_wholes(models, tmp_path):
+    """The tp_plan of Phi-3 gathers the outputs and splits the inputs of the next matrix."""
+    model = models["phi3"]
+    whole, ranks = engines.vllm([model.tensors])[0], engines.vllm(engines.cut(model.tensors, model.config, 3))
+    for rank, held in enumerate(ranks):
+        for name in [name for name in held if ".layers." in name and held[name].ndim == 2]:
+            axis = int(name.endswith(("o_proj.weight", "down_proj.weight")))
+            held[name] = np.array_split(whole[name], 3, axis)[rank]
+    joined = {name for name in whole if ".qkv_proj." in name or ".gate_up_proj." in name}
+    result = linted(model, ranks, tmp_path, engine="hf")
+    assert result.faults == {}
+    assert joined <= result.notes.keys()
+    assert joined <= linted(model, ranks, tmp_path).faults.keys()
+
+
 def test_padding_of_ffn_columns_that_agrees_is_right(models, tmp_path):
     model = models["uneven"]  # 37 columns: 13, 12 and 12 on three ranks
     ranks = of_engine("hf", model, 3)
