@@ -115,14 +115,9 @@ class Judge:
         """Return whether a tensor of the vocabulary has the expected rows, and anything after the last."""
         for rank in tensor.holders:
             right, held = tensor.expected[rank], tensor.held[rank]
-            codes = held.codes
-            if (
-                right is None
-                or held.values
-                or held.axis != 0
-                or held.source_axis != 0
-                or not np.array_equal(right[right >= 0], codes[: len(right)][right >= 0])
-            ):
+            if right is None or held.values or (held.axis, held.source_axis) != (0, 0):
+                return False
+            if not np.array_equal(right[right >= 0], held.codes[: len(right)][right >= 0]):
                 return False
         return True
 

@@ -10,13 +10,13 @@ from minitp.errors import InputError
 from minitp.lint.files import open_ranks, rank_of
 from minitp.lint.run import lint
 
+PAIRS = [(name, engine) for name in engines.MODELS for engine in ("hf", "vllm")]
+PAIRS += [(name, "megatron") for name in DENSE]
+
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4])
-@pytest.mark.parametrize("engine", ["hf", "vllm", "megatron"])
-@pytest.mark.parametrize("name", engines.MODELS)
+@pytest.mark.parametrize(("name", "engine"), PAIRS)
 def test_right_shards_are_right(name, engine, tp, models, tmp_path):
-    if engine == "megatron" and name not in DENSE:
-        pytest.skip("engine_shards writes only dense models without biases for Megatron")
     model = models[name]
     result = linted(model, of_engine(engine, model, tp), tmp_path)
     assert (result.faults, result.notes) == ({}, {})
@@ -90,12 +90,12 @@ def test_prefixes_of_wrappers_are_removed(prefix, models, tmp_path):
     assert all(tensor.by_name for tensor in result.tensors)
 
 
-@pytest.mark.parametrize("engine", ["hf", "vllm", "megatron"])
-@pytest.mark.parametrize("name", ["llama", "uneven", "bias"])
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [pair for pair in PAIRS if pair[0] in ("llama", "uneven", "bias")],
+)
 def test_tensors_are_found_by_content(name, engine, models, tmp_path):
     model = models[name]
-    if engine == "megatron" and name not in DENSE:
-        pytest.skip("engine_shards writes only models without biases for Megatron")
     ranks = of_engine(engine, model, 2)
     numbers = {key: number for number, key in enumerate(ranks[0])}
     ranks = [{f"weight_{numbers[key]}": x for key, x in held.items()} for held in ranks]
