@@ -107,9 +107,9 @@ class Judge:
             return "divided by the number of ranks: right if each rank adds it before the sum"
         alone = all((one.codes == PADDING).all() for one in held[1:])
         is_first = np.array_equal(held[0].codes, tensor.expected[0]) and not held[0].values
-        return (
-            "on rank 0 only: right if each rank adds what it has before the sum" if alone and is_first else ""
-        )
+        if alone and is_first:
+            return "on rank 0 only: right if each rank adds what it has before the sum"
+        return ""
 
     def _is_padded(self, tensor):
         """Return whether a tensor of the vocabulary has the expected rows, and anything after the last."""
