@@ -60,7 +60,7 @@ class LintCommand(OneProcess):
         from tqdm import tqdm
 
         from minitp.cli.lint_text import text
-        from minitp.lint.files import open_ranks
+        from minitp.compare.rank_folder import open_ranks
         from minitp.lint.run import lint
         from minitp.loading.source import open_model
 

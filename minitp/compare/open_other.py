@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from minitp.compare.assembled import AssembledFile
 from minitp.compare.files import open_dump
 from minitp.compare.mapped import MappedFile
-from minitp.compare.rank_files import RankFiles, rank_paths
+from minitp.compare.rank_folder import open_ranks
 from minitp.errors import InputError
 from minitp.shard import make_plan
 
@@ -32,15 +33,14 @@ def open_other(path, a, metadata, engine=None):
         If the file cannot be read, or needs a model's config that A does not have.
     """
     is_folder = Path(path).is_dir()
-    paths = rank_paths(path) if is_folder else [path]
+    files = open_ranks(path) if is_folder else [open_dump(path)]
     if metadata is None and (is_folder or engine):
         what = "a folder of ranks' files" if is_folder else f"--map {engine}"
         raise InputError(f"{what} needs the model's config, which {a.path} lacks; make A with minitp trace")
-    files = [open_dump(each) for each in paths]
     if metadata is None:
         return files[0]
     config = metadata.config
     plan = make_plan(config, len(files))
     if engine:
         files = [MappedFile(file, engine, config, plan, rank) for rank, file in enumerate(files)]
-    return RankFiles(Path(path), files, a, plan, config.head_dim) if is_folder else files[0]
+    return AssembledFile(Path(path), files, a, plan, config.head_dim) if is_folder else files[0]

@@ -1,6 +1,5 @@
 """The lint of an engine's shards: which rows of the checkpoint each rank holds, and whether it should.
 
-files.py           the files of each rank
 tensors.py         the tensors of an engine over all ranks
 experts.py         the numbers of the experts that a rank holds
 pieces.py          the checkpoint's rows and columns, found by their content

@@ -19,7 +19,7 @@ class ExpertNumbers:
 
     Parameters
     ----------
-    ranks : list of RankTensors
+    ranks : list of FilesOfRank
     layouts : dict of str to EngineTensor or None
         The layout of each tensor by the engine's name.
     pieces : CheckpointPieces
@@ -65,7 +65,7 @@ class ExpertNumbers:
         name, arrays, found = None, None, []
         for number in own:
             new, index, layout = self._tensors[rank][layer, number]
-            arrays = arrays if new == name else self._ranks[rank].read(new)
+            arrays = arrays if new == name else self._ranks[rank].read_as_stored(new)
             name = new
             found.append(self._by_content(arrays if index is None else arrays[index], layout.parts[0]))
         if None in found or len(set(found)) < len(found):

@@ -22,11 +22,10 @@ def kv_heads_modulo(case):
     if not kv or plan is None or len(case.ranks) < plan.tp or (case.right and case.fits(case.right)):
         return ""
     count = config.num_key_value_heads
-    by_head, by_rank = [], []
-    for (start, stop), (first, last) in zip(plan.head_ranges, plan.kv_head_ranges, strict=True):
-        by_head.append(list(dict.fromkeys(head % count for head in range(start, stop))))
-        size = last - first
-        by_rank.append([(len(by_rank) * size + head) % count for head in range(size)])
+    by_head = [list(dict.fromkeys(h % count for h in range(*heads))) for heads in plan.head_ranges]
+    sizes = {stop - start for start, stop in plan.kv_head_ranges}
+    size = sizes.pop() if len(sizes) == 1 else 0  # KV heads of each rank, if all have as many
+    by_rank = [[(rank * size + head) % count for head in range(size)] for rank in range(plan.tp)]
     right = f"expected h div (H / K), with H = {config.num_attention_heads}, K = {count}"
     for kv_heads, text in (
         (by_head, f"query head h is given KV head h mod K, {right}"),

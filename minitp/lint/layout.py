@@ -66,8 +66,8 @@ class Expectation:
         if kv and self.plan is not None and sum(size or 0 for size in sizes) != total:
             d = self.config.head_dim
             ranges = [range(start * d, stop * d) for start, stop in self.plan.kv_head_ranges]
-            if [len(held) for held in ranges] == sizes:
-                return ranges
+            fits = [len(held) for held in ranges] == sizes
+            return ranges if fits else [None] * len(sizes)
         ranges, start = [], 0
         for size in sizes:
             ranges.append(None if size is None else range(start, start + size))

@@ -48,7 +48,7 @@ def lint(ranks, source, engine=None, progress=lambda nbytes: None):
 
     Parameters
     ----------
-    ranks : list of RankTensors
+    ranks : list of FilesOfRank
     source : ModelSource
     engine : str or None
         The engine whose names the tensors have; None: recognized by the names.
@@ -75,7 +75,7 @@ def lint(ranks, source, engine=None, progress=lambda nbytes: None):
     tracer.identify([tensor for tensor in tensors if not tensor.by_name], ranks, claimed, progress)
     if not any(tensor.layout.parts for tensor in tensors):
         raise InputError(
-            f"{ranks[0].paths[0]}: no tensor belongs to {source.name}, by its name or by its content; are "
+            f"{ranks[0].path}: no tensor belongs to {source.name}, by its name or by its content; are "
             "these the shards of another model?"
         )
     order = {name: number for number, name in enumerate(pieces.names)}

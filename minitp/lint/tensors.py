@@ -119,7 +119,7 @@ def collect(ranks, lookup, pieces, experts):
 
     Parameters
     ----------
-    ranks : list of RankTensors
+    ranks : list of FilesOfRank
     lookup : TensorLookup
     pieces : CheckpointPieces
     experts : int
@@ -173,16 +173,16 @@ def _checked_shape(files, name, layout, experts):
     entry = files.entries[name]
     if entry.dtype not in FLOATS:
         raise InputError(
-            f"{files.paths[0]}: {name} has dtype {entry.dtype}; lint compares bits, so it needs shards in "
+            f"{files.path}: {name} has dtype {entry.dtype}; lint compares bits, so it needs shards in "
             f"{', '.join(FLOATS)}, before they are quantized"
         )
     allowed = (3,) if is_stacked(layout) else (1, 2)
     if len(entry.shape) not in allowed:
         axes = "[experts, out, in]" if is_stacked(layout) else "[out, in] or [out]"
-        raise InputError(f"{files.paths[0]}: {name} has shape {list(entry.shape)}, expected {axes}")
+        raise InputError(f"{files.path}: {name} has shape {list(entry.shape)}, expected {axes}")
     if is_stacked(layout) and entry.shape[0] > experts:
         raise InputError(
-            f"{files.paths[0]}: {name} has {counted(entry.shape[0], 'expert')}, but a layer of the model has "
+            f"{files.path}: {name} has {counted(entry.shape[0], 'expert')}, but a layer of the model has "
             f"{experts}; remove copies and padding"
         )
     return entry.shape

@@ -38,7 +38,7 @@ class Tracer:
             for rank in tensor.holders:
                 readers.setdefault((tensor.entries[rank][0], rank), []).append(tensor)
         for (name, rank), of_name in readers.items():
-            array = ranks[rank].read(name)
+            array = ranks[rank].read_as_stored(name)
             for tensor in of_name:
                 index = tensor.entries[rank][1]
                 own = array if index is None else array[index]
@@ -58,7 +58,7 @@ class Tracer:
         ----------
         tensors : list of ShardedTensor
             Tensors whose names explain nothing.
-        ranks : list of RankTensors
+        ranks : list of FilesOfRank
         claimed : set of str
             The checkpoint's tensors that others hold; of equal tensors, another one is taken.
         progress : callable
@@ -66,7 +66,7 @@ class Tracer:
         for tensor in tensors:
             tensor.held = [None] * len(ranks)
             for rank in tensor.holders:
-                array = ranks[rank].read(tensor.entries[rank][0])
+                array = ranks[rank].read_as_stored(tensor.entries[rank][0])
                 tensor.held[rank] = self.held(array, self.pieces.names, None)
                 progress(array.nbytes)
             codes = [tensor.held[rank].codes for rank in tensor.holders]
@@ -105,7 +105,7 @@ class Tracer:
         for rank in tensor.holders:
             held, expected = tensor.held[rank], tensor.expected[rank]
             if held.axis == held.source_axis == self.pieces.axis(tensor.layout.parts[0]):
-                array = ranks[rank].read(tensor.entries[rank][0])
+                array = ranks[rank].read_as_stored(tensor.entries[rank][0])
                 tensor.held[rank] = self.held(array, tensor.layout.parts, expected)
 
     def held(self, array, parts, expected):

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tiny import CONFIG, UNEVEN, random_tensors
 
-from minitp.lint.files import open_ranks
+from minitp.compare.rank_folder import open_ranks
 from minitp.lint.run import lint
 from minitp.loading.source import open_model
 

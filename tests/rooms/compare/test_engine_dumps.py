@@ -10,7 +10,6 @@ from tiny import UNEVEN, write_tiny
 
 from minitp.comm import run_threads
 from minitp.compare.heads import interleaved
-from minitp.compare.rank_files import rank_paths
 from minitp.compare.run import compare_files
 from minitp.device import open_device
 from minitp.errors import InputError
@@ -318,22 +317,6 @@ def test_a_joined_array_of_another_size_is_refused(references, tmp_path, oracle_
         InputError, match=r"linear_fc1 has shape \[7, 1, 75\], expected 74 in axis -1 for model"
     ):
         compare_files(oracle_like(references(**DENSE)), b, "megatron")
-
-
-def test_folders_of_ranks(tmp_path):
-    for rank in range(3):
-        (tmp_path / f"mp_rank_{rank:02}").mkdir()
-        write(tmp_path / f"mp_rank_{rank:02}/model.npz", {"x": np.zeros(2)})
-    (tmp_path / "notes.txt").write_text("no rank")
-    assert [path.parent.name for path in rank_paths(tmp_path)] == ["mp_rank_00", "mp_rank_01", "mp_rank_02"]
-    write(tmp_path / "mp_rank_02/more.npz", {"x": np.zeros(2)})
-    with pytest.raises(InputError, match=r"mp_rank_02: expected one \.safetensors or \.npz file, found 2"):
-        rank_paths(tmp_path)
-    (tmp_path / "mp_rank_01/model.npz").unlink()
-    (tmp_path / "mp_rank_01").rmdir()
-    (tmp_path / "mp_rank_02/more.npz").unlink()
-    with pytest.raises(InputError, match="it has a file of rank 2, but none of rank 1"):
-        rank_paths(tmp_path)
 
 
 def test_a_reference_without_metadata_is_refused(tmp_path):

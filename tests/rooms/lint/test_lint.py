@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from engine_shards import DENSE, linted, of_engine
 
+from minitp.compare.rank_folder import open_ranks, rank_of
 from minitp.errors import InputError
-from minitp.lint.files import open_ranks, rank_of
 from minitp.lint.run import lint
 
 PAIRS = [(name, engine) for name in engines.MODELS for engine in ("hf", "vllm")]
@@ -158,6 +158,17 @@ def test_a_permutation_of_heads_in_which_all_agree_is_right(models, tmp_path):
     assert text.startswith("consistent, but not contiguous: rank 0 has columns 24:48, expected columns 0:24")
 
 
+def test_kv_heads_on_exchanged_uneven_ranks_are_told_as_they_are(tmp_path):
+    """Ranks 1 and 2 of 4 have 1 and 2 of the 3 KV heads; exchanged, no rank has what the plan expects."""
+    model = engines.Model(tmp_path / "model", "uneven")
+    ranks = of_engine("hf", model, 4)
+    ranks[1], ranks[2] = ranks[2], ranks[1]
+    result = linted(model, ranks, tmp_path)
+    note = result.notes["model.layers.0.self_attn.k_proj.weight"]
+    assert "rank 1 has rows 6:18; rank 2 has rows 6:12" in note
+    assert "zeros" not in note
+
+
 def test_strided_columns_in_which_all_agree_are_right(models, tmp_path):
     model = models["llama"]
     ranks = of_engine("hf", model, 2)
@@ -288,7 +299,7 @@ def test_files_that_cannot_be_linted_are_refused(models, tmp_path):
     refused("model_optim_rng.pt is a pickle", tmp_path)
     (tmp_path / "pipeline/mp_rank_00_001").mkdir(parents=True)
     refused("pipeline", tmp_path / "pipeline")
-    refused("no shards found", tmp_path / "pipeline/mp_rank_00_001")
+    refused("no arrays found", tmp_path / "pipeline/mp_rank_00_001")
     refused("no such file", tmp_path / "nowhere")
     engines.write(tmp_path / "megatron/iter_0000100", ranks, "mp_rank_0{}/model.safetensors")
     refused("its folder iter_0000100 has some", tmp_path / "megatron")

@@ -96,6 +96,11 @@ def ungroup_qkv(ranks, whole):
         held[MEGATRON_QKV] = np.concatenate([part.reshape(-1, part.shape[-1]) for part in (q, k, v)])
 
 
+def kv_of_rank_0_on_rank_3(ranks, whole):
+    for name in (K, V):
+        ranks[3][name] = ranks[0][name]
+
+
 def kv_in_turn(ranks, whole):
     for rank, held in enumerate(ranks):
         for name in (K, V):
@@ -205,6 +210,13 @@ MISTAKES = {
     ),
     "KV heads in turn": Mistake(
         kv_in_turn, [K, V], "the ranks are given the KV heads in turn, as rank mod K", tp=4
+    ),
+    "KV heads of rank 0 on the last of uneven ranks": Mistake(
+        kv_of_rank_0_on_rank_3,
+        [K, V],
+        "rank 3 has the rows of rank 0; rows 12:18 are on no rank",
+        "uneven",
+        tp=4,
     ),
     "joined KV heads in turn": Mistake(kv_in_turn_joined, [QKV], "as rank mod K", engine="vllm", tp=4),
     "KV heads of v exchanged": Mistake(exchange(V), [V], "ranks exchanged: rank 0 has the rows of rank 1"),

@@ -1,7 +1,6 @@
-"""A folder with a file for each rank, put together by the sharding plan, so that a rank can be blamed."""
+"""The arrays of several ranks, put together by the sharding plan, so that a rank can be blamed."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 
@@ -9,40 +8,10 @@ from minitp.check.difference import difference_of
 from minitp.compare.files import Entry, TensorFile
 from minitp.compare.fit import letters_of
 from minitp.compare.layouts import layouts
-from minitp.errors import InputError
 from minitp.trace.names import WEIGHTS, Kind, kinds, split_name
 
-RANK_FILE = re.compile(r"(?:rank_?|mp_rank_|tp_rank_)(\d+)(?:\.safetensors|\.npz)?")
 
-
-def rank_paths(folder):
-    """Return the file of each rank in a folder, in the order of the ranks.
-
-    The files are `rank{r}.safetensors` or .npz, or the only such file in a folder `rank{r}` or `mp_rank_{r}`.
-
-    Raises
-    ------
-    InputError
-        If there are none, a rank is missing, or a folder has several files.
-    """
-    found = {}
-    for path in sorted(Path(folder).iterdir()):
-        match = RANK_FILE.fullmatch(path.name)
-        if match is None:
-            continue
-        files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.npz")])
-        if len(files) != 1:
-            raise InputError(f"{path}: expected one .safetensors or .npz file, found {len(files)}")
-        found.setdefault(int(match[1]), files[0])
-    if not found:
-        raise InputError(f"{folder}: no file of a rank, such as rank0.safetensors or mp_rank_00/arrays.npz")
-    missing = [rank for rank in range(max(found)) if rank not in found]
-    if missing:
-        raise InputError(f"{folder}: it has a file of rank {max(found)}, but none of rank {missing[0]}")
-    return [found[rank] for rank in sorted(found)]
-
-
-class RankFiles(TensorFile):
+class AssembledFile(TensorFile):
     """The files of an engine's ranks as one file of whole arrays, in the shapes of A.
 
     A sharded array is put together by the plan, and partial sums are added. Of an array that all ranks should

@@ -1,10 +1,10 @@
-"""The files of an engine's shards: which of them belong to which rank, by their names."""
+"""The files of an engine's ranks in a folder: which of them belong to which rank, by their names."""
 
 import os
 import re
 from pathlib import Path
 
-from minitp.compare.files import open_dump
+from minitp.compare.files import TensorFile, open_dump
 from minitp.errors import InputError
 from minitp.util.files import why_unreadable
 from minitp.util.format import counted
@@ -24,33 +24,32 @@ SEVERAL_KINDS = re.compile(r"mp_rank_\d+_\d+")  # Megatron's folders with pipeli
 EXAMPLES = "rank0.safetensors, rank_0/, mp_rank_00/, model-rank-0-part-0.safetensors"
 
 
-class RankTensors:
-    """The tensors of one rank, which are in one file or several.
+class FilesOfRank(TensorFile):
+    """The arrays of one rank, which are in one file or several.
 
     Attributes
     ----------
-    entries : dict of str to Entry
-        The shape and the dtype of each tensor by name.
+    paths : list of Path
     """
 
     def __init__(self, paths):
-        self.paths, self.entries, self._files = paths, {}, {}
-        for path in paths:
-            file = open_dump(path)
+        self.paths, entries, self._files = paths, {}, {}
+        files = [open_dump(path) for path in paths]
+        for file in files:
             for name, entry in file.entries.items():
-                if name in self.entries:
+                if name in entries:
                     raise InputError(
-                        f"{path}: tensor {name} is also in {self._files[name].path}; keep one of them"
+                        f"{file.path}: array {name} is also in {self._files[name].path}; keep one of them"
                     )
-                self.entries[name], self._files[name] = entry, file
+                entries[name], self._files[name] = entry, file
+        super().__init__(paths[0], entries, files[0].metadata)
 
-    def read(self, name):
-        """Return a tensor in the file's dtype."""
+    def _read(self, name):
         return self._files[name].read_as_stored(name)
 
 
 def open_ranks(path):
-    """Return the RankTensors of each rank, in rank order.
+    """Return the FilesOfRank of each rank, in rank order.
 
     Parameters
     ----------
@@ -66,7 +65,7 @@ def open_ranks(path):
     path = Path(path)
     if not path.is_dir():
         _refuse_pickles(path, [path])
-        return [RankTensors([path])]
+        return [FilesOfRank([path])]
     try:
         children = sorted(path.iterdir())
     except OSError as error:
@@ -86,18 +85,18 @@ def open_ranks(path):
     if not of_rank and not others:
         _refuse_pickles(path, known)
         raise InputError(
-            f"{path}: no shards found; expected a .safetensors or .npz file for each rank, such as {EXAMPLES}"
+            f"{path}: no arrays found; expected a .safetensors or .npz file for each rank, such as {EXAMPLES}"
             f"{_inner_folder(children)}"
         )
     if not of_rank:
-        return [RankTensors(others)]
+        return [FilesOfRank(others)]
     missing = sorted(set(range(max(of_rank) + 1)) - of_rank.keys())
     if missing:
         raise InputError(
             f"{path}: has files of {counted(len(of_rank), 'rank')} up to rank {max(of_rank)}, but none of "
             f"rank {missing[0]}; ranks are counted from 0"
         )
-    return [RankTensors(of_rank[number]) for number in sorted(of_rank)]
+    return [FilesOfRank(of_rank[number]) for number in sorted(of_rank)]
 
 
 def rank_of(name):
