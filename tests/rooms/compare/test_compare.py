@@ -428,8 +428,6 @@ def test_files_without_arrays(tmp_path, refused):
     (tmp_path / "folder").mkdir()
     expected = "no arrays found; expected a .safetensors or .npz file for each rank, such as"
     assert expected in refused(good, tmp_path / "folder")
-        good, tmp_path
-    )
     invalid = "not a valid .safetensors or .npz file"
     assert invalid in line(tmp_path / "text.safetensors", b"It was a dark and stormy night.")
     assert invalid in line(tmp_path / "empty", b"")
