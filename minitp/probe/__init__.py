@@ -1,11 +1,13 @@
-"""The recording of another engine: its steps under the names of `minitp trace`, for `minitp compare`.
+"""The recording of another engine: its steps under the names of `minitp trace`, for `minitp judge`.
 
     import minitp.probe
 
     with minitp.probe.record(model, "engine.safetensors"):
         model(input_ids)
 
-record.py    `record`: hooks on the modules and functions of a PyTorch model, and the file
+record.py      `record`: hooks on the modules and functions of a PyTorch model; start here
+recorder.py    the steps that the hooks give, and the file
+ranks.py       the rank of this process, if the model is sharded
 """
 
 from minitp.probe.record import record

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from types import SimpleNamespace
 
 import fake_transformers
@@ -209,3 +210,65 @@ def test_a_recording_in_bfloat16_has_the_bits_of_the_model():
         table = file.get_tensor("model.embed_tokens.weight")
     assert embed.dtype.name == "bfloat16"
     assert difference_of(embed, table[tokens]).absolute == 0
+
+
+# --- several ranks --------------------------------------------------------------------------------------
+
+
+def test_each_rank_writes_a_file_to_a_folder(model, tmp_path):
+    for rank in range(2):
+        with minitp.probe.record(model, tmp_path / "engine.safetensors", rank=rank, ranks=2):
+            model(ids(*PROMPT))
+    assert sorted(os.listdir(tmp_path / "engine")) == ["rank0.safetensors", "rank1.safetensors"]
+    metadata, _ = metadata_of(tmp_path / "engine" / "rank1.safetensors")
+    assert (metadata["tp"], metadata["rank"]) == ("2", "1")
+
+
+@pytest.fixture
+def torch(monkeypatch):
+    """A stand-in for PyTorch with torch.distributed, whose all-reduce doubles what it gets, on rank 1 of 2."""
+
+    def all_reduce(tensor):
+        tensor.array *= 2
+
+    distributed = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        get_rank=lambda: 1,
+        get_world_size=lambda: 2,
+        all_reduce=all_reduce,
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(distributed=distributed))
+    return sys.modules["torch"]
+
+
+def test_the_rank_and_the_partial_sums_are_those_of_torch_distributed(model, torch, tmp_path):
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+
+            def forward(x, forward=linear.forward):
+                output = forward(x)
+                torch.distributed.all_reduce(output)
+                return output
+
+            linear.forward = forward
+    original = torch.distributed.all_reduce
+    with minitp.probe.record(model, tmp_path / "engine"):
+        model(ids(*PROMPT))
+    assert torch.distributed.all_reduce is original
+    with safe_open(tmp_path / "engine" / "rank1.safetensors", "np") as file:
+        for block in ("layers.0.attn", "layers.1.attn", "layers.0.mlp", "layers.1.mlp"):
+            own, out = (file.get_tensor(f"prefill/{block}.{step}") for step in ("out_partial", "out"))
+            assert own.shape == (len(PROMPT), 36)
+            np.testing.assert_array_equal(out, 2 * own)
+
+
+def test_a_rank_that_cannot_be_known_is_refused(model, torch, tmp_path):
+    def refused(words, **options):
+        with pytest.raises(InputError, match=words), minitp.probe.record(model, tmp_path / "e", **options):
+            pass
+
+    refused("rank 0, ranks None: give both or neither", rank=0)
+    refused("rank 2: expected 0 to 1, because ranks is 2", rank=2, ranks=2)
+    model._tp_size = 4
+    refused("sharded over 4 of 2 processes; give the rank= and ranks= of each process")
