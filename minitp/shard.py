@@ -124,11 +124,14 @@ def make_plan(config, tp):
             f"--tp {tp}: this model has {counted(max_tp, 'attention head')} and a rank needs at least one; "
             f"any size from 1 to {max_tp} works"
         )
-    heads = split_evenly(config.num_attention_heads, tp)
+    sizes = config.num_attention_heads, config.intermediate_size, config.vocab_size
+    return plan_of_ranges(config, *(split_evenly(size, tp) for size in sizes))
+
+
+def plan_of_ranges(config, heads, ffn, vocab):
+    """Return the Plan for given ranges of query heads, FFN columns and vocabulary rows, one per rank each."""
     per_kv_head = config.num_attention_heads // config.num_key_value_heads
     kv_heads = tuple((start // per_kv_head, (stop - 1) // per_kv_head + 1) for start, stop in heads)
-    ffn = split_evenly(config.intermediate_size, tp)
-    vocab = split_evenly(config.vocab_size, tp)
 
     d = config.head_dim
     ranges = {
@@ -153,7 +156,8 @@ def make_plan(config, tp):
         tensors[name] = TensorShard(name, shape, split.axis, tensor_ranges)
     if config.joined_projections:
         _locate_in_joined(tensors, config.num_hidden_layers)
-    return Plan(tp, config.num_hidden_layers, heads, kv_heads, ffn, vocab, tensors, config.num_local_experts)
+    tp, layers, experts = len(heads), config.num_hidden_layers, config.num_local_experts
+    return Plan(tp, layers, heads, kv_heads, ffn, vocab, tensors, experts)
 
 
 def _locate_in_joined(tensors, layers):

@@ -272,6 +272,13 @@ def experts_sum(acts, router, per_token, normalized, downs):
     return found.with_inputs(inputs)
 
 
+def concatenated(parts):
+    """Return the Expected of the ranks' columns, one after another, from that of each rank."""
+    arrays = [(part.value, part.low_precision_reference, part.scale) for part in parts]
+    value, lowp, scale = (np.concatenate(each, axis=-1) for each in zip(*arrays, strict=True))  # [n, V] each
+    return replace(parts[0], value=value, low_precision_reference=lowp, scale=scale)
+
+
 def total(parts, bias=None):
     """Return the Expected of the sum over the ranks, plus the bias once: parts [T, D], bias [D] -> [T, D].
 

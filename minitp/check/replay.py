@@ -165,11 +165,12 @@ class Replay:
             uncapped = logits_r.not_recorded(np.float32)  # [n, V_r]
             logits_r = expected.soft_cap(uncapped, self.reference.logits_cap)  # [n, V_r]
         yield "logits_partial", logits_r, None
-        own = self.recorded(name, None, "logits_partial")  # [n, V_r]
-        if isinstance(own, NotRecorded):  # by an engine of one rank, where they are the logits
-            yield "logits", logits_r, []
+        parts = self.comm.allgather_object(
+            self.recorded(name, None, "logits_partial")
+        )  # [n, V_r] of each rank
+        if any(isinstance(part, NotRecorded) for part in parts):
+            yield "logits", expected.concatenated(self.comm.allgather_object(logits_r)), []
             return
-        parts = self.comm.allgather_object(own)  # [n, V_r] of each rank
         if len(set(map(len, parts))) > 1:  # a rank that has other rows of logits is already blamed
             return
         yield "logits", expected.exactly(np.concatenate(parts, axis=-1)), []

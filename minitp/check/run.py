@@ -56,7 +56,7 @@ def check_model(source, model, token_ids, decode=0, batch=0, progress=lambda lay
             totals.measure(rank.findings, step_file, progress)
         warnings = rank.rounding.warnings(comm)
     by_rank = comm.allgather_object(list(rank.findings.values()))
-    findings = _in_order([finding for findings in by_rank for finding in findings], source.plan, run.passes)
+    findings = in_order([finding for findings in by_rank for finding in findings], source.plan, run.passes)
     return CheckResult(findings, problems, run.sequences, run.passes, comm.size, warnings)
 
 
@@ -71,7 +71,7 @@ def _run_all_passes(model, token_ids, decode, batch, step_file):
         raise RankError(f"rank {model.comm.rank}: the model failed{after}: {one_line(error)}") from error
 
 
-def _in_order(findings, plan, passes):
+def in_order(findings, plan, passes):
     """Sort the findings: weights first, then steps in the order of the run; each step by rank."""
     steps = [*BEFORE, BLOCK_TABLE, *(step for step in step_names(plan) if step not in BEFORE)]
     names = [WEIGHTS + name for name in plan.tensors]

@@ -77,13 +77,17 @@ def number(x):
     return f"{x:.1e}" if x else "0"
 
 
-def verdict(source, result):
-    """Return the last line: that all steps are within bounds, or the first wrong one."""
+def verdict(source, result, ranks=None):
+    """Return the last line: that all steps are within bounds, or the first wrong one.
+
+    `ranks` says where the arrays are from, by default the ranks of the result.
+    """
     if result.problems:
         rank, text = result.problems[0]
         return f"first wrong step: the plan, rank {rank}: {text}"
     if result.ok:
-        arrays = f"{counted(len(result.findings), 'array')} on {counted(result.tp, 'rank')}"
+        ranks = ranks or f"on {counted(result.tp, 'rank')}"
+        arrays = f"{counted(len(result.findings), 'array')} {ranks}"
         layers = f"all {source.plan.layers} layers" if source.plan.layers > 1 else "the 1 layer"
         return f"all steps within bounds for {layers} ({arrays})"
     first = result.blamed()[0]

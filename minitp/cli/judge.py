@@ -1,12 +1,17 @@
 """`minitp judge`: name the first wrong operation in a recording of another engine."""
 
 import sys
+from dataclasses import replace
 
 from minitp.cli.check_text import table, verdict
 from minitp.cli.color import judged
 from minitp.cli.command import OneProcess
+from minitp.cli.options import add_report, token_ids
+from minitp.errors import InputError
 from minitp.util.format import counted
 from minitp.util.stdout import write_out
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 class JudgeCommand(OneProcess):
@@ -18,8 +23,8 @@ class JudgeCommand(OneProcess):
     description = (
         "Repeat every operation of a recording in float64, on the inputs that the engine really had, and "
         "compare. If the error of a step exceeds its bound, the exit code is 1, and the last lines name the "
-        "first wrong operation and, if a common mistake explains it, the mistake. Record a model of Hugging "
-        "Face transformers with minitp.probe."
+        "first wrong operation, its rank and, if a common mistake explains it, the mistake. Record a model "
+        "of Hugging Face transformers with minitp.probe; docs/judge.md says what to save from other engines."
     )
     examples = (
         (
@@ -27,15 +32,40 @@ class JudgeCommand(OneProcess):
             "with the checkpoint that the engine runs",
         ),
         (
-            "minitp judge engine.safetensors -v",
-            "also a row for each layer; the model is that of the recording",
+            "minitp judge engine/ --model ./Llama-3.2-1B",
+            "rank0.safetensors, rank1.safetensors, .. in a folder",
+        ),
+        (
+            "minitp judge mine.npz --model ./Llama-3.2-1B --rope interleaved --report judge.html",
+            "arrays of an engine that rotates neighboring dimensions; write a report",
         ),
     )
     verbose = "show a row for each layer"
 
     def add_options(self, parser):
-        parser.groups["input"].add_argument(
-            "file", metavar="FILE", help="a recording: a .safetensors file with the metadata of a trace"
+        group = parser.groups["input"]
+        group.add_argument(
+            "file",
+            metavar="FILE",
+            help="a recording: a .safetensors or .npz file, or a folder with rank0.safetensors, ..",
+        )
+        group.add_argument(
+            "--tokens",
+            type=token_ids,
+            metavar="IDS",
+            help="the token ids of all passes, as in 1,2,3 (default: those of the recording)",
+        )
+        group.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            help="the dtype in which the engine computes (default: that of the recording)",
+        )
+        group.add_argument(
+            "--rope",
+            choices=("interleaved", "half"),
+            default="half",
+            help="the RoPE layout of the engine's heads; interleaved heads are converted to half-split ones "
+            "(default: half)",
         )
         group = parser.groups["model"]
         group.add_argument(
@@ -48,33 +78,83 @@ class JudgeCommand(OneProcess):
             help="branch, tag or commit of a Hugging Face id (default: its main branch)",
         )
 
+        add_report(parser)
+
     def run(self, args):
         """Print the table and the verdict; return 1 if a step is wrong, else 0."""
         from tqdm import tqdm
 
-        from minitp.judge.recording import EngineRecording
+        from minitp.cli.inputs import check_output
+        from minitp.judge.files import RecordedFiles
+        from minitp.judge.recording import EngineRecording, check_model
         from minitp.judge.run import judge
         from minitp.loading.source import open_model
         from minitp.trace.reference import open_oracle
 
-        recording = EngineRecording(args.file)
-        layers = recording.metadata.layers
-        source = open_model(args.model or recording.model, 1, layers, args.revision)
-        recording.check_model(source)
+        if args.report is not None:
+            check_output(args.report, ".html")
+        files = RecordedFiles(args.file)
+        name = args.model or files.model
+        if name is None:
+            raise InputError(f"{args.file}: it does not say which model it is of; give --model")
+        source = open_model(name, 1, files.layers, args.revision)
+        check_model(files, source)
+        recording = EngineRecording(files, source, args.tokens, args.dtype, args.rope)
         hidden = not sys.stderr.isatty()
-        with tqdm(total=layers, desc="judging", unit="layer", leave=False, disable=hidden) as bar:
-            judgement = judge(recording, source, open_oracle(source), bar.update)
-        result = judgement.result
-        tokens = counted(len(recording.metadata.token_ids), "token")
+        with tqdm(total=files.layers, desc="judging", unit="layer", leave=False, disable=hidden) as bar:
+            judgement = judge(recording, open_oracle(source), bar.update)
+        result, ranks = of_assembled(judgement.result, recording.assembled_from)
+        said = verdict(source, result, ranks).replace("wrong step", "wrong operation")
         lines = [
-            f"{args.file}: {recording.engine}, {recording.dtype.name}, {tokens} in "
-            f"{counted(len(recording.passes), 'pass')}, judged with {source.name}",
+            title(args, recording, source),
             "",
             *table(result, args.verbose),
             "",
-            *([f"not recorded: {', '.join(judgement.missing)}"] if judgement.missing else []),
-            judged(verdict(source, result).replace("wrong step", "wrong operation"), result.ok, sys.stdout),
-            *([f"what it seems to compute: {judgement.explanation}"] if judgement.explanation else []),
+            *remarks(recording, judgement),
         ]
         write_out("\n".join(lines) + "\n")
+        mistake = f"what it seems to compute: {judgement.explanation}" if judgement.explanation else ""
+        if args.report is not None:
+            report(args.report, source, recording, judgement.result, [said, mistake], ranks)
+        write_out("\n".join(filter(None, (judged(said, result.ok, sys.stdout), mistake))) + "\n")
         return 0 if result.ok else 1
+
+
+def of_assembled(result, ranks):
+    """Return the result for the text, and where the arrays are from.
+
+    No single rank can be blamed for an array that was assembled from those of several.
+    """
+    if ranks == 1:
+        return result, f"on {counted(result.tp, 'rank')}"
+    findings = [replace(finding, rank="all") for finding in result.findings]
+    return replace(result, findings=findings), f"assembled from {counted(ranks, 'rank')}"
+
+
+def title(args, recording, source):
+    """Return the heading: the engine, its dtype, the tokens and the model."""
+    tokens = counted(len(recording.token_ids), "token")
+    passes = counted(len(recording.passes), "pass")
+    ran = f"{recording.engine}, {recording.dtype.name}, {tokens} in {passes}"
+    return f"{args.file}: {ran}, judged with {source.name}"
+
+
+def remarks(recording, judgement):
+    """Return lines about what was not judged."""
+    lines = [f"not recorded: {', '.join(judgement.missing)}"] if judgement.missing else []
+    if not recording.has_end:
+        layers = counted(recording.plan.layers, "layer")
+        lines.append(f"only the first {layers} of the model: final_norm and logits are not judged")
+    return lines
+
+
+def report(path, source, recording, result, lines, ranks):
+    """Write the page of a judgement, with some lines as its verdict."""
+    from minitp.report.check import report_data
+    from minitp.report.page import write_report
+
+    source = replace(source, plan=recording.plan)
+    said = "; ".join(filter(None, lines))
+    data = report_data(source, recording.dtype, result, said, command="judge", engine=recording.engine)
+    write_report(path, data | {"title": f"{recording.engine}: {source.name}, {ranks}"})
+    write_out(f"report: {path}\n")

@@ -1,8 +1,13 @@
 """`minitp judge`: repeat the recorded operations of another engine, and name the first wrong one.
 
 run.py          the judgement: each recorded step against the operation on its recorded inputs; start here
-recording.py    the recording, as the replay of `check` reads it
+files.py        the files of a recording, one or one for each rank
+recording.py    the recording: its tokens, passes, dtype and sharding plan
+rank_steps.py, sizes.py, dump.py: the steps of a rank in the shapes of a trace; sizes and tokens of arrays
+                without metadata
+weights.py      a rank's parts of the checkpoint
 ties.py         experts with equal router logits, of which the engine may choose any
 hypotheses.py   the mistakes, tried one by one on the first wrong step
-attention_mistakes.py, other_mistakes.py: what each operation may compute instead; wrong_step.py: its inputs
+attention_mistakes.py, other_mistakes.py, rank_mistakes.py: what each operation may compute instead;
+                wrong_step.py: its inputs
 """

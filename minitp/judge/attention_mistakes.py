@@ -37,7 +37,7 @@ def rope_mistakes(wrong):
             yield f"rotated with the RoPE of layer {layer}, not of layer {wrong.layer}", turned(at, *rotation)
             break
     plain = [2 * i / pairs for i in range(pairs // 2)]
-    thetas = {float(wrong.case.recording.metadata.config.rope.rope_theta), 1e4, 1e5, 5e5, 1e6}
+    thetas = {float(wrong.case.recording.config.rope.rope_theta), 1e4, 1e5, 5e5, 1e6}
     for theta in sorted(thetas):
         other = np.array([theta**-exponent for exponent in plain])  # [R/2]
         if not np.allclose(other, frequencies, rtol=1e-9):
@@ -51,11 +51,9 @@ def visible(wrong, shift=0, window=None):
 
 
 def heads_of(wrong, step, tiled=False):
-    """Return the keys or values of each query head, [H, S, d]: repeated, or by mistake tiled."""
-    x, heads = wrong.s(step), wrong.reference.heads  # [K, S, d]
-    group = heads // len(x)
-    order = [h % len(x) if tiled else h // group for h in range(heads)]
-    return x[order]  # [H, S, d]
+    """Return the keys or values of each query head, [H_r, S, d]: repeated, or by mistake tiled."""
+    x, kv_of_head = wrong.s(step), wrong.case.replay.kv_of_head  # [K_r, S, d]
+    return x[[h % len(x) if tiled else kv for h, kv in enumerate(kv_of_head)]]  # [H_r, S, d]
 
 
 def probability_mistakes(wrong):

@@ -16,6 +16,7 @@ from minitp.judge.other_mistakes import (
     embedding_mistakes,
     logits_mistakes,
     norm_mistakes,
+    output_mistakes,
     projection_mistakes,
     residual_mistakes,
 )
@@ -26,7 +27,8 @@ BETTER = 2  # how many times smaller the error must be than that of the right op
 
 OPERATIONS = {
     **dict.fromkeys(("norm", "q_norm", "k_norm", "post_norm", "final_norm"), norm_mistakes),
-    **dict.fromkeys((*PROJECTIONS, "out"), projection_mistakes),
+    **dict.fromkeys((*PROJECTIONS, "out_partial"), projection_mistakes),
+    "out": output_mistakes,
     **dict.fromkeys(("q_rope", "k_rope"), rope_mistakes),
     **dict.fromkeys(("scores", "probs"), probability_mistakes),
     **dict.fromkeys(("k_cache", "v_cache"), cache_mistakes),
@@ -38,25 +40,39 @@ OPERATIONS = {
 }
 
 
-def explain(case, finding):
-    """Return what the operation of a wrong Finding seems to compute instead; "" if nothing fits."""
-    if finding.local is None:
+def explain(cases, findings):
+    """Return what the operation of a wrong step seems to compute instead; "" if nothing fits.
+
+    Parameters
+    ----------
+    cases : list of Case
+        The Case of each rank.
+    findings : dict of int to Finding
+        The wrong finding of a rank, or those of all ranks, which must have one explanation.
+    """
+    if any(finding.local is None for finding in findings.values()):
         return ""
-    array = case.recorded(finding.pass_name, finding.layer, finding.step).astype(np.float64)
-    for text, value in mistakes(case, finding):
+    first, *others = (fitting(cases, rank, finding) for rank, finding in findings.items())
+    others = [set(texts) for texts in others]
+    return next((text for text in first if all(text in texts for texts in others)), "")
+
+
+def fitting(cases, rank, finding):
+    """Yield the descriptions of the mistakes that explain a wrong finding of a rank."""
+    array = cases[rank].recorded(finding.pass_name, finding.layer, finding.step).astype(np.float64)
+    for text, value in mistakes(cases, rank, finding):
         if value is None or value.shape != array.shape:
             continue
         found = difference_of(array, np.asarray(value, np.float64))
         pairs = zip((found.relative, found.absolute), finding.bounds, strict=True)
         if max(ratio_of(error, bound) for error, bound in pairs) <= min(ROOM, finding.ratio / BETTER):
-            return text
-    return ""
+            yield text
 
 
-def mistakes(case, finding):
+def mistakes(cases, rank, finding):
     """Yield (description, array) for all mistakes that are known in a step."""
-    pass_ = next(one for one in case.recording.passes if one.name == finding.pass_name)
-    wrong = WrongStep(case, pass_, finding.layer, finding.step)
+    pass_ = next(one for one in cases[rank].recording.passes if one.name == finding.pass_name)
+    wrong = WrongStep(cases, rank, pass_, finding.layer, finding.step)
     kind = finding.step.rpartition(".")[2]
     yield from OPERATIONS.get(kind, lambda _: ())(wrong)
     yield from scaled(wrong)
@@ -65,7 +81,7 @@ def mistakes(case, finding):
 def scaled(wrong):
     """Try a factor, the last resort."""
     found, expected = wrong.s(wrong.step), wrong.right()
-    if expected is None or expected.shape != found.shape or expected.size < 2:
+    if expected.shape != found.shape or expected.size < 2:
         return
     finite = np.isfinite(expected) & np.isfinite(found)
     factor = np.vdot(expected[finite], found[finite]) / max(

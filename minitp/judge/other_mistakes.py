@@ -7,6 +7,14 @@ that the engine really had. Shape letters are those of `trace.names`.
 import numpy as np
 
 from minitp.compare.heads import half_split, interleaved
+from minitp.judge.rank_mistakes import (
+    gathered_mistakes,
+    norm_over_part,
+    part_mistakes,
+    partial_sum_mistakes,
+    sum_mistakes,
+    vocabulary_mistakes,
+)
 from minitp.oracle import ops
 
 NORM_TENSORS = {
@@ -39,6 +47,8 @@ def norm_mistakes(wrong):
     for other_eps in (0.0, 1e-8, 1e-6, 1e-5, 1e-3):
         if other_eps != eps:
             yield f"eps is {other_eps:g}, not {eps:g}", ops.rms_norm(x, weight, other_eps)
+    if x.shape[-1] == reference.hidden_size:
+        yield from norm_over_part(wrong, x, weight, eps)
     centered = x - np.mean(x, axis=-1, keepdims=True)
     yield "the mean is subtracted first, as in LayerNorm", ops.rms_norm(centered, weight, eps)
     sums = np.sum(x * x, axis=-1, keepdims=True)
@@ -63,12 +73,10 @@ OUTPUTS = {"attn": ("context", "self_attn.o_proj"), "mlp": ("act", "mlp.down_pro
 
 def projection_mistakes(wrong):
     """Try mistakes in a product with a weight of the checkpoint."""
-    if wrong.step == "out":
-        source, name = OUTPUTS[wrong.block]
-        if wrong.reference.experts and wrong.block == "mlp":
-            return
-    else:
-        source, name = "norm", PROJECTIONS[wrong.step]
+    is_output = wrong.step in ("out", "out_partial")
+    source, name = OUTPUTS[wrong.block] if is_output else ("norm", PROJECTIONS[wrong.step])
+    if is_output and wrong.reference.experts and wrong.block == "mlp":
+        return
     x, weight, bias = wrong.s(source), wrong.w(f"{name}.weight"), wrong.w(f"{name}.bias")
     shape = wrong.s(wrong.step).shape  # [n, T, d] or [T, out]
     size = shape[0] * shape[2] if len(shape) == 3 else shape[1]
@@ -79,12 +87,17 @@ def projection_mistakes(wrong):
         y = ops.linear(x, weight, bias)  # [T, out]
         return np.stack(np.split(y, shape[0], axis=-1)) if len(shape) == 3 else y
 
+    if is_output:
+        yield from partial_sum_mistakes(wrong, x, name, result)
+        bias = None
+    else:
+        yield from part_mistakes(wrong, x, name, len(shape) == 3, result)
     if bias is not None:
         yield "the bias is left out", result(x, weight, None)
         yield "the bias is added twice", result(x, weight, 2 * bias)
     if weight.shape[0] == weight.shape[1]:
         yield "the weight is transposed", result(x, weight.T, bias)
-    siblings = [other for other in PROJECTIONS if other != wrong.step and wrong.step != "out"]
+    siblings = [other for other in PROJECTIONS if other != wrong.step and not is_output]
     for other in siblings:
         if wrong.w(f"{PROJECTIONS[other]}.weight") is not None:
             yield (
@@ -106,6 +119,13 @@ def projection_mistakes(wrong):
         flat = np.concatenate(right_heads, axis=-1)  # [T, n d]
         by_dimension = flat.reshape(len(flat), shape[2], shape[0])  # [T, d, n]
         yield "the rows are read as [d, heads], not [heads, d]", by_dimension.transpose(2, 0, 1)
+
+
+def output_mistakes(wrong):
+    """Try mistakes in the sum over the ranks, and if there is one rank, in the product."""
+    yield from sum_mistakes(wrong)
+    if not wrong.other_ranks:
+        yield from projection_mistakes(wrong)
 
 
 def activation_mistakes(wrong):
@@ -145,11 +165,12 @@ def residual_mistakes(wrong):
 
 def embedding_mistakes(wrong):
     """Try mistakes in the embedding."""
-    table = wrong.w("model.embed_tokens.weight")  # [V, D]
+    table = wrong.whole("model.embed_tokens.weight")  # [V, D]
     ids, scale = wrong.outside("tokens").astype(int), wrong.reference.embedding_scale  # [T], one number
     if scale != 1:
         yield f"the scale of the embedding, {scale:g}, is left out", table[ids]
         yield "the embedding is scaled twice", table[ids] * scale * scale
+    yield from vocabulary_mistakes(wrong, table, ids, scale)
     yield "the embedding is scaled by the root of the hidden size", table[ids] * table.shape[1] ** 0.5
     yield "the rows are those of the next token id", table[(ids + 1) % len(table)] * scale
     yield "the rows are those of the token id before", table[ids - 1] * scale
@@ -159,8 +180,8 @@ def logits_mistakes(wrong):
     """Try mistakes in the logits."""
     reference = wrong.reference
     x = wrong.outside("final_norm")  # [n, D]
-    table = wrong.w("model.embed_tokens.weight")  # [V, D]
-    head = wrong.w("lm_head.weight")  # [V, D], or None
+    table = wrong.whole("model.embed_tokens.weight")  # [V, D]
+    head = wrong.whole("lm_head.weight")  # [V, D], or None
     plain = ops.linear(x, table if head is None else head)  # [n, V]
     if reference.logits_divisor != 1:
         yield f"the division by logits_scaling, {reference.logits_divisor:g}, is left out", plain
@@ -169,6 +190,7 @@ def logits_mistakes(wrong):
         yield "the soft cap of the logits is left out", plain
     if head is not None:
         yield "the output matrix is the embedding table, although they are not tied", ops.linear(x, table)
+    yield from gathered_mistakes(wrong, wrong.right())
     stream = wrong.last_stream()[-len(x) :]  # [n, D]
     yield (
         "the input is the residual stream, not its norm",

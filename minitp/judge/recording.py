@@ -1,103 +1,150 @@
-"""A recording of another engine, in the form in which the replay of `check` reads a rank's steps."""
+"""A recording of another engine, in the form in which the replay of `check` reads each rank's steps."""
 
 import numpy as np
 
 from minitp.check.passes import RecordedPass
-from minitp.compare.files import open_dump
-from minitp.compare.pairing import MAY_DIFFER, differing, read_metadata
+from minitp.compare.pairing import MAY_DIFFER, differing
 from minitp.errors import InputError, shown
-from minitp.trace.names import INTEGERS, full_name
+from minitp.judge.dump import dtype_of_dump, passes_of_dump
+from minitp.judge.rank_steps import RankSteps
+from minitp.judge.sizes import plan_of, rows_of_logits, sizes_of
+from minitp.trace.names import full_name, kinds
 from minitp.util.format import counted
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-# Steps that the replay needs as arrays, because the operations after them cannot bridge a missing one.
-NEEDED = ("q_rope", "k_rope", "k_cache", "v_cache", "v")
+# Steps that the replay needs as arrays, because the operations after them cannot bridge a missing one; the
+# newest positions of a cache stand for the keys or values of a pass.
+NEEDED = ("attn.q_rope", "attn.k_rope", "attn.v")
+NEEDED_OF_EXPERTS = ("mlp.norm", "mlp.router")
+
+
+def check_model(files, source):
+    """Reject a ModelSource whose config differs from that in the metadata; the message names the field."""
+    if files.metadata is None:
+        return
+    for name, ours, theirs in differing(source.config, files.metadata.config):
+        if name not in MAY_DIFFER:
+            raise InputError(
+                f"{files.path}: the engine's config has {name} {shown(theirs)}, and that of "
+                f"{source.name} {shown(ours)}: it runs another model, or reads its config wrongly"
+            )
 
 
 class EngineRecording:
-    """A trace made by `minitp.probe` or by another program with its metadata.
+    """A trace made by `minitp.probe`, or arrays of another program.
+
+    Parameters
+    ----------
+    files : RecordedFiles
+    source : ModelSource
+        The model that the engine should run, with the layers of the files.
+    tokens : list of int or None
+        The token ids, if the files do not have them.
+    dtype : str or None
+        The engine's dtype; None takes that of the metadata or of the arrays.
+    rope : str
+        "interleaved" converts the recorded heads to half-split ones; "half" leaves them.
 
     Attributes
     ----------
-    metadata : TraceMetadata
+    path : Path
+    config : Config
+    token_ids : list of int
     dtype : numpy dtype
         The engine's dtype.
-    engine, model : str
-        The names of the engine and of the model in the recording.
+    engine : str
+        The name of the engine.
+    plan : Plan
+        Which heads, columns and rows each rank has.
     passes : list of RecordedPass
+    ranks : list of RankSteps
+    has_end : bool
+        Whether the last recorded layer is the model's last, so that the steps after the layers follow it.
 
     Raises
     ------
     InputError
-        If the file is not a trace, or lacks a step that nothing else can replace.
+        If the metadata is damaged, or a step is missing that nothing can replace.
     """
 
-    def __init__(self, path):
-        self._file = open_dump(path)
-        self.metadata = read_metadata(self._file)
-        if self.metadata is None:
-            raise InputError(
-                f"{path}: not a trace; record the engine with minitp.probe, or use minitp compare for arrays "
-                "without metadata"
+    def __init__(self, files, source, tokens=None, dtype=None, rope="half"):
+        self.path, self.config, self.assembled_from = files.path, source.config, files.assembled_from
+        is_trace = files.metadata is not None
+        if is_trace:
+            self._read_metadata(files, tokens, dtype)
+            spans = files.metadata.passes
+        else:
+            self.engine, self.dtype = "arrays without metadata", np.dtype(dtype or dtype_of_dump(files))
+            self.token_ids, spans = passes_of_dump(files, self.config, tokens)
+        self._check_passes(spans)
+        self.has_end = is_trace or source.fields().get("num_hidden_layers") == files.layers
+        sizes = [sizes_of(rank, self.config, spans) for rank in files.ranks]
+        self.plan = plan_of(self.config, sizes)
+        by_step = kinds(self.plan, self.config.head_dim)
+        self.passes, cached = [], ()
+        for name, (start, stop) in spans.items():
+            rows = rows_of_logits(files.ranks, name, self.config) if self.has_end else 0
+            self.passes.append(RecordedPass(name, 0, start, stop, cached, logit_rows=rows))
+            cached += self.passes[-1].origins
+        passes = {pass_.name: pass_ for pass_ in self.passes}
+        interleaved_dim = self.config.rotary_dim if rope == "interleaved" else None
+        self.ranks = [
+            RankSteps(
+                file,
+                rank,
+                by_step,
+                passes,
+                sizes=None if is_trace else sizes[rank],
+                dtype=self.dtype if dtype else None,
+                rotary_dim=interleaved_dim,
             )
-        facts = self._file.metadata
+            for rank, file in enumerate(files.ranks)
+        ]
+        self._check_steps()
+
+    def _read_metadata(self, files, tokens, dtype):
+        facts, path = files.facts, self.path
         missing = [name for name in ("dtype", "source", "model") if name not in facts]
         if missing:
             raise InputError(f"{path}: the metadata of a trace needs {', '.join(missing)}, too")
         if facts["dtype"] not in DTYPES:
             raise InputError(f"{path}: dtype {shown(facts['dtype'])}: judge needs {', '.join(DTYPES)}")
-        self.dtype, self.engine, self.model = np.dtype(facts["dtype"]), facts["source"], facts["model"]
-        self._check_passes()
-        self.passes, cached = [], ()
-        for name, (start, stop) in self.metadata.passes.items():
-            logits = self._file.entries.get(f"{name}/logits")
-            rows = logits.shape[0] if logits else 0
-            self.passes.append(RecordedPass(name, 0, start, stop, cached, logit_rows=rows))
-            cached += self.passes[-1].origins
-        self._check()
+        self.dtype, self.engine = np.dtype(dtype or facts["dtype"]), facts["source"]
+        self.token_ids = tokens or files.metadata.token_ids
 
-    def __contains__(self, name):
-        return name in self._file.entries
-
-    def read(self, name):
-        """Return an array in the dtype in which it was recorded; token ids and positions are int64."""
-        dtype = np.int64 if name.endswith(INTEGERS) else self._file.entries[name].dtype
-        return self._file.read(name).astype(dtype)
-
-    def check_model(self, source):
-        """Reject a ModelSource whose config differs from the engine's; the message names the field."""
-        for name, ours, theirs in differing(source.config, self.metadata.config):
-            if name not in MAY_DIFFER:
-                raise InputError(
-                    f"{self._file.path}: the engine's config has {name} {shown(theirs)}, and that of "
-                    f"{source.name} {shown(ours)}: it runs another model, or reads its config wrongly"
-                )
-
-    def _check_passes(self):
-        path, ids, stop = self._file.path, self.metadata.token_ids, 0
+    def _check_passes(self, spans):
+        ids, stop = self.token_ids, 0
         if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-            raise InputError(f"{path}: token_ids {shown(ids)}: expected a list of numbers")
-        for name, (start, end) in self.metadata.passes.items():
+            raise InputError(f"{self.path}: token_ids {shown(ids)}: expected a list of numbers")
+        for name, (start, end) in spans.items():
             if start != stop or not isinstance(end, int) or not start < end <= len(ids):
                 raise InputError(
-                    f"{path}: {name} has positions {start} to {end}: passes must follow each other from 0, "
-                    f"within the {counted(len(ids), 'token')} of token_ids"
+                    f"{self.path}: {name} has positions {start} to {end}: passes must follow each other from "
+                    f"0, within the {counted(len(ids), 'token')} of token_ids"
                 )
             stop = end
         if not stop:
-            raise InputError(f"{path}: its metadata has no passes; record at least one forward pass")
+            raise InputError(f"{self.path}: its metadata has no passes; record at least one forward pass")
 
-    def _check(self):
+    def _check_steps(self):
+        needed = NEEDED + (NEEDED_OF_EXPERTS if self.config.num_local_experts else ())
         for pass_ in self.passes:
-            for layer in range(self.metadata.layers):
-                prefix = full_name(pass_.name, layer, "attn.")
-                if not any(name.startswith(prefix) for name in self._file.entries):
-                    raise InputError(
-                        f"{self._file.path}: it has no attention steps of layer {layer} in {pass_.name}; if "
-                        "all layers were recorded, the engine skips this one"
-                    )
-                for step in NEEDED:
-                    name = full_name(pass_.name, layer, f"attn.{step}")
-                    unrotated = step.endswith("rope") and layer in self.metadata.config.layers_without_rope
-                    if name not in self and not unrotated:
-                        raise InputError(f"{self._file.path}: it lacks {name}, which judge needs")
+            for layer in range(self.plan.layers):
+                for rank in self.ranks:
+                    self._check_layer(rank, pass_, layer, needed)
+
+    def _check_layer(self, rank, pass_, layer, needed):
+        prefix, path = full_name(pass_.name, layer, "attn."), rank.path
+        if not any(name.startswith(prefix) for name in rank.names):
+            raise InputError(
+                f"{path}: it has no attention steps of layer {layer} in {pass_.name}; if "
+                "all layers were recorded, the engine skips this one"
+            )
+        unrotated = layer in self.config.layers_without_rope
+        missing = [
+            full_name(pass_.name, layer, step)
+            for step in needed
+            if not (step.endswith("rope") and unrotated) and full_name(pass_.name, layer, step) not in rank
+        ]
+        if missing:
+            raise InputError(f"{path}: it lacks {', '.join(missing)}, which judge needs")

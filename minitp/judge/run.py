@@ -6,15 +6,19 @@ import numpy as np
 
 from minitp.check.difference import difference_of, norm
 from minitp.check.replay import Replay
-from minitp.check.result import CheckResult, Finding
+from minitp.check.result import ALL, CheckResult, Finding
+from minitp.check.run import in_order
 from minitp.check.sums import IN_FLOAT32
-from minitp.comm.single import SingleRank
+from minitp.comm.threads import run_threads
 from minitp.judge.hypotheses import explain
-from minitp.judge.recording import NEEDED
 from minitp.judge.ties import break_ties
-from minitp.trace.names import INTEGERS, full_name
+from minitp.judge.weights import RankWeights
+from minitp.trace.names import INTEGERS, full_name, kinds
 
 ROTATED = ("attn.q_rope", "attn.k_rope")
+CACHED = {"attn.k_cache": "attn.k_rope", "attn.v_cache": "attn.v"}
+# Steps that later operations need as arrays.
+AS_ARRAYS = ("q_rope", "k_rope", "k_cache", "v_cache", "v")
 # The relative error of an engine's frequencies. Transformers computes them in float32: for a theta up to 1e7
 # and with scaling, the error is up to 8 * 2^-24.
 FREQUENCY_ERROR = 2.0**-20
@@ -27,7 +31,7 @@ class Judgement:
     Attributes
     ----------
     result : CheckResult
-        A finding for each recorded step.
+        A finding for each recorded step on each rank.
     explanation : str
         What the first wrong operation seems to compute instead; empty if nothing fits.
     missing : list of str
@@ -39,30 +43,14 @@ class Judgement:
     missing: list
 
 
-class CheckpointWeights:
-    """The checkpoint's tensors by name, [out, in] as in the file, rounded to the engine's dtype."""
-
-    def __init__(self, reference, names, dtype):
-        self._reference, self._names, self._dtype = reference, names, dtype
-
-    def __getitem__(self, name):
-        return np.asarray(self._reference.tensor(name)).astype(self._dtype)
-
-    def get(self, name, default=None):
-        """Return a tensor, or `default` if the model has none of this name."""
-        return self[name] if name in self._names else default
-
-
-def judge(recording, source, reference, progress=lambda layers: None):
+def judge(recording, reference, progress=lambda layers: None):
     """Judge a recording.
 
     Parameters
     ----------
     recording : EngineRecording
-    source : ModelSource
-        The model that the engine should run, with a plan for one rank.
     reference : Oracle
-        The oracle of the same model.
+        The oracle of the model that the engine should run.
     progress : callable
         A function that is called with the number of layers done since its last call.
 
@@ -70,91 +58,142 @@ def judge(recording, source, reference, progress=lambda layers: None):
     -------
     Judgement
     """
-    case = Case(recording, source, reference)
-    with np.errstate(all="ignore"):  # the findings report what is not finite
-        for pass_ in recording.passes:
-            case.check(pass_, None, case.replay.before(pass_))
-        for layer in range(source.plan.layers):
-            for pass_ in recording.passes:
-                case.check(pass_, layer, case.replay.attention(layer, pass_))
-                case.break_ties(pass_, layer)
-                case.check(pass_, layer, case.replay.mlp(layer, pass_))
-            progress(1)
-        for pass_ in recording.passes:
-            case.check(pass_, None, case.replay.after(pass_))
-        result = CheckResult(case.findings, [], [recording.metadata.token_ids], recording.passes, 1)
-        blamed = result.blamed()
-        explanation = explain(case, blamed[0]) if blamed else ""
-    return Judgement(result, explanation, list(dict.fromkeys(case.missing)))
+
+    def judge_rank(comm):
+        case = Case(recording, reference, comm)
+        with np.errstate(all="ignore"):  # the findings report what is not finite
+            case.judge(progress if comm.rank == 0 else lambda layers: None)
+        return case
+
+    cases = run_threads(len(recording.ranks), judge_rank)  # a rank is a thread
+    findings = in_order([f for case in cases for f in case.findings], recording.plan, recording.passes)
+    result = CheckResult(findings, [], [recording.token_ids], recording.passes, len(cases))
+    blamed = result.blamed()
+    with np.errstate(all="ignore"):
+        explanation = explain(cases, wrong_on(result, blamed[0])) if blamed else ""
+    missing = dict.fromkeys(step for case in cases for step in case.missing)
+    return Judgement(result, explanation, list(missing))
+
+
+def wrong_on(result, first):
+    """Return the findings of the first wrong step, of each rank if it is wrong on all ranks, by rank."""
+    if first.rank != ALL:
+        return {first.rank: first}
+    return {rank: f for rank, f in enumerate(f for f in result.findings if f.name == first.name)}
 
 
 class Case:
-    """The recorded steps of an engine, with the operations that they are compared with.
+    """The recorded steps of a rank, with the operations that they are compared with.
 
     Attributes
     ----------
     findings : list of Finding
     missing : list of str
         Steps that were not recorded.
+    right : dict of str to (str, float64 array)
+        For each pass the name of the first wrong step and its expected value.
     """
 
-    def __init__(self, recording, source, reference):
-        self.recording, self.reference, self.plan = recording, reference, source.plan
-        self.weights = CheckpointWeights(reference, source.plan.tensors, recording.dtype)
-        self.findings, self.missing, self._derived = [], [], {}
+    def __init__(self, recording, reference, comm):
+        self.recording, self.reference, self.plan = recording, reference, recording.plan
+        self.rank, self.steps = comm.rank, recording.ranks[comm.rank]
+        self.weights = RankWeights(reference, recording.plan, comm.rank, recording.dtype)
+        self.findings, self.missing, self.right, self._derived = [], [], {}, {}
+        self._kinds = kinds(recording.plan, recording.config.head_dim)
         self.replay = Replay(
             reference,
-            source.plan,
-            SingleRank(),
+            recording.plan,
+            comm,
             weights=self.weights,
             recorded=self.recorded,
-            sequences=[recording.metadata.token_ids],
+            sequences=[recording.token_ids],
             kv_dtype="auto",
             sums=IN_FLOAT32,
         )
 
+    def judge(self, progress):
+        """Compare all steps; all ranks call this."""
+        passes = self.recording.passes
+        for pass_ in passes:
+            self.check(pass_, None, self.replay.before(pass_))
+        for layer in range(self.plan.layers):
+            for pass_ in passes:
+                self.check(pass_, layer, self.replay.attention(layer, pass_))
+                self.break_ties(pass_, layer)
+                self.check(pass_, layer, self.replay.mlp(layer, pass_))
+            progress(1)
+        for pass_ in passes:
+            self.check(pass_, None, self.replay.after(pass_))
+
     def recorded(self, pass_name, layer, step):
         """Return the array of a step, or what follows from its inputs if it was not recorded."""
         name = full_name(pass_name, layer, step)
-        return self._derived[name] if name in self._derived else self.recording.read(name)
+        if name in self._derived:
+            return self._derived[name]
+        if step in CACHED and name not in self.steps:
+            names = [pass_.name for pass_ in self.recording.passes]
+            until = names[: names.index(pass_name) + 1]
+            parts = [self.recorded(one, layer, CACHED[step]) for one in until]  # [K_r, n, d] each
+            return np.concatenate(parts, axis=1)  # [K_r, S, d]
+        return self.steps.read(name)
 
     def check(self, pass_, layer, steps):
         """Enter a finding for each recorded step of `steps`, some (step, Expected, inputs) of a pass."""
-        ids = self.recording.metadata.token_ids[pass_.start : pass_.stop]
+        ids = self.recording.token_ids[pass_.start : pass_.stop]
         repeats = len(ids) / len(set(ids))  # the average number of times that a token occurs
         for step, expected, _ in steps:
             name = full_name(pass_.name, layer, step)
-            if name not in self.recording:
+            if name not in self.steps:
                 self.missing.append(step)
                 self._derive(name, step, expected)
                 continue
-            array = self.recording.read(name)
-            finding = Finding(pass_.name, layer, step, 0, "replicated", local=None)
+            finding = Finding(pass_.name, layer, step, self.rank, self._kinds[step].kind, local=None)
             self.findings.append(finding)
-            if array.shape != expected.value.shape:
-                finding.note = f"shape {list(array.shape)}, expected {list(expected.value.shape)}"
+            array = self._array(name, expected)
+            finding.note = self._unusable(array, step, expected)
+            if finding.note:
                 self._derive(name, step, expected)
-                continue
-            if array.dtype.kind in "biu" and step not in INTEGERS:
-                finding.note = f"dtype {array.dtype.name}, expected {self.recording.dtype.name}"
-                self._derive(name, step, expected)
-                continue
-            finding.bounds = expected.bounds(array.dtype, repeats)
-            if step in ROTATED and expected.scale is not None:
-                finding.bounds = self._with_angle_errors(pass_, layer, expected, finding.bounds)
-            finding.local = difference_of(array, expected.value)
+            else:
+                finding.bounds = expected.bounds(array.dtype, repeats)
+                if step in ROTATED and expected.scale is not None:
+                    finding.bounds = self._with_angle_errors(pass_, layer, expected, finding.bounds)
+                finding.local = difference_of(array, expected.value)
+            if not finding.ok:
+                self.right.setdefault(pass_.name, (name, expected.value))
+
+    def _array(self, name, expected):
+        """Return a recorded array in the layout that fits; of several, in the one with the smallest error."""
+        choices = self.steps.layouts(name)
+        if len(choices) > 1:
+            arrays = [self.steps.read(name, layout) for layout in choices]
+            errors = [
+                difference_of(array, expected.value).relative
+                if array.shape == expected.value.shape
+                else np.inf
+                for array in arrays
+            ]
+            self.steps.choose(name, choices[int(np.argmin(np.nan_to_num(errors, nan=np.inf)))])
+        return self.steps.read(name)
+
+    def _unusable(self, array, step, expected):
+        """Return a note why an array cannot be compared; empty if it can."""
+        if array.shape != expected.value.shape:
+            return f"shape {list(array.shape)}, expected {list(expected.value.shape)}"
+        if array.dtype.kind in "biu" and step not in INTEGERS:
+            return f"dtype {array.dtype.name}, expected {self.recording.dtype.name}"
+        return ""
 
     def break_ties(self, pass_, layer):
         """Let the replay choose the engine's experts where the router's logits are equal."""
         names = [full_name(pass_.name, layer, f"mlp.{step}") for step in ("router", "norm", "out")]
-        if not self.reference.experts or not all(name in self.recording for name in names):
+        if not self.reference.experts or not all(name in self.steps for name in names):
             return
-        router, x, out = (self.recording.read(name).astype(np.float64) for name in names)
+        router, x, out = (self.steps.read(name).astype(np.float64) for name in names)
         if router.ndim == x.ndim == out.ndim == 2 and len(router) == len(x) == len(out):
             block = f"model.layers.{layer}.{self.reference.expert_block}.experts"
 
             def weight(expert, part):
-                return self.weights[f"{block}.{expert}.{part}.weight"]
+                return self.weights.whole(f"{block}.{expert}.{part}.weight")
 
             self._derived[names[0]] = break_ties(router, x, out, self.reference, weight)
 
@@ -171,5 +210,5 @@ class Case:
     def _derive(self, name, step, expected):
         """Let later operations have what an Expected says of a step, in place of a recorded array."""
         dtype = np.int64 if step in INTEGERS else self.recording.dtype
-        is_copy = expected.low_precision_reference is None or step.rpartition(".")[2] in NEEDED
+        is_copy = expected.low_precision_reference is None or step.rpartition(".")[2] in AS_ARRAYS
         self._derived[name] = expected.value.astype(dtype) if is_copy else expected.not_recorded(dtype)

@@ -4,10 +4,14 @@ import numpy as np
 
 
 class WrongStep:
-    """A wrong step, with access to its inputs and weights.
+    """A wrong step on a rank, with access to its inputs and weights.
 
     Attributes
     ----------
+    case : Case
+        The steps of the rank.
+    cases : list of Case
+        Those of all ranks.
     reference : Oracle
     block : str
         "attn", "mlp" or "" outside the layers.
@@ -15,9 +19,9 @@ class WrongStep:
         The step's name within its block.
     """
 
-    def __init__(self, case, pass_, layer, step):
-        self.case, self.pass_, self.layer = case, pass_, layer
-        self.reference = case.reference
+    def __init__(self, cases, rank, pass_, layer, step):
+        self.case, self.cases, self.pass_, self.layer = cases[rank], cases, pass_, layer
+        self.reference = self.case.reference
         self.block, _, self.step = step.rpartition(".")
 
     def s(self, step, block=None):
@@ -38,21 +42,45 @@ class WrongStep:
         """Return the residual stream after the last layer."""
         return self.of_layer(self.case.plan.layers - 1, "mlp.residual")  # [T, D]
 
-    def w(self, name, layer=None):
-        """Return a tensor of this layer, or of another one, in float64; None if the model has none."""
+    def w(self, name, layer=None, rank=None):
+        """Return a rank's part of a tensor of this layer in float64; None if the model has none.
+
+        The rank and the layer may be others than those of the step.
+        """
+        name, weights = self.tensor_name(name, layer), self.case.weights
+        if name not in weights.plan.tensors:
+            return None
+        tensor = weights[name] if rank is None else weights.of_rank(name, rank)
+        return tensor.astype(np.float64)
+
+    def whole(self, name):
+        """Return a whole tensor of this layer in float64; None if the model has none."""
+        name, weights = self.tensor_name(name), self.case.weights
+        return weights.whole(name).astype(np.float64) if name in weights.plan.tensors else None
+
+    def tensor_name(self, name, layer=None):
+        """Return the checkpoint's name of a tensor of this layer or another one, or outside the layers."""
         layer = self.layer if layer is None else layer
-        tensor = self.case.weights.get(name if layer is None else f"model.layers.{layer}.{name}")
-        return None if tensor is None else tensor.astype(np.float64)
+        return name if layer is None else f"model.layers.{layer}.{name}"
+
+    def of_ranks(self, step, block=None):
+        """Return a recorded step of this layer in float64 from each rank, as `s` does."""
+        return [
+            WrongStep(self.cases, rank, self.pass_, self.layer, f"{self.block}.{self.step}").s(step, block)
+            for rank in range(len(self.cases))
+        ]
+
+    @property
+    def rank(self):
+        return self.case.rank
+
+    @property
+    def other_ranks(self):
+        return [rank for rank in range(len(self.cases)) if rank != self.rank]
 
     def right(self):
-        """Return the expected value of this step, computed again."""
-        replay, parts = self.case.replay, {"attn": "attention", "mlp": "mlp"}
-        if self.block:
-            steps = getattr(replay, parts[self.block])(self.layer, self.pass_)
-        else:
-            steps = [*replay.before(self.pass_), *replay.after(self.pass_)]
-        name = f"{self.block}.{self.step}" if self.block else self.step
-        return next((expected.value for step, expected, _ in steps if step == name), None)
+        """Return the expected value of this step, if it is the first wrong one of its pass."""
+        return self.case.right[self.pass_.name][1]
 
     def stream(self):
         """Return the residual stream before this block."""

@@ -12,8 +12,8 @@ WEIGHTS = "weights"  # the pass name of findings about tensors of the checkpoint
 ALL = "all"  # the rank of a finding, or of a problem of the plan, for which no single rank is to blame
 
 
-def report_data(source, dtype, result, verdict, prompt=None, gpu=None):
-    """Return the result of a check in the form that `report.page.render` expects.
+def report_data(source, dtype, result, verdict, prompt=None, gpu=None, command="check", engine=None):
+    """Return the result of `minitp check` or `minitp judge` in the form that `report.page.render` expects.
 
     Parameters
     ----------
@@ -27,6 +27,10 @@ def report_data(source, dtype, result, verdict, prompt=None, gpu=None):
         The text, or None if the run was given token ids.
     gpu : str or None
         The name of the GPU, or None if the ranks computed on CPUs.
+    command : str
+        check or judge.
+    engine : str or None
+        The engine that was judged; None if it is minitp.
     """
     plan = source.plan
     passes = _passes(result)
@@ -35,19 +39,20 @@ def report_data(source, dtype, result, verdict, prompt=None, gpu=None):
     cells, blamed = _cells(result, passes)
     batched = len(result.sequences) - 1
     return {
-        "command": "check",
+        "command": command,
         "title": f"{source.name} on {counted(plan.tp, 'rank')}",
         "ok": result.ok,
         "verdict": verdict,
         "facts": [
+            *([["engine", engine]] if engine is not None else []),
             ["model", source.name],
             ["ranks", str(plan.tp)],
             ["dtype", dtype.name],
             *([["prompt", prompt]] if prompt is not None else []),
             ["token ids", " ".join(map(str, result.sequences[0]))],
             *([["in batches", counted(batched, "sequence")]] if batched else []),
-            ["weights", _weights(result)],
-            *map(list, this_run.facts("check", plan.tp, gpu)),
+            *([["weights", _weights(result)]] if command == "check" else []),
+            *map(list, this_run.facts(command, plan.tp if command == "check" else None, gpu)),
         ],
         # The verdict names the first one.
         "problems": [f"plan, rank {rank}: {text}" for rank, text in result.problems[1:]],

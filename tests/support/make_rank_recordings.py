@@ -1,6 +1,7 @@
 """Record Hugging Face transformers on two ranks with `minitp.probe`, for the tests of `minitp judge`.
 
-    pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 .     (CPU; versions of the committed files)
+    pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 .      (CPU; the committed
+    files were made with these versions)
     torchrun --nproc_per_node 2 tests/support/make_rank_recordings.py [NAME ..]
 
 The models are sharded by transformers' own plans. Most have a fault, which only one rank may have.
@@ -171,7 +172,7 @@ def logits_exchanged(model, rank):
 
 
 def one_head_scaled(model, rank):
-    """Double a value head of rank 1, which no other rank has."""
+    """Multiply the value head of rank 1 by two."""
     if rank == 1:
         own(model.model.layers[0].self_attn.v_proj).mul_(2)
 
@@ -195,7 +196,7 @@ CASES = {
     "bias on each rank": ("llama-bias", bias_on_each_rank, "layers.0.attn.out_partial", 0, "is added to the"),
     "bias of rank 0": ("llama-bias", other_bias, "layers.1.attn.q", 1, "the bias is that of rank 0"),
     "vocabulary offset": ("llama2", vocabulary_offset, "embed", "all", "rank 1"),
-    "logits exchanged": ("llama2", logits_exchanged, "logits", "all", "the ranks' columns are in another order"),
+    "logits exchanged": ("llama2", logits_exchanged, "logits", "all", "columns are in another order"),
     "value head of rank 1": ("llama2", one_head_scaled, "layers.0.attn.v", 1, "times 2"),
 }  # fmt: skip
 

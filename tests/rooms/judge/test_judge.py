@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 import minitp.probe
 from minitp.cli.main import main
+from minitp.judge.files import RecordedFiles
 from minitp.judge.recording import EngineRecording
 from minitp.judge.run import judge
 from minitp.loading.source import open_model
@@ -26,7 +27,7 @@ PROMPT = [3, 50, 7, 7, 91]
 
 def judged(path, golden):
     source = open_model(str(GOLDENS / golden), 1)
-    return judge(EngineRecording(path), source, open_oracle(source))
+    return judge(EngineRecording(RecordedFiles(path), source), open_oracle(source))
 
 
 @pytest.mark.parametrize("name", FAULTY)
@@ -212,10 +213,9 @@ def changed(path, target, change=lambda arrays, metadata: None):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda arrays, metadata: metadata.pop("format"), "not a trace; record the engine with minitp.probe"),
         (
-            lambda arrays, metadata: arrays.pop("prefill/layers.1.attn.k_cache"),
-            "it lacks prefill/layers.1.attn.k_cache, which judge needs",
+            lambda arrays, metadata: arrays.pop("prefill/layers.1.attn.q_rope"),
+            "it lacks prefill/layers.1.attn.q_rope, which judge needs",
         ),
         (lambda arrays, metadata: metadata.pop("dtype"), "the metadata of a trace needs dtype, too"),
         (

@@ -226,7 +226,7 @@ def test_each_rank_writes_a_file_to_a_folder(model, tmp_path):
 
 @pytest.fixture
 def torch(monkeypatch):
-    """A stand-in for PyTorch with torch.distributed, whose all-reduce doubles what it gets, on rank 1 of 2."""
+    """A stand-in for PyTorch on rank 1 of 2; the all-reduce of torch.distributed doubles what it gets."""
 
     def all_reduce(tensor):
         tensor.array *= 2

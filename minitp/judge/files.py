@@ -1,0 +1,129 @@
+"""The files of a recording: one file, one with the arrays of several ranks, or a folder with one per rank."""
+
+import re
+from pathlib import Path
+
+from minitp.compare.files import open_dump
+from minitp.compare.pairing import FIRST_PASS, read_metadata
+from minitp.errors import InputError
+from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
+from minitp.util.format import counted
+
+STEPS = BEFORE | LAYER | AFTER
+IN_FOLDER = re.compile(r"rank(\d+)\.(safetensors|npz)")
+IN_FILE = re.compile(r"rank(\d+)/(.+)")
+
+
+class RankFile:
+    """The steps of one rank in a file, under their full names; arrays that are not steps are left out.
+
+    Attributes
+    ----------
+    path : Path
+    entries : dict of str to Entry
+    """
+
+    def __init__(self, dump, names):
+        self._dump, self.path = dump, dump.path
+        self._names = {name if "/" in name else FIRST_PASS + name: stored for name, stored in names.items()}
+        self._names = {name: stored for name, stored in self._names.items() if split_name(name)[2] in STEPS}
+        self.entries = {name: dump.entries[stored] for name, stored in self._names.items()}
+
+    def read(self, name):
+        """Return an array in float64."""
+        return self._dump.read(self._names[name])
+
+
+class RecordedFiles:
+    """The files of a recording, opened.
+
+    Attributes
+    ----------
+    path : Path
+    ranks : list of RankFile
+    metadata : TraceMetadata or None
+        The metadata of a trace; None for another program's arrays.
+    facts : dict of str to str
+        The metadata of the first file as it is written.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read, a rank is missing, or the ranks' traces are not of one run.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        dumps = in_folder(self.path) if self.path.is_dir() else [open_dump(self.path)]
+        self.facts, self.metadata = dumps[0].metadata, read_metadata(dumps[0])
+        if self.path.is_dir():
+            self._check_one_run(dumps)
+            self.ranks = [RankFile(dump, {name: name for name in dump.entries}) for dump in dumps]
+        else:
+            self.ranks = [RankFile(dumps[0], names) for names in self._names_by_rank(dumps[0])]
+        if self.layers == 0:
+            raise InputError(f"{self.path}: it has no arrays with names such as prefill/layers.0.attn.q_rope")
+
+    @property
+    def model(self):
+        """The name of the model in the metadata, or None."""
+        return self.facts.get("model") if self.metadata else None
+
+    @property
+    def layers(self):
+        """The number of layers that were recorded."""
+        if self.metadata is not None:
+            return self.metadata.layers
+        layers = [split_name(name)[1] for rank in self.ranks for name in rank.entries]
+        return 1 + max((layer for layer in layers if layer is not None), default=-1)
+
+    @property
+    def assembled_from(self):
+        """The number of ranks whose arrays were put together, or 1."""
+        return self.metadata.tp if self.metadata is not None and len(self.ranks) == 1 else 1
+
+    def _names_by_rank(self, dump):
+        """Return {name: name in the file} for each rank that has arrays in a file, in order."""
+        parts = {}
+        for stored in dump.entries:
+            match = IN_FILE.fullmatch(stored)
+            if match:
+                parts.setdefault(int(match[1]), {})[match[2]] = stored
+        check_consecutive(self.path, sorted(parts))
+        return [parts[rank] for rank in sorted(parts)] or [{name: name for name in dump.entries}]
+
+    def _check_one_run(self, dumps):
+        for rank, dump in enumerate(dumps):
+            found, size = read_metadata(dump), len(dumps)
+            if (found is None) != (self.metadata is None):
+                raise InputError(
+                    f"{self.path}: some of its files have the metadata of a trace and others not"
+                )
+            if found is None:
+                continue
+            if found.tp != size or dump.metadata.get("rank", str(rank)) != str(rank):
+                raise InputError(
+                    f"{dump.path}: it is rank {dump.metadata.get('rank')} of {found.tp}, and the folder has "
+                    f"{counted(size, 'file')}; record all ranks into an empty folder"
+                )
+            if (found.token_ids, found.passes) != (self.metadata.token_ids, self.metadata.passes):
+                raise InputError(
+                    f"{dump.path}: its tokens or passes are not those of rank 0; all ranks must run the same "
+                    "sequence (record replicas with rank=0, ranks=1)"
+                )
+
+
+def in_folder(folder):
+    """Return the opened files rank0, rank1, .. of a folder, in order."""
+    files = {int(match[1]): path for path in folder.iterdir() if (match := IN_FOLDER.fullmatch(path.name))}
+    if not files:
+        raise InputError(f"{folder}: the folder has no rank0.safetensors or rank0.npz")
+    check_consecutive(folder, sorted(files))
+    return [open_dump(files[rank]) for rank in sorted(files)]
+
+
+def check_consecutive(path, ranks):
+    """Reject ranks that are not 0, 1, 2, .."""
+    for expected, rank in enumerate(ranks):
+        if rank != expected:
+            raise InputError(f"{path}: it has rank {rank}, but not rank {expected}")

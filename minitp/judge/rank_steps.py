@@ -1,0 +1,104 @@
+"""The recorded steps of one rank, in the shapes of `trace.names`."""
+
+import numpy as np
+
+from minitp.compare.fit import letters_of
+from minitp.compare.heads import half_split, has_pairs
+from minitp.compare.layouts import Layout, layouts
+from minitp.judge.sizes import elements, shape_of
+from minitp.trace.names import INTEGERS, split_name
+
+AS_IT_IS = Layout("", lambda array: array)
+# The newest positions of a cache are the keys or values of the pass, if those were not recorded.
+NEWEST_OF = {"attn.k_rope": "attn.k_cache", "attn.v": "attn.v_cache"}
+
+
+class RankSteps:
+    """The recorded steps of one rank.
+
+    Parameters
+    ----------
+    file : RankFile
+    rank : int
+    kinds : dict of str to Kind
+        The distribution of each step over the ranks.
+    passes : dict of str to RecordedPass
+    sizes : dict of str to int, or None
+        The sizes of the letters in this rank's arrays, with which other layouts are recognized; None if all
+        arrays have the layout of their steps.
+    dtype : numpy dtype or None
+        The dtype of the engine, if it is not that of the arrays.
+    rotary_dim : int or None
+        The number of rotated dimensions of interleaved heads; None if the heads are half-split.
+    """
+
+    def __init__(self, file, rank, kinds, passes, sizes=None, dtype=None, rotary_dim=None):
+        self.path, self.rank, self._file, self._kinds, self._passes = file.path, rank, file, kinds, passes
+        self._sizes, self._dtype, self._rotary_dim = sizes, dtype, rotary_dim
+        self._layouts = {}  # name -> the Layout that was chosen
+
+    @property
+    def names(self):
+        return self._file.entries
+
+    def __contains__(self, name):
+        return self._source(name) in self.names
+
+    def layouts(self, name):
+        """Return the Layouts that give an array the shape of its step, the likeliest first; [] if none do."""
+        name = self._source(name)
+        if self._sizes is None:
+            return [AS_IT_IS]
+        letters, entry = letters_of(name), self.names[name]
+        pass_ = self._passes[name.rpartition("/")[0]]
+        shape = shape_of(name, self._sizes, pass_.stop - pass_.start, elements(entry), letters)
+        return layouts(shape, entry.shape, letters)
+
+    def choose(self, name, layout):
+        """Give `read` another layout of an array than the likeliest one."""
+        self._layouts[self._source(name)] = layout
+
+    def read(self, name, layout=None):
+        """Return this rank's array of a step in the dtype in which it was recorded.
+
+        Of an array of which every rank has the whole, it is this rank's range.
+        """
+        source = self._source(name)
+        if layout is None:
+            layout = self._layouts.get(source) or next(iter(self.layouts(name)), AS_IT_IS)
+        step = split_name(name)[2]
+        array = layout.view(self._file.read(source)).astype(self._dtype_of(source, step))
+        if self._rotary_dim is not None and has_pairs(source):
+            array = half_split(array, self._rotary_dim)
+        array, pass_ = self._own_range(step, array), self._passes[name.rpartition("/")[0]]
+        if source != name:
+            array = array[:, pass_.start - pass_.stop :]  # [K_r, T, d]
+        if step == "final_norm" and len(array) > pass_.logit_rows > 0:  # logits of the last positions alone
+            array = array[-pass_.logit_rows :]  # [n, D]
+        return array
+
+    def _source(self, name):
+        """Return the name of the array that has a step: its own, or that of a cache."""
+        pass_name, _, step = name.rpartition("/")
+        for new, cache in NEWEST_OF.items():
+            if name not in self.names and step.endswith(new):
+                return f"{pass_name}/{step.removesuffix(new)}{cache}"
+        return name
+
+    def _dtype_of(self, name, step):
+        recorded = np.dtype(self.names[name].dtype)
+        if step in INTEGERS:
+            return np.dtype(np.int64)
+        if self._dtype is None or recorded.kind in "biu":
+            return recorded
+        return self._dtype
+
+    def _own_range(self, step, array):
+        kind = self._kinds[step]
+        if kind.kind != "sharded" or array.ndim <= kind.axis:
+            return array
+        start, stop = kind.ranges[self.rank]
+        whole = kind.ranges[-1][1]
+        if array.shape[kind.axis] != whole or stop - start == whole:
+            return array
+        return array[(slice(None),) * kind.axis + (slice(start, stop),)]

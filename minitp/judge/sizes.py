@@ -1,0 +1,110 @@
+"""The sizes of a rank's arrays, and the sharding plan that follows from them."""
+
+from itertools import accumulate, pairwise
+
+from minitp.shard import plan_of_ranges, split_evenly
+from minitp.trace.names import full_name, split_name
+
+# The steps that show how many heads, columns or rows a rank has, and the letters of their other axes.
+WITNESSES = {
+    "H": (("attn.q_rope", "d"), ("attn.q", "d")),
+    "K": (("attn.k_rope", "d"), ("attn.v", "d"), ("attn.k", "d")),
+    "F": (("mlp.gate", ""), ("mlp.act", ""), ("mlp.experts", "X")),
+}
+
+
+def elements(entry):
+    """Return the number of elements of an Entry."""
+    count = 1
+    for size in entry.shape:
+        count *= size
+    return count
+
+
+def sizes_of(rank, config, spans):
+    """Return the size of each letter of `trace.names` in the arrays of a RankFile; T and S are not included.
+
+    Parameters
+    ----------
+    rank : RankFile
+    config : Config
+    spans : dict of str to (int, int)
+        The positions of each pass.
+    """
+    sizes = {
+        "D": config.hidden_size,
+        "d": config.head_dim,
+        "E": config.num_local_experts,
+        "X": config.num_experts_per_tok,
+        "V": config.vocab_size,
+        "H": config.num_attention_heads,
+        "K": config.num_key_value_heads,
+        "F": config.intermediate_size,
+    }
+    first, (start, stop) = next(iter(spans.items()))
+    for letter, witnesses in WITNESSES.items():
+        for step, others in witnesses:
+            entry = rank.entries.get(full_name(first, 0, step))
+            if entry is not None:
+                per_unit = (stop - start) * (sizes[others] if others else 1)
+                sizes[letter] = elements(entry) // per_unit
+                break
+    partial = rank.entries.get(f"{first}/logits_partial")
+    rows = rows_of_logits([rank], first, config)
+    sizes["V_r"] = elements(partial) // rows if partial and rows else config.vocab_size
+    return sizes
+
+
+def rows_of_logits(ranks, pass_name, config):
+    """Return the number of rows of logits in a pass; without logits, that of rows of the last norm."""
+    for step, width in (("logits", config.vocab_size), ("final_norm", config.hidden_size)):
+        counts = [elements(rank.entries[f"{pass_name}/{step}"]) // width for rank in ranks
+                  if f"{pass_name}/{step}" in rank.entries]  # fmt: skip
+        if counts:
+            return max(counts)
+    return 0
+
+
+def plan_of(config, sizes):
+    """Return the Plan for the sizes of each rank's arrays, a dict from letter to size for each rank."""
+    letters = {"H": config.num_attention_heads, "F": config.intermediate_size, "V_r": config.vocab_size}
+    ranges = [ranges_of([each[letter] for each in sizes], whole) for letter, whole in letters.items()]
+    return plan_of_ranges(config, *ranges)
+
+
+def ranges_of(sizes, whole):
+    """Return the (start, stop) of each rank, for the sizes of its arrays along an axis.
+
+    If every rank has the whole axis, the ranges are those of torch.chunk; a rank is then judged for its own
+    range. If the sizes do not add up to the axis, they are wrong, and the ranges are those of minitp.
+
+    >>> ranges_of([3, 3, 1], 7), ranges_of([7, 7], 7), ranges_of([3, 3], 7)
+    (((0, 3), (3, 6), (6, 7)), ((0, 4), (4, 7)), ((0, 4), (4, 7)))
+    """
+    if sum(sizes) == whole:
+        edges = [0, *accumulate(sizes)]
+    elif all(size == whole for size in sizes):
+        chunk = -(-whole // len(sizes))
+        edges = [min(rank * chunk, whole) for rank in range(len(sizes) + 1)]
+    else:
+        return split_evenly(whole, len(sizes))
+    return tuple(pairwise(edges))
+
+
+def shape_of(name, sizes, tokens, count, letters):
+    """Return the shape that an array of `count` elements should have, from the letters of its step.
+
+    `tokens` is the number of tokens of the pass. The number of rows of the steps after the layers, and of
+    positions in a cache, follows from `count`.
+    """
+    sizes = sizes | {"T": tokens, "Hd": sizes["H"] * sizes["d"]}
+    step = split_name(name)[2]
+    if step == "logits_partial":
+        sizes["V"] = sizes["V_r"]
+    free = "S" if "S" in letters else "T" if step in ("final_norm", "logits", "logits_partial") else None
+    if free:
+        known = 1
+        for letter in letters:
+            known *= 1 if letter == free else sizes[letter]
+        sizes[free] = count // max(1, known)
+    return tuple(sizes[letter] for letter in letters)
