@@ -40,3 +40,6 @@ def test_the_explanations_of_the_page_are_those_of_recorded_faults():
     for text in found[:3]:
         assert any(one in text for one in words), text
     assert f"Of the {len(words)} faults" in " ".join(PAGE.split())
+    cases = json.loads((SUPPORT / "rank_recordings.json").read_text()).values()
+    faults = [case for case in cases if case["step"] is not None]
+    assert f"Of the {len(faults)} faults in transformers on two ranks" in " ".join(PAGE.split())
