@@ -52,34 +52,43 @@ def explain(cases, findings):
     """
     if any(finding.local is None for finding in findings.values()):
         return ""
-    first, *others = (fitting(cases, rank, finding) for rank, finding in findings.items())
-    others = [set(texts) for texts in others]
-    return next((text for text in first if all(text in texts for texts in others)), "")
+    for known in (mistakes, scaled):  # a factor is the last resort
+        first, *others = (fitting(known, cases, rank, finding) for rank, finding in findings.items())
+        others, best, text = [dict(texts) for texts in others], ROOM, ""
+        for candidate, ratio in first:
+            if ratio <= best and all(candidate in texts for texts in others):
+                best, text = ratio, candidate
+            if best <= 1:
+                break  # a better one is not needed, and it may have to read other layers
+        if text:
+            return text
+    return ""
 
 
-def fitting(cases, rank, finding):
-    """Yield the descriptions of the mistakes that explain a wrong finding of a rank."""
-    array = cases[rank].recorded(finding.pass_name, finding.layer, finding.step).astype(np.float64)
-    for text, value in mistakes(cases, rank, finding):
+def fitting(known, cases, rank, finding):
+    """Yield (description, ratio of its error to the bound) of what explains a wrong finding of a rank.
+
+    `known` is a function that yields the possible mistakes of a WrongStep.
+    """
+    pass_ = next(one for one in cases[rank].recording.passes if one.name == finding.pass_name)
+    array = cases[rank].steps.read(finding.name).astype(np.float64)
+    for text, value in known(WrongStep(cases, rank, pass_, finding.layer, finding.step)):
         if value is None or value.shape != array.shape:
             continue
         found = difference_of(array, np.asarray(value, np.float64))
         pairs = zip((found.relative, found.absolute), finding.bounds, strict=True)
-        if max(ratio_of(error, bound) for error, bound in pairs) <= min(ROOM, finding.ratio / BETTER):
-            yield text
+        ratio = max(ratio_of(error, bound) for error, bound in pairs)
+        if ratio <= min(ROOM, finding.ratio / BETTER):
+            yield text, ratio
 
 
-def mistakes(cases, rank, finding):
-    """Yield (description, array) for all mistakes that are known in a step."""
-    pass_ = next(one for one in cases[rank].recording.passes if one.name == finding.pass_name)
-    wrong = WrongStep(cases, rank, pass_, finding.layer, finding.step)
-    kind = finding.step.rpartition(".")[2]
-    yield from OPERATIONS.get(kind, lambda _: ())(wrong)
-    yield from scaled(wrong)
+def mistakes(wrong):
+    """Yield (description, array) for the common mistakes in a step."""
+    return OPERATIONS.get(wrong.step, lambda _: ())(wrong)
 
 
 def scaled(wrong):
-    """Try a factor, the last resort."""
+    """Try a factor."""
     found, expected = wrong.s(wrong.step), wrong.right()
     if expected.shape != found.shape or expected.size < 2:
         return

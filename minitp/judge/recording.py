@@ -52,6 +52,8 @@ class EngineRecording:
     token_ids : list of int
     dtype : numpy dtype
         The engine's dtype.
+    matmul_dtype : numpy dtype
+        The dtype in which it multiplies matrices: that of the queries, if they have a smaller one.
     engine : str
         The name of the engine.
     plan : Plan
@@ -101,6 +103,10 @@ class EngineRecording:
             for rank, file in enumerate(files.ranks)
         ]
         self._check_steps()
+        queries = files.ranks[0].entries.get(full_name(self.passes[0].name, 0, "attn.q"))
+        self.matmul_dtype = self.dtype
+        if dtype is None and queries is not None and queries.dtype in DTYPES:
+            self.matmul_dtype = min(self.dtype, np.dtype(queries.dtype), key=lambda one: one.itemsize)
 
     def _read_metadata(self, files, tokens, dtype):
         facts, path = files.facts, self.path

@@ -17,6 +17,11 @@ from minitp.trace.names import INTEGERS, full_name, kinds
 
 ROTATED = ("attn.q_rope", "attn.k_rope")
 CACHED = {"attn.k_cache": "attn.k_rope", "attn.v_cache": "attn.v"}
+# Steps that are read by products of matrices alone.
+OPERANDS = (
+    *("attn.norm", "attn.q_rope", "attn.k_cache", "attn.probs", "attn.v_cache", "attn.context"),
+    *("mlp.norm", "mlp.act", "final_norm"),
+)
 # Steps that later operations need as arrays.
 AS_ARRAYS = ("q_rope", "k_rope", "k_cache", "v_cache", "v")
 # The relative error of an engine's frequencies. Transformers computes them in float32: for a theta up to 1e7
@@ -97,7 +102,9 @@ class Case:
     def __init__(self, recording, reference, comm):
         self.recording, self.reference, self.plan = recording, reference, recording.plan
         self.rank, self.steps = comm.rank, recording.ranks[comm.rank]
-        self.weights = RankWeights(reference, recording.plan, comm.rank, recording.dtype)
+        self.weights = RankWeights(
+            reference, recording.plan, comm.rank, recording.dtype, recording.matmul_dtype
+        )
         self.findings, self.missing, self.right, self._derived = [], [], {}, {}
         self._kinds = kinds(recording.plan, recording.config.head_dim)
         self.replay = Replay(
@@ -130,6 +137,10 @@ class Case:
         name = full_name(pass_name, layer, step)
         if name in self._derived:
             return self._derived[name]
+        if step in OPERANDS and name in self.steps:
+            array = self.steps.read(name)
+            low = self.recording.matmul_dtype
+            return array.astype(low) if array.dtype.itemsize > low.itemsize else array
         if step in CACHED and name not in self.steps:
             names = [pass_.name for pass_ in self.recording.passes]
             until = names[: names.index(pass_name) + 1]
@@ -209,6 +220,7 @@ class Case:
 
     def _derive(self, name, step, expected):
         """Let later operations have what an Expected says of a step, in place of a recorded array."""
-        dtype = np.int64 if step in INTEGERS else self.recording.dtype
+        dtype = self.recording.matmul_dtype if step == "attn.scores" else self.recording.dtype
+        dtype = np.int64 if step in INTEGERS else dtype
         is_copy = expected.low_precision_reference is None or step.rpartition(".")[2] in AS_ARRAYS
         self._derived[name] = expected.value.astype(dtype) if is_copy else expected.not_recorded(dtype)

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+EMBEDDING = "model.embed_tokens.weight"
+
 
 class RankWeights:
     """A rank's parts of the checkpoint's tensors by name, [out, in], rounded to the engine's dtype.
@@ -11,11 +13,13 @@ class RankWeights:
     reference : Oracle
     plan : Plan
     rank : int
-    dtype : numpy dtype
+    dtype, matmul_dtype : numpy dtype
+        The dtype of the engine, and that in which it multiplies matrices.
     """
 
-    def __init__(self, reference, plan, rank, dtype):
-        self._reference, self.plan, self._rank, self._dtype = reference, plan, rank, dtype
+    def __init__(self, reference, plan, rank, dtype, matmul_dtype):
+        self._reference, self.plan, self._rank = reference, plan, rank
+        self._dtype, self._matmul_dtype = dtype, matmul_dtype
 
     def __getitem__(self, name):
         return self.of_rank(name, self._rank)
@@ -27,8 +31,13 @@ class RankWeights:
 
     def whole(self, name, *index):
         """Return a whole tensor, or the part with an index."""
-        return np.asarray(self._reference.tensor(name, *index)).astype(self._dtype)
+        tensor = np.asarray(self._reference.tensor(name, *index))
+        is_operand = tensor.ndim == 2 and name != EMBEDDING
+        return tensor.astype(self._matmul_dtype if is_operand else self._dtype)
 
     def get(self, name, default=None):
         """Return this rank's part of a tensor, or `default` if the model has none of this name."""
-        return self[name] if name in self.plan.tensors else default
+        if name in self.plan.tensors:
+            return self[name]
+        # The default of the output matrix is the embedding, with which they are tied.
+        return default if default is None else default.astype(self._matmul_dtype)
