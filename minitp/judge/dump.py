@@ -10,20 +10,37 @@ from minitp.judge.sizes import elements
 from minitp.trace.names import FLOAT32, full_name, split_name
 from minitp.util.format import counted
 
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 WITH_ROWS = ("embed", "attn.norm", "attn.residual", "mlp.norm", "mlp.residual")
 PASSES = re.compile(r"(prefill|decode)(?:\.(\d+))?")
 
 
 def dtype_of_dump(files):
-    """Return the name of the dtype that most arrays have."""
-    dtypes = Counter(
-        entry.dtype
-        for name, entry in files.ranks[0].entries.items()
-        if entry.dtype.startswith(("float", "bfloat")) and split_name(name)[2] not in FLOAT32
-    )
-    if not dtypes:
-        raise InputError(f"{files.path}: it has no floating-point arrays under the names of docs/compare.md")
+    """Return the name of the dtype that most arrays of the first layer have, to judge by their numbers."""
+    rank = files.ranks[0]
+    names = [
+        name
+        for name, entry in rank.entries.items()
+        if entry.dtype in FLOATS and split_name(name)[1] in (None, 0) and split_name(name)[2] not in FLOAT32
+    ]
+    if not names:
+        raise InputError(f"{files.path}: the arrays of layer 0 are not {', '.join(FLOATS)}")
+    dtypes = Counter(smallest_dtype(rank.read(name), rank.entries[name].dtype) for name in names)
     return dtypes.most_common(1)[0][0]
+
+
+def smallest_dtype(array, dtype):
+    """Return the name of a 16-bit dtype that has all numbers of an array, or else its own `dtype`.
+
+    A program in Python often saves bfloat16 as float32, because NumPy itself has no bfloat16.
+    """
+    return next((name for name in ("bfloat16", "float16") if is_exact_in(array, name)), dtype)
+
+
+def is_exact_in(array, dtype):
+    """Return whether a dtype has all numbers of an array."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(array.astype(dtype).astype(array.dtype), array, equal_nan=True)
 
 
 def passes_of_dump(files, config, tokens=None):

@@ -5,6 +5,7 @@ import numpy as np
 from minitp.compare.fit import letters_of
 from minitp.compare.heads import half_split, has_pairs
 from minitp.compare.layouts import Layout, layouts
+from minitp.judge.dump import is_exact_in
 from minitp.judge.sizes import elements, shape_of
 from minitp.trace.names import INTEGERS, split_name
 
@@ -26,15 +27,21 @@ class RankSteps:
     sizes : dict of str to int, or None
         The sizes of the letters in this rank's arrays, with which other layouts are recognized; None if all
         arrays have the layout of their steps.
-    dtype : numpy dtype or None
-        The dtype of the engine, if it is not that of the arrays.
+    dtype : numpy dtype
+        The dtype of the engine.
+    dtype_is_given : bool
+        Whether all arrays are converted to this dtype; otherwise an array keeps its own, unless the engine's
+        dtype has 16 bits and all numbers of the array.
     rotary_dim : int or None
         The number of rotated dimensions of interleaved heads; None if the heads are half-split.
     """
 
-    def __init__(self, file, rank, kinds, passes, sizes=None, dtype=None, rotary_dim=None):
+    def __init__(
+        self, file, rank, kinds, passes, sizes=None, dtype=None, dtype_is_given=False, rotary_dim=None
+    ):
         self.path, self.rank, self._file, self._kinds, self._passes = file.path, rank, file, kinds, passes
-        self._sizes, self._dtype, self._rotary_dim = sizes, dtype, rotary_dim
+        self._sizes, self._rotary_dim = sizes, rotary_dim
+        self._dtype, self._dtype_is_given = dtype, dtype_is_given
         self._layouts = {}  # name -> the Layout that was chosen
 
     @property
@@ -67,7 +74,8 @@ class RankSteps:
         if layout is None:
             layout = self._layouts.get(source) or next(iter(self.layouts(name)), AS_IT_IS)
         step = split_name(name)[2]
-        array = layout.view(self._file.read(source)).astype(self._dtype_of(source, step))
+        array = layout.view(self._file.read(source))
+        array = array.astype(self._dtype_of(source, step, array))
         if self._rotary_dim is not None and has_pairs(source):
             array = half_split(array, self._rotary_dim)
         array, pass_ = self._own_range(step, array), self._passes[name.rpartition("/")[0]]
@@ -85,13 +93,15 @@ class RankSteps:
                 return f"{pass_name}/{step.removesuffix(new)}{cache}"
         return name
 
-    def _dtype_of(self, name, step):
+    def _dtype_of(self, name, step, array):
         recorded = np.dtype(self.names[name].dtype)
         if step in INTEGERS:
             return np.dtype(np.int64)
-        if self._dtype is None or recorded.kind in "biu":
+        if recorded.kind in "biu":
             return recorded
-        return self._dtype
+        if self._dtype_is_given or (self._dtype.itemsize == 2 and is_exact_in(array, self._dtype)):
+            return self._dtype
+        return recorded
 
     def _own_range(self, step, array):
         kind = self._kinds[step]

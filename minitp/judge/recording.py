@@ -5,13 +5,12 @@ import numpy as np
 from minitp.check.passes import RecordedPass
 from minitp.compare.pairing import MAY_DIFFER, differing
 from minitp.errors import InputError, shown
-from minitp.judge.dump import dtype_of_dump, passes_of_dump
+from minitp.judge.dump import FLOATS, dtype_of_dump, passes_of_dump
 from minitp.judge.rank_steps import RankSteps
 from minitp.judge.sizes import plan_of, rows_of_logits, sizes_of
 from minitp.trace.names import full_name, kinds
 from minitp.util.format import counted
 
-DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Steps that the replay needs as arrays, because the operations after them cannot bridge a missing one; the
 # newest positions of a cache stand for the keys or values of a pass.
 NEEDED = ("attn.q_rope", "attn.k_rope", "attn.v")
@@ -97,7 +96,8 @@ class EngineRecording:
                 by_step,
                 passes,
                 sizes=None if is_trace else sizes[rank],
-                dtype=self.dtype if dtype else None,
+                dtype=self.dtype,
+                dtype_is_given=dtype is not None,
                 rotary_dim=interleaved_dim,
             )
             for rank, file in enumerate(files.ranks)
@@ -105,7 +105,7 @@ class EngineRecording:
         self._check_steps()
         queries = files.ranks[0].entries.get(full_name(self.passes[0].name, 0, "attn.q"))
         self.matmul_dtype = self.dtype
-        if dtype is None and queries is not None and queries.dtype in DTYPES:
+        if dtype is None and queries is not None and queries.dtype in FLOATS:
             self.matmul_dtype = min(self.dtype, np.dtype(queries.dtype), key=lambda one: one.itemsize)
 
     def _read_metadata(self, files, tokens, dtype):
@@ -113,8 +113,8 @@ class EngineRecording:
         missing = [name for name in ("dtype", "source", "model") if name not in facts]
         if missing:
             raise InputError(f"{path}: the metadata of a trace needs {', '.join(missing)}, too")
-        if facts["dtype"] not in DTYPES:
-            raise InputError(f"{path}: dtype {shown(facts['dtype'])}: judge needs {', '.join(DTYPES)}")
+        if facts["dtype"] not in FLOATS:
+            raise InputError(f"{path}: dtype {shown(facts['dtype'])}: judge needs {', '.join(FLOATS)}")
         self.dtype, self.engine = np.dtype(dtype or facts["dtype"]), facts["source"]
         self.token_ids = tokens or files.metadata.token_ids
 

@@ -3,7 +3,7 @@
     pip install torch==2.13.0 transformers==5.23.0 .      (CPU; the versions of the committed files)
     python tests/support/make_16_bit_recordings.py
 
-The faults are those of make_faulty_recordings. `autocast` is a model in float32 whose products are in bfloat16.
+The faults are those of make_faulty_recordings. Under `autocast`, a model in float32 has products in bfloat16.
 """
 
 from contextlib import nullcontext
