@@ -8,6 +8,6 @@ rank_steps.py, sizes.py, dump.py: the steps of a rank in the shapes of a trace; 
 weights.py      a rank's parts of the checkpoint
 ties.py         experts with equal router logits, of which the engine may choose any
 hypotheses.py   the mistakes, tried one by one on the first wrong step
-attention_mistakes.py, other_mistakes.py, rank_mistakes.py: what each operation may compute instead;
-                wrong_step.py: its inputs
+attention_mistakes.py, expert_mistakes.py, rank_mistakes.py, other_mistakes.py: what each operation may
+                compute instead; wrong_step.py: its inputs
 """

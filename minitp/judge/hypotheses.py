@@ -27,7 +27,7 @@ BETTER = 2  # how many times smaller the error must be than that of the right op
 
 OPERATIONS = {
     **dict.fromkeys(("norm", "q_norm", "k_norm", "post_norm", "final_norm"), norm_mistakes),
-    **dict.fromkeys((*PROJECTIONS, "out_partial"), projection_mistakes),
+    **dict.fromkeys((*PROJECTIONS, "router", "out_partial"), projection_mistakes),
     "out": output_mistakes,
     **dict.fromkeys(("q_rope", "k_rope"), rope_mistakes),
     **dict.fromkeys(("scores", "probs"), probability_mistakes),

@@ -7,6 +7,7 @@ that the engine really had. Shape letters are those of `trace.names`.
 import numpy as np
 
 from minitp.compare.heads import half_split, interleaved
+from minitp.judge.expert_mistakes import expert_mistakes
 from minitp.judge.rank_mistakes import (
     gathered_mistakes,
     norm_over_part,
@@ -74,9 +75,11 @@ OUTPUTS = {"attn": ("context", "self_attn.o_proj"), "mlp": ("act", "mlp.down_pro
 def projection_mistakes(wrong):
     """Try mistakes in a product with a weight of the checkpoint."""
     is_output = wrong.step in ("out", "out_partial")
-    source, name = OUTPUTS[wrong.block] if is_output else ("norm", PROJECTIONS[wrong.step])
     if is_output and wrong.reference.experts and wrong.block == "mlp":
+        yield from expert_mistakes(wrong)
         return
+    names = PROJECTIONS | {"router": f"{wrong.reference.expert_block}.gate"}
+    source, name = OUTPUTS[wrong.block] if is_output else ("norm", names[wrong.step])
     x, weight, bias = wrong.s(source), wrong.w(f"{name}.weight"), wrong.w(f"{name}.bias")
     shape = wrong.s(wrong.step).shape  # [n, T, d] or [T, out]
     size = shape[0] * shape[2] if len(shape) == 3 else shape[1]

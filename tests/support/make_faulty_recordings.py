@@ -237,6 +237,68 @@ def no_logits_scaling(model):
     model.config.logits_scaling = 1.0
 
 
+def experts_of(model):
+    """Return the experts of layer 1, whose gate_up_proj is [E, 2 F, D] and down_proj [E, D, F]."""
+    return model.model.layers[1].mlp.experts
+
+
+def expert_gate_is_up(model):
+    weight = experts_of(model).gate_up_proj.data
+    weight[1] = torch.cat(weight[1].chunk(2)[::-1])
+
+
+def expert_2_is_3(model):
+    experts = experts_of(model)
+    for weight in (experts.gate_up_proj.data, experts.down_proj.data):
+        weight[2] = weight[3]
+
+
+def down_of_expert_0(model):
+    weight = experts_of(model).down_proj.data
+    weight[3] = weight[0]
+
+
+def experts_reversed(model):
+    experts = experts_of(model)
+    experts.gate_up_proj.data, experts.down_proj.data = (
+        weight.data.flip(0) for weight in (experts.gate_up_proj, experts.down_proj)
+    )
+
+
+def expert_left_out(model):
+    experts_of(model).down_proj.data[2] = 0
+
+
+def shares_over_all(model):
+    gate = model.model.layers[1].mlp.gate
+    forward = gate.forward
+
+    def not_normalized(x):
+        logits, _, chosen = forward(x)
+        return logits, logits.softmax(-1).gather(-1, chosen), chosen
+
+    gate.forward = not_normalized
+
+
+def one_expert_too_few(model):
+    model.model.layers[1].mlp.gate.top_k -= 1
+
+
+def shares_in_wrong_order(model):
+    gate = model.model.layers[1].mlp.gate
+    forward = gate.forward
+
+    def exchanged(x):
+        logits, shares, chosen = forward(x)
+        return logits, shares.flip(-1), chosen
+
+    gate.forward = exchanged
+
+
+def router_of_layer_0(model):
+    model.model.layers[1].mlp.gate.weight.data = model.model.layers[0].mlp.gate.weight.data
+
+
 # name -> the model, the fault, the step that is wrong first, and words of the explanation
 FAULTS = {
     "norm without weight": ("llama2", no_weight, "layers.1.attn.norm", "without its weight"),
@@ -290,6 +352,20 @@ FAULTS = {
     "no q norm": ("qwen3", no_q_norm, "layers.0.attn.q_norm", "not normalized"),
     "no residual multiplier": ("granite", no_residual_multiplier, "layers.0.attn.residual", "is left out"),
     "no logits scaling": ("granite", no_logits_scaling, "logits", "logits_scaling"),
+    "expert 1 gate is up": ("mixtral", expert_gate_is_up, "layers.1.mlp.out", "gate and up of expert 1"),
+    "expert 2 is 3": ("mixtral", expert_2_is_3, "layers.1.mlp.out", "expert 2 has the weights of expert 3"),
+    "down of expert 0": (
+        "mixtral",
+        down_of_expert_0,
+        "layers.1.mlp.out",
+        "3 has the down matrix of expert 0",
+    ),
+    "experts reversed": ("mixtral", experts_reversed, "layers.1.mlp.out", "experts are in the reverse order"),
+    "expert left out": ("mixtral", expert_left_out, "layers.1.mlp.out", "expert 2 is left out"),
+    "shares over all": ("mixtral", shares_over_all, "layers.1.mlp.out", "are normalized over all experts"),
+    "one expert too few": ("qwen3-moe", one_expert_too_few, "layers.1.mlp.out", "2 experts per token, not 3"),
+    "shares in wrong order": ("mixtral", shares_in_wrong_order, "layers.1.mlp.out", "in the wrong order"),
+    "router of layer 0": ("mixtral", router_of_layer_0, "layers.1.mlp.router", "weight is that of layer 0"),
 }
 PATCHED = [(module, name, getattr(module, name)) for module in (llama, mistral, granite)
            for name in ("apply_rotary_pos_emb", "eager_attention_forward", "repeat_kv")]  # fmt: skip
@@ -299,7 +375,9 @@ def main():
     FOLDER.mkdir(exist_ok=True)
     for name in sys.argv[1:] or FAULTS:
         golden, fault, _, _ = FAULTS[name]
-        model = AutoModelForCausalLM.from_pretrained(TESTS / "goldens" / golden, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            TESTS / "goldens" / golden, dtype=torch.float32, experts_implementation="eager"
+        ).eval()
         model.config._name_or_path = golden
         model.set_attn_implementation("eager")
         fault(model)
