@@ -6,6 +6,7 @@ found in that sum: it changes only the tokens that use the expert.
 
 import numpy as np
 
+from minitp.judge.rank_mistakes import of_joined
 from minitp.oracle import ops
 
 MOST = 16  # in a larger mixture, an expert is not compared with all others
@@ -59,6 +60,12 @@ class Mixture:
     def output_with(self, gate, up, down, activate=ops.swiglu):
         """Return the output of an expert with these weights for all tokens, [T, D]."""
         return ops.linear(activate(ops.linear(self.x, gate), ops.linear(self.x, up)), down)
+
+    def output_of_joined(self, expert):
+        """Return the output of an expert whose joined gate and up are split over the ranks as a whole."""
+        block, (gate, up, _) = f"{self.reference.expert_block}.experts.{expert}", self.reference.expert_parts
+        wrong_parts = [of_joined(self.wrong, f"{block}.{part}", "weight") for part in (gate, up)]  # [F_r, D]
+        return self.output_with(*wrong_parts, self.weights(expert)[2])
 
     def total(self, shares, output=None):
         """Return the sum of the experts' outputs with some shares [T, E]: [T, D].
@@ -141,6 +148,9 @@ def activation_mistakes(mixture):
     yield "gelu in place of silu in all experts", all_with(ops.geglu)
     yield "up is left out in all experts", all_with(lambda gate, up: ops.swiglu(gate, np.ones_like(up)))
     yield "no activation in all experts: gate * up", all_with(np.multiply)
+    if mixture.wrong.other_ranks:
+        text = "gate and up of each expert are joined and split as a whole, not part by part"
+        yield text, mixture.total(mixture.shares, mixture.output_of_joined)
 
 
 def one_expert_mistakes(mixture, expert):

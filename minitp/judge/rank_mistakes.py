@@ -6,6 +6,8 @@ that the ranks really had. With one rank, they yield only mistakes with a bias.
 
 import numpy as np
 
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
 
 def sum_mistakes(wrong):
     """Try mistakes in the sum over the ranks."""
@@ -82,8 +84,25 @@ def part_mistakes(wrong, x, name, heads, result):
         )
 
     each = dealt(wrong.whole(f"{name}.weight")), dealt(wrong.whole(f"{name}.bias"))  # [out, in], [out]
+    joined = [of_joined(wrong, name, kind) for kind in ("weight", "bias")]  # [out, in], [out]
+    yield (
+        "the rows are those of a joined matrix that is split as a whole, not part by part",
+        result(x, *joined),
+    )
     what = "heads are every {} head" if heads else "rows are every {} row"
     yield f"the {what.format(nth(count))}, not a block", result(x, *each)
+
+
+def of_joined(wrong, name, kind):
+    """Return the part of a tensor if its joined matrix is split over the ranks as a whole; or None."""
+    block, _, own = name.rpartition(".")
+    names = next((parts for parts in JOINED if own in parts), ())
+    tensors = [wrong.whole(f"{block}.{part}.{kind}") for part in names]
+    if not tensors or any(tensor is None for tensor in tensors):
+        return None
+    sizes = [len(wrong.w(f"{block}.{part}.{kind}")) for part in names]
+    chunk = np.array_split(np.concatenate(tensors), len(wrong.cases))[wrong.rank]  # [2 F / ranks, in]
+    return np.split(chunk, np.cumsum(sizes))[names.index(own)]
 
 
 def norm_over_part(wrong, x, weight, eps):

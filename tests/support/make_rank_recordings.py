@@ -177,6 +177,18 @@ def one_head_scaled(model, rank):
         own(model.model.layers[0].self_attn.v_proj).mul_(2)
 
 
+def joined_gate_and_up(model, rank):
+    mlp = model.model.layers[1].mlp
+    joined = torch.cat((whole(mlp.gate_proj), whole(mlp.up_proj)))  # [2 F, D]
+    for module, rows in zip((mlp.gate_proj, mlp.up_proj), joined.chunk(2)[rank].chunk(2), strict=True):
+        set_rows(module, rows)
+
+
+def joined_experts(model, rank):
+    weight = model.model.layers[0].mlp.experts.gate_up_proj  # [E, 2 F, D]
+    weight.to_local().copy_(weight.full_tensor().chunk(2, dim=1)[rank])
+
+
 # name -> the model, the fault, the step that is wrong first, its rank, and words of the explanation
 CASES = {
     "llama": ("llama2", nothing, None, None, ""),
@@ -197,6 +209,8 @@ CASES = {
     "bias of rank 0": ("llama-bias", other_bias, "layers.1.attn.q", 1, "the bias is that of rank 0"),
     "vocabulary offset": ("llama2", vocabulary_offset, "embed", "all", "rank 1"),
     "logits exchanged": ("llama2", logits_exchanged, "logits", "all", "columns are in another order"),
+    "joined gate and up": ("llama2", joined_gate_and_up, "layers.1.mlp.gate", 1, "is split as a whole"),
+    "joined experts": ("mixtral-window", joined_experts, "layers.0.mlp.out_partial", 0, "split as a whole"),
     "value head of rank 1": ("llama2", one_head_scaled, "layers.0.attn.v", 1, "times 2"),
 }  # fmt: skip
 
