@@ -16,15 +16,18 @@ from dataclasses import replace
 import numpy as np
 
 from minitp.check.sums import IN_FLOAT32
-from minitp.check.tolerance import Expected, Stored, both, rounded, roundoff, scale_of
+from minitp.check.tolerance import Expected, NotRecorded, Stored, both, rounded, roundoff, scale_of
 from minitp.oracle import ops as oracle_ops
 
 BLOCK = 1 << 22  # number of weights that are converted to float64 at a time
 
 
 def exactly(value):
-    """Return the Expected of a copy or a gather, which must equal `value` exactly."""
-    return Expected(value)
+    """Return the Expected of a copy or a gather, which must equal `value` exactly, if that was recorded."""
+    if not isinstance(value, NotRecorded):
+        return Expected(value)
+    lowp = value.low_precision_reference.astype(np.float64)
+    return Expected(value.value, lowp, value.scale).with_inputs(value)
 
 
 def rms_norm(x, weight, eps):
@@ -189,13 +192,17 @@ def context(probs, v):
 
 def geglu(gate, up):
     """Return the Expected of gelu(gate) * up: gate and up [T, F_r] -> [T, F_r]."""
+    inputs, gate_scale, up_scale = (gate, up), scale_of(gate), scale_of(up)
+    (gate, gate_lp), (up, up_lp) = both(gate), both(up)  # [T, F_r] each
     value = oracle_ops.geglu(gate, up)  # [T, F_r]
-    g, u = gate.astype(np.float32), up.astype(np.float32)  # [T, F_r] each
+    g, u = gate_lp.astype(np.float32), up_lp.astype(np.float32)  # [T, F_r] each
     cube = np.float32(0.044715) * g * g * g  # [T, F_r]
     lowp = g * np.float32(0.5) * (1 + np.tanh(np.float32((2 / np.pi) ** 0.5) * (g + cube))) * u  # [T, F_r]
     # The sum 1 + tanh(..) has the rounding error of 1, even if the sum itself is small.
-    scale = np.abs(g * u, dtype=np.float64)  # [T, F_r]
-    return Expected(value, rounded(lowp, gate.dtype), scale)
+    # The errors of gate and up are multiplied by the derivatives: gelu'(x) <= 1.13, and |gelu(x)| <= |x|.
+    g, u = np.abs(gate, dtype=np.float64), np.abs(up, dtype=np.float64)  # [T, F_r] each
+    scale = np.sqrt(np.square(g * u) + np.square(1.13 * gate_scale * u) + np.square(g * up_scale))
+    return Expected(value, rounded(lowp, gate_lp.dtype), scale).with_inputs(*inputs)
 
 
 def swiglu(gate, up):

@@ -90,6 +90,12 @@ class NotRecorded:
     samples: float
     scale: np.ndarray
 
+    def __getitem__(self, rows):
+        """Return some rows of this value."""
+        arrays = self.value[rows], self.low_precision_reference[rows], self.scale[rows]
+        samples = max(1.0, self.samples * len(arrays[0]) / len(self.value))
+        return NotRecorded(arrays[0], arrays[1], self.roundings, samples, arrays[2])
+
 
 def both(x):
     """Return the values of an input for the oracle and for the low-precision reference, (y, r).

@@ -146,11 +146,9 @@ class EngineRecording:
                 f"{path}: it has no attention steps of layer {layer} in {pass_.name}; if "
                 "all layers were recorded, the engine skips this one"
             )
-        unrotated = layer in self.config.layers_without_rope
-        missing = [
-            full_name(pass_.name, layer, step)
-            for step in needed
-            if not (step.endswith("rope") and unrotated) and full_name(pass_.name, layer, step) not in rank
-        ]
+        names = [full_name(pass_.name, layer, step) for step in needed]
+        missing = [name for name in names if name not in rank]
+        if layer in self.config.layers_without_rope:  # the queries and keys themselves
+            missing = [name for name in missing if name.removesuffix("_rope") not in rank]
         if missing:
             raise InputError(f"{path}: it lacks {', '.join(missing)}, which judge needs")
