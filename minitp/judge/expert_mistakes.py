@@ -61,11 +61,10 @@ class Mixture:
         """Return the output of an expert with these weights for all tokens, [T, D]."""
         return ops.linear(activate(ops.linear(self.x, gate), ops.linear(self.x, up)), down)
 
-    def output_of_joined(self, expert):
-        """Return the output of an expert whose joined gate and up are split over the ranks as a whole."""
+    def of_joined(self, expert):
+        """Return gate and up of an expert, [F_r, D] each, if they are split over the ranks as one matrix."""
         block, (gate, up, _) = f"{self.reference.expert_block}.experts.{expert}", self.reference.expert_parts
-        wrong_parts = [of_joined(self.wrong, f"{block}.{part}", "weight") for part in (gate, up)]  # [F_r, D]
-        return self.output_with(*wrong_parts, self.weights(expert)[2])
+        return [of_joined(self.wrong, f"{block}.{part}", "weight") for part in (gate, up)]
 
     def total(self, shares, output=None):
         """Return the sum of the experts' outputs with some shares [T, E]: [T, D].
@@ -148,9 +147,14 @@ def activation_mistakes(mixture):
     yield "gelu in place of silu in all experts", all_with(ops.geglu)
     yield "up is left out in all experts", all_with(lambda gate, up: ops.swiglu(gate, np.ones_like(up)))
     yield "no activation in all experts: gate * up", all_with(np.multiply)
-    if mixture.wrong.other_ranks:
+    if mixture.wrong.other_ranks and mixture.of_joined(0)[0] is not None:
         text = "gate and up of each expert are joined and split as a whole, not part by part"
-        yield text, mixture.total(mixture.shares, mixture.output_of_joined)
+
+        def output(expert):
+            _, _, down = mixture.weights(expert)
+            return mixture.output_with(*mixture.of_joined(expert), down)
+
+        yield text, mixture.total(mixture.shares, output)
 
 
 def one_expert_mistakes(mixture, expert):

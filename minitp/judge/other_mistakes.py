@@ -85,7 +85,11 @@ def projection_mistakes(wrong):
     size = shape[0] * shape[2] if len(shape) == 3 else shape[1]
 
     def result(x, weight, bias):
-        if weight is None or (x.shape[-1], size) != weight.shape[::-1]:
+        if (
+            weight is None
+            or (x.shape[-1], size) != weight.shape[::-1]
+            or (bias is not None and len(bias) != size)
+        ):
             return None
         y = ops.linear(x, weight, bias)  # [T, out]
         return np.stack(np.split(y, shape[0], axis=-1)) if len(shape) == 3 else y

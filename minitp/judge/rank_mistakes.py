@@ -102,7 +102,7 @@ def of_joined(wrong, name, kind):
         return None
     sizes = [len(wrong.w(f"{block}.{part}.{kind}")) for part in names]
     chunk = np.array_split(np.concatenate(tensors), len(wrong.cases))[wrong.rank]  # [2 F / ranks, in]
-    return np.split(chunk, np.cumsum(sizes))[names.index(own)]
+    return np.split(chunk, np.cumsum(sizes))[names.index(own)] if sum(sizes) == len(chunk) else None
 
 
 def norm_over_part(wrong, x, weight, eps):

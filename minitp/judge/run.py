@@ -23,7 +23,8 @@ OPERANDS = (
     *("mlp.norm", "mlp.act", "final_norm"),
 )
 # Steps that later operations need as arrays.
-AS_ARRAYS = ("q_rope", "k_rope", "k_cache", "v_cache", "v")
+AS_ARRAYS = ("attn.q_rope", "attn.k_rope", "attn.k_cache", "attn.v_cache", "attn.v")
+AS_ARRAYS_OF_EXPERTS = ("mlp.norm", "mlp.router")
 # The relative error of an engine's frequencies. Transformers computes them in float32: for a theta up to 1e7
 # and with scaling, the error is up to 8 * 2^-24.
 FREQUENCY_ERROR = 2.0**-20
@@ -222,5 +223,6 @@ class Case:
         """Let later operations have what an Expected says of a step, in place of a recorded array."""
         dtype = self.recording.matmul_dtype if step == "attn.scores" else self.recording.dtype
         dtype = np.int64 if step in INTEGERS else dtype
-        is_copy = expected.low_precision_reference is None or step.rpartition(".")[2] in AS_ARRAYS
-        self._derived[name] = expected.value.astype(dtype) if is_copy else expected.not_recorded(dtype)
+        as_arrays = AS_ARRAYS + (AS_ARRAYS_OF_EXPERTS if self.reference.experts else ())
+        is_array = expected.low_precision_reference is None or step in as_arrays
+        self._derived[name] = expected.value.astype(dtype) if is_array else expected.not_recorded(dtype)
