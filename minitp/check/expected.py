@@ -152,15 +152,18 @@ def scores(q, k, mask, root, cap=None, sums=IN_FLOAT32):
         capped = soft_cap(dots.not_recorded(np.float32), cap)  # [H_r, T, S]
         value, lowp = (np.where(mask, x, -np.inf) for x in (capped.value, capped.low_precision_reference))
         return replace(capped, value=value, low_precision_reference=lowp)
+    inputs = q, k
+    (q, q_lp), (k, k_lp) = both(q), both(k)  # [H_r, T, d], [H_r, S, d]
     value = oracle_ops.scores(q, k, mask, root)  # [H_r, T, S]
     root = np.float32(root)
-    dots = sums.matmul(q, k.transpose(0, 2, 1))  # [H_r, T, S]
+    dots = sums.matmul(q_lp, k_lp.transpose(0, 2, 1))  # [H_r, T, S]
     lowp = np.where(mask, dots / root, -np.inf)  # [H_r, T, S]
     squares = np.matmul(np.square(q, dtype=np.float64), np.square(k, dtype=np.float64).transpose(0, 2, 1))
     unmasked = np.where(mask, value, 0) * float(root)  # [H_r, T, S]
     scale = scale_of_sum(unmasked, squares) / root  # [H_r, T, S]
     terms = q.shape[-1]
-    return Expected(value, lowp.astype(np.float64), scale, terms=terms, blocks=sums.blocks(terms))
+    found = Expected(value, lowp.astype(np.float64), scale, terms=terms, blocks=sums.blocks(terms))
+    return found.with_inputs(*inputs)
 
 
 def softmax(x):
@@ -181,13 +184,13 @@ def context(probs, v):
 
     The values are repeated for each query head.
     """
-    inputs = probs
-    probs, probs_lp = both(probs)  # [H_r, T, S] each
+    inputs, dtype = (probs, v), v.dtype
+    (probs, probs_lp), (v, v_lp) = both(probs), both(v)  # [H_r, T, S], [H_r, S, d]
     value = oracle_ops.context(probs, v)  # [T, H_r * d]
-    lowp = np.concatenate(IN_FLOAT32.matmul(probs_lp.astype(v.dtype), v), axis=-1)  # [T, H_r * d]
+    lowp = np.concatenate(IN_FLOAT32.matmul(probs_lp.astype(dtype), v_lp), axis=-1)  # [T, H_r * d]
     squares = np.matmul(np.square(probs, dtype=np.float64), np.square(v, dtype=np.float64))  # [H_r, T, d]
     scale = scale_of_sum(value, np.concatenate(squares, axis=-1))  # [T, H_r * d]
-    return Expected(value, rounded(lowp, v.dtype), scale, terms=v.shape[1]).with_inputs(inputs)
+    return Expected(value, rounded(lowp, dtype), scale, terms=v.shape[1]).with_inputs(*inputs)
 
 
 def geglu(gate, up):

@@ -10,7 +10,7 @@ import numpy as np
 
 from minitp.check import expected
 from minitp.check.passes import UNWRITTEN
-from minitp.check.tolerance import NotRecorded
+from minitp.check.tolerance import NotRecorded, concatenated
 from minitp.oracle import ops as oracle_ops
 from minitp.trace.names import BLOCK_TABLE
 
@@ -109,8 +109,9 @@ class Replay:
             length = max(seen, self.recorded(pass_.name, i, step).shape[1])
             origins = (*pass_.cached, *pass_.origins)[-length:]
             arrays = {name: self.recorded(name, i, source) for name, _ in origins if name}  # [K_r, n, d] each
-            arrays[UNWRITTEN[0]] = np.full_like(arrays[pass_.name], np.nan)  # [K_r, n, d]
-            written = np.stack([arrays[name][:, row] for name, row in origins], axis=1)  # [K_r, S, d]
+            arrays[UNWRITTEN[0]] = np.full(arrays[pass_.name].shape, np.nan, arrays[pass_.name].dtype)
+            written = [arrays[name][:, row : row + 1] for name, row in origins]  # [K_r, 1, d] each
+            written = concatenated(written, axis=1)  # [K_r, S, d]
             yield step, expected.stored(written, self.kv_dtype), None
 
     def mlp(self, i, pass_):

@@ -90,10 +90,21 @@ class NotRecorded:
     samples: float
     scale: np.ndarray
 
-    def __getitem__(self, rows):
-        """Return some rows of this value."""
-        arrays = self.value[rows], self.low_precision_reference[rows], self.scale[rows]
-        samples = max(1.0, self.samples * len(arrays[0]) / len(self.value))
+    @property
+    def shape(self):
+        return self.value.shape
+
+    @property
+    def dtype(self):
+        return self.low_precision_reference.dtype
+
+    def __len__(self):
+        return len(self.value)
+
+    def __getitem__(self, index):
+        """Return a part of this value."""
+        arrays = self.value[index], self.low_precision_reference[index], self.scale[index]
+        samples = max(1.0, self.samples * min(1, arrays[0].size / max(1, self.value.size)))
         return NotRecorded(arrays[0], arrays[1], self.roundings, samples, arrays[2])
 
 
@@ -103,6 +114,18 @@ def both(x):
     They differ only if the input was not recorded.
     """
     return (x.value, x.low_precision_reference) if isinstance(x, NotRecorded) else (x, x)
+
+
+def concatenated(parts, axis):
+    """Return arrays one after another, as an array, or as a NotRecorded if one of them was not recorded."""
+    hidden = [part for part in parts if isinstance(part, NotRecorded)]
+    if not hidden:
+        return np.concatenate(parts, axis)
+    values, lowps = zip(*map(both, parts), strict=True)
+    scales = [np.broadcast_to(scale_of(part), part.shape) for part in parts]
+    value, lowp, scale = (np.concatenate(each, axis) for each in (values, lowps, scales))
+    roundings, samples = max(part.roundings for part in hidden), min(part.samples for part in hidden)
+    return NotRecorded(value.astype(np.float64), lowp, roundings, samples, scale)
 
 
 def scale_of(x):

@@ -11,11 +11,6 @@ from minitp.judge.sizes import plan_of, rows_of_logits, sizes_of
 from minitp.trace.names import full_name, kinds
 from minitp.util.format import counted
 
-# Steps that the replay needs as arrays, because the operations after them cannot bridge a missing one; the
-# newest positions of a cache stand for the keys or values of a pass.
-NEEDED = ("attn.q_rope", "attn.k_rope", "attn.v")
-NEEDED_OF_EXPERTS = ("mlp.norm", "mlp.router")
-
 
 def check_model(files, source):
     """Reject a ModelSource whose config differs from that in the metadata; the message names the field."""
@@ -79,7 +74,7 @@ class EngineRecording:
             self.token_ids, spans = passes_of_dump(files, self.config, tokens)
         self._check_passes(spans)
         self.has_end = is_trace or source.fields().get("num_hidden_layers") == files.layers
-        sizes = [sizes_of(rank, self.config, spans) for rank in files.ranks]
+        sizes = [sizes_of(files.ranks, rank, self.config, spans) for rank in range(len(files.ranks))]
         self.plan = plan_of(self.config, sizes)
         by_step = kinds(self.plan, self.config.head_dim)
         self.passes, cached = [], ()
@@ -133,22 +128,19 @@ class EngineRecording:
             raise InputError(f"{self.path}: its metadata has no passes; record at least one forward pass")
 
     def _check_steps(self):
-        needed = NEEDED + (NEEDED_OF_EXPERTS if self.config.num_local_experts else ())
+        """Check that every layer has steps of attention, and of a mixture the router's logits."""
         for pass_ in self.passes:
             for layer in range(self.plan.layers):
                 for rank in self.ranks:
-                    self._check_layer(rank, pass_, layer, needed)
+                    self._check_layer(rank, pass_, layer)
 
-    def _check_layer(self, rank, pass_, layer, needed):
+    def _check_layer(self, rank, pass_, layer):
         prefix, path = full_name(pass_.name, layer, "attn."), rank.path
         if not any(name.startswith(prefix) for name in rank.names):
             raise InputError(
                 f"{path}: it has no attention steps of layer {layer} in {pass_.name}; if "
                 "all layers were recorded, the engine skips this one"
             )
-        names = [full_name(pass_.name, layer, step) for step in needed]
-        missing = [name for name in names if name not in rank]
-        if layer in self.config.layers_without_rope:  # the queries and keys themselves
-            missing = [name for name in missing if name.removesuffix("_rope") not in rank]
-        if missing:
-            raise InputError(f"{path}: it lacks {', '.join(missing)}, which judge needs")
+        router = full_name(pass_.name, layer, "mlp.router")
+        if self.config.num_local_experts and router not in rank:
+            raise InputError(f"{path}: it lacks {router}, which shows the experts that the engine chose")

@@ -9,6 +9,7 @@ from minitp.check.replay import Replay
 from minitp.check.result import ALL, CheckResult, Finding
 from minitp.check.run import in_order
 from minitp.check.sums import IN_FLOAT32
+from minitp.check.tolerance import concatenated
 from minitp.comm.threads import run_threads
 from minitp.judge.hypotheses import explain
 from minitp.judge.ties import break_ties
@@ -22,9 +23,6 @@ OPERANDS = (
     *("attn.norm", "attn.q_rope", "attn.k_cache", "attn.probs", "attn.v_cache", "attn.context"),
     *("mlp.norm", "mlp.act", "final_norm"),
 )
-# Steps that later operations need as arrays.
-AS_ARRAYS = ("attn.q_rope", "attn.k_rope", "attn.k_cache", "attn.v_cache", "attn.v")
-AS_ARRAYS_OF_EXPERTS = ("mlp.norm", "mlp.router")
 # The relative error of an engine's frequencies. Transformers computes them in float32: for a theta up to 1e7
 # and with scaling, the error is up to 8 * 2^-24.
 FREQUENCY_ERROR = 2.0**-20
@@ -146,7 +144,7 @@ class Case:
             names = [pass_.name for pass_ in self.recording.passes]
             until = names[: names.index(pass_name) + 1]
             parts = [self.recorded(one, layer, CACHED[step]) for one in until]  # [K_r, n, d] each
-            return np.concatenate(parts, axis=1)  # [K_r, S, d]
+            return concatenated(parts, axis=1)  # [K_r, S, d]
         return self.steps.read(name)
 
     def check(self, pass_, layer, steps):
@@ -223,6 +221,5 @@ class Case:
         """Let later operations have what an Expected says of a step, in place of a recorded array."""
         dtype = self.recording.matmul_dtype if step == "attn.scores" else self.recording.dtype
         dtype = np.int64 if step in INTEGERS else dtype
-        as_arrays = AS_ARRAYS + (AS_ARRAYS_OF_EXPERTS if self.reference.experts else ())
-        is_array = expected.low_precision_reference is None or step in as_arrays
+        is_array = expected.low_precision_reference is None or step == "mlp.router"
         self._derived[name] = expected.value.astype(dtype) if is_array else expected.not_recorded(dtype)

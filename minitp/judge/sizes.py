@@ -5,11 +5,11 @@ from itertools import accumulate, pairwise
 from minitp.shard import plan_of_ranges, split_evenly
 from minitp.trace.names import full_name, split_name
 
-# The steps that show how many heads, columns or rows a rank has, and the letters of their other axes.
+# The steps that show how many heads, columns or rows a rank has, and the letters of their other axes but T.
 WITNESSES = {
-    "H": (("attn.q_rope", "d"), ("attn.q", "d")),
-    "K": (("attn.k_rope", "d"), ("attn.v", "d"), ("attn.k", "d")),
-    "F": (("mlp.gate", ""), ("mlp.act", ""), ("mlp.experts", "X")),
+    "H": (("attn.q_rope", "d"), ("attn.q", "d"), ("attn.q_norm", "d"), ("attn.context", "d")),
+    "K": (("attn.k_rope", "d"), ("attn.v", "d"), ("attn.k", "d"), ("attn.k_norm", "d")),
+    "F": (("mlp.gate", ""), ("mlp.up", ""), ("mlp.act", ""), ("mlp.experts", "X")),
 }
 
 
@@ -21,38 +21,50 @@ def elements(entry):
     return count
 
 
-def sizes_of(rank, config, spans):
-    """Return the size of each letter of `trace.names` in the arrays of a RankFile; T and S are not included.
+def sizes_of(files, rank, config, spans):
+    """Return the size of each letter of `trace.names` in the arrays of a rank; T and S are not included.
+
+    Sizes that no array shows are those of torch.chunk.
 
     Parameters
     ----------
-    rank : RankFile
+    files : list of RankFile
+    rank : int
     config : Config
     spans : dict of str to (int, int)
         The positions of each pass.
     """
+    whole = {
+        "H": config.num_attention_heads,
+        "K": config.num_key_value_heads,
+        "F": config.intermediate_size,
+    }
     sizes = {
         "D": config.hidden_size,
         "d": config.head_dim,
         "E": config.num_local_experts,
         "X": config.num_experts_per_tok,
         "V": config.vocab_size,
-        "H": config.num_attention_heads,
-        "K": config.num_key_value_heads,
-        "F": config.intermediate_size,
     }
-    first, (start, stop) = next(iter(spans.items()))
+    entries = files[rank].entries
     for letter, witnesses in WITNESSES.items():
-        for step, others in witnesses:
-            entry = rank.entries.get(full_name(first, 0, step))
-            if entry is not None:
-                per_unit = (stop - start) * (sizes[others] if others else 1)
-                sizes[letter] = elements(entry) // per_unit
-                break
-    partial = rank.entries.get(f"{first}/logits_partial")
-    rows = rows_of_logits([rank], first, config)
+        start, stop = chunks(whole[letter], len(files))[rank]
+        seen = shown(entries, witnesses, sizes, spans, config.num_hidden_layers)
+        sizes[letter] = next(seen, max(1, stop - start))
+    first = next(iter(spans))
+    partial, rows = entries.get(f"{first}/logits_partial"), rows_of_logits([files[rank]], first, config)
     sizes["V_r"] = elements(partial) // rows if partial and rows else config.vocab_size
     return sizes
+
+
+def shown(entries, witnesses, sizes, spans, layers):
+    """Yield the size of an axis in each array that shows it."""
+    for name, (start, stop) in spans.items():
+        for layer in range(layers):
+            for step, other in witnesses:
+                entry = entries.get(full_name(name, layer, step))
+                if entry is not None:
+                    yield elements(entry) // ((stop - start) * (sizes[other] if other else 1))
 
 
 def rows_of_logits(ranks, pass_name, config):
@@ -82,13 +94,18 @@ def ranges_of(sizes, whole):
     (((0, 3), (3, 6), (6, 7)), ((0, 4), (4, 7)), ((0, 4), (4, 7)))
     """
     if sum(sizes) == whole:
-        edges = [0, *accumulate(sizes)]
-    elif all(size == whole for size in sizes):
-        chunk = -(-whole // len(sizes))
-        edges = [min(rank * chunk, whole) for rank in range(len(sizes) + 1)]
-    else:
-        return split_evenly(whole, len(sizes))
-    return tuple(pairwise(edges))
+        return tuple(pairwise([0, *accumulate(sizes)]))
+    return (chunks if all(size == whole for size in sizes) else split_evenly)(whole, len(sizes))
+
+
+def chunks(whole, ranks):
+    """Return the (start, stop) of each rank if range(whole) is split as by torch.chunk.
+
+    >>> chunks(10, 4)
+    ((0, 3), (3, 6), (6, 9), (9, 10))
+    """
+    size = -(-whole // ranks)
+    return tuple(pairwise(min(rank * size, whole) for rank in range(ranks + 1)))
 
 
 def shape_of(name, sizes, tokens, count, letters):

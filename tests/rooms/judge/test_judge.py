@@ -213,10 +213,6 @@ def changed(path, target, change=lambda arrays, metadata: None):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (
-            lambda arrays, metadata: arrays.pop("prefill/layers.1.attn.q_rope"),
-            "it lacks prefill/layers.1.attn.q_rope, which judge needs",
-        ),
         (lambda arrays, metadata: metadata.pop("dtype"), "the metadata of a trace needs dtype, too"),
         (
             lambda arrays, metadata: metadata.update(dtype="q4_0"),

@@ -82,7 +82,7 @@ def test_only_needed_arrays_under_short_names(judge):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_any_other_step_may_be_missing(name, seed, judge):
     rng, arrays = np.random.default_rng(seed), arrays_of(PROBED / f"{name}.safetensors")
-    needed = ("tokens", "q_rope", "k_rope", "attn.q", "attn.k", "attn.v", "mlp.norm", "mlp.router")
+    needed = ("tokens", "attn.v", "mlp.router")
     arrays = {name: array for name, array in arrays.items() if name.endswith(needed) or rng.random() < 0.5}
     code, out, _ = judge(arrays, golden=name)
     assert code == 0, out
@@ -159,11 +159,6 @@ def test_a_folder_of_the_ranks_arrays(tmp_path, capsys):
             lambda arrays: arrays.update({"warmup/embed": arrays["prefill/embed"]}),
             [],
             "the pass 'warmup': expected prefill, prefill.1, .. or decode.1",
-        ),
-        (
-            lambda arrays: [arrays.pop(f"prefill/layers.1.attn.{step}") for step in ("k_rope", "k_cache")],
-            [],
-            "it lacks prefill/layers.1.attn.k_rope, which judge needs",
         ),
         (
             lambda arrays: [arrays.pop(name) for name in list(arrays) if name != "prefill/tokens"],
