@@ -7,7 +7,7 @@ from minitp.cli.check_text import table, verdict
 from minitp.cli.color import judged
 from minitp.cli.command import OneProcess
 from minitp.cli.options import add_report, token_ids
-from minitp.errors import InputError
+from minitp.errors import InputError, shown
 from minitp.util.format import counted
 from minitp.util.stdout import write_out
 
@@ -63,9 +63,14 @@ class JudgeCommand(OneProcess):
         group.add_argument(
             "--rope",
             choices=("interleaved", "half"),
-            default="half",
             help="the RoPE layout of the engine's heads; interleaved heads are converted to half-split ones "
-            "(default: half)",
+            "(default: half, or that of the engine in --map)",
+        )
+        group.add_argument(
+            "--map",
+            metavar="ENGINE",
+            help="the engine whose names the arrays have: hf, llama.cpp, megatron, vllm or mlx (default: the "
+            "names of minitp trace)",
         )
         group = parser.groups["model"]
         group.add_argument(
@@ -85,7 +90,6 @@ class JudgeCommand(OneProcess):
         from tqdm import tqdm
 
         from minitp.cli.inputs import check_output
-        from minitp.judge.files import RecordedFiles
         from minitp.judge.recording import EngineRecording, check_model
         from minitp.judge.run import judge
         from minitp.loading.source import open_model
@@ -93,13 +97,13 @@ class JudgeCommand(OneProcess):
 
         if args.report is not None:
             check_output(args.report, ".html")
-        files = RecordedFiles(args.file)
+        files, rope = open_files(args)
         name = args.model or files.model
         if name is None:
             raise InputError(f"{args.file}: it does not say which model it is of; give --model")
         source = open_model(name, 1, files.layers, args.revision)
         check_model(files, source)
-        recording = EngineRecording(files, source, args.tokens, args.dtype, args.rope)
+        recording = EngineRecording(files, source, args.tokens, args.dtype, rope)
         hidden = not sys.stderr.isatty()
         with tqdm(total=files.layers, desc="judging", unit="layer", leave=False, disable=hidden) as bar:
             judgement = judge(recording, open_oracle(source), bar.update)
@@ -118,6 +122,23 @@ class JudgeCommand(OneProcess):
             report(args.report, source, recording, judgement.result, [said, mistake], ranks)
         write_out("\n".join(filter(None, (judged(said, result.ok, sys.stdout), mistake))) + "\n")
         return 0 if result.ok else 1
+
+
+def open_files(args):
+    """Return the RecordedFiles, and the RoPE layout of the heads in them."""
+    from minitp.judge.files import RecordedFiles
+    from minitp.loading.source import open_config
+    from minitp.mapping.tensors import ENGINES, rotates_neighbors
+
+    if args.map is None:
+        return RecordedFiles(args.file), args.rope or "half"
+    if args.map not in ENGINES:
+        raise InputError(f"--map {shown(args.map)}: expected {', '.join(ENGINES)}")
+    if args.model is None:
+        raise InputError(f"--map {args.map} needs the model's config; give --model")
+    config = open_config(args.model, revision=args.revision)
+    rope = "interleaved" if rotates_neighbors(args.map, config) else "half"
+    return RecordedFiles(args.file, args.map, config), args.rope or rope
 
 
 def of_assembled(result, ranks):

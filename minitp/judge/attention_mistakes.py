@@ -94,6 +94,9 @@ def context_mistakes(wrong):
     probs = wrong.s("probs")  # [H, T, S]
     tiled = heads_of(wrong, "v_cache", tiled=True)
     yield "the KV heads are tiled (h mod K), not repeated (h div H/K)", ops.context(probs, tiled)
+    if not wrong.is_recorded("probs"):
+        for text, other in probability_mistakes(wrong):
+            yield text, ops.context(other, tiled if "tiled" in text else heads_of(wrong, "v_cache"))
     yield "the values are the keys", ops.context(probs, heads_of(wrong, "k_cache"))
     right_context = ops.context(probs, heads_of(wrong, "v_cache"))  # [T, H d]
     by_head = right_context.reshape(len(right_context), len(probs), -1)  # [T, H, d]

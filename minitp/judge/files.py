@@ -2,15 +2,18 @@
 
 import re
 from pathlib import Path
+from threading import Lock
 
 from minitp.compare.files import open_dump
+from minitp.compare.mapped import MappedFile
 from minitp.compare.pairing import FIRST_PASS, read_metadata
+from minitp.compare.rank_files import rank_paths
 from minitp.errors import InputError
+from minitp.shard import make_plan
 from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
 from minitp.util.format import counted
 
 STEPS = BEFORE | LAYER | AFTER
-IN_FOLDER = re.compile(r"rank(\d+)\.(safetensors|npz)")
 IN_FILE = re.compile(r"rank(\d+)/(.+)")
 
 
@@ -23,19 +26,29 @@ class RankFile:
     entries : dict of str to Entry
     """
 
-    def __init__(self, dump, names):
-        self._dump, self.path = dump, dump.path
+    def __init__(self, dump, names, lock):
+        self._dump, self.path, self._lock = dump, dump.path, lock
         self._names = {name if "/" in name else FIRST_PASS + name: stored for name, stored in names.items()}
         self._names = {name: stored for name, stored in self._names.items() if split_name(name)[2] in STEPS}
         self.entries = {name: dump.entries[stored] for name, stored in self._names.items()}
 
     def read(self, name):
         """Return an array in float64."""
-        return self._dump.read(self._names[name])
+        with self._lock:  # ranks are threads, and NumPy cannot read .npy headers in several threads
+            return self._dump.read(self._names[name])
 
 
 class RecordedFiles:
     """The files of a recording, opened.
+
+    Parameters
+    ----------
+    path : path
+        A file, or a folder with a file for each rank.
+    engine : str or None
+        The engine of `mapping.tensors.ENGINES` whose names the arrays have; None for those of `minitp trace`.
+    config : Config or None
+        The model's config, which the names of an engine need.
 
     Attributes
     ----------
@@ -52,15 +65,18 @@ class RecordedFiles:
         If a file cannot be read, a rank is missing, or the ranks' traces are not of one run.
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
-        dumps = in_folder(self.path) if self.path.is_dir() else [open_dump(self.path)]
+    def __init__(self, path, engine=None, config=None):
+        self.path, lock = Path(path), Lock()
+        dumps = [open_dump(each) for each in (rank_paths(path) if self.path.is_dir() else [path])]
+        if engine is not None:
+            plan = make_plan(config, len(dumps))
+            dumps = [MappedFile(dump, engine, config, plan, rank) for rank, dump in enumerate(dumps)]
         self.facts, self.metadata = dumps[0].metadata, read_metadata(dumps[0])
         if self.path.is_dir():
             self._check_one_run(dumps)
-            self.ranks = [RankFile(dump, {name: name for name in dump.entries}) for dump in dumps]
+            self.ranks = [RankFile(dump, {name: name for name in dump.entries}, lock) for dump in dumps]
         else:
-            self.ranks = [RankFile(dumps[0], names) for names in self._names_by_rank(dumps[0])]
+            self.ranks = [RankFile(dumps[0], names, lock) for names in self._names_by_rank(dumps[0])]
         if self.layers == 0:
             raise InputError(f"{self.path}: it has no arrays with names such as prefill/layers.0.attn.q_rope")
 
@@ -111,15 +127,6 @@ class RecordedFiles:
                     f"{dump.path}: its tokens or passes are not those of rank 0; all ranks must run the same "
                     "sequence (record replicas with rank=0, ranks=1)"
                 )
-
-
-def in_folder(folder):
-    """Return the opened files rank0, rank1, .. of a folder, in order."""
-    files = {int(match[1]): path for path in folder.iterdir() if (match := IN_FOLDER.fullmatch(path.name))}
-    if not files:
-        raise InputError(f"{folder}: the folder has no rank0.safetensors or rank0.npz")
-    check_consecutive(folder, sorted(files))
-    return [open_dump(files[rank]) for rank in sorted(files)]
 
 
 def check_consecutive(path, ranks):

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from minitp.trace.names import full_name
+
 
 class WrongStep:
     """A wrong step on a rank, with access to its inputs and weights.
@@ -28,6 +30,10 @@ class WrongStep:
         """Return a recorded step of this layer in float64, or the value that follows from its inputs."""
         prefix = self.block if block is None else block
         return self.of_layer(self.layer, f"{prefix}.{step}" if prefix else step)
+
+    def is_recorded(self, step):
+        """Return whether a step of this block was recorded."""
+        return full_name(self.pass_.name, self.layer, f"{self.block}.{step}") in self.case.steps
 
     def outside(self, step):
         """Return a step outside the layers, as `s` does."""

@@ -116,6 +116,37 @@ def test_interleaved_heads_are_converted(judge):
     assert "interleaved, not half-split" in out
 
 
+MODULES = {  # paths in transformers -> steps of the same module
+    "embed_tokens.output": "embed",
+    "layers.{i}.input_layernorm.output": "attn.norm",
+    "layers.{i}.self_attn.q_proj.output": "attn.q",
+    "layers.{i}.self_attn.k_proj.output": "attn.k",
+    "layers.{i}.self_attn.v_proj.output": "attn.v",
+    "layers.{i}.self_attn.o_proj.input": "attn.context",
+    "layers.{i}.self_attn.o_proj.output": "attn.out",
+    "layers.{i}.mlp.down_proj.input": "mlp.act",
+    "layers.{i}": "mlp.residual",
+}
+
+
+def test_the_outputs_of_modules_under_their_own_names(judge, capsys):
+    """Hooks see no rotated queries and no cache, so the context is judged from q, k and v."""
+    steps = in_other_layouts(arrays_of(SUPPORT / "faulty_recordings" / "tiled-heads.safetensors"))
+    arrays = {}
+    for path, step in MODULES.items():
+        for i in range(2):
+            name = f"prefill/layers.{i}.{step}" if "{i}" in path else f"prefill/{step}"
+            arrays["model." + path.format(i=i)] = steps[name]
+    tokens = ["--tokens", ",".join(map(str, PROMPT))]
+    code, out, _ = judge(arrays, "--map", "hf", *tokens)
+    assert code == 1
+    assert "first wrong operation: prefill/layers.0.attn.context, " in out
+    assert "the KV heads are tiled (h mod K)" in out
+    assert "--map 'qt': expected hf, " in judge(arrays, "--map", "qt", *tokens)[2]
+    assert main(["judge", "x.npz", "--map", "hf"]) == 2
+    assert "--map hf needs the model's config; give --model" in capsys.readouterr().err
+
+
 def test_arrays_in_float64_of_an_engine_in_float32(judge):
     arrays = {
         name: array.astype(np.float64) for name, array in arrays_of(PROBED / "llama2.safetensors").items()

@@ -96,14 +96,17 @@ def test_an_assembled_trace_says_so(traces, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda folder: (folder / "rank0.safetensors").unlink(), "it has rank 1, but not rank 0"),
+        (
+            lambda folder: (folder / "rank0.safetensors").unlink(),
+            "it has a file of rank 1, but none of rank 0",
+        ),
         (
             lambda folder: (folder / "rank1.safetensors").unlink(),
             "it is rank 0 of 2, and the folder has 1 file",
         ),
         (
             lambda folder: shutil.rmtree(folder) or folder.mkdir(),
-            "the folder has no rank0.safetensors or rank0",
+            "no file of a rank, such as rank0.safetensors",
         ),
         (
             lambda folder: shutil.copy(RECORDINGS / "no-sum" / "rank1.safetensors", folder),
