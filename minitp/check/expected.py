@@ -289,18 +289,23 @@ def concatenated(parts):
     return replace(parts[0], value=value, low_precision_reference=lowp, scale=scale)
 
 
-def total(parts, bias=None):
+def total(parts, bias=None, rounds_each=False):
     """Return the Expected of the sum over the ranks, plus the bias once: parts [T, D], bias [D] -> [T, D].
 
-    16-bit terms are summed in float32. The low-precision reference rounds the sum before it adds the bias,
-    because an all-reduce returns a rounded sum.
+    16-bit terms are summed in float32, unless the engine rounds after each addition (`rounds_each`). The
+    low-precision reference rounds the sum before it adds the bias, because an all-reduce returns a rounded
+    sum.
     """
     inputs = parts
     parts, lowps = zip(*map(both, parts), strict=True)  # [T, D] each
     dtype = lowps[0].dtype
     terms = [*parts, np.zeros_like(parts[0][0]) if bias is None else bias]  # [T, D] each, and [D]
     value = sum(term.astype(np.float64) for term in terms)  # [T, D]
-    lowp = rounded(sum(part.astype(np.float32) for part in lowps), dtype)  # [T, D]
+    lowp = lowps[0].astype(np.float32)  # [T, D]
+    for part in lowps[1:]:
+        lowp = lowp + part.astype(np.float32)  # [T, D]
+        lowp = lowp.astype(dtype).astype(np.float32) if rounds_each else lowp  # [T, D]
+    lowp = rounded(lowp, dtype)  # [T, D]
     if bias is not None:
         lowp = rounded(lowp.astype(np.float32) + bias.astype(np.float32), dtype)  # [T, D]
     scale = scale_of_sum(value, sum(np.square(term, dtype=np.float64) for term in terms))  # [T, D]

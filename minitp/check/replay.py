@@ -37,12 +37,17 @@ class Replay:
         The dtype of the cache: auto, float16 or int8.
     sums : Float32Sums or TensorCoreSums
         The way in which this rank's device adds up products that stay in float32.
+    rounds_each : bool
+        Whether an all-reduce of 16-bit terms rounds after each addition; minitp's does not.
     """
 
-    def __init__(self, reference, plan, comm, weights, recorded, sequences, kv_dtype, sums):
+    def __init__(
+        self, reference, plan, comm, weights, recorded, sequences, kv_dtype, sums, rounds_each=False
+    ):
         self.reference, self.plan, self.comm = reference, plan, comm
         self.weights, self.recorded = weights, recorded
         self.sequences, self.kv_dtype, self.sums = sequences, kv_dtype, sums
+        self.rounds_each = rounds_each
         heads_per_kv = reference.heads // reference.kv_heads
         first_kv = plan.kv_head_ranges[comm.rank][0]
         self.kv_of_head = [h // heads_per_kv - first_kv for h in range(*plan.head_ranges[comm.rank])]  # [H_r]
@@ -65,7 +70,7 @@ class Replay:
         else:
             yield "embed_partial", expected.scaled(rows, self.reference.embedding_scale), None
         parts = self.comm.allgather_object(self.recorded(name, None, "embed_partial"))  # [T, D] of each rank
-        yield "embed", expected.total(parts), []
+        yield "embed", expected.total(parts, rounds_each=self.rounds_each), []
 
     def attention(self, i, pass_):
         """Yield the expected values of the steps of layer i's attention block."""
@@ -180,7 +185,8 @@ class Replay:
         """Yield the expected values of the steps from the all-reduce to the residual."""
         own = self.recorded(name, i, f"{block}.out_partial")  # [T, D]
         parts = self.comm.allgather_object(own)  # [T, D] of each rank
-        yield f"{block}.out", expected.total(parts, bias), [] if bias is None else [bias]
+        total = expected.total(parts, bias, self.rounds_each)  # [T, D]
+        yield f"{block}.out", total, [] if bias is None else [bias]
         out = self.recorded(name, i, f"{block}.out")  # [T, D]
         if self.reference.post_norms:
             norm = self._gain(f"model.layers.{i}.{self.reference.post_norms[block]}.weight")  # [D]

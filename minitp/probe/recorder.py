@@ -12,6 +12,7 @@ from minitp.errors import InputError
 from minitp.mapping.convert import split_joined, to_step
 from minitp.trace.names import full_name
 from minitp.trace.write import FORMAT
+from minitp.util.format import counted
 
 ROPE, ATTENTION, ALL_REDUCE = "apply_rotary_pos_emb", "eager_attention_forward", "all_reduce"
 
@@ -106,6 +107,12 @@ class ProbeRecorder:
             return self.sizes
         whole = {"H": self.sizes["H"], "K": self.sizes["K"]}
         widths = [whole["K" if step in ("attn.k", "attn.v") else letter] for step in steps]
+        if array.shape[-1] % self.sizes["d"]:
+            width = counted(array.shape[-1], "column")
+            raise InputError(
+                f"{' '.join(steps)} of rank {self.rank} has {width}, not whole heads of {self.sizes['d']}; use "
+                "a number of ranks that divides the KV heads"
+            )
         heads = array.shape[-1] // self.sizes["d"]  # of all the joined steps
         return self.sizes | {name: size * heads // sum(widths) for name, size in whole.items()}
 

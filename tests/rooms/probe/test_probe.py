@@ -18,6 +18,7 @@ from minitp.compare.run import compare_files
 from minitp.errors import InputError
 from minitp.loading.source import open_model
 from minitp.mapping.transformers import TRANSFORMERS
+from minitp.probe.recorder import ProbeRecorder
 from minitp.trace.names import step_names
 from minitp.trace.record import passes_of
 from minitp.trace.write import write_oracle_trace
@@ -261,6 +262,13 @@ def test_the_rank_and_the_partial_sums_are_those_of_torch_distributed(model, tor
             own, out = (file.get_tensor(f"prefill/{block}.{step}") for step in ("out_partial", "out"))
             assert own.shape == (len(PROMPT), 36)
             np.testing.assert_array_equal(out, 2 * own)
+
+
+def test_parts_of_heads_are_refused():
+    fields = {"num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6}
+    words = "attn.k of rank 1 has 3 columns, not whole heads of 6; use a number of ranks that divides the KV"
+    with pytest.raises(InputError, match=words):
+        ProbeRecorder(fields, 1, 8).local_sizes(["attn.k"], "1 T Kd", np.zeros((1, 5, 3)))
 
 
 def test_a_rank_that_cannot_be_known_is_refused(model, torch, tmp_path):
