@@ -110,8 +110,8 @@ class ProbeRecorder:
         if array.shape[-1] % self.sizes["d"]:
             width = counted(array.shape[-1], "column")
             raise InputError(
-                f"{' '.join(steps)} of rank {self.rank} has {width}, not whole heads of {self.sizes['d']}; use "
-                "a number of ranks that divides the KV heads"
+                f"{' '.join(steps)} of rank {self.rank} has {width}, not whole heads of {self.sizes['d']}; "
+                "use a number of ranks that divides the KV heads"
             )
         heads = array.shape[-1] // self.sizes["d"]  # of all the joined steps
         return self.sizes | {name: size * heads // sum(widths) for name, size in whole.items()}
