@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 from threading import Lock
 
-from minitp.compare.files import open_dump
 from minitp.compare.mapped import MappedFile
 from minitp.compare.pairing import FIRST_PASS, read_metadata
-from minitp.compare.rank_files import rank_paths
+from minitp.compare.rank_folder import open_ranks
 from minitp.errors import InputError
 from minitp.shard import make_plan
 from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
@@ -67,12 +66,12 @@ class RecordedFiles:
 
     def __init__(self, path, engine=None, config=None):
         self.path, lock = Path(path), Lock()
-        dumps = [open_dump(each) for each in (rank_paths(path) if self.path.is_dir() else [path])]
+        dumps = open_ranks(path)
         if engine is not None:
             plan = make_plan(config, len(dumps))
             dumps = [MappedFile(dump, engine, config, plan, rank) for rank, dump in enumerate(dumps)]
         self.facts, self.metadata = dumps[0].metadata, read_metadata(dumps[0])
-        if self.path.is_dir():
+        if self.path.is_dir() or "rank" in self.facts:
             self._check_one_run(dumps)
             self.ranks = [RankFile(dump, {name: name for name in dump.entries}, lock) for dump in dumps]
         else:
@@ -118,9 +117,10 @@ class RecordedFiles:
             if found is None:
                 continue
             if found.tp != size or dump.metadata.get("rank", str(rank)) != str(rank):
+                its_rank, files = dump.metadata.get("rank"), counted(size, "file")
                 raise InputError(
-                    f"{dump.path}: it is rank {dump.metadata.get('rank')} of {found.tp}, and the folder has "
-                    f"{counted(size, 'file')}; record all ranks into an empty folder"
+                    f"{dump.path}: it is rank {its_rank} of {found.tp}, in a recording of {files}; record all "
+                    "ranks into an empty folder, and judge the folder"
                 )
             if (found.token_ids, found.passes) != (self.metadata.token_ids, self.metadata.passes):
                 raise InputError(

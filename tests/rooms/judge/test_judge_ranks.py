@@ -113,15 +113,15 @@ def test_an_assembled_trace_says_so(traces, tmp_path, capsys):
     [
         (
             lambda folder: (folder / "rank0.safetensors").unlink(),
-            "it has a file of rank 1, but none of rank 0",
+            "has files of 1 rank up to rank 1, but none of rank 0",
         ),
         (
             lambda folder: (folder / "rank1.safetensors").unlink(),
-            "it is rank 0 of 2, and the folder has 1 file",
+            "it is rank 0 of 2, in a recording of 1 file; record",
         ),
         (
             lambda folder: shutil.rmtree(folder) or folder.mkdir(),
-            "no file of a rank, such as rank0.safetensors",
+            "no arrays found; expected a .safetensors or .npz file for each rank",
         ),
         (
             lambda folder: shutil.copy(RECORDINGS / "no-sum" / "rank1.safetensors", folder),
@@ -129,7 +129,7 @@ def test_an_assembled_trace_says_so(traces, tmp_path, capsys):
         ),
         (
             lambda folder: shutil.copy(folder / "rank0.safetensors", folder / "rank1.safetensors"),
-            "it is rank 0 of 2, and the folder has 2 files; record all ranks into an empty folder",
+            "it is rank 0 of 2, in a recording of 2 files; record all ranks into an empty",
         ),
     ],
 )
@@ -141,6 +141,12 @@ def test_a_folder_that_is_not_one_run_is_refused(change, words, tmp_path, capsys
     captured = capsys.readouterr()
     assert words in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_the_file_of_one_rank_is_refused(capsys):
+    path = RECORDINGS / "llama" / "rank1.safetensors"
+    assert main(["judge", str(path), "--model", str(GOLDENS / "llama2")]) == 2
+    assert "record all ranks into an empty folder, and judge the folder" in capsys.readouterr().err
 
 
 def test_the_report_has_the_rank_and_the_mistake(tmp_path, capsys):
