@@ -119,8 +119,8 @@ class RecordedFiles:
             if found.tp != size or dump.metadata.get("rank", str(rank)) != str(rank):
                 its_rank, files = dump.metadata.get("rank"), counted(size, "file")
                 raise InputError(
-                    f"{dump.path}: it is rank {its_rank} of {found.tp}, in a recording of {files}; record all "
-                    "ranks into an empty folder, and judge the folder"
+                    f"{dump.path}: it is rank {its_rank} of {found.tp}, in a recording of {files}; record "
+                    "all ranks into an empty folder, and judge the folder"
                 )
             if (found.token_ids, found.passes) != (self.metadata.token_ids, self.metadata.passes):
                 raise InputError(
