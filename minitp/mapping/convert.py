@@ -27,7 +27,7 @@ def to_step(step, array, layout, sizes):
     """
     axes, shape = [], []
     for name, size in zip(layout.split(), array.shape, strict=True):
-        parts = list(name) if len(name) == 2 and letters_of(step) != layout.split()[1:] else [name]
+        parts = list(name) if len(name) == 2 and name not in letters_of(step) else [name]
         axes += parts
         shape += [sizes[part] for part in parts] if len(parts) > 1 else [size]
     array = array.reshape(shape)

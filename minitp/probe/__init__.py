@@ -8,8 +8,10 @@
 record.py      `record`: hooks on the modules and functions of a PyTorch model; start here
 recorder.py    the steps that the hooks give, and the file
 ranks.py       the rank of this process, if the model is sharded
+llama_cpp.py   `record_llama_cpp`, through the callback of llama.cpp; ggml.py: its arrays
 """
 
+from minitp.probe.llama_cpp import record_llama_cpp
 from minitp.probe.record import record
 
-__all__ = ["record"]
+__all__ = ["record", "record_llama_cpp"]

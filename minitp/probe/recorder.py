@@ -33,7 +33,12 @@ class ProbeRecorder:
         The steps by full name.
     passes : list of (name, start, stop)
     token_ids : list of int
+    roundings : dict of str to str or None
+        The dtypes of steps whose inputs or results the engine rounds to a smaller one than its own; None if
+        to 8 bits or less.
     """
+
+    engine = "transformers"
 
     def __init__(self, fields, rank=0, ranks=1):
         self.fields, self.layers = fields, fields["num_hidden_layers"]
@@ -41,7 +46,7 @@ class ProbeRecorder:
         heads = fields["num_attention_heads"]
         head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
         self.sizes = {"H": heads, "K": fields.get("num_key_value_heads") or heads, "d": head_dim}
-        self.arrays, self.passes, self.token_ids = {}, [], []
+        self.arrays, self.passes, self.token_ids, self.roundings = {}, [], [], {}
         self.block, self.layer = None, None  # "attn" or "mlp" while such a block of this layer runs
 
     def begin(self, module, args, kwargs):
@@ -166,7 +171,7 @@ class ProbeRecorder:
             )
         metadata = {
             "format": FORMAT,
-            "source": f"transformers, {recipe}",
+            "source": f"{self.engine}, {recipe}",
             "model": str(self.fields.get("_name_or_path") or "model"),
             "config": json.dumps(self.fields, default=str),
             "tp": str(self.ranks),
@@ -175,6 +180,7 @@ class ProbeRecorder:
             "layers": str(self.layers),
             "token_ids": json.dumps(self.token_ids),
             "passes": json.dumps(self.passes),
+            "roundings": json.dumps(self.roundings),
         }
         try:
             if self.ranks > 1:
