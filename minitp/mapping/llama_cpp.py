@@ -5,12 +5,13 @@ Read in llama.cpp of October 2026 (src/llama-graph.cpp and src/models/, as in ll
 A key is the name of an array, in which {i} stands for the number of a layer. Several arrays have the same
 name, for example Qcur-0 after the product, after the bias, after the reshape, and after RoPE. A name alone
 means the last of them, which is also the one that remains in a dictionary by name. A name with an operation
-means an array that this operation has computed. The name of a weight means the product with it.
+means an array that this operation has computed, an operation alone any of its arrays, and the name of a weight
+the product with it.
 
 Layouts are those of NumPy, which are the reverse of ggml's `ne`.
 """
 
-from minitp.mapping.table import INTERLEAVED, OtherEngine, into, out
+from minitp.mapping.table import into, out
 
 QUERIES, KEYS, VALUES = "T H d", "T K d", "T K d"
 
@@ -40,6 +41,7 @@ STEPS = {
     # The cache as attention reads it, with room for more positions; the values are stored transposed.
     "kq-{i}": [into("attn.k_cache", "K S d")],
     "kqv-{i}": [into("attn.v_cache", "K d S")],
+    "FLASH_ATTN_EXT": [into("attn.k_cache", "K S d", index=1), into("attn.v_cache", "K S d", index=2)],
     "kq_soft_max-{i}": [out("attn.probs", "H T S")],
     "kqv_out-{i}": [out("attn.context", "T Hd")],
     "attn_out-{i}": [out("attn.out", "T D")],  # the architecture llama; others have no name for it
@@ -66,15 +68,33 @@ STEPS = {
     "result_norm": [out("final_norm", "T D")],
     "result_output": [out("logits", "T V")],
 }
-# One product has gate and up, in this order.
-PHI3 = {"ffn_up-{i}": [out("mlp.gate mlp.up", "T F")]}
-F16_PRODUCTS = "with a matrix in F16, ggml rounds the input of the product to F16; with a quantized one, to Q8"
-LLAMA_CPP = OtherEngine(
-    "llama.cpp",
-    STEPS,
-    rope=INTERLEAVED,  # architectures llama and granite; the others' heads are half-split
-    roundings=dict.fromkeys(
-        ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.out", "logits"), F16_PRODUCTS
-    )
-    | dict.fromkeys(("attn.k_cache", "attn.v_cache"), "the cache is in F16, unless type_k and type_v are F32"),
-)
+PHI3 = {"ffn_up-{i}": [out("mlp.gate mlp.up", "T F")]}  # one product has both, in this order
+
+# Steps by the name of a product or of its weight. ggml rounds an input of a product to the type of the other
+# one, the weight or the cache: to F16 or BF16, and to 8 bits if it is quantized.
+PRODUCTS = {
+    "kq-{i}": ["attn.probs"],
+    "kqv-{i}": ["attn.context"],
+    "blk.{i}.attn_q.weight": ["attn.q"],
+    "blk.{i}.attn_k.weight": ["attn.k"],
+    "blk.{i}.attn_v.weight": ["attn.v"],
+    "blk.{i}.attn_qkv.weight": ["attn.q", "attn.k", "attn.v"],
+    "blk.{i}.attn_output.weight": ["attn.out"],
+    "blk.{i}.ffn_gate.weight": ["mlp.gate"],
+    "blk.{i}.ffn_up.weight": ["mlp.gate", "mlp.up"],
+    "blk.{i}.ffn_down.weight": ["mlp.out"],
+    "blk.{i}.ffn_gate_inp.weight": ["mlp.router"],
+    "blk.{i}.ffn_gate_exps.weight": ["mlp.experts"],
+    "blk.{i}.ffn_up_exps.weight": ["mlp.experts"],
+    "blk.{i}.ffn_gate_up_exps.weight": ["mlp.experts"],
+    "blk.{i}.ffn_down_exps.weight": ["mlp.out"],
+    "output.weight": ["logits"],
+    "token_embd.weight": ["logits"],
+}
+# Steps that ggml computes in F16 on a CPU: it looks up gelu in a table of all F16 numbers.
+IN_F16 = {"ffn_geglu-{i}": ["mlp.act"], "FLASH_ATTN_EXT": ["attn.context"]}
+
+
+def llama_cpp_steps(model_type):
+    """Return the steps of llama.cpp's arrays in models of a model_type: name -> list of Source."""
+    return STEPS | PHI3 if model_type == "phi3" else STEPS

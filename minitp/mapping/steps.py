@@ -7,6 +7,7 @@ path and `.input`. A number may follow, as in `.input.1`, if there are several.
 import re
 
 from minitp.mapping.lookup import number_pattern
+from minitp.mapping.llama_cpp import llama_cpp_steps
 from minitp.mapping.megatron import MEGATRON
 from minitp.mapping.table import OUT, out
 from minitp.mapping.transformers import TRANSFORMERS
@@ -19,6 +20,8 @@ def step_table(engine, config):
     """Return the steps of an engine's modules in a model: path -> list of Source, with {i} for a layer."""
     if engine == "megatron":
         return MEGATRON
+    if engine == "llama.cpp":
+        return llama_cpp_steps(config.model_type)
     table = TRANSFORMERS[config.model_type]
     if config.embedding_multiplier == 1:  # else it is multiplied outside the module
         table = table | {"model.embed_tokens": [out("embed")]}
