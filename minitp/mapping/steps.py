@@ -6,9 +6,10 @@ path and `.input`. A number may follow, as in `.input.1`, if there are several.
 
 import re
 
-from minitp.mapping.lookup import number_pattern
 from minitp.mapping.llama_cpp import llama_cpp_steps
+from minitp.mapping.lookup import number_pattern
 from minitp.mapping.megatron import MEGATRON
+from minitp.mapping.mlx import MLX
 from minitp.mapping.table import OUT, out
 from minitp.mapping.transformers import TRANSFORMERS
 from minitp.trace.names import AFTER, BEFORE
@@ -22,7 +23,7 @@ def step_table(engine, config):
         return MEGATRON
     if engine == "llama.cpp":
         return llama_cpp_steps(config.model_type)
-    table = TRANSFORMERS[config.model_type]
+    table = (MLX if engine == "mlx" else TRANSFORMERS)[config.model_type]
     if config.embedding_multiplier == 1:  # else it is multiplied outside the module
         table = table | {"model.embed_tokens": [out("embed")]}
     if config.logits_scaling == 1 and config.final_logit_softcapping is None:

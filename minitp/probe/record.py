@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from minitp.errors import InputError, shown
-from minitp.mapping.table import IN
 from minitp.mapping.transformers import LAYERS, TRANSFORMERS
+from minitp.probe.hooks import add_hooks
+from minitp.probe.mlx import hooked_mlx, is_mlx_model, mlx_recorder
 from minitp.probe.ranks import path_of_rank, rank_of
 from minitp.probe.recorder import ALL_REDUCE, ATTENTION, ROPE, ProbeRecorder
 from minitp.util.format import counted
@@ -49,14 +50,20 @@ def record(model, path, recipe="auto", rank=None, ranks=None):
         If there is no recipe for the model, a pass has several sequences, padding or a static cache, a
         later pass does not read the cache, or the file cannot be written.
     """
+    if not Path(path).parent.is_dir():
+        raise InputError(f"{path}: there is no folder {Path(path).parent}; create it first")
+    if is_mlx_model(model):
+        recorder, name = mlx_recorder(model, recipe)
+        with hooked_mlx(model, name, recorder):
+            yield recorder
+        recorder.write(path, name)
+        return
     if not hasattr(model, "set_attn_implementation"):
         raise InputError(f"{NOT_A_MODEL}, not a {type(model).__name__}")
     fields = model.config.to_dict()
     name = fields.get("model_type") if recipe == "auto" else recipe
     if name not in TRANSFORMERS:
         raise InputError(f"recipe {shown(name)}: there are recipes for {', '.join(TRANSFORMERS)}")
-    if not Path(path).parent.is_dir():
-        raise InputError(f"{path}: there is no folder {Path(path).parent}; create it first")
     rank, ranks = rank_of(model, rank, ranks)
     recorder = ProbeRecorder(fields, rank, ranks)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -79,33 +86,12 @@ def record(model, path, recipe="auto", rank=None, ranks=None):
 @contextmanager
 def hooked(model, modules, recipe, recorder):
     """Give a recorder what the modules and functions of a model get and return, within a `with` block."""
-    path_of = {}  # the path of each module that has a hook
     with ExitStack() as stack:
+        add_hooks(stack, model, modules, recipe, recorder)
 
-        def add(register, hook, **options):
-            stack.callback(register(hook, **options).remove)
+        def add(register, hook):
+            stack.callback(register(hook).remove)
 
-        # The hooks of one module run in this order, so the pass begins before its first input is recorded.
-        add(model.register_forward_pre_hook, recorder.begin, with_kwargs=True)
-        for pattern, sources in recipe.items():
-            layers = range(recorder.layers) if "{i}" in pattern else [None]
-            for layer in layers:
-                path = pattern.format(i=layer)
-                module = modules.get(path)
-                if module is None:
-                    continue  # a joined projection takes its place
-                first = path_of.setdefault(module, path)
-                if first != path:
-                    raise InputError(
-                        f"{first} and {path} are one module, so the probe cannot tell their steps apart; "
-                        "make one of them a copy (copy.deepcopy)"
-                    )
-                for source in sources:
-                    if source.where == IN:
-                        hook = partial(recorder.take_input, source, layer)
-                        add(module.register_forward_pre_hook, hook, with_kwargs=True)
-                    else:
-                        add(module.register_forward_hook, partial(recorder.take_output, source, layer))
         for layer in range(recorder.layers):
             for block, part in (("attn", "self_attn"), ("mlp", "mlp")):
                 module = modules[f"{LAYERS.format(i=layer)}.{part}"]

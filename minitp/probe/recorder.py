@@ -192,6 +192,10 @@ class ProbeRecorder:
 
 def to_numpy(tensor):
     """Return a copy of a tensor as a NumPy array of the same dtype; bfloat16 is that of ml_dtypes."""
+    if str(tensor.dtype) == "mlx.core.bfloat16":
+        return np.array(tensor.view(sys.modules["mlx.core"].uint16)).view(ml_dtypes.bfloat16)
+    if not hasattr(tensor, "detach"):  # an array of MLX
+        return np.array(tensor)
     if hasattr(tensor, "to_local"):  # a DTensor, of which this rank has a part
         tensor = tensor.to_local()
     tensor = tensor.detach().to("cpu", copy=True).contiguous()
