@@ -5,8 +5,8 @@ Read in llama.cpp of October 2026 (src/llama-graph.cpp and src/models/, as in ll
 A key is the name of an array, in which {i} stands for the number of a layer. Several arrays have the same
 name, for example Qcur-0 after the product, after the bias, after the reshape, and after RoPE. A name alone
 means the last of them, which is also the one that remains in a dictionary by name. A name with an operation
-means an array that this operation has computed, an operation alone any of its arrays, and the name of a weight
-the product with it.
+means an array that this operation has computed, an operation alone any of its arrays, and the name of a
+weight the product with it.
 
 Layouts are those of NumPy, which are the reverse of ggml's `ne`.
 """

@@ -55,9 +55,7 @@ def record_llama_cpp(path, model, ggml=None):
     bindings = sys.modules.get("llama_cpp.llama_cpp")
     if ggml is None:
         if bindings is None:
-            raise InputError(
-                "import llama_cpp before the recording, or pass the ggml library of your llama.cpp"
-            )
+            raise InputError("import llama_cpp before the recording, or pass ggml=, your llama.cpp's library")
         from llama_cpp._ggml import libggml as ggml
     recorder = LlamaCppRecorder(open_model(str(model), 1), Ggml(ggml))
     with ExitStack() as stack:
@@ -116,7 +114,7 @@ class LlamaCppRecorder(ProbeRecorder):
         return not ask or found is not None
 
     def names_of(self, tensor):
-        """Return the number of a layer, or None, and the names of an array, with {i} in place of the number."""
+        """Return the number of a layer, or None, and an array's names, with {i} in place of the number."""
         operation, name = self.ggml.operation(tensor), tensor.name.decode()
         names = [f"{name} {operation}", name]
         if operation in ("MUL_MAT", "MUL_MAT_ID", "ADD", "GET_ROWS"):
@@ -166,8 +164,8 @@ class LlamaCppRecorder(ProbeRecorder):
         tokens = array.shape[letters.index("T")] if "T" in letters else stop - start
         if tokens != stop - start:
             raise InputError(
-                f"{tensor.name.decode()} has {tokens} of {stop - start} tokens, because llama.cpp leaves out those "
-                "without logits; ask for the logits of all tokens (logits_all=True)"
+                f"{tensor.name.decode()} has {tokens} of {stop - start} tokens, because llama.cpp leaves out "
+                "those without logits; ask for the logits of all tokens (logits_all=True)"
             )
         if steps == ["mlp.experts"]:
             order = np.argsort(self.experts, axis=1)[:, :, None]  # [T, X, 1]
@@ -190,8 +188,8 @@ class LlamaCppRecorder(ProbeRecorder):
         pass_name, start, stop = self.passes[-1]
         if positions.tolist() != list(range(start, stop)):
             raise InputError(
-                f"{pass_name} has positions {positions.tolist()[:4]}.., expected {start} to {stop - 1}: record one "
-                "sequence from its first token on, in a new context"
+                f"{pass_name} has positions {positions.tolist()[:4]}.., expected {start} to {stop - 1}: record "
+                "one sequence from its first token on, in a new context"
             )
         self.keep("positions", None, positions)
 

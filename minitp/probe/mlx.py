@@ -1,4 +1,4 @@
-"""Hooks on the modules of an mlx-lm model, which have none: the calls of their classes are wrapped meanwhile."""
+"""Hooks on the modules of an mlx-lm model, for which the calls of their classes are wrapped meanwhile."""
 
 import dataclasses
 import sys
