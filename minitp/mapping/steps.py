@@ -12,6 +12,7 @@ from minitp.mapping.megatron import MEGATRON
 from minitp.mapping.mlx import MLX
 from minitp.mapping.table import OUT, out
 from minitp.mapping.transformers import TRANSFORMERS
+from minitp.mapping.vllm import VLLM
 from minitp.trace.names import AFTER, BEFORE
 
 NAME = re.compile(r"(.*?)(?:\.(?P<where>input|output)(?:\.(?P<index>\d+))?)?")
@@ -22,7 +23,12 @@ def step_table(engine, config):
     if engine == "megatron":
         return MEGATRON
     if engine == "llama.cpp":
-        return llama_cpp_steps(config.model_type)
+        table = llama_cpp_steps(config.model_type)
+        return {
+            name: found for name, found in table.items() if "{i}" in name or found[0].step in BEFORE | AFTER
+        }
+    if engine == "vllm":
+        return VLLM[config.model_type]
     table = (MLX if engine == "mlx" else TRANSFORMERS)[config.model_type]
     if config.embedding_multiplier == 1:  # else it is multiplied outside the module
         table = table | {"model.embed_tokens": [out("embed")]}
@@ -41,7 +47,7 @@ class StepLookup:
     """
 
     def __init__(self, engine, config):
-        table = step_table(engine, config)
+        table, self._layers = step_table(engine, config), config.num_hidden_layers
         self._table = [(number_pattern(path), sources) for path, sources in table.items()]
 
     def find(self, name):
@@ -59,5 +65,6 @@ class StepLookup:
             found = pattern.fullmatch(path)
             for source in sources if found else ():
                 if source.where == (where or OUT) and source.index == int(index or 0):
-                    return (None if source.step in BEFORE | AFTER else int(found["i"])), source
+                    layer = int(found.groupdict().get("i") or self._layers) + source.offset
+                    return (None if source.step in BEFORE | AFTER else layer), source
         return None

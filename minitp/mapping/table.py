@@ -31,6 +31,9 @@ class Source:
         PLAIN or GROUPED, the order of joined queries, keys and values.
     index : int
         The number of the input or output, of several.
+    offset : int
+        -1 if the step is one of the layer before the module's, or of the last layer if the module comes after
+        the layers.
     """
 
     step: str
@@ -38,11 +41,12 @@ class Source:
     layout: str
     order: str = PLAIN
     index: int = 0
+    offset: int = 0
 
 
-def out(step, layout="1 T D", index=0):
+def out(step, layout="1 T D", index=0, offset=0):
     """Return the Source of a module's output."""
-    return Source(step, OUT, layout, index=index)
+    return Source(step, OUT, layout, index=index, offset=offset)
 
 
 def into(step, layout="1 T D", index=0):

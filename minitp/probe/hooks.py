@@ -39,8 +39,11 @@ def add_hooks(stack, model, modules, recipe, recorder):
                     "make one of them a copy (copy.deepcopy)"
                 )
             for source in sources:
+                of_step = (
+                    (recorder.layers if layer is None else layer) + source.offset if source.offset else layer
+                )
                 if source.where == IN:
-                    hook = partial(recorder.take_input, source, layer)
+                    hook = partial(recorder.take_input, source, of_step)
                     add(module.register_forward_pre_hook, hook, with_kwargs=True)
                 else:
-                    add(module.register_forward_hook, partial(recorder.take_output, source, layer))
+                    add(module.register_forward_hook, partial(recorder.take_output, source, of_step))

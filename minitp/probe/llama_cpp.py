@@ -175,14 +175,6 @@ class LlamaCppRecorder(ProbeRecorder):
             layer = None if step in BEFORE | AFTER else self.layer
             self.keep(step, layer, to_step(step, part, source.layout, self.sizes))
 
-    def begin_pass(self, token_ids):
-        """Begin a pass of some tokens."""
-        start = len(self.token_ids)
-        self.token_ids += token_ids
-        name = f"decode.{len(self.passes)}" if self.passes else "prefill"
-        self.passes.append((name, start, len(self.token_ids)))
-        self.keep("tokens", None, np.array(token_ids, np.int64))
-
     def take_positions(self, positions):
         """Record the positions of a pass, int [T], which must be the next ones."""
         pass_name, start, stop = self.passes[-1]

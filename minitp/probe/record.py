@@ -15,6 +15,7 @@ from minitp.probe.hooks import add_hooks
 from minitp.probe.mlx import hooked_mlx, is_mlx_model, mlx_recorder
 from minitp.probe.ranks import path_of_rank, rank_of
 from minitp.probe.recorder import ALL_REDUCE, ATTENTION, ROPE, ProbeRecorder
+from minitp.probe.vllm import hooked_vllm, is_vllm_model, vllm_recorder
 from minitp.util.format import counted
 
 NOT_A_MODEL = (
@@ -57,6 +58,13 @@ def record(model, path, recipe="auto", rank=None, ranks=None):
         with hooked_mlx(model, name, recorder):
             yield recorder
         recorder.write(path, name)
+        return
+    if is_vllm_model(model):
+        rank, ranks = rank_of(model, rank, ranks)
+        recorder, name = vllm_recorder(model, recipe, rank, ranks)
+        with hooked_vllm(model, name, recorder):
+            yield recorder
+        recorder.write(path_of_rank(path, rank, ranks), name)
         return
     if not hasattr(model, "set_attn_implementation"):
         raise InputError(f"{NOT_A_MODEL}, not a {type(model).__name__}")

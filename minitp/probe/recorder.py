@@ -64,11 +64,16 @@ class ProbeRecorder:
                 f"the probe cannot record a {type(cache).__name__}, which has positions that are not written "
                 'yet; use a DynamicCache (in generate: cache_implementation="dynamic")'
             )
+        self.begin_pass(ids[0].tolist())
+
+    def begin_pass(self, token_ids):
+        """Begin a forward pass over some tokens, a list of int, and return its (name, start, stop)."""
         start = len(self.token_ids)
-        self.token_ids += ids[0].tolist()
+        self.token_ids += token_ids
         name = f"decode.{len(self.passes)}" if self.passes else "prefill"
         self.passes.append((name, start, len(self.token_ids)))
-        self.keep("tokens", None, np.array(ids[0].tolist(), np.int64))
+        self.keep("tokens", None, np.array(token_ids, np.int64))
+        return self.passes[-1]
 
     def enter_block(self, block, layer, module, args):
         """Note that a block of a layer begins."""
@@ -79,15 +84,17 @@ class ProbeRecorder:
         self.block = None
 
     def take_input(self, source, layer, module, args, kwargs):
-        """Record a module's first input."""
-        self.take(source, layer, args[0] if args else next(iter(kwargs.values())))
+        """Record an input of a module."""
+        self.take(source, layer, [*args, *kwargs.values()][source.index])
         if source.step == "embed" and kwargs.get("position_ids") is not None:
             self.keep("positions", None, to_numpy(kwargs["position_ids"])[0].astype(np.int64))
 
     def take_output(self, source, layer, module, args, output):
-        """Record a module's output, or the first of several."""
-        output = output.logits if hasattr(output, "logits") else output
-        self.take(source, layer, output[0] if isinstance(output, tuple) else output)
+        """Record a module's output, or one of several."""
+        outputs = output if isinstance(output, tuple) else (getattr(output, "logits", output),)
+        if source.index >= len(outputs) or outputs[source.index] is None:
+            return  # a norm that adds nothing, or logits that another rank gets
+        self.take(source, layer, outputs[source.index])
         if source.step == "logits":  # with logits_to_keep, as in `generate`, those of the last positions
             pass_name = self.passes[-1][0]
             logits = self.arrays[full_name(pass_name, None, "logits")]  # [n, V]
