@@ -163,6 +163,8 @@ def title(args, recording, source):
 def remarks(recording, judgement):
     """Return lines about what was not judged."""
     lines = [f"not recorded: {', '.join(judgement.missing)}"] if judgement.missing else []
+    if judgement.unjudged:
+        lines.append(f"not judged, because they are computed in 8 bits: {', '.join(judgement.unjudged)}")
     if not recording.has_end:
         layers = counted(recording.plan.layers, "layer")
         lines.append(f"only the first {layers} of the model: final_norm and logits are not judged")

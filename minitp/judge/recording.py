@@ -7,6 +7,7 @@ from minitp.compare.pairing import MAY_DIFFER, differing
 from minitp.errors import InputError, shown
 from minitp.judge.dump import FLOATS, dtype_of_dump, passes_of_dump
 from minitp.judge.rank_steps import RankSteps
+from minitp.judge.roundings import cache_dtype, read_roundings
 from minitp.judge.sizes import plan_of, rows_of_logits, sizes_of
 from minitp.trace.names import full_name, kinds
 from minitp.util.format import counted
@@ -53,6 +54,10 @@ class EngineRecording:
     plan : Plan
         Which heads, columns and rows each rank has.
     passes : list of RecordedPass
+    roundings : dict of str to dtype or None
+        The result of `read_roundings`.
+    kv_dtype : str
+        The dtype of the cache, "auto" for the engine's.
     ranks : list of RankSteps
     has_end : bool
         Whether the last recorded layer is the model's last, so that the steps after the layers follow it.
@@ -72,6 +77,7 @@ class EngineRecording:
         else:
             self.engine, self.dtype = "arrays without metadata", np.dtype(dtype or dtype_of_dump(files))
             self.token_ids, spans = passes_of_dump(files, self.config, tokens)
+        self.roundings = read_roundings(files.facts.get("roundings", "{}") if is_trace else "{}", self.path)
         self._check_passes(spans)
         self.has_end = is_trace or source.fields().get("num_hidden_layers") == files.layers
         sizes = [sizes_of(files.ranks, rank, self.config, spans) for rank in range(len(files.ranks))]
@@ -82,6 +88,8 @@ class EngineRecording:
             rows = rows_of_logits(files.ranks, name, self.config) if self.has_end else 0
             self.passes.append(RecordedPass(name, 0, start, stop, cached, logit_rows=rows))
             cached += self.passes[-1].origins
+        cached = files.ranks[0].entries.get(full_name(self.passes[0].name, 0, "attn.k_cache"))
+        self.kv_dtype = cache_dtype(cached.dtype if cached else self.dtype, self.dtype)
         passes = {pass_.name: pass_ for pass_ in self.passes}
         interleaved_dim = self.config.rotary_dim if rope == "interleaved" else None
         self.ranks = [

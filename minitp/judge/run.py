@@ -40,11 +40,14 @@ class Judgement:
         What the first wrong operation seems to compute instead; empty if nothing fits.
     missing : list of str
         Steps, without pass and layer, that were not recorded.
+    unjudged : list of str
+        Steps, without pass and layer, that the engine computes in 8 bits.
     """
 
     result: CheckResult
     explanation: str
     missing: list
+    unjudged: list
 
 
 def judge(recording, reference, progress=lambda layers: None):
@@ -76,7 +79,8 @@ def judge(recording, reference, progress=lambda layers: None):
     with np.errstate(all="ignore"):
         explanation = explain(cases, wrong_on(result, blamed[0])) if blamed else ""
     missing = dict.fromkeys(step for case in cases for step in case.missing)
-    return Judgement(result, explanation, list(missing))
+    unjudged = dict.fromkeys(step for case in cases for step in case.unjudged)
+    return Judgement(result, explanation, list(missing), list(unjudged))
 
 
 def wrong_on(result, first):
@@ -94,6 +98,8 @@ class Case:
     findings : list of Finding
     missing : list of str
         Steps that were not recorded.
+    unjudged : list of str
+        Steps that the engine computes in 8 bits.
     right : dict of str to (str, float64 array)
         For each pass the name of the first wrong step and its expected value.
     """
@@ -104,7 +110,8 @@ class Case:
         self.weights = RankWeights(
             reference, recording.plan, comm.rank, recording.dtype, recording.matmul_dtype
         )
-        self.findings, self.missing, self.right, self._derived = [], [], {}, {}
+        self.findings, self.missing, self.unjudged = [], [], []
+        self.right, self._derived = {}, {}
         self._kinds = kinds(recording.plan, recording.config.head_dim)
         self.replay = Replay(
             reference,
@@ -113,7 +120,7 @@ class Case:
             weights=self.weights,
             recorded=self.recorded,
             sequences=[recording.token_ids],
-            kv_dtype="auto",
+            kv_dtype=recording.kv_dtype,
             sums=IN_FLOAT32,
             rounds_each=True,  # as NCCL and Gloo do
         )
@@ -158,6 +165,9 @@ class Case:
                 self.missing.append(step)
                 self._derive(name, step, expected)
                 continue
+            if self.recording.roundings.get(step, "") is None:
+                self.unjudged.append(step)
+                continue
             finding = Finding(pass_.name, layer, step, self.rank, self._kinds[step].kind, local=None)
             self.findings.append(finding)
             array = self._array(name, expected)
@@ -165,7 +175,7 @@ class Case:
             if finding.note:
                 self._derive(name, step, expected)
             else:
-                finding.bounds = expected.bounds(array.dtype, repeats)
+                finding.bounds = expected.bounds(self.recording.roundings.get(step, array.dtype), repeats)
                 if step in ROTATED and expected.scale is not None:
                     finding.bounds = self._with_angle_errors(pass_, layer, expected, finding.bounds)
                 finding.local = difference_of(array, expected.value)
