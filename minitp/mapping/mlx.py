@@ -1,8 +1,8 @@
 """The modules of mlx-lm, and the steps that their inputs and outputs are, by model_type.
 
 Read in mlx-lm 0.32.2 (mlx_lm/models/). Except in mixtures of experts, its modules have the same paths as in
-Hugging Face transformers. Rotated queries and keys are outputs of the module `self_attn.rope`, which is called
-for both in turn; the cache is what `update_and_fetch` of a KVCache returns; see `probe.mlx`.
+Hugging Face transformers. Rotated queries and keys are outputs of the module `self_attn.rope`, which is
+called for both in turn; the cache is what `update_and_fetch` of a KVCache returns; see `probe.mlx`.
 """
 
 from minitp.mapping.table import out

@@ -5,8 +5,9 @@
     with minitp.probe.record(model, "engine.safetensors"):
         model(input_ids)
 
-record.py      `record`: hooks on the modules and functions of a PyTorch model; start here
-recorder.py    the steps that the hooks give, and the file
+record.py      `record`: hooks on the modules of a model; start here
+recorder.py    the steps that the hooks give, and the file; hooks.py: the hooks, by the tables of `mapping`
+transformers.py, vllm.py, mlx.py: what each of these engines needs besides
 ranks.py       the rank of this process, if the model is sharded
 llama_cpp.py   `record_llama_cpp`, through the callback of llama.cpp; ggml.py: its arrays
 """

@@ -75,8 +75,8 @@ class Ggml:
         dtype = DTYPES.get(tensor.type)
         if dtype is None:
             raise InputError(
-                f"{tensor.name.decode()} has ggml type {tensor.type}, which the probe cannot read; if it is a "
-                "quantized cache, leave out type_k and type_v"
+                f"{tensor.name.decode()} has ggml type {tensor.type}, which the probe cannot read; if it is "
+                "a quantized cache, leave out type_k and type_v"
             )
         shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
         size = np.dtype(dtype).itemsize + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))

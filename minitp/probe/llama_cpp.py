@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from minitp.compare.heads import half_split
-from minitp.errors import InputError
+from minitp.errors import InputError, shown
 from minitp.loading.source import open_model
 from minitp.mapping.convert import split_joined, to_step
 from minitp.mapping.llama_cpp import IN_F16, PRODUCTS, llama_cpp_steps
@@ -180,8 +180,8 @@ class LlamaCppRecorder(ProbeRecorder):
         pass_name, start, stop = self.passes[-1]
         if positions.tolist() != list(range(start, stop)):
             raise InputError(
-                f"{pass_name} has positions {positions.tolist()[:4]}.., expected {start} to {stop - 1}: record "
-                "one sequence from its first token on, in a new context"
+                f"{pass_name} has positions {shown(positions.tolist())}, expected {start} to {stop - 1}: "
+                "record one sequence from its first token on, in a new context"
             )
         self.keep("positions", None, positions)
 

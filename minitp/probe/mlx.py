@@ -5,7 +5,7 @@ import sys
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 
-from minitp.errors import InputError, shown
+from minitp.errors import InputError
 from minitp.mapping.convert import to_step
 from minitp.mapping.mlx import MLX, ROUNDINGS
 from minitp.mapping.transformers import LAYERS
@@ -17,37 +17,6 @@ from minitp.trace.names import full_name
 def is_mlx_model(model):
     """Return whether a model is one of mlx-lm, with its arguments and modules."""
     return dataclasses.is_dataclass(getattr(model, "args", None)) and hasattr(model, "named_modules")
-
-
-def mlx_recorder(model, recipe):
-    """Return the recorder for a model of mlx-lm, and the name of its recipe."""
-    fields = dataclasses.asdict(model.args)
-    name = fields["model_type"] if recipe == "auto" else recipe
-    if name not in MLX:
-        raise InputError(f"recipe {shown(name)}: for mlx-lm there are recipes for {', '.join(MLX)}")
-    recorder = MlxRecorder(fields)
-    recorder.roundings = ROUNDINGS.get(name, {})
-    return recorder, name
-
-
-@contextmanager
-def hooked_mlx(model, recipe, recorder):
-    """Give a recorder what the modules of an mlx-lm model get and return, within a `with` block."""
-    modules = {path: MlxModule(module) for path, module in model.named_modules()}
-    caches = sys.modules["mlx_lm.models.cache"]
-    with ExitStack() as stack:
-        add_hooks(stack, modules[""], modules, MLX[recipe], recorder)
-        for layer in range(recorder.layers):
-            attention = f"{LAYERS.format(i=layer)}.self_attn"
-            enter = partial(recorder.enter_block, "attn", layer)
-            modules[attention].register_forward_pre_hook(enter)
-            modules[f"{attention}.rope"].register_forward_hook(recorder.take_rope)
-        for kind in {type(module.module) for module in modules.values()}:
-            hooks = {id(one.module): one for one in modules.values() if type(one.module) is kind}
-            stack.enter_context(replaced(kind, "__call__", partial(observed_call, hooks)))
-        for kind in (caches.KVCache, caches.RotatingKVCache):
-            stack.enter_context(replaced(kind, "update_and_fetch", recorder.observed_cache))
-        yield
 
 
 @contextmanager
@@ -103,16 +72,50 @@ class Registered:
 class MlxRecorder(ProbeRecorder):
     """The steps of an mlx-lm model's forward passes."""
 
-    engine = "mlx-lm"
+    engine, recipes = "mlx-lm", MLX
+
+    def __init__(self, fields, rank=0, ranks=1):
+        super().__init__(fields, rank, ranks)
+        self.roundings = ROUNDINGS.get(fields["model_type"], {})
+
+    @staticmethod
+    def fields_of(model):
+        """Return the arguments of a model, which mlx-lm has read from config.json."""
+        return dataclasses.asdict(model.args)
+
+    @contextmanager
+    def hooked(self, model, recipe):
+        """Record what the modules of a model and its caches get and return, within a `with` block."""
+        modules = {path: MlxModule(module) for path, module in model.named_modules()}
+        caches = sys.modules["mlx_lm.models.cache"]
+        with ExitStack() as stack:
+            add_hooks(stack, modules[""], modules, recipe, self)
+            for layer in range(self.layers):
+                attention = f"{LAYERS.format(i=layer)}.self_attn"
+                modules[attention].register_forward_pre_hook(partial(self.enter_attention, layer))
+                modules[f"{attention}.rope"].register_forward_hook(self.take_rope)
+            for kind in {type(module.module) for module in modules.values()}:
+                hooks = {id(one.module): one for one in modules.values() if type(one.module) is kind}
+                stack.enter_context(replaced(kind, "__call__", partial(observed_call, hooks)))
+            for kind in (caches.KVCache, caches.RotatingKVCache):
+                stack.enter_context(replaced(kind, "update_and_fetch", self.observed_cache))
+            yield
 
     def begin(self, module, args, kwargs):
-        """Begin a forward pass, whose tokens are the first argument and whose caches are the second."""
-        if self.passes and kwargs.get("cache", args[1] if len(args) > 1 else None) is None:
+        """Begin a forward pass, which gets the tokens [1, T] and a list of caches."""
+        inputs = dict(zip(("inputs", "cache"), args, strict=False)) | kwargs
+        ids, caches = inputs["inputs"], inputs.get("cache")
+        if ids.shape[0] != 1:
+            raise InputError("the probe records passes of one sequence, with inputs [1, T]")
+        if self.passes and caches is None:
             raise InputError(
                 "record one prompt in a file, and give its later passes the cache of the first (cache=..)"
             )
-        ids = args[0] if args else kwargs["inputs"]
-        super().begin(module, (ids,), {})
+        self.begin_pass(ids[0].tolist())
+
+    def enter_attention(self, layer, module, args):
+        """Note the layer whose attention begins."""
+        self.layer = layer
 
     def take_rope(self, module, args, output):
         """Record rotated queries, and the rotated keys at the second call in a layer."""

@@ -14,8 +14,6 @@ from minitp.trace.names import full_name
 from minitp.trace.write import FORMAT
 from minitp.util.format import counted
 
-ROPE, ATTENTION, ALL_REDUCE = "apply_rotary_pos_emb", "eager_attention_forward", "all_reduce"
-
 
 class ProbeRecorder:
     """The steps of a model's forward passes.
@@ -38,7 +36,8 @@ class ProbeRecorder:
         to 8 bits or less.
     """
 
-    engine = "transformers"
+    engine = ""  # the name of the engine
+    recipes = {}  # the table of its steps by model_type
 
     def __init__(self, fields, rank=0, ranks=1):
         self.fields, self.layers = fields, fields["num_hidden_layers"]
@@ -47,24 +46,7 @@ class ProbeRecorder:
         head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
         self.sizes = {"H": heads, "K": fields.get("num_key_value_heads") or heads, "d": head_dim}
         self.arrays, self.passes, self.token_ids, self.roundings = {}, [], [], {}
-        self.block, self.layer = None, None  # "attn" or "mlp" while such a block of this layer runs
-
-    def begin(self, module, args, kwargs):
-        """Begin a forward pass of the whole model, whose tokens are its first argument or input_ids."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None or ids.shape[0] != 1:
-            raise InputError("the probe records passes of one sequence, with input_ids [1, T]")
-        if not isinstance(kwargs.get("logits_to_keep", 0), int):
-            raise InputError("the probe needs logits of the last positions; pass logits_to_keep as an int")
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if getattr(mask, "ndim", 0) == 2 and not bool(mask.all()):
-            raise InputError("the attention_mask hides tokens; pass the sequence without padding")
-        if getattr(cache, "is_compileable", False):
-            raise InputError(
-                f"the probe cannot record a {type(cache).__name__}, which has positions that are not written "
-                'yet; use a DynamicCache (in generate: cache_implementation="dynamic")'
-            )
-        self.begin_pass(ids[0].tolist())
+        self.layer = None  # the number of the layer whose steps are recorded
 
     def begin_pass(self, token_ids):
         """Begin a forward pass over some tokens, a list of int, and return its (name, start, stop)."""
@@ -75,19 +57,9 @@ class ProbeRecorder:
         self.keep("tokens", None, np.array(token_ids, np.int64))
         return self.passes[-1]
 
-    def enter_block(self, block, layer, module, args):
-        """Note that a block of a layer begins."""
-        self.block, self.layer = block, layer
-
-    def leave_block(self, module, args, output):
-        """Note that the block has ended."""
-        self.block = None
-
     def take_input(self, source, layer, module, args, kwargs):
         """Record an input of a module."""
         self.take(source, layer, [*args, *kwargs.values()][source.index])
-        if source.step == "embed" and kwargs.get("position_ids") is not None:
-            self.keep("positions", None, to_numpy(kwargs["position_ids"])[0].astype(np.int64))
 
     def take_output(self, source, layer, module, args, output):
         """Record a module's output, or one of several."""
@@ -127,42 +99,6 @@ class ProbeRecorder:
             )
         heads = array.shape[-1] // self.sizes["d"]  # of all the joined steps
         return self.sizes | {name: size * heads // sum(widths) for name, size in whole.items()}
-
-    def observed(self, name, function):
-        """Return a function that records arguments and results of a function.
-
-        The functions are the model's RoPE and attention, and all_reduce, whose first argument within a block
-        is a partial sum of the block's output.
-        """
-
-        def observed_rope(*args, **kwargs):
-            q, k = function(*args, **kwargs)
-            for step, tensor, letter in (("attn.q_rope", q, "H"), ("attn.k_rope", k, "K")):
-                self.keep(step, self.layer, to_step(step, to_numpy(tensor), f"1 {letter} T d", self.sizes))
-            return q, k
-
-        def observed_attention(module, query, key, value, *args, **kwargs):
-            pass_name, start, _ = self.passes[-1]
-            if start > 0 and key.shape[2] == query.shape[2]:
-                raise InputError(
-                    f"{pass_name} reads no cache: record one prompt in a file, and give its later passes the "
-                    "cache of the one before (use_cache=True, past_key_values)"
-                )
-            for step, tensor in (("attn.k_cache", key), ("attn.v_cache", value)):
-                self.keep(step, self.layer, to_step(step, to_numpy(tensor), "1 K S d", self.sizes))
-            output, probs = function(module, query, key, value, *args, **kwargs)
-            self.keep("attn.probs", self.layer, to_step("attn.probs", to_numpy(probs), "1 H T S", self.sizes))
-            return output, probs
-
-        def observed_all_reduce(tensor, *args, **kwargs):
-            step = f"{self.block}.out_partial"
-            is_output = self.block and tensor.shape[-1] == self.fields["hidden_size"]
-            if is_output and full_name(self.passes[-1][0], self.layer, step) not in self.arrays:
-                partial_sum = to_numpy(tensor)  # [1, T, D] or [T, D]
-                self.keep(step, self.layer, partial_sum.reshape(-1, partial_sum.shape[-1]))
-            return function(tensor, *args, **kwargs)
-
-        return {ROPE: observed_rope, ATTENTION: observed_attention, ALL_REDUCE: observed_all_reduce}[name]
 
     def keep(self, step, layer, array):
         """Keep a step of the current pass."""

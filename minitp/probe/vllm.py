@@ -16,49 +16,39 @@ def is_vllm_model(model):
     return hasattr(model, "compute_logits") and hasattr(model, "logits_processor")
 
 
-def vllm_recorder(model, recipe, rank, ranks):
-    """Return the recorder for a model of vLLM, and the name of its recipe."""
-    fields = model.config.to_dict()
-    name = fields["model_type"] if recipe == "auto" else recipe
-    if name not in VLLM:
-        raise InputError(f"recipe {shown(name)}: for vLLM there are recipes for {', '.join(VLLM)}")
-    return VllmRecorder(fields, rank, ranks), name
-
-
-@contextmanager
-def hooked_vllm(model, recipe, recorder):
-    """Give a recorder what the modules of a vLLM model get and return, within a `with` block."""
-    with ExitStack() as stack:
-        add_hooks(stack, model, dict(model.named_modules()), VLLM[recipe], recorder)
-        yield
-
-
 class VllmRecorder(ProbeRecorder):
     """The steps of a vLLM model's forward passes over one sequence."""
 
-    engine = "vLLM"
+    engine, recipes = "vLLM", VLLM
+
+    @staticmethod
+    def fields_of(model):
+        """Return the object in the config.json of a model."""
+        return model.config.to_dict()
+
+    @contextmanager
+    def hooked(self, model, recipe):
+        """Record what the modules of a model get and return, within a `with` block."""
+        with ExitStack() as stack:
+            add_hooks(stack, model, dict(model.named_modules()), recipe, self)
+            yield
 
     def begin(self, module, args, kwargs):
-        """Begin a forward pass, whose tokens [T] and positions [T] are its first two arguments."""
-        inputs = [*args, *kwargs.values()][:2]
-        token_ids, positions = (
-            to_numpy(kwargs.get(name, value)) for name, value in zip(NAMES, inputs, strict=True)
-        )
-        pass_name, start, stop = self.begin_pass(token_ids.tolist())
-        if positions.tolist() != list(range(start, stop)):
+        """Begin a forward pass, which gets the tokens [T] and their positions [T]."""
+        inputs = dict(zip(("input_ids", "positions"), args, strict=False)) | kwargs
+        token_ids, positions = (to_numpy(inputs[name]).tolist() for name in ("input_ids", "positions"))
+        pass_name, start, stop = self.begin_pass(token_ids)
+        if positions != list(range(start, stop)):
             raise InputError(
-                f"{pass_name} has positions {shown(positions.tolist())}, expected {start} to {stop - 1}: record "
-                "one prompt, alone in its batch and without prefix caching (enable_prefix_caching=False)"
+                f"{pass_name} has positions {shown(positions)}, expected {start} to {stop - 1}: record one "
+                "prompt, alone in its batch and without prefix caching (enable_prefix_caching=False)"
             )
-        self.keep("positions", None, positions.astype(np.int64))
+        self.keep("positions", None, np.array(positions, np.int64))
 
     def write(self, path, recipe):
-        """Write all steps, or raise an InputError if the modules' hooks were not called."""
+        """Write all steps, or raise an InputError if no hook of a module was called."""
         if self.passes and full_name("prefill", None, "embed") not in self.arrays:
             raise InputError(
                 "vLLM ran a compiled graph, which calls no hooks; give its LLM enforce_eager=True"
             )
         super().write(path, recipe)
-
-
-NAMES = ("input_ids", "positions")

@@ -166,7 +166,7 @@ def test_what_is_not_a_whole_model_of_transformers_is_refused(model, tmp_path):
             self.base_model, self.config = model, model.config
             self.set_attn_implementation = model.set_attn_implementation
 
-    refused("of transformers itself, without a wrapper .* not a list", [])
+    refused("of transformers, mlx-lm or vLLM itself, without a wrapper .* not a list", [])
     refused("without a wrapper .* this Wrapper has no lm_head", Wrapper(model))
     last = model.model.layers.pop()
     refused("the config has 2 layers, and the model has no model.layers.1.self_attn", model)
