@@ -8,6 +8,8 @@ and the sum, so the stream after layer i is the second output of a norm of layer
 from minitp.mapping.table import into, out
 from minitp.mapping.transformers import ATTENTION, LAYERS, MLP
 
+# Steps that vLLM rounds to a smaller dtype than the model's, by model_type.
+ROUNDINGS = {"gemma2": {"attn.context": "float16"}}  # on a CPU it approximates the tanh of the soft cap
 NORM = [out("attn.norm", "T D"), out("mlp.residual", "T D", index=1, offset=-1)]
 AFTER_ATTENTION = [out("mlp.norm", "T D"), out("attn.residual", "T D", index=1)]
 LLAMA = {

@@ -37,7 +37,7 @@ class ProbeRecorder:
     """
 
     engine = ""  # the name of the engine
-    recipes = {}  # the table of its steps by model_type
+    recipes = None  # the table of its steps by model_type
 
     def __init__(self, fields, rank=0, ranks=1):
         self.fields, self.layers = fields, fields["num_hidden_layers"]

