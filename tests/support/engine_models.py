@@ -61,7 +61,9 @@ def write_engine_gguf(path, directory, kind="F32"):
         writer.add_expert_count(fields["num_local_experts"])
         writer.add_expert_used_count(fields["num_experts_per_tok"])
     writer.add_tokenizer_model("none")
-    for name, weight in gguf_tensors(load_file(directory / "model.safetensors"), fields, architecture).items():
+    for name, weight in gguf_tensors(
+        load_file(directory / "model.safetensors"), fields, architecture
+    ).items():
         is_matrix = weight.ndim > 1 and "gate_inp" not in name  # the router stays in float32
         quantization = gguf.GGMLQuantizationType[kind if is_matrix else "F32"]
         data = gguf.quants.quantize(weight, quantization)

@@ -31,27 +31,28 @@ MLX = {"llama": "bfloat16", "qwen3": "float32", "mixtral": "float32"}
 VLLM = {"llama": "float32", "qwen3": "bfloat16"}
 
 
-def record_llama_cpp(models):
+def record_llama_cpp():
     """Record llama.cpp through llama-cpp-python."""
     import llama_cpp
 
     for name, (family, kind, options) in LLAMA_CPP.items():
-        path = write_engine_gguf(models / f"{name}.gguf", models / family, kind)
-        model = models / family if family != "llama" else path  # minitp reads GGUF files of llama alone
+        path = f"{name}.gguf"
+        write_engine_gguf(path, Path(family), kind)
+        model = path if family == "llama" else family  # minitp reads GGUF files of llama alone
         with minitp.probe.record_llama_cpp(FOLDER / f"llama.cpp-{name}.safetensors", model):
-            llama = llama_cpp.Llama(str(path), logits_all=True, verbose=False, **options)
+            llama = llama_cpp.Llama(path, logits_all=True, verbose=False, **options)
             llama.eval(PROMPT)
             llama.eval([NEXT])
 
 
-def record_mlx(models):
+def record_mlx():
     """Record mlx-lm."""
     import mlx.core
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model
 
     for family, dtype in MLX.items():
-        model, _ = load_model(models / family)
+        model, _ = load_model(Path(family))
         model.set_dtype(getattr(mlx.core, dtype))
         with minitp.probe.record(model, FOLDER / f"mlx-{family}.safetensors"):
             cache = make_prompt_cache(model)
@@ -59,13 +60,17 @@ def record_mlx(models):
             model(mlx.core.array([[NEXT]]), cache=cache)
 
 
-def record_vllm(models, family):
+def record_vllm(family):
     """Record vLLM, whose second token is the one that it samples; a process can have only one model."""
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        str(models / family),
+        family,
         dtype=VLLM[family],
         enforce_eager=True,
         enable_prefix_caching=False,
@@ -81,8 +86,9 @@ def record_vllm(models, family):
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # so that recordings name models without a folder
         for family in FAMILIES:
-            write_engine_model(Path(folder), family)
+            write_engine_model(Path(), family)
         engine, _, name = sys.argv[1].partition("-")
         record = {"llama.cpp": record_llama_cpp, "mlx": record_mlx, "vllm": record_vllm}[engine]
-        record(Path(folder), *([name] if name else []))
+        record(*([name] if name else []))
