@@ -46,9 +46,7 @@ class Ggml:
             self._get_name, self._op_name = library.ggml_get_name, library.ggml_op_name
             self._tensor_get = library.ggml_backend_tensor_get
         except AttributeError as error:
-            raise InputError(
-                f"the ggml library lacks a function: {error}; give the one of llama.cpp"
-            ) from error
+            raise InputError(f"not the ggml library that llama.cpp uses: {error}") from error
         self._get_name.restype = self._op_name.restype = ctypes.c_char_p
         self._get_name.argtypes, self._op_name.argtypes = [ctypes.c_void_p], [ctypes.c_int]
         sizes = [ctypes.c_size_t, ctypes.c_size_t]

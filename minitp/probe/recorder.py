@@ -67,11 +67,13 @@ class ProbeRecorder:
         if source.index >= len(outputs) or outputs[source.index] is None:
             return  # a norm that adds nothing, or logits that another rank gets
         self.take(source, layer, outputs[source.index])
-        if source.step == "logits":  # with logits_to_keep, as in `generate`, those of the last positions
-            pass_name = self.passes[-1][0]
-            logits = self.arrays[full_name(pass_name, None, "logits")]  # [n, V]
-            norm = self.arrays[full_name(pass_name, None, "final_norm")]  # [T, D]
-            self.keep("final_norm", None, norm[len(norm) - len(logits) :])  # [n, D]
+        norm_name = full_name(self.passes[-1][0], None, "final_norm")
+        if source.step == "logits" and norm_name in self.arrays:  # there may be logits of the last rows alone
+            norm, rows = (
+                self.arrays[norm_name],
+                len(self.arrays[full_name(self.passes[-1][0], None, "logits")]),
+            )
+            self.keep("final_norm", None, norm[len(norm) - rows :])  # [n, D]
 
     def take(self, source, layer, tensor):
         """Record an array of a layout that the source describes."""

@@ -41,3 +41,34 @@ def test_what_happens_outside_a_module_is_not_its_output():
 def test_norms_have_other_names_in_gemma():
     assert found("hf", "gemma2", "model.layers.1.post_attention_layernorm") == (1, "attn.post_norm")
     assert found("hf", "llama2", "model.layers.1.post_attention_layernorm") == (1, "mlp.norm")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Qcur-1", (1, "attn.q_rope")),  # the last array of the name
+        ("Vcur-12", (12, "attn.v")),
+        ("ffn_inp-0", (0, "attn.residual")),
+        ("l_out-0", (0, "mlp.residual")),
+        ("result_output", (None, "logits")),
+        ("ffn_post_norm", None),  # no layer in the name
+        ("norm-1", None),
+    ],
+)
+def test_arrays_of_llama_cpp_are_steps(name, expected):
+    assert found("llama.cpp", "llama2", name) == expected
+
+
+def test_in_vllm_the_stream_is_an_output_of_the_next_norm():
+    """The second output of a norm is the sum, so the last norm has that of the last layer."""
+    assert found("vllm", "llama2", "model.layers.1.input_layernorm.output.1") == (0, "mlp.residual")
+    assert found("vllm", "llama2", "model.norm.output.1") == (1, "mlp.residual")
+    assert found("vllm", "llama2", "model.layers.1.post_attention_layernorm.output.1") == (1, "attn.residual")
+    assert found("vllm", "llama2", "model.layers.0.self_attn.attn.input.1") == (0, "attn.k_rope")
+
+
+def test_the_experts_of_mlx_lm_and_vllm_have_a_router():
+    for engine in ("mlx", "vllm"):
+        name = "model.layers.1.block_sparse_moe.gate"
+        assert found(engine, "mixtral", name) == (1, "mlp.router")
+        assert found(engine, "qwen3-moe", "model.layers.1.mlp.gate") == (1, "mlp.router")
