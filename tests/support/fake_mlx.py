@@ -84,6 +84,7 @@ class MlxAttention(MlxFake):
         for part in "qkvo":
             setattr(self, f"{part}_proj", MlxLinear(tensors[f"{prefix}.{part}_proj.weight"]))
         self.rope, self.head_dim = MlxRope(frequencies), head_dim
+        self.root, self.repeat, self.ahead = np.sqrt(head_dim), np.repeat, 0
 
     def __call__(self, x, cache):
         count, offset = x.shape[1], cache.offset if cache else 0
@@ -95,9 +96,10 @@ class MlxAttention(MlxFake):
         if cache:
             k, v = cache.update_and_fetch(k, v)
         group = q.shape[1] // k.shape[1]
-        mask = ops.causal_mask(offset + np.arange(count), np.arange(k.shape[2]), None)  # [T, S]
-        scores = ops.scores(q[0], np.repeat(k[0], group, axis=0), mask, np.sqrt(self.head_dim))  # [H, T, S]
-        context = ops.context(ops.softmax(scores), np.repeat(v[0], group, axis=0))  # [T, H d]
+        positions = offset + np.arange(count) + self.ahead
+        mask = ops.causal_mask(positions, np.arange(k.shape[2]), None)  # [T, S]
+        scores = ops.scores(q[0], self.repeat(k[0], group, axis=0), mask, self.root)  # [H, T, S]
+        context = ops.context(ops.softmax(scores), self.repeat(v[0], group, axis=0))  # [T, H d]
         return self.o_proj(context.astype(np.float32)[None])
 
 

@@ -69,6 +69,24 @@ def test_a_fault_in_a_module_is_blamed_on_its_step(model, directory, path):
     assert blamed(path, directory)[0] == ["attn.q_rope", "attn.k_rope"]
 
 
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ({"root": 1.0}, "the scores are not scaled"),
+        ({"ahead": 1}, "the mask is off by one: a query sees the key after its own"),
+        ({"repeat": lambda x, n, axis: np.concatenate([x] * n)}, "the KV heads are tiled"),
+    ],
+)
+def test_a_mistake_within_fused_attention_is_named(model, directory, path, mistake, words):
+    """Neither scores nor probabilities are arrays, so the mistake is found in the context."""
+    vars(model.model.layers[0].self_attn).update(mistake)
+    with minitp.probe.record(model, path):
+        model(np.array([PROMPT]), model.make_cache())
+    steps, judgement = blamed(path, directory)
+    assert steps == ["attn.context"]
+    assert words in judgement.explanation
+
+
 def test_a_cache_is_recorded_until_it_overwrites_its_first_positions(model, path):
     for size, is_recorded in ((4, True), (3, False)):
         with minitp.probe.record(model, path):
