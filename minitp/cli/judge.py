@@ -24,7 +24,8 @@ class JudgeCommand(OneProcess):
         "Repeat every operation of a recording in float64, on the inputs that the engine really had, and "
         "compare. If the error of a step exceeds its bound, the exit code is 1, and the last lines name the "
         "first wrong operation, its rank and, if a common mistake explains it, the mistake. Record a model "
-        "of Hugging Face transformers with minitp.probe; docs/judge.md says what to save from other engines."
+        "of transformers, vLLM, mlx-lm or llama.cpp with minitp.probe; docs/judge.md says what to save from "
+        "other engines."
     )
     examples = (
         (

@@ -1,4 +1,4 @@
-"""A stand-in for ggml: its tensors, three functions of its library, and the arrays of a recording as a graph."""
+"""A stand-in for ggml: tensors, three functions of its library, and the arrays of a recording as a graph."""
 
 import ctypes
 

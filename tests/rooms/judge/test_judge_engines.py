@@ -111,5 +111,5 @@ def test_a_cache_in_float16_holds_what_was_rounded_to_it(models, tmp_path):
 def test_damaged_roundings_are_refused(models, tmp_path, roundings):
     name = "llama.cpp-qwen3"
     path = changed(name, tmp_path / "damaged.safetensors", dict.copy, roundings=roundings)
-    with pytest.raises(InputError, match="roundings .*: expected an object of float16 and bfloat16 by step"):
+    with pytest.raises(InputError, match=r"roundings .*: expected an object of float16 and bfloat16 by step"):
         judged(path, models(name))

@@ -78,7 +78,7 @@ def test_a_fault_in_a_module_is_blamed_on_its_step(model, directory, path):
     ],
 )
 def test_a_mistake_within_fused_attention_is_named(model, directory, path, mistake, words):
-    """Neither scores nor probabilities are arrays, so the mistake is found in the context."""
+    """Check that the mistake is found in the context, because scores and probabilities are no arrays."""
     vars(model.model.layers[0].self_attn).update(mistake)
     with minitp.probe.record(model, path):
         model(np.array([PROMPT]), model.make_cache())
