@@ -8,6 +8,7 @@ dimensions of a head, the pairs are those of the first R, and the others keep th
 
 import numpy as np
 
+from minitp.mapping.convert import half_split
 from minitp.trace.names import ATTENTION, split_name
 
 HEADS = [f"attn.{part}{step}" for part in "qk" for step in ("", "_norm", "_rope", "_cache")]
@@ -48,15 +49,3 @@ def interleaved(x, rotary_dim=None):
     turned, rest = np.split(x, [rotary_dim or x.shape[-1]], axis=-1)  # [.., R], [.., d - R]
     pairs = np.stack(np.split(turned, 2, axis=-1), axis=-1).reshape(turned.shape)  # [.., R]
     return np.concatenate((pairs, rest), axis=-1)
-
-
-def half_split(x, rotary_dim=None):
-    """Move the pairs (x[2i], x[2i + 1]) of the last axis R/2 apart: [.., d] -> [.., d].
-
-    R is `rotary_dim`, by default d.
-
-    >>> half_split(np.arange(6)).tolist(), half_split(np.arange(6), 4).tolist()
-    ([0, 2, 4, 1, 3, 5], [0, 2, 1, 3, 4, 5])
-    """
-    turned, rest = np.split(x, [rotary_dim or x.shape[-1]], axis=-1)  # [.., R], [.., d - R]
-    return np.concatenate((turned[..., ::2], turned[..., 1::2], rest), axis=-1)

@@ -45,3 +45,15 @@ def split_joined(steps, array, sizes):
         width = sizes[letters[step]] * sizes["d"] if step in letters else array.shape[-1] // len(steps)
         yield step, array[..., start : start + width]
         start += width
+
+
+def half_split(x, rotary_dim=None):
+    """Move the pairs (x[2i], x[2i + 1]) of the last axis R/2 apart: [.., d] -> [.., d].
+
+    R is `rotary_dim`, by default d.
+
+    >>> half_split(np.arange(6)).tolist(), half_split(np.arange(6), 4).tolist()
+    ([0, 2, 4, 1, 3, 5], [0, 2, 1, 3, 4, 5])
+    """
+    turned, rest = np.split(x, [rotary_dim or x.shape[-1]], axis=-1)  # [.., R], [.., d - R]
+    return np.concatenate((turned[..., ::2], turned[..., 1::2], rest), axis=-1)

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minitp.compare.heads import half_split
 from minitp.errors import InputError, shown
 from minitp.loading.source import open_model
-from minitp.mapping.convert import split_joined, to_step
+from minitp.mapping.convert import half_split, split_joined, to_step
 from minitp.mapping.llama_cpp import IN_F16, PRODUCTS, llama_cpp_steps
 from minitp.mapping.table import IN
 from minitp.probe.ggml import CALLBACK, DTYPES, Ggml
@@ -68,8 +67,16 @@ def record_llama_cpp(path, model, ggml=None):
 
             stack.callback(setattr, bindings, "llama_init_from_model", create)
             bindings.llama_init_from_model = create_recorded
-        yield recorder
-    recorder.stop()
+        try:
+            yield recorder
+        except Exception as error:  # perhaps of a binding, because the callback has ended a pass
+            if recorder.error is None:
+                raise
+            raise recorder.error from error
+        finally:
+            recorder.ended = True
+    if recorder.error is not None:
+        raise recorder.error
     recorder.write(path, recorder.fields["model_type"])
 
 
@@ -85,6 +92,10 @@ class LlamaCppRecorder(ProbeRecorder):
     ----------
     callback : function of C
         The value for `cb_eval`.
+    error : Exception or None
+        The first error in the callback, which ends the pass.
+    ended : bool
+        Whether the recording has ended; nothing more is recorded then.
     """
 
     engine = "llama.cpp"
@@ -184,12 +195,6 @@ class LlamaCppRecorder(ProbeRecorder):
                 "record one sequence from its first token on, in a new context"
             )
         self.keep("positions", None, positions)
-
-    def stop(self):
-        """Record nothing more, and raise the first error of the callback."""
-        self.ended = True
-        if self.error is not None:
-            raise self.error
 
     def write(self, path, recipe):
         """Write all steps, in the half-split layout, to a safetensors file."""

@@ -84,6 +84,28 @@ def test_what_the_probe_cannot_record_is_refused(arrays, model, path):
     refused("not the ggml library", FakeGraph(arrays), ggml=SimpleNamespace())
 
 
+def test_an_error_of_the_probe_replaces_that_of_the_binding(arrays, model, path):
+    """A binding raises an error of its own if the callback ends a pass."""
+    cut = FakeGraph(arrays | {"prefill/final_norm": arrays["prefill/final_norm"][-1:]})
+
+    def decode(observe):
+        if not play(observe, cut.passes(PASSES, 2)):
+            raise RuntimeError("llama_decode returned -3")
+
+    with (
+        pytest.raises(InputError, match="ask for the logits of all tokens"),
+        minitp.probe.record_llama_cpp(path, model, FakeGgml()) as recorder,
+    ):
+        decode(recorder.observe)
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        minitp.probe.record_llama_cpp(path, model, FakeGgml()) as recorder,
+    ):
+        raise RuntimeError("out of memory")
+    assert recorder.ended
+    assert not path.exists()
+
+
 def test_a_recording_needs_llama_cpp_and_a_pass(model, path, monkeypatch):
     monkeypatch.delitem(sys.modules, "llama_cpp.llama_cpp", raising=False)
     with pytest.raises(InputError, match="import llama_cpp"), minitp.probe.record_llama_cpp(path, model):
