@@ -47,7 +47,7 @@ class StepLookup:
     """
 
     def __init__(self, engine, config):
-        table, self._layers = step_table(engine, config), config.num_hidden_layers
+        table, self._config = step_table(engine, config), config
         self._table = [(number_pattern(path), sources) for path, sources in table.items()]
 
     def find(self, name):
@@ -65,6 +65,11 @@ class StepLookup:
             found = pattern.fullmatch(path)
             for source in sources if found else ():
                 if source.where == (where or OUT) and source.index == int(index or 0):
-                    layer = int(found.groupdict().get("i") or self._layers) + source.offset
-                    return (None if source.step in BEFORE | AFTER else layer), source
+                    return self._layer_of(source, found.groupdict().get("i")), source
         return None
+
+    def _layer_of(self, source, number):
+        """Return the layer of a step, by the number in its module's path; None means after the layers."""
+        if source.step in BEFORE | AFTER:
+            return None
+        return (self._config.num_hidden_layers if number is None else int(number)) + source.offset
