@@ -23,10 +23,7 @@ def step_table(engine, config):
     if engine == "megatron":
         return MEGATRON
     if engine == "llama.cpp":
-        table = llama_cpp_steps(config.model_type)
-        return {
-            name: found for name, found in table.items() if "{i}" in name or found[0].step in BEFORE | AFTER
-        }
+        return names_in_dumps(llama_cpp_steps(config.model_type))
     if engine == "vllm":
         return VLLM[config.model_type]
     table = (MLX if engine == "mlx" else TRANSFORMERS)[config.model_type]
@@ -35,6 +32,19 @@ def step_table(engine, config):
     if config.logits_scaling == 1 and config.final_logit_softcapping is None:
         table = table | {"lm_head": [out("logits", "1 T V")]}
     return table
+
+
+def names_in_dumps(table):
+    """Return the part of llama.cpp's table that a dump by name can use.
+
+    Left out are names without the number of their layer, and arrays that have room for more positions.
+    """
+    return {
+        name: sources
+        for name, sources in table.items()
+        if "{i}" in name or sources[0].step in BEFORE | AFTER
+        if not any("S" in source.layout.split() for source in sources)
+    }
 
 
 class StepLookup:
