@@ -67,12 +67,10 @@ class ProbeRecorder:
         if source.index >= len(outputs) or outputs[source.index] is None:
             return  # a norm that adds nothing, or logits that another rank gets
         self.take(source, layer, outputs[source.index])
-        norm_name = full_name(self.passes[-1][0], None, "final_norm")
-        if source.step == "logits" and norm_name in self.arrays:  # there may be logits of the last rows alone
-            norm, rows = (
-                self.arrays[norm_name],
-                len(self.arrays[full_name(self.passes[-1][0], None, "logits")]),
-            )
+        pass_name = self.passes[-1][0]
+        norm = self.arrays.get(full_name(pass_name, None, "final_norm"))  # [T, D]
+        if source.step == "logits" and norm is not None:  # there may be logits of the last positions alone
+            rows = len(self.arrays[full_name(pass_name, None, "logits")])
             self.keep("final_norm", None, norm[len(norm) - rows :])  # [n, D]
 
     def take(self, source, layer, tensor):

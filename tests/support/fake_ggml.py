@@ -98,8 +98,16 @@ class FakeGraph:
 
     def mlp(self, pass_name, i):
         """Yield the tensors of the feed-forward block of layer i."""
-        for name, step, operation in MLP:
-            array = self.arrays[f"{pass_name}/layers.{i}.mlp.{step}"]
+        prefix = f"{pass_name}/layers.{i}.mlp"
+        has_experts = f"{prefix}.experts" in self.arrays
+        for name, step, operation in MIXTURE if has_experts else MLP:
+            array = self.arrays[f"{prefix}.{step}"]
+            if step == "experts":  # the one with the largest logit is the first
+                logits = self.arrays[f"{prefix}.router"]  # [T, E]
+                numbers = np.argsort(-logits, axis=1)[:, : array.shape[1]]  # [T, X]
+                yield self.tensor(f"ffn_moe_topk-{i}", numbers.astype(np.int32), "RESHAPE")
+                places = np.argsort(np.argsort(numbers, axis=1), axis=1)  # [T, X]
+                array = np.take_along_axis(array, places[:, :, None], axis=1)  # [T, X, F]
             weight = self.tensor("", array)
             yield self.tensor(f"{name}-{i}", array, operation, [weight, weight])
 
@@ -130,6 +138,13 @@ MLP = [
     ("ffn_up", "up", "MUL_MAT"),
     ("ffn_swiglu", "act", "GLU"),
     ("ffn_out", "out", "MUL_MAT"),
+    ("l_out", "residual", "ADD"),
+]
+MIXTURE = [
+    ("ffn_norm", "norm", "MUL"),
+    ("ffn_moe_logits", "router", "MUL_MAT"),
+    ("ffn_moe_swiglu", "experts", "GLU"),
+    ("ffn_moe_out", "out", "ADD"),
     ("l_out", "residual", "ADD"),
 ]
 

@@ -47,6 +47,17 @@ def test_the_tensors_of_a_graph_are_recorded_as_steps(arrays, model, path):
         assert file.metadata()["roundings"] == '{"attn.probs": "float16", "attn.context": "float16"}'
 
 
+def test_experts_are_recorded_in_the_order_of_their_numbers(tmp_path, path):
+    """Check a mixture, of which ggml computes the expert with the largest logit first."""
+    arrays = load_file(ENGINE_RECORDINGS / "llama.cpp-mixtral.safetensors")
+    with minitp.probe.record_llama_cpp(path, write_engine_model(tmp_path, "mixtral"), FakeGgml()) as recorder:
+        assert play(recorder.observe, FakeGraph(arrays).passes(PASSES, 2))
+    recorded = load_file(path)
+    assert set(recorded) == set(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(recorded[name], array, err_msg=name)
+
+
 def test_contexts_that_are_made_within_the_block_get_the_callback(arrays, model, path, monkeypatch):
     def create(_, params):
         return params
