@@ -24,7 +24,7 @@ def step_table(engine, config):
         return MEGATRON
     if engine == "llama.cpp":
         return names_in_dumps(llama_cpp_steps(config.model_type))
-    if engine == "vllm":
+    if engine == "vllm" and config.model_type in VLLM:  # it runs others with the modules of transformers
         return VLLM[config.model_type]
     table = (MLX if engine == "mlx" else TRANSFORMERS)[config.model_type]
     if config.embedding_multiplier == 1:  # else it is multiplied outside the module

@@ -4,7 +4,7 @@ Shape letters are those of `trace.names`; "1" is the batch of one sequence, and 
 product of two sizes. In names, {i} is the number of a layer and {n} that of an expert.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 IN, OUT = "input", "output"
 # The orders in which tensors are joined along axis 0 of [out, in].
@@ -71,28 +71,3 @@ class EngineTensor:
     parts: tuple
     order: str = PLAIN
     rope: str = HALF_SPLIT
-
-
-@dataclass(frozen=True)
-class OtherEngine:
-    """An engine: the names and layouts of its arrays and of its tensors.
-
-    Attributes
-    ----------
-    name : str
-        The value of `compare --map`.
-    steps : dict of str to list of Source
-        The arrays by the path of their module, or by the name in the engine's own dumps.
-    tensors : dict of str to EngineTensor
-        The tensors by name. Names that are not listed are those of a Hugging Face checkpoint.
-    rope : str
-        HALF_SPLIT or INTERLEAVED, the order of the dimensions of its queries and keys.
-    roundings : dict of str to str
-        Steps that the engine is known to round more often than once in 16 bits, with an explanation.
-    """
-
-    name: str
-    steps: dict
-    tensors: dict = field(default_factory=dict)
-    rope: str = HALF_SPLIT
-    roundings: dict = field(default_factory=dict)

@@ -5,6 +5,7 @@ from paths import GOLDENS
 
 from minitp.loading.config import read_config
 from minitp.mapping.steps import StepLookup
+from minitp.mapping.tensors import ENGINES
 
 
 def found(engine, family, name):
@@ -73,3 +74,12 @@ def test_the_experts_of_mlx_lm_and_vllm_have_a_router():
         name = "model.layers.1.block_sparse_moe.gate"
         assert found(engine, "mixtral", name) == (1, "mlp.router")
         assert found(engine, "qwen3-moe", "model.layers.1.mlp.gate") == (1, "mlp.router")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_family_has_a_table_of_each_engine(engine):
+    names = {"megatron": "decoder.layers.1.mlp.linear_fc1", "llama.cpp": "attn_norm-1"}
+    name = names.get(engine, "model.layers.1.self_attn.o_proj.input")
+    step = {"megatron": "mlp.gate mlp.up", "llama.cpp": "attn.norm"}.get(engine, "attn.context")
+    for path in GOLDENS.glob("*/config.json"):
+        assert found(engine, path.parent.name, name) == (1, step)
