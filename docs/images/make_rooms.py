@@ -19,7 +19,7 @@ BOXES = {
     "cli": (0, 0, 8, "the commands"),
     "server": (1, 0, 1, "HTTP"),
     "llm": (1, 1, 1, "the Python API"),
-    "bits": (1, 2, 1, "which bits change"),
+    "bits": (1, 2, 1, "bit for bit"),
     "bench": (1, 3, 1, "measures speed"),
     "lint": (1, 4, 1, "checks shards"),
     "judge": (1, 5, 1, "another engine"),
