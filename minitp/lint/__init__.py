@@ -4,7 +4,7 @@ tensors.py         the tensors of an engine over all ranks
 experts.py         the numbers of the experts that a rank holds
 pieces.py          the checkpoint's rows and columns, found by their content
 layout.py          the rows that each rank is expected to hold
-trace.py           the origin of the rows of each rank
+origin.py          the origin of the rows of each rank
 values.py          the difference between a shard's values and the checkpoint's
 judgement.py       each tensor by itself, then the tensors of a block together
 blocks.py          the agreement of the tensors of a block

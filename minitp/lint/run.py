@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from minitp.errors import InputError
 from minitp.lint.judgement import Judge
 from minitp.lint.layout import Expectation
+from minitp.lint.origin import OriginSearch
 from minitp.lint.pieces import UNKNOWN, CheckpointPieces
 from minitp.lint.tensors import collect
-from minitp.lint.trace import Tracer
 from minitp.lint.values import DIFFERENT
 from minitp.mapping.lookup import TensorLookup, engine_of
 
@@ -68,11 +68,11 @@ def lint(ranks, source, engine=None, progress=lambda nbytes: None):
     engine = engine or engine_of([name for rank in ranks for name in rank.entries])
     lookup = TensorLookup(engine, source.config)
     tensors = collect(ranks, lookup, pieces, source.config.num_local_experts)
-    tracer = Tracer(pieces, Expectation(source.config, len(ranks), pieces))
+    search = OriginSearch(pieces, Expectation(source.config, len(ranks), pieces))
     named = [tensor for tensor in tensors if tensor.by_name]
-    tracer.trace(named, ranks, progress)
+    search.find(named, ranks, progress)
     claimed = {part for tensor in named for part in tensor.layout.parts}
-    tracer.identify([tensor for tensor in tensors if not tensor.by_name], ranks, claimed, progress)
+    search.identify([tensor for tensor in tensors if not tensor.by_name], ranks, claimed, progress)
     if not any(tensor.layout.parts for tensor in tensors):
         raise InputError(
             f"{ranks[0].path}: no tensor belongs to {source.name}, by its name or by its content; are "
@@ -80,6 +80,6 @@ def lint(ranks, source, engine=None, progress=lambda nbytes: None):
         )
     order = {name: number for number, name in enumerate(pieces.names)}
     tensors.sort(key=lambda tensor: min((order[part] for part in tensor.layout.parts), default=len(order)))
-    judge = Judge(tensors, pieces, tracer.expectation, engine)
+    judge = Judge(tensors, pieces, search.expectation, engine)
     judge.judge()
     return LintResult(engine, tensors, pieces, judge.faults, judge.notes)

@@ -15,7 +15,7 @@ MISSES = 20  # shards that are searched everywhere in vain
 ENOUGH = 0.5  # the share of a shard's pieces that must be found along an axis
 
 
-class Tracer:
+class OriginSearch:
     """The search for the pieces of shards.
 
     Parameters
@@ -28,7 +28,7 @@ class Tracer:
         self.pieces, self.expectation = pieces, expectation
         self._misses = 0  # shards that were searched everywhere and not found
 
-    def trace(self, tensors, ranks, progress):
+    def find(self, tensors, ranks, progress):
         """Enter what the ranks hold into some ShardedTensors; read one tensor of one rank at a time."""
         readers = {}
         for tensor in tensors:
