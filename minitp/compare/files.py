@@ -43,10 +43,12 @@ class TensorFile:
         Shape and dtype of each array by name, in the order of the file.
     metadata : dict of str to str
         Metadata of the file; empty for .npz.
+    unfit : dict of str to (shape, reason)
+        Arrays that the file has and that cannot be used.
     """
 
-    def __init__(self, path, entries, metadata):
-        self.path, self.entries, self.metadata = path, entries, metadata
+    def __init__(self, path, entries, metadata, unfit=None):
+        self.path, self.entries, self.metadata, self.unfit = path, entries, metadata, unfit or {}
 
     def read(self, name):
         """Return an array in float64, in its own shape; raise InputError if its dtype is not supported."""

@@ -124,8 +124,11 @@ def match(a, b, mapped, excluded):
     index = {name: number for number, name in enumerate(a.entries)}
     names = sorted(a.entries, key=lambda name: (*_order(name), index[name]))
     names = [name for name in names if name not in excluded]
-    pairs = {name: mapped.get(name) or _same(name, b.entries) for name in names}
+    pairs = {name: mapped.get(name) or same_name(name, b.entries) for name in names}
     pairs = {name: partner for name, partner in pairs.items() if partner}
+    if not pairs and b.unfit:
+        name, (shape, why) = next(iter(b.unfit.items()))
+        raise InputError(f"{b.path}: no array can be compared: {name} {list(shape)}: {why}")
     if not pairs:
         raise InputError(
             f"{a.path} and {b.path} have no name in common: the first has {_some(a.entries)}, the second "
@@ -179,7 +182,7 @@ def pass_order(name):
     return (0,)
 
 
-def _same(name, others):
+def same_name(name, others):
     """Return the key in `others` that matches `name`, ignoring the prefix `prefill/`, or None."""
     choices = (name, name.removeprefix(FIRST_PASS), FIRST_PASS + name)
     return next((choice for choice in choices if choice in others), None)

@@ -17,8 +17,8 @@ from minitp.compare.files import open_dump
 from minitp.compare.fit import fit, letters_of
 from minitp.compare.jump import LENIENCE, JumpRule
 from minitp.compare.open_other import open_other
-from minitp.compare.pairing import exclusions, match, read_map, read_metadata
-from minitp.compare.result import Comparison, StepDifference
+from minitp.compare.pairing import exclusions, match, read_map, read_metadata, same_name
+from minitp.compare.result import Comparison, NotCompared, StepDifference
 from minitp.errors import InputError
 from minitp.mapping.tensors import ENGINES, rotates_neighbors
 from minitp.trace.names import INTEGERS, split_name
@@ -26,6 +26,7 @@ from minitp.trace.names import INTEGERS, split_name
 # The relative errors allowed, by the coarsest floating-point dtype; see docs/compare.md for measurements.
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 MASKED = -1e4  # lower scores are masks, usually -1e9 or the lowest number of the dtype
+SHOWN = 3  # number of arrays of another size that are listed
 DIAGNOSED = 20  # number of steps, from the first that differs, for which a cause is sought
 
 
@@ -66,9 +67,12 @@ def compare_files(
     excluded = exclusions(a, b, metadata, read_metadata(b))
     pairs = match(a, b, read_map(mapping, a, b) if mapping and not engine else {}, excluded)
     found, not_compared = fit(a, b, pairs, rope, metadata)
+    unfit, remarks = _unfit(a, b)
+    not_compared += unfit
     tolerance, why, low = _tolerance(tolerance, a, b, pairs)
-    result = Comparison(tolerance, why, not_compared=not_compared, remarks=excluded.remarks)
-    result.only_a = [name for name in a.entries if name not in pairs and name not in excluded]
+    result = Comparison(tolerance, why, not_compared=not_compared, remarks=excluded.remarks + remarks)
+    paired = pairs.keys() | {one.name for one in unfit}
+    result.only_a = [name for name in a.entries if name not in paired and name not in excluded]
     paired = set(pairs.values())
     result.only_b = [name for name in b.entries if name not in paired and name not in excluded]
     layout_of = {}  # the layout of each step that B has completely
@@ -102,6 +106,19 @@ def compare_files(
         progress(1)
     result.remarks += _nan_remark(result.steps)
     return result
+
+
+def _unfit(a, b):
+    """Return the arrays of B that cannot be used: a NotCompared for each that A has, and remarks."""
+    found, others = [], []
+    for name, (shape, why) in b.unfit.items():
+        ours = same_name(name, a.entries)
+        if ours is None:
+            others.append(f"{name} {list(shape)} is not compared: {why}")
+        else:
+            found.append(NotCompared(ours, name, a.entries[ours].shape, shape, why))
+    more = [f"and {len(others) - SHOWN} more such arrays"] if len(others) > SHOWN else []
+    return found, (*others[:SHOWN], *more)
 
 
 def _tolerance(given, a, b, pairs):

@@ -66,8 +66,11 @@ class EngineTensor:
         PLAIN or GROUPED.
     rope : str
         HALF_SPLIT or INTERLEAVED, the order of the rows of each query and key head.
+    offset : float
+        A number that the engine has added to the checkpoint's values.
     """
 
     parts: tuple
     order: str = PLAIN
     rope: str = HALF_SPLIT
+    offset: float = 0.0

@@ -16,9 +16,9 @@ def plain(*parts, **options):
     return EngineTensor(tuple(f"{LAYER}.{part}" for part in parts), **options)
 
 
-def of_model(name):
+def of_model(name, **options):
     """Return the EngineTensor of a tensor outside the layers."""
-    return EngineTensor((name,))
+    return EngineTensor((name,), **options)
 
 
 def with_bias(engine_name, *parts, **options):
@@ -79,26 +79,33 @@ MEGATRON = {
 BLOCK = "blk.{i}"
 
 
-def llama_cpp(rope):
-    """Return the table of GGUF files, whose query and key rows have the order that the model's RoPE needs."""
+def llama_cpp(config):
+    """Return the table of GGUF files for a model.
+
+    Query and key rows have the order that llama.cpp's RoPE needs. Gemma's norms are stored as 1 + w, and
+    Phi-3's gate and up are one tensor, which is called up.
+    """
+    rope = INTERLEAVED if rotates_neighbors("llama.cpp", config) else HALF_SPLIT
+    norm = {"offset": 1.0} if config.norm_plus_one else {}
+    up = GATE_UP if config.joined_projections else ["mlp.up_proj"]
     return {
         "token_embd.weight": of_model("model.embed_tokens.weight"),
-        "output_norm.weight": of_model("model.norm.weight"),
+        "output_norm.weight": of_model("model.norm.weight", **norm),
         "output.weight": of_model("lm_head.weight"),
-        f"{BLOCK}.attn_norm.weight": plain("input_layernorm.weight"),
+        f"{BLOCK}.attn_norm.weight": plain("input_layernorm.weight", **norm),
         **with_bias(f"{BLOCK}.attn_q", "self_attn.q_proj", rope=rope),
         **with_bias(f"{BLOCK}.attn_k", "self_attn.k_proj", rope=rope),
         **with_bias(f"{BLOCK}.attn_v", "self_attn.v_proj"),
         **with_bias(f"{BLOCK}.attn_qkv", *QKV, rope=rope),
-        f"{BLOCK}.attn_q_norm.weight": plain("self_attn.q_norm.weight"),
-        f"{BLOCK}.attn_k_norm.weight": plain("self_attn.k_norm.weight"),
+        f"{BLOCK}.attn_q_norm.weight": plain("self_attn.q_norm.weight", **norm),
+        f"{BLOCK}.attn_k_norm.weight": plain("self_attn.k_norm.weight", **norm),
         **with_bias(f"{BLOCK}.attn_output", "self_attn.o_proj"),
-        f"{BLOCK}.post_attention_norm.weight": plain("post_attention_layernorm.weight"),
-        f"{BLOCK}.ffn_norm.weight": plain("{mlp_norm}.weight"),
+        f"{BLOCK}.post_attention_norm.weight": plain("post_attention_layernorm.weight", **norm),
+        f"{BLOCK}.ffn_norm.weight": plain("{mlp_norm}.weight", **norm),
         **with_bias(f"{BLOCK}.ffn_gate", "mlp.gate_proj"),
-        **with_bias(f"{BLOCK}.ffn_up", "mlp.up_proj"),
+        **with_bias(f"{BLOCK}.ffn_up", *up),
         **with_bias(f"{BLOCK}.ffn_down", "mlp.down_proj"),
-        f"{BLOCK}.post_ffw_norm.weight": plain("post_feedforward_layernorm.weight"),
+        f"{BLOCK}.post_ffw_norm.weight": plain("post_feedforward_layernorm.weight", **norm),
         f"{BLOCK}.ffn_gate_inp.weight": plain("{router}.weight"),
         f"{BLOCK}.ffn_gate_exps.weight": STACKED["gate"],
         f"{BLOCK}.ffn_up_exps.weight": STACKED["up"],
@@ -128,8 +135,7 @@ def tensor_tables(config):
     ----------
     config : Config
     """
-    rope = INTERLEAVED if rotates_neighbors("llama.cpp", config) else HALF_SPLIT
-    return {"hf": HF, "vllm": VLLM, "megatron": MEGATRON, "llama.cpp": llama_cpp(rope), "mlx": MLX}
+    return {"hf": HF, "vllm": VLLM, "megatron": MEGATRON, "llama.cpp": llama_cpp(config), "mlx": MLX}
 
 
 def checkpoint_names(config):

@@ -5,10 +5,18 @@ from functools import partial
 
 import pytest
 from dump_files import write
-from tiny import write_tiny
+from engine_dumps import PROMPT, TP, Reference
+from safetensors import safe_open
+from tiny import UNEVEN, write_tiny
 
 from minitp.cli.main import main
+from minitp.comm import run_threads
 from minitp.compare.run import compare_files
+from minitp.device import open_device
+from minitp.load import load_model
+from minitp.loading.source import open_model
+from minitp.trace.record import passes_of, wanted_steps
+from minitp.trace.write import write_trace
 
 
 @pytest.fixture
@@ -53,5 +61,42 @@ def traces(tmp_path_factory):
             assert main(["trace", *argv, *options]) == 0
             made[key] = path
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """Return a function that makes the Reference of a model, which it also caches."""
+    root, made = tmp_path_factory.mktemp("references"), {}
+
+    def make(**overrides):
+        key = json.dumps(overrides)
+        if key not in made:
+            directory = write_tiny(root / str(len(made)), tokenizer=False, **{**UNEVEN, **overrides})
+            path, source = root / f"{len(made)}.safetensors", open_model(str(directory), TP)
+            passes, device = passes_of(len(PROMPT), 1), open_device()
+            wanted = wanted_steps(source.plan, passes, ["*"])
+
+            def rank(comm):
+                model = load_model(source, comm, device)
+                write_trace(path, source, model, PROMPT, passes, wanted, per_rank=True)
+
+            run_threads(TP, rank)
+            made[key] = Reference(path, source.plan)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def oracle_like(tmp_path):
+    """Return a function that writes a reference's whole arrays alone, with its metadata."""
+
+    def make(reference):
+        with safe_open(reference.path, framework="np") as file:
+            metadata = file.metadata()
+        whole = {name: x for name, x in reference.arrays.items() if not name.startswith("rank")}
+        return write(tmp_path / "oracle.safetensors", whole, **metadata)
 
     return make
