@@ -59,7 +59,7 @@ class Exclusions:
 
 
 def exclusions(a, b, a_metadata, b_metadata):
-    """Return the Exclusions of two files, if both are minitp traces.
+    """Return the Exclusions of two files, of which A is a minitp trace.
 
     Excluded are the passes from the first token that differs on, because the two runs chose different tokens;
     the ranks' own arrays if the numbers of ranks differ; and the steps after the layers if the numbers of
@@ -70,8 +70,11 @@ def exclusions(a, b, a_metadata, b_metadata):
     InputError
         if the two traces are of different models or prompts.
     """
-    if a_metadata is None or b_metadata is None:
+    if a_metadata is None:
         return Exclusions()
+    if b_metadata is None:
+        layers = max(_layers_of(b), a_metadata.layers)  # a dump need not have all layers
+        return _after_other_layers(a_metadata.layers, layers)
     for name, ours, theirs in differing(a_metadata.config, b_metadata.config):
         if name not in MAY_DIFFER:
             raise InputError(
@@ -81,12 +84,9 @@ def exclusions(a, b, a_metadata, b_metadata):
     patterns, remarks = [], []
     if a_metadata.tp != b_metadata.tp:
         patterns.append(r"rank\d+/")
-    if a_metadata.layers != b_metadata.layers:
-        patterns += [rf"(.*/)?{step}$" for step in AFTER]
-        remarks.append(
-            f"{', '.join(AFTER)} are not compared: the number of layers is {a_metadata.layers} in A and "
-            f"{b_metadata.layers} in B"
-        )
+    others = _after_other_layers(a_metadata.layers, b_metadata.layers)
+    patterns += others.patterns
+    remarks += others.remarks
     differs = False
     for name in [name for name in a_metadata.passes if name in b_metadata.passes]:
         difference = _token_difference(a_metadata, b_metadata, name)
@@ -98,6 +98,21 @@ def exclusions(a, b, a_metadata, b_metadata):
         if differs:
             patterns.append(rf"(rank\d+/)?{re.escape(name)}/")
     return Exclusions(tuple(patterns), tuple(remarks))
+
+
+def _layers_of(dump):
+    """Return the number of layers of another program's file, by the names of its steps."""
+    layers = [split_name(name)[1] for name in dump.entries]
+    return 1 + max((layer for layer in layers if layer is not None), default=-1)
+
+
+def _after_other_layers(a_layers, b_layers):
+    """Return the Exclusions of the steps after the layers, if the numbers of layers differ."""
+    if b_layers == a_layers:
+        return Exclusions()
+    patterns = tuple(rf"(.*/)?{step}$" for step in AFTER)
+    text = f"the number of layers is {a_layers} in A and {b_layers} in B"
+    return Exclusions(patterns, (f"{', '.join(AFTER)} are not compared: {text}",))
 
 
 def _token_difference(a, b, name):

@@ -7,6 +7,7 @@ an array with an unknown name is never compared in part.
     A is [T, V], B may be    [T, V + n]     a padded vocabulary
     A is [T, D], B may be    [T + n, D]     padding after the tokens or before them, or other positions
     A is [T, D], B may be    [2, T, D]      a batch
+                             [2 * T, D]     a batch whose tokens lie one after another
 
 The values decide which end of the axis, and which sequence of the batch, is compared; see `run`.
 """
@@ -42,20 +43,31 @@ def partial_layouts(name, a_shape, b_shape, letters):
     has_logits = split_name(name)[2] in AFTER
     found = _other_sizes(a_shape, b_shape, letters, has_logits)
     inner = b_shape[1:]
-    if not 1 < (b_shape[:1] or (1,))[0] <= MOST_SEQUENCES or len(inner) < len(a_shape) - has_logits:
-        return found
+    is_batch = 1 < (b_shape[:1] or (1,))[0] <= MOST_SEQUENCES
+    joined = letters[0] in "HK" and a_shape[0] > 1 and len(inner) == len(a_shape) - 1  # heads and dimensions
+    if not is_batch or len(inner) < len(a_shape) - has_logits - joined:
+        return found + _flat_batch(a_shape, b_shape, letters)
     whole = layouts(a_shape, inner, letters)
-    each = whole or _other_sizes(a_shape, inner, letters, has_logits)
+    each = whole if whole or joined else _other_sizes(a_shape, inner, letters, has_logits)
     batch = [_of_batch(layout, i, b_shape[0]) for i in range(b_shape[0]) for layout in each]
     return batch + found if whole else found + batch
 
 
-def _of_batch(layout, i, sequences):
+def _flat_batch(a_shape, b_shape, letters):
+    """Return the Layouts of the sequences in a batch whose tokens lie one after another, as [B * T, ..]."""
+    count = b_shape[0] // max(a_shape[0], 1) if b_shape and a_shape else 0
+    if letters[0] != "T" or not 1 < count <= MOST_SEQUENCES or b_shape != (count * a_shape[0], *a_shape[1:]):
+        return []
+    whole = Layout("", lambda array: array.reshape(count, *a_shape))
+    return [_of_batch(whole, i, count, flat=True) for i in range(count)]
+
+
+def _of_batch(layout, i, sequences, flat=False):
     """Return the Layout of sequence `i` of a batch, given that of a single sequence."""
     rest = f"B has {counted(sequences, 'sequence')}; number {i} is compared"
     return replace(
         layout,
-        view=lambda array: layout.view(array[i]),
+        view=lambda array: layout.view(array)[i] if flat else layout.view(array[i]),
         rest="; ".join(filter(None, (rest, layout.rest))),
         sequence=i,
     )

@@ -165,3 +165,13 @@ def test_a_reference_without_metadata_is_refused(tmp_path):
     for b, mapping, text in ((folder, None, "a folder of ranks' files"), (a, "vllm", "--map vllm")):
         with pytest.raises(InputError, match=f"{text} needs the model's config, which .*a.npz lacks"):
             compare_files(a, b, mapping)
+
+
+def test_the_steps_after_more_layers_are_not_compared(references, tmp_path, oracle_like):
+    """The reference has two layers, and the engine ran three."""
+    reference = references(**DENSE)
+    dump = {"prefill/embed": reference.arrays["prefill/embed"], "prefill/logits": np.ones((7, 101))}
+    dump["prefill/layers.2.mlp.residual"] = np.ones((7, 20))
+    result = compare_files(oracle_like(reference), write(tmp_path / "b.npz", dump))
+    assert [step.name for step in result.steps] == ["prefill/embed"]
+    assert result.remarks[0].endswith("are not compared: the number of layers is 2 in A and 3 in B")

@@ -7,6 +7,7 @@ from dump_files import TRACE, command, rng, write
 from minitp.compare.partial import partial_layouts
 
 LOGITS, EMBED, TOKENS = "prefill/logits", "prefill/embed", "prefill/tokens"
+ROUTER = TRACE.format(0, "mlp.router")
 Q, CACHE, SCORES = (TRACE.format(0, f"attn.{step}") for step in ("q", "k_cache", "scores"))
 T, V = 12, 20
 
@@ -18,7 +19,12 @@ def steps(seed=0):
     found = {name: array.astype(np.float32) for name, array in found.items()}
     seen = np.tril(np.ones((T, T), bool))
     found[SCORES] = np.where(seen, draw((4, T, T)), -np.inf).astype(np.float32)
+    found[ROUTER] = rng(seed + 100).standard_normal((T, 5)).astype(np.float32)
     return {TOKENS: rng(seed).integers(0, V, T), **found}
+
+
+def joined(heads):
+    return heads.transpose(1, 0, 2).reshape(T, -1)  # [H, T, d] -> [T, H d]
 
 
 def padded(array, before=0, after=0, axes=(0,)):
@@ -81,6 +87,16 @@ FITS = {  # description -> step, B's array, what is not compared
         "B has 16 positions and A 12; B's first 12 are compared",
     ),
     "batch": (EMBED, np.stack([steps(1)[EMBED], A[EMBED]]), "B has 2 sequences; number 1 is compared"),
+    "batch with joined heads": (
+        Q,
+        np.stack([joined(x[Q]) for x in (steps(1), steps(2), A)]),
+        "B has 3 sequences; number 2 is compared",
+    ),
+    "batch of tokens in a row": (
+        ROUTER,
+        np.concatenate([steps(1)[ROUTER], A[ROUTER], steps(2)[ROUTER]]),
+        "B has 3 sequences; number 1 is compared",
+    ),
     "batch of last tokens": (
         LOGITS,
         np.stack([steps(1)[LOGITS][-1], X[-1]]),
@@ -136,7 +152,7 @@ def test_the_first_batch_chooses_the_sequence(two):
     assert {step.rest.partition(";")[0] for step in result.steps} == {"B has 2 sequences"}
     assert {step.rest[-10:] for step in result.steps} == {"s compared"}
     assert "number 1" in result.steps[0].rest
-    assert [step.name for step in result.departing] == [EMBED, Q, CACHE, SCORES, LOGITS]
+    assert [step.name for step in result.departing] == [EMBED, Q, CACHE, SCORES, ROUTER, LOGITS]
 
 
 NOT_FITTING = {  # B's array -> its reason
