@@ -1,4 +1,4 @@
-"""Dumps of other engines, made from the arrays of four ranks of minitp."""
+"""The dumps of other engines, made from the arrays of four ranks of minitp."""
 
 import numpy as np
 from dump_files import write
