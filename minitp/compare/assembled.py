@@ -13,6 +13,7 @@ from minitp.compare.layouts import layouts
 from minitp.compare.pairing import same_name
 from minitp.compare.partial import TABLES
 from minitp.trace.names import WEIGHTS, Kind, kinds, split_name
+from minitp.util.format import counted
 
 COARSE_FIRST = ("bfloat16", "float16", "float32", "float64")
 
@@ -119,8 +120,9 @@ class AssembledFile(TensorFile):
                 one = self._with_ranges(name, one, held)
             if one is not None and all(self._layouts(name, one, rank) for rank in range(len(held))):
                 return one
-        shapes = ", ".join(str(list(entry.shape)) for entry in held)
-        return f"A has {list(shape)} in all, and the {len(held)} ranks have {shapes}; is a file missing?"
+        shapes = dict.fromkeys(str(list(entry.shape)) for entry in held)
+        ranks = f"{counted(len(held), 'rank')} with {' and '.join(shapes)}"
+        return f"A has {list(shape)} in all, and B {ranks}; is a file missing, or one too many?"
 
     def _planned_kind(self, name):
         if name.startswith(WEIGHTS):

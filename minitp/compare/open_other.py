@@ -8,6 +8,7 @@ from minitp.compare.mapped import MappedFile
 from minitp.compare.rank_folder import open_ranks
 from minitp.errors import InputError
 from minitp.shard import make_plan
+from minitp.util.format import counted
 
 
 def open_other(path, a, metadata, engine=None):
@@ -39,7 +40,12 @@ def open_other(path, a, metadata, engine=None):
         raise InputError(f"{what} needs the model's config, which {a.path} lacks; make A with minitp trace")
     if metadata is None:
         return files[0]
-    config = metadata.config
+    config, heads = metadata.config, metadata.config.num_attention_heads
+    if len(files) > heads:
+        raise InputError(
+            f"{path}: it has files of {counted(len(files), 'rank')}, but the model has only "
+            f"{counted(heads, 'attention head')}"
+        )
     plan = make_plan(config, len(files))
     if engine:
         files = [MappedFile(file, engine, config, plan, rank) for rank, file in enumerate(files)]

@@ -7,6 +7,7 @@ compared. A step `departs` if the two arrays differ by more than the tolerance, 
 than those of its inputs.
 """
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -61,6 +62,8 @@ def compare_files(
     a = open_dump(a_path)
     metadata = read_metadata(a)
     engine = mapping if mapping in ENGINES else None
+    if mapping and not engine and not os.path.lexists(mapping):
+        raise InputError(f"--map {mapping}: no such file, and none of the engines {', '.join(ENGINES)}")
     b = open_other(b_path, a, metadata, engine)
     if engine and rotates_neighbors(engine, metadata.config):
         rope = rope or "interleaved"

@@ -175,3 +175,9 @@ def test_the_steps_after_more_layers_are_not_compared(references, tmp_path, orac
     result = compare_files(oracle_like(reference), write(tmp_path / "b.npz", dump))
     assert [step.name for step in result.steps] == ["prefill/embed"]
     assert result.remarks[0].endswith("are not compared: the number of layers is 2 in A and 3 in B")
+
+
+def test_an_unknown_engine_is_refused(references):
+    path = references(**DENSE).path
+    with pytest.raises(InputError, match="--map sglang: no such file, and none of the engines hf, "):
+        compare_files(path, path, "sglang")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from dump_files import command
+from dump_files import command, write
 from engine_dumps import (
     DENSE,
     broken,
@@ -12,6 +12,7 @@ from engine_dumps import (
 )
 
 from minitp.compare.run import compare_files
+from minitp.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,12 @@ def test_a_missing_file_is_suspected(references, tmp_path, oracle_like):
     (folder / "rank3.npz").unlink()
     result = compare_files(oracle_like(references(**DENSE)), folder, "hf")
     reasons = {one.name: one.reason for one in result.not_compared}
-    assert reasons["prefill/layers.0.mlp.up"].endswith("[1, 7, 10], [1, 7, 9], [1, 7, 9]; is a file missing?")
+    expected = "B 3 ranks with [1, 7, 10] and [1, 7, 9]; is a file missing, or one too many?"
+    assert reasons["prefill/layers.0.mlp.up"].endswith(expected)
+    for rank in range(3, 12):
+        write(folder / f"rank{rank}.npz", {"prefill/embed": np.zeros((7, 20))})
+    with pytest.raises(InputError, match="files of 12 ranks, but the model has only 9 attention heads"):
+        compare_files(oracle_like(references(**DENSE)), folder, "hf")
 
 
 def test_the_command_names_the_rank(references, tmp_path, capsys):
