@@ -168,14 +168,16 @@ def scores(q, k, mask, root, cap=None, sums=IN_FLOAT32):
 
 def softmax(x):
     """Return the Expected of the softmax over the last axis, in float32: [H_r, T, S] -> [H_r, T, S]."""
-    inputs = x
+    inputs, x_scale = x, scale_of(x)
     x, x_lp = both(x)  # [H_r, T, S] each
     value = oracle_ops.softmax(x)  # [H_r, T, S]
     shifted = x_lp - np.max(x_lp, axis=-1, keepdims=True)  # [H_r, T, S]
     terms = np.exp(shifted)  # [H_r, T, S]
     lowp = terms / np.sum(terms, axis=-1, keepdims=True)  # [H_r, T, S]
-    # The relative rounding error of e^(s - max) is proportional to |s - max|.
-    scale = value * (1 + np.where(np.isfinite(shifted), -shifted, 0))  # [H_r, T, S]
+    # The relative rounding error of e^(s - max) is proportional to |s - max|. The error of a score that was
+    # not recorded becomes a relative error of its probability; it may be large if all scores are.
+    own = value * (1 + np.where(np.isfinite(shifted), -shifted, 0))  # [H_r, T, S]
+    scale = np.hypot(own, value * x_scale)  # [H_r, T, S]
     return Expected(value, lowp.astype(np.float64), scale, common=(-1,)).with_inputs(inputs)
 
 
@@ -315,11 +317,11 @@ def total(parts, bias=None, rounds_each=False):
 def add(x, y, multiplier=1):
     """Return the Expected of x + multiplier * y, two arrays of the same shape.
 
-    The low-precision reference rounds the product before the addition.
+    The low-precision reference rounds the product before the addition, to the dtype of y.
     """
     inputs = x, y
     (x, x_lp), (y, y_lp) = both(x), both(y)
     value = x.astype(np.float64) + multiplier * y.astype(np.float64)
-    term = (np.float32(multiplier) * y_lp.astype(np.float32)).astype(x_lp.dtype)
+    term = (np.float32(multiplier) * y_lp.astype(np.float32)).astype(y_lp.dtype)
     lowp = rounded(x_lp.astype(np.float32) + term.astype(np.float32), x_lp.dtype)
     return Expected(value, lowp, np.abs(value)).with_inputs(*inputs)

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from one_core import run_threads
@@ -413,3 +414,33 @@ def test_a_collective_that_is_wrong_everywhere_is_blamed_once():
 def test_norm_of_numbers_whose_squares_have_no_float64(factor):
     with np.errstate(over="ignore"):
         assert difference.norm(factor * np.array([[3.0], [4.0]])) == pytest.approx(5 * factor, abs=0)
+
+
+def test_large_scores_that_were_not_recorded_widen_the_bound_of_their_probabilities():
+    """Keys share a large vector, so scores of 100 differ by a few; the engine adds up in the reverse order."""
+    ratios = []
+    for seed in range(100):
+        draw = np.random.default_rng(seed).standard_normal
+        q = draw((1, 1, 16)).astype(np.float32)
+        k = (100 * draw((1, 1, 16)) + draw((1, 4, 16))).astype(np.float32)
+        scores = np.zeros((1, 1, 4), np.float32)
+        for i in reversed(range(16)):
+            scores += q[:, :, None, i] * k[:, None, :, i]
+        weights = np.exp((scores - scores.max()) / np.float32(4))
+        hidden = expected.scores(q, k, np.ones((1, 4), bool), 4.0).not_recorded(np.float32)
+        right = expected.softmax(hidden)
+        found = difference_of(weights / weights.sum(), right.value)
+        relative, absolute = right.bounds(np.float32)
+        ratios.append(max(found.relative / relative, found.absolute / absolute))
+    assert max(ratios) <= 1
+
+
+def test_a_multiplied_term_is_rounded_to_its_own_dtype():
+    """Under autocast, Granite's residual stream is float32, and the block's output times 0.22 bfloat16."""
+    draw = np.random.default_rng(0).standard_normal
+    x, y = draw((8, 16)).astype(np.float32), draw((8, 16)).astype(ml_dtypes.bfloat16)
+    term = (np.float32(0.22) * y.astype(np.float32)).astype(ml_dtypes.bfloat16)
+    result = x + term.astype(np.float32)
+    right = expected.add(x, y, 0.22)
+    np.testing.assert_array_equal(right.low_precision_reference, result)
+    assert difference_of(result, right.value).relative <= right.bounds(np.float32)[0]
