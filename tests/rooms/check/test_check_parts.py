@@ -417,7 +417,7 @@ def test_norm_of_numbers_whose_squares_have_no_float64(factor):
 
 
 def test_large_scores_that_were_not_recorded_widen_the_bound_of_their_probabilities():
-    """Keys share a large vector, so scores of 100 differ by a few; the engine adds up in the reverse order."""
+    """Keys share a large vector, so scores of 100 differ by a few; the engine adds up in another order."""
     ratios = []
     for seed in range(100):
         draw = np.random.default_rng(seed).standard_normal
@@ -436,7 +436,7 @@ def test_large_scores_that_were_not_recorded_widen_the_bound_of_their_probabilit
 
 
 def test_a_multiplied_term_is_rounded_to_its_own_dtype():
-    """Under autocast, Granite's residual stream is float32, and the block's output times 0.22 bfloat16."""
+    """Autocast makes the output of a block of Granite bfloat16, and leaves the stream in float32."""
     draw = np.random.default_rng(0).standard_normal
     x, y = draw((8, 16)).astype(np.float32), draw((8, 16)).astype(ml_dtypes.bfloat16)
     term = (np.float32(0.22) * y.astype(np.float32)).astype(ml_dtypes.bfloat16)
