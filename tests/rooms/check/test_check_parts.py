@@ -436,7 +436,7 @@ def test_large_scores_that_were_not_recorded_widen_the_bound_of_their_probabilit
 
 
 def test_a_multiplied_term_is_rounded_to_its_own_dtype():
-    """Autocast makes the output of a block of Granite bfloat16, and leaves the stream in float32."""
+    """The output of a block of Granite is bfloat16 under autocast, and the stream is float32."""
     draw = np.random.default_rng(0).standard_normal
     x, y = draw((8, 16)).astype(np.float32), draw((8, 16)).astype(ml_dtypes.bfloat16)
     term = (np.float32(0.22) * y.astype(np.float32)).astype(ml_dtypes.bfloat16)
