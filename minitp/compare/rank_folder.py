@@ -17,10 +17,12 @@ RANK = [
     for pattern in (
         r"model(\d+)-mp\d+",  # model0-mp4.safetensors, rank 0 of 4
         r"rank[-_.]?(\d+)",  # rank0, model-rank-0-part-0, mp_rank_00, tp_rank_0
-        r"(?:^|[^a-z])(?:tp|mp|shard|gpu|device|consolidated)[-_.]?(\d+)",
+        r"(?:^|[^a-z])(?:tp|mp|shard|gpu|device)[-_.]?\d+[-_.]r?(\d+)(?=\.|$)",  # llama_tp2_0, rank 0 of 2
+        r"(?:^|[^a-z])(?:tp|mp|shard|gpu|device)[-_.]?(\d+)",
     )
 ]
 SEVERAL_KINDS = re.compile(r"mp_rank_\d+_\d+")  # Megatron's folders with pipeline or expert parallelism
+META = re.compile(r"consolidated\.\d+", re.IGNORECASE)  # consolidated.00.pth
 EXAMPLES = "rank0.safetensors, rank_0/, mp_rank_00/, model-rank-0-part-0.safetensors"
 
 
@@ -64,6 +66,7 @@ def open_ranks(path):
     """
     path = Path(path)
     if not path.is_dir():
+        rank_of(path.name)  # refuses formats of others
         _refuse_pickles(path, [path])
         return [FilesOfRank([path])]
     try:
@@ -109,6 +112,11 @@ def rank_of(name):
         raise InputError(
             f"{name}: a folder of pipeline or expert parallelism; lint needs one folder for each "
             "tensor-parallel rank: save with pipeline and expert parallel size 1"
+        )
+    if META.match(name):
+        raise InputError(
+            f"{name}: a file in Meta's own format, whose query and key rows have another order; convert it "
+            "to Hugging Face's format"
         )
     found = next((match for pattern in RANK if (match := pattern.search(name))), None)
     return None if found is None else int(found[1])

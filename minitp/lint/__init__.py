@@ -1,5 +1,6 @@
 """The lint of an engine's shards: which rows of the checkpoint each rank holds, and whether it should.
 
+names.py           the names that say what a tensor is, and those that are not compared
 tensors.py         the tensors of an engine over all ranks
 experts.py         the numbers of the experts that a rank holds
 pieces.py          the checkpoint's rows and columns, found by their content

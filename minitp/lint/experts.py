@@ -5,6 +5,7 @@ import re
 import numpy as np
 
 from minitp.lint.pieces import as_matrix, piece_hashes
+from minitp.lint.words import numbers_text
 
 EXPERT = re.compile(r"model\.layers\.(\d+)\..*\.experts\.(\d+|\{n\})\.")
 
@@ -56,6 +57,21 @@ class ExpertNumbers:
         if (rank, layer) not in self._numbers:
             self._numbers[rank, layer] = self._of_layer(rank, layer)
         return self._numbers[rank, layer][own]
+
+    def unusual_order(self, layer):
+        """Return the experts of each rank as text, or "" if an engine can know them from the rank.
+
+        It can if the names have the checkpoint's numbers, or the ranks have contiguous ranges in rank
+        order, or they take turns. Ranks that have the same experts count as one.
+        """
+        ranks = [self._numbers.get((rank, layer), {}) for rank in range(len(self._ranks))]
+        if all(own == number for numbers in ranks for own, number in numbers.items()):
+            return ""
+        orders = list(dict.fromkeys(tuple(numbers.values()) for numbers in ranks if numbers))
+        in_turn = [tuple(range(first, self._experts, len(orders))) for first in range(len(orders))]
+        if sum(orders, ()) == tuple(range(self._experts)) or orders == in_turn:
+            return ""
+        return " | ".join(map(numbers_text, orders))
 
     def _of_layer(self, rank, layer):
         """Return own number -> the checkpoint's number, for the experts of a layer."""

@@ -31,6 +31,8 @@ def kv_heads_modulo(case):
         (by_head, f"query head h is given KV head h mod K, {right}"),
         (by_rank, f"the ranks are given the KV heads in turn, as rank mod K, {right}"),
     ):
+        if all(len(held) == count for held in kv_heads):
+            continue  # all KV heads are on every rank, which says nothing about the rule
         pairs = zip(plan.head_ranges, kv_heads, strict=True)
         if case.fits([joined_heads(case, range(*queries), held, kv) for queries, held in pairs]):
             return f"{text}; {described(case)}"

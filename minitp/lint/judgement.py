@@ -13,11 +13,13 @@ from minitp.lint.blocks import Block, coverage
 from minitp.lint.head_mistakes import joined_matrix_cut
 from minitp.lint.layout import VOCABULARY
 from minitp.lint.mistakes import explain
+from minitp.lint.origin import layer_of
 from minitp.lint.pieces import PADDING, UNKNOWN, piece_numbers
-from minitp.lint.words import ranks_text
+from minitp.lint.words import ranks_text, short_name
 from minitp.lint.wrong_tensor import WrongTensor, described
 
 CONSISTENT = "consistent, but not contiguous"
+MAPPED = "right only if the engine's map of experts says so"
 GATHERED = "the joined matrix was cut as a whole: right if its outputs are gathered, as with tp_plan"
 
 
@@ -33,12 +35,12 @@ class Judge:
         What is unusual about a tensor that is right.
     """
 
-    def __init__(self, tensors, pieces, expectation, engine):
-        self.engine = engine
-        self.tensors, self.pieces, self.expectation = tensors, pieces, expectation
+    def __init__(self, collected, pieces, expectation, engine):
+        self.engine, self.experts = engine, collected.experts
+        self.tensors, self.pieces, self.expectation = collected.tensors, pieces, expectation
         self.config, self.tp = expectation.config, expectation.tp
-        self.faults, self.notes, self.of_part = {}, {}, {}
-        for tensor in tensors:
+        self.faults, self.notes, self.of_part = dict(collected.faults), dict(collected.notes), {}
+        for tensor in self.tensors:
             for part in tensor.layout.parts:
                 self.of_part.setdefault(part, []).append(tensor)
 
@@ -47,9 +49,11 @@ class Judge:
         for tensor in self.tensors:
             fault = self._own_fault(tensor)
             if fault:
-                self.faults[tensor.name] = fault
-        for block in self._blocks():
+                self.faults.setdefault(tensor.name, fault)
+        blocks = self._blocks()
+        for block in blocks:
             self._judge_block(block)
+        self._judge_experts([names for names in blocks if ".experts." in names[0]])
         for part in self.pieces.names:
             if part not in self.of_part:
                 self.faults[part] = "is in no rank's file"
@@ -144,10 +148,14 @@ class Judge:
                 self.faults.setdefault(tensor.name, text if tensor.is_expected else self._explained(tensor))
         block = self._sound(tensors)
         faults = list(block.attention_faults() if is_attention else block.mlp_faults())
+        reasons = {tensor.name: text for tensor, text in reversed(faults)}
         unusual = [tensor for tensor in block.weights.values() if not tensor.is_expected]
         for tensor in unusual:
             if faults:
-                self.faults[tensor.name] = self._explained(tensor)
+                other, text = faults[0]
+                other = f"does not agree with {short_name(other.layout.parts[0])}: {text}"
+                reason = reasons.get(tensor.name, other)
+                self.faults[tensor.name] = explain(tensor, self.pieces, self.expectation, reason)
             else:
                 text = described(WrongTensor(tensor, self.pieces, self.expectation))
                 self.notes.setdefault(tensor.name, f"{CONSISTENT}: {text}")
@@ -155,6 +163,24 @@ class Judge:
             self.faults.setdefault(tensor.name, text)
         for tensor, text in self._sound(tensors).bias_faults():
             self.faults.setdefault(tensor.name, text if tensor.is_expected else self._explained(tensor))
+
+    def _judge_experts(self, blocks):
+        """Judge the experts of each layer together: which ranks have them, and in what order."""
+        layers = {}
+        for names in blocks:
+            layers.setdefault(names[0].partition(".experts.")[0], []).append(names)
+        for layer, experts in layers.items():
+            tensors = [
+                {name: self.of_part[name][0] for name in names if name in self.of_part} for names in experts
+            ]
+            everywhere = [some for some in tensors if self._sound(some).is_everywhere()]
+            for some in everywhere if len(everywhere) < len(experts) else ():
+                times = "twice" if self.tp == 2 else f"{self.tp} times"
+                text = f"this expert is whole on every rank, others are not: its output is summed {times}"
+                self.faults |= {tensor.name: text for tensor in some.values()}
+            order = self.experts.unusual_order(layer_of(experts[0][0]))
+            if order and not any(one.name in self.faults for some in tensors for one in some.values()):
+                self.notes[f"{layer}.experts"] = f"the ranks have {order}: {MAPPED}"
 
     def _is_gathered(self, tensors):
         """Return whether joined matrices were cut as wholes, and the other matrices of a block evenly."""
@@ -169,7 +195,7 @@ class Judge:
     def _sound(self, tensors):
         """Return the Block of the tensors that are not wrong by themselves."""
         sound = {name: tensor for name, tensor in tensors.items() if tensor.name not in self.faults}
-        return Block(sound, self.pieces, self.config)
+        return Block(sound, self.pieces, self.config, self.expectation.plan)
 
     def _explained(self, tensor):
         """Return the mistake in a tensor, or what its ranks hold."""

@@ -31,7 +31,14 @@ MISTAKES = (
 )
 
 
-def explain(tensor, pieces, expectation):
-    """Return the mistake that explains what the ranks hold of a wrong tensor, or a description of that."""
+def explain(tensor, pieces, expectation, reason=""):
+    """Return the mistake that explains what the ranks hold of a wrong tensor, or a description of that.
+
+    Parameters
+    ----------
+    reason : str
+        The disagreement with the other tensors of the block, if that is what is wrong.
+    """
     case = WrongTensor(tensor, pieces, expectation)
-    return next((text for mistake in MISTAKES if (text := mistake(case))), "") or described(case)
+    named = next((text for mistake in MISTAKES if (text := mistake(case))), "")
+    return named or reason or described(case)

@@ -162,7 +162,7 @@ class OriginSearch:
             for name in names
             if self.pieces.shape(name)[1 - source_axis] == width and self.pieces.is_vector(name) == vector
         ]
-        if not names or (vector and (axis, source_axis) != (0, 0)):
+        if not names or (vector and (axis, source_axis) != (0, 0)) or not matrix.shape[axis]:
             return None
         zero = hash(bytes(width * matrix.itemsize))
         hashes = piece_hashes(matrix, axis)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from minitp.errors import InputError
 from minitp.lint.judgement import Judge
 from minitp.lint.layout import Expectation
+from minitp.lint.names import KnownNames
 from minitp.lint.origin import OriginSearch
 from minitp.lint.pieces import UNKNOWN, CheckpointPieces
 from minitp.lint.tensors import collect
@@ -66,8 +67,9 @@ def lint(ranks, source, engine=None, progress=lambda nbytes: None):
     """
     pieces = CheckpointPieces(source)
     engine = engine or engine_of([name for rank in ranks for name in rank.entries])
-    lookup = TensorLookup(engine, source.config)
-    tensors = collect(ranks, lookup, pieces, source.config.num_local_experts)
+    known = KnownNames(TensorLookup(engine, source.config), pieces)
+    collected = collect(ranks, known, pieces, source.config.num_local_experts)
+    tensors = collected.tensors
     search = OriginSearch(pieces, Expectation(source.config, len(ranks), pieces))
     named = [tensor for tensor in tensors if tensor.by_name]
     search.find(named, ranks, progress)
@@ -80,6 +82,6 @@ def lint(ranks, source, engine=None, progress=lambda nbytes: None):
         )
     order = {name: number for number, name in enumerate(pieces.names)}
     tensors.sort(key=lambda tensor: min((order[part] for part in tensor.layout.parts), default=len(order)))
-    judge = Judge(tensors, pieces, search.expectation, engine)
+    judge = Judge(collected, pieces, search.expectation, engine)
     judge.judge()
     return LintResult(engine, tensors, pieces, judge.faults, judge.notes)

@@ -1,20 +1,17 @@
 """The tensors of an engine over all ranks: their names, what they should hold, and what they do hold."""
 
-import re
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from minitp.errors import InputError
 from minitp.lint.experts import EXPERT, NUMBER, ExpertNumbers
-from minitp.loading.checkpoint import BUFFERS
-from minitp.loading.weights import EMBED, LM_HEAD
+from minitp.lint.names import is_ignored, other_model
 from minitp.mapping.table import EngineTensor
 from minitp.util.format import counted
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
-# Entries of engines that are no weights: states of layers, RoPE's frequencies, scales of a cache.
-IGNORED = re.compile(r"_extra_state|(^|\.)rope_freqs\.weight$|\.attn\._?[qkv]_(scale|range)$")
+SHOWN = 3  # names that a note lists
 
 
 @dataclass
@@ -95,43 +92,39 @@ def matrix_shape(shape):
     return shape if len(shape) == 2 else (*shape, 1)
 
 
-def known_layout(name, lookup, pieces):
-    """Return the EngineTensor of a name, or None if the name does not say what the tensor is.
+@dataclass
+class TensorsOfRanks:
+    """All tensors of an engine, without what they hold.
 
-    Prefixes that a wrapper has added to the name are removed, such as `language_model.`.
+    Attributes
+    ----------
+    tensors : list of ShardedTensor
+        The layout of a tensor whose name explains nothing has no parts yet.
+    faults : dict of str to str
+        What is wrong with the name or the shape of a tensor.
+    notes : dict of str to str
+        The entries that are not compared.
+    experts : ExpertNumbers
     """
-    words = name.split(".")
-    for start in range(len(words)):
-        for candidate in (".".join(words[start:]), ".".join(["model", *words[start:]])):
-            layout = lookup.find(candidate)
-            parts = tuple(
-                EMBED if part == LM_HEAD and LM_HEAD not in pieces else part for part in layout.parts
-            )
-            if all(part.replace("{n}", "0") in pieces for part in parts):
-                return replace(layout, parts=parts)
-    return None
+
+    tensors: list
+    faults: dict
+    notes: dict
+    experts: ExpertNumbers
 
 
-def collect(ranks, lookup, pieces, experts):
-    """Return the tensors of all ranks, without what they hold.
-
-    The layout of a tensor whose name explains nothing has no parts yet.
+def collect(ranks, known, pieces, experts):
+    """Return the TensorsOfRanks.
 
     Parameters
     ----------
     ranks : list of FilesOfRank
-    lookup : TensorLookup
+    known : KnownNames
     pieces : CheckpointPieces
     experts : int
         The number of experts in a layer.
-
-    Returns
-    -------
-    list of ShardedTensor
     """
-    names = dict.fromkeys(name for rank in ranks for name in rank.entries)
-    names = [name for name in names if not BUFFERS.search(name) and not IGNORED.search(name)]
-    layouts = {name: known_layout(name, lookup, pieces) for name in names}
+    layouts, faults, notes = compared_names(ranks, known)
     numbers = ExpertNumbers(ranks, layouts, pieces, experts)
     tensors = {}
     for name, layout in layouts.items():
@@ -145,8 +138,44 @@ def collect(ranks, lookup, pieces, experts):
                 new = ShardedTensor(called, one or EngineTensor(()), one is not None, empty, list(empty))
                 tensor = tensors.setdefault(called, new)
                 tensor.entries[rank] = name, index
-                tensor.shapes[rank] = matrix_shape(shape[1:] if is_stacked(layout) else shape)
-    return list(tensors.values())
+                own = shape[1:] if is_stacked(layout) else shape
+                tensor.shapes[rank] = matrix_shape(own)
+                if one and pieces.is_vector(one.parts[0]) != (len(own) == 1):
+                    expected = "a vector" if len(own) == 2 else "a matrix"
+                    faults.setdefault(called, f"rank {rank} has shape {list(own)}, expected {expected}")
+    return TensorsOfRanks(list(tensors.values()), faults, notes, numbers)
+
+
+def compared_names(ranks, known):
+    """Return the layout of each name that is compared, or None for an unknown one; then faults and notes."""
+    layouts, faults, others, no_weights = {}, {}, {}, []
+    for name in dict.fromkeys(name for rank in ranks for name in rank.entries):
+        if is_ignored(name):
+            continue
+        layout = known.layout(name)
+        if layout is not None:
+            layouts[name] = layout
+        elif excess := known.excess(name):
+            faults[name] = excess
+        elif module := other_model(name):
+            others.setdefault(module, []).append(name)
+        elif not all(is_weight(rank.entries[name]) for rank in ranks if name in rank.entries):
+            no_weights.append(name)
+        else:
+            layouts[name] = None
+    notes = {
+        f"{module}.*": f"{counted(len(names), 'tensor')} of another model, not compared"
+        for module, names in others.items()
+    }
+    if no_weights:
+        listed = ", ".join(sorted(no_weights)[:SHOWN]) + (", .." if len(no_weights) > SHOWN else "")
+        notes["not compared"] = f"{counted(len(no_weights), 'tensor')} that cannot be weights: {listed}"
+    return layouts, faults, notes
+
+
+def is_weight(entry):
+    """Return whether an entry of an unknown name can be a weight: a matrix or a vector of several floats."""
+    return entry.dtype in FLOATS and len(entry.shape) in (1, 2) and entry.shape != (1,)
 
 
 def is_stacked(layout):

@@ -47,6 +47,18 @@ def numbers_text(numbers):
     return ", ".join(texts[:RUNS]) + (", .." if len(runs) > RUNS else "")
 
 
+def heads_text(heads):
+    """Return the heads of a rank in order; -1 is a head of zeros.
+
+    >>> heads_text([0, 1, -1, -1, 2]), heads_text([])
+    ('0:2, 2 of zeros, 2', 'none')
+    """
+    heads = np.array(heads, int)
+    runs = np.split(heads, np.flatnonzero(np.diff(heads < 0)) + 1)
+    texts = [f"{len(run)} of zeros" if (run < 0).any() else numbers_text(run) for run in runs]
+    return ", ".join(texts[: RUNS + 1]) + (", .." if len(texts) > RUNS + 1 else "")
+
+
 def held_text(held, layout, pieces):
     """Return what a rank holds of a tensor, in the order in which it holds it."""
     codes, word = held.codes, pieces.word(layout.parts[0], held.source_axis)

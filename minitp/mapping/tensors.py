@@ -48,10 +48,12 @@ HF = {
 VLLM = {
     **with_bias(f"{LAYER}.self_attn.qkv_proj", *QKV),
     **with_bias(f"{LAYER}.mlp.gate_up_proj", *GATE_UP),
-    f"{LAYER}.mlp.experts.w13_weight": STACKED["gate_up"],
-    f"{LAYER}.mlp.experts.w2_weight": STACKED["down"],
-    f"{LAYER}.block_sparse_moe.experts.w13_weight": STACKED["gate_up"],
-    f"{LAYER}.block_sparse_moe.experts.w2_weight": STACKED["down"],
+    **{
+        f"{LAYER}.{block}.experts.{inner}{stack}_weight": STACKED[part]
+        for block in ("mlp", "block_sparse_moe")
+        for inner in ("", "routed_experts.")  # vLLM 0.32 has a module of this name
+        for stack, part in (("w13", "gate_up"), ("w2", "down"))
+    },
 }
 DECODER = "decoder.layers.{i}"
 MEGATRON = {

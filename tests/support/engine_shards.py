@@ -195,7 +195,7 @@ def write(directory, ranks, file="rank{}.safetensors"):
     for rank, held in enumerate(ranks):
         path = directory / file.format(rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {name: np.ascontiguousarray(x) for name, x in held.items()}
+        arrays = {name: np.asarray(x, order="C") for name, x in held.items()}
         np.savez(path, **arrays) if path.suffix == ".npz" else save_file(arrays, path)
     return directory
 

@@ -107,40 +107,6 @@ def test_tensors_are_found_by_content(name, engine, models, tmp_path):
     )
 
 
-# --- experts on ranks -----------------------------------------------------------------------------------
-
-
-def with_experts(model, tp, numbers, names):
-    """Return ranks that hold whole experts, those of `numbers[rank]`; `names` are theirs on the rank."""
-    ranks = engines.cut(model.tensors, model.config, tp)
-    for rank, held in enumerate(ranks):
-        for name in [name for name in held if ".experts." in name]:
-            del held[name]
-        for name, x in model.tensors.items():
-            head, _, tail = name.partition(".experts.")
-            number, _, matrix = tail.partition(".")
-            if tail and int(number) in numbers[rank]:
-                own = names[rank][numbers[rank].index(int(number))]
-                held[f"{head}.experts.{own}.{matrix}"] = x
-    return ranks
-
-
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("numbers", [[[0, 1], [2, 3]], [[0, 2], [1, 3]]])
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
-def test_experts_may_be_on_ranks_and_counted_from_0(name, numbers, stacked, models, tmp_path):
-    model = models[name]
-    ranks = with_experts(model, 2, numbers, [[0, 1], [0, 1]])
-    result = linted(model, engines.vllm(ranks) if stacked else ranks, tmp_path)
-    assert (result.faults, result.notes) == ({}, {})
-
-
-def test_experts_may_be_on_ranks_under_their_own_numbers(models, tmp_path):
-    numbers = [[1, 2], [0, 3]]
-    result = linted(models["mixtral"], with_experts(models["mixtral"], 2, numbers, numbers), tmp_path)
-    assert (result.faults, result.notes) == ({}, {})
-
-
 # --- right, but unusual ---------------------------------------------------------------------------------
 
 
@@ -272,8 +238,11 @@ def test_equal_rows_are_not_mistaken_for_one_another(models, tmp_path):
         ("mp_rank_01", 1),
         ("tp_rank_2", 2),
         ("model2-mp4.safetensors", 2),
-        ("consolidated.01.safetensors", 1),
         ("tp1.npz", 1),
+        ("llama_tp2_0.safetensors", 0),
+        ("model-tp2-r1.npz", 1),
+        ("model-tp-1-of-2.safetensors", 1),
+        ("tp1-00001-of-00002.safetensors", 1),
         ("model-00001-of-00002.safetensors", None),
         ("plan.json", None),
     ],
@@ -291,6 +260,9 @@ def test_files_that_cannot_be_linted_are_refused(models, tmp_path):
             lint(open_ranks(path), model.source)
         assert words in str(error.value)
 
+    for path in (tmp_path / "meta", tmp_path / "meta/consolidated.00.safetensors"):
+        engines.write(tmp_path / "meta", ranks[:1], "consolidated.0{}.safetensors")
+        refused("consolidated.00.safetensors: a file in Meta's own format", path)
     engines.write(tmp_path / "gap", ranks)
     (tmp_path / "gap/rank2.safetensors").unlink()
     refused("has files of 3 ranks up to rank 3, but none of rank 2", tmp_path / "gap")
