@@ -1,4 +1,4 @@
-"""Query heads that do not find their KV heads, and heads of zeros."""
+"""Tests of query heads that do not find their KV heads, and heads of zeros."""
 
 import engine_shards as engines
 import numpy as np
