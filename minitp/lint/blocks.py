@@ -174,14 +174,7 @@ class Block:
     def mlp_faults(self):
         """Yield the disagreements of the matrices of an MLP, or of an expert."""
         held = {name: self.numbers(name) for name in self.weights}
-        if not held:
-            return
-        uncovered = {name: self._uncovered_pieces(name, held[name]) for name in held}
-
-        def agreeing(name):
-            return sum(all(map(same, held[name], other)) for other in held.values())
-
-        right = max(held, key=lambda name: (not uncovered[name], agreeing(name)))
+        right = self._right_matrix(held)
         for name in held:
             for rank, (one, other) in enumerate(zip(held[right], held[name], strict=True)):
                 if not same(one, other):
@@ -189,8 +182,19 @@ class Block:
                     expected = f"{short_name(right, name)} has {self.pieces.word(right)}s {real_text(one)}"
                     yield self.weights[name], f"{has}, but {expected}"
                     break
-        for text in uncovered[right]:
+        for text in self._uncovered_pieces(right, held[right]) if held else ():
             yield self.weights[right], text
+
+    def _right_matrix(self, held):
+        """Return the matrix that the others are compared with: one with all pieces, or as most are."""
+
+        def agreeing(name):
+            return sum(all(map(same, held[name], other)) for other in held.values())
+
+        first = next(iter(held), None)
+        if not held or agreeing(first) == len(held):
+            return first
+        return max(held, key=lambda name: (not self._uncovered_pieces(name, held[name]), agreeing(name)))
 
     def _uncovered_pieces(self, name, held):
         """Return texts about pieces of a part that are on no rank, or on several."""
@@ -198,11 +202,11 @@ class Block:
         return list(coverage(real, self.pieces.count(name), self.pieces.word(name)))
 
     def is_everywhere(self):
-        """Return whether each of several ranks has all pieces of all weights."""
+        """Return whether every rank has all pieces of all weights."""
         return bool(self.weights) and all(
-            sorted(numbers[numbers >= 0]) == list(range(self.pieces.count(name)))
-            for name, tensor in self.weights.items()
-            for numbers in (self.numbers(name) if len(tensor.held) > 1 else [np.array([-1])])
+            np.array_equal(np.sort(numbers[numbers >= 0]), np.arange(self.pieces.count(name)))
+            for name in self.weights
+            for numbers in self.numbers(name)
         )
 
     def bias_faults(self):

@@ -167,7 +167,7 @@ class Judge:
     def _judge_experts(self, blocks):
         """Judge the experts of each layer together: which ranks have them, and in what order."""
         layers = {}
-        for names in blocks:
+        for names in blocks if self.tp > 1 else ():
             layers.setdefault(names[0].partition(".experts.")[0], []).append(names)
         for layer, experts in layers.items():
             tensors = [
