@@ -1,4 +1,4 @@
-"""The results of `minitp check` and `minitp judge` as text."""
+"""The results of `minitp check` as text; `judge_text` uses parts of it."""
 
 from minitp.trace.names import AFTER, BEFORE, BLOCK_TABLE, LAYER
 from minitp.util.format import aligned, counted
@@ -90,7 +90,11 @@ def verdict(source, result, ranks=None):
         arrays = f"{counted(len(result.findings), 'array')} {ranks}"
         layers = f"all {source.plan.layers} layers" if source.plan.layers > 1 else "the 1 layer"
         return f"all steps within bounds for {layers} ({arrays})"
-    first = result.blamed()[0]
+    return f"first wrong step: {blame(result.blamed()[0])}"
+
+
+def blame(first):
+    """Return the name of a wrong finding, its layer and rank, and what is wrong, as text."""
     layer = "" if first.layer is None else f", layer {first.layer}"
     reasons = [first.note] if first.note else []
     if first.local is not None and first.ratio > 1:
@@ -102,4 +106,4 @@ def verdict(source, result, ranks=None):
             f"total error {first.total.relative:.2g}, allowed {first.total_bound:.2g}, although every step "
             "is right for its own inputs; an input of this step is not what the model should have had"
         )
-    return f"first wrong step: {first.name}{layer}, rank {first.rank}: {'; '.join(reasons)}"
+    return f"{first.name}{layer}, rank {first.rank}: {'; '.join(reasons)}"

@@ -2,8 +2,8 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
-from minitp.cli.check_text import table, verdict
 from minitp.cli.color import judged
 from minitp.cli.command import OneProcess
 from minitp.cli.options import add_report, token_ids
@@ -69,9 +69,10 @@ class JudgeCommand(OneProcess):
         )
         group.add_argument(
             "--map",
-            metavar="ENGINE",
-            help="the engine whose names the arrays have: hf, llama.cpp, megatron, vllm or mlx (default: the "
-            "names of minitp trace)",
+            metavar="NAMES",
+            help="the engine whose names the arrays have: hf, llama.cpp, megatron, vllm or mlx; or a JSON "
+            "file of names of minitp trace to names in FILE, as for `compare` (default: the names of minitp "
+            "trace)",
         )
         group = parser.groups["model"]
         group.add_argument(
@@ -91,25 +92,21 @@ class JudgeCommand(OneProcess):
         from tqdm import tqdm
 
         from minitp.cli.inputs import check_output
+        from minitp.cli.judge_text import judgement_text, remarks, table
         from minitp.judge.recording import EngineRecording, check_model
         from minitp.judge.run import judge
-        from minitp.loading.source import open_model
         from minitp.trace.reference import open_oracle
 
         if args.report is not None:
             check_output(args.report, ".html")
         files, rope = open_files(args)
-        name = args.model or files.model
-        if name is None:
-            raise InputError(f"{args.file}: it does not say which model it is of; give --model")
-        source = open_model(name, 1, files.layers, args.revision)
+        source = open_recorded_model(args, files)
         check_model(files, source)
         recording = EngineRecording(files, source, args.tokens, args.dtype, rope)
         hidden = not sys.stderr.isatty()
         with tqdm(total=files.layers, desc="judging", unit="layer", leave=False, disable=hidden) as bar:
             judgement = judge(recording, open_oracle(source), bar.update)
         result, ranks = of_assembled(judgement.result, recording.assembled_from)
-        said = verdict(source, result, ranks).replace("wrong step", "wrong operation")
         lines = [
             title(args, recording, source),
             "",
@@ -118,11 +115,37 @@ class JudgeCommand(OneProcess):
             *remarks(recording, judgement),
         ]
         write_out("\n".join(lines) + "\n")
-        mistake = f"what it seems to compute: {judgement.explanation}" if judgement.explanation else ""
+        said, *more = judgement_text(source, recording, judgement, result, ranks)
         if args.report is not None:
-            report(args.report, source, recording, judgement.result, [said, mistake], ranks)
-        write_out("\n".join(filter(None, (judged(said, result.ok, sys.stdout), mistake))) + "\n")
+            report(args.report, source, recording, judgement.result, [said, *more], ranks)
+        write_out("\n".join((judged(said, result.ok, sys.stdout), *more)) + "\n")
         return 0 if result.ok else 1
+
+
+def open_recorded_model(args, files):
+    """Return the ModelSource of --model, or else that of the recording, with the recorded layers."""
+    from minitp.loading.source import open_config, open_model
+    from minitp.probe.recorder import UNNAMED
+
+    name = args.model or files.model
+    if name is None:
+        raise InputError(f"{args.file}: it does not say which model it is of; give --model")
+    if args.model is None and name == UNNAMED:
+        raise InputError(f"{args.file}: it does not say where the checkpoint is; give --model")
+    try:
+        layers = open_config(name, revision=args.revision).num_hidden_layers
+    except InputError as error:
+        if args.model is not None:
+            raise
+        raise InputError(
+            f"{args.file}: it is of the model {shown(name)}, which cannot be opened; give --model"
+        ) from error
+    if files.layers > layers:
+        raise InputError(
+            f"{args.file}: it has arrays of {counted(files.layers, 'layer')}, and {name} has {layers}: it "
+            "is a recording of another model"
+        )
+    return open_model(name, 1, files.layers, args.revision)
 
 
 def open_files(args):
@@ -134,7 +157,11 @@ def open_files(args):
     if args.map is None:
         return RecordedFiles(args.file), args.rope or "half"
     if args.map not in ENGINES:
-        raise InputError(f"--map {shown(args.map)}: expected {', '.join(ENGINES)}")
+        if not args.map.endswith(".json") and not Path(args.map).exists():
+            raise InputError(
+                f"--map {shown(args.map)}: expected {', '.join(ENGINES)}, or a JSON file of names"
+            )
+        return RecordedFiles(args.file, names=args.map), args.rope or "half"
     if args.model is None:
         raise InputError(f"--map {args.map} needs the model's config; give --model")
     config = open_config(args.model, revision=args.revision)
@@ -159,17 +186,6 @@ def title(args, recording, source):
     passes = counted(len(recording.passes), "pass")
     ran = f"{recording.engine}, {recording.dtype.name}, {tokens} in {passes}"
     return f"{args.file}: {ran}, judged with {source.name}"
-
-
-def remarks(recording, judgement):
-    """Return lines about what was not judged."""
-    lines = [f"not recorded: {', '.join(judgement.missing)}"] if judgement.missing else []
-    if judgement.unjudged:
-        lines.append(f"not judged, because they are computed in 8 bits: {', '.join(judgement.unjudged)}")
-    if not recording.has_end:
-        layers = counted(recording.plan.layers, "layer")
-        lines.append(f"only the first {layers} of the model: final_norm and logits are not judged")
-    return lines
 
 
 def report(path, source, recording, result, lines, ranks):

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from minitp.errors import InputError
 from minitp.util.files import why_unreadable
 
+NPY = b"\x93NUM"  # first bytes of an .npy file
 ZIPS = (b"PK\x03\x04", b"PK\x05\x06")  # first bytes of a zip archive; the second is for an empty one
 SAFETENSORS_DTYPES = {
     "F64": "float64",
@@ -132,6 +133,8 @@ def open_dump(path):
     try:
         with open(path, "rb") as file:
             start = file.read(4)
+        if start == NPY:
+            raise InputError(f"{path}: an .npy file has one array without a name; write numpy.savez's .npz")
         dump = (NpzFile if start in ZIPS else SafetensorsFile)(path)
     except OSError as error:
         raise InputError(f"{path}: {why_unreadable(path, error)}") from error

@@ -63,6 +63,11 @@ def passes_of_dump(files, config, tokens=None):
             ids += rank.read(f"{name}/tokens").reshape(-1).astype(np.int64).tolist()
     count = sum(stop - start for start, stop in spans.values())
     ids = tokens or ids
+    if not ids:
+        raise InputError(
+            f"{files.path}: it lacks prefill/tokens, the {counted(count, 'token id')} of its passes; save "
+            "them, or give them with --tokens 1,2,3"
+        )
     if len(ids) != count:
         what = f"--tokens has {len(tokens)}" if tokens else f"its arrays named tokens have {len(ids)}"
         raise InputError(

@@ -8,11 +8,11 @@ from minitp.compare.mapped import MappedFile
 from minitp.compare.pairing import FIRST_PASS, read_metadata
 from minitp.compare.rank_folder import open_ranks
 from minitp.errors import InputError
+from minitp.judge.names import RenamedFile, is_step, is_unknown, no_steps
 from minitp.shard import make_plan
-from minitp.trace.names import AFTER, BEFORE, LAYER, split_name
+from minitp.trace.names import split_name
 from minitp.util.format import counted
 
-STEPS = BEFORE | LAYER | AFTER
 IN_FILE = re.compile(r"rank(\d+)/(.+)")
 
 
@@ -23,12 +23,15 @@ class RankFile:
     ----------
     path : Path
     entries : dict of str to Entry
+    unknown : list of str
+        The names of arrays that are left out, without the weights.
     """
 
     def __init__(self, dump, names, lock):
         self._dump, self.path, self._lock = dump, dump.path, lock
         self._names = {name if "/" in name else FIRST_PASS + name: stored for name, stored in names.items()}
-        self._names = {name: stored for name, stored in self._names.items() if split_name(name)[2] in STEPS}
+        self.unknown = [name for name in names if is_unknown(name)]
+        self._names = {name: stored for name, stored in self._names.items() if is_step(name)}
         self.entries = {name: dump.entries[stored] for name, stored in self._names.items()}
 
     def read(self, name):
@@ -48,6 +51,8 @@ class RecordedFiles:
         The engine of `mapping.tensors.ENGINES` whose names the arrays have; None for those of `minitp trace`.
     config : Config or None
         The model's config, which the names of an engine need.
+    names : str or None
+        A file with a map of names, see `RenamedFile`.
 
     Attributes
     ----------
@@ -64,12 +69,14 @@ class RecordedFiles:
         If a file cannot be read, a rank is missing, or the ranks' traces are not of one run.
     """
 
-    def __init__(self, path, engine=None, config=None):
+    def __init__(self, path, engine=None, config=None, names=None):
         self.path, lock = Path(path), Lock()
         dumps = open_ranks(path)
         if engine is not None:
             plan = make_plan(config, len(dumps))
             dumps = [MappedFile(dump, engine, config, plan, rank) for rank, dump in enumerate(dumps)]
+        if names is not None:
+            dumps = [RenamedFile(dump, names) for dump in dumps]
         self.facts, self.metadata = dumps[0].metadata, read_metadata(dumps[0])
         if self.path.is_dir() or "rank" in self.facts:
             self._check_one_run(dumps)
@@ -77,7 +84,7 @@ class RecordedFiles:
         else:
             self.ranks = [RankFile(dumps[0], names, lock) for names in self._names_by_rank(dumps[0])]
         if self.layers == 0:
-            raise InputError(f"{self.path}: it has no arrays with names such as prefill/layers.0.attn.q_rope")
+            raise no_steps(self.path, list(dumps[0].entries))
 
     @property
     def model(self):
@@ -91,6 +98,11 @@ class RecordedFiles:
             return self.metadata.layers
         layers = [split_name(name)[1] for rank in self.ranks for name in rank.entries]
         return 1 + max((layer for layer in layers if layer is not None), default=-1)
+
+    @property
+    def unknown(self):
+        """The names of arrays that are neither steps nor weights, of all ranks."""
+        return list(dict.fromkeys(name for rank in self.ranks for name in rank.unknown))
 
     @property
     def assembled_from(self):

@@ -42,8 +42,8 @@ def norm_mistakes(wrong):
     mean = np.mean(x * x, axis=-1, keepdims=True)
     yield "the input, not normalized", x
     yield "the norm without its weight", ops.rms_norm(x, np.ones_like(weight), eps)
-    other = "weight" if reference.norm_offset else "1 + weight"
-    yield f"the norm with {other} as its weight", ops.rms_norm(x, tensor + (1 - reference.norm_offset), eps)
+    text = "the weight is w, not 1 + w" if reference.norm_offset else "the weight is 1 + w, not w"
+    yield text, ops.rms_norm(x, tensor + (1 - reference.norm_offset), eps)
     yield f"eps ({eps:g}) outside the root: x / (sqrt(mean(x^2)) + eps)", x / (np.sqrt(mean) + eps) * weight
     for other_eps in (0.0, 1e-8, 1e-6, 1e-5, 1e-3):
         if other_eps != eps:

@@ -8,21 +8,31 @@ from minitp.errors import InputError, shown
 from minitp.judge.dump import FLOATS, dtype_of_dump, passes_of_dump
 from minitp.judge.rank_steps import RankSteps
 from minitp.judge.roundings import cache_dtype, read_roundings
-from minitp.judge.sizes import plan_of, rows_of_logits, sizes_of
-from minitp.trace.names import full_name, kinds
+from minitp.judge.sizes import own_sizes, plan_of, rows_of_logits, sizes_of, whole_sizes
+from minitp.trace.names import LAYER, full_name, kinds, split_name
 from minitp.util.format import counted
+
+NORM_HAS_STREAM = ("transformers", "mlx-lm")  # engines whose residual stream is the input of a norm
+SHOWN = 3  # number of fields in an error message
 
 
 def check_model(files, source):
-    """Reject a ModelSource whose config differs from that in the metadata; the message names the field."""
+    """Reject a ModelSource whose config differs from that in the metadata; the message names the fields."""
     if files.metadata is None:
         return
-    for name, ours, theirs in differing(source.config, files.metadata.config):
-        if name not in MAY_DIFFER:
-            raise InputError(
-                f"{files.path}: the engine's config has {name} {shown(theirs)}, and that of "
-                f"{source.name} {shown(ours)}: it runs another model, or reads its config wrongly"
-            )
+    fields = [
+        (name, shown(theirs), shown(ours))
+        for name, ours, theirs in differing(source.config, files.metadata.config)
+        if name not in MAY_DIFFER
+    ]
+    if fields:
+        name, theirs, ours = fields[0]
+        others = "".join(f"; {name} {theirs}, not {ours}" for name, theirs, ours in fields[1:SHOWN])
+        others += f"; and {len(fields) - SHOWN} more" if len(fields) > SHOWN else ""
+        raise InputError(
+            f"{files.path}: the engine's config has {name} {theirs}, and that of {source.name} {ours}"
+            f"{others}: it runs another model, or reads its config wrongly"
+        )
 
 
 class EngineRecording:
@@ -49,8 +59,12 @@ class EngineRecording:
         The engine's dtype.
     matmul_dtype : numpy dtype
         The dtype in which it multiplies matrices: that of the queries, if they have a smaller one.
+    rope : str
+        The RoPE layout of the recorded heads.
     engine : str
         The name of the engine.
+    reads_stream_from_norm : bool
+        Whether `attn.residual` was recorded as the input of the next norm.
     plan : Plan
         Which heads, columns and rows each rank has.
     passes : list of RecordedPass
@@ -59,6 +73,10 @@ class EngineRecording:
     kv_dtype : str
         The dtype of the cache, "auto" for the engine's.
     ranks : list of RankSteps
+    unknown : list of str
+        The names of arrays that are no steps.
+    unused : list of str
+        Recorded steps that the model does not have.
     has_end : bool
         Whether the last recorded layer is the model's last, so that the steps after the layers follow it.
 
@@ -70,13 +88,14 @@ class EngineRecording:
 
     def __init__(self, files, source, tokens=None, dtype=None, rope="half"):
         self.path, self.config, self.assembled_from = files.path, source.config, files.assembled_from
-        is_trace = files.metadata is not None
+        is_trace, self.rope = files.metadata is not None, rope
         if is_trace:
             self._read_metadata(files, tokens, dtype)
             spans = files.metadata.passes
         else:
             self.engine, self.dtype = "arrays without metadata", np.dtype(dtype or dtype_of_dump(files))
             self.token_ids, spans = passes_of_dump(files, self.config, tokens)
+        self.reads_stream_from_norm = self.engine.startswith(NORM_HAS_STREAM)
         self.roundings = read_roundings(files.facts.get("roundings", "{}") if is_trace else "{}", self.path)
         self._check_passes(spans)
         self.has_end = is_trace or source.fields().get("num_hidden_layers") == files.layers
@@ -98,7 +117,8 @@ class EngineRecording:
                 rank,
                 by_step,
                 passes,
-                sizes=None if is_trace else sizes[rank],
+                own=sizes[rank] | own_sizes(self.plan, rank),
+                whole=whole_sizes(self.config),
                 dtype=self.dtype,
                 dtype_is_given=dtype is not None,
                 rotary_dim=interleaved_dim,
@@ -106,6 +126,8 @@ class EngineRecording:
             for rank, file in enumerate(files.ranks)
         ]
         self._check_steps()
+        self.unknown, steps = files.unknown, {split_name(name)[2] for name in self.ranks[0].names}
+        self.unused = [step for step in LAYER if step in steps and step not in by_step]
         queries = files.ranks[0].entries.get(full_name(self.passes[0].name, 0, "attn.q"))
         self.matmul_dtype = self.dtype
         if dtype is None and queries is not None and queries.dtype in FLOATS:
@@ -144,7 +166,7 @@ class EngineRecording:
 
     def _check_layer(self, rank, pass_, layer):
         prefix, path = full_name(pass_.name, layer, "attn."), rank.path
-        if not any(name.startswith(prefix) for name in rank.names):
+        if not any(name.startswith(prefix) for name in (*rank.names, *rank.unfit)):
             raise InputError(
                 f"{path}: it has no attention steps of layer {layer} in {pass_.name}; if "
                 "all layers were recorded, the engine skips this one"

@@ -1,6 +1,6 @@
 """The judgement: each recorded step, compared with its operation on the inputs that the engine really had."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,11 +11,14 @@ from minitp.check.run import in_order
 from minitp.check.sums import IN_FLOAT32
 from minitp.check.tolerance import concatenated
 from minitp.comm.threads import run_threads
+from minitp.compare.run import MASKED
 from minitp.judge.hypotheses import explain
-from minitp.judge.ties import break_ties
+from minitp.judge.ties import break_ties, idle_experts
 from minitp.judge.weights import RankWeights
 from minitp.trace.names import INTEGERS, PARTIAL, full_name, kinds
 
+SLIGHT, LARGE = 3, 10  # times its bound: the errors that do not hide a later fault, and the faults
+QUERIES = ("attn.q", "attn.q_norm", "attn.q_rope")
 ROTATED = ("attn.q_rope", "attn.k_rope")
 CACHED = {"attn.k_cache": "attn.k_rope", "attn.v_cache": "attn.v"}
 # Steps that are read by products of matrices alone.
@@ -42,12 +45,21 @@ class Judgement:
         Steps, without pass and layer, that were not recorded.
     unjudged : list of str
         Steps, without pass and layer, that the engine computes in 8 bits.
+    unfit : dict of str to (list of int, list of int)
+        The shapes of arrays that are not judged because of them, and the expected shapes, by full name.
+    notes : list of str
+        Remarks about arrays that are right, but not stored as usual.
+    idle : dict of int to list of int
+        The experts of each layer that no token chose.
     """
 
     result: CheckResult
     explanation: str
     missing: list
     unjudged: list
+    unfit: dict
+    notes: list
+    idle: dict
 
 
 def judge(recording, reference, progress=lambda layers: None):
@@ -75,12 +87,28 @@ def judge(recording, reference, progress=lambda layers: None):
     cases = run_threads(len(recording.ranks), judge_rank)  # a rank is a thread
     findings = in_order([f for case in cases for f in case.findings], recording.plan, recording.passes)
     result = CheckResult(findings, [], [recording.token_ids], recording.passes, len(cases))
-    blamed = result.blamed()
+    first, _ = first_wrong(result)
     with np.errstate(all="ignore"):
-        explanation = explain(cases, wrong_on(result, blamed[0])) if blamed else ""
+        explanation = explain(cases, wrong_on(result, first)) if first else ""
     missing = dict.fromkeys(step for case in cases for step in case.missing)
     unjudged = dict.fromkeys(step for case in cases for step in case.unjudged)
-    return Judgement(result, explanation, list(missing), list(unjudged))
+    unfit = {name: shapes for case in cases for name, shapes in case.unfit.items()}
+    notes = dict.fromkeys(note for case in cases for note in case.notes)
+    return Judgement(
+        result, explanation, list(missing), list(unjudged), unfit, list(notes), idle_experts(cases[0])
+    )
+
+
+def first_wrong(result):
+    """Return the finding to blame, or None, and the earlier ones whose errors are only slightly too large.
+
+    A large error further on is a fault; an error just above a bound may be none.
+    """
+    blamed = result.blamed()
+    large = next((n for n, finding in enumerate(blamed) if finding.ratio > LARGE), 0)
+    if any(finding.ratio > SLIGHT for finding in blamed[:large]):
+        large = 0
+    return (blamed[large], blamed[:large]) if blamed else (None, [])
 
 
 def wrong_on(result, first):
@@ -100,8 +128,10 @@ class Case:
         Steps that were not recorded.
     unjudged : list of str
         Steps that the engine computes in 8 bits.
-    right : dict of str to (str, float64 array)
-        For each pass the name of the first wrong step and its expected value.
+    unfit : dict of str to (list of int, list of int)
+        The shapes of arrays that are not judged because of them, and the expected shapes.
+    right : dict of str to float64 array
+        The expected values of the wrong steps of each pass, up to the first with a large error.
     """
 
     def __init__(self, recording, reference, comm):
@@ -110,8 +140,9 @@ class Case:
         self.weights = RankWeights(
             reference, recording.plan, comm.rank, recording.dtype, recording.matmul_dtype
         )
-        self.findings, self.missing, self.unjudged = [], [], []
-        self.right, self._derived = {}, {}
+        self.findings, self.missing, self.unjudged, self.unfit = [], [], [], dict(self.steps.unfit)
+        self.right, self._derived, self.notes = {}, {}, {}
+        self._faulty = set()  # the passes that have a fault
         self._kinds = kinds(recording.plan, recording.config.head_dim)
         self.replay = Replay(
             reference,
@@ -162,50 +193,62 @@ class Case:
         for step, expected, _ in steps:
             name = full_name(pass_.name, layer, step)
             if name not in self.steps:
-                self.missing.append(step)
+                if name not in self.unfit:
+                    self.missing.append(step)
                 self._derive(name, step, expected)
                 continue
             if self.recording.roundings.get(step, "") is None:
                 self.unjudged.append(step)
                 continue
             finding = Finding(pass_.name, layer, step, self.rank, self._kinds[step].kind, local=None)
-            self.findings.append(finding)
             array = self._array(name, expected)
-            finding.note = self._unusable(array, step, expected)
-            if finding.note:
+            if array.shape != expected.value.shape:
+                self.unfit[name] = list(array.shape), list(expected.value.shape)
+                self._derive(name, step, expected)
+                continue
+            self.findings.append(finding)
+            if array.dtype.kind in "biu" and step not in INTEGERS:
+                finding.note = f"dtype {array.dtype.name}, expected {self.recording.dtype.name}"
                 self._derive(name, step, expected)
             else:
                 finding.bounds = expected.bounds(self.recording.roundings.get(step, array.dtype), repeats)
                 if step in ROTATED and expected.scale is not None:
                     finding.bounds = self._with_angle_errors(pass_, layer, expected, finding.bounds)
                 finding.local = difference_of(array, expected.value)
+                if step in QUERIES and not finding.ok:
+                    self._accept_scaled(finding, array, expected)
                 if step in PARTIAL and len(self.recording.ranks) == 1:
                     # It may be the sum of several ranks, whose order and roundings are not known.
                     self._derive(name, step, expected)
-            if not finding.ok:
-                self.right.setdefault(pass_.name, (name, expected.value))
+            if not finding.ok and pass_.name not in self._faulty:
+                self.right[name] = expected.value
+                self._faulty |= {pass_.name} if finding.ratio > LARGE else set()
+
+    def _accept_scaled(self, finding, array, expected):
+        """Accept queries that are stored times the scale of the scores; attention gets them without it."""
+        root = self.reference.score_root
+        queries = (array.astype(np.float64) * root).astype(array.dtype)  # [H_r, T, d]
+        scaled = replace(finding, local=difference_of(queries, expected.value))
+        if scaled.ok:
+            finding.local, self._derived[finding.name] = scaled.local, queries
+            self.notes[f"{finding.step} is stored times {1 / root:.3g}, the scale of the scores"] = True
 
     def _array(self, name, expected):
-        """Return a recorded array in the layout that fits; of several, in the one with the smallest error."""
+        """Return a recorded array in the layout that fits; of several, in the one that is clearly closer."""
         choices = self.steps.layouts(name)
         if len(choices) > 1:
-            arrays = [self.steps.read(name, layout) for layout in choices]
-            errors = [
-                difference_of(array, expected.value).relative
-                if array.shape == expected.value.shape
-                else np.inf
-                for array in arrays
-            ]
-            self.steps.choose(name, choices[int(np.argmin(np.nan_to_num(errors, nan=np.inf)))])
-        return self.steps.read(name)
-
-    def _unusable(self, array, step, expected):
-        """Return a note why an array cannot be compared; empty if it can."""
-        if array.shape != expected.value.shape:
-            return f"shape {list(array.shape)}, expected {list(expected.value.shape)}"
-        if array.dtype.kind in "biu" and step not in INTEGERS:
-            return f"dtype {array.dtype.name}, expected {self.recording.dtype.name}"
-        return ""
+            best, least = None, np.inf
+            for layout in choices:
+                array = self.steps.read(name, layout)
+                if array.shape == expected.value.shape:
+                    error = difference_of(array, expected.value).relative
+                    if best is None or error < least / 2:
+                        best, least = layout, error
+            self.steps.choose(name, best or choices[0])
+        array = self.steps.read(name)
+        if name.endswith("attn.scores") and array.shape == expected.value.shape:
+            array[(array < MASKED) & np.isneginf(expected.value)] = -np.inf  # as in `compare`
+        return array
 
     def break_ties(self, pass_, layer):
         """Let the replay choose the engine's experts where the router's logits are equal."""

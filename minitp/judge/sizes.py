@@ -8,7 +8,6 @@ from minitp.trace.names import full_name, split_name
 # The steps that show how many heads, columns or rows a rank has, and the letters of their other axes but T.
 WITNESSES = {
     "H": (("attn.q_rope", "d"), ("attn.q", "d"), ("attn.q_norm", "d"), ("attn.context", "d")),
-    "K": (("attn.k_rope", "d"), ("attn.v", "d"), ("attn.k", "d"), ("attn.k_norm", "d")),
     "F": (("mlp.gate", ""), ("mlp.up", ""), ("mlp.act", ""), ("mlp.experts", "X")),
 }
 
@@ -22,7 +21,7 @@ def elements(entry):
 
 
 def sizes_of(files, rank, config, spans):
-    """Return the size of each letter of `trace.names` in the arrays of a rank; T and S are not included.
+    """Return the size of each letter of `trace.names` in the arrays of a rank, without those of K, T and S.
 
     Sizes that no array shows are those of torch.chunk.
 
@@ -34,11 +33,7 @@ def sizes_of(files, rank, config, spans):
     spans : dict of str to (int, int)
         The positions of each pass.
     """
-    whole = {
-        "H": config.num_attention_heads,
-        "K": config.num_key_value_heads,
-        "F": config.intermediate_size,
-    }
+    whole = whole_sizes(config)
     sizes = {
         "D": config.hidden_size,
         "d": config.head_dim,
@@ -55,6 +50,21 @@ def sizes_of(files, rank, config, spans):
     partial, rows = entries.get(f"{first}/logits_partial"), rows_of_logits([files[rank]], first, config)
     sizes["V_r"] = elements(partial) // rows if partial and rows else config.vocab_size
     return sizes
+
+
+def whole_sizes(config):
+    """Return the sizes of the axes that are split over the ranks."""
+    return {
+        "H": config.num_attention_heads,
+        "K": config.num_key_value_heads,
+        "F": config.intermediate_size,
+    }
+
+
+def own_sizes(plan, rank):
+    """Return the sizes of a rank's part of these axes, according to a Plan."""
+    ranges = {"H": plan.head_ranges, "K": plan.kv_head_ranges, "F": plan.ffn_ranges}
+    return {letter: of_rank[rank][1] - of_rank[rank][0] for letter, of_rank in ranges.items()}
 
 
 def shown(entries, witnesses, sizes, spans, layers):

@@ -1,4 +1,4 @@
-"""Experts with equal router logits, of which an engine may choose any.
+"""The experts that an engine chose: any of those with equal router logits; and those that it never chose.
 
 In 16 bits, two logits are often equal. Which expert runs then depends on the engine's top-k.
 """
@@ -48,3 +48,16 @@ def expert_output(x, expert, reference, weight):
     """Return what an expert computes for one token: x [D] -> [D]."""
     gate, up, down = (weight(expert, part) for part in reference.expert_parts)
     return ops.linear(ops.swiglu(ops.linear(x, gate), ops.linear(x, up)), down)
+
+
+def idle_experts(case):
+    """Return the experts that no token chose, of each layer of a Case that has some: layer -> list of int."""
+    reference, found = case.reference, {}
+    for layer in range(case.plan.layers if reference.experts else 0):
+        chosen = np.zeros(reference.experts, bool)  # [E]
+        for pass_ in case.recording.passes:
+            router = case.recorded(pass_.name, layer, "mlp.router").astype(np.float64)  # [T, E]
+            chosen |= ops.choose_experts(router, reference.experts_per_token).any(axis=0)
+        if not chosen.all():
+            found[layer] = np.flatnonzero(~chosen).tolist()
+    return found

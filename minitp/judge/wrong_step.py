@@ -85,8 +85,9 @@ class WrongStep:
         return [rank for rank in range(len(self.cases)) if rank != self.rank]
 
     def right(self):
-        """Return the expected value of this step, if it is the first wrong one of its pass."""
-        return self.case.right[self.pass_.name][1]
+        """Return the expected value of this step, if it is the one that is blamed."""
+        step = f"{self.block}.{self.step}" if self.block else self.step
+        return self.case.right[full_name(self.pass_.name, self.layer, step)]
 
     def stream(self):
         """Return the residual stream before this block."""

@@ -7,7 +7,6 @@ have a field `cb_eval` for a function of C that gets each array of the graph bef
 import re
 import sys
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from minitp.mapping.convert import half_split, split_joined, to_step
 from minitp.mapping.llama_cpp import IN_F16, PRODUCTS, llama_cpp_steps
 from minitp.mapping.table import IN
 from minitp.probe.ggml import CALLBACK, DTYPES, Ggml
+from minitp.probe.ranks import check_target
 from minitp.probe.recorder import ProbeRecorder
 from minitp.trace.names import AFTER, BEFORE
 
@@ -49,8 +49,7 @@ def record_llama_cpp(path, model, ggml=None):
         If a pass has several sequences, lacks the logits of some tokens, or does not continue the one before,
         or the file cannot be written.
     """
-    if not Path(path).parent.is_dir():
-        raise InputError(f"{path}: there is no folder {Path(path).parent}; create it first")
+    check_target(path)
     bindings = sys.modules.get("llama_cpp.llama_cpp")
     if ggml is None:
         if bindings is None:

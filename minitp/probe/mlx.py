@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 
 from minitp.errors import InputError
-from minitp.mapping.convert import to_step
 from minitp.mapping.mlx import MLX, ROUNDINGS
 from minitp.mapping.transformers import LAYERS
 from minitp.probe.hooks import add_hooks
@@ -121,7 +120,7 @@ class MlxRecorder(ProbeRecorder):
         """Record rotated queries, and the rotated keys at the second call in a layer."""
         is_second = full_name(self.passes[-1][0], self.layer, "attn.q_rope") in self.arrays
         step, letter = ("attn.k_rope", "K") if is_second else ("attn.q_rope", "H")
-        self.keep(step, self.layer, to_step(step, to_numpy(output), f"1 {letter} T d", self.sizes))
+        self.keep_in_layout(step, self.layer, to_numpy(output), f"1 {letter} T d", self.sizes)
 
     def observed_cache(self, update_and_fetch):
         """Return the method of a cache that also records the keys and values that it returns.
@@ -134,7 +133,7 @@ class MlxRecorder(ProbeRecorder):
             found = update_and_fetch(cache, keys, values)
             if cache.offset <= getattr(cache, "max_size", cache.offset):
                 for step, array in zip(("attn.k_cache", "attn.v_cache"), found, strict=True):
-                    self.keep(step, self.layer, to_step(step, to_numpy(array), "1 K S d", self.sizes))
+                    self.keep_in_layout(step, self.layer, to_numpy(array), "1 K S d", self.sizes)
             return found
 
         return observed

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from minitp.errors import InputError
 
+OTHER_FORMATS = (".npz", ".npy", ".pt", ".pth", ".bin", ".gguf", ".json")
+
 
 def rank_of(model, rank=None, ranks=None):
     """Return the number of this process and the number of processes; both are known if they are given.
@@ -28,6 +30,17 @@ def rank_of(model, rank=None, ranks=None):
             "process, and each replica its own path"
         )
     return distributed.get_rank(), world
+
+
+def check_target(path):
+    """Refuse a path in a missing folder, or with the ending of another format than safetensors."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}; create it first")
+    if path.suffix in OTHER_FORMATS:
+        raise InputError(
+            f"{path}: the recording is a safetensors file; give {path.with_suffix('.safetensors')}"
+        )
 
 
 def path_of_rank(path, rank, ranks):

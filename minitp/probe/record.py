@@ -5,11 +5,10 @@ PyTorch is not imported: the model brings it. A model of PyTorch needs `named_mo
 """
 
 from contextlib import contextmanager
-from pathlib import Path
 
 from minitp.errors import InputError, shown
 from minitp.probe.mlx import MlxRecorder, is_mlx_model
-from minitp.probe.ranks import path_of_rank, rank_of
+from minitp.probe.ranks import check_target, path_of_rank, rank_of
 from minitp.probe.transformers import TransformersRecorder
 from minitp.probe.vllm import VllmRecorder, is_vllm_model
 
@@ -20,7 +19,8 @@ def record(model, path, recipe="auto", rank=None, ranks=None):
 
     The file is a trace (see `trace.write`), which `minitp judge` and `minitp compare` read. Passes are called
     `prefill`, `decode.1`, .. as in traces of minitp; a second prompt is an error. If the model is sharded
-    over several processes, all of them call this, and each writes a file with its own arrays.
+    over several processes, all of them call this, and each writes a file with its own arrays. If an exception
+    leaves the block, nothing is written.
 
     Parameters
     ----------
@@ -50,8 +50,7 @@ def record(model, path, recipe="auto", rank=None, ranks=None):
     name = fields.get("model_type") if recipe == "auto" else recipe
     if name not in kind.recipes:
         raise InputError(f"recipe {shown(name)}: there are recipes for {', '.join(kind.recipes)}")
-    if not Path(path).parent.is_dir():
-        raise InputError(f"{path}: there is no folder {Path(path).parent}; create it first")
+    check_target(path)
     rank, ranks = rank_of(model, rank, ranks)
     recorder = kind(fields, rank, ranks)
     with recorder.hooked(model, kind.recipes[name]):

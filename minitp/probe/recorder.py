@@ -14,6 +14,8 @@ from minitp.trace.names import full_name
 from minitp.trace.write import FORMAT
 from minitp.util.format import counted
 
+UNNAMED = "model"  # the name in the metadata if the model's config has none
+
 
 class ProbeRecorder:
     """The steps of a model's forward passes.
@@ -82,7 +84,7 @@ class ProbeRecorder:
             layout = source.layout
             if step in ("attn.k", "attn.v"):
                 layout = layout.replace("Hd", "Kd")
-            self.keep(step, layer, to_step(step, part, layout, sizes))
+            self.keep_in_layout(step, layer, part, layout, sizes)
 
     def local_sizes(self, steps, layout, array):
         """Return `sizes` with the numbers of heads that this rank's array of some joined steps has."""
@@ -100,6 +102,12 @@ class ProbeRecorder:
         heads = array.shape[-1] // self.sizes["d"]  # of all the joined steps
         return self.sizes | {name: size * heads // sum(widths) for name, size in whole.items()}
 
+    def keep_in_layout(self, step, layer, array, layout, sizes):
+        """Keep an array of a layout; if it has other axes, keep it as it is, because `judge` knows others."""
+        if array.ndim == len(layout.split()) and (layout[0] != "1" or len(array) == 1):
+            array = to_step(step, array, layout, sizes)
+        self.keep(step, layer, np.ascontiguousarray(array))
+
     def keep(self, step, layer, array):
         """Keep a step of the current pass."""
         if not self.passes:
@@ -115,7 +123,7 @@ class ProbeRecorder:
         metadata = {
             "format": FORMAT,
             "source": f"{self.engine}, {recipe}",
-            "model": str(self.fields.get("_name_or_path") or "model"),
+            "model": str(self.fields.get("_name_or_path") or UNNAMED),
             "config": json.dumps(self.fields, default=str),
             "tp": str(self.ranks),
             "rank": str(self.rank),

@@ -7,7 +7,6 @@ from functools import partial
 import numpy as np
 
 from minitp.errors import InputError
-from minitp.mapping.convert import to_step
 from minitp.mapping.transformers import LAYERS, TRANSFORMERS
 from minitp.probe.hooks import add_hooks
 from minitp.probe.recorder import ProbeRecorder, to_numpy
@@ -70,6 +69,12 @@ class TransformersRecorder(ProbeRecorder):
         """Raise an InputError unless a model has an output matrix and the attention of all layers."""
         attention = [f"{LAYERS.format(i=layer)}.self_attn" for layer in range(self.layers)]
         missing = [path for path in ("lm_head", *attention) if path not in modules]
+        if missing[:1] == attention[:1] and "model.layers.0" in modules:
+            raise InputError(
+                f"this {type(model).__name__} has no {missing[0]}, and the probe finds arrays by the names "
+                "of transformers' modules; name yours alike, or save the arrays yourself, as in \"Any other "
+                'engine" of docs/judge.md'
+            )
         if missing and missing[0] in ("lm_head", attention[0]):
             raise InputError(f"{NOT_A_MODEL}; this {type(model).__name__} has no {missing[0]}")
         if missing:
@@ -108,6 +113,27 @@ class TransformersRecorder(ProbeRecorder):
         if source.step == "embed" and kwargs.get("position_ids") is not None:
             self.keep("positions", None, to_numpy(kwargs["position_ids"])[0].astype(np.int64))
 
+    def keep_rotated(self, args, results):
+        """Record the results of RoPE: q and k, or one of them if the model rotates each by itself.
+
+        A result for both arguments being one tensor is q or k by its number of elements, compared with those
+        of the projections; if these are equal, the first is q. Later ones are not recorded.
+        """
+        steps = "attn.q_rope", "attn.k_rope"
+        if len(results) == 1 or (len(args) > 1 and args[0] is args[1]):
+            tensor, pass_name = to_numpy(results[0]), self.passes[-1][0]
+            free = [step for step in steps if full_name(pass_name, self.layer, step) not in self.arrays]
+            of_size = [
+                step
+                for step in free
+                if np.size(self.arrays.get(full_name(pass_name, self.layer, step.removesuffix("_rope")), ()))
+                == tensor.size
+            ]
+            steps, results = (of_size or free)[:1], results[:1]
+        for step, result in zip(steps, results, strict=False):
+            letter = "H" if step == "attn.q_rope" else "K"
+            self.keep_in_layout(step, self.layer, to_numpy(result), f"1 {letter} T d", self.sizes)
+
     def observed(self, name, function):
         """Return a function that records arguments and results of a function.
 
@@ -116,10 +142,9 @@ class TransformersRecorder(ProbeRecorder):
         """
 
         def observed_rope(*args, **kwargs):
-            q, k = function(*args, **kwargs)
-            for step, tensor, letter in (("attn.q_rope", q, "H"), ("attn.k_rope", k, "K")):
-                self.keep(step, self.layer, to_step(step, to_numpy(tensor), f"1 {letter} T d", self.sizes))
-            return q, k
+            results = function(*args, **kwargs)
+            self.keep_rotated(args, results if isinstance(results, tuple | list) else (results,))
+            return results
 
         def observed_attention(module, query, key, value, *args, **kwargs):
             pass_name, start, _ = self.passes[-1]
@@ -129,9 +154,10 @@ class TransformersRecorder(ProbeRecorder):
                     "cache of the one before (use_cache=True, past_key_values)"
                 )
             for step, tensor in (("attn.k_cache", key), ("attn.v_cache", value)):
-                self.keep(step, self.layer, to_step(step, to_numpy(tensor), "1 K S d", self.sizes))
+                self.keep_in_layout(step, self.layer, to_numpy(tensor), "1 K S d", self.sizes)
             output, probs = function(module, query, key, value, *args, **kwargs)
-            self.keep("attn.probs", self.layer, to_step("attn.probs", to_numpy(probs), "1 H T S", self.sizes))
+            if probs is not None:
+                self.keep_in_layout("attn.probs", self.layer, to_numpy(probs), "1 H T S", self.sizes)
             return output, probs
 
         def observed_all_reduce(tensor, *args, **kwargs):
