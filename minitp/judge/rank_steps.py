@@ -57,8 +57,9 @@ class RankSteps:
                 self.names[name] = entry
                 continue
             sizes = letters, passes[pass_name], own
-            self._layouts[name] = fitting_layouts(name, entry, *sizes, whole)
-            if self._layouts[name] and self._has_distinct_heads(name, letters):
+            fitting = fitting_layouts(name, entry, *sizes, whole)
+            self._layouts[name] = [each for each in fitting if self._has_distinct_heads(name, letters, each)]
+            if self._layouts[name]:
                 self.names[name] = entry
             else:
                 self.unfit[name] = list(entry.shape), expected_shape(name, entry, *sizes)
@@ -94,9 +95,9 @@ class RankSteps:
             array = array[-pass_.logit_rows :]  # [n, D]
         return array
 
-    def _has_distinct_heads(self, name, letters):
+    def _has_distinct_heads(self, name, letters, layout):
         """Return whether an array of KV heads has each of them once, or only equal copies of them."""
-        layout, allowed = self._layouts[name][0], (self._own["K"], self._whole["K"])
+        allowed = self._own["K"], self._whole["K"]
         shape = layout.view(np.broadcast_to(False, self._file.entries[name].shape)).shape
         if letters[0] != "K" or shape[0] in allowed:
             return True
