@@ -37,7 +37,10 @@ class Difference:
             return "empty"
         index, value, expected = self.worst[0]
         place = ", ".join(map(str, index))
-        return f"relative error {self.relative:.2g}; at [{place}] it is {value:.6g}, expected {expected:.6g}"
+        # as many digits as it takes for two numbers that differ to look different
+        texts = [(f"{value:.{digits}g}", f"{expected:.{digits}g}") for digits in (6, 9, 17)]
+        value, expected = next((pair for pair in texts if pair[0] != pair[1]), texts[0])
+        return f"relative error {self.relative:.2g}; at [{place}] it is {value}, expected {expected}"
 
 
 def difference_of(value, expected):

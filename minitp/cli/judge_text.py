@@ -100,7 +100,8 @@ def mistake(first, recording, judgement):
         before = unrecorded_before(first, judgement.missing)
         included = f"; {', '.join(before)}, which it includes, would tell more if recorded" if before else ""
         return f"no common mistake explains it: compare the operation, its weight and its settings{included}"
-    if recording.rope == "half" and ("rotated in pairs" in text or "interleaved, not half-split" in text):
+    interleaved = "rotated in pairs" in text or "interleaved, not half-split" in text
+    if interleaved and recording.rope == "half" and not recording.is_trace:
         text += "; if your engine does so by design, add --rope interleaved"
     if first.step == "attn.residual" and recording.reads_stream_from_norm:
         text += "; attn.residual is recorded as the input of the next norm, which may read another array"

@@ -59,6 +59,8 @@ class EngineRecording:
         The engine's dtype.
     matmul_dtype : numpy dtype
         The dtype in which it multiplies matrices: that of the queries, if they have a smaller one.
+    is_trace : bool
+        Whether the files have the metadata of a trace.
     rope : str
         The RoPE layout of the recorded heads.
     engine : str
@@ -88,7 +90,8 @@ class EngineRecording:
 
     def __init__(self, files, source, tokens=None, dtype=None, rope="half"):
         self.path, self.config, self.assembled_from = files.path, source.config, files.assembled_from
-        is_trace, self.rope = files.metadata is not None, rope
+        is_trace = self.is_trace = files.metadata is not None
+        self.rope = rope
         if is_trace:
             self._read_metadata(files, tokens, dtype)
             spans = files.metadata.passes

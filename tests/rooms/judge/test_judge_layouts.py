@@ -1,4 +1,4 @@
-"""Right arrays that are stored in other ways than a trace's, and arrays whose shapes fit no way."""
+"""The judgement of arrays in other layouts than a trace's, and of arrays that fit no layout."""
 
 import numpy as np
 import pytest

@@ -16,11 +16,15 @@ import minitp.probe
 from minitp.check.difference import difference_of
 from minitp.compare.run import compare_files
 from minitp.errors import InputError
+from minitp.judge.files import RecordedFiles
+from minitp.judge.recording import EngineRecording
+from minitp.judge.run import judge
 from minitp.loading.source import open_model
 from minitp.mapping.transformers import TRANSFORMERS
 from minitp.probe.recorder import ProbeRecorder
 from minitp.trace.names import step_names
 from minitp.trace.record import passes_of
+from minitp.trace.reference import open_oracle
 from minitp.trace.write import write_oracle_trace
 
 PROMPT = [3, 50, 7, 7, 91]
@@ -117,6 +121,7 @@ def test_what_the_probe_cannot_record_is_refused(model, tmp_path):
     refused("no forward pass was run")
     refused(r"one sequence, with input_ids \[1, T\]", lambda: model(FakeTensor(np.array([PROMPT, PROMPT]))))
     refused(f"there is no folder {tmp_path / 'missing'}", path=tmp_path / "missing" / "steps.safetensors")
+    refused("the recording is a safetensors file; give .*x.safetensors", path=tmp_path / "x.npz")
     assert os.listdir(tmp_path) == []
 
 
@@ -168,6 +173,10 @@ def test_what_is_not_a_whole_model_of_transformers_is_refused(model, tmp_path):
 
     refused("of transformers, mlx-lm or vLLM itself, without a wrapper .* not a list", [])
     refused("without a wrapper .* this Wrapper has no lm_head", Wrapper(model))
+    layers, renamed = model.model.layers, FakeModule()
+    model.model.layers = [renamed, *layers[1:]]
+    refused("has no model.layers.0.self_attn, .* names of transformers' modules; .* save the arrays", model)
+    model.model.layers = layers
     last = model.model.layers.pop()
     refused("the config has 2 layers, and the model has no model.layers.1.self_attn", model)
     model.model.layers.append(last)
@@ -211,6 +220,85 @@ def test_a_recording_in_bfloat16_has_the_bits_of_the_model():
         table = file.get_tensor("model.embed_tokens.weight")
     assert embed.dtype.name == "bfloat16"
     assert difference_of(embed, table[tokens]).absolute == 0
+
+
+# --- models that compute the same in another way ---------------------------------------------------------
+
+
+@pytest.fixture
+def judged(model, tmp_path):
+    """A function that records the model, which must be right, and returns the arrays by name."""
+
+    def judged():
+        path = tmp_path / "steps.safetensors"
+        with minitp.probe.record(model, path):
+            model(ids(*PROMPT))
+        source = open_model(str(GOLDENS / "llama2"), 1)
+        judgement = judge(EngineRecording(RecordedFiles(path), source), open_oracle(source))
+        assert judgement.result.ok
+        assert not judgement.unfit
+        with safe_open(path, "np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    return judged
+
+
+def changed_attention(monkeypatch, rotate):
+    """Let FakeAttention rotate its heads with rotate(rope, q, k, *args)."""
+    plain = fake_transformers.FakeAttention.forward
+
+    def forward(self, *args, **kwargs):
+        rope = fake_transformers.apply_rotary_pos_emb
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                fake_transformers, "apply_rotary_pos_emb", lambda q, k, *rest: rotate(rope, q, k, *rest)
+            )
+            return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(fake_transformers.FakeAttention, "forward", forward)
+
+
+def twice(rope, q, k, *args):
+    return rope(q, q, *args)[0], rope(k, k, *args)[0]
+
+
+def keys_first(rope, q, k, *args):
+    k = rope(k, k, *args)[0]
+    return rope(q, q, *args)[0], k
+
+
+def values_too(rope, q, k, *args):
+    """Rotate a third tensor of the size of k, whose result nothing reads."""
+    q, k = rope(q, k, *args)
+    rope(k, k, *args)
+    return q, k
+
+
+@pytest.mark.parametrize("rotate", [twice, keys_first, values_too], ids=lambda function: function.__name__)
+def test_queries_and_keys_may_be_rotated_by_themselves(rotate, judged, monkeypatch):
+    changed_attention(monkeypatch, rotate)
+    arrays = judged()
+    assert arrays["prefill/layers.0.attn.q_rope"].shape == (6, 5, 6)
+    assert arrays["prefill/layers.0.attn.k_rope"].shape == (2, 5, 6)
+
+
+def test_rope_of_one_tensor_may_return_one(judged, monkeypatch):
+    original = fake_transformers.apply_rotary_pos_emb
+    monkeypatch.setattr(fake_transformers, "apply_rotary_pos_emb", lambda x, *args: original(x, x, *args)[0])
+
+    def rotate(rope, q, k, *args):
+        return rope(q, *args), rope(k, *args)
+
+    changed_attention(monkeypatch, rotate)
+    judged()
+
+
+def test_arrays_without_the_axis_of_the_batch_are_recorded(model, judged):
+    for layer in model.model.layers:
+        forward = layer.mlp.gate_proj.forward
+        layer.mlp.gate_proj.forward = lambda x, forward=forward: forward(x)[0]
+    arrays = judged()
+    assert arrays["prefill/layers.0.mlp.gate"].shape == (5, 64)
 
 
 # --- several ranks --------------------------------------------------------------------------------------
