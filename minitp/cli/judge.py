@@ -1,8 +1,8 @@
 """`minitp judge`: name the first wrong operation in a recording of another engine."""
 
+import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from minitp.cli.color import judged
 from minitp.cli.command import OneProcess
@@ -157,7 +157,7 @@ def open_files(args):
     if args.map is None:
         return RecordedFiles(args.file), args.rope or "half"
     if args.map not in ENGINES:
-        if not args.map.endswith(".json") and not Path(args.map).exists():
+        if not args.map.endswith(".json") and not os.path.exists(args.map):
             raise InputError(
                 f"--map {shown(args.map)}: expected {', '.join(ENGINES)}, or a JSON file of names"
             )

@@ -9,7 +9,7 @@ from minitp.util.format import aligned, counted
 SHOWN = 4  # number of layers, shapes or steps in a line
 MOST_EXPERTS = 8  # number of experts of a layer in a line
 OF_SEVERAL_RANKS = (*PARTIAL, "logits_partial")  # steps that one process has no arrays of
-HEADER = ("step", "error", "allowed", "of the allowed")
+HEADER = ("step", "error", "allowed", "share of allowed")
 
 
 def table(result, every_layer):
@@ -96,16 +96,18 @@ def judgement_text(source, recording, judgement, result, ranks):
 def mistake(first, recording, judgement):
     """Return the line about what the first wrong step seems to compute."""
     text = judgement.explanation
-    if not text:
+    if text:
+        line = f"what it seems to compute: {text}"
+    else:
+        line = "no common mistake explains it: compare the operation, its weight and its settings"
         before = unrecorded_before(first, judgement.missing)
-        included = f"; {', '.join(before)}, which it includes, would tell more if recorded" if before else ""
-        return f"no common mistake explains it: compare the operation, its weight and its settings{included}"
+        line += f"; {', '.join(before)}, which it includes, would tell more if recorded" if before else ""
     interleaved = "rotated in pairs" in text or "interleaved, not half-split" in text
     if interleaved and recording.rope == "half" and not recording.is_trace:
-        text += "; if your engine does so by design, add --rope interleaved"
+        line += "; if your engine does so by design, add --rope interleaved"
     if first.step == "attn.residual" and recording.reads_stream_from_norm:
-        text += "; attn.residual is recorded as the input of the next norm, which may read another array"
-    return f"what it seems to compute: {text}"
+        line += "; attn.residual is recorded as the input of the next norm, which may read another array"
+    return line
 
 
 def unrecorded_before(first, missing):

@@ -192,10 +192,10 @@ def test_experts_that_no_token_chose_are_named(judge):
 def test_the_table_has_only_columns_with_content(judge):
     lines = judge()[1].splitlines()
     assert lines[2].split("  ")[0] == "step"
-    assert " ".join(lines[2].split()) == "step error allowed of the allowed largest at"
+    assert " ".join(lines[2].split()) == "step error allowed share of allowed largest at"
     assert not any("rank" in line for line in lines[3:-1])
     lines = judge(noisy("prefill/layers.0.attn.q", 0.1))[1].splitlines()
-    assert " ".join(lines[2].split()) == "step error allowed of the allowed"
+    assert " ".join(lines[2].split()) == "step error allowed share of allowed"
     assert lines[3].endswith(" > 1000 times")
 
 
