@@ -1,6 +1,7 @@
 """The results of `minitp judge` as text."""
 
 from minitp.cli.check_text import LINES, NEAR, blame, number, verdict
+from minitp.compare.inputs import INPUTS
 from minitp.judge.names import unknown_text
 from minitp.judge.run import first_wrong
 from minitp.trace.names import AFTER, BEFORE, LAYER, PARTIAL, split_name
@@ -100,7 +101,7 @@ def mistake(first, recording, judgement):
         line = f"what it seems to compute: {text}"
     else:
         line = "no common mistake explains it: compare the operation, its weight and its settings"
-        before = unrecorded_before(first, judgement.missing)
+        before = unrecorded_inputs(first.step, judgement.missing, len(recording.passes))
         line += f"; {', '.join(before)}, which it includes, would tell more if recorded" if before else ""
     interleaved = "rotated in pairs" in text or "interleaved, not half-split" in text
     if interleaved and recording.rope == "half" and not recording.is_trace:
@@ -110,17 +111,15 @@ def mistake(first, recording, judgement):
     return line
 
 
-def unrecorded_before(first, missing):
-    """Return the steps just before a step that were not recorded, so that it was computed through them."""
-    steps, found = list(LAYER), []
-    if first.step not in steps:
-        return found
-    for step in reversed(steps[: steps.index(first.step)]):
-        if step not in missing:
-            break
-        if step not in PARTIAL:
-            found.insert(0, step)
-    return found
+def unrecorded_inputs(step, missing, passes):
+    """Return the inputs of a step that were not recorded, and theirs, so that it was computed through them."""
+    found = []
+    for name in INPUTS.get(step, [()])[0]:
+        if name in missing:
+            found += [*unrecorded_inputs(name, missing, passes), name]
+    # Partial sums of one rank are sums, and the cache of one pass has its keys and values.
+    known = OF_SEVERAL_RANKS + (("attn.k_cache", "attn.v_cache") if passes == 1 else ())
+    return [name for name in dict.fromkeys(found) if name not in known]
 
 
 def remarks(recording, judgement):

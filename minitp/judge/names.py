@@ -100,7 +100,7 @@ def map_hint(names):
 def no_steps(path, names):
     """Return the error for a file without any step."""
     hint = map_hint(names) or "; rename them, or pair the names with --map NAMES.json"
+    name = next(filter(is_unknown, names), names[0])
     return InputError(
-        f"{path}: it has no arrays with names such as prefill/layers.0.attn.q_rope, but "
-        f"{shown(names[0])}{hint}"
+        f"{path}: it has no arrays with names such as prefill/layers.0.attn.q_rope, but {shown(name)}{hint}"
     )
