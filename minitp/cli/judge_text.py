@@ -112,7 +112,7 @@ def mistake(first, recording, judgement):
 
 
 def unrecorded_inputs(step, missing, passes):
-    """Return the inputs of a step that were not recorded, and theirs, so that it was computed through them."""
+    """Return the inputs of a step that were not recorded, and theirs, through which it was computed."""
     found = []
     for name in INPUTS.get(step, [()])[0]:
         if name in missing:
