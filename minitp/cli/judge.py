@@ -140,6 +140,12 @@ def open_recorded_model(args, files):
         raise InputError(
             f"{args.file}: it is of the model {shown(name)}, which cannot be opened; give --model"
         ) from error
+    recorded = None if files.metadata is None else files.metadata.config.num_hidden_layers
+    if recorded not in (None, layers) and files.layers <= layers:
+        raise InputError(
+            f"{args.file}: the engine's config has num_hidden_layers {recorded}, and that of {name} "
+            f"{layers}: it runs another model, or only some of its layers"
+        )
     if files.layers > layers:
         raise InputError(
             f"{args.file}: it has arrays of {counted(files.layers, 'layer')}, and {name} has {layers}: it "

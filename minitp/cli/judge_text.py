@@ -132,6 +132,15 @@ def remarks(recording, judgement):
     if judgement.unfit:
         lines.append(unfit_text(judgement.unfit))
         lines += nothing_left(judgement)
+    if judgement.vague:
+        first, *others = judgement.vague
+        more = f" and {counted(len(others), 'other array')}" if others else ""
+        lines.append(
+            f"not judged, because too many steps before were not recorded: {first}{more} (an error of "
+            f"{max(judgement.vague.values()):.0%} could be rounding)"
+        )
+    if recording.attention not in ("", "eager"):
+        lines.append(f"recorded with eager attention; the model's own, {recording.attention}, is not judged")
     if recording.unknown:
         lines.append(unknown_text(recording.unknown))
     if recording.unused:

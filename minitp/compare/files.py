@@ -1,6 +1,7 @@
 """Files of named arrays, .safetensors or NumPy's .npz, which are read one array at a time."""
 
 import json
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ SAFETENSORS_DTYPES = {
 SAFETENSORS_DTYPES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
 SAFETENSORS_DTYPES |= {f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)}
 BROKEN = (ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
+BROKEN += (MemoryError, tokenize.TokenError)  # of the header of a .npy file
 
 
 @dataclass(frozen=True)

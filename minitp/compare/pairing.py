@@ -41,7 +41,7 @@ def read_metadata(dump):
         config = parse_config(values["config"], f"{dump.path}: its config")
         layers = int(dump.metadata.get("layers", config.num_hidden_layers))
         return TraceMetadata(values["config"], config, values["tp"], layers, values["token_ids"], passes)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{dump.path}: the format is {FORMAT}, but the metadata is damaged: {error!r}"
         ) from error

@@ -134,6 +134,11 @@ class RecordedFiles:
                     f"{dump.path}: it is rank {its_rank} of {found.tp}, in a recording of {files}; record "
                     "all ranks into an empty folder, and judge the folder"
                 )
+            own, first = ((one.config, one.layers) for one in (found, self.metadata))
+            if own != first or dump.metadata.get("dtype") != self.facts.get("dtype"):
+                raise InputError(
+                    f"{dump.path}: its config, layers or dtype are not those of rank 0; record one run"
+                )
             if (found.token_ids, found.passes) != (self.metadata.token_ids, self.metadata.passes):
                 raise InputError(
                     f"{dump.path}: its tokens or passes are not those of rank 0; all ranks must run the same "

@@ -54,6 +54,8 @@ class EngineRecording:
     ----------
     path : Path
     config : Config
+    attention : str
+        The kind of attention that the engine has when it is not recorded; empty if it is not known.
     token_ids : list of int
     dtype : numpy dtype
         The engine's dtype.
@@ -98,6 +100,7 @@ class EngineRecording:
         else:
             self.engine, self.dtype = "arrays without metadata", np.dtype(dtype or dtype_of_dump(files))
             self.token_ids, spans = passes_of_dump(files, self.config, tokens)
+        self.attention = files.facts.get("attention", "") if is_trace else ""
         self.reads_stream_from_norm = self.engine.startswith(NORM_HAS_STREAM)
         self.roundings = read_roundings(files.facts.get("roundings", "{}") if is_trace else "{}", self.path)
         self._check_passes(spans)
@@ -150,6 +153,18 @@ class EngineRecording:
         ids, stop = self.token_ids, 0
         if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
             raise InputError(f"{self.path}: token_ids {shown(ids)}: expected a list of numbers")
+        vocabulary = range(self.config.vocab_size)
+        outside = next((token for token in ids if token not in vocabulary), None)
+        if outside is not None:
+            raise InputError(
+                f"{self.path}: token id {shown(outside)}: the vocabulary has {len(vocabulary)} entries"
+            )
+        limit = self.config.max_position_embeddings
+        if self.config.rope.rope_type == "longrope" and len(ids) > limit:
+            raise InputError(
+                f"{self.path}: it has {counted(len(ids), 'token')}, and longrope is known up to its original "
+                f"context of {limit}; record a shorter prompt"
+            )
         for name, (start, end) in spans.items():
             if start != stop or not isinstance(end, int) or not start < end <= len(ids):
                 raise InputError(

@@ -40,4 +40,6 @@ def cache_dtype(cached, dtype):
     dtype : numpy dtype
         The engine's dtype.
     """
+    if cached not in (*DTYPES, "float32", "float64"):
+        return "auto"  # its arrays are refused as they are read
     return cached if np.dtype(cached).itemsize < dtype.itemsize else "auto"

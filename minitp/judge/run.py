@@ -15,9 +15,11 @@ from minitp.compare.run import MASKED
 from minitp.judge.hypotheses import explain
 from minitp.judge.ties import break_ties, idle_experts
 from minitp.judge.weights import RankWeights
-from minitp.trace.names import INTEGERS, PARTIAL, full_name, kinds
+from minitp.trace.names import AFTER, INTEGERS, PARTIAL, full_name, kinds
 
+VAGUE = 0.1  # the relative error from which a bound that bridges other steps says nothing
 SLIGHT, LARGE = 3, 10  # times its bound: the errors that do not hide a later fault, and the faults
+HEAD_NORMS = ("attn.q_norm", "attn.k_norm")
 QUERIES = ("attn.q", "attn.q_norm", "attn.q_rope")
 ROTATED = ("attn.q_rope", "attn.k_rope")
 CACHED = {"attn.k_cache": "attn.k_rope", "attn.v_cache": "attn.v"}
@@ -47,6 +49,8 @@ class Judgement:
         Steps, without pass and layer, that the engine computes in 8 bits.
     unfit : dict of str to (list of int, list of int)
         The shapes of arrays that are not judged because of them, and the expected shapes, by full name.
+    vague : dict of str to float
+        The bounds of arrays that are not judged because too many steps before them were not recorded.
     notes : list of str
         Remarks about arrays that are right, but not stored as usual.
     idle : dict of int to list of int
@@ -58,6 +62,7 @@ class Judgement:
     missing: list
     unjudged: list
     unfit: dict
+    vague: dict
     notes: list
     idle: dict
 
@@ -93,10 +98,10 @@ def judge(recording, reference, progress=lambda layers: None):
     missing = dict.fromkeys(step for case in cases for step in case.missing)
     unjudged = dict.fromkeys(step for case in cases for step in case.unjudged)
     unfit = {name: shapes for case in cases for name, shapes in case.unfit.items()}
+    vague = {name: bound for case in cases for name, bound in case.vague.items()}
     notes = dict.fromkeys(note for case in cases for note in case.notes)
-    return Judgement(
-        result, explanation, list(missing), list(unjudged), unfit, list(notes), idle_experts(cases[0])
-    )
+    idle = idle_experts(cases[0])
+    return Judgement(result, explanation, list(missing), list(unjudged), unfit, vague, list(notes), idle)
 
 
 def first_wrong(result):
@@ -130,6 +135,8 @@ class Case:
         Steps that the engine computes in 8 bits.
     unfit : dict of str to (list of int, list of int)
         The shapes of arrays that are not judged because of them, and the expected shapes.
+    vague : dict of str to float
+        The bounds of arrays that are not judged because of them.
     right : dict of str to float64 array
         The expected values of the wrong steps of each pass, up to the first with a large error.
     """
@@ -141,7 +148,7 @@ class Case:
             reference, recording.plan, comm.rank, recording.dtype, recording.matmul_dtype
         )
         self.findings, self.missing, self.unjudged, self.unfit = [], [], [], dict(self.steps.unfit)
-        self.right, self._derived, self.notes = {}, {}, {}
+        self.right, self._derived, self.notes, self.vague = {}, {}, {}, {}
         self._faulty = set()  # the passes that have a fault
         self._kinds = kinds(recording.plan, recording.config.head_dim)
         self.replay = Replay(
@@ -169,6 +176,8 @@ class Case:
             progress(1)
         for pass_ in passes:
             self.check(pass_, None, self.replay.after(pass_))
+            if self.recording.has_end and not pass_.logit_rows:
+                self.missing += AFTER
 
     def recorded(self, pass_name, layer, step):
         """Return the array of a step, or what follows from its inputs if it was not recorded."""
@@ -211,7 +220,10 @@ class Case:
                 finding.note = f"dtype {array.dtype.name}, expected {self.recording.dtype.name}"
                 self._derive(name, step, expected)
             else:
-                finding.bounds = expected.bounds(self.recording.roundings.get(step, array.dtype), repeats)
+                dtype = self.recording.roundings.get(step, array.dtype)
+                if step in HEAD_NORMS:
+                    dtype = self._coarser(dtype, full_name(pass_.name, layer, step.removesuffix("_norm")))
+                finding.bounds = expected.bounds(dtype, repeats)
                 if step in ROTATED and expected.scale is not None:
                     finding.bounds = self._with_angle_errors(pass_, layer, expected, finding.bounds)
                 finding.local = difference_of(array, expected.value)
@@ -220,9 +232,20 @@ class Case:
                 if step in PARTIAL and len(self.recording.ranks) == 1:
                     # It may be the sum of several ranks, whose order and roundings are not known.
                     self._derive(name, step, expected)
+            if finding.ok and expected.roundings and finding.bounds[0] > VAGUE:
+                self.findings.remove(finding)
+                self.vague[name] = finding.bounds[0]
             if not finding.ok and pass_.name not in self._faulty:
                 self.right[name] = expected.value
                 self._faulty |= {pass_.name} if finding.ratio > LARGE else set()
+
+    def _coarser(self, dtype, name):
+        """Return the coarser of a dtype and that of an array.
+
+        Under autocast, the norm of a head is rounded to its input's dtype before the product with the weight.
+        """
+        other = self.steps.read(name).dtype if name in self.steps else np.dtype(dtype)
+        return min(np.dtype(dtype), other, key=lambda one: one.itemsize)
 
     def _accept_scaled(self, finding, array, expected):
         """Accept queries that are stored times the scale of the scores; attention gets them without it."""

@@ -78,13 +78,18 @@ def shown(entries, witnesses, sizes, spans, layers):
 
 
 def rows_of_logits(ranks, pass_name, config):
-    """Return the number of rows of logits in a pass; without logits, that of rows of the last norm."""
+    """Return the number of rows of logits in a pass; without logits, that of rows of the last norm.
+
+    Logits of a part of the vocabulary count as one row, so that they are not passed over.
+    """
+    least = 0
     for step, width in (("logits", config.vocab_size), ("final_norm", config.hidden_size)):
         counts = [elements(rank.entries[f"{pass_name}/{step}"]) // width for rank in ranks
                   if f"{pass_name}/{step}" in rank.entries]  # fmt: skip
-        if counts:
+        if any(counts):
             return max(counts)
-    return 0
+        least = max(least, len(counts) > 0)
+    return int(least)
 
 
 def plan_of(config, sizes):

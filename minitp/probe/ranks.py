@@ -33,10 +33,12 @@ def rank_of(model, rank=None, ranks=None):
 
 
 def check_target(path):
-    """Refuse a path in a missing folder, or with the ending of another format than safetensors."""
+    """Refuse a path that is a folder's or in a missing one, or has the ending of another format."""
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}; create it first")
+    if path.suffix == ".safetensors" and path.is_dir():
+        raise InputError(f"{path}: a folder; give the name of a file")
     if path.suffix in OTHER_FORMATS:
         raise InputError(
             f"{path}: the recording is a safetensors file; give {path.with_suffix('.safetensors')}"

@@ -49,6 +49,7 @@ class ProbeRecorder:
         self.sizes = {"H": heads, "K": fields.get("num_key_value_heads") or heads, "d": head_dim}
         self.arrays, self.passes, self.token_ids, self.roundings = {}, [], [], {}
         self.layer = None  # the number of the layer whose steps are recorded
+        self.attention = ""  # the kind of attention that the model has when it is not recorded, if known
 
     def begin_pass(self, token_ids):
         """Begin a forward pass over some tokens, a list of int, and return its (name, start, stop)."""
@@ -66,6 +67,8 @@ class ProbeRecorder:
     def take_output(self, source, layer, module, args, output):
         """Record a module's output, or one of several."""
         outputs = output if isinstance(output, tuple) else (getattr(output, "logits", output),)
+        if source.step == "logits":  # a loss may come first
+            outputs = [one for one in outputs if len(getattr(one, "shape", ())) > 1]
         if source.index >= len(outputs) or outputs[source.index] is None:
             return  # a norm that adds nothing, or logits that another rank gets
         self.take(source, layer, outputs[source.index])
@@ -132,6 +135,7 @@ class ProbeRecorder:
             "token_ids": json.dumps(self.token_ids),
             "passes": json.dumps(self.passes),
             "roundings": json.dumps(self.roundings),
+            "attention": self.attention,
         }
         try:
             if self.ranks > 1:
@@ -149,6 +153,8 @@ def to_numpy(tensor):
         return np.array(tensor)
     if hasattr(tensor, "to_local"):  # a DTensor, of which this rank has a part
         tensor = tensor.to_local()
+    if getattr(tensor, "is_meta", False):
+        raise InputError("the model is on the meta device, which has no numbers; load its weights first")
     tensor = tensor.detach().to("cpu", copy=True).contiguous()
     if str(tensor.dtype) == "torch.bfloat16":
         return tensor.view(sys.modules["torch"].int16).numpy().view(ml_dtypes.bfloat16)

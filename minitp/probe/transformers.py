@@ -3,6 +3,7 @@
 import sys
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import get_ident
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class TransformersRecorder(ProbeRecorder):
     """The steps of the forward passes of a transformers model."""
 
     engine, recipes = "transformers", TRANSFORMERS
-    block = None  # "attn" or "mlp" while such a block of the layer runs
+    block = thread = None  # "attn" or "mlp" while such a block of the layer runs, and the thread that runs it
 
     @staticmethod
     def fields_of(model):
@@ -42,7 +43,8 @@ class TransformersRecorder(ProbeRecorder):
         modules = dict(model.named_modules(remove_duplicate=False))
         self.check_modules(model, modules)
         with ExitStack() as stack:
-            stack.callback(partial(model.set_attn_implementation, model.config._attn_implementation))
+            self.attention = model.config._attn_implementation
+            stack.callback(partial(model.set_attn_implementation, self.attention))
             model.set_attn_implementation("eager")
             add_hooks(stack, model, modules, recipe, self)
 
@@ -67,6 +69,12 @@ class TransformersRecorder(ProbeRecorder):
 
     def check_modules(self, model, modules):
         """Raise an InputError unless a model has an output matrix and the attention of all layers."""
+        compiled = next((path for path in modules if path.endswith("._orig_mod")), None)
+        if compiled is not None:
+            raise InputError(
+                f"{compiled.removesuffix('._orig_mod')} is compiled by torch.compile, which calls no hooks; "
+                "record the model before it is compiled"
+            )
         attention = [f"{LAYERS.format(i=layer)}.self_attn" for layer in range(self.layers)]
         missing = [path for path in ("lm_head", *attention) if path not in modules]
         if missing[:1] == attention[:1] and "model.layers.0" in modules:
@@ -97,15 +105,26 @@ class TransformersRecorder(ProbeRecorder):
                 f"the probe cannot record a {type(cache).__name__}, which has positions that are not written "
                 'yet; use a DynamicCache (in generate: cache_implementation="dynamic")'
             )
+        length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else len(self.token_ids)
+        if length != len(self.token_ids):
+            raise InputError(
+                f"this pass reads a cache of {counted(length, 'position')}, but the recording has "
+                f"{counted(len(self.token_ids), 'token')}: record a prompt from its beginning, and without "
+                "methods that take tokens back (prompt lookup, an assistant model)"
+            )
         self.begin_pass(ids[0].tolist())
 
     def enter_block(self, block, layer, module, args):
         """Note that a block of a layer begins."""
-        self.block, self.layer = block, layer
+        self.block, self.layer, self.thread = block, layer, get_ident()
 
     def leave_block(self, module, args, output):
         """Note that the block has ended."""
         self.block = None
+
+    def runs(self, block):
+        """Return whether this thread runs such a block of the model; other models share its functions."""
+        return self.block == block and self.thread == get_ident()
 
     def take_input(self, source, layer, module, args, kwargs):
         """Record an input of a module, and with the first layer's the positions."""
@@ -143,10 +162,14 @@ class TransformersRecorder(ProbeRecorder):
 
         def observed_rope(*args, **kwargs):
             results = function(*args, **kwargs)
+            if not self.runs("attn"):
+                return results
             self.keep_rotated(args, results if isinstance(results, tuple | list) else (results,))
             return results
 
         def observed_attention(module, query, key, value, *args, **kwargs):
+            if not self.runs("attn"):
+                return function(module, query, key, value, *args, **kwargs)
             pass_name, start, _ = self.passes[-1]
             if start > 0 and key.shape[2] == query.shape[2]:
                 raise InputError(
@@ -162,7 +185,9 @@ class TransformersRecorder(ProbeRecorder):
 
         def observed_all_reduce(tensor, *args, **kwargs):
             step = f"{self.block}.out_partial"
-            is_output = self.block and tensor.shape[-1] == self.fields["hidden_size"]
+            is_output = (
+                self.runs(self.block) and self.block and tensor.shape[-1] == self.fields["hidden_size"]
+            )
             if is_output and full_name(self.passes[-1][0], self.layer, step) not in self.arrays:
                 partial_sum = to_numpy(tensor)  # [1, T, D] or [T, D]
                 self.keep(step, self.layer, partial_sum.reshape(-1, partial_sum.shape[-1]))
