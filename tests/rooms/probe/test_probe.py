@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 from types import SimpleNamespace
 
 import fake_transformers
@@ -368,3 +369,88 @@ def test_a_rank_that_cannot_be_known_is_refused(model, torch, tmp_path):
     refused("rank 2: expected 0 to 1, because ranks is 2", rank=2, ranks=2)
     model._tp_size = 4
     refused("sharded over 4 of 2 processes; give the rank= and ranks= of each process")
+
+
+# --- other models, caches and outputs -------------------------------------------------------------------
+
+
+def arrays_in(path):
+    with safe_open(path, "np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_another_model_of_the_same_kind_is_not_recorded(model, tmp_path):
+    """The other one calls the same functions, in this thread or in another, while the first model runs."""
+    other = FakeLlama(GOLDENS / "llama2")
+    with minitp.probe.record(model, tmp_path / "alone.safetensors"):
+        model(ids(*PROMPT))
+    model = FakeLlama(GOLDENS / "llama2")
+
+    def run_other(*_):
+        thread = threading.Thread(target=other, args=(ids(*PROMPT[::-1]),))
+        thread.start()
+        thread.join()
+
+    model.model.layers[1].self_attn.o_proj.before.append((run_other, False))
+    with minitp.probe.record(model, tmp_path / "beside.safetensors"):
+        other(ids(9, 8, 7))
+        model(ids(*PROMPT))
+        other(ids(9, 8, 7))
+    alone, beside = (arrays_in(tmp_path / f"{name}.safetensors") for name in ("alone", "beside"))
+    assert alone.keys() == beside.keys()
+    for name, array in alone.items():
+        np.testing.assert_array_equal(beside[name], array, err_msg=name)
+
+
+def test_two_models_are_recorded_at_once(model, tmp_path):
+    other = FakeLlama(GOLDENS / "llama2")
+    recorded = minitp.probe.record(model, tmp_path / "a.safetensors")
+    with recorded, minitp.probe.record(other, tmp_path / "b.safetensors"):
+        other(ids(*PROMPT))
+        model(ids(*PROMPT))
+    a, b = (arrays_in(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert a.keys() == b.keys()
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_cache_of_other_tokens_is_refused(length, model, tmp_path):
+    cache = SimpleNamespace(get_seq_length=lambda: length)
+    words = f"reads a cache of {length} position.*, but the recording has 0 tokens"
+    with pytest.raises(InputError, match=words), minitp.probe.record(model, tmp_path / "steps.safetensors"):
+        model(ids(*PROMPT), past_key_values=cache)
+
+
+def test_a_loss_before_the_logits_is_passed_over(model, tmp_path):
+    forward = model.forward
+
+    def with_loss(*args, **kwargs):
+        return FakeTensor(np.float32(2.5)), forward(*args, **kwargs).logits
+
+    with minitp.probe.record(model, tmp_path / "plain.safetensors"):
+        model(ids(*PROMPT))
+    model = FakeLlama(GOLDENS / "llama2")
+    forward, model.forward = model.forward, with_loss
+    with minitp.probe.record(model, tmp_path / "loss.safetensors"):
+        model(ids(*PROMPT))
+    plain, loss = (arrays_in(tmp_path / f"{name}.safetensors") for name in ("plain", "loss"))
+    np.testing.assert_array_equal(loss["prefill/logits"], plain["prefill/logits"])
+
+
+def test_a_folder_and_a_compiled_layer_are_refused_before_the_run(model, tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    refused = pytest.raises(InputError, match=r"folder\.safetensors: a folder; give the name of a file")
+    with refused, minitp.probe.record(model, tmp_path / "folder.safetensors"):
+        model(ids(*PROMPT))
+    wrapped = FakeModule()
+    wrapped._orig_mod = model.model.layers[1]
+    model.model.layers[1] = wrapped
+    refused = pytest.raises(InputError, match=r"^model\.layers\.1 is compiled by torch\.compile")
+    with refused, minitp.probe.record(model, tmp_path / "steps.safetensors"):
+        model(ids(*PROMPT))
+
+
+def test_the_own_attention_of_the_model_is_noted(model, tmp_path):
+    with minitp.probe.record(model, tmp_path / "steps.safetensors"):
+        model(ids(*PROMPT))
+    with safe_open(tmp_path / "steps.safetensors", "np") as file:
+        assert file.metadata()["attention"] == "sdpa"
