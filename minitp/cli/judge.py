@@ -125,7 +125,7 @@ class JudgeCommand(OneProcess):
 def open_recorded_model(args, files):
     """Return the ModelSource of --model, or else that of the recording, with the recorded layers."""
     from minitp.loading.source import open_config, open_model
-    from minitp.probe.recorder import UNNAMED
+    from minitp.trace.write import UNNAMED
 
     name = args.model or files.model
     if name is None:

@@ -11,10 +11,8 @@ from safetensors.numpy import save_file
 from minitp.errors import InputError
 from minitp.mapping.convert import split_joined, to_step
 from minitp.trace.names import full_name
-from minitp.trace.write import FORMAT
+from minitp.trace.write import FORMAT, UNNAMED
 from minitp.util.format import counted
-
-UNNAMED = "model"  # the name in the metadata if the model's config has none
 
 
 class ProbeRecorder:

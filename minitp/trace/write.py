@@ -28,6 +28,7 @@ from minitp.trace.record import Recorder, run_passes
 from minitp.trace.reference import open_oracle, oracle_steps
 
 FORMAT = "minitp-trace-1"
+UNNAMED = "model"  # the name in the metadata if the model's config has none
 
 
 def write_trace(path, source, model, token_ids, passes, wanted, per_rank=False):
