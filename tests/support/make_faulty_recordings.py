@@ -347,7 +347,7 @@ FAULTS = {
     "no score cap": ("gemma2", no_score_cap, "layers.0.attn.probs", "soft cap of the scores is left out"),
     "no logit cap": ("gemma2", no_logit_cap, "logits", "soft cap of the logits is left out"),
     "no embedding scale": ("gemma2", no_embedding_scale, "embed", "scale of the embedding"),
-    "not 1 + w": ("gemma2", weight_not_plus_one, "layers.0.attn.norm", "with weight as its weight"),
+    "not 1 + w": ("gemma2", weight_not_plus_one, "layers.0.attn.norm", "the weight is w, not 1 + w"),
     "no post norm": ("gemma2", no_post_norm, "layers.1.mlp.post_norm", "not normalized"),
     "no q norm": ("qwen3", no_q_norm, "layers.0.attn.q_norm", "not normalized"),
     "no residual multiplier": ("granite", no_residual_multiplier, "layers.0.attn.residual", "is left out"),
