@@ -103,7 +103,7 @@ def mistakes(wrong):
 
 def fitted(wrong):
     """Try numbers that are read from the array itself: a scale of the scores, frequencies, or any factor."""
-    if wrong.step == "probs":
+    if wrong.step in ("scores", "probs"):
         yield from fitted_scale(wrong)
     if wrong.step in ("q_rope", "k_rope"):
         yield from fitted_rope(wrong)

@@ -39,10 +39,10 @@ def description(source, moved, noun):
     >>> description(np.array([0, 2, 1]), np.array([1, 2]), "head")
     'heads 1 and 2 are exchanged'
     >>> description(np.array([1, 1, 2]), np.array([0]), "slot")
-    'slot 0 holds slot 1'
+    'slot 0 has the content of slot 1'
     """
     if len(moved) == 2 and source[moved[0]] == moved[1] and source[moved[1]] == moved[0]:
         return f"{noun}s {moved[0]} and {moved[1]} are exchanged"
     if len(moved) <= MOST:
-        return ", ".join(f"{noun} {i} holds {noun} {source[i]}" for i in moved)
+        return ", ".join(f"{noun} {i} has the content of {noun} {source[i]}" for i in moved)
     return f"the {noun}s are in the order {', '.join(map(str, source[:8]))}{', ..' * (len(source) > 8)}"

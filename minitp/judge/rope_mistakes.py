@@ -11,6 +11,7 @@ import numpy as np
 from minitp.compare.heads import half_split, interleaved
 from minitp.oracle import ops
 from minitp.rope import rope_inverse_frequencies
+from minitp.util.format import counted
 
 CONTEXTS = (2048, 4096, 8192, 32768, 131072)  # original_max_position_embeddings of published models
 
@@ -29,6 +30,10 @@ def rope_mistakes(wrong):
     yield "not rotated", x
     in_pairs = interleaved(ops.rope(half_split(x, pairs), at, frequencies, factor), pairs)  # [n, T, d]
     yield "rotated in pairs (x[2i], x[2i+1]), not (x[i], x[i+d/2]): the other RoPE layout", in_pairs
+    text = (
+        "rotated as they should be, but stored interleaved (if only the recording is, add --rope interleaved)"
+    )
+    yield text, interleaved(turned(at), pairs)
     yield "rotated in the opposite direction", turned(-at)
     yield "the positions are one too large", turned(at + 1)
     yield "the positions are one too small", turned(at - 1)
@@ -78,8 +83,8 @@ def other_frequencies(wrong, frequencies, d):
             yield f"rope_theta {theta:g} without scaling", other
     for size in (d, *(d >> shift for shift in (1, 2) if not (d >> shift) % 2)):
         if size != rotary_dim:
-            what = "all" if size == d else f"only the first {size} of"
-            text = f"{what} {d} dimensions are rotated, not {'all' if rotary_dim == d else rotary_dim}"
+            what, right = ("all" if n == d else f"only the first {n}" for n in (size, rotary_dim))
+            text = f"{what} of {counted(d, 'dimension')} are rotated, not {right}"
             yield text, rope_inverse_frequencies(rope, size) if not rope.short_factor else frequencies
             yield text, frequencies[: size // 2]
     exponents = {

@@ -24,6 +24,7 @@ def to_8_bits(x):
     return np.round(x / np.where(scale == 0, 1, scale)) * scale  # like x
 
 
+LARGEST = 1 << 26  # elements of a weight; the rounding of larger ones, such as output matrices, takes minutes
 IN_16_BITS = {"bfloat16": to(ml_dtypes.bfloat16), "float16": to(np.float16)}
 IN_8_BITS = {
     "float8_e4m3fn": to(ml_dtypes.float8_e4m3fn),
@@ -33,10 +34,11 @@ IN_8_BITS = {
 
 
 def rounding_mistakes(wrong):
-    """Try roundings in an operation of an engine that computes in 32 or 64 bits."""
+    """Try roundings in an operation; to 16 bits only if the engine computes in more."""
     operation = OPERATIONS.get(wrong.step)
-    if operation is None or wrong.case.recording.dtype.itemsize < 4 or is_mixture(wrong):
+    if operation is None or is_mixture(wrong):
         return
+    in_16_bits = IN_16_BITS if wrong.case.recording.dtype.itemsize > 2 else {}
     names = []
 
     def note(name, array):
@@ -47,7 +49,7 @@ def rounding_mistakes(wrong):
     note("the result", operation(wrong, note))
     ends = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names) + 1)]
     for choice in (names[i:j] for i, j in sorted(ends, key=lambda ends: ends[1] - ends[0])):
-        roundings = IN_16_BITS | IN_8_BITS if len(choice) == 1 else IN_16_BITS
+        roundings = in_16_bits | (IN_8_BITS if len(choice) == 1 else {})
         for dtype, rounded in roundings.items():
 
             def low(name, array, choice=choice, rounded=rounded):
@@ -72,8 +74,13 @@ def norm(wrong, low):
 
 def projection(wrong, low):
     x, weight, bias, shape = projection_inputs(wrong)
-    y = ops.linear(low("the input", x), low("the weight", weight), bias)  # [T, out]
+    y = ops.linear(low("the input", x), low_weight(low, weight), bias)  # [T, out]
     return np.stack(np.split(y, shape[0], axis=-1)) if len(shape) == 3 else y
+
+
+def low_weight(low, weight):
+    """Return a weight [out, in] with `low`, if it is not too large."""
+    return low("the weight", weight) if weight.size <= LARGEST else weight
 
 
 def output(wrong, low):
@@ -134,7 +141,7 @@ def logits(wrong, low):
     head = wrong.whole("lm_head.weight")  # [V, D], or None
     head = wrong.whole("model.embed_tokens.weight") if head is None else head
     x, reference = low("the input", wrong.outside("final_norm")), wrong.reference  # [n, D]
-    y = ops.linear(x, low("the weight", head)) / reference.logits_divisor  # [n, V]
+    y = ops.linear(x, low_weight(low, head)) / reference.logits_divisor  # [n, V]
     return y if reference.logits_cap is None else ops.soft_cap(y, reference.logits_cap)
 
 

@@ -95,6 +95,8 @@ def probability_mistakes(wrong):
         yield text, probs(k=heads_of(wrong, "k_cache", kv_of_head))
     unrotated = wrong.s("q_norm" if reference.norms_heads else "q")
     yield "the queries are not rotated", probs(q=unrotated)
+    if wrong.step == "scores":
+        yield from finite_masks(scores)
     if wrong.step == "probs":
         yield "the softmax is over the queries, not over the keys", over_queries(scores)
         yield "the softmax is left out", np.where(mask, scores.raw(), 0.0)
@@ -127,8 +129,13 @@ def over_queries(scores):
 
 
 def finite_masks(scores):
-    """Try a finite number in place of -inf, read from the probabilities of the masked keys."""
-    found, raw, mask = scores.wrong.s("probs"), scores.raw(), scores.mask  # [H, T, S] twice, [T, S]
+    """Try a finite number in place of -inf, read from what the masked keys have."""
+    found, raw, mask = scores.wrong.s(scores.wrong.step), scores.raw(), scores.mask  # [H, T, S] twice, [T, S]
+    if scores.wrong.step == "scores":
+        if not mask.all():
+            value = np.median(found[:, ~mask])
+            yield f"the masked scores are {shortened(value)}, not -inf", np.where(mask, raw, value)
+        return
     heads, rows, keys = np.nonzero((found > 1e-30) & ~mask)
     if not len(heads):
         return
@@ -165,10 +172,8 @@ def dropped(scores):
     share = 1 - 1 / factor
     spread = 4 * np.sqrt(max(share * (1 - share), 0) / count)
     if factor > 1 and abs(zero.sum() / count - share) < spread:
-        text = (
-            f"dropout is on: {zero.sum()} of {count} probabilities are 0, and the rest is {factor:.4g} times"
-        )
-        text += " as large"
+        text = f"dropout is on: {zero.sum() / count:.0%} of the probabilities are 0, and the others are "
+        text += f"{factor:.4g} times as large"
         yield text, np.where(zero, 0.0, factor * right)
 
 
@@ -192,14 +197,17 @@ def mixed_heads(scores):
 
 
 def fitted_scale(wrong):
-    """Try another scale of the scores, read from the differences of the logarithms of the probabilities."""
-    if not wrong.is_recorded("probs") or wrong.step != "probs":
-        return
-    scores, found = Scores(wrong), wrong.s("probs")  # [H, T, S]
+    """Try another scale of the scores, read from them or from the logarithms of the probabilities."""
+    scores, found = Scores(wrong), wrong.s(wrong.step)  # [H, T, S]
     if scores.cap is not None or found.shape != wrong.right().shape:
         return
-    raw, usable = scores.raw(), (found > 1e-30) & scores.mask  # [H, T, S] each
-    x, y = (centered(each, usable) for each in (raw, np.log(np.where(usable, found, 1.0))))  # [H, T, S] each
+    raw = scores.raw()  # [H, T, S]
+    if wrong.step == "scores":
+        x, y = (each[:, scores.mask] for each in (raw, found))  # [H, n] each
+    else:
+        usable = (found > 1e-30) & scores.mask  # [H, T, S]
+        logarithms = np.log(np.where(usable, found, 1.0))  # [H, T, S]
+        x, y = (centered(each, usable) for each in (raw, logarithms))  # [H, T, S] each
     size = np.vdot(x, x)
     factor = np.vdot(x, y) / size if size else 0.0
     if factor > 0:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from minitp.oracle import ops
+from minitp.util.format import counted
 
 
 def share_mistakes(mixture):
@@ -82,4 +83,5 @@ def limited(mixture, chosen):
     before = np.cumsum(chosen, axis=0) - chosen  # [T, E], the tokens of each expert before this one
     for most in sorted({int(before[t, e]) for t in wrong[:1] for e in np.flatnonzero(chosen[t])} - {0}):
         kept = np.where(chosen & (before < most), mixture.shares, 0)  # [T, E]
-        yield f"an expert takes at most {most} tokens, and drops the others", mixture.total(kept)
+        text = f"an expert takes at most {counted(most, 'token')}, and drops the others"
+        yield text, mixture.total(kept)
