@@ -38,7 +38,8 @@ def rounding_mistakes(wrong):
     operation = OPERATIONS.get(wrong.step)
     if operation is None or is_mixture(wrong):
         return
-    in_16_bits = IN_16_BITS if wrong.case.recording.dtype.itemsize > 2 else {}
+    dtype = wrong.case.recording.dtype
+    in_16_bits, stored = (IN_16_BITS, lambda x: x) if dtype.itemsize > 2 else ({}, to(dtype))
     names = []
 
     def note(name, array):
@@ -50,12 +51,12 @@ def rounding_mistakes(wrong):
     ends = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names) + 1)]
     for choice in (names[i:j] for i, j in sorted(ends, key=lambda ends: ends[1] - ends[0])):
         roundings = in_16_bits | (IN_8_BITS if len(choice) == 1 else {})
-        for dtype, rounded in roundings.items():
+        for name_of_dtype, rounded in roundings.items():
 
             def low(name, array, choice=choice, rounded=rounded):
-                return rounded(array) if name in choice else array
+                return stored(rounded(array)) if name in choice else array
 
-            text = f"rounded to {dtype}: {' and '.join(choice)}"
+            text = f"rounded to {name_of_dtype}: {' and '.join(choice)}"
             yield text, low("the result", operation(wrong, low))
 
 

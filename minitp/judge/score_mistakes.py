@@ -229,5 +229,5 @@ def described(scale):
     ('0.25 (16^-0.5)', '0.3')
     """
     number = round(scale**-2)
-    is_root = number > 0 and abs(scale**-2 / number - 1) < 1e-4
+    is_root = number > 0 and abs(scale**-2 / number - 1) < 5e-4
     return f"{scale:.6g}" + (f" ({number}^-0.5)" if is_root else "")
