@@ -4,6 +4,7 @@ They are (description, array), computed in float64 from the inputs that the engi
 are those of `trace.names`.
 """
 
+import ml_dtypes
 import numpy as np
 
 from minitp.oracle import ops
@@ -205,7 +206,8 @@ def fitted_scale(wrong):
     if wrong.step == "scores":
         x, y = (each[:, scores.mask] for each in (raw, found))  # [H, n] each
     else:
-        usable = (found > 1e-30) & scores.mask  # [H, T, S]
+        smallest = max(1e-30, float(ml_dtypes.finfo(wrong.case.recording.dtype).tiny))
+        usable = (found >= smallest) & scores.mask  # [H, T, S]
         logarithms = np.log(np.where(usable, found, 1.0))  # [H, T, S]
         x, y = (centered(each, usable) for each in (raw, logarithms))  # [H, T, S] each
     size = np.vdot(x, x)
