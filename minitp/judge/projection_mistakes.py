@@ -101,8 +101,7 @@ def projection_mistakes(wrong):
     if len(shape) == 3:
         right_heads, pairs = result(x, weight, bias), 2 * len(wrong.reference.rotations[0][0])
         text = "the rows of each head are in the other RoPE layout: {}"
-        hint = "interleaved, not half-split (if only the recording is, add --rope interleaved)"
-        yield text.format(hint), interleaved(right_heads, pairs)
+        yield text.format("interleaved, not half-split"), interleaved(right_heads, pairs)
         yield text.format("half-split, not interleaved"), half_split(right_heads, pairs)
         yield "the heads are in the reverse order", right_heads[::-1]
         flat = np.concatenate(right_heads, axis=-1)  # [T, n d]

@@ -54,6 +54,11 @@ def rope_mistakes(wrong):
     mirrored = np.concatenate((-second, first, rest), axis=-1)  # [n, T, d]
     yield "sine and cosine are exchanged", ops.rope(mirrored, -at, frequencies, factor)
     yield "the halves of each head are exchanged", ops.rope(exchanged, at, frequencies, factor)
+    if wrong.step == "k_rope":
+        yield (
+            "the values are rotated, too, or in place of the keys",
+            ops.rope(wrong.s("v"), at, frequencies, factor),
+        )
     if factor != 1:
         yield "without the attention factor", turned(at, factor=1.0)
     for layer, rotation in enumerate(reference.rotations):
