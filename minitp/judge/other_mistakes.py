@@ -62,8 +62,7 @@ def residual_mistakes(wrong):
     x, out = wrong.stream(), wrong.s("out")  # [T, D] each
     added = wrong.s("post_norm") if wrong.reference.post_norms else out  # [T, D]
     scale = wrong.reference.residual_scale
-    if wrong.block == "attn" and sum_reaches_the_next_block(wrong, x + scale * added):
-        # An engine that does not record the sum gives the input of the next norm in its place.
+    if wrong.block == "attn" and next_norm_reads_another_array(wrong, x + scale * added):
         yield "the addition is right, but the next norm reads the attention's output alone", scale * added
         yield "the addition is right, but the next norm reads the stream before it: a parallel block", x
     if wrong.block == "attn":
@@ -83,16 +82,27 @@ def residual_mistakes(wrong):
         yield text, wrong.layer_input() + scale * added
 
 
-def sum_reaches_the_next_block(wrong, total):
-    """Return whether the MLP's output is added to the right sum of attention [T, D], recorded or not."""
-    mlp = wrong.of_block("mlp")
-    if not mlp.is_recorded("residual"):
+def next_norm_reads_another_array(wrong, total):
+    """Return whether the MLP's norm reads the wrong sum of attention, and its output joins the right one.
+
+    Engines that do not record the sum give the input of the next norm in its place.
+
+    Parameters
+    ----------
+    wrong : WrongStep
+    total : float64 array [T, D]
+        The right sum.
+    """
+    mlp, reference, found = wrong.of_block("mlp"), wrong.reference, wrong.s("residual")  # [T, D]
+    if found.shape != total.shape or not mlp.is_recorded("residual") or not mlp.is_recorded("norm"):
         return False
-    added = mlp.s("post_norm" if wrong.reference.post_norms else "out")  # [T, D]
-    expected, found = total + wrong.reference.residual_scale * added, mlp.s("residual")  # [T, D] each
-    if found.shape != expected.shape:
-        return False
-    return np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
+    weight = wrong.w(f"{reference.mlp_norm}.weight") + reference.norm_offset  # [D]
+    added = mlp.s("post_norm" if reference.post_norms else "out")  # [T, D]
+    pairs = (
+        (mlp.s("norm"), ops.rms_norm(found, weight, reference.eps)),
+        (mlp.s("residual"), total + reference.residual_scale * added),
+    )  # [T, D] each
+    return all(x.shape == y.shape and np.linalg.norm(x - y) < 1e-2 * np.linalg.norm(y) for x, y in pairs)
 
 
 def embedding_mistakes(wrong):

@@ -30,10 +30,8 @@ def rope_mistakes(wrong):
     yield "not rotated", x
     in_pairs = interleaved(ops.rope(half_split(x, pairs), at, frequencies, factor), pairs)  # [n, T, d]
     yield "rotated in pairs (x[2i], x[2i+1]), not (x[i], x[i+d/2]): the other RoPE layout", in_pairs
-    text = (
-        "rotated as they should be, but stored interleaved (if only the recording is, add --rope interleaved)"
-    )
-    yield text, interleaved(turned(at), pairs)
+    stored = interleaved(turned(at), pairs)  # [n, T, d]
+    yield "rotated as they should be, but stored interleaved, not half-split", stored
     yield "rotated in the opposite direction", turned(-at)
     yield "the positions are one too large", turned(at + 1)
     yield "the positions are one too small", turned(at - 1)
