@@ -7,6 +7,7 @@ found in that sum: it changes only the tokens that use the expert.
 import numpy as np
 
 from minitp.judge.rank_mistakes import of_joined
+from minitp.judge.share_mistakes import dispatch_mistakes, share_mistakes
 from minitp.oracle import ops
 
 MOST = 16  # in a larger mixture, an expert is not compared with all others
@@ -16,6 +17,7 @@ def expert_mistakes(wrong):
     """Try mistakes in the output of a mixture."""
     mixture = Mixture(wrong)
     yield from share_mistakes(mixture)
+    yield from dispatch_mistakes(mixture)
     yield from order_mistakes(mixture)
     yield from activation_mistakes(mixture)
     suspects = mixture.suspects()
@@ -57,6 +59,11 @@ class Mixture:
             self._outputs[expert] = self.output_with(*self.weights(expert))
         return self._outputs[expert]
 
+    def output_of(self, x, expert):
+        """Return the output of an expert for other inputs: [n, D] -> [n, D]."""
+        gate, up, down = self.weights(expert)
+        return ops.linear(ops.swiglu(ops.linear(x, gate), ops.linear(x, up)), down)
+
     def output_with(self, gate, up, down, activate=ops.swiglu):
         """Return the output of an expert with these weights for all tokens, [T, D]."""
         return ops.linear(activate(ops.linear(self.x, gate), ops.linear(self.x, up)), down)
@@ -85,40 +92,6 @@ class Mixture:
         errors, sizes = (np.linalg.norm(each, axis=-1) for each in (found - expected, expected))  # [T] each
         wrong = errors > 1e-2 * sizes  # [T]
         return [e for e in self.experts if wrong.any() and (self.shares[wrong, e] > 0).all()]
-
-
-def share_mistakes(mixture):
-    """Try mistakes in the choice of the experts and in their shares."""
-    router, count, normalized = mixture.router, mixture.count, mixture.normalized
-    other = (
-        "normalized over all experts, not over the chosen ones"
-        if normalized
-        else ("normalized over the chosen experts, not over all")
-    )
-    yield f"the shares are {other}", mixture.total(ops.route(router, count, not normalized))
-    for number in range(1, min(count + 3, router.shape[1] + 1)):
-        if number != count:
-            text = (
-                f"{number} experts per token, not {count}"
-                if number > 1
-                else f"1 expert per token, not {count}"
-            )
-            yield text, mixture.total(ops.route(router, number, normalized))
-    chosen = mixture.shares > 0  # [T, E]
-    yield "all experts of a token have the same share", mixture.total(chosen / count)
-    yield "the experts' outputs are added without their shares", mixture.total(chosen.astype(np.float64))
-    sigmoid = np.where(chosen, 1 / (1 + np.exp(-router)), 0)  # [T, E]
-    yield "the shares are sigmoids, not a softmax", mixture.total(sigmoid)
-    total = sigmoid.sum(axis=-1, keepdims=True)  # [T, 1]
-    yield "the shares are normalized sigmoids, not a softmax", mixture.total(sigmoid / total)
-    lowest = ops.route(-router, count, normalized)  # [T, E]
-    yield "the experts with the smallest logits", mixture.total(lowest)
-    if count > 1:
-        exchanged = np.zeros_like(mixture.shares)  # [T, E]
-        for t, row in enumerate(chosen):
-            experts = sorted(np.flatnonzero(row), key=lambda e: mixture.shares[t, e])
-            exchanged[t, experts] = mixture.shares[t, experts[::-1]]
-        yield "the shares of a token's experts are in the wrong order", mixture.total(exchanged)
 
 
 def order_mistakes(mixture):

@@ -26,6 +26,14 @@ class WrongStep:
         self.reference = self.case.reference
         self.block, _, self.step = step.rpartition(".")
 
+    def of_step(self, step):
+        """Return the WrongStep of another step of this block."""
+        return WrongStep(self.cases, self.rank, self.pass_, self.layer, f"{self.block}.{step}")
+
+    def of_block(self, block):
+        """Return this step in another block."""
+        return WrongStep(self.cases, self.rank, self.pass_, self.layer, f"{block}.{self.step}")
+
     def s(self, step, block=None):
         """Return a recorded step of this layer in float64, or the value that follows from its inputs."""
         prefix = self.block if block is None else block
@@ -64,6 +72,10 @@ class WrongStep:
         name, weights = self.tensor_name(name), self.case.weights
         return weights.whole(name).astype(np.float64) if name in weights.plan.tensors else None
 
+    def outside_w(self, name):
+        """Return a tensor outside the layers in float64."""
+        return self.case.weights[name].astype(np.float64)
+
     def tensor_name(self, name, layer=None):
         """Return the checkpoint's name of a tensor of this layer or another one, or outside the layers."""
         layer = self.layer if layer is None else layer
@@ -93,9 +105,12 @@ class WrongStep:
         """Return the residual stream before this block."""
         if self.block == "mlp":
             return self.s("residual", "attn")  # [T, D]
-        if self.layer == 0:
-            return self.outside("embed")  # [T, D]
-        return self.of_layer(self.layer - 1, "mlp.residual")  # [T, D]
+        return self.layer_input()
+
+    def layer_input(self, layer=None):
+        """Return the residual stream before a layer, by default this one."""
+        layer = self.layer if layer is None else layer
+        return self.of_layer(layer - 1, "mlp.residual") if layer else self.outside("embed")  # [T, D]
 
     @property
     def positions(self):

@@ -7,6 +7,7 @@ Each fault changes a model of tests/goldens in memory. A recording has the pass 
 faulty_recordings.json lists the model, the step that must be blamed first, and words of the explanation.
 """
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -299,6 +300,103 @@ def router_of_layer_0(model):
     model.model.layers[1].mlp.gate.weight.data = model.model.layers[0].mlp.gate.weight.data
 
 
+def other_scale(model):
+    model.model.layers[0].self_attn.scaling *= 1.3
+
+
+def mask_with(change):
+    """Return a fault that replaces the mask of Llama's attention, 0 or -inf, by change(mask)."""
+
+    def wrap(original):
+        return lambda module, q, k, v, mask, **rest: original(module, q, k, v, change(mask), **rest)
+
+    return attention_function(llama, wrap)
+
+
+def strict(mask):
+    """Hide the own key, too, with the smallest number, as `masked_fill` does."""
+    hidden = torch.triu(torch.ones_like(mask, dtype=torch.bool))
+    return torch.zeros_like(mask).masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
+def minus_10(mask):
+    return torch.zeros_like(mask).masked_fill(mask < 0, -10.0)
+
+
+def softmax_in_float16(original):
+    def attend(module, q, k, v, mask, scaling, **rest):
+        k, v = (llama.repeat_kv(x, module.num_key_value_groups) for x in (k, v))
+        scores = q @ k.transpose(2, 3) * scaling + mask
+        probs = scores.half().softmax(-1).float()
+        return (probs @ v).transpose(1, 2).contiguous(), probs
+
+    return attend
+
+
+def cosines_in_bfloat16(original):
+    return lambda q, k, cos, sin, unsqueeze_dim=1: original(
+        q, k, cos.bfloat16().float(), sin.bfloat16().float()
+    )
+
+
+def down_in_8_bits(model):
+    weight = model.model.layers[0].mlp.down_proj.weight
+    scale = weight.data.abs().amax(1, keepdim=True) / 127
+    weight.data = (weight.data / scale).round() * scale
+
+
+def keys_in_float8(original):
+    """Round what RoPE returns, and so what the cache holds."""
+
+    def rotated(q, k, cos, sin, unsqueeze_dim=1):
+        q, k = original(q, k, cos, sin)
+        return q, k.to(torch.float8_e4m3fn).float()
+
+    return rotated
+
+
+def llama3_context(model):
+    config = copy.deepcopy(model.config)
+    config.rope_parameters["original_max_position_embeddings"] = 8192
+    model.model.rotary_emb.inv_freq = llama.LlamaRotaryEmbedding(config).inv_freq
+
+
+def grouped_by_kv_head(model):
+    """Give q, k and v the rows of a joined matrix in Megatron's order, cut as if it were in the plain one."""
+    attention = model.model.layers[0].self_attn
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    groups, sizes = model.config.num_key_value_heads, [len(part.weight) for part in parts]
+    joined = torch.cat([part.weight.data.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+    for part, rows in zip(parts, joined.split(sizes), strict=True):
+        part.weight.data = rows.clone()
+
+
+def experts_overwritten(model):
+    experts = model.model.layers[1].mlp.experts
+
+    def forward(x, chosen, shares):
+        out = torch.zeros_like(x)
+        for e in range(len(experts.down_proj)):
+            tokens, places = torch.where(chosen == e)
+            gate, up = (x[tokens] @ experts.gate_up_proj[e].T).chunk(2, dim=-1)
+            y = (experts.act_fn(gate) * up) @ experts.down_proj[e].T
+            out[tokens] = shares[tokens, places, None] * y
+        return out
+
+    forward_of(experts, forward)
+
+
+def softmax_over_tokens(model):
+    gate = model.model.layers[1].mlp.gate
+
+    def forward(x):
+        logits = x @ gate.weight.T
+        shares, chosen = logits.softmax(0).topk(gate.top_k)
+        return logits, shares / shares.sum(-1, keepdim=True), chosen
+
+    forward_of(gate, forward)
+
+
 # name -> the model, the fault, the step that is wrong first, and words of the explanation
 FAULTS = {
     "norm without weight": ("llama2", no_weight, "layers.1.attn.norm", "without its weight"),
@@ -365,6 +463,53 @@ FAULTS = {
     "shares over all": ("mixtral", shares_over_all, "layers.1.mlp.out", "are normalized over all experts"),
     "one expert too few": ("qwen3-moe", one_expert_too_few, "layers.1.mlp.out", "2 experts per token, not 3"),
     "shares in wrong order": ("mixtral", shares_in_wrong_order, "layers.1.mlp.out", "in the wrong order"),
+    "score scale": ("llama2", other_scale, "layers.0.attn.probs", "scaled by 0.530723, not by 0.408248"),
+    "strict mask": ("llama2", mask_with(strict), "layers.0.attn.probs", "a query does not see its own key"),
+    "weak mask": ("llama2", mask_with(minus_10), "layers.0.attn.probs", "the mask adds -10 to the masked"),
+    "softmax in float16": (
+        "llama2",
+        attention_function(llama, softmax_in_float16),
+        "layers.0.attn.probs",
+        "rounded to float16: the scores and the result",
+    ),
+    "rope in bfloat16": (
+        "llama2",
+        rope_function(cosines_in_bfloat16),
+        "layers.0.attn.q_rope",
+        "rounded to bfloat16: cosine and sine",
+    ),
+    "down in 8 bits": ("llama2", down_in_8_bits, "layers.0.mlp.out", "for each row: the weight"),
+    "keys in float8": (
+        "llama2",
+        rope_function(keys_in_float8),
+        "layers.0.attn.k_rope",
+        "rounded to float8_e4m3fn: the result",
+    ),
+    "llama3 context": (
+        "llama3",
+        llama3_context,
+        "layers.0.attn.q_rope",
+        "original_max_position_embeddings of llama3's scaling is 8192, not 128",
+    ),
+    "exact gelu": ("gemma2", activation(torch.nn.GELU()), "layers.1.mlp.act", "gelu is exact (erf)"),
+    "grouped by KV head": (
+        "llama2",
+        grouped_by_kv_head,
+        "layers.0.attn.q",
+        "q, k and v are grouped by KV head",
+    ),
+    "experts overwritten": (
+        "mixtral",
+        experts_overwritten,
+        "layers.1.mlp.out",
+        "output overwrites those of the experts before it",
+    ),
+    "softmax over tokens": (
+        "mixtral",
+        softmax_over_tokens,
+        "layers.1.mlp.out",
+        "the softmax is over the tokens",
+    ),
     "router of layer 0": ("mixtral", router_of_layer_0, "layers.1.mlp.router", "weight is that of layer 0"),
 }
 PATCHED = [(module, name, getattr(module, name)) for module in (llama, mistral, granite)

@@ -100,7 +100,7 @@ def test_a_cache_that_loses_a_position_is_blamed(recorded, monkeypatch):
         ([0, 1, 2, 3, 4, 4], "the newest position holds the one before it"),
         ([0, 1, 2, 3, 5, 5], "the position before the newest is overwritten with the newest"),
         ([5, 0, 1, 2, 3, 4], "all positions are one slot too late"),
-        ([0, 0, 2, 3, 4, 4], ""),
+        ([0, 0, 2, 3, 4, 4], "slot 1 has the content of slot 0, slot 5 has the content of slot 4"),
     ],
 )
 def test_a_cache_with_positions_in_the_wrong_slots_is_explained(order, mistake, recorded, tmp_path):
