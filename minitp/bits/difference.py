@@ -43,6 +43,11 @@ class BitDifference:
     ulps: int | None
     excess: float
 
+    @property
+    def only_zeros(self):
+        """True if only the signs of zeros differ."""
+        return self.ulps == 0
+
 
 def bits_of(array):
     """Return a view of an array as unsigned integers of the same width."""

@@ -35,8 +35,8 @@ def reason(change, a_tp, b_tp, repeated=False):
     a_rows, b_rows = change.a_pass.rows, change.b_pass.rows
     if step in AFTER:  # only some rows have logits
         pairs = ((change.a_pass, change.a_shape), (change.b_pass, change.b_shape))
-        a_rows, b_rows = (shape[0] * one.rows // (one.stop - one.start) for one, shape in pairs)
-    a_keys, b_keys = change.a_pass.stop, change.b_pass.stop
+        a_rows, b_rows = (shape[0] * one.rows // one.width for one, shape in pairs)
+    a_keys, b_keys = (one.before + one.stop + one.after for one in (change.a_pass, change.b_pass))
     if step == "attn.scores" and (a_rows, a_keys) != (b_rows, b_keys):
         return (
             f"a product of {counted(b_rows, 'row')} and {counted(b_keys, 'key')}, not of {a_rows} and "

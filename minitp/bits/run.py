@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from minitp.bits.compare import compare_bits
+from minitp.bits.copies import reason_of_copy
 from minitp.bits.difference import differing
 from minitp.bits.exact import ExactCheck
 from minitp.bits.forced import PREFIX, run_forced
+from minitp.bits.placing import placed
 from minitp.bits.reasons import reason
 from minitp.bits.recording import FileRecording, common_positions
 from minitp.bits.rows import StepArray
@@ -100,10 +102,12 @@ def bits_of_files(paths, titles=None):
         other = FileRecording(path)
         stop, common = common_positions(first, other)
         try:
-            result = compare_bits(first, other, stop)
+            a, other, why = placed(first, other)
+            result = compare_bits(a, other, stop)
         except InputError as error:
             raise InputError(f"{first.path} and {path}: {error}") from error
-        why = [f"positions from {stop} on are not compared: the tokens differ"] if stop < common else []
+        if stop != common:
+            why.append(f"positions from {stop} on are not compared: the tokens differ")
         if result.left_out:
             count = counted(len(result.left_out), "array")
             why.append(f"not compared, because the shapes differ: {count}, such as {result.left_out[0]}")
@@ -125,9 +129,11 @@ def _by_size(result):
     if not result.suspects:
         return ROUNDING, []
     larger = result.suspects[0]
+    where = "" if larger is result.first else f"{larger.name}: "
+    if larger.copies:
+        return LARGER, [where + reason_of_copy(larger.step)]
     if not np.isfinite(larger.difference.excess):
         return LARGER, []
-    where = "" if larger is result.first else f"{larger.name}: "
     times = f"{larger.difference.excess:.2g} times as large as another order of a sum explains"
     return LARGER, [f"{where}not rounding: the difference is {times}"]
 
@@ -161,9 +167,12 @@ def _judged_by_blocks(model, variant, exact, results, rank):
     own = compare_bits(a, forced, forced=True), _repeats(forced, b, change)
     alone, repeats = zip(*model.comm.allgather_object(own), strict=True)
     suspects = [one for found in (*results, *alone) for one in found.suspects]
+    copied = next((one for found in results for one in found.suspects if one.copies), None)
     wrong = exact.first_wrong(b, [(one.at[0], one.layer, one.step) for one in suspects])
     why = []
-    if wrong is not None:
+    if copied is not None:
+        why.append(("" if copied == change else f"{copied.name}: ") + reason_of_copy(copied.step))
+    elif wrong is not None:
         why.append(
             f"{wrong.name} on rank {wrong.rank} is not rounding: its error is {wrong.ratio:.2g} times what "
             "`minitp check` allows"
@@ -178,7 +187,7 @@ def _judged_by_blocks(model, variant, exact, results, rank):
             )
         begins = {step for found in alone for step in found.begins}
         why += _also(change, sorted(begins, key=list(LAYER).index))
-    return LARGER if wrong else ROUNDING, why
+    return LARGER if copied or wrong else ROUNDING, why
 
 
 def _repeats(forced, b, change):
