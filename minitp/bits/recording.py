@@ -1,6 +1,7 @@
 """The recordings whose bits are compared: the steps of one sequence, in passes over its positions."""
 
 import re
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 
@@ -60,12 +61,15 @@ class RankRecording:
     tp : int
     windows : list of (int or None)
         The sliding window of each layer.
+    progress : callable
+        A function that is called after each layer.
     """
 
     steps: object
     passes: list
     tp: int
     windows: list
+    progress: Callable = lambda: None
     others = ()
 
     @property
@@ -91,6 +95,8 @@ class RankRecording:
         """Add a step; of the neighbors in a batch, only the input of the mlp, where they share experts."""
         if not name.startswith(NEIGHBOR) or name.endswith("attn.residual"):
             self.steps.write(name, array)
+            if name.endswith("mlp.residual"):
+                self.progress()
 
 
 def pass_names(name, count):

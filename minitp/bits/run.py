@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+from tqdm import tqdm
 
 from minitp.bits.compare import compare_bits
 from minitp.bits.copies import reason_of_copy
@@ -60,7 +61,7 @@ class Row:
     positions: int = 0
 
 
-def bits_of_model(source, model, ids, batch, repeats, progress=lambda count: None):
+def bits_of_model(source, model, ids, batch, repeats, progress=None):
     """Run the variants of a prompt and compare their bits; all ranks call this and get the same list of Row.
 
     Parameters
@@ -73,19 +74,19 @@ def bits_of_model(source, model, ids, batch, repeats, progress=lambda count: Non
         The number of sequences in a batch; 1 for no batches.
     repeats : int
         The number of times that the same run is repeated.
-    progress : callable
-        A function that is called with 1 after each comparison.
+    progress : tqdm or None
+        A progress bar, which shows the title of each run and counts its layers.
     """
     rows, steps = [], StepFile()
+    progress = progress or tqdm(disable=True)
     with np.errstate(all="ignore"):  # a row reports what is not finite
         exact = ExactCheck(source, model, ids, steps)
-        for variant in Variants(model, ids, steps).run(batch, repeats):
+        for variant in Variants(model, ids, steps, progress).run(batch, repeats):
             row = _row_of_variant(model, variant, exact)
             if rows and rows[-1].title == row.title:  # another repetition of the same run
                 before = rows.pop()
                 row = row if before.outcome == SAME else before
             rows.append(row)
-            progress(1)
     return rows
 
 
