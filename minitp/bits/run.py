@@ -78,7 +78,7 @@ def bits_of_model(source, model, ids, batch, repeats, progress=None):
         A progress bar, which shows the title of each run and counts its layers.
     """
     rows, steps = [], StepFile()
-    progress = progress or tqdm(disable=True)
+    progress = tqdm(disable=True) if progress is None else progress
     with np.errstate(all="ignore"):  # a row reports what is not finite
         exact = ExactCheck(source, model, ids, steps)
         for variant in Variants(model, ids, steps, progress).run(batch, repeats):
