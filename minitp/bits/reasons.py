@@ -30,6 +30,8 @@ def reason(change, a_tp, b_tp, repeated=False):
         return "an array that is not a step of minitp, so its inputs are unknown"
     if step in INTEGERS:
         return "the runs have other tokens or positions"
+    if change.copies and not change.is_rounding:
+        return "a copy of equal inputs: a race, memory that was overwritten, or a wrong index"
     if a_tp != b_tp and None not in (a_tp, b_tp):
         return _reason_of_ranks(step, a_tp, b_tp)
     a_rows, b_rows = change.a_pass.rows, change.b_pass.rows

@@ -36,6 +36,7 @@ def test_a_copy_with_another_last_bit_is_no_rounding(step, complete, tmp_path):
 
     row = row_of(complete, changed_copy(tmp_path, change))
     assert (row.outcome, row.step, row.elements) == ("larger", f"prefill/{step}", 1)
+    assert row.why[0].startswith("a copy of equal inputs: ")
     assert row.why[1].startswith("not rounding: this step only copies (its ")
 
 
