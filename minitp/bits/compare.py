@@ -8,15 +8,17 @@ A change begins in a row whose bits differ although those of all its inputs are 
 the order of the forward pass is always such a beginning; the steps of later ones are listed.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
-from minitp.bits.difference import BitDifference, bit_difference, differing
+from minitp.bits.changes import BitComparison, Change
+from minitp.bits.copies import COPIES
+from minitp.bits.difference import bit_difference, differing
 from minitp.bits.names import LETTERS
-from minitp.bits.recording import PassRows
-from minitp.bits.rows import Sequences, common_rows, fits
+from minitp.bits.rows import common_rows, fits, other_array, step_array
 from minitp.compare.inputs import HEAD_NORMS, INPUTS, POST_NORMS, STREAM
+from minitp.compare.pairing import FIRST_PASS
 from minitp.errors import InputError
 from minitp.trace.names import AFTER, BEFORE, LAYER, PARTIAL, WEIGHTS, full_name
 
@@ -34,81 +36,6 @@ OWN_INPUTS = {
     "logits": [("logits_partial",), ("final_norm",)],
 }
 BLOCK_INPUTS = ("attn.residual", "mlp.residual")
-
-
-@dataclass(frozen=True)
-class Change:
-    """A step in which a change begins, and what is known about it.
-
-    Attributes
-    ----------
-    layer : int or None
-    step : str
-        The step's name in the tables of `trace.names`, or in the file.
-    a_pass, b_pass : PassRows or None
-        The passes that have the rows; None for an array that is not a step.
-    positions : tuple of int
-        The positions of the rows in which the change begins.
-    difference : BitDifference
-        The difference of those rows.
-    a_shape, b_shape : tuple of int
-        The shapes of the whole arrays.
-    at : tuple of int
-        The place of the step in the order of the second recording: its pass, and its number in the pass.
-    """
-
-    layer: int | None
-    step: str
-    a_pass: PassRows | None
-    b_pass: PassRows | None
-    positions: tuple
-    difference: BitDifference
-    a_shape: tuple
-    b_shape: tuple
-    at: tuple = (-1, 0)
-
-    @property
-    def name(self):
-        """The full name of the step in the second recording."""
-        return self.step if self.b_pass is None else full_name(self.b_pass.name, self.layer, self.step)
-
-    @property
-    def is_rounding(self):
-        """True if another order of a sum explains the difference."""
-        return self.difference.excess <= 1
-
-
-@dataclass
-class BitComparison:
-    """The result of a comparison.
-
-    Attributes
-    ----------
-    first : Change or None
-        The first change; None if all bits are the same.
-    suspects : list of Change
-        The changes that seem to be larger than rounding.
-    begins : list of str
-        The steps in which changes begin, without layers and passes.
-    left_out : list of str
-        Names of arrays that both recordings have and that could not be compared.
-    arrays, positions : int
-        The number of arrays that were compared, and of positions that both recordings have.
-    """
-
-    first: Change | None = None
-    suspects: list = field(default_factory=list)
-    begins: list = field(default_factory=list)
-    left_out: list = field(default_factory=list)
-    arrays: int = 0
-    positions: int = 0
-
-    def add(self, change):
-        self.first = self.first or change
-        if not change.is_rounding:
-            self.suspects.append(change)
-        if change.step not in self.begins:
-            self.begins.append(change.step)
 
 
 def compare_bits(a, b, stop=None, forced=False):
@@ -134,11 +61,25 @@ def compare_bits(a, b, stop=None, forced=False):
                 pairs.compare(layer, step, a_pass, b_pass)
     for name in a.others:
         if name in b and not name.startswith(WEIGHTS):
-            _compare_whole(result, name, *pairs.of_one_sequence(a.read(name), b.read(name)))
+            _compare_whole(result, name, *pairs.common_part(name, a.read(name), b.read(name)))
     result.positions = int(pairs.seen.sum())
+    if a.passes and b.passes and not result.positions:
+        _check_positions(a, b)
     if not result.arrays:
         raise InputError("the recordings have no step of the same position in common")
     return result
+
+
+def _check_positions(a, b):
+    """Raise InputError unless passes of the two recordings have a position in common."""
+    if not any(one.start < other.stop and other.start < one.stop for one in a.passes for other in b.passes):
+        starts = [min(one.start for one in each.passes) for each in (a, b)]
+        lasts = [max(one.stop for one in each.passes) - 1 for each in (a, b)]
+        texts = [f"{first} to {last}" for first, last in zip(starts, lasts, strict=True)]
+        raise InputError(
+            f"the recordings have no position in common: {texts[0]} in the first, {texts[1]} in the second; "
+            "record the same tokens in both"
+        )
 
 
 def _compare_whole(result, name, a, b):
@@ -173,9 +114,9 @@ class _Pairs:
             for layer, step in steps
             if step not in left_out and _has(a, layer, step) and _has(b, layer, step)
         ]
-        self.known, self._sequences = set(self.steps), Sequences()
+        self.known = set(self.steps)
         self.seen = np.zeros(max((one.stop for one in b.passes), default=0), dtype=bool)  # [positions]
-        self.changed = {}  # (layer, step) -> bool [positions]
+        self.changed, self.compared = {}, {}  # (layer, step) -> bool [positions]
         self.any_changed = np.zeros_like(self.seen)  # [positions]
 
     def compare(self, layer, step, a_pass, b_pass):
@@ -183,8 +124,8 @@ class _Pairs:
         names = [full_name(one.name, layer, step) for one in (a_pass, b_pass)]
         if names[0] not in self.a or names[1] not in self.b:
             return
-        a = self._sequences.read(self.a, a_pass, names[0])
-        b = self._sequences.read(self.b, b_pass, names[1], a)
+        a = step_array(self.a, a_pass, names[0])
+        b = step_array(self.b, b_pass, names[1])
         found = common_rows(a, b, self.stop) if fits(a, b) else None
         if not fits(a, b):
             self.result.left_out.append(names[1])
@@ -196,21 +137,30 @@ class _Pairs:
         by_row = differs.any(axis=tuple(i for i in range(differs.ndim) if i != a.row_axis))  # [rows]
         begins = by_row & ~self._inputs_changed(layer, step, rows)  # [rows]
         self.seen[rows] = True
-        self.changed.setdefault((layer, step), np.zeros_like(self.seen))[rows] = by_row
+        for marks, value in ((self.changed, by_row), (self.compared, True)):
+            marks.setdefault((layer, step), np.zeros_like(self.seen))[rows] = value
         self.any_changed[rows] |= by_row
         at = self.b.passes.index(b_pass), self.steps.index((layer, step))
         if begins.any():
-            self.result.add(self._change(layer, step, a, b, found, begins, at))
+            change = self._change(layer, step, a, b, found, begins, at)
+            copies = self._only_copies(layer, step, np.asarray(change.positions))
+            self.result.add(replace(change, copies=copies))
         if self.forced and (by_row & ~begins).any():
             change = self._change(layer, step, a, b, found, by_row, at)
             if not change.is_rounding:
                 self.result.suspects.append(change)
 
-    def of_one_sequence(self, a, b):
-        """Return two arrays that are not steps, of batches only the sequence that the steps have."""
-        if a.ndim == b.ndim > 0 and len(a) != len(b) and a.shape[1:] == b.shape[1:]:
-            a, b = self._sequences.take(self.a, a), self._sequences.take(self.b, b)
-        return a, b
+    def common_part(self, name, a, b):
+        """Return two arrays that are not steps; of batches and padded passes, only the rows in common."""
+        pass_name = name.rpartition("/")[0] or FIRST_PASS[:-1]
+        passes = [
+            next((one for one in each.passes if one.name == pass_name), None) for each in (self.a, self.b)
+        ]
+        if None in passes or (a.shape == b.shape and passes[0] == passes[1]):
+            return a, b
+        parts = [other_array(array, pass_) for array, pass_ in zip((a, b), passes, strict=True)]
+        found = None not in parts and fits(*parts) and common_rows(*parts, self.stop)
+        return found[:2] if found else (a, b)
 
     def _change(self, layer, step, a, b, found, chosen, at):
         """Return the Change of the `chosen` rows, bool [rows], of the common rows of two StepArrays."""
@@ -244,6 +194,16 @@ class _Pairs:
                 starts = np.zeros_like(stops) if window is None else np.maximum(0, stops - window)
                 found |= before[stops] > before[starts]
         return found
+
+    def _only_copies(self, layer, step, positions):
+        """Return whether a step only copies inputs, of which both recordings have the rows at `positions`.
+
+        The logits are the columns of all ranks, which the recording of one rank does not have.
+        """
+        if step not in COPIES or (step == "logits" and not self.a.has_all_ranks):
+            return False
+        inputs = [self.compared.get(self._key(layer, name)) for name in COPIES[step][0]]
+        return all(rows is not None and rows[positions].all() for rows in inputs)
 
     def _inputs(self, layer, step):
         """Return the (layer, step) of each input of a step, or None if they are not all recorded."""

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 
 ROUNDINGS, SUM_ERRORS = 4, 64  # factors of the two terms in `BitDifference.excess`
+BLOCK = 2**18  # elements that are compared in float64 at a time, at least one row
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class BitDifference:
     ulps: int | None
     excess: float
 
+    @property
+    def only_zeros(self):
+        """True if only the signs of zeros differ."""
+        return self.ulps == 0
+
 
 def bits_of(array):
     """Return a view of an array as unsigned integers of the same width."""
@@ -63,21 +69,36 @@ def bit_difference(a, b, terms=1):
 
     `terms` is the number of terms in the sum that gives an element.
     """
-    where = differing(a, b)
-    x, y = (np.asarray(array).astype(np.float64) for array in (a, b))
+    width = max(1, a.shape[-1]) if a.ndim else 1
+    rows = [array.reshape(-1, width) for array in (a, b)]  # [R, width] each
+    step = max(1, BLOCK // width)
+    elements, excess, largest, at = 0, 0.0, -np.inf, 0
+    for start in range(0, len(rows[0]), step):
+        count, worst, apart, index = _block_difference(*(each[start : start + step] for each in rows), terms)
+        elements, excess = elements + count, max(excess, worst)
+        if apart > largest:
+            largest, at = apart, start * width + index
+    x, y = (each[divmod(at, width)] for each in rows)
+    ulps = None
+    if np.isfinite(largest) and a.dtype.kind not in "biu":
+        ulps = abs(_ordinal(x) - _ordinal(y))
+    index = tuple(map(int, np.unravel_index(at, a.shape)))
+    return BitDifference(elements, rows[0].size, index, float(x), float(y), ulps, excess)
+
+
+def _block_difference(a, b, terms):
+    """Return the number of differing elements, the excess, and the largest difference and its flat index."""
+    where = differing(a, b)  # [R, n]
+    x, y = (array.astype(np.float64) for array in (a, b))  # [R, n]
     with np.errstate(all="ignore"):
-        apart = np.abs(y - x)
+        apart = np.abs(y - x)  # [R, n]
         apart[~np.isfinite(apart)] = np.inf
         apart[~where] = -1.0  # also where both are infinite
-        index = np.unravel_index(int(apart.argmax()), apart.shape)
-        excess = np.inf  # no integer is rounded
+        index = int(apart.argmax())
+        excess = np.inf if where.any() else 0.0  # no integer is rounded
         if a.dtype.kind not in "biu":
             excess = float((apart / _rounding(x, y, a.dtype, terms)).max(where=where, initial=0.0))
-    ulps = None
-    if np.isfinite(apart[index]) and a.dtype.kind not in "biu":
-        ulps = abs(_ordinal(a[index]) - _ordinal(b[index]))
-    index = tuple(map(int, index))
-    return BitDifference(int(where.sum()), where.size, index, float(x[index]), float(y[index]), ulps, excess)
+    return int(where.sum()), excess, apart.flat[index], index
 
 
 def _rounding(x, y, dtype, terms):

@@ -30,13 +30,15 @@ def reason(change, a_tp, b_tp, repeated=False):
         return "an array that is not a step of minitp, so its inputs are unknown"
     if step in INTEGERS:
         return "the runs have other tokens or positions"
+    if change.copies and not change.is_rounding:
+        return "a copy of equal inputs: a race, memory that was overwritten, or a wrong index"
     if a_tp != b_tp and None not in (a_tp, b_tp):
         return _reason_of_ranks(step, a_tp, b_tp)
     a_rows, b_rows = change.a_pass.rows, change.b_pass.rows
     if step in AFTER:  # only some rows have logits
         pairs = ((change.a_pass, change.a_shape), (change.b_pass, change.b_shape))
-        a_rows, b_rows = (shape[0] * one.rows // (one.stop - one.start) for one, shape in pairs)
-    a_keys, b_keys = change.a_pass.stop, change.b_pass.stop
+        a_rows, b_rows = (shape[0] * one.rows // one.width for one, shape in pairs)
+    a_keys, b_keys = (one.before + one.stop + one.after for one in (change.a_pass, change.b_pass))
     if step == "attn.scores" and (a_rows, a_keys) != (b_rows, b_keys):
         return (
             f"a product of {counted(b_rows, 'row')} and {counted(b_keys, 'key')}, not of {a_rows} and "

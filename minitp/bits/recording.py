@@ -1,9 +1,11 @@
 """The recordings whose bits are compared: the steps of one sequence, in passes over its positions."""
 
 import re
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
-from minitp.bits.names import LETTERS, steps_of
+from minitp.bits.names import BATCH, LETTERS, steps_of
 from minitp.compare.files import open_dump
 from minitp.compare.pairing import MAY_DIFFER, differing, pass_order, read_metadata
 from minitp.errors import InputError, shown
@@ -23,13 +25,29 @@ class PassRows:
     start, stop : int
         The positions of the sequence's tokens.
     rows : int
-        The number of tokens of all sequences in the pass.
+        The number of tokens of all sequences in the pass, with padding.
+    count, sequence : int
+        The number of sequences in the arrays of a dump, and the index of this one.
+    before, after : int
+        The number of rows of padding before the sequence's tokens and after them.
+    holes : bool
+        Whether there is padding between the keys, so that the positions of the keys are unknown.
     """
 
     name: str
     start: int
     stop: int
     rows: int
+    count: int = 1
+    sequence: int = 0
+    before: int = 0
+    after: int = 0
+    holes: bool = False
+
+    @property
+    def width(self):
+        """The number of rows of the sequence, with padding."""
+        return self.before + self.stop - self.start + self.after
 
 
 @dataclass(frozen=True)
@@ -43,17 +61,25 @@ class RankRecording:
     tp : int
     windows : list of (int or None)
         The sliding window of each layer.
+    progress : callable
+        A function that is called after each layer.
     """
 
     steps: object
     passes: list
     tp: int
     windows: list
+    progress: Callable = lambda: None
     others = ()
 
     @property
     def layers(self):
         return len(self.windows)
+
+    @property
+    def has_all_ranks(self):
+        """True if the arrays are not only the rank's part of them."""
+        return self.tp == 1
 
     def __contains__(self, name):
         return name in self.steps
@@ -69,6 +95,8 @@ class RankRecording:
         """Add a step; of the neighbors in a batch, only the input of the mlp, where they share experts."""
         if not name.startswith(NEIGHBOR) or name.endswith("attn.residual"):
             self.steps.write(name, array)
+            if name.endswith("mlp.residual"):
+                self.progress()
 
 
 def pass_names(name, count):
@@ -90,12 +118,15 @@ class FileRecording:
     ----------
     path : str
     passes : list of PassRows
-        The passes, from the metadata of a trace or from the shapes of the arrays.
+        The passes, from the metadata of a trace. Without metadata, and for batches, their positions are known
+        only after `placing.placed`: until then, each begins at position 0.
     tp : int or None
         The number of ranks, if known.
     windows : list of (int or None)
         The sliding window of each layer; of an engine without metadata, None.
     layers : int
+    has_all_ranks : bool
+        True, because the arrays are not only a rank's part of them.
     others : list of str
         Names that are not steps, in the order of the file, such as weights; not the ranks' own arrays.
 
@@ -104,6 +135,8 @@ class FileRecording:
     InputError
         If the file cannot be read.
     """
+
+    has_all_ranks = True
 
     def __init__(self, path):
         self.path, self._file = path, open_dump(path)
@@ -121,8 +154,11 @@ class FileRecording:
         else:
             self.tp, self.layers = self.metadata.tp, self.metadata.layers
             self.windows = list(self.metadata.config.windows)[: self.layers]
-            ranges = self.metadata.passes.items()
-            self.passes = [PassRows(name, start, stop, stop - start) for name, (start, stop) in ranges]
+            found = {one.name: one.count for one in self._passes_of_shapes()}
+            self.passes = [
+                PassRows(name, start, stop, (stop - start) * found.get(name, 1), found.get(name, 1))
+                for name, (start, stop) in self.metadata.passes.items()
+            ]
 
     def __contains__(self, name):
         return name in self._own or name in self.others
@@ -143,18 +179,37 @@ class FileRecording:
         """The dtype of the run, if the file is a trace."""
         return self._file.metadata.get("dtype")
 
+    def keys_of(self, pass_name):
+        """Return the largest number of keys that a pass has in the arrays; 0 if none has an axis of keys."""
+        return max(
+            (
+                self._file.entries[own].shape[self._letters[name].index("S")]
+                for name, own in self._own.items()
+                if "S" in self._letters[name] and split_name(name)[0] == pass_name
+            ),
+            default=0,
+        )
+
+    def with_passes(self, passes):
+        """Return this recording with other passes."""
+        other = copy(self)
+        other.passes = passes
+        return other
+
     def _passes_of_shapes(self):
-        """Return passes that follow each other, with the number of tokens that the arrays have."""
-        tokens = {}
+        """Return the passes in order, with the numbers of sequences and tokens that the arrays have."""
+        shapes = {}  # pass -> (has an axis of sequences, number of sequences, number of tokens)
         for name, own in self._own.items():
-            letters = self._letters[name]
+            letters, sizes = self._letters[name], self._file.entries[own].shape
             if "T" in letters and split_name(name)[2] not in AFTER:
-                tokens[split_name(name)[0]] = self._file.entries[own].shape[letters.index("T")]
-        passes, start = [], 0
-        for name in sorted(tokens, key=pass_order):
-            passes.append(PassRows(name, start, start + tokens[name], tokens[name]))
-            start += tokens[name]
-        return passes
+                count = sizes[letters.index(BATCH)] if BATCH in letters else 1
+                found = BATCH in letters, count, sizes[letters.index("T")]
+                pass_name = split_name(name)[0]
+                shapes[pass_name] = max(found, shapes.get(pass_name, found))
+        return [
+            PassRows(name, 0, tokens, count * tokens, count)
+            for name, (_, count, tokens) in sorted(shapes.items(), key=lambda item: pass_order(item[0]))
+        ]
 
 
 def _layer(name):
@@ -164,6 +219,8 @@ def _layer(name):
 
 def common_positions(a, b):
     """Return the number of positions with the same tokens in two FileRecordings, and of those in both.
+
+    Both are None if a recording has no metadata; `placing` then finds the tokens that are the same.
 
     Raises
     ------
@@ -176,7 +233,7 @@ def common_positions(a, b):
             f"{a.path} is in {a.dtype} and {b.path} in {b.dtype}: bits can be compared only in one dtype"
         )
     if None in (a.metadata, b.metadata):
-        return stop, stop
+        return None, None
     for name, ours, theirs in differing(a.metadata.config, b.metadata.config):
         if name not in MAY_DIFFER:
             raise InputError(

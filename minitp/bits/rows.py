@@ -1,11 +1,11 @@
 """The rows of a step that two recordings have in common, by position."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from minitp.bits.difference import differing
 from minitp.bits.names import BATCH
 from minitp.bits.recording import PassRows
+from minitp.trace.names import AFTER, split_name
 
 
 @dataclass(frozen=True)
@@ -32,46 +32,61 @@ class StepArray:
     def first(self, axis):
         """Return the position of the first element of an axis of tokens or keys.
 
-        The array has the last positions of its pass: all of them, those with logits, or the keys in a window.
+        The array has the last rows of its pass: all of them, those with logits, or the keys in a window.
         """
-        return self.pass_.stop - self.array.shape[axis]
+        return self.pass_.stop + self.pass_.after - self.array.shape[axis]
+
+    @property
+    def has_positions(self):
+        """True if the positions of the rows and keys are known."""
+        tokens = [n for n, letter in zip(self.array.shape, self.letters, strict=True) if letter == "T"]
+        return all(n <= self.pass_.width for n in tokens) and not (self.pass_.holes and "S" in self.letters)
 
 
-class Sequences:
-    """The sequence that is compared if an array is of a batch, for each of two recordings."""
+def step_array(recording, pass_, name):
+    """Return the StepArray of a full name; of a batch, the sequence that the pass has."""
+    array, letters = recording.read(name), recording.letters(name)
+    return _of_sequence(array, letters, pass_, split_name(name)[2] in AFTER)
 
-    def __init__(self):
-        self._chosen = {}  # id of a recording -> index in the batch
 
-    def read(self, recording, pass_, name, other=None):
-        """Return the StepArray of a full name; of a batch, the sequence that fits the StepArray `other`."""
-        array, letters = recording.read(name), recording.letters(name)
-        if BATCH not in letters:
-            return StepArray(pass_, array, letters)
+def other_array(array, pass_):
+    """Return the StepArray of an array that is not a step, or None if it has no axis of tokens.
+
+    The axis is recognized by its size: `[count, width, ..]`, `[width, ..]` or `[count * width, ..]`.
+    """
+    letters = ["x"] * array.ndim
+    if array.ndim > 1 and array.shape[0] in (1, pass_.count) and array.shape[1] == pass_.width:
+        letters[:2] = [BATCH, "T"]
+    elif array.ndim and array.shape[0] in (pass_.width, pass_.count * pass_.width):
+        letters[0] = "T"
+    else:
+        return None
+    return _of_sequence(array, letters, pass_, False)
+
+
+def _of_sequence(array, letters, pass_, only_last):
+    """Return the StepArray of a pass's sequence; a step with `only_last` may have fewer rows than the pass.
+
+    A batch has an axis of its own, or the rows of its sequences follow each other, as in `[count * T, E]`. An
+    array of one sequence in a batch, such as the angles of RoPE, is the same for all of them.
+    """
+    if BATCH in letters:
         axis = letters.index(BATCH)
-        count, letters = array.shape[axis], [letter for letter in letters if letter != BATCH]
-        pass_ = replace(pass_, rows=pass_.rows * count)
-        choices = [StepArray(pass_, array.take(index, axis), letters) for index in range(count)]
-        if id(recording) not in self._chosen:
-            self._chosen[id(recording)] = min(range(count), key=lambda n: _distance(other, choices[n]))
-        return choices[self._chosen[id(recording)]]
-
-    def take(self, recording, array):
-        """Return the chosen sequence of an array whose first axis is that of sequences, with this axis."""
-        index = self._chosen.get(id(recording))
-        return array if index is None or index >= len(array) else array[index : index + 1]
-
-
-def _distance(a, b):
-    """Return the number of elements whose bits differ in two StepArrays; 0 without a first one."""
-    found = a and fits(a, b) and common_rows(a, b)
-    return int(differing(*found[:2]).sum()) if found and found[0].dtype == found[1].dtype else 0
+        array = array.take(pass_.sequence if array.shape[axis] > 1 else 0, axis)
+        return StepArray(pass_, array, [letter for letter in letters if letter != BATCH])
+    if pass_.count > 1 and "T" in letters:
+        axis = letters.index("T")
+        each, left = divmod(array.shape[axis], pass_.count)
+        if not left and (only_last or each == pass_.width):
+            array = array.take(range(pass_.sequence * each, (pass_.sequence + 1) * each), axis)
+    return StepArray(pass_, array, letters)
 
 
 def fits(a, b):
-    """Return whether two StepArrays differ only in their numbers of tokens and keys."""
+    """Return whether two StepArrays differ only in their numbers of tokens and keys, of known positions."""
     sizes = zip(a.array.shape, b.array.shape, a.letters, strict=False)
-    return a.letters == b.letters and all(n == m for n, m, letter in sizes if letter not in "TS")
+    same = a.letters == b.letters and all(n == m for n, m, letter in sizes if letter not in "TS")
+    return same and a.has_positions and b.has_positions
 
 
 def common_rows(a, b, stop=None):
@@ -85,9 +100,10 @@ def common_rows(a, b, stop=None):
             for cut in cuts:
                 cut.append(slice(None))
             continue
-        first, last = max(a.first(axis), b.first(axis)), min(a.pass_.stop, b.pass_.stop)
+        least = max(a.pass_.start, b.pass_.start) if letter == "T" else 0  # padding comes before it
+        first, last = max(a.first(axis), b.first(axis), least), min(a.pass_.stop, b.pass_.stop)
         last = last if stop is None else min(last, stop)
-        if not 0 <= first < last:
+        if not first < last:
             return None
         for cut, one in zip(cuts, (a, b), strict=True):
             cut.append(slice(first - one.first(axis), last - one.first(axis)))

@@ -3,11 +3,14 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+from tqdm import tqdm
 
 from minitp.bits.compare import compare_bits
+from minitp.bits.copies import reason_of_copy
 from minitp.bits.difference import differing
 from minitp.bits.exact import ExactCheck
 from minitp.bits.forced import PREFIX, run_forced
+from minitp.bits.placing import placed
 from minitp.bits.reasons import reason
 from minitp.bits.recording import FileRecording, common_positions
 from minitp.bits.rows import StepArray
@@ -58,7 +61,7 @@ class Row:
     positions: int = 0
 
 
-def bits_of_model(source, model, ids, batch, repeats, progress=lambda count: None):
+def bits_of_model(source, model, ids, batch, repeats, progress=None):
     """Run the variants of a prompt and compare their bits; all ranks call this and get the same list of Row.
 
     Parameters
@@ -71,19 +74,19 @@ def bits_of_model(source, model, ids, batch, repeats, progress=lambda count: Non
         The number of sequences in a batch; 1 for no batches.
     repeats : int
         The number of times that the same run is repeated.
-    progress : callable
-        A function that is called with 1 after each comparison.
+    progress : tqdm or None
+        A progress bar, which shows the title of each run and counts its layers.
     """
     rows, steps = [], StepFile()
+    progress = tqdm(disable=True) if progress is None else progress
     with np.errstate(all="ignore"):  # a row reports what is not finite
         exact = ExactCheck(source, model, ids, steps)
-        for variant in Variants(model, ids, steps).run(batch, repeats):
+        for variant in Variants(model, ids, steps, progress).run(batch, repeats):
             row = _row_of_variant(model, variant, exact)
             if rows and rows[-1].title == row.title:  # another repetition of the same run
                 before = rows.pop()
                 row = row if before.outcome == SAME else before
             rows.append(row)
-            progress(1)
     return rows
 
 
@@ -100,10 +103,12 @@ def bits_of_files(paths, titles=None):
         other = FileRecording(path)
         stop, common = common_positions(first, other)
         try:
-            result = compare_bits(first, other, stop)
+            a, other, why = placed(first, other)
+            result = compare_bits(a, other, stop)
         except InputError as error:
             raise InputError(f"{first.path} and {path}: {error}") from error
-        why = [f"positions from {stop} on are not compared: the tokens differ"] if stop < common else []
+        if stop != common:
+            why.append(f"positions from {stop} on are not compared: the tokens differ")
         if result.left_out:
             count = counted(len(result.left_out), "array")
             why.append(f"not compared, because the shapes differ: {count}, such as {result.left_out[0]}")
@@ -125,9 +130,11 @@ def _by_size(result):
     if not result.suspects:
         return ROUNDING, []
     larger = result.suspects[0]
+    where = "" if larger is result.first else f"{larger.name}: "
+    if larger.copies:
+        return LARGER, [where + reason_of_copy(larger.step)]
     if not np.isfinite(larger.difference.excess):
         return LARGER, []
-    where = "" if larger is result.first else f"{larger.name}: "
     times = f"{larger.difference.excess:.2g} times as large as another order of a sum explains"
     return LARGER, [f"{where}not rounding: the difference is {times}"]
 
@@ -161,9 +168,12 @@ def _judged_by_blocks(model, variant, exact, results, rank):
     own = compare_bits(a, forced, forced=True), _repeats(forced, b, change)
     alone, repeats = zip(*model.comm.allgather_object(own), strict=True)
     suspects = [one for found in (*results, *alone) for one in found.suspects]
+    copied = next((one for found in results for one in found.suspects if one.copies), None)
     wrong = exact.first_wrong(b, [(one.at[0], one.layer, one.step) for one in suspects])
     why = []
-    if wrong is not None:
+    if copied is not None:
+        why.append(("" if copied == change else f"{copied.name}: ") + reason_of_copy(copied.step))
+    elif wrong is not None:
         why.append(
             f"{wrong.name} on rank {wrong.rank} is not rounding: its error is {wrong.ratio:.2g} times what "
             "`minitp check` allows"
@@ -178,7 +188,7 @@ def _judged_by_blocks(model, variant, exact, results, rank):
             )
         begins = {step for found in alone for step in found.begins}
         why += _also(change, sorted(begins, key=list(LAYER).index))
-    return LARGER if wrong else ROUNDING, why
+    return LARGER if copied or wrong else ROUNDING, why
 
 
 def _repeats(forced, b, change):

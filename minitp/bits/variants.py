@@ -10,6 +10,7 @@
 Of a long prompt, only the last tokens go through the model one by one.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -53,33 +54,55 @@ class Variants:
         The prompt.
     step_file : StepFile
         The file that gets this rank's steps.
+    progress : tqdm
+        The bar that shows the title of a run and counts the layers.
     """
 
-    def __init__(self, model, ids, step_file):
-        self.model, self.ids, self.step_file = model, ids, step_file
+    def __init__(self, model, ids, step_file, progress):
+        self.model, self.ids, self.step_file, self.progress = model, ids, step_file, progress
         self.windows = list(model.config.windows)
 
     def run(self, batch, repeats):
-        """Run all variants, with `batch` sequences and `repeats` repetitions, and yield each Variant."""
+        """Run all variants, with `batch` sequences and `repeats` repetitions, and yield each Variant.
+
+        The steps of a variant are kept only until the next one.
+        """
         tokens = len(self.ids)
-        alone = self._record(["prefill"], [0, tokens])
+        stops = [0, tokens]
+        self.progress.set_description("the prompt alone")
+        alone = self._record(["prefill"], stops)
         title = "the same run again" + (f", {counted(repeats, 'time')}" if repeats > 1 else "")
         for number in range(1, repeats + 1):
-            yield Variant(title, alone, self._record([f"again.{number}"], [0, tokens]), True)
+            yield from self._variant(title, alone, [f"again.{number}"], stops, repeated=True)
         if batch > 1:
             title = f"in a batch of {counted(batch, 'sequence')}"
-            yield Variant(title, alone, self._record(["batch"], [0, tokens], batch))
+            yield from self._variant(title, alone, ["batch"], stops, batch)
         if tokens == 1:
             return
         stops = [0, *chunk_stops(tokens)]
-        yield Variant("in two chunks", alone, self._record(["chunk.0", "chunk.1"], stops))
+        yield from self._variant("in two chunks", alone, ["chunk.0", "chunk.1"], stops)
         stops = range(max(0, tokens - MOST_DECODED), tokens + 1)
+        title = "one token per pass"
+        self.progress.set_description(title)
         one_by_one = self._record([f"token.{position}" for position in stops[:-1]], stops)
-        yield Variant("one token per pass", alone, one_by_one)
+        with self._temporary():
+            yield Variant(title, alone, one_by_one)
         if batch > 1:
             names = [f"batch.token.{position}" for position in stops[:-1]]
-            each = self._record(names, stops, batch)
-            yield Variant(f"one token per pass, in a batch of {batch}", one_by_one, each)
+            yield from self._variant(f"{title}, in a batch of {batch}", one_by_one, names, stops, batch)
+
+    def _variant(self, title, a, names, stops, count=1, repeated=False):
+        """Yield the Variant of a run; the parameters are those of `_record`."""
+        self.progress.set_description(title)
+        with self._temporary():
+            yield Variant(title, a, self._record(names, stops, count), repeated)
+
+    @contextmanager
+    def _temporary(self):
+        """Forget at the end of a `with` block which steps were written in it."""
+        nbytes = self.step_file.nbytes
+        yield
+        self.step_file.truncate(nbytes)
 
     def _record(self, names, stops, count=1):
         """Run the prompt as one of `count` sequences, and record its passes.
@@ -102,7 +125,7 @@ class Variants:
             for ids, cache in zip(sequences, caches, strict=True):
                 model.forward(ids, cache, None)
                 cache.length = stops[0]
-        recording = RankRecording(self.step_file, [], model.comm.size, self.windows)
+        recording = RankRecording(self.step_file, [], model.comm.size, self.windows, self.progress.update)
         recorder = Recorder(model.device, None, recording.write)
         for name, (start, stop) in zip(names, pairwise(stops), strict=True):
             rows = stop - start
@@ -112,6 +135,20 @@ class Variants:
             last = model.device.xp.asarray(np.arange(1, count + 1) * rows - 1)  # [count]
             model.forward_batch(parts, slice(None) if count == 1 else last, recorder)
         return recording
+
+
+def temporary_nbytes(source, tokens):
+    """Return the most bytes that all ranks together keep in temporary files: the steps of three runs.
+
+    They are the reference, another run, and the blocks of that run by themselves.
+    """
+    c, plan = source.config, source.plan
+    scores = 2 * c.num_attention_heads * tokens  # elements of scores and probs in a row
+    heads = (3 * c.num_attention_heads + 6 * c.num_key_value_heads) * c.head_dim
+    mlp = (c.num_experts_per_tok or 3) * c.intermediate_size
+    on_all_ranks = plan.tp * 8 * c.hidden_size  # norms, outputs and residuals
+    logits = (1 + plan.tp) * c.vocab_size
+    return 3 * 4 * tokens * (plan.layers * (scores + heads + mlp + on_all_ranks) + logits)
 
 
 def new_caches(model, count, positions):

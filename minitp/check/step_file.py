@@ -34,6 +34,17 @@ class StepFile:
             self._end += written
             bytes_left = bytes_left[written:]
 
+    @property
+    def nbytes(self):
+        """The size of the file."""
+        return self._end
+
+    def truncate(self, nbytes):
+        """Forget the arrays that were written when the file had this size or more, and free their space."""
+        self._entries = {name: entry for name, entry in self._entries.items() if entry[0] < nbytes}
+        self._end = nbytes
+        os.ftruncate(self._file.fileno(), nbytes)
+
     def read(self, name):
         """Return an array; raise KeyError if there is none of this name."""
         offset, dtype, shape = self._entries[name]

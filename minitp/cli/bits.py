@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict
@@ -15,9 +16,11 @@ from minitp.launch.run import WORKER, run_ranks
 from minitp.util import environment
 from minitp.util.environment import ALONE_VARIABLE, SOCKET_VARIABLE
 from minitp.util.format import aligned, counted
+from minitp.util.format import size as nbytes_text
 from minitp.util.stdout import write_out
 
 MOST_SEQUENCES, MOST_REPEATS = 64, 100  # the maximum of --batch and of --repeats
+LARGE = 4e9  # bytes of temporary files of which a warning is printed
 WORDS = {
     "same": "same",
     "rounding": "changed",
@@ -98,6 +101,8 @@ class BitsCommand(OnRanks):
         refuse_unknown_mpi()
         environment.check_cupy(args.device)
         size = self.ranks(args)
+        from tqdm import tqdm
+
         from minitp.bits.run import Row, bits_of_files
         from minitp.loading.source import open_model, warn_of_unread_fields
 
@@ -107,21 +112,22 @@ class BitsCommand(OnRanks):
         sizes = range(size, 0, -1) if size > 1 and args.path == "explicit" else ()
         with tempfile.TemporaryDirectory(prefix="minitp-bits-") as folder:
             output = Path(folder, "rows")
-            paths = [Path(folder, f"tp{tp}.safetensors") for tp in sizes]
-            runs = [(rank_command, size, output)]
-            runs += [
-                (trace_command(args, ids, tp, path), tp, os.devnull)
-                for tp, path in zip(sizes, paths, strict=True)
-            ]
-            for command, tp, stdout in runs:
-                with open(stdout, "wb") as file:
-                    code = run_ranks(command, tp, args.verbose, file.fileno())
-                if code:
-                    return code
+            with open(output, "wb") as file:
+                code = run_ranks(rank_command, size, args.verbose, file.fileno())
+            if code:
+                return code
             said = json.loads(output.read_bytes())
             rows = [Row(**row) for row in said["rows"]]
-            if paths:
-                rows += bits_of_files(paths, [f"on {counted(tp, 'rank')}" for tp in sizes[1:]])
+            first = Path(folder, f"tp{size}.safetensors")
+            for tp in tqdm(sizes, "traces", unit=" traces", leave=False, disable=not sys.stderr.isatty()):
+                path = Path(folder, f"tp{tp}.safetensors")
+                with open(os.devnull, "wb") as file:
+                    code = run_ranks(trace_command(args, ids, tp, path), tp, args.verbose, file.fileno())
+                if code:
+                    return code
+                if tp < size:
+                    rows += bits_of_files([first, path], [f"on {counted(tp, 'rank')}"])
+                    path.unlink()  # a trace of a long prompt is large
         return show(said["heading"], rows, "minitp check")
 
     def prepare(self, args, source):
@@ -138,6 +144,7 @@ class BitsCommand(OnRanks):
             raise InputError(f"{args.prompt}: bits compares two or more recordings; add the other ones")
         ids = prompt_tokens(args, source)
         check_passes(args, source, ids)
+        check_room(source, len(ids))
         return ids
 
     def run(self, args, comm, source, prepared):
@@ -149,8 +156,8 @@ class BitsCommand(OnRanks):
 
         model, _ = load(args, comm, source, args.path)
         hidden = comm.rank != 0 or not sys.stderr.isatty()
-        with tqdm(desc="comparing", unit="run", leave=False, disable=hidden) as bar:
-            rows = bits_of_model(source, model, prepared, args.batch, args.repeats, bar.update)
+        with tqdm(desc="bits", unit=" layers", leave=False, disable=hidden) as bar:
+            rows = bits_of_model(source, model, prepared, args.batch, args.repeats, bar)
         heading = (
             f"{source.name} on {counted(comm.size, 'rank')}, {model.device.dtype.name}: "
             f"{counted(len(prepared), 'token')}, {counted(source.plan.layers, 'layer')}; each run is "
@@ -163,6 +170,21 @@ class BitsCommand(OnRanks):
         if comm.rank == 0:
             show(heading, rows, "minitp check")
         return 0 if all(row.outcome == "same" for row in rows) else 1
+
+
+def check_room(source, tokens):
+    """Refuse a prompt whose steps do not fit on the disk, and warn of one that needs much of it."""
+    from minitp.bits.variants import temporary_nbytes
+
+    folder, needed = tempfile.gettempdir(), temporary_nbytes(source, tokens)
+    free = shutil.disk_usage(folder).free
+    text = f"{counted(tokens, 'token')} need up to {nbytes_text(needed)} of temporary files in {folder}"
+    way_out = "use a shorter prompt or fewer --layers, or set TMPDIR to another folder"
+    if needed > free:
+        raise InputError(f"{text}, which has only {nbytes_text(free)}; {way_out}")
+    from_launcher = os.environ.get(SOCKET_VARIABLE) or os.environ.get(ALONE_VARIABLE)  # which has warned
+    if needed > LARGE and not from_launcher:
+        print(f"minitp: warning: {text}; {way_out}", file=sys.stderr)
 
 
 def compare_recordings(args):
