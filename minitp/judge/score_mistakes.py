@@ -34,11 +34,6 @@ def other_kv_heads(wrong):
     }
 
 
-def softmax(x):
-    """Return the softmax of scores [H, T, S]; of a row in which all are masked, NaN."""
-    return ops.softmax(x)  # [H, T, S]
-
-
 class Scores:
     """The right scores of a pass, and those with a mistake.
 
@@ -63,7 +58,7 @@ class Scores:
     def result(self, mask=None, **changes):
         """Return the wrong step, `scores` or `probs`, with changes to its inputs, [H, T, S]."""
         masked = np.where(self.mask if mask is None else mask, self.raw(**changes), -np.inf)  # [H, T, S]
-        return masked if self.wrong.step == "scores" else softmax(masked)  # [H, T, S]
+        return masked if self.wrong.step == "scores" else ops.softmax(masked)  # [H, T, S]
 
 
 def probability_mistakes(wrong):
@@ -126,7 +121,7 @@ def strict(scores, before):
 def over_queries(scores):
     """Return the softmax over the queries: each column of the result has the sum 1, [H, T, S]."""
     masked = np.where(scores.mask, scores.raw(), -np.inf)  # [H, T, S]
-    return np.where(scores.mask, softmax(masked.swapaxes(1, 2)).swapaxes(1, 2), 0.0)  # [H, T, S]
+    return np.where(scores.mask, ops.softmax(masked.swapaxes(1, 2)).swapaxes(1, 2), 0.0)  # [H, T, S]
 
 
 def finite_masks(scores):
@@ -145,10 +140,10 @@ def finite_masks(scores):
     apart = np.log(found[heads, rows, keys]) - np.log(found[heads, rows, own])  # [n]
     value = np.median(apart + raw[heads, rows, own])
     text = f"the masked scores are {shortened(value)}, not -inf"
-    yield text, softmax(np.where(mask, raw, value))
+    yield text, ops.softmax(np.where(mask, raw, value))
     value = np.median(apart + raw[heads, rows, own] - raw[heads, rows, keys])
     text = f"the mask adds {shortened(value)} to the masked scores, not -inf"
-    yield text, softmax(np.where(mask, raw, raw + value))
+    yield text, ops.softmax(np.where(mask, raw, raw + value))
 
 
 def shortened(value):
@@ -189,7 +184,7 @@ def mixed_heads(scores):
     chosen = np.array(right)  # [H]
     for kv in range(count):
         masked = np.where(mask, scores.raw(k=heads_of(wrong, "k_cache", [kv] * len(right))), -np.inf)
-        probs = softmax(masked)  # [H, T, S]
+        probs = ops.softmax(masked)  # [H, T, S]
         apart = np.abs(found - probs).sum(axis=(1, 2))  # [H]
         better = apart < errors  # [H]
         best[better], errors[better], chosen[better] = probs[better], apart[better], kv

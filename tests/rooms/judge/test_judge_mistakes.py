@@ -231,6 +231,7 @@ CASES = [
     ("llama2", 0, "attn.k_rope", lambda m: m.rope(m.s("attn.k"), positions=[4, 0, 1, 2, 3]),
      "of the one before it"),
     ("llama2", 0, "attn.v", lambda m: m.rope(m.s("attn.v")), "the values are rotated, too"),
+    ("llama2", 0, "attn.k_rope", lambda m: m.rope(m.s("attn.v")), "values are rotated, too, or in place of"),
     ("llama2", 0, "attn.q", exchanged_heads, "heads 1 and 2 are exchanged"),
     ("llama2", 0, "attn.out", lambda m: m.s("attn.context").reshape(5, 6, 6)[:, ::-1].reshape(5, 36)
      @ m.w("self_attn.o_proj.weight").T, "the heads of the input are in the reverse order"),
