@@ -10,6 +10,5 @@ weights.py      a rank's parts of the checkpoint
 ties.py         experts with equal router logits, of which the engine may choose any; experts that it never
                 chose
 hypotheses.py   the mistakes, tried one by one on the first wrong step
-*_mistakes.py   what each operation may compute instead, and rounding_mistakes.py any of them; orders.py
-                for parts in another order, and wrong_step.py for the inputs
+mistakes/       what each operation may compute instead
 """

@@ -4,19 +4,19 @@ import numpy as np
 
 from minitp.check.difference import difference_of
 from minitp.check.result import ratio_of
-from minitp.judge.attention_mistakes import cache_mistakes, context_mistakes
-from minitp.judge.norm_mistakes import norm_mistakes
-from minitp.judge.other_mistakes import (
+from minitp.judge.mistakes.attention import cache_mistakes, context_mistakes
+from minitp.judge.mistakes.norms import norm_mistakes
+from minitp.judge.mistakes.other import (
     activation_mistakes,
     embedding_mistakes,
     logits_mistakes,
     residual_mistakes,
 )
-from minitp.judge.projection_mistakes import PROJECTIONS, output_mistakes, projection_mistakes
-from minitp.judge.rope_mistakes import fitted_rope, rope_mistakes
-from minitp.judge.rounding_mistakes import rounding_mistakes
-from minitp.judge.score_mistakes import fitted_scale, probability_mistakes
-from minitp.judge.wrong_step import WrongStep
+from minitp.judge.mistakes.projections import PROJECTIONS, output_mistakes, projection_mistakes
+from minitp.judge.mistakes.rope import fitted_rope, rope_mistakes
+from minitp.judge.mistakes.roundings import rounding_mistakes
+from minitp.judge.mistakes.scores import fitted_scale, probability_mistakes
+from minitp.judge.mistakes.wrong_step import WrongStep
 
 ROOM = 4  # how much a mistake's own rounding may exceed the bound of the right operation
 BETTER = 2  # how many times smaller the error must be than that of the right operation

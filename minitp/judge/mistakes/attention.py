@@ -6,8 +6,8 @@ that the engine really had. Shape letters are those of `trace.names`.
 
 import numpy as np
 
-from minitp.judge.orders import in_another_order
-from minitp.judge.score_mistakes import MOST, heads_of, other_kv_heads, probability_mistakes
+from minitp.judge.mistakes.orders import in_another_order
+from minitp.judge.mistakes.scores import MOST, heads_of, other_kv_heads, probability_mistakes
 from minitp.oracle import ops
 
 

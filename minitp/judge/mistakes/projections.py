@@ -7,10 +7,10 @@ that the engine really had. Shape letters are those of `trace.names`.
 import numpy as np
 
 from minitp.compare.heads import half_split, interleaved
-from minitp.judge.expert_mistakes import expert_mistakes
-from minitp.judge.joined_mistakes import joined_rows
-from minitp.judge.orders import in_another_order
-from minitp.judge.rank_mistakes import part_mistakes, partial_sum_mistakes, sum_mistakes
+from minitp.judge.mistakes.experts import expert_mistakes
+from minitp.judge.mistakes.joined import joined_rows
+from minitp.judge.mistakes.orders import in_another_order
+from minitp.judge.mistakes.ranks import part_mistakes, partial_sum_mistakes, sum_mistakes
 from minitp.oracle import ops
 
 PROJECTIONS = {

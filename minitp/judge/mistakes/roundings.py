@@ -6,10 +6,10 @@ Each operation is repeated in float64 with a function `low(name, array)` for wha
 import ml_dtypes
 import numpy as np
 
-from minitp.judge.norm_mistakes import norm_inputs
-from minitp.judge.projection_mistakes import projection_inputs
-from minitp.judge.rope_mistakes import rope_input
-from minitp.judge.score_mistakes import Scores, heads_of
+from minitp.judge.mistakes.norms import norm_inputs
+from minitp.judge.mistakes.projections import projection_inputs
+from minitp.judge.mistakes.rope import rope_input
+from minitp.judge.mistakes.scores import Scores, heads_of
 from minitp.oracle import ops
 
 

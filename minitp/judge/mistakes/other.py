@@ -8,7 +8,7 @@ from math import erf
 
 import numpy as np
 
-from minitp.judge.rank_mistakes import gathered_mistakes, vocabulary_mistakes
+from minitp.judge.mistakes.ranks import gathered_mistakes, vocabulary_mistakes
 from minitp.oracle import ops
 
 CAPS = (30.0, 50.0)  # those of Gemma 2

@@ -6,7 +6,7 @@ are those of `trace.names`.
 
 import numpy as np
 
-from minitp.judge.rank_mistakes import norm_over_part
+from minitp.judge.mistakes.ranks import norm_over_part
 from minitp.oracle import ops
 
 NORM_TENSORS = {

@@ -6,8 +6,8 @@ found in that sum: it changes only the tokens that use the expert.
 
 import numpy as np
 
-from minitp.judge.rank_mistakes import of_joined
-from minitp.judge.share_mistakes import dispatch_mistakes, share_mistakes
+from minitp.judge.mistakes.ranks import of_joined
+from minitp.judge.mistakes.shares import dispatch_mistakes, share_mistakes
 from minitp.oracle import ops
 
 MOST = 16  # in a larger mixture, an expert is not compared with all others
