@@ -54,6 +54,9 @@ def norm_mistakes(wrong):
             if other:
                 text = f"eps is {other:g}, not {eps:g}, and outside the root: x / (sqrt(mean(x^2)) + eps)"
                 yield text, x / (np.sqrt(mean) + other) * weight
+    solved = fitted_eps(wrong, x * weight, mean)
+    if solved > 0:
+        yield f"eps is about {solved:.2g}, not {eps:g}", ops.rms_norm(x, weight, solved)
     if x.shape[-1] == reference.hidden_size:
         yield from norm_over_part(wrong, x, weight, eps)
     centered = x - np.mean(x, axis=-1, keepdims=True)
@@ -67,6 +70,16 @@ def norm_mistakes(wrong):
     if wrong.step in ("q_norm", "k_norm"):
         over_heads = np.sqrt(np.mean(mean, axis=0) + eps)  # [T, 1]
         yield "the mean of squares is over all heads, not over each", x / over_heads * weight
+
+
+def fitted_eps(wrong, direction, mean):
+    """Return the eps with which x W / sqrt(mean + eps) is closest to the recorded norm, or NaN.
+
+    `direction` is x W [.., D], and `mean` that of the squares of x [.., 1].
+    """
+    lengths = np.sum(direction * direction, axis=-1, keepdims=True)  # [.., 1]
+    factors = np.sum(wrong.s(wrong.step) * direction, axis=-1, keepdims=True) / lengths  # [.., 1]
+    return float(np.median(factors**-2.0 - mean))
 
 
 def weights_of_other_norms(wrong, name):

@@ -25,8 +25,9 @@ def rope_mistakes(wrong):
     def turned(by, frequencies=frequencies, factor=factor):
         return ops.rope(x, by, frequencies, factor)  # [n, T, d]
 
+    restart = "the positions begin at 0 in this pass"
     if at[0] > 0:
-        yield "the positions begin at 0 in this pass", turned(at - at[0])
+        yield restart if len(at) > 1 else f"not rotated, or {restart}", turned(at - at[0])
     yield "not rotated", x
     in_pairs = interleaved(ops.rope(half_split(x, pairs), at, frequencies, factor), pairs)  # [n, T, d]
     yield "rotated in pairs (x[2i], x[2i+1]), not (x[i], x[i+d/2]): the other RoPE layout", in_pairs

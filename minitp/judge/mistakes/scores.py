@@ -70,7 +70,7 @@ def probability_mistakes(wrong):
     yield f"the scores are divided by d = {d}, not by its root", probs(root=float(d))
     yield "the scores are divided by the root of the hidden size", probs(root=reference.hidden_size**0.5)
     yield "the scores are scaled twice", probs(root=root * root)
-    if len(mask) > 1 or (~mask).any():
+    if not visible(wrong).all():  # a single query sees all keys, but for a window
         yield "there is no mask: queries see later keys", probs(mask=np.ones_like(mask))
     yield "the mask is off by one: a query sees the key after its own", probs(mask=visible(wrong, 1, window))
     before = visible(wrong, -1, window)  # [T, S]

@@ -79,8 +79,9 @@ class Layer:
         cos, sin = np.cos(angles), np.sin(angles)
         return np.concatenate((a * cos - b * sin, b * cos + a * sin, rest), axis=-1)
 
-    def norm(self, x, weight):
-        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.oracle.eps) * weight
+    def norm(self, x, weight, eps=None):
+        eps = self.oracle.eps if eps is None else eps
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
     def heads(self, flat, like="attn.q"):
         return np.stack(np.split(flat, len(self.s(like)), axis=-1))  # [n, T, d]
@@ -215,6 +216,8 @@ CASES = [
     ("llama2", 0, "attn.norm", lambda m: bfloat16(m.s("attn.norm")), "rounded to bfloat16: the result"),
     ("llama2", 0, "attn.norm", lambda m: m.norm(bfloat16(m.outside("embed")), m.w("input_layernorm.weight")),
      "rounded to bfloat16: the input"),
+    ("llama2", 0, "attn.norm", lambda m: m.norm(m.outside("embed"), m.w("input_layernorm.weight"), 3e-4),
+     "eps is about 0.0003, not 1e-05"),
     ("llama2", 0, "mlp.norm", lambda m: m.norm(m.s("attn.out"), m.w("post_attention_layernorm.weight")),
      "the input is the attention's output, without the stream"),
     ("qwen3", 0, "attn.q_rope", half_of_dimensions, "only the first 6 of 12 dimensions are rotated, not all"),
@@ -270,6 +273,12 @@ def test_a_mistake_is_explained(case, tmp_path):
     name, explanation = model.explained(step, change(model), tmp_path)
     assert name == model.name(step)
     assert words in explanation
+
+
+def test_one_token_that_is_not_rotated_has_no_other_explanation(tmp_path):
+    model = Layer("llama2", 0, "decode.1")
+    _, explanation = model.explained("attn.q_rope", model.s("attn.q"), tmp_path)
+    assert explanation == "not rotated, or the positions begin at 0 in this pass"
 
 
 STEPS = (
