@@ -54,7 +54,7 @@ class Fault:
     decode : int
         Number of tokens to decode.
     places : tuple of (tp, layer, rank)
-        Places where the fault is tried; empty for FIRST_AND_LAST and one of OTHERS.
+        Places where the fault is tried; empty for one of FIRST_AND_LAST and one of OTHERS.
     dtype : str
     """
 
@@ -98,8 +98,8 @@ class Fault:
 
 
 def places_of(number):
-    """Return the places where fault `number` of the table is tried."""
-    return FAULTS[number].places or (*FIRST_AND_LAST, OTHERS[number % len(OTHERS)])
+    """Return the places where fault `number` of the table is tried; the first and the last place take turns."""
+    return FAULTS[number].places or (FIRST_AND_LAST[number % 2], OTHERS[number % len(OTHERS)])
 
 
 def named(*parts):
