@@ -13,8 +13,8 @@ from faulty_model import changed, reload, result, state, with_context
 
 from minitp.trace.names import AFTER, full_name
 
-# (tp, layer, rank): each fault is tried in the first layer on the first rank, in the last layer on the last
-# rank, and at one of the other places in turn.
+# (tp, layer, rank): each fault is tried in the first layer on the first rank, or in the last layer on the last
+# rank, and at one of the other places; they take turns.
 FIRST_AND_LAST = ((4, 0, 0), (4, 2, 3))
 OTHERS = ((4, 1, 2), (2, 0, 1), (3, 1, 1), (9, 2, 4), (1, 1, 0), (2, 2, 0), (9, 0, 8))
 # Places for faults that need a certain sharding:
@@ -98,7 +98,7 @@ class Fault:
 
 
 def places_of(number):
-    """Return the places where fault `number` of the table is tried; the first and the last place take turns."""
+    """Return the places where fault `number` of the table is tried."""
     return FAULTS[number].places or (FIRST_AND_LAST[number % 2], OTHERS[number % len(OTHERS)])
 
 
