@@ -1,7 +1,7 @@
 """The layouts that give a recorded array the shape of its step, as in `compare`, and what they leave out.
 
-Three things are left out: copies of KV heads that are repeated for the query heads, slots of a cache that are
-not used yet, and the probabilities and scores of these slots.
+Left out are copies of KV heads that are repeated for the query heads, slots of a cache that are not used yet,
+the probabilities and scores of these slots, and the padding of the vocabulary.
 """
 
 from dataclasses import replace
@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from minitp.compare.layouts import layouts
-from minitp.judge.sizes import shape_of
+from minitp.judge.sizes import padded_width, shape_of
 
 
 def fitting_layouts(name, entry, letters, pass_, own, whole):
@@ -27,6 +27,9 @@ def fitting_layouts(name, entry, letters, pass_, own, whole):
         all.
     """
     count, found = int(np.prod(entry.shape)), {}
+    if letters == ["T", "V"] and (width := padded_width(entry, own["V"])) > own["V"]:
+        padded = layouts((count // width, width), entry.shape, letters)
+        return [cut(layout, 1, own["V"]) for layout in padded]
     for sizes in axis_sizes(letters, own, whole):
         shape = shape_of(name, sizes, pass_.stop - pass_.start, count, letters)
         unused = "S" in letters and shape[letters.index("S")] > pass_.stop
@@ -46,7 +49,7 @@ def axis_sizes(letters, own, whole):
 
 
 def cut(layout, axis, stop):
-    """Return a Layout that takes the first slots of an axis, up to `stop`."""
+    """Return a Layout that takes the first elements of an axis, up to `stop`."""
     return replace(layout, view=lambda array: layout.view(array)[(slice(None),) * axis + (slice(stop),)])
 
 

@@ -80,16 +80,23 @@ def shown(entries, witnesses, sizes, spans, layers):
 def rows_of_logits(ranks, pass_name, config):
     """Return the number of rows of logits in a pass; without logits, that of rows of the last norm.
 
-    Logits of a part of the vocabulary count as one row, so that they are not passed over.
+    Logits of a part of the vocabulary count as one row, so that they are not passed over. Rows of a padded
+    vocabulary are longer.
     """
     least = 0
     for step, width in (("logits", config.vocab_size), ("final_norm", config.hidden_size)):
-        counts = [elements(rank.entries[f"{pass_name}/{step}"]) // width for rank in ranks
-                  if f"{pass_name}/{step}" in rank.entries]  # fmt: skip
+        entries = [rank.entries[name] for rank in ranks if (name := f"{pass_name}/{step}") in rank.entries]
+        counts = [elements(entry) // padded_width(entry, width) for entry in entries]
         if any(counts):
             return max(counts)
         least = max(least, len(counts) > 0)
     return int(least)
+
+
+def padded_width(entry, width):
+    """Return the length of the rows of an array, which is `width` or, with padding, larger."""
+    last = entry.shape[-1] if entry.shape else 0
+    return last if last > width and last % width else width
 
 
 def plan_of(config, sizes):

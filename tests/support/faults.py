@@ -13,8 +13,8 @@ from faulty_model import changed, reload, result, state, with_context
 
 from minitp.trace.names import AFTER, full_name
 
-# (tp, layer, rank): each fault is tried in the first layer on the first rank, or in the last layer on the last
-# rank, and at one of the other places; they take turns.
+# (tp, layer, rank): each fault is tried in the first layer on the first rank, or in the last layer on the
+# last rank, and at one of the other places; they take turns.
 FIRST_AND_LAST = ((4, 0, 0), (4, 2, 3))
 OTHERS = ((4, 1, 2), (2, 0, 1), (3, 1, 1), (9, 2, 4), (1, 1, 0), (2, 2, 0), (9, 0, 8))
 # Places for faults that need a certain sharding:

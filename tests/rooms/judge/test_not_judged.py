@@ -57,6 +57,17 @@ def test_logits_of_a_part_of_the_vocabulary_are_not_judged(part, judge):
     assert "not judged: prefill/logits" in out or "not recorded: " in out
 
 
+@pytest.mark.parametrize("rows", [np.s_[:], np.s_[-1:]])
+def test_logits_of_a_padded_vocabulary_are_judged(rows, judge):
+    arrays, _ = recording("llama2")
+    arrays = {name: x for name, x in arrays.items() if name.startswith("prefill")}
+    right = np.pad(arrays["prefill/logits"][rows], ((0, 0), (0, 13)))
+    arrays["prefill/final_norm"] = arrays["prefill/final_norm"][rows]
+    for factor in (1, 3):
+        code, out = judge(arrays | {"prefill/logits": factor * right})
+        assert (code, "not judged" in out) == (int(factor > 1), False)
+
+
 def test_missing_logits_are_mentioned(judge):
     arrays, _ = recording("llama2")
     arrays = {name: x for name, x in arrays.items() if "logits" not in name and "final_norm" not in name}
