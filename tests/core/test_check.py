@@ -155,8 +155,8 @@ def test_nothing_is_blamed_in_any_family_at_any_tp(number):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_is_blamed_in_the_models_of_the_fault_tests(name, dtype, models):
-    for tp in (1, 2, 4):
-        check_random_run(models[name], tp, 5, dtype, calm=name != "loud")
+    tp = (4, 2, 1)[(list(MODELS).index(name) + DTYPES.index(dtype)) % 3]  # each model on each, in some dtype
+    check_random_run(models[name], tp, 5, dtype, calm=name != "loud")
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -85,9 +85,8 @@ def test_demo_model(capsys):
     demo_directory()
     argv = ["generate", "The capital of France is", "--model", "smollm2", "-n", "8", "--json"]
     launcher = result_of(under_launcher(argv))
-    mpirun = result_of(under_mpirun(argv))
     assert launcher["text"].startswith(" Paris.")
-    assert launcher["token_ids"] == mpirun["token_ids"] == alone(argv, capsys)["token_ids"]
+    assert launcher["token_ids"] == alone(argv, capsys)["token_ids"]
 
 
 def test_two_jobs_at_once(tiny, capsys):
