@@ -5,10 +5,9 @@ from pathlib import Path
 from minitp.compare.assembled import AssembledFile
 from minitp.compare.files import open_dump
 from minitp.compare.mapped import MappedFile
-from minitp.compare.rank_folder import open_ranks
+from minitp.compare.rank_folder import open_ranks, refuse_too_many
 from minitp.errors import InputError
 from minitp.shard import make_plan
-from minitp.util.format import counted
 
 
 def open_other(path, a, metadata, engine=None):
@@ -40,12 +39,8 @@ def open_other(path, a, metadata, engine=None):
         raise InputError(f"{what} needs the model's config, which {a.path} lacks; make A with minitp trace")
     if metadata is None:
         return files[0]
-    config, heads = metadata.config, metadata.config.num_attention_heads
-    if len(files) > heads:
-        raise InputError(
-            f"{path}: it has files of {counted(len(files), 'rank')}, but the model has only "
-            f"{counted(heads, 'attention head')}"
-        )
+    config = metadata.config
+    refuse_too_many(path, len(files), config)
     plan = make_plan(config, len(files))
     if engine:
         files = [MappedFile(file, engine, config, plan, rank) for rank, file in enumerate(files)]

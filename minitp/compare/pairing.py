@@ -214,9 +214,7 @@ def read_map(path, a, b):
         if a name matches nothing in its file.
     """
     pairs = {}
-    for ours, theirs in read_json(path).items():
-        if not isinstance(theirs, str) or ours.count("*") != theirs.count("*"):
-            raise InputError(f"{path}: {ours!r}: {theirs!r}: expected two names with the same number of *")
+    for ours, theirs in read_names(path):
         pattern = re.escape(ours).replace(r"\*", r"(\d+)")
         matches = [re.fullmatch(f"(?:{FIRST_PASS})?{pattern}", name) for name in a.entries]
         named = {found[0]: _filled(theirs, found.groups()) for found in matches if found}
@@ -228,6 +226,14 @@ def read_map(path, a, b):
             raise InputError(f"{path}: {theirs!r} is not in {b.path}, which has {_some(b.entries)}")
         pairs |= known
     return pairs
+
+
+def read_names(path):
+    """Yield the pairs of names in a map, a JSON object, each with as many `*` in both names."""
+    for ours, theirs in read_json(path).items():
+        if not isinstance(theirs, str) or ours.count("*") != theirs.count("*"):
+            raise InputError(f"{path}: {ours!r}: {theirs!r}: expected two names with the same number of *")
+        yield ours, theirs
 
 
 def _filled(pattern, numbers):

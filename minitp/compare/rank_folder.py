@@ -102,6 +102,16 @@ def open_ranks(path):
     return [FilesOfRank(of_rank[number]) for number in sorted(of_rank)]
 
 
+def refuse_too_many(path, ranks, config, what="files"):
+    """Reject files, or arrays in one file, of more ranks than the model has attention heads."""
+    heads = config.num_attention_heads
+    if ranks > heads:
+        raise InputError(
+            f"{path}: it has {what} of {counted(ranks, 'rank')}, but the model has only "
+            f"{counted(heads, 'attention head')}"
+        )
+
+
 def rank_of(name):
     """Return the number of the rank in the name of a file or folder, or None.
 

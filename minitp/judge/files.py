@@ -6,7 +6,7 @@ from threading import Lock
 
 from minitp.compare.mapped import MappedFile
 from minitp.compare.pairing import FIRST_PASS, read_metadata
-from minitp.compare.rank_folder import open_ranks
+from minitp.compare.rank_folder import open_ranks, refuse_too_many
 from minitp.errors import InputError
 from minitp.judge.names import RenamedFile, is_step, is_unknown, no_steps
 from minitp.shard import make_plan
@@ -73,6 +73,7 @@ class RecordedFiles:
         self.path, lock = Path(path), Lock()
         dumps = open_ranks(path)
         if engine is not None:
+            refuse_too_many(path, len(dumps), config)
             plan = make_plan(config, len(dumps))
             dumps = [MappedFile(dump, engine, config, plan, rank) for rank, dump in enumerate(dumps)]
         if names is not None:

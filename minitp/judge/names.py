@@ -3,10 +3,10 @@
 import re
 
 from minitp.compare.files import TensorFile
+from minitp.compare.pairing import read_names
 from minitp.errors import InputError, shown
 from minitp.mapping.lookup import engine_of
 from minitp.trace.names import AFTER, BEFORE, BLOCK_TABLE, LAYER, WEIGHTS, split_name
-from minitp.util.files import read_json
 from minitp.util.suggest import did_you_mean
 
 STEPS = BEFORE | LAYER | AFTER
@@ -35,11 +35,7 @@ class RenamedFile(TensorFile):
 
     def __init__(self, file, path):
         self._file, self._stored, mapped = file, {}, set()
-        for ours, theirs in read_json(path).items():
-            if not isinstance(theirs, str) or ours.count("*") != theirs.count("*"):
-                raise InputError(
-                    f"{path}: {ours!r}: {theirs!r}: expected two names with the same number of *"
-                )
+        for ours, theirs in read_names(path):
             if not is_step(ours.replace("*", "0")):
                 raise InputError(f"{path}: {ours!r} is not the name of a step, such as layers.*.attn.q_rope")
             pattern = re.compile(r"((?:rank\d+/)?)" + re.escape(theirs).replace(r"\*", r"(\d+)"))

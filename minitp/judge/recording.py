@@ -4,6 +4,7 @@ import numpy as np
 
 from minitp.check.passes import RecordedPass
 from minitp.compare.pairing import MAY_DIFFER, differing
+from minitp.compare.rank_folder import refuse_too_many
 from minitp.errors import InputError, shown
 from minitp.judge.dump import FLOATS, dtype_of_dump, passes_of_dump
 from minitp.judge.rank_steps import RankSteps
@@ -104,12 +105,7 @@ class EngineRecording:
         self.reads_stream_from_norm = self.engine.startswith(NORM_HAS_STREAM)
         self.roundings = read_roundings(files.facts.get("roundings", "{}") if is_trace else "{}", self.path)
         self._check_passes(spans)
-        heads = self.config.num_attention_heads
-        if len(files.ranks) > heads:
-            raise InputError(
-                f"{self.path}: it has arrays of {counted(len(files.ranks), 'rank')}, but the model has only "
-                f"{counted(heads, 'attention head')}"
-            )
+        refuse_too_many(self.path, len(files.ranks), self.config, "arrays")
         self.has_end = is_trace or source.fields().get("num_hidden_layers") == files.layers
         sizes = [sizes_of(files.ranks, rank, self.config, spans) for rank in range(len(files.ranks))]
         self.plan = plan_of(self.config, sizes)

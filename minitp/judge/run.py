@@ -197,8 +197,6 @@ class Case:
 
     def check(self, pass_, layer, steps):
         """Enter a finding for each recorded step of `steps`, some (step, Expected, inputs) of a pass."""
-        ids = self.recording.token_ids[pass_.start : pass_.stop]
-        repeats = len(ids) / len(set(ids))  # the average number of times that a token occurs
         for step, expected, _ in steps:
             name = full_name(pass_.name, layer, step)
             if name not in self.steps:
@@ -220,12 +218,7 @@ class Case:
                 finding.note = f"dtype {array.dtype.name}, expected {self.recording.dtype.name}"
                 self._derive(name, step, expected)
             else:
-                dtype = self.recording.roundings.get(step, array.dtype)
-                if step in HEAD_NORMS:
-                    dtype = self._coarser(dtype, full_name(pass_.name, layer, step.removesuffix("_norm")))
-                finding.bounds = expected.bounds(dtype, repeats)
-                if step in ROTATED and expected.scale is not None:
-                    finding.bounds = self._with_angle_errors(pass_, layer, expected, finding.bounds)
+                finding.bounds = self._bounds(pass_, layer, step, expected, array.dtype)
                 finding.local = difference_of(array, expected.value)
                 if step in QUERIES and not finding.ok:
                     self._accept_scaled(finding, array, expected)
@@ -238,6 +231,18 @@ class Case:
             if not finding.ok and pass_.name not in self._faulty:
                 self.right[name] = expected.value
                 self._faulty |= {pass_.name} if finding.ratio > LARGE else set()
+
+    def _bounds(self, pass_, layer, step, expected, dtype):
+        """Return the largest relative and absolute error allowed of an array that was recorded in `dtype`."""
+        ids = self.recording.token_ids[pass_.start : pass_.stop]
+        repeats = len(ids) / len(set(ids))  # the average number of times that a token occurs
+        dtype = self.recording.roundings.get(step, dtype)
+        if step in HEAD_NORMS:
+            dtype = self._coarser(dtype, full_name(pass_.name, layer, step.removesuffix("_norm")))
+        bounds = expected.bounds(dtype, repeats)
+        if step in ROTATED and expected.scale is not None:
+            return self._with_angle_errors(pass_, layer, expected, bounds)
+        return bounds
 
     def _coarser(self, dtype, name):
         """Return the coarser of a dtype and that of an array.

@@ -71,11 +71,7 @@ class Registered:
 class MlxRecorder(ProbeRecorder):
     """The steps of an mlx-lm model's forward passes."""
 
-    engine, recipes = "mlx-lm", MLX
-
-    def __init__(self, fields, rank=0, ranks=1):
-        super().__init__(fields, rank, ranks)
-        self.roundings = ROUNDINGS.get(fields["model_type"], {})
+    engine, recipes, known_roundings = "mlx-lm", MLX, ROUNDINGS
 
     @staticmethod
     def fields_of(model):

@@ -38,6 +38,7 @@ class ProbeRecorder:
 
     engine = ""  # the name of the engine
     recipes = None  # the table of its steps by model_type
+    known_roundings = None  # the roundings that it is known for, by model_type
 
     def __init__(self, fields, rank=0, ranks=1):
         self.fields, self.layers = fields, fields["num_hidden_layers"]
@@ -45,7 +46,8 @@ class ProbeRecorder:
         heads = fields["num_attention_heads"]
         head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
         self.sizes = {"H": heads, "K": fields.get("num_key_value_heads") or heads, "d": head_dim}
-        self.arrays, self.passes, self.token_ids, self.roundings = {}, [], [], {}
+        self.arrays, self.passes, self.token_ids = {}, [], []
+        self.roundings = dict((self.known_roundings or {}).get(fields.get("model_type"), {}))
         self.layer = None  # the number of the layer whose steps are recorded
         self.attention = ""  # the kind of attention that the model has when it is not recorded, if known
 

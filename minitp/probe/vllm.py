@@ -19,11 +19,7 @@ def is_vllm_model(model):
 class VllmRecorder(ProbeRecorder):
     """The steps of a vLLM model's forward passes over one sequence."""
 
-    engine, recipes = "vLLM", VLLM
-
-    def __init__(self, fields, rank=0, ranks=1):
-        super().__init__(fields, rank, ranks)
-        self.roundings = ROUNDINGS.get(fields["model_type"], {})
+    engine, recipes, known_roundings = "vLLM", VLLM, ROUNDINGS
 
     @staticmethod
     def fields_of(model):

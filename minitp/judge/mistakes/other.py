@@ -9,9 +9,8 @@ from math import erf
 import numpy as np
 
 from minitp.judge.mistakes.ranks import gathered_mistakes, vocabulary_mistakes
+from minitp.judge.mistakes.scores import other_caps
 from minitp.oracle import ops
-
-CAPS = (30.0, 50.0)  # those of Gemma 2
 
 
 def activation_mistakes(wrong):
@@ -130,15 +129,8 @@ def logits_mistakes(wrong):
         yield "the logits are multiplied by logits_scaling", plain * reference.logits_divisor
     if reference.logits_cap is not None:
         yield "the soft cap of the logits is left out", plain
-    for cap in CAPS:
-        if cap != reference.logits_cap:
-            expected = (
-                "which the model does not have"
-                if reference.logits_cap is None
-                else f"not {reference.logits_cap:g}"
-            )
-            text = f"the logits have a soft cap of {cap:g}, {expected}"
-            yield text, ops.soft_cap(plain / reference.logits_divisor, cap)
+    for cap, text in other_caps(reference.logits_cap):
+        yield f"the logits have {text}", ops.soft_cap(plain / reference.logits_divisor, cap)
     for offset, words in ((1, "one before"), (-1, "next one")):
         yield (
             f"each token has the row of the output matrix of the {words}",

@@ -83,10 +83,8 @@ def probability_mistakes(wrong):
         yield "the sliding window is one too short", probs(mask=visible(wrong, 0, max(1, window - 1)))
     if scores.cap is not None:
         yield "the soft cap of the scores is left out", probs(cap=None)
-    for cap in CAPS:
-        if cap != scores.cap:
-            expected = "which the model does not have" if scores.cap is None else f"not {scores.cap:g}"
-            yield f"the scores have a soft cap of {cap:g}, {expected}", probs(cap=cap)
+    for cap, text in other_caps(scores.cap):
+        yield f"the scores have {text}", probs(cap=cap)
     for text, kv_of_head in other_kv_heads(wrong).items():
         yield text, probs(k=heads_of(wrong, "k_cache", kv_of_head))
     unrotated = wrong.s("q_norm" if reference.norms_heads else "q")
@@ -100,6 +98,14 @@ def probability_mistakes(wrong):
             yield from finite_masks(scores)
             yield from dropped(scores)
             yield from mixed_heads(scores)
+
+
+def other_caps(right):
+    """Yield (soft cap, its description) of caps that a model with the cap `right`, or None, does not have."""
+    for cap in CAPS:
+        if cap != right:
+            expected = "which the model does not have" if right is None else f"not {right:g}"
+            yield cap, f"a soft cap of {cap:g}, {expected}"
 
 
 def strict(scores, before):
