@@ -5,12 +5,11 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from minitp import ops
 from minitp.cuda.decode_graph import DecodeGraph
 from minitp.cuda.kernels import Kernels
 from minitp.cuda.kernels.linear import MAX_TOKENS
-from minitp.cuda.loader import padded
-from minitp.model import Model, joined, unrecorded
+from minitp.cuda.prefill import Prefill
+from minitp.model import Model, unrecorded
 from minitp.paged_cache import BlockPool, PagedCache
 from minitp.util.format import counted
 
@@ -70,6 +69,7 @@ class FusedModel(Model):
     def __init__(self, *parts, **options):
         super().__init__(*parts, **options)
         self.kernels = Kernels(self)
+        self.prefill = Prefill(self)
         self.inverse_frequencies = self.rotations[self.config.rope][0]  # [d/2]
         self._kept_pool = None  # the pool of the last sequence_cache
 
@@ -109,7 +109,7 @@ class FusedModel(Model):
         if one_each and len(parts) <= MAX_TOKENS and logits_at is not None:
             logits = self._decode(parts, record)[logits_at]
         else:
-            logits = self._prefill(parts, logits_at, record)
+            logits = self.prefill(parts, logits_at, record)
         for ids, cache in parts:
             cache.advance(len(ids))
         return logits
@@ -166,95 +166,6 @@ class FusedModel(Model):
             graph.run(record)
         return graph.logits[: len(parts)]
 
-    def _prefill(self, parts, logits_at, record):
-        """Return the logits [n, V] of the rows `logits_at`, or None if that is None."""
-        xp, w, kernels, c = self.device.xp, self.weights, self.kernels, self.config
-        prompt = Prompt(self, parts)
-        s = record()
-        s.tokens, s.positions = prompt.token_ids, prompt.positions  # [T] each
-        partial = ops.embed_partial(xp, prompt.token_ids, w.embed, self.vocab_start)  # [T, D]
-        s.embed_partial = partial
-        s.embed = x = self._sum(partial)  # [T, D]
-        h = self.device.cupy.empty(x.shape, x.dtype)  # [T, D]
-        addend = bias = None
-        for i, layer in enumerate(w.layers):
-            kernels.rms_norm(x, layer.attn_norm, h, c.rms_norm_eps, addend, bias)
-            if i > 0:
-                record("mlp", i - 1).residual = x
-            record("attn", i).norm = h
-            context = self._prefill_attention(i, layer, h, prompt, record)  # [T, H_r d]
-            addend, bias = self._partial("attn", i, context, layer.w_o, layer.b_o, record)
-            kernels.rms_norm(x, layer.mlp_norm, h, c.rms_norm_eps, addend, bias)
-            record("attn", i).residual = x
-            record("mlp", i).norm = h
-            gate_up = self._columns(h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
-            columns = layer.w_down.shape[0]  # F_r
-            s = record("mlp", i)
-            s.gate, s.up = gate_up[:, :columns], gate_up[:, columns:]  # [T, F_r] each
-            act = self.device.cupy.empty((len(x), padded(columns)), x.dtype)  # [T, F_r or more]
-            kernels.swiglu(gate_up, act)
-            s.act = act[:, :columns]  # [T, F_r]
-            addend, bias = self._partial("mlp", i, act[:, :columns], layer.w_down, layer.b_down, record)
-        kernels.rms_norm(x, w.final_norm, h, c.rms_norm_eps, addend, bias)
-        record("mlp", len(w.layers) - 1).residual = x
-        if logits_at is None:
-            return None
-        h = h[logits_at]  # [n, D]
-        record().final_norm = h
-        logits_r = ops.logits_partial(xp, h, w.lm_head)  # [n, V_r]
-        record().logits_partial = logits_r
-        logits = self.comm.all_gather(logits_r, self.vocab_widths)  # [n, V]
-        record().logits = logits
-        return logits
-
-    def _columns(self, h, w, bias):
-        """Compute ops.column_parallel; without a bias, cuBLAS rounds the sums itself, which saves memory."""
-        if bias is None:
-            return self.device.xp.matmul(h, w)  # [T, n_r]
-        return ops.column_parallel(self.device.xp, h, w, bias)  # [T, n_r]
-
-    def _prefill_attention(self, i, layer, h, prompt, record):
-        """Return the context [T, H_r d] of this rank's heads for h [T, D]; write k and v to the caches."""
-        xp, width = self.device.xp, self.heads * self.config.head_dim
-        qkv = self._columns(h, layer.w_qkv, layer.b_qkv)  # [T, (H_r + 2 K_r) d]
-        qk, v = ops.split_heads(xp, qkv, self.heads, self.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
-        s = record("attn", i)
-        s.q, s.k, s.v = qk[: self.heads], qk[self.heads :], v  # [H_r, T, d], [K_r, T, d], [K_r, T, d]
-        keys, values = (stored.values for stored in prompt.pool.storage[i])  # [K_r, slots, d] each
-        self.kernels.cache_write(qkv, prompt.cos, prompt.sin, prompt.slots, keys, values)
-        context = self.device.cupy.empty((len(h), width), h.dtype)  # [T, H_r d]
-        for sequence in prompt.sequences:
-            at = sequence.tokens
-            prompt.attention(qkv[at, :width], keys, values, sequence.table, sequence.past, context[at])
-        if record is not unrecorded:
-            self._record_attention(i, qk, prompt, record)
-            record("attn", i).context = context
-        return context
-
-    def _record_attention(self, i, qk, prompt, record):
-        """Record the queries and keys after RoPE and the inputs of attention of each sequence."""
-        window = self.config.windows[0]
-        for index, sequence in enumerate(prompt.sequences):
-            first = 0 if window is None else max(0, sequence.past - window + 1)
-            slots = sequence.slots[first:]  # [S]
-            keys, values = (stored.gather(slots) for stored in prompt.pool.storage[i])  # [K_r, S, d] each
-            new = len(keys[0]) - (sequence.tokens.stop - sequence.tokens.start)
-            s = record("attn", i, index)
-            s.q_rope, s.k_rope = qk[: self.heads, sequence.tokens], keys[:, new:]  # [H_r, n, d], [K_r, n, d]
-            s.k_cache, s.v_cache = keys, values
-
-    def _partial(self, block, i, y, w, bias, record):
-        """Return what the next rms_norm adds to the residual stream: (sum over all ranks [T, D], bias)."""
-        partial = self.device.xp.matmul(y, w)  # [T, D]: like ops.row_parallel, rounded by cuBLAS
-        record(block, i).out_partial = partial
-        out = self._sum(partial)  # [T, D]
-        if bias is None:
-            record(block, i).out = out
-        return out, bias
-
-    def _sum(self, partial):
-        return partial if self.comm.size == 1 else self.comm.all_reduce(partial)
-
 
 class TokensAhead:
     """Buffers for tokens on their way to the host: two of pinned memory, used alternately."""
@@ -280,31 +191,3 @@ class TokensAhead:
         self._events[turn].synchronize()
         self._read += 1
         return int(self._buffers[turn][0])
-
-
-class Prompt:
-    """The inputs that all layers of a prefill share: tokens, RoPE angles and cache slots."""
-
-    def __init__(self, model, parts):
-        xp, self.pool = model.device.xp, parts[0][1].pool
-        self.token_ids = joined(xp, [xp.asarray(ids) for ids, _ in parts])  # [T]
-        self.sequences, start = [], 0
-        for ids, cache in parts:
-            self.sequences.append(PromptSequence(xp, slice(start, start + len(ids)), cache))
-            start += len(ids)
-        self.positions = joined(xp, [xp.arange(s.past, len(s.slots)) for s in self.sequences])  # [T]
-        self.slots = joined(xp, [s.slots[s.past :] for s in self.sequences]).astype(np.int32)  # [T]
-        cos, sin = ops.rope_cos_sin(xp, self.positions, model.inverse_frequencies)  # [T, d] each
-        half = cos.shape[1] // 2
-        contiguous = model.device.cupy.ascontiguousarray
-        self.cos, self.sin = contiguous(cos[:, half:]), contiguous(sin[:, half:])  # [T, d/2] each
-        self.attention = model.kernels.attention_prefill(self.pool.block_size)
-
-
-class PromptSequence:
-    """One sequence of a prefill: its slice of the T tokens, and the pool's slots for its positions."""
-
-    def __init__(self, xp, tokens, cache):
-        self.tokens, self.past = tokens, cache.length
-        self.slots = cache.slots(0, self.past + tokens.stop - tokens.start)  # [past + n]
-        self.table = xp.asarray(cache.block_table, dtype=np.int32)  # [blocks]

@@ -14,6 +14,7 @@ from on_gpu import run_on_gpus
 
 from minitp.check.run import check_model
 from minitp.cuda.fused import FusedModel, unfit
+from minitp.cuda.prefill import Prefill
 from minitp.device import open_device
 from minitp.load import load_model
 from minitp.loading.source import open_model
@@ -64,20 +65,28 @@ ON_THE_FUSED_PATH = [
 ]
 
 
-class FaultyFusedModel(Faulty, FusedModel):
-    """A FusedModel with a Fault, whose hooks apply to products with a bias and sums within a block."""
+class FaultyPrefill(Prefill):
+    """A Prefill whose products with a bias and sums are calls within a block of a faulty model."""
 
-    def _prefill_attention(self, i, layer, *args):
-        return self._within("attn", i, layer, super()._prefill_attention, i, layer, *args)
+    def _attention(self, i, layer, *args):
+        return self.model._within("attn", i, layer, super()._attention, i, layer, *args)
 
     def _columns(self, h, w, bias):
-        for i, layer in enumerate(self.weights.layers):
+        for i, layer in enumerate(self.model.weights.layers):
             if w is layer.w_gate_up:
-                return self._within("mlp", i, layer, super()._columns, h, w, bias)
+                return self.model._within("mlp", i, layer, super()._columns, h, w, bias)
         return super()._columns(h, w, bias)
 
     def _partial(self, block, i, *args):
-        return self._within(block, i, self.weights.layers[i], super()._partial, block, i, *args)
+        return self.model._within(block, i, self.model.weights.layers[i], super()._partial, block, i, *args)
+
+
+class FaultyFusedModel(Faulty, FusedModel):
+    """A FusedModel with a Fault, whose hooks apply to the prefill."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.prefill = FaultyPrefill(self)
 
 
 KINDS = {"explicit": FaultyModel, "fused": FaultyFusedModel}
