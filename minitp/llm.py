@@ -26,6 +26,7 @@ from minitp.loading.source import open_model, warn_of_unread_fields
 from minitp.request import check_length, check_logit_bias, check_prompt, context_length
 from minitp.util import environment
 from minitp.util.format import counted
+from minitp.util.shares import MEASURED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +58,9 @@ class LLM:
     tp : int or str
         The number of ranks, or "auto": one per GPU, or without GPUs one per physical core, at most 4. Under
         mpirun, it must be "auto" or the number of ranks that mpirun has started.
+    split : str or sequence of float
+        The ranks' shares of the model, as in (3, 1) or "0.6,0.4", which also give the number of ranks; "auto"
+        measures the ranks' devices, and "memory" follows their memory. By default the shares are even.
     revision : str
         A branch, tag or commit of a Hugging Face id; by default its main branch.
     layers, device, dtype, kv_dtype, comm, share_gpu, max_context, cache_tokens, block_size
@@ -84,6 +88,7 @@ class LLM:
         model: str | os.PathLike[str] = "smollm2",
         tp: int | str = "auto",
         *,
+        split: str | Sequence[float] | None = None,
         revision: str | None = None,
         layers: int | None = None,
         device: str = "auto",
@@ -103,7 +108,7 @@ class LLM:
         given = dict(
             model=model, tp=tp, layers=layers, device=device, dtype=dtype, kv_dtype=kv_dtype, comm=comm
         )
-        given |= dict(revision=revision, share_gpu=share_gpu, max_context=max_context)
+        given |= dict(split=split, revision=revision, share_gpu=share_gpu, max_context=max_context)
         given |= dict(cache_tokens=cache_tokens, block_size=block_size, max_sequences=max_sequences)
         given |= dict(max_tokens_per_step=max_tokens_per_step, verbose=verbose, **unknown)
         world = environment.world_size(os.environ)
@@ -111,11 +116,11 @@ class LLM:
             raise SystemExit(_serve_rank_0(given, world))
         options = options_from(given)
         size = world or ranks_to_start(
-            options.tp, options.device, options.model, options.layers, options.revision
+            options.tp, options.device, options.model, options.layers, options.revision, options.split
         )
         if world is None:  # under mpirun the ranks check these together
             environment.check_cupy(options.device)
-            self.source = open_model(options.model, size, options.layers, options.revision)
+            self.source = open_model(options.model, size, options.layers, options.revision, options.split)
             context_length(self.source.config, options.max_context)
             warn_of_unread_fields(self.source)
         with loading_bar(options.model) as show:
@@ -133,8 +138,9 @@ class LLM:
             self.close()
             raise self._ranks.error
         self.description = self._ranks.description
-        if world is not None:
-            self.source = open_model(options.model, size, options.layers, options.revision)
+        if world is not None or options.split in MEASURED:
+            split = self.description["split"]
+            self.source = open_model(options.model, size, options.layers, options.revision, split)
         self.tokenizer = self.source.tokenizer()
 
     def __repr__(self) -> str:

@@ -1,18 +1,28 @@
 """Loading of a model: open its source, choose the device, and load this rank's weights."""
 
 import os
+import sys
+from collections import Counter
 
 from minitp.device import open_device
 from minitp.errors import InputError
 from minitp.loading.source import open_model, warn_of_unread_fields
 from minitp.loading.weights import Loader, shard_nbytes
 from minitp.model import Model
+from minitp.shard import make_plan
 from minitp.util.environment import SOCKET_VARIABLE
 from minitp.util.format import counted, size
+from minitp.util.shares import MEASURED, in_tenths, shares_by_speed
 
 
-def open_source(comm, name, layers=None, revision=None):
-    """Open the ModelSource of a name on every rank, and check that all ranks have found the same model.
+def open_source(comm, options):
+    """Open the ModelSource of --model on every rank, and check that all ranks have found the same model.
+
+    Parameters
+    ----------
+    comm : Comm
+    options : object
+        An object with the options model, layers, revision, split, dtype and verbose as attributes.
 
     Raises
     ------
@@ -20,12 +30,13 @@ def open_source(comm, name, layers=None, revision=None):
         On all ranks, if one of them cannot open the source, or finds a different model under that name.
     """
     source = fingerprint = None
+    wanted = options.model, comm.size, options.layers, options.revision, options.split
     with comm.agreed():  # rank 0 goes first, because it may have to download the model
         if comm.rank == 0:
-            source = open_model(name, comm.size, layers, revision)
+            source = open_model(*wanted)
     with comm.agreed():
         if comm.rank != 0:
-            source = open_model(name, comm.size, layers, revision)
+            source = open_model(*wanted)
         fingerprint = source.fingerprint()
     first, *others = comm.allgather_object(fingerprint)
     with comm.agreed():
@@ -38,7 +49,51 @@ def open_source(comm, name, layers=None, revision=None):
                 )
     if comm.rank == 0 and not os.environ.get(SOCKET_VARIABLE):  # otherwise the launcher has already warned
         warn_of_unread_fields(source)
+    if options.split in MEASURED and comm.size > 1:
+        source = split_by_devices(comm, source, options)
+    if comm.rank == 0 and options.verbose:
+        print(*plan_lines(source), sep="\n", file=sys.stderr, flush=True)
     return source
+
+
+def split_by_devices(comm, source, options):
+    """Return the source with a plan that follows the ranks' devices; all ranks call this.
+
+    With --split memory, a rank's share is proportional to its memory; ranks that share a memory count with
+    equal parts of it. With auto, the share is proportional to the rate at which the rank's device reads
+    memory (a decode pass reads all weights once), as far as the weights fit.
+    """
+    device = device_of(comm, source, options.dtype)
+    where, room = device.weights_room()
+    found = comm.allgather_object((where, room))
+    sharing = Counter(other for other, _ in found)
+    rooms = [each / sharing[other] for other, each in found]
+    if options.split == "memory":
+        return source.with_split(in_tenths(rooms))
+    rate = None
+    with comm.agreed():
+        rate = device.read_rate()  # after a collective, so that all ranks read at the same time
+    rates = comm.allgather_object(rate)
+    whole = make_plan(source.config, 1)
+    split = shares_by_speed(rates, rooms, shard_nbytes(whole, 0, device))
+    if comm.rank == 0 and options.verbose:
+        read = ", ".join(f"{rate / 1e9:.3g}" for rate in rates)
+        print(f"minitp: --split auto: the ranks read {read} GB/s", file=sys.stderr, flush=True)
+    return source.with_split(split)
+
+
+def plan_lines(source):
+    """Return lines that say which part of the model each rank has, for -v."""
+    plan = source.plan
+    parts = plan.head_ranges, plan.kv_head_ranges, plan.ffn_ranges, plan.vocab_ranges
+    lines = [f"minitp: --split {source.shares}"]
+    for rank, ranges in enumerate(zip(*parts, strict=True)):
+        heads, kv_heads, ffn, vocab = (f"{start}:{stop}" for start, stop in ranges)
+        lines.append(
+            f"minitp: rank {rank}: query heads {heads}, KV heads {kv_heads}, FFN columns {ffn}, "
+            f"vocabulary {vocab}"
+        )
+    return lines
 
 
 def device_of(comm, source, dtype="auto"):

@@ -18,11 +18,11 @@ Plan, which says which heads, columns and rows each rank holds.
 """
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from minitp.errors import InputError
 from minitp.tensors import JOINED, tensor_table
 from minitp.util.format import counted
+from minitp.util.shares import split_in_proportion
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class TensorShard:
 class Plan:
     """The sharding plan of a model for `tp` ranks: each `*_ranges` has one (start, stop) per rank.
 
-    Query heads, FFN columns and vocabulary rows are split as evenly as possible, and each is on one rank. KV
-    heads follow the query heads: a rank holds the KV heads that its query heads read, so the same KV head may
-    be on several ranks. Nine query heads and three KV heads on four ranks:
+    Query heads, FFN columns and vocabulary rows are split evenly or in proportion to --split, and each is on
+    one rank. KV heads follow the query heads: a rank holds the KV heads that its query heads read, so the
+    same KV head may be on several ranks. Nine query heads and three KV heads on four ranks:
 
         query heads   0 1 2 | 3 4 | 5 6 | 7 8
         KV heads        0   |  1  | 1 2 |  2
@@ -100,32 +100,26 @@ class Plan:
         ]
 
 
-def split_evenly(n, parts):
-    """Split range(n) into `parts` ranges as evenly as possible; the first n % parts ranges are longer by one.
-
-    >>> split_evenly(9, 4)
-    ((0, 3), (3, 5), (5, 7), (7, 9))
-    """
-    size, longer = divmod(n, parts)
-    edges = [r * size + min(r, longer) for r in range(parts + 1)]
-    return tuple(pairwise(edges))
-
-
-def make_plan(config, tp):
-    """Make the sharding plan of a model for `tp` ranks.
+def make_plan(config, tp, shares=None):
+    """Make the sharding plan of a model for `tp` ranks, in proportion to `shares` if given, else even.
 
     Raises
     ------
     InputError
-        If there are more ranks than attention heads; the message says which sizes work.
+        If there are more ranks than attention heads, or not as many shares as ranks.
     """
     if not (max_tp := config.num_attention_heads) >= tp >= 1:
+        asked = f"--tp {tp}" if shares is None else f"--split with {counted(tp, 'share')}"
         raise InputError(
-            f"--tp {tp}: this model has {counted(max_tp, 'attention head')} and a rank needs at least one; "
+            f"{asked}: this model has {counted(max_tp, 'attention head')} and a rank needs at least one; "
             f"any size from 1 to {max_tp} works"
         )
+    shares = shares or [1] * tp
+    if len(shares) != tp:
+        given, ranks = counted(len(shares), "share"), counted(tp, "rank")
+        raise InputError(f"--split has {given} for {ranks}; give one share for each rank")
     sizes = config.num_attention_heads, config.intermediate_size, config.vocab_size
-    return plan_of_ranges(config, *(split_evenly(size, tp) for size in sizes))
+    return plan_of_ranges(config, *(split_in_proportion(size, shares) for size in sizes))
 
 
 def plan_of_ranges(config, heads, ffn, vocab):

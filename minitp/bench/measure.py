@@ -80,6 +80,7 @@ def conditions(model, source):
         "model": source.name,
         "layers": model.config.num_hidden_layers,
         "tp": model.comm.size,
+        "split": source.shares,
         "device": "cuda" if model.device.is_gpu else "cpu",
         "as_rank": model.comm.shard_rank if isinstance(host, ShardOnly) else None,
         "dtype": model.device.dtype.name,

@@ -106,7 +106,7 @@ class BitsCommand(OnRanks):
         from minitp.bits.run import Row, bits_of_files
         from minitp.loading.source import open_model, warn_of_unread_fields
 
-        source = open_model(args.model, size, args.layers, args.revision)
+        source = open_model(args.model, size, args.layers, args.revision, args.split)
         warn_of_unread_fields(source)
         ids = self.prepare(args, source)
         sizes = range(size, 0, -1) if size > 1 and args.path == "explicit" else ()

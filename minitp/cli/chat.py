@@ -67,7 +67,7 @@ def check(args, tp, shortest):
     from minitp.loading.source import open_model
     from minitp.request import check_prompt, context_length
 
-    source = open_model(args.model, tp, args.layers, args.revision)
+    source = open_model(args.model, tp, args.layers, args.revision, args.split)
     tokenizer, context = source.tokenizer(), context_length(source.config, args.max_context)
     if tokenizer is None:
         raise InputError(f"{source.name} has no tokenizer.json, which chat needs")

@@ -87,14 +87,14 @@ class OnRanks(Command):
             return self.run_alone(args)
         from minitp.loading.source import open_model, warn_of_unread_fields
 
-        source = open_model(args.model, size, args.layers, args.revision)
+        source = open_model(args.model, size, args.layers, args.revision, args.split)
         warn_of_unread_fields(source)
         self.prepare(args, source)  # rejects bad input before any rank starts
         return run_ranks(rank_command, size, verbose=args.verbose)
 
     def ranks(self, args):
         """Return the number of ranks to start."""
-        return ranks_to_start(args.tp, args.device, args.model, args.layers, args.revision)
+        return ranks_to_start(args.tp, args.device, args.model, args.layers, args.revision, args.split)
 
     def run_alone(self, args):
         """Run the command as the only rank, in this process and without MPI."""
@@ -110,7 +110,7 @@ class OnRanks(Command):
             from minitp.load import open_source
 
             prepared = None
-            source = open_source(comm, args.model, args.layers, args.revision)
+            source = open_source(comm, args)
             with comm.agreed():
                 if comm.rank == 0:
                     prepared = self.prepare(args, source)
@@ -138,7 +138,7 @@ class Caller(Command):
         world = environment.world_size(os.environ)
         if world is None:
             environment.check_cupy(args.device)
-        tp = world or ranks_to_start(args.tp, args.device, args.model, args.layers, args.revision)
+        tp = world or ranks_to_start(args.tp, args.device, args.model, args.layers, args.revision, args.split)
         if environment.env_rank(os.environ) != 0:
             from minitp.llm import LLM
 

@@ -87,14 +87,19 @@ class GenerateCommand(OnRanks):
             pass
         if comm.rank == 0:
             comm_share = comm.seconds / (perf_counter() - started)
-            report(args, request, statistics(request, model, comm_share, load_s))
+            report(args, request, statistics(request, model, source.shares, comm_share, load_s))
         return 0
 
 
-def statistics(request, model, comm_share, load_s):
-    """Return the statistics of a run; `comm_share` is the share of rank 0's time spent in collectives."""
+def statistics(request, model, shares, comm_share, load_s):
+    """Return the statistics of a run.
+
+    `shares` is the value of --split that gives the same plan, and `comm_share` the share of rank 0's time
+    that was spent in collectives.
+    """
     return {
         "tp": model.comm.size,
+        "split": shares,
         "dtype": model.device.dtype.name,
         "load_s": round(load_s, 4),
         "ttft_s": round(request.ttft_s, 4),
@@ -126,9 +131,11 @@ def statistics_text(request, stats):
     """Return the statistics as three lines of text."""
     speed = stats["decode_tokens_per_s"]
     after = f", {speed:.1f} tokens/s after the first" if speed else ""
+    equal = len(set(stats["split"].split(","))) == 1
+    split = "" if equal else f" (--split {stats['split']})"
     megabytes = stats["weight_bytes_per_rank"] / 1e6
     return (
-        f"{counted(stats['tp'], 'rank')}, {stats['dtype']}, {megabytes:.1f} MB of weights on rank 0, "
+        f"{counted(stats['tp'], 'rank')}{split}, {stats['dtype']}, {megabytes:.1f} MB of weights on rank 0, "
         f"loaded in {stats['load_s']:.2f} s\n"
         f"{counted(len(request.prompt_ids), 'prompt token')}, first new token after {stats['ttft_s']:.3f} s\n"
         f"{counted(len(request.token_ids), 'new token')}{after}; {stats['comm_share']:.0%} of the time in "

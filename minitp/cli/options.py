@@ -169,6 +169,17 @@ def add_model(parser, tp=TP):
         "--layers", type=int, metavar="N", help="use only the first N layers (default: all layers)"
     )
     parser.groups["ranks"].add_argument("--tp", default="auto", metavar="N", help=tp)
+    add_split(parser)
+
+
+def add_split(parser):
+    parser.groups["ranks"].add_argument(
+        "--split",
+        metavar="SHARES",
+        help="the ranks' shares of the heads, FFN columns and vocabulary: a number for each rank, as in 3,1 "
+        "or 0.6,0.4; auto: in proportion to the memory bandwidth that is measured on each rank, as far as "
+        "its memory allows; memory: in proportion to each rank's memory (default: equal shares)",
+    )
 
 
 def add_revision(parser):

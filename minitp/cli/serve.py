@@ -66,7 +66,7 @@ class ServeCommand(Caller):
             )
 
         def start(on_end):
-            source = open_model(args.model, tp, args.layers, args.revision)
+            source = open_model(args.model, tp, args.layers, args.revision, args.split)
             check_chat_template(source, args.chat_template_kwargs)
             return LLM(**llm_options(args, tp), on_end=on_end)
 

@@ -48,8 +48,8 @@ class ShardCommand(OneProcess):
         from minitp.loading.export import prepare_directory, refuse_untied_copy
         from minitp.loading.source import open_model
 
-        tp = ranks_to_start(args.tp, "auto", args.model, args.layers, args.revision)
-        source = open_model(args.model, tp, args.layers, args.revision)
+        tp = ranks_to_start(args.tp, "auto", args.model, args.layers, args.revision, args.split)
+        source = open_model(args.model, tp, args.layers, args.revision, args.split)
         directory = None if args.output is None else Path(args.output)
         if directory is not None:
             refuse_untied_copy(source)

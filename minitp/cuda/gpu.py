@@ -47,6 +47,12 @@ class Gpu(Device):
         # The bus id identifies a GPU; a launcher may show each rank its own GPU as number 0.
         return f"GPU {device.id} ({device.pci_bus_id}) of {platform.node()}", device.mem_info[0]
 
+    def read_rate(self):
+        """Return the bytes per second that this GPU reads in a kernel that only reads."""
+        from minitp.cuda.read_rate import read_rate
+
+        return read_rate(self)
+
     def cache_room(self, ranks):
         """Return the bytes that the KV cache may use: most of the memory that is free now."""
         free, _ = self.cupy.cuda.Device().mem_info

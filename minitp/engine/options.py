@@ -4,6 +4,7 @@ import operator
 from dataclasses import dataclass, fields
 
 from minitp.errors import InputError, shown
+from minitp.util.shares import split_text
 from minitp.util.suggest import reject_unknown
 
 CHOICES = {
@@ -24,6 +25,8 @@ class EngineOptions:
         A directory, a .gguf file, a Hugging Face id, "smollm2", or "random:NAME".
     tp : str
         The number of ranks, or "auto".
+    split : str or None
+        The ranks' shares of the model, as in "3,1"; "auto" or "memory"; None for even shares.
     revision : str or None
         A branch, tag or commit of a Hugging Face id; None means its main branch.
     layers : int or None
@@ -48,6 +51,7 @@ class EngineOptions:
 
     model: str = "smollm2"
     tp: str = "auto"
+    split: str | None = None
     revision: str | None = None
     layers: int | None = None
     device: str = "auto"
@@ -68,7 +72,9 @@ class EngineOptions:
             value = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
-            if field.name in CHOICES:
+            if field.name == "split":
+                value = split_text(value)
+            elif field.name in CHOICES:
                 value = one_of(CHOICES[field.name], field.name, value)
             elif field.type is bool:
                 value = flag(field.name, value)

@@ -24,7 +24,7 @@ def run_engine(options, comm, caller):
     int
         The exit code.
     """
-    source = open_source(comm, options.model, options.layers, options.revision)
+    source = open_source(comm, options)
     with comm.agreed():
         context_length(source.config, options.max_context)
     device = device_of(comm, source, options.dtype)
@@ -45,7 +45,7 @@ def run_engine(options, comm, caller):
     report_times(comm, caller, times)  # so that the caller has times as soon as the ranks are ready
     parts = comm.allgather_object(describe_rank(engine))
     if comm.rank == 0:
-        description = describe(options, engine, context, parts)
+        description = describe(options, engine, source.shares, context, parts)
         caller.send({"ready": description, "load": engine.scheduler.load()})
 
     def make_request(prompt_ids, params):
@@ -82,22 +82,28 @@ class LoadProgress:
 
 
 def describe_rank(engine):
-    """Return this rank's part of the model: the ranges [start, stop] of its heads, and its bytes."""
+    """Return this rank's part of the model: ranges [start, stop] of heads, columns and rows, and bytes."""
     model = engine.model
     rank, plan = model.comm.rank, model.plan
     return {
         "rank": rank,
         "query_heads": list(plan.head_ranges[rank]),
         "kv_heads": list(plan.kv_head_ranges[rank]),
+        "ffn_columns": list(plan.ffn_ranges[rank]),
+        "vocabulary": list(plan.vocab_ranges[rank]),
         "weight_bytes": model.weights.nbytes,
         "cache_bytes": engine.pool.nbytes,
     }
 
 
-def describe(options, engine, context, parts):
-    """Return the settings and sizes of the ranks, for the caller; `parts` has describe_rank of each rank."""
+def describe(options, engine, shares, context, parts):
+    """Return the settings and sizes of the ranks, for the caller.
+
+    `shares` is the value of --split that gives the same plan; `parts` has describe_rank of each rank.
+    """
     return {
         "tp": engine.model.comm.size,
+        "split": shares,
         "dtype": engine.model.device.dtype.name,
         "kv_dtype": options.kv_dtype,
         "context": context,

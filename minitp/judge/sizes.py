@@ -2,8 +2,9 @@
 
 from itertools import accumulate, pairwise
 
-from minitp.shard import plan_of_ranges, split_evenly
+from minitp.shard import plan_of_ranges
 from minitp.trace.names import full_name, split_name
+from minitp.util.shares import split_evenly
 
 # The steps that show how many heads, columns or rows a rank has, and the letters of their other axes but T.
 WITNESSES = {

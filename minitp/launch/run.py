@@ -2,11 +2,13 @@
 
 import sys
 
-from minitp.errors import RankError
+from minitp.errors import InputError, RankError
 from minitp.launch.signals import Terminated
 from minitp.launch.supervisor import rank_processes
 from minitp.util.environment import ranks_wanted
+from minitp.util.format import counted
 from minitp.util.run_module import RUN_MODULE
+from minitp.util.shares import shares_in
 
 WORKER = [*RUN_MODULE, "minitp"]
 
@@ -32,14 +34,25 @@ def run_ranks(command, size, verbose=False, stdout=1):
             return 130
 
 
-def ranks_to_start(tp, device, model, layers=None, revision=None):
-    """Return the number of ranks that --tp asks for; "auto" is at most one rank per attention head.
+def ranks_to_start(tp, device, model, layers=None, revision=None, split=None):
+    """Return the number of ranks that --tp or --split asks for; "auto" is at most one per attention head.
 
     Parameters
     ----------
-    tp, device, model, layers, revision
+    tp, device, model, layers, revision, split
         The values of the options with these names.
+
+    Raises
+    ------
+    InputError
+        If --tp is not the number of shares.
     """
+    if (shares := shares_in(split)) is not None:
+        if tp != "auto" and ranks_wanted(tp) != len(shares):
+            raise InputError(
+                f"--tp {tp}, but --split {split} is for {counted(len(shares), 'rank')}; omit --tp"
+            )
+        return len(shares)
     if tp != "auto" or ranks_wanted(tp, device) == 1:
         return ranks_wanted(tp, device)  # without reading config.json
     from minitp.loading.source import open_config  # imports numpy

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minitp.errors import InputError
@@ -19,6 +19,7 @@ from minitp.text.tokenizer import Tokenizer, load_tokenizer
 from minitp.text.tokenizer_config import read_tokenizer_config
 from minitp.util.files import read_json
 from minitp.util.format import counted
+from minitp.util.shares import shares_in
 
 DEMO_SHAPES = "smollm2-135m"  # random model with the demo's shapes
 SAMPLE_BYTES = 4096
@@ -39,6 +40,8 @@ class ModelSource:
     plan : Plan
     gguf : GgufModel or None
         The open file if the model is a GGUF file, else None.
+    split : str or None
+        The value of --split that the plan follows; None for even shares.
     """
 
     name: str
@@ -47,11 +50,22 @@ class ModelSource:
     tensors: object
     plan: object
     gguf: object = None
+    split: str | None = None
 
     @property
     def is_random(self):
         """Return whether the weights are drawn, not read from a file."""
         return isinstance(self.tensors, RandomWeights)
+
+    @property
+    def shares(self):
+        """The value of --split that gives the same plan, such as "3,1"; "1,1" for even shares."""
+        return self.split or ",".join(["1"] * self.plan.tp)
+
+    def with_split(self, split):
+        """Return the source with a plan that follows another value of --split, which has shares."""
+        plan = make_plan(self.config, self.plan.tp, shares_in(split))
+        return replace(self, plan=plan, split=split)
 
     def fields(self):
         """Return the object in config.json, or its equivalent for a GGUF file or random weights."""
@@ -102,7 +116,7 @@ class ModelSource:
         return load_chat_template(self.directory, self.name)
 
 
-def open_model(name, tp, layers=None, revision=None):
+def open_model(name, tp, layers=None, revision=None, split=None):
     """Find a model, download it if needed, and check everything but the values of its weights.
 
     Parameters
@@ -114,31 +128,35 @@ def open_model(name, tp, layers=None, revision=None):
         The number of layers to keep, from the first; None keeps all.
     revision : str or None
         A branch, tag or commit of a Hugging Face id; None means its main branch.
+    split : str or None
+        A value of `--split`. If the devices decide, the plan is even until `load.open_source` measures them.
 
     Raises
     ------
     InputError
     """
+    shares = shares_in(split)
+    split = None if shares is None else split
     if name.startswith(RANDOM):
         refuse_revision(name, revision)
         fields = random_config(name.removeprefix(RANDOM))
         config = parse_config(fields, name).with_layers(layers, name)
-        plan = make_plan(config, tp)
+        plan = make_plan(config, tp, shares)
         shapes = {tensor: shard.shape for tensor, shard in plan.tensors.items()}
-        return ModelSource(name, None, config, RandomWeights(shapes), plan)
+        return ModelSource(name, None, config, RandomWeights(shapes), plan, split=split)
     path = locate(name, revision)
     gguf = open_gguf(path) if path.is_file() else None
     directory = path if gguf is None else None
     whole = read_config(directory) if gguf is None else parse_config(gguf.fields, name)
     config = whole.with_layers(layers, directory or name)
-    plan = make_plan(config, tp)
+    plan = make_plan(config, tp, shares)
     if gguf is None:
         checkpoint = Checkpoint(directory)
         checkpoint.split_joined(plan)
     else:
         checkpoint = gguf.tensors
     checkpoint.check(plan, whole.num_hidden_layers)
-    return ModelSource(name, directory, config, checkpoint, plan, gguf)
+    return ModelSource(name, directory, config, checkpoint, plan, gguf, split)
 
 
 def sample(path):

@@ -23,7 +23,8 @@ from minitp.loading.random_weights import RandomWeights
 from minitp.loading.weights import Loader
 from minitp.model import Model
 from minitp.oracle import Oracle
-from minitp.shard import make_plan, split_evenly
+from minitp.shard import make_plan
+from minitp.util.shares import split_evenly
 
 SIZES = range(2, 10)
 

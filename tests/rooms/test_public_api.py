@@ -16,7 +16,7 @@ from minitp.model import Model
 from minitp.oracle import Oracle
 from minitp.sampling import SamplingFields
 
-OWN = ("self", "tp", "model", "on_end", "unknown")  # parameters of LLM that are no plain field
+OWN = ("self", "tp", "split", "model", "on_end", "unknown")  # parameters of LLM that are no plain field
 
 
 def test_llm_has_every_field_of_the_options_with_its_default_and_type():

@@ -19,7 +19,7 @@ from minitp import moe, ops
 from minitp.loading.weights import LAYER_PARTS
 from minitp.model import Model, SequenceSlice
 from minitp.rope import rope_inverse_frequencies
-from minitp.shard import split_evenly
+from minitp.util.shares import split_evenly
 
 OPS = [(module, name) for module in (ops, moe) for name, value in vars(module).items() if callable(value)]
 

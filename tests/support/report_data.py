@@ -4,8 +4,8 @@ import random
 
 from minitp.report import weights
 from minitp.report.steps import explain
-from minitp.shard import split_evenly
 from minitp.trace import names as steps
+from minitp.util.shares import split_evenly
 
 HOSTILE = (
     "</script><img src=x onerror=\"document.title='broken'\"><!-- <script> ' \" & \u2028 \u2029 "
