@@ -51,7 +51,7 @@ def open_source(comm, options):
         warn_of_unread_fields(source)
     if options.split in MEASURED and comm.size > 1:
         source = split_by_devices(comm, source, options)
-    if comm.rank == 0 and options.verbose:
+    if comm.rank == 0 and options.verbose and options.split is not None:
         print(*plan_lines(source), sep="\n", file=sys.stderr, flush=True)
     return source
 

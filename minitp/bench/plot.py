@@ -114,7 +114,7 @@ def logarithmic(axes):
 
 def footer(result):
     """Return what the lines mean, the machine, the date, minitp's version and the command."""
-    facts = dict(this_run.facts("bench"))
+    facts = dict(this_run.facts("bench", split=result.get("split")))
     cores = f", {counted(result['cores'], 'core')}" if "cores" in result else ""
     run = f"{result['machine']}{cores} · {result.get('date', facts['date'])} · minitp {facts['minitp']}"
     command = textwrap.shorten(facts.get("command", ""), 150, placeholder=" ..")

@@ -30,7 +30,7 @@ SPLIT = {
 }
 
 
-def plan_problems(oracle, plan):
+def plan_problems(oracle, plan, split=None):
     """Return the faults of a plan as a list of (rank or "all", description).
 
     Parameters
@@ -38,6 +38,8 @@ def plan_problems(oracle, plan):
     oracle : Oracle
         An oracle that has read the same config.json with its own code.
     plan : Plan
+    split : str or None
+        The value of --split that the plan should follow, as in "3,1"; None if that is not to be checked.
     """
     problems = []
     runs = {
@@ -54,6 +56,8 @@ def plan_problems(oracle, plan):
         return problems  # the other checks need the ranges of every rank
     for what, (count, ranges) in runs.items():
         problems += _not_covered_once(what, count, ranges)
+        if split is not None:
+            problems += _not_in_proportion(what, count, ranges, list(map(float, split.split(","))))
     problems += _wrong_kv_heads(oracle, plan)
     problems += _wrong_tensors(oracle, plan)
     return problems
@@ -69,6 +73,20 @@ def _not_covered_once(what, count, ranges):
     if expected != count:
         problems.append((len(ranges) - 1, f"{what} end at {expected}, expected {count}"))
     return problems
+
+
+def _not_in_proportion(what, count, ranges, shares):
+    """Return a problem for each rank whose range differs from its share by a whole unit or more.
+
+    A rank whose share is less than one unit has one unit, which the others then lack.
+    """
+    exact = [count * share / sum(shares) for share in shares]
+    most = 1 + sum(size < 1 for size in exact)
+    return [
+        (rank, f"{what} {start} to {stop} are {stop - start} of {count}, expected {size:.1f} by its share")
+        for rank, ((start, stop), size) in enumerate(zip(ranges, exact, strict=True))
+        if abs(stop - start - size) >= most
+    ]
 
 
 def _wrong_kv_heads(oracle, plan):

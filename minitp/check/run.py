@@ -41,7 +41,7 @@ def check_model(source, model, token_ids, decode=0, batch=0, progress=lambda lay
     """
     comm = model.comm
     reference = open_oracle(source)
-    problems = plan_problems(reference, source.plan)
+    problems = plan_problems(reference, source.plan, source.shares)
     if problems:
         return CheckResult([], problems, [list(token_ids)], [], comm.size)
     with np.errstate(all="ignore"):  # the findings report what is not finite

@@ -2,7 +2,7 @@
 
 import sys
 
-from minitp.errors import InputError, RankError
+from minitp.errors import InputError, RankError, shown
 from minitp.launch.signals import Terminated
 from minitp.launch.supervisor import rank_processes
 from minitp.util.environment import ranks_wanted
@@ -50,7 +50,7 @@ def ranks_to_start(tp, device, model, layers=None, revision=None, split=None):
     if (shares := shares_in(split)) is not None:
         if tp != "auto" and ranks_wanted(tp) != len(shares):
             raise InputError(
-                f"--tp {tp}, but --split {split} is for {counted(len(shares), 'rank')}; omit --tp"
+                f"--tp {tp}, but --split {shown(split)} is for {counted(len(shares), 'rank')}; omit --tp"
             )
         return len(shares)
     if tp != "auto" or ranks_wanted(tp, device) == 1:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from minitp.errors import InputError, shown
 
 MEASURED = ("auto", "memory")  # values of --split that the devices decide
-NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,2})?", re.IGNORECASE)
+NUMBER = re.compile(r"([0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(e[+-]?[0-9]{1,2})?", re.IGNORECASE)
 WEIGHTS_SHARE = 0.8  # the weights' share of a memory with --split auto; cache and activations need the rest
 
 

@@ -28,6 +28,8 @@ from minitp.loading.source import open_model
 from minitp.loading.weights import Loader
 from minitp.trace.names import AFTER, BEFORE, LAYER, step_names
 
+SPLITS = ("3,1", "1,5", "2,3,1", "5,1,1,2")  # unequal shares of the ranks
+
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
@@ -43,21 +45,21 @@ def cases():
             )
 
 
-def check(directory, tp, ids, decode=0, dtype="float32", make=load_model, layers=None):
+def check(directory, tp, ids, decode=0, dtype="float32", make=load_model, layers=None, split=None):
     """Return rank 0's CheckResult; make(source, comm, device) returns the Model of a rank."""
-    source, device = open_model(str(directory), tp, layers), open_device(dtype)
+    source, device = open_model(str(directory), tp, layers, split=split), open_device(dtype)
     results = run_threads(tp, lambda comm: check_model(source, make(source, comm, device), ids, decode))
     return results[0]
 
 
-def check_fault(directory, fault, tp, layer, *ranks):
+def check_fault(directory, fault, tp, layer, *ranks, split=None):
     def make(source, comm, device):
         if not fault.everywhere and comm.rank not in ranks:
             return load_model(source, comm, device)
         weights = Loader(source.plan, comm.rank, source.tensors, device).load()
         return FaultyModel(fault, layer, source, weights, comm, device)
 
-    return check(directory, tp, PROMPT, fault.decode, fault.dtype, make)
+    return check(directory, tp, PROMPT, fault.decode, fault.dtype, make, split=split)
 
 
 @pytest.mark.parametrize(("fault", "tp", "layer", "rank"), list(cases()))
@@ -65,6 +67,14 @@ def test_a_fault_is_blamed_on_its_step_and_rank(fault, tp, layer, rank, models, 
     hook_ops(monkeypatch)
     result = check_fault(models[fault.model], fault, tp, layer, rank)
     assert blame(result) == fault.blame(layer, rank, result.passes)
+
+
+@pytest.mark.parametrize("split", ["3,1", "2,3,1"])
+def test_a_fault_is_blamed_on_its_rank_if_the_shares_are_unequal(split, models, monkeypatch):
+    hook_ops(monkeypatch)
+    fault, tp = next(fault for fault in FAULTS if fault.name == "norm weight missing"), split.count(",") + 1
+    result = check_fault(models["biased"], fault, tp, 1, tp - 1, split=split)
+    assert blame(result) == fault.blame(1, tp - 1, result.passes)
 
 
 def test_a_correct_rank_is_not_blamed_if_all_others_are_faulty(models, monkeypatch):
@@ -120,7 +130,7 @@ def test_a_step_in_too_wide_a_dtype_is_blamed(dtype, models, monkeypatch):
 # --- no false alarms ------------------------------------------------------------------------------------
 
 
-def check_random_run(directory, tp, seed, dtype, calm=True):
+def check_random_run(directory, tp, seed, dtype, calm=True, split=None):
     """Check that nothing is blamed for a random prompt of 1 to 24 tokens and 0 to 3 decoded ones.
 
     A model that is not `calm` amplifies small errors, so its total errors have no useful bound.
@@ -129,8 +139,8 @@ def check_random_run(directory, tp, seed, dtype, calm=True):
     source = open_model(str(directory), tp)
     ids = rng.integers(0, source.config.vocab_size, rng.integers(1, 25)).tolist()
     decode = int(rng.integers(0, 4))
-    result = check(directory, tp, ids, decode, dtype)
-    assert blame(result) == [], (tp, dtype, ids, decode)
+    result = check(directory, tp, ids, decode, dtype, split=split)
+    assert blame(result) == [], (tp, split, dtype, ids, decode)
     assert result.ok
     chunks = 2 * (len(ids) > 1)
     steps = (1 + decode + chunks) * len(step_names(source.plan)) - (chunks // 2) * len(AFTER)
@@ -147,9 +157,11 @@ def check_random_run(directory, tp, seed, dtype, calm=True):
 
 @pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
 def test_nothing_is_blamed_in_any_family_at_any_tp(number):
-    directory = GOLDENS / NAMES[number]
+    """Each family also runs with one of the unequal SPLITS, in place of the equal shares of as many ranks."""
+    directory, split = GOLDENS / NAMES[number], SPLITS[number % len(SPLITS)]
     for tp in range(1, open_model(str(directory), 1).config.num_attention_heads + 1):
-        check_random_run(directory, tp, number, DTYPES[(number + tp) % 3])
+        unequal = split if split.count(",") + 1 == tp else None
+        check_random_run(directory, tp, number, DTYPES[(number + tp) % 3], split=unequal)
 
 
 @pytest.mark.parametrize("name", MODELS)

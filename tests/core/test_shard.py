@@ -6,6 +6,7 @@ import pytest
 from minitp.errors import InputError
 from minitp.loading.config import parse_config
 from minitp.shard import make_plan
+from minitp.util.shares import in_tenths, shares_by_speed, shares_in, split_in_proportion
 
 HEADS = [(1, 1), (4, 4), (4, 1), (6, 2), (7, 1), (7, 7), (8, 2), (9, 3), (12, 4), (15, 5), (32, 8)]  # H, K
 every_model = pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
@@ -120,3 +121,82 @@ def test_the_config_determines_the_tensors():
 def test_an_impossible_tp_is_rejected_with_the_possible_ones(tp):
     with pytest.raises(InputError, match=rf"--tp {tp}: .*9 attention heads.* 1 to 9 "):
         make_plan(make_config(9, 3), tp)
+
+
+# --- unequal shares -------------------------------------------------------------------------------------
+
+SHARES = ["3,1", "1,5", "2,3,1", "5,1,1,2", "0.6,0.4", "1000,1,1", "1,1,1000", ".5,1e1,2.", "7"]
+
+
+@pytest.mark.parametrize("split", SHARES)
+@every_model
+def test_each_rank_has_its_share_rounded_to_a_whole_number(split, heads, kv_heads):
+    shares = shares_in(split)
+    tp = len(shares)
+    if tp > heads:
+        return
+    plan = make_plan(make_config(heads, kv_heads), tp, shares)
+    for ranges, n in ((plan.head_ranges, heads), (plan.ffn_ranges, 37), (plan.vocab_ranges, 101)):
+        assert [start for start, _ in ranges] == [0, *[stop for _, stop in ranges[:-1]]]
+        assert ranges[-1][1] == n
+        exact = [n * float(share) / float(sum(shares)) for share in shares]
+        raised = sum(size < 1 for size in exact)  # ranks that get one because their share is less
+        for (start, stop), size in zip(ranges, exact, strict=True):
+            assert stop - start >= 1
+            assert abs(stop - start - size) < 1 + raised
+    for rank, (start, stop) in enumerate(plan.head_ranges):
+        assert plan.kv_head_ranges[rank] == (
+            start * kv_heads // heads,
+            (stop - 1) * kv_heads // heads + 1,
+        )
+
+
+def test_equal_shares_of_any_size_are_the_even_split():
+    for tp in range(1, 10):
+        for share in ("1", "0.3", "12"):
+            equal = make_plan(make_config(), tp, shares_in(",".join([share] * tp)))
+            assert equal == make_plan(make_config(), tp)
+
+
+def test_the_largest_remainders_get_what_is_left():
+    assert split_in_proportion(10, [1, 1, 1]) == ((0, 4), (4, 7), (7, 10))  # equal remainders: the first
+    assert split_in_proportion(10, [5, 3, 3]) == ((0, 4), (4, 7), (7, 10))  # 4.55, 2.73, 2.73
+    assert split_in_proportion(9, [3, 1]) == ((0, 7), (7, 9))  # 6.75, 2.25
+    assert split_in_proportion(4, [100, 1, 1]) == ((0, 2), (2, 3), (3, 4))
+    assert split_in_proportion(2, [1, 1, 5]) == ((0, 0), (0, 0), (0, 2))  # fewer than ranks
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("3,0", ("rank 1", "'0'")),
+        ("3,-1", ("rank 1", "'-1'")),
+        ("nan,1", ("rank 0", "'nan'")),
+        ("1,inf", ("rank 1", "'inf'")),
+        ("1/3,1", ("rank 0", "'1/3'")),
+        ("3,,1", ("rank 1", "''")),
+        ("", ("rank 0", "''")),
+        ("fast,slow", ("'fast'", "auto or memory")),
+    ],
+)
+def test_a_share_that_is_no_positive_number_is_rejected(split, words):
+    with pytest.raises(InputError) as error:
+        shares_in(split)
+    assert all(word in str(error.value) for word in ("--split", *words))
+
+
+def test_shares_that_do_not_fit_the_ranks_or_the_heads_are_rejected():
+    with pytest.raises(InputError, match="--split has 2 shares for 3 ranks"):
+        make_plan(make_config(), 3, shares_in("3,1"))
+    with pytest.raises(InputError, match=r"--split with 10 shares: .*9 attention heads"):
+        make_plan(make_config(), 10, shares_in(",".join("1" * 10)))
+
+
+def test_shares_by_speed_respect_the_memory():
+    gb = 1e9
+    assert shares_by_speed([30, 10], [80 * gb, 80 * gb], 20 * gb) == "3,1"
+    assert shares_by_speed([30.4, 10.1, 9.9], [80 * gb] * 3, 20 * gb) == "3.1,1,1"
+    assert shares_by_speed([30, 10], [10 * gb, 80 * gb], 20 * gb) == "0.4,0.6"  # 8 of the 20 GB fit
+    assert shares_by_speed([30, 10, 10], [10 * gb, 80 * gb, 80 * gb], 20 * gb) == "0.4,0.3,0.3"
+    assert shares_by_speed([30, 10], [10 * gb, 5 * gb], 20 * gb) == "2,1"  # too large: by memory
+    assert in_tenths([24 * gb, 16.1 * gb]) == "1.5,1"

@@ -67,7 +67,7 @@ def test_type_checkers_are_told_to_read_the_annotations():
     [
         (lambda: LLM(max_model_len=5), "LLM has no parameter max_model_len; did you mean max_context?"),
         (lambda: LLM(dtpye="float16"), "LLM has no parameter dtpye; did you mean dtype?"),
-        (lambda: LLM(zzz=1), "LLM has no parameter zzz; its parameters are model, tp, revision, "),
+        (lambda: LLM(zzz=1), "LLM has no parameter zzz; its parameters are model, tp, split, "),
         (
             lambda: SamplingParams(max_tokens=5),
             "SamplingParams has no parameter max_tokens; did you mean max_new_tokens?",

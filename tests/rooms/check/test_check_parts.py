@@ -146,6 +146,18 @@ PLANS = {
 }
 
 
+def test_a_plan_that_does_not_follow_the_split_is_rejected(uneven):
+    source, even = plan_of(uneven, 2)
+    oracle = open_oracle(source)
+    assert plan_problems(oracle, source.with_split("3,1").plan, "3,1") == []
+    assert (
+        plan_problems(oracle, source.with_split("1000,1").plan, "1000,1") == []
+    )  # a rank has one head at least
+    problems = plan_problems(oracle, even, "3,1")
+    assert (0, "heads 0 to 5 are 5 of 9, expected 6.8 by its share") in problems
+    assert {text.split()[0] for _, text in problems} == {"heads", "ffn", "vocab"}
+
+
 @pytest.mark.parametrize(("change", "expected"), PLANS.values(), ids=PLANS)
 def test_a_wrong_plan_is_rejected(change, expected, uneven):
     source, plan = plan_of(uneven, 4)

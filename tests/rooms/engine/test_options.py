@@ -17,6 +17,7 @@ from minitp.launch.supervisor import RankProcesses
 OTHER = EngineOptions(
     model="somewhere",
     tp="3",
+    split="2,1,1",
     revision="main",
     layers=1,
     device="cpu",
