@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 
 from minitp.cli.command import OneProcess
-from minitp.cli.options import add_revision
+from minitp.cli.options import SHARES, add_revision, add_split
 from minitp.errors import InputError
 from minitp.mapping.tensors import ENGINES
+from minitp.util.shares import numbers_only
 from minitp.util.stdout import write_out
 
 
@@ -49,6 +50,7 @@ class LintCommand(OneProcess):
             metavar="N",
             help="the shards have only the first N layers (default: those in PATH/plan.json, or all layers)",
         )
+        add_split(parser, f"{SHARES} (default: that of PATH/plan.json, or equal shares)")
         parser.groups["input"].add_argument(
             "--engine",
             choices=ENGINES,
@@ -65,18 +67,18 @@ class LintCommand(OneProcess):
         from minitp.loading.source import open_model
 
         ranks = open_ranks(args.path)
-        model, layers = model_of(args)
+        model, layers, split = model_of(args)
         source = open_model(model, 1, layers, args.revision)
         total = sum(path.stat().st_size for rank in ranks for path in rank.paths)
         hidden = not sys.stderr.isatty()
         with tqdm(total=total, desc="linting", unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
-            result = lint(ranks, source, args.engine, bar.update)
+            result = lint(ranks, source, args.engine, bar.update, split)
         write_out(text(result, args.path, source, len(ranks), args.verbose, sys.stdout))
         return 1 if result.faults else 0
 
 
 def model_of(args):
-    """Return the model and the number of layers, which `minitp shard -o` has written into plan.json."""
+    """Return the model, the layers and the shares: those of the options, or else those in plan.json."""
     from minitp.loading.export import FORMAT, PLAN
     from minitp.util.files import read_json
 
@@ -87,4 +89,6 @@ def model_of(args):
     model = args.model or fields.get("model")
     if model is None:
         raise InputError(f"{args.path}: needs --model, the checkpoint that was sharded")
-    return model, args.layers or (fields.get("layers") if args.model in (None, fields.get("model")) else None)
+    layers = args.layers or (fields.get("layers") if args.model in (None, fields.get("model")) else None)
+    split = numbers_only(args.split, "depends on devices, which lint does not know")
+    return model, layers, split or fields.get("split")

@@ -11,6 +11,13 @@ TP = (
     "number of ranks, from 1 to the number of attention heads; auto: one per GPU or, without GPUs, one per "
     "physical core, up to 4 (default: auto; under mpirun, its number of processes)"
 )
+SHARES = (
+    "the ranks' shares of the heads, FFN columns and vocabulary: a number for each rank, as in 3,1 or 0.6,0.4"
+)
+SPLIT = (
+    f"{SHARES}; auto: in proportion to the memory bandwidth that is measured on each rank, as far as its "
+    "memory allows; memory: in proportion to each rank's memory (default: equal shares)"
+)
 
 
 def add_prompt(parser, default=""):
@@ -155,7 +162,7 @@ def add_decode(parser, default):
     )
 
 
-def add_model(parser, tp=TP):
+def add_model(parser, tp=TP, split=SPLIT):
     group = parser.groups["model"]
     group.add_argument(
         "--model",
@@ -169,17 +176,11 @@ def add_model(parser, tp=TP):
         "--layers", type=int, metavar="N", help="use only the first N layers (default: all layers)"
     )
     parser.groups["ranks"].add_argument("--tp", default="auto", metavar="N", help=tp)
-    add_split(parser)
+    add_split(parser, split)
 
 
-def add_split(parser):
-    parser.groups["ranks"].add_argument(
-        "--split",
-        metavar="SHARES",
-        help="the ranks' shares of the heads, FFN columns and vocabulary: a number for each rank, as in 3,1 "
-        "or 0.6,0.4; auto: in proportion to the memory bandwidth that is measured on each rank, as far as "
-        "its memory allows; memory: in proportion to each rank's memory (default: equal shares)",
-    )
+def add_split(parser, text=SPLIT):
+    parser.groups["ranks"].add_argument("--split", metavar="SHARES", help=text)
 
 
 def add_revision(parser):

@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 
 from minitp.cli.command import OneProcess
-from minitp.cli.options import add_model
+from minitp.cli.options import SHARES, add_model
 from minitp.launch.run import ranks_to_start
 from minitp.util.format import size
+from minitp.util.shares import numbers_only
 from minitp.util.stdout import write_out
 
 TP = (
@@ -34,7 +35,7 @@ class ShardCommand(OneProcess):
     )
 
     def add_options(self, parser):
-        add_model(parser, TP)
+        add_model(parser, TP, f"{SHARES} (default: equal shares)")
         parser.groups["output"].add_argument(
             "-o",
             "--output",
@@ -48,8 +49,9 @@ class ShardCommand(OneProcess):
         from minitp.loading.export import prepare_directory, refuse_untied_copy
         from minitp.loading.source import open_model
 
-        tp = ranks_to_start(args.tp, "auto", args.model, args.layers, args.revision, args.split)
-        source = open_model(args.model, tp, args.layers, args.revision, args.split)
+        split = numbers_only(args.split, "depends on the ranks' devices, and shard starts no ranks")
+        tp = ranks_to_start(args.tp, "auto", args.model, args.layers, args.revision, split)
+        source = open_model(args.model, tp, args.layers, args.revision, split)
         directory = None if args.output is None else Path(args.output)
         if directory is not None:
             refuse_untied_copy(source)

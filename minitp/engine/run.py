@@ -1,5 +1,7 @@
 """Run a rank of `LLM`, `minitp chat` or `minitp serve`: load the model, then serve requests."""
 
+from collections import Counter
+
 from minitp.engine.engine import Engine
 from minitp.engine.service import RankTimes, report_times, serve
 from minitp.load import check_room, device_of, load_model, open_source
@@ -33,8 +35,8 @@ def run_engine(options, comm, caller):
         progress = (lambda nbytes: None) if comm.rank else LoadProgress(source, comm, device, caller)
         model = load_model(source, comm, device, progress, options.kv_dtype)
     model.connect()
-    fit = device.cache_room(comm.size) // model.new_pool(1, options.block_size).nbytes
-    num_blocks = blocks_needed(options, source.config, min(comm.allgather_object(fit)))
+    fit = blocks_that_fit(comm, device, model.new_pool(1, options.block_size).nbytes)
+    num_blocks = blocks_needed(options, source.config, fit)
     context = min(context_length(source.config, options.max_context), num_blocks * options.block_size)
     with comm.agreed():
         sizes = options.block_size, options.max_tokens_per_step, options.max_sequences
@@ -53,6 +55,20 @@ def run_engine(options, comm, caller):
 
     serve(engine, caller, make_request, times)
     return 0
+
+
+def blocks_that_fit(comm, device, nbytes):
+    """Return the number of blocks that fit on every rank, whose own block has `nbytes`; all ranks call this.
+
+    All ranks have the same number of blocks. Ranks that share a memory divide it by the sizes of their
+    blocks, which differ with the number of KV heads.
+    """
+    where, _ = device.weights_room()
+    rooms, blocks = Counter(), Counter()
+    for memory, room, size in comm.allgather_object((where, device.cache_room(comm.size), nbytes)):
+        rooms[memory] += room
+        blocks[memory] += size
+    return min(rooms[memory] // blocks[memory] for memory in rooms)
 
 
 def blocks_needed(options, config, fit):

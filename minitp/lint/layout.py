@@ -29,13 +29,13 @@ class Expectation:
     pieces : CheckpointPieces
     config : Config
     plan : Plan or None
-        minitp's own plan for that many ranks; None if there are more ranks than heads.
+        minitp's own plan for that many ranks and for their shares; None if there are more ranks than heads.
     """
 
-    def __init__(self, config, tp, pieces):
+    def __init__(self, config, tp, pieces, shares=None):
         self.config, self.tp, self.pieces = config, tp, pieces
         try:
-            self.plan = make_plan(config, tp)
+            self.plan = make_plan(config, tp, shares)
         except InputError:
             self.plan = None
 

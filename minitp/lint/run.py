@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from minitp.errors import InputError
+from minitp.errors import InputError, shown
 from minitp.lint.judgement import Judge
 from minitp.lint.layout import Expectation
 from minitp.lint.names import KnownNames
@@ -11,6 +11,8 @@ from minitp.lint.pieces import UNKNOWN, CheckpointPieces
 from minitp.lint.tensors import collect
 from minitp.lint.values import DIFFERENT
 from minitp.mapping.lookup import TensorLookup, engine_of
+from minitp.util.format import counted
+from minitp.util.shares import shares_in
 
 
 @dataclass
@@ -44,7 +46,7 @@ class LintResult:
         )
 
 
-def lint(ranks, source, engine=None, progress=lambda nbytes: None):
+def lint(ranks, source, engine=None, progress=lambda nbytes: None, split=None):
     """Compare the shards of all ranks with a checkpoint.
 
     Parameters
@@ -55,6 +57,8 @@ def lint(ranks, source, engine=None, progress=lambda nbytes: None):
         The engine whose names the tensors have; None: recognized by the names.
     progress : callable
         A function that is called with the bytes read since its last call.
+    split : str or None
+        The ranks' shares of the model, as in "3,1"; None for equal shares.
 
     Returns
     -------
@@ -63,14 +67,18 @@ def lint(ranks, source, engine=None, progress=lambda nbytes: None):
     Raises
     ------
     InputError
-        if a tensor has a dtype or a shape that weights cannot have, or no tensor belongs to the checkpoint.
+        if the number of shares is not that of the ranks, a tensor has a dtype or a shape that weights cannot
+        have, or no tensor belongs to the checkpoint.
     """
-    pieces = CheckpointPieces(source)
+    shares, pieces = shares_in(split), CheckpointPieces(source)
+    if shares is not None and len(shares) != len(ranks):
+        given, found = counted(len(shares), "share"), counted(len(ranks), "rank")
+        raise InputError(f"--split {shown(split)} has {given}, but there are files of {found}")
     engine = engine or engine_of([name for rank in ranks for name in rank.entries])
     known = KnownNames(TensorLookup(engine, source.config), pieces)
     collected = collect(ranks, known, pieces, source.config.num_local_experts)
     tensors = collected.tensors
-    search = OriginSearch(pieces, Expectation(source.config, len(ranks), pieces))
+    search = OriginSearch(pieces, Expectation(source.config, len(ranks), pieces, shares))
     named = [tensor for tensor in tensors if tensor.by_name]
     search.find(named, ranks, progress)
     claimed = {part for tensor in named for part in tensor.layout.parts}

@@ -7,7 +7,8 @@ checkpoint:
     format            minitp-shards-1
     model             the model's name, as the user gave it
     config            the object in config.json
-    tp, layers        the numbers of ranks and of layers (with --layers, fewer layers than in `config`)
+    tp, split         the number of ranks, and their shares of the model, as in "3,1"
+    layers            the number of layers (with --layers, fewer layers than in `config`)
     head_ranges, kv_head_ranges, ffn_ranges, vocab_ranges
                       (start, stop) of each rank; two ranks may hold the same KV head
     tensors           by name: dtype, shape, axis (null: whole on every rank) and each rank's (start, stop).
@@ -148,6 +149,7 @@ def plan_json(source):
         "model": source.name,
         "config": source.fields(),
         "tp": plan.tp,
+        "split": source.shares,
         "layers": plan.layers,
         "head_ranges": plan.head_ranges,
         "kv_head_ranges": plan.kv_head_ranges,

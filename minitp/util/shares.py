@@ -35,6 +35,15 @@ def shares_in(split):
     return [Fraction(part) for part in parts]
 
 
+def numbers_only(split, why):
+    """Refuse a value of --split that the devices decide, with the reason; return any other value."""
+    if split in MEASURED:
+        raise InputError(
+            f"--split {split} {why}; give numbers, as `minitp generate --split {split} -v` prints them"
+        )
+    return split
+
+
 def split_text(split):
     """Return a value of --split as text, given as text or as numbers; raise InputError if it is invalid.
 

@@ -52,9 +52,9 @@ def run_on_gpus(ranks, function, transport="nccl"):
     return run_threads(ranks, rank)
 
 
-def model_on_gpu(directory, comm, dtype="float16", **options):
+def model_on_gpu(directory, comm, dtype="float16", split=None, **options):
     """Load a rank's Model; `options` are those of load_model."""
     from minitp.cuda.gpu import with_dtype
 
-    source = open_model(str(directory), comm.size)
+    source = open_model(str(directory), comm.size, split=split)
     return load_model(source, comm, with_dtype(comm.gpu, dtype, source.config.dtype), **options)

@@ -114,10 +114,10 @@ def test_logits(models, shape, dtype, tp):
 # --- check ----------------------------------------------------------------------------------------------
 
 
-def check(directory, tp, dtype, path, transport="nccl", decode=2, batch=0):
+def check(directory, tp, dtype, path, transport="nccl", decode=2, batch=0, split=None):
     def rank(comm):
-        model = model_on_gpu(directory, comm, dtype, path=path)
-        source = open_model(str(directory), tp)
+        model = model_on_gpu(directory, comm, dtype, split, path=path)
+        source = open_model(str(directory), tp, split=split)
         return check_model(source, model, PROMPT, decode, batch)
 
     return run_on_gpus(tp, rank, transport)[0]
@@ -137,6 +137,17 @@ def blamed(result):
 def test_check_passes(models, tp, dtype, path):
     stored = dtype if dtype in DTYPES else "float16"
     result = check(models["uneven", stored], tp, dtype, path)
+    assert (blamed(result), result.problems) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("split", "transport", "batch"),
+    [("3,1", "nccl", 0), ("3,1", "peer", 3), ("2,3,1", "peer", 0), ("2,3,1", "nccl", 0), ("1,5", "mpi", 0)],
+)
+def test_check_passes_at_unequal_shares(models, split, transport, batch):
+    """The ranks' parts of the logits have different widths; all but the widest are padded to be gathered."""
+    tp = split.count(",") + 1
+    result = check(models["uneven", "bfloat16"], tp, "bfloat16", "fused", transport, 2, batch, split)
     assert (blamed(result), result.problems) == ([], [])
 
 

@@ -33,6 +33,23 @@ def test_the_shards_of_minitp_are_right(tp, fields, lint, tmp_path):
     assert out.splitlines()[-1].startswith(f"all right: 12 tensors on {tp} rank")
 
 
+def test_shards_of_unequal_ranks_are_right_with_their_shares(lint, tmp_path):
+    """The ranks have ragged groups: 7 query heads on 3 KV heads, and 5 on 2."""
+    write_tiny(tmp_path / "model", tokenizer=False, **UNEVEN)
+    for split in ("3,1", "2,3,1"):
+        shards = tmp_path / split
+        assert main(["shard", "--model", str(tmp_path / "model"), "--split", split, "-o", str(shards)]) == 0
+        assert lint(shards)[0] == 0, "plan.json has the shares"
+        (shards / "plan.json").unlink()
+        argv = (shards, "--model", tmp_path / "model")
+        assert lint(*argv, "--split", split)[0] == 0
+    assert lint(*argv)[0] == 1, "equal shares would give the second rank three query heads"
+    code, _, err = lint(*argv, "--split", "3,1")
+    assert (code, err) == (2, "minitp: --split '3,1' has 2 shares, but there are files of 3 ranks\n")
+    code, _, err = lint(*argv, "--split", "auto")
+    assert code == 2 and "give numbers" in err
+
+
 def test_layers_that_are_alike_share_a_row(lint, models, tmp_path):
     model = models["uneven"]
     ranks = engines.of_engine("vllm", model, 4)
