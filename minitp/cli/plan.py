@@ -1,5 +1,6 @@
 """`minitp plan`: predict whether a model fits, and how fast it will be."""
 
+import argparse
 import json
 import os
 
@@ -30,15 +31,18 @@ class PlanCommand(OneProcess):
     examples = (
         ("minitp plan --model mistralai/Mistral-7B-v0.1 --gpu h100", "how many H100s the model needs"),
         ("minitp plan --model random:llama-3-8b --gpu a100 --tp 2 --context 8192", "two A100s, context 8192"),
+        ("minitp plan --model random:llama-3-8b --gpu l40s,rtx-4090 --split auto", "unequal GPUs and shares"),
     )
 
     def add_options(self, parser):
         group = parser.groups["estimate"]
         group.add_argument(
             "--gpu",
-            choices=["cpu", *GPUS],
+            type=gpu_names,
             default="cpu",
-            help="the hardware; cpu: this machine, which is measured for a second (default: cpu)",
+            metavar="NAME",
+            help=f"the hardware: {', '.join(GPUS)}; or several of these with commas, one for each rank; cpu: "
+            "this machine, which is measured for a second (default: cpu)",
         )
         group.add_argument(
             "--nodes",
@@ -75,6 +79,15 @@ class PlanCommand(OneProcess):
         result = predict(args, config, read_workload(args, config))
         write_out(json.dumps(result) + "\n" if args.json else text(result))
         return 0
+
+
+def gpu_names(text):
+    """Parse the value of --gpu: cpu, or names of GPUs."""
+    for name in text.split(","):
+        if text != "cpu" and name not in GPUS:
+            known = ", ".join(map(repr, ("cpu", *GPUS)))
+            raise argparse.ArgumentTypeError(f"invalid choice: {name!r:.50} (choose from {known})")
+    return text
 
 
 def read_workload(args, config):

@@ -1,27 +1,33 @@
 """The result of `minitp plan` as a dict for JSON, which `plan_text` formats."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import prod
 
 from minitp.bench.this_machine import measure_cpu
-from minitp.errors import InputError
+from minitp.errors import InputError, shown
 from minitp.estimate.estimate import ITEM_BYTES, Spread, cache_bytes, estimate, smallest_tp
-from minitp.estimate.hardware import GPUS, GPUS_PER_NODE, NETWORK
-from minitp.launch.run import ranks_for
+from minitp.estimate.hardware import GPUS, GPUS_PER_NODE, NETWORK, mixed
+from minitp.estimate.ranks import choose_split, rank_estimates
+from minitp.launch.run import ranks_for, ranks_of_split
 from minitp.shard import make_plan
 from minitp.util.environment import ranks_wanted
 from minitp.util.format import counted, size
+from minitp.util.shares import MEASURED, shares_in
 
 ONE_NODE, MORE_NODES = (1, 2, 4, 8), (16, 32)  # numbers of ranks that are always shown
 
 
 def predict(args, config, workload):
     """Return the memory and the speed to expect for a Workload and a model's Config."""
-    dtype = choose_dtype(args, config)
-    asked = read_spread(args, config, dtype, workload)
-    make_plan(config, asked.tp)  # raises InputError for more ranks than attention heads
-    hardware = measure_cpu(config, dtype) if args.gpu == "cpu" else GPUS[args.gpu]
+    names = args.gpu.split(",")
+    known = [GPUS[name] for name in names if name != "cpu"]
+    dtype = choose_dtype(args.dtype, names, config)
+    gpus = mixed(known) if len(known) > 1 else next(iter(known), None)
+    asked = read_spread(args, config, gpus, dtype, workload)
+    make_plan(config, asked.tp, shares_in(asked.split))  # raises InputError for more ranks than heads
+    hardware = gpus or measure_cpu(config, dtype)
     spreads, left_out = choose_spreads(config, hardware, asked)
+    alike = spreads[-1].split is None and not hardware.ranks
     result = {
         "model": args.model,
         **model_facts(config, dtype),
@@ -31,42 +37,60 @@ def predict(args, config, workload):
         "batch": workload.batch,
         "tp": asked.tp,
         "nodes": asked.nodes,
-        "smallest_tp_that_fits": smallest_tp(config, hardware, dtype, workload),
+        "split": asked.split,
+        "smallest_tp_that_fits": smallest_tp(config, hardware, dtype, workload) if alike else None,
         "estimates": [asdict(estimate(config, hardware, spread, dtype, workload)) for spread in spreads],
+        "ranks": [] if alike else rank_estimates(config, hardware, asked, dtype, workload),
     }
     result["notes"] = notes(config, hardware, result, left_out)
     return result
 
 
-def read_spread(args, config, dtype, workload):
-    """Return the Spread that --tp and --nodes ask for."""
-    if args.gpu == "cpu":
+def read_spread(args, config, gpus, dtype, workload):
+    """Return the Spread that --tp, --split, --nodes and the GPUs ask for; `gpus` is None for --gpu cpu."""
+    split = None if args.split in MEASURED else args.split  # ranks on equal hardware have equal shares
+    shares = ranks_of_split(args.tp, split)
+    if gpus is None:
         if args.nodes is not None:
             raise InputError(f"--nodes {args.nodes}: --gpu cpu is this machine only; choose a GPU")
-        return Spread(ranks_for(config, args.tp, "cpu"), 1)
-    if args.tp == "auto":
+        return Spread(shares or ranks_for(config, args.tp, "cpu"), 1, split)
+    if gpus.ranks:
+        tp = len(gpus.ranks)
+        if (shares or tp) != tp or (args.tp != "auto" and ranks_wanted(args.tp) != tp):
+            asked = f"--tp {args.tp}" if shares is None else f"--split {shown(split)}"
+            raise InputError(f"{asked}, but --gpu has {counted(tp, 'GPU')}; give a GPU for each rank")
+        if args.split in MEASURED:
+            split = choose_split(config, gpus, dtype, args.split)
+    elif shares is not None:
+        tp = shares
+    elif args.tp == "auto":
         heads = config.num_attention_heads
-        fits = smallest_tp(config, GPUS[args.gpu], dtype, workload) or min(GPUS_PER_NODE, heads)
+        fits = smallest_tp(config, gpus, dtype, workload) or min(GPUS_PER_NODE, heads)
         tp = max(fits, min(args.nodes or 1, heads))
     else:
         tp = ranks_wanted(args.tp)
     nodes = -(-tp // GPUS_PER_NODE) if args.nodes is None else args.nodes
     if not 1 <= nodes <= tp:
         raise InputError(f"--nodes {nodes}: expected 1 to {tp} for --tp {tp}")
-    return Spread(tp, nodes)
+    return Spread(tp, nodes, split)
 
 
-def choose_dtype(args, config):
+def choose_dtype(dtype, names, config):
     """Return the dtype of the weights; auto is float32 on CPUs, on GPUs the checkpoint's 16-bit dtype."""
-    if args.dtype != "auto":
-        return args.dtype
-    if args.gpu == "cpu":
+    if dtype != "auto":
+        return dtype
+    if names == ["cpu"]:
         return "float32"
     return config.dtype if ITEM_BYTES[config.dtype] == 2 else "bfloat16"
 
 
 def choose_spreads(config, hardware, asked):
-    """Return the Spreads to show, and the numbers of ranks that exceed the attention heads."""
+    """Return the Spreads to show, and the numbers of ranks that exceed the attention heads.
+
+    With unequal shares or GPUs, only those ranks are shown, with equal shares for comparison.
+    """
+    if asked.split is not None or hardware.ranks:
+        return list(dict.fromkeys([replace(asked, split=None), asked])), []
     usual = [Spread(tp, 1) for tp in ONE_NODE]
     if hardware.cores is None:
         usual += [Spread(tp, tp // GPUS_PER_NODE) for tp in MORE_NODES]

@@ -14,6 +14,7 @@ def text(result):
         wrapped(answer(result)),
         memory_lines(result),
         speed_lines(result),
+        rank_lines(result),
         [line for note in result["notes"] for line in wrapped(note, "- ")],
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
@@ -43,9 +44,10 @@ def head(result):
 
 def answer(result):
     """Return the sentence that says whether the marked row fits, and the speed to expect."""
-    row = next(r for r in result["estimates"] if (r["tp"], r["nodes"]) == (result["tp"], result["nodes"]))
+    row = next(row for row in result["estimates"] if is_asked(result, row))
     load = f"{counted(result['batch'] or 1, 'sequence')} of {counted(result['context_tokens'], 'token')}"
-    place = f"TP={row['tp']}" + (f" over {row['nodes']} nodes" if row["nodes"] > 1 else "")
+    place = f"TP={row['tp']}" + (f" with --split {row['split']}" if row["split"] else "")
+    place += f" over {row['nodes']} nodes" if row["nodes"] > 1 else ""
     if row["fits"]:
         prefill, speed = duration(row["prefill_expected_s"]), rounded(row["decode_expected_tokens_per_s"])
         return (
@@ -53,6 +55,8 @@ def answer(result):
             f"then {speed} tokens/s."
         )
     smallest = result["smallest_tp_that_fits"]
+    if result["ranks"]:
+        return f"{place} does not fit with {load}; --split memory gives each rank what its memory holds."
     other = "nor does any other TP" if smallest is None else f"the smallest TP that does is {smallest}"
     return f"{place} does not fit with {load}; {other}."
 
@@ -115,9 +119,31 @@ def pair(limit, expected):
 
 
 def labels(result, row):
-    """Return the first columns of a row: a mark if the user chose it, the TP, and the nodes."""
-    asked = (row["tp"], row["nodes"]) == (result["tp"], result["nodes"])
-    return ">" if asked else "", str(row["tp"]), str(row["nodes"])
+    """Return the first columns of a row: a mark if the user chose it, the TP with its shares, the nodes."""
+    shares = f" as {row['split']}" if row["split"] else ""
+    return ">" if is_asked(result, row) else "", f"{row['tp']}{shares}", str(row["nodes"])
+
+
+def is_asked(result, row):
+    """Return whether the user chose the distribution of a row."""
+    return all(row[key] == result[key] for key in ("tp", "nodes", "split"))
+
+
+def rank_lines(result):
+    """Return the table of the ranks, if they are unequal."""
+    if not result["ranks"]:
+        return []
+    rows = [
+        ("rank", "hardware", "memory", "weights", "KV cache", "query heads", "KV heads", "FFN", "one token"),
+        ("", "", "", "", "per token", "", "", "columns", pair("limit", "expected")),
+    ]
+    for rank in result["ranks"]:
+        sizes = rank["memory_bytes"], rank["weight_bytes"], rank["kv_cache_bytes_per_token"]
+        ranges = rank["query_heads"], rank["kv_heads"], rank["ffn_columns"]
+        times = duration(rank["decode_limit_s"]), duration(rank["decode_expected_s"])
+        texts = [*map(size, sizes), *(f"{start}:{stop}" for start, stop in ranges), pair(*times)]
+        rows.append((str(rank["rank"]), rank["hardware"], *texts))
+    return aligned(rows, "><>>>>>>>")
 
 
 def amount(number):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from minitp.estimate.hardware import LIMIT, NETWORK
 from minitp.shard import make_plan
+from minitp.util.shares import shares_in
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 LOGIT_BYTES = 4  # logits are float32, whatever the dtype
@@ -20,10 +21,11 @@ LAYER = "model.layers."
 
 @dataclass(frozen=True)
 class Spread:
-    """A distribution of `tp` ranks over `nodes`, as even as possible."""
+    """A distribution of `tp` ranks over `nodes`, as even as possible, with the ranks' shares in `split`."""
 
     tp: int
     nodes: int
+    split: str | None = None  # None for equal shares
 
     @property
     def per_node(self):
@@ -79,6 +81,8 @@ class Estimate:
         Number of collectives in one pass.
     prefill_*_s, decode_*_tokens_per_s : float or None
         Time of one sequence's prompt, and speed of the tokens after it.
+    split : str or None
+        The ranks' shares of the model, as in "3,1"; None for equal shares.
     batch_*_tokens_per_s : float or None
         Speed of `batch` sequences together.
     collective_share_* : float or None
@@ -103,6 +107,7 @@ class Estimate:
     batch_expected_tokens_per_s: float | None = None
     collective_share_limit: float | None = None
     collective_share_expected: float | None = None
+    split: str | None = None
 
 
 def elements(plan, rank):
@@ -144,12 +149,13 @@ def cache_room(config, plan, hardware, dtype):
     The tokens are those of all sequences together.
     """
     ranks = range(plan.tp)
-    weights = [weight_bytes(plan, rank, dtype) + hardware.reserve_bytes for rank in ranks]
+    weights = [weight_bytes(plan, rank, dtype) + hardware.of(rank).reserve_bytes for rank in ranks]
+    rooms = [hardware.of(rank).memory_bytes for rank in ranks]
     caches = [cache_bytes(config, plan, rank, dtype) for rank in ranks]
     if hardware.cores is not None:  # the ranks share one memory
-        weights, caches = [sum(weights)], [sum(caches)]
-    sizes = zip(weights, caches, strict=True)
-    return max(0, int(min((hardware.memory_bytes - weight) // cache for weight, cache in sizes)))
+        weights, caches, rooms = [sum(weights)], [sum(caches)], rooms[:1]
+    sizes = zip(rooms, weights, caches, strict=True)
+    return max(0, int(min((room - weight) // cache for room, weight, cache in sizes)))
 
 
 def rank_work(config, plan, rank, work, dtype):
@@ -187,16 +193,23 @@ def expert_shares(config, tokens):
 
 def compute_seconds(config, plan, hardware, work, dtype, efficiency):
     """Return the time of a pass without its collectives, on the slowest rank."""
-    bytes_per_s, flops_per_s = rates(hardware, plan.tp, dtype, efficiency)
+    return max(rank_seconds(config, plan, hardware, rank, work, dtype, efficiency) for rank in range(plan.tp))
+
+
+def rank_seconds(config, plan, hardware, rank, work, dtype, efficiency):
+    """Return the time of a pass on one rank, without its collectives.
+
+    If `efficiency` is that of `hardware`, the rank's own GPU has its own.
+    """
+    machine = hardware.of(rank)
+    efficiency = machine.efficiency if efficiency is hardware.efficiency else efficiency
+    bytes_per_s, flops_per_s = rates(machine, plan.tp, dtype, efficiency)
     combine = sum if efficiency.packs and work.sequences * work.tokens > 1 else max
-
-    def seconds(rank):
-        parts = rank_work(config, plan, rank, work, dtype)
-        return sum(combine((nbytes / bytes_per_s, flops / flops_per_s)) for nbytes, flops in parts)
-
+    parts = rank_work(config, plan, rank, work, dtype)
+    products = sum(combine((nbytes / bytes_per_s, flops / flops_per_s)) for nbytes, flops in parts)
     small = config.num_hidden_layers * (efficiency.layer_s + work.sequences * efficiency.sequence_s)
-    turns = 1 if hardware.cores is None else -(-plan.tp // hardware.cores)  # ranks that take turns on a core
-    return max(map(seconds, range(plan.tp))) + turns * small
+    turns = 1 if machine.cores is None else -(-plan.tp // machine.cores)  # ranks that take turns on a core
+    return products + turns * small
 
 
 def rates(hardware, tp, dtype, efficiency):
@@ -259,7 +272,7 @@ def estimate(config, hardware, spread, dtype, workload):
     InputError
         if the model has fewer attention heads than ranks.
     """
-    plan = make_plan(config, spread.tp)
+    plan = make_plan(config, spread.tp, shares_in(spread.split))
     ranks = range(spread.tp)
     room = cache_room(config, plan, hardware, dtype)
     model = config.max_position_embeddings
@@ -269,6 +282,7 @@ def estimate(config, hardware, spread, dtype, workload):
     return Estimate(
         tp=spread.tp,
         nodes=spread.nodes,
+        split=spread.split,
         weight_bytes_per_rank=max(weight_bytes(plan, rank, dtype) for rank in ranks),
         kv_cache_bytes_per_token_per_rank=max(cache_bytes(config, plan, rank, dtype) for rank in ranks),
         longest_context_tokens=min(room, model),

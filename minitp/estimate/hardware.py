@@ -83,6 +83,8 @@ class Hardware:
         Readable origin of the figures above, and of those in `efficiency`.
     cores : int or None
         Cores of a CPU, whose ranks share the figures above; None if each rank has its own GPU.
+    ranks : tuple of Hardware
+        The GPU of each rank, if they are not alike; the figures above are then the lowest of all.
     """
 
     name: str
@@ -96,6 +98,11 @@ class Hardware:
     limit_source: str
     expected_source: str
     cores: int | None = None
+    ranks: tuple = ()
+
+    def of(self, rank):
+        """Return the Hardware of a rank."""
+        return self.ranks[rank] if self.ranks else self
 
 
 LIMIT = Efficiency()
@@ -218,4 +225,20 @@ def cpu(cores, memory_bytes, memory_bytes_per_s, flops_per_s):
     return Hardware(
         *("cpu", title, memory_bytes, memory_bytes_per_s, flops_per_s, link, CPU_EFFICIENCY, 0.2e9),
         *(PRODUCTS, CPU_SOURCES, cores),
+    )
+
+
+def mixed(gpus):
+    """Return the Hardware of ranks with these GPUs, which may be of several kinds."""
+    slowest = min(gpus, key=lambda gpu: gpu.link.bytes_per_s)
+    return replace(
+        slowest,
+        name=",".join(gpu.name for gpu in gpus),
+        title="; ".join(gpu.title for gpu in gpus),
+        memory_bytes=min(gpu.memory_bytes for gpu in gpus),
+        memory_bytes_per_s=min(gpu.memory_bytes_per_s for gpu in gpus),
+        flops_per_s={name: min(gpu.flops_per_s[name] for gpu in gpus) for name in slowest.flops_per_s},
+        limit_source=" or ".join(dict.fromkeys(gpu.limit_source for gpu in gpus)),
+        expected_source=" or ".join(dict.fromkeys(gpu.expected_source for gpu in gpus)),
+        ranks=tuple(gpus),
     )

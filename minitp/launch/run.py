@@ -47,12 +47,8 @@ def ranks_to_start(tp, device, model, layers=None, revision=None, split=None):
     InputError
         If --tp is not the number of shares.
     """
-    if (shares := shares_in(split)) is not None:
-        if tp != "auto" and ranks_wanted(tp) != len(shares):
-            raise InputError(
-                f"--tp {tp}, but --split {shown(split)} is for {counted(len(shares), 'rank')}; omit --tp"
-            )
-        return len(shares)
+    if (shares := ranks_of_split(tp, split)) is not None:
+        return shares
     if tp != "auto" or ranks_wanted(tp, device) == 1:
         return ranks_wanted(tp, device)  # without reading config.json
     from minitp.loading.source import open_config  # imports numpy
@@ -64,3 +60,21 @@ def ranks_for(config, tp, device):
     """Return the number of ranks that --tp asks for, for a model whose Config is known."""
     size = ranks_wanted(tp, device)
     return min(size, config.num_attention_heads) if tp == "auto" else size
+
+
+def ranks_of_split(tp, split):
+    """Return the number of shares in a value of --split, or None if it has none.
+
+    Raises
+    ------
+    InputError
+        If --tp is another number.
+    """
+    shares = shares_in(split)
+    if shares is None:
+        return None
+    if tp != "auto" and ranks_wanted(tp) != len(shares):
+        raise InputError(
+            f"--tp {tp}, but --split {shown(split)} is for {counted(len(shares), 'rank')}; omit --tp"
+        )
+    return len(shares)

@@ -306,6 +306,47 @@ def test_hub_id(tmp_path):
     assert down.stdout == first.stdout, "the hub may also be down"
 
 
+def test_unequal_gpus_and_shares(fixed, capsys):
+    llama = ["--model", "random:llama-3-8b", "--gpu", "l40s,rtx-4090"]
+    result, text = printed(capsys, *llama, "--split", "auto")
+    assert result["split"] == "1,1.2", "864 and 1008 GB/s"
+    assert [(row["tp"], row["split"]) for row in result["estimates"]] == [(2, None), (2, "1,1.2")]
+    equal, unequal = (row["decode_limit_tokens_per_s"] for row in result["estimates"])
+    assert unequal > equal, "the L40S is slower"
+    assert "TP=2 with --split 1,1.2 fits" in joined(text)
+    first, second = result["ranks"]
+    assert (first["query_heads"], second["query_heads"]) == ([0, 15], [15, 32])
+    assert f"1 rtx-4090 24.00 GB {format.size(second['weight_bytes'])} 81.9 kB 15:32 3:8" in joined(text)
+    slowest = max(rank["decode_limit_s"] for rank in result["ranks"])
+    collectives = result["estimates"][1]["collective_share_limit"]
+    assert 1 / unequal == pytest.approx(slowest / (1 - collectives), rel=1e-6)
+    result, _ = printed(capsys, *llama, "--split", "memory")
+    assert result["split"] == "2,1", "47 and 23 GB after the reserve"
+    result, _ = printed(capsys, *llama)
+    assert (result["split"], len(result["estimates"]), len(result["ranks"])) == (None, 1, 2)
+
+
+def test_a_rank_gets_no_more_than_fits(fixed, capsys):
+    """An H100 reads three times as fast as an L40S, but holds no more than 63 GB of weights."""
+    model = ["--model", "random:llama-3-8b", "--dtype", "float32", "--gpu"]
+    assert printed(capsys, *model, "l40s,h100", "--split", "auto")[0]["split"] == "1,5"
+    result, text = printed(capsys, *model, "rtx-4090,h100", "--split", "3,1")
+    assert not result["estimates"][1]["fits"]
+    assert "TP=2 with --split 3,1 does not fit with 1 sequence" in joined(text)
+    assert "--split memory gives each rank what its memory holds" in joined(text)
+
+
+def test_shares_of_equal_hardware(fixed, capsys):
+    result, text = printed(capsys, "--model", "random:mistral-7b", "--gpu", "a100", "--split", "3,1")
+    assert (result["tp"], result["split"]) == (2, "3,1")
+    assert "0:24" in text
+    for split in ("auto", "memory"):
+        result, _ = printed(capsys, "--gpu", "h100", "--split", split, "--tp", 2)
+        assert (result["tp"], result["split"], result["ranks"]) == (2, None, [])
+    result, _ = printed(capsys, "--split", "3,1")
+    assert [rank["query_heads"] for rank in result["ranks"]] == [[0, 7], [7, 9]]
+
+
 def test_without_tp_the_fewest_ranks_that_fit_are_marked(fixed, capsys, monkeypatch):
     large = ["--model", "random:llama-3-8b", "--gpu", "rtx-4090"]
     result, text = printed(capsys, *large, "--batch", 24)
@@ -338,6 +379,13 @@ REFUSED = {
     "batch 0": (["--batch", 0], "--batch 0: expected at least 1 sequence"),
     "nodes 0": (["--tp", 4, "--nodes", 0], "--nodes 0: expected 1 to 4 for --tp 4"),
     "more nodes than ranks": (["--tp", 2, "--nodes", 3], "--nodes 3: expected 1 to 2 for --tp 2"),
+    "one gpu of several": (["--gpu", "h100,h300"], "invalid choice: 'h300'"),
+    "cpu among gpus": (["--gpu", "h100,cpu"], "invalid choice: 'cpu'"),
+    "other tp": (["--gpu", "h100,a100", "--tp", 3], "--tp 3, but --gpu has 2 GPUs; give a GPU for each rank"),
+    "other split": (["--gpu", "h100,a100", "--split", "1,1,1"], "--split '1,1,1', but --gpu has 2 GPUs"),
+    "split and tp": (["--split", "3,1", "--tp", 3], "--tp 3, but --split '3,1' is for 2 ranks; omit --tp"),
+    "share 0": (["--split", "3,0"], "--split '3,0': the share of rank 1 is '0'"),
+    "shares of more than the heads": (["--split", "1,1,1,1,2"], "--split with 5 shares: this model has 4"),
     "nodes of a cpu": (["--gpu", "cpu", "--nodes", 1], "--nodes 1: --gpu cpu is this machine only"),
     "no such model": (["--model", "/nowhere"], "--model /nowhere: no such directory"),
     "unknown shapes": (["--model", "random:gpt-5"], "random:gpt-5: unknown model; choose from"),
