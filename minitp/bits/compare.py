@@ -21,6 +21,7 @@ from minitp.compare.inputs import HEAD_NORMS, INPUTS, POST_NORMS, STREAM
 from minitp.compare.pairing import FIRST_PASS
 from minitp.errors import InputError
 from minitp.trace.names import AFTER, BEFORE, LAYER, PARTIAL, WEIGHTS, full_name
+from minitp.util.shares import other_shares
 
 # The inputs of steps for which the table of `compare.inputs` has none, or others; the first tuple that is
 # recorded is used.
@@ -101,6 +102,11 @@ def _check_dtypes(name, a, b):
         )
 
 
+def other_ranks(a, b):
+    """Return whether two recordings are of other numbers of ranks, or of ranks with other shares."""
+    return a.tp != b.tp or other_shares(a.split, b.split)
+
+
 class _Pairs:
     """The pairs of rows of two recordings, and the positions whose bits have changed in each step."""
 
@@ -108,7 +114,7 @@ class _Pairs:
         self.a, self.b, self.stop, self.result, self.forced = a, b, stop, result, forced
         inner = [(layer, step) for layer in range(min(a.layers, b.layers)) for step in LAYER]
         steps = [*((None, step) for step in BEFORE), *inner, *((None, step) for step in AFTER)]
-        left_out = PARTIAL if a.tp != b.tp else ()
+        left_out = PARTIAL if other_ranks(a, b) else ()
         self.steps = [
             (layer, step)
             for layer, step in steps

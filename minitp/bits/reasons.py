@@ -64,6 +64,11 @@ def reason(change, a_tp, b_tp, repeated=False):
     )
 
 
+def reason_of_shares(a_split, b_split):
+    """Return the reason of a change between runs in which as many ranks have other shares."""
+    return f"the ranks have shares {b_split}, not {a_split}, and products of other shapes: {OTHER_KERNEL}"
+
+
 def _reason_of_ranks(step, a_tp, b_tp):
     if step in SUMS_OF_RANKS:
         return (
@@ -81,4 +86,4 @@ def _reason_of_ranks(step, a_tp, b_tp):
 
 def _share(tp, what):
     """Return the part of something that each of `tp` ranks has, as text."""
-    return f"all of {what}" if tp == 1 else f"1/{tp} of {what}"
+    return f"all of {what}" if tp == 1 else f"one of {tp} parts of {what}"

@@ -71,6 +71,7 @@ class RankRecording:
     windows: list
     progress: Callable = lambda: None
     others = ()
+    split = None  # the other recording is of the same ranks
 
     @property
     def layers(self):
@@ -122,6 +123,8 @@ class FileRecording:
         only after `placing.placed`: until then, each begins at position 0.
     tp : int or None
         The number of ranks, if known.
+    split : str or None
+        The ranks' shares of the model, as in "3,1", if known.
     windows : list of (int or None)
         The sliding window of each layer; of an engine without metadata, None.
     layers : int
@@ -149,10 +152,12 @@ class FileRecording:
             self._own[step], self._letters[step] = name, letters
         self.others = [name for name in entries if name not in self._own.values()]
         if self.metadata is None:
-            self.tp, self.layers = None, 1 + max((_layer(name) for name in self._own), default=-1)
+            self.tp = self.split = None
+            self.layers = 1 + max((_layer(name) for name in self._own), default=-1)
             self.windows, self.passes = [None] * self.layers, self._passes_of_shapes()
         else:
             self.tp, self.layers = self.metadata.tp, self.metadata.layers
+            self.split = self._file.metadata.get("split")
             self.windows = list(self.metadata.config.windows)[: self.layers]
             found = {one.name: one.count for one in self._passes_of_shapes()}
             self.passes = [

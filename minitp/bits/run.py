@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from minitp.bits.compare import compare_bits
+from minitp.bits.compare import compare_bits, other_ranks
 from minitp.bits.copies import reason_of_copy
 from minitp.bits.difference import differing
 from minitp.bits.exact import ExactCheck
 from minitp.bits.forced import PREFIX, run_forced
 from minitp.bits.placing import placed
-from minitp.bits.reasons import reason
+from minitp.bits.reasons import reason, reason_of_shares
 from minitp.bits.recording import FileRecording, common_positions
 from minitp.bits.rows import StepArray
 from minitp.bits.variants import Variants
@@ -114,7 +114,10 @@ def bits_of_files(paths, titles=None):
             why.append(f"not compared, because the shapes differ: {count}, such as {result.left_out[0]}")
         outcome = SAME
         if result.first is not None:
-            why.append(reason(result.first, first.tp, other.tp))
+            if first.tp == other.tp and other_ranks(first, other):
+                why.append(reason_of_shares(first.split, other.split))
+            else:
+                why.append(reason(result.first, first.tp, other.tp))
             outcome, found = _by_size(result)
             why += found + _also(result.first, result.begins)
             if first.tp != other.tp and None not in (first.tp, other.tp):

@@ -11,6 +11,7 @@ from minitp.cli.options import add_json, add_run
 from minitp.errors import InputError
 from minitp.util.environment import limit_blas_threads, world_size
 from minitp.util.format import counted, duration
+from minitp.util.shares import numbers_only
 from minitp.util.stdout import write_out
 
 PLOTS = (".png", ".svg")
@@ -197,6 +198,7 @@ def check_share(args):
     if not 0 <= args.as_rank < args.of:
         ranks = "rank 0" if args.of == 1 else f"a rank from 0 to {args.of - 1}"
         raise InputError(f"--as-rank {args.as_rank} --of {args.of}: expected {ranks}")
+    numbers_only(args.split, "measures all ranks, and --as-rank runs one")
     if args.tp != "auto" or world_size(os.environ) is not None:
         raise InputError("--as-rank runs a single process; omit --tp and mpirun")
 

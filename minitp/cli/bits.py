@@ -121,8 +121,9 @@ class BitsCommand(OnRanks):
             first = Path(folder, f"tp{size}.safetensors")
             for tp in tqdm(sizes, "traces", unit=" traces", leave=False, disable=not sys.stderr.isatty()):
                 path = Path(folder, f"tp{tp}.safetensors")
+                split = said["split"] if tp == size else ",".join(["1"] * tp)
                 with open(os.devnull, "wb") as file:
-                    code = run_ranks(trace_command(args, ids, tp, path), tp, args.verbose, file.fileno())
+                    code = run_ranks(trace_command(args, ids, split, path), tp, args.verbose, file.fileno())
                 if code:
                     return code
                 if tp < size:
@@ -159,13 +160,14 @@ class BitsCommand(OnRanks):
         with tqdm(desc="bits", unit=" layers", leave=False, disable=hidden) as bar:
             rows = bits_of_model(source, model, prepared, args.batch, args.repeats, bar)
         heading = (
-            f"{source.name} on {counted(comm.size, 'rank')}, {model.device.dtype.name}: "
+            f"{source.name} on {source.ranks}, {model.device.dtype.name}: "
             f"{counted(len(prepared), 'token')}, {counted(source.plan.layers, 'layer')}; each run is "
             "compared with one pass over the prompt alone"
         )
         if os.environ.get(SOCKET_VARIABLE):
             if comm.rank == 0:
-                write_out(json.dumps({"heading": heading, "rows": [asdict(row) for row in rows]}))
+                said = {"heading": heading, "split": source.shares, "rows": list(map(asdict, rows))}
+                write_out(json.dumps(said))
             return 0
         if comm.rank == 0:
             show(heading, rows, "minitp check")
@@ -199,8 +201,8 @@ def compare_recordings(args):
     return show(f"each recording is compared with {args.inputs[0]}", rows, "minitp judge")
 
 
-def trace_command(args, ids, tp, path):
-    """Return the command line of a rank that traces the prompt's prefill to a file."""
+def trace_command(args, ids, split, path):
+    """Return the command line of a rank, one for each share, that traces the prompt's prefill to a file."""
     options = {
         "--model": args.model,
         "--revision": args.revision,
@@ -209,7 +211,7 @@ def trace_command(args, ids, tp, path):
         "--device": args.device,
         "--comm": args.comm,
     }
-    command = [*WORKER, "trace", "--tokens", ",".join(map(str, ids)), "--tp", str(tp), "-o", str(path)]
+    command = [*WORKER, "trace", "--tokens", ",".join(map(str, ids)), "--split", split, "-o", str(path)]
     command += ["--steps", "prefill/*", *(["--share-gpu"] if args.share_gpu else [])]
     return command + [
         str(word) for name, value in options.items() if value is not None for word in (name, value)

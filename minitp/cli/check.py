@@ -149,7 +149,7 @@ def title(args, source, model, prompt):
     cache = "" if model.kv_dtype == "auto" else f", a cache of {model.kv_dtype}"
     batch = f", {counted(args.batch, 'sequence')} in batches" if args.batch else ""
     return (
-        f"{source.name} on {counted(model.comm.size, 'rank')}, {model.device.dtype.name}{cache}: a prompt of "
+        f"{source.name} on {source.ranks}, {model.device.dtype.name}{cache}: a prompt of "
         f"{counted(len(prompt), 'token')} and {args.decode} decoded ones{batch}, "
         f"{counted(source.plan.layers, 'layer')}"
     )

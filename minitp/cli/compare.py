@@ -4,9 +4,10 @@ import sys
 
 from minitp.cli.color import judged
 from minitp.cli.command import OneProcess
-from minitp.cli.options import add_report
+from minitp.cli.options import SHARES, add_report, add_split
 from minitp.compare.result import count_and_first, without_numbers
 from minitp.util.format import aligned, counted
+from minitp.util.shares import numbers_only
 from minitp.util.stdout import write_out
 
 BEFORE_FIRST, AFTER_FIRST = 3, 6  # number of steps to show before and from the first that differs
@@ -68,6 +69,7 @@ class CompareCommand(OneProcess):
             help="the RoPE layout of B's heads; interleaved heads are converted to A's half-split layout "
             "(default: half)",
         )
+        add_split(parser, f"{SHARES}, if B is a folder of unequal ranks' files (default: equal shares)")
         add_report(parser)
 
     def run(self, args):
@@ -80,11 +82,13 @@ class CompareCommand(OneProcess):
         from minitp.report.compare import report_data
         from minitp.report.page import write_report
 
+        split = numbers_only(args.split, "depends on devices, which compare does not know")
         if args.report is not None:
             check_output(args.report, ".html")
         pictures = None if args.report is None else Pictures()
         with tqdm(desc="comparing", unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
-            result = compare_files(args.a, args.b, args.map, args.tolerance, bar.update, pictures, args.rope)
+            options = args.map, args.tolerance, bar.update, pictures, args.rope, split
+            result = compare_files(args.a, args.b, *options)
         said, left_out = verdict(result), left_out_counts(result)
         lines = [
             f"A, the reference: {args.a}",

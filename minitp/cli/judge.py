@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from minitp.cli.color import judged
 from minitp.cli.command import OneProcess
-from minitp.cli.options import add_report, token_ids
+from minitp.cli.options import SHARES, add_report, add_split, token_ids
 from minitp.errors import InputError, shown
 from minitp.util.format import counted
+from minitp.util.shares import numbers_only
 from minitp.util.stdout import write_out
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -85,6 +86,7 @@ class JudgeCommand(OneProcess):
             help="branch, tag or commit of a Hugging Face id (default: its main branch)",
         )
 
+        add_split(parser, f"{SHARES}, for --map with an engine of unequal ranks (default: equal shares)")
         add_report(parser)
 
     def run(self, args):
@@ -172,7 +174,8 @@ def open_files(args):
         raise InputError(f"--map {args.map} needs the model's config; give --model")
     config = open_config(args.model, revision=args.revision)
     rope = "interleaved" if rotates_neighbors(args.map, config) else "half"
-    return RecordedFiles(args.file, args.map, config), args.rope or rope
+    split = numbers_only(args.split, "depends on devices, which judge does not know")
+    return RecordedFiles(args.file, args.map, config, split=split), args.rope or rope
 
 
 def of_assembled(result, ranks):

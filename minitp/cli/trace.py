@@ -87,7 +87,7 @@ class TraceCommand(OnRanks):
             model, _ = load(args, comm, source, "explicit")
             write_trace(path, source, model, ids, passes, wanted, args.per_rank)
         if comm.rank == 0:
-            who = "the oracle, float64" if args.oracle else counted(comm.size, "rank")
+            who = "the oracle, float64" if args.oracle else source.ranks
             megabytes = path.stat().st_size / 1e6
             tokens = counted(len(ids) + args.decode, "token")
             write_out(f"{path}: {tokens} through {source.name} on {who}, {megabytes:.1f} MB\n")

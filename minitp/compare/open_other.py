@@ -5,12 +5,11 @@ from pathlib import Path
 from minitp.compare.assembled import AssembledFile
 from minitp.compare.files import open_dump
 from minitp.compare.mapped import MappedFile
-from minitp.compare.rank_folder import open_ranks, refuse_too_many
+from minitp.compare.rank_folder import open_ranks, plan_of_files
 from minitp.errors import InputError
-from minitp.shard import make_plan
 
 
-def open_other(path, a, metadata, engine=None):
+def open_other(path, a, metadata, engine=None, split=None):
     """Open B, the file or folder that is compared with A.
 
     Parameters
@@ -22,6 +21,8 @@ def open_other(path, a, metadata, engine=None):
         The metadata of A.
     engine : str or None
         The engine whose names B has; None for A's names.
+    split : str or None
+        The shares of the ranks of B, as in "3,1"; None for equal shares.
 
     Returns
     -------
@@ -40,8 +41,7 @@ def open_other(path, a, metadata, engine=None):
     if metadata is None:
         return files[0]
     config = metadata.config
-    refuse_too_many(path, len(files), config)
-    plan = make_plan(config, len(files))
+    plan = plan_of_files(path, len(files), config, split)
     if engine:
         files = [MappedFile(file, engine, config, plan, rank) for rank, file in enumerate(files)]
     return AssembledFile(Path(path), files, a, plan, config.head_dim) if is_folder else files[0]

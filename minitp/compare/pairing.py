@@ -11,6 +11,7 @@ from minitp.loading.config import Config, parse_config
 from minitp.trace.names import AFTER, BEFORE, INTEGERS, LAYER, split_name
 from minitp.trace.write import FORMAT
 from minitp.util.files import read_json
+from minitp.util.shares import other_shares
 
 FIRST_PASS = "prefill/"  # the pass of names that have no pass
 MAY_DIFFER = {"dtype", "eos_token_ids", "max_position_embeddings", "num_hidden_layers", "unread"}
@@ -62,8 +63,8 @@ def exclusions(a, b, a_metadata, b_metadata):
     """Return the Exclusions of two files, of which A is a minitp trace.
 
     Excluded are the passes from the first token that differs on, because the two runs chose different tokens;
-    the ranks' own arrays if the numbers of ranks differ; and the steps after the layers if the numbers of
-    layers differ.
+    the ranks' own arrays if the numbers of ranks or their shares differ; and the steps after the layers if
+    the numbers of layers differ.
 
     Raises
     ------
@@ -82,7 +83,8 @@ def exclusions(a, b, a_metadata, b_metadata):
                 f"and {shown(theirs)} in the second"
             )
     patterns, remarks = [], []
-    if a_metadata.tp != b_metadata.tp:
+    splits = [one.metadata.get("split") for one in (a, b)]
+    if a_metadata.tp != b_metadata.tp or other_shares(*splits):
         patterns.append(r"rank\d+/")
     others = _after_other_layers(a_metadata.layers, b_metadata.layers)
     patterns += others.patterns

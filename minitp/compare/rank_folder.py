@@ -6,8 +6,10 @@ from pathlib import Path
 
 from minitp.compare.files import TensorFile, open_dump
 from minitp.errors import InputError
+from minitp.shard import make_plan
 from minitp.util.files import why_unreadable
 from minitp.util.format import counted
+from minitp.util.shares import shares_of_files
 
 ARRAYS = (".safetensors", ".npz")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".distcp")
@@ -110,6 +112,12 @@ def refuse_too_many(path, ranks, config, what="files"):
             f"{path}: it has {what} of {counted(ranks, 'rank')}, but the model has only "
             f"{counted(heads, 'attention head')}"
         )
+
+
+def plan_of_files(path, ranks, config, split=None):
+    """Return the Plan of an engine with files of `ranks` ranks; `split` has unequal shares."""
+    refuse_too_many(path, ranks, config)
+    return make_plan(config, ranks, shares_of_files(split, ranks))
 
 
 def rank_of(name):

@@ -32,7 +32,14 @@ DIAGNOSED = 20  # number of steps, from the first that differs, for which a caus
 
 
 def compare_files(
-    a_path, b_path, mapping=None, tolerance=None, progress=lambda count: None, pictures=None, rope=None
+    a_path,
+    b_path,
+    mapping=None,
+    tolerance=None,
+    progress=lambda count: None,
+    pictures=None,
+    rope=None,
+    split=None,
 ):
     """Compare the arrays of file B with those of file A.
 
@@ -52,6 +59,8 @@ def compare_files(
         Object to which a picture of each pair is added.
     rope : str or None
         The RoPE layout of B's heads, `interleaved` or `half`; interleaved heads are converted.
+    split : str or None
+        The shares of the ranks of B, as in "3,1"; None for equal shares.
 
     Raises
     ------
@@ -64,7 +73,7 @@ def compare_files(
     engine = mapping if mapping in ENGINES else None
     if mapping and not engine and not os.path.lexists(mapping):
         raise InputError(f"--map {mapping}: no such file, and none of the engines {', '.join(ENGINES)}")
-    b = open_other(b_path, a, metadata, engine)
+    b = open_other(b_path, a, metadata, engine, split)
     if engine and rotates_neighbors(engine, metadata.config):
         rope = rope or "interleaved"
     excluded = exclusions(a, b, metadata, read_metadata(b))

@@ -6,10 +6,9 @@ from threading import Lock
 
 from minitp.compare.mapped import MappedFile
 from minitp.compare.pairing import FIRST_PASS, read_metadata
-from minitp.compare.rank_folder import open_ranks, refuse_too_many
+from minitp.compare.rank_folder import open_ranks, plan_of_files
 from minitp.errors import InputError
 from minitp.judge.names import RenamedFile, is_step, is_unknown, no_steps
-from minitp.shard import make_plan
 from minitp.trace.names import split_name
 from minitp.util.format import counted
 
@@ -53,6 +52,8 @@ class RecordedFiles:
         The model's config, which the names of an engine need.
     names : str or None
         A file with a map of names, see `RenamedFile`.
+    split : str or None
+        The shares of the ranks of an engine, as in "3,1"; None for equal shares.
 
     Attributes
     ----------
@@ -69,12 +70,11 @@ class RecordedFiles:
         If a file cannot be read, a rank is missing, or the ranks' traces are not of one run.
     """
 
-    def __init__(self, path, engine=None, config=None, names=None):
+    def __init__(self, path, engine=None, config=None, names=None, split=None):
         self.path, lock = Path(path), Lock()
         dumps = open_ranks(path)
         if engine is not None:
-            refuse_too_many(path, len(dumps), config)
-            plan = make_plan(config, len(dumps))
+            plan = plan_of_files(path, len(dumps), config, split)
             dumps = [MappedFile(dump, engine, config, plan, rank) for rank, dump in enumerate(dumps)]
         if names is not None:
             dumps = [RenamedFile(dump, names) for dump in dumps]

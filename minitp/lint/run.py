@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from minitp.errors import InputError, shown
+from minitp.errors import InputError
 from minitp.lint.judgement import Judge
 from minitp.lint.layout import Expectation
 from minitp.lint.names import KnownNames
@@ -11,8 +11,7 @@ from minitp.lint.pieces import UNKNOWN, CheckpointPieces
 from minitp.lint.tensors import collect
 from minitp.lint.values import DIFFERENT
 from minitp.mapping.lookup import TensorLookup, engine_of
-from minitp.util.format import counted
-from minitp.util.shares import shares_in
+from minitp.util.shares import shares_of_files
 
 
 @dataclass
@@ -70,10 +69,7 @@ def lint(ranks, source, engine=None, progress=lambda nbytes: None, split=None):
         if the number of shares is not that of the ranks, a tensor has a dtype or a shape that weights cannot
         have, or no tensor belongs to the checkpoint.
     """
-    shares, pieces = shares_in(split), CheckpointPieces(source)
-    if shares is not None and len(shares) != len(ranks):
-        given, found = counted(len(shares), "share"), counted(len(ranks), "rank")
-        raise InputError(f"--split {shown(split)} has {given}, but there are files of {found}")
+    shares, pieces = shares_of_files(split, len(ranks)), CheckpointPieces(source)
     engine = engine or engine_of([name for rank in ranks for name in rank.entries])
     known = KnownNames(TensorLookup(engine, source.config), pieces)
     collected = collect(ranks, known, pieces, source.config.num_local_experts)

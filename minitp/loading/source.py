@@ -62,6 +62,12 @@ class ModelSource:
         """The value of --split that gives the same plan, such as "3,1"; "1,1" for even shares."""
         return self.split or ",".join(["1"] * self.plan.tp)
 
+    @property
+    def ranks(self):
+        """The number of ranks as text, with their shares if they are unequal."""
+        shares = f" (--split {self.split})" if self.split and len(set(shares_in(self.split))) > 1 else ""
+        return f"{counted(self.plan.tp, 'rank')}{shares}"
+
     def with_split(self, split):
         """Return the source with a plan that follows another value of --split, which has shares."""
         plan = make_plan(self.config, self.plan.tp, shares_in(split))

@@ -40,7 +40,7 @@ def report_data(source, dtype, result, verdict, prompt=None, gpu=None, command="
     batched = len(result.sequences) - 1
     return {
         "command": command,
-        "title": f"{source.name} on {counted(plan.tp, 'rank')}",
+        "title": f"{source.name} on {source.ranks}",
         "ok": result.ok,
         "verdict": verdict,
         "facts": [

@@ -8,6 +8,7 @@ describes the run. All values are strings; config, tp, layers, token_ids, passes
     model       the model as the user named it
     config      the object in config.json
     tp, dtype   number of ranks and dtype of the run
+    split       the ranks' shares of the model, as in "3,1"
     layers      number of layers that were run
     token_ids   token ids that were run: the prompt, then the decoded tokens
     passes      [name, first position, stop position] of each pass
@@ -99,6 +100,7 @@ def _metadata(source, token_ids, tp, dtype, passes):
         "model": source.name,
         "config": json.dumps(source.fields()),
         "tp": str(tp),
+        "split": source.shares if tp > 1 else "1",
         "dtype": dtype,
         "layers": str(source.plan.layers),
         "token_ids": json.dumps(token_ids),

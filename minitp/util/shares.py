@@ -6,6 +6,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from minitp.errors import InputError, shown
+from minitp.util.format import counted
 
 MEASURED = ("auto", "memory")  # values of --split that the devices decide
 NUMBER = re.compile(r"([0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(e[+-]?[0-9]{1,2})?", re.IGNORECASE)
@@ -35,6 +36,15 @@ def shares_in(split):
     return [Fraction(part) for part in parts]
 
 
+def shares_of_files(split, ranks):
+    """Return the shares in a value of --split, or None; raise InputError unless `ranks` ranks have them."""
+    shares = shares_in(split)
+    if shares is not None and len(shares) != ranks:
+        given, found = counted(len(shares), "share"), counted(ranks, "rank")
+        raise InputError(f"--split {shown(split)} has {given}, but there are files of {found}")
+    return shares
+
+
 def numbers_only(split, why):
     """Refuse a value of --split that the devices decide, with the reason; return any other value."""
     if split in MEASURED:
@@ -42,6 +52,18 @@ def numbers_only(split, why):
             f"--split {split} {why}; give numbers, as `minitp generate --split {split} -v` prints them"
         )
     return split
+
+
+def other_shares(split, other):
+    """Return whether two values of --split are known and give the ranks other shares.
+
+    >>> other_shares("3,1", "1.5,.5"), other_shares("3,1", "1,1"), other_shares("3,1", None)
+    (False, True, False)
+    """
+    if None in (split, other):
+        return False
+    first, second = ([share / sum(shares) for share in shares] for shares in map(shares_in, (split, other)))
+    return first != second
 
 
 def split_text(split):

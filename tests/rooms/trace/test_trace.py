@@ -105,11 +105,11 @@ def test_names_and_shapes_agree_with_the_table(whole):
 def test_metadata_describes_the_run(whole, models):
     tensors, metadata = whole
     fields = json.loads((models["llama"] / "config.json").read_text())
-    assert set(metadata) == {*FACTS, "token_ids", "passes", "kinds"}
+    assert set(metadata) == {*FACTS, "split", "token_ids", "passes", "kinds"}
     assert (metadata["format"], metadata["source"]) == ("minitp-trace-1", "ranks")
     assert metadata["model"] == str(models["llama"])
     assert json.loads(metadata["config"]) == fields
-    assert (metadata["tp"], metadata["dtype"]) == ("4", "float32")
+    assert [metadata[name] for name in ("tp", "split", "dtype")] == ["4", "1,1,1,1", "float32"]
     most_probable = [int(tensors[f"{name}/logits"][-1].argmax()) for name in ("prefill", "decode.1")]
     assert json.loads(metadata["token_ids"]) == PROMPT + most_probable
     kinds = json.loads(metadata["kinds"])
