@@ -60,7 +60,7 @@ class LLM:
         mpirun, it must be "auto" or the number of ranks that mpirun has started.
     split : str or sequence of float
         The ranks' shares of the model, as in (3, 1) or "0.6,0.4", which also give the number of ranks; "auto"
-        measures the ranks' devices, and "memory" follows their memory. By default the shares are even.
+        measures the ranks' devices, and "memory" follows their memory. By default the shares are equal.
     revision : str
         A branch, tag or commit of a Hugging Face id; by default its main branch.
     layers, device, dtype, kv_dtype, comm, share_gpu, max_context, cache_tokens, block_size

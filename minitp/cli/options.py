@@ -9,7 +9,8 @@ from minitp.engine.options import CHOICES, EngineOptions
 PROMPT_OR_TOKENS = "{PROMPT | --tokens IDS}"  # in usage lines
 TP = (
     "number of ranks, from 1 to the number of attention heads; auto: one per GPU or, without GPUs, one per "
-    "physical core, up to 4 (default: auto; under mpirun, its number of processes)"
+    "physical core, up to 4 (default: auto; with --split, its number of shares; under mpirun, its number of "
+    "processes)"
 )
 SHARES = (
     "the ranks' shares of the heads, FFN columns and vocabulary: a number for each rank, as in 3,1 or 0.6,0.4"

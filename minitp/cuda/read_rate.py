@@ -5,7 +5,7 @@ import numpy as np
 from minitp.cuda.compiler import Compiler
 from minitp.cuda.kernels.read_memory import PIECE, ReadMemory
 
-CACHES = 4  # size of the array in multiples of the L2 cache, so that most reads miss the cache
+CACHES = 16  # size of the array in multiples of the L2 cache, so that reads rarely hit the cache
 READS = 20  # number of reads that are timed together; one takes longer than its launch
 
 

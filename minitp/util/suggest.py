@@ -18,6 +18,8 @@ ALIASES = {
     "tensor_parallel_size": "tp",
     "tp_size": "tp",
     "num_gpus": "tp",
+    "tensor_split": "split",
+    "rank_tp_ratio": "split",
     "max_model_len": "max_context",
     "ctx_size": "max_context",
     "n_ctx": "max_context",

@@ -5,6 +5,7 @@ import importlib
 import random
 import threading
 import weakref
+from argparse import Namespace
 from collections import Counter
 
 import ml_dtypes
@@ -21,7 +22,7 @@ from minitp.comm.single import SingleRank
 from minitp.device import open_device
 from minitp.errors import InputError, RankError
 from minitp.generate import generate, host_logits
-from minitp.load import load_model
+from minitp.load import load_model, open_source
 from minitp.loading.source import open_model
 from minitp.model import Model
 from minitp.request import Request
@@ -149,6 +150,35 @@ def test_check_passes_at_unequal_shares(models, split, transport, batch):
     tp = split.count(",") + 1
     result = check(models["uneven", "bfloat16"], tp, "bfloat16", "fused", transport, 2, batch, split)
     assert (blamed(result), result.problems) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("how", "rates", "rooms", "split"),
+    [
+        ("auto", (3e9, 1e9), (1e9, 1e9), "3,1"),
+        ("auto", (3e9, 1e9), (2e4, 1e9), "0.308,0.692"),  # 80% of 20 kB hold less than a third of 52 kB
+        ("memory", None, (2e9, 3.02e9), "1,1.5"),
+    ],
+)
+def test_shares_that_the_gpus_decide(models, monkeypatch, how, rates, rooms, split):
+    directory = models["uneven", "float16"]
+    options = Namespace(model=str(directory), layers=None, revision=None, dtype="float16", verbose=False)
+    options.split = how
+
+    def rank(comm):
+        monkeypatch.setattr(Gpu, "weights_room", lambda gpu: (number(), rooms[number()]))
+        if rates is not None:
+            assert comm.gpu.read_rate() > 0, "the real measurement, on the stand-in"
+            comm.agree()
+            monkeypatch.setattr(Gpu, "read_rate", lambda gpu: rates[number()])
+        return open_source(comm, options).shares
+
+    def number():
+        return int(threading.current_thread().name.removeprefix("rank "))
+
+    from minitp.cuda.gpu import Gpu
+
+    assert run_on_gpus(2, rank) == [split] * 2
 
 
 @pytest.mark.parametrize(("shape", "tp"), [("uneven", 2), ("window", 1), ("large heads", 3)])

@@ -4,7 +4,17 @@ import pytest
 
 from minitp.util.suggest import ALIASES, did_you_mean
 
-OPTIONS = ["--max-new-tokens", "--max-context", "--temperature", "--top-p", "--tp", "--seed", "--kv-dtype"]
+OPTIONS = ["--max-new-tokens", "--max-context", "--temperature", "--top-p", "--tp", "--split", "--seed"]
+OPTIONS += ["--kv-dtype"]
+    "--max-new-tokens",
+    "--max-context",
+    "--temperature",
+    "--top-p",
+    "--tp",
+    "--split",
+    "--seed",
+    "--kv-dtype",
+]
 PARAMETERS = [option[2:].replace("-", "_") for option in OPTIONS]
 
 
@@ -17,6 +27,7 @@ PARAMETERS = [option[2:].replace("-", "_") for option in OPTIONS]
         ("--SEED", "--seed"),
         ("--max-tokens", "--max-new-tokens"),
         ("--tensor-parallel-size", "--tp"),
+        ("--tensor-split", "--split"),
         ("--max-model-len", "--max-context"),
         ("--ctx-size", "--max-context"),
         ("--kv-cache-dtype", "--kv-dtype"),
