@@ -36,18 +36,15 @@ class Prefill:
                 record("mlp", i - 1).residual = x
             record("attn", i).norm = h
             context = self._attention(i, layer, h, prompt, record)  # [T, H_r d]
-            addend, bias = self._partial("attn", i, context, layer.w_o, layer.b_o, record)
+            partial = m.device.xp.matmul(
+                context, layer.w_o
+            )  # [T, D]: like ops.row_parallel, rounded by cuBLAS
+            addend, bias = self._summed("attn", i, partial, layer.b_o, record)
             kernels.rms_norm(x, layer.mlp_norm, h, c.rms_norm_eps, addend, bias)
             record("attn", i).residual = x
             record("mlp", i).norm = h
-            gate_up = self._columns(h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
-            columns = layer.w_down.shape[0]  # F_r
-            s = record("mlp", i)
-            s.gate, s.up = gate_up[:, :columns], gate_up[:, columns:]  # [T, F_r] each
-            act = m.device.cupy.empty((len(x), padded(columns)), x.dtype)  # [T, F_r or more]
-            kernels.swiglu(gate_up, act)
-            s.act = act[:, :columns]  # [T, F_r]
-            addend, bias = self._partial("mlp", i, act[:, :columns], layer.w_down, layer.b_down, record)
+            partial = m.experts.prefill(i, h, record) if layer.experts else self._dense(i, layer, h, record)
+            addend, bias = self._summed("mlp", i, partial, layer.b_down, record)
         kernels.rms_norm(x, w.final_norm, h, c.rms_norm_eps, addend, bias)
         record("mlp", len(w.layers) - 1).residual = x
         if logits_at is None:
@@ -98,9 +95,19 @@ class Prefill:
             s.k_rope = keys[:, new:]  # [K_r, n, d]
             s.k_cache, s.v_cache = keys, values
 
-    def _partial(self, block, i, y, w, bias, record):
+    def _dense(self, i, layer, h, record):
+        """Return this rank's term of the output of a dense feed-forward block, [T, D], for h [T, D]."""
+        m, columns = self.model, layer.w_down.shape[0]  # F_r
+        gate_up = self._columns(h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
+        s = record("mlp", i)
+        s.gate, s.up = gate_up[:, :columns], gate_up[:, columns:]  # [T, F_r] each
+        act = m.device.cupy.empty((len(h), padded(columns)), h.dtype)  # [T, F_r or more]
+        m.kernels.swiglu(gate_up, act)
+        s.act = act[:, :columns]  # [T, F_r]
+        return m.device.xp.matmul(s.act, layer.w_down)  # [T, D]: like ops.row_parallel, rounded by cuBLAS
+
+    def _summed(self, block, i, partial, bias, record):
         """Return what the next rms_norm adds to the residual stream: (sum over all ranks [T, D], bias)."""
-        partial = self.model.device.xp.matmul(y, w)  # [T, D]: like ops.row_parallel, rounded by cuBLAS
         record(block, i).out_partial = partial
         out = self._sum(partial)  # [T, D]
         if bias is None:
