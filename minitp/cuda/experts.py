@@ -58,10 +58,10 @@ class FusedExperts:
         self._grouped(i, x, b, norm)
         b.record(i, record)
 
-    def prefill(self, i, h, record):
+    def prefill(self, i, h, buffers, record):
         """Return this rank's term of the output of layer i's experts, [T, D], for h [T, D]."""
-        m, b = self.model, self.buffers(len(h))
-        b.router = m.device.xp.matmul(h, m.weights.layers[i].w_router)  # [T, E]: rounded by cuBLAS
+        m, b = self.model, buffers
+        m.device.xp.matmul_into(h, m.weights.layers[i].w_router, b.router)  # rounded by cuBLAS
         m.kernels.route(b.router, b.routing)
         if len(b.y) < CUBLAS_ROWS * b.router.shape[1]:
             self._grouped(i, h, b)

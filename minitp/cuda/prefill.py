@@ -29,6 +29,7 @@ class Prefill:
         s.embed_partial = partial
         s.embed = x = self._sum(partial)  # [T, D]
         h = m.device.cupy.empty(x.shape, x.dtype)  # [T, D]
+        experts = None if m.experts is None else m.experts.buffers(len(x))
         addend = bias = None
         for i, layer in enumerate(w.layers):
             kernels.rms_norm(x, layer.attn_norm, h, c.rms_norm_eps, addend, bias)
@@ -36,14 +37,15 @@ class Prefill:
                 record("mlp", i - 1).residual = x
             record("attn", i).norm = h
             context = self._attention(i, layer, h, prompt, record)  # [T, H_r d]
-            partial = m.device.xp.matmul(
-                context, layer.w_o
-            )  # [T, D]: like ops.row_parallel, rounded by cuBLAS
+            partial = xp.matmul(context, layer.w_o)  # [T, D]: like ops.row_parallel, rounded by cuBLAS
             addend, bias = self._summed("attn", i, partial, layer.b_o, record)
             kernels.rms_norm(x, layer.mlp_norm, h, c.rms_norm_eps, addend, bias)
             record("attn", i).residual = x
             record("mlp", i).norm = h
-            partial = m.experts.prefill(i, h, record) if layer.experts else self._dense(i, layer, h, record)
+            if experts is None:
+                partial = self._dense(i, layer, h, record)  # [T, D]
+            else:
+                partial = m.experts.prefill(i, h, experts, record)  # [T, D]
             addend, bias = self._summed("mlp", i, partial, layer.b_down, record)
         kernels.rms_norm(x, w.final_norm, h, c.rms_norm_eps, addend, bias)
         record("mlp", len(w.layers) - 1).residual = x

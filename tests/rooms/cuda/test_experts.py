@@ -176,11 +176,15 @@ def test_a_tokens_bits_do_not_depend_on_the_rest_of_the_batch(weights):
 
 
 def test_only_the_weights_of_chosen_experts_are_read(weights):
-    """Check it with NaN in the weights of all other experts, which would spread."""
-    x, logits = draw(3)
-    chosen = moe.route(np, logits, PER_TOKEN)[0]
-    poisoned = [w.copy() for w in weights]
-    for w in poisoned:
-        w[np.setdiff1d(np.arange(EXPERTS), chosen)] = np.nan
-    for one, other in zip(block(x, logits, poisoned), block(x, logits, weights), strict=True):
-        np.testing.assert_array_equal(one, other)
+    """Check the number of matrices that the blocks read, and that NaN in the others does not matter."""
+    for tokens, read in ((1, PER_TOKEN), (3, None), (40, EXPERTS)):
+        x, logits = draw(tokens)
+        chosen = np.unique(moe.route(np, logits, PER_TOKEN)[0])
+        slots = routed(logits, PER_TOKEN).slots
+        assert slots[slots[:, 2] > 0, 0].tolist() == chosen.tolist()  # each is read by one slot, so once
+        assert read in (None, len(chosen))
+        poisoned = [w.copy() for w in weights]
+        for w in poisoned:
+            w[np.setdiff1d(np.arange(EXPERTS), chosen)] = np.nan
+        for one, other in zip(block(x, logits, poisoned), block(x, logits, weights), strict=True):
+            np.testing.assert_array_equal(one, other)
