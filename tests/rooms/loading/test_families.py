@@ -377,6 +377,7 @@ def test_one_token_reads_its_experts_and_many_tokens_read_all():
 
     everything = 4 * (sum(np.prod(shard.shape) for shard in plan.tensors.values()) - 258 * 32)
     assert read(1)[0] == everything - 4 * layers * 6 * expert
+    assert read(4)[0] == everything - 4 * layers * 8 * 0.75**4 * expert  # some experts are not chosen by any
     assert read(10**6)[0] == everything
     assert read(1)[1] == 2 * (read(1)[0] / 4 - (2 * layers + 1) * 32)  # 2 operations per weight
 
