@@ -37,16 +37,16 @@ class Prefill:
                 record("mlp", i - 1).residual = x
             record("attn", i).norm = h
             context = self._attention(i, layer, h, prompt, record)  # [T, H_r d]
-            partial = xp.matmul(context, layer.w_o)  # [T, D]: like ops.row_parallel, rounded by cuBLAS
-            addend, bias = self._summed("attn", i, partial, layer.b_o, record)
+            addend, bias = self._partial("attn", i, context, layer.w_o, layer.b_o, record)
             kernels.rms_norm(x, layer.mlp_norm, h, c.rms_norm_eps, addend, bias)
             record("attn", i).residual = x
             record("mlp", i).norm = h
             if experts is None:
-                partial = self._dense(i, layer, h, record)  # [T, D]
+                act = self._activations(i, layer, h, record)  # [T, F_r]
+                addend, bias = self._partial("mlp", i, act, layer.w_down, layer.b_down, record)
             else:
                 partial = m.experts.prefill(i, h, experts, record)  # [T, D]
-            addend, bias = self._summed("mlp", i, partial, layer.b_down, record)
+                addend, bias = self._summed("mlp", i, partial, None, record)
         kernels.rms_norm(x, w.final_norm, h, c.rms_norm_eps, addend, bias)
         record("mlp", len(w.layers) - 1).residual = x
         if logits_at is None:
@@ -97,16 +97,21 @@ class Prefill:
             s.k_rope = keys[:, new:]  # [K_r, n, d]
             s.k_cache, s.v_cache = keys, values
 
-    def _dense(self, i, layer, h, record):
-        """Return this rank's term of the output of a dense feed-forward block, [T, D], for h [T, D]."""
-        m, columns = self.model, layer.w_down.shape[0]  # F_r
+    def _activations(self, i, layer, h, record):
+        """Return this rank's columns between gate, up and down, [T, F_r], for h [T, D]."""
+        m, s = self.model, record("mlp", i)
         gate_up = self._columns(h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
-        s = record("mlp", i)
+        columns = layer.w_down.shape[0]  # F_r
         s.gate, s.up = gate_up[:, :columns], gate_up[:, columns:]  # [T, F_r] each
         act = m.device.cupy.empty((len(h), padded(columns)), h.dtype)  # [T, F_r or more]
         m.kernels.swiglu(gate_up, act)
         s.act = act[:, :columns]  # [T, F_r]
-        return m.device.xp.matmul(s.act, layer.w_down)  # [T, D]: like ops.row_parallel, rounded by cuBLAS
+        return s.act
+
+    def _partial(self, block, i, y, w, bias, record):
+        """Compute this rank's term y @ w of a block's output; the result is that of `_summed`."""
+        partial = self.model.device.xp.matmul(y, w)  # [T, D]: like ops.row_parallel, rounded by cuBLAS
+        return self._summed(block, i, partial, bias, record)
 
     def _summed(self, block, i, partial, bias, record):
         """Return what the next rms_norm adds to the residual stream: (sum over all ranks [T, D], bias)."""
