@@ -247,7 +247,7 @@ def _experts_linear(x, chosen, weights):
         rows = np.flatnonzero(chosen[:, expert])  # [n]
         y, at = linear(x[rows], w), (rows, nth[rows, expert])  # [n, F_r]
         value[at], lowp[at], scale[at] = y.value, y.low_precision_reference, y.scale
-    return Expected(value, lowp, scale, terms=x.shape[1])
+    return Expected(value, lowp, scale, terms=x.shape[1]).with_inputs(x)
 
 
 def experts_sum(acts, router, per_token, normalized, downs):

@@ -1,5 +1,6 @@
 """Compile the .cu files in kernels/ into kernels that can be launched."""
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 SOURCES = Path(__file__).parent / "kernels"
-HEADER = "common.h"
+INCLUDE = re.compile(r'#include "([\w.]+)"')
 
 
 class Compiler:
@@ -49,9 +50,9 @@ class Kernel:
 
 
 def whole_source(file):
-    """Return a file's text with the header pasted in, because CuPy's cache ignores changed includes."""
-    text, header = ((SOURCES / name).read_text(encoding="utf-8") for name in (file, HEADER))
-    return text.replace(f'#include "{HEADER}"', header)
+    """Return a file's text with included files pasted in, because CuPy's cache ignores changed includes."""
+    text = (SOURCES / file).read_text(encoding="utf-8")
+    return INCLUDE.sub(lambda include: whole_source(include[1]), text)
 
 
 def compile_options(dtype, **defines):

@@ -18,6 +18,9 @@ With several ranks, linear.store replaces linear.residual; an all-reduce follows
 the sum to x. The embeddings also go through an all-reduce, and the logits through an all-gather and
 join_columns.
 
+In a mixture of experts, the launches listed in `experts` replace linear.swiglu and the linear.residual
+after it.
+
 Everything that changes from one token to the next (tokens, lengths, block tables) is read from GPU memory,
 and all memory is allocated in advance. So a pass is captured once per batch size and replayed for every
 token, whatever the lengths are.
@@ -66,12 +69,15 @@ class DecodeGraph:
         def half(*shape):
             return cupy.zeros((batch, *shape), device.dtype)
 
-        columns = model.weights.layers[0].w_down.shape[0]  # F_r
         self.x, self.h = half(c.hidden_size), half(c.hidden_size)  # [B, D] each
         self.partial, self.out = half(c.hidden_size), half(c.hidden_size)  # [B, D] each
         self.q = half(model.heads, c.head_dim)  # [B, H_r, d]
         self.context = half(model.heads * c.head_dim)  # [B, H_r d]
-        self.act = half(padded(columns))  # [B, F_r or more]: padding columns stay zero
+        if model.experts is None:
+            columns = model.weights.layers[0].w_down.shape[0]  # F_r
+            self.act = half(padded(columns))  # [B, F_r or more]: padding columns stay zero
+        else:
+            self.experts = model.experts.buffers(batch)
         widest, vocabulary = max(model.vocab_widths), sum(model.vocab_widths)
         self.logits_r = cupy.zeros((batch, widest), np.float32)  # [B, widest]
         self.gathered = cupy.empty((model.comm.size, batch, widest), np.float32)  # [ranks, B, widest]
@@ -143,7 +149,7 @@ class DecodeGraph:
 
     def run(self, record=unrecorded):
         """Launch the pass kernel by kernel; `record` gets the steps that the explicit path has too."""
-        m, w, linear = self.model, self.model.weights, self.model.kernels.linear
+        m, w = self.model, self.model.weights
         self._embed(record)
         pending = None
         for i, layer in enumerate(w.layers):
@@ -155,9 +161,7 @@ class DecodeGraph:
                 self._record_attention(i, record)
             pending = self._add(self.context, layer.w_o, layer.b_o, record, ("attn", i))
             x, norm = self._normed(layer.mlp_norm, pending, record, ("mlp", i))
-            linear.swiglu(x, rows_of(m, layer.w_gate_up), self.act, layer.b_gate_up, norm)
-            record("mlp", i).act = self.act[:, : layer.w_down.shape[0]]
-            pending = self._add(self.act, layer.w_down, layer.b_down, record, ("mlp", i))
+            pending = (self._experts if layer.experts else self._dense)(i, layer, x, norm, record)
         self._logits(pending, record)
         m.kernels.sample(self.logits, self.temperature, self.top_k, self.top_p, self.draw, self.token)
         self._begin.end(self.lengths)
@@ -218,6 +222,24 @@ class DecodeGraph:
             *self._cache(i),
             *(self.slot, self.cos, self.sin, m.heads, m.kv_heads, m.config.head_dim, layer.b_qkv, norm),
         )
+
+    def _dense(self, i, layer, x, norm, record):
+        """Compute layer i's dense feed-forward block; the result is that of `_add`."""
+        m = self.model
+        m.kernels.linear.swiglu(x, rows_of(m, layer.w_gate_up), self.act, layer.b_gate_up, norm)
+        record("mlp", i).act = self.act[:, : layer.w_down.shape[0]]
+        return self._add(self.act, layer.w_down, layer.b_down, record, ("mlp", i))
+
+    def _experts(self, i, layer, x, norm, record):
+        """Compute layer i's mixture of experts, which has no biases; the result is that of `_add`."""
+        self.model.experts.decode(i, x, norm, self.seen, self.experts, record)
+        if self.comm.size == 1:
+            self.experts.add_up(self.x, adds=True)
+            record("mlp", i).residual = self.x
+            return None
+        self.experts.add_up(self.partial)
+        record("mlp", i).out_partial = self.partial
+        return None, ("mlp", i)
 
     def _add(self, y, w, bias, record, block):
         """Compute x += y @ w + bias on a single rank; on several, only this rank's partial = y @ w.

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 import numpy as np
 
 from minitp.cuda.decode_graph import DecodeGraph
+from minitp.cuda.experts import FusedExperts
 from minitp.cuda.kernels import Kernels
 from minitp.cuda.kernels.linear import MAX_TOKENS
+from minitp.cuda.kernels.route import MAX_EXPERTS
 from minitp.cuda.prefill import Prefill
 from minitp.model import Model, unrecorded
 from minitp.paged_cache import BlockPool, PagedCache
@@ -38,6 +40,8 @@ def unfit(config, plan, device, kv_dtype):
         return f"its kernels rotate whole heads, not {config.rotary_dim} of {config.head_dim} dimensions"
     if config.rope.attention_factor != 1:
         return f"its kernels have no RoPE attention factor, which {config.rope.rope_type} scaling needs"
+    if config.num_local_experts > MAX_EXPERTS:
+        return f"its kernels choose among at most {MAX_EXPERTS} experts, not {config.num_local_experts}"
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if "words" in field.metadata and value != field.default:
@@ -70,6 +74,7 @@ class FusedModel(Model):
         super().__init__(*parts, **options)
         self.kernels = Kernels(self)
         self.prefill = Prefill(self)
+        self.experts = FusedExperts(self) if self.config.num_local_experts else None
         self.inverse_frequencies = self.rotations[self.config.rope][0]  # [d/2]
         self._kept_pool = None  # the pool of the last sequence_cache
 

@@ -29,6 +29,7 @@ class Prefill:
         s.embed_partial = partial
         s.embed = x = self._sum(partial)  # [T, D]
         h = m.device.cupy.empty(x.shape, x.dtype)  # [T, D]
+        experts = None if m.experts is None else m.experts.buffers(len(x))
         addend = bias = None
         for i, layer in enumerate(w.layers):
             kernels.rms_norm(x, layer.attn_norm, h, c.rms_norm_eps, addend, bias)
@@ -40,14 +41,12 @@ class Prefill:
             kernels.rms_norm(x, layer.mlp_norm, h, c.rms_norm_eps, addend, bias)
             record("attn", i).residual = x
             record("mlp", i).norm = h
-            gate_up = self._columns(h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
-            columns = layer.w_down.shape[0]  # F_r
-            s = record("mlp", i)
-            s.gate, s.up = gate_up[:, :columns], gate_up[:, columns:]  # [T, F_r] each
-            act = m.device.cupy.empty((len(x), padded(columns)), x.dtype)  # [T, F_r or more]
-            kernels.swiglu(gate_up, act)
-            s.act = act[:, :columns]  # [T, F_r]
-            addend, bias = self._partial("mlp", i, act[:, :columns], layer.w_down, layer.b_down, record)
+            if experts is None:
+                act = self._activations(i, layer, h, record)  # [T, F_r]
+                addend, bias = self._partial("mlp", i, act, layer.w_down, layer.b_down, record)
+            else:
+                partial = m.experts.prefill(i, h, experts, record)  # [T, D]
+                addend, bias = self._summed("mlp", i, partial, None, record)
         kernels.rms_norm(x, w.final_norm, h, c.rms_norm_eps, addend, bias)
         record("mlp", len(w.layers) - 1).residual = x
         if logits_at is None:
@@ -98,9 +97,24 @@ class Prefill:
             s.k_rope = keys[:, new:]  # [K_r, n, d]
             s.k_cache, s.v_cache = keys, values
 
+    def _activations(self, i, layer, h, record):
+        """Return this rank's columns between gate, up and down, [T, F_r], for h [T, D]."""
+        m, s = self.model, record("mlp", i)
+        gate_up = self._columns(h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
+        columns = layer.w_down.shape[0]  # F_r
+        s.gate, s.up = gate_up[:, :columns], gate_up[:, columns:]  # [T, F_r] each
+        act = m.device.cupy.empty((len(h), padded(columns)), h.dtype)  # [T, F_r or more]
+        m.kernels.swiglu(gate_up, act)
+        s.act = act[:, :columns]  # [T, F_r]
+        return s.act
+
     def _partial(self, block, i, y, w, bias, record):
-        """Return what the next rms_norm adds to the residual stream: (sum over all ranks [T, D], bias)."""
+        """Compute this rank's term y @ w of a block's output; the result is that of `_summed`."""
         partial = self.model.device.xp.matmul(y, w)  # [T, D]: like ops.row_parallel, rounded by cuBLAS
+        return self._summed(block, i, partial, bias, record)
+
+    def _summed(self, block, i, partial, bias, record):
+        """Return what the next rms_norm adds to the residual stream: (sum over all ranks [T, D], bias)."""
         record(block, i).out_partial = partial
         out = self._sum(partial)  # [T, D]
         if bias is None:

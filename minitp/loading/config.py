@@ -47,10 +47,10 @@ class Config:
     mlp_bias: bool = False
     sliding_window: int | None = None
     full_attention_layers: frozenset = frozenset()  # layers without the sliding window
+    num_local_experts: int = 0
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = True  # the weights of a token's experts are normalized to add up to 1
     experts_in_mlp: bool = False  # the names in the file are mlp.experts.{n}.gate_proj, not .. .w1
-    num_local_experts: int = option(0, "experts")
     qk_norm: bool = option(False, "QK norm")
     norm_plus_one: bool = option(False, "norms that multiply by 1 + weight")
     post_norms: bool = option(False, "norms after the blocks")  # before the residual addition

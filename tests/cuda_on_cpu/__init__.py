@@ -65,9 +65,12 @@ def build_text(source, options=()):
     library = folder / f"{key}.so"
     parameters = dict(KERNEL.findall(source))
     if not library.exists():
-        _compile(source, options, parameters, library)
+        _compile(source, options, library)
     loaded = ctypes.PyDLL(str(library))  # keeps the GIL, so ranks that are threads run one kernel at a time
-    return {kernel: Kernel(loaded, kernel, text) for kernel, text in parameters.items()}
+    there = [
+        kernel for kernel in parameters if hasattr(loaded, f"launch_{kernel}")
+    ]  # macros may exclude some
+    return {kernel: Kernel(loaded, kernel, parameters[kernel]) for kernel in there}
 
 
 def build_folder():
@@ -76,11 +79,13 @@ def build_folder():
     return Path(os.environ.get("CUDA_ON_CPU", default))
 
 
-def _compile(source, options, kernels, library):
+def _compile(source, options, library):
+    preprocess = ["g++", "-E", "-P", "-x", "c++", *options, "-"]
+    preprocessed = subprocess.run(preprocess, input=source, capture_output=True, text=True, check=True).stdout
     launchers = "".join(
         f'extern "C" void launch_{name}(dim3 grid, dim3 block, size_t shared, void **values) '
         f"{{ cuda_on_cpu::launch({name}, grid, block, shared, values); }}\n"
-        for name in kernels
+        for name, _ in KERNEL.findall(preprocessed)
     )
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         path, built = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"

@@ -13,6 +13,14 @@ ARCHITECTURES = ("80", "90a")  # A100; H100 and H200
 
 PAGED = [{"HEAD_DIM": head_dim, "BLOCK_SIZE": 16} for head_dim in (64, 128, 256)]
 
+LINEAR = [
+    {"TOKEN_TILES": 1, "PAIR_TILES": 1},
+    {"TOKEN_TILES": 1, "PAIR_TILES": 1, "NORM": 1},
+    {"TOKEN_TILES": 2, "PAIR_TILES": 1},
+    {"TOKEN_TILES": 4, "PAIR_TILES": 2},
+    {"TOKEN_TILES": 8, "PAIR_TILES": 2},
+]
+
 # Each file with the macros that it is compiled with; macros that change the code have each of their values.
 VARIANTS = {
     "swiglu.cu": [{}],
@@ -22,15 +30,12 @@ VARIANTS = {
     "attention_prefill.cu": PAGED,
     "begin_decode.cu": [{}],
     "cache_write.cu": [{"HEAD_DIM": 128}],
-    "linear.cu": [
-        {"TOKEN_TILES": 1, "PAIR_TILES": 1},
-        {"TOKEN_TILES": 1, "PAIR_TILES": 1, "NORM": 1},
-        {"TOKEN_TILES": 2, "PAIR_TILES": 1},
-        {"TOKEN_TILES": 4, "PAIR_TILES": 2},
-        {"TOKEN_TILES": 8, "PAIR_TILES": 2},
-    ],
+    "expert_linear.cu": LINEAR[1:],
+    "expert_sum.cu": [{}],
+    "linear.cu": LINEAR,
     "read_memory.cu": [{}],
     "rms_norm.cu": [{}],
+    "route.cu": [{}],
     "sample.cu": [{}],
 }
 
@@ -44,7 +49,8 @@ def cases():
     for file, variants in VARIANTS.items():
         code = re.sub("//.*", "", (CUDA / file).read_text())
         has_halves = re.search(r"\b(Half|to_half|to_float|rounded|BFLOAT16)", code)
-        for dtype in ("float16", "bfloat16") if has_halves else ("float16",):
+        dtypes = ("float16", "bfloat16") if has_halves else ("float16",)
+        for dtype in ("bfloat16",) if file == "expert_linear.cu" else dtypes:  # its product is linear.cu's
             for defines in variants:
                 yield dtype, file, defines
 

@@ -16,7 +16,16 @@ pytestmark = pytest.mark.usefixtures("cupy")
 
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
 # Families whose operations and sizes all have kernels; `unfit` says what the others lack.
-FUSED = {"llama-bias", "llama1", "mistral-nemo", "mistral-v01", "mistral-v03", "text", "tinyllama"}
+FUSED = {
+    "llama-bias",
+    "llama1",
+    "mistral-nemo",
+    "mistral-v01",
+    "mistral-v03",
+    "mixtral-window",
+    "text",
+    "tinyllama",
+}
 PROMPT = [3, 40, 60, 80, 15]
 
 

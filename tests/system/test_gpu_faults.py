@@ -77,8 +77,8 @@ class FaultyPrefill(Prefill):
                 return self.model._within("mlp", i, layer, super()._columns, h, w, bias)
         return super()._columns(h, w, bias)
 
-    def _partial(self, block, i, *args):
-        return self.model._within(block, i, self.model.weights.layers[i], super()._partial, block, i, *args)
+    def _summed(self, block, i, *args):
+        return self.model._within(block, i, self.model.weights.layers[i], super()._summed, block, i, *args)
 
 
 class FaultyFusedModel(Faulty, FusedModel):
@@ -173,7 +173,7 @@ def test_the_list_has_all_faults_that_the_fused_path_can_have(models, monkeypatc
         source = open_model(str(models["fused", model]), 2)
         if unfit(source.config, source.plan, open_device("float16"), "auto") is None:
             calls[model] = check(models["fused", model], nothing, (2, 0, 0), "float16", "fused")[1]
-    assert set(calls) == {"biased", "tied", "scaled", "loud", "window"}
+    assert set(calls) == {"biased", "tied", "scaled", "loud", "window", "mixture"}
     can = [name for name, (fault, _) in CASES.items() if hooked_calls(fault) <= calls.get(fault.model, set())]
     assert can == ON_THE_FUSED_PATH
 

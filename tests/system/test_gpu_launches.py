@@ -11,9 +11,14 @@ pytestmark = pytest.mark.usefixtures("cupy")
 LAYERS = 2
 
 
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+
+
 @pytest.fixture(scope="module")
-def model_directory(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("launches") / "model", num_hidden_layers=LAYERS)
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("launches")
+    kinds = {"dense": {}, "experts": MIXTRAL}
+    return {kind: write_tiny(root / kind, num_hidden_layers=LAYERS, **kinds[kind]) for kind in kinds}
 
 
 class PeerSums:
@@ -32,17 +37,19 @@ class PeerSums:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "transport", "sequences", "per_layer", "others"),
+    ("kind", "ranks", "transport", "sequences", "per_layer", "others"),
     [
-        (1, "nccl", 1, 5, 4),  # norms are fused into the products
-        (1, "nccl", 2, 7, 5),
-        *((ranks, "nccl", sequences, 9, 8) for ranks in (2, 4) for sequences in (1, 2)),
-        *((ranks, "peer", sequences, 7, 8) for ranks in (2, 4) for sequences in (1, 2)),
+        ("dense", 1, "nccl", 1, 5, 4),  # norms are fused into the products
+        ("dense", 1, "nccl", 2, 7, 5),
+        *(("dense", ranks, "nccl", sequences, 9, 8) for ranks in (2, 4) for sequences in (1, 2)),
+        *(("dense", ranks, "peer", sequences, 7, 8) for ranks in (2, 4) for sequences in (1, 2)),
+        ("experts", 1, "nccl", 1, 8, 4),
+        ("experts", 2, "nccl", 2, 12, 8),
     ],
 )
-def test_launches_of_a_pass(model_directory, monkeypatch, ranks, transport, sequences, per_layer, others):
+def test_launches_of_a_pass(models, monkeypatch, kind, ranks, transport, sequences, per_layer, others):
     def run(comm):
-        model = model_on_gpu(model_directory, comm)
+        model = model_on_gpu(models[kind], comm)
         model.connect()
         pool = model.new_pool(4)
         caches = [model.new_cache(16) for _ in range(sequences)]

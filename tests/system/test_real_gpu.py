@@ -26,11 +26,16 @@ pytestmark = NEEDS_GPU
 # --- models ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["tiny", "mistral-7b"])
+TINY = {"tiny": {}, "mixture": {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}}
+
+
+@pytest.fixture(scope="module", params=[*TINY, "mistral-7b"])
 def source(request, tmp_path_factory):
-    """The ModelSource of a tiny model, or of one layer of Mistral 7B."""
-    if request.param == "tiny":
-        return open_model(str(write_tiny(tmp_path_factory.mktemp("models") / "tiny")), 1)
+    """The ModelSource of a tiny model, dense or with experts, or of one layer of Mistral 7B."""
+    if request.param in TINY:
+        return open_model(
+            str(write_tiny(tmp_path_factory.mktemp("models") / "tiny", **TINY[request.param])), 1
+        )
     found = open_model("random:mistral-7b", 1, layers=1)
     return replace(found, tensors=TiledWeights(found.tensors.shapes, np.dtype(np.float32)))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from real_gpu import HALVES, NEEDS_GPU, drawn, same_each_time
 
-from minitp import ops
+from minitp import moe, ops
 from minitp.device import DTYPES
 
 pytestmark = NEEDS_GPU
@@ -87,6 +87,47 @@ def test_linear(gpu, compiler, shapes, tokens):
         assert_nearly_equal(same_each_time(gpu, add), gpu.to_host(sums))
         gate_up = ops.column_parallel(gpu.xp, normed, w.T)
         assert_nearly_equal(same_each_time(gpu, swiglu), gpu.to_host(ops.swiglu(gpu.xp, gate_up)))
+
+
+# (experts, per token, width, columns) of a small mixture, and of Mixtral 8x7B and Qwen3-30B-A3B on 4 ranks.
+MIXTURES = [(5, 2, 40, 24), (8, 2, 4096, 3584), (128, 8, 2048, 192)]
+
+
+@pytest.mark.parametrize(("experts", "per_token", "width", "columns"), MIXTURES)
+@pytest.mark.parametrize("tokens", [1, 9, 64, 300])
+def test_experts(gpu, compiler, experts, per_token, width, columns, tokens):
+    from minitp.cuda.kernels.expert_linear import ExpertLinear, ExpertMatrices
+    from minitp.cuda.kernels.expert_sum import ExpertSum
+    from minitp.cuda.kernels.route import Route, new_routing
+
+    cupy, dtype, rows = gpu.cupy, compiler.dtype, tokens * per_token
+    route, linear, add_up = Route(compiler, cupy, True), ExpertLinear(compiler), ExpertSum(compiler)
+    x, router = drawn(gpu, dtype, tokens, width), drawn(gpu, dtype, tokens, experts, seed=1)
+    gate_up = drawn(gpu, dtype, experts, 2 * columns, width, seed=2, scale=width**-0.5)
+    down = drawn(gpu, dtype, experts, width, columns, seed=3, scale=columns**-0.5)
+    routing = new_routing(cupy, tokens, experts, per_token)
+
+    def act():
+        route(router, routing)
+        out = cupy.zeros((rows, columns), dtype)
+        linear.swiglu(x, ExpertMatrices.of(cupy, list(gate_up)), routing, out)
+        return out[routing.position]
+
+    def total():
+        y, out = cupy.zeros((rows, width), np.float32), cupy.zeros((tokens, width), dtype)
+        linear.down(sorted_acts, ExpertMatrices.of(cupy, list(down)), routing, y)
+        add_up(y, routing, out)
+        return out
+
+    acts = same_each_time(gpu, act)
+    chosen, weights = moe.route(gpu.xp, router, per_token)
+    np.testing.assert_array_equal(gpu.to_host(routing.chosen), gpu.to_host(chosen))
+    expected = moe.experts_act(gpu.xp, x, chosen, [w.T for w in gate_up])
+    assert_nearly_equal(acts, gpu.to_host(expected))
+    order = np.argsort(gpu.to_host(routing.position).reshape(-1))  # [T X]
+    sorted_acts = gpu.from_host(acts.reshape(rows, columns)[order])  # [T X, F]
+    partial = moe.experts_partial(gpu.xp, gpu.from_host(acts), chosen, weights, [w.T for w in down])
+    assert_nearly_equal(same_each_time(gpu, total), gpu.to_host(partial))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "length"), [(4, 2, 70), (32, 8, 4095), (8, 2, 513)])

@@ -3,6 +3,7 @@
 Decode:         begin_decode, linear (all products), attention_decode, sample; with several ranks all_reduce
 Prefill:        rms_norm, cache_write, attention_prefill, swiglu
 Several ranks:  join_columns, which concatenates the logits gathered from all ranks
+Experts:        route, expert_linear, expert_sum, in decode and in prefill
 bench:          read_memory
 """
 
@@ -13,9 +14,12 @@ from minitp.cuda.kernels.attention_decode import AttentionDecode
 from minitp.cuda.kernels.attention_prefill import AttentionPrefill
 from minitp.cuda.kernels.begin_decode import BeginDecode
 from minitp.cuda.kernels.cache_write import CacheWrite
+from minitp.cuda.kernels.expert_linear import ExpertLinear
+from minitp.cuda.kernels.expert_sum import ExpertSum
 from minitp.cuda.kernels.join_columns import JoinColumns
 from minitp.cuda.kernels.linear import Linear
 from minitp.cuda.kernels.rms_norm import RmsNorm
+from minitp.cuda.kernels.route import Route
 from minitp.cuda.kernels.sample import Sample
 from minitp.cuda.kernels.swiglu import Swiglu
 
@@ -41,6 +45,10 @@ class Kernels:
         self.rms_norm = RmsNorm(self.compiler)
         self.swiglu = Swiglu(self.compiler)
         self.cache_write = CacheWrite(self.compiler, model.config.head_dim)
+        if model.config.num_local_experts:
+            self.route = Route(self.compiler, self._cupy, model.config.norm_topk_prob)
+            self.expert_linear = ExpertLinear(self.compiler)
+            self.expert_sum = ExpertSum(self.compiler)
 
     @cached_property
     def join_columns(self):

@@ -13,7 +13,8 @@
 //                              weight first. Every block computes this; with more tokens, a separate launch is
 //                              faster
 //
-// Macros: TOKEN_TILES, the number of tiles of 8 tokens; PAIR_TILES, see below; NORM.
+// Macros: TOKEN_TILES, the number of tiles of 8 tokens; PAIR_TILES, see below; NORM; EXPERTS, if expert_linear.cu
+// includes this file: then the rows of x may be any, listed in Product::rows.
 //
 // Most of the time goes into reading the weights, each once. Rows of weight are processed in pairs whose outputs are
 // needed together (gate and up, or the two that RoPE rotates), in tiles of 8 pairs. These are the 16 rows of a tensor
@@ -43,6 +44,9 @@ struct Product {
     const Half *x, *weight, *norm;
     float eps;
     int tokens, width, outputs;
+#ifdef EXPERTS
+    const int *rows;  // the row of x of each token; null if they are rows 0, 1, 2, ..
+#endif
 };
 
 struct Rows {  // a pair of rows of weight
@@ -90,6 +94,33 @@ __device__ Input input_of(const Product &p) { return {p.x, p.width}; }
 
 #endif
 
+#ifdef EXPERTS
+
+struct TokenTiles {  // the distances from the first row of x to a lane's row in each tile of tokens, in uint4
+    static constexpr bool LEAVES_EARLY = true;  // most experts have fewer tokens than the macro allows
+    int row[TOKEN_TILES];
+    __device__ TokenTiles(const Product &p, int g, int stride) {
+        for (int tile = 0; tile < TOKEN_TILES; tile++) {
+            const int token = min(tile * TILE + g, p.tokens - 1);
+            row[tile] = (p.rows == nullptr ? token : p.rows[token]) * (stride / COLUMNS);
+        }
+    }
+    __device__ static int first_row(int g) { return 0; }
+    __device__ int operator[](int tile) const { return row[tile]; }
+};
+
+#else
+
+struct TokenTiles {  // the distances from a lane's row in the first tile of tokens to its row in each, in uint4
+    static constexpr bool LEAVES_EARLY = false;
+    int distance;
+    __device__ TokenTiles(const Product &p, int g, int stride) : distance(TILE * stride / COLUMNS) {}
+    __device__ static int first_row(int g) { return g; }
+    __device__ int operator[](int tile) const { return tile * distance; }
+};
+
+#endif
+
 __device__ inline const uint4 *at(const Half *matrix, int row, int stride, int column) {
     return reinterpret_cast<const uint4 *>(matrix + static_cast<long long>(row) * stride + column);
 }
@@ -122,8 +153,8 @@ __device__ void multiply(const Product &p, int pairs, RowsOf rows_of, Finish fin
     for (int chunk = 0; chunk < IN_FLIGHT; chunk++) load(chunk, 0);
 
     const Input input = input_of(p);
-    const uint4 *x_row = at(input.x, g, input.stride, column);
-    const int x_tile = TILE * input.stride / COLUMNS;  // distance between the rows of two tiles, in uint4
+    const uint4 *x_row = at(input.x, TokenTiles::first_row(g), input.stride, column);
+    const TokenTiles x_tile(p, g, input.stride);
 
     float sums[PAIR_TILES][TOKEN_TILES][4] = {};
     while (column - t * COLUMNS < p.width) {  // the same number of iterations on all lanes
@@ -131,8 +162,9 @@ __device__ void multiply(const Product &p, int pairs, RowsOf rows_of, Finish fin
         for (int chunk = 0; chunk < IN_FLIGHT; chunk++) {
             const bool inside = column + chunk * NEXT * COLUMNS < p.width;
             for (int tile = 0; tile < TOKEN_TILES; tile++) {
+                if (TokenTiles::LEAVES_EARLY && tile > 1 && tile * TILE >= p.tokens) break;
                 const bool there = inside && tile * TILE + g < p.tokens;
-                const uint4 x = there ? x_row[tile * x_tile + chunk * NEXT] : uint4{};
+                const uint4 x = there ? x_row[x_tile[tile] + chunk * NEXT] : uint4{};
                 for (int i = 0; i < PAIR_TILES; i++) {
                     const uint4 &first = weights[chunk][i][0], &second = weights[chunk][i][1];
                     mma(sums[i][tile], {first.x, second.x, first.y, second.y}, {x.x, x.y});
@@ -181,6 +213,8 @@ __device__ void multiply(const Product &p, Finish finish) {
         if (rows.second < p.outputs) finish(token, rows.second, second);
     });
 }
+
+#ifndef EXPERTS
 
 __device__ inline float with_bias(float y, const Half *bias, int row) {
     return bias == nullptr ? y : y + to_float(bias[row]);
@@ -258,3 +292,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         to[i + half] = to_half(right);
     });
 }
+
+#endif

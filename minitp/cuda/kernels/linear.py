@@ -43,23 +43,25 @@ class Linear:
     def store(self, x, weight, out, bias=None, norm=None):
         """Compute out = x @ weight.T + bias, rounded once; `out` is 16-bit [T, n or more]."""
         outputs = weight.shape[0]
-        self._launch("store", _pairs(outputs), x, weight, norm, np.int32(outputs), bias, out, _stride(out))
+        self._launch(
+            "store", pairs_of(outputs), x, weight, norm, np.int32(outputs), bias, out, stride_of(out)
+        )
 
     def residual(self, x, weight, residual, bias=None):
         """Compute residual += x @ weight.T + bias, rounded after each operation; 16-bit [T, n or more]."""
         outputs = weight.shape[0]
-        rest = np.int32(outputs), bias, residual, _stride(residual)
-        self._launch("residual", _pairs(outputs), x, weight, None, *rest)
+        rest = np.int32(outputs), bias, residual, stride_of(residual)
+        self._launch("residual", pairs_of(outputs), x, weight, None, *rest)
 
     def logits(self, x, weight, out, norm=None):
         """Compute out = x @ weight.T in float32; `out` [T, n] may be a slice of a wider array."""
         outputs = weight.shape[0]
-        self._launch("logits", _pairs(outputs), x, weight, norm, np.int32(outputs), out, _stride(out))
+        self._launch("logits", pairs_of(outputs), x, weight, norm, np.int32(outputs), out, stride_of(out))
 
     def swiglu(self, x, weight, out, bias=None, norm=None):
         """Compute out = silu(gate) * up, 16-bit [T, F or more]; `weight` is [2 F, k], gate rows first."""
         columns = weight.shape[0] // 2
-        self._launch("swiglu", columns, x, weight, norm, np.int32(columns), bias, out, _stride(out))
+        self._launch("swiglu", columns, x, weight, norm, np.int32(columns), bias, out, stride_of(out))
 
     def qkv(
         self,
@@ -103,8 +105,7 @@ class Linear:
             raise ValueError(f"x has {tokens} rows; linear.cu supports up to {MAX_TOKENS}")
         if norm is not None and not self.norm_fits(tokens, width):
             raise ValueError(f"x [{tokens}, {width}]: a fused norm needs one row of up to {NORM_BYTES} bytes")
-        token_tiles = next(tiles for tiles in (1, 2, 4, 8) if tokens <= tiles * TILE)
-        pair_tiles = 1 if token_tiles <= 2 else 2
+        token_tiles, pair_tiles = tiles_of(tokens)
         kernel = self._kernel(name, token_tiles, pair_tiles, norm is not None)
         norm_weight, eps = norm or (None, 0)
         sizes = np.float32(eps), np.int32(tokens), np.int32(width)
@@ -120,11 +121,17 @@ class Linear:
         return kernel
 
 
-def _pairs(outputs):
+def tiles_of(tokens):
+    """Return the macros TOKEN_TILES and PAIR_TILES for a number of tokens."""
+    token_tiles = next(tiles for tiles in (1, 2, 4, 8) if tokens <= tiles * TILE)
+    return token_tiles, 1 if token_tiles <= 2 else 2
+
+
+def pairs_of(outputs):
     """Return the number of pairs, row j with row j + TILE, in the whole tiles that cover `outputs` rows."""
     return -(-outputs // (2 * TILE)) * TILE
 
 
-def _stride(out):
+def stride_of(out):
     """Return the distance between two rows of `out` [T, n], in elements."""
     return np.int32(out.strides[0] // out.itemsize)
