@@ -45,14 +45,14 @@ POINTED = {
 
 
 class CpuCompiler:
-    """A replacement for minitp.cuda.compiler.Compiler."""
+    """A replacement for minitp.cuda.compiler.Compiler, for a GPU with or without clusters."""
 
-    def __init__(self, dtype):
-        self._dtype = np.dtype(dtype)
+    def __init__(self, dtype, has_clusters=False):
+        self._dtype, self.has_clusters = np.dtype(dtype), has_clusters
 
     def kernel(self, file, name, **defines):
         built = build_text(compiler.whole_source(file), compile_options(self._dtype, **defines))[name]
-        return compiler.Kernel(built)
+        return compiler.Kernel(built, Kernel.__call__ if self.has_clusters else None)
 
 
 def build_text(source, options=()):
@@ -83,8 +83,9 @@ def _compile(source, options, library):
     preprocess = ["g++", "-E", "-P", "-x", "c++", *options, "-"]
     preprocessed = subprocess.run(preprocess, input=source, capture_output=True, text=True, check=True).stdout
     launchers = "".join(
-        f'extern "C" void launch_{name}(dim3 grid, dim3 block, size_t shared, void **values) '
-        f"{{ cuda_on_cpu::launch({name}, grid, block, shared, values); }}\n"
+        f'extern "C" void launch_{name}(dim3 grid, dim3 block, size_t shared, int cluster, bool dependent, '
+        "void **values) { "
+        f"cuda_on_cpu::launch({name}, grid, block, shared, cluster, dependent, values); }}\n"
         for name, _ in KERNEL.findall(preprocessed)
     )
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
@@ -128,33 +129,50 @@ class _Dim3(ctypes.Structure):
 class Kernel:
     """A kernel built for the CPU; call it as kernel(grid, block, args, shared_mem=0)."""
 
+    # The types of launch_NAME's arguments.
+    ARGUMENTS = (
+        *(_Dim3, _Dim3, ctypes.c_size_t),
+        *(ctypes.c_int, ctypes.c_bool, ctypes.POINTER(ctypes.c_void_p)),
+    )
+
     def __init__(self, library, name, parameters):
         self.name = name
         self._launch = getattr(library, f"launch_{name}")
-        self._launch.argtypes = [_Dim3, _Dim3, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)]
+        self._launch.argtypes = self.ARGUMENTS
         self._launch.restype = None
         self.parameters = [" ".join(one.split()) for one in parameters.split(",")]
         self.max_dynamic_shared_size_bytes = 48 << 10  # callers raise it if they need more, like with CuPy
 
-    def __call__(self, grid, block, args, shared_mem=0):
+    def __call__(self, grid, block, args, shared_mem=0, dependent=False, cluster=1):
         if len(args) != len(self.parameters):
             raise TypeError(f"{self.name} takes {len(self.parameters)} arguments, not {len(args)}")
+        values = [self.value(*pair) for pair in zip(self.parameters, args, strict=True)]
+        self.launch(grid, block, values, shared_mem, dependent, cluster)
+
+    def launch(self, grid, block, values, shared_mem, dependent, cluster):
+        """Run the kernel with arguments that are C values."""
         if shared_mem > self.max_dynamic_shared_size_bytes:
             raise ValueError(f"{self.name}: {shared_mem} bytes of shared memory exceed the kernel's limit")
-        values = [self._value(*pair) for pair in zip(self.parameters, args, strict=True)]
-        pointers = [ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values]
-        array = (ctypes.c_void_p * len(pointers))(*pointers)
-        self._launch(_Dim3(*_three(grid)), _Dim3(*_three(block)), shared_mem, array)
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        sizes = _Dim3(*_three(grid)), _Dim3(*_three(block)), shared_mem
+        self._launch(*sizes, cluster, dependent, pointers)
 
-    def _value(self, parameter, argument):
+    def values_at(self, pointers):
+        """Return copies of the arguments at these addresses, as a driver makes them at a launch."""
+        kinds = [_c_type(_kind(parameter)) for parameter in self.parameters]
+        return [
+            kind.from_buffer_copy(ctypes.string_at(at, ctypes.sizeof(kind)))
+            for kind, at in zip(kinds, pointers, strict=True)
+        ]
+
+    def value(self, parameter, argument):
         """Convert an argument to the C type of its parameter; raise TypeError if it has another type."""
-        kind = re.sub(r"\b(const|__restrict__)\b", "", parameter)
-        kind = " ".join(re.sub(r"\w+$", "", kind.strip()).split())
+        kind = _kind(parameter)
         if not kind.endswith("*"):
             expected = SCALARS[kind]
             if type(argument) is not expected:
                 raise TypeError(f"{self.name}: {parameter} must be {expected.__name__}, not {argument!r}")
-            return np.ctypeslib.as_ctypes_type(expected)(argument.item())
+            return _c_type(kind)(argument.item())
         if argument is None:
             return ctypes.c_void_p(0)
         if type(argument) is np.uint64:  # an address
@@ -163,6 +181,16 @@ class Kernel:
         if argument.dtype not in POINTED[pointed]:
             raise TypeError(f"{self.name}: {parameter} must be {POINTED[pointed]}, not {argument.dtype}")
         return ctypes.c_void_p(np.asarray(argument).__array_interface__["data"][0])
+
+
+def _kind(parameter):
+    """Return the type of a C parameter without its name and qualifiers, such as "Half *"."""
+    kind = re.sub(r"\b(const|__restrict__)\b", "", parameter)
+    return " ".join(re.sub(r"\w+$", "", kind.strip()).split())
+
+
+def _c_type(kind):
+    return ctypes.c_void_p if kind.endswith("*") else np.ctypeslib.as_ctypes_type(SCALARS[kind])
 
 
 def _three(size):

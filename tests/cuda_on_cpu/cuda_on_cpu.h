@@ -2,6 +2,13 @@
 //
 // This finds wrong indices, reductions, masks and shapes, and barriers that not all threads reach. It does not find
 // races or missing fences: fibers switch only where they wait, so memory accesses are always in order.
+//
+// The blocks of a cluster take turns: each runs until all of its threads wait at the cluster's barrier or have ended.
+// Other blocks can read its dynamic shared memory. Its `__shared__` variables exist once, so after the cluster's
+// barrier they have the contents of another block.
+//
+// A kernel that is launched as a dependent must wait for the previous kernel on every thread, before it lets the next
+// kernel start.
 
 #pragma once
 
@@ -50,14 +57,14 @@ namespace cuda_on_cpu {
 constexpr int LANES = 32;
 constexpr size_t STACK = 64 << 10;
 
-enum State { READY, AT_WARP, AT_BLOCK, DONE };
+enum State { READY, AT_WARP, AT_BLOCK, AT_CLUSTER, DONE };
 
 struct Fiber {
     jmp_buf here;
     ucontext_t start;
     State state;
     dim3 index;
-    bool begun;
+    bool begun, has_waited;
 };
 
 struct Warp {
@@ -65,12 +72,20 @@ struct Warp {
     int waiting;
 };
 
-static std::vector<Fiber> fibers;
-static std::vector<Warp> warps;
-static std::vector<char> stacks, shared;
+struct Block {
+    dim3 index;
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    std::vector<char> shared;
+    int alive, at_block;
+};
+
+static std::vector<Block> blocks;  // those of the cluster that runs
+static Block *block;               // the block that runs
+static std::vector<char> stacks;
 static jmp_buf scheduler;
-static int current, alive, at_block;
-static bool moved;
+static int current;
+static bool dependent;
 static std::function<void()> body;
 
 inline void fail(const char *what) {
@@ -78,63 +93,112 @@ inline void fail(const char *what) {
     abort();
 }
 
-inline void *dynamic_shared() { return shared.data(); }
+inline void *dynamic_shared() { return block->shared.data(); }
 
 inline void wait_as(State state) {
-    Fiber &fiber = fibers[current];
+    Fiber &fiber = block->fibers[current];
     fiber.state = state;
     if (_setjmp(fiber.here) == 0) _longjmp(scheduler, 1);
 }
 
 inline void warp_barrier() {
-    Warp &warp = warps[current / LANES];
+    Warp &warp = block->warps[current / LANES];
     if (++warp.waiting < LANES) return wait_as(AT_WARP);
     warp.waiting = 0;
-    for (int i = current / LANES * LANES, last = i + LANES; i < last; i++) fibers[i].state = READY;
+    for (int i = current / LANES * LANES, last = i + LANES; i < last; i++) block->fibers[i].state = READY;
 }
 
 inline void block_barrier() {
-    if (++at_block < static_cast<int>(fibers.size())) return wait_as(AT_BLOCK);
-    at_block = 0;
-    for (Fiber &fiber : fibers) fiber.state = READY;
+    if (++block->at_block < static_cast<int>(block->fibers.size())) return wait_as(AT_BLOCK);
+    block->at_block = 0;
+    for (Fiber &fiber : block->fibers) fiber.state = READY;
+}
+
+inline int cluster_rank() { return block - blocks.data(); }
+
+// Returns where block `rank` of the cluster has what this block has at `own`, in dynamic shared memory.
+inline const void *in_block(const void *own, int rank) {
+    const long offset = static_cast<const char *>(own) - block->shared.data();
+    if (offset < 0 || offset >= static_cast<long>(block->shared.size())) fail("not in dynamic shared memory");
+    if (rank < 0 || rank >= static_cast<int>(blocks.size())) fail("a block outside the cluster");
+    if (blocks[rank].alive == 0) fail("a read of the shared memory of a block that has ended");
+    return blocks[rank].shared.data() + offset;
+}
+
+inline void wait_for_previous() { block->fibers[current].has_waited = true; }
+
+inline void let_next_start() {
+    if (dependent && !block->fibers[current].has_waited) fail("let_next_start before wait_for_previous");
 }
 
 inline void enter() {
     body();
-    fibers[current].state = DONE;
-    alive--;
+    if (dependent && !block->fibers[current].has_waited) fail("a thread of a dependent kernel that never waits");
+    block->fibers[current].state = DONE;
+    block->alive--;
     _longjmp(scheduler, 1);
 }
 
-inline void run_block() {
-    const int threads = fibers.size();
+inline void begin_block(int rank) {
+    const int threads = block->fibers.size();
     for (int i = 0; i < threads; i++) {
-        Fiber &fiber = fibers[i];
+        Fiber &fiber = block->fibers[i];
         fiber.state = READY;
-        fiber.begun = false;
+        fiber.begun = fiber.has_waited = false;
         getcontext(&fiber.start);
-        fiber.start.uc_stack.ss_sp = stacks.data() + i * STACK;
+        fiber.start.uc_stack.ss_sp = stacks.data() + (rank * threads + i) * STACK;
         fiber.start.uc_stack.ss_size = STACK;
         fiber.start.uc_link = nullptr;
         makecontext(&fiber.start, enter, 0);
     }
-    memset(shared.data(), 0xff, shared.size());  // NaN, so that reading unwritten memory shows
-    for (Warp &warp : warps) warp.waiting = 0;
-    alive = threads;
-    at_block = 0;
-    while (alive > 0) {
+    memset(block->shared.data(), 0xff, block->shared.size());  // NaN, so that reading unwritten memory shows
+    for (Warp &warp : block->warps) warp.waiting = 0;
+    block->alive = threads;
+    block->at_block = 0;
+}
+
+// Runs the current block until all of its threads wait at the cluster's barrier or have ended.
+inline void run_block() {
+    const int threads = block->fibers.size();
+    static bool moved;
+    do {
         moved = false;
         for (current = 0; current < threads; current++) {
-            Fiber &fiber = fibers[current];
+            Fiber &fiber = block->fibers[current];
             if (fiber.state != READY) continue;
             moved = true;
             threadIdx = fiber.index;
+            blockIdx = block->index;
             if (_setjmp(scheduler) != 0) continue;  // the fiber waits, or is done
             if (fiber.begun) _longjmp(fiber.here, 1);
             fiber.begun = true;
             setcontext(&fiber.start);
         }
-        if (!moved) fail("a barrier that not all threads reach");
+    } while (moved);
+    for (const Fiber &fiber : block->fibers) {
+        if (fiber.state == AT_WARP || fiber.state == AT_BLOCK) fail("a barrier that not all threads reach");
+    }
+}
+
+inline void run_cluster() {
+    int alive = 0;
+    for (Block &one : blocks) {
+        block = &one;
+        begin_block(block - blocks.data());
+        alive += block->alive;
+    }
+    while (alive > 0) {
+        alive = 0;
+        for (Block &one : blocks) {
+            block = &one;
+            run_block();
+            alive += block->alive;
+        }
+        for (Block &one : blocks) {
+            for (Fiber &fiber : one.fibers) {
+                if (fiber.state == AT_CLUSTER) fiber.state = READY;
+            }
+        }
     }
 }
 
@@ -144,24 +208,30 @@ void call(void (*kernel)(Parameters...), void **values, std::index_sequence<Numb
 }
 
 template <class... Parameters>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void **values) {
-    const int threads = block.x * block.y * block.z;
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared_bytes, int cluster, bool as_dependent,
+            void **values) {
+    const int threads = size.x * size.y * size.z;
     if (threads % LANES != 0 || threads > 1024) fail("a block must have a multiple of 32 threads, at most 1024");
+    if (grid.x % cluster != 0) fail("the grid is not a whole number of clusters");
     gridDim = grid;
-    blockDim = block;
-    fibers.resize(threads);
-    warps.resize(threads / LANES);
-    stacks.resize(threads * STACK);
-    shared.resize(shared_bytes + 16);
-    for (int i = 0; i < threads; i++) {
-        fibers[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+    blockDim = size;
+    dependent = as_dependent;
+    blocks.resize(cluster);
+    stacks.resize(std::max(stacks.size(), cluster * threads * STACK));
+    for (Block &one : blocks) {
+        one.fibers.resize(threads);
+        one.warps.resize(threads / LANES);
+        one.shared.resize(shared_bytes + 16);
+        for (int i = 0; i < threads; i++) {
+            one.fibers[i].index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+        }
     }
     body = [=] { call(kernel, values, std::index_sequence_for<Parameters...>()); };
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x++) {
-                blockIdx = {x, y, z};
-                run_block();
+            for (unsigned x = 0; x < grid.x; x += cluster) {
+                for (int rank = 0; rank < cluster; rank++) blocks[rank].index = {x + rank, y, z};
+                run_cluster();
             }
 }
 

@@ -75,7 +75,7 @@ inline float add_block(float c, const float (&a)[BLOCK], const float (&b)[BLOCK]
 
 // The tensor cores' product; `mma` in common.h says which lane has which elements.
 inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    Warp &warp = warps[current / LANES];
+    Warp &warp = block->warps[current / LANES];
     const int lane = current % LANES;
     for (int i = 0; i < 4; i++) warp.words[lane][i] = a[i];
     for (int i = 0; i < 2; i++) warp.words[lane][4 + i] = b[i];
@@ -97,7 +97,7 @@ inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 template <class Value>
 Value of_lane(Value own, int lane) {
     static_assert(sizeof(Value) <= sizeof(Warp::words[0]), "the value does not fit into Warp::words");
-    Warp &warp = warps[current / LANES];
+    Warp &warp = block->warps[current / LANES];
     memcpy(warp.words[current % LANES], &own, sizeof own);
     warp_barrier();
     Value other;

@@ -19,9 +19,10 @@ the_gpu = cache(open_gpu)  # one GPU for all tests, because each call of open_gp
 class GpuCompiler:
     """A replacement for cuda_on_cpu.CpuCompiler."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, has_clusters=False):
         self._gpu = the_gpu()
         self._compiler = Compiler(self._gpu.cupy, np.dtype(dtype))
+        self.has_clusters = has_clusters and self._compiler.has_clusters
 
     def kernel(self, file, name, **defines):
         return HostArrays(self._gpu, self._compiler.kernel(file, name, **defines))
@@ -34,7 +35,7 @@ class HostArrays:
         self._gpu, self._kernel = gpu, kernel
         self.allow_shared_memory = kernel.allow_shared_memory
 
-    def __call__(self, grid, block, args, shared_mem=0):
+    def __call__(self, grid, block, args, shared_mem=0, dependent=False, cluster=1):
         owners = {}  # id of an array with its own memory -> (array, its copy on the GPU)
         gpu_args = []
         for arg in args:
@@ -46,7 +47,7 @@ class HostArrays:
                 owners[id(owner)] = owner, self._gpu.from_host(as_bytes(owner).copy())
             start = address(arg) - address(owner)
             gpu_args.append(np.uint64(owners[id(owner)][1].data.ptr + start))
-        self._kernel(grid, block, tuple(gpu_args), shared_mem=shared_mem)
+        self._kernel(grid, block, tuple(gpu_args), shared_mem, dependent, cluster)
         self._gpu.stream.synchronize()
         for owner, copy in owners.values():
             if owner.flags.writeable:

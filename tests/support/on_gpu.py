@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from contextlib import contextmanager
+from unittest.mock import patch
 
 from cuda_on_cpu import build_folder
 from paths import STAND_IN
@@ -27,7 +28,9 @@ def stand_in():
     before = _remove_cupy()
     sys.path.insert(0, str(STAND_IN))
     try:
-        yield importlib.import_module("cupy")
+        cupy = importlib.import_module("cupy")
+        with patch("minitp.cuda.launch.driver_launch", lambda: cupy.cuda.driver.cuLaunchKernelEx):
+            yield cupy
     finally:
         sys.path.remove(str(STAND_IN))
         _remove_cupy()

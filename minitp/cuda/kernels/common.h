@@ -39,6 +39,15 @@ __device__ inline unsigned long long load_acquire(const unsigned long long *p) {
     return cuda_on_cpu::load_acquire(p);
 }
 __device__ inline long long nanoseconds() { return cuda_on_cpu::nanoseconds(); }
+__device__ inline void wait_for_previous() { cuda_on_cpu::wait_for_previous(); }
+__device__ inline void let_next_start() { cuda_on_cpu::let_next_start(); }
+__device__ inline int cluster_size() { return cuda_on_cpu::blocks.size(); }
+__device__ inline int cluster_rank() { return cuda_on_cpu::cluster_rank(); }
+__device__ inline void cluster_barrier() { cuda_on_cpu::wait_as(cuda_on_cpu::AT_CLUSTER); }
+template <class Value>
+__device__ inline const Value *in_block(const Value *own, int rank) {
+    return static_cast<const Value *>(cuda_on_cpu::in_block(own, rank));
+}
 __device__ inline void copy_async(Half *shared, const Half *global) {
     *reinterpret_cast<Half8 *>(shared) = *reinterpret_cast<const Half8 *>(global);
 }
@@ -129,6 +138,63 @@ __device__ inline long long nanoseconds() {
     long long now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
     return now;
+}
+
+// Dependent launches (PTX ISA, "griddepcontrol"). A kernel that is launched as a dependent may start once every block of
+// the kernel before it on the stream has called let_next_start or ended. Every thread of a decode pass's kernel calls
+// wait_for_previous, which returns when the kernel before has ended and its results can be read, and only then
+// let_next_start. So before it waits, a kernel may read what the kernel before the previous one wrote, but nothing of
+// the previous one, and it must write nothing. Neither function does anything in a launch that is not a dependent.
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Clusters: blocks that run at the same time and can read each other's shared memory. Without clusters, and in a
+// launch that asks for none, a block is a cluster by itself.
+__device__ inline int cluster_size() {
+    int blocks = 1;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));
+#endif
+    return blocks;
+}
+
+__device__ inline int cluster_rank() {
+    int rank = 0;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(rank));
+#endif
+    return rank;
+}
+
+// Waits for all threads of the cluster that have not ended. What they wrote before can be read afterward.
+__device__ inline void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+// Returns where block `rank` of the cluster has what this block has at `own`, in shared memory. (On the CPU, only in
+// dynamic shared memory.)
+template <class Value>
+__device__ inline const Value *in_block(const Value *own, int rank) {
+#if __CUDA_ARCH__ >= 900
+    unsigned long long other;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(other) : "l"(own), "r"(rank));
+    return reinterpret_cast<const Value *>(other);
+#else
+    return own;
+#endif
 }
 
 // Computes c[16, 8] += a[16, 16] @ b[16, 8] of pairs of 16-bit numbers, summed in float32 (PTX ISA, "Matrix Fragments

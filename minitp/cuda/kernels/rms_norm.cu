@@ -9,6 +9,8 @@
 extern "C" __global__ void rms_norm(Half *x, const Half *addend, const Half *bias, const Half *weight,
                                     Half *out, int width, float eps) {
     __shared__ float scratch[WARP];
+    wait_for_previous();
+    let_next_start();
     const long long row = static_cast<long long>(blockIdx.x) * width;
     Half8 *const x8 = reinterpret_cast<Half8 *>(x + row);
     const Half8 *const addend8 = addend == nullptr ? nullptr : reinterpret_cast<const Half8 *>(addend + row);

@@ -305,22 +305,39 @@ class _Function:
     """A kernel that is launched like CuPy's, with a GPU's limits."""
 
     def __init__(self, kernel):
-        self._kernel = kernel
+        self.name, self._kernel = kernel.name, kernel
         self.max_dynamic_shared_size_bytes = 48 << 10
+        cuda.driver.functions[id(self)] = self
+
+    @property
+    def kernel(self):
+        return _Pointer(id(self))
 
     def __call__(self, grid, block, args, shared_mem=0):
-        if (
-            builtins.max((*grid, 1, 1)[1:3]) > 65535
-            or int(np.prod(block)) > 1024
-            or builtins.min(*grid, *block) < 1
-        ):
-            raise ValueError(f"{self._kernel.name}: a grid of {grid}, blocks of {block}")
-        if shared_mem > builtins.min(self.max_dynamic_shared_size_bytes, 227 << 10):
-            raise ValueError(f"{self._kernel.name}: {shared_mem} bytes of shared memory")
         for arg in args:
             if arg is None:
                 raise TypeError(f"{self._kernel.name}: CuPy would drop the argument None, and crash")
             if isinstance(arg, np.ndarray) and not isinstance(arg, ndarray):
                 raise TypeError(f"Unsupported type {type(arg)}")
+        values = [self._kernel.value(*pair) for pair in zip(self._kernel.parameters, args, strict=True)]
+        cuda.run(self.checked_launch(grid, block, values, shared_mem))
+
+    def launch_values(self, grid, block, pointers, shared_mem, dependent, cluster):
+        """Launch the kernel with the arguments at some addresses, which are copied."""
+        values = self._kernel.values_at(pointers)
+        cuda.run(self.checked_launch(grid, block, values, shared_mem, dependent, cluster))
+
+    def checked_launch(self, grid, block, values, shared_mem, dependent=False, cluster=1):
+        """Return a launch of the kernel that is within a GPU's limits."""
+        if (
+            builtins.max((*grid, 1, 1)[1:3]) > 65535
+            or int(np.prod(block)) > 1024
+            or builtins.min(*grid, *block) < 1
+            or cluster > 8
+            or grid[0] % cluster
+        ):
+            raise ValueError(f"{self.name}: a grid of {grid}, blocks of {block}, clusters of {cluster}")
+        if shared_mem > builtins.min(self.max_dynamic_shared_size_bytes, 227 << 10):
+            raise ValueError(f"{self.name}: {shared_mem} bytes of shared memory")
         self._kernel.max_dynamic_shared_size_bytes = self.max_dynamic_shared_size_bytes
-        cuda.run(lambda: self._kernel(grid, block, args, shared_mem))
+        return cuda.driver.Launch(self._kernel, grid, block, values, shared_mem, dependent, cluster)

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from . import device, nccl, runtime
+from . import device, driver, nccl, runtime
 from .stream import (
     Event,
     Graph,
@@ -25,6 +25,7 @@ __all__ = [
     "back_to_entered",
     "capturing",
     "device",
+    "driver",
     "get_current_stream",
     "get_elapsed_time",
     "memory",
