@@ -1,10 +1,13 @@
 """The tasks of benchmarks/gpu/run.py: checks, measurements, and peers for comparison."""
 
 import importlib.util
+import os
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
+from goals import LONG_KEYS, PROMPTS, REQUESTS, ROWS
 from tasks import Task
 
 from minitp.errors import MinitpError, one_line
@@ -29,6 +32,8 @@ GOLDENS = (("explicit", "float32"), ("explicit", "bfloat16"), ("fused", "bfloat1
 IN_16_BITS = [(path, dtype) for dtype in ("bfloat16", "float16") for path in ("explicit", "fused")]
 CONTEXT, NEW_TOKENS, PROMPT = 512, 128, 2048
 Check = partial(Task, required=True)
+LONG = ("--model", "random:llama-3-8b", "--layers", 8, "--keys", LONG_KEYS)
+FOLDER = Path(tempfile.gettempdir()) / f"minitp-gpu-model-{os.getpid()}"  # written by one task, read by two
 
 
 def checks():
@@ -60,23 +65,46 @@ def checks():
 
 
 def measurements():
-    """Return the measurements, the most important first. They run one after another."""
+    """Return the measurements, the most important first. They run one after another.
+
+    Those of the goals come before the others, because what does not fit into the time is skipped.
+    """
     decode = ["--prompt-tokens", CONTEXT - NEW_TOKENS // 2, "-n", NEW_TOKENS, "--rounds", 5, "--profile"]
-    prefill = ["--prompt-tokens", PROMPT, "-n", 2, "--rounds", 5]
     bench = ["bench", "--json", "--model", MODEL, "--dtype", "bfloat16"]
-    share = [*bench, "--as-rank", 0, "--of", 4]
+    one, share = [*bench, "--tp", 1], [*bench, "--as-rank", 0, "--of", 4]
     few = ["--prompt-tokens", CONTEXT, "-n", 16, "--rounds", 5]
     batches = ["--sweep", "batch", "--prompt-tokens", CONTEXT - 16, "-n", 16, "--rounds", 1]
     requests = ["--requests", 16, "--prompt-tokens", 64, "-n", 64, "--rounds", 2]
     return [
-        Task("decode", minitp(*bench, "--tp", 1, *decode), 80, least_s=20),
-        Task("prefill", minitp(*bench, "--tp", 1, *prefill), 60, least_s=20),
+        Task("decode", minitp(*one, *decode), 80, least_s=20),
+        Task("graphs, TP=1", graphs("--rows", listed(ROWS), "--kernels", "1,8,64"), 60, least_s=15),
+        Task("graphs, rank 0 of 4", graphs("--of", 4, "--kernels", "1,8,64"), 50, least_s=10),
+        Task(f"attention, {LONG_KEYS} keys", graphs(*LONG, "--kernels", 1), 40, least_s=10),
+        *(prompt(one, tokens) for tokens in PROMPTS),
+        *(Task(f"engine, {n} requests", script("serving.py", "engine", n), 60, least_s=15) for n in REQUESTS),
+        Task("model file", script("parts.py", "write", FOLDER), 60, least_s=20),
+        Task("loading", script("parts.py", "loading", FOLDER), 60, least_s=20),
+        Task("serve", script("serving.py", "serve", FOLDER, *REQUESTS), 80, no_server, least_s=30),
         Task("rank 0 of 4, decode", minitp(*share, *decode), 60, least_s=10),
-        Task("16 tokens", minitp(*bench, "--tp", 1, *few), 60, least_s=20),
-        Task("16 requests", minitp(*bench, "--tp", 1, *requests), 60, least_s=20),
-        Task("batches", minitp(*bench, "--tp", 1, *batches), 60, least_s=20),
-        Task("loading", script("parts.py", "loading"), 60, least_s=20),
+        Task("16 tokens", minitp(*one, *few), 60, least_s=20),
+        Task("batches", minitp(*one, *batches), 60, least_s=20),
+        Task("16 requests", minitp(*one, *requests), 60, least_s=20),
     ]
+
+
+def prompt(bench, tokens):
+    """Return the task that measures a prompt."""
+    name = "prefill" if tokens == PROMPT else f"prompt of {tokens}"
+    sizes = ["--prompt-tokens", tokens, "-n", 2, "--rounds", 5]
+    return Task(name, minitp(*bench, *sizes), 60, least_s=15)
+
+
+def graphs(*argv):
+    return script("graphs.py", "--keys", CONTEXT, *argv)
+
+
+def listed(values):
+    return ",".join(map(str, values))
 
 
 def peers():
@@ -123,6 +151,11 @@ def no_shared_nccl():
     if version < SHARES_GPUS:
         return f"NCCL {version} does not let several ranks share a GPU; {SHARES_GPUS} and later do"
     return no_mpirun()
+
+
+def no_server():
+    """Return why `minitp serve` cannot run on this machine, or None."""
+    return missing("starlette", "uvicorn", "prometheus_client")()
 
 
 def no_demo():

@@ -1,11 +1,14 @@
-"""Scripts of run.py that are not minitp commands: nccl, loading, goldens PATH DTYPE [FAMILY ..]."""
+"""Scripts of run.py that are not minitp commands.
+
+nccl | write FOLDER [NAME [LAYERS]] | loading FOLDER | goldens PATH DTYPE [FAMILY ..]
+"""
 
 import json
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
+from time import perf_counter
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +16,6 @@ import numpy as np
 from minitp.errors import one_line
 from minitp.loading.random_weights import random_config
 
-LAYERS = 6  # 3.1 GB in Mistral 7B's shapes
 GOLDENS = Path(__file__).resolve().parents[2] / "tests" / "goldens"
 DECODED = 2
 
@@ -82,36 +84,41 @@ def nccl():
     print(f"NCCL {load_nccl().get_version()}: all-reduce, all-gather and close")
 
 
-def loading(name="mistral-7b", layers=LAYERS):
-    """Run `minitp bench` with a model in a file, to measure how fast it is loaded."""
-    with tempfile.TemporaryDirectory(prefix="minitp-loading-") as folder:
-        write_model(Path(folder), random_config(name) | {"num_hidden_layers": layers})
-        command = [sys.executable, "-m", "minitp", "bench", "--model", folder, "--device", "cuda", "--json"]
-        sizes = ["--tp", "1", "--rounds", "1", "--prompt-tokens", "8", "-n", "2"]
-        done = subprocess.run([*command, *sizes], capture_output=True, text=True)
-        sys.stderr.write(done.stderr)
-        if done.returncode:
-            sys.exit(done.returncode)
-        print(done.stdout.splitlines()[-1])
-
-
-def write_model(folder, fields):
-    """Write a model directory with bfloat16 weights that look random."""
-    from safetensors.numpy import save_file
+def write(folder, name="mistral-7b", layers=None):
+    """Write a model directory with bfloat16 weights that look random, and a tokenizer of bytes."""
+    from tiny import byte_tokenizer
 
     from minitp.bench.fake_weights import TiledWeights
     from minitp.loading.config import parse_config
+    from minitp.loading.safetensors_writer import TensorWriter
     from minitp.shard import make_plan
 
+    fields, folder, started = random_config(name), Path(folder), perf_counter()
+    if layers is not None:
+        fields["num_hidden_layers"] = int(layers)
+    folder.mkdir(parents=True, exist_ok=True)
     plan = make_plan(parse_config(fields, "a model"), 1)
     shapes = {name: shard.shape for name, shard in plan.tensors.items()}
     weights = TiledWeights(shapes, np.dtype(ml_dtypes.bfloat16))
-    tensors = {name: weights.read(name, shard.index(0)) for name, shard in plan.tensors.items()}
-    save_file(tensors, folder / "model.safetensors")
+    with TensorWriter(folder / "model.safetensors", shapes, {}) as file:
+        for tensor, shard in plan.tensors.items():
+            file.write(tensor, weights.read(tensor, shard.index(0)))
     (folder / "config.json").write_text(json.dumps(fields))
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    size = (folder / "model.safetensors").stat().st_size
+    print(f"{size / 1e9:.1f} GB written in {perf_counter() - started:.1f} s")
 
 
-PARTS = {"goldens": goldens, "nccl": nccl, "loading": loading}
+def loading(folder):
+    """Run `minitp bench` with the model in `folder`, to measure how fast it is loaded from the page cache."""
+    if not (Path(folder) / "config.json").exists():
+        sys.exit("the model was not written")
+    command = [sys.executable, "-m", "minitp", "bench", "--model", folder, "--device", "cuda", "--json"]
+    sizes = ["--tp", "1", "--rounds", "1", "--prompt-tokens", "8", "-n", "2"]
+    sys.exit(subprocess.run([*command, *sizes]).returncode)
+
+
+PARTS = {"goldens": goldens, "nccl": nccl, "write": write, "loading": loading}
 
 if __name__ == "__main__":
     PARTS[sys.argv[1]](*sys.argv[2:])

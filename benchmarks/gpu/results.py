@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from threading import Lock
 
+from goals import rows
 from tasks import slug
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -50,7 +51,9 @@ class Results:
     def write(self):
         """Write the file atomically."""
         partial = self.path.with_suffix(".part")
-        partial.write_text(json.dumps(self.facts | {"steps": self.outcomes()}, indent=1) + "\n")
+        outcomes = self.outcomes()
+        found = self.facts | {"steps": outcomes, "goals": rows(self.facts["gpu"], outcomes)}
+        partial.write_text(json.dumps(found, indent=1) + "\n")
         os.replace(partial, self.path)
 
     def outcomes(self):

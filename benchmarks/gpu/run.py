@@ -5,12 +5,14 @@
 There are three groups of tasks. The checks run in parallel, one per core: the tests that need a GPU, the
 tests of the kernels (here on the GPU), `check` of every family, of the demo model and of two layers in
 Mistral 7B's shapes, NCCL with one rank, and four ranks that share the GPU. Then the speed of minitp is
-measured, one task at a time: decoding and a prompt in Mistral 7B's shapes, one rank of TP=4 alone, and
-loading from a file. The last group is the peers: transformers on the same GPU. `--only` runs one of the
-groups. Each task is a process with a time limit; if it fails, the others are still run.
+measured, one task at a time: decode passes and their kernels in Mistral 7B's shapes, one rank of TP=4 alone,
+prompts, many requests in the engine and over HTTP, and loading from a file of 14 GB. The last group is the
+peers: transformers on the same GPU. `--only` runs one of the groups. Each task is a process with a time
+limit; if it fails, the others are still run.
 
-A table is printed at the end, also after Ctrl-C or SIGTERM. benchmarks/results/<gpu>-<date>.json has all
-tasks of the day, and the folder of the same name has their output.
+Tables are printed at the end, also after Ctrl-C or SIGTERM; the last one has each figure as a share of its
+limit, measured in the same run, next to the goal (goals.py). benchmarks/results/<gpu>-<date>.json has all
+tasks of the day, and the folder of the same name has their output. table.py prints the tables of such a file.
 
     MINITP_PYTHON=python3   use a Python that has all packages; nothing is installed or downloaded
     MINITP_MPICH=WHEEL      use mpirun from an MPICH wheel or a folder; see docs/troubleshooting.md
@@ -20,12 +22,13 @@ import argparse
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import signal
 import sys
 import tempfile
 from datetime import date
 
-from commands import checks, measurements, peers
+from commands import FOLDER, checks, measurements, peers
 from mpich import VARIABLE, use_mpich
 from results import Results
 from table import table
@@ -59,8 +62,11 @@ def main():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, runner.interrupt)
         outcomes = []
-        for name in [args.only] if args.only else groups:
-            outcomes += runner.run(groups[name], together=name == "checks")
+        try:
+            for name in [args.only] if args.only else groups:
+                outcomes += runner.run(groups[name], together=name == "checks")
+        finally:
+            shutil.rmtree(FOLDER, ignore_errors=True)
     written = f"written: {os.path.relpath(results.path)}, output: {os.path.relpath(results.outputs)}/"
     print("\n".join(["", *table(facts, results.outcomes()), written]))
     if runner.signal is not None:

@@ -1,6 +1,14 @@
-"""The table that benchmarks/gpu/run.py prints at the end: the outcomes, then the measurements."""
+"""The tables that benchmarks/gpu/run.py prints at the end: the outcomes, the measurements, the goals.
+
+python benchmarks/gpu/table.py FILE     print the tables of a file in benchmarks/results again
+"""
+
+import json
+import sys
+from pathlib import Path
 
 from commands import CONTEXT
+from goals import ONE, SHARE, goal_lines
 
 from minitp.util.format import aligned
 
@@ -37,7 +45,35 @@ def table(facts, outcomes):
     figures = [row for name, tell in FIGURES.items() if name in found for row in tell(found[name], found)]
     if figures:
         lines += ["", *aligned([("", "", "share"), *figures], "<<<")]
+    for name, title in ((ONE, "TP=1"), (SHARE, "rank 0 of 4, without sums")):
+        if name in found:
+            lines += ["", *kernel_lines(title, found[name]["points"])]
+    if outcomes:
+        lines += ["", *goal_lines(facts["gpu"], outcomes)]
     return [line[:WIDEST] for line in lines]
+
+
+def kernel_lines(title, points):
+    """Return the table of the microseconds of each kernel's launches, by the number of sequences."""
+    points = [one for one in points if "kernels" in one]
+    heads = [head for one in points for head in (f"{one['rows']}", "floor")]
+    rows, names = [], dict.fromkeys(kernel["name"] for one in points for kernel in one["kernels"])
+    for name in names:
+        row, count = [], ""
+        for one in points:
+            kernel = next((kernel for kernel in one["kernels"] if kernel["name"] == name), {})
+            row += [figure(kernel, "us"), figure(kernel, "floor_us")]
+            count = kernel.get("count", count)
+        rows.append((name, str(count), *row))
+    table = [(f"us per launch, {title}; sequences:", "launches", *heads), *rows]
+    return aligned(table, "<>" + ">" * len(heads))
+
+
+def figure(kernel, key):
+    """Return microseconds as text, or why there are none."""
+    if "failed" in kernel and key == "us":
+        return "failed"
+    return "" if kernel.get(key) is None else f"{kernel[key]:.1f}"
 
 
 def of_decode(result, _):
@@ -130,3 +166,8 @@ FIGURES = {
     "loading": of_loading,
     "transformers": of_transformers,
 }
+
+
+if __name__ == "__main__":
+    saved = json.loads(Path(sys.argv[1]).read_text())
+    print("\n".join(table(saved, saved["steps"])))

@@ -18,8 +18,7 @@ def measure_requests(model, roofline, job, progress):
     """
     tokens = job.requests * job.new_tokens
     recorded = RecordingModel(model)
-    blocks = job.requests * -(-(job.prompt_tokens + job.new_tokens) // BLOCK_SIZE)
-    engine = Engine(recorded, blocks, BLOCK_SIZE, max_sequences=job.requests)
+    engine = engine_for(recorded, job.requests, job.prompt_tokens + job.new_tokens)
     seconds = {"together": [], "one_by_one": [], "limit": []}
     if model.fused:  # captures the graphs of all batch sizes
         together_seconds(engine, request_prompts(model, job, job.rounds), job.new_tokens)
@@ -41,6 +40,12 @@ def measure_requests(model, roofline, job, progress):
         "times_one_by_one": median(single / served for served, single, _ in pairs),
         "share_of_limit": median(limit / served for served, _, limit in pairs),
     }
+
+
+def engine_for(model, requests, positions):
+    """Return an Engine with room for `requests` concurrent requests of `positions` tokens each."""
+    blocks = requests * -(-positions // BLOCK_SIZE)
+    return Engine(model, blocks, BLOCK_SIZE, max_sequences=requests)
 
 
 def request_prompts(model, job, seed):

@@ -6,6 +6,7 @@ graph, which is measured as well.
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 from minitp.bench.gpu_roofline import Timer
 from minitp.cuda.comm import DeviceComm
@@ -44,17 +45,24 @@ def gpu_profile(model, keys):
     return model.comm.broadcast(profile)
 
 
-def decode_graph(model, keys):
-    """Return a DecodeGraph for one sequence with `keys` keys of zeros, whose tokens the GPU chooses."""
+def decode_graph(model, keys, sequences=1):
+    """Return a DecodeGraph for sequences with `keys` keys of zeros each, whose tokens the GPU chooses."""
     blocks = -(-(keys + 16 * REPLAYS) // BLOCK_SIZE)
-    pool = model.new_pool(blocks, BLOCK_SIZE)
+    pool = model.new_pool(sequences * blocks, BLOCK_SIZE)
     for pair in pool.storage:
         for rows in pair:
             rows.values.fill(0)
-    graph = model.decode_graph(pool, 1)
-    graph.fill([1], [keys - 1], [range(blocks)])
+    graph = model.decode_graph(pool, sequences)
+    fill(graph, keys, sequences)
     graph.temperature.fill(0.0)
     return graph
+
+
+def fill(graph, keys, sequences=1):
+    """Set the inputs of a graph from `decode_graph` as before its first pass."""
+    blocks = graph.pool.blocks // sequences
+    tables = [range(n * blocks, (n + 1) * blocks) for n in range(sequences)]
+    graph.fill([1] * sequences, [keys - 1] * sequences, tables)
 
 
 def cache_position_bytes(model):
@@ -71,7 +79,7 @@ def observed_model(model, launches):
 
 
 class Launches:
-    """A record of launches: the name, the bytes if known, and the events before and after each."""
+    """A record of launches: the name, the bytes if known, the events around it, and a repetition."""
 
     def __init__(self, gpu):
         self.gpu, self.noted, self._inside = gpu, [], False
@@ -81,8 +89,8 @@ class Launches:
         self.noted.clear()
 
     @contextmanager
-    def note(self, name, nbytes=None):
-        """Record a launch in this block, or several that count as one."""
+    def note(self, name, nbytes=None, again=None):
+        """Record a launch in this block, or several that count as one; `again` repeats it."""
         if self._inside:
             yield
             return
@@ -92,12 +100,12 @@ class Launches:
         yield
         after.record(self.gpu.stream)
         self._inside = False
-        self.noted.append((name, nbytes, before, after))
+        self.noted.append((name, nbytes, before, after, again))
 
     def by_name(self, timer, attention_bytes):
         """Sum the launches of each name; `attention_bytes` is what attention reads in one layer."""
         sums = {}
-        for name, nbytes, before, after in self.noted:
+        for name, nbytes, before, after, _ in self.noted:
             one = sums.setdefault(name, {"name": name, "count": 0, "us": 0.0, "bytes": None})
             one["count"] += 1
             one["us"] += 1e6 * timer.between(before, after)
@@ -127,8 +135,9 @@ class ObservedKernel:
 
     def __call__(self, grid, block, args, **options):
         nbytes = args[WEIGHT].nbytes if self._name.startswith("linear") else None
-        with self._launches.note(self._name, nbytes):
-            self._kernel(grid, block, args, **options)
+        launch = partial(self._kernel, grid, block, args, **options)
+        with self._launches.note(self._name, nbytes, launch):
+            launch()
 
     def __getattr__(self, name):
         return getattr(self._kernel, name)
