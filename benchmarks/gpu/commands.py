@@ -23,6 +23,7 @@ KERNEL_TESTS = (
     "attention_decode",
     "attention_prefill",
     "begin_decode",
+    "experts",
     "read_memory",
     "rms_norm",
     "sample",
