@@ -6,15 +6,6 @@ from minitp.util.suggest import ALIASES, did_you_mean
 
 OPTIONS = ["--max-new-tokens", "--max-context", "--temperature", "--top-p", "--tp", "--split", "--seed"]
 OPTIONS += ["--kv-dtype"]
-    "--max-new-tokens",
-    "--max-context",
-    "--temperature",
-    "--top-p",
-    "--tp",
-    "--split",
-    "--seed",
-    "--kv-dtype",
-]
 PARAMETERS = [option[2:].replace("-", "_") for option in OPTIONS]
 
 
