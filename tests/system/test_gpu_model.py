@@ -156,7 +156,7 @@ def test_check_passes_at_unequal_shares(models, split, transport, batch):
     ("how", "rates", "rooms", "split"),
     [
         ("auto", (3e9, 1e9), (1e9, 1e9), "3,1"),
-        ("auto", (3e9, 1e9), (2e4, 1e9), "0.308,0.692"),  # 80% of 20 kB hold less than a third of 52 kB
+        ("auto", (3e9, 1e9), (2e4, 1e9), "0.242,0.758"),  # 80% of 20 kB hold less than 3/4 of 66 kB
         ("memory", None, (2e9, 3.02e9), "1,1.5"),
     ],
 )

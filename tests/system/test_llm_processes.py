@@ -131,6 +131,17 @@ def test_a_completion_prints_the_same_with_and_without_mpirun(model):
     assert under_mpirun(script, model).end(START_S) == expected
 
 
+def test_unequal_ranks(model):
+    script = """
+with start(tp="auto", split=(5, 1)) as llm:
+    print(llm.generate([1, 2, 3], max_new_tokens=20).token_ids)
+    print(llm.description["split"], [one["query_heads"] for one in llm.ranks], llm.source.plan.head_ranges)
+"""
+    code, out, err = plain(script, model).end(START_S)
+    assert (code, err) == (0, "")
+    assert out == f"{greedy(model, [1, 2, 3], 20)}\n5,1 [[0, 3], [3, 4]] ((0, 3), (3, 4))\n"
+
+
 def test_one_rank_under_mpirun(model):
     script = "print(start('auto').generate([1, 2, 3], max_new_tokens=9).token_ids)"
     assert under_mpirun(script, model, ranks=1).end(START_S) == (0, f"{greedy(model, [1, 2, 3], 9)}\n", "")

@@ -32,6 +32,7 @@ from minitp.errors import RankError
 from minitp.launch import supervisor
 from minitp.launch.mpirun import OPEN_MPI
 from minitp.loading.demo import demo_directory
+from minitp.util.shares import shares_in
 
 pytestmark = pytest.mark.mpi
 
@@ -59,6 +60,18 @@ def test_same_tokens_however_started(tiny, capsys):
         assert 0 < result["stats"]["comm_share"] < 1
         fraction = result["stats"]["weight_bytes_per_rank"] / expected["stats"]["weight_bytes_per_rank"]
         assert 0.25 < fraction < 0.3, "norms are replicated, all other weights are sharded"
+
+
+def test_same_tokens_at_unequal_shares(tiny, capsys):
+    argv = ["generate", "Hello", "--model", tiny, "-n", "24", "--json"]
+    expected = alone(argv, capsys)
+    shares = [*argv, "--split", "5,1"]
+    for result in (result_of(under_launcher(shares, ranks="auto")), result_of(under_mpirun(shares, ranks=2))):
+        assert result["token_ids"] == expected["token_ids"]
+        assert (result["stats"]["tp"], result["stats"]["split"]) == (2, "5,1")
+    result = result_of(under_launcher([*argv, "--split", "auto"], ranks=2))
+    assert result["token_ids"] == expected["token_ids"]
+    assert len(shares_in(result["stats"]["split"])) == 2, "numbers with which the run can be repeated"
 
 
 @pytest.mark.parametrize("comm", ["shm", "mpi"])

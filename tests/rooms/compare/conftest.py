@@ -67,14 +67,14 @@ def traces(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    """Return a function that makes the Reference of a model, which it also caches."""
+    """Return a function that makes the Reference of a model on TP ranks, which it also caches."""
     root, made = tmp_path_factory.mktemp("references"), {}
 
-    def make(**overrides):
-        key = json.dumps(overrides)
+    def make(split=None, **overrides):
+        key = json.dumps([split, overrides])
         if key not in made:
             directory = write_tiny(root / str(len(made)), tokenizer=False, **{**UNEVEN, **overrides})
-            path, source = root / f"{len(made)}.safetensors", open_model(str(directory), TP)
+            path, source = root / f"{len(made)}.safetensors", open_model(str(directory), TP, split=split)
             passes, device = passes_of(len(PROMPT), 1), open_device()
             wanted = wanted_steps(source.plan, passes, ["*"])
 

@@ -1,5 +1,7 @@
 """Tests of dumps with the names of other engines."""
 
+import json
+
 import numpy as np
 import pytest
 from dump_files import write
@@ -15,10 +17,16 @@ from engine_dumps import (
     weights_of,
     write_ranks,
 )
+from safetensors import safe_open
 
 from minitp.compare.heads import interleaved
 from minitp.compare.run import compare_files
 from minitp.errors import InputError
+from minitp.judge.files import RecordedFiles
+from minitp.judge.recording import EngineRecording
+from minitp.judge.run import judge
+from minitp.loading.source import open_model
+from minitp.trace.reference import open_oracle
 
 CASES = {
     "megatron": (megatron_steps, DENSE),
@@ -43,6 +51,31 @@ def test_ranks_of_an_engine_are_put_together(case, references, tmp_path):
     counts = {"megatron": 2 * (3 + 2 * 11), "hf": 2 * (3 + 2 * 6), "megatron-weights": 2 * 4}
     assert len(whole) == counts.get(case, len(reference.plan.tensors))
     assert all(f"rank3/{name}" in names for name in whole if not name.endswith("/logits"))
+
+
+@pytest.mark.parametrize("dump", [megatron_steps, vllm_weights])
+def test_ranks_with_unequal_shares_are_put_together(dump, references, tmp_path):
+    """A rank has 5 query heads on 2 KV heads, one of which two other ranks have, too."""
+    reference, engine = references(split="5,1,1,2", **DENSE), dump.__name__.partition("_")[0]
+    folder = write_ranks(tmp_path / "dump", dump, reference)
+    result = compare_files(reference.path, folder, engine, split="5,1,1,2")
+    assert (result.departing, result.not_compared) == ([], [])
+    assert any(step.name.startswith("rank0/") for step in result.steps)
+    equal = compare_files(reference.path, folder, engine)
+    assert equal.departing or equal.not_compared, "equal shares join the heads in another way"
+    with pytest.raises(InputError, match="--split '3,1' has 2 shares, but there are files of 4 ranks"):
+        compare_files(reference.path, folder, engine, split="3,1")
+
+
+def test_unequal_ranks_are_judged(references, tmp_path):
+    reference = references(split="5,1,1,2", **DENSE)
+    folder = write_ranks(tmp_path / "dump", megatron_steps, reference)
+    with safe_open(reference.path, framework="np") as file:
+        source, tokens = open_model(file.metadata()["model"], 1), json.loads(file.metadata()["token_ids"])
+    files = RecordedFiles(folder, "megatron", source.config, split="5,1,1,2")
+    recording = EngineRecording(files, source, tokens, "float32")
+    assert judge(recording, open_oracle(source)).result.blamed() == []
+    assert recording.plan.head_ranges == reference.plan.head_ranges
 
 
 def test_the_order_of_joined_heads_matters_on_ranks_with_several_kv_heads(references, tmp_path, oracle_like):

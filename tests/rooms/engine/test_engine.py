@@ -16,6 +16,7 @@ from minitp.engine import service
 from minitp.engine.blocks import BlockAllocator
 from minitp.engine.engine import Engine
 from minitp.engine.prefix_cache import PrefixCache, block_keys
+from minitp.engine.run import blocks_that_fit
 from minitp.engine.service import RequestLoop
 from minitp.errors import InputError
 from minitp.load import load_model
@@ -343,3 +344,22 @@ def test_an_unknown_message_is_an_error():
     """Check that it does not end the ranks as "close" does, without a reason."""
     with pytest.raises(ValueError, match="unknown message"):
         RequestLoop(None, None, None)._handle({"clsoe": True})
+
+
+@pytest.mark.parametrize(
+    ("where", "rooms", "sizes", "blocks"),
+    [
+        (("a", "a"), (100, 100), (15, 5), 10),  # one memory: 200 bytes for 20 a block
+        (("a", "b"), (100, 100), (15, 5), 6),  # two memories: rank 0 has room for 6
+        (("a", "b"), (100, 30), (15, 5), 6),
+        (("a", "b", "a"), (60, 30, 60), (15, 5, 5), 6),
+    ],
+)
+def test_blocks_of_unequal_ranks_fit_in_their_memories(where, rooms, sizes, blocks):
+    def rank(comm):
+        device = SimpleNamespace(
+            weights_room=lambda: (where[comm.rank], 0), cache_room=lambda ranks: rooms[comm.rank]
+        )
+        return blocks_that_fit(comm, device, sizes[comm.rank])
+
+    assert run_threads(len(where), rank) == [blocks] * len(where)
