@@ -81,7 +81,7 @@ class ExtendedLaunch:
         if code:
             raise RankError(
                 f"the CUDA driver refuses a launch of {kernel.name} with CUresult {code}: grid {grid}, "
-                f"block {block}, shared memory {shared_mem} bytes, cluster size {cluster}"
+                f"block {block}, shared_mem={shared_mem}, cluster={cluster}"
             )
 
 
