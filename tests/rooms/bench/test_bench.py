@@ -409,6 +409,7 @@ def test_one_rank_alone(tiny, rank):
         (["--as-rank", "3", "--of", "3"], "--as-rank 3 --of 3: expected a rank from 0 to 2"),
         (["--as-rank", "-1", "--of", "3"], "--as-rank -1 --of 3"),
         (["--as-rank", "0", "--of", "3", "--tp", "3"], "omit --tp"),
+        (["--as-rank", "0", "--of", "3", "--split", "auto"], "--split auto measures all ranks"),
         (["--as-rank", "0", "--of", "9"], "4 attention heads"),
     ],
 )

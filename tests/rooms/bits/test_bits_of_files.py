@@ -99,11 +99,12 @@ def test_bfloat16_is_compared_in_its_own_bits(tmp_path):
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory):
-    """Traces of one model by (tp, passes): a prompt at once, and a prompt with decoded tokens."""
+    """Traces of one model by (tp or shares, passes): a prompt at once, and a prompt with decoded tokens."""
     folder, paths = tmp_path_factory.mktemp("traces"), {}
-    for tp, tokens, decode in ((1, 5, 2), (2, 5, 2), (1, 7, 0)):
-        source, device = open_model(str(GOLDENS / "llama2"), tp), open_device("float32")
-        path = paths[tp, decode] = folder / f"{tp}.{decode}.safetensors"
+    for ranks, tokens, decode in ((1, 5, 2), (2, 5, 2), ("5,1", 5, 2), (1, 7, 0)):
+        tp, split = (2, ranks) if isinstance(ranks, str) else (ranks, None)
+        source, device = open_model(str(GOLDENS / "llama2"), tp, split=split), open_device("float32")
+        path = paths[ranks, decode] = folder / f"{ranks}.{decode}.safetensors"
         passes = passes_of(tokens, decode)
         wanted = wanted_steps(source.plan, passes, ["prefill/*"] + ["decode.*"] * (decode > 0))
         ids = PROMPT
@@ -152,6 +153,13 @@ def test_rows_are_compared_by_position(traces, tmp_path, stops):
     save_file(arrays, tmp_path / "c")
     row = row_of(traces[1, 0], tmp_path / "c")
     assert (row.outcome, row.step) == ("larger", f"{last}/layers.1.attn.context")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_unequal_shares_change_only_roundings(traces, ranks):
+    row = row_of(traces[ranks, 2], traces["5,1", 2])
+    assert row.outcome == "rounding"
+    assert ranks == 1 or row.why[0].startswith("the ranks have shares 5,1, not 1,1, and products of other")
 
 
 def test_other_numbers_of_ranks(traces):

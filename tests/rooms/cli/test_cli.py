@@ -17,6 +17,7 @@ from minitp.cli.main import main
 from minitp.comm import run_threads
 from minitp.comm.single import SingleRank
 from minitp.device import open_device
+from minitp.errors import InputError
 from minitp.generate import generate
 from minitp.launch.mpirun import mpi_environment
 from minitp.launch.run import ranks_to_start
@@ -272,6 +273,14 @@ def test_auto_is_at_most_a_rank_for_each_head(monkeypatch, tiny):
     assert ranks_to_start("auto", "auto", str(tiny)) == 4, "the model has 4 heads"
     assert ranks_to_start("auto", "auto", "random:mistral-7b") == 8
     assert ranks_to_start("9", "auto", str(tiny)) == 9, "a number is checked with the model, and refused"
+
+
+def test_tp_is_the_number_of_shares(tiny):
+    assert ranks_to_start("auto", "auto", str(tiny), split="2,1,1") == 3
+    assert ranks_to_start("3", "auto", str(tiny), split="2,1,1") == 3
+    assert ranks_to_start("2", "auto", str(tiny), split="auto") == 2
+    with pytest.raises(InputError, match="--tp 2, but --split '2,1,1' is for 3 ranks; omit --tp"):
+        ranks_to_start("2", "auto", str(tiny), split="2,1,1")
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,10 @@ def test_put_together_it_is_the_checkpoint(tmp_path, model, layout):
             same(put_together(out), tensors)
             names = ["plan.json", *[f"rank{r}.safetensors" for r in range(tp)]]
             assert sorted(os.listdir(out)) == sorted(names)
+    assert shard("--model", tmp_path / "model", "--split", "3,1", "-o", tmp_path / "unequal") == 0
+    same(put_together(tmp_path / "unequal"), tensors)
+    assert json.loads((tmp_path / "unequal/plan.json").read_text())["split"] == "3,1"
+    assert shard("--model", tmp_path / "model", "--split", "auto", "--tp", 2) == 2, "no devices to measure"
 
 
 def test_plan_json_says_what_else_there_is_to_know(tmp_path):
