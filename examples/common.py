@@ -27,6 +27,7 @@ import numpy as np  # noqa: E402
 
 from minitp.check.difference import difference_of  # noqa: E402
 from minitp.comm.base import Comm  # noqa: E402
+from minitp.comm.groups import split_into_groups  # noqa: E402
 from minitp.comm.mpi import MpiComm  # noqa: E402
 from minitp.comm.single import SingleRank  # noqa: E402
 from minitp.device import Device, open_device  # noqa: E402
@@ -51,12 +52,12 @@ class Here:
 
     def say(self, text):
         """Print a line on rank 0."""
-        if self.comm.rank == 0:
+        if self.comm.all_groups.rank == 0:
             write_out(text + "\n")
 
     def say_each(self, text):
         """Print each rank's line on rank 0."""
-        for rank, line in enumerate(self.comm.allgather_object(text)):
+        for rank, line in enumerate(self.comm.all_groups.allgather_object(text)):
             self.say(f"     rank {rank}: {line}")
 
     def part(self, name):
@@ -76,9 +77,9 @@ class Here:
         shape = self.source.plan.tensors[name].shape
         return self.source.tensors.read(name, tuple(slice(0, n) for n in shape))
 
-    def hidden_states(self):
+    def hidden_states(self, seed=0):
         """Return normally distributed hidden states [T, D], the same on every rank."""
-        drawn = np.random.default_rng(0).standard_normal((TOKENS, self.source.config.hidden_size))
+        drawn = np.random.default_rng(seed).standard_normal((TOKENS, self.source.config.hidden_size))
         return self.device.xp.asarray(drawn, dtype=self.device.dtype)
 
     def token_ids(self):
@@ -95,7 +96,7 @@ class Here:
         right = expected() if self.comm.rank == 0 else None
         self.comm.agree()  # other ranks sleep in `agree`; in `broadcast` they would use the oracle's cores
         right = self.comm.broadcast(right)
-        found = self.comm.allgather_object(difference_of(self.device.to_host(value), right))
+        found = self.comm.all_groups.allgather_object(difference_of(self.device.to_host(value), right))
         worst = max(found, key=lambda difference: difference.relative)
         bound = 2**-24 * terms**0.5 * products
         self.say(
@@ -123,13 +124,17 @@ class Here:
 
     def machine(self):
         """Return a description of the ranks and devices on which a time was measured."""
-        ranks = "1 rank" if self.comm.size == 1 else f"{self.comm.size} ranks"
-        return f"{ranks} on {'this CPU' if self.device.xp is np else 'a GPU each'}"
+        return f"{size(self.comm.all_groups)} on {'this CPU' if self.device.xp is np else 'a GPU each'}"
 
 
 def shape(array):
     """Return an array's shape as text: "[32, 4096]"."""
     return str(list(array.shape))
+
+
+def size(comm):
+    """Return the number of a communicator's ranks as text: "4 ranks"."""
+    return "1 rank" if comm.size == 1 else f"{comm.size} ranks"
 
 
 def span(bounds):
@@ -138,21 +143,24 @@ def span(bounds):
     return f"{start}..{stop - 1}" if stop - start > 1 else str(start)
 
 
-def run(example):
-    """Call example(here) on this rank, and end the process with the exit code."""
+def run(example, groups=1):
+    """Call example(here) on this rank, one of `groups` groups, and end the process with the exit code."""
     read_arguments()
     prepare_streams()
     comm = None
     try:
         comm = SingleRank() if WORLD is None else MpiComm(expected=WORLD)
+        with comm.agreed():
+            if comm.size % groups:
+                raise InputError(f"mpirun -n {comm.size}: cannot form {groups} equal groups; use mpirun -n 4")
         if WORLD is not None:
-            comm = select_host_comm(comm)
+            comm = select_host_comm(split_into_groups(comm, groups))
         with comm.agreed():
             source = chosen_model(comm.size)
         example(Here(comm, open_device("float32"), source))
         comm.close()
     except AgreedError as error:  # raised on every rank
-        if comm.rank == 0:
+        if comm.all_groups.rank == 0:
             print(f"{SCRIPT}: {error}", file=sys.stderr)
         comm.close()
         sys.exit(error.exit_code)

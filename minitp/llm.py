@@ -20,8 +20,10 @@ from tqdm.auto import tqdm
 from minitp.engine.client import JoinedRanks, StartedRanks, join_world
 from minitp.engine.completion import Completion, is_tokens, sampling
 from minitp.engine.options import options_from
+from minitp.engine.replicas import joined_replicas, started_replicas
 from minitp.errors import InputError, RankError
-from minitp.launch.run import ranks_to_start
+from minitp.launch.devices import check_gpus
+from minitp.launch.run import ranks_of_replica
 from minitp.loading.source import open_model, warn_of_unread_fields
 from minitp.request import check_length, check_logit_bias, check_prompt, context_length
 from minitp.util import environment
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from minitp.engine.client import Update
+    from minitp.engine.ranks import Update
     from minitp.sampling import SamplingFields, SamplingParams
     from minitp.text.chat_template import ChatTemplate
 
@@ -57,17 +59,21 @@ class LLM:
         A directory, a .gguf file, a Hugging Face id, "smollm2", or "random:NAME".
     tp : int or str
         The number of ranks, or "auto": one per GPU, or without GPUs one per physical core, at most 4. Under
-        mpirun, it must be "auto" or the number of ranks that mpirun has started.
+        mpirun, it must be "auto" or the number of ranks that mpirun has started, divided by `replicas`.
     split : str or sequence of float
         The ranks' shares of the model, as in (3, 1) or "0.6,0.4", which also give the number of ranks; "auto"
         measures the ranks' devices, and "memory" follows their memory. By default the shares are equal.
+    replicas : int
+        The number of copies of the model, each on `tp` ranks of its own. Each request goes to one of them. If
+        a rank dies, its replica ends, and the others go on.
     revision : str
         A branch, tag or commit of a Hugging Face id; by default its main branch.
     layers, device, dtype, kv_dtype, comm, share_gpu, max_context, cache_tokens, block_size
         See `engine.options.EngineOptions` for these parameters and the next three.
     max_tokens_per_step, max_sequences, verbose
     on_end : callable
-        A function that is called in another thread with the RankError if the ranks end unexpectedly.
+        A function that is called in another thread with the RankError if the ranks, or those of one replica,
+        end unexpectedly.
 
     Attributes
     ----------
@@ -89,6 +95,7 @@ class LLM:
         tp: int | str = "auto",
         *,
         split: str | Sequence[float] | None = None,
+        replicas: int = 1,
         revision: str | None = None,
         layers: int | None = None,
         device: str = "auto",
@@ -108,29 +115,26 @@ class LLM:
         given = dict(
             model=model, tp=tp, layers=layers, device=device, dtype=dtype, kv_dtype=kv_dtype, comm=comm
         )
-        given |= dict(split=split, revision=revision, share_gpu=share_gpu, max_context=max_context)
+        given |= dict(split=split, replicas=replicas, revision=revision, share_gpu=share_gpu)
+        given |= dict(max_context=max_context)
         given |= dict(cache_tokens=cache_tokens, block_size=block_size, max_sequences=max_sequences)
         given |= dict(max_tokens_per_step=max_tokens_per_step, verbose=verbose, **unknown)
         world = environment.world_size(os.environ)
         if world is not None and environment.env_rank(os.environ) != 0:
             raise SystemExit(_serve_rank_0(given, world))
         options = options_from(given)
-        size = world or ranks_to_start(
-            options.tp, options.device, options.model, options.layers, options.revision, options.split
-        )
+        size = ranks_of_replica(options, world)
         if world is None:  # under mpirun the ranks check these together
             environment.check_cupy(options.device)
+            check_gpus(options.device, options.share_gpu, size, options.replicas)
             self.source = open_model(options.model, size, options.layers, options.revision, options.split)
             context_length(self.source.config, options.max_context)
             warn_of_unread_fields(self.source)
         with loading_bar(options.model) as show:
-            if world is None:
-                self._ranks = StartedRanks(options, size, on_loading=show, on_end=on_end)
-            else:
-                self._ranks = JoinedRanks(options, world, on_loading=show, on_end=on_end)
+            self._ranks = start_or_join(options, size, world, on_loading=show, on_end=on_end)
             self._close = weakref.finalize(self, self._ranks.close)
             try:
-                self._ranks.started.wait()
+                self._ranks.wait()
             except BaseException:  # Ctrl-C
                 self.close()
                 raise
@@ -146,8 +150,9 @@ class LLM:
     def __repr__(self) -> str:
         state = "closed" if not self._close.alive else "failed" if self.error else "ready"
         shown = self.description
+        replicas = "" if shown["replicas"] == 1 else f"{shown['replicas']} replicas of "
         return (
-            f"<LLM {self.source.name}: {counted(shown['tp'], 'rank')}, {shown['dtype']}, context "
+            f"<LLM {self.source.name}: {replicas}{counted(shown['tp'], 'rank')}, {shown['dtype']}, context "
             f"{shown['context']}, {state}>"
         )
 
@@ -168,13 +173,41 @@ class LLM:
 
     @property
     def error(self) -> RankError | None:
-        """The error that ended the ranks, or None while they run."""
+        """The error that ended the ranks, or the last replica; None while one runs."""
         return self._ranks.error
 
     @property
     def load(self) -> dict[str, int]:
         """The current load, by name: running, waiting, blocks_in_use, preempted, reused_tokens."""
         return self._ranks.load
+
+    @property
+    def replicas(self) -> list[dict[str, object]]:
+        """The state of each replica: whether it is ready, and its load, with waiting_tokens (engine.routing).
+
+        With a single replica, the list is empty.
+        """
+        return [
+            {"replica": one.index, "ready": one.ready, **one.current_load(), "waiting_tokens": one.waiting}
+            for one in getattr(self._ranks, "replicas", [])
+        ]
+
+    def restart(self) -> list[int]:
+        """Start the replicas that have ended again, and wait for them; the others go on.
+
+        Returns
+        -------
+        list of int
+            The replicas that have been started.
+
+        Raises
+        ------
+        InputError
+            If there is only one replica, or mpirun has started the ranks.
+        RankError
+            If a replica does not start.
+        """
+        return self._ranks.restart()
 
     @property
     def ranks(self) -> list[dict[str, object]]:
@@ -339,7 +372,7 @@ class LLM:
             Token ids that `encode` or `encode_chat` has returned.
         params : SamplingParams
         listener : callable
-            A function that is called in another thread with each `engine.client.Update`; it must not block.
+            A function that is called in another thread with each `engine.ranks.Update`; it must not block.
 
         Returns
         -------
@@ -347,6 +380,14 @@ class LLM:
             A function that cancels the request; its blocks are freed after the current batch.
         """
         return partial(self._ranks.abort, self._ranks.add(prompt_ids, params, listener))
+
+    def submit_all(
+        self,
+        prompt_ids: list[int],
+        requests: list[tuple[SamplingParams, Callable[[Update], object]]],
+    ) -> list[Callable[[], None]]:
+        """Send several requests with the same prompt to the same replica, as `submit` sends one."""
+        return [partial(self._ranks.abort, number) for number in self._ranks.add_all(prompt_ids, requests)]
 
     def _updates(self, wanted):
         """Yield (n, Update) for the n-th (prompt_ids, params) as updates arrive, until all are done."""
@@ -400,9 +441,21 @@ def _serve_rank_0(given, world):
     """Serve the script that runs on rank 0, on another rank of mpirun; return the exit code."""
     try:
         options = options_from(given)
+        ranks_of_replica(options, world)
     except InputError as error:
         return error.exit_code  # rank 0 prints the error
     return join_world(options, world)
+
+
+def start_or_join(options, size, world, **callbacks):
+    """Start the ranks, or join the `world` ranks of mpirun; return their handle, a Ranks or ReplicaRanks."""
+    if options.replicas > 1:
+        if world is None:
+            return started_replicas(options, size, **callbacks)
+        return joined_replicas(options, world, **callbacks)
+    if world is None:
+        return StartedRanks(options, size, **callbacks)
+    return JoinedRanks(options, world, **callbacks)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from minitp.loading.source import open_model, warn_of_unread_fields
 from minitp.loading.weights import Loader, shard_nbytes
 from minitp.model import Model
 from minitp.shard import make_plan
-from minitp.util.environment import SOCKET_VARIABLE
+from minitp.util.environment import SOCKET_VARIABLE, replica_of
 from minitp.util.format import counted, size
 from minitp.util.shares import MEASURED, in_tenths, shares_by_speed
 
@@ -38,20 +38,21 @@ def open_source(comm, options):
         if comm.rank != 0:
             source = open_model(*wanted)
         fingerprint = source.fingerprint()
-    first, *others = comm.allgather_object(fingerprint)
+    everyone = comm.all_groups
+    first, *others = everyone.allgather_object(fingerprint)
     with comm.agreed():
         for rank, other in enumerate(others, start=1):
             parts = [part for part in first if first[part] != other[part]]
             if parts:
                 raise InputError(
-                    f"--model {source.name}: {comm.name(rank)} found a different model than {comm.name(0)} "
-                    f"(in {' and '.join(parts)}); copy the same files to all hosts"
+                    f"--model {source.name}: {everyone.name(rank)} found a different model than "
+                    f"{everyone.name(0)} (in {' and '.join(parts)}); copy the same files to all hosts"
                 )
-    if comm.rank == 0 and not os.environ.get(SOCKET_VARIABLE):  # otherwise the launcher has already warned
+    if everyone.rank == 0 and not os.environ.get(SOCKET_VARIABLE):  # otherwise the launcher has warned
         warn_of_unread_fields(source)
     if options.split in MEASURED and comm.size > 1:
         source = split_by_devices(comm, source, options)
-    if comm.rank == 0 and options.verbose and options.split is not None:
+    if everyone.rank == 0 and options.verbose and options.split is not None:
         print(*plan_lines(source), sep="\n", file=sys.stderr, flush=True)
     return source
 
@@ -65,21 +66,26 @@ def split_by_devices(comm, source, options):
     """
     device = device_of(comm, source, options.dtype)
     where, room = device.weights_room()
-    found = comm.allgather_object((where, room))
+    found = comm.all_groups.allgather_object((where, room))
     sharing = Counter(other for other, _ in found)
-    rooms = [each / sharing[other] for other, each in found]
+    rooms = least([each / sharing[other] / jobs_sharing(device) for other, each in found], comm)
     if options.split == "memory":
         return source.with_split(in_tenths(rooms))
     rate = None
     with comm.agreed():
         rate = device.read_rate()  # after a collective, so that all ranks read at the same time
-    rates = comm.allgather_object(rate)
+    rates = least(comm.all_groups.allgather_object(rate), comm)
     whole = make_plan(source.config, 1)
     split = shares_by_speed(rates, rooms, shard_nbytes(whole, 0, device))
-    if comm.rank == 0 and options.verbose:
+    if comm.all_groups.rank == 0 and options.verbose:
         read = ", ".join(f"{rate / 1e9:.3g}" for rate in rates)
         print(f"minitp: --split auto: the ranks read {read} GB/s", file=sys.stderr, flush=True)
     return source.with_split(split)
+
+
+def least(values, comm):
+    """Return the least value of each rank over all replica groups, which have the same plan."""
+    return [min(values[rank :: comm.size]) for rank in range(comm.size)]
 
 
 def plan_lines(source):
@@ -105,6 +111,11 @@ def device_of(comm, source, dtype="auto"):
     return with_dtype(comm.gpu, dtype, source.config.dtype)
 
 
+def jobs_sharing(device):
+    """Return the number of jobs, each a replica, that share the memory of a device: one on a GPU."""
+    return 1 if device.is_gpu else replica_of(os.environ)[1]
+
+
 def check_room(comm, source, device):
     """Check that the weights of all ranks that share memory fit into it; all ranks call this.
 
@@ -115,7 +126,8 @@ def check_room(comm, source, device):
     """
     where, room = device.weights_room()
     need = shard_nbytes(source.plan, comm.shard_rank, device)
-    needs = [nbytes for other, nbytes in comm.allgather_object((where, need)) if other == where]
+    needs = [nbytes for other, nbytes in comm.all_groups.allgather_object((where, need)) if other == where]
+    needs *= jobs_sharing(device)
     with comm.agreed():
         if sum(needs) > room:
             raise InputError(

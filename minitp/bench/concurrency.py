@@ -15,10 +15,15 @@ def measure_requests(model, roofline, job, progress):
     Three speeds are measured: of all requests at once, of the same requests one by one, and the limit. All
     rounds use one engine, as in a server. Each round has new prompts, because the engine's prefix cache would
     otherwise contain the prompts of the previous round.
+
+    Replicas divide the requests and begin together; the slowest one counts. One by one means that replica 0
+    computes all requests while the others sleep.
     """
     tokens = job.requests * job.new_tokens
     recorded = RecordingModel(model)
     engine = engine_for(recorded, job.requests, job.prompt_tokens + job.new_tokens)
+    groups = model.comm.all_groups
+    replica, replicas = groups.rank // model.comm.size, groups.size // model.comm.size
     seconds = {"together": [], "one_by_one": [], "limit": []}
     if model.fused:  # captures the graphs of all batch sizes
         together_seconds(engine, request_prompts(model, job, job.rounds), job.new_tokens)
@@ -27,9 +32,11 @@ def measure_requests(model, roofline, job, progress):
         progress(f"round {n + 1} of {job.rounds}")
         prompts = request_prompts(model, job, n)
         recorded.passes.clear()
-        seconds["together"].append(together_seconds(engine, prompts, job.new_tokens))
-        seconds["limit"].append(roofline.seconds(recorded.passes))
-        seconds["one_by_one"].append(one_by_one_seconds(model, prompts, job.new_tokens))
+        together = together_seconds(engine, prompts[replica::replicas], job.new_tokens)
+        limit = roofline.seconds(recorded.passes)
+        one_by_one = 0.0 if replica else one_by_one_seconds(model, prompts, job.new_tokens)
+        for name, own in (("together", together), ("limit", limit), ("one_by_one", one_by_one)):
+            seconds[name].append(max(groups.allgather_object(own)))
     pairs = list(zip(*seconds.values(), strict=True))
     return {
         "count": job.requests,
@@ -55,12 +62,12 @@ def request_prompts(model, job, seed):
 
 
 def together_seconds(engine, prompts, new_tokens):
-    """Return the time in seconds of all requests, served concurrently."""
+    """Return the time in seconds of a replica's requests, served concurrently; all begin together."""
     comm = engine.model.comm
     if comm.rank == 0:
         for prompt in prompts:
             engine.add(request_of(prompt, new_tokens))
-    comm.allgather_object(None)
+    comm.all_groups.allgather_object(None)
     started = perf_counter()
     engine.run()
     return comm.broadcast(perf_counter() - started)

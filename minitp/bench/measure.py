@@ -81,19 +81,20 @@ def conditions(model, source):
         "layers": model.config.num_hidden_layers,
         "tp": model.comm.size,
         "split": source.shares,
+        "replicas": model.comm.all_groups.size // model.comm.size,
         "device": "cuda" if model.device.is_gpu else "cpu",
         "as_rank": model.comm.shard_rank if isinstance(host, ShardOnly) else None,
         "dtype": model.device.dtype.name,
         "kv_dtype": model.kv_dtype,
         "comm": type(model.comm).__name__,
         "blas_threads_per_rank": int(threads) if threads.isdigit() else None,
-        "weight_bytes_per_rank": model.comm.allgather_object(model.weights.nbytes),
+        "weight_bytes_per_rank": model.comm.all_groups.allgather_object(model.weights.nbytes),
     }
 
 
 def memory(model):
     """Return the memory of each rank and its GPU: current private bytes, and the peak with mapped files."""
-    comm, peak = model.comm, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    comm, peak = model.comm.all_groups, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {
         "private_bytes_per_rank": comm.allgather_object(private_bytes()),
         "peak_bytes_per_rank": comm.allgather_object(peak),

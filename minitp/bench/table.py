@@ -47,6 +47,8 @@ def head(result):
     """Return lines that describe the model, the ranks and the machine."""
     threads = result["blas_threads_per_rank"]
     ranks = counted(result["tp"], "rank") + (f" of {counted(threads, 'BLAS thread')}" if threads else "")
+    if result["replicas"] > 1:
+        ranks = f"{counted(result['replicas'], 'replica')} of {ranks}"
     if result["as_rank"] is not None:
         ranks = f"only rank {result['as_rank']} of {ranks}"
     layers = counted(result["layers"], "layer")
@@ -77,7 +79,8 @@ def limit_lines(result):
     if found["all_reduce"]:
         latencies = (f"{size(one['bytes'])} {one['us']:.1f} us" for one in found["all_reduce"])
         rows.append(("all-reduce", ", ".join(latencies)))
-    return ["limits, with all ranks at once:", *(f"  {line}" for line in aligned(rows, "<<"))]
+    of = " of one replica" if result["replicas"] > 1 else ""
+    return [f"limits{of}, with all ranks at once:", *(f"  {line}" for line in aligned(rows, "<<"))]
 
 
 def loading_line(found):

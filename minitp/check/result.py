@@ -98,6 +98,8 @@ class CheckResult:
     tp : int
     warnings : list of str
         Remarks about steps that are within their bounds, for which no step is blamed.
+    replica_difference : replicas.ReplicaDifference or None
+        The first step whose bits another replica group does not have.
     """
 
     findings: list
@@ -106,6 +108,7 @@ class CheckResult:
     passes: list
     tp: int
     warnings: list = field(default_factory=list)
+    replica_difference: object = None
 
     @property
     def ok(self):

@@ -14,6 +14,7 @@ import numpy as np
 from minitp.check.passes import run_all_passes
 from minitp.check.plan import plan_problems
 from minitp.check.rank import RankCheck
+from minitp.check.replicas import replica_difference
 from minitp.check.result import CheckResult
 from minitp.check.step_file import StepFile
 from minitp.check.totals import Totals
@@ -55,9 +56,10 @@ def check_model(source, model, token_ids, decode=0, batch=0, progress=lambda lay
             totals = Totals(reference, comm, run, rank.kinds, model.device.dtype, model.kv_dtype)
             totals.measure(rank.findings, step_file, progress)
         warnings = rank.rounding.warnings(comm)
+        difference = replica_difference(comm, step_file)
     by_rank = comm.allgather_object(list(rank.findings.values()))
     findings = in_order([finding for findings in by_rank for finding in findings], source.plan, run.passes)
-    return CheckResult(findings, problems, run.sequences, run.passes, comm.size, warnings)
+    return CheckResult(findings, problems, run.sequences, run.passes, comm.size, warnings, difference)
 
 
 def _run_all_passes(model, token_ids, decode, batch, step_file):

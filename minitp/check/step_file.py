@@ -35,6 +35,11 @@ class StepFile:
             bytes_left = bytes_left[written:]
 
     @property
+    def names(self):
+        """The names of the arrays, in the order in which they were written first."""
+        return list(self._entries)
+
+    @property
     def nbytes(self):
         """The size of the file."""
         return self._end

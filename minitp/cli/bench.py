@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from minitp.cli.command import OnRanks
-from minitp.cli.options import add_json, add_run
+from minitp.cli.options import add_json, add_replicas, add_run
 from minitp.errors import InputError
 from minitp.util.environment import limit_blas_threads, world_size
 from minitp.util.format import counted, duration
@@ -96,6 +96,10 @@ class BenchCommand(OnRanks):
         )
         group.add_argument("--of", type=int, metavar="N", help="total number of ranks for --as-rank")
         add_run(parser)
+        add_replicas(
+            parser,
+            "with --requests: divide the requests among N copies of the model, each on its own --tp ranks",
+        )
         add_json(parser)
         parser.groups["output"].add_argument(
             "--plot", metavar="FILE", help="plot the sweep to a .png or .svg file (default: no plot)"
@@ -119,6 +123,7 @@ class BenchCommand(OnRanks):
         if source.config.num_local_experts:
             raise InputError(f"{source.name} is a mixture of experts, which bench does not support")
         refuse_pairs(args)
+        check_requests(args)
         sweep = args.sweep is not None
         prompt_tokens = PROMPT_TOKENS if args.prompt_tokens is None else args.prompt_tokens
         new_tokens = NEW_TOKENS[sweep] if args.max_new_tokens is None else args.max_new_tokens
@@ -127,7 +132,6 @@ class BenchCommand(OnRanks):
             ("--prompt-tokens", prompt_tokens, 1),
             ("--max-new-tokens", new_tokens, 2),
             ("--rounds", rounds, 1),
-            ("--requests", 1 if args.requests is None else args.requests, 1),
         ):
             if value < least:
                 raise InputError(f"{option} {value}: expected {least} or more")
@@ -199,8 +203,16 @@ def check_share(args):
         ranks = "rank 0" if args.of == 1 else f"a rank from 0 to {args.of - 1}"
         raise InputError(f"--as-rank {args.as_rank} --of {args.of}: expected {ranks}")
     numbers_only(args.split, "measures all ranks, and --as-rank runs one")
-    if args.tp != "auto" or world_size(os.environ) is not None:
-        raise InputError("--as-rank runs a single process; omit --tp and mpirun")
+    if args.tp != "auto" or args.replicas > 1 or world_size(os.environ) is not None:
+        raise InputError("--as-rank runs a single process; omit --tp, --replicas and mpirun")
+
+
+def check_requests(args):
+    """Reject a number of requests below 1 or below the number of replicas, which share them."""
+    if args.replicas > 1 and args.requests is None:
+        raise InputError(f"--replicas {args.replicas} needs concurrent requests; add --requests N")
+    if args.requests is not None and args.requests < args.replicas:
+        raise InputError(f"--requests {args.requests}: expected {args.replicas} or more")
 
 
 def refuse_pairs(args):

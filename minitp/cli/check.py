@@ -6,7 +6,7 @@ from time import perf_counter
 from minitp.cli.check_text import table, verdict
 from minitp.cli.color import judged
 from minitp.cli.command import OnRanks
-from minitp.cli.options import add_decode, add_prompt, add_report, add_run
+from minitp.cli.options import add_decode, add_prompt, add_replicas, add_report, add_run
 from minitp.errors import InputError
 from minitp.util.format import counted
 from minitp.util.stdout import write_out
@@ -65,6 +65,10 @@ class CheckCommand(OnRanks):
             "needs --device cuda (default: explicit)",
         )
         add_run(parser)
+        add_replicas(
+            parser,
+            "check N copies of the model, each on its own --tp ranks, and compare the bits of their steps",
+        )
         add_report(parser)
 
     def prepare(self, args, source):
@@ -83,35 +87,39 @@ class CheckCommand(OnRanks):
         """Print the table and the verdict; return 1 if a step is wrong, else 0."""
         from tqdm import tqdm
 
+        from minitp.check.replicas import replicas_verdict
         from minitp.check.run import check_model
         from minitp.cli.load_progress import load
         from minitp.report.check import report_data
         from minitp.report.page import write_report
 
         model, _ = load(args, comm, source, args.path)
-        hidden = comm.rank != 0 or not sys.stderr.isatty()
+        first = comm.all_groups.rank == 0
+        hidden = not first or not sys.stderr.isatty()
         started = perf_counter()
         with tqdm(
             total=3 * source.plan.layers, desc="checking", unit="layer", leave=False, disable=hidden
         ) as bar:
             result = check_model(source, model, prepared, args.decode, args.batch, bar.update)
         seconds = perf_counter() - started
-        said = verdict(source, result)
-        if comm.rank == 0:
+        said, ok = verdict(source, result), result.ok
+        if args.replicas > 1:
+            said, ok = replicas_verdict(comm, result, said)
+        if first:
             lines = [title(args, source, model, prepared), "", *table(result, args.verbose), ""]
             lines += [f"warning: {text}" for text in result.warnings]
             per_layer = seconds / source.plan.layers
             lines.append(f"checked in {seconds:.1f} s, {per_layer:.2g} s per layer")
             write_out("\n".join(lines) + "\n")
         with comm.agreed():
-            if comm.rank == 0 and args.report is not None:
+            if first and args.report is not None:
                 gpu = model.device.name if model.device.is_gpu else None
                 data = report_data(source, model.device.dtype, result, said, args.prompt, gpu)
                 write_report(args.report, data)
                 write_out(f"report: {args.report}\n")
-        if comm.rank == 0:
-            write_out(judged(said, result.ok, sys.stdout) + "\n")
-        return 0 if result.ok else 1
+        if first:
+            write_out(judged(said, ok, sys.stdout) + "\n")
+        return 0 if ok else 1
 
 
 def check_batch(count, source, prompt):
@@ -148,8 +156,11 @@ def title(args, source, model, prompt):
     """Return the heading: the model, the ranks, the dtypes, the tokens and the sequences of the engine."""
     cache = "" if model.kv_dtype == "auto" else f", a cache of {model.kv_dtype}"
     batch = f", {counted(args.batch, 'sequence')} in batches" if args.batch else ""
+    ranks = source.ranks
+    if args.replicas > 1:
+        ranks = f"{counted(args.replicas, 'replica')} of {ranks}"
     return (
-        f"{source.name} on {source.ranks}, {model.device.dtype.name}{cache}: a prompt of "
+        f"{source.name} on {ranks}, {model.device.dtype.name}{cache}: a prompt of "
         f"{counted(len(prompt), 'token')} and {args.decode} decoded ones{batch}, "
         f"{counted(source.plan.layers, 'layer')}"
     )

@@ -14,7 +14,8 @@ import sys
 
 from minitp.cli.options import llm_options
 from minitp.errors import InputError, RankError
-from minitp.launch.run import ranks_to_start, run_ranks
+from minitp.launch.devices import check_gpus
+from minitp.launch.run import ranks_of_replica, run_ranks
 from minitp.util import environment
 from minitp.util.environment import ALONE_VARIABLE, SOCKET_VARIABLE
 
@@ -82,19 +83,20 @@ class OnRanks(Command):
             return self.run_alone(args)
         refuse_unknown_mpi()
         environment.check_cupy(args.device)
-        size = self.ranks(args)
-        if size == 1:
+        size, replicas = self.ranks(args), getattr(args, "replicas", 1)
+        check_gpus(args.device, args.share_gpu, size, replicas)
+        if size * replicas == 1:
             return self.run_alone(args)
         from minitp.loading.source import open_model, warn_of_unread_fields
 
         source = open_model(args.model, size, args.layers, args.revision, args.split)
         warn_of_unread_fields(source)
         self.prepare(args, source)  # rejects bad input before any rank starts
-        return run_ranks(rank_command, size, verbose=args.verbose)
+        return run_ranks(rank_command, size * replicas, verbose=args.verbose)
 
     def ranks(self, args):
         """Return the number of ranks to start."""
-        return ranks_to_start(args.tp, args.device, args.model, args.layers, args.revision, args.split)
+        return ranks_of_replica(args, None)
 
     def run_alone(self, args):
         """Run the command as the only rank, in this process and without MPI."""
@@ -136,9 +138,10 @@ class Caller(Command):
     def start(self, args, rank_command):
         environment.divide_cores(os.environ)
         world = environment.world_size(os.environ)
+        tp = ranks_of_replica(args, world)
         if world is None:
             environment.check_cupy(args.device)
-        tp = world or ranks_to_start(args.tp, args.device, args.model, args.layers, args.revision, args.split)
+            check_gpus(args.device, args.share_gpu, tp, getattr(args, "replicas", 1))
         if environment.env_rank(os.environ) != 0:
             from minitp.llm import LLM
 

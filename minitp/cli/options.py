@@ -245,6 +245,13 @@ def add_run(parser):
     add_kv_dtype(parser)
 
 
+def add_replicas(parser, what):
+    """Add --replicas, whose help begins with `what`."""
+    parser.groups["ranks"].add_argument(
+        "--replicas", type=replica_count, default=1, metavar="N", help=f"{what} (default: 1)"
+    )
+
+
 def add_json(parser):
     parser.groups["output"].add_argument(
         "--json", action="store_true", help="print one JSON object instead of text"
@@ -255,6 +262,13 @@ def add_report(parser):
     parser.groups["output"].add_argument(
         "--report", metavar="FILE.html", help="also write an HTML report (default: no report)"
     )
+
+
+def replica_count(text):
+    """Parse the value of --replicas."""
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1000):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 1 to 999")
+    return int(text)
 
 
 def token_ids(text):

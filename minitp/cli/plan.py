@@ -5,7 +5,7 @@ import json
 import os
 
 from minitp.cli.command import OneProcess
-from minitp.cli.options import add_dtype, add_json, add_model
+from minitp.cli.options import add_dtype, add_json, add_model, add_replicas
 from minitp.errors import InputError
 from minitp.estimate.hardware import GPUS, GPUS_PER_NODE
 from minitp.util.environment import BLAS_THREADS
@@ -48,7 +48,7 @@ class PlanCommand(OneProcess):
             "--nodes",
             type=int,
             metavar="N",
-            help=f"number of machines for the ranks (default: one per {GPUS_PER_NODE} GPUs)",
+            help=f"number of machines for the ranks of a replica (default: one per {GPUS_PER_NODE} GPUs)",
         )
         for option, what in (
             (
@@ -60,6 +60,7 @@ class PlanCommand(OneProcess):
         ):
             group.add_argument(option, type=int, metavar="N", help=what)
         add_model(parser, TP)
+        add_replicas(parser, "plan for N copies of the model, each on its own --tp ranks")
         add_dtype(parser)
         add_json(parser)
 

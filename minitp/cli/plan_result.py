@@ -25,25 +25,41 @@ def predict(args, config, workload):
     gpus = mixed(known) if len(known) > 1 else next(iter(known), None)
     asked = read_spread(args, config, gpus, dtype, workload)
     make_plan(config, asked.tp, shares_in(asked.split))  # raises InputError for more ranks than heads
-    hardware = gpus or measure_cpu(config, dtype)
+    hardware = machine = gpus or measure_cpu(config, dtype)
+    if gpus is None and args.replicas > 1:
+        hardware = machine.divided(args.replicas)
     spreads, left_out = choose_spreads(config, hardware, asked)
     alike = spreads[-1].split is None and not hardware.ranks
     result = {
         "model": args.model,
         **model_facts(config, dtype),
-        "hardware": hardware_facts(hardware, dtype),
+        "hardware": hardware_facts(machine, dtype),
         "context_tokens": workload.context,
         "prompt_tokens": workload.prompt,
         "batch": workload.batch,
         "tp": asked.tp,
         "nodes": asked.nodes,
         "split": asked.split,
+        "replicas": args.replicas,
         "smallest_tp_that_fits": smallest_tp(config, hardware, dtype, workload) if alike else None,
         "estimates": [asdict(estimate(config, hardware, spread, dtype, workload)) for spread in spreads],
         "ranks": [] if alike else rank_estimates(config, hardware, asked, dtype, workload),
     }
+    result["all_replicas"] = all_replicas(result, asked) if args.replicas > 1 else None
     result["notes"] = notes(config, hardware, result, left_out)
     return result
+
+
+def all_replicas(result, asked):
+    """Return the ranks, the sequences and the speed of all replicas of the Spread that the user asks for."""
+    row = next(one for one in result["estimates"] if (one["tp"], one["nodes"]) == (asked.tp, asked.nodes))
+    if not row["fits"]:
+        return None
+    count = result["replicas"]
+    speeds = {
+        f"{kind}_tokens_per_s": count * row[f"batch_{kind}_tokens_per_s"] for kind in ("limit", "expected")
+    }
+    return {"ranks": count * asked.tp, "sequences": count * row["batch"], **speeds}
 
 
 def read_spread(args, config, gpus, dtype, workload):
@@ -53,7 +69,7 @@ def read_spread(args, config, gpus, dtype, workload):
     if gpus is None:
         if args.nodes is not None:
             raise InputError(f"--nodes {args.nodes}: --gpu cpu is this machine only; choose a GPU")
-        return Spread(shares or ranks_for(config, args.tp, "cpu"), 1, split)
+        return Spread(shares or ranks_for(config, args.tp, "cpu", args.replicas), 1, split)
     if gpus.ranks:
         tp = len(gpus.ranks)
         if (shares or tp) != tp or (args.tp != "auto" and ranks_wanted(args.tp) != tp):
@@ -133,6 +149,9 @@ def hardware_facts(hardware, dtype):
 def notes(config, hardware, result, left_out):
     """Return notes on what the figures mean and assume."""
     on_cpu, found = hardware.cores is not None, []
+    if result["replicas"] > 1:
+        part = f", on 1/{result['replicas']} of the machine" if on_cpu else ", on its own GPUs"
+        found.append(f"Each row is one replica{part}.")
     if left_out:
         sizes = " and ".join(map(str, left_out)) if len(left_out) < 3 else f"{left_out[0]} and more"
         heads = counted(config.num_attention_heads, "attention head")

@@ -11,7 +11,7 @@ def text(result):
     """Format the dict of `plan_result.predict`."""
     parts = [
         [line for sentence in head(result) for line in wrapped(sentence)],
-        wrapped(answer(result)),
+        wrapped(answer(result) + in_all(result)),
         memory_lines(result),
         speed_lines(result),
         rank_lines(result),
@@ -59,6 +59,18 @@ def answer(result):
         return f"{place} does not fit with {load}; --split memory gives each rank what its memory holds."
     other = "nor does any other TP" if smallest is None else f"the smallest TP that does is {smallest}"
     return f"{place} does not fit with {load}; {other}."
+
+
+def in_all(result):
+    """Return the sentence on all replicas together, if there are several."""
+    found = result["all_replicas"]
+    if found is None:
+        return ""
+    return (
+        f" {counted(result['replicas'], 'replica')} ({counted(found['ranks'], 'rank')}) with "
+        f"{counted(found['sequences'], 'sequence')} give {rounded(found['expected_tokens_per_s'])} tokens/s "
+        "in all."
+    )
 
 
 def memory_lines(result):

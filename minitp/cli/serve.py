@@ -9,7 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from minitp.cli.command import Caller
-from minitp.cli.options import add_chat_template_kwargs, add_max_context, add_run, llm_options
+from minitp.cli.options import (
+    add_chat_template_kwargs,
+    add_max_context,
+    add_replicas,
+    add_run,
+    llm_options,
+)
 from minitp.engine.options import option
 from minitp.errors import InputError, shown
 from minitp.util.format import counted
@@ -40,6 +46,7 @@ class ServeCommand(Caller):
         add_chat_template_kwargs(parser, "server")
         add_batching(parser)
         add_run(parser)
+        add_replicas(parser, "divide the requests among N copies of the model, each on its own --tp ranks")
         add_max_context(parser)
 
     def run(self, args, tp):
@@ -73,7 +80,7 @@ class ServeCommand(Caller):
         return serve_forever(
             start,
             partial(ready_line, host=host, port=port),
-            AdmissionLimits(args.max_sequences + args.max_queue, args.request_timeout),
+            AdmissionLimits(args.replicas * args.max_sequences + args.max_queue, args.request_timeout),
             list(dict.fromkeys(args.served_model_name or [served_name(args.model)])),
             listener,
             api_key=api_key,
@@ -141,7 +148,12 @@ def add_server(parser):
         metavar="S",
         help="time limit for unfinished answers after SIGTERM, in seconds (default: 30)",
     )
-    group.add_argument("--restart", action="store_true", help="restart the ranks if one dies (default: exit)")
+    group.add_argument(
+        "--restart",
+        action="store_true",
+        help="restart the ranks if one dies, or those of its replica while the others serve (default: go on "
+        "with the other replicas, and exit with the last)",
+    )
 
 
 def add_batching(parser):
@@ -152,7 +164,8 @@ def add_batching(parser):
         type=int,
         default=64,
         metavar="N",
-        help="maximum number of sequences that run at once; a request with n > 1 counts as n (default: 64)",
+        help="maximum number of sequences that run at once on each replica; a request with n > 1 counts as n "
+        "(default: 64)",
     )
     group.add_argument(
         "--max-tokens-per-step",
@@ -165,8 +178,8 @@ def add_batching(parser):
         "--cache-tokens",
         type=int,
         metavar="N",
-        help="size of the KV cache in tokens, shared by all requests (default: as many as fit in a quarter "
-        "of the host's memory, or in most of a GPU's free memory)",
+        help="size of each replica's KV cache in tokens, for all requests (default: as many as fit in a "
+        "quarter of the host's memory, or in most of a GPU's free memory)",
     )
     group.add_argument(
         "--block-size",
@@ -225,8 +238,11 @@ def ready_line(llm, host, port):
     """Return the line that announces the model, its ranks and its address."""
     about = llm.description
     address = f"[{host}]" if ":" in host else host
+    ranks = counted(about["tp"], "rank")
+    if about["replicas"] > 1:
+        ranks = f"{counted(about['replicas'], 'replica')} of {ranks}"
     return (
-        f"{llm.source.name} on {counted(about['tp'], 'rank')}, {about['dtype']}, "
+        f"{llm.source.name} on {ranks}, {about['dtype']}, "
         f"at http://{address}:{port}/v1 "
         f"(context {about['context']}, cache of {counted(about['blocks'] * about['block_size'], 'token')}); "
         f"chat page: http://{address}:{port}/"

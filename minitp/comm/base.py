@@ -39,13 +39,14 @@ class Comm:
         The rank whose shard of the model this rank computes: `rank`, except in ShardOnly.
     seconds : float
         The time that this rank has spent in `all_reduce` and `all_gather`, including waiting.
+    all_groups : Comm
+        The Comm of the ranks of all replica groups, in the order of the groups; `self` if there is one group.
     """
 
     def __init__(self, rank: int, size: int) -> None:
-        self.rank = rank
-        self.size = size
-        self.shard_rank = rank
+        self.rank, self.size, self.shard_rank = rank, size, rank
         self.seconds = 0.0
+        self.all_groups = self
 
     def all_reduce(self, x: Array) -> Array:
         """Return the sum of `x` over all ranks, a new array of its shape; all ranks get the same bits."""

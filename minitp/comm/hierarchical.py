@@ -22,13 +22,15 @@ class HierarchicalComm(MpiComm):
     ----------
     node : mpi4py.MPI.Comm
         The communicator of the ranks on this host.
+    group : groups.Group or None
+        See MpiComm.
     """
 
-    def __init__(self, node):
-        super().__init__()
-        self._within = SharedMemoryComm(node)
-        self._leaders = self._world.Split(0 if node.rank == 0 else 1)  # color 0: the leaders
-        self._between = MpiComm(world=self._leaders) if node.rank == 0 else None
+    def __init__(self, node, group=None):
+        super().__init__(group=group)
+        self._within = SharedMemoryComm(node, group)
+        self._leaders = self.split(0 if node.rank == 0 else 1)  # color 0: the leaders
+        self._between = MpiComm(world=self._leaders, group=group) if node.rank == 0 else None
         self._own_host = node.allgather(self.rank)  # the ranks of this host, the leader first
         host_of_rank = self._world.allgather(self._own_host)
         # The ranks of each host, in the order of the leaders.

@@ -50,7 +50,9 @@ class MpiComm(Comm):
         The number of ranks that mpirun or srun says it started. If MPI finds a different number, mpirun and
         mpi4py belong to two different MPIs, and each process would run as the only rank.
     world : mpi4py.MPI.Comm or None
-        The communicator of the ranks; None for all ranks that were started.
+        The communicator of the ranks; None for all ranks of the group.
+    group : groups.Group or None
+        The replica group of the ranks; None if all ranks that were started are one group.
 
     Raises
     ------
@@ -59,13 +61,16 @@ class MpiComm(Comm):
         minitp, or if there is too little shared memory.
     """
 
-    def __init__(self, expected=None, world=None):
+    def __init__(self, expected=None, world=None, group=None):
         if expected is not None:
             dev_shm.check_room(local_ranks(os.environ, expected), starting=False)
         self._mpi = MPI = import_mpi()
         self._job = MPI.COMM_WORLD
-        self._world = self._job if world is None else world
+        self._world = world or (group.mpi if group else self._job)
         super().__init__(self._world.Get_rank(), self._world.Get_size())
+        self.group = group
+        if group is not None:
+            self.all_groups = group.all_groups
         self._others = [rank for rank in range(self.size) if rank != self.rank]
         if expected is not None and expected != self.size:
             library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
@@ -92,6 +97,21 @@ class MpiComm(Comm):
         several = any(other.host != process.host for other in self._processes)
         return f"rank {process.rank} on {process.host}" if several else f"rank {process.rank}"
 
+    def agree(self, error=None):
+        """Agree as Comm.agree does, with the ranks of all groups, which all run the same phases."""
+        if self.group is None:
+            super().agree(error)
+        else:
+            self.all_groups.agree(error)
+
+    def split(self, color, key=0):
+        """Return the mpi4py communicator of the ranks of this Comm that pass the same `color`."""
+        return self._world.Split(color, key)
+
+    def split_by_host(self):
+        """Return the mpi4py communicator of the ranks of this Comm on this host."""
+        return self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
+
     def broadcast(self, value):
         if self.rank != 0:
             return self._receive(0)
@@ -106,7 +126,10 @@ class MpiComm(Comm):
         self._exchange(None, patient=False)
 
     def local_rank(self):
-        node = self._job.Split_type(self._mpi.COMM_TYPE_SHARED)
+        """Return this rank's index among all ranks of its host, whatever their groups."""
+        if self.group is not None:
+            return self.group.local_rank
+        node = self.split_by_host()
         rank = node.Get_rank()
         node.Free()
         return rank
@@ -119,12 +142,14 @@ class MpiComm(Comm):
     def new_wait(self, late, patient=False):
         """Return a Backoff for a wait of this rank; late() returns the ranks that are still missing."""
 
+        first = 0 if self.group is None else self.group.first
+
         def names():
             late_processes = [self._processes[rank] for rank in late()]
-            return [str(process) for process in late_processes if process.rank != 0]
+            return [str(process) for process in late_processes if process.rank != first]
 
         own = self._processes[self.rank]
-        return Backoff(str(own), names, gives_up=own.rank == 0, patient=patient)
+        return Backoff(str(own), names, gives_up=own.rank == first, patient=patient)
 
     def _gather_and_combine(self, x, sizes, combine):
         parts = [np.empty(size, x.dtype) for size in sizes]

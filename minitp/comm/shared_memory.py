@@ -33,10 +33,12 @@ class SharedMemoryComm(MpiComm):
     ----------
     node : mpi4py.MPI.Comm
         The communicator of the ranks on this host.
+    group : groups.Group or None
+        See MpiComm.
     """
 
-    def __init__(self, node):
-        super().__init__(world=node)
+    def __init__(self, node, group=None):
+        super().__init__(world=node, group=group)
         self._window = self._mpi.Win.Allocate_shared(2 * SLOT_BYTES + LINE_BYTES, 1, comm=node)
         segments = [np.frombuffer(self._window.Shared_query(r)[0], np.uint8) for r in range(self.size)]
         self._slots = [[s[i * SLOT_BYTES : (i + 1) * SLOT_BYTES] for s in segments] for i in (0, 1)]

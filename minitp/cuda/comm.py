@@ -33,6 +33,7 @@ class DeviceComm(Comm):
         super().__init__(host.rank, host.size)
         self.shard_rank, self.host, self.gpu = host.shard_rank, host, gpu
         self.broadcast, self.allgather_object, self.name = host.broadcast, host.allgather_object, host.name
+        self.agree, self.all_groups = host.agree, host.all_groups
 
     def reduce_into(self, x, out):
         """Write the sum of all ranks' `x` into `out`, with the same bits on all; both are contiguous."""

@@ -127,10 +127,10 @@ class PeerComm(NcclComm):
 
 
 def peers_reach_each_other(host, gpu, local_rank):
-    """Return whether each rank's GPU can read the memory of every other rank's; all ranks call this."""
+    """Return whether each rank's GPU can read the memory of every other rank's, in all replica groups."""
     runtime, own = gpu.cupy.cuda.runtime, gpu.cupy.cuda.Device().id
     ranks = host.allgather_object((own, local_rank))
     one_host = len({local for _, local in ranks}) == host.size  # on several hosts, local ranks repeat
     own_gpu = len({device for device, _ in ranks}) == host.size
     reach = all(device == own or runtime.deviceCanAccessPeer(own, device) for device, _ in ranks)
-    return all(host.allgather_object(bool(one_host and own_gpu and reach)))
+    return all(host.all_groups.allgather_object(bool(one_host and own_gpu and reach)))

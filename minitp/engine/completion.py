@@ -12,7 +12,7 @@ from minitp.sampling import SamplingParams
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from minitp.engine.client import Update
+    from minitp.engine.ranks import Update
 
 
 @dataclass

@@ -29,6 +29,8 @@ class EngineOptions:
         The ranks' shares of the model, as in "3,1"; "auto" or "memory"; None for even shares.
     revision : str or None
         A branch, tag or commit of a Hugging Face id; None means its main branch.
+    replicas : int
+        The number of copies of the model, each on `tp` ranks of its own; requests are divided among them.
     layers : int or None
         The number of layers to load, from the first; None loads all.
     device, dtype, kv_dtype, comm : str
@@ -53,6 +55,7 @@ class EngineOptions:
     tp: str = "auto"
     split: str | None = None
     revision: str | None = None
+    replicas: int = 1
     layers: int | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -81,7 +84,7 @@ class EngineOptions:
             elif field.type in (int, int | None):
                 value = whole_number(field.name, value)
             object.__setattr__(self, field.name, value)
-        for name in ("block_size", "max_tokens_per_step", "max_sequences"):
+        for name in ("replicas", "block_size", "max_tokens_per_step", "max_sequences"):
             if getattr(self, name) < 1:
                 raise InputError(f"{option(name)} {getattr(self, name)}: expected at least 1")
         if self.cache_tokens is not None and self.cache_tokens < self.block_size:

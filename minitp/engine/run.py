@@ -1,5 +1,6 @@
 """Run a rank of `LLM`, `minitp chat` or `minitp serve`: load the model, then serve requests."""
 
+import os
 from collections import Counter
 
 from minitp.engine.engine import Engine
@@ -7,6 +8,7 @@ from minitp.engine.service import RankTimes, report_times, serve
 from minitp.load import check_room, device_of, load_model, open_source
 from minitp.loading.weights import shard_nbytes
 from minitp.request import Request, context_length
+from minitp.util.environment import replica_of
 
 PROGRESS_MESSAGES = 100  # maximum number of messages while loading
 
@@ -65,7 +67,8 @@ def blocks_that_fit(comm, device, nbytes):
     """
     where, _ = device.weights_room()
     rooms, blocks = Counter(), Counter()
-    for memory, room, size in comm.allgather_object((where, device.cache_room(comm.size), nbytes)):
+    sharing = comm.all_groups.size * replica_of(os.environ)[1]  # the ranks of all replicas
+    for memory, room, size in comm.allgather_object((where, device.cache_room(sharing), nbytes)):
         rooms[memory] += room
         blocks[memory] += size
     return min(rooms[memory] // blocks[memory] for memory in rooms)
@@ -120,6 +123,7 @@ def describe(options, engine, shares, context, parts):
     return {
         "tp": engine.model.comm.size,
         "split": shares,
+        "replicas": options.replicas,
         "dtype": engine.model.device.dtype.name,
         "kv_dtype": options.kv_dtype,
         "context": context,

@@ -104,6 +104,16 @@ class Hardware:
         """Return the Hardware of a rank."""
         return self.ranks[rank] if self.ranks else self
 
+    def divided(self, count):
+        """Return one of `count` equal parts of a machine whose ranks share its memory and cores."""
+        return replace(
+            self,
+            memory_bytes=self.memory_bytes / count,
+            memory_bytes_per_s=self.memory_bytes_per_s / count,
+            flops_per_s={dtype: rate / count for dtype, rate in self.flops_per_s.items()},
+            cores=max(1, self.cores // count),
+        )
+
 
 LIMIT = Efficiency()
 

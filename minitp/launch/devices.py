@@ -4,13 +4,14 @@ import sys
 
 from minitp.errors import InputError
 from minitp.util.environment import gpus
+from minitp.util.format import counted
 
 GPU_TRANSPORTS = ("nccl", "peer")  # values of --comm that need GPUs
 
 
 def on_gpus(comm, device):
     """Return whether the ranks compute on GPUs; with --device auto they do if every host has a GPU."""
-    return device == "cuda" or (device == "auto" and all(comm.allgather_object(gpus() > 0)))
+    return device == "cuda" or (device == "auto" and all(comm.all_groups.allgather_object(gpus() > 0)))
 
 
 def reject_on_cpus(transport, share_gpu):
@@ -21,6 +22,16 @@ def reject_on_cpus(transport, share_gpu):
         raise InputError("--share-gpu needs GPUs; omit it, or add --device cuda")
 
 
+def check_gpus(device, share_gpu, tp, replicas):
+    """Refuse more replicas of `tp` ranks than the GPUs of this host allow, before any rank starts."""
+    if replicas > 1 and device != "cpu" and not share_gpu and 0 < gpus() < tp * replicas:
+        raise InputError(
+            f"--replicas {replicas} of {counted(tp, 'rank')}: each rank needs a GPU, and this host has "
+            f"{counted(gpus(), 'GPU')} for {tp * replicas}; use fewer, or --share-gpu (results are correct "
+            "but slow), or --device cpu"
+        )
+
+
 def open_rank_gpu(comm, local_rank, share_gpu):
     """Open the GPU that matches this rank's local rank; all ranks call this.
 
@@ -28,7 +39,7 @@ def open_rank_gpu(comm, local_rank, share_gpu):
     -------
     gpu : Gpu
     shared : bool
-        True if any two ranks share a GPU.
+        True if any two ranks share a GPU, in any replica group.
 
     Raises
     ------
@@ -40,7 +51,7 @@ def open_rank_gpu(comm, local_rank, share_gpu):
     gpu = None
     with comm.agreed():
         gpu = open_gpu(local_rank, share_gpu)
-    shared = any(comm.allgather_object(local_rank >= gpu.gpus))
-    if shared and comm.rank == 0:
+    shared = any(comm.all_groups.allgather_object(local_rank >= gpu.gpus))
+    if shared and comm.all_groups.rank == 0:
         print("minitp: warning: several ranks share a GPU: results are correct but slow", file=sys.stderr)
     return gpu, shared

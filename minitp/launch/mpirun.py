@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minitp.errors import RankError
 from minitp.util import dev_shm
-from minitp.util.environment import limit_blas_threads, number_in
+from minitp.util.environment import REPLICA_VARIABLE, limit_blas_threads, number_in
 
 # By default Open MPI refuses to run as root or with more ranks than cores, binds each rank to a core, and
 # lets waiting ranks keep their cores busy. The names differ between versions 4 and 5; other MPIs ignore them.
@@ -56,11 +56,16 @@ def find_mpirun():
     return found
 
 
-def mpi_environment(size):
-    """Return the environment for an mpirun of `size` ranks on this host that divide its cores."""
+def mpi_environment(size, replica=(0, 1)):
+    """Return the environment for an mpirun of `size` ranks on this host that divide its cores.
+
+    `replica` is the index of this job and the number of such jobs, which divide the cores, too.
+    """
     own = {name: value for name, value in os.environ.items() if not WORLD.match(name)}
     environment = {**OPEN_MPI, **own, **THIS_HOST}
-    limit_blas_threads(environment, size)
+    limit_blas_threads(environment, size * replica[1])
+    index, count = replica
+    environment[REPLICA_VARIABLE] = f"{index}/{count}"
     if dev_shm.is_small():
         environment.setdefault("UCX_TLS", "^posix")  # UCX would crash if its files do not fit
     return environment

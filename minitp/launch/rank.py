@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from minitp.errors import AgreedError, RankError, one_line
 from minitp.launch.heartbeat import start_beating
 from minitp.util import dev_shm
-from minitp.util.environment import SOCKET_VARIABLE, check_world, env_rank
+from minitp.util.environment import SOCKET_VARIABLE, check_world, env_rank, replica_of
 
 
 def run_alone(work, options, comm, serving=False):
@@ -69,6 +69,8 @@ def run_in_world(work, options, world, caller=None, serving=False):
     """
     supervisor = _supervisor_link()
     caller = supervisor or caller
+    # Not every command has this option; and replicas that the launcher has started are separate worlds.
+    replicas = getattr(options, "replicas", 1) // replica_of(os.environ)[1]
     comm = None
     try:
         faulthandler.enable()
@@ -77,12 +79,13 @@ def run_in_world(work, options, world, caller=None, serving=False):
         with _warned_if_mpi_is_slow():
             comm = MpiComm(expected=world)  # first, because only MPI can end the other ranks
         try:
+            from minitp.comm.groups import split_into_groups
             from minitp.launch.transport import select_comm, select_host_comm
 
-            with _warned_if_mpi_is_slow():
-                comm = select_host_comm(comm, options.comm)
             with comm.agreed():
-                check_world(options.tp, world)
+                check_world(options.tp, world, replicas)
+            with _warned_if_mpi_is_slow():
+                comm = select_host_comm(split_into_groups(comm, replicas), options.comm)
             comm = select_comm(comm, options.device, options.comm, options.share_gpu)
             if supervisor is not None:
                 start_beating(supervisor.send)
@@ -120,9 +123,10 @@ def _warned_if_mpi_is_slow():
 
 def _exit_together(error, options, comm, caller):
     """Report on rank 0 why all ranks exit; with -v the rank that failed prints its traceback."""
-    if comm.rank == 0 and caller is not None:
+    first = comm.all_groups.rank == 0
+    if first and caller is not None:
         caller.send({"failed": str(error), "exit_code": error.exit_code})
-    elif comm.rank == 0:
+    elif first:
         print(f"minitp: {error}", file=sys.stderr)
     _print_traceback(error.__cause__, options)
     return error.exit_code

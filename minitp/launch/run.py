@@ -5,7 +5,7 @@ import sys
 from minitp.errors import InputError, RankError, shown
 from minitp.launch.signals import Terminated
 from minitp.launch.supervisor import rank_processes
-from minitp.util.environment import ranks_wanted
+from minitp.util.environment import check_world, ranks_wanted
 from minitp.util.format import counted
 from minitp.util.run_module import RUN_MODULE
 from minitp.util.shares import shares_in
@@ -34,12 +34,12 @@ def run_ranks(command, size, verbose=False, stdout=1):
             return 130
 
 
-def ranks_to_start(tp, device, model, layers=None, revision=None, split=None):
-    """Return the number of ranks that --tp or --split asks for; "auto" is at most one per attention head.
+def ranks_to_start(tp, device, model, layers=None, revision=None, split=None, replicas=1):
+    """Return the ranks of each replica that --tp or --split asks for; "auto" is at most one per head.
 
     Parameters
     ----------
-    tp, device, model, layers, revision, split
+    tp, device, model, layers, revision, split, replicas
         The values of the options with these names.
 
     Raises
@@ -49,16 +49,36 @@ def ranks_to_start(tp, device, model, layers=None, revision=None, split=None):
     """
     if (shares := ranks_of_split(tp, split)) is not None:
         return shares
-    if tp != "auto" or ranks_wanted(tp, device) == 1:
-        return ranks_wanted(tp, device)  # without reading config.json
+    size = ranks_wanted(tp, device, replicas)
+    if tp != "auto" or size == 1:
+        return size  # without reading config.json
     from minitp.loading.source import open_config  # imports numpy
 
-    return ranks_for(open_config(model, layers, revision), tp, device)
+    return ranks_for(open_config(model, layers, revision), tp, device, replicas)
 
 
-def ranks_for(config, tp, device):
-    """Return the number of ranks that --tp asks for, for a model whose Config is known."""
-    size = ranks_wanted(tp, device)
+def ranks_of_replica(options, world):
+    """Return the ranks of each replica: `world` ranks of mpirun divided, or else those to start.
+
+    Parameters
+    ----------
+    options : object
+        An object with the options tp, device, model, layers, revision, split and perhaps replicas.
+    world : int or None
+        The number of ranks that mpirun has started; None outside mpirun.
+    """
+    replicas = getattr(options, "replicas", 1)  # not every command has this option
+    if world is None:
+        model = options.model, options.layers, options.revision
+        return ranks_to_start(options.tp, options.device, *model, options.split, replicas)
+    if replicas > 1:  # otherwise the ranks check --tp together
+        check_world(options.tp, world, replicas)
+    return world // replicas
+
+
+def ranks_for(config, tp, device, replicas=1):
+    """Return the ranks of each replica that --tp asks for, for a model whose Config is known."""
+    size = ranks_wanted(tp, device, replicas)
     return min(size, config.num_attention_heads) if tp == "auto" else size
 
 

@@ -40,11 +40,11 @@ END_LIMIT_S = 10  # time for mpirun to end after the last message of the last ra
 
 
 @contextmanager
-def rank_processes(size, verbose=False, streams=None):
+def rank_processes(size, verbose=False, streams=None, replica=(0, 1)):
     """Yield a RankProcesses; when the block is left, end the processes and remove their files."""
     owner, folder = os.getpid(), make_folder()
     try:
-        job = RankProcesses(folder, size, verbose, streams)
+        job = RankProcesses(folder, size, verbose, streams, replica)
         try:
             yield job
         finally:
@@ -77,10 +77,13 @@ class RankProcesses:
         Print the output of all ranks when they have ended.
     streams : (int, int) or None
         File descriptors for rank 0's stdout and stderr; with None, rank 0 writes to a file like the others.
+    replica : (int, int)
+        The index of this job and the number of jobs that share the host; each is a replica of the model.
     """
 
-    def __init__(self, folder, size, verbose=False, streams=None):
+    def __init__(self, folder, size, verbose=False, streams=None, replica=(0, 1)):
         self.folder, self.size, self.verbose, self.streams = folder, size, verbose, streams
+        self.replica = replica
         self.ranks = {}
         self.on_message = None  # called with each message of rank 0 but the first and the last
         self.leader = None  # the process of mpirun, or of the only rank
@@ -103,13 +106,16 @@ class RankProcesses:
 
     def start(self, command):
         """Start the ranks in a new session, so that only the supervisor gets Ctrl-C from the terminal."""
-        environment = {**mpi_environment(self.size), SOCKET_VARIABLE: str(self.folder / "supervisor")}
+        environment = {
+            **mpi_environment(self.size, self.replica),
+            SOCKET_VARIABLE: str(self.folder / "supervisor"),
+        }
         if not environment.get("HF_HUB_OFFLINE"):
             environment["HF_HUB_OFFLINE"] = "1"  # the launcher has downloaded everything already
         if self.size == 1:
             environment[ALONE_VARIABLE] = "1"
         else:
-            dev_shm.check_room(self.size)
+            dev_shm.check_room(self.size * self.replica[1])
             command = [find_mpirun(), "-n", str(self.size), *command]
             warn_of_other_nodes(os.environ)
         with open(self.folder / "mpirun", "wb") as output:

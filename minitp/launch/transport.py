@@ -8,8 +8,11 @@ nccl                                                  NCCL
 peer                                                  small sums in the GPUs' own memory, else NCCL
 """
 
+import os
+
 from minitp.errors import InputError
 from minitp.launch.devices import GPU_TRANSPORTS, on_gpus, open_rank_gpu, reject_on_cpus
+from minitp.util.environment import replica_of
 
 
 def select_host_comm(comm, transport="auto"):
@@ -28,17 +31,18 @@ def select_host_comm(comm, transport="auto"):
     """
     if transport == "mpi":
         return comm
-    from mpi4py import MPI
-
+    from minitp.comm.groups import OnlyRankOfGroup
     from minitp.comm.hierarchical import HierarchicalComm
     from minitp.comm.shared_memory import SharedMemoryComm
 
-    node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    if comm.size == 1 and comm.group is not None:
+        return OnlyRankOfGroup(comm)
+    node = comm.split_by_host()
     ranks_per_host = max(comm.allgather_object(node.size))
     if node.size == comm.size:
-        return SharedMemoryComm(node)
+        return SharedMemoryComm(node, comm.group)
     if ranks_per_host > 1:
-        return HierarchicalComm(node)
+        return HierarchicalComm(node, comm.group)
     if transport == "shm":
         comm.agree(InputError("--comm shm: no two ranks share a host; use --comm mpi"))
     return comm
@@ -75,13 +79,13 @@ def select_comm(comm, device, transport="auto", share_gpu=False):
     from minitp.cuda.nccl import NcclComm, allow_shared_gpu
     from minitp.cuda.peer import PeerComm, peers_reach_each_other
 
-    local_rank = comm.local_rank()
+    local_rank = comm.local_rank() + replica_of(os.environ)[0] * comm.size
     gpu, shared = open_rank_gpu(comm, local_rank, share_gpu)
     if isinstance(comm, SingleRank):
         return LocalComm(comm, gpu)
     if transport in ("mpi", "shm"):
         return StagedComm(comm, gpu)
-    if shared and not all(comm.allgather_object(allow_shared_gpu())):
+    if shared and not all(comm.all_groups.allgather_object(allow_shared_gpu())):
         with comm.agreed():
             if transport in GPU_TRANSPORTS:
                 raise InputError(

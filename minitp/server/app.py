@@ -61,8 +61,11 @@ class Api:
 
     async def health(self, request):
         """Respond with 200 if requests are accepted, otherwise with 503."""
-        state = self.backend.state
-        return JSONResponse({"status": "ok" if state == "ready" else state}, 200 if state == "ready" else 503)
+        state, replicas = self.backend.state, self.backend.replicas()
+        content = {"status": "ok" if state == "ready" else state}
+        if replicas:
+            content |= {"replicas": len(replicas), "replicas_ready": sum(one["ready"] for one in replicas)}
+        return JSONResponse(content, 200 if state == "ready" else 503)
 
     async def metrics_page(self, request):
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

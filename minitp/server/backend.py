@@ -8,8 +8,9 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
-from minitp.engine.client import Update
+from minitp.engine.ranks import Update
 from minitp.errors import MinitpError, RankError
 from minitp.server.errors import ApiError
 from minitp.util.format import counted
@@ -45,7 +46,7 @@ class Backend:
         ready_line(llm) -> the line to print once the LLM accepts requests.
     limits : AdmissionLimits
     restart : bool
-        Start the ranks again if one dies.
+        Start the ranks, or those of one replica, again if one dies.
 
     Attributes
     ----------
@@ -63,11 +64,11 @@ class Backend:
         """Keep an LLM running; return the MinitpError that ended it for good."""
         loop = asyncio.get_running_loop()
         while True:
-            ended = loop.create_future()
+            ended = asyncio.Queue()
 
             def on_end(error, ended=ended):
                 with suppress(RuntimeError):  # if the loop has ended
-                    loop.call_soon_threadsafe(ended.set_result, error)
+                    loop.call_soon_threadsafe(ended.put_nowait, error)
 
             try:
                 self.llm = await in_thread(lambda on_end=on_end: self._start(on_end))
@@ -75,7 +76,7 @@ class Backend:
                 if self.state == "loading":
                     self.state = "ready"
                     log(self._ready_line(self.llm))
-                error = await ended
+                error = await self._last_end(ended)
             except MinitpError as failure:
                 self.state = "failed"
                 return failure
@@ -87,6 +88,30 @@ class Backend:
             self.restarts += 1
             await in_thread(self.llm.close)
 
+    async def _last_end(self, ended):
+        """Return the error that ended the last replica, and start others again in the meantime."""
+        restarts = set()
+        while True:
+            error = await ended.get()
+            if self.llm.error is not None:
+                return error
+            log(error)
+            replicas = self.llm.replicas
+            log(f"replicas that accept requests: {sum(one['ready'] for one in replicas)} of {len(replicas)}")
+            if self._restart and self.state == "ready":
+                restarts.add(asyncio.ensure_future(self._restart_replicas(self.llm)))
+
+    async def _restart_replicas(self, llm):
+        try:
+            started = await in_thread(llm.restart)
+        except MinitpError as error:
+            if llm.error is None:  # otherwise all replicas have ended, and `run` reports it
+                log(error)
+            return
+        self.restarts += len(started)
+        for replica in started:
+            log(f"restarted: replica {replica}")
+
     def ready(self):
         """Return the LLM; raise ApiError 503 if it does not accept requests now."""
         if self.state != "ready":
@@ -97,6 +122,10 @@ class Backend:
             }
             raise ApiError(503, messages[self.state], code=self.state, headers=RETRY_AFTER)
         return self.llm
+
+    def replicas(self):
+        """Return the state of each replica, as LLM.replicas does; [] if there is one, or no LLM."""
+        return [] if self.llm is None else self.llm.replicas
 
     def check_room(self, count):
         """Raise ApiError 400 if a request may not have `count` sequences, 429 if there is no room now."""
@@ -154,10 +183,15 @@ class RunningRequest:
         backend.running.add(self)
 
     def start(self, llm, sequences):
-        """Send the sequences to the LLM; with many long prompts, this takes a second."""
+        """Send the sequences to the LLM, those of each prompt together.
+
+        With many long prompts, this takes a second.
+        """
         try:
-            for index, (ids, params) in enumerate(sequences):
-                self._stops.append(llm.submit(ids, params, partial(self.put, index)))
+            for _, group in groupby(enumerate(sequences), lambda numbered: id(numbered[1][0])):
+                group = list(group)
+                requests = [(params, partial(self.put, index)) for index, (_, params) in group]
+                self._stops += llm.submit_all(group[0][1][0], requests)
         except MinitpError as error:
             raise ApiError(503, client_message(error), code="failed", headers=RETRY_AFTER) from error
 

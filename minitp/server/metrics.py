@@ -29,6 +29,15 @@ RANK_COUNTERS = {
 }
 
 
+REPLICA_GAUGES = {
+    "ready": ("minitp_replica_ready", "1 if the replica accepts requests"),
+    "waiting_tokens": ("minitp_replica_waiting_tokens", "Tokens that its requests still have to compute"),
+    "running": ("minitp_replica_sequences_running", "Sequences that are running on the replica"),
+    "waiting": ("minitp_replica_sequences_waiting", "Sequences that are waiting on the replica"),
+    "blocks_in_use": ("minitp_replica_cache_blocks_in_use", "Blocks of the replica's KV cache in use"),
+}
+
+
 class Metrics:
     """A registry with counts and times of requests; the load is read when the metrics are requested."""
 
@@ -88,12 +97,19 @@ class Load:
             yield gauge(name, description, llm.load.get(key, 0))
         for key, (name, description) in COUNTERS.items():
             yield CounterMetricFamily(name, description, llm.load.get(key, 0))
+        replicas = llm.replicas
+        labels = ["replica", "rank"] if replicas else ["rank"]
         for key, (name, description) in RANK_COUNTERS.items():
-            counter = CounterMetricFamily(name, description, labels=["rank"])
+            counter = CounterMetricFamily(name, description, labels=labels)
             for one in llm.ranks:
                 if one[key] is not None:  # on a GPU the time in collectives is not known
-                    counter.add_metric([str(one["rank"])], one[key])
+                    counter.add_metric([str(one[label]) for label in labels], one[key])
             yield counter
+        for key, (name, description) in REPLICA_GAUGES.items() if replicas else ():
+            each = GaugeMetricFamily(name, description, labels=["replica"])
+            for one in replicas:
+                each.add_metric([str(one["replica"])], float(one[key]))
+            yield each
 
 
 def gauge(name, description, value):

@@ -12,6 +12,7 @@ from minitp.util.format import counted
 
 SOCKET_VARIABLE = "MINITP_SUPERVISOR"  # the supervisor's socket, for a rank that the launcher has started
 ALONE_VARIABLE = "MINITP_ALONE"  # set for a single rank, which the launcher starts without mpirun
+REPLICA_VARIABLE = "MINITP_REPLICA"  # "1/3" in the second of three jobs that the launcher has started
 CUPY_EXTRA = "pip install 'minitp[cuda12]' (or cuda13, for a driver of CUDA 13)"
 BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -82,13 +83,15 @@ def home_directory(variable):
         ) from None
 
 
-def ranks_wanted(tp, device="auto"):
-    """Return the number of ranks that --tp asks for.
+def ranks_wanted(tp, device="auto", replicas=1):
+    """Return the number of ranks of each replica that --tp asks for.
 
     "auto" means one rank per GPU (unless `device` is cpu), or without GPUs one per physical core, at most 4.
+    Replicas divide the GPUs or cores.
     """
     if tp == "auto":
-        return (device != "cpu" and gpus()) or min(physical_cores(), 4)
+        on_gpus = device != "cpu" and gpus()
+        return max(1, on_gpus // replicas) if on_gpus else min(max(1, physical_cores() // replicas), 4)
     if not re.fullmatch("-?[0-9]{1,9}", tp):
         raise InputError(f"--tp {tp}: expected a number of ranks, or auto")
     if int(tp) < 1:
@@ -96,10 +99,28 @@ def ranks_wanted(tp, device="auto"):
     return int(tp)
 
 
-def check_world(tp, world):
-    """Reject a --tp that differs from the number of ranks started by mpirun or srun; auto always fits."""
-    if tp != "auto" and ranks_wanted(tp) != world:
-        raise InputError(f"--tp {tp}, but MPI started {counted(world, 'rank')}; omit --tp")
+def check_world(tp, world, replicas=1):
+    """Reject --tp and --replicas that do not fit the number of ranks started by mpirun or srun."""
+    started = f"but MPI started {counted(world, 'rank')}"
+    if tp != "auto" and ranks_wanted(tp) * replicas != world:
+        if replicas == 1:
+            raise InputError(f"--tp {tp}, {started}; omit --tp")
+        needed = counted(ranks_wanted(tp) * replicas, "rank")
+        raise InputError(f"--tp {tp} --replicas {replicas} need {needed}, {started}; omit --tp")
+    if world % replicas:
+        raise InputError(
+            f"--replicas {replicas}, {started}, which cannot be divided into {replicas} equal groups; start "
+            f"a multiple of {replicas}"
+        )
+
+
+def replica_of(environment):
+    """Return (index, count) of this rank's job among the jobs that the launcher has started, one a replica.
+
+    Ranks of one job are (0, 1), even if an MPI world contains several replica groups.
+    """
+    index, _, count = environment.get(REPLICA_VARIABLE, "0/1").partition("/")
+    return int(index), int(count)
 
 
 def check_cupy(device):

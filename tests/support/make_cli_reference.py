@@ -55,7 +55,8 @@ Under your own `mpirun` or `srun`, the exit code is theirs, which may be a diffe
 | `TMPDIR` | the folder for the ranks' socket and their stderr while a command runs |
 | `PMI_SIZE`, `OMPI_COMM_WORLD_SIZE`, `SLURM_STEP_NUM_TASKS` | set by MPI or Slurm for each rank |
 
-`MINITP_SUPERVISOR`, `MINITP_ALONE` and `MINITP_JOINED` are internal: minitp sets them for its own ranks.
+`MINITP_SUPERVISOR`, `MINITP_ALONE`, `MINITP_REPLICA` and `MINITP_JOINED` are internal: minitp sets them for
+its own ranks.
 """
 
 

@@ -23,6 +23,7 @@ LADDER = [
     ("tp_full_model", 13, 1, "all-gather: logits [32, 49152]"),
     ("tp_generate", 13, 1, "16 new tokens after 32 random ones"),
     ("tp_generate_kvcache", 13, 1, "without a cache: the same tokens"),
+    ("tp_replica_groups", 2, 1, "the all-reduce over [[0, 1], [2, 3]]: each rank gets"),
 ]
 
 # Runs the example argv[1] with a changed all-reduce. `total` is the correct sum, `own` this rank's term.
@@ -61,7 +62,8 @@ def under_mpirun(name, folder, ranks=4, **variables):
 
 def tampered(name, folder, result):
     code = TAMPERED.format(result=result, folder=str(EXAMPLES))
-    python = [find_mpirun(), "-n", 2, sys.executable]
+    ranks = 4 if name == "tp_replica_groups" else 2
+    python = [find_mpirun(), "-n", ranks, sys.executable]
     return start([*python, "-c", code, EXAMPLES / f"{name}.py"], folder, LAYERS="1")
 
 
@@ -134,7 +136,7 @@ def test_a_wrong_sum_on_one_rank_is_found(tmp_path, name):
     assert code == 1, out + err
     errors = [line for line in err.splitlines() if line.startswith(f"{name}.py: ")]
     assert len(errors) == 1, err
-    assert re.search("rank [01] differs from the oracle: relative error [0-9.]+; at ", errors[0])
+    assert re.search("rank [0-3] differs from the oracle: relative error [0-9.]+; at ", errors[0])
     assert "Traceback" not in err
 
 
@@ -143,6 +145,13 @@ def test_a_rank_that_fails_ends_the_others(tmp_path):
     code, _, err = tampered("tp_ffn", tmp_path, "1 / 0")
     assert code == 3, err
     assert "ZeroDivisionError" in err
+
+
+@pytest.mark.mpi
+def test_groups_of_unequal_size(tmp_path):
+    code, out, err = under_mpirun("tp_replica_groups", tmp_path, ranks=3)
+    assert (code, out) == (2, "")
+    assert "tp_replica_groups.py: mpirun -n 3: cannot form 2 equal groups; use mpirun -n 4\n" in err
 
 
 @pytest.mark.mpi

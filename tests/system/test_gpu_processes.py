@@ -28,6 +28,7 @@ from minitp import LLM, SamplingParams
 from minitp.cli import main as cli
 from minitp.comm.single import SingleRank
 from minitp.device import open_device
+from minitp.errors import InputError
 from minitp.generate import generate
 from minitp.load import load_model
 from minitp.loading.source import open_model
@@ -120,6 +121,33 @@ def test_llm(model, expected, monkeypatch):
     good = on_cpu(model, "Good", max_new_tokens=NEW)
     assert [result.token_ids for result in found] == [expected, good, expected]
     assert sampled.token_ids == on_cpu(model, "Hello", **drawn)
+
+
+@pytest.mark.parametrize(("transport", "start"), [("nccl", under_mpirun), ("auto", under_launcher)])
+def test_replicas_have_their_own_gpus_and_nccl(model, transport, start):
+    argv = ["check", "Hello", "--model", model, "--device", "cuda", "--path", "fused", "--comm", transport]
+    ranks = 4 if start is under_mpirun else 2
+    code, out, err = start([*argv, "--replicas", 2], ranks, **ENVIRONMENT, STAND_IN_GPUS="4").end(START_S)
+    assert (code, err) == (0, "")
+    assert re.search(r"on 2 ranks\); 2 replicas with the same bits\n$", out)
+    code, _, err = start([*argv, "--replicas", 2], ranks, **ENVIRONMENT, STAND_IN_GPUS="3").end(START_S)
+    assert code == 2
+    assert err.startswith("minitp: --device cuda: rank 3 of this host has no GPU: there are only 3; ")
+
+
+def test_llm_of_replicas(model, expected, monkeypatch):
+    """Start each replica as a job of its own: the second one uses the GPUs after those of the first."""
+    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+    monkeypatch.setenv("STAND_IN_GPUS", "4")
+    for folder in ENVIRONMENT["PYTHONPATH"].split(os.pathsep):
+        monkeypatch.syspath_prepend(folder)
+    options = {"tp": 2, "replicas": 2, "device": "cuda", "dtype": "float16", "cache_tokens": 256}
+    with LLM(str(model), **options) as llm:
+        found = llm.generate(["Hello", "Hello"], max_new_tokens=NEW)
+    assert [result.token_ids for result in found] == [expected] * 2
+    monkeypatch.setenv("STAND_IN_GPUS", "3")
+    with pytest.raises(InputError, match="rank 3 of this host has no GPU: there are only 3"):
+        LLM(str(model), **options)
 
 
 def test_serve(model, expected):

@@ -1,5 +1,6 @@
 """Ranks on two hosts, which are namespaces of this machine: the same tokens, and an end after any fault."""
 
+import ast
 import json
 import re
 import sys
@@ -9,6 +10,8 @@ import pytest
 from paths import FAULTY_WORKER
 from running import alone
 from tiny import write_tiny
+
+from minitp import LLM
 
 pytestmark = [
     pytest.mark.mpi,
@@ -61,6 +64,54 @@ def test_check_covers_every_rank(pair, tiny):
     code, out, err = run_both(pair[0], ["check", "Hello", "--model", tiny], ranks=3)
     assert (code, err) == (0, "")
     assert re.search(r"all steps within bounds .* on 3 ranks\)\n$", out)
+
+
+@pytest.mark.parametrize("options", [[], ["-ppn", "2"]])
+def test_replica_groups_stay_on_their_hosts(pair, options):
+    """By default mpirun places ranks 0 and 2 on host-a; with -ppn 2, ranks 0 and 1."""
+    code = (
+        "import platform\n"
+        "from minitp.comm.groups import split_into_groups\n"
+        "from minitp.comm.mpi import MpiComm\n"
+        "from minitp.launch.transport import select_host_comm\n"
+        "world = MpiComm()\n"
+        "comm = select_host_comm(split_into_groups(world, 2))\n"
+        "own = comm.rank, type(comm).__name__, platform.node(), comm.local_rank(), comm.name(0)\n"
+        "found = comm.all_groups.allgather_object(own)\n"
+        "if world.rank == 0: print(found)\n"
+        "comm.close()"
+    )
+    done = pair[0].run(*MPIRUN, *options, "-n", 4, sys.executable, "-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+    first_of_b = "rank 2" if options else "rank 1"
+    assert ast.literal_eval(done.stdout) == [
+        (rank, "SharedMemoryComm", host, rank, first)
+        for host, first in (("host-a", "rank 0"), ("host-b", first_of_b))
+        for rank in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(4, 2), (4, 4), (6, 2), (2, 2)])
+def test_replicas_on_two_hosts(pair, tiny, ranks, replicas):
+    argv = ["check", "Hello", "--model", tiny, "--replicas", replicas]
+    code, out, err = run_both(pair[0], argv, ranks=ranks)
+    assert (code, err) == (0, "")
+    assert out.endswith(f"; {replicas} replicas with the same bits\n")
+
+
+def test_requests_reach_replicas_on_the_other_host(pair, tiny):
+    code = (
+        "import sys\n"
+        "from minitp import LLM\n"
+        "with LLM(sys.argv[1], replicas=2, cache_tokens=4096) as llm:\n"
+        "    found = llm.generate([[n, 2, 3] for n in range(4)], max_new_tokens=8)\n"
+        "    print([one.token_ids for one in found])\n"
+    )
+    done = pair[0].run(*MPIRUN, "-n", 4, sys.executable, "-c", code, tiny)
+    assert (done.returncode, done.stderr) == (0, "")
+    with LLM(tiny, tp=1) as llm:
+        expected = llm.generate([[n, 2, 3] for n in range(4)], max_new_tokens=8)
+    assert ast.literal_eval(done.stdout) == [one.token_ids for one in expected]
 
 
 def test_shared_memory_needs_a_common_host(pair, tiny):

@@ -16,7 +16,8 @@ function shareOf({ comm_seconds: collectives, busy_seconds: busy }) {  // null: 
 function rankItem(rank, tp) {
   const heads = range(rank.query_heads), held = `head${/-/.test(heads) ? 's' : ''} ${heads}, KV ${range(rank.kv_heads)}`;
   const share = tp === 1 ? null : shareOf(rank);
-  const item = h('li', {}, ...[`rank ${rank.rank}`, held, bytes(rank.weight_bytes)].map(text => h('span', {}, `${text} `)));
+  const name = `${rank.replica === undefined ? '' : `replica ${rank.replica}, `}rank ${rank.rank}`;
+  const item = h('li', {}, ...[name, held, bytes(rank.weight_bytes)].map(text => h('span', {}, `${text} `)));
   if (share !== null) item.append(h('span', { className: 'share' }, percent(share), h('span', { className: 'visually-hidden' }, ' in collectives')));
   item.style.setProperty('--share', percent(share ?? 0));
   return item;
@@ -27,13 +28,14 @@ function timeOfAll(tp, ranks) {
   const shares = ranks.map(shareOf).filter(share => share !== null), sum = shares.reduce((total, share) => total + share, 0);
   return shares.length ? `, ${percent(sum / shares.length)} of their time in collectives` : '';
 }
-function showRanks({ model: name, tp, dtype, context, ranks, chat_error: problem }) {
-  $('ranks-summary').textContent = counted(tp, 'rank') + timeOfAll(tp, ranks);
+function showRanks({ model: name, tp, replicas = 1, dtype, context, ranks, chat_error: problem }) {
+  const ofReplicas = replicas === 1 ? counted(tp, 'rank') : `${counted(replicas, 'replica')} of ${counted(tp, 'rank')}`;
+  $('ranks-summary').textContent = ofReplicas + timeOfAll(tp, ranks);
   $('ranks-list').replaceChildren(...ranks.map(rank => rankItem(rank, tp)));
-  if (isFirst) $('ranks').open = tp <= FEW || innerWidth > NARROW_PX;
+  if (isFirst) $('ranks').open = ranks.length <= FEW || innerWidth > NARROW_PX;
   $('ranks').hidden = isFirst = false;
   areRanksKnown = true;
-  $('about').textContent = `${name} on ${counted(tp, 'rank')}, ${dtype}, context of ${counted(context, 'token')}`;
+  $('about').textContent = `${name} on ${ofReplicas}, ${dtype}, context of ${counted(context, 'token')}`;
   const chats = problem ? [h('p', { className: 'error' }, problem)]
     : PROMPTS.map(prompt => h('button', { type: 'button' }, prompt));
   $('prompts').replaceChildren(...chats);

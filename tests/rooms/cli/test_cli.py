@@ -19,6 +19,7 @@ from minitp.comm.single import SingleRank
 from minitp.device import open_device
 from minitp.errors import InputError
 from minitp.generate import generate
+from minitp.launch.devices import check_gpus
 from minitp.launch.mpirun import mpi_environment
 from minitp.launch.run import ranks_to_start
 from minitp.load import load_model
@@ -263,6 +264,41 @@ def test_auto_is_the_gpus_or_else_up_to_four_cores(monkeypatch):
     assert environment.ranks_wanted("7") == 7
     monkeypatch.setattr(environment, "gpus", lambda: 8)
     assert [environment.ranks_wanted("auto", device) for device in ("auto", "cuda", "cpu")] == [8, 8, 4]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "replicas", "each"),
+    [(8, 64, 2, 4), (8, 64, 3, 2), (1, 64, 2, 1), (0, 6, 2, 3), (0, 2, 4, 1)],
+)
+def test_replicas_divide_the_gpus_or_cores(monkeypatch, gpus, cores, replicas, each):
+    monkeypatch.setattr(environment, "gpus", lambda: gpus)
+    monkeypatch.setattr(environment, "physical_cores", lambda: cores)
+    assert environment.ranks_wanted("auto", "auto", replicas) == each
+    assert environment.ranks_wanted("5", "auto", replicas) == 5
+
+
+def test_jobs_of_replicas_divide_the_cores(monkeypatch):
+    monkeypatch.setattr(environment, "cores", lambda: 16)
+    for name in [*environment.BLAS_THREADS, "SLURM_CPUS_PER_TASK"]:
+        monkeypatch.delenv(name, raising=False)
+    found = mpi_environment(2, (1, 4))
+    assert (found["OMP_NUM_THREADS"], environment.replica_of(found)) == ("2", (1, 4))
+    assert environment.replica_of(mpi_environment(2)) == (0, 1)
+    assert environment.replica_of({}) == (0, 1)
+
+
+def test_more_replicas_than_gpus(monkeypatch, refused, tiny):
+    monkeypatch.setattr("minitp.launch.devices.gpus", lambda: 3)
+    line = refused("check", "Hello", "--model", tiny, "--tp", 2, "--replicas", 2)
+    assert line == (
+        "minitp: --replicas 2 of 2 ranks: each rank needs a GPU, and this host has 3 GPUs for 4; use fewer, "
+        "or --share-gpu (results are correct but slow), or --device cpu\n"
+    )
+    check_gpus("cpu", False, 2, 2)
+    check_gpus("auto", True, 2, 2)
+    check_gpus("auto", False, 3, 1)
+    monkeypatch.setattr("minitp.launch.devices.gpus", lambda: 0)
+    check_gpus("auto", False, 2, 2)
 
 
 def test_auto_is_at_most_a_rank_for_each_head(monkeypatch, tiny):

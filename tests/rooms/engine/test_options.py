@@ -19,6 +19,7 @@ OTHER = EngineOptions(
     tp="3",
     split="2,1,1",
     revision="main",
+    replicas=2,
     layers=1,
     device="cpu",
     dtype="float16",

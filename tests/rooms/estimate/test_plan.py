@@ -221,6 +221,31 @@ def test_answer(fixed, capsys):
     assert "TP=16 over 2 nodes fits" in joined(text)
 
 
+def test_replicas_of_gpus_add_their_speeds(fixed, capsys):
+    argv = ["--model", "random:mistral-7b", "--gpu", "h100", "--tp", 2, "--batch", 8]
+    (alone, _), (several, text) = printed(capsys, *argv), printed(capsys, *argv, "--replicas", 3)
+    assert several["estimates"] == alone["estimates"]
+    assert (alone["all_replicas"], several["all_replicas"]["ranks"]) == (None, 6)
+    row = next(row for row in alone["estimates"] if row["tp"] == 2)
+    together = several["all_replicas"]["expected_tokens_per_s"]
+    assert together == 3 * row["batch_expected_tokens_per_s"]
+    speed = f"3 replicas (6 ranks) with 24 sequences give {plan_text.rounded(together)} tokens/s in all."
+    assert speed in joined(text)
+
+
+def test_replicas_divide_a_cpu(fixed, capsys):
+    argv = ["--model", "random:tinyllama-1.1b", "--tp", 1, "--batch", 2]
+    (alone, _), (several, text) = printed(capsys, *argv), printed(capsys, *argv, "--replicas", 2)
+    assert several["hardware"] == alone["hardware"], "the whole machine"
+    one, of_two = (result["estimates"][0] for result in (alone, several))
+    assert of_two["decode_limit_tokens_per_s"] == pytest.approx(one["decode_limit_tokens_per_s"] / 2)
+    assert of_two["largest_batch"] < one["largest_batch"] / 2, "each replica has its own weights"
+    assert "Each row is one replica, on 1/2 of the machine." in joined(text)
+    too_large, text = printed(capsys, *argv, "--replicas", 9)
+    assert too_large["all_replicas"] is None
+    assert "in all" not in text.split("\n\n")[1]
+
+
 def test_dtype_depends_on_the_hardware_unless_given(fixed, capsys, tmp_path):
     def dtype(*argv):
         result, _ = printed(capsys, *argv)

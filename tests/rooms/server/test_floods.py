@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer
 
-from minitp.engine.client import Update
+from minitp.engine.ranks import Update
 from minitp.errors import ContextError
 from minitp.llm import LLM
 from minitp.request import CHARACTERS_PER_TOKEN
@@ -33,6 +33,8 @@ CONFIG = SimpleNamespace(vocab_size=3)
 
 class FakeLLM:
     """An LLM whose answers have one token; `held` names a method that waits until `release` is set."""
+
+    replicas = ()
 
     def __init__(self, held=None, context=512):
         self.description, self.source = {"context": context}, SimpleNamespace(name="fake", config=CONFIG)
@@ -55,10 +57,11 @@ class FakeLLM:
     def is_special(self, token):
         return False
 
-    def submit(self, ids, params, listener):
+    def submit_all(self, ids, requests):
         self.wait_if("submit")
-        listener(Update([1], "x", [(-1.0, [(2, -1.0)])], finish_reason="length"))
-        return lambda: None
+        for _, listener in requests:
+            listener(Update([1], "x", [(-1.0, [(2, -1.0)])], finish_reason="length"))
+        return [lambda: None] * len(requests)
 
     def token_text(self, token):
         self.wait_if("token_text")

@@ -146,7 +146,7 @@ def test_serve_starts_a_model_without_a_chat_template(monkeypatch, revision):
         opened.append(revision)
         return open_model(name, tp, layers)
 
-    monkeypatch.setattr("minitp.cli.command.ranks_to_start", lambda *_: 1)
+    monkeypatch.setattr("minitp.cli.command.ranks_of_replica", lambda *_: 1)
     monkeypatch.setattr("minitp.loading.source.open_model", open_and_note)
     monkeypatch.setattr("minitp.llm.LLM", lambda **given: 0)
     monkeypatch.setattr("minitp.server.run.serve_forever", lambda start, *_, **__: start(None))

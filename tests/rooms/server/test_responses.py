@@ -8,7 +8,7 @@ from tiny import BOS, EOS, byte_tokenizer, byte_tokens
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
-from minitp.engine.client import Update
+from minitp.engine.ranks import Update
 from minitp.sampling import SamplingParams
 from minitp.server.requests import ApiRequest
 from minitp.server.responses import ChatResponse, CompletionResponse, event
