@@ -87,6 +87,10 @@ def test_a_tokens_logits_do_not_depend_on_the_rest_of_the_batch():
                 parts.append(([PROMPT[row]], cache))
             logits = model.device.to_host(model.forward_batch(parts))
             found.append(logits[rows.index(0)])
+            (graph,) = pool.graphs.values()
+            chosen = model.device.to_host(graph.experts.routing.chosen)
+            assert (chosen[: len(rows)] >= 0).all()
+            assert (chosen[len(rows) :] == -1).all(), "padding must not read any expert"
         return found
 
     for first, *others in run_on_gpus(2, rank):

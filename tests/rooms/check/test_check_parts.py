@@ -428,6 +428,16 @@ def test_norm_of_numbers_whose_squares_have_no_float64(factor):
         assert difference.norm(factor * np.array([[3.0], [4.0]])) == pytest.approx(5 * factor, abs=0)
 
 
+def test_the_experts_of_a_norm_that_was_not_recorded_have_its_roundings():
+    random = np.random.default_rng(0)
+    x, gates, ups = (random.normal(size=shape).astype(np.float16) for shape in ((2, 8), (3, 5, 8), (3, 5, 8)))
+    chosen = np.array([[True, False, True], [False, True, True]])
+    hidden = expected.rms_norm(x, np.ones(8, np.float16), 1e-5).not_recorded(np.float16)
+    seen = expected.experts_act(x, chosen, gates, ups)
+    unseen = expected.experts_act(hidden, chosen, gates, ups)
+    assert unseen.roundings == pytest.approx(seen.roundings + 2 * hidden.roundings)  # gate and up
+
+
 def test_large_scores_that_were_not_recorded_widen_the_bound_of_their_probabilities():
     """Keys share a large vector, so scores of 100 differ by a few; the engine adds up in another order."""
     ratios = []

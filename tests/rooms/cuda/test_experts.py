@@ -21,7 +21,7 @@ def routed(logits, per_token, normalized=True, seen=None):
     """Return the Routing that the kernel makes of logits [T, E]."""
     tokens, experts = logits.shape
     routing = new_routing(np, tokens, experts, per_token)
-    for array in (routing.chosen, routing.position, routing.token_of, routing.slots):
+    for array in (routing.chosen, routing.weights, routing.position, routing.token_of, routing.slots):
         array[...] = 77  # whatever an earlier pass has left
     Route(COMPILER, np, normalized)(logits, routing, seen)
     return routing
@@ -103,7 +103,7 @@ def block(x, logits, weights, norm=None, seen=None, out=None):
     """Return act [T, X, F and padding] and the sums [T, D] of the experts' block that the kernels compute."""
     routing = routed(logits, PER_TOKEN, seen=seen)
     rows = len(x) * PER_TOKEN
-    act, y = np.zeros((rows, PADDED), DTYPE), np.full((rows, WIDTH + 4), np.nan, np.float32)
+    act, y = np.zeros((rows, PADDED), DTYPE), np.full((1 + rows, WIDTH + 4), np.nan, np.float32)[1:]
     LINEAR.swiglu(x, matrices(weights[0]), routing, act, norm)
     assert not act[:, COLUMNS:].any()
     LINEAR.down(act, matrices(weights[1]), routing, y)
