@@ -59,7 +59,10 @@ class FusedExperts:
         b.record(i, record)
 
     def prefill(self, i, h, buffers, record):
-        """Return this rank's term of the output of layer i's experts, [T, D], for h [T, D]."""
+        """Return this rank's term of the output of layer i's experts, [T, D and padding], for h [T, D].
+
+        The rows of h must be followed by their padding in memory.
+        """
         m, b = self.model, buffers
         m.device.xp.matmul_into(h, m.weights.layers[i].w_router, b.router)  # rounded by cuBLAS
         m.kernels.route(b.router, b.routing)
@@ -68,7 +71,7 @@ class FusedExperts:
         else:
             self._one_by_one(i, h, b)
         b.record(i, record)
-        partial = m.device.cupy.empty(h.shape, h.dtype)  # [T, D]
+        partial = m.device.cupy.zeros((len(h), m.width), h.dtype)  # [T, D and padding]
         b.add_up(partial)
         return partial
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 
@@ -10,16 +11,22 @@ from minitp.cuda.experts import FusedExperts
 from minitp.cuda.kernels import Kernels
 from minitp.cuda.kernels.linear import MAX_TOKENS
 from minitp.cuda.kernels.route import MAX_EXPERTS
+from minitp.cuda.loader import PACK, padded
 from minitp.cuda.prefill import Prefill
 from minitp.model import Model, unrecorded
 from minitp.paged_cache import BlockPool, PagedCache
-from minitp.util.format import counted
 
 BLOCK_SIZE = 16
 KEPT_BLOCKS = (
     64  # a kept pool has a multiple of this many blocks, so that a slightly longer sequence still fits
 )
 LARGEST_HEAD = 256
+# The fields of Config with an option of some families for which there are kernels.
+SUPPORTED = {
+    *("qk_norm", "norm_plus_one", "post_norms", "hidden_act", "layers_without_rope", "local_rope"),
+    *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+}
 
 
 def unfit(config, plan, device, kv_dtype):
@@ -28,26 +35,14 @@ def unfit(config, plan, device, kv_dtype):
         return f"its kernels compute in 16 bits, not in {device.dtype.name}"
     if kv_dtype not in ("auto", device.dtype.name):
         return f"its kernels read a cache of {device.dtype.name}, not of {kv_dtype}"
-    if config.head_dim % 8 or config.head_dim > LARGEST_HEAD or config.hidden_size % 8:
-        return (
-            f"head_dim {config.head_dim} and hidden_size {config.hidden_size} must be multiples of 8, and "
-            f"head_dim at most {LARGEST_HEAD}"
-        )
-    for ranges, what in ((plan.ffn_ranges, "FFN columns"), (plan.vocab_ranges, "rows of the vocabulary")):
-        if any(start == stop for start, stop in ranges):
-            return f"{ranges[-1][1]} {what} are too few for {counted(plan.tp, 'rank')}"
-    if config.rotary_dim != config.head_dim:
-        return f"its kernels rotate whole heads, not {config.rotary_dim} of {config.head_dim} dimensions"
-    if config.rope.attention_factor != 1:
-        return f"its kernels have no RoPE attention factor, which {config.rope.rope_type} scaling needs"
+    if config.head_dim > LARGEST_HEAD:
+        return f"its kernels support a head_dim of up to {LARGEST_HEAD}, not {config.head_dim}"
     if config.num_local_experts > MAX_EXPERTS:
         return f"its kernels choose among at most {MAX_EXPERTS} experts, not {config.num_local_experts}"
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if "words" in field.metadata and value != field.default:
+        if "words" in field.metadata and field.name not in SUPPORTED and value != field.default:
             return f"it has no kernels for {field.metadata['words'].format(value)}"
-    if len(set(config.windows)) > 1:
-        return "its kernels support only one sliding window for all layers"
     return None
 
 
@@ -75,11 +70,16 @@ class FusedModel(Model):
         self.kernels = Kernels(self)
         self.prefill = Prefill(self)
         self.experts = FusedExperts(self) if self.config.num_local_experts else None
-        self.inverse_frequencies = self.rotations[self.config.rope][0]  # [d/2]
+        self.width = padded(self.config.hidden_size)  # the distance between two rows of x
+        frequencies, factors = zip(*self.rotations.values(), strict=True)
+        self.rope_tables = (  # float32 [ropes, R/2], float32 [ropes]
+            self.device.cupy.stack(frequencies),
+            self.device.from_host(np.array(factors, np.float32)),
+        )
         self._kept_pool = None  # the pool of the last sequence_cache
 
     def connect(self):
-        self.comm.reserve(self.kernels.compiler, self.config.hidden_size)
+        self.comm.reserve(self.kernels.compiler, self.width)
 
     def new_cache(self, capacity=64):
         """Return an empty cache for one sequence of up to `capacity` positions."""
@@ -106,7 +106,16 @@ class FusedModel(Model):
             self._kept_pool = pool
 
     def new_pool(self, blocks, block_size=BLOCK_SIZE):
-        return Pool(*self._cache_shape(), blocks, block_size)
+        *shape, head_dim = self._cache_shape()
+        pool = Pool(*shape, padded(head_dim), blocks, block_size)
+        if head_dim % PACK:  # kernels read the padding, which must be zero, and never write it
+            for stored in chain(*pool.storage):
+                stored.values.fill(0)
+        return pool
+
+    def without_padding(self, x):
+        """Return the columns of x [T, D and padding] that are not padding: [T, D]."""
+        return x[:, : self.config.hidden_size]
 
     def forward_batch(self, parts, logits_at=slice(None), record=unrecorded):
         """Run a pass over some sequences like Model.forward_batch; `record` gets the steps of this path."""

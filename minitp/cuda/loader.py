@@ -54,6 +54,9 @@ class GpuLoader(Loader):
         return joined[:, :width].T
 
     def _vector(self, *names):
-        """Return the concatenated slices of `names`, [sum of n]."""
+        """Return the concatenated slices of `names`, [sum of n]; zeros after them fill a multiple of PACK."""
         parts = [self.source.read(name, self.plan.tensors[name].index(self.rank)) for name in names]
-        return self.device.from_host(np.concatenate(parts).astype(self.device.dtype))  # [sum of n]
+        size = sum(map(len, parts))
+        padding = np.zeros(padded(size) - size, self.device.dtype)
+        joined = np.concatenate([*(part.astype(self.device.dtype) for part in parts), padding])
+        return self.device.from_host(joined)[:size]  # [sum of n]

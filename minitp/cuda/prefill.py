@@ -3,6 +3,7 @@
 import numpy as np
 
 from minitp import ops
+from minitp.cuda.decode_graph import rows_of
 from minitp.cuda.loader import padded
 from minitp.model import joined, unrecorded
 
@@ -21,43 +22,68 @@ class Prefill:
     def __call__(self, parts, logits_at, record):
         """Return the logits [n, V] of the rows `logits_at`, or None if that is None."""
         m = self.model
-        xp, w, kernels, c = m.device.xp, m.weights, m.kernels, m.config
-        prompt = Prompt(m, parts)
-        s = record()
-        s.tokens, s.positions = prompt.token_ids, prompt.positions  # [T] each
-        partial = ops.embed_partial(xp, prompt.token_ids, w.embed, m.vocab_start)  # [T, D]
-        s.embed_partial = partial
-        s.embed = x = self._sum(partial)  # [T, D]
-        h = m.device.cupy.empty(x.shape, x.dtype)  # [T, D]
+        w, c, prompt = m.weights, m.config, Prompt(m, parts)
+        padded_x = self._embed(prompt, record)  # [T, D and padding]
+        padded_h = m.device.cupy.empty(padded_x.shape, padded_x.dtype)  # [T, D and padding]
+        x, h = m.without_padding(padded_x), m.without_padding(padded_h)  # [T, D] each
+
+        def norm(weight, *added):
+            m.kernels.rms_norm(padded_x, weight, padded_h, c.rms_norm_eps, *added)
+
         experts = None if m.experts is None else m.experts.buffers(len(x))
-        addend = bias = None
+        added = ()
         for i, layer in enumerate(w.layers):
-            kernels.rms_norm(x, layer.attn_norm, h, c.rms_norm_eps, addend, bias)
+            norm(layer.attn_norm, *added)
             if i > 0:
                 record("mlp", i - 1).residual = x
             record("attn", i).norm = h
             context = self._attention(i, layer, h, prompt, record)  # [T, H_r d]
-            addend, bias = self._partial("attn", i, context, layer.w_o, layer.b_o, record)
-            kernels.rms_norm(x, layer.mlp_norm, h, c.rms_norm_eps, addend, bias)
+            added = self._partial("attn", i, context, layer.w_o, layer.b_o, record)
+            norm(layer.mlp_norm, *added, layer.attn_post_norm, c.residual_multiplier)
             record("attn", i).residual = x
             record("mlp", i).norm = h
             if experts is None:
                 act = self._activations(i, layer, h, record)  # [T, F_r]
-                addend, bias = self._partial("mlp", i, act, layer.w_down, layer.b_down, record)
+                added = self._partial("mlp", i, act, layer.w_down, layer.b_down, record)
             else:
-                partial = m.experts.prefill(i, h, experts, record)  # [T, D]
-                addend, bias = self._summed("mlp", i, partial, None, record)
-        kernels.rms_norm(x, w.final_norm, h, c.rms_norm_eps, addend, bias)
+                partial = m.experts.prefill(i, h, experts, record)  # [T, D and padding]
+                added = self._summed("mlp", i, partial, None, record)
+            added = *added, layer.mlp_post_norm, c.residual_multiplier
+        norm(w.final_norm, *added)
         record("mlp", len(w.layers) - 1).residual = x
-        if logits_at is None:
-            return None
-        h = h[logits_at]  # [n, D]
-        record().final_norm = h
-        logits_r = ops.logits_partial(xp, h, w.lm_head)  # [n, V_r]
-        record().logits_partial = logits_r
-        logits = m.comm.all_gather(logits_r, m.vocab_widths)  # [n, V]
-        record().logits = logits
-        return logits
+        return None if logits_at is None else self._logits(h[logits_at], record)  # [n, V]
+
+    def _embed(self, prompt, record):
+        """Return the embeddings of all tokens, [T, D and padding]."""
+        m, s = self.model, record()
+        s.tokens, s.positions = prompt.token_ids, prompt.positions  # [T] each
+        table = rows_of(m, m.weights.embed.T)  # [V_r, D and padding]
+        partial = ops.embed_partial(m.device.xp, prompt.token_ids, table, m.vocab_start)  # [T, D and padding]
+        partial = ops.scaled(m.device.xp, partial, m.embedding_multiplier)  # [T, D and padding]
+        s.embed_partial = m.without_padding(partial)  # [T, D]
+        x = self._sum(partial)  # [T, D and padding]
+        s.embed = m.without_padding(x)  # [T, D]
+        return x
+
+    def _logits(self, h, record):
+        """Return the logits [n, V] for h [n, D]."""
+        m, s = self.model, record()
+        s.final_norm = h
+        logits_r = ops.logits_partial(m.device.xp, h, m.weights.lm_head, **m.logit_options)  # [n, V_r]
+        s.logits_partial = logits_r
+        s.logits = m.comm.all_gather(logits_r, m.vocab_widths)  # [n, V]
+        return s.logits
+
+    def _activations(self, i, layer, h, record):
+        """Return this rank's columns between gate, up and down, [T, F_r], for h [T, D]."""
+        m, s = self.model, record("mlp", i)
+        gate_up = self._columns(h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
+        columns = layer.w_down.shape[0]  # F_r
+        s.gate, s.up = gate_up[:, :columns], gate_up[:, columns:]  # [T, F_r] each
+        act = m.device.cupy.empty((len(h), padded(columns)), h.dtype)  # [T, F_r or more]
+        m.kernels.swiglu(gate_up, act)
+        s.act = act[:, :columns]  # [T, F_r]
+        return s.act
 
     def _columns(self, h, w, bias):
         """Compute ops.column_parallel; without a bias, cuBLAS rounds the sums itself, which saves memory."""
@@ -73,52 +99,60 @@ class Prefill:
         qk, v = ops.split_heads(xp, qkv, m.heads, m.kv_heads)  # [H_r + K_r, T, d], [K_r, T, d]
         s = record("attn", i)
         s.q, s.k, s.v = qk[: m.heads], qk[m.heads :], v  # [H_r, T, d], [K_r, T, d], [K_r, T, d]
-        keys, values = (stored.values for stored in prompt.pool.storage[i])  # [K_r, slots, d] each
-        m.kernels.cache_write(qkv, prompt.cos, prompt.sin, prompt.slots, keys, values)
+        caches = [stored.values for stored in prompt.pool.storage[i]]  # [K_r, slots, d and padding] each
+        q = self._rotate_and_store(i, layer, qkv, prompt, caches)  # [T, H_r (d and padding)]
         context = m.device.cupy.empty((len(h), width), h.dtype)  # [T, H_r d]
+        attention = prompt.attention[m.config.windows[i]]
         for sequence in prompt.sequences:
             at = sequence.tokens
-            prompt.attention(qkv[at, :width], keys, values, sequence.table, sequence.past, context[at])
+            attention(q[at], *caches, sequence.table, sequence.past, context[at])
         if record is not unrecorded:
-            self._record_attention(i, qk, prompt, record)
+            self._record_attention(i, q, prompt, record)
             record("attn", i).context = context
         return context
 
-    def _record_attention(self, i, qk, prompt, record):
+    def _rotate_and_store(self, i, layer, qkv, prompt, caches):
+        """Return the queries [T, H_r (d and padding)] after RoPE; write keys and values to the caches."""
+        m, angles = self.model, prompt.angles[self.model.config.ropes[i]]
+        if m.kernels.heads is None:
+            m.kernels.cache_write(qkv, *angles, prompt.slots, *caches)  # rotates the queries in place
+            return qkv[:, : m.heads * m.config.head_dim]
+        q = m.device.cupy.zeros(
+            (len(qkv), m.heads, caches[0].shape[-1]), qkv.dtype
+        )  # [T, H_r, d and padding]
+        m.kernels.heads(qkv, (layer.q_norm, layer.k_norm), *angles, prompt.slots, q, *caches)
+        return q.reshape(len(q), -1)
+
+    def _record_attention(self, i, q, prompt, record):
         """Record the queries and keys after RoPE and the inputs of attention of each sequence."""
-        window = self.model.config.windows[0]
+        window, d = self.model.config.windows[i], self.model.config.head_dim
+        by_head = q.reshape(len(q), self.model.heads, -1)[:, :, :d].transpose(1, 0, 2)  # [H_r, T, d]
         for index, sequence in enumerate(prompt.sequences):
             first = 0 if window is None else max(0, sequence.past - window + 1)
             slots = sequence.slots[first:]  # [S]
-            keys, values = (stored.gather(slots) for stored in prompt.pool.storage[i])  # [K_r, S, d] each
+            keys, values = (x.gather(slots)[..., :d] for x in prompt.pool.storage[i])  # [K_r, S, d] each
             new = len(keys[0]) - (sequence.tokens.stop - sequence.tokens.start)
             s = record("attn", i, index)
-            s.q_rope = qk[: self.model.heads, sequence.tokens]  # [H_r, n, d]
+            s.q_rope = by_head[:, sequence.tokens]  # [H_r, n, d]
             s.k_rope = keys[:, new:]  # [K_r, n, d]
             s.k_cache, s.v_cache = keys, values
 
-    def _activations(self, i, layer, h, record):
-        """Return this rank's columns between gate, up and down, [T, F_r], for h [T, D]."""
-        m, s = self.model, record("mlp", i)
-        gate_up = self._columns(h, layer.w_gate_up, layer.b_gate_up)  # [T, 2 F_r]
-        columns = layer.w_down.shape[0]  # F_r
-        s.gate, s.up = gate_up[:, :columns], gate_up[:, columns:]  # [T, F_r] each
-        act = m.device.cupy.empty((len(h), padded(columns)), h.dtype)  # [T, F_r or more]
-        m.kernels.swiglu(gate_up, act)
-        s.act = act[:, :columns]  # [T, F_r]
-        return s.act
-
     def _partial(self, block, i, y, w, bias, record):
         """Compute this rank's term y @ w of a block's output; the result is that of `_summed`."""
-        partial = self.model.device.xp.matmul(y, w)  # [T, D]: like ops.row_parallel, rounded by cuBLAS
+        m = self.model
+        partial = m.device.xp.matmul(y, w)  # [T, D]: like ops.row_parallel, rounded by cuBLAS
+        if m.width > m.config.hidden_size:
+            product, partial = partial, m.device.cupy.zeros((len(y), m.width), y.dtype)  # [T, D and padding]
+            partial[:, : m.config.hidden_size] = product
         return self._summed(block, i, partial, bias, record)
 
     def _summed(self, block, i, partial, bias, record):
-        """Return what the next rms_norm adds to the residual stream: (sum over all ranks [T, D], bias)."""
-        record(block, i).out_partial = partial
-        out = self._sum(partial)  # [T, D]
+        """Return what the next rms_norm adds to x: (sum over all ranks [T, D and padding], bias)."""
+        m = self.model
+        record(block, i).out_partial = m.without_padding(partial)
+        out = self._sum(partial)  # [T, D and padding]
         if bias is None:
-            record(block, i).out = out
+            record(block, i).out = m.without_padding(out)
         return out, bias
 
     def _sum(self, partial):
@@ -138,10 +172,11 @@ class Prompt:
             start += len(ids)
         self.positions = joined(xp, [xp.arange(s.past, len(s.slots)) for s in self.sequences])  # [T]
         self.slots = joined(xp, [s.slots[s.past :] for s in self.sequences]).astype(np.int32)  # [T]
-        cos, sin = ops.rope_cos_sin(xp, self.positions, model.inverse_frequencies)  # [T, d] each
-        half = cos.shape[1] // 2
-        contiguous = model.device.cupy.ascontiguousarray
-        self.cos, self.sin = contiguous(cos[:, half:]), contiguous(sin[:, half:])  # [T, d/2] each
+        half, contiguous = model.config.rotary_dim // 2, model.device.cupy.ascontiguousarray
+        self.angles = {}  # RoPE -> its cosines and sines, [T, R/2] each
+        for rope, rotation in model.rotations.items():
+            tables = ops.rope_cos_sin(xp, self.positions, *rotation)  # [T, R] each
+            self.angles[rope] = [contiguous(table[:, half:]) for table in tables]
         self.attention = model.kernels.attention_prefill(self.pool.block_size)
 
 

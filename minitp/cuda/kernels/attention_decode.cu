@@ -7,7 +7,8 @@
 //   block_table   [B, max_blocks]         block_table[b][p / BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
 //   lengths       [B]                 number of keys, including the new one; if 0, the row of out becomes zeros
 //   group_starts  [K + 1]             query heads group_starts[j] .. group_starts[j + 1] - 1 read KV head j
-//   out           [B, out_stride]     the first H * d columns are written
+//   out           [B, out_stride]     the first H * out_dim columns are written; the other HEAD_DIM - out_dim columns
+//                                         of each head are padding, which is zero in q, k_cache and v_cache
 //   partials      [B, K * pieces, splits] of Part; not used if there is one split
 //   counters      [B, K * pieces]     zeros before a launch, and zeros again after it
 //
@@ -26,7 +27,7 @@
 //   of four products.
 // With d = 128 a lane has 16 such loads in flight, and a warp 8 KiB.
 //
-//   scores [8 heads, 16 keys] = query @ keys.T         context.T [d, 8 heads] += values.T @ weights.T
+//   scores [8 heads, 16 keys] = query @ keys.T * scale         context.T [d, 8 heads] += values.T @ weights.T
 //
 // Each score ends up in the lane that needs its weight for the second product. The explicit operation rounds the
 // probabilities to 16 bits; this kernel rounds exp(score - the largest so far), and divides by the sum at the end.
@@ -60,16 +61,23 @@ __device__ inline float4 merged(const Part *parts, int n, int head, int column, 
     return context;
 }
 
-__device__ inline void write_mean(Half *out, float4 context, float sum) {
+// Writes 4 columns of a head's context, without padding.
+__device__ inline void write_mean(Half *out, int head, int column, int out_dim, float4 context, float sum) {
     const float scale = 1 / sum;
-    *reinterpret_cast<Half4 *>(out) = {to_half(context.x * scale), to_half(context.y * scale),
-                                       to_half(context.z * scale), to_half(context.w * scale)};
+    const Half4 mean = {to_half(context.x * scale), to_half(context.y * scale), to_half(context.z * scale),
+                        to_half(context.w * scale)};
+    out += head * out_dim + column;
+    if (out_dim == HEAD_DIM) {
+        *reinterpret_cast<Half4 *>(out) = mean;
+    } else {
+        for (int j = 0; j < 4 && column + j < out_dim; j++) out[j] = mean.at[j];
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     const Half *q, const Half *k_cache, const Half *v_cache, const int *block_table, const int *lengths,
     const int *group_starts, Half *out, float *partials, unsigned *counters, int pieces, int slots,
-    int max_blocks, int out_stride, int window) {
+    int max_blocks, int out_stride, int window, int out_dim, float scale, float cap) {
     __shared__ Part of_warps[WARPS];
     __shared__ bool last;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
@@ -78,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     const int first_head = group_starts[kv_head] + blockIdx.y % pieces * HEADS;
     const int heads = min(HEADS, group_starts[kv_head + 1] - first_head);
     if (heads <= 0) return;
-    Half *const my_out = out + static_cast<long long>(sequence) * out_stride + first_head * HEAD_DIM;
+    Half *const my_out = out + static_cast<long long>(sequence) * out_stride + first_head * out_dim;
 
     // This split's tiles, counted from the first visible key.
     const int length = lengths[sequence];
@@ -86,9 +94,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     const int tiles = (length - first_key + TILE - 1) / TILE;
     const int splits = min(static_cast<int>(gridDim.x), (tiles + WARPS - 1) / WARPS);  // splits that have keys
     if (length == 0 && split == 0) {
-        for (int i = threadIdx.x * 4; i < heads * HEAD_DIM; i += blockDim.x * 4) {
-            *reinterpret_cast<Half4 *>(my_out + i) = Half4{};
-        }
+        for (int i = threadIdx.x; i < heads * out_dim; i += blockDim.x) my_out[i] = Half{};
     }
     if (split >= splits) return;
     const int begin = tiles * split / splits, end = tiles * (split + 1) / splits;
@@ -151,12 +157,15 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
                 }
             }
         }
+        for (int half = 0; half < 2; half++) {
+            for (int i = 0; i < 2; i++) scores[half][i] = soft_capped(scores[half][i] * scale, cap);
+        }
         if (HEAD_DIM > 128) load_values();
         float new_max = max;
         for (int half = 0; half < 2; half++) {
             for (int i = 0; i < 2; i++) {
                 const int key = first_key + tile * TILE + 8 * half + 2 * t + i;
-                scores[half][i] = key < length ? scores[half][i] * (1 / sqrtf(HEAD_DIM)) : MINUS_INFINITY;
+                scores[half][i] = key < length ? scores[half][i] : MINUS_INFINITY;
                 new_max = fmaxf(new_max, scores[half][i]);
             }
         }
@@ -206,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
         const int head = i / HEAD_DIM, column = i % HEAD_DIM;
         const float4 mean = merged(of_warps, WARPS, head, column, max, sum);
         if (splits == 1) {
-            write_mean(my_out + i, mean, sum);
+            write_mean(my_out, head, column, out_dim, mean, sum);
         } else {
             *reinterpret_cast<float4 *>(&parts[split].context[head][column]) = mean;
             parts[split].max[head] = max;
@@ -222,8 +231,9 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     if (!last) return;
     __threadfence();  // read the count before the other parts
     for (int i = threadIdx.x * 4; i < heads * HEAD_DIM; i += blockDim.x * 4) {
-        const float4 mean = merged(parts, splits, i / HEAD_DIM, i % HEAD_DIM, max, sum);
-        write_mean(my_out + i, mean, sum);
+        const int head = i / HEAD_DIM, column = i % HEAD_DIM;
+        const float4 mean = merged(parts, splits, head, column, max, sum);
+        write_mean(my_out, head, column, out_dim, mean, sum);
     }
     if (threadIdx.x == 0) counters[at] = 0;
 }

@@ -4,6 +4,8 @@ from math import ceil
 
 import numpy as np
 
+from minitp.cuda.loader import padded
+
 THREADS = 128
 HEADS = 8  # query heads per block
 KEYS = 64  # keys that a block's warps read at once; a smaller split would waste some of them
@@ -23,7 +25,7 @@ class AttentionDecode:
     query_groups : list of (start, stop)
         The query heads that read each KV head, in order; groups may have different sizes.
     head_dim : int
-        A multiple of 8, up to 256.
+        d, up to 256. In `q` and the caches, it is padded with zeros to a multiple of 8.
     block_size : int
         Positions per block of the cache.
     max_batch, max_context : int
@@ -31,6 +33,8 @@ class AttentionDecode:
         Number of streaming multiprocessors of the GPU.
     window : int or None
         Maximum number of keys that a query attends to, including its own; None for no limit.
+    scale, softcap : float or None
+        As in `ops.attention_scores`.
     """
 
     def __init__(
@@ -44,18 +48,20 @@ class AttentionDecode:
         max_context,
         processors,
         window=None,
+        scale=None,
+        softcap=None,
     ):
-        defines = {"HEAD_DIM": head_dim, "BLOCK_SIZE": block_size}
+        defines = attention_defines(head_dim, block_size, softcap)
         self._kernel = compiler.kernel("attention_decode.cu", "attention_decode", **defines)
         starts = [start for start, _ in query_groups] + [query_groups[-1][1]]
         self._group_starts = xp.asarray(starts, dtype=np.int32)  # [K + 1]
         self._pieces = ceil(max(stop - start for start, stop in query_groups) / HEADS)
         self._rows = len(query_groups) * self._pieces  # rows of the grid
-        self._window = np.int32(window or 0)
+        self._window, self._options = np.int32(window or 0), attention_options(head_dim, scale, softcap)
         self._most_splits = ceil(min(max_context, window or max_context) / KEYS)
         self._target_blocks = BLOCKS * processors
         parts = max(batch * self._rows * self.splits(batch) for batch in range(1, max_batch + 1))
-        self._partials = xp.empty((parts, HEADS * (2 + head_dim)), dtype=np.float32)  # see Part
+        self._partials = xp.empty((parts, HEADS * (2 + padded(head_dim))), dtype=np.float32)  # see Part
         self._counters = xp.zeros(max_batch * self._rows, dtype=np.uint32)
 
     def splits(self, batch):
@@ -65,9 +71,10 @@ class AttentionDecode:
     def __call__(self, q, k_cache, v_cache, block_table, lengths, out):
         """Write the context of `q` into the first H * d columns of `out`.
 
-        16-bit arrays: `q` [B, H, d], `k_cache` and `v_cache` [K, slots, d] of one layer, `out` [B, n], whose
-        rows are a multiple of 4 elements apart. `block_table` is int32 [B, max_blocks]. `lengths`, int32 [B],
-        is the number of keys, including the new one; for a length of 0, the row of `out` becomes zeros.
+        16-bit arrays: `q` [B, H, d and padding], `k_cache` and `v_cache` [K, slots, d and padding] of one
+        layer, `out` [B, n], whose rows are a multiple of 4 elements apart. `block_table` is int32 [B,
+        max_blocks]. `lengths`, int32 [B], is the number of keys, including the new one; for a length of 0,
+        the row of `out` becomes zeros.
         """
         batch, slots = len(q), k_cache.shape[1]
         stride = out.strides[0] // out.itemsize
@@ -75,4 +82,17 @@ class AttentionDecode:
         pointers = (q, k_cache, v_cache, block_table, lengths, self._group_starts, out)
         scratch = (self._partials, self._counters)
         grid = (self.splits(batch), self._rows, batch)
-        self._kernel(grid, (THREADS,), (*pointers, *scratch, *map(np.int32, numbers)))
+        self._kernel(grid, (THREADS,), (*pointers, *scratch, *map(np.int32, numbers), *self._options))
+
+
+def attention_defines(head_dim, block_size, softcap):
+    """Return the macros of both attention kernels."""
+    capped = {} if softcap is None else {"SOFT_CAP": 1}
+    return {"HEAD_DIM": padded(head_dim), "BLOCK_SIZE": block_size, **capped}
+
+
+def attention_options(head_dim, scale, softcap):
+    """Return the last arguments of both attention kernels: d, the scale of the scores and their soft cap."""
+    if scale is None:
+        scale = np.float32(1) / np.sqrt(np.float32(head_dim))
+    return np.int32(head_dim), np.float32(scale), np.float32(softcap or 0)

@@ -6,7 +6,8 @@
 //   k_cache       [K, slots, d]       keys of one layer, d a multiple of 8; v_cache has the values. Key p is in
 //   block_table   [blocks]                slot block_table[p / BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
 //   group_starts  [K + 1]             query heads group_starts[j] .. group_starts[j + 1] - 1 read KV head j
-//   out           [n, out_stride]     the first H * d columns are written
+//   out           [n, out_stride]     the first H * out_dim columns are written; the other HEAD_DIM - out_dim columns
+//                                         of each head are padding, which is zero in q, k_cache and v_cache
 //
 // The new tokens have positions past .. past + n - 1. The token at i attends to keys j <= i, and with a window
 // only to those with i - window < j.
@@ -18,7 +19,7 @@
 // at once; see attention_decode.cu. That file also explains the order in which 16 bytes of a row of keys or values
 // contain the operands of a lane for several products.
 //
-//   scores [16, keys] = query [16, d] @ keys.T       context [16, d] += weights [16, keys] @ values
+//   scores [16, keys] = query [16, d] @ keys.T * scale       context [16, d] += weights [16, keys] @ values
 //
 // A lane's scores are in the positions in which the second product needs the weights.
 
@@ -35,7 +36,8 @@ constexpr int VALUE_WIDTH = HEAD_DIM / 16 * 16 + 8;
 
 extern "C" __global__ void __launch_bounds__(128) attention_prefill(
     const Half *q, const Half *k_cache, const Half *v_cache, const int *block_table, const int *group_starts,
-    Half *out, int q_stride, int slots, int out_stride, int past, int tokens, int window) {
+    Half *out, int q_stride, int slots, int out_stride, int past, int tokens, int window, int out_dim,
+    float scale, float cap) {
     alignas(16) __shared__ Half key_tile[KEYS][KEY_WIDTH];
     alignas(16) __shared__ Half value_tile[KEYS][VALUE_WIDTH];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
@@ -109,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
                     const int key = tile + 8 * n + 2 * t + e;
                     const bool seen = key <= position[i] && key > position[i] - reach;
                     float &score = scores[n][2 * i + e];
-                    score = seen ? score * (1 / sqrtf(HEAD_DIM)) : MINUS_INFINITY;
+                    score = seen ? soft_capped(score * scale, cap) : MINUS_INFINITY;
                     new_max = fmaxf(new_max, score);
                 }
             }
@@ -157,17 +159,21 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
 
     for (int i = 0; i < 2; i++) {
         for (int offset = 1; offset < 4; offset *= 2) sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], offset);
-        const float scale = 1 / sum[i];
+        const float share = 1 / sum[i];
         const int row = first_row + 16 * warp + g + 8 * i;
         if (row > last_row) continue;
         Half *const to = out + static_cast<long long>(row / group) * out_stride +
-                         (first_head + row % group) * HEAD_DIM;
+                         (first_head + row % group) * out_dim;
         for (int c = 0; c < VALUE_CHUNKS; c++) {
             for (int e = 0; e < 2; e++) {
                 const int column = 64 * c + 8 * (2 * t + e);
                 Half8 mean;
-                for (int j = 0; j < 8; j++) mean.at[j] = to_half(context[c][j][2 * i + e] * scale);
-                if (column < HEAD_DIM) *reinterpret_cast<Half8 *>(to + column) = mean;
+                for (int j = 0; j < 8; j++) mean.at[j] = to_half(context[c][j][2 * i + e] * share);
+                if (out_dim == HEAD_DIM) {
+                    if (column < HEAD_DIM) *reinterpret_cast<Half8 *>(to + column) = mean;
+                } else {
+                    for (int j = 0; j < 8 && column + j < out_dim; j++) to[column + j] = mean.at[j];
+                }
             }
         }
     }

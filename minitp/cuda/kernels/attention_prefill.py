@@ -4,6 +4,8 @@ from math import ceil
 
 import numpy as np
 
+from minitp.cuda.kernels.attention_decode import attention_defines, attention_options
+
 THREADS = 128
 ROWS = 64  # rows per block: a row is one token's query of one head
 
@@ -18,31 +20,35 @@ class AttentionPrefill:
     query_groups : list of (start, stop)
         The query heads that read each KV head, in order; groups may have different sizes.
     head_dim : int
-        A multiple of 8, up to 256.
+        d, up to 256. In `q` and the caches, it is padded with zeros to a multiple of 8.
     block_size : int
         Positions per block of the cache.
     window : int or None
         Maximum number of keys that a query attends to, including its own; None for no limit.
+    scale, softcap : float or None
+        As in `ops.attention_scores`.
     """
 
-    def __init__(self, compiler, xp, query_groups, head_dim, block_size, window=None):
-        defines = {"HEAD_DIM": head_dim, "BLOCK_SIZE": block_size}
+    def __init__(
+        self, compiler, xp, query_groups, head_dim, block_size, window=None, scale=None, softcap=None
+    ):
+        defines = attention_defines(head_dim, block_size, softcap)
         self._kernel = compiler.kernel("attention_prefill.cu", "attention_prefill", **defines)
         starts = [start for start, _ in query_groups] + [query_groups[-1][1]]
         self._group_starts = xp.asarray(starts, dtype=np.int32)  # [K + 1]
         self._largest = max(stop - start for start, stop in query_groups)
-        self._window = window or 0
+        self._window, self._options = window or 0, attention_options(head_dim, scale, softcap)
 
     def __call__(self, q, k_cache, v_cache, block_table, past, out):
         """Write the context of `q` into `out`, for tokens at positions past .. past + n - 1.
 
-        16-bit arrays: `q` [n, H * d], `k_cache` and `v_cache` [K, slots, d] of one layer, `out` [n, H * d].
-        The rows of `q` and `out` may be further apart, by a multiple of 8 elements. `block_table`, int32
-        [blocks], covers all positions up to the last.
+        16-bit arrays: `q` [n, H * (d and padding)], `k_cache` and `v_cache` [K, slots, d and padding] of one
+        layer, `out` [n, H * d]. The rows of `q`, and of `out` if d has no padding, may be further apart, by a
+        multiple of 8 elements. `block_table`, int32 [blocks], covers all positions up to the last.
         """
         tokens, kv_heads = len(q), len(k_cache)
         strides = [x.strides[0] // x.itemsize for x in (q, out)]
         numbers = (strides[0], k_cache.shape[1], strides[1], past, tokens, self._window)
         pointers = (q, k_cache, v_cache, block_table, self._group_starts, out)
         grid = (ceil(tokens * self._largest / ROWS), kv_heads)
-        self._kernel(grid, (THREADS,), (*pointers, *map(np.int32, numbers)))
+        self._kernel(grid, (THREADS,), (*pointers, *map(np.int32, numbers), *self._options))

@@ -1,14 +1,16 @@
 // begin_decode: the work of a decode pass over B sequences before its first layer; the counterpart of
-// ops.embed_partial, ops.rope_cos_sin and PagedCache.slots. end_decode: adds one to every sequence's length.
+// ops.embed_partial, ops.scaled, ops.rope_cos_sin and PagedCache.slots. end_decode: adds one to every sequence's length.
 //
 // A block handles one sequence b. It has p = lengths[b] keys in the cache, so p is its new token's position.
 //   token, lengths int [B]                  a length of -1 marks a row that pads the batch to the size of a graph
 //   block_table int [B, max_blocks]         must have a block for position p; the host allocates it
-//   inverse_frequencies float [half_dim]    half_dim is d / 2
+//   inverse_frequencies float [ropes, half_dim]   a row for each RoPE of the model's layers; half_dim is R / 2
+//   factors float [ropes]                   the attention factor of each RoPE, which multiplies its cosines and sines
 //   table [rows, stride]                    this rank's rows of the embedding; the first is token `first_row`
-//   x [B, width]                            the token's row; zeros if another rank has it, and for padding
+//   x [B, width]                            the token's row, times `multiplier`; zeros if another rank has the row, and
+//                                           for padding
 //   slot int [B]                            the cache slot of the new key; -1 for padding
-//   cosines, sines float [B, half_dim]      for the angles of position p, or of position 0 for padding
+//   cosines, sines float [ropes, B, half_dim]     for the angles of position p, or of position 0 for padding
 //   seen int [B]                            number of keys for attention, including the new one; 0 for padding
 // width and stride are multiples of 8. The kernel reads little (a row of the table), so a single launch is enough.
 // Everything that changes from token to token is in GPU memory, so that a captured graph can be replayed.
@@ -16,9 +18,10 @@
 #include "common.h"
 
 extern "C" __global__ void begin_decode(const int *token, const int *lengths, const int *block_table,
-                                      const float *inverse_frequencies, const Half *table, Half *x, int *slot,
-                                      float *cosines, float *sines, int *seen, int max_blocks, int block_size,
-                                      int first_row, int rows, int stride, int width, int half_dim) {
+                                      const float *inverse_frequencies, const float *factors, const Half *table,
+                                      Half *x, int *slot, float *cosines, float *sines, int *seen,
+                                      int max_blocks, int block_size, int first_row, int rows, int stride,
+                                      int width, int ropes, int half_dim, float multiplier) {
     const int sequence = blockIdx.x;
     const int length = lengths[sequence];
     const bool padding = length < 0;
@@ -32,10 +35,11 @@ extern "C" __global__ void begin_decode(const int *token, const int *lengths, co
     }
 
     const float position = padding ? 0 : length;
-    for (int i = threadIdx.x; i < half_dim; i += blockDim.x) {
+    for (int i = threadIdx.x; i < ropes * half_dim; i += blockDim.x) {
+        const int rope = i / half_dim, at = (rope * gridDim.x + sequence) * half_dim + i % half_dim;
         const float angle = position * inverse_frequencies[i];
-        cosines[sequence * half_dim + i] = cosf(angle);  // not __cosf: an angle may be 100000
-        sines[sequence * half_dim + i] = sinf(angle);
+        cosines[at] = cosf(angle) * factors[rope];  // not __cosf: an angle may be 100000
+        sines[at] = sinf(angle) * factors[rope];
     }
 
     const int local = padding ? -1 : token[sequence] - first_row;
@@ -43,7 +47,11 @@ extern "C" __global__ void begin_decode(const int *token, const int *lengths, co
     const long long start = static_cast<long long>(has_row ? local : 0) * stride;
     const Half8 *const row = reinterpret_cast<const Half8 *>(table + start);
     Half8 *const x8 = reinterpret_cast<Half8 *>(x + static_cast<long long>(sequence) * width);
-    for (int i = threadIdx.x; i < width / 8; i += blockDim.x) x8[i] = has_row ? load_once(row + i) : Half8{};
+    for (int i = threadIdx.x; i < width / 8; i += blockDim.x) {
+        Half8 values = has_row ? load_once(row + i) : Half8{};
+        for (int j = 0; j < 8; j++) values.at[j] = to_half(to_float(values.at[j]) * multiplier);
+        x8[i] = values;
+    }
 }
 
 // lengths int [B], as above. One thread per sequence.

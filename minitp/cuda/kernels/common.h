@@ -218,6 +218,33 @@ __device__ inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned
 // Rounds x to 16 bits, where the explicit operation rounds too.
 __device__ inline float rounded(float x) { return to_float(to_half(x)); }
 
+// Multiplies a normalized number by its weight, like ops.rms_norm, or like ops.rms_norm_plus_one with -DPLUS_ONE.
+__device__ inline Half with_gain(float normed, Half weight) {
+#ifdef PLUS_ONE
+    return to_half(normed * (1 + to_float(weight)));
+#else
+    return to_half(rounded(normed) * to_float(weight));
+#endif
+}
+
+// The activation of ops.swiglu, or that of ops.geglu with -DGELU.
+__device__ inline float activated(float gate) {
+#ifdef GELU
+    return gate / 2 * (1 + tanhf(0.79788456f * (gate + 0.044715f * gate * gate * gate)));  // sqrt(2 / pi)
+#else
+    return gate / (1 + expf(-fmaxf(gate, -80.0f)));
+#endif
+}
+
+// With -DSOFT_CAP ops.soft_cap; otherwise x itself.
+__device__ inline float soft_capped(float x, float cap) {
+#ifdef SOFT_CAP
+    return tanhf(x / cap) * cap;
+#else
+    return x;
+#endif
+}
+
 // Rotates a pair by its angle, like ops.apply_rope. Each product is rounded before the sum, which the compiler would
 // otherwise fuse into one fma, so the results have the same bits as those of separate operations.
 __device__ inline void turn(float &first, float &second, float cosine, float sine) {

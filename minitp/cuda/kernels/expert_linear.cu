@@ -27,16 +27,17 @@ __device__ inline Slot slot_of_block(const int *slots) {
 // first; out [rows, columns], its rows `stride` apart.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     expert_swiglu(const Half *x, const Half *weights, const long long *offsets, const Half *norm, float eps,
-                  const int *slots, const int *token_of, int width, int columns, Half *out, int stride) {
+                  int norm_size, const int *slots, const int *token_of, int width, int columns, Half *out, int stride) {
     const Slot slot = slot_of_block(slots);
     if (slot.rows == 0) return;
     const int *const tokens = token_of + slot.first;
-    const Product p = {x, weights + offsets[slot.expert], norm, eps, slot.rows, width, 2 * columns, tokens};
+    const Product p = {x, weights + offsets[slot.expert], norm, eps, norm_size,
+                       slot.rows, width, 2 * columns, tokens};
     const auto rows_of = [=](int n) { return Rows{n, n + columns}; };
     Half *const first_out = out + static_cast<long long>(slot.first) * stride;
     multiply(p, columns, rows_of, [=](int token, int n, float first, float second) {
         const float gate = rounded(first), up = rounded(second);
-        first_out[token * stride + n] = to_half(gate / (1 + expf(-fmaxf(gate, -80.0f))) * up);
+        first_out[token * stride + n] = to_half(activated(gate) * up);
     });
 }
 
@@ -48,6 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (slot.rows == 0) return;
     const Half *const first_x = x + static_cast<long long>(slot.first) * width;
     float *const first_out = out + static_cast<long long>(slot.first) * stride;
-    const Product p = {first_x, weights + offsets[slot.expert], nullptr, 0, slot.rows, width, outputs, nullptr};
+    const Product p = {first_x, weights + offsets[slot.expert], nullptr, 0, 0, slot.rows,
+                       width, outputs, nullptr};
     multiply(p, [=](int token, int n, float y) { first_out[token * stride + n] = y; });
 }

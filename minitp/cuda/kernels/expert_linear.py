@@ -54,8 +54,9 @@ class ExpertLinear:
         """
         (outputs, width), (norm_weight, eps) = weights.first.shape, norm or (None, 0)
         inputs = (x, weights.first, weights.offsets, norm_weight, np.float32(eps))
+        norm_size = 0 if norm is None else len(norm_weight)
         rest = (np.int32(width), np.int32(outputs // 2), out, stride_of(out))
-        args = (*inputs, routing.slots, routing.token_of, *rest)
+        args = (*inputs, np.int32(norm_size), routing.slots, routing.token_of, *rest)
         shared = 0 if norm is None else 2 * width
         self._launch("expert_swiglu", outputs // 2, routing, args, shared)
 
@@ -70,6 +71,8 @@ class ExpertLinear:
         self._launch("expert_down", pairs_of(outputs), routing, args)
 
     def _launch(self, name, pairs, routing, args, shared=0):
+        if pairs == 0:  # this rank has no FFN columns
+            return
         token_tiles, pair_tiles = tiles_of(routing.slot_rows)
         kernel = self._kernel(name, token_tiles, pair_tiles, shared > 0)
         grid = (-(-pairs // (pair_tiles * TILE)), len(routing.slots))

@@ -1,20 +1,21 @@
 // y = x @ weight.T for up to 64 rows of x, on the tensor cores. Each kernel also does what follows the product:
 //
 //     store      out = y + bias                                       counterpart of ops.column_parallel
-//     residual   residual += y + bias, in place                       ops.row_parallel and the addition
-//     logits     out = y, in float32                                  ops.logits_partial
+//     residual   residual += (y + bias) * multiplier, in place        ops.row_parallel and the addition
+//     logits     out = y / divisor, in float32                        ops.logits_partial
 //     swiglu     out = silu(gate) * up of y = [gate | up] + bias      ops.column_parallel and ops.swiglu
 //     qkv        y + bias as heads, RoPE, k and v to the cache        ops.column_parallel and ops.apply_rope
 //
 // x         [tokens, width]    width is a multiple of 8; padding columns are zero in x and in weight
 // weight    [outputs, width]   the weights of each output are contiguous
 // bias      [outputs] or null
-// norm      [width]            with -DNORM: x, a single token without padding, goes through ops.rms_norm with this
-//                              weight first. Every block computes this; with more tokens, a separate launch is
-//                              faster
+// norm      [width]            with -DNORM: x, a single token of norm_size columns and padding, goes through
+//                              ops.rms_norm with this weight first. Every block computes this; with more tokens, a
+//                              separate launch is faster
 //
 // Macros: TOKEN_TILES, the number of tiles of 8 tokens; PAIR_TILES, see below; NORM; EXPERTS, if expert_linear.cu
-// includes this file: then the rows of x may be any, listed in Product::rows.
+// includes this file: then the rows of x may be any, listed in Product::rows. Some families need PLUS_ONE (the norm is
+// ops.rms_norm_plus_one), GELU (swiglu becomes ops.geglu) or SOFT_CAP (of the logits, at `cap`).
 //
 // Most of the time goes into reading the weights, each once. Rows of weight are processed in pairs whose outputs are
 // needed together (gate and up, or the two that RoPE rotates), in tiles of 8 pairs. These are the 16 rows of a tensor
@@ -43,7 +44,7 @@ constexpr int BLOCKS = TOKEN_TILES <= 2 ? 3 : 8 / TOKEN_TILES;  // blocks per SM
 struct Product {
     const Half *x, *weight, *norm;
     float eps;
-    int tokens, width, outputs;
+    int norm_size, tokens, width, outputs;
 #ifdef EXPERTS
     const int *rows;  // the row of x of each token; null if they are rows 0, 1, 2, ..
 #endif
@@ -75,12 +76,12 @@ __device__ Input input_of(const Product &p) {
         normed8[i] = values;  // read again below, by this thread only
         for (int j = 0; j < 8; j++) squares += to_float(values.at[j]) * to_float(values.at[j]);
     }
-    const float rms = sqrtf(block_sum(squares, scratch) / p.width + p.eps);
+    const float rms = sqrtf(block_sum(squares, scratch) / p.norm_size + p.eps);
     for (int i = threadIdx.x; i < p.width / 8; i += THREADS) {
         const Half8 values = normed8[i], weights = norm8[i];
         Half8 result;
         for (int j = 0; j < 8; j++) {
-            result.at[j] = to_half(rounded(to_float(values.at[j]) / rms) * to_float(weights.at[j]));
+            result.at[j] = with_gain(to_float(values.at[j]) / rms, weights.at[j]);
         }
         normed8[i] = result;
     }
@@ -222,74 +223,81 @@ __device__ inline float with_bias(float y, const Half *bias, int row) {
 
 // out [tokens, outputs], its rows `stride` apart. No kernel here writes to the gaps between rows.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    store(const Half *x, const Half *weight, const Half *norm, float eps, int tokens, int width, int outputs,
-          const Half *bias, Half *out, int stride) {
-    const Product p = {x, weight, norm, eps, tokens, width, outputs};
+    store(const Half *x, const Half *weight, const Half *norm, float eps, int norm_size, int tokens, int width,
+          int outputs, const Half *bias, Half *out, int stride) {
+    const Product p = {x, weight, norm, eps, norm_size, tokens, width, outputs};
     multiply(p, [=](int token, int n, float y) { out[token * stride + n] = to_half(with_bias(y, bias, n)); });
 }
 
 // stream [tokens, outputs], the residual stream, its rows `stride` apart. It must not be x.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    residual(const Half *x, const Half *weight, const Half *norm, float eps, int tokens, int width,
-             int outputs, const Half *bias, Half *stream, int stride) {
-    const Product p = {x, weight, norm, eps, tokens, width, outputs};
+    residual(const Half *x, const Half *weight, const Half *norm, float eps, int norm_size, int tokens,
+             int width, int outputs, const Half *bias, float multiplier, Half *stream, int stride) {
+    const Product p = {x, weight, norm, eps, norm_size, tokens, width, outputs};
     multiply(p, [=](int token, int n, float y) {
         Half *const value = stream + token * stride + n;
-        *value = to_half(to_float(*value) + rounded(with_bias(rounded(y), bias, n)));
+        *value = to_half(to_float(*value) + rounded(rounded(with_bias(rounded(y), bias, n)) * multiplier));
     });
 }
 
 // out [tokens, outputs], its rows `stride` apart.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    logits(const Half *x, const Half *weight, const Half *norm, float eps, int tokens, int width, int outputs,
-           float *out, int stride) {
-    const Product p = {x, weight, norm, eps, tokens, width, outputs};
-    multiply(p, [=](int token, int n, float y) { out[static_cast<long long>(token) * stride + n] = y; });
+    logits(const Half *x, const Half *weight, const Half *norm, float eps, int norm_size, int tokens,
+           int width, int outputs, float divisor, float cap, float *out, int stride) {
+    const Product p = {x, weight, norm, eps, norm_size, tokens, width, outputs};
+    multiply(p, [=](int token, int n, float y) {
+        out[static_cast<long long>(token) * stride + n] = soft_capped(y / divisor, cap);
+    });
 }
 
 // weight [2 columns, width], the gate rows first; out [tokens, columns], its rows `stride` apart.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    swiglu(const Half *x, const Half *weight, const Half *norm, float eps, int tokens, int width, int columns,
-           const Half *bias, Half *out, int stride) {
-    const Product p = {x, weight, norm, eps, tokens, width, 2 * columns};
+    swiglu(const Half *x, const Half *weight, const Half *norm, float eps, int norm_size, int tokens,
+           int width, int columns, const Half *bias, Half *out, int stride) {
+    const Product p = {x, weight, norm, eps, norm_size, tokens, width, 2 * columns};
     const auto rows_of = [=](int n) { return Rows{n, n + columns}; };
     multiply(p, columns, rows_of, [=](int token, int n, float first, float second) {
         const float gate = rounded(with_bias(first, bias, n));
         const float up = rounded(with_bias(second, bias, n + columns));
-        out[token * stride + n] = to_half(gate / (1 + expf(-fmaxf(gate, -80.0f))) * up);
+        out[token * stride + n] = to_half(activated(gate) * up);
     });
 }
 
 // weight [(heads + 2 kv_heads) * head_dim, width], q heads first, then k, then v; head_dim is even.
-// q [tokens, heads, head_dim]; k_cache and v_cache [kv_heads, slots, head_dim]; slot [tokens], each token's slot
-// in the caches, or -1 to write nothing there; cos and sin [tokens, head_dim / 2].
+// q [tokens, heads, head_stride]; k_cache and v_cache [kv_heads, slots, head_stride], whose padding columns are not
+// written; slot [tokens], each token's slot in the caches, or -1 to write nothing there; cos and sin
+// [tokens, rotary_dim / 2]. RoPE rotates the first rotary_dim dimensions of a head, an even number.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    qkv(const Half *x, const Half *weight, const Half *norm, float eps, int tokens, int width,
+    qkv(const Half *x, const Half *weight, const Half *norm, float eps, int norm_size, int tokens, int width,
         const Half *bias, Half *q, Half *k_cache, Half *v_cache, const int *slot, const float *cos,
-        const float *sin, int heads, int kv_heads, int head_dim, int slots) {
-    const int half = head_dim / 2, all_heads = heads + 2 * kv_heads;
-    const Product p = {x, weight, norm, eps, tokens, width, all_heads * head_dim};
+        const float *sin, int heads, int kv_heads, int head_dim, int slots, int rotary_dim, int head_stride) {
+    const int half = head_dim / 2, turned = rotary_dim / 2, all_heads = heads + 2 * kv_heads;
+    const Product p = {x, weight, norm, eps, norm_size, tokens, width, all_heads * head_dim};
+    const auto columns_of = [=](int i) {  // of a head's pair i: first those that RoPE rotates, then the others
+        return i < turned ? Rows{i, i + turned} : Rows{i + turned, i + half};
+    };
     const auto rows_of = [=](int n) {
-        const int first = n / half * head_dim + n % half;
-        return Rows{first, first + half};
+        const Rows columns = columns_of(n % half);
+        return Rows{n / half * head_dim + columns.first, n / half * head_dim + columns.second};
     };
     multiply(p, all_heads * half, rows_of, [=](int token, int n, float first, float second) {
         const Rows rows = rows_of(n);
         const int head = n / half, i = n % half;
         float left = rounded(with_bias(first, bias, rows.first));
         float right = rounded(with_bias(second, bias, rows.second));
-        if (head < heads + kv_heads) {
-            turn(left, right, cos[token * half + i], sin[token * half + i]);
+        if (head < heads + kv_heads && i < turned) {
+            turn(left, right, cos[token * turned + i], sin[token * turned + i]);
         }
-        Half *to = q + (token * heads + head) * head_dim;
+        Half *to = q + (token * heads + head) * head_stride;
         if (head >= heads) {
             if (slot[token] < 0) return;
             Half *const cache = head < heads + kv_heads ? k_cache : v_cache;
             const int kv_head = (head - heads) % kv_heads;
-            to = cache + (static_cast<long long>(kv_head) * slots + slot[token]) * head_dim;
+            to = cache + (static_cast<long long>(kv_head) * slots + slot[token]) * head_stride;
         }
-        to[i] = to_half(left);
-        to[i + half] = to_half(right);
+        const Rows columns = columns_of(i);
+        to[columns.first] = to_half(left);
+        to[columns.second] = to_half(right);
     });
 }
 

@@ -18,16 +18,18 @@ class Linear:
     matrix has been padded to make k a multiple of 8, the padding columns of `x` must be zero too. So an
     output that becomes the `x` of such a matrix is wider than n, and its last columns are not written.
 
-    With `norm`, a pair (weight [k], eps), x goes through `ops.rms_norm` first and must have no padding; see
-    `norm_fits`.
+    With `norm`, a pair (weight [k without padding], eps), x goes through `ops.rms_norm` first; see
+    `norm_fits`. The weight's memory must include the padding.
 
     Parameters
     ----------
     compiler : Compiler
+    defines
+        Macros: PLUS_ONE for `ops.rms_norm_plus_one`, GELU for `ops.geglu`, SOFT_CAP for capped logits.
     """
 
-    def __init__(self, compiler):
-        self._compiler = compiler
+    def __init__(self, compiler, **defines):
+        self._compiler, self._defines = compiler, defines
         self._kernel = cache(self._compile)  # one cache per Linear
 
     @staticmethod
@@ -47,16 +49,25 @@ class Linear:
             "store", pairs_of(outputs), x, weight, norm, np.int32(outputs), bias, out, stride_of(out)
         )
 
-    def residual(self, x, weight, residual, bias=None):
-        """Compute residual += x @ weight.T + bias, rounded after each operation; 16-bit [T, n or more]."""
+    def residual(self, x, weight, residual, bias=None, multiplier=1.0):
+        """Compute residual += (x @ weight.T + bias) * multiplier, 16-bit [T, n or more].
+
+        The result is rounded after each operation.
+        """
         outputs = weight.shape[0]
-        rest = np.int32(outputs), bias, residual, stride_of(residual)
+        rest = np.int32(outputs), bias, np.float32(multiplier), residual, stride_of(residual)
         self._launch("residual", pairs_of(outputs), x, weight, None, *rest)
 
-    def logits(self, x, weight, out, norm=None):
-        """Compute out = x @ weight.T in float32; `out` [T, n] may be a slice of a wider array."""
+    def logits(self, x, weight, out, norm=None, scaling=1.0, softcap=None):
+        """Compute out = ops.logits_partial(x, weight.T); `out` [T, n] may be a slice of a wider array.
+
+        `softcap` must be given if, and only if, the kernels have been compiled with SOFT_CAP.
+        """
         outputs = weight.shape[0]
-        self._launch("logits", pairs_of(outputs), x, weight, norm, np.int32(outputs), out, stride_of(out))
+        options = np.float32(scaling), np.float32(softcap or 0)
+        self._launch(
+            "logits", pairs_of(outputs), x, weight, norm, np.int32(outputs), *options, out, stride_of(out)
+        )
 
     def swiglu(self, x, weight, out, bias=None, norm=None):
         """Compute out = silu(gate) * up, 16-bit [T, F or more]; `weight` is [2 F, k], gate rows first."""
@@ -76,6 +87,7 @@ class Linear:
         heads,
         kv_heads,
         head_dim,
+        rotary_dim,
         bias=None,
         norm=None,
     ):
@@ -85,22 +97,27 @@ class Linear:
         ----------
         weight, bias : [(H + 2 K) d, k], [(H + 2 K) d] or None
             The rows of all q heads come first, then k, then v.
-        q : 16-bit [T, H, d]
-            The queries, an output; d is even.
-        k_cache, v_cache : 16-bit [K, slots, d]
+        q : 16-bit [T, H, d or more]
+            The queries, an output; d is even. The columns after d, here and in the caches, are not written.
+        k_cache, v_cache : 16-bit [K, slots, d or more]
             The cache of one layer, an output.
         slot : int32 [T]
             The cache slot of each token; -1 for padding, whose k and v are not written.
-        cos, sin : float32 [T, d / 2]
-            The cosines and sines of each token's angles: the last d / 2 columns of the results of
+        cos, sin : float32 [T, R / 2]
+            The cosines and sines of each token's angles: the last R / 2 columns of the results of
             `ops.rope_cos_sin`, in which no sine is negated.
+        heads, kv_heads, head_dim, rotary_dim : int
+            H, K, d and R, the number of dimensions of a head that RoPE rotates.
         """
         pairs = (heads + 2 * kv_heads) * head_dim // 2
-        sizes = [np.int32(n) for n in (heads, kv_heads, head_dim, k_cache.shape[1])]
+        sizes = heads, kv_heads, head_dim, k_cache.shape[1], rotary_dim, q.shape[2]
+        sizes = [np.int32(n) for n in sizes]
         self._launch("qkv", pairs, x, weight, norm, bias, q, k_cache, v_cache, slot, cos, sin, *sizes)
 
     def _launch(self, name, pairs, x, weight, norm, *rest):
         tokens, width = x.shape
+        if pairs == 0:  # this rank has no FFN columns, or no rows of the vocabulary
+            return
         if tokens > MAX_TOKENS:
             raise ValueError(f"x has {tokens} rows; linear.cu supports up to {MAX_TOKENS}")
         if norm is not None and not self.norm_fits(tokens, width):
@@ -108,13 +125,18 @@ class Linear:
         token_tiles, pair_tiles = tiles_of(tokens)
         kernel = self._kernel(name, token_tiles, pair_tiles, norm is not None)
         norm_weight, eps = norm or (None, 0)
-        sizes = np.float32(eps), np.int32(tokens), np.int32(width)
+        norm_size = 0 if norm is None else len(norm_weight)
+        sizes = np.float32(eps), np.int32(norm_size), np.int32(tokens), np.int32(width)
         blocks = -(-pairs // (pair_tiles * TILE))
         shared = 0 if norm is None else 2 * width
         kernel((blocks,), (THREADS,), (x, weight, norm_weight, *sizes, *rest), shared_mem=shared)
 
     def _compile(self, name, token_tiles, pair_tiles, normed):
-        defines = {"TOKEN_TILES": token_tiles, "PAIR_TILES": pair_tiles, **({"NORM": 1} if normed else {})}
+        defines = {
+            "TOKEN_TILES": token_tiles,
+            "PAIR_TILES": pair_tiles,
+            **({"NORM": 1} if normed else {}),
+        } | self._defines
         kernel = self._compiler.kernel("linear.cu", name, **defines)
         if normed:
             kernel.allow_shared_memory(NORM_BYTES)
