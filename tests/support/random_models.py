@@ -17,7 +17,6 @@ from minitp.shard import make_plan
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 LONGEST = 64  # max_position_embeddings, more than the prompt and the decoded tokens
-GPU_FAMILIES = ("llama", "mistral", "qwen2", "phi3")  # the families that `cuda.fused` supports
 
 # Groups of tensors whose weights have one scale; a tensor belongs to the first group with one of its words.
 GROUPS = {
@@ -117,15 +116,14 @@ NOT_OPTIONS = (
 def draw_run(seed, number, on_gpu=False):
     """Draw run `number` of a seed; with `on_gpu`, one that `cuda.fused` supports."""
     rng = np.random.default_rng([seed, number])
-    families = GPU_FAMILIES if on_gpu else tuple(FAMILIES)
-    family = families[number % len(families)]
+    family = tuple(FAMILIES)[number % len(FAMILIES)]
     dtype = pick(rng, *DTYPES) if not on_gpu else pick(rng, "float16", "bfloat16")
-    fields = draw_sizes(rng, on_gpu)
+    fields = draw_sizes(rng)
     tp = draw_ranks(rng, fields, on_gpu)
     fields |= {"model_type": family, "architectures": [FAMILIES[family]["architecture"]]}
     fields |= {"rms_norm_eps": pick(rng, 1e-6, 1e-5), "tie_word_embeddings": chance(rng, 0.3)}
-    fields |= draw_options(rng, family, fields, on_gpu)
-    fields |= draw_rope(rng, family, fields["head_dim"], on_gpu)
+    fields |= draw_options(rng, family, fields)
+    fields |= draw_rope(rng, family, fields["head_dim"])
     stored = dtype if chance(rng, 0.5) else pick(rng, *DTYPES)
     run = Run(
         fields=fields,
@@ -140,19 +138,17 @@ def draw_run(seed, number, on_gpu=False):
         seed=[seed, number, 1],
     )
     # Draw what was added later after everything else, so that the other models stay as they were.
-    if "partial_rotary_factor" in FAMILIES[family]["reads"] and not on_gpu and chance(rng, 0.5):
+    if "partial_rotary_factor" in FAMILIES[family]["reads"] and chance(rng, 0.5):
         rotate_a_part(rng, fields)
     return run
 
 
-def draw_sizes(rng, on_gpu):
+def draw_sizes(rng):
     """Return the fields of config.json with the sizes of a model."""
     heads, kv_heads = HEADS[rng.integers(len(HEADS))]
     medium = chance(rng, 0.3)
     head_dim = 2 * int(rng.integers(2, 33 if medium else 8))
     hidden = int(rng.integers(65, 257) if medium else rng.integers(2, 65))
-    if on_gpu:
-        head_dim, hidden = pick(rng, 8, 16, 40), -(-hidden // 8) * 8
     return {
         "hidden_size": hidden,
         "intermediate_size": int(rng.integers(1, 300 if medium else 50)),
@@ -169,11 +165,11 @@ def draw_ranks(rng, fields, on_gpu):
     """Return a number of ranks from 1 to the number of heads; the largest one often."""
     most = fields["num_attention_heads"]
     if on_gpu:  # more GPUs than this test nothing else, and take long
-        most = min(most, 4, fields["intermediate_size"], fields["vocab_size"])
+        most = min(most, 4)
     return most if chance(rng, 0.3) else int(rng.integers(1, most + 1))
 
 
-def draw_options(rng, family, fields, on_gpu):
+def draw_options(rng, family, fields):
     """Return the fields of config.json that only some families read."""
     reads, layers = FAMILIES[family]["reads"], fields["num_hidden_layers"]
     options = {name: chance(rng, 0.5) for name in ("attention_bias", "mlp_bias") if name in reads}
@@ -181,8 +177,8 @@ def draw_options(rng, family, fields, on_gpu):
         options["sliding_window"] = None if chance(rng, 0.4) else int(rng.integers(1, 20))
     if "use_sliding_window" in reads:
         options["use_sliding_window"] = options["sliding_window"] is not None
-        options["max_window_layers"] = 0 if on_gpu else int(rng.integers(0, layers + 1))
-    if "layer_types" in reads and not on_gpu and options["sliding_window"] and chance(rng, 0.5):
+        options["max_window_layers"] = int(rng.integers(0, layers + 1))
+    if "layer_types" in reads and options["sliding_window"] and chance(rng, 0.5):
         options["layer_types"] = [pick(rng, "full_attention", "sliding_attention") for _ in range(layers)]
     if "no_rope_layers" in reads:
         options["no_rope_layer_interval"] = int(rng.integers(1, 5))
@@ -209,11 +205,10 @@ def draw_options(rng, family, fields, on_gpu):
     return options
 
 
-def draw_rope(rng, family, head_dim, on_gpu):
+def draw_rope(rng, family, head_dim):
     """Return the RoPE in the older spelling of config.json, or in the newer one."""
     kinds = ["default", "default", "linear", "llama3"]
-    if not on_gpu:  # the other two have an attention factor
-        kinds += ["longrope", "longrope" if family == "phi3" else "yarn"]  # in Phi-3 files yarn is longrope
+    kinds += ["longrope", "longrope" if family == "phi3" else "yarn"]  # in Phi-3 files yarn is longrope
     theta, kind = pick(rng, 100.0, 10000.0, 1e6), pick(rng, *kinds)
     original = int(rng.integers(2, 200))
     rope = {"rope_type": kind}

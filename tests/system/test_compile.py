@@ -11,7 +11,9 @@ from minitp.cuda.compiler import compile_options
 
 ARCHITECTURES = ("80", "90a")  # A100; H100 and H200
 
-PAGED = [{"HEAD_DIM": head_dim, "BLOCK_SIZE": 16} for head_dim in (64, 128, 256)]
+PAGED = [{"HEAD_DIM": head_dim, "BLOCK_SIZE": 16} for head_dim in (64, 128)]
+PAGED += [{"HEAD_DIM": 256, "BLOCK_SIZE": 16, "SOFT_CAP": 1}]  # needs the most registers
+GEMMA = {"PLUS_ONE": 1, "GELU": 1, "SOFT_CAP": 1}
 
 LINEAR = [
     {"TOKEN_TILES": 1, "PAIR_TILES": 1},
@@ -32,9 +34,10 @@ VARIANTS = {
     "cache_write.cu": [{"HEAD_DIM": 128}],
     "expert_linear.cu": LINEAR[1:],
     "expert_sum.cu": [{}],
-    "linear.cu": LINEAR,
+    "heads.cu": [{"PLUS_ONE": 1}],
+    "linear.cu": [*LINEAR, {"TOKEN_TILES": 2, "PAIR_TILES": 1, **GEMMA}],
     "read_memory.cu": [{}],
-    "rms_norm.cu": [{}],
+    "rms_norm.cu": [{}, {"POST_NORM": 1, "PLUS_ONE": 1}],
     "route.cu": [{}],
     "sample.cu": [{}],
 }

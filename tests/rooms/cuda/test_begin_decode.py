@@ -24,7 +24,8 @@ def begin(dtype, token, lengths, table, width, half_dim, first_row):
     cosines, sines = np.full((2, sequences, half_dim), np.nan, np.float32)  # [B, d/2] each
     outputs = (x, slot, cosines, sines, seen)
     kernel = BeginDecode(CpuCompiler(dtype), BLOCK_SIZE, first_row)
-    kernel(np.int32(token), np.int32(lengths), block_table, frequencies, table, *outputs)
+    rotations = frequencies[None], np.ones(1, np.float32)
+    kernel(np.int32(token), np.int32(lengths), block_table, rotations, table, *outputs)
     return block_table, frequencies, outputs
 
 
@@ -76,7 +77,7 @@ def test_large_angles():
         np.int32([1, 2]),
         np.int32(lengths),
         block_table,
-        frequencies,
+        (frequencies[None], np.ones(1, np.float32)),
         table,
         x,
         ints[0],

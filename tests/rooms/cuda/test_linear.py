@@ -141,7 +141,7 @@ def test_qkv(dtype, head_dim, heads, kv_heads, tokens):
 
     q, caches = canary(draw, tokens, heads, head_dim), canary(draw, 2, kv_heads, slots, head_dim)
     half_cos, half_sin = (np.ascontiguousarray(table[:, head_dim // 2 :]) for table in (cos, sin))
-    sizes = heads, kv_heads, head_dim
+    sizes = heads, kv_heads, head_dim, head_dim
     LINEAR[dtype].qkv(x, weight, q, *caches, slot, half_cos, half_sin, *sizes, bias, norm)
 
     y = ops.column_parallel(np, normed(x, norm), weight.T, bias)
@@ -165,7 +165,7 @@ def test_rope_gives_the_same_bits_as_the_operation(dtype):
     keys, values = canary(draw, 1, tokens, head_dim), canary(draw, 1, tokens, head_dim)
     slot = np.arange(tokens, dtype=np.int32)
     LINEAR[dtype].store(x, weight, y)
-    LINEAR[dtype].qkv(x, weight, q, keys, values, slot, half_cos, half_sin, heads, 1, head_dim)
+    LINEAR[dtype].qkv(x, weight, q, keys, values, slot, half_cos, half_sin, heads, 1, head_dim, head_dim)
     qk, v = ops.split_heads(np, y, heads, 1)
     rotated = ops.apply_rope(np, qk, cos, sin)
     np.testing.assert_array_equal(q.transpose(1, 0, 2), rotated[:heads])

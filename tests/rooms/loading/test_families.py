@@ -1,14 +1,16 @@
 """Tests of family-specific behavior that the golden files in tests/goldens do not cover."""
 
+import inspect
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
-from paths import GOLDENS
+from paths import DOCS, GOLDENS
 from published_configs import PARAMETERS, PUBLISHED, SIZES
 from safetensors.numpy import load_file, save_file
 from tiny import CONFIG
@@ -17,7 +19,7 @@ from minitp import moe, ops
 from minitp.bench.rounds import keys_read
 from minitp.cli.main import main
 from minitp.comm import run_threads
-from minitp.cuda.fused import unfit
+from minitp.cuda.fused import SUPPORTED, unfit
 from minitp.device import open_device
 from minitp.errors import InputError
 from minitp.estimate.estimate import Pass, rank_work
@@ -74,43 +76,37 @@ def test_parameter_count_of_the_plan(name):
 
 # --- the fused path -------------------------------------------------------------------------------------
 
+# What the fused path refuses: fields of config.json, the dtype and --kv-dtype, and the reason.
+REFUSED = [
+    ({}, np.float32, "auto", "its kernels compute in 16 bits, not in float32"),
+    ({}, np.float16, "int8", "its kernels read a cache of float16, not of int8"),
+    ({"head_dim": 320}, np.float16, "auto", "its kernels support a head_dim of up to 256, not 320"),
+    (
+        MIXTRAL | {"num_local_experts": 5000},
+        np.float16,
+        "auto",
+        "its kernels choose among at most 4096 experts, not 5000",
+    ),
+]
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("tinyllama", None),
-        ("mixtral", None),
-        ("gemma2", "1 + weight"),
-        ("granite", "scaled embeddings"),
-        ("phi3-longrope", "longrope"),
-        ("phi3-half", "whole heads, not 4 of 8 dimensions"),
-        ("qwen2-window", "one sliding window"),
-        ("gemma3", "QK norm"),
-        ("qwen3", "QK norm"),
-        ("qwen3-moe", "QK norm"),
-        ("qwen3-yarn", "yarn"),
-        ("smollm3", "layers without RoPE"),
-    ],
-)
-def test_fused_path_refuses_features_without_kernels(name, reason):
-    fields = json.loads((GOLDENS / name / "config.json").read_text())
-    config = parse_config({**fields, "hidden_size": 64, "head_dim": 8}, name)
+
+def test_the_documentation_lists_all_that_the_fused_path_refuses():
+    """Compare the list in docs/gpus.md with the reasons of `unfit`, of which there must be no others."""
+    listed = re.findall(r"^\| [^|]+ \| (its? [^|]+) \|$", (DOCS / "gpus.md").read_text(), re.MULTILINE)
+    assert listed == [reason for *_, reason in REFUSED]
+    for fields, dtype, kv_dtype, reason in REFUSED:
+        config = parse_config({**CONFIG, **fields}, "here")
+        assert unfit(config, make_plan(config, 1), SimpleNamespace(dtype=np.dtype(dtype)), kv_dtype) == reason
+    assert inspect.getsource(unfit).count('return f"') == len(REFUSED) + 1  # the last is for new options
+
+
+def test_the_fused_path_refuses_an_option_without_kernels(monkeypatch):
+    monkeypatch.setattr("minitp.cuda.fused.SUPPORTED", SUPPORTED - {"residual_multiplier"})
+    config = parse_config({**CONFIG, **GRANITE, "residual_multiplier": 0.22}, "here")
     device = SimpleNamespace(dtype=np.dtype(np.float16))
-    refusal = unfit(config, make_plan(config, 1), device, "auto")
-    assert refusal is None if reason is None else reason in refusal
-
-
-def test_fused_path_names_each_multiplier():
-    def reason(**fields):
-        fields = {"attention_multiplier": 8**-0.5} | fields
-        config = parse_config({**CONFIG, **GRANITE, **fields}, "here")
-        return unfit(config, make_plan(config, 1), SimpleNamespace(dtype=np.dtype(np.float16)), "auto")
-
-    assert reason() is None  # all multipliers have Llama's values
-    assert "scaled embeddings" in reason(embedding_multiplier=12.0)
-    assert "another scale of the scores" in reason(attention_multiplier=0.25)
-    assert "residual_multiplier" in reason(residual_multiplier=0.22)
-    assert "logits_scaling" in reason(logits_scaling=8.0)
+    assert (
+        unfit(config, make_plan(config, 1), device, "auto") == "it has no kernels for a residual_multiplier"
+    )
 
 
 # --- Granite --------------------------------------------------------------------------------------------
