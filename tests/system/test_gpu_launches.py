@@ -1,6 +1,7 @@
 """A test of the number of launches in a captured decode pass, which docs/performance.md states."""
 
 import pytest
+from check_models import MODELS
 from on_gpu import model_on_gpu, run_on_gpus
 from tiny import write_tiny
 
@@ -11,14 +12,13 @@ pytestmark = pytest.mark.usefixtures("cupy")
 LAYERS = 2
 
 
-MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("launches")
-    kinds = {"dense": {}, "experts": MIXTRAL}
-    return {kind: write_tiny(root / kind, num_hidden_layers=LAYERS, **kinds[kind]) for kind in kinds}
+    kinds = {"dense": {}, **MODELS}
+    return {
+        kind: write_tiny(root / kind, num_hidden_layers=LAYERS, **fields) for kind, fields in kinds.items()
+    }
 
 
 class PeerSums:
@@ -43,8 +43,14 @@ class PeerSums:
         ("dense", 1, "nccl", 2, 7, 5),
         *(("dense", ranks, "nccl", sequences, 9, 8) for ranks in (2, 4) for sequences in (1, 2)),
         *(("dense", ranks, "peer", sequences, 7, 8) for ranks in (2, 4) for sequences in (1, 2)),
-        ("experts", 1, "nccl", 1, 8, 4),
-        ("experts", 2, "nccl", 2, 12, 8),
+        ("mixture", 1, "nccl", 1, 8, 4),
+        ("mixture", 2, "nccl", 2, 12, 8),
+        # Families with more options than Llama.
+        *((kind, 1, "nccl", 1, 5, 4) for kind in ("granite", "yarn", "unturned", "partial")),
+        ("normed", 1, "nccl", 1, 6, 4),
+        ("gemma", 1, "nccl", 1, 7, 4),
+        ("gemma3", 1, "nccl", 1, 8, 4),
+        ("gemma3", 2, "peer", 1, 10, 8),
     ],
 )
 def test_launches_of_a_pass(models, monkeypatch, kind, ranks, transport, sequences, per_layer, others):
