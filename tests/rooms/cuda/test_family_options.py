@@ -24,10 +24,13 @@ def assert_nearly_equal(found, expected):
     np.testing.assert_allclose(found.astype(float), expected.astype(float), rtol=2 * eps, atol=2 * eps)
 
 
-@pytest.mark.parametrize("dtype", [F16, BF16])
 @pytest.mark.parametrize(
-    ("head_dim", "rotary_dim", "norm", "defines"),
-    [(128, 128, ops.rms_norm, {}), (36, 36, ops.rms_norm_plus_one, {"PLUS_ONE": 1}), (70, 34, None, {})],
+    ("dtype", "head_dim", "rotary_dim", "norm", "defines"),
+    [
+        (BF16, 128, 128, ops.rms_norm, {}),
+        (F16, 36, 36, ops.rms_norm_plus_one, {"PLUS_ONE": 1}),
+        (BF16, 70, 34, None, {}),
+    ],
 )
 def test_heads(dtype, head_dim, rotary_dim, norm, defines):
     draw, tokens, heads, kv_heads, capacity = np.random.default_rng(head_dim), 3, 5, 2, 9
@@ -57,21 +60,20 @@ def test_heads(dtype, head_dim, rotary_dim, norm, defines):
     assert (np.delete(caches, [4, 7], axis=2) == 7).all()
 
 
-@pytest.mark.parametrize("dtype", [F16, BF16])
 @pytest.mark.parametrize("post_norm", [False, True])
-def test_rms_norm_with_options(dtype, post_norm):
+def test_rms_norm_with_options(post_norm):
     """Check the norm that adds 1, a norm of the addend, a multiplier, and columns of padding."""
     draw, width = np.random.default_rng(5), 42
-    x, addend, out = (np.zeros((3, padded(width)), dtype) for _ in range(3))  # [T, D and padding] each
+    x, addend, out = (np.zeros((3, padded(width)), BF16) for _ in range(3))  # [T, D and padding] each
     x[:, :width], addend[:, :width] = draw.normal(size=(2, 3, width))
-    vectors = np.zeros((3, padded(width)), dtype)
+    vectors = np.zeros((3, padded(width)), BF16)
     vectors[:, :width] = draw.normal(size=(3, width)) / 2
     weight, bias, post = vectors[:, :width]  # [D] each
     added = addend[:, :width] + bias  # [T, D]
     if post_norm:
         added = ops.rms_norm_plus_one(np, added, post, EPS)  # [T, D]
     stream = x[:, :width] + ops.scaled(np, added, 0.22)  # [T, D]
-    kernel = RmsNorm(CpuCompiler(dtype), post_norms=True, PLUS_ONE=1)
+    kernel = RmsNorm(CpuCompiler(BF16), post_norms=True, PLUS_ONE=1)
     kernel(x, weight, out, EPS, addend, bias, post if post_norm else None, 0.22)
     assert_nearly_equal(x[:, :width], stream)
     assert_nearly_equal(out[:, :width], ops.rms_norm_plus_one(np, x[:, :width], weight, EPS))
@@ -79,23 +81,22 @@ def test_rms_norm_with_options(dtype, post_norm):
     assert (out[:, width:] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [F16, BF16])
-def test_linear_with_options(dtype):
+def test_linear_with_options():
     draw, width, columns, heads = np.random.default_rng(6), 36, 20, 3
-    linear = Linear(CpuCompiler(dtype), PLUS_ONE=1, GELU=1, SOFT_CAP=1)
-    x, norm_weight = np.zeros((1, padded(width)), dtype), np.zeros(padded(width), dtype)
+    linear = Linear(CpuCompiler(BF16), PLUS_ONE=1, GELU=1, SOFT_CAP=1)
+    x, norm_weight = np.zeros((1, padded(width)), BF16), np.zeros(padded(width), BF16)
     x[:, :width], norm_weight[:width] = draw.normal(size=(1, width)), draw.normal(size=width) / 4
     norm = norm_weight[:width], EPS
-    weight = np.zeros((2 * columns, padded(width)), dtype)
+    weight = np.zeros((2 * columns, padded(width)), BF16)
     weight[:, :width] = draw.normal(size=(2 * columns, width)) / width**0.5
     h, w = ops.rms_norm_plus_one(np, x[:, :width], *norm), weight[:, :width].T
-    act = np.zeros((1, columns), dtype)
+    act = np.zeros((1, columns), BF16)
     linear.swiglu(x, weight, act, norm=norm)
     assert_nearly_equal(act, ops.geglu(np, ops.column_parallel(np, h, w)))
     logits = np.zeros((1, 2 * columns), np.float32)
     linear.logits(x, weight, logits, norm, scaling=3.0, softcap=0.5)
     np.testing.assert_allclose(logits, ops.logits_partial(np, h, w, 0.5, 3.0), atol=2e-3)
-    stream = draw.normal(size=(1, 2 * columns)).astype(dtype)
+    stream = draw.normal(size=(1, 2 * columns)).astype(BF16)
     expected = stream + ops.scaled(np, ops.row_parallel(np, x[:, :width], w), 0.22)
     linear.residual(x, weight, stream, multiplier=0.22)
     assert_nearly_equal(stream, expected)
@@ -103,7 +104,7 @@ def test_linear_with_options(dtype):
     head_dim, rotary_dim = 8, 4  # in arrays with room for 16
     rows = np.concatenate([weight[:40], weight[:32]])[: (heads + 2) * head_dim]  # [(H + 2) d, D and padding]
     cos, sin = ops.rope_cos_sin(np, np.array([5]), np.array([1, 0.1], np.float32))  # [1, R] each
-    q, k, v = (np.zeros(shape, dtype) for shape in ((1, heads, 16), (1, 4, 16), (1, 4, 16)))
+    q, k, v = (np.zeros(shape, BF16) for shape in ((1, heads, 16), (1, 4, 16), (1, 4, 16)))
     tables = np.array([2], np.int32), cos[:, 2:].copy(), sin[:, 2:].copy()
     linear.qkv(x, rows, q, k, v, *tables, heads, 1, head_dim, rotary_dim)
     y = ops.column_parallel(np, x[:, :width], rows[:, :width].T)
@@ -115,7 +116,7 @@ def test_linear_with_options(dtype):
     assert not any(array[..., head_dim:].any() for array in (q, k, v))
 
 
-@pytest.mark.parametrize(("dtype", "head_dim", "softcap"), [(F16, 14, None), (BF16, 14, 1.5), (F16, 16, 1.5)])
+@pytest.mark.parametrize(("dtype", "head_dim", "softcap"), [(F16, 14, None), (BF16, 14, 1.5)])
 def test_attention_with_options(dtype, head_dim, softcap):
     """Check heads with padding, another scale and a soft cap, in a prompt and in the decode pass after it."""
     draw, tokens, groups, width = np.random.default_rng(7), 20, [(0, 2), (2, 5)], padded(head_dim)
