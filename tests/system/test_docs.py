@@ -23,7 +23,7 @@ FROM_A_CHECKOUT = {"adding-a-family": 8}
 ON_TWO_HOSTS = {"several-nodes": 9}
 NEEDS_GPUS = {"gpus": 1}  # pages whose commands are only parsed
 # In test_serving_docs, test_clients and test_.._docs.
-IN_OTHER_TESTS = {"serving": 4, "compare": 5, "judge": 2, "lint": 2}
+IN_OTHER_TESTS = {"serving": 5, "compare": 5, "judge": 2, "lint": 2}
 
 
 def every_block(pages):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -11,10 +12,15 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from doc_commands import blocks, commands
+from paths import DOCS
 from running import END_S, START_S, WORKER, Running, faulty, under_launcher, under_mpirun
 from served import Served, metric, write_chatty
 
+from minitp.cli.arguments import parser
+
 pytestmark = pytest.mark.mpi
+PAGE = (DOCS / "serving.md").read_text(encoding="utf-8")
 SHORT = {"model": "long", "max_tokens": 3, "temperature": 0}
 LONG = {"model": "long", "prompt": "Hello", "max_tokens": 50_000, "extra_body": {"ignore_eos": True}}
 SCRIPT = """
@@ -79,6 +85,14 @@ def of_replicas(served, name):
     return [float(line.split()[1]) for line in lines if line.startswith(f"{name}{{replica=")]
 
 
+def test_the_commands_on_the_page_are_valid():
+    block = next(block for block in blocks("serving") if "--replicas" in block)
+    for command, _ in commands(block):
+        words = shlex.split(command, comments=True)
+        assert words[0] == "minitp"
+        assert parser().parse_args(words[1:]).replicas == 2
+
+
 def ready(count):
     return 200, {"status": "ok", "replicas": 2, "replicas_ready": count}
 
@@ -92,6 +106,9 @@ def test_a_dead_replica_is_restarted_while_the_other_serves(long):
     assert metric(served, "minitp_sequences_running") == 2
     ranks = httpx.get(f"{served.url}/ranks").json()
     assert [(one["replica"], one["rank"]) for one in ranks["ranks"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    metrics = httpx.get(f"{served.url}/metrics").text
+    assert set(re.findall(r"minitp_replica_\w+", metrics)) == set(re.findall(r"minitp_replica_\w+", PAGE))
+    assert 'minitp_rank_busy_seconds_total{rank="1",replica="1"}' in metrics
     os.kill(pids_of(served, 1)[1], signal.SIGKILL)
     with pytest.raises(openai.APIError, match=r"replica 1: rank \d \(pid \d+\) died"):
         list(streams[1])

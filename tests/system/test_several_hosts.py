@@ -68,7 +68,7 @@ def test_check_covers_every_rank(pair, tiny):
 
 @pytest.mark.parametrize("options", [[], ["-ppn", "2"]])
 def test_replica_groups_stay_on_their_hosts(pair, options):
-    """By default mpirun places ranks 0 and 2 on host-a; with -ppn 2, ranks 0 and 1."""
+    """Place ranks 0 and 2 on host-a, as mpirun does by default, or with -ppn 2 ranks 0 and 1."""
     code = (
         "import platform\n"
         "from minitp.comm.groups import split_into_groups\n"

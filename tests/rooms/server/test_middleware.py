@@ -142,7 +142,7 @@ def test_a_key_that_no_header_can_have_is_refused_and_not_shown(refused, monkeyp
 def test_serve_starts_a_model_without_a_chat_template(monkeypatch, revision):
     opened = []
 
-    def open_and_note(name, tp, layers=None, revision=None):
+    def open_and_note(name, tp, layers=None, revision=None, split=None):
         opened.append(revision)
         return open_model(name, tp, layers)
 
