@@ -11,6 +11,7 @@ The last line of the output is a JSON object. A point or a kernel that fails has
 """
 
 import argparse
+import gc
 import json
 from dataclasses import replace
 
@@ -99,13 +100,19 @@ def measure(model, rows, kernel_rows, keys):
         except Exception as error:  # the other points are still measured
             point["failed"] = one_line(error)
         points.append(point)
-        model.device.cupy.get_default_memory_pool().free_all_blocks()
+        free_pools(model.device)
     return {
         "tp": model.comm.size,
         "layers": model.config.num_hidden_layers,
         "read_gb_per_s": reads / 1e9,
         "points": points,
     }
+
+
+def free_pools(gpu):
+    """Free the memory of pools and their graphs, which refer to each other."""
+    gc.collect()
+    gpu.cupy.get_default_memory_pool().free_all_blocks()
 
 
 def time_of_pass(model, timer, rows, keys, reads):
