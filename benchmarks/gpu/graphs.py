@@ -11,6 +11,7 @@ The last line of the output is a JSON object. A point or a kernel that fails has
 """
 
 import argparse
+import gc
 import json
 from dataclasses import replace
 
@@ -99,13 +100,19 @@ def measure(model, rows, kernel_rows, keys):
         except Exception as error:  # the other points are still measured
             point["failed"] = one_line(error)
         points.append(point)
-        model.device.cupy.get_default_memory_pool().free_all_blocks()
+        free_pools(model.device)
     return {
         "tp": model.comm.size,
         "layers": model.config.num_hidden_layers,
         "read_gb_per_s": reads / 1e9,
         "points": points,
     }
+
+
+def free_pools(gpu):
+    """Free the memory of pools and their graphs, which refer to each other."""
+    gc.collect()
+    gpu.cupy.get_default_memory_pool().free_all_blocks()
 
 
 def time_of_pass(model, timer, rows, keys, reads):
@@ -142,13 +149,14 @@ def times_of_kernels(model, timer, rows, keys, reads):
         weights = [labels[pointer] for pointer in map(pointer_of, again.args[-1]) if pointer in labels]
         nbytes = attention if name == "attention_decode" else nbytes
         groups.setdefault((", ".join([name, *weights]), nbytes), []).append(again)
-    kernels = []
+    kernels, begin = [], next(iter(groups.values()))
     for (label, nbytes), repeats in groups.items():
         one = {"name": label, "count": len(repeats), "bytes": nbytes}
         one["floor_us"] = None if nbytes is None else 1e6 * nbytes / reads
         try:
             fill(graph, keys, rows)
-            graph.run()  # restores what the launches of other kernels have changed
+            for again in begin:  # restores lengths and slots, which the launches of other kernels may change
+                again()
             one["us"] = 1e6 * time_of_launches(model.device, timer, repeats)
         except Exception as error:  # the other kernels are still measured
             one["failed"] = one_line(error)

@@ -26,7 +26,7 @@ WAIT_S = 600.0  # time limit for a response; the task's own limit is shorter
 
 def engine(count, model="random:mistral-7b", prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS):
     """Measure `count` requests in the engine, and the graph's rate with as many rows."""
-    from graphs import open_rank, time_of_pass
+    from graphs import free_pools, open_rank, time_of_pass
 
     from minitp.bench.concurrency import engine_for, request_prompts, together_seconds
     from minitp.bench.gpu_roofline import Timer
@@ -36,7 +36,7 @@ def engine(count, model="random:mistral-7b", prompt_tokens=PROMPT_TOKENS, new_to
     model, keys = open_rank(model), prompt_tokens + new_tokens // 2
     timer = Timer(model.device)
     step_us = time_of_pass(model, timer, count, keys, timer.read_rate())["us"]
-    model.device.cupy.get_default_memory_pool().free_all_blocks()
+    free_pools(model.device)
     job = Job(prompt_tokens, new_tokens, ROUNDS, profile=False, sweep=None, requests=count)
     running, seconds = engine_for(model, count, prompt_tokens + new_tokens), []
     for seed in range(ROUNDS + 1):  # the first round captures the graphs

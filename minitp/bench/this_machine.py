@@ -9,7 +9,7 @@ from minitp.bench.cpu_roofline import BareProducts, bandwidth, matrix_rate
 from minitp.comm import run_threads
 from minitp.device import open_device
 from minitp.estimate import hardware
-from minitp.estimate.estimate import ITEM_BYTES, LAYER, elements
+from minitp.estimate.work import ITEM_BYTES, LAYER, elements
 from minitp.loading.weights import Loader
 from minitp.model import Model
 from minitp.shard import make_plan

@@ -156,6 +156,7 @@ class BenchCommand(OnRanks):
 
         from minitp.bench.measure import measure
         from minitp.bench.table import lines
+        from minitp.launch.transport import transport_of
 
         model, load_s = load_bench_model(args, comm, source)
         with comm.agreed():
@@ -173,6 +174,7 @@ class BenchCommand(OnRanks):
 
             result = measure(model, source, prepared, load_s, bar.set_description_str, announce)
         if comm.rank == 0:
+            result["transport"] = transport_of(model.comm)
             if args.plot:
                 from minitp.bench.plot import plot
 

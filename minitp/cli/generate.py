@@ -8,6 +8,7 @@ from minitp.cli.color import dimmed
 from minitp.cli.command import OnRanks
 from minitp.cli.options import PROMPT_OR_TOKENS, add_json, add_max_context, add_prompt, add_run, add_sampling
 from minitp.errors import InputError
+from minitp.launch.transport import transport_of
 from minitp.util.format import counted
 from minitp.util.stdout import write_out
 
@@ -82,11 +83,11 @@ class GenerateCommand(OnRanks):
             )
             if args.prompt and not args.json and sys.stdout.isatty():
                 write_out(dimmed(args.prompt, sys.stdout))
-        comm.seconds, started = 0.0, perf_counter()
+        model.comm.seconds, started = 0.0, perf_counter()
         for _ in generate(model, ids, request, use_cache=not args.no_kv_cache):
             pass
         if comm.rank == 0:
-            comm_share = comm.seconds / (perf_counter() - started)
+            comm_share = model.comm.seconds / (perf_counter() - started)
             report(args, request, statistics(request, model, source.shares, comm_share, load_s))
         return 0
 
@@ -106,6 +107,7 @@ def statistics(request, model, shares, comm_share, load_s):
         "decode_tokens_per_s": request.decode_tokens_per_s and round(request.decode_tokens_per_s, 3),
         "weight_bytes_per_rank": model.weights.nbytes,
         "comm_share": round(comm_share, 4),
+        "transport": transport_of(model.comm),
         "seed": request.sampler.seed,
     }
 
@@ -133,11 +135,12 @@ def statistics_text(request, stats):
     after = f", {speed:.1f} tokens/s after the first" if speed else ""
     equal = len(set(stats["split"].split(","))) == 1
     split = "" if equal else f" (--split {stats['split']})"
+    through = f" through {stats['transport']['name']}" if stats["transport"]["name"] else ""
     megabytes = stats["weight_bytes_per_rank"] / 1e6
     return (
         f"{counted(stats['tp'], 'rank')}{split}, {stats['dtype']}, {megabytes:.1f} MB of weights on rank 0, "
         f"loaded in {stats['load_s']:.2f} s\n"
         f"{counted(len(request.prompt_ids), 'prompt token')}, first new token after {stats['ttft_s']:.3f} s\n"
         f"{counted(len(request.token_ids), 'new token')}{after}; {stats['comm_share']:.0%} of the time in "
-        "collectives"
+        f"collectives{through}"
     )

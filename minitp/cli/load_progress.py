@@ -5,6 +5,7 @@ from time import perf_counter
 
 from tqdm import tqdm
 
+from minitp.launch.transport import tell_choice
 from minitp.load import check_room, device_of, load_model
 from minitp.loading.weights import shard_nbytes
 
@@ -27,4 +28,5 @@ def load(args, comm, source, path="auto"):
     ):
         model = load_model(source, comm, device, bar.update, getattr(args, "kv_dtype", "auto"), path)
     model.connect()
+    tell_choice(model.comm, getattr(args, "verbose", False))
     return model, perf_counter() - started

@@ -229,7 +229,7 @@ def add_device(parser):
         default="auto",
         help="how ranks communicate. shm: shared memory within a host, MPI between hosts; mpi: MPI; nccl: "
         "NCCL between GPUs; peer: small all-reduces through peer GPU memory, everything else through NCCL; "
-        "auto: the fastest one available (default: auto)",
+        "auto: the fastest, on GPUs by a measurement at the start that -v shows (default: auto)",
     )
     group.add_argument(
         "--share-gpu",

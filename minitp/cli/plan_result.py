@@ -5,9 +5,11 @@ from math import prod
 
 from minitp.bench.this_machine import measure_cpu
 from minitp.errors import InputError, shown
-from minitp.estimate.estimate import ITEM_BYTES, Spread, cache_bytes, estimate, smallest_tp
+from minitp.estimate.estimate import Spread, estimate, smallest_tp
 from minitp.estimate.hardware import GPUS, GPUS_PER_NODE, NETWORK, mixed
+from minitp.estimate.kernels import WORDS
 from minitp.estimate.ranks import choose_split, rank_estimates
+from minitp.estimate.work import ITEM_BYTES, cache_bytes
 from minitp.launch.run import ranks_for, ranks_of_split
 from minitp.shard import make_plan
 from minitp.util.environment import ranks_wanted
@@ -143,6 +145,8 @@ def hardware_facts(hardware, dtype):
         "link": asdict(hardware.link),
         "network": None if hardware.cores is not None else asdict(NETWORK),
         "efficiency": asdict(hardware.efficiency),
+        "measured_with_minitp": hardware.own_source or None,
+        "published": hardware.expected_source or None,
     }
 
 
@@ -180,9 +184,23 @@ def notes(config, hardware, result, left_out):
     else:
         link = f"{hardware.link.name}; between nodes {NETWORK.name}"
         found.append(f"{limit}the latency of NCCL's collectives over {link}.")
-    found.append(f"expected: {hardware.expected_source}.")
+    found += sources(hardware, result)
     found += [
         f"config.json has a field {name!r} unknown to minitp; if it affects shapes, the plan is wrong."
         for name in config.unread
     ]
+    return found
+
+
+def sources(hardware, result):
+    """Return the origins of the expected figures: measured with minitp, then published by others."""
+    found = []
+    if hardware.own_source:
+        found.append(f"expected, measured with minitp: {hardware.own_source}.")
+    row = next(r for r in result["estimates"] if (r["tp"], r["nodes"]) == (result["tp"], result["nodes"]))
+    if row["decode_us_per_layer"]:
+        times = ", ".join(f"{WORDS[kind]} {us:.1f}" for kind, us in row["decode_us_per_layer"].items() if us)
+        found.append(f"These kernels take, in µs per layer of one sequence at TP={row['tp']}: {times}.")
+    if hardware.expected_source:
+        found.append(f"expected, published by others: {hardware.expected_source}.")
     return found

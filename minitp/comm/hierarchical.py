@@ -26,6 +26,8 @@ class HierarchicalComm(MpiComm):
         See MpiComm.
     """
 
+    transport = "shm"
+
     def __init__(self, node, group=None):
         super().__init__(group=group)
         self._within = SharedMemoryComm(node, group)

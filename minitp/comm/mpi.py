@@ -61,6 +61,8 @@ class MpiComm(Comm):
         minitp, or if there is too little shared memory.
     """
 
+    transport = "mpi"
+
     def __init__(self, expected=None, world=None, group=None):
         if expected is not None:
             dev_shm.check_room(local_ranks(os.environ, expected), starting=False)

@@ -37,6 +37,8 @@ class SharedMemoryComm(MpiComm):
         See MpiComm.
     """
 
+    transport = "shm"
+
     def __init__(self, node, group=None):
         super().__init__(world=node, group=group)
         self._window = self._mpi.Win.Allocate_shared(2 * SLOT_BYTES + LINE_BYTES, 1, comm=node)

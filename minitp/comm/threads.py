@@ -10,6 +10,8 @@ from minitp.errors import RankError
 class ThreadComm(Comm):
     """A rank as a thread of this process; `run_threads` creates it."""
 
+    transport = "threads"
+
     def __init__(self, rank, size, barrier, slots):
         super().__init__(rank, size)
         self._barrier = barrier

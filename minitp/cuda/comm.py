@@ -25,9 +25,14 @@ class DeviceComm(Comm):
     ----------
     capturable : bool
         Whether collectives of arrays may be part of a captured graph.
+    transport : str or None
+        The value of --comm that selects this transport; None if there is a single rank.
+    choice : cuda.choice.TransportChoice or None
+        The measurements of --comm auto, if it has made any.
     """
 
     capturable = False
+    transport = choice = None
 
     def __init__(self, host, gpu):
         super().__init__(host.rank, host.size)
@@ -44,7 +49,12 @@ class DeviceComm(Comm):
         raise NotImplementedError
 
     def reserve(self, compiler, width):
-        """Prepare for sums of rows of `width` elements of the compiler's dtype; all ranks call this once."""
+        """Prepare for sums of rows of `width` elements of the compiler's dtype; all ranks call this once.
+
+        The result is the Comm to use from then on: this one, or another that --comm auto found to be faster.
+        It is closed with this one.
+        """
+        return self
 
     def reduce_add_norm(self, rms_norm, partial, x, weight, h, eps, bias, out):
         """Compute x += all_reduce(partial) + bias and h = rms_norm(x) * weight.
@@ -104,6 +114,10 @@ class LocalComm(DeviceComm):
 
 class StagedComm(DeviceComm):
     """Collectives through the hosts' memory: copy to the host, use its Comm, copy back."""
+
+    def __init__(self, host, gpu):
+        super().__init__(host, gpu)
+        self.transport = host.transport
 
     def reduce_into(self, x, out):
         out[...] = self.gpu.from_host(self.host.all_reduce(self.gpu.to_host(x)))

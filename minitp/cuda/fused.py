@@ -79,7 +79,7 @@ class FusedModel(Model):
         self._kept_pool = None  # the pool of the last sequence_cache
 
     def connect(self):
-        self.comm.reserve(self.kernels.compiler, self.width)
+        self.comm = self.comm.reserve(self.kernels.compiler, self.width)
 
     def new_cache(self, capacity=64):
         """Return an empty cache for one sequence of up to `capacity` positions."""

@@ -6,11 +6,13 @@ import tempfile
 import threading
 from collections import deque
 from contextlib import contextmanager, suppress
+from functools import partial
 from time import monotonic
 
 import numpy as np
 
-from minitp.cuda.comm import DeviceComm
+from minitp.cuda.choice import choose, warn_of_failures
+from minitp.cuda.comm import DeviceComm, StagedComm
 from minitp.errors import RankError, one_line
 
 PATIENCE_S = 8.0  # time limit for work on the GPU; a forward pass takes far less
@@ -33,6 +35,8 @@ class NcclComm(DeviceComm):
     gpu : Gpu
     patience_s : float
         Time limit for one launch on the GPU, after which the watchdog ends the job.
+    auto : bool
+        Let `reserve` choose another transport if that is faster.
 
     Raises
     ------
@@ -43,10 +47,11 @@ class NcclComm(DeviceComm):
         job is ended.
     """
 
-    capturable = True
+    capturable, transport = True, "nccl"
 
-    def __init__(self, host, gpu, patience_s=PATIENCE_S):
+    def __init__(self, host, gpu, patience_s=PATIENCE_S, auto=False):
         super().__init__(host, gpu)
+        self._auto = auto
         unique_id, self._watchdog = None, None
         with host.agreed():
             self._nccl = load_nccl()
@@ -80,6 +85,18 @@ class NcclComm(DeviceComm):
             raise RankError(f"NCCL failed to start: {one_line(error)}") from error
         finally:
             timer.cancel()
+
+    def reserve(self, compiler, width):
+        return self._fastest(self.gpu.cupy.zeros((1, width), compiler.dtype), {}, {}) if self._auto else self
+
+    def _fastest(self, x, candidates, failed):
+        """Time all-reduces of x [1, D] over `candidates`, NCCL and the hosts; return the Comm to use."""
+        staged = StagedComm(self.host, self.gpu)
+        candidates["nccl"] = self, partial(NcclComm.reduce_into, self)
+        candidates[staged.transport] = staged, staged.reduce_into
+        self.choice = staged.choice = choose(self.host, self.gpu, candidates, x, failed)
+        warn_of_failures(self.host, self.choice)
+        return staged if self.choice.name == staged.transport else self
 
     def reduce_into(self, x, out):
         kind, add = self._types[x.dtype.name], self._nccl.NCCL_SUM

@@ -13,9 +13,7 @@ import numpy as np
 from minitp.cuda.kernels.all_reduce import AllReduce, region_bytes
 from minitp.cuda.kernels.linear import MAX_TOKENS
 from minitp.cuda.nccl import PATIENCE_S, NcclComm
-from minitp.errors import RankError
-
-TRIALS = 20  # all-reduces timed to choose between peer memory and NCCL
+from minitp.errors import AgreedError, RankError
 
 
 class PeerComm(NcclComm):
@@ -23,22 +21,41 @@ class PeerComm(NcclComm):
 
     Parameters
     ----------
-    host : Comm
-    gpu : Gpu
-    required : bool
-        Use peer memory even if NCCL is faster.
+    host, gpu, patience_s, auto
+        The same as for NcclComm.
     """
 
-    def __init__(self, host, gpu, required=False, patience_s=PATIENCE_S):
-        super().__init__(host, gpu, patience_s)
-        self._required, self._patience_s = required, patience_s
+    def __init__(self, host, gpu, patience_s=PATIENCE_S, auto=False):
+        super().__init__(host, gpu, patience_s, auto)
+        self._patience_s = patience_s
         self._peer = self._opened = None
 
+    @property
+    def transport(self):
+        return "nccl" if self._peer is None else "peer"
+
     def reserve(self, compiler, width):
-        """Map all ranks' memory for sums of up to MAX_TOKENS rows; do not use it if NCCL measures faster."""
+        """Map all ranks' memory for sums of up to MAX_TOKENS rows; see `DeviceComm.reserve`."""
+        candidates, failed = {}, {}
+        try:
+            self._map(compiler, width)
+        except AgreedError as error:
+            if not self._auto:
+                raise
+            failed["peer"] = str(error)
+        if not self._auto:
+            return self
+        if self._peer is not None:
+            candidates["peer"] = self, self._peer
+        chosen = self._fastest(self.gpu.cupy.zeros((1, width), compiler.dtype), candidates, failed)
+        if self.choice.name != "peer":
+            self._peer = None
+        return chosen
+
+    def _map(self, compiler, width):
         import cupyx
 
-        cupy = self.gpu.cupy
+        cupy, peer = self.gpu.cupy, None
         with self.host.agreed():
             self._region = cupy.cuda.runtime.malloc(region_bytes(self.size, MAX_TOKENS, width))
             cupy.cuda.runtime.memsetAsync(
@@ -56,12 +73,8 @@ class PeerComm(NcclComm):
             calls = cupy.zeros(MAX_TOKENS, np.uint64)
             self._missing, self._seen = cupy.zeros(1, np.int32), cupyx.empty_pinned(1, np.int32)
             self._seen[0] = 0
-            self._peer = AllReduce(
-                compiler, self.rank, regions, calls, self._missing, width, self._patience_s
-            )
-        self._width = width
-        if not self._required and not self._faster(cupy.zeros((1, width), compiler.dtype)):
-            self._peer = None
+            peer = AllReduce(compiler, self.rank, regions, calls, self._missing, width, self._patience_s)
+        self._width, self._peer = width, peer  # only if no rank has failed
 
     def reduce_into(self, x, out):
         if self._fits(x):
@@ -88,6 +101,7 @@ class PeerComm(NcclComm):
     def check(self):
         super().check()
         if self._peer is not None and (rank := int(self._seen[0])):
+            self._peer = None
             raise RankError(
                 f"stuck in an all-reduce for {self._patience_s:g} s: rank {rank - 1} did not arrive"
             )
@@ -106,24 +120,6 @@ class PeerComm(NcclComm):
 
     def _fits(self, x):
         return self._peer is not None and x.ndim == 2 and len(x) <= MAX_TOKENS and x.shape[1] == self._width
-
-    def _faster(self, x):
-        """Return whether peer memory is at least as fast as NCCL for one row, on the slowest rank."""
-        peer = self._timed(lambda: self._peer(x, x))
-        nccl = self._timed(lambda: NcclComm.reduce_into(self, x, x))
-        return max(self.host.allgather_object(peer)) <= max(self.host.allgather_object(nccl))
-
-    def _timed(self, reduce):
-        """Return the milliseconds of TRIALS calls of `reduce`, after one to warm up."""
-        cuda, stream = self.gpu.cupy.cuda, self.gpu.stream
-        start, end = cuda.Event(), cuda.Event()
-        reduce()
-        start.record(stream)
-        for _ in range(TRIALS):
-            reduce()
-        end.record(stream)
-        end.synchronize()
-        return cuda.get_elapsed_time(start, end)
 
 
 def peers_reach_each_other(host, gpu, local_rank):

@@ -5,6 +5,7 @@ from collections import Counter
 
 from minitp.engine.engine import Engine
 from minitp.engine.service import RankTimes, report_times, serve
+from minitp.launch.transport import tell_choice, transport_of
 from minitp.load import check_room, device_of, load_model, open_source
 from minitp.loading.weights import shard_nbytes
 from minitp.request import Request, context_length
@@ -37,6 +38,7 @@ def run_engine(options, comm, caller):
         progress = (lambda nbytes: None) if comm.rank else LoadProgress(source, comm, device, caller)
         model = load_model(source, comm, device, progress, options.kv_dtype)
     model.connect()
+    tell_choice(model.comm, options.verbose)
     fit = blocks_that_fit(comm, device, model.new_pool(1, options.block_size).nbytes)
     num_blocks = blocks_needed(options, source.config, fit)
     context = min(context_length(source.config, options.max_context), num_blocks * options.block_size)
@@ -126,6 +128,7 @@ def describe(options, engine, shares, context, parts):
         "replicas": options.replicas,
         "dtype": engine.model.device.dtype.name,
         "kv_dtype": options.kv_dtype,
+        "transport": transport_of(engine.model.comm),
         "context": context,
         "blocks": engine.scheduler.allocator.num_blocks,
         "block_size": options.block_size,

@@ -10,13 +10,13 @@ import math
 from dataclasses import dataclass
 
 from minitp.estimate.hardware import LIMIT, NETWORK
+from minitp.estimate.kernels import decode_seconds, layer_seconds
+from minitp.estimate.work import ITEM_BYTES, Pass, cache_bytes, rank_work, weight_bytes
 from minitp.shard import make_plan
 from minitp.util.shares import shares_in
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 LOGIT_BYTES = 4  # logits are float32, whatever the dtype
-EMBED, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-LAYER = "model.layers."
+PROMPT_PASS = 2048  # tokens of a prompt in one pass on a GPU
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,6 @@ class Spread:
     def per_node(self):
         """Ranks on the fullest node."""
         return -(-self.tp // self.nodes)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A forward pass of `sequences`, each with `past` cached and `tokens` new tokens; the last has logits."""
-
-    sequences: int
-    tokens: int
-    past: int
-
-    def keys(self, window):
-        """Return the number of positions of one sequence that are read, in the sliding window if any."""
-        return min(self.past, (window or math.inf) - 1) + self.tokens
-
-    def pairs(self, window):
-        """Return the number of (query, key) pairs of one sequence, with causal attention."""
-        window = window or self.past + self.tokens
-        whole = min(self.tokens, max(0, window - self.past))  # tokens that attend to all earlier ones
-        return whole * self.past + whole * (whole + 1) // 2 + (self.tokens - whole) * window
 
 
 @dataclass(frozen=True)
@@ -81,6 +62,9 @@ class Estimate:
         Number of collectives in one pass.
     prefill_*_s, decode_*_tokens_per_s : float or None
         Time of one sequence's prompt, and speed of the tokens after it.
+    decode_us_per_layer : dict or None
+        Microseconds of each kind of kernel in a layer of one sequence's decode pass, on the slowest rank;
+        None if minitp has not been measured on the hardware.
     split : str or None
         The ranks' shares of the model, as in "3,1"; None for equal shares.
     batch_*_tokens_per_s : float or None
@@ -108,31 +92,7 @@ class Estimate:
     collective_share_limit: float | None = None
     collective_share_expected: float | None = None
     split: str | None = None
-
-
-def elements(plan, rank):
-    """Return the number of elements of each tensor on a rank.
-
-    All layers have equal shapes, so they are counted together, under the names of layer 0.
-    """
-    counts = {}
-    for name, shard in plan.tensors.items():
-        if not name.startswith(LAYER):
-            counts[name] = math.prod(shard.shape_on(rank))
-        elif name.startswith(f"{LAYER}0."):
-            counts[name] = math.prod(shard.shape_on(rank)) * plan.layers
-    return counts
-
-
-def weight_bytes(plan, rank, dtype):
-    """Return the bytes of a rank's weights."""
-    return sum(elements(plan, rank).values()) * ITEM_BYTES[dtype]
-
-
-def cache_bytes(config, plan, rank, dtype):
-    """Return the KV-cache bytes of one token on a rank: keys and values of its KV heads in all layers."""
-    start, stop = plan.kv_head_ranges[rank]
-    return 2 * config.num_hidden_layers * (stop - start) * config.head_dim * ITEM_BYTES[dtype]
+    decode_us_per_layer: dict | None = None
 
 
 def collectives(config, tp):
@@ -158,39 +118,6 @@ def cache_room(config, plan, hardware, dtype):
     return max(0, int(min((room - weight) // cache for room, weight, cache in sizes)))
 
 
-def rank_work(config, plan, rank, work, dtype):
-    """Return a pass's work on one rank: (bytes read, FLOPs) of the projections, and of attention.
-
-    An untied embedding table is not counted, because a pass reads only the rows of its tokens.
-    """
-    counts = elements(plan, rank)
-    head = counts[LM_HEAD if LM_HEAD in counts else EMBED]
-    layers = {name: count for name, count in counts.items() if name.startswith(LAYER)}
-    chosen, touched = expert_shares(config, work.sequences * work.tokens)
-    experts = sum(count for name, count in layers.items() if ".experts." in name)
-    read = (sum(layers.values()) - (1 - touched) * experts + counts[FINAL_NORM] + head) * ITEM_BYTES[dtype]
-    products = sum(count for name, count in layers.items() if len(plan.tensors[name].shape) == 2)
-    products -= (1 - chosen) * experts
-    flops = 2 * work.sequences * (work.tokens * products + head)
-    cached = sum(map(work.keys, config.windows)) * cache_bytes(config, plan, rank, dtype)
-    cached *= work.sequences / config.num_hidden_layers
-    start, stop = plan.head_ranges[rank]
-    pairs = work.sequences * sum(map(work.pairs, config.windows))
-    attention = 2 * 2 * pairs * (stop - start) * config.head_dim  # d for the score, d for the value
-    return (read, flops), (cached, attention)
-
-
-def expert_shares(config, tokens):
-    """Return the fractions of the experts that one token uses and that `tokens` tokens use together.
-
-    Tokens are assumed to choose at random and independently of each other.
-    """
-    if not config.num_local_experts:
-        return 1.0, 1.0
-    chosen = config.num_experts_per_tok / config.num_local_experts
-    return chosen, 1 - (1 - chosen) ** tokens
-
-
 def compute_seconds(config, plan, hardware, work, dtype, efficiency):
     """Return the time of a pass without its collectives, on the slowest rank."""
     return max(rank_seconds(config, plan, hardware, rank, work, dtype, efficiency) for rank in range(plan.tp))
@@ -207,9 +134,19 @@ def rank_seconds(config, plan, hardware, rank, work, dtype, efficiency):
     combine = sum if efficiency.packs and work.sequences * work.tokens > 1 else max
     parts = rank_work(config, plan, rank, work, dtype)
     products = sum(combine((nbytes / bytes_per_s, flops / flops_per_s)) for nbytes, flops in parts)
-    small = config.num_hidden_layers * (efficiency.layer_s + work.sequences * efficiency.sequence_s)
+    layer_s = efficiency.layer_s
+    if efficiency.kernels is not None and work.tokens == 1:
+        layer_s = 0.0  # the kernels' times contain it
+        products = max(products, decode_seconds(config, plan, rank, work, dtype, efficiency.kernels))
+    small = config.num_hidden_layers * (layer_s + work.sequences * efficiency.sequence_s)
     turns = 1 if machine.cores is None else -(-plan.tp // machine.cores)  # ranks that take turns on a core
-    return products + turns * small
+    return max(products + turns * small, host_seconds(config, work, efficiency))
+
+
+def host_seconds(config, work, efficiency):
+    """Return the time that the host takes to launch the passes of a prompt; decode passes are graphs."""
+    passes = 0 if work.tokens == 1 else -(-work.tokens // PROMPT_PASS)
+    return passes * config.num_hidden_layers * efficiency.host_s
 
 
 def rates(hardware, tp, dtype, efficiency):
@@ -311,7 +248,20 @@ def speeds(config, plan, hardware, spread, dtype, workload, batch):
         found[f"decode_{kind}_tokens_per_s"] = 1 / decode
         found[f"batch_{kind}_tokens_per_s"] = batch / batched
         found[f"collective_share_{kind}"] = comm / decode
+    found["decode_us_per_layer"] = us_per_layer(config, plan, hardware, Pass(1, 1, workload.prompt), dtype)
     return found
+
+
+def us_per_layer(config, plan, hardware, work, dtype):
+    """Return the microseconds of the kernels in a layer on the slowest rank, or None if not measured."""
+    found = []
+    for rank in range(plan.tp):
+        kernels = hardware.of(rank).efficiency.kernels
+        if kernels is None:
+            return None
+        found.append(layer_seconds(config, plan, rank, work, dtype, kernels))
+    slowest = max(found, key=lambda one: sum(one.values()))
+    return {name: 1e6 * seconds for name, seconds in slowest.items()}
 
 
 def smallest_tp(config, hardware, dtype, workload):

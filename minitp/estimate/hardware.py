@@ -7,6 +7,7 @@ measured.
 
 from dataclasses import dataclass, replace
 
+from minitp.estimate.kernels import H100_KERNELS, H200_KERNELS, MeasuredKernels
 from minitp.util.format import counted
 
 
@@ -48,6 +49,10 @@ class Efficiency:
         Bandwidth of ranks with several BLAS threads, relative to one single-threaded rank on each core.
     packs : bool
         Whether products of several rows first read the matrix, then compute, as BLAS does on a CPU.
+    host_s : float
+        Seconds per layer that the host takes to launch a pass of a prompt.
+    kernels : MeasuredKernels or None
+        The measured kernels of a decode pass, which replace `memory` and `layer_s` there.
     """
 
     memory: float = 1.0
@@ -58,6 +63,8 @@ class Efficiency:
     sequence_s: float = 0.0
     threads: float = 1.0
     packs: bool = False
+    host_s: float = 0.0
+    kernels: MeasuredKernels | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,9 @@ class Hardware:
     efficiency : Efficiency
     reserve_bytes : float
         Memory that each rank needs in addition to weights and cache.
-    limit_source, expected_source : str
-        Readable origin of the figures above, and of those in `efficiency`.
+    limit_source, own_source, expected_source : str
+        Readable origin of the figures above, and of those in `efficiency`: measured with minitp, and
+        published by others. One of the latter two may be empty.
     cores : int or None
         Cores of a CPU, whose ranks share the figures above; None if each rank has its own GPU.
     ranks : tuple of Hardware
@@ -96,6 +104,7 @@ class Hardware:
     efficiency: Efficiency
     reserve_bytes: float
     limit_source: str
+    own_source: str
     expected_source: str
     cores: int | None = None
     ranks: tuple = ()
@@ -131,17 +140,22 @@ GPU_SOURCES = (
 )
 
 # Measured with minitp on one H100 and one H200, 2026-11-27 (docs/performance.md): Mistral 7B in bfloat16, 1
-# to 32 sequences of 512 tokens. A decode pass takes as long as reading its bytes, plus 26 µs per layer, plus
-# 2.2 µs per layer and sequence. A prompt of 2048 tokens reached 54% of the datasheet's matrix rate, counting
-# attention's products and leaving out the 26 µs per layer; cuBLAS alone reached 77%. No collective has run
-# between GPUs, so those figures are the ones above.
-HOPPER_EFFICIENCY = Efficiency(
-    memory=1.0, matrix=0.54, link=0.82, latency=1.4, layer_s=26e-6, sequence_s=2.2e-6
+# to 32 sequences of 512 tokens. The kernels are in `kernels`; each sequence of a batch adds `sequence_s` per
+# layer. A prompt of 2048 tokens reached 54% of the datasheet's matrix rate, counting attention's products and
+# leaving out 26 µs per layer; cuBLAS alone reached 77%. Passes of 448 and 512 tokens, at TP=1 and of one rank
+# of TP=4, took 14 to 21 ms, of which the matrix rate explains 3 to 14: the host launches 32 layers in about
+# 17.6 ms. No collective has run between GPUs, so `link` and `latency` are the ones above.
+HOPPER = Efficiency(matrix=0.54, link=0.82, latency=1.4, layer_s=26e-6, host_s=0.55e-3)
+H100_EFFICIENCY = replace(HOPPER, kernels=H100_KERNELS, sequence_s=1.9e-6)
+H200_EFFICIENCY = replace(HOPPER, kernels=H200_KERNELS, sequence_s=2.3e-6)
+HOPPER_OWN = (
+    "the kernels of a decode pass, {sequence_us:.1f} µs more per layer and sequence of a batch, 54% of the "
+    "matrix rate in prompts, but at least 0.55 ms per layer, which the host takes (up to 32 sequences on one "
+    "{name}, docs/performance.md)"
 )
-HOPPER_SOURCES = (
-    "26 µs per layer for small kernels and 2.2 µs more for each sequence, 54% of the matrix rate (minitp's "
-    "own runs of up to 32 sequences on one GPU, docs/performance.md); collectives that take 1.4 times as "
-    "long as when measured alone (gpt-fast on A100); 82% of the link's bandwidth (NCCL on H100)"
+HOPPER_PUBLISHED = (
+    "collectives that take 1.4 times as long as when measured alone (gpt-fast on A100); 82% of the link's "
+    "bandwidth (NCCL on H100)"
 )
 
 # Measured on two cores (docs/performance.md). A decode pass of the demo model at TP=2 has 2.1 ms of small
@@ -154,7 +168,7 @@ CPU_EFFICIENCY = Efficiency(
 CPU_SOURCES = (
     "80% of the matrix rate, and of the bandwidth where a rank has several cores; 20 µs per layer for small "
     "operations and 50 µs more for each sequence; collectives that take three times as long as when measured "
-    "alone (minitp's own runs, docs/performance.md)"
+    "alone (docs/performance.md)"
 )
 
 PRODUCTS = "the bandwidth and matrix rate just measured on all cores, in products of the model's shapes"
@@ -194,13 +208,15 @@ def _gpu(name, title, memory_gb, gb_per_s, tflops_16_bit, tflops_float32, link):
         "float32": tflops_float32 * 1e12,
     }
     # 1 GB is assumed for the CUDA context, NCCL's buffers, cuBLAS's workspace and a pass's activations.
-    sources = DATASHEET, GPU_SOURCES
+    sources = DATASHEET, "", GPU_SOURCES
     return Hardware(name, title, memory_gb * 1e9, gb_per_s * 1e9, rates, link, GPU_EFFICIENCY, 1e9, *sources)
 
 
-def _measured(gpu):
+def _measured(gpu, efficiency):
     """Return the GPU with its bandwidth marked as measured and the efficiency of minitp's own runs."""
-    return replace(gpu, efficiency=HOPPER_EFFICIENCY, limit_source=READ, expected_source=HOPPER_SOURCES)
+    own = HOPPER_OWN.format(name=gpu.name.upper(), sequence_us=1e6 * efficiency.sequence_s)
+    sources = {"limit_source": READ, "own_source": own, "expected_source": HOPPER_PUBLISHED}
+    return replace(gpu, efficiency=efficiency, **sources)
 
 
 GPUS = {
@@ -209,9 +225,9 @@ GPUS = {
         # HGX B200 datasheet, a GPU's share of eight: 180 GB, 8 TB/s, 2.25 PFLOP/s, 75 TFLOP/s in float32
         _gpu("b200", "B200 SXM, 180 GB", 180, 8000, 2250, 75, NVLINK_5),
         # H200 datasheet, SXM: 141 GB, 4.8 TB/s (read: 4.62), 1979 TFLOP/s with sparsity, 67 in float32
-        _measured(_gpu("h200", "H200 SXM, 141 GB", 141, 4620, 989, 67, NVLINK_4)),
+        _measured(_gpu("h200", "H200 SXM, 141 GB", 141, 4620, 989, 67, NVLINK_4), H200_EFFICIENCY),
         # H100 datasheet, SXM: 80 GB, 3.35 TB/s (read: 3.19), 1979 TFLOP/s with sparsity, 67 in float32
-        _measured(_gpu("h100", "H100 SXM, 80 GB", 80, 3190, 989, 67, NVLINK_4)),
+        _measured(_gpu("h100", "H100 SXM, 80 GB", 80, 3190, 989, 67, NVLINK_4), H100_EFFICIENCY),
         # A100 datasheet, SXM: 80 GB, 2039 GB/s and 40 GB, 1555 GB/s; 312 TFLOP/s, 19.5 in float32
         _gpu("a100", "A100 SXM, 80 GB", 80, 2039, 312, 19.5, NVLINK_3),
         _gpu("a100-40gb", "A100 SXM, 40 GB", 40, 1555, 312, 19.5, NVLINK_3),
@@ -234,7 +250,7 @@ def cpu(cores, memory_bytes, memory_bytes_per_s, flops_per_s):
     # Python and the libraries take 0.2 GB in each rank.
     return Hardware(
         *("cpu", title, memory_bytes, memory_bytes_per_s, flops_per_s, link, CPU_EFFICIENCY, 0.2e9),
-        *(PRODUCTS, CPU_SOURCES, cores),
+        *(PRODUCTS, CPU_SOURCES, "", cores),
     )
 
 
@@ -249,6 +265,7 @@ def mixed(gpus):
         memory_bytes_per_s=min(gpu.memory_bytes_per_s for gpu in gpus),
         flops_per_s={name: min(gpu.flops_per_s[name] for gpu in gpus) for name in slowest.flops_per_s},
         limit_source=" or ".join(dict.fromkeys(gpu.limit_source for gpu in gpus)),
+        own_source=" or ".join(dict.fromkeys(gpu.own_source for gpu in gpus if gpu.own_source)),
         expected_source=" or ".join(dict.fromkeys(gpu.expected_source for gpu in gpus)),
         ranks=tuple(gpus),
     )

@@ -1,7 +1,8 @@
 """The ranks one by one: their shares of the model, in proportion to their hardware, and their times."""
 
-from minitp.estimate.estimate import Pass, cache_bytes, rank_seconds, weight_bytes
+from minitp.estimate.estimate import rank_seconds
 from minitp.estimate.hardware import LIMIT
+from minitp.estimate.work import Pass, cache_bytes, weight_bytes
 from minitp.shard import make_plan
 from minitp.util.shares import in_tenths, shares_by_speed, shares_in
 

@@ -1,7 +1,7 @@
 """The transport that --comm selects, between the hosts of the ranks and between their GPUs.
 
 --comm   on CPUs                                      on GPUs (their hosts then use auto)
-auto     shm if any two ranks share a host, else mpi  peer if the GPUs can read each other, else nccl
+auto     shm if any two ranks share a host, else mpi  the fastest of peer (if possible), nccl and the hosts'
 mpi      MPI messages                                 MPI messages, through host memory
 shm      shared memory, messages between hosts        shared memory, through host memory
 nccl                                                  NCCL
@@ -9,8 +9,9 @@ peer                                                  small sums in the GPUs' ow
 """
 
 import os
+import sys
 
-from minitp.errors import InputError
+from minitp.errors import AgreedError, InputError
 from minitp.launch.devices import GPU_TRANSPORTS, on_gpus, open_rank_gpu, reject_on_cpus
 from minitp.util.environment import replica_of
 
@@ -68,13 +69,15 @@ def select_comm(comm, device, transport="auto", share_gpu=False):
     Raises
     ------
     AgreedError
-        On all ranks, if a rank has no GPU, an option does not fit the devices, or NCCL does not start.
+        On all ranks, if a rank has no GPU, an option does not fit the devices, or NCCL does not start (with
+        auto, the ranks then use the hosts' memory, with a warning).
     """
     if not on_gpus(comm, device):
         with comm.agreed():
             reject_on_cpus(transport, share_gpu)
         return comm
     from minitp.comm.single import SingleRank
+    from minitp.cuda.choice import TransportChoice, warn_of_failures
     from minitp.cuda.comm import LocalComm, StagedComm
     from minitp.cuda.nccl import NcclComm, allow_shared_gpu
     from minitp.cuda.peer import PeerComm, peers_reach_each_other
@@ -97,6 +100,31 @@ def select_comm(comm, device, transport="auto", share_gpu=False):
     with comm.agreed():
         if transport == "peer" and not reach:
             raise InputError("--comm peer: the GPUs cannot all read each other's memory; use --comm nccl")
-    if transport == "nccl" or not reach:
-        return NcclComm(comm, gpu)
-    return PeerComm(comm, gpu, required=transport == "peer")
+    kind = PeerComm if reach and transport != "nccl" else NcclComm
+    try:
+        return kind(comm, gpu, auto=transport == "auto")
+    except AgreedError as error:
+        if transport != "auto":
+            raise
+        staged = StagedComm(comm, gpu)
+        staged.choice = TransportChoice(staged.transport, 0, failed={"nccl": str(error)})
+        warn_of_failures(comm, staged.choice)
+        return staged
+
+
+def transport_of(comm):
+    """Return the transport of a model's Comm, and the measurements of --comm auto, as a dict for JSON."""
+    choice = getattr(comm, "choice", None)
+    return {
+        "name": getattr(comm, "transport", None),
+        "all_reduce_bytes": choice and choice.nbytes,
+        "all_reduce_us": {name: round(1e6 * s, 1) for name, s in choice.seconds.items()} if choice else {},
+        "failed": choice.failed if choice else {},
+    }
+
+
+def tell_choice(comm, verbose):
+    """Print on rank 0 what --comm auto has measured and chosen, with `verbose`."""
+    choice = getattr(comm, "choice", None)
+    if verbose and comm.rank == 0 and choice is not None:
+        print(f"minitp: {choice.words()}", file=sys.stderr)

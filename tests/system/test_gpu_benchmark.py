@@ -378,9 +378,9 @@ def bench(ttft_s=0.01, share=0.5, **more):
     return {"prefill": prefill, "limits": {"matrix_gflop_per_s": 8e5}, **more}
 
 
-def measured_rows(gpu, name="NVIDIA H200", us=3400.0):
+def measured_rows(gpu, name="NVIDIA H200", us=3400.0, read_ms=3.11):
     """Return the rows of the goals by name, with results for all kinds of tasks."""
-    nbytes = int(3.11e-3 * 4.59e12)
+    nbytes = int(read_ms * 4.59e9)
     points = [
         {"rows": n, "us": us, "bytes": nbytes, "share_of_reads": nbytes / 4.59e6 / us} for n in (1, 8, 16, 64)
     ]
@@ -436,13 +436,14 @@ def test_figures_are_compared_with_the_goals(gpu):
     assert f"{name} 68% or 1.15 ms failed: took longer than 50 s" in lines
 
 
-@pytest.mark.parametrize(("name", "us", "reached"), [
-    ("NVIDIA H200", 3450.0, True), ("NVIDIA H200", 3460.0, False),
-    ("NVIDIA H100", 3456.0, False), ("NVIDIA H100", 3450.0, True),
+@pytest.mark.parametrize(("name", "us", "read_ms", "reached"), [
+    ("NVIDIA H200", 3450.0, 3.0, True), ("NVIDIA H200", 3460.0, 3.0, False),
+    ("NVIDIA H200", 3460.0, 3.12, True), ("NVIDIA H100", 3450.0, 3.0, False),
+    ("NVIDIA H100", 3450.0, 3.12, True),
 ])  # fmt: skip
-def test_a_time_is_a_goal_only_on_the_gpu_that_it_is_for(gpu, name, us, reached):
-    """Check with limits that make 90% slightly more than the time; other GPUs have only the share."""
-    rows, _ = measured_rows(gpu, name, us)
+def test_a_time_is_a_goal_only_on_the_gpu_that_it_is_for(gpu, name, us, read_ms, reached):
+    """Check shares below and above 90%; other GPUs have only the share."""
+    rows, _ = measured_rows(gpu, name, us, read_ms)
     row = rows["decode, 512 keys, TP=1"]
     assert row["reached"] == reached
     assert ("3.45 ms" in row["goal"]) == ("H200" in name)

@@ -4,6 +4,7 @@ import os
 import re
 import threading
 import time
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -425,6 +426,129 @@ def chosen(ranks, transport="auto", share_gpu=False):
 )
 def test_the_choice_of_a_comm(transport, ranks, expected):
     assert chosen(ranks, transport) == [expected] * ranks
+
+
+class Peer:
+    """A stand-in for AllReduce, whose kernels wait for each other and cannot run in threads."""
+
+    def __init__(self, compiler, rank, *_):
+        self.rank = rank
+
+    def __call__(self, partial, out):
+        pass
+
+
+def slow(function, run=lambda work: work()):
+    """Return the function, delayed on rank 1; `run` is cupy.cuda.run if a graph must contain the delay."""
+
+    def call(self, *args):
+        run(lambda: time.sleep(0.01 if this_rank() == 1 else 0))
+        return function(self, *args)
+
+    return call
+
+
+@pytest.fixture
+def choices(cupy, monkeypatch):
+    """A function that returns (transport, TransportChoice, class in use) of each rank with --comm auto."""
+    monkeypatch.setattr("minitp.cuda.peer.AllReduce", Peer)
+
+    def find(ranks=2, transport="auto"):
+        from minitp.cuda.compiler import Compiler
+
+        def rank(host):
+            comm = select_comm(host, "cuda", transport)
+            used = comm.reserve(Compiler(cupy, np.dtype(np.float16)), 32)
+            x = comm.gpu.from_host(np.ones((1, 32), np.float16))
+            if used.transport != "peer":  # whose stand-in adds nothing
+                assert comm.gpu.to_host(used.all_reduce(x)).tolist() == [[ranks] * 32]
+            comm.close()
+            return used.transport, used.choice, type(used).__name__
+
+        return run_threads(ranks, rank)
+
+    return find
+
+
+@pytest.mark.parametrize(
+    ("slowed", "expected", "kind"),
+    [("host", "peer", "PeerComm"), ("peer", "nccl", "PeerComm"), ("peer nccl", "threads", "StagedComm")],
+)
+def test_auto_takes_the_fastest_transport(cupy, monkeypatch, choices, slowed, expected, kind):
+    """Check that a transport that is slow on a single rank is not chosen, and that all ranks agree."""
+    if "peer" in slowed:
+        monkeypatch.setattr(Peer, "__call__", slow(Peer.__call__, cupy.cuda.run))
+    if "nccl" in slowed:
+        reduce = cupy.cuda.nccl.NcclCommunicator.allReduce
+        monkeypatch.setattr(cupy.cuda.nccl.NcclCommunicator, "allReduce", slow(reduce, cupy.cuda.run))
+    if slowed == "host":
+        monkeypatch.setattr(ThreadComm, "all_reduce", slow(ThreadComm.all_reduce))
+    found = choices()
+    assert [(transport, name) for transport, _, name in found] == [(expected, kind)] * 2
+    first, second = (choice for _, choice, _ in found)
+    assert first == second
+    assert list(first.seconds) == ["peer", "nccl", "threads"]
+    assert first.name == expected
+    assert not first.failed
+
+
+def test_a_transport_that_is_named_is_not_measured(choices, monkeypatch):
+    monkeypatch.setattr("minitp.cuda.nccl.choose", None)
+    for transport, name in (("peer", "PeerComm"), ("nccl", "NcclComm"), ("mpi", "StagedComm")):
+        assert [(choice, kind) for _, choice, kind in choices(transport=transport)] == [(None, name)] * 2
+
+
+def test_auto_does_not_take_what_fails(cupy, monkeypatch, choices, capsys):
+    """Check peer memory that cannot be opened on one rank, and then an NCCL without all-reduces."""
+
+    def fail(*_):
+        raise RuntimeError("cudaErrorMapBufferObjectFailed: no memory")
+
+    right = cupy.cuda.runtime.ipcOpenMemHandle
+    fails_on_rank_1 = lambda handle: fail() if this_rank() == 1 else right(handle)  # noqa: E731
+    monkeypatch.setattr(cupy.cuda.runtime, "ipcOpenMemHandle", fails_on_rank_1)
+    failure = "rank 1 failed: RuntimeError: cudaErrorMapBufferObjectFailed: no memory"
+    monkeypatch.setattr(ThreadComm, "all_reduce", slow(ThreadComm.all_reduce))
+    for _, choice, _ in choices():
+        assert (choice.name, choice.failed) == ("nccl", {"peer": failure})
+    said = f"minitp: warning: --comm auto: peer failed ({failure}); using nccl\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setattr(cupy.cuda.nccl.NcclCommunicator, "allReduce", fail)
+    for transport, choice, kind in choices():
+        assert (transport, kind, list(choice.failed)) == ("threads", "StagedComm", ["peer", "nccl"])
+
+
+def test_auto_without_nccl(cupy, monkeypatch, choices, capsys):
+    def missing():
+        raise ImportError("libnccl.so.2: cannot open shared object file")
+
+    monkeypatch.setattr(cupy.cuda.nccl, "get_version", missing)
+    for transport, choice, kind in choices():
+        assert (transport, kind, list(choice.failed)) == ("threads", "StagedComm", ["nccl"])
+        assert choice.words().startswith("--comm auto: threads (not measured; nccl failed: rank 0 failed: ")
+    assert (
+        capsys.readouterr().err.count("warning: --comm auto: nccl failed (rank 0 failed: NCCL is miss") == 1
+    )
+    with pytest.raises(AgreedError, match="NCCL is missing"):
+        choices(transport="nccl")
+
+
+def test_the_choice_in_words_and_for_json(choices, monkeypatch, capsys):
+    from minitp.launch.transport import tell_choice, transport_of
+
+    monkeypatch.setattr(ThreadComm, "all_reduce", slow(ThreadComm.all_reduce))
+    _, choice, _ = choices()[0]
+    comm = SimpleNamespace(rank=0, transport="peer", choice=choice)
+    found = transport_of(comm)
+    assert (found["name"], found["all_reduce_bytes"], found["failed"]) == ("peer", 64, {})
+    assert list(found["all_reduce_us"]) == ["peer", "nccl", "threads"]
+    for verbose in (False, True):
+        tell_choice(comm, verbose)
+    time_us = r"[0-9.]+ µs"
+    said = rf"minitp: --comm auto: peer \(64 bytes take {time_us}; nccl: {time_us}; threads: {time_us}\)\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
+    alone = {"name": None, "all_reduce_bytes": None, "all_reduce_us": {}, "failed": {}}
+    assert transport_of(SingleRank()) == alone
 
 
 def test_gpus_that_cannot_read_each_others_memory(monkeypatch):

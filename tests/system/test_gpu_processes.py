@@ -98,6 +98,14 @@ def test_the_same_tokens(model, expected, start, ranks, transport):
     assert (result["stats"]["tp"], result["stats"]["dtype"]) == (ranks, "float16")
     assert re.match(rf"{ranks} ranks?, float16, ", err)
     assert err.count("\n") == 3
+    used = result["stats"]["transport"]
+    if transport == "auto" and ranks > 1:
+        assert list(used["all_reduce_us"]) == ["peer", "nccl", "shm"]
+        assert used["name"] in used["all_reduce_us"]
+    else:
+        assert (used["name"], used["all_reduce_us"]) == (None if ranks == 1 else transport, {})
+    if used["name"] is not None:
+        assert f"of the time in collectives through {used['name']}\n" in err
 
 
 def test_check(model):

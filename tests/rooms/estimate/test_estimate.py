@@ -1,33 +1,33 @@
 """The estimates of `minitp plan`, compared with hand calculations, model counts and measurements."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from llama_shapes import llama
+from paths import ROOT
 from tiny import CONFIG, write_tiny
 
 from minitp.comm import run_threads
 from minitp.comm.single import SingleRank
 from minitp.device import open_device
 from minitp.estimate.estimate import (
-    Pass,
     Spread,
     Workload,
     all_reduce_seconds,
-    cache_bytes,
     cache_room,
     collective_seconds,
     collectives,
     compute_seconds,
     cores_used,
     estimate,
-    rank_work,
     smallest_tp,
-    weight_bytes,
 )
 from minitp.estimate.hardware import GPU_EFFICIENCY, GPUS, LIMIT, Efficiency, cpu
+from minitp.estimate.kernels import LAUNCHES, decode_seconds
+from minitp.estimate.work import Pass, cache_bytes, rank_work, weight_bytes
 from minitp.load import load_model
 from minitp.loading.config import parse_config
 from minitp.loading.source import open_config, open_model
@@ -447,6 +447,87 @@ def test_a_small_model_on_h100():
 
 # tokens/s of Mistral 7B in bfloat16, 512 tokens in the cache, by number of sequences (docs/performance.md)
 MEASURED = {"h100": {1: 179.4, 8: 1284, 32: 4022}, "h200": {1: 247.2, 8: 1681, 32: 4711}}
+
+
+FILES = (ROOT / "benchmarks" / "results").glob("nvidia-*-2026-11-27.json")  # the day that `kernels` names
+RESULTS = {path.name.split("-")[1]: path for path in FILES}
+
+
+def measured_with_minitp(name):
+    """Return the results of a GPU's tasks by name, from benchmarks/results."""
+    steps = json.loads(RESULTS[name].read_text())["steps"]
+    return {one["name"]: one["result"] for one in steps if one["result"]}
+
+
+def launch_seconds(profile):
+    """Return (seconds, bytes) of a launch of each kernel: without the events, adding up to the graph."""
+    events_us = (profile["eager_us"] - profile["graph_us"]) / profile["launches"]
+    return {
+        one["name"].replace("store", "residual"): (
+            (one["us"] / one["count"] - events_us) / 1e6,
+            (one["bytes"] or 0) / one["count"],
+        )
+        for one in profile["kernels"]
+    }
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_kernels_are_those_measured(name):
+    """Compute the start and the rate of each kernel again, from its times at TP=1 and on one rank of TP=4."""
+    results, kernels = measured_with_minitp(name), GPUS[name].efficiency.kernels
+    one, four = (launch_seconds(results[task]["profile"]) for task in ("decode", "rank 0 of 4, decode"))
+    for kind in ("qkv", "residual", "swiglu"):
+        (long, more), (short, fewer) = one[f"linear {kind}"], four[f"linear {kind}"]
+        rate = (more - fewer) / (long - short)
+        found = getattr(kernels, kind)
+        assert found.bytes_per_s == pytest.approx(rate, rel=0.005), kind
+        assert found.start_s == pytest.approx(long - more / rate, abs=0.02e-6), kind
+    read = results["decode"]["limits"]["read_gb_per_s"] * 1e9
+    starts = [
+        seconds - nbytes / read for seconds, nbytes in (one["attention_decode"], four["attention_decode"])
+    ]
+    assert kernels.attention.start_s == pytest.approx(sum(starts) / 2, abs=0.02e-6)
+    assert GPUS[name].memory_bytes_per_s == kernels.attention.bytes_per_s == pytest.approx(read, rel=0.002)
+    seconds, nbytes = one["linear logits"]
+    assert kernels.logits.bytes_per_s == pytest.approx(nbytes / seconds, rel=0.002)
+    assert kernels.norm_s == pytest.approx(four["rms_norm"][0], abs=0.01e-6)
+    others = sum(one[kernel][0] for kernel in ("begin_step", "sample", "end_step"))
+    assert kernels.pass_s == pytest.approx(others, abs=0.1e-6)
+    assert sum(LAUNCHES.values()) == sum(
+        one["count"] // 32 for one in results["decode"]["profile"]["kernels"]
+    )
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_graphs_on_a_gpu(name):
+    """Compare with the measured graphs; that of one rank of TP=4 has 65 copies in place of its sums."""
+    results, kernels, decode = measured_with_minitp(name), GPUS[name].efficiency.kernels, Pass(1, 1, 511)
+    for tp, task, low, high in ((1, "decode", 0.99, 1.01), (4, "rank 0 of 4, decode", 0.90, 1.0)):
+        found = decode_seconds(MISTRAL, make_plan(MISTRAL, tp), 0, decode, "bfloat16", kernels)
+        assert low < found * 1e6 / results[task]["profile"]["graph_us"] < high
+    estimated = estimate(MISTRAL, GPUS[name], Spread(1, 1), "bfloat16", Workload(4096, 511))
+    layer = estimated.decode_us_per_layer
+    assert set(layer) == {*LAUNCHES, "norms"}
+    assert sum(layer.values()) == pytest.approx(results["decode"]["profile"]["graph_us"] / 32, rel=0.03)
+    a100 = estimate(MISTRAL, A100, Spread(1, 1), "bfloat16", WORKLOAD)
+    assert a100.decode_us_per_layer is None
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_short_prompts_take_the_time_of_the_host(name):
+    def seconds(tokens, tp=1):
+        return estimate(
+            MISTRAL, GPUS[name], Spread(tp, 1), "bfloat16", Workload(4096, tokens)
+        ).prefill_expected_s
+
+    assert seconds(8) == seconds(32) == seconds(512) == pytest.approx(17.6e-3)
+    assert seconds(2048) > 2 * seconds(512)
+    results = measured_with_minitp(name)
+    for task, tp in (("decode", 1), ("16 tokens", 1), ("rank 0 of 4, decode", 4)):
+        prefill = results[task]["prefill"]
+        collectives_s = 0.0 if tp == 1 else 66 * 12e-6  # not in the measurement
+        found = seconds(prefill["prompt_tokens"], tp) - collectives_s
+        assert found == pytest.approx(prefill["ttft_s"]["median"], rel=0.27)
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -19,8 +19,9 @@ from minitp.bench import this_machine
 from minitp.bench.this_machine import sample
 from minitp.cli import plan_text
 from minitp.cli.main import main
-from minitp.estimate.estimate import ITEM_BYTES, Estimate, weight_bytes
+from minitp.estimate.estimate import Estimate
 from minitp.estimate.hardware import GPUS, cpu
+from minitp.estimate.work import ITEM_BYTES, weight_bytes
 from minitp.loading.config import parse_config, read_config
 from minitp.loading.demo import demo_directory
 from minitp.loading.source import open_config
@@ -186,7 +187,19 @@ def test_json_is_complete(fixed, capsys):
     for note in result["notes"]:
         assert note in joined(text).replace(" - ", " ")
     assert "7.24 billion parameters in 32 layers, 14.48 GB in bfloat16" in joined(text)
-    for source in ("minitp's own runs", "gpt-fast", "InfiniBand", "NCCL"):
+    assert "at TP=4: q, k and v 7.3, attention 6.0, o and down 16.0, gate and up 22.9, norms 5.8." in joined(
+        text
+    )
+    assert "one H100" in result["hardware"]["measured_with_minitp"]
+    assert "gpt-fast" in result["hardware"]["published"]
+    for gpu, own, published in (("a100", False, True), ("cpu", True, False)):
+        other, text_of_other = printed(capsys, "--model", "random:mistral-7b", "--gpu", gpu)
+        sources = other["hardware"]["measured_with_minitp"], other["hardware"]["published"]
+        assert tuple(map(bool, sources)) == (own, published)
+        assert ("measured with minitp" in text_of_other) == own
+        assert ("published by others" in text_of_other) == published
+        assert "These kernels take" not in text_of_other
+    for source in ("measured with minitp", "one H100", "published by others", "gpt-fast", "InfiniBand"):
         assert source in text, "the origin of the figures"
 
 

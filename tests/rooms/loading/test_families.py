@@ -22,7 +22,7 @@ from minitp.comm import run_threads
 from minitp.cuda.fused import SUPPORTED, unfit
 from minitp.device import open_device
 from minitp.errors import InputError
-from minitp.estimate.estimate import Pass, rank_work
+from minitp.estimate.work import Pass, rank_work
 from minitp.generate import largest_pass
 from minitp.load import load_model
 from minitp.loading.config import parse_config
