@@ -23,6 +23,7 @@ KERNEL_TESTS = (
     "attention_decode",
     "attention_prefill",
     "begin_decode",
+    "family_options",
     "experts",
     "read_memory",
     "rms_norm",
@@ -52,7 +53,7 @@ def checks():
         tasks.append(Check(f"check Mistral 7B, {path}, {dtype}", [*command, "--dtype", dtype], 150))
     for path, dtype in GOLDENS:
         command = script("parts.py", "goldens", path, dtype)
-        tasks.append(Check(f"check every family, {path}, {dtype}", command, 120))
+        tasks.append(Check(f"check every family, {path}, {dtype}", command, 150))
     for path in ("explicit", "fused"):
         command = minitp("check", "The capital of France is", "--tp", 1, "--path", path, "--dtype", "float16")
         tasks.append(Check(f"check demo, {path}, float16", command, 120, no_demo))
