@@ -6,7 +6,7 @@ from minitp.server.errors import without_path
 
 def about_ranks(llm, model):
     """Return the JSON object that describes an LLM's ranks; `model` is the model's name for clients."""
-    about = {key: llm.description[key] for key in ("tp", "replicas", "dtype", "kv_dtype", "context")}
+    about = {key: llm.description[key] for key in ("tp", "split", "replicas", "dtype", "kv_dtype", "context")}
     return {"model": model, **about, "chat_error": chat_error(llm, model), "ranks": llm.ranks}
 
 
