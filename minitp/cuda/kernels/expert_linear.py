@@ -65,7 +65,7 @@ class ExpertLinear:
 
         `weights` are the ExpertMatrices [n, k].
         """
-        outputs, width = weights.first.shape
+        outputs, width = len(weights.first), x.shape[1]  # 0 without FFN columns, where weights have no layout
         inputs = (x, weights.first, weights.offsets, routing.slots)
         args = (*inputs, np.int32(width), np.int32(outputs), out, stride_of(out))
         self._launch("expert_down", pairs_of(outputs), routing, args)
