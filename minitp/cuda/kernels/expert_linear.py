@@ -76,7 +76,7 @@ class ExpertLinear:
         token_tiles, pair_tiles = tiles_of(routing.slot_rows)
         kernel = self._kernel(name, token_tiles, pair_tiles, shared > 0)
         grid = (-(-pairs // (pair_tiles * TILE)), len(routing.slots))
-        kernel(grid, (THREADS,), args, shared_mem=shared)
+        kernel(grid, (THREADS,), args, shared_mem=shared, dependent=True)
 
     def _compile(self, name, token_tiles, pair_tiles, normed):
         defines = {"TOKEN_TILES": token_tiles, "PAIR_TILES": pair_tiles, **({"NORM": 1} if normed else {})}
