@@ -21,7 +21,7 @@ class Roofline:
     def __init__(self, model):
         self.model, self.dtype = model, model.device.dtype
         layers, self.lm_head = model.weights.layers, model.weights.lm_head
-        self.layers = [(w.w_qkv, w.w_o, w.w_gate_up, w.w_down) for w in layers]
+        self.layers = [matrices_of(w, model.config.num_experts_per_tok) for w in layers]
 
     def measure(self, prompt_tokens):
         """Measure all ranks at the same time; return a dict for JSON. Call this before the other methods."""
@@ -43,6 +43,14 @@ class Roofline:
     def cache_bytes(self, keys):
         """Return the bytes of `keys` positions in this rank's cache."""
         return keys * self.model.new_pool(1, 1).nbytes
+
+
+def matrices_of(layer, per_token):
+    """Return a layer's matrices by which a token is multiplied, in a mixture those of `per_token` experts."""
+    if not layer.experts:
+        return layer.w_qkv, layer.w_o, layer.w_gate_up, layer.w_down
+    chosen = [w for expert in layer.experts[:per_token] for w in (expert.w_gate_up, expert.w_down)]
+    return layer.w_qkv, layer.w_o, layer.w_router, *chosen
 
 
 def total_elements(comm, roofline, rows=1):

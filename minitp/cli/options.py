@@ -170,7 +170,7 @@ def add_model(parser, tp=TP, split=SPLIT):
         default="smollm2",
         help="a directory, a .gguf file, a Hugging Face id (owner/name, or owner/name:Q4_K_M for GGUF), "
         "smollm2 (the demo model), or random:NAME for random weights, where NAME is mistral-7b, llama-3-8b, "
-        "tinyllama-1.1b or smollm2-135m (default: smollm2)",
+        "mixtral-8x7b, tinyllama-1.1b or smollm2-135m (default: smollm2)",
     )
     add_revision(parser)
     group.add_argument(

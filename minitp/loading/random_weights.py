@@ -12,6 +12,7 @@ from minitp.errors import InputError
 
 _LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
 _MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_act": "silu"}
+_MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_act": "silu"}
 
 # config.json of the models whose shapes are available as `random:NAME`.
 MODELS = {
@@ -23,6 +24,11 @@ MODELS = {
     | dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
     | dict(num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192)
     | dict(rms_norm_eps=1e-5, rope_theta=500000.0, torch_dtype="bfloat16"),
+    "mixtral-8x7b": _MIXTRAL
+    | dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+    | dict(num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768)
+    | dict(num_local_experts=8, num_experts_per_tok=2)
+    | dict(rms_norm_eps=1e-5, rope_theta=1000000.0, torch_dtype="bfloat16"),
     "tinyllama-1.1b": _LLAMA
     | dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22)
     | dict(num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from on_gpu import ENVIRONMENT
 from paths import ROOT, SUPPORT
-from tiny import CONFIG
+from tiny import CONFIG, write_tiny
 
 from minitp import ops
 from minitp.errors import InputError
@@ -245,6 +245,17 @@ def test_each_kernel_is_timed_with_its_bytes(gpu, tiny, tp, rows):
     assert ("all-reduce" in kernels, "rms_norm" in kernels) == (False, True)
     lines = gpu.table.kernel_lines("TP", found["points"])
     assert len(lines) == 1 + len({one["name"] for point in found["points"] for one in point["kernels"]})
+
+
+@pytest.mark.usefixtures("quick_timer")
+def test_the_kernels_of_a_mixture_are_timed(gpu, tmp_path):
+    mixtral = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}  # 2 of 8 experts per token
+    model = gpu.graphs.open_rank(str(write_tiny(tmp_path, num_hidden_layers=1, **mixtral)), dtype="float16")
+    (point,) = gpu.graphs.measure(model, [], [1], keys=24)["points"]
+    names = {one["name"] for one in point["kernels"]}
+    assert {"linear store, w_router", "route", "expert_swiglu", "expert_down", "expert_sum"} <= names
+    router, expert = 32 * 8, 3 * 32 * 48
+    assert point["bytes"] == 2 * (MATRICES + router + expert + LM_HEAD + 24 * POSITION)
 
 
 @pytest.mark.usefixtures("quick_timer")

@@ -28,6 +28,7 @@ __device__ inline Slot slot_of_block(const int *slots) {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     expert_swiglu(const Half *x, const Half *weights, const long long *offsets, const Half *norm, float eps,
                   int norm_size, const int *slots, const int *token_of, int width, int columns, Half *out, int stride) {
+    wait_for_previous();  // before the slots are read
     const Slot slot = slot_of_block(slots);
     if (slot.rows == 0) return;
     const int *const tokens = token_of + slot.first;
@@ -45,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     expert_down(const Half *x, const Half *weights, const long long *offsets, const int *slots, int width,
                 int outputs, float *out, int stride) {
+    wait_for_previous();  // before the slots are read
     const Slot slot = slot_of_block(slots);
     if (slot.rows == 0) return;
     const Half *const first_x = x + static_cast<long long>(slot.first) * width;

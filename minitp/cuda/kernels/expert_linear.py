@@ -65,7 +65,7 @@ class ExpertLinear:
 
         `weights` are the ExpertMatrices [n, k].
         """
-        outputs, width = weights.first.shape
+        outputs, width = len(weights.first), x.shape[1]  # 0 without FFN columns, where weights have no layout
         inputs = (x, weights.first, weights.offsets, routing.slots)
         args = (*inputs, np.int32(width), np.int32(outputs), out, stride_of(out))
         self._launch("expert_down", pairs_of(outputs), routing, args)
@@ -76,7 +76,7 @@ class ExpertLinear:
         token_tiles, pair_tiles = tiles_of(routing.slot_rows)
         kernel = self._kernel(name, token_tiles, pair_tiles, shared > 0)
         grid = (-(-pairs // (pair_tiles * TILE)), len(routing.slots))
-        kernel(grid, (THREADS,), args, shared_mem=shared)
+        kernel(grid, (THREADS,), args, shared_mem=shared, dependent=True)
 
     def _compile(self, name, token_tiles, pair_tiles, normed):
         defines = {"TOKEN_TILES": token_tiles, "PAIR_TILES": pair_tiles, **({"NORM": 1} if normed else {})}

@@ -13,6 +13,8 @@
 
 extern "C" __global__ void expert_sum(const float *y, const int *position, const float *weights, int per_token,
                                       int y_stride, Half *out, int columns, int stride, int adds) {
+    wait_for_previous();
+    let_next_start();
     const int column = blockIdx.y * blockDim.x + threadIdx.x;
     if (column >= columns) return;
     const long long token = blockIdx.x;

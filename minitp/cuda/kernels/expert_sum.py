@@ -27,4 +27,4 @@ class ExpertSum:
         strides = [np.int32(x.strides[0] // x.itemsize) for x in (y, out)]
         numbers = (out, np.int32(columns), strides[1], np.int32(adds))
         args = (y, routing.position, routing.weights, np.int32(per_token), strides[0], *numbers)
-        self._kernel((tokens, -(-columns // THREADS)), (THREADS,), args)
+        self._kernel((tokens, -(-columns // THREADS)), (THREADS,), args, dependent=True)

@@ -116,6 +116,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
           unsigned *counter, int tokens, int experts, int per_token, int normalized, int slot_count, int slot_rows) {
     __shared__ bool last;
     DYNAMIC_SHARED(int, counts);
+    wait_for_previous();
+    let_next_start();
     const int lane = threadIdx.x % WARP, token = blockIdx.x * WARPS + threadIdx.x / WARP;
     if (token < tokens) {
         const long long row = token;

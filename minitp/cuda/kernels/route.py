@@ -81,4 +81,5 @@ class Route:
         sizes = (tokens, experts, per_token, self._normalized, len(r.slots), r.slot_rows)
         arrays = (router, seen, r.chosen, r.weights, r.position, r.token_of, r.slots, self._counter)
         numbers = [np.int32(n) for n in sizes]
-        self._kernel((-(-tokens // TOKENS),), (THREADS,), (*arrays, *numbers), shared_mem=4 * experts)
+        args, grid = (*arrays, *numbers), (-(-tokens // TOKENS),)
+        self._kernel(grid, (THREADS,), args, shared_mem=4 * experts, dependent=True)
