@@ -34,7 +34,7 @@ import numpy as np
 
 from minitp import ops
 from minitp.cuda.comm import LocalComm
-from minitp.cuda.loader import padded
+from minitp.cuda.loader import padded, rows_of
 from minitp.model import unrecorded
 from minitp.paged_cache import slot_mapping
 
@@ -311,10 +311,3 @@ class DecodeGraph:
             s.q_rope = self.q[row : row + 1, :, :d].transpose(1, 0, 2)  # [H_r, 1, d]
             s.k_rope, s.v = keys[:, -1:], values[:, -1:]  # [K_r, 1, d] each
             s.k_cache, s.v_cache, s.context = keys, values, self.context[row : row + 1, :columns]
-
-
-def rows_of(model, w):
-    """Return a projection `w` [in, out] as a view of its layout on the GPU: [out, in and padding]."""
-    return model.device.cupy.lib.stride_tricks.as_strided(
-        w.T, (w.shape[1], w.strides[1] // w.itemsize), (w.strides[1], w.itemsize)
-    )

@@ -14,10 +14,9 @@ and many tokens per expert go to cuBLAS instead of the two products, expert by e
 
 import numpy as np
 
-from minitp.cuda.decode_graph import rows_of
 from minitp.cuda.kernels.expert_linear import ExpertMatrices
 from minitp.cuda.kernels.route import new_routing
-from minitp.cuda.loader import padded
+from minitp.cuda.loader import padded, rows_of
 from minitp.model import unrecorded
 
 # With this many rows per expert or more, cuBLAS is faster, although the host must know each expert's rows.

@@ -115,7 +115,7 @@ class FusedModel(Model):
 
     def without_padding(self, x):
         """Return the columns of x [T, D and padding] that are not padding: [T, D]."""
-        return x[:, : self.config.hidden_size]
+        return x if self.width == self.config.hidden_size else x[:, : self.config.hidden_size]
 
     def forward_batch(self, parts, logits_at=slice(None), record=unrecorded):
         """Run a pass over some sequences like Model.forward_batch; `record` gets the steps of this path."""

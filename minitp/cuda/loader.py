@@ -60,3 +60,10 @@ class GpuLoader(Loader):
         padding = np.zeros(padded(size) - size, self.device.dtype)
         joined = np.concatenate([*(part.astype(self.device.dtype) for part in parts), padding])
         return self.device.from_host(joined)[:size]  # [sum of n]
+
+
+def rows_of(model, w):
+    """Return a projection `w` [in, out] as a view of its layout on the GPU: [out, in and padding]."""
+    return model.device.cupy.lib.stride_tricks.as_strided(
+        w.T, (w.shape[1], w.strides[1] // w.itemsize), (w.strides[1], w.itemsize)
+    )

@@ -3,8 +3,7 @@
 import numpy as np
 
 from minitp import ops
-from minitp.cuda.decode_graph import rows_of
-from minitp.cuda.loader import padded
+from minitp.cuda.loader import padded, rows_of
 from minitp.model import joined, unrecorded
 
 

@@ -9,7 +9,6 @@ from on_gpu import model_on_gpu, run_on_gpus
 from paths import GOLDENS
 
 from minitp.check.run import check_model
-from minitp.loading.families import FAMILIES
 from minitp.loading.source import open_model
 
 pytestmark = pytest.mark.usefixtures("cupy")
@@ -52,7 +51,7 @@ def test_the_kernels_with_a_batch(name):
     assert checked(name, "fused", batch=3) == ("FusedModel", [])
 
 
-@pytest.mark.parametrize("number", range(len(FAMILIES)))  # a model of each family
+@pytest.mark.parametrize("number", [4, 5, 7, 10])  # Qwen3-MoE, SmolLM3, Gemma 3, Phi-3
 def test_the_kernels_with_random_models(number):
     """Check that nothing is blamed; check_random_models.py makes many such runs."""
     run, result = check_number(0, number, path="fused")

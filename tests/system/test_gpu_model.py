@@ -7,6 +7,7 @@ import threading
 import weakref
 from argparse import Namespace
 from collections import Counter
+from itertools import cycle
 
 import ml_dtypes
 import numpy as np
@@ -295,8 +296,7 @@ FAULTS = {  # name: (module in cuda/kernels, class, method, change, ranks, steps
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(("name", "dtype"), zip(FAULTS, cycle(DTYPES), strict=False))
 def test_a_wrong_kernel_is_blamed(models, monkeypatch, name, dtype):
     file, kind, method, change, tp, steps = FAULTS[name]
     kind = getattr(importlib.import_module(f"minitp.cuda.kernels.{file}"), kind)

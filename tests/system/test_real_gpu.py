@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from check_models import MODELS
 from on_gpu import STAND_IN
 from real_gpu import HALVES, NEEDS_GPU, drawn, same_each_time
 from tiny import write_tiny
@@ -26,12 +27,13 @@ pytestmark = NEEDS_GPU
 # --- models ---------------------------------------------------------------------------------------------
 
 
-TINY = {"tiny": {}, "mixture": {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}}
+TINY = {"tiny": {}, "mixture": MODELS["mixture"], "qwen3": MODELS["normed"]}
+TINY["gemma3"] = MODELS["gemma3"] | {"hidden_size": 36, "head_dim": 12}  # with padding
 
 
 @pytest.fixture(scope="module", params=[*TINY, "mistral-7b"])
 def source(request, tmp_path_factory):
-    """The ModelSource of a tiny model, dense or with experts, or of one layer of Mistral 7B."""
+    """The ModelSource of a tiny model of some family, or of one layer of Mistral 7B."""
     if request.param in TINY:
         return open_model(
             str(write_tiny(tmp_path_factory.mktemp("models") / "tiny", **TINY[request.param])), 1
