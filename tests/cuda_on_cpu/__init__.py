@@ -84,8 +84,8 @@ def _compile(source, options, library):
     preprocessed = subprocess.run(preprocess, input=source, capture_output=True, text=True, check=True).stdout
     launchers = "".join(
         f'extern "C" void launch_{name}(dim3 grid, dim3 block, size_t shared, int cluster, bool dependent, '
-        "void **values) { "
-        f"cuda_on_cpu::launch({name}, grid, block, shared, cluster, dependent, values); }}\n"
+        "void (*previous)(), void **values) { "
+        f"cuda_on_cpu::launch({name}, grid, block, shared, cluster, dependent, previous, values); }}\n"
         for name, _ in KERNEL.findall(preprocessed)
     )
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
@@ -126,13 +126,16 @@ class _Dim3(ctypes.Structure):
     _fields_ = [("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint)]
 
 
+Previous = ctypes.PYFUNCTYPE(None)
+
+
 class Kernel:
     """A kernel built for the CPU; call it as kernel(grid, block, args, shared_mem=0)."""
 
     # The types of launch_NAME's arguments.
     ARGUMENTS = (
         *(_Dim3, _Dim3, ctypes.c_size_t),
-        *(ctypes.c_int, ctypes.c_bool, ctypes.POINTER(ctypes.c_void_p)),
+        *(ctypes.c_int, ctypes.c_bool, Previous, ctypes.POINTER(ctypes.c_void_p)),
     )
 
     def __init__(self, library, name, parameters):
@@ -149,13 +152,16 @@ class Kernel:
         values = [self.value(*pair) for pair in zip(self.parameters, args, strict=True)]
         self.launch(grid, block, values, shared_mem, dependent, cluster)
 
-    def launch(self, grid, block, values, shared_mem, dependent, cluster):
-        """Run the kernel with arguments that are C values."""
+    def launch(self, grid, block, values, shared_mem, dependent, cluster, previous=None):
+        """Run the kernel with arguments that are C values.
+
+        `previous` is called when the first cluster of blocks waits for the previous kernel.
+        """
         if shared_mem > self.max_dynamic_shared_size_bytes:
             raise ValueError(f"{self.name}: {shared_mem} bytes of shared memory exceed the kernel's limit")
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         sizes = _Dim3(*_three(grid)), _Dim3(*_three(block)), shared_mem
-        self._launch(*sizes, cluster, dependent, pointers)
+        self._launch(*sizes, cluster, dependent, Previous(previous) if previous else Previous(), pointers)
 
     def values_at(self, pointers):
         """Return copies of the arguments at these addresses, as a driver makes them at a launch."""

@@ -8,7 +8,9 @@
 // barrier they have the contents of another block.
 //
 // A kernel that is launched as a dependent must wait for the previous kernel on every thread, before it lets the next
-// kernel start.
+// kernel start. If there is a `previous`, a function that runs the previous kernel, it is called once the threads of the
+// first cluster wait. No GPU runs the previous kernel later than that, so a kernel that reads its results too early, or
+// writes before it waits, computes something wrong.
 
 #pragma once
 
@@ -23,6 +25,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -57,7 +60,7 @@ namespace cuda_on_cpu {
 constexpr int LANES = 32;
 constexpr size_t STACK = 64 << 10;
 
-enum State { READY, AT_WARP, AT_BLOCK, AT_CLUSTER, DONE };
+enum State { READY, AT_WARP, AT_BLOCK, AT_CLUSTER, AT_PREVIOUS, DONE };
 
 struct Fiber {
     jmp_buf here;
@@ -86,6 +89,7 @@ static std::vector<char> stacks;
 static jmp_buf scheduler;
 static int current;
 static bool dependent;
+static void (*previous)();  // null once it has run
 static std::function<void()> body;
 
 inline void fail(const char *what) {
@@ -125,7 +129,10 @@ inline const void *in_block(const void *own, int rank) {
     return blocks[rank].shared.data() + offset;
 }
 
-inline void wait_for_previous() { block->fibers[current].has_waited = true; }
+inline void wait_for_previous() {
+    if (previous != nullptr && !block->fibers[current].has_waited) wait_as(AT_PREVIOUS);
+    block->fibers[current].has_waited = true;
+}
 
 inline void let_next_start() {
     if (dependent && !block->fibers[current].has_waited) fail("let_next_start before wait_for_previous");
@@ -180,6 +187,20 @@ inline void run_block() {
     }
 }
 
+// Runs the previous kernel, which may be one of this library too.
+inline void run_previous() {
+    const auto saved = std::make_tuple(blockIdx, blockDim, gridDim, dependent, body);
+    std::vector<Block> own_blocks;
+    std::vector<char> own_stacks;
+    own_blocks.swap(blocks);
+    own_stacks.swap(stacks);
+    previous();
+    own_blocks.swap(blocks);
+    own_stacks.swap(stacks);
+    std::tie(blockIdx, blockDim, gridDim, dependent, body) = saved;
+    previous = nullptr;
+}
+
 inline void run_cluster() {
     int alive = 0;
     for (Block &one : blocks) {
@@ -194,9 +215,10 @@ inline void run_cluster() {
             run_block();
             alive += block->alive;
         }
+        if (previous != nullptr) run_previous();
         for (Block &one : blocks) {
             for (Fiber &fiber : one.fibers) {
-                if (fiber.state == AT_CLUSTER) fiber.state = READY;
+                if (fiber.state != DONE) fiber.state = READY;
             }
         }
     }
@@ -209,13 +231,14 @@ void call(void (*kernel)(Parameters...), void **values, std::index_sequence<Numb
 
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared_bytes, int cluster, bool as_dependent,
-            void **values) {
+            void (*before)(), void **values) {
     const int threads = size.x * size.y * size.z;
     if (threads % LANES != 0 || threads > 1024) fail("a block must have a multiple of 32 threads, at most 1024");
     if (grid.x % cluster != 0) fail("the grid is not a whole number of clusters");
     gridDim = grid;
     blockDim = size;
     dependent = as_dependent;
+    previous = before;
     blocks.resize(cluster);
     stacks.resize(std::max(stacks.size(), cluster * threads * STACK));
     for (Block &one : blocks) {

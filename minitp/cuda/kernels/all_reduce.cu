@@ -87,6 +87,8 @@ extern "C" __global__ void __launch_bounds__(1024) all_reduce(const Half *partia
                                                               unsigned long long *calls, int *missing,
                                                               int rank, int max_rows, int width,
                                                               long long patience_ns) {
+    wait_for_previous();
+    let_next_start();
     const int i = threadIdx.x;
     const Half8 *rows[RANKS];
     if (!exchange({regions, max_rows, width}, partial, rows, calls, missing, rank, patience_ns)) return;
@@ -106,9 +108,10 @@ extern "C" __global__ void __launch_bounds__(1024) all_reduce_norm(const Half *p
     const bool has_columns = i < width / 8;
     const long long row = static_cast<long long>(blockIdx.x) * width;
     Half8 *const residual8 = reinterpret_cast<Half8 *>(residual + row);
-    // These are loaded before the wait, which hides the time of the loads.
-    Half8 x = has_columns ? residual8[i] : Half8{};
     const Half8 weights = has_columns ? reinterpret_cast<const Half8 *>(weight)[i] : Half8{};
+    wait_for_previous();
+    let_next_start();
+    Half8 x = has_columns ? residual8[i] : Half8{};  // before the wait for other ranks, which hides its time
 
     const Half8 *rows[RANKS];
     if (!exchange({regions, max_rows, width}, partial, rows, calls, missing, rank, patience_ns)) return;

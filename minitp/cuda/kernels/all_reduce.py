@@ -50,7 +50,7 @@ class AllReduce:
     def _launch(self, kernel, rows, args):
         if rows > self._max_rows:
             raise ValueError(f"{rows} rows do not fit: there is room for {self._max_rows}")
-        kernel((rows,), (self._threads,), args)
+        kernel((rows,), (self._threads,), args, dependent=True)
 
 
 def region_bytes(ranks, max_rows, width):

@@ -80,6 +80,8 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     int max_blocks, int out_stride, int window, int out_dim, float scale, float cap) {
     __shared__ Part of_warps[WARPS];
     __shared__ bool last;
+    wait_for_previous();
+    let_next_start();
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int split = blockIdx.x, kv_head = blockIdx.y / pieces, sequence = blockIdx.z;
     const int all_heads = group_starts[gridDim.y / pieces];

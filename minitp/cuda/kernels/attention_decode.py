@@ -82,7 +82,8 @@ class AttentionDecode:
         pointers = (q, k_cache, v_cache, block_table, lengths, self._group_starts, out)
         scratch = (self._partials, self._counters)
         grid = (self.splits(batch), self._rows, batch)
-        self._kernel(grid, (THREADS,), (*pointers, *scratch, *map(np.int32, numbers), *self._options))
+        args = (*pointers, *scratch, *map(np.int32, numbers), *self._options)
+        self._kernel(grid, (THREADS,), args, dependent=True)
 
 
 def attention_defines(head_dim, block_size, softcap):

@@ -22,6 +22,8 @@ extern "C" __global__ void begin_decode(const int *token, const int *lengths, co
                                       Half *x, int *slot, float *cosines, float *sines, int *seen,
                                       int max_blocks, int block_size, int first_row, int rows, int stride,
                                       int width, int ropes, int half_dim, float multiplier) {
+    wait_for_previous();
+    let_next_start();
     const int sequence = blockIdx.x;
     const int length = lengths[sequence];
     const bool padding = length < 0;

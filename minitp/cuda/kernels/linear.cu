@@ -142,7 +142,8 @@ __device__ void multiply(const Product &p, int pairs, RowsOf rows_of, Finish fin
         row[tile][1] = at(p.weight, min(rows.second, p.outputs - 1), p.width, column);
     }
 
-    // A ring of chunks in flight. The first ones are requested before the norm, so that memory is not idle.
+    // A ring of chunks in flight. The first ones are requested before the previous kernel ends and before the norm, so
+    // that memory is not idle. No kernel writes weights.
     uint4 weights[IN_FLIGHT][PAIR_TILES][2];
     const auto load = [&](int chunk, int later) {
         const bool inside = column + (chunk + later) * NEXT * COLUMNS < p.width;
@@ -153,12 +154,16 @@ __device__ void multiply(const Product &p, int pairs, RowsOf rows_of, Finish fin
 #pragma unroll
     for (int chunk = 0; chunk < IN_FLIGHT; chunk++) load(chunk, 0);
 
+    wait_for_previous();
     const Input input = input_of(p);
     const uint4 *x_row = at(input.x, TokenTiles::first_row(g), input.stride, column);
     const TokenTiles x_tile(p, g, input.stride);
 
     float sums[PAIR_TILES][TOKEN_TILES][4] = {};
     while (column - t * COLUMNS < p.width) {  // the same number of iterations on all lanes
+        // In the last iteration nothing is left to request, so the next kernel may request its first weights. Its
+        // waiting blocks would only be in the way before.
+        if (column - t * COLUMNS + IN_FLIGHT * NEXT * COLUMNS >= p.width) let_next_start();
 #pragma unroll
         for (int chunk = 0; chunk < IN_FLIGHT; chunk++) {
             const bool inside = column + chunk * NEXT * COLUMNS < p.width;

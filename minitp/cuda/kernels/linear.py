@@ -129,7 +129,8 @@ class Linear:
         sizes = np.float32(eps), np.int32(norm_size), np.int32(tokens), np.int32(width)
         blocks = -(-pairs // (pair_tiles * TILE))
         shared = 0 if norm is None else 2 * width
-        kernel((blocks,), (THREADS,), (x, weight, norm_weight, *sizes, *rest), shared_mem=shared)
+        args = (x, weight, norm_weight, *sizes, *rest)
+        kernel((blocks,), (THREADS,), args, shared_mem=shared, dependent=True)
 
     def _compile(self, name, token_tiles, pair_tiles, normed):
         defines = {

@@ -33,4 +33,4 @@ class RmsNorm:
         rows, width = x.shape
         kernel = self._kernel if post_norm is None else self._with_post_norm
         numbers = np.int32(width), np.int32(len(weight)), np.float32(multiplier), np.float32(eps)
-        kernel((rows,), (THREADS,), (x, addend, bias, post_norm, weight, out, *numbers))
+        kernel((rows,), (THREADS,), (x, addend, bias, post_norm, weight, out, *numbers), dependent=True)

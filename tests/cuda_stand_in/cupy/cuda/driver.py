@@ -10,7 +10,10 @@ CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 
 @dataclass
 class Launch:
-    """A launch of a kernel, which runs when it is called."""
+    """A launch of a kernel, which runs when it is called.
+
+    If it is dependent, `previous` runs while it waits.
+    """
 
     kernel: Any
     grid: tuple
@@ -20,8 +23,8 @@ class Launch:
     dependent: bool
     cluster: int
 
-    def __call__(self):
-        options = self.shared_mem, self.dependent, self.cluster
+    def __call__(self, previous=None):
+        options = self.shared_mem, self.dependent, self.cluster, previous
         self.kernel.launch(self.grid, self.block, self.values, *options)
 
 
