@@ -210,8 +210,8 @@ inline void run_cluster() {
     }
     while (alive > 0) {
         alive = 0;
-        for (Block &one : blocks) {
-            block = &one;
+        for (int rank = blocks.size() - 1; rank >= 0; rank--) {  // the first block usually reads from the others
+            block = &blocks[rank];
             run_block();
             alive += block->alive;
         }

@@ -9,14 +9,19 @@
 //   group_starts  [K + 1]             query heads group_starts[j] .. group_starts[j + 1] - 1 read KV head j
 //   out           [B, out_stride]     the first H * out_dim columns are written; the other HEAD_DIM - out_dim columns
 //                                         of each head are padding, which is zero in q, k_cache and v_cache
-//   partials      [B, K * pieces, splits] of Part; not used if there is one split
+//   partials      [B, K * pieces, splits / cluster] of Part; not used if one cluster has all splits
 //   counters      [B, K * pieces]     zeros before a launch, and zeros again after it
 //
 // The grid is (splits, K * pieces, B), with enough pieces of 8 query heads for the largest group. The keys that
 // the sequence attends to (the last `window`, or all if that is 0) are divided into runs, one per split. The warps
-// of a split take turns at tiles of 16 keys. The split that finishes last combines the results of all splits, in a
-// fixed order. So there is one launch, and it always gives the same bits. Lengths are read on the GPU, so the same
-// grid serves all lengths; splits without keys return at once.
+// of a split take turns at tiles of 16 keys. The first block of a cluster combines the results of its splits, which it
+// reads from their shared memory. The cluster that finishes last combines the results of all clusters, through
+// `partials`; a cluster of 8 splits does not need that for up to 512 keys. Both orders are fixed, so there is one launch, and it
+// always gives the same bits. Without clusters, each split is one. Lengths are read on the GPU, so the same grid serves
+// all lengths; splits without keys return at once.
+//
+// Lengths and slots are loaded before the wait for the previous kernel (qkv), which writes neither. So the loads after
+// it, of queries, keys and values, wait for no other load.
 //
 // Each key and value is read once for all heads of a group, directly into the registers that feed the tensor
 // cores: 4 d bytes per key and KV head, and nothing else of that size. A sum over d may be in any order, and so
@@ -42,23 +47,31 @@ struct alignas(16) Part {  // the result of attention over some of the keys
     float context[HEADS][HEAD_DIM];  // the sum of exp(score - max) * value
 };
 
-// Combines n parts: returns 4 columns of a head's context, and sets the head's max and sum.
-__device__ inline float4 merged(const Part *parts, int n, int head, int column, float &max, float &sum) {
-    max = parts[0].max[head];
-    for (int i = 1; i < n; i++) max = fmaxf(max, parts[i].max[head]);
+// Combines n parts, part_of(0) and so on: returns 4 columns of a head's context, and sets the head's max and sum.
+template <class PartOf>
+__device__ inline float4 merged(PartOf part_of, int n, int head, int column, float &max, float &sum) {
+    max = part_of(0)->max[head];
+    for (int i = 1; i < n; i++) max = fmaxf(max, part_of(i)->max[head]);
     sum = 0;
     float4 context = {0, 0, 0, 0};
 #pragma unroll 4
     for (int i = 0; i < n; i++) {
-        const float weight = __expf(parts[i].max[head] - max);  // 0 for a part without keys
-        const float4 more = *reinterpret_cast<const float4 *>(&parts[i].context[head][column]);
-        sum += weight * parts[i].sum[head];
+        const Part &part = *part_of(i);
+        const float weight = __expf(part.max[head] - max);  // 0 for a part without keys
+        const float4 more = *reinterpret_cast<const float4 *>(&part.context[head][column]);
+        sum += weight * part.sum[head];
         context.x += weight * more.x;
         context.y += weight * more.y;
         context.z += weight * more.z;
         context.w += weight * more.w;
     }
     return context;
+}
+
+__device__ inline void put(Part &part, int head, int column, float4 context, float max, float sum) {
+    *reinterpret_cast<float4 *>(&part.context[head][column]) = context;
+    part.max[head] = max;
+    part.sum[head] = sum;
 }
 
 // Writes 4 columns of a head's context, without padding.
@@ -80,26 +93,34 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     int max_blocks, int out_stride, int window, int out_dim, float scale, float cap) {
     __shared__ Part of_warps[WARPS];
     __shared__ bool last;
-    wait_for_previous();
-    let_next_start();
+    DYNAMIC_SHARED(Part, of_block);  // for the other blocks of a cluster
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int split = blockIdx.x, kv_head = blockIdx.y / pieces, sequence = blockIdx.z;
     const int all_heads = group_starts[gridDim.y / pieces];
     const int first_head = group_starts[kv_head] + blockIdx.y % pieces * HEADS;
     const int heads = min(HEADS, group_starts[kv_head + 1] - first_head);
-    if (heads <= 0) return;
     Half *const my_out = out + static_cast<long long>(sequence) * out_stride + first_head * out_dim;
 
     // This split's tiles, counted from the first visible key.
-    const int length = lengths[sequence];
+    const int length = load_early(lengths + sequence);
     const int first_key = window > 0 ? max(0, length - window) : 0;
     const int tiles = (length - first_key + TILE - 1) / TILE;
     const int splits = min(static_cast<int>(gridDim.x), (tiles + WARPS - 1) / WARPS);  // splits that have keys
+    const int begin = tiles * split / max(splits, 1), end = tiles * (split + 1) / max(splits, 1);
+    const int *const table = block_table + static_cast<long long>(sequence) * max_blocks;
+    const auto slot_of = [=](int tile) {  // slot of key lane % 16 of the tile, or of the last key after the end
+        const int key = max(min(first_key + tile * TILE + lane % TILE, length - 1), 0);
+        return table[key / BLOCK_SIZE] * BLOCK_SIZE + key % BLOCK_SIZE;
+    };
+    int slot = slot_of(begin + warp);
+
+    wait_for_previous();
+    let_next_start();
+    if (heads <= 0) return;
     if (length == 0 && split == 0) {
         for (int i = threadIdx.x; i < heads * out_dim; i += blockDim.x) my_out[i] = Half{};
     }
     if (split >= splits) return;
-    const int begin = tiles * split / splits, end = tiles * (split + 1) / splits;
 
     // This lane's columns. After the last column, it loads the first again, which is multiplied by zeros or not used.
     int key_columns[KEY_CHUNKS], value_columns[VALUE_CHUNKS];
@@ -118,15 +139,9 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
         value_columns[c] = column < HEAD_DIM ? column : 0;
     }
     const long long plane = static_cast<long long>(kv_head) * slots * HEAD_DIM;
-    const int *const table = block_table + static_cast<long long>(sequence) * max_blocks;
-    const auto slot_of = [=](int tile) {  // slot of key lane % 16 of the tile, or of the last key after the end
-        const int key = min(first_key + tile * TILE + lane % TILE, length - 1);
-        return table[key / BLOCK_SIZE] * BLOCK_SIZE + key % BLOCK_SIZE;
-    };
 
     float max = MINUS_INFINITY, sum = 0;  // for head g; the sum covers only this lane's keys
     float context[VALUE_CHUNKS][4][4] = {};  // [j][i] is element 2j + i/2 of this lane's 8, head 2t + i%2
-    int slot = slot_of(begin + warp);
     for (int tile = begin + warp; tile < end; tile += WARPS) {
         const int next_slot = slot_of(tile + WARPS);  // read early, because the next loads depend on it
         Half8 keys[2][KEY_CHUNKS], values[VALUE_CHUNKS][4];
@@ -211,31 +226,38 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     }
     __syncthreads();
 
+    const int cluster = cluster_size(), group = split / cluster, groups = (splits + cluster - 1) / cluster;
     const long long at = static_cast<long long>(sequence) * gridDim.y + blockIdx.y;
-    Part *const parts = reinterpret_cast<Part *>(partials) + at * gridDim.x;
-    for (int i = threadIdx.x * 4; i < heads * HEAD_DIM; i += blockDim.x * 4) {
-        const int head = i / HEAD_DIM, column = i % HEAD_DIM;
-        const float4 mean = merged(of_warps, WARPS, head, column, max, sum);
-        if (splits == 1) {
-            write_mean(my_out, head, column, out_dim, mean, sum);
-        } else {
-            *reinterpret_cast<float4 *>(&parts[split].context[head][column]) = mean;
-            parts[split].max[head] = max;
-            parts[split].sum[head] = sum;
+    Part *const parts = reinterpret_cast<Part *>(partials) + at * (gridDim.x / cluster);
+    const auto merge = [&](auto part_of, int n, Part *into) {  // if `into` is null, into the output
+        for (int i = threadIdx.x * 4; i < heads * HEAD_DIM; i += blockDim.x * 4) {
+            const int head = i / HEAD_DIM, column = i % HEAD_DIM;
+            const float4 context = merged(part_of, n, head, column, max, sum);
+            if (into == nullptr) {
+                write_mean(my_out, head, column, out_dim, context, sum);
+            } else {
+                put(*into, head, column, context, max, sum);
+            }
         }
+    };
+
+    Part *const of_group = groups == 1 ? nullptr : &parts[group];
+    const int members = min(cluster, splits - group * cluster);  // blocks of this cluster with keys
+    merge([&](int i) { return &of_warps[i]; }, WARPS, members == 1 ? of_group : of_block);
+    if (members > 1) {
+        cluster_barrier();
+        if (cluster_rank() == 0) merge([&](int i) { return in_block(of_block, i); }, members, of_group);
+        cluster_barrier();  // a block must not end before the first has read its part
+        if (cluster_rank() > 0) return;
     }
-    if (splits == 1) return;
+    if (groups == 1) return;
 
     __threadfence();  // write this part before the count
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(&counters[at], 1u) == static_cast<unsigned>(splits - 1);
+    if (threadIdx.x == 0) last = atomicAdd(&counters[at], 1u) == static_cast<unsigned>(groups - 1);
     __syncthreads();
     if (!last) return;
     __threadfence();  // read the count before the other parts
-    for (int i = threadIdx.x * 4; i < heads * HEAD_DIM; i += blockDim.x * 4) {
-        const int head = i / HEAD_DIM, column = i % HEAD_DIM;
-        const float4 mean = merged(parts, splits, head, column, max, sum);
-        write_mean(my_out, head, column, out_dim, mean, sum);
-    }
+    merge([&](int i) { return &parts[i]; }, groups, nullptr);
     if (threadIdx.x == 0) counters[at] = 0;
 }

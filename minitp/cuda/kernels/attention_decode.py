@@ -1,5 +1,6 @@
 """Launch attention_decode.cu: the attention of a decode pass, over a paged cache."""
 
+from functools import cache
 from math import ceil
 
 import numpy as np
@@ -10,6 +11,7 @@ THREADS = 128
 HEADS = 8  # query heads per block
 KEYS = 64  # keys that a block's warps read at once; a smaller split would waste some of them
 BLOCKS = 2  # blocks per SM: together 64 KiB of loads in flight, three times what saturates the memory
+CLUSTER = 8  # most splits per cluster; every GPU with clusters can run this many blocks together
 
 
 class AttentionDecode:
@@ -59,14 +61,28 @@ class AttentionDecode:
         self._rows = len(query_groups) * self._pieces  # rows of the grid
         self._window, self._options = np.int32(window or 0), attention_options(head_dim, scale, softcap)
         self._most_splits = ceil(min(max_context, window or max_context) / KEYS)
-        self._target_blocks = BLOCKS * processors
+        self._slots, self._has_clusters = BLOCKS * processors, compiler.has_clusters
+        self.splits = cache(self._splits)
         parts = max(batch * self._rows * self.splits(batch) for batch in range(1, max_batch + 1))
         self._partials = xp.empty((parts, HEADS * (2 + padded(head_dim))), dtype=np.float32)  # see Part
+        self._part_bytes = self._partials[0].nbytes
         self._counters = xp.zeros(max_batch * self._rows, dtype=np.uint32)
 
-    def splits(self, batch):
-        """Return the number of blocks that share a sequence's keys, enough for the batch to fill the GPU."""
-        return max(1, min(self._most_splits, ceil(self._target_blocks / (batch * self._rows))))
+    def _splits(self, batch):
+        """Return the number of blocks that share a sequence's keys, so that the batch fills the GPU.
+
+        The time is the number of waves of blocks, each as long as one split. This is the smallest number
+        whose time is within 5% of the least. A cluster has 2, 4 or 8 splits.
+        """
+        numbers = range(1, min(self._most_splits, self._slots) + 1)
+        if self._has_clusters:
+            numbers = [n for n in numbers if n % CLUSTER == 0 or n in (1, 2, 4)]
+        times = {n: ceil(batch * self._rows * n / self._slots) / n for n in numbers}
+        return next(n for n in numbers if times[n] <= 1.05 * min(times.values()))
+
+    def cluster(self, batch):
+        """Return the number of splits per cluster."""
+        return min(CLUSTER, self.splits(batch)) if self._has_clusters else 1
 
     def __call__(self, q, k_cache, v_cache, block_table, lengths, out):
         """Write the context of `q` into the first H * d columns of `out`.
@@ -83,7 +99,9 @@ class AttentionDecode:
         scratch = (self._partials, self._counters)
         grid = (self.splits(batch), self._rows, batch)
         args = (*pointers, *scratch, *map(np.int32, numbers), *self._options)
-        self._kernel(grid, (THREADS,), args, dependent=True)
+        cluster = self.cluster(batch)
+        shared = self._part_bytes if cluster > 1 else 0
+        self._kernel(grid, (THREADS,), args, shared, dependent=True, cluster=cluster)
 
 
 def attention_defines(head_dim, block_size, softcap):

@@ -32,6 +32,7 @@ __device__ inline unsigned pair(Half first, Half second) {
 }
 __device__ inline uint4 load_once(const uint4 *p, bool there) { return there ? *p : uint4{}; }
 __device__ inline Half8 load_once(const Half8 *p) { return *p; }
+__device__ inline int load_early(const int *p) { return *p; }
 __device__ inline void store_release(unsigned long long *p, unsigned long long x) {
     __atomic_store_n(p, x, __ATOMIC_RELEASE);
 }
@@ -109,6 +110,14 @@ __device__ inline Half8 load_once(const Half8 *p) {
     } x;
     x.words = load_once(reinterpret_cast<const uint4 *>(p), true);
     return x.halves;
+}
+
+// Loads, before the wait for the previous kernel, what an earlier kernel wrote: from L2, because this
+// multiprocessor's L1 may have an older value.
+__device__ inline int load_early(const int *p) {
+    int x;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
 }
 
 // Copies 16 bytes to shared memory without using registers; copies_done() waits for them.

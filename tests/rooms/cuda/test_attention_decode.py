@@ -46,11 +46,11 @@ class Case:
         blocks = self.block_table[b, positions // self.block_size]
         return blocks * self.block_size + positions % self.block_size
 
-    def launcher(self, processors, max_context=None):
+    def launcher(self, processors, max_context=None, has_clusters=False):
         dtype, (batch, _, head_dim) = self.q.dtype, self.q.shape
         context = max_context or int(self.lengths.max())
         shape = (self.groups, head_dim, self.block_size, batch, context, processors, self.window)
-        return AttentionDecode(CpuCompiler(dtype), np, *shape)
+        return AttentionDecode(CpuCompiler(dtype, has_clusters), np, *shape)
 
     def run(self, launcher):
         batch, heads, head_dim = self.q.shape
@@ -123,8 +123,37 @@ def test_a_second_launch_gives_the_same_bits():
     np.testing.assert_array_equal(case.run(launcher), first)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("processors", "splits", "cluster"), [(8, 2, 2), (32, 8, 8), (96, 24, 8)])
+def test_clusters(dtype, processors, splits, cluster):
+    """Check with one cluster and with several, of which some or some blocks have no keys."""
+    case = Case(dtype, [1500, 700, 0, 65], (1, 2), 24)
+    launcher = case.launcher(processors, has_clusters=True)
+    assert (launcher.splits(4), launcher.cluster(4)) == (splits, cluster)
+    first = case.run(launcher)
+    case.check(first)
+    assert not launcher._counters.any()
+    np.testing.assert_array_equal(case.run(launcher), first)
+
+
+PROCESSORS = 132  # of an H100 or H200
+
+
+@pytest.mark.parametrize("has_clusters", [False, True])
+@pytest.mark.parametrize("kv_heads", [8, 2])  # Llama 3 8B and Mistral 7B, whole and with TP=4
+def test_long_contexts_fill_every_wave(kv_heads, has_clusters):
+    """Check the blocks of 16,384 keys without a window; docs/performance.md states them."""
+    launcher = Case(F16, [1], (4,) * kv_heads, 8).launcher(PROCESSORS, 16384, has_clusters)
+    for batch in (1, 2, 4, 8, 16, 32, 64):
+        splits = launcher.splits(batch)
+        blocks, slots = splits * kv_heads * batch, 2 * PROCESSORS
+        assert blocks / slots > 0.95 * -(-blocks // slots)  # the last wave is as full as the others
+        assert blocks <= 2 * slots
+        assert splits % launcher.cluster(batch) == 0
+
+
 def test_splits_fill_the_gpu_but_are_not_too_small():
-    case = Case(F16, [1] * 64, (4,) * 8, 8)
-    launcher = case.launcher(132, max_context=32768)
-    assert [launcher.splits(batch) for batch in (1, 2, 8, 33, 64)] == [33, 17, 5, 1, 1]
-    assert case.launcher(132, max_context=1000).splits(1) == 16
+    case = Case(F16, [1], (4,) * 8, 8)
+    launcher = case.launcher(PROCESSORS, 32768)
+    assert [launcher.splits(batch) for batch in (1, 2, 8, 33, 64)] == [32, 16, 4, 1, 1]
+    assert case.launcher(PROCESSORS, 1000).splits(1) == 16  # 64 keys each
