@@ -44,11 +44,12 @@ class Kernels:
     def __init__(self, model, compiler=None):
         self._model, self._cupy = model, model.device.cupy
         self.compiler = compiler or Compiler(self._cupy, model.device.dtype)
+        self.processors = self._cupy.cuda.Device().attributes["MultiProcessorCount"]
         c = model.config
         norm = {"PLUS_ONE": 1} if c.norm_plus_one else {}
         activation = {} if c.hidden_act == "silu" else {"GELU": 1}
         cap = {} if c.final_logit_softcapping is None else {"SOFT_CAP": 1}
-        self.linear = Linear(self.compiler, **norm, **activation, **cap)
+        self.linear = Linear(self.compiler, self.processors, **norm, **activation, **cap)
         self.rms_norm = RmsNorm(self.compiler, c.post_norms, **norm)
         self.swiglu = Swiglu(self.compiler, **activation)
         self.cache_write = self.heads = None  # a prefill needs one of the two
@@ -85,8 +86,8 @@ class Kernels:
 
     def attention_decode(self, block_size, batch, max_context):
         """Return an AttentionDecode for up to `batch` sequences of `max_context` tokens, by window."""
-        m, processors = self._model, self._cupy.cuda.Device().attributes["MultiProcessorCount"]
-        shape = self._cupy, m.query_groups, m.config.head_dim, block_size, batch, max_context, processors
+        m = self._model
+        shape = self._cupy, m.query_groups, m.config.head_dim, block_size, batch, max_context, self.processors
         return {
             window: AttentionDecode(self.compiler, *shape, window, **m.score_options)
             for window in set(m.config.windows)

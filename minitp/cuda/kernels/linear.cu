@@ -13,9 +13,9 @@
 //                              ops.rms_norm with this weight first. Every block computes this; with more tokens, a
 //                              separate launch is faster
 //
-// Macros: TOKEN_TILES, the number of tiles of 8 tokens; PAIR_TILES, see below; NORM; EXPERTS, if expert_linear.cu
-// includes this file: then the rows of x may be any, listed in Product::rows. Some families need PLUS_ONE (the norm is
-// ops.rms_norm_plus_one), GELU (swiglu becomes ops.geglu) or SOFT_CAP (of the logits, at `cap`).
+// Macros: TOKEN_TILES, the number of tiles of 8 tokens; PAIR_TILES and SPLITS, see below; NORM; EXPERTS, if
+// expert_linear.cu includes this file: then the rows of x may be any, listed in Product::rows. Some families need
+// PLUS_ONE (the norm is ops.rms_norm_plus_one), GELU (swiglu becomes ops.geglu) or SOFT_CAP (of the logits, at `cap`).
 //
 // Most of the time goes into reading the weights, each once. Rows of weight are processed in pairs whose outputs are
 // needed together (gate and up, or the two that RoPE rotates), in tiles of 8 pairs. These are the 16 rows of a tensor
@@ -27,7 +27,9 @@
 //
 // A block has PAIR_TILES tiles, and every block reads all of x from the L2 cache: tokens / (16 PAIR_TILES) bytes per
 // byte of weight. So PAIR_TILES is 2 for many tokens. For few tokens it is 1, so that more blocks share the work. The
-// 8 warps of a block add their sums in a fixed order. Neither a warp's columns nor their order depends on the macros,
+// 8 warps of a block add their sums in a fixed order. If so few rows would leave multiprocessors idle, SPLITS blocks, a
+// cluster, share the columns of a tile as 8 SPLITS warps do. They read each other's sums from shared memory, and each
+// completes a part of the outputs. SPLITS depends on the matrix and the GPU, but not on the number of tokens. Neither a warp's columns nor their order depends on the macros,
 // so a token's output has the same bits whichever other tokens are in the batch. (This includes the norm: a row is
 // summed in the same order as in rms_norm.cu.)
 
@@ -37,9 +39,14 @@ constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int TILE = 8;                     // pairs, or tokens, per tile
 constexpr int TOKENS = TILE * TOKEN_TILES;  // maximum number of tokens
 constexpr int COLUMNS = 8;                  // columns per load: a uint4, whose words are pairs of columns
-constexpr int NEXT = 32 * WARPS / COLUMNS;  // distance between two chunks of a warp, in uint4
+#ifndef SPLITS
+#define SPLITS 1
+#endif
+constexpr int NEXT = 32 * WARPS * SPLITS / COLUMNS;  // distance between two chunks of a warp, in uint4
 constexpr int IN_FLIGHT = 4 / PAIR_TILES;   // chunks in flight, with two loads per tile of pairs
 constexpr int BLOCKS = TOKEN_TILES <= 2 ? 3 : 8 / TOKEN_TILES;  // blocks per SM, limited by registers
+
+using Sums = float[2][TOKENS][TILE];  // of the first and the second rows of a tile of pairs
 
 struct Product {
     const Half *x, *weight, *norm;
@@ -126,15 +133,28 @@ __device__ inline const uint4 *at(const Half *matrix, int row, int stride, int c
     return reinterpret_cast<const uint4 *>(matrix + static_cast<long long>(row) * stride + column);
 }
 
+__device__ inline void split_barrier() {
+    if (SPLITS > 1) {
+        cluster_barrier();
+    } else {
+        __syncthreads();
+    }
+}
+
 // Calls finish(token, n, y of the first row, y of the second row) once for each token and each n < pairs.
 // rows_of(n) are the rows of pair n.
 template <class RowsOf, class Finish>
 __device__ void multiply(const Product &p, int pairs, RowsOf rows_of, Finish finish) {
-    __shared__ float partial[WARPS][2][TOKENS][TILE];
+#if SPLITS > 1
+    DYNAMIC_SHARED(Sums, partial);  // replaces the normed x
+#else
+    __shared__ Sums partial[WARPS];
+#endif
+    const int rank = blockIdx.x % SPLITS;  // in the cluster
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    const int first_pair = blockIdx.x * PAIR_TILES * TILE;
+    const int first_pair = blockIdx.x / SPLITS * PAIR_TILES * TILE;
 
-    int column = (warp * 4 + t) * COLUMNS;
+    int column = ((rank * WARPS + warp) * 4 + t) * COLUMNS;
     const uint4 *row[PAIR_TILES][2];  // pointers to `column`; a row after the last is replaced by the last
     for (int tile = 0; tile < PAIR_TILES; tile++) {
         const Rows rows = rows_of(first_pair + tile * TILE + g);
@@ -186,23 +206,25 @@ __device__ void multiply(const Product &p, int pairs, RowsOf rows_of, Finish fin
 
 #pragma unroll
     for (int pair_tile = 0; pair_tile < PAIR_TILES; pair_tile++) {
-        if (pair_tile > 0) __syncthreads();  // the previous tile's sums have been read
+        if (pair_tile > 0 || SPLITS > 1) split_barrier();  // the previous contents of `partial` have been read
 #pragma unroll
         for (int i = 0; i < TOKEN_TILES * 4; i++) {
             const int token = i / 4 * TILE + 2 * t + i % 2;
             if (token < p.tokens) partial[warp][i / 2 % 2][token][g] = sums[pair_tile][i / 4][i % 4];
         }
-        __syncthreads();
-        for (int i = threadIdx.x; i < p.tokens * TILE; i += THREADS) {
+        split_barrier();
+        for (int i = threadIdx.x * SPLITS + rank; i < p.tokens * TILE; i += THREADS * SPLITS) {
             const int token = i / TILE, n = first_pair + pair_tile * TILE + i % TILE;
             float first = 0, second = 0;
-            for (int w = 0; w < WARPS; w++) {
-                first += partial[w][0][token][i % TILE];
-                second += partial[w][1][token][i % TILE];
+            for (int w = 0; w < WARPS * SPLITS; w++) {
+                const Sums &sums_of_warp = *(SPLITS > 1 ? in_block(partial + w % WARPS, w / WARPS) : partial + w);
+                first += sums_of_warp[0][token][i % TILE];
+                second += sums_of_warp[1][token][i % TILE];
             }
             if (n < pairs) finish(token, n, first, second);
         }
     }
+    if (SPLITS > 1) cluster_barrier();  // a block must not end before the others have read its sums
 }
 
 // The same for outputs that need no partner: calls finish(token, output, y). 16 outputs form a tile of pairs.

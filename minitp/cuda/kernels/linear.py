@@ -1,12 +1,14 @@
 """Launch linear.cu: products of a few rows with a weight matrix, fused with what follows in a layer."""
 
 from functools import cache
+from math import ceil
 
 import numpy as np
 
 THREADS = 256
 TILE = 8  # pairs of weight rows, or tokens, per tile
 MAX_TOKENS = 64
+SPLIT_COLUMNS = 1024  # fewest columns per split: what a block's warps request at once
 NORM_BYTES = 96 << 10  # shared memory for the normed x, which every GPU since sm_80 has
 
 
@@ -24,12 +26,14 @@ class Linear:
     Parameters
     ----------
     compiler : Compiler
+    processors : int
+        Number of streaming multiprocessors, for which products with few rows are split.
     defines
         Macros: PLUS_ONE for `ops.rms_norm_plus_one`, GELU for `ops.geglu`, SOFT_CAP for capped logits.
     """
 
-    def __init__(self, compiler, **defines):
-        self._compiler, self._defines = compiler, defines
+    def __init__(self, compiler, processors=1, **defines):
+        self._compiler, self._processors, self._defines = compiler, processors, defines
         self._kernel = cache(self._compile)  # one cache per Linear
 
     @staticmethod
@@ -123,21 +127,33 @@ class Linear:
         if norm is not None and not self.norm_fits(tokens, width):
             raise ValueError(f"x [{tokens}, {width}]: a fused norm needs one row of up to {NORM_BYTES} bytes")
         token_tiles, pair_tiles = tiles_of(tokens)
-        kernel = self._kernel(name, token_tiles, pair_tiles, norm is not None)
+        splits = self.splits(pairs, width)
+        kernel = self._kernel(name, token_tiles, pair_tiles, splits, norm is not None)
         norm_weight, eps = norm or (None, 0)
         norm_size = 0 if norm is None else len(norm_weight)
         sizes = np.float32(eps), np.int32(norm_size), np.int32(tokens), np.int32(width)
-        blocks = -(-pairs // (pair_tiles * TILE))
-        shared = 0 if norm is None else 2 * width
+        blocks = -(-pairs // (pair_tiles * TILE)) * splits
+        normed, sums = 0 if norm is None else 2 * width, THREADS // 32 * 2 * TILE * token_tiles * TILE * 4
+        shared = max(normed, sums) if splits > 1 else normed
         args = (x, weight, norm_weight, *sizes, *rest)
-        kernel((blocks,), (THREADS,), args, shared_mem=shared, dependent=True)
+        kernel((blocks,), (THREADS,), args, shared, dependent=True, cluster=splits)
 
-    def _compile(self, name, token_tiles, pair_tiles, normed):
-        defines = {
-            "TOKEN_TILES": token_tiles,
-            "PAIR_TILES": pair_tiles,
-            **({"NORM": 1} if normed else {}),
-        } | self._defines
+    def splits(self, pairs, width):
+        """Return the number of blocks that share the columns of each tile of pairs, as a cluster.
+
+        It is the smallest number with which the busiest multiprocessor reads at most 10% more than with the
+        best. It does not depend on the number of tokens, because it changes the order of sums.
+        """
+        numbers = [n for n in (1, 2, 4) if n == 1 or width >= n * SPLIT_COLUMNS]
+        if not self._compiler.has_clusters:
+            return 1
+        tiles = ceil(pairs / TILE)
+        busiest = {n: ceil(tiles * n / self._processors) / n for n in numbers}
+        return next(n for n in numbers if busiest[n] <= 1.1 * min(busiest.values()))
+
+    def _compile(self, name, token_tiles, pair_tiles, splits, normed):
+        defines = {"TOKEN_TILES": token_tiles, "PAIR_TILES": pair_tiles} | self._defines
+        defines |= ({"SPLITS": splits} if splits > 1 else {}) | ({"NORM": 1} if normed else {})
         kernel = self._compiler.kernel("linear.cu", name, **defines)
         if normed:
             kernel.allow_shared_memory(NORM_BYTES)

@@ -173,6 +173,51 @@ def test_rope_gives_the_same_bits_as_the_operation(dtype):
     np.testing.assert_array_equal(values, v)
 
 
+# Rows and columns of the products of one rank of Mistral 7B with TP=4 on 132 multiprocessors: blocks for each tile of
+# 16 rows, blocks, and tiles that the busiest multiprocessor reads (0.75: three blocks with a quarter of the columns).
+SHAPES = {
+    "qkv": (1536, 4096, 4, 384, 0.75),
+    "o": (4096, 1024, 1, 256, 2),
+    "gate and up": (7168, 4096, 2, 896, 3.5),
+    "down": (4096, 3584, 1, 256, 2),
+    "logits": (8000, 4096, 1, 500, 4),
+    "qkv, TP=1": (6144, 4096, 1, 384, 3),
+    "gate and up, TP=1": (28672, 4096, 1, 1792, 14),
+    "qkv, TP=2": (3072, 4096, 2, 384, 1.5),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_splits_leave_no_multiprocessor_idle(name):
+    rows, width, splits, blocks, busiest = SHAPES[name]
+    linear = Linear(CpuCompiler(np.float16, has_clusters=True), 132)
+    assert linear.splits(rows // 2, width) == splits
+    assert rows // 16 * splits == blocks
+    assert -(-blocks // 132) / splits == busiest
+    assert Linear(CpuCompiler(np.float16), 132).splits(rows // 2, width) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "outputs", "splits", "with_norm"), [(DTYPES[0], 24, 4, False), (DTYPES[1], 40, 2, True)]
+)
+def test_split_products(dtype, outputs, splits, with_norm):
+    """Check products that clusters of blocks share, for all tokens together and for a few of them."""
+    draw, width, processors = Draw(dtype, outputs), 4096, 9
+    linear = Linear(CpuCompiler(dtype, has_clusters=True), processors)
+    assert linear.splits(-(-outputs // 16) * 8, width) == splits
+    x, weight, bias = draw(MAX_TOKENS, width), draw.weight(outputs, width), draw(outputs)
+    norm = draw.norm(width) if with_norm else None
+    together, one = canary(draw, MAX_TOKENS, outputs + 3), canary(draw, 1, outputs + 3)
+    linear.store(normed(x, norm), weight, together, bias)
+    assert_nearly_equal(together[:, :-3], ops.column_parallel(np, normed(x, norm), weight.T, bias))
+    assert np.isnan(together[:, -3:]).all()
+    linear.store(x[:1], weight, one, bias, norm)
+    if with_norm:
+        assert_nearly_equal(one[:, :-3], together[:1, :-3])
+    else:
+        np.testing.assert_array_equal(one[:, :-3], together[:1, :-3])
+
+
 def test_a_tokens_output_does_not_depend_on_the_rest_of_the_batch(dtype):
     draw = Draw(dtype, 1)
     x, weight = draw(MAX_TOKENS, 1304), draw.weight(24, 1304)
