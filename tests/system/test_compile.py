@@ -16,11 +16,20 @@ PAGED += [{"HEAD_DIM": 256, "BLOCK_SIZE": 16, "SOFT_CAP": 1}]  # needs the most 
 GEMMA = {"PLUS_ONE": 1, "GELU": 1, "SOFT_CAP": 1}
 
 LINEAR = [
-    {"TOKEN_TILES": 1, "PAIR_TILES": 1},
     {"TOKEN_TILES": 1, "PAIR_TILES": 1, "NORM": 1},
     {"TOKEN_TILES": 2, "PAIR_TILES": 1},
     {"TOKEN_TILES": 4, "PAIR_TILES": 2},
     {"TOKEN_TILES": 8, "PAIR_TILES": 2},
+]
+
+# The variants that need the most registers: with NORM, split, and with the most tiles of pairs.
+SPLIT_LINEAR = [
+    {"TOKEN_TILES": 1, "PAIR_TILES": 1, "SPLITS": 4},
+    {"TOKEN_TILES": 1, "PAIR_TILES": 1, "NORM": 1},
+    {"TOKEN_TILES": 2, "PAIR_TILES": 2, **GEMMA},
+    {"TOKEN_TILES": 4, "PAIR_TILES": 2, "SPLITS": 2},
+    {"TOKEN_TILES": 8, "PAIR_TILES": 2},
+    {"TOKEN_TILES": 8, "PAIR_TILES": 4},
 ]
 
 # Each file with the macros that it is compiled with; macros that change the code have each of their values.
@@ -32,10 +41,10 @@ VARIANTS = {
     "attention_prefill.cu": PAGED,
     "begin_decode.cu": [{}],
     "cache_write.cu": [{"HEAD_DIM": 128}],
-    "expert_linear.cu": LINEAR[1:],
+    "expert_linear.cu": LINEAR,
     "expert_sum.cu": [{}],
     "heads.cu": [{"PLUS_ONE": 1}],
-    "linear.cu": [*LINEAR, {"TOKEN_TILES": 2, "PAIR_TILES": 1, **GEMMA}],
+    "linear.cu": SPLIT_LINEAR,
     "read_memory.cu": [{}],
     "rms_norm.cu": [{}, {"POST_NORM": 1, "PLUS_ONE": 1}],
     "route.cu": [{}],

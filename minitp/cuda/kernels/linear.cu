@@ -26,8 +26,8 @@
 // the next.
 //
 // A block has PAIR_TILES tiles, and every block reads all of x from the L2 cache: tokens / (16 PAIR_TILES) bytes per
-// byte of weight. So PAIR_TILES is 2 for many tokens. For few tokens it is 1, so that more blocks share the work. The
-// 8 warps of a block add their sums in a fixed order. If so few rows would leave multiprocessors idle, SPLITS blocks, a
+// byte of weight. For many tokens, linear.py compares this with the work of the busiest multiprocessor. For few tokens
+// PAIR_TILES is 1, so that more blocks share the work. The 8 warps of a block add their sums in a fixed order. If so few rows would leave multiprocessors idle, SPLITS blocks, a
 // cluster, share the columns of a tile as 8 SPLITS warps do. They read each other's sums from shared memory, and each
 // completes a part of the outputs. SPLITS depends on the matrix and the GPU, but not on the number of tokens. Neither a warp's columns nor their order depends on the macros,
 // so a token's output has the same bits whichever other tokens are in the batch. (This includes the norm: a row is
@@ -44,7 +44,7 @@ constexpr int COLUMNS = 8;                  // columns per load: a uint4, whose 
 #endif
 constexpr int NEXT = 32 * WARPS * SPLITS / COLUMNS;  // distance between two chunks of a warp, in uint4
 constexpr int IN_FLIGHT = 4 / PAIR_TILES;   // chunks in flight, with two loads per tile of pairs
-constexpr int BLOCKS = TOKEN_TILES <= 2 ? 3 : 8 / TOKEN_TILES;  // blocks per SM, limited by registers
+constexpr int BLOCKS = TOKEN_TILES * PAIR_TILES <= 2 ? 3 : TOKEN_TILES <= 4 ? 2 : 1;  // per SM; registers limit it
 
 using Sums = float[2][TOKENS][TILE];  // of the first and the second rows of a tile of pairs
 

@@ -8,6 +8,7 @@ import numpy as np
 THREADS = 256
 TILE = 8  # pairs of weight rows, or tokens, per tile
 MAX_TOKENS = 64
+PAIR_TILES = {1: (1,), 2: (1, 2), 4: (2,), 8: (2, 4)}  # TOKEN_TILES -> values for which registers suffice
 SPLIT_COLUMNS = 1024  # fewest columns per split: what a block's warps request at once
 NORM_BYTES = 96 << 10  # shared memory for the normed x, which every GPU since sm_80 has
 
@@ -126,7 +127,7 @@ class Linear:
             raise ValueError(f"x has {tokens} rows; linear.cu supports up to {MAX_TOKENS}")
         if norm is not None and not self.norm_fits(tokens, width):
             raise ValueError(f"x [{tokens}, {width}]: a fused norm needs one row of up to {NORM_BYTES} bytes")
-        token_tiles, pair_tiles = tiles_of(tokens)
+        token_tiles, pair_tiles = tiles_of(tokens)[0], self.pair_tiles(tokens, pairs)
         splits = self.splits(pairs, width)
         kernel = self._kernel(name, token_tiles, pair_tiles, splits, norm is not None)
         norm_weight, eps = norm or (None, 0)
@@ -137,6 +138,24 @@ class Linear:
         shared = max(normed, sums) if splits > 1 else normed
         args = (x, weight, norm_weight, *sizes, *rest)
         kernel((blocks,), (THREADS,), args, shared, dependent=True, cluster=splits)
+
+    def pair_tiles(self, tokens, pairs):
+        """Return the macro PAIR_TILES: the one with which the busiest multiprocessor reads the fewest bytes.
+
+        These are a block's weights, and x once per block: tokens / (16 pair tiles) bytes per byte of weight.
+        Every multiprocessor should have two blocks, so that one reads while the other adds up.
+        """
+        token_tiles, fewest = tiles_of(tokens)
+
+        def busiest(tiles):
+            return ceil(pairs / (tiles * TILE * self._processors)) * tiles * (1 + tokens / (2 * TILE * tiles))
+
+        numbers = [
+            n
+            for n in PAIR_TILES[token_tiles]
+            if n == fewest or pairs > n * TILE * self._processors  # some have two blocks
+        ]
+        return min(numbers, key=busiest)
 
     def splits(self, pairs, width):
         """Return the number of blocks that share the columns of each tile of pairs, as a cluster.
@@ -161,9 +180,9 @@ class Linear:
 
 
 def tiles_of(tokens):
-    """Return the macros TOKEN_TILES and PAIR_TILES for a number of tokens."""
-    token_tiles = next(tiles for tiles in (1, 2, 4, 8) if tokens <= tiles * TILE)
-    return token_tiles, 1 if token_tiles <= 2 else 2
+    """Return the macro TOKEN_TILES for a number of tokens, and the lowest PAIR_TILES."""
+    token_tiles = next(tiles for tiles in PAIR_TILES if tokens <= tiles * TILE)
+    return token_tiles, PAIR_TILES[token_tiles][0]
 
 
 def pairs_of(outputs):

@@ -173,8 +173,8 @@ def test_rope_gives_the_same_bits_as_the_operation(dtype):
     np.testing.assert_array_equal(values, v)
 
 
-# Rows and columns of the products of one rank of Mistral 7B with TP=4 on 132 multiprocessors: blocks for each tile of
-# 16 rows, blocks, and tiles that the busiest multiprocessor reads (0.75: three blocks with a quarter of the columns).
+# Products of one rank of Mistral 7B with TP=4, unless stated otherwise: rows, columns, splits of the columns,
+# blocks on 132 multiprocessors, and tiles of 16 rows that the busiest reads (0.75: 3 blocks with a quarter).
 SHAPES = {
     "qkv": (1536, 4096, 4, 384, 0.75),
     "o": (4096, 1024, 1, 256, 2),
@@ -218,13 +218,29 @@ def test_split_products(dtype, outputs, splits, with_norm):
         np.testing.assert_array_equal(one[:, :-3], together[:1, :-3])
 
 
+@pytest.mark.parametrize(
+    ("tokens", "before", "after"), [(8, 1.5, 1.5), (16, 2, 1.73), (32, 2, 2), (64, 3, 2.46)]
+)
+def test_bytes_through_the_l2_cache_per_byte_of_weight(tokens, before, after):
+    """Check the bytes of all products of Mistral 7B; docs/performance.md states them."""
+    linear = Linear(CpuCompiler(np.float16, has_clusters=True), 132)
+    products = [(6144, 4096, 32), (4096, 4096, 32), (28672, 4096, 32), (4096, 14336, 32), (32000, 4096, 1)]
+    weights = [rows * width * count for rows, width, count in products]
+    fixed = 1 + tokens / (16 if tokens <= 16 else 32)
+    chosen = [1 + tokens / (16 * linear.pair_tiles(tokens, rows // 2)) for rows, _, _ in products]
+    assert fixed == before
+    assert np.average(chosen, weights=weights) == pytest.approx(after, abs=0.01)
+
+
 def test_a_tokens_output_does_not_depend_on_the_rest_of_the_batch(dtype):
     draw = Draw(dtype, 1)
-    x, weight = draw(MAX_TOKENS, 1304), draw.weight(24, 1304)
-    together = np.full((MAX_TOKENS, 24), np.nan, np.float32)
+    outputs = 136  # 9 tiles of pairs, enough for the highest PAIR_TILES on one processor
+    assert [LINEAR[dtype].pair_tiles(tokens, outputs // 2) for tokens in (1, 10, 20, 64)] == [1, 2, 2, 4]
+    x, weight = draw(MAX_TOKENS, 1304), draw.weight(outputs, 1304)
+    together = np.full((MAX_TOKENS, outputs), np.nan, np.float32)
     LINEAR[dtype].logits(x, weight, together)
     for tokens in (1, 10, 20):
-        few = np.full((tokens, 24), np.nan, np.float32)
+        few = np.full((tokens, outputs), np.nan, np.float32)
         LINEAR[dtype].logits(x[-tokens:], weight, few)
         np.testing.assert_array_equal(few, together[-tokens:])
 
