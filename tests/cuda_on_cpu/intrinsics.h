@@ -106,9 +106,25 @@ Value of_lane(Value own, int lane) {
     return other;
 }
 
+// Sleeps for a random time of up to CUDA_ON_CPU_DELAY microseconds, an environment variable, on every fourth call.
+inline void delay() {
+    static const char *const most = getenv("CUDA_ON_CPU_DELAY");
+    static unsigned seed = getpid();
+    if (most != nullptr && rand_r(&seed) % 4 == 0) usleep(rand_r(&seed) % atoi(most));
+}
+
+// Flags are exchanged with other processes: before and after each of these, the others may do a lot of work.
+inline void store_release(unsigned long long *p, unsigned long long x) {
+    delay();
+    __atomic_store_n(p, x, __ATOMIC_RELEASE);
+    delay();
+}
+
 inline unsigned long long load_acquire(const unsigned long long *p) {
     sched_yield();  // the awaited process may need this core
-    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+    const unsigned long long x = __atomic_load_n(p, __ATOMIC_ACQUIRE);
+    delay();
+    return x;
 }
 
 inline long long nanoseconds() {

@@ -34,7 +34,7 @@ __device__ inline uint4 load_once(const uint4 *p, bool there) { return there ? *
 __device__ inline Half8 load_once(const Half8 *p) { return *p; }
 __device__ inline int load_early(const int *p) { return *p; }
 __device__ inline void store_release(unsigned long long *p, unsigned long long x) {
-    __atomic_store_n(p, x, __ATOMIC_RELEASE);
+    cuda_on_cpu::store_release(p, x);
 }
 __device__ inline unsigned long long load_acquire(const unsigned long long *p) {
     return cuda_on_cpu::load_acquire(p);

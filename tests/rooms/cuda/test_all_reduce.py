@@ -153,6 +153,37 @@ def test_many_calls_with_a_different_rank_late_each_time(ranks):
     np.testing.assert_array_equal(out, np.broadcast_to(terms.sum(1)[None, :, None, None], out.shape))
 
 
+def test_many_replays_with_random_delays(monkeypatch):
+    """Check sums of 1 to 64 rows while every rank sleeps at random around each access to a flag.
+
+    A rank that does not wait for another one, or a slot that is written too early, changes a sum.
+    """
+    monkeypatch.setenv("CUDA_ON_CPU_DELAY", "200")
+    replays, ranks, most_rows, width = 40, 3, 64, 16
+    host = Host(np.float16, ranks, most_rows, width)
+    rows = np.random.default_rng(2).choice([1, 1, 2, 3, 8, most_rows], replays)
+    terms = np.arange(1, ranks + 1)[None, :] + np.arange(replays)[:, None]  # [replays, ranks]
+    shape = (ranks, replays, most_rows, width)
+    out, residual = results(shape, np.float16), results(shape, np.float16)
+
+    def work(rank, all_reduce):
+        sleep, ones = np.random.default_rng(rank), np.ones((most_rows, width), np.float16)
+        for replay, n in enumerate(rows):
+            time.sleep(sleep.choice([0, 0, 0, 0.001]))
+            partial = np.full((n, width), terms[replay, rank], np.float16) * ones[:n]
+            partial += np.arange(n, dtype=np.float16)[:, None]  # another value in each row
+            all_reduce(partial, out[rank, replay, :n])
+            residual[rank, replay, :n] = 0
+            all_reduce.add_and_norm(partial, residual[rank, replay, :n], ones[0], ones[:n].copy(), EPS)
+
+    host.run(work)
+    for replay, n in enumerate(rows):
+        expected = terms[replay].sum() + ranks * np.arange(n)[None, :, None]
+        np.testing.assert_array_equal(out[:, replay, :n] - expected, 0)
+        np.testing.assert_array_equal(residual[:, replay, :n] - expected, 0)
+    assert not host.missing.any()
+
+
 @pytest.mark.parametrize("absent", [0, 2])
 def test_a_missing_rank_is_named(absent):
     rows, width, patience_s = 2, 64, 1.0
