@@ -9,8 +9,8 @@
 // Each block computes one row, because the norm needs the whole row. Each thread computes 8 of its columns, which
 // stay in registers from the first load to the last store. In its n-th call, a block writes its row into slot n mod
 // 2 of its own rank's region and then n into its flag in every region. It waits until all flags in its own region
-// have reached n, and reads the row from all regions. shared_memory.py explains why two alternating slots are
-// enough. Each block uses only the slots and flags of its own row, so blocks need not wait for each other. The GPU
+// have reached n, and reads the row from all regions. docs/architecture.md explains why two alternating slots are
+// enough, and the order of these accesses. Each block uses only the slots and flags of its own row, so blocks need not wait for each other. The GPU
 // counts n, so that a captured graph can be replayed.
 //
 //   partial, out, residual, normed Half [rows, width]      one block per row
