@@ -10,6 +10,9 @@ from minitp.generate import prefill
 pytestmark = pytest.mark.usefixtures("cupy")
 
 LAYERS = 2
+# Kernels that may start while the previous one ends.
+PRODUCTS = ("store", "residual", "logits", "swiglu", "qkv")
+DEPENDENTS = {*PRODUCTS, "attention_decode", "rms_norm", "all_reduce", "all_reduce_norm"}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ class PeerSums:
         ("gemma3", 2, "peer", 1, 10, 8),
     ],
 )
-def test_launches_of_a_pass(models, monkeypatch, kind, ranks, transport, sequences, per_layer, others):
+def test_launches_of_a_pass(cupy, models, monkeypatch, kind, ranks, transport, sequences, per_layer, others):
     def run(comm):
         model = model_on_gpu(models[kind], comm)
         model.connect()
@@ -63,7 +66,11 @@ def test_launches_of_a_pass(models, monkeypatch, kind, ranks, transport, sequenc
             cache.pool, cache.block_table = pool, [row]
             prefill(model, cache, [1, 2, 3])
         model.forward_batch([([4], cache) for cache in caches], logits_at=slice(None))
-        return len(pool.graphs[sequences]._graph.launches)
+        return pool.graphs[sequences]._graph.launches
 
     monkeypatch.setattr("minitp.cuda.peer.AllReduce", PeerSums)
-    assert run_on_gpus(ranks, run, transport) == [per_layer * LAYERS + others] * ranks
+    for launches in run_on_gpus(ranks, run, transport):
+        assert len(launches) == per_layer * LAYERS + others
+        kernels = [launch for launch in launches if isinstance(launch, cupy.cuda.driver.Launch)]
+        for launch in kernels:
+            assert launch.dependent == (launch.kernel.name in DEPENDENTS), launch.kernel.name

@@ -16,8 +16,8 @@
 // the sequence attends to (the last `window`, or all if that is 0) are divided into runs, one per split. The warps
 // of a split take turns at tiles of 16 keys. The first block of a cluster combines the results of its splits, which it
 // reads from their shared memory. The cluster that finishes last combines the results of all clusters, through
-// `partials`; a cluster of 8 splits does not need that for up to 512 keys. Both orders are fixed, so there is one launch, and it
-// always gives the same bits. Without clusters, each split is one. Lengths are read on the GPU, so the same grid serves
+// `partials`; a cluster of 8 splits does not need that for up to 512 keys. Both orders are fixed, so there is one launch,
+// and it always gives the same bits. Without clusters, each split is one. Lengths are read on the GPU, so the same grid serves
 // all lengths; splits without keys return at once.
 //
 // Lengths and slots are loaded before the wait for the previous kernel (qkv), which writes neither. So the loads after

@@ -73,7 +73,7 @@ def run_products(compiler, draw):
     linear.residual(x, weight, stream, draw(outputs))
     linear.logits(x[:1], weight, logits[:1], (draw(width), 1e-5))
     linear.swiglu(x, weight, act, draw(outputs))
-    linear.qkv(x, weight, q, keys, values, slot, *angles, 2, 1, head_dim, draw(outputs))
+    linear.qkv(x, weight, q, keys, values, slot, *angles, 2, 1, head_dim, head_dim, draw(outputs))
     return out, stream, logits, act, q, keys, values
 
 

@@ -70,7 +70,8 @@ def normed(cupy, **options):
     """Launch rms_norm with `options` while a graph is captured; return (the launch, its result)."""
     kernel = Compiler(cupy, np.dtype(np.float16)).kernel("rms_norm.cu", "rms_norm")
     x, weight, out = cupy.ones((2, 8), np.float16), cupy.ones(8, np.float16), cupy.zeros((2, 8), np.float16)
-    args = x, None, None, weight, out, np.int32(8), np.float32(0)
+    numbers = np.int32(8), np.int32(8), np.float32(1), np.float32(0)
+    args = x, None, None, None, weight, out, *numbers
     with cupy.cuda.Stream(non_blocking=True) as stream:
         stream.begin_capture()
         kernel((2,), (32,), args, **options)
@@ -107,4 +108,4 @@ def test_a_refused_launch_is_an_error(cupy, monkeypatch):
     x, out = cupy.ones((2, 8), np.float16), cupy.zeros((2, 8), np.float16)
     kernel = Compiler(cupy, np.dtype(np.float16)).kernel("rms_norm.cu", "rms_norm")
     with pytest.raises(RankError, match="CUDA driver refuses a launch of rms_norm with CUresult 912"):
-        kernel((2,), (32,), (x, None, None, x[0], out, np.int32(8), np.float32(0)), dependent=True)
+        kernel((2,), (32,), (x, None, x[0], out), dependent=True)
