@@ -101,7 +101,7 @@ class AttentionDecode:
         args = (*pointers, *scratch, *map(np.int32, numbers), *self._options)
         cluster = self.cluster(batch)
         shared = self._part_bytes if cluster > 1 else 0
-        self._kernel(grid, (THREADS,), args, shared, dependent=True, cluster=cluster)
+        self._kernel(grid, (THREADS,), args, shared_mem=shared, dependent=True, cluster=cluster)
 
 
 def attention_defines(head_dim, block_size, softcap):

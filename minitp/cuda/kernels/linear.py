@@ -137,7 +137,7 @@ class Linear:
         normed, sums = 0 if norm is None else 2 * width, THREADS // 32 * 2 * TILE * token_tiles * TILE * 4
         shared = max(normed, sums) if splits > 1 else normed
         args = (x, weight, norm_weight, *sizes, *rest)
-        kernel((blocks,), (THREADS,), args, shared, dependent=True, cluster=splits)
+        kernel((blocks,), (THREADS,), args, shared_mem=shared, dependent=True, cluster=splits)
 
     def pair_tiles(self, tokens, pairs):
         """Return the macro PAIR_TILES: the one with which the busiest multiprocessor reads the fewest bytes.
