@@ -13,6 +13,7 @@ LAYERS = 2
 # Kernels that may start while the previous one ends.
 PRODUCTS = ("store", "residual", "logits", "swiglu", "qkv")
 DEPENDENTS = {*PRODUCTS, "attention_decode", "rms_norm", "all_reduce", "all_reduce_norm"}
+DEPENDENTS |= {"route", "expert_swiglu", "expert_down", "expert_sum"}
 
 
 @pytest.fixture(scope="module")

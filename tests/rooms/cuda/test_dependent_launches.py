@@ -13,8 +13,11 @@ from cuda_on_cpu import CUDA, CpuCompiler, build_text
 from minitp.cuda import compiler
 from minitp.cuda.kernels.all_reduce import AllReduce, region_bytes
 from minitp.cuda.kernels.attention_decode import AttentionDecode
+from minitp.cuda.kernels.expert_linear import ExpertLinear, ExpertMatrices
+from minitp.cuda.kernels.expert_sum import ExpertSum
 from minitp.cuda.kernels.linear import Linear
 from minitp.cuda.kernels.rms_norm import RmsNorm
+from minitp.cuda.kernels.route import Route, new_routing
 
 # Parameters that a kernel may read before it waits, and why:
 EARLY = {
@@ -23,7 +26,7 @@ EARLY = {
     "lengths",  # written at the start of a pass, before the kernel that precedes attention
 }
 # Counters that a kernel leaves as it finds them, or that only its own launches use.
-KEPT = {"counters", "calls", "missing", "partials"}
+KEPT = {"counters", "counter", "calls", "missing", "partials"}
 DEPENDENTS = ("linear.cu", "attention_decode.cu", "rms_norm.cu", "all_reduce.cu")
 WAIT, TRIGGER = "wait_for_previous()", "let_next_start()"
 
@@ -98,7 +101,20 @@ def run_norms(compiler, draw):
     return x, out, normed
 
 
-@pytest.mark.parametrize("run", [run_products, run_attention, run_norms])
+def run_experts(compiler, draw):
+    tokens, experts, per_token, width, columns = 3, 4, 2, 40, 24
+    routing, rows = new_routing(np, tokens, experts, per_token), tokens * per_token
+    matrices = [draw(experts, 2 * columns, width), draw(experts, width, columns)]
+    matrices = [ExpertMatrices(w[0], np.arange(experts) * w[0].size) for w in matrices]
+    act, y, out = draw(rows, columns), np.zeros((rows, width), np.float32), draw(tokens, width)
+    Route(compiler, np, True)(draw(tokens, experts), routing, np.array([5, 0, 1], np.int32))
+    ExpertLinear(compiler).swiglu(draw(tokens, width), matrices[0], routing, act)
+    ExpertLinear(compiler).down(act, matrices[1], routing, y)
+    ExpertSum(compiler)(y, routing, out, adds=True)
+    return routing.weights, routing.position, act[:4], y[:4], out
+
+
+@pytest.mark.parametrize("run", [run_products, run_attention, run_norms, run_experts])
 def test_results_of_the_previous_kernel_are_used_only_after_the_wait(run):
     def drawn():
         random = np.random.default_rng(0)
