@@ -51,7 +51,7 @@ def test_the_kernels_with_a_batch(name):
     assert checked(name, "fused", batch=3) == ("FusedModel", [])
 
 
-@pytest.mark.parametrize("number", [4, 5, 7, 10])  # Qwen3-MoE, SmolLM3, Gemma 3, Phi-3
+@pytest.mark.parametrize("number", [5, 7, 8])  # SmolLM3, Gemma 3, Granite: small models
 def test_the_kernels_with_random_models(number):
     """Check that nothing is blamed; check_random_models.py makes many such runs."""
     run, result = check_number(0, number, path="fused")
