@@ -66,7 +66,7 @@ def logprobs_of(results, params):
 
 
 class OnTheWay:
-    """Copies of GPU arrays to pinned memory of the host, which the host waits for later.
+    """A set of copies of GPU arrays to pinned memory of the host, which the host waits for later.
 
     Parameters
     ----------

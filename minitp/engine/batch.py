@@ -26,7 +26,7 @@ class Sequence:
 
     @property
     def is_ready(self):
-        """False while the next batch must not contain it: it may have ended, or the host has to choose."""
+        """True unless the next batch must wait for the host's choice, or for the end that is in flight."""
         if not self.in_flight:
             return True
         ended = self.token_ids[-1] == PENDING and len(self.token_ids) >= self.request.positions

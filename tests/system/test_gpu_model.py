@@ -760,7 +760,7 @@ def test_blocks_of_any_size(quick, block_size):
 
 @pytest.mark.parametrize("run_ahead", [True, False])
 def test_a_batch_too_large_for_the_kernels(quick, monkeypatch, run_ahead):
-    """It runs as several decode passes, whose rows change owners in turn, or, if recorded, like a prompt."""
+    """Run it as several decode passes, whose rows change owners in turn, or, if recorded, like a prompt."""
     monkeypatch.setattr("minitp.cuda.fused.MAX_TOKENS", 2)
     monkeypatch.setattr("minitp.cuda.batches_ahead.MAX_TOKENS", 2)
 

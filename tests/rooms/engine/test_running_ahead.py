@@ -219,7 +219,7 @@ def test_a_request_that_the_host_chooses_for_gets_every_other_batch():
 
 
 def test_an_end_of_text_costs_one_row():
-    """Without another request, the batch after the end is launched before the end is known."""
+    """The batch after the end is launched before the end is known."""
     request = Request(SamplingParams(max_new_tokens=30), (EOS,), [3, 1], CONTEXT)
     model = FakeModel()
     engine = Engine(model, 20, BLOCK_SIZE)
