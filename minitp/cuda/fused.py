@@ -4,6 +4,8 @@ import dataclasses
 from contextlib import contextmanager
 from itertools import chain
 
+import numpy as np
+
 from minitp.cuda.batches_ahead import BatchesAhead
 from minitp.cuda.decode_graph import DecodeGraph
 from minitp.cuda.experts import FusedExperts
