@@ -78,7 +78,7 @@ def generate(model, prompt_ids, request, use_cache=True):
     with model.sequence_cache(positions) as cache:
         logits = prefill(model, cache, ids)  # [V]
         if model.fused and use_cache and not comm.broadcast(request and request.params.needs_host):
-            yield from generate_ahead(model, cache, logits, request)
+            yield from generate_ahead(model, cache, ids, logits, request)
             return
         while True:
             token, last = next_token(comm, request, logits)
@@ -98,7 +98,7 @@ def next_token(comm, request, logits):
     return comm.broadcast(request.sample(logits) if comm.rank == 0 else None)
 
 
-def generate_ahead(model, cache, logits, request):
+def generate_ahead(model, cache, prompt_ids, logits, request):
     """Yield the new tokens as `generate` does, from a GPU that chooses them without waiting for the host.
 
     The GPU begins the next pass before the host has seen the last token. The GPU of every rank chooses from
@@ -113,11 +113,17 @@ def generate_ahead(model, cache, logits, request):
     yield token
     if last:
         return
-    for chosen in model.decode_ahead(cache, token, params, draws):
-        token, last = comm.broadcast((chosen, request.append_token(chosen)) if comm.rank == 0 else None)
-        if token != chosen:
-            choices = f"rank {comm.rank} chose token {chosen} and rank 0 chose {token}"
-            raise RankError(f"{choices}: their GPUs disagree")
+    for chosen, logprobs in model.decode_ahead(cache, prompt_ids, token, params, draws):
+        last = comm.rank == 0 and request.append_token(chosen, logprobs)
+        token, last = comm.broadcast((chosen, last))
+        check_choice(comm, chosen, token)
         yield token
         if last:
             return
+
+
+def check_choice(comm, chosen, token):
+    """Raise RankError unless the GPU of this rank has chosen rank 0's token."""
+    if chosen != token:
+        choices = f"rank {comm.rank} chose token {chosen} and rank 0 chose {token}"
+        raise RankError(f"{choices}: their GPUs disagree")

@@ -70,10 +70,10 @@ class Request:
 
     def sample(self, logits):
         """Sample the next token from logits [V]; return (token, whether it is the last one)."""
-        token = self.sampler.choose(logits)
+        token, logprobs = self.sampler.choose(logits), None
         if self.params.logprobs is not None:
-            self.logprobs.append(token_logprobs(logits, token, self.params.logprobs))
-        return token, self.append_token(token)
+            logprobs = token_logprobs(logits, token, self.params.logprobs)
+        return token, self.append_token(token, logprobs)
 
     def positions_to_score(self, start, stop):
         """Return the range of the positions from `start` to `stop` whose logits `score_prompt` still needs.
@@ -84,14 +84,25 @@ class Request:
             return range(0)
         return range(max(start, len(self.prompt_logprobs) - 1), min(stop, len(self.prompt_ids) - 1))
 
+    @property
+    def needs_host(self):
+        """True while the host needs logits for more than the next token, or chooses the tokens itself."""
+        scored = self.params.prompt_logprobs is None or len(self.prompt_logprobs) == len(self.prompt_ids)
+        return self.params.needs_host or not scored
+
     def score_prompt(self, logits):
         """Append the log-probability of the next token of the prompt, from the logits [V] before it."""
         token = self.prompt_ids[len(self.prompt_logprobs)]
         self.prompt_logprobs.append(token_logprobs(logits, token, self.params.prompt_logprobs))
 
-    def append_token(self, token):
-        """Append the next token and write its text; return whether it is the last one."""
+    def append_token(self, token, logprobs=None):
+        """Append the next token and write its text; return whether it is the last one.
+
+        `logprobs` are its log-probabilities, if `params` asks for them.
+        """
         self.token_ids.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
         self.times.append(perf_counter())
         length = len(self.prompt_ids) + len(self.token_ids)
         if token in self.eos_token_ids and not self.params.ignore_eos:

@@ -10,6 +10,8 @@ import numpy as np
 from minitp.errors import ParameterError
 from minitp.util.suggest import suggests_fields
 
+GPU_LOGPROBS = 20  # most probable tokens of a position that a GPU reports; also the limit of the server's API
+PENDING = -1  # a token that a GPU has chosen and the host has not read yet
 MAX_STOPS = 32  # stop strings of a request
 MAX_STOP_LENGTH = 1024  # characters of a stop string
 MAX_ID_DIGITS = 18  # digits of a token id that is a string
@@ -113,8 +115,8 @@ class SamplingParams:
 
     @property
     def needs_host(self):
-        """True if the host must choose the tokens, because a GPU does not support all of these parameters."""
-        return self.logprobs is not None or self.min_p > 0 or self.changes_logits
+        """True if the host must choose the tokens: a GPU does not report as many log-probabilities."""
+        return self.logprobs is not None and self.logprobs > GPU_LOGPROBS
 
     def _check(self, name, types, is_valid, expected):
         value = getattr(self, name)
@@ -208,8 +210,12 @@ class Sampler:
             return int(np.argmax(logits))
         probs = token_probabilities(logits, self._params)  # [V]
         cumulative = np.cumsum(probs)  # [V]
-        drawn = self.draws(1)[0] * cumulative[-1]
+        drawn = self.draw() * cumulative[-1]
         return int(np.searchsorted(cumulative, drawn, side="right"))
+
+    def draw(self):
+        """Return a uniform random number in [0, 1) for the next token; 0 if greedy."""
+        return float(self.draws(1)[0])
 
     def draws(self, count):
         """Return uniform random numbers in [0, 1) for the next tokens, float64 [count]; zeros if greedy."""

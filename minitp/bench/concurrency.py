@@ -84,11 +84,26 @@ class RecordingModel:
 
     def forward_batch(self, parts, logits_at=slice(None), record=unrecorded):
         """Record the shapes of a pass, then run Model.forward_batch."""
+        self._record(parts, 0 if logits_at is None else len(logits_at))
+        return self.model.forward_batch(parts, logits_at, record)
+
+    def batches_ahead(self, pool, sequences):
+        """Return the model's BatchesAhead, which now records each batch as one pass."""
+        ahead = self.model.batches_ahead(pool, sequences)
+        launch = ahead.launch
+
+        def recorded_launch(batch, parts):
+            self._record(parts, len(batch.logits_at))
+            launch(batch, parts)
+
+        ahead.launch = recorded_launch
+        return ahead
+
+    def _record(self, parts, num_logits):
         shapes = [
             (len(ids), keys_read(self.model, cache.length + len(ids), len(ids))) for ids, cache in parts
         ]
-        self.passes.append((shapes, 0 if logits_at is None else len(logits_at)))
-        return self.model.forward_batch(parts, logits_at, record)
+        self.passes.append((shapes, num_logits))
 
 
 def one_by_one_seconds(model, prompts, new_tokens):

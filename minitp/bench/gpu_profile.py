@@ -13,6 +13,7 @@ from minitp.cuda.comm import DeviceComm
 from minitp.cuda.compiler import Compiler
 from minitp.cuda.fused import BLOCK_SIZE, FusedModel
 from minitp.cuda.kernels import Kernels
+from minitp.sampling import SamplingParams
 
 WEIGHT = 1  # position of the weight in the arguments of linear.cu's kernels
 REPLAYS = 8  # number of replays of the graph that are timed together
@@ -53,8 +54,8 @@ def decode_graph(model, keys, sequences=1):
         for rows in pair:
             rows.values.fill(0)
     graph = model.decode_graph(pool, sequences)
+    pool.lanes.start(0, SamplingParams(), [], [], room=0)
     fill(graph, keys, sequences)
-    graph.temperature.fill(0.0)
     return graph
 
 
@@ -62,7 +63,7 @@ def fill(graph, keys, sequences=1):
     """Set the inputs of a graph from `decode_graph` as before its first pass."""
     blocks = graph.pool.blocks // sequences
     tables = [range(n * blocks, (n + 1) * blocks) for n in range(sequences)]
-    graph.fill([1] * sequences, [keys - 1] * sequences, tables)
+    graph.fill([1] * sequences, [keys - 1] * sequences, tables, lanes=[0] * sequences)
 
 
 def cache_position_bytes(model):

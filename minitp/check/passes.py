@@ -164,7 +164,7 @@ class EngineRun:
         """Run all sequences to their ends; return a list of RecordedPass."""
         rank0 = self.model.comm.rank == 0
         blocks = self.model.comm.broadcast(scarce_blocks(self.prompts, self.budget) if rank0 else None)
-        engine = Engine(self.model, blocks, BLOCK_SIZE, self.budget, len(self.prompts))
+        engine = Engine(self.model, blocks, BLOCK_SIZE, self.budget, len(self.prompts), run_ahead=False)
         requests = requests_for(self.prompts) if rank0 else []
         for request in requests[:-1]:
             engine.add(request)
@@ -247,7 +247,7 @@ def preemptions(prompts, blocks, budget):
     for request in waiting[:-1]:
         scheduler.add(request)
     while (batch := scheduler.schedule()) is not None:
-        scheduler.commit(batch, np.zeros((len(batch.logits_at), 1), np.float32))
+        scheduler.accept(np.zeros((len(batch.logits_at), 1), np.float32))
         for request in waiting[-1:]:  # it arrives after the first batch, as in EngineRun.run
             scheduler.add(request)
         waiting = []

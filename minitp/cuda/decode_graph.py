@@ -10,7 +10,7 @@ A pass launches these kernels, here for one sequence on one rank:
       linear.swiglu     norm, gate and up, SwiGLU
       linear.residual   x += act @ w_down
     linear.logits       norm, logits
-    sample              the next token, if the GPU chooses it
+    sample              the next token of each row that has a lane; see lanes.py
     end_decode          adds 1 to the sequence's length
 
 With several sequences or several ranks, rms_norm computes each norm in a separate launch before the product.
@@ -34,12 +34,14 @@ import numpy as np
 
 from minitp import ops
 from minitp.cuda.comm import LocalComm
+from minitp.cuda.kernels.sample import RESULTS, results_needed
 from minitp.cuda.loader import padded, rows_of
 from minitp.model import unrecorded
 from minitp.paged_cache import slot_mapping
 
 PADDING = -1  # length of a row that only pads the batch
-HOST_CHOOSES = -1.0  # temperature of a row whose next token the host chooses
+NO_LANE = -1  # lane of a row whose next token the host chooses
+NOTHING_NEW = -1  # new block of a row whose block table has not changed
 
 
 class DecodeGraph:
@@ -57,8 +59,10 @@ class DecodeGraph:
     Attributes
     ----------
     logits : float32 [B, V]
-    token : int32 [B]
-        The input tokens; after `sample`, the next ones.
+    results : float64 [RESULTS, B]
+        The next tokens and their log-probabilities, from `sample`.
+    head : int32 [6 B]
+        What changes from pass to pass: draw (float64 [B]), token, lengths, lane and new_block [B each].
     rows : int
         Number of rows that `fill` has set; the others only pad the batch.
     """
@@ -93,34 +97,34 @@ class DecodeGraph:
         self.logits = cupy.empty((batch, -(-vocabulary // 4) * 4), np.float32)[:, :vocabulary]  # [B, V]
 
         # One array, so that one copy to the GPU is enough.
-        self._state = cupy.zeros(batch * (2 + most_blocks), np.int32)
-        self.token, self.lengths = self._state[:batch], self._state[batch : 2 * batch]  # [B] each
-        self.block_table = self._state[2 * batch :].reshape(batch, most_blocks)  # [B, most_blocks]
+        self._state = cupy.zeros(batch * (6 + most_blocks), np.int32)
+        self.head = self._state[: 6 * batch]
+        self.draw, self.token, self.lengths, self.lane, self.new_block = parts_of(self.head, batch)
+        self.block_table = self._state[6 * batch :].reshape(batch, most_blocks)  # [B, most_blocks]
+        self.results = cupy.zeros((RESULTS, batch), np.float64)  # [RESULTS, B]
         self.slot, self.seen = (cupy.zeros(batch, np.int32) for _ in range(2))  # [B] each
         angles = len(model.rotations), batch, c.rotary_dim // 2
         self.cos, self.sin = (cupy.zeros(angles, np.float32) for _ in range(2))  # [ropes, B, R/2] each
-        self.temperature = cupy.asarray(np.full(batch, HOST_CHOOSES))  # [B]
-        self.top_k, self.top_p = cupy.zeros(batch, np.int32), cupy.zeros(batch, np.float64)  # [B]
-        self.draw = cupy.zeros(batch, np.float64)  # [B]
         self._graph = None
 
-    def fill(self, tokens, lengths, block_tables):
-        """Set the inputs of the next pass: the next token, the length and the blocks of each sequence."""
+    def fill(self, tokens, lengths, block_tables, lanes=()):
+        """Set the inputs of the next pass: the next token, the length and the blocks of each sequence.
+
+        The GPU chooses the next tokens of the first rows, those that `lanes` has a lane for.
+        """
         state = np.zeros(self._state.shape, np.int32)
         rows = self.rows = len(tokens)
-        state[:rows] = tokens
-        state[self.batch : 2 * self.batch] = PADDING
-        state[self.batch : self.batch + rows] = lengths
-        table = state[2 * self.batch :].reshape(self.block_table.shape)
+        _, token, length, lane, new_block = parts_of(state[: 6 * self.batch], self.batch)
+        token[:rows], length[:rows], length[rows:] = tokens, lengths, PADDING
+        lane[:], lane[: len(lanes)], new_block[:] = NO_LANE, lanes, NOTHING_NEW
+        table = state[6 * self.batch :].reshape(self.block_table.shape)
         for row, blocks in enumerate(block_tables):
             table[row, : len(blocks)] = blocks
         self._state[...] = self.model.device.from_host(state)
 
-    def choose(self, params):
-        """Let the GPU sample the next tokens of all rows with these SamplingParams and continue from them."""
-        self.temperature.fill(params.temperature)
-        self.top_k.fill(params.top_k)
-        self.top_p.fill(params.top_p)
+    def results_of(self, params):
+        """Return the rows of `results` that contain what these SamplingParams ask for: [n, B]."""
+        return self.results[: results_needed(params, self.logits.shape[1])]
 
     def launch(self):
         """Run the pass, as a graph if the collectives can be captured."""
@@ -173,7 +177,8 @@ class DecodeGraph:
             x, norm = self._normed(layer.mlp_norm, pending, record, ("mlp", i))
             pending = (self._experts if layer.experts else self._dense)(i, layer, x, norm, record)
         self._logits(pending, record)
-        m.kernels.sample(self.logits, self.temperature, self.top_k, self.top_p, self.draw, self.token)
+        lanes = self.pool.lanes
+        m.kernels.sample(self.logits, self.lane, lanes.settings, self.draw, lanes.chosen, self.results)
         self._begin.end(self.lengths)
 
     def _embed(self, record):
@@ -181,7 +186,8 @@ class DecodeGraph:
         s = record()
         s.tokens, s.positions = self.token, self.lengths  # [B] each
         inputs = self.token, self.lengths, self.block_table, m.rope_tables, rows_of(m, m.weights.embed.T)
-        self._begin(*inputs, self.x, self.slot, self.cos, self.sin, self.seen)
+        lanes = self.lane, self.pool.lanes.chosen, self.new_block
+        self._begin(*inputs, self.x, self.slot, self.cos, self.sin, self.seen, lanes)
         s.embed_partial = m.without_padding(self.x)  # [B, D]
         if self.comm.size > 1:
             self.comm.reduce_into(self.x, self.x)
@@ -311,3 +317,9 @@ class DecodeGraph:
             s.q_rope = self.q[row : row + 1, :, :d].transpose(1, 0, 2)  # [H_r, 1, d]
             s.k_rope, s.v = keys[:, -1:], values[:, -1:]  # [K_r, 1, d] each
             s.k_cache, s.v_cache, s.context = keys, values, self.context[row : row + 1, :columns]
+
+
+def parts_of(head, batch):
+    """Return views of a head, int32 [6 B]: draw (float64 [B]), token, length, lane, new block [B each]."""
+    ints = head[2 * batch :].reshape(4, batch)  # [4, B]
+    return head[: 2 * batch].view(np.float64), *(ints[i] for i in range(4))

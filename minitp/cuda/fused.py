@@ -6,15 +6,18 @@ from itertools import chain
 
 import numpy as np
 
+from minitp.cuda.batches_ahead import BatchesAhead
 from minitp.cuda.decode_graph import DecodeGraph
 from minitp.cuda.experts import FusedExperts
 from minitp.cuda.kernels import Kernels
 from minitp.cuda.kernels.linear import MAX_TOKENS
 from minitp.cuda.kernels.route import MAX_EXPERTS
+from minitp.cuda.lanes import Lanes, OnTheWay, logprobs_of
 from minitp.cuda.loader import PACK, padded
 from minitp.cuda.prefill import Prefill
 from minitp.model import Model, unrecorded
 from minitp.paged_cache import BlockPool, PagedCache
+from minitp.sampling import PENDING
 
 BLOCK_SIZE = 16
 KEPT_BLOCKS = (
@@ -53,6 +56,7 @@ class Pool(BlockPool):
         super().__init__(*shape, **options)
         self.blocks = self.storage[0][0].capacity // self.block_size
         self.graphs = {}  # batch -> DecodeGraph
+        self.lanes = None  # the Lanes of its sequences
 
 
 class FusedModel(Model):
@@ -111,6 +115,7 @@ class FusedModel(Model):
         if head_dim % PACK:  # kernels read the padding, which must be zero, and never write it
             for stored in chain(*pool.storage):
                 stored.values.fill(0)
+        pool.lanes = Lanes(self.device, 1)
         return pool
 
     def without_padding(self, x):
@@ -128,36 +133,46 @@ class FusedModel(Model):
             cache.advance(len(ids))
         return logits
 
-    def decode_ahead(self, cache, token, params, draws):
-        """Yield the tokens that follow `token`, running the GPU one token ahead of the host.
+    def decode_ahead(self, cache, prompt_ids, token, params, draws):
+        """Yield the tokens that follow `token`, each with its log-probabilities or None.
+
+        The GPU runs one token ahead of the host.
 
         Parameters
         ----------
         cache : PagedCache
             The sequence's cache, with room for all these tokens.
+        prompt_ids : list of int
         token : int
+            The first token of the continuation.
         params : SamplingParams
         draws : float64 [n]
             Uniform random numbers in [0, 1), one for each token to generate.
         """
-        graph, ahead = self.decode_graph(cache.pool, 1), TokensAhead(self.device)
-        graph.fill([token], [cache.length], [cache.block_table])
-        graph.choose(params)
-        for count, draw in enumerate(draws):
+        if not len(draws):
+            return
+        graph, on_the_way = self.decode_graph(cache.pool, 1), None
+        cache.pool.lanes.start(0, params, prompt_ids, [token], room=len(draws))
+        graph.fill([PENDING], [cache.length], [cache.block_table], lanes=[0])
+        for draw in draws:
             if params.temperature > 0:
                 graph.draw.fill(draw)
             graph.launch()
             cache.advance(1)
-            ahead.copy(graph.token)
-            if count > 0:
-                yield self._token(ahead)
-        if len(draws):
-            yield self._token(ahead)
+            previous, on_the_way = on_the_way, OnTheWay(self.device)
+            on_the_way.add(graph.results_of([params]))
+            if previous is not None:
+                yield self._choice(previous, params)
+        yield self._choice(on_the_way, params)
 
-    def _token(self, ahead):
-        token = ahead.read()
+    def _choice(self, on_the_way, params):
+        results = on_the_way.read()[0][:, 0].tolist()  # [n]
         self.comm.check()
-        return token
+        return int(results[0]), logprobs_of(results, params)
+
+    def batches_ahead(self, pool, sequences):
+        """Return the BatchesAhead of an engine that runs up to `sequences` sequences at the same time."""
+        return BatchesAhead(self, pool, sequences)
 
     def decode_graph(self, pool, sequences):
         """Return a pool's DecodeGraph for `sequences`, rounded up to a power of two to save captures."""
@@ -179,29 +194,3 @@ class FusedModel(Model):
         else:
             graph.run(record)
         return graph.logits[: len(parts)]
-
-
-class TokensAhead:
-    """Buffers for tokens on their way to the host: two of pinned memory, used alternately."""
-
-    def __init__(self, gpu):
-        import cupyx
-
-        self._gpu, self._copied, self._read = gpu, 0, 0
-        self._buffers = [cupyx.empty_pinned(1, np.int32) for _ in range(2)]
-        self._events = [gpu.cupy.cuda.Event(disable_timing=True) for _ in range(2)]
-
-    def copy(self, token):
-        """Queue a copy of a token, int32 [1], to the host, after all work already on the stream."""
-        runtime, turn = self._gpu.cupy.cuda.runtime, self._copied % 2
-        buffer, kind = self._buffers[turn], runtime.memcpyDeviceToHost
-        runtime.memcpyAsync(buffer.ctypes.data, token.data.ptr, 4, kind, self._gpu.stream.ptr)
-        self._events[turn].record(self._gpu.stream)
-        self._copied += 1
-
-    def read(self):
-        """Wait for the oldest token that has not been read, and return it."""
-        turn = self._read % 2
-        self._events[turn].synchronize()
-        self._read += 1
-        return int(self._buffers[turn][0])

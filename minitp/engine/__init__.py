@@ -1,6 +1,7 @@
 """The engine: many requests at once, in shared batches of one model and shared blocks of one pool.
 
 options.py        the options of the ranks, EngineOptions
+batch.py          sequences and scheduled batches
 scheduler.py      the next batch: its tokens and their blocks; only on rank 0
 blocks.py         the free blocks, and the number of sequences that use each block; only on rank 0
 prefix_cache.py   full blocks, looked up by their tokens; only on rank 0

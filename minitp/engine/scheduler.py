@@ -6,58 +6,25 @@ still has room for, and then waiting sequences. If no block is free, the younges
 blocks are freed, and it waits. It starts again later, with its generated tokens as part of the prompt, which
 gives the same result.
 
+On a GPU that chooses the tokens, batches are scheduled before the tokens of the last one are known, on the
+assumption that every sequence goes on. A token that the GPU knows and the host does not is PENDING. If a
+sequence ends after all, the batch in flight has one row too many: its result is dropped, and its blocks are
+freed when that batch is accepted. A sequence is preempted only while no batch is in flight.
+
 A request may ask for the log-probabilities of its prompt's tokens. They need the logits of every position of
 the prompt, and the prefix cache has only keys and values, so these positions are computed in any case.
 """
 
-from dataclasses import dataclass, field
+from collections import deque
 
+from minitp.engine.batch import ScheduledBatch, ScheduledChunk, Sequence
 from minitp.engine.blocks import BlockAllocator
 from minitp.engine.prefix_cache import block_keys
 from minitp.errors import InputError
+from minitp.sampling import PENDING
 from minitp.util.format import counted
 
 MAX_SCORED = 128  # prompt positions with logits in a batch, whose rows [V] rank 0 gathers and normalizes
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A request that is waiting or running, with its tokens and blocks."""
-
-    number: int  # ascending in the order of arrival
-    request: object  # request.Request
-    token_ids: list
-    num_computed_tokens: int = 0  # tokens from the start whose keys and values are in the blocks
-    block_table: list = field(default_factory=list)
-    block_keys: list = field(default_factory=list)  # one key for each full block
-
-    @property
-    def num_uncomputed_tokens(self):
-        """The number of tokens still to compute; above one while the prompt is not finished."""
-        return len(self.token_ids) - self.num_computed_tokens
-
-
-@dataclass
-class ScheduledBatch:
-    """The work of one forward pass, the same on every rank.
-
-    Attributes
-    ----------
-    chunks : list of (number, tokens, new_blocks)
-        For each sequence, the tokens that go through the model and the blocks allocated for them.
-    started : list of (number, block_table, length)
-        Sequences that start running, with the cached blocks that they reuse.
-    finished : list of int
-        Sequences that have stopped running since the last batch.
-    logits_at : list of int
-        The rows, among all tokens of the batch, that get logits: for each sequence, the positions that score
-        its prompt, and the last one if it gets a new token.
-    """
-
-    chunks: list
-    started: list
-    finished: list
-    logits_at: list
 
 
 class Scheduler:
@@ -73,6 +40,8 @@ class Scheduler:
         The maximum number of sequences that run at the same time.
     largest_pass : callable
         largest_pass(n) -> the maximum number of tokens of a sequence in one batch after n computed tokens.
+    gpu_chooses : bool
+        Let a GPU choose the tokens, so that a batch may be scheduled before the last one is accepted.
 
     Raises
     ------
@@ -80,20 +49,24 @@ class Scheduler:
         If a size or limit is not positive.
     """
 
-    def __init__(self, num_blocks, block_size, max_tokens_per_step, max_sequences, largest_pass):
+    def __init__(
+        self, num_blocks, block_size, max_tokens_per_step, max_sequences, largest_pass, gpu_chooses=False
+    ):
         sizes = dict(num_blocks=num_blocks, block_size=block_size)
         limits = dict(max_tokens_per_step=max_tokens_per_step, max_sequences=max_sequences)
         for name, value in (sizes | limits).items():
             if value < 1:
                 raise InputError(f"{name} {value}: expected 1 or more")
-        self.largest_pass = largest_pass
+        self.largest_pass, self.gpu_chooses = largest_pass, gpu_chooses
         self.allocator = BlockAllocator(num_blocks, block_size)
         self.max_tokens_per_step, self.max_sequences = max_tokens_per_step, max_sequences
         self.waiting, self.running = [], []  # sequences, from the oldest to the youngest
         self.num_preempted = 0
         self.num_reused_tokens = 0  # tokens found in the prefix cache
-        self._arrived, self._started, self._finished = 0, [], []
+        self._arrived, self._started, self._finished, self._sampling = 0, [], [], {}
         self._scheduled = {}  # sequence number -> (sequence, number of tokens, new blocks)
+        self._in_flight = deque()  # the ScheduledChunks of each batch that has not been accepted
+        self._tokens_left = 0  # tokens for which that batch has room
         self._num_scored = 0  # prompt positions with logits in the batch that is being scheduled
 
     def add(self, request):
@@ -116,8 +89,8 @@ class Scheduler:
 
     @property
     def busy(self):
-        """True if any request is waiting or running."""
-        return bool(self.running or self.waiting)
+        """True if any request is waiting or running, or any batch is in flight."""
+        return bool(self.running or self.waiting or self._in_flight)
 
     def load(self):
         """Return the current numbers of requests and blocks, and counts since the start, by name."""
@@ -130,10 +103,13 @@ class Scheduler:
         }
 
     def schedule(self):
-        """Return the next ScheduledBatch, or None if there is nothing to do."""
-        self._scheduled, self._num_scored = {}, 0
-        decoding = [s for s in self.running if s.num_uncomputed_tokens == 1]
-        for sequence in decoding + [s for s in self.running if s.num_uncomputed_tokens > 1]:
+        """Return the next ScheduledBatch; None if there is nothing to do before a batch is accepted."""
+        if self._in_flight and not self._has_room_ahead():
+            return None
+        self._scheduled, self._num_scored, self._tokens_left = {}, 0, self.max_tokens_per_step
+        ready = [s for s in self.running if s.is_ready]
+        decoding = [s for s in ready if s.num_uncomputed_tokens == 1]
+        for sequence in decoding + [s for s in ready if s.num_uncomputed_tokens > 1]:
             if sequence in self.running:  # an older sequence may have preempted it
                 self._schedule_tokens(sequence)
         self._admit()
@@ -141,46 +117,53 @@ class Scheduler:
             return None
         return self._batch()
 
-    def commit(self, batch, logits):
-        """Sample the next token of each sequence that gets one, and score prompts whose requests ask for it.
+    def accept(self, rows):
+        """Add the results of the oldest scheduled batch that has not been accepted.
 
         Parameters
         ----------
-        batch : ScheduledBatch
-        logits : float32 [len(batch.logits_at), V], or None
+        rows : iterable
+            For each row of the batch's `logits_at`, the token and its log-probabilities or None if a GPU has
+            chosen the token; otherwise the logits, float32 [V].
 
         Returns
         -------
         list of Request
             The requests that have new output.
         """
-        rows, advanced = iter(logits if batch.logits_at else []), []
-        for number, tokens, _ in batch.chunks:
-            sequence = self._scheduled[number][0]
-            request, start = sequence.request, sequence.num_computed_tokens
-            sequence.num_computed_tokens += len(tokens)
-            self._register_full_blocks(sequence, len(tokens))
-            scored = request.positions_to_score(start, sequence.num_computed_tokens)
-            for _ in scored:
+        rows, advanced = iter(rows), []
+        for chunk in self._in_flight.popleft():
+            sequence, request = chunk.sequence, chunk.sequence.request
+            sequence.in_flight -= 1
+            gets_token = chunk.is_last and request.params.max_new_tokens > 0
+            if sequence.stopped:
+                for _ in range(chunk.num_scored + gets_token):
+                    next(rows)
+                self._free_stopped(sequence)
+                continue
+            self._register_full_blocks(chunk)
+            for _ in range(chunk.num_scored):
                 request.score_prompt(next(rows))
-            is_done = not sequence.num_uncomputed_tokens
-            if is_done and request.params.max_new_tokens == 0:
+            if gets_token:
+                sequence.token_ids[chunk.stop] = append_choice(request, next(rows))
+            elif chunk.is_last:
                 request.finish_reason = "length"
-            elif is_done:
-                sequence.token_ids.append(request.sample(next(rows))[0])
-            if is_done or scored:
+            if chunk.is_last or chunk.num_scored:
                 advanced.append(request)
-            if is_done and request.finish_reason is not None:
+            if request.finish_reason is not None:
                 self._stop(sequence)
         return advanced
 
-    def _tokens_left(self):
-        return self.max_tokens_per_step - sum(tokens for _, tokens, _ in self._scheduled.values())
+    def _has_room_ahead(self):
+        """Return whether every running sequence gets the blocks for all its tokens without preempting one."""
+        size = self.allocator.block_size
+        needed = sum(-(-len(s.token_ids) // size) - len(s.block_table) for s in self.running)
+        return needed <= self.allocator.num_free_blocks
 
     def _schedule_tokens(self, sequence):
         """Schedule as many tokens of a sequence as fit, preempting the youngest sequences for blocks."""
         done = sequence.num_computed_tokens
-        tokens = min(sequence.num_uncomputed_tokens, self._tokens_left(), self.largest_pass(done))
+        tokens = min(sequence.num_uncomputed_tokens, self._tokens_left, self.largest_pass(done))
         if sequence.request.positions_to_score(done, done + tokens):  # each of these tokens gets logits
             tokens = min(tokens, MAX_SCORED - self._num_scored)
         if tokens == 0:
@@ -193,11 +176,12 @@ class Scheduler:
                 return
         sequence.block_table += blocks
         self._scheduled[sequence.number] = sequence, tokens, blocks
+        self._tokens_left -= tokens
         self._num_scored += len(sequence.request.positions_to_score(done, done + tokens))
 
     def _admit(self):
         """Start the oldest waiting sequences while the batch has room and there are blocks for the prompt."""
-        while self.waiting and self._tokens_left() and len(self.running) < self.max_sequences:
+        while self.waiting and self._tokens_left and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
             size = self.allocator.block_size
             sequence.block_keys = block_keys(sequence.token_ids, size, sequence.block_keys)
@@ -211,6 +195,8 @@ class Scheduler:
                 return
             sequence.block_table, sequence.num_computed_tokens = cached, len(cached) * size
             self._started.append((sequence.number, list(cached), sequence.num_computed_tokens))
+            if self._gpu_chooses_for(sequence.request):
+                self._sampling[sequence.number] = sampling_of(sequence)
             self.num_reused_tokens += sequence.num_computed_tokens
             if sequence.request.num_cached_tokens is None:  # otherwise it was preempted
                 sequence.request.num_cached_tokens = sequence.num_computed_tokens
@@ -222,18 +208,26 @@ class Scheduler:
         """Free the blocks of a sequence and put it at the head of the queue."""
         self.num_preempted += 1
         self._stop(sequence)
-        self._scheduled.pop(sequence.number, None)
+        if sequence.number in self._scheduled:
+            _, tokens, _ = self._scheduled.pop(sequence.number)
+            self._tokens_left += tokens
         self.waiting.insert(0, Sequence(sequence.number, sequence.request, sequence.token_ids))
 
     def _stop(self, sequence):
         self.running.remove(sequence)
-        self.allocator.free(sequence.block_table)
+        sequence.stopped = True
         self._finished.append(sequence.number)
+        self._free_stopped(sequence)
 
-    def _register_full_blocks(self, sequence, tokens):
-        """Register the blocks that the last `tokens` computed tokens have filled in the prefix cache."""
-        size, done = self.allocator.block_size, sequence.num_computed_tokens
-        new = slice((done - tokens) // size, done // size)
+    def _free_stopped(self, sequence):
+        """Free the blocks of a stopped sequence, unless a batch in flight still writes to them."""
+        if not sequence.in_flight:
+            self.allocator.free(sequence.block_table)
+
+    def _register_full_blocks(self, chunk):
+        """Register the blocks that a chunk has filled in the prefix cache."""
+        size, sequence = self.allocator.block_size, chunk.sequence
+        new = slice(chunk.start // size, chunk.stop // size)
         if new.start == new.stop:
             return
         sequence.block_keys = block_keys(sequence.token_ids[: new.stop * size], size, sequence.block_keys)
@@ -241,16 +235,52 @@ class Scheduler:
             self.allocator.prefixes.register(block, key)
 
     def _batch(self):
-        """Return the ScheduledBatch of the tokens that are scheduled."""
-        chunks, logits_at, rows = [], [], 0
+        """Return the ScheduledBatch of the tokens that are scheduled, which is in flight from now on."""
+        batch = ScheduledBatch([], self._started, self._finished, [], [], self._sampling)
+        in_flight, rows = [], 0
         for number, (sequence, tokens, blocks) in self._scheduled.items():
             request, start = sequence.request, sequence.num_computed_tokens
             stop = start + tokens
-            chunks.append((number, sequence.token_ids[start:stop], blocks))
-            logits_at += [rows + n - start for n in request.positions_to_score(start, stop)]
+            batch.chunks.append((number, sequence.token_ids[start:stop], blocks))
+            scored = request.positions_to_score(start, stop)
+            batch.logits_at += [rows + n - start for n in scored]
+            batch.choices += [None] * len(scored)
             rows += tokens
-            if stop == len(sequence.token_ids) and request.params.max_new_tokens > 0:
-                logits_at.append(rows - 1)
-        batch = ScheduledBatch(chunks, self._started, self._finished, logits_at)
-        self._started, self._finished = [], []
+            is_last = stop == len(sequence.token_ids)
+            if is_last and request.params.max_new_tokens > 0:
+                batch.logits_at.append(rows - 1)
+                batch.choices.append(self._choice(sequence))
+                sequence.token_ids.append(PENDING)
+            in_flight.append(ScheduledChunk(sequence, start, stop, len(scored), is_last))
+            sequence.num_computed_tokens = stop
+            sequence.in_flight += 1
+        self._started, self._finished, self._sampling = [], [], {}
+        self._in_flight.append(in_flight)
         return batch
+
+    def _gpu_chooses_for(self, request):
+        return self.gpu_chooses and request.params.max_new_tokens > 0 and not request.params.needs_host
+
+    def _choice(self, sequence):
+        """Return (number, draw) if a GPU chooses the next token of a sequence, else None."""
+        if not self._gpu_chooses_for(sequence.request):
+            return None
+        return sequence.number, sequence.request.sampler.draw()
+
+
+def append_choice(request, row):
+    """Append the token of a row to a request, and return it; see Scheduler.accept."""
+    if isinstance(row, tuple):
+        request.append_token(*row)
+        return row[0]
+    return request.sample(row)[0]
+
+
+def sampling_of(sequence):
+    """Return the (params, prompt_ids, new_ids, room) from which a GPU goes on choosing tokens."""
+    request, new = sequence.request, []
+    prompt = request.prompt_ids if request.params.repetition_penalty != 1 else []
+    if request.params.changes_logits:
+        new = sequence.token_ids[len(request.prompt_ids) :]
+    room = request.positions - len(sequence.token_ids) + 1  # with the row of a sequence that has ended
+    return request.params, prompt, new, room

@@ -17,6 +17,7 @@ from minitp.util.format import counted
 
 RETRY_AFTER = {"Retry-After": "5"}  # seconds
 DRAIN_CHECK_S = 0.05
+TIMEOUT = None, None  # an item in a request's queue: its time is over
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ class RunningRequest:
     def __init__(self, backend, count):
         self._backend, self._unfinished, self.count = backend, count, count
         self._loop, self._updates, self._stops = asyncio.get_running_loop(), asyncio.Queue(), []
-        self._deadline = self._loop.time() + backend.limits.seconds
+        # One timer per request: asyncio.wait_for would create a timer and a future for each token.
+        self._timer = self._loop.call_later(backend.limits.seconds, self._updates.put_nowait, TIMEOUT)
         backend.running.add(self)
 
     def start(self, llm, sequences):
@@ -206,11 +208,10 @@ class RunningRequest:
     async def __anext__(self):
         if not self._unfinished:
             raise StopAsyncIteration
-        try:
-            index, update = await asyncio.wait_for(self._updates.get(), self._deadline - self._loop.time())
-        except asyncio.TimeoutError:
+        index, update = await self._updates.get()
+        if index is None:
             limit = self._backend.limits.seconds
-            raise ApiError(504, f"the response was not finished within {limit:g} s", code="timeout") from None
+            raise ApiError(504, f"the response was not finished within {limit:g} s", code="timeout")
         if update.error is not None:
             raise ApiError(500, client_message(update.error), code="failed")
         if update.finish_reason is not None:
@@ -220,6 +221,7 @@ class RunningRequest:
     def stop(self):
         """Stop all unfinished sequences; their blocks are free after the current batch."""
         self._backend.running.discard(self)
+        self._timer.cancel()
         for stop in self._stops:
             stop()
         self._stops = []

@@ -12,7 +12,10 @@ from minitp.server.token_texts import TextOffsets, TokenTexts
 
 def event(value):
     """Return a server-sent event with a string or a JSON object, which may have iterators as lists."""
-    return f"data: {value if isinstance(value, str) else json.dumps(value, default=list)}\n\n"
+    return f"data: {value if isinstance(value, str) else event_json(value)}\n\n"
+
+
+event_json = json.JSONEncoder(default=list).encode  # json.dumps would create an encoder for each event
 
 
 def json_pieces(value, levels=5):

@@ -54,6 +54,10 @@ class CpuCompiler:
         built = build_text(compiler.whole_source(file), compile_options(self._dtype, **defines))[name]
         return compiler.Kernel(built, Kernel.__call__ if self.has_clusters else None)
 
+    def lend(self, array):
+        """Return an array's address, for a structure, and a function that returns its content later."""
+        return array.ctypes.data, lambda: array
+
 
 def build_text(source, options=()):
     """Build the kernels in a text, as {name: Kernel}; the library is kept for later processes."""

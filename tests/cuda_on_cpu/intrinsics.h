@@ -208,6 +208,7 @@ inline float __expf(float x) { return expf(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }  // -ffp-contract=off: never fused into an fma
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fsub_rn(float x, float y) { return x - y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __uint_as_float(unsigned bits) {
     float x;
     memcpy(&x, &bits, 4);

@@ -86,16 +86,16 @@ def test_a_bias_is_a_number_from_minus_100_to_100(bias):
     ("fields", "changes", "host"),
     [
         ({"temperature": 1.0, "top_k": 3, "top_p": 0.5, "seed": 1, "logit_bias": {}}, False, False),
-        ({"logprobs": 0}, False, True),
-        ({"min_p": 0.1}, False, True),
-        ({"presence_penalty": -1}, True, True),
-        ({"frequency_penalty": 0.1}, True, True),
-        ({"repetition_penalty": 1.1}, True, True),
-        ({"logit_bias": {0: 0}}, True, True),
+        ({"logprobs": 20, "min_p": 0.1}, False, False),
+        ({"logprobs": 21}, False, True),
+        ({"presence_penalty": -1}, True, False),
+        ({"frequency_penalty": 0.1}, True, False),
+        ({"repetition_penalty": 1.1}, True, False),
+        ({"logit_bias": {0: 0}}, True, False),
     ],
     ids=str,
 )
-def test_which_options_a_gpu_leaves_to_the_host(fields, changes, host):
+def test_which_options_change_logits_and_which_a_gpu_leaves_to_the_host(fields, changes, host):
     params = SamplingParams(**fields)
     assert (params.changes_logits, params.needs_host) == (changes, host)
 

@@ -46,7 +46,8 @@ def alone(model, request):
 def check_blocks(scheduler):
     """Check the reference counts against the block tables, and the order of the queues."""
     allocator = scheduler.allocator
-    users = Counter(block for s in scheduler.running for block in s.block_table)
+    stopped = {chunk.sequence for batch in scheduler._in_flight for chunk in batch if chunk.sequence.stopped}
+    users = Counter(block for s in [*scheduler.running, *stopped] for block in s.block_table)
     assert [users[block] for block in range(allocator.num_blocks)] == allocator.ref_count
     assert allocator.num_free_blocks == allocator.ref_count.count(0)
     assert all(not s.block_table for s in scheduler.waiting)

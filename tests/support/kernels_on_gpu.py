@@ -27,6 +27,11 @@ class GpuCompiler:
     def kernel(self, file, name, **defines):
         return HostArrays(self._gpu, self._compiler.kernel(file, name, **defines))
 
+    def lend(self, array):
+        """Copy an array to the GPU; return the address and a function that returns its content later."""
+        copy = self._gpu.from_host(as_bytes(array).copy())
+        return copy.data.ptr, lambda: self._gpu.to_host(copy).view(array.dtype)
+
 
 class HostArrays:
     """A GPU kernel that can be called with NumPy arrays."""

@@ -22,6 +22,7 @@ from minitp.check.run import check_model
 from minitp.cli.perplexity import perplexity
 from minitp.comm.single import SingleRank
 from minitp.device import open_device
+from minitp.engine.engine import Engine
 from minitp.errors import InputError, RankError
 from minitp.generate import generate, host_logits
 from minitp.load import load_model, open_source
@@ -559,11 +560,13 @@ def test_a_pool_that_is_too_small_is_freed_before_the_next_is_allocated(speaking
 
 
 def test_ranks_that_choose_different_tokens_are_an_error(speaking, plain_tokens, monkeypatch):
-    from minitp.cuda.fused import TokensAhead
+    from minitp.cuda.lanes import OnTheWay
 
-    read = TokensAhead.read
+    read = OnTheWay.read
     monkeypatch.setattr(
-        TokensAhead, "read", lambda self: read(self) ^ (threading.current_thread().name == "rank 2")
+        OnTheWay,
+        "read",
+        lambda self: [array + (threading.current_thread().name == "rank 2") for array in read(self)],
     )
 
     def rank(comm):
@@ -629,8 +632,8 @@ def test_prompts_are_scored_as_on_a_cpu(speaking, path, tp):
     [
         (1, 1, 40, {}, {1}),
         (1, 3, 40, {}, {1, 2, 4}),
-        (1, 5, 40, {"max_tokens_per_step": 9}, {1, 4}),  # chunks of prompts together with others' tokens
-        (1, 6, 5, {}, {1, 2, 4}),
+        (1, 5, 40, {"max_tokens_per_step": 9}, {1, 2, 4}),  # chunks of prompts together with others' tokens
+        (1, 6, 6, {}, {1, 2, 4}),
         (1, 6, 40, {}, {2, 4, 8}),
         (3, 3, 40, {}, {1, 2, 4}),
     ],
@@ -654,8 +657,95 @@ def test_requests_served_together_get_the_same_tokens_as_alone(
     assert scheduler.allocator.num_free_blocks == blocks
     assert set(pool.graphs) == batches
     assert set(captured.values()) == {1 + len(batches)}, "requests run alone share one pool and graph"
-    assert (scheduler.num_preempted > 0) == (blocks == 5)
-    assert (scheduler.load()["reused_tokens"] > 0) == (bool(limits) or blocks == 5)
+    assert (scheduler.num_preempted > 0) == (blocks == 6)
+    assert (scheduler.load()["reused_tokens"] > 0) == (bool(limits) or blocks == 6)
+
+
+CHOICES = [
+    {"temperature": 0.9, "seed": 1, "min_p": 0.05},
+    {"repetition_penalty": 1.4, "frequency_penalty": 0.3, "logprobs": 2},
+    {"temperature": 1.2, "seed": 2, "top_k": 9, "presence_penalty": 1.0, "logprobs": 0},
+    {"logit_bias": {7: 30, 9: 28}, "frequency_penalty": 0.9},
+    {"logprobs": 21, "temperature": 0.5, "seed": 3},  # the host chooses
+    {"prompt_logprobs": 1, "repetition_penalty": 0.8},
+    {"temperature": 0.8, "seed": 4, "top_p": 0.7},
+]
+
+
+def chosen(model, run_ahead, blocks):
+    """Run a request with each of CHOICES, some of which are preempted in a small pool; return them."""
+    rng, found = random.Random(5), []
+    for number, options in enumerate(CHOICES):
+        prompt = [rng.randrange(101) for _ in range(3 + 4 * number)]
+        params = SamplingParams(max_new_tokens=5 + number // 2, ignore_eos=True, **options)
+        found.append(Request(params, (), prompt, 64))
+    scheduler = run_requests(model, found, blocks, 4, max_tokens_per_step=40, run_ahead=run_ahead)
+    assert scheduler is None or (scheduler.num_preempted > 0) == (blocks < 40)
+    return found
+
+
+@pytest.mark.parametrize(("tp", "blocks"), [(1, 12), (3, 80)])
+def test_running_ahead_changes_no_choice_and_no_log_probability(quick, tp, blocks):
+    """Compare requests of every kind, chosen by the GPU a batch ahead, with the host's choices."""
+
+    def rank(comm):
+        model = model_on_gpu(quick, comm)
+        return [chosen(model, run_ahead, blocks) for run_ahead in (True, False)]
+
+    ahead, simple = run_on_gpus(tp, rank)[0]
+    for found, expected in zip(ahead, simple, strict=True):
+        assert found.token_ids == expected.token_ids
+        for name in ("logprobs", "prompt_logprobs"):
+            assert_same_logprobs(getattr(found, name), getattr(expected, name))
+
+
+def test_a_batch_copies_only_what_changes(quick, cupy, monkeypatch):
+    """Count the copies of batches that decode: 24 bytes per row to the GPU and 8 back, as docs say.
+
+    A sequence's new block adds nothing. With log-probabilities, the copy back has 16 bytes for each pair.
+    """
+    copies, runtime = [], cupy.cuda.runtime
+    copy = runtime.memcpyAsync
+
+    def counted_copy(target, source, nbytes, kind, stream):
+        copies.append((nbytes, kind))
+        copy(target, source, nbytes, kind, stream)
+
+    monkeypatch.setattr(runtime, "memcpyAsync", counted_copy)
+    host_copies = [[], []]
+    for number, name in enumerate(("asarray", "asnumpy")):
+        original = getattr(cupy, name)
+        counted = lambda *a, _f=original, _n=number, **o: host_copies[_n].append(0) or _f(*a, **o)  # noqa: E731
+        monkeypatch.setattr(cupy, name, counted)
+
+    def rank(comm, logprobs):
+        engine = Engine(model_on_gpu(quick, comm), 40, 4)
+        for number in range(3):
+            params = SamplingParams(max_new_tokens=9, ignore_eos=True, logprobs=logprobs)
+            engine.add(Request(params, (), [5, 6 + number], 64))
+        for _ in range(3):  # the prompt, and the first two decode passes
+            engine.run_batch()
+        copies.clear()
+        host_copies[:] = [], []
+        for _ in range(5):
+            engine.run_batch()
+        return list(copies), host_copies
+
+    to_gpu, to_host = runtime.memcpyHostToDevice, runtime.memcpyDeviceToHost
+    for logprobs, numbers in ((None, 1), (0, 2), (2, 6)):
+        found, others = run_on_gpus(1, lambda comm, top=logprobs: rank(comm, top))[0]
+        assert found == [(24 * 4, to_gpu), (8 * 4 * numbers, to_host)] * 5
+        assert others == [[], []]
+
+
+def assert_same_logprobs(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        if other is None:
+            assert one is None
+            continue
+        assert one[0] == pytest.approx(other[0], abs=0.05)  # as in test_generation
+        assert [x for _, x in one[1]] == pytest.approx([x for _, x in other[1]], abs=0.05)
 
 
 @pytest.mark.parametrize("block_size", [1, 7])
@@ -668,11 +758,14 @@ def test_blocks_of_any_size(quick, block_size):
     assert tokens == expected
 
 
-def test_a_batch_too_large_for_the_kernels_runs_like_a_prompt(quick, monkeypatch):
+@pytest.mark.parametrize("run_ahead", [True, False])
+def test_a_batch_too_large_for_the_kernels(quick, monkeypatch, run_ahead):
+    """Run it as several decode passes, whose rows change owners in turn, or, if recorded, like a prompt."""
     monkeypatch.setattr("minitp.cuda.fused.MAX_TOKENS", 2)
+    monkeypatch.setattr("minitp.cuda.batches_ahead.MAX_TOKENS", 2)
 
     def rank(comm):
-        return served_and_alone(model_on_gpu(quick, comm), 4, 40)
+        return served_and_alone(model_on_gpu(quick, comm), 5, 40, run_ahead=run_ahead)
 
     tokens, expected, _, pool = run_on_gpus(1, rank)[0]
     assert tokens == expected

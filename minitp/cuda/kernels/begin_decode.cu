@@ -3,9 +3,11 @@
 //
 // A block handles one sequence b. It has p = lengths[b] keys in the cache, so p is its new token's position.
 //   token, lengths int [B]                  a length of -1 marks a row that pads the batch to the size of a graph
-//   block_table int [B, max_blocks]         must have a block for position p; the host allocates it
+//   block_table int [B, max_blocks]         has a block for each position up to p; the host allocates them
 //   inverse_frequencies float [ropes, half_dim]   a row for each RoPE of the model's layers; half_dim is R / 2
 //   factors float [ropes]                   the attention factor of each RoPE, which multiplies its cosines and sines
+//   lane int [B], chosen int [lanes]        a token below 0 is the one that `sample` has chosen for the row's lane
+//   new_block int [B]                       the block of position p if it is new, else -1; it is added to block_table
 //   table [rows, stride]                    this rank's rows of the embedding; the first is token `first_row`
 //   x [B, width]                            the token's row, times `multiplier`; zeros if another rank has the row, and
 //                                           for padding
@@ -17,11 +19,12 @@
 
 #include "common.h"
 
-extern "C" __global__ void begin_decode(const int *token, const int *lengths, const int *block_table,
+extern "C" __global__ void begin_decode(const int *token, const int *lengths, int *block_table,
                                       const float *inverse_frequencies, const float *factors, const Half *table,
-                                      Half *x, int *slot, float *cosines, float *sines, int *seen,
-                                      int max_blocks, int block_size, int first_row, int rows, int stride,
-                                      int width, int ropes, int half_dim, float multiplier) {
+                                      Half *x, int *slot, float *cosines, float *sines, int *seen, const int *lane,
+                                      const int *chosen, const int *new_block, int max_blocks, int block_size,
+                                      int first_row, int rows, int stride, int width, int ropes, int half_dim,
+                                      float multiplier) {
     wait_for_previous();
     let_next_start();
     const int sequence = blockIdx.x;
@@ -31,7 +34,8 @@ extern "C" __global__ void begin_decode(const int *token, const int *lengths, co
         seen[sequence] = padding ? 0 : length + 1;
         slot[sequence] = -1;
         if (!padding) {
-            const int block = block_table[sequence * max_blocks + length / block_size];
+            int &block = block_table[sequence * max_blocks + length / block_size];
+            if (new_block[sequence] >= 0) block = new_block[sequence];
             slot[sequence] = block * block_size + length % block_size;
         }
     }
@@ -44,7 +48,9 @@ extern "C" __global__ void begin_decode(const int *token, const int *lengths, co
         sines[at] = sinf(angle) * factors[rope];
     }
 
-    const int local = padding ? -1 : token[sequence] - first_row;
+    int id = padding ? -1 : token[sequence];
+    if (id < 0 && !padding) id = chosen[lane[sequence]];
+    const int local = padding ? -1 : id - first_row;
     const bool has_row = local >= 0 && local < rows;
     const long long start = static_cast<long long>(has_row ? local : 0) * stride;
     const Half8 *const row = reinterpret_cast<const Half8 *>(table + start);

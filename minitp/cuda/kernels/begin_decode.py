@@ -24,15 +24,17 @@ class BeginDecode:
         self._end = compiler.kernel("begin_decode.cu", "end_decode")
         self._block_size, self._first_row, self._multiplier = block_size, first_row, np.float32(multiplier)
 
-    def __call__(self, token, lengths, block_table, rotations, table, x, slot, cosines, sines, seen):
+    def __call__(self, token, lengths, block_table, rotations, table, x, slot, cosines, sines, seen, lanes):
         """Write each token's embedding, cache slot, RoPE cosines and sines, and number of visible keys.
 
         Parameters
         ----------
         token : int32 [B]
+            A token below 0 is the one that `sample` has chosen for the row's lane.
         lengths : int32 [B]
             Number of keys in the cache, which is the position of the new token; -1 for a padding row.
         block_table : int32 [B, max_blocks]
+            The new blocks in `lanes` are added to it.
         rotations : (float32 [ropes, R/2], float32 [ropes])
             The inverse frequencies and the attention factor of each RoPE of the model's layers.
         table : 16-bit [V_r, D or more]
@@ -45,13 +47,16 @@ class BeginDecode:
             Outputs: the cosines and sines of the angles of each new position, times the attention factor.
         seen : int32 [B]
             An output: the number of keys that attention reads, including the new one; 0 for padding.
+        lanes : tuple of int32 [B], [lanes], [B]
+            The lane of each row; the token chosen for each lane; the block of the new token's position where
+            it is new, else -1.
         """
         sequences, width = x.shape
         rows, stride = table.shape
         sizes = (block_table.shape[1], self._block_size, self._first_row, rows, stride, width)
         arrays = (token, lengths, block_table, *rotations, table, x, slot, cosines, sines, seen)
         numbers = *map(np.int32, (*sizes, *rotations[0].shape)), self._multiplier
-        self._begin((sequences,), (THREADS,), (*arrays, *numbers))
+        self._begin((sequences,), (THREADS,), (*arrays, *lanes, *numbers))
 
     def end(self, lengths):
         """Increment `lengths`, int32 [B], except for padding."""

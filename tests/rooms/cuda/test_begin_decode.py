@@ -13,6 +13,11 @@ BLOCK_SIZE, MAX_BLOCKS = 16, 8
 PADDING = -1
 
 
+def no_lanes(sequences):
+    """Return the kernel's `lanes` for rows whose tokens the host chooses and whose blocks are old."""
+    return np.full(sequences, -1, np.int32), np.zeros(1, np.int32), np.full(sequences, -1, np.int32)
+
+
 def begin(dtype, token, lengths, table, width, half_dim, first_row):
     """Run the kernel on random block tables; return (block_table, inverse_frequencies, its five outputs)."""
     draw = np.random.default_rng(width)
@@ -25,7 +30,7 @@ def begin(dtype, token, lengths, table, width, half_dim, first_row):
     outputs = (x, slot, cosines, sines, seen)
     kernel = BeginDecode(CpuCompiler(dtype), BLOCK_SIZE, first_row)
     rotations = frequencies[None], np.ones(1, np.float32)
-    kernel(np.int32(token), np.int32(lengths), block_table, rotations, table, *outputs)
+    kernel(np.int32(token), np.int32(lengths), block_table, rotations, table, *outputs, no_lanes(sequences))
     return block_table, frequencies, outputs
 
 
@@ -84,10 +89,30 @@ def test_large_angles():
         cosines,
         sines,
         ints[1],
+        no_lanes(2),
     )
     angles = (lengths.astype(np.float32)[:, None] * frequencies).astype(np.float64)  # [B, d/2], as in float32
     np.testing.assert_allclose(cosines, np.cos(angles), atol=2e-7, rtol=0)
     np.testing.assert_allclose(sines, np.sin(angles), atol=2e-7, rtol=0)
+
+
+def test_tokens_of_lanes_and_new_blocks():
+    """Rows without a token of their own embed that of their lane; a new block is used and remembered."""
+    table = np.repeat(np.arange(20, dtype=np.float16), 8).reshape(20, 8)  # [V_r, D]: a row has its own id
+    token, lengths = np.int32([-1, 7, -1, -1]), np.int32([16, 20, 47, PADDING])
+    lane, chosen, new_block = np.int32([2, 0, 1, -1]), np.int32([11, 12, 13]), np.int32([50, -1, 60, 70])
+    block_table = np.arange(4 * MAX_BLOCKS, dtype=np.int32).reshape(4, MAX_BLOCKS)
+    expected = block_table.copy()
+    expected[0, 1], expected[2, 2] = 50, 60
+    x, ints = np.full((4, 8), np.nan, np.float16), np.empty((2, 4), np.int32)
+    angles = np.empty((2, 4, 4), np.float32)
+    kernel = BeginDecode(CpuCompiler(np.float16), BLOCK_SIZE, 0)
+    rotations = np.ones((1, 4), np.float32), np.ones(1, np.float32)
+    outputs = x, ints[0], *angles, ints[1]
+    kernel(token, lengths, block_table, rotations, table, *outputs, (lane, chosen, new_block))
+    assert x[:, 0].tolist() == [13, 7, 12, 0]
+    np.testing.assert_array_equal(block_table, expected)
+    assert ints[0].tolist() == [50 * 16, expected[1, 1] * 16 + 4, 60 * 16 + 15, -1]
 
 
 @pytest.mark.parametrize("sequences", [1, 32, 300])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from cuda_on_cpu import CpuCompiler
 
-from minitp.cuda.kernels.sample import Sample
-from minitp.sampling import Sampler, SamplingParams, token_probabilities
+from minitp.cuda.kernels.sample import CHANGE, RESULTS, WORDS, Sample, history_of, settings_of
+from minitp.sampling import Sampler, SamplingParams, changed_logits, token_logprobs, token_probabilities
 
 CLOSE = 1e-12  # distance from a boundary between two tokens within which the order of sums may matter
 UNTOUCHED = -99
@@ -15,36 +15,76 @@ UNTOUCHED = -99
 
 def sample(logits, params, draw):
     """Sample tokens [B] from logits [B, V] with the kernel; a row with None as its params is padding."""
+    return sample_after(logits, params, draw, [((), ())] * len(params))[0]
+
+
+def sample_after(logits, params, draw, texts):
+    """Sample a token for each row after its text, a (prompt ids, new ids).
+
+    The result is (tokens [B], the kernel's `results`, the history of each row or None). The lanes of the rows
+    are in another order than the rows.
+    """
     rows, size = logits.shape
     wide = np.full((rows, (size + 7) // 4 * 4), np.nan, np.float32)[:, :size]  # [B, V]
     wide[:] = logits
-    temperature = np.array([-1 if p is None else p.temperature for p in params], np.float64)
-    top_k = np.array([0 if p is None else p.top_k for p in params], np.int32)
-    top_p = np.array([1 if p is None else p.top_p for p in params], np.float64)
-    token = np.full(rows, UNTOUCHED, np.int32)
-    Sample(CpuCompiler(np.float16))(wide, temperature, top_k, top_p, np.array(draw, np.float64), token)
-    return token
+    compiler, lane = CpuCompiler(np.float16), np.arange(rows, dtype=np.int32)[::-1].copy()  # [B]
+    settings, histories = np.zeros((rows, WORDS), np.uint64), []
+    for row, (one, text) in enumerate(zip(params, texts, strict=True)):
+        address, content = 0, lambda: None
+        if one is None:
+            lane[row] = -1
+        elif one.changes_logits:
+            address, content = compiler.lend(history_of(one, *text, room=1))
+        histories.append(content)
+        settings[lane[row]] = settings_of(one or SamplingParams(), address)
+    chosen, results = np.full(rows, UNTOUCHED, np.int32), np.full((RESULTS, rows), np.nan)
+    Sample(compiler)(wide, lane, settings, np.array(draw, np.float64), chosen, results)
+    np.testing.assert_array_equal(wide, logits.astype(np.float32))  # restored
+    tokens = np.where(lane < 0, UNTOUCHED, chosen[lane])  # [B]
+    np.testing.assert_array_equal(results[0], np.where(lane < 0, np.nan, tokens))
+    return tokens, results, [content() for content in histories]
 
 
-def compare(logits, params, seed=0):
+def compare(logits, params, seed=0, texts=None):
     """Sample each row of logits [B, V] by kernel and host with the same draw, and compare the tokens."""
     seeds = seed + np.arange(len(logits))
     draw = [np.random.Generator(np.random.PCG64(s)).random() for s in seeds]
-    tokens = sample(logits, params, draw)
-    samplers = [
-        Sampler(SamplingParams(p.max_new_tokens, p.temperature, p.top_k, p.top_p, int(s)))
-        for p, s in zip(params, seeds, strict=True)
+    texts = texts or [((), ())] * len(params)
+    tokens, results, histories = sample_after(logits, params, draw, texts)
+    right = np.zeros(len(tokens), bool)  # [B]
+    for row, (one, number, (prompt, new)) in enumerate(zip(params, seeds, texts, strict=True)):
+        changed = after_text(logits[row], one, prompt, new)  # [V]
+        # `choose` is given changed logits, so it must not change them again.
+        host = Sampler(
+            SamplingParams(100, one.temperature, one.top_k, one.top_p, int(number), min_p=one.min_p)
+        )
+        right[row] = tokens[row] == host.choose(changed) or near(changed, one, draw[row])
+    assert right.all()
+    near_ones = [
+        near(after_text(r, p, *t), p, d) for r, p, t, d in zip(logits, params, texts, draw, strict=True)
     ]
-    expected = np.array([sampler.choose(row) for sampler, row in zip(samplers, logits, strict=True)])
-    clear = np.array([not near(*row) for row in zip(logits, params, draw, strict=True)])
-    assert clear.mean() > 0.95
-    np.testing.assert_array_equal(tokens[clear], expected[clear])
+    assert np.mean(near_ones) < 0.05
+    return tokens, results, histories
+
+
+def after_text(logits, params, prompt, new):
+    """Return the logits [V] that the host would choose from."""
+    counts = np.bincount(np.array(new, np.int32), minlength=len(logits)).astype(np.int32)  # [V]
+    seen = counts > 0  # [V]
+    seen[list(prompt)] = True
+    return changed_logits(logits, params, counts, seen)
 
 
 def near(logits, params, draw):
-    """Return whether the draw is close to a boundary between two tokens."""
+    """Return whether the draw is close to a boundary between two tokens, or a token to the limit of min-p."""
     if params.temperature == 0:
         return False
+    free = SamplingParams(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p)
+    ratios = token_probabilities(logits, free)  # [V]
+    ratios /= ratios.max()
+    limit = params.min_p
+    if limit > 0 and np.abs(ratios[ratios < 1] - limit).min(initial=1) < CLOSE:
+        return True
     probs = token_probabilities(logits, params)  # [V]
     return np.abs(np.cumsum(probs)[probs > 0][:-1] - draw).min(initial=1) < CLOSE
 
@@ -163,6 +203,95 @@ def test_padding_keeps_its_token():
     logits = np.zeros((3, 8), np.float32)
     tokens = sample(logits, [None, SamplingParams(), None], [0.5] * 3)
     np.testing.assert_array_equal(tokens, [UNTOUCHED, 0, UNTOUCHED])
+
+
+# --- min-p, penalties, log-probabilities -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [None, [2.0, 1.0, -1.0, 0.5]])
+def test_min_p(values):
+    params = [
+        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        for temperature in (0.7, 100.0)
+        for top_k in (0, 7)
+        for top_p in (0.6, 1.0)
+        for min_p in (1e-3, 0.2, 0.9, 1.0)
+    ] * 3
+    draw = np.random.default_rng(0)
+    shape = len(params), 300
+    logits = draw.normal(size=shape) if values is None else draw.choice(values, size=shape)
+    compare(logits.astype(np.float32), params)
+
+
+CHANGES = [
+    {"logit_bias": {3: 4.5, "7": -100, 19: 0.25}},
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.7},
+    {"frequency_penalty": 0.8},
+    {"presence_penalty": 1.5},
+    {"presence_penalty": -2, "frequency_penalty": -0.1},
+    {
+        "logit_bias": {3: 2, 5: 1},
+        "repetition_penalty": 1.2,
+        "frequency_penalty": 0.4,
+        "presence_penalty": 0.3,
+    },
+    {},
+]
+
+
+def test_changed_logits():
+    """Compare greedy and sampled choices after random texts, some longer than a block has threads."""
+    rng, params, texts = np.random.default_rng(3), [], []
+    for n in range(96):
+        temperature = (0.0, 0.8, 1.5)[n % 3]
+        params.append(
+            SamplingParams(temperature=temperature, min_p=0.01 * (n % 2), **CHANGES[n % len(CHANGES)])
+        )
+        prompt, new = (rng.integers(0, 600, rng.integers(0, length)).tolist() for length in (900, 40))
+        texts.append((prompt, new))
+    logits = rng.normal(scale=2, size=(len(params), 600)).astype(np.float32)
+    compare(logits, params, texts=texts)
+
+
+def test_the_kernel_counts_the_tokens_that_it_chooses():
+    """Check tokens that are new, that only the prompt or the bias has, and that were chosen before."""
+    params = SamplingParams(repetition_penalty=1.1, logit_bias={4: 0.5})
+    texts = [((1, 2), (3, 3))] * 4
+    logits = np.zeros((4, 8), np.float32)
+    for row, token in enumerate((6, 2, 4, 3)):
+        logits[row, token] = 9
+    tokens, _, histories = sample_after(logits, [params] * 4, [0] * 4, texts)
+    assert tokens.tolist() == [6, 2, 4, 3]
+    for history, token in zip(histories, tokens.tolist(), strict=True):
+        expected = {1: 0, 2: 0, 3: 2, 4: -1}
+        expected[token] = max(expected.get(token, 0), 0) + 1
+        assert history.dtype == CHANGE
+        entries = history[1 : 1 + history["id"][0]]
+        assert dict(zip(entries["id"].tolist(), entries["count"].tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("size", [3, 1000])
+def test_log_probabilities_are_those_of_the_unchanged_logits(size):
+    rng = np.random.default_rng(size)
+    tops = [None, 0, 1, 5, 20] * 3
+    params = [SamplingParams(logprobs=top, temperature=0.5 * (n % 2), **CHANGES[n // 5 * 3 % 4 % 2 * 6])
+              for n, top in enumerate(tops)]  # fmt: skip
+    params = [p if size > 20 else SamplingParams(logprobs=p.logprobs) for p in params]
+    logits = rng.choice(np.float32([0, 0.5, -1, 2]), size=(len(tops), size))
+    logits[::2] = rng.normal(size=logits[::2].shape)
+    logits[4, 0] = -np.inf
+    tokens, results, _ = compare(logits, params, texts=[((1, 2), (2,))] * len(tops))
+    for token, top, row, found in zip(tokens, tops, logits, results.T, strict=True):
+        assert np.isnan(found[1]) == (top is None)
+        pairs = found[2:].reshape(-1, 2)  # [20, 2]
+        assert np.isnan(pairs[min(top or 0, size) :]).all()
+        if top is None:
+            continue
+        logprob, best = token_logprobs(row, token, top)
+        assert found[1] == pytest.approx(logprob, abs=CLOSE)
+        assert pairs[: len(best), 0].tolist() == [token for token, _ in best]
+        np.testing.assert_allclose(pairs[: len(best), 1], [logprob for _, logprob in best], atol=CLOSE)
 
 
 def test_rows_that_are_not_aligned_are_rejected():
