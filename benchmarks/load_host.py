@@ -3,18 +3,19 @@
 Writes layers of Mistral 7B's shape to a file (in the page cache), and in each round reads that file plainly
 and loads it with the loader of the rank's slices, now and as it was: in one thread, through the safetensors
 library and two buffers. The stand-in's copy to the GPU is a memcpy of the CPU; `--copy none` leaves it out,
-as a GPU's own copy engine would. Prints medians of the rates, and of their ratios within a round.
+as a GPU's own copy engine would. Prints medians of the rates, and of their ratios within a round, by the
+clock and by the CPU time of all threads, which other processes hardly change.
 
     python benchmarks/load_host.py [--layers 4] [--rounds 5] [--tp 1] [--copy memcpy|none]
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 
@@ -22,11 +23,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/support"), str(ROOT / "benchmarks/gpu")]
 
 from on_gpu import run_on_gpus, stand_in  # noqa: E402
-from parts import write_model  # noqa: E402
+from parts import write  # noqa: E402
 
-from minitp.bench.load_rate import read_rate  # noqa: E402
+from minitp.bench.load_rate import MOST_BYTES, read_rate  # noqa: E402
 from minitp.cuda.loader import GpuLoader, padded  # noqa: E402
-from minitp.loading.random_weights import random_config  # noqa: E402
 from minitp.loading.source import open_model  # noqa: E402
 from minitp.loading.weights import shard_nbytes  # noqa: E402
 
@@ -85,21 +85,33 @@ def measure(comm, folder, options):
     source = open_model(str(folder), options.tp)
     nbytes = shard_nbytes(source.plan, 0, gpu)
 
-    def rate(loader):
-        started = perf_counter()
+    def load(loader):
         loader(source.plan, 0, source.tensors, gpu).load()
-        return nbytes / (perf_counter() - started)
+        return nbytes
 
-    rounds = []
-    for number in range(options.rounds + 1):
-        plain = read_rate(folder / "model.safetensors")
-        before, now = rate(LoaderBefore), rate(GpuLoader)
-        if number > 0:  # the first one brings the file into the page cache
-            rounds.append((plain / 1e9, before / 1e9, now / 1e9, before / plain, now / plain, now / before))
-    names = ("file GB/s", "before GB/s", "now GB/s", "before / file", "now / file", "now / before")
-    for name, values in zip(names, zip(*rounds, strict=True), strict=True):
-        print(f"{name:14} {statistics.median(values):6.2f}  ({min(values):.2f} to {max(values):.2f})")
-    print(json.dumps({"tp": options.tp, "copy": options.copy, "bytes": nbytes, "rounds": rounds}))
+    def read():
+        return read_rate(folder / "model.safetensors") and file_bytes
+
+    file_bytes = min(MOST_BYTES, (folder / "model.safetensors").stat().st_size)
+    works = {"file": read, "before": partial(load, LoaderBefore), "now": partial(load, GpuLoader)}
+    rounds = [{name: rates(work) for name, work in works.items()} for _ in range(options.rounds + 1)][1:]
+    for n, clock in enumerate(("by the clock", "by CPU time")):
+        print(clock)
+        for name in works:
+            values = [results[name][n] for results in rounds]
+            print(
+                f"  {name:6} {statistics.median(values):6.2f} GB/s  ({min(values):.2f} to {max(values):.2f})"
+            )
+        for a, b in (("before", "file"), ("now", "file"), ("now", "before")):
+            ratio = statistics.median(results[a][n] / results[b][n] for results in rounds)
+            print(f"  {a} / {b}: {ratio:.2f}")
+
+
+def rates(work):
+    """Return the GB/s of work(), which returns a number of bytes, by the clock and by CPU time."""
+    clock, cpu = perf_counter(), process_time()
+    nbytes = work()
+    return nbytes / (perf_counter() - clock) / 1e9, nbytes / (process_time() - cpu) / 1e9
 
 
 def main():
@@ -110,7 +122,7 @@ def main():
     parser.add_argument("--copy", choices=("memcpy", "none"), default="memcpy")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="minitp-load-") as folder, stand_in():
-        write_model(Path(folder), random_config("mistral-7b") | {"num_hidden_layers": options.layers})
+        write(folder, layers=options.layers)
         run_on_gpus(1, lambda comm: measure(comm, Path(folder), options))
 
 

@@ -4,6 +4,8 @@
 // A block handles one sequence b. It has p = lengths[b] keys in the cache, so p is its new token's position.
 //   token, lengths int [B]                  a length of -1 marks a row that pads the batch to the size of a graph
 //   block_table int [B, max_blocks]         must have a block for position p; the host allocates it
+//   table_starts int [B] or null            if given, the start in block_table of each row's table, for a prompt,
+//                                               whose tokens are rows with the same table
 //   inverse_frequencies float [ropes, half_dim]   a row for each RoPE of the model's layers; half_dim is R / 2
 //   factors float [ropes]                   the attention factor of each RoPE, which multiplies its cosines and sines
 //   table [rows, stride]                    this rank's rows of the embedding; the first is token `first_row`
@@ -18,10 +20,11 @@
 #include "common.h"
 
 extern "C" __global__ void begin_decode(const int *token, const int *lengths, const int *block_table,
-                                      const float *inverse_frequencies, const float *factors, const Half *table,
-                                      Half *x, int *slot, float *cosines, float *sines, int *seen,
-                                      int max_blocks, int block_size, int first_row, int rows, int stride,
-                                      int width, int ropes, int half_dim, float multiplier) {
+                                      const int *table_starts, const float *inverse_frequencies,
+                                      const float *factors, const Half *table, Half *x, int *slot,
+                                      float *cosines, float *sines, int *seen, int max_blocks, int block_size,
+                                      int first_row, int rows, int stride, int width, int ropes, int half_dim,
+                                      float multiplier) {
     const int sequence = blockIdx.x;
     const int length = lengths[sequence];
     const bool padding = length < 0;
@@ -29,7 +32,8 @@ extern "C" __global__ void begin_decode(const int *token, const int *lengths, co
         seen[sequence] = padding ? 0 : length + 1;
         slot[sequence] = -1;
         if (!padding) {
-            const int block = block_table[sequence * max_blocks + length / block_size];
+            const int start = table_starts == nullptr ? sequence * max_blocks : table_starts[sequence];
+            const int block = block_table[start + length / block_size];
             slot[sequence] = block * block_size + length % block_size;
         }
     }

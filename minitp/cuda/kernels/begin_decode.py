@@ -24,7 +24,9 @@ class BeginDecode:
         self._end = compiler.kernel("begin_decode.cu", "end_decode")
         self._block_size, self._first_row, self._multiplier = block_size, first_row, np.float32(multiplier)
 
-    def __call__(self, token, lengths, block_table, rotations, table, x, slot, cosines, sines, seen):
+    def __call__(
+        self, token, lengths, block_table, rotations, table, x, slot, cosines, sines, seen, table_starts=None
+    ):
         """Write each token's embedding, cache slot, RoPE cosines and sines, and number of visible keys.
 
         Parameters
@@ -32,7 +34,7 @@ class BeginDecode:
         token : int32 [B]
         lengths : int32 [B]
             Number of keys in the cache, which is the position of the new token; -1 for a padding row.
-        block_table : int32 [B, max_blocks]
+        block_table : int32 [B, max_blocks], or [blocks] with `table_starts`
         rotations : (float32 [ropes, R/2], float32 [ropes])
             The inverse frequencies and the attention factor of each RoPE of the model's layers.
         table : 16-bit [V_r, D or more]
@@ -45,11 +47,14 @@ class BeginDecode:
             Outputs: the cosines and sines of the angles of each new position, times the attention factor.
         seen : int32 [B]
             An output: the number of keys that attention reads, including the new one; 0 for padding.
+        table_starts : int32 [B] or None
+            The start in `block_table` of each row's table. With it, rows may be tokens of one sequence.
         """
         sequences, width = x.shape
         rows, stride = table.shape
-        sizes = (block_table.shape[1], self._block_size, self._first_row, rows, stride, width)
-        arrays = (token, lengths, block_table, *rotations, table, x, slot, cosines, sines, seen)
+        sizes = (block_table.shape[-1], self._block_size, self._first_row, rows, stride, width)
+        inputs = token, lengths, block_table, table_starts, *rotations, table
+        arrays = (*inputs, x, slot, cosines, sines, seen)
         numbers = *map(np.int32, (*sizes, *rotations[0].shape)), self._multiplier
         self._begin((sequences,), (THREADS,), (*arrays, *numbers))
 
