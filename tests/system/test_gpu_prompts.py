@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from on_gpu import model_on_gpu, run_on_gpus
+from paths import GOLDENS
 from tiny import write_tiny
 
 from minitp.generate import host_logits
@@ -72,6 +73,23 @@ def test_a_graph_has_the_bits_of_single_launches(directory, tp, count, past):
         for logits in found:
             assert logits.shape == (count, BASE["vocab_size"])
             assert np.array_equal(logits, found[0])
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3-moe", "phi3-partial"])
+def test_graphs_of_other_families(name):
+    """Check several RoPEs and windows, experts, and heads that are padded and partly rotated."""
+
+    def rank(comm):
+        model = model_on_gpu(GOLDENS / name, comm, "bfloat16", path="fused")
+        pool = model.new_pool(16)
+        prompts = [[n % model.config.vocab_size for n in tokens(count)] for count in (12, 9)]
+        found = [logits_of(model, pool, prompts) for _ in range(2)]
+        assert pool.prompt_graphs[32, 32]._graph is not None
+        return [*found, logits_of(model, pool, prompts, Ignored())]
+
+    for found in run_on_gpus(2, rank):
+        assert np.isfinite(found[0]).all()
+        assert all(np.array_equal(logits, found[0]) for logits in found)
 
 
 def test_prompts_of_other_lengths_reuse_a_graph(directory, cupy, monkeypatch):
