@@ -1,7 +1,7 @@
 """The prefill of the fused model: passes over prompts, and the choice between a graph and cuBLAS.
 
 A pass over up to CAPTURED_ROWS tokens computes its products with `linear.store` and is padded to one of three
-sizes. The second pass of a size is captured as a graph, which later ones replay. Larger passes use cuBLAS,
+sizes. The first pass of a size is captured as a graph, which later ones replay. Larger passes use cuBLAS,
 which CuPy does not let a graph capture.
 """
 
@@ -53,11 +53,11 @@ class Prefill:
         if (size, most) not in pool.prompt_graphs:
             context = min(self.model.config.max_position_embeddings, pool.blocks * pool.block_size)
             blocks = most * -(-context // pool.block_size)
-            pool.prompt_graphs[size, most] = self._new_pass(pool, size, most, blocks, size, False)
+            pool.prompt_graphs[size, most] = self._new_pass(pool, size, most, blocks, size, captures=True)
         return pool.prompt_graphs[size, most]
 
-    def _new_pass(self, *args):
-        return PromptPass(self, *args)
+    def _new_pass(self, *args, **options):
+        return PromptPass(self, *args, **options)
 
     def buffers(self, rows):
         """Return the Buffers of a pass of this many rows; passes of similar sizes share their memory."""

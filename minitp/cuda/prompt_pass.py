@@ -85,12 +85,14 @@ class PromptPass:
         Maximum number of tokens of a sequence.
     cublas : bool
         Let cuBLAS compute the products, for any number of rows; then the pass cannot be captured.
+    captures : bool
+        Capture the pass when it is launched first, for later ones.
     """
 
-    def __init__(self, prefill, pool, rows, sequences, blocks, longest, cublas):
+    def __init__(self, prefill, pool, rows, sequences, blocks, longest, cublas=False, captures=False):
         self.model, self.comm = prefill.model, prefill.model.comm
         self.pool, self.rows, self._longest, self._cublas = pool, rows, longest, cublas
-        self._runs, self._graph, self._launching = 0, None, self.comm.launching
+        self._graph, self._captures, self._launching = None, captures, self.comm.launching
         self.buffers = prefill.buffers(rows)
         self._begin, self._attention = prefill.kernels(pool.block_size)
         c, ropes = self.model.config, list(self.model.rotations)
@@ -122,15 +124,14 @@ class PromptPass:
         self._state[: len(state)] = self.model.device.from_host(state)
 
     def launch(self):
-        """Run the pass: the first time as it is, and then as a graph, for which everything is loaded."""
-        self._runs += 1
-        if self._runs == 1:
-            self.run()
+        """Run the pass as a graph; the first time launch by launch, and capture it while the GPU works."""
+        if self._graph is not None:
+            with self.comm.launching():
+                self._graph.launch(self.model.device.stream)
             return
-        if self._graph is None:
+        self.run()
+        if self._captures:
             self._graph = self._captured()
-        with self.comm.launching():
-            self._graph.launch(self.model.device.stream)
 
     def _captured(self):
         stream, self._launching = self.model.device.stream, nullcontext

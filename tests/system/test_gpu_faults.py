@@ -86,8 +86,8 @@ class FaultyPromptPass(PromptPass):
 class FaultyPrefill(Prefill):
     """A Prefill of FaultyPromptPasses."""
 
-    def _new_pass(self, *args):
-        return FaultyPromptPass(self, *args)
+    def _new_pass(self, *args, **options):
+        return FaultyPromptPass(self, *args, **options)
 
 
 class FaultyFusedModel(Faulty, FusedModel):
