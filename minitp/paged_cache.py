@@ -61,12 +61,15 @@ class PagedCache:
             self._pass_slots[start, stop] = self.slots(start, stop)
         return self._pass_slots[start, stop]
 
+    def check_room(self, stop):
+        """Raise IndexError unless the block table has slots for all positions before `stop`."""
+        if stop > (allocated := len(self.block_table) * self.pool.block_size):
+            raise IndexError(f"position {stop - 1} has no slot: the block table has only {allocated} slots")
+
     def slots(self, start, stop):
         """Return the slots of positions start .. stop - 1, int [stop - start]."""
-        size = self.pool.block_size
-        if stop > (allocated := len(self.block_table) * size):
-            raise IndexError(f"position {stop - 1} has no slot: the block table has only {allocated} slots")
-        xp = self.pool.xp
+        self.check_room(stop)
+        xp, size = self.pool.xp, self.pool.block_size
         return slot_mapping(xp.asarray(self.block_table), xp.arange(start, stop), size)  # [n]
 
 

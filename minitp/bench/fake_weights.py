@@ -45,6 +45,10 @@ class TiledWeights:
             return np.resize(block, (rows, columns))
         return block[start : start + rows * columns].reshape(rows, columns)
 
+    def read_into(self, name, index, out):
+        """Write the slice `index` of a tensor into `out`, like Checkpoint.read_into."""
+        out[...] = self.read(name, index)
+
     def _draw(self, columns):
         uniform = np.random.default_rng(columns).random(LARGEST_READ + OFFSETS, np.float32)  # [n]
         uniform -= np.float32(0.5)

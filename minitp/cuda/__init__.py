@@ -3,6 +3,7 @@
 gpu.py            a rank's GPU: its stream, its memory, and copies to and from the host
 arrays.py         the array module that `ops` computes with
 loader.py         a rank's weights, uploaded as they are read
+uploads.py        threads that read into pinned memory, from which the GPU copies
 comm.py           collectives of GPU arrays through the hosts' memory
 nccl.py           collectives through NCCL, called by `cupy.cuda.nccl`
 peer.py           small all-reduces through memory that all GPUs of a host can read
@@ -10,4 +11,6 @@ compiler.py       compiles the .cu files
 kernels/          each .cu file with a Python file of the same name that launches it
 fused.py          the model built from these kernels
 decode_graph.py   a decode pass (one token of each sequence), captured as a CUDA graph
+prefill.py        passes over prompts; small ones are captured, too
+prompt_pass.py    the launches of such a pass
 """

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from minitp.device import DTYPES
+
 
 class Arrays:
     """The array module that `ops` receives as `xp` on a GPU.
@@ -19,13 +21,15 @@ class Arrays:
 
         self._cupy, self._cublas = cupy, cublas
         runtime = cupy.cuda.runtime
-        self._types = {
+        kinds = {
             "float32": runtime.CUDA_R_32F,
             "float16": runtime.CUDA_R_16F,
             "bfloat16": runtime.CUDA_R_16BF,
         }
-        # cuBLAS expects pointers to these factors.
-        self._one, self._zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+        self._types = {np.dtype(DTYPES[name]): kind for name, kind in kinds.items()}
+        self._factors = np.array([1, 0], np.float32)  # cuBLAS expects pointers to these numbers
+        self._one = self._factors.ctypes.data
+        self._zero = self._one + self._factors.itemsize
 
     def __getattr__(self, name):
         return getattr(self._cupy, name)
@@ -45,20 +49,24 @@ class Arrays:
         if 0 in (n, k, m):
             out[...] = 0
             return
-        a, b = self._readable(a), self._readable(b)
         # cuBLAS is column-major, so it sees all matrices transposed: out.T = b.T @ a.T.
-        (transpose_a, stride_a), (transpose_b, stride_b) = layout(a), layout(b)
+        (a, transpose_a, stride_a), (b, transpose_b, stride_b) = self._readable(a), self._readable(b)
         self._cublas.gemmEx(
             self._cupy.cuda.device.get_cublas_handle(),
-            *(transpose_b, transpose_a, m, n, k, self._one.ctypes.data),
-            *(b.data.ptr, self._types[b.dtype.name], stride_b),
-            *(a.data.ptr, self._types[a.dtype.name], stride_a, self._zero.ctypes.data),
-            *(out.data.ptr, self._types[out.dtype.name], max(m, out.strides[0] // out.itemsize)),
+            *(transpose_b, transpose_a, m, n, k, self._one),
+            *(b.data.ptr, self._types[b.dtype], stride_b),
+            *(a.data.ptr, self._types[a.dtype], stride_a, self._zero),
+            *(out.data.ptr, self._types[out.dtype], max(m, out.strides[0] // out.itemsize)),
             *(self._cublas.CUBLAS_COMPUTE_32F, self._cublas.CUBLAS_GEMM_DEFAULT),
         )
 
     def _readable(self, a):
-        return a if layout(a) is not None else self._cupy.ascontiguousarray(a)
+        """Return (a or a contiguous copy, its layout)."""
+        found = layout(a)
+        if found is None:
+            a = self._cupy.ascontiguousarray(a)
+            found = layout(a)
+        return a, *found
 
 
 def layout(a):
@@ -67,7 +75,8 @@ def layout(a):
     The result is (0, stride) if the rows are contiguous, (1, stride) if the columns are, and None if neither
     are.
     """
-    (rows, columns), (by_row, by_column) = a.shape, (stride // a.itemsize for stride in a.strides)
+    (rows, columns), (by_row, by_column), size = a.shape, a.strides, a.itemsize
+    by_row, by_column = by_row // size, by_column // size
     if by_column == 1 and (by_row >= columns or rows == 1):
         return 0, max(by_row, columns)
     if by_row == 1 and (by_column >= rows or columns == 1):

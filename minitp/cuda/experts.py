@@ -58,7 +58,7 @@ class FusedExperts:
         b.record(i, record)
 
     def prefill(self, i, h, buffers, record):
-        """Return this rank's term of the output of layer i's experts, [T, D and padding], for h [T, D].
+        """Compute the outputs of layer i's experts for h [T, D]; `buffers.add_up` completes them.
 
         The rows of h must be followed by their padding in memory.
         """
@@ -70,9 +70,6 @@ class FusedExperts:
         else:
             self._one_by_one(i, h, b)
         b.record(i, record)
-        partial = m.device.cupy.zeros((len(h), m.width), h.dtype)  # [T, D and padding]
-        b.add_up(partial)
-        return partial
 
     def _grouped(self, i, x, buffers, norm=None):
         """Compute y with a launch for each product of all experts: x [T, D] -> y [T X, D]."""

@@ -50,13 +50,14 @@ def unfit(config, plan, device, kv_dtype):
 
 
 class Pool(BlockPool):
-    """A BlockPool with the decode graphs that have been captured for it."""
+    """A BlockPool with the graphs that have been captured for it."""
 
     def __init__(self, *shape, **options):
         super().__init__(*shape, **options)
         self.blocks = self.storage[0][0].capacity // self.block_size
         self.graphs = {}  # batch -> DecodeGraph
         self.lanes = None  # the Lanes of its sequences
+        self.prompt_graphs = {}  # (rows, sequences) -> PromptPass
 
 
 class FusedModel(Model):
@@ -100,6 +101,7 @@ class FusedModel(Model):
         pool, self._kept_pool = self._kept_pool, None  # a second sequence at the same time gets its own pool
         blocks = -(-capacity // BLOCK_SIZE)
         if pool is not None and pool.blocks < blocks:
+            pool.prompt_graphs.clear()
             pool.graphs.clear()  # graphs refer to the pool, which must be freed before a new one is allocated
             pool = None
         if pool is None:

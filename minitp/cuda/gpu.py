@@ -13,7 +13,6 @@ from minitp.util.environment import CUPY_EXTRA
 from minitp.util.format import counted
 
 CACHE_SHARE = 0.8  # the KV cache's share of the memory left by the weights; activations need the rest
-PINNED_BYTES = 1 << 24  # size of each buffer from which slices are copied to the GPU
 
 
 @dataclass(frozen=True)
@@ -145,42 +144,3 @@ def find_cupy():
     if gpus == 0:
         raise RankError("--device cuda: CUDA finds no GPU; nvidia-smi shows what the driver sees")
     return cupy
-
-
-class Uploads:
-    """An uploader with two alternating pinned buffers: one is filled while the other is copied to the GPU.
-
-    The copy engine reads pinned memory by itself, so reading a file and copying overlap.
-    """
-
-    def __init__(self, gpu):
-        import cupyx
-
-        self._gpu, self._turn = gpu, 0
-        self._buffers = [cupyx.empty_pinned(PINNED_BYTES, np.uint8) for _ in range(2)]
-        self._events = [gpu.cupy.cuda.Event(disable_timing=True) for _ in range(2)]
-
-    def copy(self, rows, out):
-        """Copy `rows`, a NumPy array [n, m], to `out` [n, >= m] on the GPU, which must be contiguous.
-
-        The numbers are rounded to the dtype of `out`, and its remaining columns become 0.
-        """
-        cuda, width = self._gpu.cupy.cuda, rows.shape[1]
-        if width == 0:
-            return
-        most = max(1, PINNED_BYTES // out.strides[0])  # maximum rows per buffer
-        for start in range(0, len(rows), most):
-            block = rows[start : start + most]  # [<= most, m]
-            self._turn = 1 - self._turn
-            self._events[self._turn].synchronize()  # the last copy from this buffer is complete
-            pinned = self._buffers[self._turn][: len(block) * out.strides[0]].view(out.dtype)
-            pinned = pinned.reshape(len(block), -1)  # [<= most, >= m]
-            pinned[:, :width] = block
-            pinned[:, width:] = 0
-            target, kind = out[start:].data.ptr, cuda.runtime.memcpyHostToDevice
-            cuda.runtime.memcpyAsync(target, pinned.ctypes.data, pinned.nbytes, kind, self._gpu.stream.ptr)
-            self._events[self._turn].record(self._gpu.stream)
-
-    def finish(self):
-        """Wait until all copies are complete."""
-        self._gpu.stream.synchronize()

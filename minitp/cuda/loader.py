@@ -1,8 +1,10 @@
 """Load one rank's weights onto its GPU, in the layout that the kernels read."""
 
+from functools import partial
+
 import numpy as np
 
-from minitp.cuda.gpu import Uploads
+from minitp.cuda.uploads import Uploads
 from minitp.loading.weights import EMBED, LM_HEAD, Loader
 
 PACK = 8  # 16-bit numbers per load of 16 bytes
@@ -18,18 +20,18 @@ class GpuLoader(Loader):
 
     A projection keeps the file's layout, [out, in], with contiguous rows padded with zeros to a multiple of
     PACK; `w` [in, out] is a view of it. The slices go through pinned buffers in the dtype of the weights. So
-    the GPU never holds more than the shard, and the host never more than the buffers and a block of a slice
-    (the file is mapped, so its pages belong to the page cache).
+    the GPU never holds more than the shard, and the host never more than the buffers (and, if the source has
+    no file in that layout, what its `read` returns for the rows in each of them).
     """
 
     def __init__(self, plan, rank, source, device, progress=lambda nbytes: None):
         self.plan, self.rank, self.source, self.device, self.progress = plan, rank, source, device, progress
-        self._uploads = Uploads(device)
 
     def load(self):
         """Return this rank's Weights once all copies to the GPU are complete."""
-        weights = super().load()
-        self._uploads.finish()
+        with Uploads(self.device) as self._uploads:
+            weights = super().load()
+            self._uploads.finish()
         return weights
 
     def _embeddings(self):
@@ -37,6 +39,7 @@ class GpuLoader(Loader):
         if LM_HEAD in self.plan.tensors:
             return self._matrix(LM_HEAD), self._matrix(EMBED).T
         lm_head = self._matrix(EMBED)  # [D, V_r]
+        self._uploads.finish()
         self._refuse_untied_copy(lm_head)
         return lm_head, lm_head.T
 
@@ -47,19 +50,26 @@ class GpuLoader(Loader):
         joined = self.device.cupy.empty((rows, padded(width)), dtype=self.device.dtype)  # [sum of out, >= in]
         start = 0
         for name, (out, _) in zip(names, shapes, strict=True):
-            for row, block in self._blocks(name):  # [rows, in]
-                self._uploads.copy(block, joined[start + row : start + row + len(block)])
+            self._uploads.copy(partial(self._read_rows, name), joined[start : start + out], width)
             start += out
         self.progress(rows * width * self.device.dtype.itemsize)
         return joined[:, :width].T
 
+    def _read_rows(self, name, start, rows):
+        """Fill `rows` [n, in] with the rows of this rank's slice of `name` from `start` on."""
+        slice_rows, columns = self.plan.tensors[name].index(self.rank)
+        first = slice_rows.start + start
+        self.source.read_into(name, (slice(first, first + len(rows)), columns), rows)
+
     def _vector(self, *names):
         """Return the concatenated slices of `names`, [sum of n]; zeros after them fill a multiple of PACK."""
-        parts = [self.source.read(name, self.plan.tensors[name].index(self.rank)) for name in names]
-        size = sum(map(len, parts))
-        padding = np.zeros(padded(size) - size, self.device.dtype)
-        joined = np.concatenate([*(part.astype(self.device.dtype) for part in parts), padding])
-        return self.device.from_host(joined)[:size]  # [sum of n]
+        shards = [self.plan.tensors[name] for name in names]
+        sizes = [shard.shape_on(self.rank)[0] for shard in shards]
+        joined, start = np.zeros(padded(sum(sizes)), self.device.dtype), 0  # [sum of n and padding]
+        for shard, size in zip(shards, sizes, strict=True):
+            self.source.read_into(shard.name, shard.index(self.rank), joined[start : start + size])
+            start += size
+        return self.device.from_host(joined)[:start]  # [sum of n]
 
 
 def rows_of(model, w):

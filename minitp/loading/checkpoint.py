@@ -1,20 +1,24 @@
 """A Hugging Face checkpoint: the location of each tensor, checked before any data is loaded."""
 
+import json
+import math
 import os
 import re
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  registers bfloat16, which the safetensors library can then return
+import ml_dtypes  # also registers bfloat16, which the safetensors library can then return
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from minitp.errors import InputError
+from minitp.loading.file_bytes import FileBytes
 from minitp.loading.kinds import explain_directory
 from minitp.loading.quantized import hint_for, refuse_quantized_tensor
 from minitp.util.files import how_to_replace, read_json, require_readable
 
-DTYPES = ("F32", "F16", "BF16")
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 # Buffers that some checkpoints have besides the weights. Their values follow from config.json or are not
 # used, and transformers passes over them, too.
@@ -29,7 +33,7 @@ class TensorInfo:
     """The file, dtype (safetensors' name) and shape of one tensor.
 
     For a part of a joined tensor, `part_of` is the joined tensor's name and `first_row` is the part's first
-    row in it.
+    row in it. `start` is the position in the file of the tensor's first byte, or the joined tensor's.
     """
 
     file: Path
@@ -37,12 +41,13 @@ class TensorInfo:
     shape: tuple
     part_of: str | None = None
     first_row: int = 0
+    start: int = 0
 
 
 class Checkpoint:
     """The tensors of a directory: `model.safetensors`, or several files with `model.safetensors.index.json`.
 
-    The constructor reads only headers; `read` reads one slice of one tensor.
+    The constructor reads only headers; `read` and `read_into` read one slice of one tensor.
 
     Attributes
     ----------
@@ -57,6 +62,7 @@ class Checkpoint:
     def __init__(self, directory):
         self.directory = Path(directory)
         self._open_files = threading.local()  # file handles per thread, because ranks may be threads
+        self._file_bytes, self._opening = {}, threading.Lock()  # path -> FileBytes, shared by threads
         single = self.directory / "model.safetensors"
         index = self.directory / "model.safetensors.index.json"
         if os.path.lexists(single):
@@ -143,6 +149,31 @@ class Checkpoint:
         except SafetensorError as error:
             raise InputError(f"{info.file}: tensor {name} cannot be read: {error}") from error
 
+    def read_into(self, name, index, out):
+        """Read one slice of a tensor into `out`, a host array of its shape, rounded to the dtype of `out`.
+
+        Several threads may call this at once. Whole rows in the dtype of `out` are copied only once, from the
+        system's page cache.
+        """
+        if out.size == 0:
+            return
+        info, (rows, *columns) = self.tensors[name], index
+        dtype, row_shape = np.dtype(DTYPES[info.dtype]), info.shape[1:]
+        row_bytes = math.prod(row_shape) * dtype.itemsize
+        start = info.start + (info.first_row + rows.start) * row_bytes
+        file = self._bytes_of(info.file)
+        if out.dtype == dtype and out.shape[1:] == row_shape and out.flags.c_contiguous:
+            file.read(start, out)
+        else:
+            stored = file.view(start, len(out) * row_bytes).view(dtype)  # [n] or [n * in]
+            out[...] = stored.reshape(len(out), *row_shape)[(slice(None), *columns)]
+
+    def _bytes_of(self, path):
+        with self._opening:
+            if path not in self._file_bytes:
+                self._file_bytes[path] = FileBytes(path)
+            return self._file_bytes[path]
+
     def _open(self, path):
         handles = self._open_files.__dict__
         if path not in handles:
@@ -155,10 +186,11 @@ def _read_header(path):
         require_readable(path)  # the library would report any failure as a missing file
     try:
         with safe_open(path, framework="np") as file:
-            tensors = {}
+            tensors, starts = {}, _starts(path)
             for name in file.keys():  # noqa: SIM118  not a dict
                 piece = file.get_slice(name)
-                tensors[name] = TensorInfo(path, piece.get_dtype(), tuple(piece.get_shape()))
+                shape = tuple(piece.get_shape())
+                tensors[name] = TensorInfo(path, piece.get_dtype(), shape, start=starts[name])
             return tensors
     except FileNotFoundError:
         raise InputError(f"{path}: listed in the index, but missing") from None
@@ -167,3 +199,12 @@ def _read_header(path):
         raise InputError(
             f"{path}: truncated, or not a safetensors file ({reason[:100]}); {how_to_replace(path)}"
         ) from error
+
+
+def _starts(path):
+    """Return the position of each tensor's first byte in a safetensors file with a valid header."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}

@@ -85,6 +85,10 @@ class RandomWeights:
         out *= np.float32(0.2 / 65536)
         return out[0] + 1 if name.endswith("norm.weight") else out[0]
 
+    def read_into(self, name, index, out):
+        """Write the slice `index` of a tensor into `out`, like Checkpoint.read_into."""
+        out[...] = self.read(name, index)
+
     def _draw(self, name, first, count):
         """Return `count` weights of a tensor from index `first` on, as uint16; both are multiples of 16."""
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()

@@ -38,6 +38,13 @@ def moved(count, by):
     return (np.arange(count) + by) % count
 
 
+def without_a_key(sequences):
+    """Return the `sequences` of attention_prefill with one key less before the new tokens of each."""
+    sequences = sequences.copy()
+    sequences[:, 2] -= 1
+    return sequences
+
+
 def arguments(file, kind, method, change):
     """Return a function of a monkeypatch that changes arguments of a class in minitp.cuda.kernels.{file}."""
 

@@ -36,9 +36,14 @@ def bench(*argv):
 
 @pytest.mark.parametrize("kind", [{}, {"requests": 2}, {"sweep": "context", "points": (8, 20)}])
 def test_graphs_are_captured_before_the_first_round(tiny, cupy, monkeypatch, kind):
-    """Check that no capture is timed, even if the new tokens need more blocks."""
-    captured, begin, rounds = [], cupy.cuda.Stream.begin_capture, []
-    monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", lambda stream: captured.append(begin(stream)))
+    """Check that no capture of a decode pass is timed, even if the new tokens need more blocks.
+
+    The points of a sweep have prompts of several sizes. A prompt is captured while the GPU computes it.
+    """
+    from minitp.cuda.decode_graph import DecodeGraph
+
+    captured, capture, rounds = [], DecodeGraph._captured, []
+    monkeypatch.setattr(DecodeGraph, "_captured", lambda graph: captured.append(graph) or capture(graph))
     monkeypatch.setattr("minitp.cuda.fused.KEPT_BLOCKS", 1)
     job = Job(prompt_tokens=20, new_tokens=20, rounds=2, profile=False, **{"sweep": None, **kind})
 

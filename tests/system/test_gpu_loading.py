@@ -1,19 +1,28 @@
 """Tests of loading weights to a GPU: correct numbers, in the layout of the kernels, and no extra memory."""
 
+import os
+import threading
 import tracemalloc
 
 import ml_dtypes
 import numpy as np
 import pytest
+from gguf_files import write_gguf
 from on_gpu import model_on_gpu, run_on_gpus
+from paths import GOLDENS
 from safetensors.numpy import load_file, save_file
 from tiny import UNEVEN, write_tiny
 
+from minitp.cuda.gpu import with_dtype
 from minitp.cuda.loader import PACK, GpuLoader, padded
+from minitp.cuda.uploads import BUFFERS, READERS
 from minitp.device import open_device
 from minitp.errors import InputError
+from minitp.loading.checkpoint import Checkpoint
+from minitp.loading.file_bytes import FileBytes
+from minitp.loading.random_weights import RandomWeights
 from minitp.loading.source import open_model
-from minitp.loading.weights import LAYER_PARTS, Loader, named_slices, shard_nbytes
+from minitp.loading.weights import LAYER_PARTS, LM_HEAD, Loader, named_slices, shard_nbytes
 
 pytestmark = pytest.mark.usefixtures("cupy")
 
@@ -158,12 +167,13 @@ def test_the_gpu_holds_nothing_but_the_shard(tmp_path, cupy, monkeypatch, name, 
 
     ((nbytes, rows, watched),) = run_on_gpus(1, rank)
     assert nbytes <= sum(watched.allocated) < nbytes + 16 * (rows + UNEVEN["vocab_size"])
-    assert max(watched.uploaded) <= 2 * (9 + 3 + 3) * 6, "only vectors are uploaded without pinned memory"
+    biases = 2 * padded((9 + 3 + 3) * 6)
+    assert max(watched.uploaded) <= biases, "only vectors are uploaded without pinned memory"
 
 
 @pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", "bfloat16"), ("float32", "bfloat16")])
 def test_copies_are_of_16_bits_and_from_pinned_memory(tmp_path, cupy, monkeypatch, stored, dtype):
-    """Check that two buffers alternate, and that copies have the size of the rows in the GPU's dtype."""
+    """Check that the buffers take turns, and that copies have the size of the rows in the GPU's dtype."""
     import cupyx
 
     buffers, pinned = [], cupyx.empty_pinned
@@ -180,8 +190,8 @@ def test_copies_are_of_16_bits_and_from_pinned_memory(tmp_path, cupy, monkeypatc
 
     (copies,) = run_on_gpus(1, rank)
     starts = [buffer.ctypes.data for buffer in buffers]
-    assert len(starts) == 2
-    assert [src for src, _, _ in copies] == [starts[(n + 1) % 2] for n in range(len(copies))]
+    assert len(starts) == BUFFERS
+    assert [src for src, _, _ in copies] == [starts[(n + 1) % BUFFERS] for n in range(len(copies))]
     assert {kind for _, _, kind in copies} == {cupy.cuda.runtime.memcpyHostToDevice}
     vectors = (1 + 2 * UNEVEN["num_hidden_layers"]) * 2 * UNEVEN["hidden_size"]
     names = open_model(str(directory), 1).plan.tensors.values()
@@ -193,14 +203,14 @@ def test_copies_are_of_16_bits_and_from_pinned_memory(tmp_path, cupy, monkeypatc
 @pytest.mark.parametrize("size", [1, 49, 100, 1000])
 def test_slices_larger_than_a_buffer(tmp_path, monkeypatch, size):
     """Check slices that take several copies."""
-    monkeypatch.setattr("minitp.cuda.gpu.PINNED_BYTES", max(size, 2 * padded(max(54, 37))))
+    monkeypatch.setattr("minitp.cuda.uploads.PINNED_BYTES", max(size, 2 * padded(max(54, 37))))
     directory = write_model(tmp_path / "model", **MODELS["biased"])
     run_on_gpus(2, lambda comm: checked(comm, directory, "float16"))
 
 
 def test_a_buffer_is_not_reused_before_its_copy_is_complete(tmp_path, cupy, monkeypatch):
     """Simulate a GPU that copies as late as possible: when an event or the stream is synchronized."""
-    monkeypatch.setattr("minitp.cuda.gpu.PINNED_BYTES", 200)
+    monkeypatch.setattr("minitp.cuda.uploads.PINNED_BYTES", 200)
     waiting, memcpy = [], cupy.cuda.runtime.memcpyAsync
 
     def do_all():
@@ -224,7 +234,7 @@ def test_a_buffer_is_not_reused_before_its_copy_is_complete(tmp_path, cupy, monk
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_host_holds_at_most_one_slice(tmp_path, monkeypatch, dtype):
     """Check that the host allocates only the pinned buffers and the slice being read, in the file's dtype."""
-    monkeypatch.setattr("minitp.cuda.gpu.PINNED_BYTES", 1 << 12)
+    monkeypatch.setattr("minitp.cuda.uploads.PINNED_BYTES", 1 << 12)
     directory = write_model(tmp_path / "model", "bfloat16", vocab_size=20_000)
 
     def rank(comm):
@@ -238,6 +248,120 @@ def test_the_host_holds_at_most_one_slice(tmp_path, monkeypatch, dtype):
 
     slice_bytes = 2 * 20_000 * UNEVEN["hidden_size"]
     assert run_on_gpus(1, rank)[0] < 1.3 * slice_bytes
+
+
+# --- readers --------------------------------------------------------------------------------------------
+
+
+def load_alone(directory, gpu, tp=1, rank=0):
+    """Load the Weights of one rank of `tp` in float16, without the other ranks."""
+    source = open_model(str(directory), tp)
+    return GpuLoader(source.plan, rank, source.tensors, with_dtype(gpu, "float16", None)).load()
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in GOLDENS.glob("*/golden.npz")))
+def test_every_golden_has_the_numbers_of_the_explicit_loader(name, monkeypatch):
+    """Check all ranks of 1 to 4, with buffers of a few rows, so that several readers share a matrix."""
+    monkeypatch.setattr("minitp.cuda.uploads.PINNED_BYTES", 1 << 10)
+
+    def check(comm):
+        for tp in (1, 2, 3, 4):
+            plan = open_model(str(GOLDENS / name), tp).plan
+            for rank in range(tp):
+                found = named_slices(load_alone(GOLDENS / name, comm.gpu, tp, rank), plan, rank)
+                expected = named_slices(on_cpu(GOLDENS / name, tp, rank, "float16"), plan, rank)
+                for (tensor, array), (same, right) in zip(found, expected, strict=True):
+                    assert tensor == same
+                    assert np.array_equal(np.asarray(array).view(np.uint16), right.view(np.uint16)), tensor
+
+    run_on_gpus(1, check)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "F16", "random"])
+def test_other_sources_have_the_numbers_of_the_explicit_loader(tmp_path, monkeypatch, kind):
+    """Check GGUF files, whose rows are dequantized or reordered, and random weights, in several buffers."""
+    monkeypatch.setattr("minitp.cuda.uploads.PINNED_BYTES", 1 << 10)
+    if kind == "random":
+        plan = open_model(str(write_model(tmp_path / "model")), 3).plan
+        tensors = RandomWeights({name: shard.shape for name, shard in plan.tensors.items()})
+    else:
+        write_gguf(tmp_path / "model.gguf", kind)
+        source = open_model(str(tmp_path / "model.gguf"), 2)
+        plan, tensors = source.plan, source.tensors
+
+    def check(comm):
+        gpu = with_dtype(comm.gpu, "float16", None)
+        found = named_slices(GpuLoader(plan, 1, tensors, gpu).load(), plan, 1)
+        expected = named_slices(Loader(plan, 1, tensors, open_device("float16")).load(), plan, 1)
+        for (tensor, array), (_, right) in zip(found, expected, strict=True):
+            assert np.array_equal(np.asarray(array), right), tensor
+
+    run_on_gpus(1, check)
+
+
+def test_whole_rows_in_the_dtype_of_the_gpu_are_read_straight_into_pinned_memory(tmp_path, monkeypatch):
+    """Check that only the columns of row-parallel tensors, which lie scattered in the file, are viewed."""
+    directory, viewed, view = (
+        write_model(tmp_path / "model", "float16", hidden_size=16),
+        set(),
+        FileBytes.view,
+    )
+    starts = sorted(
+        (info.start, name) for name, info in open_model(str(directory), 2).tensors.tensors.items()
+    )
+
+    def seen(self, start, nbytes):
+        viewed.add([name for first, name in starts if first <= start][-1])
+        return view(self, start, nbytes)
+
+    monkeypatch.setattr(FileBytes, "view", seen)
+    run_on_gpus(1, lambda comm: load_alone(directory, comm.gpu, 2))
+    assert viewed == {name for _, name in starts if name.endswith(("o_proj.weight", "down_proj.weight"))}
+
+
+def test_readers_work_at_the_same_time(tmp_path, monkeypatch):
+    """Check that as many buffers as there are readers are filled before any of them is waited for."""
+    monkeypatch.setattr("minitp.cuda.uploads.PINNED_BYTES", 1 << 9)
+    directory, together, read_into = write_model(tmp_path / "model"), threading.Barrier(READERS), []
+    read_into.append(Checkpoint.read_into)
+    rows = (1 << 9) // (2 * padded(UNEVEN["hidden_size"]))  # per buffer
+
+    def meet(self, name, index, out):
+        if name == LM_HEAD and index[0].start < READERS * rows:
+            together.wait(timeout=30)
+        read_into[0](self, name, index, out)
+
+    monkeypatch.setattr(Checkpoint, "read_into", meet)
+    run_on_gpus(1, lambda comm: load_alone(directory, comm.gpu))
+    assert not together.broken
+
+
+@pytest.mark.parametrize("stored", ["float16", "float32"])
+@pytest.mark.parametrize("left", ["some rows", "all matrices"])
+def test_a_file_that_is_truncated_after_its_header_was_read(tmp_path, stored, left):
+    """Check rows that are read, rows that are converted, and vectors."""
+    directory = write_model(tmp_path / "model", stored, hidden_size=16)
+
+    def rank(comm):
+        source = open_model(str(directory), 1)
+        starts = {name: info.start for name, info in source.tensors.tensors.items()}
+        size = starts["lm_head.weight"] + 9 if left == "some rows" else starts["model.norm.weight"] + 9
+        os.truncate(directory / "model.safetensors", size)
+        GpuLoader(source.plan, 0, source.tensors, with_dtype(comm.gpu, "float16", None)).load()
+
+    with pytest.raises(InputError, match=r"model\.safetensors: truncated at byte \d+, but"):
+        run_on_gpus(1, rank)
+
+
+def test_no_reader_is_left_after_an_error(tmp_path, monkeypatch):
+    def fail(self, name, index, out):
+        raise InputError(f"{name} cannot be read")
+
+    monkeypatch.setattr(Checkpoint, "read_into", fail)
+    directory = write_model(tmp_path / "model")
+    with pytest.raises(InputError, match="cannot be read"):
+        run_on_gpus(1, lambda comm: load_alone(directory, comm.gpu))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("minitp-reader")]
 
 
 # --- a separate lm_head in a tied model -----------------------------------------------------------------

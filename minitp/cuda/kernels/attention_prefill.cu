@@ -1,18 +1,22 @@
-// attention_prefill: causal attention of n new tokens of one sequence, over a paged cache that already contains
+// attention_prefill: causal attention of the new tokens of some sequences, over a paged cache that already contains
 // the new keys and values; the counterpart of ops.attention_scores with ops.causal_mask, ops.softmax and
 // ops.attention_context. (FlashAttention-2: Dao, 2023.)
 //
-//   q             [n, q_stride]       the first H * d columns are read; d = HEAD_DIM
+//   q             [T, q_stride]       the first H * d columns are read; d = HEAD_DIM
 //   k_cache       [K, slots, d]       keys of one layer, d a multiple of 8; v_cache has the values. Key p is in
-//   block_table   [blocks]                slot block_table[p / BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
+//   block_tables  [blocks]                slot table[p / BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE of its sequence
+//   sequences     [S, 4]              for each sequence: its first row of q, its number n of rows (0 if it only pads
+//                                         the pass), the number of keys before them, and the start of its table
 //   group_starts  [K + 1]             query heads group_starts[j] .. group_starts[j + 1] - 1 read KV head j
-//   out           [n, out_stride]     the first H * out_dim columns are written; the other HEAD_DIM - out_dim columns
+//   out           [T, out_stride]     the first H * out_dim columns are written; the other HEAD_DIM - out_dim columns
 //                                         of each head are padding, which is zero in q, k_cache and v_cache
 //
-// The new tokens have positions past .. past + n - 1. The token at i attends to keys j <= i, and with a window
-// only to those with i - window < j.
+// The new tokens of a sequence have positions past .. past + n - 1. The token at i attends to keys j <= i, and with a
+// window only to those with i - window < j.
 //
-// The grid is (tiles, K). A block computes 64 rows of the queries that share a KV head, and each warp 16 of them.
+// The grid is (tiles, K, S), with enough tiles for the longest sequence. All that changes from pass to pass is read
+// from GPU memory, so that a captured graph can be replayed.
+// A block computes 64 rows of the queries that share a KV head, and each warp 16 of them.
 // Row r is token r / G and head r % G of the group, so a key is read once for all of them. The block loops over the
 // keys that at least one of its rows attends to, one tile in shared memory at a time. The values are loaded while
 // the scores are computed, and the next keys while the values are added up. The scores of a whole row never exist
@@ -35,14 +39,17 @@ constexpr int KEY_WIDTH = (HEAD_DIM + 31) / 64 * 64 + 32;
 constexpr int VALUE_WIDTH = HEAD_DIM / 16 * 16 + 8;
 
 extern "C" __global__ void __launch_bounds__(128) attention_prefill(
-    const Half *q, const Half *k_cache, const Half *v_cache, const int *block_table, const int *group_starts,
-    Half *out, int q_stride, int slots, int out_stride, int past, int tokens, int window, int out_dim,
+    const Half *q, const Half *k_cache, const Half *v_cache, const int *block_tables, const int *sequences,
+    const int *group_starts, Half *out, int q_stride, int slots, int out_stride, int window, int out_dim,
     float scale, float cap) {
     alignas(16) __shared__ Half key_tile[KEYS][KEY_WIDTH];
     alignas(16) __shared__ Half value_tile[KEYS][VALUE_WIDTH];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int kv_head = blockIdx.y;
     const int first_head = group_starts[kv_head], group = group_starts[kv_head + 1] - first_head;
+    const int *const sequence = sequences + 4 * blockIdx.z;
+    const int first_token = sequence[0], tokens = sequence[1], past = sequence[2];
+    const int *const block_table = block_tables + sequence[3];
     const int rows = tokens * group;
     const int first_row = (gridDim.x - 1 - blockIdx.x) * ROWS;  // rows with the most keys start first
     if (first_row >= rows) return;
@@ -70,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
     for (int i = 0; i < 2; i++) {
         const int row = min(first_row + 16 * warp + g + 8 * i, last_row);
         position[i] = past + row / group;
-        const Half *const from = q + static_cast<long long>(row / group) * q_stride +
+        const Half *const from = q + static_cast<long long>(first_token + row / group) * q_stride +
                                  (first_head + row % group) * HEAD_DIM;
         for (int c = 0; c < KEY_CHUNKS; c++) {
             const int column = 32 * c + 8 * t;
@@ -162,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(
         const float share = 1 / sum[i];
         const int row = first_row + 16 * warp + g + 8 * i;
         if (row > last_row) continue;
-        Half *const to = out + static_cast<long long>(row / group) * out_stride +
+        Half *const to = out + static_cast<long long>(first_token + row / group) * out_stride +
                          (first_head + row % group) * out_dim;
         for (int c = 0; c < VALUE_CHUNKS; c++) {
             for (int e = 0; e < 2; e++) {

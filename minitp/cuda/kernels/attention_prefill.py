@@ -1,4 +1,4 @@
-"""Launch attention_prefill.cu: the causal attention of a prompt's tokens, over a paged cache."""
+"""Launch attention_prefill.cu: the causal attention of prompts' tokens, over a paged cache."""
 
 from math import ceil
 
@@ -11,7 +11,7 @@ ROWS = 64  # rows per block: a row is one token's query of one head
 
 
 class AttentionPrefill:
-    """A kernel for causal attention of a sequence's new tokens over a paged cache that already contains them.
+    """A kernel for causal attention of sequences' new tokens over a paged cache that already contains them.
 
     Parameters
     ----------
@@ -39,16 +39,28 @@ class AttentionPrefill:
         self._largest = max(stop - start for start, stop in query_groups)
         self._window, self._options = window or 0, attention_options(head_dim, scale, softcap)
 
-    def __call__(self, q, k_cache, v_cache, block_table, past, out):
-        """Write the context of `q` into `out`, for tokens at positions past .. past + n - 1.
+    def __call__(self, q, k_cache, v_cache, block_tables, sequences, longest, out):
+        """Write the context of `q` into `out`, for the new tokens of all sequences.
 
-        16-bit arrays: `q` [n, H * (d and padding)], `k_cache` and `v_cache` [K, slots, d and padding] of one
-        layer, `out` [n, H * d]. The rows of `q`, and of `out` if d has no padding, may be further apart, by a
-        multiple of 8 elements. `block_table`, int32 [blocks], covers all positions up to the last.
+        Parameters
+        ----------
+        q : 16-bit [T, H * (d and padding)]
+            The queries of all tokens. Rows may be further apart, by a multiple of 8 elements.
+        k_cache, v_cache : 16-bit [K, slots, d and padding]
+            The cache of one layer.
+        block_tables : int32 [blocks]
+            The tables of all sequences, one after another. Each covers all positions up to the last.
+        sequences : int32 [S, 4]
+            The first row in `q`, the number of rows, the number of keys before them and the start in
+            `block_tables` of each sequence. Sequences without rows are allowed.
+        longest : int
+            Maximum number of rows of a sequence.
+        out : 16-bit [T, H * d]
+            The context, an output. Rows may be further apart: by a multiple of 8 if d has no padding.
         """
-        tokens, kv_heads = len(q), len(k_cache)
+        kv_heads = len(k_cache)
         strides = [x.strides[0] // x.itemsize for x in (q, out)]
-        numbers = (strides[0], k_cache.shape[1], strides[1], past, tokens, self._window)
-        pointers = (q, k_cache, v_cache, block_table, self._group_starts, out)
-        grid = (ceil(tokens * self._largest / ROWS), kv_heads)
+        numbers = (strides[0], k_cache.shape[1], strides[1], self._window)
+        pointers = (q, k_cache, v_cache, block_tables, sequences, self._group_starts, out)
+        grid = (ceil(longest * self._largest / ROWS), kv_heads, len(sequences))
         self._kernel(grid, (THREADS,), (*pointers, *map(np.int32, numbers), *self._options))

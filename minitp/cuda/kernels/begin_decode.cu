@@ -4,6 +4,8 @@
 // A block handles one sequence b. It has p = lengths[b] keys in the cache, so p is its new token's position.
 //   token, lengths int [B]                  a length of -1 marks a row that pads the batch to the size of a graph
 //   block_table int [B, max_blocks]         has a block for each position up to p; the host allocates them
+//   table_starts int [B] or null            if given, the start in block_table of each row's table, for a prompt,
+//                                               whose tokens are rows with the same table
 //   inverse_frequencies float [ropes, half_dim]   a row for each RoPE of the model's layers; half_dim is R / 2
 //   factors float [ropes]                   the attention factor of each RoPE, which multiplies its cosines and sines
 //   lane int [B], chosen int [lanes]        a token below 0 is the one that `sample` has chosen for the row's lane
@@ -20,11 +22,11 @@
 #include "common.h"
 
 extern "C" __global__ void begin_decode(const int *token, const int *lengths, int *block_table,
-                                      const float *inverse_frequencies, const float *factors, const Half *table,
-                                      Half *x, int *slot, float *cosines, float *sines, int *seen, const int *lane,
-                                      const int *chosen, const int *new_block, int max_blocks, int block_size,
-                                      int first_row, int rows, int stride, int width, int ropes, int half_dim,
-                                      float multiplier) {
+                                      const int *table_starts, const float *inverse_frequencies,
+                                      const float *factors, const Half *table, Half *x, int *slot, float *cosines,
+                                      float *sines, int *seen, const int *lane, const int *chosen,
+                                      const int *new_block, int max_blocks, int block_size, int first_row, int rows,
+                                      int stride, int width, int ropes, int half_dim, float multiplier) {
     wait_for_previous();
     let_next_start();
     const int sequence = blockIdx.x;
@@ -34,8 +36,9 @@ extern "C" __global__ void begin_decode(const int *token, const int *lengths, in
         seen[sequence] = padding ? 0 : length + 1;
         slot[sequence] = -1;
         if (!padding) {
-            int &block = block_table[sequence * max_blocks + length / block_size];
-            if (new_block[sequence] >= 0) block = new_block[sequence];
+            const int start = table_starts == nullptr ? sequence * max_blocks : table_starts[sequence];
+            int &block = block_table[start + length / block_size];
+            if (new_block != nullptr && new_block[sequence] >= 0) block = new_block[sequence];
             slot[sequence] = block * block_size + length % block_size;
         }
     }

@@ -24,7 +24,21 @@ class BeginDecode:
         self._end = compiler.kernel("begin_decode.cu", "end_decode")
         self._block_size, self._first_row, self._multiplier = block_size, first_row, np.float32(multiplier)
 
-    def __call__(self, token, lengths, block_table, rotations, table, x, slot, cosines, sines, seen, lanes):
+    def __call__(
+        self,
+        token,
+        lengths,
+        block_table,
+        rotations,
+        table,
+        x,
+        slot,
+        cosines,
+        sines,
+        seen,
+        lanes=(None, None, None),
+        table_starts=None,
+    ):
         """Write each token's embedding, cache slot, RoPE cosines and sines, and number of visible keys.
 
         Parameters
@@ -33,7 +47,7 @@ class BeginDecode:
             A token below 0 is the one that `sample` has chosen for the row's lane.
         lengths : int32 [B]
             Number of keys in the cache, which is the position of the new token; -1 for a padding row.
-        block_table : int32 [B, max_blocks]
+        block_table : int32 [B, max_blocks], or [blocks] with `table_starts`
             The new blocks in `lanes` are added to it.
         rotations : (float32 [ropes, R/2], float32 [ropes])
             The inverse frequencies and the attention factor of each RoPE of the model's layers.
@@ -49,12 +63,15 @@ class BeginDecode:
             An output: the number of keys that attention reads, including the new one; 0 for padding.
         lanes : tuple of int32 [B], [lanes], [B]
             The lane of each row; the token chosen for each lane; the block of the new token's position where
-            it is new, else -1.
+            it is new, else -1. A prompt has none.
+        table_starts : int32 [B] or None
+            The start in `block_table` of each row's table. With it, rows may be tokens of one sequence.
         """
         sequences, width = x.shape
         rows, stride = table.shape
-        sizes = (block_table.shape[1], self._block_size, self._first_row, rows, stride, width)
-        arrays = (token, lengths, block_table, *rotations, table, x, slot, cosines, sines, seen)
+        sizes = (block_table.shape[-1], self._block_size, self._first_row, rows, stride, width)
+        inputs = token, lengths, block_table, table_starts, *rotations, table
+        arrays = (*inputs, x, slot, cosines, sines, seen)
         numbers = *map(np.int32, (*sizes, *rotations[0].shape)), self._multiplier
         self._begin((sequences,), (THREADS,), (*arrays, *lanes, *numbers))
 

@@ -123,6 +123,10 @@ class GgufCheckpoint(Checkpoint):
             rows = gguf_rows(np.arange(rows.start, rows.stop), self._head_dim)  # [n]
         return self._file.read(gguf_name, rows, columns)  # [n, m]
 
+    def read_into(self, name, index, out):
+        """Read the slice `index` of a tensor into `out`, like Checkpoint.read_into."""
+        out[...] = self.read(name, index)
+
 
 def gguf_rows(rows, head_dim):
     """Return the GGUF row of each of Hugging Face's `rows` of q or k: int [n] -> int [n].

@@ -34,7 +34,7 @@ def check(dtype, tokens, past, groups, head_dim, block_size=16, window=None):
     caches[0][:, slots], caches[1][:, slots] = k, v
     out = np.full((tokens, heads * head_dim + PADDING), np.nan, dtype)  # [n, H d + PADDING]
     prefill = AttentionPrefill(CpuCompiler(dtype), np, query_groups, head_dim, block_size, window)
-    prefill(q, *caches, block_table, past, out)
+    prefill(q, *caches, block_table, np.array([[0, tokens, past, 0]], np.int32), tokens, out)
 
     by_head = q.reshape(tokens, heads, head_dim).transpose(1, 0, 2)  # [H, n, d]
     mask = ops.causal_mask(np, np.arange(past, total), first_key, total, window)  # [n, W]
@@ -68,6 +68,26 @@ def test_window(dtype, window, past):
 @pytest.mark.parametrize("groups", [(1, 4), (9,)])
 def test_heads(dtype, head_dim, groups):
     check(dtype, 20, 50, groups, head_dim)
+
+
+def test_several_sequences_have_the_bits_of_each_alone():
+    """Check sequences of several tiles, of one row and without rows, each with its own table."""
+    draw, heads, head_dim, kv_heads, block_size = np.random.default_rng(0), 4, 16, 2, 8
+    counts, pasts = (50, 1, 0, 20), (0, 13, 0, 9)
+    tables = np.split(draw.permutation(40).astype(np.int32), [10, 20, 30])
+    caches = draw.normal(size=(2, kv_heads, 40 * block_size, head_dim)).astype(F16)
+    q = draw.normal(size=(sum(counts), heads * head_dim)).astype(F16)  # [T, H d]
+    prefill = AttentionPrefill(CpuCompiler(F16), np, [(0, 2), (2, 4)], head_dim, block_size, 12)
+    rows = np.cumsum((0, *counts[:-1]))
+    found, alone = np.full((2, *q.shape), np.nan, F16)
+    sequences = np.stack((rows, counts, pasts, (0, 10, 20, 30)), axis=1).astype(np.int32)  # [S, 4]
+    prefill(q, *caches, np.concatenate(tables), sequences, 64, found)
+    for row, count, past, table in zip(rows, counts, pasts, tables, strict=True):
+        if count:
+            one = np.array([[0, count, past, 0]], np.int32)
+            prefill(q[row : row + count], *caches, table, one, count, alone[row : row + count])
+    assert not np.isnan(found).any()
+    np.testing.assert_array_equal(found, alone)
 
 
 def test_rows_whose_window_has_no_key_in_a_tile():

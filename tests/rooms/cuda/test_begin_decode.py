@@ -62,6 +62,19 @@ def test_begin_decode(dtype, width, stride, half_dim, first_row):
     np.testing.assert_array_equal(lengths, original[1])
 
 
+def test_rows_with_the_table_of_their_sequence():
+    """Check the slots of the tokens of two prompts, whose tables follow one another, and of padding."""
+    tables, starts = np.int32([7, 3, 9, 4, 2]), np.int32([0, 0, 3, 3, 0])  # three blocks, then two
+    positions = np.int32([17, 40, 0, 31, PADDING])
+    x, floats = np.empty((5, 8), np.float16), np.empty((2, 1, 5, 4), np.float32)
+    slot, seen = np.full((2, 5), -99, np.int32)
+    kernel = BeginDecode(CpuCompiler(np.float16), BLOCK_SIZE, 0)
+    rotations, table = (np.ones((1, 4), np.float32), np.ones(1, np.float32)), np.ones((4, 8), np.float16)
+    kernel(np.int32([0, 1, 2, 3, 0]), positions, tables, rotations, table, x, slot, *floats, seen, starts)
+    assert slot.tolist() == [3 * 16 + 1, 9 * 16 + 8, 4 * 16, 2 * 16 + 15, -1]
+    assert seen.tolist() == [18, 41, 1, 32, 0]
+
+
 def test_a_batch_of_padding_reads_nothing_out_of_range():
     table = np.ones((4, 8), np.float16)
     _, _, outputs = begin(np.float16, [2**31 - 1] * 3, [PADDING] * 3, table, 8, 4, 0)
