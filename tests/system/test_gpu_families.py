@@ -99,11 +99,11 @@ FAULTS = {
     ),
     "the RoPE of other layers": (
         "gemma3", arguments("begin_decode", "BeginDecode", "__call__", replaced(3, reversed_ropes)),
-        "decode.1/layers.0.attn.q_rope",
+        "prefill/layers.0.attn.q_rope",
     ),
     "no attention factor": (
         "qwen3-yarn", arguments("begin_decode", "BeginDecode", "__call__", replaced(3, without_factors)),
-        "decode.1/layers.0.attn.q_rope",
+        "prefill/layers.0.attn.q_rope",
     ),
     "fewer rotated dimensions": (
         "phi3-half", arguments("linear", "Linear", "qkv", replaced(11, lambda size: size - 2)),
@@ -115,7 +115,7 @@ FAULTS = {
     ),
     "embeddings not scaled": (
         "granite", arguments("begin_decode", "BeginDecode", "__init__", replaced(3, lambda multiplier: 1.0)),
-        "decode.1/embed_partial",
+        "prefill/embed_partial",
     ),
     "output of attention not scaled": (
         "granite", arguments("linear", "Linear", "residual", replaced(4, lambda multiplier: 1.0)),

@@ -272,11 +272,11 @@ FAULTS = {  # name: (module in cuda/kernels, class, method, change, ranks, steps
     ),
     "the embedding of a token": (
         "begin_decode", "BeginDecode", "__call__", replaced(4, lambda table: table[1:]), 1,
-        ["decode.1/embed_partial"],
+        ["prefill/embed_partial"],
     ),
     "positions": (
         "begin_decode", "BeginDecode", "__call__", replaced(3, lambda tables: (2 * tables[0], tables[1])), 1,
-        ["decode.1/layers.0.attn.q_rope", "decode.1/layers.0.attn.k_rope"],
+        ["prefill/layers.0.attn.q_rope", "prefill/layers.0.attn.k_rope"],
     ),
     "a slot of the cache": (
         "linear", "Linear", "qkv", replaced(5, lambda slot: slot - 1), 1,

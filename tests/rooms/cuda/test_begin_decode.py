@@ -70,7 +70,8 @@ def test_rows_with_the_table_of_their_sequence():
     slot, seen = np.full((2, 5), -99, np.int32)
     kernel = BeginDecode(CpuCompiler(np.float16), BLOCK_SIZE, 0)
     rotations, table = (np.ones((1, 4), np.float32), np.ones(1, np.float32)), np.ones((4, 8), np.float16)
-    kernel(np.int32([0, 1, 2, 3, 0]), positions, tables, rotations, table, x, slot, *floats, seen, starts)
+    inputs = np.int32([0, 1, 2, 3, 0]), positions, tables, rotations, table
+    kernel(*inputs, x, slot, *floats, seen, table_starts=starts)
     assert slot.tolist() == [3 * 16 + 1, 9 * 16 + 8, 4 * 16, 2 * 16 + 15, -1]
     assert seen.tolist() == [18, 41, 1, 32, 0]
 

@@ -134,7 +134,7 @@ def test_attention_with_options(dtype, head_dim, softcap):
     out = np.zeros((tokens, 5 * head_dim), dtype)  # [n, H d]
     compiler = CpuCompiler(dtype)
     AttentionPrefill(compiler, np, groups, head_dim, 16, 9, **options)(
-        by_token.reshape(tokens, -1), *caches, table, 0, out
+        by_token.reshape(tokens, -1), *caches, table, np.int32([[0, tokens, 0, 0]]), tokens, out
     )
     last = np.zeros((1, padded(5 * head_dim)), dtype)  # [1, H d and padding]
     decode = AttentionDecode(compiler, np, groups, head_dim, 16, 1, 32, 4, 9, **options)
