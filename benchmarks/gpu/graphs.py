@@ -130,7 +130,7 @@ def time_of_pass(model, timer, rows, keys, reads):
 def bytes_of_pass(model, rows, keys):
     """Return the bytes of the weights and of all keys and values that a decode pass reads."""
     roofline = GpuRoofline(model)
-    return roofline.weight_elements() * roofline.dtype.itemsize + rows * roofline.cache_bytes(keys)
+    return roofline.read(rows) * roofline.dtype.itemsize + rows * roofline.cache_bytes(keys)
 
 
 def times_of_kernels(model, timer, rows, keys, reads):

@@ -59,9 +59,9 @@ class BareProducts(Roofline):
         """Compute the products of a pass, which is (parts, logit_rows) as in Roofline."""
         rows = sum(tokens for tokens, _ in parts)
         self.reserve(len(parts), max(keys for _, keys in parts))
-        for i, matrices in enumerate(self.layers):
-            for matrix in matrices:
-                self._product(rows, matrix)
+        for i, layer in enumerate(self.layers):
+            for n, matrix in self.products(layer, rows):
+                self._product(n, matrix)
             for (tokens, keys), cache in zip(parts, self._cache, strict=False):
                 self._attention(tokens, cache[i, :, :, :keys])
         self._product(logit_rows, self.lm_head)

@@ -41,7 +41,7 @@ class GpuRoofline(Roofline):
         comm.allgather_object(None)
         self.reads = sum(comm.allgather_object(timer.read_rate()))
         self.copy = sum(comm.allgather_object(timer.copy_rate()))
-        self.rate = sum(comm.allgather_object(matrix_rate(timer, self.layers, rows, model.device)))
+        self.rate = sum(comm.allgather_object(matrix_rate(timer, self, rows)))
         token = model.config.hidden_size * self.dtype.itemsize
         sizes = [] if isinstance(comm, LocalComm) else sorted({*ALL_REDUCE_BYTES, token})
         seconds = {n: max(comm.allgather_object(all_reduce_seconds(timer, model, n))) for n in sizes}
@@ -66,9 +66,9 @@ class GpuRoofline(Roofline):
         comm, total = self.model.comm, 0.0
         for parts, logit_rows in passes:
             rows = sum(tokens for tokens, _ in parts)
-            read = self.weight_elements(1, min(logit_rows, 1)) * self.dtype.itemsize
+            read = self.read(rows, logit_rows) * self.dtype.itemsize
             read += sum(self.cache_bytes(keys) for _, keys in parts)
-            flops = 2 * self.weight_elements(rows, logit_rows)
+            flops = 2 * self.multiplied(rows, logit_rows)
             read, flops = map(sum, zip(*comm.allgather_object((read, flops)), strict=True))
             total += max(read / self.reads, flops / self.rate)
         return total
@@ -154,20 +154,20 @@ class Timer:
         return self.gpu.cupy.cuda.get_elapsed_time(start, end) / 1000
 
 
-def matrix_rate(timer, layers, rows, gpu):
-    """Return the FLOP/s of multiplying [rows, in] by the matrices of all layers."""
-    widest = max(w.shape[0] for matrices in layers for w in matrices)
+def matrix_rate(timer, roofline, rows):
+    """Return the FLOP/s of the products of all layers in a pass over `rows` tokens."""
+    gpu = roofline.model.device
+    products = [product for layer in roofline.layers for product in roofline.products(layer, rows)]
+    widest = max(w.shape[0] for _, w in products)
     # Random numbers, because a GPU is faster for zeros and slower for numbers that flip many bits.
     x = np.random.default_rng(0).standard_normal((rows, widest), np.float32)
     x = gpu.from_host(x.astype(gpu.dtype))  # [rows, widest]
 
     def launch():
-        for matrices in layers:
-            for w in matrices:  # [in, out]
-                gpu.xp.matmul(x[:, : w.shape[0]], w)
+        for n, w in products:  # [in, out]
+            gpu.xp.matmul(x[:n, : w.shape[0]], w)
 
-    elements = sum(w.size for matrices in layers for w in matrices)
-    return 2 * rows * elements / timer.seconds(launch)
+    return 2 * roofline.multiplied(rows, logit_rows=0) / timer.seconds(launch)
 
 
 def all_reduce_seconds(timer, model, nbytes):

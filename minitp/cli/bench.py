@@ -120,8 +120,6 @@ class BenchCommand(OnRanks):
         """Check the options and return the Job."""
         from minitp.request import context_length
 
-        if source.config.num_local_experts:
-            raise InputError(f"{source.name} is a mixture of experts, which bench does not support")
         refuse_pairs(args)
         check_requests(args)
         sweep = args.sweep is not None

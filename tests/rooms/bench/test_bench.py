@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from paths import GOLDENS
 from tiny import write_tiny
 
 import minitp
@@ -84,6 +85,40 @@ def test_bare_products_are_those_of_the_model(tmp_path, shape, tp):
         shapes.clear()
         products.multiply([(len(ids), keys) for (ids, _), keys in zip(parts, read, strict=True)], logit_rows)
         assert shapes == expected
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_bare_products_of_a_mixture(rows):
+    """Check the rows of all experts, and for a token and for many tokens also the shapes of all products."""
+    source = open_model(str(GOLDENS / "mixtral"), 2)  # 5 experts in a layer, of which each token uses 2
+    model = load_model(source, ShardOnly(1, 2), Device(CountingNumPy(), np.dtype(np.float32)))
+    products, shapes = BareProducts(model), model.device.xp.shapes
+    of_experts = products.products(model.weights.layers[0], rows)[3:]
+    each = {1: [1, 1], 2: [1, 1, 2], 40: [16] * 5}[rows]  # two tokens use 3.2 of 5 experts on average
+    assert [n for n, _ in of_experts] == [n for n in each for _ in range(2)]
+    if rows == 2:
+        return
+    model.forward(list(range(rows)), model.new_cache(), logits_at=slice(-1, None))
+    in_model, matrices = Counter(shapes), {b for _, b in shapes if b[0] == 36 or b[1] == 36}
+    shapes.clear()
+    products.multiply([(rows, rows)], logit_rows=1)
+
+    def total(counts):
+        """Return the number of rows by which each matrix is multiplied; the model's tokens choose freely."""
+        return {b: sum(n * a[0] for (a, other), n in counts.items() if other == b) for b in matrices}
+
+    assert total(shapes) == total(in_model)
+    assert products.multiplied(rows) == sum(n * b[0] * b[1] for b, n in total(shapes).items())
+    assert rows == 1 or products.read(rows) == sum(w.size for w in arrays_of(model.weights))
+
+
+def arrays_of(weights):
+    """Return all projections of a rank's weights."""
+    for layer in weights.layers:
+        yield from (layer.w_qkv, layer.w_o, layer.w_router)
+        for expert in layer.experts:
+            yield from (expert.w_gate_up, expert.w_down)
+    yield weights.lm_head
 
 
 def test_bytes_of_a_pass_are_the_bytes_of_its_matrices(tmp_path):
