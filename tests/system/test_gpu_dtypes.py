@@ -31,7 +31,7 @@ HALVES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 # Functions that create arrays or move numbers of any dtype. All use one copying kernel, `copy` in the tables.
 ANY_DTYPE = {
     "arange", "ascontiguousarray", "asarray", "asnumpy", "concatenate", "copyto", "empty", "empty_like",
-    "nonzero", "ones", "zeros", "zeros_like",
+    "nonzero", "ones", "stack", "zeros", "zeros_like",
 }  # fmt: skip
 OWN = {"matmul", "matmul_into"}  # methods of cuda.arrays.Arrays, which call cuBLAS
 NO_FUNCTIONS = {
