@@ -94,7 +94,7 @@ if __name__ == "__main__":
     if what == "stick":
         from minitp.cuda.nccl import NcclComm
 
-        NcclComm.__init__.__defaults__ = (1.0,)  # patience_s
+        NcclComm.__init__.__defaults__ = (1.0, False)  # patience_s, auto
     if env_rank(os.environ) == int(rank):
         plant(what, where)
     sys.exit(cli.main())

@@ -18,10 +18,10 @@ from minitp.loading.demo import demo_directory
 
 ROOT = DOCS.parent
 # The number of console blocks on each page.
-ANYWHERE = {"bits": 1, "guide": 5, "troubleshooting": 7, "check": 2, "performance": 2}
+ANYWHERE = {"bits": 1, "guide": 6, "troubleshooting": 7, "check": 2, "performance": 2}
 FROM_A_CHECKOUT = {"adding-a-family": 8}
 ON_TWO_HOSTS = {"several-nodes": 9}
-NEEDS_GPUS = {"gpus": 1}  # pages whose commands are only parsed
+NEEDS_GPUS = {"gpus": 2}  # pages whose commands are only parsed
 # In test_serving_docs, test_clients and test_.._docs.
 IN_OTHER_TESTS = {"serving": 5, "compare": 5, "judge": 2, "lint": 2}
 
