@@ -16,6 +16,7 @@ REQUESTS = (16, 64)
 LONG_KEYS = 16384
 FILE_GB = 14
 PROMPTS = (32, 2048, 8192)
+NOT_RUN = "not run"
 FUSED = "check every family, fused, bfloat16"
 
 
@@ -245,7 +246,7 @@ def outcome_of(by_name, task):
     """Return a task's outcome, or raise MissingError with the reason why it has no figures."""
     outcome = by_name.get(task)
     if outcome is None:
-        raise MissingError("not run")
+        raise MissingError(NOT_RUN)
     if outcome["status"] != "ok":
         raise MissingError(outcome["said"])
     return outcome
@@ -257,7 +258,8 @@ def goal_lines(gpu, outcomes):
     for row in rows(gpu, outcomes):
         name = " " * row["indent"] + row["name"]
         if "failed" in row:
-            table.append((name, "", "", "", row["goal"], f"failed: {row['failed']}"))
+            reason = NOT_RUN if row["failed"] == NOT_RUN else f"failed: {row['failed']}"
+            table.append((name, "", "", "", row["goal"], reason))
             continue
         limit = "" if row["limit"] is None else text_of(row["limit"], row["unit"])
         share = "" if row["share"] is None else f"{row['share']:.0%}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from commands import CONTEXT
 from goals import ONE, SHARE, goal_lines
 
+from minitp.errors import one_line
 from minitp.util.format import aligned
 
 # Microseconds of an all-reduce of 8 KiB over NVLink at TP=4 on H100s, in one kernel (SGLang's PR 2904).
@@ -169,5 +170,11 @@ FIGURES = {
 
 
 if __name__ == "__main__":
-    saved = json.loads(Path(sys.argv[1]).read_text())
-    print("\n".join(table(saved, saved["steps"])))
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python benchmarks/gpu/table.py FILE, one of benchmarks/results")
+    try:
+        saved = json.loads(Path(sys.argv[1]).read_text())
+        lines = table(saved, saved["steps"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        sys.exit(f"{sys.argv[1]}: not a file of results: {one_line(error)}")
+    print("\n".join(lines))

@@ -4,6 +4,7 @@ measure.py        all measurements, collected in one dict
 rounds.py         timed prompts and continuations, and the profile of their steps
 concurrency.py    many concurrent requests
 load_rate.py      the speed of loading the model
+duration.py       an estimate of how long a measurement takes
 roofline.py       the reads and products that no forward pass can do without
 cpu_roofline.py   their time on a CPU
 gpu_roofline.py   their time on a GPU

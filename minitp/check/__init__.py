@@ -13,4 +13,5 @@ totals.py       the total errors and their bounds, from the oracle's own runs
 rounding.py     the warning of steps that round more than once
 result.py       the findings, and which of them to blame
 difference.py   the relative and absolute difference of two arrays
+replicas.py     the bits of all replicas, compared
 """

@@ -47,21 +47,26 @@ def predict(args, config, workload):
         "estimates": [asdict(estimate(config, hardware, spread, dtype, workload)) for spread in spreads],
         "ranks": [] if alike else rank_estimates(config, hardware, asked, dtype, workload),
     }
-    result["all_replicas"] = all_replicas(result, asked) if args.replicas > 1 else None
+    result["all_replicas"] = all_replicas(result) if args.replicas > 1 else None
     result["notes"] = notes(config, hardware, result, left_out)
     return result
 
 
-def all_replicas(result, asked):
-    """Return the ranks, the sequences and the speed of all replicas of the Spread that the user asks for."""
-    row = next(one for one in result["estimates"] if (one["tp"], one["nodes"]) == (asked.tp, asked.nodes))
+def is_asked(result, row):
+    """Return whether the user chose the distribution of a row."""
+    return all(row[key] == result[key] for key in ("tp", "nodes", "split"))
+
+
+def all_replicas(result):
+    """Return the ranks, the sequences and the speed of all replicas, by the row that the user chose."""
+    row = next(row for row in result["estimates"] if is_asked(result, row))
     if not row["fits"]:
         return None
     count = result["replicas"]
     speeds = {
         f"{kind}_tokens_per_s": count * row[f"batch_{kind}_tokens_per_s"] for kind in ("limit", "expected")
     }
-    return {"ranks": count * asked.tp, "sequences": count * row["batch"], **speeds}
+    return {"ranks": count * result["tp"], "sequences": count * row["batch"], **speeds}
 
 
 def read_spread(args, config, gpus, dtype, workload):
@@ -178,7 +183,8 @@ def notes(config, hardware, result, left_out):
         f"tokens/s: with {prompt} in the cache of each sequence; in collectives: their share of the time per "
         "token of one sequence."
     )
-    limit = f"limit: {hardware.limit_source}, and "
+    limit = f"limit: {hardware.limit_source}"
+    limit += "; for all, " if ";" in hardware.limit_source else ", and "
     if on_cpu:
         found.append(f"{limit}the latency of the collectives. Ranks share cores if there are too few.")
     else:
@@ -197,10 +203,10 @@ def sources(hardware, result):
     found = []
     if hardware.own_source:
         found.append(f"expected, measured with minitp: {hardware.own_source}.")
-    row = next(r for r in result["estimates"] if (r["tp"], r["nodes"]) == (result["tp"], result["nodes"]))
+    row = next(row for row in result["estimates"] if is_asked(result, row))
     if row["decode_us_per_layer"]:
         times = ", ".join(f"{WORDS[kind]} {us:.1f}" for kind, us in row["decode_us_per_layer"].items() if us)
-        found.append(f"These kernels take, in µs per layer of one sequence at TP={row['tp']}: {times}.")
+        found.append(f"expected kernel times, in µs per layer of one sequence at TP={row['tp']}: {times}.")
     if hardware.expected_source:
         found.append(f"expected, published by others: {hardware.expected_source}.")
     return found

@@ -2,6 +2,7 @@
 
 import textwrap
 
+from minitp.cli.plan_result import is_asked
 from minitp.util.format import aligned, counted, size
 
 WIDTH = 100  # columns of sentences; tables are as wide as necessary
@@ -134,11 +135,6 @@ def labels(result, row):
     """Return the first columns of a row: a mark if the user chose it, the TP with its shares, the nodes."""
     shares = f" as {row['split']}" if row["split"] else ""
     return ">" if is_asked(result, row) else "", f"{row['tp']}{shares}", str(row["nodes"])
-
-
-def is_asked(result, row):
-    """Return whether the user chose the distribution of a row."""
-    return all(row[key] == result[key] for key in ("tp", "nodes", "split"))
 
 
 def rank_lines(result):

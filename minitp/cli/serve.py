@@ -238,12 +238,14 @@ def ready_line(llm, host, port):
     """Return the line that announces the model, its ranks and its address."""
     about = llm.description
     address = f"[{host}]" if ":" in host else host
-    ranks = counted(about["tp"], "rank")
+    ranks, each = counted(about["tp"], "rank"), ""
     if about["replicas"] > 1:
+        each = " each"
         ranks = f"{counted(about['replicas'], 'replica')} of {ranks}"
     return (
         f"{llm.source.name} on {ranks}, {about['dtype']}, "
         f"at http://{address}:{port}/v1 "
-        f"(context {about['context']}, cache of {counted(about['blocks'] * about['block_size'], 'token')}); "
+        f"(context {about['context']}, "
+        f"cache of {counted(about['blocks'] * about['block_size'], 'token')}{each}); "
         f"chat page: http://{address}:{port}/"
     )

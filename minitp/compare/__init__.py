@@ -15,4 +15,5 @@ heads.py        the interleaved and the half-split order of a head's dimensions
 jump.py         the judgement of a 16-bit step's error by those of its inputs
 inputs.py       the inputs of each step, and the step recomputed from them
 diagnosis.py    the likely causes of a difference
+picture.py      the pictures of two arrays and of their difference, for a report
 """

@@ -150,8 +150,8 @@ H100_EFFICIENCY = replace(HOPPER, kernels=H100_KERNELS, sequence_s=1.9e-6)
 H200_EFFICIENCY = replace(HOPPER, kernels=H200_KERNELS, sequence_s=2.3e-6)
 HOPPER_OWN = (
     "the kernels of a decode pass, {sequence_us:.1f} µs more per layer and sequence of a batch, 54% of the "
-    "matrix rate in prompts, but at least 0.55 ms per layer, which the host takes (up to 32 sequences on one "
-    "{name}, docs/performance.md)"
+    "matrix rate in prompts, but at least 0.55 ms per layer, which the host took (Mistral 7B, up to 32 "
+    "sequences, on one {name}, 2026-11-27, docs/performance.md)"
 )
 HOPPER_PUBLISHED = (
     "collectives that take 1.4 times as long as when measured alone (gpt-fast on A100); 82% of the link's "
@@ -264,8 +264,18 @@ def mixed(gpus):
         memory_bytes=min(gpu.memory_bytes for gpu in gpus),
         memory_bytes_per_s=min(gpu.memory_bytes_per_s for gpu in gpus),
         flops_per_s={name: min(gpu.flops_per_s[name] for gpu in gpus) for name in slowest.flops_per_s},
-        limit_source=" or ".join(dict.fromkeys(gpu.limit_source for gpu in gpus)),
-        own_source=" or ".join(dict.fromkeys(gpu.own_source for gpu in gpus if gpu.own_source)),
-        expected_source=" or ".join(dict.fromkeys(gpu.expected_source for gpu in gpus)),
         ranks=tuple(gpus),
+        **{kind: _sources(gpus, kind) for kind in ("limit_source", "own_source", "expected_source")},
     )
+
+
+def _sources(gpus, kind):
+    """Return the origins of the figures of these GPUs; each names its GPUs if there are several origins."""
+    found = {gpu.name: getattr(gpu, kind) for gpu in gpus}
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    parts = []
+    for source in dict.fromkeys(filter(None, found.values())):
+        names = " and ".join(name for name, other in found.items() if other == source)
+        parts.append(f"for {names}, {source}")
+    return "; ".join(parts)

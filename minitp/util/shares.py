@@ -69,10 +69,11 @@ def other_shares(split, other):
 def split_text(split):
     """Return a value of --split as text, given as text or as numbers; raise InputError if it is invalid.
 
-    >>> split_text((3, 1))
-    '3,1'
+    >>> split_text((3, 1)), split_text(1)
+    ('3,1', '1')
     """
-    text = split if isinstance(split, str) else ",".join(map(str, split))
+    several = hasattr(split, "__iter__") and not isinstance(split, str)
+    text = ",".join(map(str, split)) if several else str(split)
     shares_in(text)
     return text
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 
 import pytest
 from package_imports import (
@@ -57,6 +58,17 @@ def test_the_oracle_and_the_tour_import_no_other_room(dependencies, name):
     for module, others in dependencies.items():
         if room(module) == name:
             assert {room(other) for other in others} <= {name}
+
+
+def test_every_package_lists_its_files():
+    missing = [
+        str(file.relative_to(PACKAGE))
+        for start in PACKAGE.rglob("__init__.py")
+        for file in start.parent.glob("*.py")
+        if not file.stem.startswith("__") and start.parent != PACKAGE
+        if not re.search(rf"\b{file.stem}\b", start.read_text(encoding="utf-8"))
+    ]
+    assert missing == []
 
 
 def test_the_top_level_has_few_modules():

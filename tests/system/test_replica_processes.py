@@ -100,6 +100,7 @@ def ready(count):
 def test_a_dead_replica_is_restarted_while_the_other_serves(long):
     served = serve(long, 2, "--restart")
     assert "on 2 replicas of 2 ranks, float32" in served.lines[0]
+    assert " tokens each);" in served.lines[0], "the cache of each replica"
     assert health(served) == ready(2)
     streams = [begin(served), begin(served)]
     assert of_replicas(served, "minitp_replica_sequences_running") == [1, 1]

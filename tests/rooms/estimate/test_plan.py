@@ -198,7 +198,7 @@ def test_json_is_complete(fixed, capsys):
         assert tuple(map(bool, sources)) == (own, published)
         assert ("measured with minitp" in text_of_other) == own
         assert ("published by others" in text_of_other) == published
-        assert "These kernels take" not in text_of_other
+        assert "expected kernel times" not in text_of_other
     for source in ("measured with minitp", "one H100", "published by others", "gpt-fast", "InfiniBand"):
         assert source in text, "the origin of the figures"
 
@@ -244,6 +244,10 @@ def test_replicas_of_gpus_add_their_speeds(fixed, capsys):
     assert together == 3 * row["batch_expected_tokens_per_s"]
     speed = f"3 replicas (6 ranks) with 24 sequences give {plan_text.rounded(together)} tokens/s in all."
     assert speed in joined(text)
+    result, _ = printed(capsys, *argv, "--replicas", 3, "--split", "3,1")
+    equal, unequal = (row["batch_expected_tokens_per_s"] for row in result["estimates"])
+    assert equal != unequal
+    assert result["all_replicas"]["expected_tokens_per_s"] == 3 * unequal
 
 
 def test_replicas_divide_a_cpu(fixed, capsys):
