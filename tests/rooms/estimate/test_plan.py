@@ -376,6 +376,8 @@ def test_a_rank_gets_no_more_than_fits(fixed, capsys):
     assert not result["estimates"][1]["fits"]
     assert "TP=2 with --split 3,1 does not fit with 1 sequence" in joined(text)
     assert "--split memory gives each rank what its memory holds" in joined(text)
+    assert "measured with minitp: for h100, the kernels" in joined(text)
+    assert "for rtx-4090, 74% of the bandwidth" in joined(text)
 
 
 def test_shares_of_equal_hardware(fixed, capsys):
