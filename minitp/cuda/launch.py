@@ -8,6 +8,7 @@ Captured launches keep their attributes.
 """
 
 import ctypes
+from functools import cache
 
 import numpy as np
 
@@ -67,14 +68,9 @@ class ExtendedLaunch:
         RankError
             if the driver refuses the launch.
         """
-        attributes = []
-        if dependent:
-            attributes.append(_attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 1))
-        if cluster > 1:
-            attributes.append(_attribute(CLUSTER_DIMENSION, cluster, 1, 1))
-        array = (LaunchAttribute * len(attributes))(*attributes)
+        attributes = _attributes(dependent, cluster)
         stream = self._cupy.cuda.get_current_stream().ptr
-        config = LaunchConfig(_three(grid), _three(block), shared_mem, stream, array, len(attributes))
+        config = LaunchConfig(_three(grid), _three(block), shared_mem, stream, attributes, len(attributes))
         values = [_value(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         code = self._launch(ctypes.byref(config), ctypes.c_void_p(kernel.kernel.ptr), pointers, None)
@@ -99,16 +95,26 @@ def driver_launch():
         return None
 
 
-def _attribute(kind, *value):
-    return LaunchAttribute(kind, 0, (ctypes.c_uint * 16)(*value))
+@cache
+def _attributes(dependent, cluster):
+    """Return the attributes of a launch as an array, which launches share because the driver only reads it."""
+    found = []
+    if dependent:
+        found.append(LaunchAttribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
+    if cluster > 1:
+        found.append(LaunchAttribute(CLUSTER_DIMENSION, 0, (cluster, 1, 1)))
+    return (LaunchAttribute * len(found))(*found)
+
+
+_c_type = cache(np.ctypeslib.as_ctypes_type)
 
 
 def _value(arg):
     """Return an argument as the C value that the driver copies."""
     if isinstance(arg, np.generic):
-        return np.ctypeslib.as_ctypes_type(type(arg))(arg.item())
+        return _c_type(type(arg))(arg.item())
     return ctypes.c_void_p(arg.data.ptr)
 
 
 def _three(size):
-    return (ctypes.c_uint * 3)(*(*size, 1, 1)[:3])
+    return (*size, 1, 1)[:3]
