@@ -97,7 +97,7 @@ def driver_launch():
 
 @cache
 def _attributes(dependent, cluster):
-    """Return the attributes of a launch as an array, which launches share because the driver only reads it."""
+    """Return an array of the attributes of a launch, which launches share: the driver only reads it."""
     found = []
     if dependent:
         found.append(LaunchAttribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
