@@ -3,9 +3,10 @@
 import sys
 
 from minitp.errors import InputError
-from minitp.util.environment import gpus
+from minitp.util.environment import cores, gpus
 from minitp.util.format import counted
 
+RANKS_PER_CORE = 16  # with --replicas; more are a mistake and would block the machine
 GPU_TRANSPORTS = ("nccl", "peer")  # values of --comm that need GPUs
 
 
@@ -23,11 +24,17 @@ def reject_on_cpus(transport, share_gpu):
 
 
 def check_gpus(device, share_gpu, tp, replicas):
-    """Refuse more replicas of `tp` ranks than the GPUs of this host allow, before any rank starts."""
-    if replicas > 1 and device != "cpu" and not share_gpu and 0 < gpus() < tp * replicas:
+    """Refuse more replicas of `tp` ranks than this host's GPUs or cores allow, before any rank starts."""
+    ranks, most = tp * replicas, RANKS_PER_CORE * cores()
+    if replicas > 1 and (device == "cpu" or not gpus()) and ranks > most:
+        raise InputError(
+            f"--replicas {replicas} of {counted(tp, 'rank')}: {ranks} ranks are too many for "
+            f"{counted(cores(), 'core')}; use at most {RANKS_PER_CORE} per core"
+        )
+    if replicas > 1 and device != "cpu" and not share_gpu and 0 < gpus() < ranks:
         raise InputError(
             f"--replicas {replicas} of {counted(tp, 'rank')}: each rank needs a GPU, and this host has "
-            f"{counted(gpus(), 'GPU')} for {tp * replicas}; use fewer, or --share-gpu (results are correct "
+            f"{counted(gpus(), 'GPU')} for {ranks}; use fewer, or --share-gpu (results are correct "
             "but slow), or --device cpu"
         )
 

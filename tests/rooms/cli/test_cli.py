@@ -301,6 +301,18 @@ def test_more_replicas_than_gpus(monkeypatch, refused, tiny):
     check_gpus("auto", False, 2, 2)
 
 
+@pytest.mark.parametrize(("device", "gpus"), [("auto", 0), ("cpu", 3)])
+def test_more_replicas_than_the_cores_allow(monkeypatch, refused, tiny, device, gpus):
+    monkeypatch.setattr("minitp.launch.devices.gpus", lambda: gpus)
+    monkeypatch.setattr("minitp.launch.devices.cores", lambda: 2)
+    line = refused("check", "Hi", "--model", tiny, "--tp", 3, "--replicas", 11, "--device", device)
+    assert line == (
+        "minitp: --replicas 11 of 3 ranks: 33 ranks are too many for 2 cores; use at most 16 per core\n"
+    )
+    check_gpus(device, False, 2, 16)
+    check_gpus(device, False, 33, 1)
+
+
 def test_auto_is_at_most_a_rank_for_each_head(monkeypatch, tiny):
     monkeypatch.setattr(environment, "gpus", lambda: 0)
     monkeypatch.setattr(environment, "physical_cores", lambda: 64)
