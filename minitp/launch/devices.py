@@ -28,7 +28,7 @@ def check_gpus(device, share_gpu, tp, replicas):
     ranks, most = tp * replicas, RANKS_PER_CORE * cores()
     if replicas > 1 and (device == "cpu" or not gpus()) and ranks > most:
         raise InputError(
-            f"--replicas {replicas} of {counted(tp, 'rank')}: {ranks} ranks are too many for "
+            f"--replicas {replicas} of {counted(tp, 'rank')}: {counted(ranks, 'rank')} are too many for "
             f"{counted(cores(), 'core')}; use at most {RANKS_PER_CORE} per core"
         )
     if replicas > 1 and device != "cpu" and not share_gpu and 0 < gpus() < ranks:
