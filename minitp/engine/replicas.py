@@ -48,9 +48,10 @@ class Replica:
 
     def current_load(self):
         """Return the load of the ranks, as Scheduler.load does; counts include those before a restart."""
-        load = self.ranks.load if self.ready else {}
+        ranks = self.ranks
+        load = {} if self.load is None else ranks.load
         counts = {name: load.get(name, 0) + before for name, before in self._ended_counts.items()}
-        now = {name: load.get(name, 0) for name in ("running", "waiting", "blocks_in_use")}
+        now = {name: load.get(name, 0) * self.ready for name in ("running", "waiting", "blocks_in_use")}
         return {**now, **counts}
 
     @property
@@ -61,7 +62,8 @@ class Replica:
 
     def current_times(self):
         """Return the times of the ranks, or those at their end if they have ended."""
-        return self.ranks.rank_times if self.ready else self.rank_times
+        ranks = self.ranks
+        return self.rank_times if self.load is None else ranks.rank_times
 
 
 class ReplicaRanks:
@@ -126,8 +128,9 @@ class ReplicaRanks:
                 self._accept(replica)
                 if not replica.ready:
                     self.error = named(replica.index, replica.ranks.error)
-        if self.error is None:
-            self.description = described([replica.ranks.description for replica in self.replicas])
+        with self._lock:
+            if self.error is None:
+                self.description = described([replica.ranks.description for replica in self.replicas])
 
     def add(self, prompt_ids, params, listener):
         """Send a request to a replica; see Ranks.add."""
@@ -172,13 +175,11 @@ class ReplicaRanks:
         with self._restarting:
             ended = [replica for replica in self.replicas if not replica.ready]
             for replica in ended:
-                self._start_ranks(replica)
-            for replica in ended:
-                replica.ranks.wait()
-                self._accept(replica)
-                if not replica.ready:
-                    raise named(replica.index, replica.ranks.error)
-                self.error = None
+                if replica.ranks.error is not None:  # otherwise Ctrl-C has interrupted an earlier restart
+                    self._start_ranks(replica)
+            errors = [error for replica in ended if (error := self._wait_again(replica)) is not None]
+            if errors:
+                raise errors[0]
         return [replica.index for replica in ended]
 
     def close(self):
@@ -202,7 +203,19 @@ class ReplicaRanks:
         with self._lock:
             if self.closing:
                 raise RankError("the ranks have been closed")
+            if replica.load is not None:  # `_end` comes later than this restart
+                replica.end()
             replica.ranks = self._start(replica.index, on_end=partial(self._end, replica), **callbacks)
+
+    def _wait_again(self, replica):
+        """Wait until a replica that has been started again is ready; return its error, or None."""
+        replica.ranks.wait()
+        with self._lock:
+            self._accept(replica)
+            if not replica.ready:
+                return named(replica.index, replica.ranks.error)
+            self.error = None
+        return None
 
     def _accept(self, replica):
         """Let a replica that has started accept requests, unless it has ended already."""
@@ -216,8 +229,10 @@ class ReplicaRanks:
 
     def _end(self, replica, error):
         """Record the end of a replica; called in the thread of its ranks."""
-        error = named(replica.index, error)
         with self._lock:
+            if replica.ranks.error is not error:  # a restart has replaced these ranks already
+                return
+            error = named(replica.index, error)
             was_ready, all_were_ready = replica.load is not None, self.description is not None
             if was_ready:
                 replica.end()

@@ -296,3 +296,48 @@ def test_the_bytes_of_all_replicas_are_loaded():
     group[0]._receive({"loading": 5, "of": 10})
     group[1]._receive({"loading": 3, "of": 10})
     assert group.loaded == [(5, 10), (8, 20)]
+
+
+# --- the end of ranks while others read the state ---------------------------------------------------------------
+
+
+def test_counts_and_times_are_there_while_a_replica_ends():
+    """Read them in a listener, which is called before the replica knows that its ranks have ended."""
+    group, seen = Group(2), []
+    group[0]._receive({"updates": [], "load": {"running": 1, "reused_tokens": 5}})
+    group.all.add([1], SamplingParams(), lambda update: seen.append((group.all.load, group.all.rank_times)))
+    group[0].die()
+    ((load, times),) = seen
+    assert (load["reused_tokens"], load["running"], len(times)) == (5, 0, 2)
+
+
+def test_a_restart_before_the_end_is_recorded():
+    """Restart in a listener, as a script may do as soon as its request has failed."""
+    group, restarted = Group(2), []
+    group[0]._receive({"updates": [], "load": {"running": 1, "reused_tokens": 5}})
+    group.all.add([1], SamplingParams(), lambda update: restarted.append(group.all.restart()))
+    group[0].die()
+    assert restarted == [[0]]
+    assert group.all.replicas[0].ready
+    assert group.all.load["reused_tokens"] == 5
+    assert group.waiting == [0, 0]
+    assert group.all.error is None
+
+
+def test_a_restart_that_fails_in_part_leaves_no_ranks_behind():
+    """Let replica 0 fail to start again, and replica 1 start: it serves, and is not started once more."""
+    group = Group(3)
+    group[0].die()
+    group[1].die()
+    begin = group.all._start
+
+    def only_replica_1(index, **callbacks):
+        return begin(index, **callbacks) if index else ended_ranks(**callbacks)
+
+    group.all._start = only_replica_1
+    with pytest.raises(RankError, match="replica 0: no memory"):
+        group.all.restart()
+    assert [replica.ready for replica in group.all.replicas] == [False, True, True]
+    group.all._start = begin
+    assert group.all.restart() == [0]
+    assert len(group.started) == 5
