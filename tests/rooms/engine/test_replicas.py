@@ -298,7 +298,7 @@ def test_the_bytes_of_all_replicas_are_loaded():
     assert group.loaded == [(5, 10), (8, 20)]
 
 
-# --- the end of ranks while others read the state ---------------------------------------------------------------
+# --- while ranks end ----------------------------------------------------------------------------------------
 
 
 def test_counts_and_times_are_there_while_a_replica_ends():
@@ -312,7 +312,7 @@ def test_counts_and_times_are_there_while_a_replica_ends():
 
 
 def test_a_restart_before_the_end_is_recorded():
-    """Restart in a listener, as a script may do as soon as its request has failed."""
+    """Call `restart` in a listener, as a script may do as soon as its request has failed."""
     group, restarted = Group(2), []
     group[0]._receive({"updates": [], "load": {"running": 1, "reused_tokens": 5}})
     group.all.add([1], SamplingParams(), lambda update: restarted.append(group.all.restart()))
