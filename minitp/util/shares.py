@@ -72,7 +72,12 @@ def split_text(split):
     >>> split_text((3, 1))
     '3,1'
     """
-    text = split if isinstance(split, str) else ",".join(map(str, split))
+    try:
+        text = split if isinstance(split, str) else ",".join(map(str, split))
+    except TypeError:
+        raise InputError(
+            f"--split {shown(split)}: expected a share for each rank, as in 3,1 or (0.6, 0.4)"
+        ) from None
     shares_in(text)
     return text
 

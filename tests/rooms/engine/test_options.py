@@ -95,6 +95,7 @@ def test_numpy_values_and_numbers_as_text_are_converted(given, kept):
             {"dtype": np.float16(1)},
             "--dtype np.float16(1.0): expected one of auto, float32, float16, bfloat16",
         ),
+        ({"split": 3}, "--split 3: expected a share for each rank, as in 3,1 or (0.6, 0.4)"),
         ({"comm": "pigeons"}, "--comm 'pigeons': expected one of auto, nccl, peer, mpi, shm"),
     ],
 )
