@@ -172,6 +172,7 @@ class ReplicaRanks:
         MinitpError
             If a replica does not start.
         """
+        self.replicas[0].ranks.refuse_in_child()
         with self._restarting:
             ended = [replica for replica in self.replicas if not replica.ready]
             for replica in ended:

@@ -268,6 +268,15 @@ def test_a_replica_that_fails_to_start_fails_all(kind):
     replicas.close()
 
 
+def test_a_forked_child_starts_no_replica(monkeypatch):
+    group = Group(2)
+    group[0].die()
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(InputError, match="this process was forked from process"):
+        group.all.restart()
+    assert len(group.started) == 2
+
+
 def test_close_ends_all_and_starts_none():
     group = Group(2)
     group.add(prompt(1))
