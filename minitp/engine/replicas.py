@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 from minitp.engine.client import JoinedRanks, StartedRanks
@@ -9,6 +10,7 @@ from minitp.engine.leaders import RemoteRanks
 from minitp.engine.prefix_cache import block_keys
 from minitp.engine.routing import ReplicaLoad, WaitingTokens, choose_load
 from minitp.errors import RankError
+from minitp.util.shares import MEASURED
 
 POLL_S = 0.1  # interval at which a failed replica is noticed while another one is still starting
 COUNTS = ("preempted", "reused_tokens")  # the parts of a load that count since the start
@@ -308,10 +310,22 @@ def described(each):
 
 
 def started_replicas(options, size, **callbacks):
-    """Start the replicas as separate jobs of `size` ranks; return their ReplicaRanks."""
+    """Start the replicas as separate jobs of `size` ranks; return their ReplicaRanks.
+
+    If the devices decide the shares, the first one measures them, and then the others get the same ones.
+    """
+    first = None
 
     def start(index, **callbacks):
-        return StartedRanks(options, size, replica=(index, options.replicas), **callbacks)
+        nonlocal first, options
+        if first is not None and options.split in MEASURED:
+            first.wait()
+            if first.description is None:
+                raise first.error
+            options = replace(options, split=first.description["split"])
+        ranks = StartedRanks(options, size, replica=(index, options.replicas), **callbacks)
+        first = first or ranks
+        return ranks
 
     return ReplicaRanks(start, options.replicas, **callbacks)
 

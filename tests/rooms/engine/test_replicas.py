@@ -4,9 +4,11 @@ import threading
 
 import pytest
 
+from minitp.engine import replicas as replicas_module
+from minitp.engine.options import EngineOptions
 from minitp.engine.prefix_cache import block_keys
 from minitp.engine.ranks import Ranks
-from minitp.engine.replicas import ReplicaRanks
+from minitp.engine.replicas import ReplicaRanks, started_replicas
 from minitp.engine.routing import ReplicaLoad, WaitingTokens, choose_load
 from minitp.errors import InputError, RankError
 from minitp.sampling import SamplingParams
@@ -286,6 +288,24 @@ def test_close_ends_all_and_starts_none():
     assert group.updates[-1][1].finish_reason == "error"
     with pytest.raises(RankError, match="closed"):
         group.all.restart()
+
+
+@pytest.mark.parametrize(("split", "others"), [("auto", "3,1"), ("2,1", "2,1"), (None, None)])
+def test_replicas_have_the_shares_that_the_first_one_has_measured(monkeypatch, split, others):
+    splits = []
+
+    def start(options, size, replica, **callbacks):
+        splits.append(options.split)
+        ranks = FakeRanks(**callbacks)
+        ranks.description["split"] = "3,1" if options.split == "auto" else options.split
+        return ranks
+
+    monkeypatch.setattr(replicas_module, "StartedRanks", start)
+    group = started_replicas(EngineOptions(split=split, replicas=3), 2)
+    group.wait()
+    group.replicas[0].ranks.die()
+    group.restart()
+    assert splits == [split, others, others, others]
 
 
 # --- one description for all --------------------------------------------------------------------------------
