@@ -165,7 +165,7 @@ def open_files(args):
     split = numbers_only(args.split, "depends on devices, which judge does not know")
     if split is not None and args.map not in ENGINES:
         raise InputError(
-            f"--split {shown(split)} needs --map with the engine of these shares, as in --map vllm; or omit it"
+            f"--split {shown(split)} needs --map with the engine that has these shares; or omit it"
         )
     if args.map is None:
         return RecordedFiles(args.file), args.rope or "half"
