@@ -203,7 +203,7 @@ class LLM:
         Raises
         ------
         InputError
-            If there is only one replica, or mpirun has started the ranks.
+            If there is only one replica.
         RankError
             If a replica does not start.
         """

@@ -162,6 +162,11 @@ def open_files(args):
     from minitp.loading.source import open_config
     from minitp.mapping.tensors import ENGINES, rotates_neighbors
 
+    split = numbers_only(args.split, "depends on devices, which judge does not know")
+    if split is not None and args.map not in ENGINES:
+        raise InputError(
+            f"--split {shown(split)} needs --map with the engine that has these shares; or omit it"
+        )
     if args.map is None:
         return RecordedFiles(args.file), args.rope or "half"
     if args.map not in ENGINES:
@@ -174,7 +179,6 @@ def open_files(args):
         raise InputError(f"--map {args.map} needs the model's config; give --model")
     config = open_config(args.model, revision=args.revision)
     rope = "interleaved" if rotates_neighbors(args.map, config) else "half"
-    split = numbers_only(args.split, "depends on devices, which judge does not know")
     return RecordedFiles(args.file, args.map, config, split=split), args.rope or rope
 
 

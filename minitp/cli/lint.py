@@ -86,9 +86,12 @@ def model_of(args):
     fields = read_json(plan) if plan.is_file() else {}
     if fields.get("format") != FORMAT:
         fields = {}
+    for name, kind in (("model", str), ("layers", int), ("split", str)):
+        if not isinstance(value := fields.get(name), kind | None):
+            raise InputError(f"{plan}: {name}: expected {kind.__name__}, found {type(value).__name__}")
     model = args.model or fields.get("model")
     if model is None:
         raise InputError(f"{args.path}: needs --model, the checkpoint that was sharded")
     layers = args.layers or (fields.get("layers") if args.model in (None, fields.get("model")) else None)
-    split = numbers_only(args.split, "depends on devices, which lint does not know")
-    return model, layers, split or fields.get("split")
+    split = args.split or fields.get("split")
+    return model, layers, numbers_only(split, "depends on devices, which lint does not know")

@@ -11,6 +11,7 @@ run.py            a rank's work, from loading the model to the last request
 ranks.py          the caller's side: requests to ranks, and their output
 client.py         ranks that the caller has started or joined
 leaders.py        replica groups that the caller has joined, whose leaders are other processes
+replica.py        one of several replicas, with its ranks and its load
 replicas.py       several replicas, as one
 routing.py        the replica that a request goes to
 completion.py     the results that callers get

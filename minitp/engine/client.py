@@ -52,15 +52,18 @@ class StartedRanks(Ranks):
         self._thread.start()
 
     def _watch(self):
-        with self._stack:
-            code = RankError.exit_code
-            try:
-                code = self._job.watch()
-            except RankError as failure:
-                self._failure = failure
-            except Exception as error:  # of a callback, or in a message; callers must not wait forever
-                self._failure = RankError(f"the supervisor failed: {one_line(error)}")
-            self._record_end(code, self._job.output_of("rank0"))
+        code, output = RankError.exit_code, []
+        try:
+            with self._stack:  # ends the processes, so that ranks started again find their memory free
+                try:
+                    code = self._job.watch()
+                finally:
+                    output = self._job.output_of("rank0")
+        except RankError as failure:
+            self._failure = failure
+        except Exception as error:  # of a callback, or in a message; callers must not wait forever
+            self._failure = RankError(f"the supervisor failed: {one_line(error)}")
+        self._record_end(code, output)
 
     def _send(self, message):
         self._job.send(message)

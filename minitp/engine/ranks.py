@@ -75,13 +75,17 @@ class Ranks:
         """True in a forked child of the process that owns the ranks, which must leave them alone."""
         return os.getpid() != self._owner
 
-    def add(self, prompt_ids, params, listener):
-        """Send a request, whose Updates go to `listener`; return its number, for `abort`."""
+    def refuse_in_child(self):
+        """Raise InputError in a forked child of the process that owns the ranks."""
         if self.forked:
             raise InputError(
                 f"this process was forked from process {self._owner}, and only that one can use its LLM; "
                 "create another LLM here"
             )
+
+    def add(self, prompt_ids, params, listener):
+        """Send a request, whose Updates go to `listener`; return its number, for `abort`."""
+        self.refuse_in_child()
         with self._lock:
             if self.error is not None:
                 raise self.error

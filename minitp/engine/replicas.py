@@ -2,66 +2,18 @@
 
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 from minitp.engine.client import JoinedRanks, StartedRanks
 from minitp.engine.leaders import RemoteRanks
 from minitp.engine.prefix_cache import block_keys
-from minitp.engine.routing import ReplicaLoad, WaitingTokens, choose_load
+from minitp.engine.replica import Replica
+from minitp.engine.routing import WaitingTokens, choose_load
 from minitp.errors import RankError
+from minitp.util.shares import MEASURED
 
 POLL_S = 0.1  # interval at which a failed replica is noticed while another one is still starting
-COUNTS = ("preempted", "reused_tokens")  # the parts of a load that count since the start
-
-
-class Replica:
-    """One of several groups of ranks with the whole model, as its caller sees it.
-
-    Attributes
-    ----------
-    ranks : Ranks
-        The ranks, which are other ones after a restart.
-    load : ReplicaLoad or None
-        The waiting tokens; None until the ranks have been ready.
-    """
-
-    def __init__(self, index):
-        self.index, self.ranks, self.load = index, None, None
-        self.rank_times, self._ended_counts = [], dict.fromkeys(COUNTS, 0)
-
-    @property
-    def ready(self):
-        """True while the ranks accept requests."""
-        return self.load is not None and self.ranks.error is None
-
-    def accept(self):
-        """Begin to accept requests, after the ranks have become ready."""
-        about = self.ranks.description
-        self.load = ReplicaLoad(about["blocks"], about["block_size"])
-
-    def end(self):
-        """Keep what the ranks have counted, after they have ended."""
-        for name in COUNTS:
-            self._ended_counts[name] += self.ranks.load.get(name, 0)
-        self.rank_times = self.ranks.rank_times
-        self.load = None
-
-    def current_load(self):
-        """Return the load of the ranks, as Scheduler.load does; counts include those before a restart."""
-        load = self.ranks.load if self.ready else {}
-        counts = {name: load.get(name, 0) + before for name, before in self._ended_counts.items()}
-        now = {name: load.get(name, 0) for name in ("running", "waiting", "blocks_in_use")}
-        return {**now, **counts}
-
-    @property
-    def waiting(self):
-        """The waiting tokens of the replica's requests."""
-        load = self.load
-        return 0 if load is None else load.waiting
-
-    def current_times(self):
-        """Return the times of the ranks, or those at their end if they have ended."""
-        return self.ranks.rank_times if self.ready else self.rank_times
 
 
 class ReplicaRanks:
@@ -126,8 +78,9 @@ class ReplicaRanks:
                 self._accept(replica)
                 if not replica.ready:
                     self.error = named(replica.index, replica.ranks.error)
-        if self.error is None:
-            self.description = described([replica.ranks.description for replica in self.replicas])
+        with self._lock:
+            if self.error is None:
+                self.description = described([replica.ranks.description for replica in self.replicas])
 
     def add(self, prompt_ids, params, listener):
         """Send a request to a replica; see Ranks.add."""
@@ -169,16 +122,15 @@ class ReplicaRanks:
         MinitpError
             If a replica does not start.
         """
+        self.replicas[0].ranks.refuse_in_child()
         with self._restarting:
             ended = [replica for replica in self.replicas if not replica.ready]
             for replica in ended:
-                self._start_ranks(replica)
-            for replica in ended:
-                replica.ranks.wait()
-                self._accept(replica)
-                if not replica.ready:
-                    raise named(replica.index, replica.ranks.error)
-                self.error = None
+                if replica.ranks.error is not None:  # otherwise Ctrl-C has interrupted an earlier restart
+                    self._start_ranks(replica)
+            errors = [error for replica in ended if (error := self._wait_again(replica)) is not None]
+            if errors:
+                raise errors[0]
         return [replica.index for replica in ended]
 
     def close(self):
@@ -202,7 +154,19 @@ class ReplicaRanks:
         with self._lock:
             if self.closing:
                 raise RankError("the ranks have been closed")
+            if replica.load is not None:  # `_end` comes later than this restart
+                replica.end()
             replica.ranks = self._start(replica.index, on_end=partial(self._end, replica), **callbacks)
+
+    def _wait_again(self, replica):
+        """Wait until a replica that has been started again is ready; return its error, or None."""
+        replica.ranks.wait()
+        with self._lock:
+            self._accept(replica)
+            if not replica.ready:
+                return named(replica.index, replica.ranks.error)
+            self.error = None
+        return None
 
     def _accept(self, replica):
         """Let a replica that has started accept requests, unless it has ended already."""
@@ -216,8 +180,10 @@ class ReplicaRanks:
 
     def _end(self, replica, error):
         """Record the end of a replica; called in the thread of its ranks."""
-        error = named(replica.index, error)
         with self._lock:
+            if replica.ranks.error is not error:  # a restart has replaced these ranks already
+                return
+            error = named(replica.index, error)
             was_ready, all_were_ready = replica.load is not None, self.description is not None
             if was_ready:
                 replica.end()
@@ -292,10 +258,22 @@ def described(each):
 
 
 def started_replicas(options, size, **callbacks):
-    """Start the replicas as separate jobs of `size` ranks; return their ReplicaRanks."""
+    """Start the replicas as separate jobs of `size` ranks; return their ReplicaRanks.
+
+    If the devices decide the shares, the first one measures them, and then the others get the same ones.
+    """
+    first = None
 
     def start(index, **callbacks):
-        return StartedRanks(options, size, replica=(index, options.replicas), **callbacks)
+        nonlocal first, options
+        if first is not None and options.split in MEASURED:
+            first.wait()
+            if first.description is None:
+                raise first.error
+            options = replace(options, split=first.description["split"])
+        ranks = StartedRanks(options, size, replica=(index, options.replicas), **callbacks)
+        first = first or ranks
+        return ranks
 
     return ReplicaRanks(start, options.replicas, **callbacks)
 

@@ -17,6 +17,7 @@ from minitp.util.format import counted
 
 RETRY_AFTER = {"Retry-After": "5"}  # seconds
 DRAIN_CHECK_S = 0.05
+RETRY_S = 10  # time between a restart of a replica that has failed and the next one
 TIMEOUT = None, None  # an item in a request's queue: its time is over
 
 
@@ -103,12 +104,17 @@ class Backend:
                 restarts.add(asyncio.ensure_future(self._restart_replicas(self.llm)))
 
     async def _restart_replicas(self, llm):
-        try:
-            started = await in_thread(llm.restart)
-        except MinitpError as error:
-            if llm.error is None:  # otherwise all replicas have ended, and `run` reports it
-                log(error)
-            return
+        """Start the replicas that have ended again, and repeat this if it fails."""
+        started = []
+        while self.state == "ready" and llm.error is None:  # otherwise `run` reports the end of all
+            try:
+                started = await in_thread(llm.restart)
+                break
+            except MinitpError as error:
+                if self.state == "ready" and llm.error is None:
+                    log(error)
+                    log(f"restarting again in {RETRY_S} s")
+                    await asyncio.sleep(RETRY_S)
         self.restarts += len(started)
         for replica in started:
             log(f"restarted: replica {replica}")

@@ -152,16 +152,22 @@ def test_a_rank_that_cannot_read_a_message_ends_with_a_reason():
 
 
 def test_an_error_in_a_callback_ends_the_job_and_is_reported():
-    """Let the progress bar fail, as it does if stderr is closed: no caller waits forever."""
+    """Let the progress bar fail, as it does if stderr is closed: no caller waits forever.
+
+    The rank has been ended by then, so that one started again has the memory to itself.
+    """
 
     def on_loading(done, total):
         raise BrokenPipeError("stderr is closed")
 
+    def on_end(error):
+        ended.append((error, ranks._job.leader.returncode))
+
     ended = []
     sends = "link.send({'loading': 1, 'of': 2})\ntime.sleep(60)"
     worker = [sys.executable, "-c", BEGINNING + sends]
-    ranks = StartedRanks(EngineOptions(), 1, worker, on_loading=on_loading, on_end=ended.append)
+    ranks = StartedRanks(EngineOptions(), 1, worker, on_loading=on_loading, on_end=on_end)
     assert ranks.started.wait(10)
     ranks.close()
     assert str(ranks.error) == "the supervisor failed: BrokenPipeError: stderr is closed"
-    assert ended == [ranks.error]
+    assert ended == [(ranks.error, -signal.SIGTERM)]

@@ -4,9 +4,11 @@ import threading
 
 import pytest
 
+from minitp.engine import replicas as replicas_module
+from minitp.engine.options import EngineOptions
 from minitp.engine.prefix_cache import block_keys
 from minitp.engine.ranks import Ranks
-from minitp.engine.replicas import ReplicaRanks
+from minitp.engine.replicas import ReplicaRanks, started_replicas
 from minitp.engine.routing import ReplicaLoad, WaitingTokens, choose_load
 from minitp.errors import InputError, RankError
 from minitp.sampling import SamplingParams
@@ -268,6 +270,15 @@ def test_a_replica_that_fails_to_start_fails_all(kind):
     replicas.close()
 
 
+def test_a_forked_child_starts_no_replica(monkeypatch):
+    group = Group(2)
+    group[0].die()
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(InputError, match="this process was forked from process"):
+        group.all.restart()
+    assert len(group.started) == 2
+
+
 def test_close_ends_all_and_starts_none():
     group = Group(2)
     group.add(prompt(1))
@@ -277,6 +288,24 @@ def test_close_ends_all_and_starts_none():
     assert group.updates[-1][1].finish_reason == "error"
     with pytest.raises(RankError, match="closed"):
         group.all.restart()
+
+
+@pytest.mark.parametrize(("split", "others"), [("auto", "3,1"), ("2,1", "2,1"), (None, None)])
+def test_replicas_have_the_shares_that_the_first_one_has_measured(monkeypatch, split, others):
+    splits = []
+
+    def start(options, size, replica, **callbacks):
+        splits.append(options.split)
+        ranks = FakeRanks(**callbacks)
+        ranks.description["split"] = "3,1" if options.split == "auto" else options.split
+        return ranks
+
+    monkeypatch.setattr(replicas_module, "StartedRanks", start)
+    group = started_replicas(EngineOptions(split=split, replicas=3), 2)
+    group.wait()
+    group.replicas[0].ranks.die()
+    group.restart()
+    assert splits == [split, others, others, others]
 
 
 # --- one description for all --------------------------------------------------------------------------------
@@ -296,3 +325,48 @@ def test_the_bytes_of_all_replicas_are_loaded():
     group[0]._receive({"loading": 5, "of": 10})
     group[1]._receive({"loading": 3, "of": 10})
     assert group.loaded == [(5, 10), (8, 20)]
+
+
+# --- while ranks end ----------------------------------------------------------------------------------------
+
+
+def test_counts_and_times_are_there_while_a_replica_ends():
+    """Read them in a listener, which is called before the replica knows that its ranks have ended."""
+    group, seen = Group(2), []
+    group[0]._receive({"updates": [], "load": {"running": 1, "reused_tokens": 5}})
+    group.all.add([1], SamplingParams(), lambda update: seen.append((group.all.load, group.all.rank_times)))
+    group[0].die()
+    ((load, times),) = seen
+    assert (load["reused_tokens"], load["running"], len(times)) == (5, 0, 2)
+
+
+def test_a_restart_before_the_end_is_recorded():
+    """Call `restart` in a listener, as a script may do as soon as its request has failed."""
+    group, restarted = Group(2), []
+    group[0]._receive({"updates": [], "load": {"running": 1, "reused_tokens": 5}})
+    group.all.add([1], SamplingParams(), lambda update: restarted.append(group.all.restart()))
+    group[0].die()
+    assert restarted == [[0]]
+    assert group.all.replicas[0].ready
+    assert group.all.load["reused_tokens"] == 5
+    assert group.waiting == [0, 0]
+    assert group.all.error is None
+
+
+def test_a_restart_that_fails_in_part_leaves_no_ranks_behind():
+    """Let replica 0 fail to start again, and replica 1 start: it serves, and is not started once more."""
+    group = Group(3)
+    group[0].die()
+    group[1].die()
+    begin = group.all._start
+
+    def only_replica_1(index, **callbacks):
+        return begin(index, **callbacks) if index else ended_ranks(**callbacks)
+
+    group.all._start = only_replica_1
+    with pytest.raises(RankError, match="replica 0: no memory"):
+        group.all.restart()
+    assert [replica.ready for replica in group.all.replicas] == [False, True, True]
+    group.all._start = begin
+    assert group.all.restart() == [0]
+    assert len(group.started) == 5

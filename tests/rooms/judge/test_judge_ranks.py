@@ -159,3 +159,8 @@ def test_the_report_has_the_rank_and_the_mistake(tmp_path, capsys):
     assert "layer 1, rank 1: " in text
     assert "what it seems to compute: the rows of the weight are those of rank 0" in text
     assert "docs/judge.md" in text
+
+
+@pytest.mark.parametrize("split", ["3,1", "nonsense", "auto"])
+def test_shares_without_an_engine_are_refused(split, refused):
+    assert f"--split {split}" in refused("judge", RECORDINGS / "llama", "--split", split).replace("'", "")

@@ -1,11 +1,15 @@
 """The command `minitp lint`: its table, verdict, options and exit codes."""
 
+import json
+
 import engine_shards as engines
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tiny import UNEVEN, write_tiny
 
 from minitp.cli.main import main
+from minitp.loading.export import FORMAT
 
 
 @pytest.fixture
@@ -31,6 +35,23 @@ def test_the_shards_of_minitp_are_right(tp, fields, lint, tmp_path):
     assert code == 0
     assert "each once" in out
     assert out.splitlines()[-1].startswith(f"all right: 12 tensors on {tp} rank")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("split", [3, 1], "split: expected str, found list"),
+        ("split", "auto", "--split auto depends on devices"),
+        ("layers", "1", "layers: expected int, found str"),
+        ("model", 3, "model: expected str, found int"),
+    ],
+)
+def test_a_plan_with_a_wrong_field(field, value, words, tiny, refused, tmp_path):
+    fields = {"format": FORMAT, "model": str(tiny), "layers": 1, "split": "3,1"}
+    (tmp_path / "plan.json").write_text(json.dumps({**fields, field: value}))
+    for rank in range(2):
+        save_file({"model.norm.weight": np.ones(1, np.float32)}, tmp_path / f"rank{rank}.safetensors")
+    assert words in refused("lint", tmp_path)
 
 
 def test_shards_of_unequal_ranks_are_right_with_their_shares(lint, tmp_path):
