@@ -26,7 +26,7 @@ LINEAR = [
 
 # The variants that need the most registers: with NORM, split, and with the most tiles of pairs.
 SPLIT_LINEAR = [
-    {"TOKEN_TILES": 1, "PAIR_TILES": 1, "SPLITS": 4},
+    {"TOKEN_TILES": 1, "PAIR_TILES": 1, "NORM": 1, "SPLITS": 4},
     {"TOKEN_TILES": 1, "PAIR_TILES": 1, "NORM": 1},
     {"TOKEN_TILES": 2, "PAIR_TILES": 2, **GEMMA},
     {"TOKEN_TILES": 4, "PAIR_TILES": 2, "SPLITS": 2},
