@@ -11,7 +11,7 @@ from minitp.cuda.compiler import compile_options
 from minitp.cuda.kernels.linear import NORM_BYTES
 
 ARCHITECTURES = ("80", "90a")  # A100; H100 and H200
-LEAST_SHARED = 99 << 10  # bytes of shared memory per block of the GPUs with the least: sm_86, sm_89 and sm_120
+LEAST_SHARED = 99 << 10  # bytes of shared memory per block on sm_86, sm_89 and sm_120
 
 PAGED = [{"HEAD_DIM": head_dim, "BLOCK_SIZE": 16} for head_dim in (64, 128)]
 PAGED += [{"HEAD_DIM": 256, "BLOCK_SIZE": 16, "SOFT_CAP": 1}]  # needs the most registers
