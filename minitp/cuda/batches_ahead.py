@@ -189,13 +189,12 @@ class Launched:
     """
 
     def __init__(self, model):
-        self._gpu, self._kept = model.device, []
-        self._on_the_way = OnTheWay(model.device)
+        self._gpu, self._on_the_way = model.device, OnTheWay(model.device)
         self._places = []  # (index in the batch's logits_at, array, row, SamplingParams or None)
 
     def keep(self, memory):
         """Keep memory that the GPU reads until the batch has been read."""
-        self._kept.append(memory)
+        self._on_the_way.keep(memory)
 
     def add(self, rows, indices, params, results, logits):
         """Add the rows of a pass that have an index: its results, or its logits if the params are None."""
@@ -211,7 +210,7 @@ class Launched:
         ]
         if of_host:
             taken = logits[self._gpu.from_host(np.array([row for _, row in of_host]))]  # [h, V]
-            self._kept.append(taken)
+            self.keep(taken)
             number = self._on_the_way.add(taken)
             self._places += [(index, number, row, None) for row, (index, _) in enumerate(of_host)]
 

@@ -128,6 +128,16 @@ class StagedComm(DeviceComm):
         out[...] = self.gpu.from_host(gathered.reshape(out.shape))
 
 
+def in_turn(comm, compile_kernels):
+    """Compile kernels on rank 0 first; then the other ranks find them in CuPy's cache."""
+    if comm.rank != 0:
+        comm.allgather_object(None)
+    compile_kernels()
+    if comm.rank == 0:
+        comm.allgather_object(None)
+    comm.allgather_object(None)
+
+
 def copy(gpu, x, out):
     """Copy x to out, both contiguous, on the GPU's stream; the copy may be captured."""
     if x.data.ptr == out.data.ptr:

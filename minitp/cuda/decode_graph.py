@@ -33,7 +33,7 @@ token, whatever the lengths are.
 import numpy as np
 
 from minitp import ops
-from minitp.cuda.comm import LocalComm
+from minitp.cuda.comm import LocalComm, in_turn
 from minitp.cuda.kernels.sample import RESULTS, results_needed
 from minitp.cuda.loader import padded, rows_of
 from minitp.model import unrecorded
@@ -144,16 +144,11 @@ class DecodeGraph:
         find the kernels in CuPy's cache.
         """
         comm, state = self.comm, self._state.copy()
-        if comm.rank != 0:
-            comm.allgather_object(None)
         self.comm = LocalComm(comm, self.model.device)
         self.fill([], [], [])
-        self.run()
+        in_turn(comm, self.run)
         self.comm = comm
-        if comm.rank == 0:
-            comm.allgather_object(None)
         self._state[...] = state
-        comm.allgather_object(None)
 
     def _captured(self):
         stream = self.model.device.stream

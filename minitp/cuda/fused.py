@@ -156,16 +156,20 @@ class FusedModel(Model):
         graph, on_the_way = self.decode_graph(cache.pool, 1), None
         cache.pool.lanes.start(0, params, prompt_ids, [token], room=len(draws))
         graph.fill([PENDING], [cache.length], [cache.block_table], lanes=[0])
-        for draw in draws:
-            if params.temperature > 0:
-                graph.draw.fill(draw)
-            graph.launch()
-            cache.advance(1)
-            previous, on_the_way = on_the_way, OnTheWay(self.device)
-            on_the_way.add(graph.results_of([params]))
-            if previous is not None:
-                yield self._choice(previous, params)
-        yield self._choice(on_the_way, params)
+        try:
+            for draw in draws:
+                if params.temperature > 0:
+                    graph.draw.fill(draw)
+                graph.launch()
+                cache.advance(1)
+                previous, on_the_way = on_the_way, OnTheWay(self.device)
+                on_the_way.add(graph.results_of([params]))
+                if previous is not None:
+                    yield self._choice(previous, params)
+            yield self._choice(on_the_way, params)
+        except GeneratorExit:  # the host needs no more tokens
+            on_the_way.read()
+            raise
 
     def _choice(self, on_the_way, params):
         results = on_the_way.read()[0][:, 0].tolist()  # [n]

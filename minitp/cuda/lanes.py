@@ -68,6 +68,8 @@ def logprobs_of(results, params):
 class OnTheWay:
     """A set of copies of GPU arrays to pinned memory of the host, which the host waits for later.
 
+    CuPy reuses freed pinned memory at once. So `read` must be called even if no one needs the copies.
+
     Parameters
     ----------
     gpu : Gpu
@@ -75,7 +77,12 @@ class OnTheWay:
 
     def __init__(self, gpu):
         self._gpu, self._event = gpu, gpu.cupy.cuda.Event(disable_timing=True)
-        self._arrays = []
+        self._arrays, self._kept = [], []
+
+    def keep(self, memory):
+        """Keep memory until `read` has waited for all work already on the stream, which uses it."""
+        self._kept.append(memory)
+        self._event.record(self._gpu.stream)
 
     def add(self, array):
         """Copy a contiguous array after all work already on the stream; return its index in `read`."""

@@ -28,6 +28,7 @@ from contextlib import nullcontext
 import numpy as np
 
 from minitp import ops
+from minitp.cuda.comm import LocalComm, in_turn
 from minitp.cuda.loader import padded, rows_of
 from minitp.model import unrecorded
 
@@ -129,9 +130,21 @@ class PromptPass:
             with self.comm.launching():
                 self._graph.launch(self.model.device.stream)
             return
+        if self._captures and self.comm.size > 1:
+            self._compile()
         self.run()
         if self._captures:
             self._graph = self._captured()
+
+    def _compile(self):
+        """Compile all kernels by a pass over padding without sums, like DecodeGraph: no rank waits in one."""
+        comm, launching, state = self.comm, self._launching, self._state.copy()
+        self.comm, self._launching = LocalComm(comm, self.model.device), nullcontext
+        self.position.fill(PADDING)
+        self._sequences.fill(0)
+        in_turn(comm, self.run)
+        self.comm, self._launching = comm, launching
+        self._state[...] = state
 
     def _captured(self):
         stream, self._launching = self.model.device.stream, nullcontext

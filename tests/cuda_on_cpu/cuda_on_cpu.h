@@ -1,7 +1,8 @@
 // Runs a CUDA kernel's source on the CPU: one fiber per thread of a block, one block after the other.
 //
 // This finds wrong indices, reductions, masks and shapes, and barriers that not all threads reach. It does not find
-// races or missing fences: fibers switch only where they wait, so memory accesses are always in order.
+// missing fences: fibers switch only where they wait, so memory accesses are always in order. It finds some races: the
+// threads take turns, each until it waits, in ascending order in every second block and in descending order in the others.
 //
 // The blocks of a cluster take turns: each runs until all of its threads wait at the cluster's barrier or have ended.
 // Other blocks can read its dynamic shared memory. Its `__shared__` variables exist once, so after the cluster's
@@ -168,10 +169,13 @@ inline void begin_block(int rank) {
 // Runs the current block until all of its threads wait at the cluster's barrier or have ended.
 inline void run_block() {
     const int threads = block->fibers.size();
+    const bool backward = (block->index.x + block->index.y + block->index.z) % 2 == 0;
     static bool moved;
+    static int turn;
     do {
         moved = false;
-        for (current = 0; current < threads; current++) {
+        for (turn = 0; turn < threads; turn++) {
+            current = backward ? threads - 1 - turn : turn;
             Fiber &fiber = block->fibers[current];
             if (fiber.state != READY) continue;
             moved = true;

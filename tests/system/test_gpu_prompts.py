@@ -1,5 +1,7 @@
 """Tests of passes over prompts on GPUs: graphs for up to 64 tokens, their bits, launches and allocations."""
 
+from threading import current_thread
+
 import numpy as np
 import pytest
 from on_gpu import model_on_gpu, run_on_gpus
@@ -90,6 +92,30 @@ def test_graphs_of_other_families(name):
     for found in run_on_gpus(2, rank):
         assert np.isfinite(found[0]).all()
         assert all(np.array_equal(logits, found[0]) for logits in found)
+
+
+def test_nothing_is_compiled_while_other_ranks_wait_in_a_sum(directory, monkeypatch):
+    from minitp.cuda.compiler import Compiler
+    from minitp.cuda.nccl import NcclComm
+
+    events = {}  # thread of a rank -> which of the two it called, in order
+
+    def noted(owner, name):
+        original = getattr(owner, name)
+
+        def method(*args, **options):
+            events.setdefault(current_thread(), []).append(name)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, method)
+
+    noted(Compiler, "kernel")
+    noted(NcclComm, "reduce_into")
+    on_ranks(directory, 2, lambda model: logits_of(model, model.new_pool(8), [tokens(5)]) is None)
+    assert len(events) == 2
+    for names in events.values():
+        assert "kernel" in names
+        assert "kernel" not in names[names.index("reduce_into") :]
 
 
 def test_prompts_of_other_lengths_reuse_a_graph(directory, cupy, monkeypatch):

@@ -1,6 +1,7 @@
 """Tests that a rank uses only its own stream, on the stand-in, which delays work on any other stream."""
 
 import ast
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,13 @@ import minitp
 from minitp.check.run import check_model
 from minitp.comm.single import SingleRank
 from minitp.cuda.gpu import Gpu, open_gpu
+from minitp.engine.engine import Engine
 from minitp.errors import RankError
+from minitp.generate import generate
 from minitp.launch.transport import select_comm
 from minitp.loading.source import open_model
+from minitp.request import Request
+from minitp.sampling import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("cupy")
 
@@ -124,3 +129,74 @@ def test_only_gpu_py_copies_to_the_host_and_creates_a_stream():
 def test_the_stand_in_rejects_other_conversions(cupy, convert):
     with pytest.raises(TypeError, match="call to_host first"):
         convert(cupy.ones(1, np.float32))
+
+
+# --- pinned memory --------------------------------------------------------------------------------------
+
+
+class PinnedMemory:
+    """A watch over pinned arrays: which are freed before the host has waited for the copies that use them.
+
+    CuPy would reuse their memory for other copies.
+    """
+
+    def __init__(self, cupy, monkeypatch):
+        import cupyx
+
+        self._empty, self._copy = cupyx.empty_pinned, cupy.cuda.runtime.memcpyAsync
+        self._last = {}  # address -> number of its last copy
+        self._copies = self._waited = self.allocated = self.freed_early = 0
+        monkeypatch.setattr(cupyx, "empty_pinned", self._empty_pinned)
+        monkeypatch.setattr(cupy.cuda.runtime, "memcpyAsync", self._memcpy)
+        monkeypatch.setattr(cupy.cuda.Event, "record", lambda event, stream: self._record(event))
+        monkeypatch.setattr(cupy.cuda.Event, "synchronize", lambda event: self._synchronize(event))
+
+    def _empty_pinned(self, shape, dtype):
+        array = self._empty(shape, dtype)
+        self.allocated += 1
+        self._last[array.ctypes.data] = 0
+        weakref.finalize(array, self._freed, array.ctypes.data)
+        return array
+
+    def _freed(self, address):
+        self.freed_early += self._last.pop(address) > self._waited
+
+    def _memcpy(self, target, source, nbytes, kind, stream):
+        self._copies += 1
+        for address in {target, source} & set(self._last):
+            self._last[address] = self._copies
+        self._copy(target, source, nbytes, kind, stream)
+
+    def _record(self, event):
+        event.copies = self._copies
+
+    def _synchronize(self, event):
+        self._waited = max(self._waited, getattr(event, "copies", 0))
+
+
+@pytest.fixture
+def pinned(cupy, monkeypatch, tiny):
+    """A model on a GPU, and a watch over the pinned memory that it uses."""
+    model = model_on_gpu(tiny, select_comm(SingleRank(), "cuda"), "float16", path="fused")
+    return model, PinnedMemory(cupy, monkeypatch)
+
+
+def test_the_token_after_a_stop_token_keeps_its_memory(pinned):
+    model, memory = pinned
+    params = SamplingParams(max_new_tokens=9, ignore_eos=True)
+    tokens = generate(model, PROMPT, Request(params, (), PROMPT, 64))
+    for _ in range(4):
+        next(tokens)
+    tokens.close()
+    assert memory.allocated > 2
+    assert memory.freed_early == 0
+
+
+def test_a_batch_without_logits_keeps_its_memory(pinned):
+    """Let a chunk of one token, in the middle of a prompt, be a batch."""
+    model, memory = pinned
+    engine = Engine(model, 20, max_tokens_per_step=1)
+    engine.add(Request(SamplingParams(max_new_tokens=2, ignore_eos=True), (), PROMPT, 64))
+    engine.run()
+    assert memory.allocated > len(PROMPT)
+    assert memory.freed_early == 0

@@ -108,11 +108,11 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     const int splits = min(static_cast<int>(gridDim.x), (tiles + WARPS - 1) / WARPS);  // splits that have keys
     const int begin = tiles * split / max(splits, 1), end = tiles * (split + 1) / max(splits, 1);
     const int *const table = block_table + static_cast<long long>(sequence) * max_blocks;
-    const auto slot_of = [=](int tile) {  // slot of key lane % 16 of the tile, or of the last key after the end
-        const int key = max(min(first_key + tile * TILE + lane % TILE, length - 1), 0);
-        return table[key / BLOCK_SIZE] * BLOCK_SIZE + key % BLOCK_SIZE;
+    const auto key_of = [=](int tile) {  // key lane % 16 of the tile, or the last key after the end
+        return max(min(first_key + tile * TILE + lane % TILE, length - 1), 0);
     };
-    int slot = slot_of(begin + warp);
+    const int early_key = key_of(begin + warp);
+    int slot = load_early(table + early_key / BLOCK_SIZE) * BLOCK_SIZE + early_key % BLOCK_SIZE;
 
     wait_for_previous();
     let_next_start();
@@ -143,7 +143,8 @@ extern "C" __global__ void __launch_bounds__(128, 2) attention_decode(
     float max = MINUS_INFINITY, sum = 0;  // for head g; the sum covers only this lane's keys
     float context[VALUE_CHUNKS][4][4] = {};  // [j][i] is element 2j + i/2 of this lane's 8, head 2t + i%2
     for (int tile = begin + warp; tile < end; tile += WARPS) {
-        const int next_slot = slot_of(tile + WARPS);  // read early, because the next loads depend on it
+        const int next_key = key_of(tile + WARPS);
+        const int next_slot = table[next_key / BLOCK_SIZE] * BLOCK_SIZE + next_key % BLOCK_SIZE;  // for the next loads
         Half8 keys[2][KEY_CHUNKS], values[VALUE_CHUNKS][4];
         for (int half = 0; half < 2; half++) {
             const long long row = __shfl_sync(ALL_LANES, slot, 8 * half + g);

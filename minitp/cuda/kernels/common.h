@@ -103,12 +103,16 @@ __device__ inline uint4 load_once(const uint4 *p, bool there) {
     return x;
 }
 
+// The same for keys and values. The kernel before may write some of them while this one waits, so they cannot be
+// loaded with `.nc`, which is for data that no one writes as long as the kernel runs.
 __device__ inline Half8 load_once(const Half8 *p) {
     union {
         uint4 words;
         Half8 halves;
     } x;
-    x.words = load_once(reinterpret_cast<const uint4 *>(p), true);
+    asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.words.x), "=r"(x.words.y), "=r"(x.words.z), "=r"(x.words.w)
+                 : "l"(p));
     return x.halves;
 }
 

@@ -212,6 +212,7 @@ __device__ inline float changed(float logit, const Change &change, const Setting
 // Puts the changed logits of a history in place of the original ones.
 __device__ inline void change(float *logits, const Settings &settings) {
     Change *const history = settings.history;
+    __syncthreads();  // all threads have used the original logits
     for (int i = 1 + threadIdx.x; i <= history->id; i += THREADS) {
         float &logit = logits[history[i].id];
         history[i].original = logit;

@@ -22,13 +22,15 @@ from minitp.cuda.kernels.route import Route, new_routing
 # Parameters that a kernel may read before it waits, and why:
 EARLY = {
     *("weight", "norm", "bias"),  # no kernel of a pass writes them
-    *("block_table", "group_starts", "regions"),  # nor these
-    "lengths",  # written at the start of a pass, before the kernel that precedes attention
+    *("group_starts", "regions"),  # nor these
+    *("block_table", "lengths"),  # written at the start of a pass, before the kernel that precedes attention
 }
 # Counters that a kernel leaves as it finds them, or that only its own launches use.
 KEPT = {"counters", "counter", "calls", "missing", "partials"}
 DEPENDENTS = ("linear.cu", "attention_decode.cu", "rms_norm.cu", "all_reduce.cu")
 WAIT, TRIGGER = "wait_for_previous()", "let_next_start()"
+# Plain loads of what changes from pass to pass, of which L1 may have the contents of the previous pass.
+CHANGING = r"\b(lengths|seen|slot|slots|table|block_table|token)\["
 
 
 class LateCompiler(CpuCompiler):
@@ -143,6 +145,7 @@ def test_kernels_wait_before_they_trigger_return_or_write(file):
         before = text[: text.index(WAIT)]
         assert TRIGGER in text[text.index(WAIT) :]
         assert TRIGGER not in before
+        assert not re.search(CHANGING, before)  # `load_early` reads them from L2
         assert text.count(WAIT) == text.count(TRIGGER) == 1
     for text in functions(file):
         if "__global__" in text and WAIT not in text:  # a function that waits does all of the work

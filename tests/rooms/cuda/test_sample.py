@@ -294,6 +294,15 @@ def test_log_probabilities_are_those_of_the_unchanged_logits(size):
         np.testing.assert_allclose(pairs[: len(best), 1], [logprob for _, logprob in best], atol=CLOSE)
 
 
+def test_log_probabilities_of_tokens_whose_logits_are_changed():
+    logits = np.random.default_rng(5).normal(size=(4, 600)).astype(np.float32)
+    params = SamplingParams(logprobs=3, repetition_penalty=1.5, frequency_penalty=1)
+    _, results, _ = sample_after(logits, [params] * 4, [0.5] * 4, [(range(600), range(600))] * 4)
+    for row, found in zip(logits, results.T, strict=True):
+        best = token_logprobs(row, 0, 3)[1]
+        np.testing.assert_allclose(found[3:8:2], [logprob for _, logprob in best], atol=CLOSE)
+
+
 def test_rows_that_are_not_aligned_are_rejected():
     with pytest.raises(ValueError, match="7 elements apart"):
         Sample(CpuCompiler(np.float16))(np.zeros((2, 7), np.float32), None, None, None, None, None)
