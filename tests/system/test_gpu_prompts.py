@@ -60,7 +60,7 @@ class Ignored:
         return self
 
 
-@pytest.mark.parametrize(("tp", "count", "past"), [(1, 5, 0), (3, 16, 30), (1, 33, 30), (3, 64, 0)])
+@pytest.mark.parametrize(("tp", "count", "past"), [(1, 5, 0), (3, 16, 30), (1, 64, 0)])
 def test_a_graph_has_the_bits_of_single_launches(directory, tp, count, past):
     """Check a prompt's first pass, its graph, that graph again, and the recorded pass of the exact size."""
 
@@ -122,7 +122,7 @@ def test_prompts_of_other_lengths_reuse_a_graph(directory, cupy, monkeypatch):
     """Check also that what a longer prompt leaves in the padding of a shorter one does not matter."""
     captured, begin = [], cupy.cuda.Stream.begin_capture
     monkeypatch.setattr(cupy.cuda.Stream, "begin_capture", lambda stream: captured.append(begin(stream)))
-    lengths = (16, 3, 9, 2, 17, 32, 20, 40, 64)
+    lengths = (16, 3, 17, 32, 64, 40)
 
     def rank(model):
         pool = model.new_pool(8)
@@ -135,15 +135,14 @@ def test_prompts_of_other_lengths_reuse_a_graph(directory, cupy, monkeypatch):
     assert all(np.array_equal(a, b) for a, b in zip(found, alone, strict=True))
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_several_prompts_in_a_graph_have_the_bits_of_each_alone(directory, tp):
+def test_several_prompts_in_a_graph_have_the_bits_of_each_alone(directory):
     def rank(model):
         pool, prompts = model.new_pool(32), [tokens(n, seed=n) for n in (20, 2, 7, 30)]
         found = [logits_of(model, pool, prompts) for _ in range(2)]
         assert list(pool.prompt_graphs) == [(64, 64)]
         return found, np.concatenate([logits_of(model, model.new_pool(8), [ids]) for ids in prompts])
 
-    for found, alone in on_ranks(directory, tp, rank):
+    for found, alone in on_ranks(directory, 2, rank):
         for logits in found:
             assert np.array_equal(logits, alone)
 
