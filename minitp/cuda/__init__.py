@@ -14,8 +14,9 @@ launch.py          launches with attributes that CuPy cannot set: dependent laun
 kernels/           each .cu file with a Python file of the same name that launches it
 fused.py           the model built from these kernels
 decode_graph.py    a decode pass (one token of each sequence), captured as a CUDA graph
+decode_pass.py     the launches of such a pass
 prefill.py         passes over prompts; small ones are captured, too
-prompt_pass.py     the launches of such a pass
+prompt_pass.py     the launches of a pass over prompts
 experts.py         the mixture of experts of such a model
 lanes.py           the state of sampling on the GPU
 batches_ahead.py   the engine's batches, each launched before the last one has been read

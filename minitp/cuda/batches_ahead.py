@@ -10,7 +10,7 @@ from collections import deque
 
 import numpy as np
 
-from minitp.cuda.decode_graph import NO_LANE, NOTHING_NEW, PADDING, parts_of
+from minitp.cuda.decode_pass import NO_LANE, NOTHING_NEW, PADDING, parts_of
 from minitp.cuda.kernels.linear import MAX_TOKENS
 from minitp.cuda.kernels.sample import RESULTS, results_needed
 from minitp.cuda.lanes import Lanes, OnTheWay, logprobs_of

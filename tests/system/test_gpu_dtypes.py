@@ -49,6 +49,8 @@ OPERATORS = {
     ast.Gt: "greater", ast.GtE: "greater_equal", ast.Eq: "equal", ast.NotEq: "not_equal",
 }  # fmt: skip
 EXPLICIT = ("ops", "moe", "model", "kv_cache", "paged_cache")  # modules that compute with xp alone
+# Other modules that call methods of arrays on a GPU.
+FUSED = ("fused", "decode_graph", "decode_pass", "prefill", "prompt_pass", "experts", "batches_ahead", "comm")
 REDUCTIONS = {"sum", "max", "min", "argmax"}
 
 
@@ -59,7 +61,7 @@ def called():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and owner(node) in ("xp", "cupy", "_cupy"):
                 functions.add(node.attr)
-            on_arrays = path.stem in (*EXPLICIT, "fused", "decode_graph", "comm")
+            on_arrays = path.stem in (*EXPLICIT, *FUSED)
             if on_arrays and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 methods.add(node.func.attr)
             if path.stem in EXPLICIT:
