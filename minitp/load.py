@@ -69,6 +69,9 @@ def split_by_devices(comm, source, options):
     found = comm.all_groups.allgather_object((where, room))
     sharing = Counter(other for other, _ in found)
     rooms = least([each / sharing[other] / jobs_sharing(device) for other, each in found], comm)
+    with comm.agreed():
+        if min(rooms) <= 0:
+            raise InputError(f"--split {options.split}: {comm.name(rooms.index(min(rooms)))} has no free memory")
     if options.split == "memory":
         return source.with_split(in_tenths(rooms))
     rate = None

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from minitp import device
+from minitp import device, load
 from minitp.cli import load_progress as loading
 from minitp.cli import main as cli
 from minitp.comm import run_threads
@@ -171,3 +171,14 @@ def test_ranks_on_one_gpu_share_its_memory(monkeypatch, room, fits):
     else:
         with pytest.raises(AgreedError, match=r"of 2 ranks in float16 take 800 B, but GPU 0 has"):
             run_threads(3, rank)
+
+
+@pytest.mark.parametrize("split", ["auto", "memory"])
+def test_shares_without_free_memory_are_refused(monkeypatch, split):
+    def device_of(comm, *_):
+        return SimpleNamespace(weights_room=lambda: (f"GPU {comm.rank}", 500 * (1 - comm.rank)), is_gpu=True)
+
+    monkeypatch.setattr(load, "device_of", device_of)
+    options = SimpleNamespace(split=split, dtype="auto", verbose=False)
+    with pytest.raises(AgreedError, match=f"--split {split}: rank 1 has no free memory"):
+        run_threads(2, lambda comm: load.split_by_devices(comm, None, options))
