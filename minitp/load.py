@@ -71,7 +71,8 @@ def split_by_devices(comm, source, options):
     rooms = least([each / sharing[other] / jobs_sharing(device) for other, each in found], comm)
     with comm.agreed():
         if min(rooms) <= 0:
-            raise InputError(f"--split {options.split}: {comm.name(rooms.index(min(rooms)))} has no free memory")
+            full = comm.name(rooms.index(min(rooms)))
+            raise InputError(f"--split {options.split}: {full} has no free memory; give numbers")
     if options.split == "memory":
         return source.with_split(in_tenths(rooms))
     rate = None

@@ -163,7 +163,8 @@ def test_ranks_on_one_gpu_share_its_memory(monkeypatch, room, fits):
     source = SimpleNamespace(name="model", plan=None)
 
     def rank(comm):
-        gpu = SimpleNamespace(weights_room=lambda: (f"GPU {comm.rank // 2}", room), dtype="float16")
+        where = f"GPU {comm.rank // 2}"
+        gpu = SimpleNamespace(weights_room=lambda: (where, room), dtype="float16", is_gpu=True)
         loading.check_room(comm, source, gpu)
 
     if fits:
