@@ -190,8 +190,9 @@ def read_arguments():
 def chosen_model(tp):
     """Return the ModelSource chosen by MODEL and LAYERS."""
     name, layers = os.environ.get("MODEL", "mistral-7b"), os.environ.get("LAYERS", "2")
-    if name not in MODELS:
-        raise InputError(f"MODEL={name}: unknown model; choose from {', '.join(MODELS)}")
+    dense = [model for model, fields in MODELS.items() if "num_local_experts" not in fields]
+    if name not in dense:
+        raise InputError(f"MODEL={name}: unknown model; choose from {', '.join(dense)}")
     limit = MODELS[name]["num_hidden_layers"]
     if layers not in map(str, range(1, limit + 1)):
         raise InputError(f"LAYERS={layers}: {name} has {limit} layers; choose from 1 to {limit}")

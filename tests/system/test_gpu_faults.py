@@ -5,6 +5,7 @@ one place.
 """
 
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 from check_models import MODELS, PROMPT, SHAPE, blame, write_models
@@ -148,8 +149,7 @@ def numbered():
 CASES = numbered()
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), list(zip(CASES, cycle(HALVES), strict=False)))
 def test_a_fault_of_the_explicit_path_is_blamed(name, dtype, models, monkeypatch):
     hook_ops(monkeypatch)
     fault, place = CASES[name]
@@ -164,8 +164,7 @@ def cublas(monkeypatch):
     monkeypatch.setattr("minitp.cuda.prefill.CAPTURED_ROWS", 0)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", ON_THE_FUSED_PATH)
+@pytest.mark.parametrize(("name", "dtype"), list(zip(ON_THE_FUSED_PATH, cycle(HALVES), strict=False)))
 def test_a_fault_of_the_fused_path_is_blamed(name, dtype, models, monkeypatch, cublas):
     """Check the blame; where the bias is added with the residual, the stream is blamed instead of the sum."""
     hook_ops(monkeypatch)

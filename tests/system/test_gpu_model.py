@@ -297,7 +297,7 @@ FAULTS = {  # name: (module in cuda/kernels, class, method, change, ranks, steps
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "dtype"), zip(FAULTS, cycle(DTYPES), strict=False))
+@pytest.mark.parametrize(("name", "dtype"), list(zip(FAULTS, cycle(DTYPES), strict=False)))
 def test_a_wrong_kernel_is_blamed(models, monkeypatch, name, dtype):
     file, kind, method, change, tp, steps = FAULTS[name]
     kind = getattr(importlib.import_module(f"minitp.cuda.kernels.{file}"), kind)

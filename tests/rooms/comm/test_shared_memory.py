@@ -65,7 +65,7 @@ def mpirun(ranks, *command):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("host_of", ["0", "00", "0000", "0011", "010", "0100", "01"])
+@pytest.mark.parametrize("host_of", ["0", "0000", "0011", "010", "01"])
 def test_collectives(host_of):
     """Run the collectives with each rank on the host of its digit; all hosts are really this machine."""
     ranks = len(host_of)
