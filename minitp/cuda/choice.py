@@ -2,7 +2,8 @@
 
 A GPU that can read a peer's memory may do so slowly: some GPUs are linked in pairs, and reads from the others
 cross PCIe. So the choice is made by time. All ranks choose the same, because rank 0 compares the times of the
-slowest rank and broadcasts the name.
+slowest rank and broadcasts the name. Replica groups of one world choose together: transports add in different
+orders, and the groups' results should have the same bits.
 """
 
 import sys
@@ -55,7 +56,7 @@ def choose(host, gpu, candidates, x, failed):
     AgreedError
         On all ranks, if every candidate fails; it is the last one's error.
     """
-    seconds = {}
+    everyone, seconds = host.all_groups, {}
     for name, (comm, reduce) in candidates.items():
         own, last = None, name == list(candidates)[-1]
         try:
@@ -66,11 +67,11 @@ def choose(host, gpu, candidates, x, failed):
                 raise
             failed[name] = str(error)
             continue
-        seconds[name] = max(host.allgather_object(own))
+        seconds[name] = max(everyone.allgather_object(own))
     cost = {
         name: time + (0 if candidates[name][0].capturable else UNCAPTURED_S) for name, time in seconds.items()
     }
-    return TransportChoice(host.broadcast(min(cost, key=cost.get)), x.nbytes, seconds, failed)
+    return TransportChoice(everyone.broadcast(min(cost, key=cost.get)), x.nbytes, seconds, failed)
 
 
 def time_of(comm, gpu, reduce):
@@ -108,7 +109,7 @@ def captured(gpu, calls):
 
 def warn_of_failures(host, choice):
     """Print a warning on rank 0 for each candidate that failed."""
-    if host.rank == 0:
+    if host.all_groups.rank == 0:
         for name, reason in choice.failed.items():
             print(
                 f"minitp: warning: --comm auto: {name} failed ({reason}); using {choice.name}",
