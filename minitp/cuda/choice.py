@@ -9,8 +9,10 @@ orders, and the groups' results should have the same bits.
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
+from minitp.cuda.comm import captured
 from minitp.errors import AgreedError
 
 CALLS, ROUNDS = 8, 3  # all-reduces timed together, and how often
@@ -83,7 +85,7 @@ def time_of(comm, gpu, reduce):
         for _ in range(CALLS):
             reduce()
 
-    launch = captured(gpu, calls) if comm.capturable else calls
+    launch = partial(captured(gpu, calls).launch, gpu.stream) if comm.capturable else calls
     start, end, times = gpu.cupy.cuda.Event(), gpu.cupy.cuda.Event(), []
     for _ in range(ROUNDS):
         with comm.launching() if comm.capturable else nullcontext():
@@ -95,16 +97,6 @@ def time_of(comm, gpu, reduce):
     gpu.stream.synchronize()
     comm.check()
     return median(times)
-
-
-def captured(gpu, calls):
-    """Capture what `calls` launches; return a function that launches the graph."""
-    gpu.stream.begin_capture()
-    try:
-        calls()
-    finally:
-        graph = gpu.stream.end_capture()
-    return lambda: graph.launch(gpu.stream)
 
 
 def warn_of_failures(host, choice):

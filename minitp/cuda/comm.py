@@ -138,6 +138,16 @@ def in_turn(comm, compile_kernels):
     comm.allgather_object(None)
 
 
+def captured(gpu, run):
+    """Capture what run() launches on the GPU's stream, and return the graph; end the capture if it fails."""
+    gpu.stream.begin_capture()
+    try:
+        run()
+    finally:
+        graph = gpu.stream.end_capture()
+    return graph
+
+
 def copy(gpu, x, out):
     """Copy x to out, both contiguous, on the GPU's stream; the copy may be captured."""
     if x.data.ptr == out.data.ptr:

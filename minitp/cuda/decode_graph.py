@@ -5,7 +5,7 @@ and all memory is allocated in advance. So a pass is captured once per batch siz
 token, whatever the lengths are.
 """
 
-from minitp.cuda.comm import LocalComm, in_turn
+from minitp.cuda.comm import LocalComm, captured, in_turn
 from minitp.cuda.decode_pass import DecodePass
 
 
@@ -47,7 +47,4 @@ class DecodeGraph(DecodePass):
         self._state[...] = state
 
     def _captured(self):
-        stream = self.model.device.stream
-        stream.begin_capture()
-        self.run()
-        return stream.end_capture()
+        return captured(self.model.device, self.run)

@@ -28,7 +28,7 @@ from contextlib import nullcontext
 import numpy as np
 
 from minitp import ops
-from minitp.cuda.comm import LocalComm, in_turn
+from minitp.cuda.comm import LocalComm, captured, in_turn
 from minitp.cuda.loader import padded, rows_of
 from minitp.model import unrecorded
 
@@ -147,10 +147,8 @@ class PromptPass:
         self._state[...] = state
 
     def _captured(self):
-        stream, self._launching = self.model.device.stream, nullcontext
-        stream.begin_capture()
-        self.run()
-        return stream.end_capture()
+        self._launching = nullcontext
+        return captured(self.model.device, self.run)
 
     def run(self, record=unrecorded):
         """Launch the pass kernel by kernel; `record` gets the steps."""
